@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from descant.datamodules.corpora.scenes import Scenes
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import ForksFeatures
-from descant.modules.losses import HardestInBatchHinge, PairMarginLoss
+from descant.modules.losses import HardestInBatchHinge, InfoNCE, PairMarginLoss
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import ConvTower, TextTower, Towers
@@ -138,9 +138,13 @@ def test_in_the_denominator_they_are_one_more_negative_of_the_image() -> None:
     """The SAIL form, sample by sample: -log of the share of the positive among the batch and the hard negative."""
     model, plain, batch = recipe_of("denominator"), recipe_of("negatives"), big_batch()
     terms, before = model.terms(batch), plain.terms(batch)["image-text"]
-    assert list(terms) == ["image-text"] and torch.equal(terms["image-text"].valid, before.valid)
+    assert list(terms) == ["image-text"] and terms["image-text"].given == before.given
     with torch.no_grad():
-        z, z_neg, s = model.embed(batch), model.embed(batch.negatives())["text"], model.losses["image-text"].scale()
+        z, z_neg, s = (
+            model.embed(batch),
+            model.embed(batch.negatives())["text"],
+            cast(InfoNCE, model.losses["image-text"]).scale(),
+        )
     both, has = batch.both("image", "text"), batch.both("image", "text", "text_neg")
     for n in both.nonzero().flatten().tolist():
         negatives = both & (batch.content_id != batch.content_id[n])
@@ -163,7 +167,7 @@ def test_a_denominator_needs_a_pair_that_has_one() -> None:
         ({"loss": HardestInBatchHinge(0.5)}, "negatives: denominator: HardestInBatchHinge has none; InfoNCE has"),
     ):
         with pytest.raises(ValueError, match=says):
-            Contrastive(towers, negatives=Negatives(denominator=True), **options)  # type: ignore[arg-type]
+            Contrastive(towers, negatives=Negatives(denominator=True), **options)
     with pytest.raises(ValueError, match="have no loss of their own"):
         Negatives(loss=PairMarginLoss(), denominator=True)
 
