@@ -1,11 +1,21 @@
-"""Check that arguments are objects, not the names or classes that YAML would build them from."""
+"""Constructor arguments: recorded, to build a module of other sizes; and checked to be objects, not names of them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from descant.modules.core.errors import nearest
+
+
+def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """``locals()`` at the beginning of a constructor without ``self``: with them its class builds an equal module.
+
+    >>> recorded({"self": object(), "width": 8, "__class__": object})
+    {'width': 8}
+    """
+    return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
 def require_objects(owner: object, /, **given: tuple[object, type]) -> None:

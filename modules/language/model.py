@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
+from descant.modules.core.objects import recorded
 
 #: Segment id of padding.
 NOWHERE = 0
@@ -92,6 +93,7 @@ class CausalLM(nn.Module):
         tie: bool = True,
         eps: float = 1e-5,
     ) -> None:
+        self.arguments = recorded(locals())
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
         if width % heads or width // heads % 2:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.objects import recorded
 from descant.modules.towers.base import Tokens, Tower
 
 Activation = Literal["relu", "gelu", "silu"]
@@ -90,6 +91,7 @@ class PatchTower(Tower):
         channels: int = 3,
         positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
+        self.arguments = recorded(locals())
         super().__init__()
         require_divisor("patch", patch, "size", size)
         self.width, self.shape = width, (channels, size, size)
@@ -203,6 +205,7 @@ class ConvTower(Tower):
         norm: Literal["batch", "group"] = "batch",
         channels: int = 3,
     ) -> None:
+        self.arguments = recorded(locals())
         super().__init__()
         depths = [blocks] * len(widths) if isinstance(blocks, int) else blocks
         if not widths or len(depths) != len(widths):

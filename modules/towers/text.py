@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
+from descant.modules.core.objects import recorded
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, all_real, key_mask
 
@@ -52,6 +53,7 @@ class TextTower(Tower):
         causal: bool = False,
         std: float = 0.02,
     ) -> None:
+        self.arguments = recorded(locals())
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth}: at least 1; for a bag of tokens without blocks use BagTower")

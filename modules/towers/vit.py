@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.objects import recorded
 from descant.modules.core.rows import RowTracker
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
@@ -209,6 +210,7 @@ class Trunk(Tower):
         dropout: float = 0.0,
         weights: Path | None = None,
     ) -> None:
+        self.arguments = recorded(locals())
         super().__init__()
         self.row_tracker = RowTracker()
         checked_heads(width, heads)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
 from descant.modules.adaptation.freeze import Freeze
+from descant.modules.adaptation.grow import Grow
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted, Slerp, TaskArithmetic
 from descant.modules.adaptation.stage_changes import Boundary, Rewind, TaskMerge
@@ -783,6 +784,15 @@ def _adapted(at: Place) -> Any:
     at(recipe)
     with FrozenBatchNormStats(recipe):
         return {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
+
+
+@part("Grow", "Growth")
+def _grown(at: Place) -> Any:
+    recipe = Contrastive(Towers(image=ConvTower([D], stem=4), text=TextTower(20, 8, 1, 2, 5)), width=D)
+    at(recipe)
+    average = Grow(depth=1, mlp_ratio=6).apply(recipe, seed=0)["towers.text"](recipe.towers["text"].state_dict())
+    values = {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
+    return values, average["layers.1.out.weight"]
 
 
 def _optimized(make: Callable[[list[dict[str, Any]]], Any]) -> Part:

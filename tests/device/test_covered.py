@@ -37,6 +37,7 @@ NEEDLESS = {
     "Selector": "chooses rows of a table, before anything trains",
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",
+    "GrowthSpace": "compares numbers of trials, each of which trains",
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",
     "CSV": "writes numbers: tests of the command line run it, on the device too",
