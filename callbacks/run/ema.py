@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from descant.modules.core.ranks import world
+
+if TYPE_CHECKING:
+    from descant.modules.adaptation.growth import Growth
 
 AVERAGING_STATE = "averaging_state"
 CURRENT_MODEL_STATE = "current_model_state"
@@ -142,6 +145,19 @@ class EMA(L.Callback):
             live = [w.to(a.dtype) for a, w in zip(average, live, strict=True)]
         torch._foreach_lerp_(average, live, 1 - self.rate(self.updates))
         self.updates += 1
+
+    def grow(self, module: L.LightningModule, growths: Mapping[str, Growth]) -> None:
+        """Grow the average as towers of the module have grown, name of a tower -> its growth, as of ``Grow.apply``.
+
+        Called once the stage has settled what trains. A teacher that is a copy of the module has such towers too.
+        """
+        held = {name for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers()).keys()
+        for place, growth in growths.items():
+            for prefix in {f"{n.partition(f'{place}.')[0]}{place}." for n in self._average if f".{place}." in f".{n}"}:
+                part = {n.removeprefix(prefix): a for n, a in self._average.items() if n.startswith(prefix)}
+                grown = {prefix + n: a for n, a in growth(part).items()}
+                self._average |= {n: a for n, a in grown.items() if n in self._average or n in held}
+        self._bind(module)
 
     def _bind(self, module: L.LightningModule) -> None:
         """Look up the module's tensors again (a move replaces buffers) and move the average to their devices."""

@@ -164,6 +164,7 @@ class Growth:
         grown, values, old = cast(Any, tower), self(tower.state_dict()), cast(nn.ModuleList, tower.layers)
         like = next(p for p in tower.parameters() if p.is_floating_point())
         layers = copy.deepcopy(cast(nn.ModuleList, self.fresh.layers)).to(like.device, like.dtype)
+        layers.requires_grad_(any(p.requires_grad for p in tower.parameters()))
         for i, block in enumerate(layers if len(old) else ()):
             others = dict(old[min(i, len(old) - 1)].named_modules())
             for name, module in block.named_modules():

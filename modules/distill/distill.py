@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions, Output
 from descant.modules.core.protocols import Embeds
+
+if TYPE_CHECKING:
+    from descant.modules.adaptation.growth import Growth
 
 #: Logits that are there at once.
 CELLS = 1 << 22
@@ -50,6 +53,9 @@ class Teacher(nn.Module):
 
     def follow(self, student: nn.Module) -> None:
         """Nothing, unless the teacher changes."""
+
+    def grow(self, growths: Mapping[str, Growth]) -> None:
+        """Called with what ``Grow.apply`` did to towers of the student; nothing, unless the teacher is a copy of it."""
 
     def begin(self, student: nn.Module) -> None:
         """Called at each stage of a run in stages; nothing, unless the teacher is what the stage began with."""

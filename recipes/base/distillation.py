@@ -15,7 +15,9 @@ pairs; the student's checkpoint and export are those of the student alone. Netwo
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +26,9 @@ from descant.modules.distill.distill import Teacher
 from descant.modules.io import saved
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
+
+if TYPE_CHECKING:
+    from descant.modules.adaptation.growth import Growth
 
 
 class TeacherRun(Teacher):
@@ -73,6 +78,10 @@ class TeacherAverage(Teacher):
         finally:
             student.distill = distill
         return self.average
+
+    def grow(self, growths: Mapping[str, Growth]) -> None:
+        for place, growth in growths.items():
+            growth.apply(self.average.get_submodule(place))
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:

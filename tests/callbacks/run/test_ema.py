@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from descant.callbacks.run.ema import EMA
+from descant.modules.adaptation.grow import Grow
+from descant.modules.towers import ConvTower, Towers
 from tests.tolerance import F32, rounding, ulps
 
 BATCHES, B = 4, 8
@@ -272,3 +275,45 @@ def test_refusals(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.raises(ValueError, match="save_weights_only"):
         trainer(tmp_path, EMA(), saves).fit(Toy(), loader())
+
+
+class Growing(L.LightningModule):
+    """A conv tower with batch norms, and a copy of it that does not train, as a teacher is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.towers = Towers(image=ConvTower([8], stem=4))
+        self.copy = nn.ModuleDict({"towers": copy.deepcopy(self.towers)}).requires_grad_(False)
+
+    def change(self) -> None:
+        with torch.no_grad():
+            for name, x in self.state_dict().items():
+                if x.is_floating_point() and not name.startswith("copy."):
+                    x.mul_(1.1).add_(0.1)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.9])
+def test_the_average_grows_with_the_towers(beta: float) -> None:
+    module, ema, x_BCHW = Growing().eval(), EMA(decay=0.5, warmup=False), torch.linspace(0, 1, 1536).view(2, 3, 16, 16)
+    for _ in range(2):
+        ema._bind(module)
+        module.change()
+        ema.update()
+    names, before = set(ema._average), copy.deepcopy(module)
+    before.load_state_dict(ema._average, strict=False)
+    growths = Grow(depth=1, mlp_ratio=2.0, beta=beta).apply(module, seed=3)
+    growths["towers.image"].apply(module.copy["towers"]["image"])
+    ema.grow(module, growths)
+    assert names < set(ema._average) == set(ema._live)
+    assert not any(name.startswith("copy.") and "running" not in name for name in ema._average)
+    assert {id(x) for x in ema._live.values()} <= {id(x) for x in [*module.parameters(), *module.buffers()]}
+    assert all(a.shape == ema._live[name].shape for name, a in ema._average.items())
+    key, kept = "towers.image.layers.1.norm_1.weight", ema._average["towers.image.layers.1.norm_1.weight"].clone()
+    ema._show_average()
+    Grow(depth=1, mlp_ratio=2.0, beta=beta).apply(before, seed=3)  # the average, grown as a model
+    torch.testing.assert_close(module.towers["image"](x_BCHW), before.towers["image"](x_BCHW))
+    ema._show_raw()
+    module.change()
+    ema.update()
+    torch.testing.assert_close(ema._average[key], (kept + module.get_parameter(key)) / 2, **rounding(4, F32))

@@ -5,6 +5,7 @@ Letters: B samples, N decisions, K choices.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from descant.callbacks import Resume
+from descant.modules.adaptation.grow import Grow
 from descant.modules.core.output import Decisions, Output
 from descant.modules.distill import distill as parts
 from descant.modules.distill.distill import Distill, DistillContext, FeatureTarget, HardTarget, SoftTarget, Target
 from descant.modules.distill.ranking import RankTarget
 from descant.modules.io import saved
-from descant.recipes import TeacherAverage, TeacherRun
+from descant.modules.towers import ConvTower, TextTower, Towers
+from descant.recipes import Contrastive, TeacherAverage, TeacherRun, TeacherStage
 from descant.recipes.base.rebuild import rebuild
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.recipes.test_missing import PatternData, batch, build, fusion, node, some_absent, train, write
@@ -216,6 +219,29 @@ def test_the_average_by_hand() -> None:
     part.follow(student)
     for name, p in network.named_parameters():
         torch.testing.assert_close(p, before[name] + 0.1, **rounding(4, F32))
+
+
+@pytest.mark.parametrize("make", [lambda: TeacherAverage(0.9), TeacherStage])
+def test_a_teacher_that_is_a_copy_grows_with_the_student(make: Callable[[], TeacherAverage]) -> None:
+    torch.manual_seed(0)
+    student = Contrastive(Towers(image=ConvTower([8, 16], stem=4), text=TextTower(20, 8, 1, 2, 5)), width=8)
+    teacher = make()
+    student.distill = Distill(teacher)
+    student.distill.prepare(student)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(1.2)
+    kept = copy.deepcopy(teacher.average)
+    teacher.grow(Grow(depth=1, mlp_ratio=6.0).apply(student, seed=3))
+    Grow(depth=1, mlp_ratio=6.0).apply(kept, seed=3)
+    assert student.distill.network is teacher.average and equal(kept.state_dict(), teacher.average.state_dict())
+    assert not any(p.requires_grad for p in teacher.average.parameters()) and not teacher.average.training
+    before = dict(kept.named_parameters())
+    teacher.begin(student)
+    teacher.follow(student)
+    weight = 1.0 if isinstance(teacher, TeacherStage) else 0.1
+    for name, p in teacher.average.named_parameters():
+        torch.testing.assert_close(p, torch.lerp(before[name], student.get_parameter(name), weight))
 
 
 def test_what_cannot_be(runs: dict[str, str], tmp_path: Path) -> None:
