@@ -79,6 +79,11 @@ class EMA(L.Callback):
         self._statistics: set[str] = set()  # running statistics, which no strategy shards
         self._step = 0  # the global step of the last update
 
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """Name of a parameter or statistic -> its average; empty before the first update."""
+        return self._average
+
     def rate(self, n: int) -> float:
         """Decay of the next update after ``n`` updates."""
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
@@ -147,7 +152,7 @@ class EMA(L.Callback):
         self.updates += 1
 
     def grow(self, module: L.LightningModule, growths: Mapping[str, Growth]) -> None:
-        """Grow the average as towers of the module have grown, name of a tower -> its growth, as of ``Grow.apply``.
+        """Grow the average as towers of the module have grown, name of a tower -> its growth, as of ``Grow.grow``.
 
         Called once the stage has settled what trains. A teacher that is a copy of the module has such towers too.
         """

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
 from descant.callbacks.run.callback_order import Ordered, is_a
+from descant.callbacks.run.ema import EMA
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
@@ -114,7 +115,11 @@ class Stages(Ordered):
             self._mark(trainer, pl_module, data.stage)
 
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
-        pl_module.begin_stage(name, self._batches(trainer, name))
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        average = averages[0].average if averages else None
+        for growths in pl_module.begin_stage(name, self._batches(trainer, name), average):
+            for callback in averages:
+                callback.grow(pl_module, growths)
         strategy: Any = trainer.strategy
         if isinstance(strategy.model, DistributedDataParallel):  # it reduces what trained when it was built
             strategy.model = pl_module

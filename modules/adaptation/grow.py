@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from descant.modules.adaptation.base import LM, chosen
 from descant.modules.adaptation.growth import Growth, growable, growth_of, sizes
+from descant.modules.adaptation.stage_changes import AVERAGE, Boundary, StageChange
 from descant.modules.core.rng import seeded
 
 
-class Grow:
+class Grow(StageChange):
     """Deeper and wider towers that begin where the smaller ones ended (GrowCLIP).
 
         theta' = beta inherit(theta) + (1 - beta) fresh
@@ -44,10 +45,12 @@ class Grow:
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))
-    >>> growths = Grow(depth=1, mlp_ratio=6).apply(recipe, seed=0)
+    >>> growths = Grow(depth=1, mlp_ratio=6).grow(recipe, seed=0)
     >>> len(recipe.towers["text"].layers), recipe.towers["text"].layers[0].mlp[0], structure(recipe)
     (2, Linear(in_features=8, out_features=48, bias=True), {'towers.text': {'depth': 2, 'mlp_ratio': 6}})
     """
+
+    structural = True
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Grow:
         if not 0 <= beta <= 1:
             raise ValueError(f"Grow: beta {beta:g}: from 0 to 1; the nearest is {min(max(beta, 0), 1):g}")
         self.towers, self.depth, self.mlp_ratio, self.beta, self.mode = towers, depth, mlp_ratio, beta, mode
+        self.reads = frozenset({AVERAGE}) if mode == "average" else frozenset()
 
     def require(self, recipe: nn.Module) -> None:
         """Raises ValueError, before training, for what ``apply`` would refuse, and for frozen towers."""
@@ -74,21 +78,18 @@ class Grow:
                 raise ValueError(f"Grow: tower {name}: it is frozen; new blocks would not be of use")
             self._growth(name, tower, seed=0)
 
-    def apply(self, recipe: nn.Module, seed: int, average: Mapping[str, Tensor] | None = None) -> dict[str, Growth]:
-        """Grow the towers in place; optimizers are to be built anew afterwards.
-
-        Args:
-            recipe: with towers.
-            seed: of the fresh values, which are equal on all ranks and in a resumed run.
-            average: parameter or statistic of the recipe -> its average, for ``mode: average``.
-
-        Returns:
-            Name of the tower's module in the recipe -> its growth, which averages and teachers follow.
-        """
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> Mapping[str, Growth]:
         if self.mode == "average":
-            if not average:
-                raise ValueError("Grow: mode average: there is no average of the weights yet; add the callback EMA")
-            _load(recipe, average)
+            if AVERAGE not in boundary.weights:
+                raise ValueError("Grow: mode average: there is no average of the weights; add the callback EMA")
+            _load(recipe, boundary.weights[AVERAGE])
+        return self.grow(recipe, boundary.seed)
+
+    def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth]:
+        return self.grow(recipe, seed)
+
+    def grow(self, recipe: nn.Module, seed: int) -> dict[str, Growth]:
+        """Grow the towers of a recipe in place, with fresh values of a seed: name of a tower's module -> its growth."""
         growths = {tower: self._growth(name, tower, seed) for name, tower in self._chosen(recipe)}
         place = {module: name for name, module in recipe.named_modules()}
         for tower, growth in growths.items():

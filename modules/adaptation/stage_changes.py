@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Weights
 from descant.modules.core.batch import Batch
 
-#: Earlier weights that a change may read: those that the stage before left, and those that the first stage began with.
-BEFORE, FIRST = "before", "first"
+if TYPE_CHECKING:
+    from descant.modules.adaptation.growth import Growth
+
+#: Weights that a change may read: those that the stage before left, those that the first stage began with, and their
+#: average over steps (EMA), where there is one.
+BEFORE, FIRST, AVERAGE = "before", "first", "average"
 State = dict[str, Tensor]
 
 
@@ -22,7 +26,7 @@ class Boundary:
     """Where one stage ends and another begins.
 
     Attributes:
-        stage: its name. weights: earlier parameters by the moment, :data:`BEFORE` or :data:`FIRST`.
+        stage: its name. weights: earlier parameters, of :data:`BEFORE`, :data:`FIRST` or :data:`AVERAGE`.
         batches: the first micro-batches of this rank in the stage's data, on its device, as many as asked for.
         seed: of this boundary, equal on all ranks and in a resumed run.
     """
@@ -37,17 +41,21 @@ class StageChange:
     """A change of a model when a stage begins or ends: ``apply(recipe, boundary)``, once, equal on all ranks.
 
     One that adds or removes parameters is ``structural``: ``rebuild`` repeats that alone, before weights are loaded
-    from a checkpoint of its stage or of a later one, with what ``state_dict`` saved.
+    from a checkpoint of its stage or of a later one, with what ``state_dict`` saved. One that enlarges towers returns
+    their growths by the names of their modules, which averages and teachers follow.
     """
 
     structural = False
-    #: Earlier weights that it reads, which are then kept, and saved in checkpoints.
+    #: Weights that it reads, which are then kept, and saved in checkpoints (an average is saved by its callback).
     reads: frozenset[str] = frozenset()
 
-    def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
+    def require(self, recipe: nn.Module) -> None:
+        """Raises ValueError, before training, for a recipe that it cannot change."""
+
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> Mapping[str, Growth] | None:
         raise NotImplementedError
 
-    def rebuild(self, recipe: nn.Module, seed: int) -> None:
+    def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth] | None:
         """Modules as ``apply`` leaves them, with any weights; of a structural change."""
 
     def state_dict(self) -> dict[str, Any]:

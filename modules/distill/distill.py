@@ -55,7 +55,7 @@ class Teacher(nn.Module):
         """Nothing, unless the teacher changes."""
 
     def grow(self, growths: Mapping[str, Growth]) -> None:
-        """Called with what ``Grow.apply`` did to towers of the student; nothing, unless the teacher is a copy of it."""
+        """Called with what ``Grow.grow`` did to towers of the student; nothing, unless the teacher is a copy of it."""
 
     def begin(self, student: nn.Module) -> None:
         """Called at each stage of a run in stages; nothing, unless the teacher is what the stage began with."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from descant.modules.adaptation.stage_changes import BEFORE, FIRST, Boundary, StageChange, State
+from descant.modules.adaptation.growth import Growth
+from descant.modules.adaptation.stage_changes import AVERAGE, BEFORE, FIRST, Boundary, StageChange, State
 from descant.modules.core.batch import Batch
 from descant.modules.core.batch_norm import new_statistics, running_norms
 from descant.modules.core.rng import global_seed, mix
@@ -17,6 +18,8 @@ from descant.recipes.base.stage import Stage
 #: Micro-batches over which running statistics are estimated for merged weights.
 ESTIMATED = 8
 Batches = Callable[[int], Iterable[Batch]]
+#: What averages and teachers follow, in this order: name of a tower's module -> its growth.
+Growths = list[Mapping[str, Growth]]
 
 
 class Boundaries:
@@ -47,42 +50,46 @@ class Boundaries:
         """Whether parameters are added or removed in any stage."""
         return any(change.structural for _, change in self.changes)
 
-    def begin(self, recipe: nn.Module, name: str, batches: Batches) -> None:
+    def begin(self, recipe: nn.Module, name: str, batches: Batches, average: State | None = None) -> Growths:
         """Keep the weights that the stage before left, then change the model as the stage does when it begins."""
         self.begun.append(name)
         for moment in (BEFORE, *(() if FIRST in self.weights else (FIRST,))):
             if moment in self._kept:
                 self.weights[moment] = {n: p.detach().clone() for n, p in recipe.named_parameters()}
-        self._apply(recipe, name, self.stages[name].begin, batches)
+        return self._apply(recipe, name, self.stages[name].begin, batches, average)
 
     def end(self, recipe: nn.Module, name: str, batches: Batches) -> bool:
         """Change the model as the stage does when it ends; whether there was anything to change."""
         self._apply(recipe, name, self.stages[name].end, batches)
         return bool(self.stages[name].end)
 
-    def _apply(self, recipe: nn.Module, name: str, changes: list[StageChange], batches: Batches) -> None:
-        at = Boundary(name, self.weights, batches, seed=mix(global_seed(), "boundary", name))
-        for change in changes:
-            change.apply(recipe, at)
+    def _apply(
+        self, recipe: nn.Module, name: str, changes: list[StageChange], batches: Batches, average: State | None = None
+    ) -> Growths:
+        weights = self.weights | ({AVERAGE: average} if average else {})
+        at = Boundary(name, weights, batches, seed=mix(global_seed(), "boundary", name))
+        return [growths for change in changes if (growths := change.apply(recipe, at))]
 
-    def rebuild(self, recipe: nn.Module, begun: list[str]) -> None:
+    def rebuild(self, recipe: nn.Module, begun: list[str]) -> Growths:
         """The structure that the model has after these stages have begun, where it does not have it yet."""
+        done: Growths = []
         for name in begun[len(self.begun) :]:
             for change in self.stages[name].begin:
-                if change.structural:
-                    change.rebuild(recipe, seed=mix(global_seed(), "boundary", name))
+                if change.structural and (growths := change.rebuild(recipe, mix(global_seed(), "boundary", name))):
+                    done.append(growths)
             self.begun.append(name)
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         changes = {key: state for key, change in self.changes if (state := change.state_dict())}
         return {"begun": list(self.begun), "weights": dict(self.weights), "changes": changes}
 
-    def load_state_dict(self, recipe: nn.Module, state: dict[str, Any]) -> None:
+    def load_state_dict(self, recipe: nn.Module, state: dict[str, Any]) -> Growths:
         for key, change in self.changes:
             if key in state["changes"]:
                 change.load_state_dict(state["changes"][key])
-        self.rebuild(recipe, state["begun"])
         self.weights = {moment: dict(weights) for moment, weights in state["weights"].items()}
+        return self.rebuild(recipe, state["begun"])
 
 
 @torch.no_grad()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from descant.modules.core.errors import no_such
 from descant.modules.io.upgrade import with_inner
-from descant.recipes.base.boundaries import Batches, Boundaries, estimate_statistics
+from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.stage import Stage
 from descant.recipes.base.wrapper import Wrapper
@@ -42,15 +44,27 @@ class Changing(Wrapper):
             self.stages.clear()
             self.stages.update(dict.fromkeys(names, self._each))
 
-    def begin_stage(self, name: str, batches: Batches) -> None:
-        """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``."""
+    def begin_stage(self, name: str, batches: Batches, average: Mapping[str, Tensor] | None = None) -> Growths:
+        """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``.
+
+        ``average``: of the weights over steps, by the names of parameters here.
+        """
+        own = {n.removeprefix("inner."): x for n, x in (average or {}).items() if n.startswith("inner.")}
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
-            self.boundaries.begin(self.inner, name, batches)
+            growths = self._followed(self.boundaries.begin(self.inner, name, batches, own))
         self._choose(name)
         if self.distill is not None:
             self.distill.teacher.begin(self)
+        return growths
+
+    def _followed(self, growths: Growths) -> Growths:
+        """The growths, which the teacher has followed where it is a copy of the model."""
+        if self.distill is not None and self.distill.prepared:
+            for growth in growths:
+                self.distill.teacher.grow(growth)
+        return growths
 
     def end_stage(self, batches: Batches) -> None:
         """Change the model by the stage's ``end``."""
@@ -63,7 +77,7 @@ class Changing(Wrapper):
     def _as_in(self, begun: list[str]) -> None:
         """Structure and trainable parameters after these stages have begun."""
         with self._new_parameters():
-            self.boundaries.rebuild(self.inner, begun)
+            self._followed(self.boundaries.rebuild(self.inner, begun))
         self._choose(begun[-1])
 
     @contextmanager
@@ -91,7 +105,7 @@ class Changing(Wrapper):
         self.stage = name
         if self.boundaries.changes and "boundaries" in checkpoint:
             with self._new_parameters():
-                self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"])
+                self._followed(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:

@@ -790,7 +790,7 @@ def _adapted(at: Place) -> Any:
 def _grown(at: Place) -> Any:
     recipe = Contrastive(Towers(image=ConvTower([D], stem=4), text=TextTower(20, 8, 1, 2, 5)), width=D)
     at(recipe)
-    average = Grow(depth=1, mlp_ratio=6).apply(recipe, seed=0)["towers.text"](recipe.towers["text"].state_dict())
+    average = Grow(depth=1, mlp_ratio=6).grow(recipe, seed=0)["towers.text"](recipe.towers["text"].state_dict())
     values = {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
     return values, average["layers.1.out.weight"]
 

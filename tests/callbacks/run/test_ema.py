@@ -302,8 +302,8 @@ def test_the_average_grows_with_the_towers(beta: float) -> None:
         ema.update()
     names, before = set(ema._average), copy.deepcopy(module)
     before.load_state_dict(ema._average, strict=False)
-    growths = Grow(depth=1, mlp_ratio=2.0, beta=beta).apply(module, seed=3)
-    growths["towers.image"].apply(module.copy["towers"]["image"])
+    growths = Grow(depth=1, mlp_ratio=2.0, beta=beta).grow(module, seed=3)
+    growths["towers.image"].apply(module.get_submodule("copy.towers.image"))
     ema.grow(module, growths)
     assert names < set(ema._average) == set(ema._live)
     assert not any(name.startswith("copy.") and "running" not in name for name in ema._average)
@@ -311,7 +311,7 @@ def test_the_average_grows_with_the_towers(beta: float) -> None:
     assert all(a.shape == ema._live[name].shape for name, a in ema._average.items())
     key, kept = "towers.image.layers.1.norm_1.weight", ema._average["towers.image.layers.1.norm_1.weight"].clone()
     ema._show_average()
-    Grow(depth=1, mlp_ratio=2.0, beta=beta).apply(before, seed=3)  # the average, grown as a model
+    Grow(depth=1, mlp_ratio=2.0, beta=beta).grow(before, seed=3)  # the average, grown as a model
     torch.testing.assert_close(module.towers["image"](x_BCHW), before.towers["image"](x_BCHW))
     ema._show_raw()
     module.change()

@@ -232,8 +232,8 @@ def test_a_teacher_that_is_a_copy_grows_with_the_student(make: Callable[[], Teac
         for p in student.parameters():
             p.mul_(1.2)
     kept = copy.deepcopy(teacher.average)
-    teacher.grow(Grow(depth=1, mlp_ratio=6.0).apply(student, seed=3))
-    Grow(depth=1, mlp_ratio=6.0).apply(kept, seed=3)
+    teacher.grow(Grow(depth=1, mlp_ratio=6.0).grow(student, seed=3))
+    Grow(depth=1, mlp_ratio=6.0).grow(kept, seed=3)
     assert student.distill.network is teacher.average and equal(kept.state_dict(), teacher.average.state_dict())
     assert not any(p.requires_grad for p in teacher.average.parameters()) and not teacher.average.training
     before = dict(kept.named_parameters())
