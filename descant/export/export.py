@@ -187,8 +187,10 @@ def _confirm(folder: Path, about: About) -> str:
 
 def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
     """``part`` with the weights of ``whole``, without those of dropped towers."""
+    from descant.modules.adaptation.grow import restructure, structure
     from descant.modules.io import saved
 
+    restructure(part, structure(whole))
     names, state = part.state_dict(), whole.state_dict()
     state = {k: v for k, v in state.items() if k in names or not any(name in _words(k) for name in dropped)}
     saved.load_exactly(part, state, place)

@@ -15,6 +15,7 @@ from descant.cli.errors import fail, hint
 from descant.cli.schema import names_class
 from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
+from descant.modules.adaptation.growth import growable, sizes
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.quantize import Quantize
 from descant.modules.adaptation.saved_tower import SavedTower
@@ -99,6 +100,8 @@ def _carried(
         arguments = _transformers(module, folder, _tower_name(path), tokenizer)
     else:
         arguments = {key: _without_file(cls, key, value) for key, value in arguments.items()}
+        if module is not None and growable(module) == cls:  # it may have grown since it was built
+            arguments |= {k: v for k, v in sizes(module).items() if v != arguments.get(k, _default(cls, k))}
     return {"class_path": node["class_path"], **({"init_args": arguments} if arguments else {})}
 
 
@@ -120,6 +123,10 @@ def _without_file(cls: type, key: str, value: Any) -> Any:
     if inspect.signature(cls).parameters[key].default is not None:
         raise ValueError(f"{cls.__name__}.{key}: {value} is a file, which an export cannot carry")
     return None
+
+
+def _default(cls: type, key: str) -> Any:
+    return inspect.signature(cls).parameters[key].default
 
 
 def _is_path(cls: Any, key: str) -> bool:

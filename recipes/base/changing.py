@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from descant.modules.adaptation.grow import structure
 from descant.modules.core.errors import no_such
 from descant.modules.io.upgrade import with_inner
 from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics
@@ -94,6 +95,8 @@ class Changing(Wrapper):
             checkpoint["stages"] = list(self.stages)
         if self.boundaries.changes:
             checkpoint["boundaries"] = self.boundaries.state_dict()
+        if self.boundaries.grows:
+            checkpoint["structure"] = structure(self.inner)  # for those that load weights alone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -6,6 +6,7 @@ import inspect
 
 import torch
 
+from descant.modules.adaptation.grow import restructure
 from descant.modules.distill.distill import without_distill
 from descant.modules.io import saved
 from descant.modules.io.lean import completed
@@ -24,6 +25,7 @@ def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
     """
     recipe = build(found) if into is None else into
     recipe.configure_model()
+    restructure(recipe, saved.read_checkpoint(found).get("structure", {}))
     saved.load_exactly(recipe, completed(without_distill(saved.read_weights(found)), recipe), found.weights)
     return recipe.eval()
 

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from descant.callbacks import EMA, Resume, Stages
 from descant.datamodules.stages import StageData, StagedData
-from descant.modules.adaptation.grow import Grow
+from descant.modules.adaptation.grow import Grow, structure
 from descant.modules.adaptation.stage_changes import StageChange
 from descant.modules.distill.distill import Distill, FeatureTarget
+from descant.modules.io import saved
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.vit import Layout, Trunk
 from descant.recipes import Contrastive, Stage, Staged, TeacherAverage
+from descant.recipes.base.rebuild import rebuild
+from descant.run import portable
 from tests._suites import SampleData
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
+from tests.recipes.test_missing import build, node, write
 from tests.rotation import quick
 from tests.tolerance import F64, ulps
 
@@ -97,6 +101,22 @@ def test_killed_before_or_after_a_growth_it_ends_in_the_same_bits(folder: Path, 
     again = Act()
     _, net = run(tmp_path, again, Resume(), path=point(folder, step))
     assert equal(state(net), whole) and again.losses == act.losses[step:]
+
+
+def test_a_grown_run_is_loaded_and_exported_at_its_size(folder: Path, tmp_path: Path) -> None:
+    _whole(folder)
+    content = torch.load(point(folder, 3 * STEPS), weights_only=True)
+    assert content["structure"]["towers.text"] == {"depth": 2, "mlp_ratio": 3.0}
+    model = node("Contrastive", *NAMES)
+    grown = build(model)
+    Grow(["image"], depth=1, mlp_ratio=2.0).grow(grown, seed=0)
+    run = write(tmp_path / "run", model, grown)
+    content = {"state_dict": grown.state_dict(), "structure": structure(grown)}
+    torch.save(content, run / "checkpoints/last.ckpt")
+    again = rebuild(saved.find(run, "last"))
+    plain = build(portable.carried(model, grown, tmp_path, None))  # as its classes build it
+    plain.load_state_dict(grown.state_dict())
+    assert equal(again.state_dict(), grown.state_dict())
 
 
 @pytest.mark.slow
