@@ -23,6 +23,7 @@ from descant.callbacks.run.callback_order import Ordered, is_a
 from descant.callbacks.run.ema import EMA
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
+from descant.modules.adaptation.stage_changes import AVERAGE
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
@@ -44,7 +45,8 @@ class Stages(Ordered):
         watch: metrics to plot, of validations (val/answered) and of epochs (rollouts/reward).
 
     Raises:
-        ValueError: at setup, for a recipe or data without stages, or with different ones.
+        ValueError: at setup, for a recipe or data without stages, or with different ones; for a stage that begins with
+            an average of the weights, without the callback EMA.
     """
 
     once = True
@@ -90,6 +92,9 @@ class Stages(Ordered):
             raise ValueError(f"data.stages {', '.join(of_data)}, model.stages {', '.join(of_model)}: {hint}")
         callbacks = trainer.callbacks
         rollouts, resizing = (any(is_a(c, (kind,)) for c in callbacks) for kind in ("Rollouts", "ProgressiveResizing"))
+        averaged = [name for name, one in pl_module.stages.items() if any(AVERAGE in c.reads for c in one.begin)]
+        if stage == "fit" and averaged and not any(isinstance(c, EMA) for c in callbacks):
+            raise ValueError(f"stages.{averaged[0]}.begin: mode average: no average is kept; add the callback EMA")
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
                 raise ValueError(f"stage {name!r}: its data are rollouts of the model; add the callback Rollouts")

@@ -71,7 +71,7 @@ def run(folder: Path, *more: Any, **options: Any) -> tuple[L.Trainer, Staged]:
     ).double()
     data = StagedData({name: StageData(SampleData(24, 12, NAMES), 1, STEPS) for name in GROWN})
     fixed: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "precision": "64-true"}
-    trainer, _ = fit(folder, Stages(), EMA(0.5), *more, net=net, data=data, **fixed | options)
+    trainer, _ = fit(folder, Stages(), *options.pop("ema", [EMA(0.5)]), *more, net=net, data=data, **fixed | options)
     return trainer, net
 
 
@@ -117,6 +117,11 @@ def test_a_grown_run_is_loaded_and_exported_at_its_size(folder: Path, tmp_path: 
     plain = build(portable.carried(model, grown, tmp_path, None))  # as its classes build it
     plain.load_state_dict(grown.state_dict())
     assert equal(again.state_dict(), grown.state_dict())
+
+
+def test_an_average_is_kept_where_it_is_inherited(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stages.deeper.begin: mode average: .* add the callback EMA"):
+        run(tmp_path, ema=[])
 
 
 @pytest.mark.slow
