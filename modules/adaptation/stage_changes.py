@@ -89,15 +89,8 @@ class TaskMerge(StageChange):
     def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
         before, first = boundary.weights[BEFORE], boundary.weights[FIRST]
         for name, parameter in recipe.named_parameters():
-            for then in (before, first):
-                if name not in then or then[name].shape != parameter.shape:
-                    was = f"was {list(then[name].shape)}" if name in then else "did not exist"
-                    raise ValueError(
-                        f"stages.{boundary.stage}.end: TaskMerge: {name} is {list(parameter.shape)} and {was} before: "
-                        "a model that has grown cannot be merged with what it was"
-                    )
-            x = Weights(parameter, *(then[name].to(parameter) for then in (before, first)))
-            parameter.copy_(self.rule(x))
+            was = [_earlier(f"stages.{boundary.stage}.end: TaskMerge", w, name, parameter) for w in (before, first)]
+            parameter.copy_(self.rule(Weights(parameter, *was)))
 
 
 class Rewind(StageChange):
@@ -112,4 +105,15 @@ class Rewind(StageChange):
     @torch.no_grad()
     def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
         for name, parameter in recipe.named_parameters():
-            parameter.copy_(boundary.weights[FIRST][name])
+            place = f"stages.{boundary.stage}.begin: Rewind"
+            parameter.copy_(_earlier(place, boundary.weights[FIRST], name, parameter))
+
+
+def _earlier(place: str, weights: State, name: str, parameter: Tensor) -> Tensor:
+    then = weights.get(name)
+    if then is None or then.shape != parameter.shape:
+        was = "did not exist" if then is None else f"was {list(then.shape)}"
+        raise ValueError(
+            f"{place}: {name} is {list(parameter.shape)} and {was} before: a model that has grown is not what it was"
+        )
+    return then.to(parameter)

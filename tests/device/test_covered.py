@@ -35,6 +35,8 @@ NEEDLESS = {
     "MetaSchedule": "numbers of the host, as WarmupCosine, which is tried",
     "Selection": "row numbers of a pool, before anything trains",
     "Selector": "chooses rows of a table, before anything trains",
+    "RichScorer": "regressions on the host, before anything trains",
+    "Styler": "regressions on the host, before anything trains",
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",
     "GrowthSpace": "compares numbers of trials, each of which trains",

@@ -270,12 +270,13 @@ def test_a_mistake_is_one_line(what: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_has_grown_is_not_merged_with_what_it_was() -> None:
+def test_what_has_grown_is_neither_merged_nor_taken_back() -> None:
     then = {"weight": torch.zeros(2, 2)}
     at = Boundary("b", {"before": then, "first": then}, lambda n: (), seed=0)
     for net, line in ((nn.Linear(2, 3, bias=False), r"weight is \[3, 2\] and was \[2, 2\]"), (nn.Linear(2, 2), "bias")):
-        with pytest.raises(ValueError, match=f"stages.b.end: TaskMerge: {line}"):
-            TaskMerge().apply(net, at)
+        for change, place in ((TaskMerge(), "end: TaskMerge"), (Rewind(), "begin: Rewind")):
+            with pytest.raises(ValueError, match=f"stages.b.{place}: {line}"):
+                change.apply(net, at)
 
 
 def test_a_model_that_is_split_over_ranks_is_not_merged() -> None:
