@@ -33,7 +33,9 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     """First-fit-decreasing bin packing: documents of each row, the longest placed first, each in the first row with
     room.
 
-    At most 11/9 of the optimal number of rows, plus one (Johnson 1973); finding a row takes logarithmic time.
+    At most 11/9 of the optimal number of rows, plus one (Johnson 1973). Documents of equal length go into a row
+    together, as many as it has room for, which is where one after the other would go; finding the row takes
+    logarithmic time.
 
     Raises:
         ValueError: naming a document that is longer than a row, or empty.
@@ -44,24 +46,33 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     wrong = next((i for i, n in enumerate(lengths) if not 0 < n <= size), None)
     if wrong is not None:
         raise ValueError(f"document {wrong}: {lengths[wrong]} tokens, where a row takes 1 to {size}")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    leaves = 1
-    while leaves < len(lengths):
+    alike: dict[int, list[int]] = {}
+    for i, n in enumerate(lengths):
+        alike.setdefault(n, []).append(i)
+    leaves, most = 1, 2 * sum(lengths) // size + 1  # any two rows hold more than one row's tokens
+    while leaves < most:
         leaves *= 2
     room = [size] * (2 * leaves)  # a binary tree of the most room in any row below
     rows: list[list[int]] = []
-    for i in order:
-        n, at = lengths[i], 1
-        while at < leaves:
-            at *= 2
-            at += room[at] < n
-        if at - leaves == len(rows):
-            rows.append([])
-        rows[at - leaves].append(i)
-        room[at] -= n
-        while at > 1:
-            at //= 2
-            room[at] = max(room[2 * at], room[2 * at + 1])
+    for n in sorted(alike, reverse=True):
+        members, done = alike[n], 0
+        while done < len(members):
+            at = 1
+            while at < leaves:
+                at *= 2
+                at += room[at] < n
+            if at - leaves == len(rows):
+                rows.append([])
+            placed = members[done : done + room[at] // n]
+            rows[at - leaves] += placed
+            room[at] -= n * len(placed)
+            done += len(placed)
+            while at > 1:
+                at //= 2
+                largest = max(room[2 * at], room[2 * at + 1])
+                if room[at] == largest:
+                    break
+                room[at] = largest
     return rows
 
 
@@ -94,15 +105,15 @@ def places(lengths: Sequence[int], size: int) -> Places:
         fewer = first_fit_decreasing(lengths, middle)
         low, high = (low, middle) if len(fewer) <= len(rows) else (middle + 1, high)
         rows = fewer if len(fewer) <= len(rows) else rows
-    place_N3 = torch.zeros(len(lengths), 3, dtype=torch.long)
+    place = [(0, 0, 0)] * len(lengths)
     width = 0
     for b, members in enumerate(rows):
         at = 0
         for k, i in enumerate(members, 1):
-            place_N3[i] = torch.tensor([b, at, k])
+            place[i] = (b, at, k)
             at += lengths[i]
         width = max(width, at)
-    row_N, first_N, segment_N = place_N3.unbind(dim=1)
+    row_N, first_N, segment_N = torch.tensor(place, dtype=torch.long).view(-1, 3).unbind(dim=1)
     return Places(row_N, first_N, segment_N, len(rows), width)
 
 

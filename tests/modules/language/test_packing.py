@@ -33,6 +33,15 @@ def test_first_fit_decreasing_equals_a_loop(seed: int) -> None:
     assert sorted(i for row in found for i in row) == list(range(300))
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 30, 64])
+def test_documents_of_equal_length_go_where_one_after_the_other_would(size: int) -> None:
+    generator = random.Random(size)
+    for number in range(60):
+        kinds = [generator.randint(1, size) for _ in range(generator.randint(1, 6))]
+        lengths = [generator.choice(kinds) for _ in range(number)]
+        assert first_fit_decreasing(lengths, size) == by_hand(lengths, size)
+
+
 def test_real_documents_leave_little_padding() -> None:
     """Names of the pack in each of their languages, as its own tokens."""
     data = Emoji(tiny=True)
