@@ -200,8 +200,10 @@ def rope_frequencies(theta: float, head_width: int, device: torch.device | None 
 
 
 def apply_rope(x_BHTE: Tensor, rope: Tensor) -> Tensor:
-    """Rotary positions, RoPE (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as a complex number."""
-    pairs = torch.view_as_complex(x_BHTE.float().unflatten(-1, (-1, 2)))
+    """Rotary positions, RoPE (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as a complex number, in
+    float32 or, where ``x`` is, in float64."""
+    exact = x_BHTE if x_BHTE.dtype == torch.float64 else x_BHTE.float()
+    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).to(x_BHTE.dtype)
 
 
