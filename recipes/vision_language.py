@@ -44,14 +44,18 @@ class VisionLanguage(LanguageRecipe):
         projector: from the tower's tokens to the model's; each becomes one where not given.
         visual: how far the tokens of a picture move positions on; like words where not given.
         row: tokens of a packed row; the model's length where not given.
+        document_mask: whether tokens attend within their document alone, with positions from its start. Without, SFT
+            trains on rows as one sequence, as Open-Qwen2VL's release does (Wang 2025, arXiv 2504.00595; no masks but
+            that of padding): documents attend to those before them. Log-probabilities that are compared with those of
+            other passes (evaluation, GRPO, DPO) always are those of a document alone.
         objective: SFT where not given; GRPO of sampled answers (callback Rollouts), or DPO of pairs. Its reference
             policy, where it has one, is the teacher of ``distill``, without targets.
         sampling: how answers are sampled for GRPO. new: most tokens of a sampled answer.
 
     Raises:
         ValueError: for another tower, a tower, image_token or projector without the others, ids that the model has no
-            embedding for, or what the objective raises; at setup, for ids other than the data's; in training, for a
-            document that is longer than a row.
+            embedding for, rows longer than the model's length without a document mask, or what the objective raises; at
+            setup, for ids other than the data's; in training, for a document that is longer than a row.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class VisionLanguage(LanguageRecipe):
         projector: ImageProjector | None = None,
         visual: VisualSteps | None = None,
         row: int | None = None,
+        document_mask: bool = True,
         objective: LanguageObjective | None = None,
         sampling: Sampling | None = None,
         new: int = 12,
@@ -86,6 +91,9 @@ class VisionLanguage(LanguageRecipe):
             least = max(self.marks.values()) + 1
             raise ValueError(f"lm.vocab {lm.vocabulary}: {listed} are ids too; {least} is the least")
         self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
+        self.document_mask = document_mask
+        if not document_mask and self.row > lm.length:
+            raise ValueError(f"document_mask false: a row of {self.row} is one sequence; lm.length {lm.length} is the most")
         self.towers, self.lm, self.modalities = towers, lm, (*towers, "text")
         if towers:
             self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)

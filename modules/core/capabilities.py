@@ -21,6 +21,7 @@ HAD_BY = {
     "Generates": "VisionLanguage",
     "Inverts": "Contrastive",
     "MultimodalClassifier": "Fusion",
+    "PacksDocuments": "VisionLanguage",
     "Reconstructs": "Masked",
     "RolloutPolicy": "VisionLanguage",
     "Scores": "Fusion and Masked",

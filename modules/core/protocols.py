@@ -207,6 +207,14 @@ class AnswersQuestions(Protocol):
 
 
 @runtime_checkable
+class PacksDocuments(Protocol):
+    """Trains on packed rows, and counts them: ``packing`` has rows, documents, tokens and cells, numbers of the CPU."""
+
+    @property
+    def packing(self) -> Any: ...
+
+
+@runtime_checkable
 class RolloutPolicy(Protocol):
     """Samples answers to train on: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most ``new``
     tokens.

@@ -6,6 +6,7 @@ from descant.modules.language.generate import generate as generate
 from descant.modules.language.generate import generate_some as generate_some
 from descant.modules.language.model import CausalLM as CausalLM
 from descant.modules.language.packing import Packed as Packed
+from descant.modules.language.packing import PackingCounts as PackingCounts
 from descant.modules.language.packing import first_fit_decreasing as first_fit_decreasing
 from descant.modules.language.packing import pack as pack
 from descant.modules.language.packing import places as places

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     alike: dict[int, list[int]] = {}
     for i, n in enumerate(lengths):
         alike.setdefault(n, []).append(i)
-    leaves, most = 1, 2 * sum(lengths) // size + 1  # any two rows hold more than one row's tokens
+    leaves, most = 1, 2 * sum(lengths) // max(size, 1) + 1  # any two rows hold more than one row's tokens
     while leaves < most:
         leaves *= 2
     room = [size] * (2 * leaves)  # a binary tree of the most room in any row below
@@ -117,31 +118,87 @@ def places(lengths: Sequence[int], size: int) -> Places:
     return Places(row_N, first_N, segment_N, len(rows), width)
 
 
-def through(lm: CausalLM, h_BSW: Tensor, real_BS: Tensor, size: int, position_BS: Tensor | None = None) -> Tensor:
+@dataclass
+class PackingCounts:
+    """Rows, documents, tokens and cells (tokens and padding) of packed rows since the last reset: numbers of the CPU.
+
+    >>> counts = PackingCounts()
+    >>> counts.add(places([2, 3, 1], size=5), 6)
+    >>> counts.padding, counts.documents / counts.rows
+    (0.0, 1.5)
+    """
+
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    cells: int = 0
+
+    def add(self, plan: Places, tokens: int) -> None:
+        self.rows += plan.rows
+        self.documents += len(plan.row_N)
+        self.tokens += tokens
+        self.cells += plan.rows * plan.width
+
+    def __iadd__(self, other: PackingCounts) -> Self:
+        self.rows, self.documents = self.rows + other.rows, self.documents + other.documents
+        self.tokens, self.cells = self.tokens + other.tokens, self.cells + other.cells
+        return self
+
+    def reset(self) -> None:
+        self.rows = self.documents = self.tokens = self.cells = 0
+
+    @property
+    def padding(self) -> float:
+        """Share of the cells without a token."""
+        return 1 - self.tokens / max(self.cells, 1)
+
+
+def through(
+    lm: CausalLM,
+    h_BSW: Tensor,
+    real_BS: Tensor,
+    size: int,
+    position_BS: Tensor | None = None,
+    document_mask: bool = True,
+    counts: PackingCounts | None = None,
+) -> Tensor:
     """Language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
 
-    ``real_BS``: bool, without gaps; ``position_BS``: counted by default. Padding is computed at the ends of rows only.
+    Padding is computed at the ends of rows only.
+
+    Args:
+        real_BS: bool, without gaps. position_BS: counted by default.
+        document_mask: tokens attend within their document, whose positions begin with 0, so that features are those of
+            each sample alone. Without, to all earlier tokens of the row, with positions counted from its start.
+        counts: of the rows, added to those that it has.
 
     Raises:
-        ValueError: naming a sample that is longer than ``size``.
+        ValueError: naming a sample that is longer than ``size``; for positions without a document mask.
     """
+    if position_BS is not None and not document_mask:
+        raise ValueError("document_mask false: positions are those of the row; visual steps need the document mask")
     device, real_BS = h_BSW.device, host_copy(real_BS)  # the plan is made on the CPU
     length_B = real_BS.sum(dim=1)
     some_B = (length_B > 0).nonzero().flatten()
     plan = places(length_B[some_B].tolist(), size)
+    if counts is not None:
+        counts.add(plan, int(length_B.sum()))
     place_B3 = torch.zeros(len(h_BSW), 3, dtype=torch.long)
     place_B3[some_B] = torch.stack(plan[:3], dim=1)
     row_BS, first_BS, segment_BS = place_B3[:, :, None].expand(-1, -1, real_BS.shape[1]).unbind(dim=1)
     there = row_BS[real_BS], (first_BS + real_BS.cumsum(dim=1) - 1)[real_BS]
-    segment = torch.full((max(plan.rows, 1), max(plan.width, 1)), NOWHERE)
-    segment[there] = segment_BS[real_BS]
+    shape = torch.Size((max(plan.rows, 1), max(plan.width, 1)))
     to = tuple(to_device(x_N, device) for x_N in there)
     of = tuple(to_device(x_N, device) for x_N in real_BS.nonzero(as_tuple=True))
-    packed = h_BSW.new_zeros(*segment.shape, h_BSW.shape[2]).index_put(to, h_BSW[of])
-    position = None
+    packed = h_BSW.new_zeros(*shape, h_BSW.shape[2]).index_put(to, h_BSW[of])
+    segment = position = None  # without either, a row is one causal sequence, and its padding is after all tokens
+    if document_mask:
+        segment = torch.full(shape, NOWHERE)
+        segment[there] = segment_BS[real_BS]
+        segment = to_device(segment, device)
     if position_BS is not None:
-        position = derived(partial(_put, segment.shape), *to, *of, position_BS)
-    h_RTW = lm(packed, to_device(segment, device), position)
+        position = derived(partial(_put, shape), *to, *of, position_BS)
+    h_RTW = lm(packed, segment, position)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 
 

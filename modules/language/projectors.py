@@ -23,6 +23,11 @@ class ImageProjector(nn.Module):
         self.made(width, to)
         return self
 
+    @property
+    def image_tokens(self) -> int | None:
+        """I of the present settings, where it does not depend on the tower's tokens."""
+        return None
+
     def made(self, width: int, to: int) -> None:
         raise NotImplementedError
 
@@ -51,13 +56,15 @@ class EachToken(ImageProjector):
 class PooledGrid(ImageProjector):
     """Average-pooled projector: ``h_bi = MLP(mean of the tokens in cell i)`` of side x side cells, row by row.
 
-    For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise).
+    For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise). No weight depends on the
+    side, so a stage may set another: from few tokens of an image to many, as in Open-Qwen2VL (Wang 2025, arXiv
+    2504.00595; 144 in pre-training, then 729), by ``set: {projector.side: 4}``.
 
     Args:
         side: of the grid.
 
     Raises:
-        ValueError: for a side below 1; in forward, for tokens that are no square.
+        ValueError: for a side that is no whole number from 1 on; in forward, for tokens that are no square.
 
     >>> PooledGrid(2).build(8, 6)(Tokens(torch.randn(2, 16, 8), torch.ones(2, 16, dtype=torch.bool))).shape
     torch.Size([2, 4, 6])
@@ -65,9 +72,14 @@ class PooledGrid(ImageProjector):
 
     def __init__(self, side: int = 2) -> None:
         super().__init__()
-        if side < 1:
-            raise ValueError(f"side {side}: at least 1")
         self.side = side
+        _ = self.image_tokens
+
+    @property
+    def image_tokens(self) -> int:
+        if not isinstance(self.side, int) or self.side < 1:
+            raise ValueError(f"side {self.side}: at least 1, a whole number")
+        return self.side**2
 
     def made(self, width: int, to: int) -> None:
         self.mlp = mlp(width, to)
@@ -101,6 +113,10 @@ class Resampler(ImageProjector):
         if queries < 1:
             raise ValueError(f"queries {queries}: at least 1")
         self.queries, self.heads = queries, heads
+
+    @property
+    def image_tokens(self) -> int:
+        return self.queries
 
     def made(self, width: int, to: int) -> None:
         checked_heads(width, self.heads)

@@ -18,7 +18,7 @@ from descant.modules.core.output import Decisions
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.answer_scores import answered_with
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
-from descant.modules.language.packing import through
+from descant.modules.language.packing import PackingCounts, through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import ImageProjector
 from descant.modules.objectives.language import LanguageObjective, answer_log_probabilities
@@ -35,10 +35,29 @@ class LanguageRecipe(Recipe):
     answer_token: int
     marks: dict[str, int]
     row: int
+    document_mask: bool
     new: int
     visual: VisualSteps
     sampling: Sampling
     objective: LanguageObjective
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.packing = PackingCounts()  # of training alone, for PackingStatistics
+
+    def require_data(self, data: Any) -> None:
+        """A row takes the longest document that the data may have, with the present number of tokens an image."""
+        text, images = getattr(data, "length", None), getattr(data, "images", 0)
+        tokens = self.projector.image_tokens if self.image_token is not None else None
+        if text is None or tokens is None:
+            return
+        longest = text + images * (tokens - 1)  # each image has a token in the text
+        if longest > self.row:
+            of = f"an image of {tokens} tokens" if images == 1 else f"{images} images of {tokens} tokens each"
+            raise ValueError(
+                f"row {self.row}: documents of {type(data).__name__} have up to {longest} tokens, {of} among them; "
+                f"the least row is {longest}, or data of length {text - longest + self.row}"
+            )
 
     # from a batch to what the model reads -------------------------------------------------------------------------
 
@@ -58,7 +77,9 @@ class LanguageRecipe(Recipe):
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
         h_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
-        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS)
+        alone = self.document_mask or not self.training or self.objective.deterministic
+        counts = self.packing if self.training else None
+        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS, alone, counts)
         found = host_copy(row.loss_mask_BS).nonzero(as_tuple=True)
         sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N

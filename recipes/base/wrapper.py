@@ -155,6 +155,10 @@ class Wrapper(Recipe):
         return self._inner.new
 
     @property
+    def packing(self) -> Any:
+        return self._inner.packing
+
+    @property
     def needs_reference(self) -> bool:
         return self._inner.needs_reference
 

@@ -338,7 +338,8 @@ def masked(before: Path) -> Run:
 def chat(before: Path) -> Run:
     recipe = VisionLanguage(**small_chat(), visual=VisualSteps(0.5), optimizer=adamw)
     answering = Answering(new=2, by="kind", limit=8, validate=True)
-    return Run(recipe, Questions(**ASKED), [c.Accuracy(), answering], {"precision": "bf16-mixed"})
+    seen: list[L.Callback] = [c.Accuracy(), answering, c.PackingStatistics()]
+    return Run(recipe, Questions(**ASKED), seen, {"precision": "bf16-mixed"})
 
 
 @run
