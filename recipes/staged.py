@@ -92,6 +92,7 @@ class Staged(Changing):
             change.require(self.inner)
         for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
             self._choose(name)
+            self.stages[name].require_data(name, self.inner, datamodule_of(self.trainer) if self._trainer else None)
         training = self._trainer is not None and self.trainer.training
         if self.now.load is not None or (training and self.boundaries.changes):
             self.begin_stage(self.stage, lambda _: ())  # of the first stage, which no callback begins

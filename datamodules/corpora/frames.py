@@ -271,6 +271,10 @@ class Frames(Questions):
                 raise ValueError(f"sealed: no lock-box has the brain that {kind} shows; leave it out by kinds")
         self.most = max(self.sources[kind].frames for kind in self.kinds)
 
+    @property
+    def images(self) -> int:
+        return self.most
+
     def prepare_data(self) -> None:
         super().prepare_data()
         self.join()

@@ -110,6 +110,11 @@ class Dialogues(DataModule):
         return self.tokenizer.vocabulary if "image" in self.modalities else None
 
     @property
+    def images(self) -> int:
+        """The most images of a dialogue."""
+        return int("image" in self.modalities)
+
+    @property
     def answer_token(self) -> int:
         """The id before an answer, the same with and without images."""
         return self.tokenizer.vocabulary + 1

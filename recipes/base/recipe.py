@@ -135,6 +135,9 @@ class Recipe(L.LightningModule):
         if "state_dict" in checkpoint and (self.distill is None or not self.distill.prepared):
             checkpoint["state_dict"] = without_distill(checkpoint["state_dict"])
 
+    def require_data(self, data: Any) -> None:
+        """Raises ValueError for data whose samples the recipe with its present settings cannot be trained on."""
+
     def setup(self, stage: str) -> None:
         trainer = self.trainer
         self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches

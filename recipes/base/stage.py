@@ -10,7 +10,9 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from descant.modules.adaptation.inherit import Begin
 from descant.modules.adaptation.stage_changes import StageChange
+from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
+from descant.modules.core.protocols import StagedDataModule
 from descant.modules.objectives.language import LanguageObjective
 from descant.modules.training_setup.schedule import Schedule
 
@@ -25,8 +27,8 @@ class Stage:
         optimizer, schedule: of the stage, whose steps the schedule counts; the recipe's where not given.
         load: weights to begin with, in place of those that the stage before left.
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
-            ``{pool_global: true}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages begin with the recipe's
-            own.
+            ``{pool_global: true}``, ``{projector.side: 4}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages
+            begin with the recipe's own.
         begin: changes of the model when the stage begins, in this order, after ``load``.
         end: changes when it ends, after its last validation and before its weights are saved, such as
             ``[{class_path: TaskMerge}]``. Running statistics of batch norms are then estimated anew.
@@ -42,7 +44,7 @@ class Stage:
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         load: Begin | None = None,
-        set: dict[str, float | str | bool | None] | None = None,
+        set: dict[str, bool | int | float | str | None] | None = None,
         begin: list[StageChange] | None = None,
         end: list[StageChange] | None = None,
     ) -> None:
@@ -65,6 +67,20 @@ class Stage:
             raise ValueError(f"stages.{name}.objective: {type(recipe).__name__} has no choice; VisionLanguage has")
         try:
             self.objective.require(recipe)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+
+    def require_data(self, name: str, recipe: Any, data: Any) -> None:
+        """Raises ValueError for data that the recipe, which has this stage's settings, cannot take.
+
+        Evaluation sets are judged with them, too.
+        """
+        if not has(data, StagedDataModule) or name not in data.stages or not data.stages[name].epochs:
+            return
+        trained = data.stages[name].data
+        try:
+            for part in (trained, getattr(data, "evaluated", trained)):
+                recipe.require_data(part)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
 
