@@ -47,6 +47,9 @@ BENCHMARKS = {
     "selection": "benchmarks.selection:selection",
     "stages": "benchmarks.stages:stages",
     "mining": "benchmarks.mining:mining",
+    "packing/plan": "benchmarks.packing:plan",
+    "packing/emoji": "benchmarks.packing:emoji",
+    "packing/speed": "benchmarks.packing:speed",
 }
 
 
