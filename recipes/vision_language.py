@@ -93,7 +93,9 @@ class VisionLanguage(LanguageRecipe):
         self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
         self.document_mask = document_mask
         if not document_mask and self.row > lm.length:
-            raise ValueError(f"document_mask false: a row of {self.row} is one sequence; lm.length {lm.length} is the most")
+            raise ValueError(
+                f"document_mask false: a row of {self.row} is one sequence; lm.length {lm.length} is the most"
+            )
         self.towers, self.lm, self.modalities = towers, lm, (*towers, "text")
         if towers:
             self.projector = (projector or EachToken()).build(towers.width("image"), lm.width)

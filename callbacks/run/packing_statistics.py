@@ -58,9 +58,7 @@ class PackingStatistics(Ordered):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._meter.work(time.perf_counter())
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         new: PackingCounts = pl_module.packing
         self._meter.done(time.perf_counter(), rows=new.tokens)
         self._counts += new

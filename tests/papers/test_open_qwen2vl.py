@@ -103,7 +103,8 @@ def test_evaluation_is_of_documents_alone() -> None:
 
 
 def test_rows_without_a_mask_are_refused_where_they_cannot_be() -> None:
-    with pytest.raises(ValueError, match="^document_mask false: a row of 65 is one sequence; lm.length 64 is the most"):
+    message = r"^document_mask false: a row of 65 is one sequence; lm\.length 64 is the most$"
+    with pytest.raises(ValueError, match=message):
         VisionLanguage(**chat.sees(CausalLM(20, 12, 1, 2, length=64)), row=65, document_mask=False)
 
 
@@ -162,8 +163,8 @@ def test_a_row_too_short_for_the_grid_of_a_stage_is_refused_before_the_first_ste
     with pytest.raises(ValueError) as refused:
         run(tmp_path, tokens, net=model(row=LENGTH + HIGH - 2))
     assert str(refused.value) == (
-        "stages.answers: row 55: documents of Questions have up to 56 tokens, an image of 9 tokens among them; the least "
-        "row is 56, or data of length 47"
+        "stages.answers: row 55: documents of Questions have up to 56 tokens, an image of 9 tokens among them; the "
+        "least row is 56, or data of length 47"
     )
     assert not tokens.of_images
     run(tmp_path, net=model(row=LENGTH + HIGH - 1))

@@ -50,7 +50,9 @@ def test_statistics_are_those_of_the_plans_of_a_window(tmp_path: Path) -> None:
     logged = run(tmp_path, 4, val_check_interval=1)
     assert logged.values[1] == {}
     for step in (2, 4):
-        rows, documents, tokens, cells = (a + b for a, b in zip(logged.plans[step - 1], logged.plans[step], strict=True))
+        rows, documents, tokens, cells = (
+            a + b for a, b in zip(logged.plans[step - 1], logged.plans[step], strict=True)
+        )
         values = logged.values[step]
         assert values["packing/padding"] == pytest.approx(1 - tokens / cells, abs=ulps(1, F32))
         assert values["packing/documents_per_row"] == pytest.approx(documents / rows, rel=ulps(1, F32))
