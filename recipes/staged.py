@@ -37,8 +37,9 @@ class Staged(Changing):
         stages: name -> what it trains and how, in this order; or one Stage for every stage of the data.
 
     Raises:
-        ValueError: for no stage; before training, for one that trains no parameter or needs a reference policy without
-            ``distill``, and for stages that train different parameters of a model that is split over ranks.
+        ValueError: for no stage; before training, for one that trains no parameter, needs a reference policy without
+            ``distill`` or has documents that are longer than a row with its image tokens, and for stages that train
+            different parameters of a model that is split over ranks.
     """
 
     def __init__(self, recipe: Recipe, stages: Stage | dict[str, Stage], **kwargs: Any) -> None:
