@@ -60,7 +60,8 @@ def _fit(stream: bool, folder: Path) -> float:
     steps = STEPS if stream else STEPS * len(GROUPS)
     data = TaskStream(tasks, mix=mix, steps=steps, batch_size=BATCH)
     towers = Towers(image=ConvTower([32, 64, 128], stem=4), text=BagTower(4096, 128))
-    net = Staged(Contrastive(towers, 128), Stage(end=[TaskMerge()] if stream else []), optimizer=adamw_callable)
+    each = Stage(end=[TaskMerge()] if stream else [])
+    net = Staged(Contrastive(towers, 128), each=each, optimizer=adamw_callable)
     clock = _Clock()
     trainer = L.Trainer(
         max_epochs=-1,

@@ -22,7 +22,7 @@ class TaskStream(StagedData):
     to the sum of those that there are; the first task has nothing to replay. Replayed rows count in the budget. All
     stages end having seen the same tasks, whatever their order. The evaluation sets are those of every task and of the
     original data at every stage, as ``task-set``, so that what is learned and what is forgotten can be read
-    (the callback Accumulation). The recipe is Staged, and one Stage serves all tasks (``stages: {class_path: Stage}``).
+    (the callback Accumulation). The recipe is Staged, and one Stage serves all tasks (``each: {class_path: Stage}``).
     Source: Roth 2024 (FoMo-in-Flux), arXiv 2408.14471, whose default mixture is equal thirds.
 
     Args:

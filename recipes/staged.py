@@ -34,18 +34,19 @@ class Staged(Changing):
 
     Args:
         recipe: what is trained; its training options (optimizer, distill ...) are given here, not there.
-        stages: name -> what it trains and how, in this order; or one Stage for every stage of the data.
+        stages: name -> what it trains and how, in this order.
+        each: in place of stages: one for every stage of the data, such as the tasks of a TaskStream.
 
     Raises:
-        ValueError: for no stage; before training, for one that trains no parameter, needs a reference policy without
-            ``distill`` or has documents that are longer than a row with its image tokens, and for stages that train
-            different parameters of a model that is split over ranks.
+        ValueError: for no stage, or both stages and each; before training, for one that trains no parameter, needs a
+            reference policy without ``distill``, or data whose documents do not fit a row with its image tokens, and
+            for stages that train different parameters of a model that is split over ranks.
     """
 
-    def __init__(self, recipe: Recipe, stages: Stage | dict[str, Stage], **kwargs: Any) -> None:
-        if not stages:
-            raise ValueError("stages: none; such as {answers: {class_path: Stage}}")
-        super().__init__(recipe, stages, **kwargs)
+    def __init__(
+        self, recipe: Recipe, stages: dict[str, Stage] | None = None, each: Stage | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(recipe, stages, each, **kwargs)
         self._objective = getattr(recipe, "objective", None)
         self._own = {name: read_setting(recipe, name) for stage in self.stages.values() for name in stage.set}
         for name, stage in self.stages.items():

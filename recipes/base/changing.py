@@ -23,12 +23,16 @@ class Changing(Wrapper):
     A subclass implements ``_choose(stage)``: settings, objective and trainable parameters of a stage.
 
     Args:
-        recipe: what is trained. stages: by name, in this order; or one for every stage of the data.
+        recipe: what is trained. stages: by name, in this order. each: one for every stage of the data.
     """
 
-    def __init__(self, recipe: Recipe, stages: Stage | dict[str, Stage], **kwargs: Any) -> None:
-        self._each = stages if isinstance(stages, Stage) else None
-        self.stages = {"stage": stages} if isinstance(stages, Stage) else dict(stages)
+    def __init__(self, recipe: Recipe, stages: dict[str, Stage] | None, each: Stage | None, **kwargs: Any) -> None:
+        if not stages and each is None:
+            raise ValueError("stages: none; such as {answers: {class_path: Stage}}")
+        if stages and each is not None:
+            raise ValueError(f"stages {', '.join(stages)} and each: one of the two")
+        self._each = each
+        self.stages = dict(stages) if stages else {"each": each} if each else {}
         self.stage = next(iter(self.stages))
         super().__init__(recipe, **kwargs)
         self._trainable: list[str] = []

@@ -72,7 +72,7 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
 def run(folder: Path, *more: Any, stage: Stage | None = None, **options: Any) -> tuple[L.Trainer, Staged]:
     torch.manual_seed(0)
     make = options.pop("optimizer", None) or (lambda groups: torch.optim.AdamW(groups, lr=0.05))
-    net = Staged(fusion(), stage or Stage(), optimizer=make).double()
+    net = Staged(fusion(), each=stage or Stage(), optimizer=make).double()
     fixed: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "precision": "64-true"}
     held = options.pop("data", None) or data()
     trainer, _ = fit(folder, Stages(), *more, net=net, data=held, **fixed | options)
@@ -260,8 +260,9 @@ class Structural(StageChange):
             lambda: TaskStream({m: SampleData(modalities=(m,)) for m in NAMES}, steps=1),
             "tasks: no modality is in all of them .image: image; text: text.",
         ),
+        (lambda: Staged(fusion(), {"a": Stage()}, Stage()), "stages a and each: one of the two"),
         (lambda: Interpolate(1.5), "Interpolate: w 1.5: a share from 0 to 1"),
-        (lambda: Staged(fusion(), Stage(end=[Structural()])), "stages.stage.end: Structural changes the structure"),
+        (lambda: Staged(fusion(), each=Stage(end=[Structural()])), "stages.each.end: Structural changes the structure"),
     ],
 )
 def test_a_mistake_is_one_line(what: Any, message: str) -> None:
@@ -281,4 +282,4 @@ def test_what_has_grown_is_neither_merged_nor_taken_back() -> None:
 
 def test_a_model_that_is_split_over_ranks_is_not_merged() -> None:
     with pytest.raises(ValueError, match="shard: the parameters of a model that is split over ranks cannot be merged"):
-        Staged(fusion(), Stage(end=[TaskMerge()]), shard=Shard()).configure_model()
+        Staged(fusion(), each=Stage(end=[TaskMerge()]), shard=Shard()).configure_model()
