@@ -51,3 +51,4 @@ from descant.callbacks.run.resume import Resume as Resume
 from descant.callbacks.run.sanity import Sanity as Sanity
 from descant.callbacks.run.stages import Stages as Stages
 from descant.callbacks.run.throughput import Throughput as Throughput
+from descant.callbacks.run.train_flops import TrainFlops as TrainFlops

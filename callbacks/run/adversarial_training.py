@@ -42,7 +42,7 @@ class AdversarialTraining(Ordered):
     """
 
     once = True
-    after: ClassVar = ("Misalign", "ProgressiveResizing")
+    after: ClassVar = ("Misalign", "ProgressiveResizing", "TrainFlops")
 
     def __init__(self, radius: dict[str, float], steps: int = 5) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from descant.callbacks.run.progressive_resizing import ProgressiveResizing
-from descant.callbacks.run.throughput import Meter, count_rows
+from descant.callbacks.run.throughput import Meter
+from descant.modules.core.batch import count_rows
 from descant.modules.core.errors import say
 from descant.modules.training_setup.trainer import first_validation, log_interval, run_steps
 

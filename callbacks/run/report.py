@@ -15,7 +15,8 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
 from descant.callbacks.plots.output import run_folder
-from descant.callbacks.run.throughput import count_rows
+from descant.callbacks.run.train_flops import TrainFlops
+from descant.modules.core.batch import count_rows
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.items import FILE, save_items
@@ -34,6 +35,7 @@ class Report(L.Callback):
     * ``steps``, ``epochs``: optimizer steps and finished epochs.
     * ``seconds``: wall time of the fit; ``train_seconds``: without evaluation and setup.
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
+    * ``train_flops``, ``active_flops``: of the callback TrainFlops, where there is one.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
     * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
 
@@ -160,16 +162,22 @@ class Report(L.Callback):
         parameters = list(pl_module.parameters())
         seconds = self.train_seconds
         calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
-        return calls | {
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
-            "seconds": round(self.seconds, 3),
-            "train_seconds": round(seconds, 3),
-            "samples": self._samples,
-            "samples_per_second": round(self._samples / seconds, 3) if seconds > 0 else 0.0,
-            "parameters": sum(p.numel() for p in parameters),
-            "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        }
+        counts = [callback for callback in trainer.callbacks if isinstance(callback, TrainFlops)]  # type: ignore[attr-defined]
+        flops = counts[-1].metrics(trainer.global_step) if counts else {}
+        return (
+            calls
+            | flops
+            | {
+                "steps": trainer.global_step,
+                "epochs": trainer.current_epoch,
+                "seconds": round(self.seconds, 3),
+                "train_seconds": round(seconds, 3),
+                "samples": self._samples,
+                "samples_per_second": round(self._samples / seconds, 3) if seconds > 0 else 0.0,
+                "parameters": sum(p.numel() for p in parameters),
+                "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            }
+        )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "validate", "test"):

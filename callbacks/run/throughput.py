@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -15,35 +14,9 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.run.callback_order import Ordered
-from descant.modules.training_setup.flops import FlopCount
+from descant.callbacks.run.train_flops import TrainFlops
+from descant.modules.core.batch import count_rows
 from descant.modules.training_setup.trainer import log_interval
-
-
-def image_shapes(batch: Any) -> str:
-    """Shapes ``[C, H, W]`` of the images in ``batch.inputs``, on which the cost of a step depends.
-
-    >>> from types import SimpleNamespace
-    >>> image_shapes(SimpleNamespace(inputs={"image": torch.zeros(2, 3, 8, 8), "text": torch.zeros(2, 5)}))
-    'image 3x8x8'
-    """
-    inputs = getattr(batch, "inputs", None) or {}
-    shapes = {name: x.shape[1:] for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() >= 4}
-    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-
-
-def count_rows(batch: Any) -> int:
-    """Number of rows of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
-
-    >>> count_rows((torch.zeros(4, 2), torch.zeros(4))), count_rows({"x": torch.zeros(3, 1)}), count_rows(0)
-    (4, 3, 0)
-    """
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    if isinstance(batch, list | tuple):
-        return next((n for n in map(count_rows, batch) if n), 0)
-    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, str | bytes) else 0
 
 
 class Meter:
@@ -155,12 +128,9 @@ class Throughput(Ordered):
 
     * ``speed/samples_per_second``: rows of all ranks, without evaluation.
     * ``speed/data_wait``: share of the time spent waiting for data, 0 to 1.
-    * ``speed/mfu``: model FLOPs utilisation of a device, ``flops_per_step * steps_per_second / peak_flops``.
+    * ``speed/mfu``: model FLOPs utilisation of a device, ``flops_per_second / peak_flops``.
 
-    ``flops_per_step`` is counted once for each shape of images, in the forward and backward of the first micro-batch
-    that has it (times the micro-batches of a step), including recomputed activations and gradient probes. A compiled
-    model runs its counted micro-batch uncompiled, since a compiler that meets a counter stops compiling the model. The
-    count is saved in checkpoints.
+    FLOPs are those of :class:`descant.callbacks.run.train_flops.TrainFlops`, which is added where it is missing.
 
     Args:
         peak_flops: FLOP/s of the device; None: measured at the start of the fit for a quarter of a second, by a matrix
@@ -171,27 +141,25 @@ class Throughput(Ordered):
     """
 
     once = True
-    #: The cost of a step depends on the size of its images.
-    after = ("ProgressiveResizing",)
+    after = ("TrainFlops",)
 
     def __init__(self, peak_flops: float | None = None) -> None:
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"peak_flops {peak_flops} is not a positive number of FLOP/s")
         self.peak_flops = peak_flops
-        self.flops_per_step = 0
-        self._flops: dict[str, int] = {}  # by the shapes of a sample's images
-        self._shapes = ""
         self._peak = 0.0
         self._meter = Meter()
         self._step = 0
-        self._count: FlopCount | None = None
+        self._flops = TrainFlops()
+        self._spent = 0.0  # FLOPs of this rank since the last logging step
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"flops_per_step": self.flops_per_step, "flops": dict(self._flops)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.flops_per_step = int(state_dict["flops_per_step"])
-        self._flops = dict(state_dict.get("flops", {}))
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        counts = [callback for callback in callbacks if isinstance(callback, TrainFlops)]
+        if not counts:
+            callbacks.append(self._flops)
+        self._flops = (counts or [self._flops])[-1]
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         dtype = compute_dtype(str(trainer.precision))
@@ -206,31 +174,11 @@ class Throughput(Ordered):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._meter.work(time.perf_counter())
-        self._shapes = image_shapes(batch)
-        if self.flops_per_step and not self._flops:  # from a checkpoint of an earlier version, with one count
-            self._flops[self._shapes] = self.flops_per_step
-        self.flops_per_step = self._flops.get(self._shapes, 0)
-        if not self.flops_per_step:
-            torch.compiler.set_stance("force_eager")
-            self._count = FlopCount()
-            self._count.__enter__()
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if pl_module.automatic_optimization:  # a manual step may call backward several times
-            self._stop_counting(trainer)
-
-    def _stop_counting(self, trainer: L.Trainer) -> None:
-        if self._count is None:
-            return
-        count, self._count = self._count, None
-        count.__exit__(None, None, None)
-        torch.compiler.set_stance("default")
-        self._flops[self._shapes] = self.flops_per_step = count.flops * trainer.accumulate_grad_batches
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._stop_counting(trainer)
+        self._spent += self._flops.last
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
         logging = stepped and trainer.global_step % log_interval(trainer) == 0
         if logging:
@@ -243,14 +191,11 @@ class Throughput(Ordered):
             "speed/samples_per_second": meter.rows_per_second * trainer.world_size,
             "speed/data_wait": meter.data_wait,
         }
-        if self.flops_per_step:
-            steps_per_second = meter.batches / trainer.accumulate_grad_batches / meter.seconds
-            values["speed/mfu"] = self.flops_per_step * steps_per_second / self._peak
+        if self._spent:
+            values["speed/mfu"] = self._spent / meter.seconds / self._peak
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         meter.clear()
+        self._spent = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._meter.wait(None)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._stop_counting(trainer)

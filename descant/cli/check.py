@@ -8,9 +8,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from descant.callbacks.run.throughput import count_rows
 from descant.cli.estimate import estimate
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, count_rows
 from descant.modules.training_setup.trainer import data_now, run_steps
 from descant.recipes.base.recipe import Recipe
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from descant.callbacks.run.throughput import count_rows
+from descant.modules.core.batch import count_rows
 from descant.modules.training_setup.flops import FlopCount
 
 #: Slices of a batch, as parts of it.

@@ -32,7 +32,7 @@ from descant.run.changes import FREE
 #: Callbacks that change neither training nor metrics.
 _WATCHERS = (
     *("Report", "Progress", "Sanity", "Resume", "ModelCheckpoint", "LeanCheckpoint", "Throughput"),
-    *("RetrievalPictures", "Projector"),
+    *("TrainFlops", "RetrievalPictures", "Projector"),
 )
 _CALLBACKS = "trainer.callbacks"
 _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACKS}.{name}" for name in _WATCHERS))

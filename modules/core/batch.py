@@ -174,3 +174,18 @@ def some(*masks: Tensor) -> Tensor:
     [True, False]
     """
     return derived(lambda *every: torch.stack(every).any(dim=0), *masks)
+
+
+def count_rows(batch: Any) -> int:
+    """Number of rows of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
+
+    >>> count_rows((torch.zeros(4, 2), torch.zeros(4))), count_rows({"x": torch.zeros(3, 1)}), count_rows(0)
+    (4, 3, 0)
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = tuple(batch.values())
+    if isinstance(batch, list | tuple):
+        return next((n for n in map(count_rows, batch) if n), 0)
+    return len(batch) if hasattr(batch, "__len__") and not isinstance(batch, str | bytes) else 0

@@ -161,6 +161,7 @@ def contrastive(before: Path) -> Run:
             c.Temperature(at=0.5),
             c.ProgressiveResizing([16], [0.5]),
             c.NonFinite("rollback"),
+            c.TrainFlops(),
             c.Throughput(peak_flops=1e9),
             c.Sanity(),
             c.WorstGroup(["i2t_r1"]),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from descant.callbacks import ProgressiveResizing, Throughput
+from descant.callbacks import ProgressiveResizing, TrainFlops
 from descant.callbacks.run.progressive_resizing import resized
 from descant.modules.core.batch import Batch
 
@@ -112,15 +112,14 @@ def test_pixels_are_averaged_down() -> None:
     assert resized(ramp, 16)[0, 0, 0, 2:-2].diff().sub(2).abs().max() < 1e-12  # 4 weights of numbers up to 31: 140 ulps
 
 
-def test_operations_are_counted_once_a_size(tmp_path: Path) -> None:
-    speed = Throughput(peak_flops=1e9)
-    fit(tmp_path, ProgressiveResizing(sizes=[4, 8], until=[0.5, 0.8]), speed)
-    counts = {name.rpartition("x")[2]: count for name, count in speed.state_dict()["flops"].items() if count}
+def test_operations_are_counted_by_size(tmp_path: Path) -> None:
+    flops = TrainFlops()
+    fit(tmp_path, ProgressiveResizing(sizes=[4, 8], until=[0.5, 0.8]), flops)
+    kinds = flops.state_dict()["total"]
+    counts = {name.rpartition("x")[2]: next(iter(of["counted"].values())) for name, of in kinds.items()}
     assert list(counts) == ["4", "8", "16"]
-    assert counts["8"] == 4 * counts["4"] and counts["16"] == 16 * counts["4"], "same-padded convolution: by the area"
-    later = Throughput(peak_flops=1e9)
-    later.load_state_dict(speed.state_dict())
-    assert later.flops_per_step == counts["16"]
+    small = counts["4"][0]  # same-padded convolution: by the area
+    assert set(counts["8"]) == {4 * small} and set(counts["16"]) == {16 * small}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, TensorDataset
 
-from descant.callbacks.run.throughput import Throughput, count_rows, matmul_peak
-from descant.modules.core.batch import Batch
+from descant.callbacks.run.throughput import Throughput, matmul_peak
+from descant.callbacks.run.train_flops import TrainFlops
+from descant.modules.core.batch import Batch, count_rows
 from descant.modules.training_setup.flops import FlopCount
 from tests.tolerance import F32, ulps
 
@@ -66,13 +67,6 @@ def fit(tmp_path: Path, *callbacks: L.Callback, toy: Toy | None = None, **kwargs
 
 #: forward, weight and input gradient cost 2 B in out each; the first layer needs no input gradient
 FLOPS = 2 * 2 * B * IN * HIDDEN + 3 * 2 * B * HIDDEN * OUT
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_flops_of_a_step(tmp_path: Path, accumulate: int) -> None:
-    speed = Throughput(peak_flops=1e9)
-    fit(tmp_path, speed, accumulate_grad_batches=accumulate)
-    assert speed.flops_per_step == accumulate * FLOPS
 
 
 def test_flops_of_one_linear() -> None:
@@ -156,16 +150,9 @@ def test_counting_leaves_the_compiler_alone(tmp_path: Path) -> None:
             self.net.compile(backend=backend)
 
     torch._dynamo.reset()
-    speed = Throughput(peak_flops=1e9)
-    fit(tmp_path, speed, toy=Compiled(), limit_val_batches=0)
-    assert speed.flops_per_step == FLOPS and len(graphs) >= 1
-
-
-def test_the_count_travels(tmp_path: Path) -> None:
-    speed, later = Throughput(peak_flops=1e9), Throughput(peak_flops=1e9)
-    fit(tmp_path, speed)
-    later.load_state_dict(speed.state_dict())
-    assert later.flops_per_step == FLOPS
+    flops = TrainFlops()
+    fit(tmp_path, flops, toy=Compiled(), limit_val_batches=0)
+    assert flops.metrics(8)["active_flops"] == FLOPS and len(graphs) >= 1
 
 
 def test_an_interrupted_count_is_taken_down(tmp_path: Path) -> None:
@@ -174,7 +161,7 @@ def test_an_interrupted_count_is_taken_down(tmp_path: Path) -> None:
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        fit(tmp_path, Throughput(peak_flops=1e9), toy=Broken(), limit_val_batches=0)
+        fit(tmp_path, TrainFlops(), toy=Broken(), limit_val_batches=0)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
