@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from descant.datamodules.batch_dataset import NumberedDataset as NumberedDataset
 from descant.datamodules.batch_dataset import Rows as Rows
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
 from descant.datamodules.mined import MinedNegatives, MinedSet
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
+from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -293,6 +295,45 @@ class DataModule(L.LightningDataModule):
         epoch, first = self.position
         order = self.order(data, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first)
         return self._loader(self.with_mined(data), order)
+
+    # budgets ----------------------------------------------------------------------------------------------------
+
+    def _budget_order(self) -> tuple[BatchDataset, Order]:
+        rank, world, accumulate = self._world()
+        data = self.selected_set()
+        return data, self.order(data, rank=rank, world=world, accumulate=accumulate)
+
+    def steps_for(self, samples: int) -> int:
+        """The fewest optimizer steps that see so many training samples, padding rows not counted.
+
+        Raises:
+            ValueError: for fewer samples than a step has.
+        """
+        _, order = self._budget_order()
+        if samples < (one := order.n // order.global_batches):
+            raise ValueError(f"samples {samples}: less than one step, which has {one}")
+        return order.steps_for(samples)
+
+    def first_batches(self, steps: int) -> tuple[int, Iterator[Batch]]:
+        """The first ``steps`` of a pass, or all where it has fewer: their number, and this rank's micro-batches of them
+        as training gets them.
+
+        Raises:
+            ValueError: for a stream.
+        """
+        data, order = self._budget_order()
+        data = self.with_mined(data)
+        if not data.by_position:
+            raise ValueError("flops: no step of a stream is read before training; give samples, or use shards on disk")
+        steps = min(order.global_batches, steps)
+        return steps, map(partial(self._as_trained, data), islice(order, steps * order.accumulate))
+
+    def _as_trained(self, data: BatchDataset, window: Window) -> Batch:
+        trainer = self.trainer
+        assert trainer is not None
+        raw = self.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)
+        batch: Batch = self.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)
+        return batch
 
     def evaluation_loader(self, data: BatchDataset) -> DataLoader[Any]:
         rank, world, _ = self._world()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,13 +13,10 @@ from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModu
 from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.modules.core.batch import Batch
-from descant.modules.core.budget import whole_steps
+from descant.modules.core.budget import COUNTED, whole_steps
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import StagedRecipe
 from descant.modules.tokenizers.text import Tokenizer
-
-#: Steps whose mean cost is that of a stage with a budget in FLOPs; fewer where a pass has fewer.
-COUNTED = 8
 
 
 class StageData:
@@ -37,6 +33,8 @@ class StageData:
             step costs is counted before training, as the mean of the first steps of a pass (:data:`COUNTED`), with the
             stage's objective and trainable parameters: matrix products, convolutions and attention that are computed,
             so none of absent modalities.
+        memory_adjusted: FLOPs count times the memory of a step relative to full fine-tuning
+            (:func:`descant.modules.training_setup.memory.step_cost`), so that a method of less memory gets more steps.
 
     Raises:
         ValueError: for less than 0 epochs, or no step, sample or FLOP; for several budgets; for samples or flops with
@@ -50,6 +48,7 @@ class StageData:
         steps: int | None = None,
         samples: int | None = None,
         flops: float | None = None,
+        memory_adjusted: bool = False,
     ) -> None:
         given = {"epochs": epochs, "steps": steps, "samples": samples, "flops": flops}
         budgets = [name for name in ("samples", "flops") if given[name] is not None]
@@ -58,10 +57,12 @@ class StageData:
             raise ValueError(f"StageData: {named}: one budget; steps (of each of some epochs), samples or flops")
         if budgets and isinstance(data, PooledDialogues):
             raise ValueError(f"StageData: {named}: {type(data).__name__} is renewed every epoch; give epochs")
+        if memory_adjusted and flops is None:
+            raise ValueError("StageData: memory_adjusted: of a budget in FLOPs; give flops")
         if (epochs or 0) < 0 or any(value is not None and value < 1 for value in (steps, samples, flops)):
             raise ValueError(f"StageData: {named}: at least 0 epochs (a skipped stage) and 1 step, sample or FLOP")
         self.data, self.epochs, self.steps = data, 1 if epochs is None else epochs, steps
-        self.samples, self.flops = samples, flops
+        self.samples, self.flops, self.memory_adjusted = samples, flops, memory_adjusted
 
 
 class StagedOrder(Order):
@@ -238,7 +239,9 @@ class StagedData(CompositeDataModule):
                 self._facts |= {f"{name}.{key}": value for key, value in order.facts.items()}
                 self._facts |= {f"{name}.epochs": stage.epochs, f"{name}.steps": stage.steps}
                 self._facts |= {f"{name}.samples": stage.samples, f"{name}.flops": stage.flops}
-                self._lengths[name] = self._length(name, data, order)
+                if stage.memory_adjusted:  # else resume points of earlier versions would lack it
+                    self._facts[f"{name}.memory_adjusted"] = True
+                self._lengths[name] = self._length(name, order)
                 self.steps[name] = stage.epochs * (self._lengths[name] or len(order) // accumulate)
         name, (epoch, first) = self.stage, self.position
         stage = self.stages[name]
@@ -248,7 +251,7 @@ class StagedData(CompositeDataModule):
         pieces = StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first)
         return stage.data._loader(stage.data.with_mined(data), pieces)
 
-    def _length(self, name: str, data: BatchDataset, order: Order) -> int | None:
+    def _length(self, name: str, order: Order) -> int | None:
         """Optimizer steps of an epoch of a stage; None: a whole pass."""
         stage = self.stages[name]
         if stage.samples is not None:
@@ -258,24 +261,18 @@ class StagedData(CompositeDataModule):
         if stage.flops is None:
             return stage.steps
         if name not in self._counted:
-            steps = min(order.global_batches, COUNTED)
-            cost = self._trained_by().step_flops(name, self.first_batches(name, steps * order.accumulate))
+            steps, batches = stage.data.first_batches(COUNTED)
+            cost = self._trained_by().step_flops(name, batches, stage.memory_adjusted)
             if stage.flops * steps < cost:
                 raise ValueError(f"stage {name!r}: flops {stage.flops:g}: less than one step, {cost / steps:g}")
             self._counted[name] = whole_steps(stage.flops, cost, steps)
             rank_zero_info(f"stage {name!r}: {cost / steps:.4g} FLOPs a step, so {self._counted[name]:,} steps")
         return self._counted[name]
 
-    def first_batches(self, stage: str, number: int) -> Iterator[Batch]:
+    def batches_of(self, stage: str, number: int) -> Iterator[Batch]:
         """This rank's first micro-batches of a pass over a stage's data, as training gets them."""
-        trainer, part = self.trainer, self.stages[stage].data
-        assert trainer is not None
-        rank, world, accumulate = self._world()
-        selected = part.selected_set()
-        data = part.with_mined(selected)
-        for window in islice(part.order(selected, rank=rank, world=world, accumulate=accumulate), number):
-            raw = part.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)
-            yield part.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)
+        part = self.stages[stage].data
+        yield from islice(part.first_batches(-(-number // self._world()[2]))[1], number)
 
     def _trained_by(self) -> StagedRecipe:
         recipe = None if self.trainer is None else self.trainer.lightning_module

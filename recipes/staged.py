@@ -21,7 +21,8 @@ from torch import nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import StagedDataModule
-from descant.modules.training_setup.flops import count_flops
+from descant.modules.training_setup.memory import step_cost
+from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.trainer import datamodule_of, run_steps
 from descant.recipes.base.changing import Changing
 from descant.recipes.base.recipe import Recipe
@@ -99,14 +100,16 @@ class Staged(Changing):
         if self.now.load is not None or (training and self.boundaries.changes):
             self.begin_stage(self.stage, lambda _: ())  # of the first stage, which no callback begins
 
-    def configure_optimizers(self) -> Any:
+    optimizer_now = property(lambda self: self.now.optimizer or self._optimizer)
+
+    @property
+    def schedule_now(self) -> Schedule | None:
         schedule, data = self.now.schedule or self._schedule, datamodule_of(self.trainer)
-        if schedule is not None and has(data, StagedDataModule):
-            total = run_steps(self.trainer)  # which has the data made, and counted
-            names = list(data.steps)
-            done = sum(data.steps[name] for name in names[: names.index(self.stage)])
-            schedule = schedule.within(done, int(total))
-        return self.optimized(self.now.optimizer or self._optimizer, schedule)
+        if schedule is None or not has(data, StagedDataModule):
+            return schedule
+        total = run_steps(self.trainer)  # which has the data made, and counted
+        names = list(data.steps)
+        return schedule.within(sum(data.steps[name] for name in names[: names.index(self.stage)]), int(total))
 
     def schedule_steps(self) -> int:
         """Of the stage, all its epochs."""
@@ -114,10 +117,10 @@ class Staged(Changing):
         data = datamodule_of(self.trainer)
         return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
 
-    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int:
+    def step_flops(self, stage: str, batches: Iterable[Batch], memory_adjusted: bool = False) -> int:
         """FLOPs of some micro-batches in a stage, forward and backward, of all ranks together."""
         names = list(self.stages)
-        return count_flops(self, batches, lambda twin: twin._as_in(names[: names.index(stage) + 1]))
+        return step_cost(self, batches, lambda twin: twin._as_in(names[: names.index(stage) + 1]), memory_adjusted)
 
     def train(self, mode: bool = True) -> Staged:
         super().train(mode)

@@ -136,7 +136,7 @@ class Stages(Ordered):
     @staticmethod
     def _batches(trainer: L.Trainer, stage: str) -> Callable[[int], Iterable[Batch]]:
         data: Any = datamodule_of(trainer)
-        return partial(data.first_batches, stage)
+        return partial(data.batches_of, stage)
 
     def _mark(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         self.begun[name] = trainer.global_step

@@ -61,8 +61,8 @@ class TrainFlops(Ordered):
     compute for a backward pass (gradient probes) and recomputed activations count too. Evaluation, rollouts and the
     optimizer do not. A few micro-batches are counted by torch's formulas (:class:`FlopCount`) and all others estimated
     from these (:class:`FlopTotal`), by stage, trained parameters and shapes of images. Each rank knows which samples
-    the others have, so nothing is communicated. A compiled model runs counted micro-batches uncompiled, since a compiler
-    that meets a counter stops compiling the model.
+    the others have, so nothing is communicated. Counted micro-batches of a compiled model run uncompiled, since a
+    compiler that meets a counter stops compiling the model.
     """
 
     once = True

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import plan, run, spec, store
-from descant.claims.claim import BUDGETS, TUNE, Claim
-from descant.claims.judge import judge, lines
+from descant.claims.claim import BUDGETS, EQUAL, TUNE, Claim
+from descant.claims.judge import judge, lines, require_flops
 from descant.claims.registration import changed
 from descant.claims.stages import Staged, listed
-from descant.cli.errors import fail, hint, say
+from descant.cli.errors import Refusal, fail, hint, say
 from descant.cli.options import Options
 
 _HELP = """\
@@ -279,6 +279,12 @@ def _verify(given: argparse.Namespace) -> int:
             if code:
                 return code
             again = place.collect(arms, (seed,))
+        try:
+            if claim.equal == EQUAL["flops"]:
+                require_flops(claim, {arm: of for arm, of in again.items() if arm not in claim.first})
+        except Refusal as refusal:
+            print(refusal)
+            differ += 1
         for arm, of in pilot["runs"].items():
             for metric in (m for m in claim.metrics() if m in of[seed]):
                 now, then = again[arm][seed].get(metric, math.nan), of[seed][metric]

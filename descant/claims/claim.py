@@ -17,7 +17,9 @@ EXTENSION, ABLATIONS = "extension", "ablations"
 #: Name of the runs that choose settings.
 TUNE = "tune"
 #: Budget in which the arms of a claim are equal -> key of ``metrics.json``.
-EQUAL = {"steps": "steps", "samples": "samples", "seconds": "train_seconds"}
+EQUAL = {"steps": "steps", "samples": "samples", "seconds": "train_seconds", "flops": "train_flops"}
+#: Largest difference of an arm's FLOPs from those of the reference arm, as a share of them.
+WITHIN = 0.01
 #: Least share of the method's training time in every other arm, where arms are equal in seconds.
 LEAST_TIME = 0.8
 #: Name of the run from which all arms of a seed begin; and the placeholder of its folder in options.
@@ -133,7 +135,8 @@ class Claim:
             a reader of its numbers has to know. oracle: the arm that shows how much can be gained. setting: it shows
             what a setting leaves to gain, and judges no paper. least: the smallest margin of a claim by stages, whose
             margin is a quarter of what the oracle gains. signal: what has to be there before the effect is measured.
-            lockbox: options under which its effect is measured on samples that nothing else has read.
+            lockbox: options under which its effect is measured on samples that nothing else has read. reference: the
+            arm whose FLOPs the others spend, where arms are equal in FLOPs.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Claim:
     signal: Condition | None = None
     lockbox: Mapping[str, Any] = field(default_factory=dict)
     before_seed: int | None = None
+    reference: str = "method"
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""
@@ -193,6 +197,22 @@ class Claim:
         """Names of the arms that continue the method, the baseline or the sham."""
         return {name for name, arm in self.arms.items() if name not in ARMS and arm.needs() & set(ARMS)}
 
+    def limited(self, arm: str) -> bool:
+        """Whether an arm takes as many steps as spend the FLOPs of the reference arm's run.
+
+        Others are as long as their options have it: the reference, its sham, runs from which others begin, and arms
+        that continue one of these.
+        """
+        alike = {self.reference} | ({"sham"} if self.reference == "method" else set())
+        return self.equal == EQUAL["flops"] and arm not in alike | (self.first - set(ARMS)) | self.beyond
+
+    def begins_from(self, arm: str) -> set[str]:
+        """Names of the runs that an arm needs before it starts."""
+        if arm == BEFORE:
+            return set()
+        before = {BEFORE} if self.before is not None else set()
+        return before | self.arms[arm].needs() | ({self.reference} if self.limited(arm) else set())
+
     def options(self, arm: str, budget: str) -> dict[str, Any]:
         """The options of a run; what comes before the arms has its own, and is kept from the lock-box as they are."""
         added = self.before if arm == BEFORE else self.arms[arm]
@@ -202,7 +222,7 @@ class Claim:
 
     def steps(self, arm: str, budget: str) -> int | None:
         """The optimizer steps of a run, where the claim states them."""
-        return self.options(arm, budget).get("trainer.max_steps")
+        return None if self.limited(arm) else self.options(arm, budget).get("trainer.max_steps")
 
     def needed(self, arm: str) -> list[str]:
         """The metrics that a run of an arm has to have; others are optional.
@@ -224,11 +244,14 @@ class Claim:
             configs = list(self.before.configs)
         else:
             configs = [self.experiment, *self.arms[arm].configs]
-        options = self.options(arm, budget)
+        options = list(self.options(arm, budget).items())
+        if self.limited(arm):
+            limit = {"class_path": "Budget", "init_args": {"like": f"{OF_ARM}/{self.reference}"}}
+            options.append(("trainer.callbacks+", limit))
         if place is not None:
-            options = _filled(options, lambda text: _placed(text, place))
+            options = [(key, _filled(value, lambda text: _placed(text, place))) for key, value in options]
         words = [word for config in configs for word in ("--config", config)]
-        return [*words, *(f"--{key}={_text(value)}" for key, value in options.items()), f"--seed_everything={seed}"]
+        return [*words, *(f"--{key}={_text(value)}" for key, value in options), f"--seed_everything={seed}"]
 
     # settings -----------------------------------------------------------------------------------------------------
 

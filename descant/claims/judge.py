@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, Claim, Condition
+from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, WITHIN, Claim, Condition
 from descant.claims.effect import HELPS, Effect, Interval, effect, has_room, over_seeds
 from descant.claims.items import ItemGains
 from descant.cli.errors import fail, hint
@@ -125,22 +125,42 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     """Check that all runs had the same budget, and that the method's code was called as often in the sham.
 
     Runs from which others begin are not compared; arms that continue the method, baseline or sham are compared with
-    each other, since their steps come on top. Of seconds, each run needs about as many as the method's of its seed; the
-    sham, which runs the method's code, needs as many steps, in whatever time.
+    each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of seconds, each run
+    needs about as many as the method's of its seed; the sham, which runs the method's code, needs as many steps, in
+    whatever time.
 
     Raises:
         Refusal: if not.
     """
     arms = [arm for arm in runs if arm not in claim.first or arm in ARMS]
     beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
+    require = require_flops if claim.equal == EQUAL["flops"] else _require_equal
     for compared in ([arm for arm in arms if arm not in beyond], beyond):
-        _require_equal(claim, {arm: runs[arm] for arm in compared})
+        require(claim, {arm: runs[arm] for arm in compared})
     if claim.calls is None:
         return
     for seed in runs["method"]:
         ours, shams = (runs[arm][seed].get(claim.calls) for arm in ("method", "sham"))
         if not ours or ours != shams:
             fail(f"claims {claim.name}: seed {seed}: {claim.calls} is {ours} in the method and {shams} in the sham")
+
+
+def require_flops(claim: Claim, arms: Runs) -> None:
+    """Check that arms spent the FLOPs of the reference arm (of the first one, where that is not among them).
+
+    Raises:
+        Refusal: naming arm and seed, if not.
+    """
+    reference = claim.reference if claim.reference in arms else next(iter(arms), "")
+    for arm, of in arms.items():
+        for seed, metrics in of.items():
+            spent, expected = metrics.get(claim.equal), arms[reference][seed].get(claim.equal)
+            its = f"claims {claim.name}: {arm}, seed {seed}"
+            if not spent or not expected:
+                fail(f"{its}: no {claim.equal} in it or in {reference}: the callback TrainFlops counts them")
+            if abs(spent / expected - 1) > WITHIN:
+                apart = f"{spent / expected - 1:+.1%} from {reference}, and arms are compared within {WITHIN:.0%}"
+                fail(f"{its}: {spent:.4g} FLOPs of training, {apart}")
 
 
 def _require_equal(claim: Claim, arms: Runs) -> None:

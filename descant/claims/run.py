@@ -38,7 +38,7 @@ class Place:
 
     def home(self, arm: str) -> Path:
         """Folder of the runs of an arm. Claims by stages share the runs of equal baselines and oracles."""
-        if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle):
+        if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle) and not self.claim.limited(arm):
             if arm not in self._shared:  # it reads and parses the code of the arm
                 self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
             return self._shared[arm]
@@ -99,14 +99,12 @@ class Place:
         """The arms, after the run ``before`` and the arms from which they begin."""
         first = [BEFORE] if self.claim.before is not None else []
         arms = [arm for arm in arms if arm != BEFORE]  # a signal may read it
-        needed = {other for arm in arms for other in self.claim.arms[arm].needs()}
+        needed = {other for arm in arms for other in self.claim.begins_from(arm)}
         return [*first, *(arm for arm in self.claim.arms if arm in needed), *(arm for arm in arms if arm not in needed)]
 
     def waits(self, arm: str, seed: int, unfinished: Iterable[tuple[str, int]]) -> bool:
         """Whether a run begins from one that is unfinished."""
-        if arm == BEFORE:
-            return False
-        needs = {BEFORE, *self.claim.arms[arm].needs()}
+        needs = self.claim.begins_from(arm)
         return any(other_seed == self.seed(other, seed) and other in needs for other, other_seed in unfinished)
 
     def of(self, arm: str, seed: int) -> Path:
@@ -222,8 +220,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     first = [one for one in todo if not place.waits(*one, todo)]
     arrays: dict[tuple[str, int | None], list[int]] = {}
     for arm, seed in first:
-        begins = arm != BEFORE and (place.claim.before is not None or bool(place.claim.arms[arm].needs()))
-        arrays.setdefault((arm, seed if begins else None), []).append(seed)
+        arrays.setdefault((arm, seed if place.claim.begins_from(arm) else None), []).append(seed)
     for (arm, _), of_arm in arrays.items():
         words = [word for word in _fit(place, arm, of_arm[0]) if not word.startswith("--seed_everything=")]
         fit = [*words, f"--name={place.name(arm)}"]

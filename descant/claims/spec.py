@@ -33,6 +33,7 @@ NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
 METRIC_KEYS = ("name", "better", "margin", "least")
 CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
+BUDGET_KEYS = ("equal", "reference", *BUDGETS)
 TUNING_KEYS = ("seed", "metric", "better", "options")
 WAYS, STATUS = ("higher", "lower"), ("gate", "report")
 
@@ -98,8 +99,9 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
     lockbox = dict(content.get("lockbox") or {})
     budget = dict(content.get("budget") or {})
-    _known(f"{where}: budget", budget, ("equal", *BUDGETS))
+    _known(f"{where}: budget", budget, BUDGET_KEYS)
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "steps"), EQUAL)
+    reference = _reference(where, budget, equal, arms, least is not None, tuning is not None)
     status = content.get("status", "report")
     if status not in STATUS:
         fail(f"{where}: status {status}: gate (must pass) or report")
@@ -137,6 +139,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         setting=bool(content.get("setting", False)),
         least=least,
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
+        reference=reference,
     )
 
 
@@ -198,6 +201,24 @@ def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], met
         fail(f"{where}: tuning.better {way}: higher or lower")
     by = Metric(str(given.get("metric", metric.name)), way == "higher", 0.0)
     return Tuning(_whole(f"{where}: tuning.seed", given["seed"]), by, dict(given.get("options") or {}))
+
+
+def _reference(
+    where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], staged: bool, tuned: bool
+) -> str:
+    """The arm whose FLOPs the others spend."""
+    name = str(budget.get("reference", "method"))
+    if "reference" in budget and equal != "flops":
+        fail(f"{where}: budget.reference: of arms that are equal in flops, not in {equal}")
+    if name not in arms:
+        fail(f"{where}: budget.reference: no arm {name!r}{hint(name, arms)}")
+    if equal == "flops" and arms[name].needs():
+        fail(f"{where}: budget.reference {name}: it begins from another arm; one that needs no other has a length")
+    if equal == "flops" and staged and name != "baseline":
+        fail(f"{where}: budget.reference {name}: a claim by stages trains its baseline first: reference: baseline")
+    if equal == "flops" and tuned:
+        fail(f"{where}: tuning: settings are chosen before the reference arm is trained; not with budget.equal flops")
+    return name
 
 
 def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple[str, ...]:

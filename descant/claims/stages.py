@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import run, store
-from descant.claims.claim import ABLATIONS, EXTENSION, Claim
+from descant.claims.claim import ABLATIONS, EQUAL, EXTENSION, Claim
 from descant.claims.effect import FIRST, LAST, NO_ROOM, NOT_TESTABLE, Effect, has_room, looks, margin_of
 from descant.claims.items import OVER, ItemGains, require_enough
 from descant.claims.items import gains as items_of
-from descant.claims.judge import Runs, gains, judge, lines, measured
+from descant.claims.judge import Runs, gains, judge, lines, measured, require_flops
 from descant.claims.registration import changed, now, register
 from descant.claims.run import Place
 from descant.claims.table import paper_of
@@ -69,6 +69,8 @@ class Staged:
             if not met:
                 return self._stop(1, NOT_TESTABLE, registered, {"signal": value})
         pilot = self._collect("pilot", ("baseline", claim.oracle), seeds["pilot"])
+        if claim.equal == EQUAL["flops"]:
+            require_flops(claim, {arm: of for arm, of in pilot.items() if arm not in claim.first})
         gain_S = gains(claim, pilot, claim.oracle, seeds["pilot"])
         headroom = math.fsum(gain_S) / len(gain_S)
         margin = margin_of(headroom, claim.least)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import plots, store
-from descant.claims.claim import ABLATIONS
+from descant.claims.claim import ABLATIONS, WITHIN
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
 from descant.claims.plots import measured
@@ -201,15 +201,16 @@ def _section(
         f"![{claim.metric.name} of each seed]({figure})\n",
     ]
     lines += _means(claim, runs)
-    spent = max(metrics[claim.equal] for metrics in runs["method"].values())
     clock = claim.equal == EQUAL["seconds"]
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
+    spent = f"{max(metrics[claim.equal] for metrics in runs['method'].values()):,.0f} {timed}"
+    if claim.equal == EQUAL["flops"]:
+        spent = f"FLOPs of training within {WITHIN:.0%} ({_spent(claim, runs)})"
     where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
     if not clock and claim.beyond:
         where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
     lines.append(
-        f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; "
-        f"{spent:,.0f} {timed} {where}."
+        f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; {spent} {where}."
     )
     if claim.note is not None:
         lines.append(f"\n{claim.note}")
@@ -233,6 +234,16 @@ def _section(
     lines.append(f"\nTuning of the baseline: {how}.")
     lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
     return "\n".join(lines) + "\n"
+
+
+def _spent(claim: Claim, runs: Runs) -> str:
+    """Mean FLOPs and steps of each arm."""
+    means = {arm: {key: _mean(of, key) for key in (claim.equal, EQUAL["steps"])} for arm, of in runs.items()}
+    return ", ".join(f"{arm} {of[claim.equal]:.3g} in {of[EQUAL['steps']]:,.0f} steps" for arm, of in means.items())
+
+
+def _mean(seeds: Mapping[int, Mapping[str, float]], metric: str) -> float:
+    return math.fsum(metrics.get(metric, math.nan) for metrics in seeds.values()) / len(seeds)
 
 
 def _means(claim: Claim, runs: Runs) -> list[str]:

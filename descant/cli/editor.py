@@ -106,7 +106,8 @@ def claim() -> dict[str, Any]:
             (*spec.BUDGETS, spec.EXTENSION), dict.fromkeys((*spec.BUDGETS, spec.EXTENSION), seeds), spec.BUDGETS
         ),
         "budget": an_object(
-            ("equal", *spec.BUDGETS), {"equal": {"enum": list(spec.EQUAL)}, **dict.fromkeys(spec.BUDGETS, options)}
+            spec.BUDGET_KEYS,
+            {"equal": {"enum": list(spec.EQUAL)}, "reference": text, **dict.fromkeys(spec.BUDGETS, options)},
         ),
         "status": {"enum": list(spec.STATUS)},
         "tuning": an_object(

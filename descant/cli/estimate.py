@@ -9,7 +9,6 @@ Letters: n rows of a batch.
 from __future__ import annotations
 
 import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import count_rows
 from descant.modules.training_setup.flops import FlopCount
+from descant.modules.training_setup.memory import MemoryLedger
 
 #: Slices of a batch, as parts of it.
 PARTS = (8, 4, 2)
@@ -31,43 +30,6 @@ PARTS = (8, 4, 2)
 FAR = 100
 #: Usable share of a device's memory.
 USABLE = 0.9
-
-
-class Ledger(TorchDispatchMode):
-    """Live and peak bytes of the tensors created inside.
-
-    Workspaces inside kernels are not counted.
-
-    >>> with Ledger() as ledger:
-    ...     x = torch.zeros(1000) + 1
-    >>> ledger.live, ledger.peak
-    (4000, 8000)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._held: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self._hold(storage)  # a view makes nothing
-        return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._held and size:
-            self._held.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._held.discard(key)
-        self.live -= size
 
 
 @dataclass(frozen=True)
@@ -132,7 +94,7 @@ def _measured(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) 
     On CUDA all that the allocator has given out counts: libraries' workspaces too, and ``n`` rows of the batch itself.
     """
     on_cuda = model.device.type == "cuda"
-    with FlopCount() as count, Ledger() as ledger:
+    with FlopCount() as count, MemoryLedger() as ledger:
         _step(trainer, batch, n)
         ledger.peak, count.flops = ledger.live, 0
         if on_cuda:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Steps whose mean cost is that of a run or stage with a budget in FLOPs; fewer where a pass has fewer.
+COUNTED = 8
+
 
 def whole_steps(budget: float, cost: int, steps: int = 1) -> int:
     """The fewest steps that spend a budget, ``ceil(budget * steps / cost)``, where ``steps`` of them cost ``cost``.

@@ -272,7 +272,7 @@ class StagedDataModule(Protocol):
     ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: the current
     one, ``current``: its data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next loader
     begins. ``stage_at(epoch)``: name of the stage of an epoch, the last one beyond the end.
-    ``first_batches(stage, n)``: this rank's first micro-batches of a pass over a stage's data.
+    ``batches_of(stage, n)``: this rank's first micro-batches of a pass over a stage's data.
     """
 
     stages: dict[str, Any]
@@ -290,7 +290,27 @@ class StagedDataModule(Protocol):
 
     def stage_at(self, epoch: int) -> str: ...
 
-    def first_batches(self, stage: str, number: int) -> Iterable[Batch]: ...
+    def batches_of(self, stage: str, number: int) -> Iterable[Batch]: ...
+
+
+@runtime_checkable
+class PlansSteps(Protocol):
+    """A callback that sets the number of optimizer steps of the run, once, before anything reads it. Collective."""
+
+    def plan(self, trainer: Any) -> None: ...
+
+
+@runtime_checkable
+class BudgetData(Protocol):
+    """Data whose training steps can be looked at before training.
+
+    ``steps_for(samples)``: optimizer steps that see so many; ``first_batches(steps)``: this rank's micro-batches of the
+    first steps of a pass, as training gets them, and the number of these steps.
+    """
+
+    def steps_for(self, samples: int) -> int: ...
+
+    def first_batches(self, steps: int) -> tuple[int, Iterable[Batch]]: ...
 
 
 @runtime_checkable
@@ -327,7 +347,7 @@ class StagedRecipe(Protocol):
     ``begin_stage(name, batches, average)`` and ``end_stage(batches)``, where ``batches(n)`` are this rank's first
     micro-batches of the stage's data and ``average`` that of the weights over steps; the first returns what has grown.
     ``named_as(names)``: where one stage is given for all, it takes the names of the data's.
-    ``step_flops(name, batches)``: of micro-batches in a stage, all ranks together.
+    ``step_flops(name, batches, memory_adjusted)``: of micro-batches in a stage, all ranks together.
     """
 
     stages: dict[str, Any]
@@ -341,7 +361,7 @@ class StagedRecipe(Protocol):
 
     def end_stage(self, batches: Callable[[int], Iterable[Batch]]) -> None: ...
 
-    def step_flops(self, stage: str, batches: Iterable[Batch]) -> int: ...
+    def step_flops(self, stage: str, batches: Iterable[Batch], memory_adjusted: bool = False) -> int: ...
 
 
 @runtime_checkable

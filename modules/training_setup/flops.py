@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -74,6 +75,20 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
     Raises:
         ValueError: for a model that is split over ranks.
     """
+    twin, flops = twin_of(recipe, prepare), 0
+    for batch in batches:
+        with trying(recipe), FlopCount() as count:
+            twin.objective_of(batch).total.backward()
+        flops += count.flops
+    return int(total_of_ranks(torch.tensor(flops, device=recipe.device)))
+
+
+def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
+    """A copy of a recipe in training to try steps on, without gradient hooks.
+
+    Raises:
+        ValueError: for a model that is split over ranks.
+    """
     if recipe.sharded:
         raise ValueError(
             "flops: no copy to count on is made of a model split over ranks (shard); give steps or samples"
@@ -81,13 +96,16 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
     twin = copy.deepcopy(recipe, {id(recipe.hooks): GradientHooks()})
     twin.trainer = recipe.trainer
     prepare(twin)
-    flops, device = 0, recipe.device
-    for batch in batches:
-        random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        with random, recipe.trainer.precision_plugin.train_step_context(), FlopCount() as count:
-            twin.objective_of(batch).total.backward()
-        flops += count.flops
-    return int(total_of_ranks(torch.tensor(flops, device=device)))
+    return twin
+
+
+@contextmanager
+def trying(recipe: Any) -> Iterator[None]:
+    """Steps in the precision of the run that leave the random generators as they are."""
+    device = recipe.device
+    random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random, recipe.trainer.precision_plugin.train_step_context():
+        yield
 
 
 #: Features on which the cost of a micro-batch depends: how much there is of each modality.

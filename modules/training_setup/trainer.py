@@ -11,7 +11,7 @@ import torch
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.protocols import StagedDataModule
+from descant.modules.core.protocols import PlansSteps, StagedDataModule
 
 
 def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
@@ -47,6 +47,9 @@ def share_of_run(trainer: Any) -> float:
 
 def run_steps(trainer: Any) -> float:
     """Optimizer steps of the whole run with all stages; infinity for a run without end. Collective: may load data."""
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, PlansSteps):
+            callback.plan(trainer)
     data = getattr(trainer, "datamodule", None)
     if not has(data, StagedDataModule):
         return float(trainer.estimated_stepping_batches)

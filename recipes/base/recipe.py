@@ -29,7 +29,7 @@ from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.modules.training_setup.optim import parameter_groups
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.modules.training_setup.trainer import datamodule_of, log_interval
+from descant.modules.training_setup.trainer import datamodule_of, log_interval, run_steps
 
 
 class Recipe(L.LightningModule):
@@ -154,7 +154,16 @@ class Recipe(L.LightningModule):
             require_fit(tokenizer, self.towers["text"])
 
     def configure_optimizers(self) -> Any:
-        return self.optimized(self._optimizer, self._schedule)
+        return self.optimized(self.optimizer_now, self.schedule_now)
+
+    @property
+    def optimizer_now(self) -> OptimizerCallable:
+        """Class and arguments of the optimizer of what trains now."""
+        return self._optimizer
+
+    @property
+    def schedule_now(self) -> Schedule | None:
+        return self._schedule
 
     def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
         """An optimizer of what trains now, and its schedule over the steps that there are for it."""
@@ -167,7 +176,7 @@ class Recipe(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def schedule_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
+        steps = run_steps(self.trainer)
         if not math.isfinite(steps):
             raise ValueError(
                 "schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs"

@@ -16,7 +16,7 @@ import yaml
 from descant.claims import plots, registration, run, spec, store, summary, table
 from descant.claims.claim import Claim
 from descant.claims.effect import NO_ROOM, NOT_TESTABLE
-from descant.claims.judge import FAILED, NOT, PASSED, decide, judge
+from descant.claims.judge import FAILED, NOT, PASSED, decide, judge, require_flops
 from descant.cli.catalogue import extended, find
 from descant.cli.errors import Refusal
 from descant.report.statistics import paired
@@ -194,6 +194,41 @@ def test_arms_that_go_on_from_one_of_the_three_are_compared_with_each_other(made
         judge(claim, runs)
 
 
+def test_arms_that_are_equal_in_flops_spend_those_of_the_reference(
+    made: Callable[..., Claim], results: Path, workplace: Path
+) -> None:
+    arms = CONTENT["arms"] | {"more": {"options": {"model.path": "ARM/method"}}}
+    claim = made(arms=arms, budget={"equal": "flops"}, options={"trainer.max_steps": 8})
+    place = run.Place(claim, "full", workplace / "runs")
+    like = f"--trainer.callbacks+={{class_path: Budget, init_args: {{like: {place.folder}/method-1}}}}"
+    assert {arm: like in run.command(place, arm, 1) for arm in claim.arms} == {
+        "baseline": True,
+        "method": False,
+        "sham": False,  # the sham runs the method's code, step by step
+        "more": False,  # it goes on where the method ended
+    }
+    assert claim.steps("baseline", "full") is None and claim.steps("sham", "full") == 8
+    assert place.missing(["baseline"], [0]) == [("method", 0), ("baseline", 0)], "with the arm whose FLOPs it spends"
+    assert place.waits("baseline", 0, [("method", 0)]) and not place.waits("sham", 0, [("method", 0)])
+
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1])
+    for arm, flops in {"baseline": 1.009e12, "method": 1e12, "sham": 0.991e12}.items():
+        for seed in range(3):
+            runs[arm][seed] |= {"train_flops": flops * (1 + seed), "steps": 12 if arm == "baseline" else 8}
+    judge(claim, runs)
+    results.mkdir()
+    store.write(results, claim, "full", runs, 61.0)
+    table.write([claim], results, workplace / "CLAIMS.md")
+    spent = "baseline 2.02e+12 in 12 steps, method 2e+12 in 8 steps, sham 1.98e+12 in 8 steps"
+    assert f"FLOPs of training within 1% ({spent}) in every arm" in (workplace / "CLAIMS.md").read_text()
+    runs["baseline"][2]["train_flops"] *= 1.01
+    with pytest.raises(Refusal, match=r"baseline, seed 2: 3\.057e\+12 FLOPs of training, \+1\.9% from method"):
+        judge(claim, runs)
+    del runs["sham"][0]["train_flops"]
+    with pytest.raises(Refusal, match="sham, seed 0: no train_flops in it or in method"):
+        require_flops(claim, {arm: runs[arm] for arm in ("method", "sham")})
+
+
 def test_arms_that_are_equal_in_time_have_had_no_less_of_it(
     made: Callable[..., Claim], results: Path, workplace: Path
 ) -> None:
@@ -260,7 +295,9 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"before": {"experiment": "toy.yaml", "seed": "one"}}, "before.seed 'one': a whole number is expected"),
-        ({"budget": {"equal": "flops"}}, "budget.equal flops; known: samples, seconds, steps"),
+        ({"budget": {"equal": "hours"}}, "budget.equal hours; known: flops, samples, seconds, steps"),
+        ({"budget": {"reference": "sham"}}, "budget.reference: of arms that are equal in flops, not in steps"),
+        ({"budget": {"equal": "flops", "reference": "sam"}}, "budget.reference: no arm 'sam'; nearest: sham"),
         ({"oracle": "sham"}, "oracle: no arm 'sham' beside baseline, method, sham"),
         ({"status": "maybe"}, r"status maybe: gate \(must pass\) or report"),
         ({"arms": CONTENT["arms"] | {"sham": {"config": [1]}}}, "arms.sham: config: a configuration is expected"),

@@ -46,6 +46,8 @@ NEEDLESS = {
     "TensorBoard": "writes numbers: tests of the command line run it, on the device too",
     "Verified": "hashes a file of weights, in a thread",
     "FlopCount": "counts operators of the CPU's or a GPU's dispatcher: benchmarks",
+    "MemoryLedger": "counts bytes of the CPU's or a GPU's dispatcher: `check`, and budgets of memory-adjusted FLOPs",
+    "Budget": "sets the number of steps, on the host; what it counts is tried as FlopCount",
     "CompetitiveDistillation": "delegates to the recipe that it wraps, which is tried with a teacher",
     "Output": "holds what a recipe returns",
     "Best": "keeps the best of the candidates of a solver, which are tried",

@@ -140,7 +140,7 @@ def test_running_statistics_are_those_of_the_merged_weights(tmp_path: Path) -> N
     hook = norm.register_forward_hook(lambda module, x, y: seen.append(x[0].mean(dim=0)))
     net.train()
     was = norm.running_mean.clone()
-    for batch in held.first_batches("c", ESTIMATED):
+    for batch in held.batches_of("c", ESTIMATED):
         net.inner.forward(batch)
     hook.remove()
     torch.testing.assert_close(was, torch.stack(seen).mean(dim=0).detach(), rtol=1e-9, atol=1e-9)

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from descant.cli import check, estimate
-from descant.cli.estimate import Ledger, Need
+from descant.cli.estimate import Need
 from descant.modules.core.batch import Batch
+from descant.modules.training_setup.memory import MemoryLedger
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -98,7 +99,7 @@ def test_on_cuda_it_is_what_the_allocator_counts_and_the_batch_grows_with_its_ro
 
 
 def test_the_ledger_forgets_what_is_gone() -> None:
-    with Ledger() as ledger:
+    with MemoryLedger() as ledger:
         x = torch.zeros(1000)
         for _ in range(5):
             x = x + 1
@@ -111,7 +112,7 @@ def test_the_ledger_forgets_what_is_gone() -> None:
 
 def test_gradients_count_in_a_ledger() -> None:
     layer = torch.nn.Linear(100, 100, bias=False)
-    with Ledger() as ledger:
+    with MemoryLedger() as ledger:
         layer(torch.ones(1, 100)).sum().backward()
     assert ledger.live == pytest.approx(layer.weight.nbytes, rel=0.05)  # the loss and its like beside 40,000 bytes
 
