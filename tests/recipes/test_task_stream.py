@@ -115,9 +115,11 @@ def test_slerp_follows_the_arc_and_its_control_adds_the_same_numbers() -> None:
     arc = Slerp(0.3)(Weights(tuned, before, before))
     assert arc.norm() == pytest.approx(float(tuned.norm()), rel=ulps(16, F64)), "the chord is shorter"
     angle = [torch.acos((arc * x).sum() / tuned.norm() ** 2) for x in (before, tuned)]
+    # 1e-9: acos loses half the digits of a cosine near 1
     assert float(angle[0] / angle[1]) == pytest.approx(0.3 / 0.7, rel=1e-9)
     x = Weights(tuned, before, before)
     method, control = Interpolate(0.5)(x) - tuned, Permuted(Interpolate(0.5))(x) - tuned
+    # 1e-12: differences of float64 numbers of about 1
     torch.testing.assert_close(method.flatten().sort()[0], control.flatten().sort()[0], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(method, control)
 
@@ -143,6 +145,7 @@ def test_running_statistics_are_those_of_the_merged_weights(tmp_path: Path) -> N
     for batch in held.batches_of("c", ESTIMATED):
         net.inner.forward(batch)
     hook.remove()
+    # 1e-9: float64 sums of a few layers in another order
     torch.testing.assert_close(was, torch.stack(seen).mean(dim=0).detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -187,6 +190,7 @@ class Logged(L.Callback):
 def test_accumulation_is_of_all_tasks_and_retention_of_the_original_data(tmp_path: Path) -> None:
     trainer, _ = run(tmp_path, Accumulation(["r5"]), Logged(), limit_val_batches=1)
     found = [float(trainer.callback_metrics[f"val/{name}/r5"]) for name in ("accumulated", "retained", "geometric")]
+    # 1e-6: logged as float32
     assert found == pytest.approx([0.4, 0.1, 0.2], rel=1e-6)
 
 

@@ -74,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_absent_samples_cost_what_is_computed_of_them(folder: Path) -> None:
     metrics, each = whole(folder)
     assert len(set(each)) > 10, "steps cost differently"
+    # 1 %: what an estimate from few counted steps must reach
     assert metrics["train_flops"] == pytest.approx(sum(each), rel=0.01)
     assert metrics["active_flops"] == metrics["train_flops"] / len(each)
 
@@ -82,6 +83,7 @@ def test_of_frozen_parts_no_weight_gradient_counts(tmp_path: Path) -> None:
     spent, total = Spent(), TrainFlops()
     run(tmp_path, spent, total)
     assert len(total.state_dict()["total"]) == 2, "stages train other parameters"
+    # 1 %: as above
     assert total.metrics(len(spent.flops))["train_flops"] == pytest.approx(sum(spent.flops), rel=0.01)
 
 
@@ -136,6 +138,7 @@ def test_few_micro_batches_are_counted() -> None:
         wants = total.wants("step", x)
         total.add("step", x, cost if wants else None)
         exact, counted = exact + cost, counted + wants
+    # 1e-9: the model of the cost is exact here; sums of 2000 float64 numbers
     assert counted <= 4 + 2000 // flops.EVERY and total.total == pytest.approx(exact, rel=1e-9)
 
 

@@ -28,6 +28,7 @@ def test_cosent_is_the_sum_over_ordered_pairs_and_its_gradient() -> None:
 def test_equal_labels_cost_nothing_and_large_differences_do_not_overflow() -> None:
     score_N = torch.tensor([1.0, -1.0])
     assert cosent(score_N, torch.tensor([1, 1])) == 0
+    # 1e-6 of it: log(1 + exp(2000)) in float64
     assert cosent(score_N, torch.tensor([0, 1]), temperature=1e-3) == pytest.approx(2000)
 
 

@@ -21,6 +21,7 @@ def test_the_threshold_is_the_exhaustive_optimum(seed: int) -> None:
         return 2 * int((above_N & true_N).sum()) / int(above_N.sum() + true_N.sum())
 
     best = max(map(f1, score_N.tolist()))
+    # 1e-12: ratios of whole numbers in float64
     assert found.f1 == pytest.approx(best, abs=1e-12) and f1(found.value) == pytest.approx(best, abs=1e-12)
     assert found.value == max(x for x in score_N.tolist() if f1(x) >= best - 1e-12)
     assert found.share == float((score_N >= found.value).double().mean())
