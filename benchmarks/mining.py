@@ -16,7 +16,7 @@ from descant.modules.selection.mining import BLOCK, top_k_in_blocks
 
 TARGETS, WIDTH, K, BELOW = 1_000_000, 256, 64, 0.3
 #: Queries of one measurement, and measurements: 20,480 queries in all.
-QUERIES, ROUNDS = 1024, 20
+QUERIES, ROUNDS = 1024, 6
 
 
 def mining(targets: int = TARGETS, rounds: int = ROUNDS) -> Iterator[Row]:
