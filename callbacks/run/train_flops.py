@@ -99,6 +99,7 @@ class TrainFlops(Ordered):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step and not self.total.total:
             self._complete = False
+        self.on_train_epoch_start(trainer, pl_module)  # a run that is resumed inside an epoch has no start of it
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trains = bytes(p.requires_grad for p in pl_module.parameters())

@@ -323,14 +323,13 @@ class Emoji(ImageViews):
         names = [(int(c), vendor, bool(not self.test_N[c]), True) for c in np.flatnonzero(self.usable_N)]
         # a concept's name is in the gallery once, however many vendors draw it
         drawings = [(int(c), v, True, k == 0) for k, v in enumerate(self.vendors) for c in unseen]
-        sets: dict[str, BatchDataset] = {
-            "vendor": EmojiSet(self, names),
-            "concept": EmojiSet(self, drawings),
-            "both": EmojiSet(self, [(int(c), vendor, True, True) for c in unseen]),
-        }
-        trained = {self.pack.rows[c]["family"] for c in seen}
-        apart = {int(c) for c in unseen if self.pack.rows[c]["family"] not in trained}
-        sets["apart"] = EmojiSet(self, [(c, v, c in apart, text) for c, v, _, text in drawings])
+        sets: dict[str, BatchDataset] = {"vendor": EmojiSet(self, names)}
+        if len(unseen):  # of a small group of a tiny pack there may be none
+            sets["concept"] = EmojiSet(self, drawings)
+            sets["both"] = EmojiSet(self, [(int(c), vendor, True, True) for c in unseen])
+            trained = {self.pack.rows[c]["family"] for c in seen}
+            apart = {int(c) for c in unseen if self.pack.rows[c]["family"] not in trained}
+            sets["apart"] = EmojiSet(self, [(c, v, c in apart, text) for c, v, _, text in drawings])
         held = str(self.manifest["held_out_language"])
         if len(self.languages) > 1 and held not in self.languages:
             sets["language"] = EmojiSet(self, *self._named(held, self.vendors[0]))
