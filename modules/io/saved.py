@@ -178,7 +178,12 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file is missing, cut short or holds anything else.
     """
-    state = cast(dict[str, Tensor], read_checkpoint(saved)["state_dict"])
+    return weights_of(saved, read_checkpoint(saved))
+
+
+def weights_of(saved: Saved, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same of a checkpoint that was read: without the name of a recipe that serves training alone."""
+    state = cast(dict[str, Tensor], checkpoint["state_dict"])
     wrapped = saved.inside is not None and any(name.startswith("inner.") for name in state)
     return part_of(state, "inner.") if wrapped else state
 

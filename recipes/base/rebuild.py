@@ -25,8 +25,10 @@ def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
     """
     recipe = build(found) if into is None else into
     recipe.configure_model()
-    restructure(recipe, saved.read_checkpoint(found).get("structure", {}))
-    saved.load_exactly(recipe, completed(without_distill(saved.read_weights(found)), recipe), found.weights)
+    checkpoint = saved.read_checkpoint(found)
+    restructure(recipe, checkpoint.get("structure", {}))
+    weights = without_distill(saved.weights_of(found, checkpoint))
+    saved.load_exactly(recipe, completed(weights, recipe), found.weights)
     return recipe.eval()
 
 
