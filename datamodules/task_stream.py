@@ -92,7 +92,7 @@ def _require(
     budget: float | None,
 ) -> None:
     if not tasks:
-        raise ValueError("tasks: none; such as {food: {class_path: Emoji, init_args: {groups: [Food & Drink]}}}")
+        raise ValueError("tasks: none; such as {food: {class_path: Emoji, init_args: {groups: [food-drink]}}}")
     if not budget:
         raise ValueError("TaskStream: no budget of a task; give steps, samples or flops")
     require_known("order", order, list(tasks))

@@ -62,7 +62,7 @@ class Emoji(ImageViews):
     Args:
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
-        groups: of the concepts of all sets, such as [Animals & Nature]; all where not given.
+        groups: of the concepts of all sets, such as [animals-nature]; all where not given.
         languages: of the training captions.
         vendors: of the training images.
         bank_vendors: of the images of the bank, in which evaluations search and fit; ``vendors`` where not given.
