@@ -91,14 +91,14 @@ class Staged(Changing):
             raise ValueError("shard: the parameters of a model that is split over ranks cannot be merged or grown")
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
-        for _, change in self.boundaries.changes:
+        for change in self.boundaries.changes:
             change.require(self.inner)
         for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
             self._choose(name)
             self.stages[name].require_data(name, self.inner, datamodule_of(self.trainer) if self._trainer else None)
         training = self._trainer is not None and self.trainer.training
         if self.now.load is not None or (training and self.boundaries.changes):
-            self.begin_stage(self.stage, lambda _: ())  # of the first stage, which no callback begins
+            self.begin_stage(self.stage)  # of the first stage, which no callback begins
 
     optimizer_now = property(lambda self: self.now.optimizer or self._optimizer)
 

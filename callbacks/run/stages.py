@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from descant.callbacks.run.ema import EMA
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.adaptation.stage_changes import AVERAGE
-from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
@@ -122,7 +120,7 @@ class Stages(Ordered):
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         average = averages[0].average if averages else None
-        for growths in pl_module.begin_stage(name, self._batches(trainer, name), average):
+        for growths in pl_module.begin_stage(name, average):
             for callback in averages:
                 callback.grow(pl_module, growths)
         strategy: Any = trainer.strategy
@@ -132,11 +130,6 @@ class Stages(Ordered):
             strategy.configure_ddp()
             settle_buckets(strategy.model)
         strategy.setup_optimizers(trainer)
-
-    @staticmethod
-    def _batches(trainer: L.Trainer, stage: str) -> Callable[[int], Iterable[Batch]]:
-        data: Any = datamodule_of(trainer)
-        return partial(data.batches_of, stage)
 
     def _mark(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         self.begun[name] = trainer.global_step
@@ -155,7 +148,7 @@ class Stages(Ordered):
         if not last:
             return
         if has(pl_module, StagedRecipe):
-            pl_module.end_stage(self._batches(trainer, done))
+            pl_module.end_stage(partial(data.batches_of, done))
         # not weights_only: callbacks such as LeanCheckpoint would not be called
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}

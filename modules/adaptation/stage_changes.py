@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Weights
-from descant.modules.core.batch import Batch
 
 if TYPE_CHECKING:
     from descant.modules.adaptation.growth import Growth
@@ -27,13 +26,11 @@ class Boundary:
 
     Attributes:
         stage: its name. weights: earlier parameters, of :data:`BEFORE`, :data:`FIRST` or :data:`AVERAGE`.
-        batches: the first micro-batches of this rank in the stage's data, on its device, as many as asked for.
         seed: of this boundary, equal on all ranks and in a resumed run.
     """
 
     stage: str
     weights: Mapping[str, State]
-    batches: Callable[[int], Iterable[Batch]]
     seed: int
 
 
@@ -41,8 +38,8 @@ class StageChange:
     """A change of a model when a stage begins or ends: ``apply(recipe, boundary)``, once, equal on all ranks.
 
     One that adds or removes parameters is ``structural``: ``rebuild`` repeats that alone, before weights are loaded
-    from a checkpoint of its stage or of a later one, with what ``state_dict`` saved. One that enlarges towers returns
-    their growths by the names of their modules, which averages and teachers follow.
+    from a checkpoint of its stage or of a later one. One that enlarges towers returns their growths by the names of
+    their modules, which averages and teachers follow.
     """
 
     structural = False
@@ -57,12 +54,6 @@ class StageChange:
 
     def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth] | None:
         """Modules as ``apply`` leaves them, with any weights; of a structural change."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
 
 
 class TaskMerge(StageChange):

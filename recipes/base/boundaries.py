@@ -33,41 +33,35 @@ class Boundaries:
         self.stages = stages
         self.begun: list[str] = []
         self.weights: dict[str, State] = {}
-        self._kept = frozenset().union(*(change.reads for _, change in self.changes))
+        self._kept = frozenset().union(*(change.reads for change in self.changes))
 
     @property
-    def changes(self) -> list[tuple[str, StageChange]]:
-        """(key, change) of all stages."""
-        return [
-            (f"{name}.{side}.{n}", change)
-            for name, stage in self.stages.items()
-            for side, changes in (("begin", stage.begin), ("end", stage.end))
-            for n, change in enumerate(changes)
-        ]
+    def changes(self) -> list[StageChange]:
+        """Those of all stages."""
+        return [change for stage in self.stages.values() for change in (*stage.begin, *stage.end)]
 
     @property
     def grows(self) -> bool:
         """Whether parameters are added or removed in any stage."""
-        return any(change.structural for _, change in self.changes)
+        return any(change.structural for change in self.changes)
 
-    def begin(self, recipe: nn.Module, name: str, batches: Batches, average: State | None = None) -> Growths:
+    def begin(self, recipe: nn.Module, name: str, average: State | None = None) -> Growths:
         """Keep the weights that the stage before left, then change the model as the stage does when it begins."""
         self.begun.append(name)
         for moment in (BEFORE, *(() if FIRST in self.weights else (FIRST,))):
             if moment in self._kept:
                 self.weights[moment] = {n: p.detach().clone() for n, p in recipe.named_parameters()}
-        return self._apply(recipe, name, self.stages[name].begin, batches, average)
+        return self._apply(recipe, name, self.stages[name].begin, {AVERAGE: average} if average else {})
 
-    def end(self, recipe: nn.Module, name: str, batches: Batches) -> bool:
+    def end(self, recipe: nn.Module, name: str) -> bool:
         """Change the model as the stage does when it ends; whether there was anything to change."""
-        self._apply(recipe, name, self.stages[name].end, batches)
+        self._apply(recipe, name, self.stages[name].end)
         return bool(self.stages[name].end)
 
     def _apply(
-        self, recipe: nn.Module, name: str, changes: list[StageChange], batches: Batches, average: State | None = None
+        self, recipe: nn.Module, name: str, changes: list[StageChange], more: Mapping[str, State] | None = None
     ) -> Growths:
-        weights = self.weights | ({AVERAGE: average} if average else {})
-        at = Boundary(name, weights, batches, seed=mix(global_seed(), "boundary", name))
+        at = Boundary(name, {**self.weights, **(more or {})}, seed=mix(global_seed(), "boundary", name))
         return [growths for change in changes if (growths := change.apply(recipe, at))]
 
     def rebuild(self, recipe: nn.Module, begun: list[str]) -> Growths:
@@ -81,13 +75,9 @@ class Boundaries:
         return done
 
     def state_dict(self) -> dict[str, Any]:
-        changes = {key: state for key, change in self.changes if (state := change.state_dict())}
-        return {"begun": list(self.begun), "weights": dict(self.weights), "changes": changes}
+        return {"begun": list(self.begun), "weights": dict(self.weights)}
 
     def load_state_dict(self, recipe: nn.Module, state: dict[str, Any]) -> Growths:
-        for key, change in self.changes:
-            if key in state["changes"]:
-                change.load_state_dict(state["changes"][key])
         self.weights = {moment: dict(weights) for moment, weights in state["weights"].items()}
         return self.rebuild(recipe, state["begun"])
 

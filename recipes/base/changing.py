@@ -49,7 +49,7 @@ class Changing(Wrapper):
             self.stages.clear()
             self.stages.update(dict.fromkeys(names, self._each))
 
-    def begin_stage(self, name: str, batches: Batches, average: Mapping[str, Tensor] | None = None) -> Growths:
+    def begin_stage(self, name: str, average: Mapping[str, Tensor] | None = None) -> Growths:
         """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``.
 
         ``average``: of the weights over steps, by the names of parameters here.
@@ -58,7 +58,7 @@ class Changing(Wrapper):
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
-            growths = self._followed(self.boundaries.begin(self.inner, name, batches, own))
+            growths = self._followed(self.boundaries.begin(self.inner, name, own))
         self._choose(name)
         if self.distill is not None:
             self.distill.teacher.begin(self)
@@ -72,8 +72,8 @@ class Changing(Wrapper):
         return growths
 
     def end_stage(self, batches: Batches) -> None:
-        """Change the model by the stage's ``end``."""
-        if self.boundaries.end(self.inner, self.stage, batches):
+        """Change the model by the stage's ``end``; ``batches(n)``: this rank's first micro-batches of its data."""
+        if self.boundaries.end(self.inner, self.stage):
             estimate_statistics(self, batches)
 
     def _choose(self, stage: str) -> None:

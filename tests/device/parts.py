@@ -164,7 +164,7 @@ def _merge(rule: MergeRule) -> Part:
     def use(at: Place) -> Any:
         net = at(nn.Linear(D, C))
         then = {name: x + 1 for name, x in net.named_parameters()}
-        boundary = Boundary("a", {"before": {n: x.detach() for n, x in then.items()}, "first": then}, lambda n: (), 0)
+        boundary = Boundary("a", {"before": {n: x.detach() for n, x in then.items()}, "first": then}, 0)
         TaskMerge(rule).apply(net, boundary)
         merged = [p.detach().clone() for p in net.parameters()]
         Rewind().apply(net, boundary)

@@ -277,7 +277,7 @@ def test_a_mistake_is_one_line(what: Any, message: str) -> None:
 
 def test_what_has_grown_is_neither_merged_nor_taken_back() -> None:
     then = {"weight": torch.zeros(2, 2)}
-    at = Boundary("b", {"before": then, "first": then}, lambda n: (), seed=0)
+    at = Boundary("b", {"before": then, "first": then}, seed=0)
     for net, line in ((nn.Linear(2, 3, bias=False), r"weight is \[3, 2\] and was \[2, 2\]"), (nn.Linear(2, 2), "bias")):
         for change, place in ((TaskMerge(), "end: TaskMerge"), (Rewind(), "begin: Rewind")):
             with pytest.raises(ValueError, match=f"stages.b.{place}: {line}"):

@@ -149,12 +149,12 @@ def test_an_average_grows_as_the_weights_do_and_may_be_what_is_inherited() -> No
     for part in (recipe, later):
         Grow(depth=1, mlp_ratio=2.0).grow(part, seed=3)
     grow = Grow(depth=1, mlp_ratio=2.0, mode="average")
-    grow.apply(inherited, Boundary("b", {"average": average}, lambda n: [], seed=3))
+    grow.apply(inherited, Boundary("b", {"average": average}, seed=3))
     for n, p in recipe.named_parameters():
         mean = torch.lerp(p, later.get_parameter(n), 0.5)
         torch.testing.assert_close(inherited.get_parameter(n), mean, **rounding(8, F64))
     with pytest.raises(ValueError, match="no average of the weights; add the callback EMA"):
-        grow.apply(made("conv"), Boundary("b", {}, lambda n: [], seed=3))
+        grow.apply(made("conv"), Boundary("b", {}, seed=3))
 
 
 def pair(**options: Any) -> Contrastive:
