@@ -119,8 +119,14 @@ class Staged(Changing):
 
     def step_flops(self, stage: str, batches: Iterable[Batch], memory_adjusted: bool = False) -> int:
         """FLOPs of some micro-batches in a stage, forward and backward, of all ranks together."""
+        return step_cost(self, batches, lambda twin: twin._as_in(self._path(stage)), memory_adjusted)
+
+    def _path(self, stage: str) -> list[str]:
+        """The stages that have begun when one trains; those without epochs never begin."""
         names = list(self.stages)
-        return step_cost(self, batches, lambda twin: twin._as_in(names[: names.index(stage) + 1]), memory_adjusted)
+        at, data = names.index(stage), datamodule_of(self.trainer)
+        assert has(data, StagedDataModule)
+        return [*(name for name in names[:at] if data.stages[name].epochs), stage]
 
     def train(self, mode: bool = True) -> Staged:
         super().train(mode)

@@ -69,7 +69,8 @@ def run(folder: Path, *more: Any, **options: Any) -> tuple[L.Trainer, Staged]:
         optimizer=make,
         distill=Distill(TeacherAverage(0.5), [FeatureTarget("image")]),
     ).double()
-    data = StagedData({name: StageData(SampleData(24, 12, NAMES), 1, STEPS) for name in GROWN})
+    whole = StagedData({name: StageData(SampleData(24, 12, NAMES), 1, STEPS) for name in GROWN})
+    data = options.pop("data", whole)
     fixed: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "precision": "64-true"}
     trainer, _ = fit(folder, Stages(), *options.pop("ema", [EMA(0.5)]), *more, net=net, data=data, **fixed | options)
     return trainer, net
@@ -117,6 +118,18 @@ def test_a_grown_run_is_loaded_and_exported_at_its_size(folder: Path, tmp_path: 
     plain = build(portable.carried(model, grown, tmp_path, None))  # as its classes build it
     plain.load_state_dict(grown.state_dict())
     assert equal(again.state_dict(), grown.state_dict())
+
+
+def test_flops_of_a_stage_are_of_the_size_that_it_has(tmp_path: Path) -> None:
+    """A stage that is left out does not grow the model, whose steps then cost less."""
+    found = []
+    for left_out in ((), ("deeper",), ("small", "deeper")):
+        data = StagedData({name: StageData(SampleData(24, 12, NAMES), int(name not in left_out)) for name in GROWN})
+        data.stages["wider"].flops = 2e7
+        _, net = run(tmp_path, data=data)
+        found.append((len(net.inner.towers["image"].layers), data.steps["wider"]))  # type: ignore[arg-type]
+    (whole, steps), *fewer = found
+    assert whole == 3 and fewer[0] == fewer[1] and fewer[0][0] == 2 and fewer[0][1] > steps > 1
 
 
 def test_an_average_is_kept_where_it_is_inherited(tmp_path: Path) -> None:
