@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from descant.callbacks.run.callback_order import callbacks_of
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds
@@ -162,7 +163,7 @@ class EmbeddingEvaluator(Callback):
         yield from islice(bank_batches(run, self._bank_loader), limit)
 
     def _lead(self, trainer: L.Trainer) -> EmbeddingEvaluator:
-        return next(c for c in trainer.callbacks if isinstance(c, EmbeddingEvaluator))  # type: ignore[attr-defined]
+        return callbacks_of(trainer, EmbeddingEvaluator)[0]
 
     def _require(self, trainer: L.Trainer, method: str) -> None:
         """Raises ValueError where the data module lacks ``method``."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import lightning as L
+
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Ordered(L.Callback):
@@ -58,3 +60,8 @@ def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
 def is_a(callback: L.Callback, names: Sequence[str]) -> bool:
     """Whether a callback is of a class with one of these names, or of one derived from it."""
     return any(cls.__name__ in names for cls in type(callback).__mro__)
+
+
+def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    """The callbacks of a run that are of a class, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

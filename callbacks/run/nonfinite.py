@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.resume import Resume
 from descant.modules.core.errors import say
 from descant.modules.core.faults import UNREAD, Unread
@@ -286,7 +287,7 @@ def _ledger(trainer: L.Trainer) -> Path:
 
 
 def _resume(trainer: L.Trainer) -> Resume | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Resume)), None)  # type: ignore[attr-defined]
+    return next(iter(callbacks_of(trainer, Resume)), None)
 
 
 def _scaler(trainer: L.Trainer) -> bool:

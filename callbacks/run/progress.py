@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.progressive_resizing import ProgressiveResizing
 from descant.callbacks.run.throughput import Meter
 from descant.modules.core.batch import count_rows
@@ -173,7 +174,7 @@ class Progress(ProgressBar):
 
     def _time_line(self, trainer: L.Trainer, whole: float, left: int, seconds: Callable[[float], float]) -> str:
         line = f"about {clock(whole)} of training for {left:,} steps"
-        if any(isinstance(callback, ProgressiveResizing) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if callbacks_of(trainer, ProgressiveResizing):
             line += " at the current image size"
         accumulate = trainer.accumulate_grad_batches
         batches = first_validation(trainer)

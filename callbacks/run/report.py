@@ -15,6 +15,7 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
 from descant.callbacks.plots.output import run_folder
+from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.train_flops import TrainFlops
 from descant.modules.core.batch import count_rows
 from descant.modules.core.metric_names import CHANCE, order
@@ -134,7 +135,7 @@ class Report(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module)
-        evaluators = [c for c in trainer.callbacks if isinstance(c, EmbeddingEvaluator)]  # type: ignore[attr-defined]
+        evaluators = callbacks_of(trainer, EmbeddingEvaluator)
         items = {metric: of for evaluator in evaluators for metric, of in evaluator.items.items()}
         if items and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_items(self._folder / FILE, items)
@@ -162,22 +163,19 @@ class Report(L.Callback):
         parameters = list(pl_module.parameters())
         seconds = self.train_seconds
         calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
-        counts = [callback for callback in trainer.callbacks if isinstance(callback, TrainFlops)]  # type: ignore[attr-defined]
-        flops = counts[-1].metrics(trainer.global_step) if counts else {}
-        return (
-            calls
-            | flops
-            | {
-                "steps": trainer.global_step,
-                "epochs": trainer.current_epoch,
-                "seconds": round(self.seconds, 3),
-                "train_seconds": round(seconds, 3),
-                "samples": self._samples,
-                "samples_per_second": round(self._samples / seconds, 3) if seconds > 0 else 0.0,
-                "parameters": sum(p.numel() for p in parameters),
-                "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            }
-        )
+        flops = [callback.metrics(trainer.global_step) for callback in callbacks_of(trainer, TrainFlops)]
+        return {
+            **calls,
+            **(flops[-1] if flops else {}),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "seconds": round(self.seconds, 3),
+            "train_seconds": round(seconds, 3),
+            "samples": self._samples,
+            "samples_per_second": round(self._samples / seconds, 3) if seconds > 0 else 0.0,
+            "parameters": sum(p.numel() for p in parameters),
+            "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        }
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage in ("fit", "validate", "test"):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.plots.curves import curves
 from descant.callbacks.plots.output import run_folder, save_figure
-from descant.callbacks.run.callback_order import Ordered, is_a
+from descant.callbacks.run.callback_order import Ordered, callbacks_of, is_a
 from descant.callbacks.run.ema import EMA
 from descant.callbacks.run.exact_resume import settle_buckets
 from descant.callbacks.run.resumable_log import ResumableLog
@@ -91,7 +91,7 @@ class Stages(Ordered):
         callbacks = trainer.callbacks
         rollouts, resizing = (any(is_a(c, (kind,)) for c in callbacks) for kind in ("Rollouts", "ProgressiveResizing"))
         averaged = [name for name, one in pl_module.stages.items() if any(AVERAGE in c.reads for c in one.begin)]
-        if stage == "fit" and averaged and not any(isinstance(c, EMA) for c in callbacks):
+        if stage == "fit" and averaged and not callbacks_of(trainer, EMA):
             raise ValueError(f"stages.{averaged[0]}.begin: mode average: no average is kept; add the callback EMA")
         for name, during in data.stages.items() if stage == "fit" else ():
             if has(during.data, RolloutData) and during.epochs and not rollouts:
@@ -118,7 +118,7 @@ class Stages(Ordered):
             self._mark(trainer, pl_module, data.stage)
 
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        averages = callbacks_of(trainer, EMA)
         average = averages[0].average if averages else None
         for growths in pl_module.begin_stage(name, average):
             for callback in averages:

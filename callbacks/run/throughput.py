@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.run.callback_order import Ordered, callbacks_of
 from descant.callbacks.run.train_flops import TrainFlops
 from descant.modules.core.batch import count_rows
 from descant.modules.training_setup.trainer import log_interval
@@ -154,10 +154,9 @@ class Throughput(Ordered):
         self._spent = 0.0  # FLOPs of this rank since the last logging step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        counts = [callback for callback in callbacks if isinstance(callback, TrainFlops)]
+        counts = callbacks_of(trainer, TrainFlops)
         if not counts:
-            callbacks.append(self._flops)
+            trainer.callbacks.append(self._flops)  # type: ignore[attr-defined]
         self._flops = (counts or [self._flops])[-1]
         super().setup(trainer, pl_module, stage)
 
