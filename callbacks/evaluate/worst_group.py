@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
-from descant.callbacks.run.callback_order import Ordered
-from descant.modules.training_setup.trainer import logged_step
+from descant.callbacks.evaluate.part_metrics import PartMetrics
 
 
-class WorstGroup(Ordered):
+class WorstGroup(PartMetrics):
     """Worst-group metrics: worst, mean and gap over the parts of a mixture, whose sets are named ``part-set``:
 
         {set}/worst/{metric}    the least over the parts (the largest, for names that begin with loss)
@@ -28,40 +25,12 @@ class WorstGroup(Ordered):
         ValueError: for no metric.
     """
 
-    #: Other callbacks read its metrics when an evaluation ends.
-    front = True
-    after = ("Resume",)
+    such_as, always, missing = "answered", "worst", "no two parts have"
 
-    def __init__(self, metrics: list[str]) -> None:
-        super().__init__()
-        if not metrics:
-            raise ValueError("WorstGroup: metrics: none; such as [answered]")
-        self.metrics = metrics
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._report(trainer)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._report(trainer)
-        if not any(name.split("/")[1:2] == ["worst"] for name in trainer.callback_metrics):
-            rank_zero_warn(f"WorstGroup: no two parts have any of {', '.join(self.metrics)}")
-
-    def _report(self, trainer: L.Trainer) -> None:
-        by_metric: dict[tuple[str, str], list[float]] = {}
-        for name, value in trainer.callback_metrics.items():
-            group, _, metric = name.partition("/")
-            dash, set_name = group.partition("-")[1:]
-            if dash and metric in self.metrics:
-                by_metric.setdefault((set_name, metric), []).append(float(value))
-        log: dict[str, float] = {}
-        for (set_name, metric), values in by_metric.items():
-            if len(values) > 1:
-                worst, best = (max, min) if metric.startswith("loss") else (min, max)
-                log[f"{set_name}/worst/{metric}"] = worst(values)
-                log[f"{set_name}/mean/{metric}"] = sum(values) / len(values)
-                log[f"{set_name}/gap/{metric}"] = abs(best(values) - worst(values))
-        metrics: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
-        trainer.callback_metrics.update(metrics)
-        for logger in trainer.loggers if log else []:
-            logger.log_metrics(log, step=logged_step(trainer))
+    def derive(self, trainer: L.Trainer, by_part: Mapping[str, float], metric: str) -> dict[str, float]:
+        values = list(by_part.values())
+        if len(values) < 2:
+            return {}
+        worst, best = (max, min) if metric.startswith("loss") else (min, max)
+        mean, gap = sum(values) / len(values), abs(best(values) - worst(values))
+        return {"worst": worst(values), "mean": mean, "gap": gap}

@@ -52,7 +52,7 @@ class Stages(Ordered):
     advances = True
     #: What other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
     front = True
-    after = ("Resume", "WorstGroup")
+    after = ("Resume", "PartMetrics")
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()
