@@ -11,11 +11,10 @@ from typing import Any, Literal, cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from descant.callbacks.run.resumable_log import ResumableLog
+from descant.callbacks.run.resumable_log import ResumableMetrics
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.objects import require_objects
@@ -27,7 +26,7 @@ from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactM
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
-class Rounds(Callback):
+class Rounds(ResumableMetrics):
     """Competitive distillation rounds (CoMD): renews the pool of a
     :class:`descant.modules.core.protocols.QuestionPoolData` data module.
 
@@ -75,8 +74,6 @@ class Rounds(Callback):
             raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
         self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactMatchScorer(), tau, hard, mine
         self.sham = Sham(sham)
-        self.history: dict[str, float] = {}
-        self.resumable_log = ResumableLog()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         parts = data_parts(trainer)
@@ -112,21 +109,7 @@ class Rounds(Callback):
         data.renew(problems, answer_ids_NM, now)
         self.resumable_log.write(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
-        self._update_metrics(trainer)
-
-    def _update_metrics(self, trainer: L.Trainer) -> None:
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._update_metrics(trainer)  # of rounds before a resume
-        self.resumable_log.write_again(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = dict(state_dict["history"])
-        self.resumable_log.load_state_dict(state_dict["told"])
+        self.update_metrics(trainer)
 
     def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
         """Indices of N problems of the pool: difficult ones, repeated until there are enough, then easy ones."""

@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import Rows, Store, embed
-from descant.callbacks.run.resumable_log import ResumableLog
+from descant.callbacks.run.resumable_log import ResumableMetrics
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
@@ -19,7 +18,7 @@ from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each,
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
-class HardNegativeMiner(Callback):
+class HardNegativeMiner(ResumableMetrics):
     """Dynamic hard negatives (SAIL-Embedding): each sample's highest-scoring false pairs below the F1 threshold.
 
     At the first epoch and every ``every`` epochs, under the current weights in eval mode:
@@ -66,8 +65,6 @@ class HardNegativeMiner(Callback):
             raise ValueError(f"HardNegativeMiner: k {k}, every {every}, pairs {pairs}: at least 1 each")
         self.pair, self.k, self.every, self.threshold = (pair[0], pair[1]), k, every, threshold
         self.pairs, self.label = pairs, label
-        self.history: dict[str, float] = {}
-        self.resumable_log = ResumableLog()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require(self, pl_module, Embeds)
@@ -83,19 +80,8 @@ class HardNegativeMiner(Callback):
         if data.mined.version < version:
             self.history = self._mine(trainer, pl_module, version)
         self.history["mining/age"] = float(epoch % self.every)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
+        self.update_metrics(trainer)
         self.resumable_log.write(trainer, self.history)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
-        self.resumable_log.write_again(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = dict(state_dict["history"])
-        self.resumable_log.load_state_dict(state_dict["told"])
 
     def _mine(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> dict[str, float]:
         data: Any = data_now(trainer)

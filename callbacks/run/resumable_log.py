@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 
 from descant.callbacks.plots.output import writers
 
@@ -39,3 +40,28 @@ class ResumableLog:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.step, self.log, self.text = (state_dict[name] for name in ("step", "log", "text"))
+
+
+class ResumableMetrics(L.Callback):
+    """Base of callbacks that measure at the start of some epochs: the last values are metrics of the run, also resumed.
+
+    A subclass fills ``history``, name -> value, writes it by ``resumable_log`` and calls ``update_metrics``.
+    """
+
+    def __init__(self) -> None:
+        self.history: dict[str, float] = {}
+        self.resumable_log = ResumableLog()
+
+    def update_metrics(self, trainer: L.Trainer) -> None:
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.update_metrics(trainer)  # of the time before a resume
+        self.resumable_log.write_again(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": dict(self.history), "told": self.resumable_log.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = dict(state_dict["history"])
+        self.resumable_log.load_state_dict(state_dict["told"])
