@@ -6,6 +6,7 @@ Letters: N rows of the table, L graded rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,7 @@ def graded(rows: pa.Table, file: Path, scores: Sequence[str], group: str | None,
             the table.
     """
     few = _few(file, [COLUMN, *scores, *([group] if group else [])])
-    whole = pc.and_kleene(rows[features[0]].is_valid(), rows[features[-1]].is_valid())
-    for name in features[1:-1]:
-        whole = pc.and_kleene(whole, rows[name].is_valid())
-    rows = rows.filter(whole)
+    rows = rows.filter(reduce(pc.and_, (rows[name].is_valid() for name in features)))
     x_ND = torch.cat([vectors(rows[name]) for name in features], dim=1)
     at = {index: n for n, index in enumerate(rows[COLUMN].to_pylist())}
     missing = [index for index in few[COLUMN].to_pylist() if index not in at]
