@@ -281,7 +281,7 @@ def _verify(given: argparse.Namespace) -> int:
             again = place.collect(arms, (seed,))
         try:
             if claim.equal == EQUAL["flops"]:
-                require_flops(claim, {arm: of for arm, of in again.items() if arm not in claim.first})
+                require_flops(claim, {arm: of for arm, of in again.items() if arm not in claim.uncompared})
         except Refusal as refusal:
             print(refusal)
             differ += 1

@@ -136,7 +136,8 @@ class Claim:
             what a setting leaves to gain, and judges no paper. least: the smallest margin of a claim by stages, whose
             margin is a quarter of what the oracle gains. signal: what has to be there before the effect is measured.
             lockbox: options under which its effect is measured on samples that nothing else has read. reference: the
-            arm whose FLOPs the others spend, where arms are equal in FLOPs.
+            arm whose FLOPs the others spend, where arms are equal in FLOPs. apart: arms with another budget, such as an
+            oracle that has more. in_stages: data come in stages, which have their budgets.
     """
 
     name: str
@@ -167,6 +168,8 @@ class Claim:
     lockbox: Mapping[str, Any] = field(default_factory=dict)
     before_seed: int | None = None
     reference: str = "method"
+    apart: tuple[str, ...] = ()
+    in_stages: bool = False
 
     def metrics(self) -> list[str]:
         """All metrics that are reported, the first one first."""
@@ -200,11 +203,17 @@ class Claim:
     def limited(self, arm: str) -> bool:
         """Whether an arm takes as many steps as spend the FLOPs of the reference arm's run.
 
-        Others are as long as their options have it: the reference, its sham, runs from which others begin, and arms
-        that continue one of these.
+        Others are as long as their options have it: the reference, its sham, runs from which others begin, arms that
+        continue one of these, arms apart, and all whose data come in stages.
         """
-        alike = {self.reference} | ({"sham"} if self.reference == "method" else set())
-        return self.equal == EQUAL["flops"] and arm not in alike | (self.first - set(ARMS)) | self.beyond
+        alike = {self.reference, *self.apart} | ({"sham"} if self.reference == "method" else set())
+        own = alike | (self.first - set(ARMS)) | self.beyond
+        return self.equal == EQUAL["flops"] and not self.in_stages and arm not in own
+
+    @property
+    def uncompared(self) -> set[str]:
+        """Names of the runs whose budget is not compared: arms apart, and runs from which others begin."""
+        return {*self.apart, *(self.first - set(ARMS))}
 
     def begins_from(self, arm: str) -> set[str]:
         """Names of the runs that an arm needs before it starts."""

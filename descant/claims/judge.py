@@ -124,7 +124,7 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 def require_equal(claim: Claim, runs: Runs) -> None:
     """Check that all runs had the same budget, and that the method's code was called as often in the sham.
 
-    Runs from which others begin are not compared; arms that continue the method, baseline or sham are compared with
+    Runs from which others begin and arms apart are not compared; arms that continue the method, baseline or sham are compared with
     each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of seconds, each run
     needs about as many as the method's of its seed; the sham, which runs the method's code, needs as many steps, in
     whatever time.
@@ -132,7 +132,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     Raises:
         Refusal: if not.
     """
-    arms = [arm for arm in runs if arm not in claim.first or arm in ARMS]
+    arms = [arm for arm in runs if arm not in claim.uncompared]
     beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
     require = require_flops if claim.equal == EQUAL["flops"] else _require_equal
     for compared in ([arm for arm in arms if arm not in beyond], beyond):

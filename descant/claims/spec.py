@@ -33,7 +33,7 @@ NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
 METRIC_KEYS = ("name", "better", "margin", "least")
 CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
-BUDGET_KEYS = ("equal", "reference", *BUDGETS)
+BUDGET_KEYS = ("equal", "reference", "apart", *BUDGETS)
 TUNING_KEYS = ("seed", "metric", "better", "options")
 WAYS, STATUS = ("higher", "lower"), ("gate", "report")
 
@@ -102,6 +102,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     _known(f"{where}: budget", budget, BUDGET_KEYS)
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "steps"), EQUAL)
     reference = _reference(where, budget, equal, arms, least is not None, tuning is not None)
+    apart = _named(where, "budget.apart", budget.get("apart"), arms)
     status = content.get("status", "report")
     if status not in STATUS:
         fail(f"{where}: status {status}: gate (must pass) or report")
@@ -132,7 +133,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         status=status,
         baseline_tuning=content.get("baseline_tuning"),
         digest=marked,
-        alone=_alone(where, content, arms),
+        alone=_named(where, "alone", content.get("alone"), arms),
         tuning=tuning,
         note=content.get("note"),
         oracle=_oracle(where, content, arms),
@@ -140,6 +141,8 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         least=least,
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
+        apart=apart,
+        in_stages=_in_stages(content, contents),
     )
 
 
@@ -221,13 +224,18 @@ def _reference(
     return name
 
 
-def _alone(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> tuple[str, ...]:
-    alone = tuple(content.get("alone") or ())
-    for name in alone:
+def _named(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str]) -> tuple[str, ...]:
+    """Arms beside the three that every claim has."""
+    for name in names or ():
         if name in ARMS or name not in arms:
             others = [arm for arm in arms if arm not in ARMS]
-            fail(f"{where}: alone: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
-    return alone
+            fail(f"{where}: {key}: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
+    return tuple(names or ())
+
+
+def _in_stages(content: Mapping[str, Any], contents: Contents) -> bool:
+    data = composed(content["experiment"], {}, contents)["config"].get("data") or {}
+    return str(data.get("class_path")).rpartition(".")[2] in _STAGED
 
 
 def _budgets(
@@ -240,6 +248,8 @@ def _budgets(
 
 #: Options of data that permute a signal, by which a placebo may differ from the method.
 _CONTROLS = (".sham", ".shuffle_captions")
+#: Data modules whose stages have budgets of their own.
+_STAGED = ("StagedData", "TaskStream")
 #: Most side conditions of a claim by stages.
 _SIDE = 2
 

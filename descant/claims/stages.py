@@ -70,7 +70,7 @@ class Staged:
                 return self._stop(1, NOT_TESTABLE, registered, {"signal": value})
         pilot = self._collect("pilot", ("baseline", claim.oracle), seeds["pilot"])
         if claim.equal == EQUAL["flops"]:
-            require_flops(claim, {arm: of for arm, of in pilot.items() if arm not in claim.first})
+            require_flops(claim, {arm: of for arm, of in pilot.items() if arm not in claim.uncompared})
         gain_S = gains(claim, pilot, claim.oracle, seeds["pilot"])
         headroom = math.fsum(gain_S) / len(gain_S)
         margin = margin_of(headroom, claim.least)

@@ -209,6 +209,7 @@ def _section(
     where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
     if not clock and claim.beyond:
         where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
+    where += f"; {' and '.join(claim.apart)} not compared, with a budget apart" if claim.apart else ""
     lines.append(
         f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; {spent} {where}."
     )

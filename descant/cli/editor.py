@@ -107,7 +107,12 @@ def claim() -> dict[str, Any]:
         ),
         "budget": an_object(
             spec.BUDGET_KEYS,
-            {"equal": {"enum": list(spec.EQUAL)}, "reference": text, **dict.fromkeys(spec.BUDGETS, options)},
+            {
+                "equal": {"enum": list(spec.EQUAL)},
+                "reference": text,
+                "apart": texts,
+                **dict.fromkeys(spec.BUDGETS, options),
+            },
         ),
         "status": {"enum": list(spec.STATUS)},
         "tuning": an_object(

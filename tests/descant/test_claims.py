@@ -229,6 +229,31 @@ def test_arms_that_are_equal_in_flops_spend_those_of_the_reference(
         require_flops(claim, {arm: runs[arm] for arm in ("method", "sham")})
 
 
+def test_arms_apart_have_another_budget_and_stages_their_own(made: Callable[..., Claim], workplace: Path) -> None:
+    arms = CONTENT["arms"] | {"more": {"options": {"trainer.max_steps": 99}}}
+    budget = {"equal": "flops", "apart": ["more"]}
+    claim = made(arms=arms, budget=budget, options={"trainer.max_steps": 8})
+    assert {arm: claim.limited(arm) for arm in claim.arms} == {
+        "baseline": True,
+        "method": False,
+        "sham": False,
+        "more": False,
+    }
+    runs = runs_of([0.5, 0.6, 0.7], [0.0, 0.1, -0.1]) | {"more": {}}
+    for seed in range(3):
+        runs["more"][seed] = {"test/gap": 0.1, "steps": 99}
+        for arm in runs:
+            runs[arm][seed]["train_flops"] = 7e12 if arm == "more" else 1e12
+    judge(claim, runs)
+    with pytest.raises(Refusal, match=r"more, seed 0: 7e\+12 FLOPs of training, \+600\.0% from method"):
+        judge(made(arms=arms, budget={"equal": "flops"}), runs)
+    staged = made(arms=arms, budget={"equal": "flops"}, experiment="staged/emoji-grow")
+    place = run.Place(staged, "full", workplace / "runs")
+    assert not any("Budget" in word for arm in staged.arms for word in run.command(place, arm, 1))
+    with pytest.raises(Refusal, match=r"budget\.apart: no arm 'mor' beside baseline, method, sham; nearest: more"):
+        made(arms=arms, budget=budget | {"apart": ["mor"]})
+
+
 def test_arms_that_are_equal_in_time_have_had_no_less_of_it(
     made: Callable[..., Claim], results: Path, workplace: Path
 ) -> None:
