@@ -124,10 +124,10 @@ def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) 
 def require_equal(claim: Claim, runs: Runs) -> None:
     """Check that all runs had the same budget, and that the method's code was called as often in the sham.
 
-    Runs from which others begin and arms apart are not compared; arms that continue the method, baseline or sham are compared with
-    each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of seconds, each run
-    needs about as many as the method's of its seed; the sham, which runs the method's code, needs as many steps, in
-    whatever time.
+    Runs from which others begin and arms apart are not compared; arms that continue the method, baseline or sham are
+    compared with each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of
+    seconds, each run needs about as many as the method's of its seed; the sham, which runs the method's code, needs as
+    many steps, in whatever time.
 
     Raises:
         Refusal: if not.
