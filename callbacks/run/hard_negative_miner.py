@@ -14,7 +14,7 @@ from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix, mix_N
-from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each, pair_threshold
+from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each, pair_threshold, united
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
@@ -43,6 +43,8 @@ class HardNegativeMiner(ResumableMetrics):
         threshold: ``f1``; ``random`` for the control, the score of a random labelled pair; none for the plain top-k.
         pairs: labelled pairs for the threshold at most: of random samples a with all b.
         label: a target of the data by which ``mining/false`` is counted.
+        exclude: a target of the data, such as ``family`` of Emoji: samples that share it with a are no negatives of a
+            either. It is what an oracle knows, which the threshold has to guess.
 
     Raises:
         ValueError: for k, every or pairs below 1; at setup, for data that cannot have mined negatives, or a recipe
@@ -59,12 +61,13 @@ class HardNegativeMiner(ResumableMetrics):
         threshold: Literal["f1", "random"] | None = "f1",
         pairs: int = 4_000_000,
         label: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         if min(k, every, pairs) < 1:
             raise ValueError(f"HardNegativeMiner: k {k}, every {every}, pairs {pairs}: at least 1 each")
         self.pair, self.k, self.every, self.threshold = (pair[0], pair[1]), k, every, threshold
-        self.pairs, self.label = pairs, label
+        self.pairs, self.label, self.exclude = pairs, label, exclude
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require(self, pl_module, Embeds)
@@ -100,7 +103,8 @@ class HardNegativeMiner(ResumableMetrics):
             number = mix(global_seed(), "mining/threshold", version)
             query, target = sample_M[number % len(sample_M)], number // len(sample_M) % len(target_N)
             threshold = float(z_QD[query] @ z_ND[target])
-        score_QK, index_QK = self._on_all_ranks(z_QD, z_ND, key_Q, key_N, threshold)
+        alike_R = rows.key if self.exclude is None else united(rows.key, rows.targets[self.exclude])
+        score_QK, index_QK = self._on_all_ranks(z_QD, z_ND, alike_R[query_Q], alike_R[target_N], threshold)
         found_QK = index_QK >= 0
         negative_QK = torch.where(found_QK, rows.index[target_N][index_QK.clamp(min=0)], -1)
         data.renew_mined(rows.index[query_Q].cpu(), negative_QK.cpu(), version)
@@ -125,17 +129,18 @@ class HardNegativeMiner(ResumableMetrics):
         for m in self.pair:
             if m not in rows.z:
                 raise ValueError(f"HardNegativeMiner: no embedding of {m!r}; the recipe has {', '.join(rows.z)}")
-        if self.label is not None and self.label not in rows.targets:
-            names = ", ".join(rows.targets) or "none"
-            raise ValueError(f"HardNegativeMiner: no target {self.label!r} in the data; it has {names}")
+        for name in (self.label, self.exclude):
+            if name is not None and name not in rows.targets:
+                names = ", ".join(rows.targets) or "none"
+                raise ValueError(f"HardNegativeMiner: no target {name!r} in the data; it has {names}")
         return rows
 
     def _on_all_ranks(
-        self, z_QD: Tensor, z_ND: Tensor, key_Q: Tensor, key_N: Tensor, threshold: float | None
+        self, z_QD: Tensor, z_ND: Tensor, alike_Q: Tensor, alike_N: Tensor, threshold: float | None
     ) -> tuple[Tensor, Tensor]:
         """The negatives of all queries, mined block by block in turn by the ranks."""
-        score_QK, index_QK = z_QD.new_zeros(len(z_QD), self.k), key_Q.new_zeros(len(z_QD), self.k)
+        score_QK, index_QK = z_QD.new_zeros(len(z_QD), self.k), alike_Q.new_zeros(len(z_QD), self.k)
         for first in range(rank() * BLOCK[0], len(z_QD), world() * BLOCK[0]):
             rows = slice(first, first + BLOCK[0])
-            score_QK[rows], index_QK[rows] = hard_negatives(z_QD[rows], z_ND, key_Q[rows], key_N, self.k, threshold)
+            score_QK[rows], index_QK[rows] = hard_negatives(z_QD[rows], z_ND, alike_Q[rows], alike_N, self.k, threshold)
         return total_of_ranks(score_QK), total_of_ranks(index_QK)

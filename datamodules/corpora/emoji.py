@@ -86,6 +86,8 @@ class Emoji(ImageViews):
             drawing), ``valence`` ``[B]`` (mean rating of the words of name and keywords; nan without such words),
             ``product`` ``[B, 8]`` (of something visual and something of the text), ``noise`` ``[B, 8]`` and
             ``semantic`` ``[B, 8]`` (principal components of the words of all names and keywords).
+        families: a further target, ``family``: concepts of one are variants of each other in gender, role or hair, or look
+            alike, so that the caption of one is nearly true of another.
         paired: every evaluation row has its image and its text, for classifiers: no rows of names alone, and of
             ``vendor`` and ``apart`` only the rows with an image.
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
@@ -117,6 +119,7 @@ class Emoji(ImageViews):
         sealed: bool = False,
         shuffle_captions: bool = False,
         readout: bool = False,
+        families: bool = False,
         paired: bool = False,
         mixer: CaptionMixer | None = None,
         folder: str | None = None,
@@ -133,7 +136,7 @@ class Emoji(ImageViews):
         self.set_views(size, augment or Augment(size))
         self.augment_2 = self.augment.stream_copy("image@2")
         self.development, self.sealed, self.shuffle_captions, self.mixer = development, sealed, shuffle_captions, mixer
-        self.readout, self._visual, self.paired = readout, dict[str, Tensor](), paired
+        self.readout, self._visual, self.paired, self.families = readout, dict[str, Tensor](), paired, families
         self.folder = Path(folder) if folder else PACK
         require_known("vendors", self.vendors, VENDORS)
         require_known("bank_vendors", self.bank_vendors, VENDORS)
@@ -230,10 +233,13 @@ class Emoji(ImageViews):
 
     @cached_property
     def label(self) -> dict[str, np.ndarray]:
-        return {
+        label = {
             name: np.array([classes.index(row[name]) for row in self.pack.rows])
             for name, classes in self.classes.items()
         }
+        if self.families:
+            label["family"] = np.unique([row["family"] for row in self.pack.rows], return_inverse=True)[1]
+        return label
 
     def facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
         """Name -> vendor number -> a float target of all concepts, computed once; nan where it is of no drawing."""

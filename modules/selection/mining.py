@@ -212,3 +212,22 @@ def one_of_each(content_N: Tensor, draw_N: Tensor) -> Tensor:
     first_N = torch.ones_like(sorted_N, dtype=torch.bool)
     first_N[1:] = sorted_N[1:] != sorted_N[:-1]
     return order_N[first_N].sort().values
+
+
+def united(content_N: Tensor, label_N: Tensor) -> Tensor:
+    """int64 ``[N]``: equal where contents or labels are, also through other rows; else different.
+
+    The lowest row of each connected component, by repeated minima over rows of equal content and of equal label.
+
+    >>> united(torch.tensor([7, 7, 8, 9]), torch.tensor([0, 1, 1, 2])).tolist()
+    [0, 0, 0, 3]
+    """
+    component_N = torch.arange(len(content_N), device=content_N.device)
+    groups = [x_N.unique(return_inverse=True)[1] for x_N in (content_N, label_N)]
+    while True:
+        before_N = component_N
+        for group_N in groups:
+            lowest_G = component_N.scatter_reduce(0, group_N, component_N, "amin", include_self=False)
+            component_N = lowest_G[group_N]
+        if torch.equal(component_N, before_N):
+            return component_N
