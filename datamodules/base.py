@@ -28,6 +28,7 @@ from descant.datamodules.changes import Corpus, DataPolicy, pack, require
 from descant.datamodules.mined import MinedNegatives, MinedSet
 from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
+from descant.datamodules.table_selection import TableSelection
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed
 from descant.modules.tokenizers.text import Tokenizer
@@ -112,6 +113,7 @@ class DataModule(L.LightningDataModule):
             fetched.
         selected: a parquet file whose column ``index`` has the ids of the training samples to take, such as
             `descant data select` writes; all where not given.
+        selection: in place of such a file, samples by the scores of a table.
     """
 
     def __init__(
@@ -122,12 +124,16 @@ class DataModule(L.LightningDataModule):
         drop: dict[str, float] | None = None,
         tiny: bool = False,
         selected: str | None = None,
+        selection: TableSelection | None = None,
     ) -> None:
         super().__init__()
+        if selected is not None and selection is not None:
+            raise ValueError("selected, selection: ids of a file, or by the scores of a table; not both")
         if batch_size < 2:
             raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny, self.selected = drop or {}, tiny, None if selected is None else Path(selected)
+        self.selection = selection
         self.mined: MinedNegatives | None = None  # set by a callback that mines them
         self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
@@ -154,12 +160,19 @@ class DataModule(L.LightningDataModule):
     @cached_property
     def selected_ids(self) -> np.ndarray | None:
         """Ids of the training samples to take; None: of all."""
+        if self.selection is not None:
+            return self.selection.ids()
         return None if self.selected is None else read_ids(self.selected)
+
+    @property
+    def selected_by(self) -> str:
+        """The place that the ids are from, for errors."""
+        return str(self.selected if self.selection is None else self.selection.table)
 
     def selected_set(self) -> BatchDataset:
         """The training samples that are taken."""
         data, id_N = self.training_set(), self.selected_ids
-        return data if id_N is None else SelectedSet(data, positions_of(data, id_N, str(self.selected)))
+        return data if id_N is None else SelectedSet(data, positions_of(data, id_N, self.selected_by))
 
     def with_mined(self, data: BatchDataset) -> BatchDataset:
         """A training set with mined negatives, where training reads those."""
@@ -235,7 +248,7 @@ class DataModule(L.LightningDataModule):
     @cached_property
     def known_corpora(self) -> dict[str, Corpus]:
         id_N = self.selected_ids
-        return self.corpora() | ({} if id_N is None else {"ids": id_corpus(id_N, str(self.selected))})
+        return self.corpora() | ({} if id_N is None else {"ids": id_corpus(id_N, self.selected_by)})
 
     def state_dict(self) -> dict[str, Any]:
         mined = {} if self.mined is None else {"mined": self.mined.state()}

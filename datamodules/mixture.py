@@ -76,8 +76,9 @@ class Mixture(CompositeDataModule):
                 raise ValueError(f"parts: {name!r}: letters, digits and _ only, since names of metrics begin with it")
         self.parts = dict(parts)
         super().__init__(num_workers=num_workers or 0, **kwargs)
-        if self.selected is not None:
-            raise ValueError(f"selected: ids are of a part's samples: parts.{next(iter(parts), 'NAME')}.selected")
+        if self.selected is not None or self.selection is not None:
+            key = "selection" if self.selected is None else "selected"
+            raise ValueError(f"{key}: ids are of a part's samples: parts.{next(iter(parts), 'NAME')}.{key}")
         self._workers = num_workers
         self.weights = _weights(weights, list(parts))
         if alpha is not None and weights is not None:

@@ -1,4 +1,4 @@
-"""Refuse unknown names in one line that lists the valid ones, or the nearest of many."""
+"""Names of files, and unknown names refused in one line that lists the valid ones, or the nearest of many."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from descant.modules.core.errors import closest
 
+#: File of the embeddings of a run's training samples, as ``descant predict --sets train`` writes it.
+TABLE = "embeddings-train.parquet"
 MANY = 20  # names: more of them do not fit into a line
 
 

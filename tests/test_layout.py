@@ -26,7 +26,16 @@ MAY = {
         "descant.datamodules",
         *(
             f"descant.modules.{part}"
-            for part in ("core", "tokenizers", "transforms", "io.cache", "io.files", "io.jsonl", "io.names")
+            for part in (
+                "core",
+                "selection",
+                "tokenizers",
+                "transforms",
+                "io.cache",
+                "io.files",
+                "io.jsonl",
+                "io.names",
+            )
         ),
     ),
 }

@@ -49,7 +49,7 @@ class PooledDialogues(Dialogues):
     def training_problems(self) -> DialogueSet:
         data = cast(DialogueSet, super().training_set())
         if self.selected_ids is not None:
-            data.problems = data.problems.where(positions_of(data, self.selected_ids, str(self.selected)))
+            data.problems = data.problems.where(positions_of(data, self.selected_ids, self.selected_by))
         return data
 
     def selected_set(self) -> BatchDataset:

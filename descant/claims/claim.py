@@ -94,11 +94,15 @@ class Arm:
     Attributes:
         configs: names of overlays, and ``claims/NAME:ARM`` for a ``config`` that stands inside an arm.
         settings: values, one of which replaces every ``SETTING`` in its options; validation chooses it.
+        predict, lockbox: of the run ``before``: options of `descant predict --sets train` after it, None where that is
+            not wanted; and its options in place of the claim's lock-box, None for the same.
     """
 
     configs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[Any, ...] = ()
+    predict: Mapping[str, Any] | None = None
+    lockbox: Mapping[str, Any] | None = None
 
     def needs(self) -> set[str]:
         """The arms whose run folders its options name."""
@@ -226,7 +230,7 @@ class Claim:
         """The options of a run; what comes before the arms has its own, and is kept from the lock-box as they are."""
         added = self.before if arm == BEFORE else self.arms[arm]
         assert added is not None
-        sealed = self.lockbox if budget == "full" else {}
+        sealed = {} if budget != "full" else self.lockbox if added.lockbox is None else added.lockbox
         return {**(sealed if arm == BEFORE else self.budgets[budget]), **added.options}
 
     def steps(self, arm: str, budget: str) -> int | None:
@@ -261,6 +265,12 @@ class Claim:
             options = [(key, _filled(value, lambda text: _placed(text, place))) for key, value in options]
         words = [word for config in configs for word in ("--config", config)]
         return [*words, *(f"--{key}={_text(value)}" for key, value in options), f"--seed_everything={seed}"]
+
+    def predicting(self) -> list[str]:
+        """The arguments of ``descant predict`` after the run ``before``, without its folder; none where not wanted."""
+        if self.before is None or self.before.predict is None:
+            return []
+        return ["--sets=train", *(f"--{key}={_text(value)}" for key, value in self.before.predict.items())]
 
     # settings -----------------------------------------------------------------------------------------------------
 

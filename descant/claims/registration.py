@@ -68,7 +68,8 @@ def shared(claim: Claim, arm: str, budget: str) -> str:
     if claim.before is not None and arm != BEFORE:
         begins.append(shared(claim, BEFORE, budget))
     alone = replace(claim, arms={arm: added}, before=None)
-    what = [[_content(file) for file in files], options, begins, code(alone)]
+    what: list[Any] = [[_content(file) for file in files], options, begins, code(alone)]
+    what += [] if added.predict is None else [added.predict]  # runs without it keep their digests
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -90,7 +91,7 @@ def imported(modules: Iterable[str]) -> set[str]:
 def _named(claim: Claim, arm: Arm) -> list[str]:
     """All texts in what the runs of an arm compose to."""
     files = layers(map(find, (claim.experiment, *arm.configs)))
-    return texts([[_content(file) for file in files], dict(arm.options)])
+    return texts([[_content(file) for file in files], dict(arm.options), dict(arm.predict or {})])
 
 
 @cache

@@ -14,6 +14,7 @@ from descant.claims.judge import Runs
 from descant.claims.registration import shared
 from descant.cli.errors import INTERRUPTED, fail, say
 from descant.cli.untrusted import json_of, text_of
+from descant.datamodules.names import TABLE
 from descant.run import runs as folders
 from descant.run.groups import numbers, seed_of
 from descant.run.processes import Task, run_beside
@@ -61,17 +62,23 @@ class Place:
             return 0.0
 
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
-        """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none."""
-        folder = self._finished(arm, seed)
-        return None if folder is None else _metrics(folder)
+        """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none, or
+        if its predictions are missing."""
+        folder = self.trained(arm, seed)
+        return None if folder is None or self.unpredicted(arm, folder) else _metrics(folder)
 
     def run_of(self, arm: str, seed: int) -> Path:
         """Folder of a finished run."""
-        folder = self._finished(arm, seed)
+        folder = self.trained(arm, seed)
         assert folder is not None
         return folder
 
-    def _finished(self, arm: str, seed: int) -> Path | None:
+    def unpredicted(self, arm: str, folder: Path) -> bool:
+        """Whether the embeddings of its training samples are still to be written."""
+        return arm == BEFORE and bool(self.claim.predicting()) and not any(folder.glob(f"predict-*/{TABLE}"))
+
+    def trained(self, arm: str, seed: int) -> Path | None:
+        """Folder of a run that was tested; None if there is none."""
         steps, seed = self.claim.steps(arm, self.budget), self.seed(arm, seed)
         own = self.name(arm)
         for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
@@ -135,6 +142,7 @@ class Place:
                     has = _metrics(made[-1]) if made else {}
                     lacks = [m for m in self.claim.needed(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
+                    what = "it has no predictions" if self.trained(arm, seed) is not None else what
                     fail(f"claims {self.claim.name}: {arm}, seed {seed}: {what}")
                 collected[arm][seed] = metrics
         return collected
@@ -197,9 +205,23 @@ def _fit(place: Place, arm: str, seed: int) -> list[str]:
     return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.home(arm)}"]
 
 
+def predicting(place: Place, arm: str, seed: int) -> list[str]:
+    """Arguments of ``descant`` that write the predictions of a run after it was trained; none where none are wanted."""
+    words = place.claim.predicting() if arm == BEFORE else []
+    if not words:
+        return []
+    folder = place.trained(arm, seed)  # or the run that will then be the latest
+    run = f"{place.name(arm)}-{seed}/latest" if folder is None else "/".join(folder.parts[-2:])
+    words += [f"--trust={module}" for module in place.trust]
+    return ["predict", f"--run={run}", *words, f"--runs={place.home(arm)}"]
+
+
 def _task(place: Place, arm: str, seed: int) -> Task:
     label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.home(arm) / f"{place.name(arm)}-{seed}.log"
-    return Task(label, tuple(command(place, arm, seed)), log)
+    commands = [] if place.trained(arm, seed) is not None else [command(place, arm, seed)]
+    commands += [words] if (words := predicting(place, arm, seed)) else []
+    first, *then = map(tuple, commands)
+    return Task(label, first, log, *then)
 
 
 def _tell(place: Place, arm: str, seed: int, seconds: float) -> None:
@@ -216,6 +238,8 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     """
     from descant.slurm.submit import main
 
+    if place.claim.predicting():
+        fail(f"claims {place.claim.name}: --slurm: before.predict is a process of this command; run it without --slurm")
     todo = place.missing(arms, seeds)
     first = [one for one in todo if not place.waits(*one, todo)]
     arrays: dict[tuple[str, int | None], list[int]] = {}

@@ -31,6 +31,8 @@ KEYS = (
 )
 NEEDED = KEYS[:7]
 ARM_KEYS = ("configs", "config", "options", "settings")
+#: Keys of ``before`` beside ``experiment``, ``seed`` and those of an arm.
+BEFORE_KEYS = ("predict", "lockbox")
 METRIC_KEYS = ("name", "better", "margin", "least")
 CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
 BUDGET_KEYS = ("equal", "reference", "apart", *BUDGETS)
@@ -178,8 +180,13 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
     _need(f"{where}: before", given, ("experiment",))
     experiment, seed = str(given.pop("experiment")), given.pop("seed", None)
     seed = None if seed is None else _whole(f"{where}: before.seed", seed)
+    more = {key: dict(_mapping(f"{where}: before", given, key)) for key in BEFORE_KEYS if key in given}
+    if "lockbox" in more and not content.get("lockbox"):
+        fail(f"{where}: before.lockbox: the claim has no lockbox, whose options these replace")
+    given = {key: value for key, value in given.items() if key not in more}
     arm = _arm(f"{where}: before", given, f"{own}:{BEFORE}")
-    return Arm((experiment, *arm.configs), arm.options), seed
+    added = Arm((experiment, *arm.configs), arm.options, predict=more.get("predict"), lockbox=more.get("lockbox"))
+    return added, seed
 
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:

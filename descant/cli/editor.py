@@ -81,7 +81,11 @@ def claim() -> dict[str, Any]:
         return {"type": "object", "properties": properties, "required": list(needed), "additionalProperties": False}
 
     arm = {"configs": texts, "config": options, "options": options, "settings": {"type": "array", "minItems": 1}}
-    before = {"seed": {"type": "integer", "description": "of one such run for all seeds"}, **arm}
+    before = {
+        "seed": {"type": "integer", "description": "of one such run for all seeds"},
+        **dict.fromkeys(spec.BEFORE_KEYS, options),
+        **arm,
+    }
     margins = {key: {**number, "minimum": 0} for key in ("margin", "least")}
     metric = an_object(spec.METRIC_KEYS, {"better": way, **margins}, ("name", "better"))
     metric["oneOf"] = [{"required": [key]} for key in margins]
@@ -93,7 +97,7 @@ def claim() -> dict[str, Any]:
         "seed": {"type": "integer", "description": "of the paper, in the list of papers"},
         "options": options,
         "arms": {"type": "object", "required": list(spec.ARMS), "additionalProperties": an_arm},
-        "before": an_object(("experiment", "seed", *spec.ARM_KEYS), before, ("experiment",)),
+        "before": an_object(("experiment", "seed", *spec.BEFORE_KEYS, *spec.ARM_KEYS), before, ("experiment",)),
         "metric": metric,
         "sham_margin": number,
         "also": {"type": "array", "items": condition},

@@ -123,7 +123,9 @@ def _select(args: Sequence[str]) -> int:
     parser.add_argument("--cost", metavar="COLUMN", help="column of costs, such as tokens; 1 a row by default")
     graded_help = "few rows with grades 0, 1, ... in the columns of --score (and --group), from which all get theirs"
     parser.add_argument("--graded", metavar="FILE", type=Path, help=graded_help)
-    features_help = "embeddings that --graded learns from (image,text)"
+    own_help = "the same of a random share of the table's own rows, which has these columns"
+    parser.add_argument("--graded-share", metavar="SHARE", type=float, help=own_help)
+    features_help = "embeddings that grades are learned from, such as image,text,image*text (image,text)"
     parser.add_argument("--features", metavar="NAMES", default="image,text", help=features_help)
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed by which rows of equal scores go (0)")
     parser.add_argument("--sham", action="store_true", help="the control: scores permuted within groups")

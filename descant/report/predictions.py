@@ -34,8 +34,9 @@ class Predictions(L.Callback):
     """Writes embeddings to ``embeddings-SET.parquet``, one file per set, complete or not at all.
 
     Columns: ``index`` (int64, the sample's stable id); ``name`` (a description of the sample, such as its caption);
-    ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); and for
-    each modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality. Padding rows, which
+    ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); for each
+    modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality; and each target that is one
+    number a sample (int64 or float64), such as ``group``. Padding rows, which
     have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers
     open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set and
     widths.
@@ -80,10 +81,11 @@ class Predictions(L.Callback):
         if not isinstance(outputs, Mapping) or not outputs.get("z"):
             raise ValueError(f"{type(pl_module).__name__} gives no embeddings, so there is nothing to write")
         name = self.names[dataloader_idx] if self.names else str(dataloader_idx)
+        targets = _numbers(getattr(batch, "targets", {}))
         if self._table is None or self._table.name != name:
             self._finish()
-            self._table = self._open(trainer, pl_module, name, outputs)
-        self._table.add(outputs)
+            self._table = self._open(trainer, pl_module, name, outputs, targets)
+        self._table.add(outputs, targets)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish()
@@ -104,7 +106,14 @@ class Predictions(L.Callback):
             self._finished.append(self._table)
             self._table = None
 
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, outputs: Mapping[str, Any]) -> _Table:
+    def _open(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        name: str,
+        outputs: Mapping[str, Any],
+        targets: Mapping[str, Tensor],
+    ) -> _Table:
         data = trainer.datamodule  # type: ignore[attr-defined]
         widths = {modality: int(z_BD.shape[1]) for modality, z_BD in outputs["z"].items()}
         # the first batch may lack a modality: its width is that of the shared space
@@ -124,14 +133,21 @@ class Predictions(L.Callback):
             "width": widths,
         }
         rank = trainer.global_rank if trainer.world_size > 1 else None
-        return _Table(self.run.folder, name, widths, about, data, rank)
+        return _Table(self.run.folder, name, widths, targets, about, data, rank)
 
 
 class _Table:
     """A parquet file that is being written under a temporary name, or one rank's part of it."""
 
     def __init__(
-        self, folder: Path, name: str, widths: Mapping[str, int], about: Mapping[str, Any], data: Any, rank: int | None
+        self,
+        folder: Path,
+        name: str,
+        widths: Mapping[str, int],
+        targets: Mapping[str, Tensor],
+        about: Mapping[str, Any],
+        data: Any,
+        rank: int | None,
     ) -> None:
         self.name, self.widths, self.data = name, widths, data
         target = folder / f"embeddings-{name.replace('/', '-')}.parquet"
@@ -139,12 +155,14 @@ class _Table:
         self.scratch = folder / f".{target.name}.{0 if rank is None else rank}"
         columns = {f"z_{m}": pa.list_(pa.float32(), width) for m, width in widths.items()}
         fields = {"index": pa.int64(), "name": pa.string(), "sample": pa.string(), **columns}
+        self.numbers = {name: _kind(x_B) for name, x_B in targets.items() if name not in fields}
+        fields |= self.numbers
         self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
         self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
         self.batches: list[pa.RecordBatch] = []
         self.rows = 0
 
-    def add(self, outputs: Mapping[str, Any]) -> None:
+    def add(self, outputs: Mapping[str, Any], targets: Mapping[str, Tensor]) -> None:
         present = {m: mask_B.bool().cpu() for m, mask_B in outputs["present"].items()}
         rows = torch.stack(list(present.values())).any(dim=0)
         if not rows.any():
@@ -160,6 +178,9 @@ class _Table:
                 columns.append(pa.nulls(len(index), pa.list_(pa.float32(), width)))
             else:
                 columns.append(_vectors(z_BD.detach().float().cpu()[rows], present[modality][rows], width))
+        for name, kind in self.numbers.items():
+            x_B = targets[name].cpu()[rows]
+            columns.append(pa.array((x_B.double() if x_B.is_floating_point() else x_B.long()).numpy(), kind))
         self.rows += len(index)
         self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
         if sum(len(batch) for batch in self.batches) >= GROUP:
@@ -181,6 +202,15 @@ class _Table:
     def drop(self) -> None:
         self.writer.close()
         self.scratch.unlink(missing_ok=True)
+
+
+def _numbers(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are one number a sample."""
+    return {name: x_B for name, x_B in targets.items() if x_B.ndim == 1}
+
+
+def _kind(x_B: Tensor) -> pa.DataType:
+    return pa.float64() if x_B.is_floating_point() else pa.int64()
 
 
 def _utf8(name: str) -> str:

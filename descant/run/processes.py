@@ -17,11 +17,12 @@ from descant.cli.errors import fail
 
 @dataclass(frozen=True)
 class Task:
-    """A command ``descant WORDS``, its label, and the file for its output."""
+    """A command ``descant WORDS``, its label, the file for its output, and a command to run after it."""
 
     label: str
     words: tuple[str, ...]
     log: Path
+    then: tuple[str, ...] = ()
 
 
 @dataclass
@@ -29,6 +30,7 @@ class _Job:
     task: Task
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    then: tuple[str, ...]
     began: float = field(default_factory=time.monotonic)
 
 
@@ -60,11 +62,14 @@ def run_beside(
                 working.append(_start(ready, jobs))
             time.sleep(0.1)
             for job in [job for job in working if job.process.poll() is not None]:
+                if not job.process.returncode and job.then and failed is None:
+                    job.process, job.then = _process(job.then, job.log, jobs), ()
+                    continue
                 working.remove(job)
                 job.log.close()
                 if job.process.returncode:
                     failed = failed or job
-                else:
+                elif not job.then:
                     tell(job.task, time.monotonic() - job.began)
     except KeyboardInterrupt:
         for job in working:
@@ -80,8 +85,12 @@ def run_beside(
 
 
 def _start(task: Task, jobs: int) -> _Job:
-    threads = str(max((os.cpu_count() or 1) // jobs, 1))
     log = task.log.open("wb")
+    return _Job(task, _process(task.words, log, jobs), log, task.then)
+
+
+def _process(words: tuple[str, ...], log: IO[bytes], jobs: int) -> subprocess.Popen[bytes]:
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-P", "-m", "descant", *task.words]  # -P: not from the working folder
-    return _Job(task, subprocess.Popen(command, stdout=log, stderr=log, env=environment), log)
+    command = [sys.executable, "-P", "-m", "descant", *words]  # -P: not from the working folder
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)

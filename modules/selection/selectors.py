@@ -93,6 +93,29 @@ class ScoreFilter(Selector):
         return Selection(picked_S.sort().values)
 
 
+class RandomShare(Selector):
+    """Random rows of ``share`` of the pool's cost, whatever their scores are: the baseline of a selector.
+
+    Args:
+        share: of the cost of all rows, above 0 and at most 1.
+
+    Raises:
+        ValueError: for a share outside (0, 1], and what :class:`Selector` raises.
+
+    >>> score_NK, draw_N = torch.tensor([[0.1], [0.9], [0.5], [0.9]]), torch.tensor([3, 9, 1, 7])
+    >>> RandomShare(share=0.5)(score_NK, None, draw_N).index_S.tolist()
+    [0, 2]
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = _share(share)
+
+    def select(self, score_NK: Tensor, group_N: Tensor, draw_N: Tensor, cost_N: Tensor) -> Selection:
+        order_N = draw_N.argsort(stable=True)
+        return Selection(order_N[: _affordable(cost_N[order_N], _budget(self.share, cost_N))].sort().values)
+
+
 class Quota(Selector):
     """Equal quotas over scores and groups, such as capabilities and styles (mmSSR).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from descant.datamodules.fields.fields import Fields, ImageField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
 from descant.datamodules.sources.parquet import Parquet
+from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.table_selection import TableSelection, newest_table
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.datamodules.tasks.questions import Questions
 from descant.datamodules.user_data import UserData
+from descant.modules.selection.selectors import RandomShare, ScoreFilter, Selector
 from tests.files import jpeg
 
 
@@ -58,6 +62,65 @@ def test_each_sample_is_the_one_of_the_whole_set(kind: Any, tmp_path: Path) -> N
 def _one(number: int, size: int) -> Any:
     slot = Slot(0, number, True)
     return Window([slot], [slot])
+
+
+def scored(folder: Path, data: Any) -> tuple[str, np.ndarray]:
+    """A table of a training set with a random score, and its ids, the highest score first."""
+    id_N = ids(data)
+    score_N = np.random.default_rng(0).random(len(id_N))
+    pq.write_table(pa.table({"index": id_N, "score": score_N}), folder / "pool.parquet")
+    return str(folder / "pool.parquet"), id_N[np.argsort(-score_N)]
+
+
+def test_a_run_selects_by_a_table_as_by_a_file_of_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, ranked = scored(tmp_path, Emoji(tiny=True, batch_size=8))
+
+    def of(seed: int | None = None, selector: Selector | None = None) -> Emoji:
+        return Emoji(tiny=True, batch_size=8, selection=TableSelection(table, ["score"], selector, seed=seed))
+
+    half = int(len(ranked) / 2 + 0.5)
+    assert set(of().training_ids().tolist()) == set(ranked[:half].tolist())
+    quarter = of(selector=ScoreFilter(0.25))
+    file = Emoji(tiny=True, batch_size=8, selected=file_of(tmp_path, quarter.training_ids().numpy()))
+    for batch, other in zip(quarter.train_dataloader(), file.train_dataloader(), strict=True):
+        assert torch.equal(batch.index, other.index) and torch.equal(batch.inputs["text"], other.inputs["text"])
+    require(file.known_corpora, quarter.state_dict()["corpora"], DataPolicy())
+    with pytest.raises(ValueError, match=r"pool\.parquet.*ids"):  # resumed with another rule
+        require(of().known_corpora, quarter.state_dict()["corpora"], DataPolicy())
+    # random draws are the seed's: of the run by default, of the selection where it is given
+    draws = [set(of(seed, RandomShare(0.5)).training_ids().tolist()) for seed in (1, 1, 2)]
+    monkeypatch.setattr("descant.datamodules.table_selection.global_seed", lambda: 2)
+    assert draws[0] == draws[1] != draws[2] == set(of(None, RandomShare(0.5)).training_ids().tolist())
+    staged = StagedData(stages={"all": StageData(Emoji(tiny=True, batch_size=8)), "some": StageData(quarter)})
+    assert [len(stage.data.selected_set()) for stage in staged.stages.values()] == [
+        len(ranked),
+        len(file.training_ids()),
+    ]
+    ids_of = staged.state_dict()["parts"]
+    assert "ids" in ids_of["some"]["corpora"] and ids_of["all"] == {}
+    with pytest.raises(ValueError, match="selected, selection: ids of a file, or by the scores of a table; not both"):
+        Emoji(tiny=True, batch_size=8, selected="ids.parquet", selection=TableSelection(table))
+    with pytest.raises(ValueError, match=r"selection: ids are of a part's samples: parts.few.selection"):
+        Mixture(parts={"few": quarter}, batch_size=8, selection=TableSelection(table))
+    with pytest.raises(ValueError, match=r"pool\.parquet: no column 'z_image'; known: index, score"):
+        Emoji(tiny=True, batch_size=8, selection=TableSelection(table)).selected_set()
+
+
+def test_the_newest_table_of_a_run_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no embeddings of training samples"):
+        newest_table(tmp_path)
+    for number in (2, 1):
+        folder = tmp_path / f"run/00{number}/predict-001"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"index": [number]}), folder / "embeddings-train.parquet")
+        os.utime(folder / "embeddings-train.parquet", (number, number))
+    newest = tmp_path / "run/002/predict-001/embeddings-train.parquet"
+    assert newest_table(tmp_path / "run") == newest_table(tmp_path / "run/002") == newest == newest_table(newest)
+    parts = tmp_path / "parts.parquet"  # as several ranks write it
+    parts.mkdir()
+    for rank in range(2):
+        pq.write_table(pa.table({"index": [rank], "score": [float(rank)]}), parts / f"part-{rank:05d}.parquet")
+    assert TableSelection(str(parts), ["score"]).ids().tolist() == [1]
 
 
 def test_two_ranks_see_the_parts_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -19,8 +20,10 @@ from descant.claims.effect import NO_ROOM, NOT_TESTABLE
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge, require_flops
 from descant.cli.catalogue import extended, find
 from descant.cli.errors import Refusal
+from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.report.statistics import paired
 from tests.conftest import Result
+from tests.descant.test_predict import EMOJI
 from tests.forked import fork_runs
 from tests.tolerance import F64, ulps
 
@@ -37,6 +40,9 @@ CONTENT: dict[str, Any] = {
     "metric": {"name": "test/gap", "better": "lower", "margin": 0.01},
     "seeds": {"pilot": [100], "full": [0, 1, 2]},
 }
+
+
+OWN_BOX = {"lockbox": {"data.sealed": True}}
 
 
 @pytest.fixture
@@ -320,6 +326,8 @@ def test_scored_code_must_run_as_often_in_the_sham(made: Callable[..., Claim]) -
         ({"before": {"configs": []}}, "before: experiment is missing"),
         ({"before": {"experiment": "toy.yml"}}, "toy.yml: no such file"),
         ({"before": {"experiment": "toy.yaml", "seed": "one"}}, "before.seed 'one': a whole number is expected"),
+        ({"before": {"experiment": "toy.yaml", "predict": "train"}}, "before: predict: an object is expected"),
+        ({"before": {"experiment": "toy.yaml", "lockbox": {}}}, "before.lockbox: the claim has no lockbox"),
         ({"budget": {"equal": "hours"}}, "budget.equal hours; known: flops, samples, seconds, steps"),
         ({"budget": {"reference": "sham"}}, "budget.reference: of arms that are equal in flops, not in steps"),
         ({"budget": {"equal": "flops", "reference": "sam"}}, "budget.reference: no arm 'sam'; nearest: sham"),
@@ -442,6 +450,35 @@ def test_one_run_before_serves_all_seeds(made: Callable[..., Claim], workplace: 
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
     assert place.missing(["method"], [0, 1]) == runs[1:] and place.finished("before", 1) == {"test/gap": 1, "steps": 8}
+
+
+def test_predictions_follow_the_run_before(made: Callable[..., Claim], workplace: Path) -> None:
+    arms = CONTENT["arms"] | {"method": {"options": {"data.table": "BEFORE"}}}
+    plain, wanted = ({"experiment": "toy.yaml"} | more for more in ({}, {"predict": {"data.wrong": 0.4}}))
+    claim = made(before=wanted, arms=arms)
+    assert claim.digest != made(before=plain, arms=arms).digest
+    place = run.Place(claim, "full", workplace / "runs", ("tests.toys",))
+    predict = ["--sets=train", "--data.wrong=0.4", "--trust=tests.toys", f"--runs={place.folder}"]
+    assert run.predicting(place, "before", 1) == ["predict", "--run=before-1/latest", *predict]
+    assert run.predicting(place, "method", 1) == []
+    folder = place.folder / "before-1/001"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"test/gap": 1, "steps": 8}')
+    assert place.missing(["method"], [1]) == [("before", 1), ("method", 1)], "it has no predictions"
+    assert run.predicting(place, "before", 1)[:2] == ["predict", "--run=before-1/001"]
+    (folder / "predict-001").mkdir()
+    assert place.finished("before", 1) is None, "killed while it wrote them"
+    (folder / "predict-001/embeddings-train.parquet").touch()
+    assert place.missing(["method"], [1]) == [("method", 1)]
+    with pytest.raises(Refusal, match=r"before\.predict is a process of this command; run it without --slurm"):
+        run.submit(place, ["method"], [0], "")
+
+
+def test_the_run_before_has_the_lock_box_of_its_own_data(made: Callable[..., Claim]) -> None:
+    box = {"lockbox": {"data.stages.a.sealed": True}}
+    same, own = (made(**STAGES | box, before={"experiment": "toy.yaml"} | more) for more in ({}, OWN_BOX))
+    assert same.options("before", "full") == box["lockbox"] and own.options("before", "full") == {"data.sealed": True}
+    assert own.options("before", "pilot") == {} and "data.sealed" not in own.options("method", "full")
 
 
 def test_arms_begin_from_the_runs_of_others(made: Callable[..., Claim], workplace: Path) -> None:
@@ -708,6 +745,31 @@ def planted(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     made()
     yield lambda *args: cli("claims", *args, "--results", results, "--trust", "tests.toys")
+
+
+@pytest.mark.slow
+def test_the_embeddings_of_the_run_before_are_written_once(
+    made: Callable[..., Claim], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_runs(monkeypatch)
+    tiny = {word.removeprefix("--"): x for word, x in zip(EMOJI[4::2], EMOJI[5::2], strict=True) if word != "--test"}
+    before = {"experiment": "contrastive/emoji", "configs": ["on/tiny"], "options": tiny}
+    claim = made(before={**before, "predict": {"data.vendors": ["openmoji"]}})
+    place = run.Place(claim, "full", workplace / "runs")
+    assert run.run(place, ["before"], [0], 1) == 0
+    (table,) = place.folder.glob("before-0/001/predict-*/embeddings-train.parquet")
+    rows = pq.read_table(table)
+    assert {"group", "subgroup", "z_image", "z_text"} < {*rows.schema.names}
+    assert {n % len(VENDORS) for n in rows["index"].to_pylist()} == {VENDORS.index("openmoji")}
+    fitted = place.folder / "before-0/001/metrics.json"
+    stamp = fitted.stat().st_mtime_ns
+    table.unlink()  # as a killed command leaves it
+    assert run.run(place, ["before"], [0], 1) == 0
+    assert len([*place.folder.glob("before-0/001/predict-*/embeddings-train.parquet")]) == 1
+    assert fitted.stat().st_mtime_ns == stamp, "trained once"
+    other = made(before={**before, "predict": {"data.vendors": ["none"]}})
+    with pytest.raises(Refusal, match=r"before, seed 0: .*'none' is not one of"):
+        run.run(run.Place(other, "full", workplace / "runs"), ["before"], [0], 1)
 
 
 @pytest.mark.slow

@@ -161,13 +161,22 @@ class Callbacks:
         self.callback = Predictions(Run(folder, fresh=True), sets)
         self.callback.setup(self.trainer, self.module, "predict")
 
-    def batch(self, index: list[int], z: dict[str, Tensor], present: dict[str, list[bool]], set_: int = 0) -> None:
+    def batch(
+        self,
+        index: list[int],
+        z: dict[str, Tensor],
+        present: dict[str, list[bool]],
+        set_: int = 0,
+        targets: dict[str, Tensor] | None = None,
+    ) -> None:
         outputs = {
             "index": torch.tensor(index),
             "present": {modality: torch.tensor(mask) for modality, mask in present.items()},
             "z": z,
         }
-        self.callback.on_predict_batch_end(self.trainer, self.module, outputs, None, 0, set_)
+        self.callback.on_predict_batch_end(
+            self.trainer, self.module, outputs, SimpleNamespace(targets=targets or {}), 0, set_
+        )
 
     def end(self) -> None:
         self.callback.on_predict_end(self.trainer, self.module)
@@ -189,6 +198,26 @@ def test_absent_modalities_are_null_and_padding_has_no_row(tmp_path: Path) -> No
     assert [row["z_image"] for row in rows] == [[0.0, 1.0], None, [0.0, 1.0]]
     assert [row["z_text"] for row in rows] == [[0.0, 1.0], [2.0, 3.0], None]
     assert about["step"] is None and about["checkpoint"] is None
+
+
+def test_targets_of_one_number_are_columns(tmp_path: Path) -> None:
+    run = Callbacks(tmp_path, sets=("near",))
+    targets = {
+        "group": torch.tensor([3, 1, 0]),
+        "clear": torch.tensor([True, False, True]),
+        "valence": torch.tensor([0.5, float("nan"), 0.0], dtype=torch.bfloat16),
+        "answer": torch.zeros(3, 4),
+        "name": torch.arange(3),  # the column of that name is another
+    }
+    run.batch([7, 8, 0], {"image": vectors(3)}, {"image": [True, True, False]}, targets=targets)
+    run.end()
+    rows = pq.read_table(tmp_path / "embeddings-near.parquet")
+    assert (
+        rows["group"].to_pylist() == [3, 1]
+        and rows["clear"].to_pylist() == [1, 0]
+        and "answer" not in rows.schema.names
+    )
+    assert rows["valence"].to_pylist()[0] == 0.5 and rows["name"].to_pylist() == ["sample 7", "sample 8"]
 
 
 def test_a_set_may_begin_without_a_modality(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def test_few_grades_score_a_whole_pool(cli: Cli, workplace: Path) -> None:
     [
         (
             {"index": [10**6]},
-            "--graded graded.parquet: 1 rows are not in the table, or lack a feature, such as index 1000",
+            "graded graded.parquet: 1 rows are not in the table, or lack a feature, such as index 1000",
         ),
-        ({"detail": [0.5]}, "--graded graded.parquet: detail: grades are whole numbers from 0 on, not double"),
-        ({"detial": [1], "detail": None}, "--graded graded.parquet: no column 'detail'; nearest: detial"),
+        ({"detail": [0.5]}, "graded graded.parquet: detail: grades are whole numbers from 0 on, not double"),
+        ({"detial": [1], "detail": None}, "graded.parquet: no column 'detail'; nearest: detial"),
     ],
 )
 def test_grades_that_cannot_be_used_are_one_line(cli: Cli, workplace: Path, change: dict[str, Any], line: str) -> None:
@@ -110,6 +110,23 @@ def test_grades_that_cannot_be_used_are_one_line(cli: Cli, workplace: Path, chan
     pq.write_table(pa.table(columns), workplace / "graded.parquet")
     words = ("--graded", "graded.parquet", "--score", "detail", "--out", "ids.parquet")
     assert cli("data", "select", "--table", pool, *words).refusal.startswith(line)
+
+
+def test_a_share_of_the_rows_is_graded_and_products_see_what_matches(cli: Cli, workplace: Path) -> None:
+    random = np.random.default_rng(2)
+    z = random.standard_normal((3000, 8))
+    matches = random.random(3000) < 0.5
+    other = np.where(matches[:, None], z, random.standard_normal(z.shape)) + 0.3 * random.standard_normal(z.shape)
+    pool = table(workplace, 3000, z_image=z.tolist(), z_text=other.tolist(), detail=matches.astype(int))
+    word = ("data", "select", "--table", pool, "--graded-share", "0.1", "--score", "detail", "--share", "0.4")
+    right = dict[str, float]()
+    for features in ("image,text", "image,text,image*text"):
+        result = cli(*word, "--features", features, "--out", f"{len(right)}.parquet")
+        assert result.rc == 0, result.err
+        chosen = pq.read_table(f"{len(right)}.parquet")
+        right[features] = matches[chosen["index"].to_numpy() // 7].mean()
+        assert json.loads(chosen.schema.metadata[b"descant"])["graded"] == 0.1
+    assert right["image,text"] < 0.6 < 0.95 < right["image,text,image*text"]
 
 
 def test_quotas_and_costs_of_a_table(cli: Cli, workplace: Path) -> None:
@@ -130,7 +147,7 @@ def test_quotas_and_costs_of_a_table(cli: Cli, workplace: Path) -> None:
     ("more", "says"),
     [
         (("--score", "qualty"), "no column 'qualty'; nearest: quality"),
-        (("--score", "style"), "--score style: a column of string, not of numbers"),
+        (("--score", "style"), "score style: a column of string, not of numbers"),
         (("--score", "image,text"), "no column 'z_image'"),
         (("--score", "a,b,c"), "no column 'z_a'"),
         (("--score", "quality", "--group", "kind"), "no column 'kind'"),

@@ -39,6 +39,7 @@ NEEDLESS = {
     "Styler": "regressions on the host, before anything trains",
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",
+    "RandomShare": "chooses rows of a table, before anything trains",
     "GrowthSpace": "compares numbers of trials, each of which trains",
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",

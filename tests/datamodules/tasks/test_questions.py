@@ -149,6 +149,26 @@ def test_shuffled_captions_are_those_of_other_training_concepts(data: Questions)
     assert torch.equal(whole(own.bank_set()).inputs["text"], whole(shuffled.bank_set()).inputs["text"])
 
 
+def test_a_share_of_the_captions_are_wrong_and_flagged(data: Questions) -> None:
+    own, wrong = (Descriptions(tiny=True, batch_size=8, wrong=share) for share in (0.0, 0.4))
+    sets = wrong.training_set(), wrong.bank_set()
+    batches = [whole(of) for of in (own.training_set(), *sets, own.bank_set())]
+    assert torch.equal(batches[0].inputs["image"], batches[1].inputs["image"])
+    matched = batches[1].targets["matched"]
+    assert torch.equal(matched, batches[2].targets["matched"]) and "matched" not in batches[0].targets
+    assert torch.equal(whole(sets[0], epoch=1).targets["matched"], matched), "the same captions at every visit"
+    n = len(matched)
+    assert abs(float(matched.double().mean()) - 0.6) < 4 * (0.24 / n) ** 0.5
+    same = (batches[2].inputs["text"] == batches[3].inputs["text"]).all(dim=1)
+    assert torch.equal(same, matched.bool())
+    captioned = wrong.captioned(sets[0].problems)
+    assert not wrong.unseen_C[captioned].any() and len(set(captioned[~matched.bool().numpy()].tolist())) > n / 20
+    assert torch.equal(*(whole(d.evaluation_sets("validate")["val"]).inputs["text"] for d in (own, wrong)))
+    for given, line in (({"wrong": 1.0}, "wrong 1: a share"), ({"wrong": 0.1, "shuffle_captions": True}, "all are")):
+        with pytest.raises(ValueError, match=line):
+            Descriptions(tiny=True, batch_size=8, **given)
+
+
 def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
     rows = data.training_set()
     one, two = whole(rows), whole(rows, epoch=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from descant.modules.core.rng import mix_N
 from descant.modules.selection.selectors import (
     Quota,
+    RandomShare,
     ScoreFilter,
     Selector,
     best_first,
@@ -52,6 +53,18 @@ def test_quotas_are_those_of_a_loop_and_exact(seed: int, share: float) -> None:
     assert len(chosen.index_S) == budget and chosen.index_S.tolist() == sorted(
         by_loop(score_NK, group_N, draw_N, budget)
     )
+
+
+def test_a_random_share_is_of_the_cost_and_blind_to_scores() -> None:
+    score_NK, group_N, draw_N = pool(n=2000)
+    chosen = RandomShare(0.5)(score_NK, group_N, draw_N).index_S
+    assert len(chosen) == 1000 and torch.equal(chosen, RandomShare(0.5)(-score_NK, None, draw_N).index_S)
+    permuted = ScoreFilter(0.5, sham="permute")(score_NK, group_N, draw_N).index_S
+    overlap = len(set(chosen.tolist()) & set(permuted.tolist()))
+    assert abs(overlap - 500) < 70, "another draw than the control's"  # four standard deviations
+    cost_N = group_N.double() + 1
+    rows = RandomShare(0.2)(score_NK, group_N, draw_N, cost_N).index_S
+    assert 0.19 < float(cost_N[rows].sum() / cost_N.sum()) <= 0.2
 
 
 def test_groups_have_equal_shares_where_they_can() -> None:
