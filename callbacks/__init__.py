@@ -42,6 +42,7 @@ from descant.callbacks.run.ema import EMA as EMA
 from descant.callbacks.run.hard_negative_miner import HardNegativeMiner as HardNegativeMiner
 from descant.callbacks.run.lean_checkpoint import LeanCheckpoint as LeanCheckpoint
 from descant.callbacks.run.mismatched_pairs import Misalign as Misalign
+from descant.callbacks.run.mixture_shares import MixtureShares as MixtureShares
 from descant.callbacks.run.nonfinite import NonFinite as NonFinite
 from descant.callbacks.run.packing_statistics import PackingStatistics as PackingStatistics
 from descant.callbacks.run.progress import Progress as Progress

@@ -201,6 +201,10 @@ class DataModule(L.LightningDataModule):
         """Training samples without augmentation, to fit k-NN and linear probes on."""
         raise NotImplementedError
 
+    def plain_set(self) -> BatchDataset:
+        """All training samples without augmentation, of a mixture those of all its parts."""
+        return self.bank_set()
+
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
         """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
         raise NotImplementedError

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from descant.datamodules.changes import Corpus
 from descant.datamodules.mixture_sampler import MixedOrder, require_temperature, tempered
 from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
 from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
+from descant.datamodules.source_balance import TransportBalance
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer
@@ -47,6 +49,7 @@ class Mixture(CompositeDataModule):
         samples: of an epoch; by default the sum of the parts with a weight.
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is an error.
+        balance: instead of weights, those by the distance of each part from a reference part.
         bank: the part for k-NN, probes and prompts; the first by default.
         num_workers: processes that read ahead; by default the most of all parts.
         kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
@@ -65,6 +68,7 @@ class Mixture(CompositeDataModule):
         samples: int | None = None,
         batches: Literal["mixed", "homogeneous"] = "mixed",
         repeat: bool = True,
+        balance: TransportBalance | None = None,
         bank: str | None = None,
         num_workers: int | None = None,
         **kwargs: Any,
@@ -81,10 +85,12 @@ class Mixture(CompositeDataModule):
             raise ValueError(f"{key}: ids are of a part's samples: parts.{next(iter(parts), 'NAME')}.{key}")
         self._workers = num_workers
         self.weights = _weights(weights, list(parts))
-        if alpha is not None and weights is not None:
-            raise ValueError("alpha: weights already set the shares; give one of the two")
+        given = {"weights": weights, "alpha": alpha, "balance": balance}
+        if sum(value is not None for value in given.values()) > 1:
+            both = " and ".join(name for name, value in given.items() if value is not None)
+            raise ValueError(f"{both}: each sets the shares of the parts; give one of them")
         require_temperature(alpha, times, "parts")
-        self.alpha, self.times = alpha, times
+        self.alpha, self.times, self.balance = alpha, times, balance
         self.samples, self.batches, self.repeat = samples, batches, repeat
         self.bank = bank or next(iter(parts))
         if self.bank not in parts:
@@ -150,9 +156,19 @@ class Mixture(CompositeDataModule):
             self._check({**self._evaluated, self.bank: data}, training=False)
         return self._mixed({self.bank: data}, training=False)
 
+    def plain_set(self) -> MixtureSet:
+        sets = {name: self.parts[name].plain_set() for name in self._trained}
+        self._check(sets, training=False)
+        return self._mixed(sets, training=False)
+
+    @cached_property
+    def shares(self) -> dict[str, Fraction] | None:
+        """Share of each part; None where its size decides."""
+        return self.weights if self.balance is None else _weights(self.balance.weights(list(self.parts)), [*self.parts])
+
     @property
     def _trained(self) -> list[str]:
-        return [name for name in self.parts if self.weights is None or self.weights[name] > 0]
+        return [name for name in self.parts if self.shares is None or self.shares[name] > 0]
 
     def _mixed(self, sets: Mapping[str, BatchDataset], training: bool) -> MixtureSet:
         number = {name: k for k, name in enumerate(self.parts)}
@@ -189,7 +205,7 @@ class Mixture(CompositeDataModule):
                 raise ValueError(f"part {name!r} has no training sample; weight 0 leaves it out")
         homogeneous = self.batches == "homogeneous"
         natural = [-(-rows // size) for rows in sizes] if homogeneous else sizes
-        weights = [Fraction(n) for n in natural] if self.weights is None else [self.weights[name] for name in names]
+        weights = [Fraction(n) for n in natural] if self.shares is None else [self.shares[name] for name in names]
         if self.alpha is not None:
             weights = tempered(natural, self.alpha, self.times)
         samples = self.samples or (sum(natural) * size if homogeneous else sum(sizes))

@@ -86,8 +86,8 @@ class Emoji(ImageViews):
             drawing), ``valence`` ``[B]`` (mean rating of the words of name and keywords; nan without such words),
             ``product`` ``[B, 8]`` (of something visual and something of the text), ``noise`` ``[B, 8]`` and
             ``semantic`` ``[B, 8]`` (principal components of the words of all names and keywords).
-        families: a further target, ``family``: concepts of one are variants of each other in gender, role or hair, or look
-            alike, so that the caption of one is nearly true of another.
+        families: a further target, ``family``: concepts of one are variants of each other in gender, role or hair, or
+            look alike, so that the caption of one is nearly true of another.
         paired: every evaluation row has its image and its text, for classifiers: no rows of names alone, and of
             ``vendor`` and ``apart`` only the rows with an image.
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
@@ -314,10 +314,10 @@ class Emoji(ImageViews):
         return self.mixed.statistics(np.arange(len(data)), data.draws(slots), np.full(len(data), epoch))
 
     def training_set(self) -> EmojiSet:
-        return EmojiSet(self, self.training_rows, random=True)
+        return EmojiSet(self, self.training_rows, random=True, trained=True)
 
     def bank_set(self) -> EmojiSet:
-        return EmojiSet(self, self.rows_by(self.bank_vendors))
+        return EmojiSet(self, self.rows_by(self.bank_vendors), trained=True)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         seen, unseen = self.seen, np.flatnonzero(self.test_N & self.usable_N)

@@ -34,6 +34,7 @@ class EmojiSet(NumberedDataset):
         captions: of the text; those of ``data`` by default.
         label: label tables of all concepts, beside those of ``data``.
         random: a training set: captions, views and voices are sampled anew at each visit.
+        trained: of training samples, whose captions are those of other concepts where ``data`` has shuffled them.
         keywords: whether fixed captions hold the keywords; as in ``data`` by default.
     """
 
@@ -44,6 +45,7 @@ class EmojiSet(NumberedDataset):
         captions: Captions | None = None,
         label: Mapping[str, np.ndarray] | None = None,
         random: bool = False,
+        trained: bool = False,
         keywords: bool | None = None,
     ) -> None:
         super().__init__(data.seed, data.drop if random else None)
@@ -65,7 +67,7 @@ class EmojiSet(NumberedDataset):
             self.second_V = np.array([VENDORS.index(v) for v in data.vendors])
             self.drawn_VN = np.stack([np.asarray(data.pack.drawings(v)[1]) for v in data.vendors])
         self.caption_N = self.concept_N  # the concept whose caption each row has
-        if random and data.shuffle_captions:
+        if trained and data.shuffle_captions:
             seen = np.unique(self.concept_N)
             other = dict(zip(seen.tolist(), np.random.default_rng(0).permutation(seen).tolist(), strict=True))
             self.caption_N = np.array([other[c] for c in concept])

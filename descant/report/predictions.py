@@ -240,7 +240,7 @@ def _chosen(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
     for name in sets:
         if name not in known and name != TRAIN:
             fail(f"--sets {name}: no such set{hint(name, [*known, TRAIN])}")
-    return {name: data.bank_set() if name == TRAIN and TRAIN not in known else known[name] for name in sets}
+    return {name: data.plain_set() if name == TRAIN and TRAIN not in known else known[name] for name in sets}
 
 
 def _loaders(data: DataModule, chosen: Mapping[str, BatchDataset]) -> list[DataLoader[Any]]:

@@ -321,6 +321,13 @@ class BankData(Protocol):
 
 
 @runtime_checkable
+class MixedData(Protocol):
+    """Data of several parts. ``shares``: of the training samples by the name of the part; None where sizes decide."""
+
+    shares: Any
+
+
+@runtime_checkable
 class NegativesData(Protocol):
     """Data whose training batches can have mined negatives, such as ``inputs["text_neg"]``.
 
