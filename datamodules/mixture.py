@@ -122,6 +122,16 @@ class Mixture(CompositeDataModule):
 
     # the hooks of the parts ------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        if self.balance is None or self.shares is None:
+            return super().state_dict()
+        return {**super().state_dict(), "shares": {name: str(share) for name, share in self.shares.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.balance is not None and "shares" in state_dict:  # of its beginning, whatever the table is now
+            self.shares = {name: Fraction(share) for name, share in state_dict["shares"].items()}
+
     def corpora(self) -> dict[str, Corpus]:
         return {f"{name}.{k}": corpus for name, part in self.parts.items() for k, corpus in part.known_corpora.items()}
 

@@ -62,7 +62,9 @@ class TransportBalance:
     def weights(self, parts: Sequence[str]) -> dict[str, float]:
         """Name of each part -> its weight, rounded; 0 of the reference."""
         if self.reference not in parts or len(parts) < 2:
-            raise ValueError(f"balance.reference: {no_such(self.reference, parts)}; it has others beside it")
+            raise ValueError(
+                f"balance.reference {self.reference}: one of several parts; {no_such(self.reference, parts)}"
+            )
         sources = [name for name in parts if name != self.reference]
         rounded = (round(weight, DECIMALS) for weight in self.measured(parts).weight_S.tolist())
         return {self.reference: 0.0, **dict(zip(sources, rounded, strict=True))}

@@ -157,6 +157,21 @@ def test_the_control_has_a_threshold_of_no_meaning(tmp_path: Path) -> None:
     assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
 
 
+def test_samples_that_share_an_excluded_target_are_no_negatives(tmp_path: Path) -> None:
+    pairs, miner = data(), HardNegativeMiner(k=20, threshold=None, label="group", exclude="group")
+    fit(tmp_path, miner, net=recipe(0.0), data=pairs, max_epochs=1)
+    assert pairs.mined is not None and miner.history["mining/false"] == 0
+    group = {int(i): number // 2 % 4 for number, i in enumerate(PairSet().id_N)}
+    found = [
+        (group[a], group[b])
+        for a, row in zip(pairs.mined.id_N.tolist(), pairs.mined.negative_NK.tolist(), strict=True)
+        for b in row
+        if b >= 0
+    ]
+    # 22 contents in 4 groups: each sample has the 16 or 17 of the other groups
+    assert all(a != b for a, b in found) and len(found) >= 16 * len(pairs.mined.id_N)
+
+
 @pytest.mark.parametrize("step", [2, 6, 12, 13])
 def test_resume_is_bit_identical_and_mines_nothing_twice(tmp_path: Path, step: int) -> None:
     """Six steps an epoch, two epochs a table: after 12 steps it is mined again."""
@@ -195,6 +210,7 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         (lambda: _fitted(tmp_path, HardNegativeMiner(), Mixture({"a": data(), "b": data()})), "samples of MixtureSet"),
         (lambda: _fitted(tmp_path, HardNegativeMiner(("image", "audio")), data()), "no embedding of 'audio'"),
         (lambda: _fitted(tmp_path, HardNegativeMiner(label="colour"), data()), "no target 'colour'.*it has group"),
+        (lambda: _fitted(tmp_path, HardNegativeMiner(exclude="family"), data()), "no target 'family'"),
         (lambda: fit(tmp_path, HardNegativeMiner(), data=NumberData()), "needs the protocol Embeds"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -17,6 +17,7 @@ import torch
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
+from descant.datamodules.corpora.emoji_set import EmojiSet
 from descant.datamodules.resumable_sampler import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
@@ -250,6 +251,19 @@ def test_shuffled_captions_are_of_other_concepts_and_change_nothing_else() -> No
     window = next(iter(Order(len(plain), 16, 0)))
     assert torch.equal(plain[window].inputs["image"], control[window].inputs["image"])
     assert not torch.equal(plain[window].inputs["text"], control[window].inputs["text"])
+    bank = Emoji(shuffle_captions=True).bank_set()
+    assert isinstance(bank, EmojiSet) and float((bank.caption_N != bank.concept_N).mean()) > 0.99
+    for name, own in Emoji(shuffle_captions=True).evaluation_sets("test").items():
+        assert isinstance(own, EmojiSet) and np.array_equal(own.caption_N, own.concept_N), name
+
+
+def test_variants_of_one_concept_are_one_family() -> None:
+    data = Emoji(families=True)
+    family_N, names = data.label["family"], data.pack.names
+    man, woman, apple = (family_N[names.index(name)] for name in ("man cook", "woman cook", "red apple"))
+    assert man == woman != apple
+    batch = next(iter(Emoji(tiny=True, families=True, batch_size=8).train_dataloader()))
+    assert batch.targets["family"].shape == (8,) and "family" not in Emoji().label
 
 
 def test_token_dropout_pads_its_share_and_changes_no_other_token() -> None:
