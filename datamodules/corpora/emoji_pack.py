@@ -5,6 +5,8 @@ Letters: B samples of a batch, N concepts.
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +32,21 @@ SEALED, SEALED_VENDOR = "sealed.parquet", "emojione"
 DEVELOPMENT_VENDOR = "twemoji"
 
 
+class Decoded:
+    """Decoded drawings of one vendor: uint8 ``[N, 4, 64, 64]``, bool ``[N]`` (which could be), and smaller copies."""
+
+    def __init__(self, images: Tensor, good: np.ndarray) -> None:
+        self.images, self.good = images, good
+        self.reduced: dict[int, Tensor] = {images.shape[-1]: images}
+
+
+#: Digest of the encoded drawings of a vendor -> what they decode to, while a pack of the process has it: the data
+#: modules of a stream or a mixture share it.
+_DECODED: weakref.WeakValueDictionary[bytes, Decoded] = weakref.WeakValueDictionary()
+
+
 class Pack:
-    """The rows of the pack, and their drawings as uint8 ``[4, 64, 64]``, each vendor decoded once.
+    """The rows of the pack, and their drawings as uint8 ``[4, 64, 64]``, each vendor decoded once in a process.
 
     Args:
         folder: of the parquet shards. ledger: where undecodable drawings are recorded.
@@ -57,8 +72,7 @@ class Pack:
                 raise ValueError(f"{shard}: {'no rows' if not rows else f'no column {min(absent)!r}'}")
             self.rows += rows
             self.file += [shard.name] * len(rows)
-        self._drawings: dict[str, tuple[Tensor, np.ndarray]] = {}
-        self._reduced: dict[tuple[str, int], Tensor] = {}
+        self._decoded: dict[str, Decoded] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,29 +124,45 @@ class Pack:
 
     def drawings(self, vendor: str) -> tuple[Tensor, np.ndarray]:
         """uint8 ``[N, 4, 64, 64]`` of a vendor, and bool ``[N]``: which of them could be decoded."""
-        if vendor not in self._drawings:
-            images = torch.zeros(len(self), 4, 64, 64, dtype=torch.uint8)
-            good = np.zeros(len(self), dtype=bool)
-            for i, row in enumerate(self.rows):
-                if row[vendor] is None:
-                    continue
-                try:
-                    data = torch.frombuffer(bytearray(row[vendor]), dtype=torch.uint8)
-                    images[i] = decode_webp(data, mode=ImageReadMode.RGB_ALPHA)
-                except (RuntimeError, TypeError, ValueError) as error:
-                    self.ledger.skip(self.file[i], f"{row['hexcode']}.{vendor}", str(error).splitlines()[0][:120])
-                    continue
-                good[i] = True
-                self.ledger.read()
-            self._drawings[vendor] = (images, good)
-        return self._drawings[vendor]
+        found = self._of(vendor)
+        return found.images, found.good
 
     def reduced(self, vendor: str, size: int) -> Tensor:
         """uint8 ``[N, 4, size, size]`` of a vendor, averaged down once for all visits."""
-        if (vendor, size) not in self._reduced:
-            images = self.drawings(vendor)[0]
-            self._reduced[vendor, size] = images if size >= images.shape[-1] else reduce_rgba(images, size)
-        return self._reduced[vendor, size]
+        found = self._of(vendor)
+        size = min(size, found.images.shape[-1])
+        if size not in found.reduced:
+            found.reduced[size] = reduce_rgba(found.images, size)
+        return found.reduced[size]
+
+    def _of(self, vendor: str) -> Decoded:
+        if vendor not in self._decoded:
+            digest = hashlib.sha256()
+            for row in self.rows:
+                drawing = row[vendor] or b""
+                digest.update(len(drawing).to_bytes(8, "little") + drawing)
+            skipped = self.ledger.skipped
+            decoded = _DECODED.get(digest.digest()) or self._decode(vendor)
+            if self.ledger.skipped == skipped:  # else each pack notes its own
+                _DECODED[digest.digest()] = decoded
+            self._decoded[vendor] = decoded
+        return self._decoded[vendor]
+
+    def _decode(self, vendor: str) -> Decoded:
+        images = torch.zeros(len(self), 4, 64, 64, dtype=torch.uint8)
+        good = np.zeros(len(self), dtype=bool)
+        for i, row in enumerate(self.rows):
+            if row[vendor] is None:
+                continue
+            try:
+                data = torch.frombuffer(bytearray(row[vendor]), dtype=torch.uint8)
+                images[i] = decode_webp(data, mode=ImageReadMode.RGB_ALPHA)
+            except (RuntimeError, TypeError, ValueError) as error:
+                self.ledger.skip(self.file[i], f"{row['hexcode']}.{vendor}", str(error).splitlines()[0][:120])
+                continue
+            good[i] = True
+            self.ledger.read()
+        return Decoded(images, good)
 
 
 def load_pack(folder: Path, ledger: Ledger, tiny: bool, sealed: bool = False) -> Pack:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
+from descant.datamodules.corpora import emoji_pack
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
 from descant.datamodules.corpora.emoji_set import EmojiSet
@@ -407,3 +408,14 @@ def test_an_unknown_language_is_named() -> None:
 def test_an_empty_caption_is_refused(data: Emoji) -> None:
     with pytest.raises(ValueError, match="empty caption"):
         data.tokenizer.ids("  ")
+
+
+def test_drawings_are_decoded_once_in_a_process() -> None:
+    first, second = Emoji(tiny=True, groups=["people-body"]), Emoji(tiny=True, groups=["objects"])
+    images, _ = first.pack.drawings("noto")
+    smaller = first.pack.reduced("noto", 32)
+    with mock.patch.object(emoji_pack, "decode_webp") as decode:
+        assert second.pack.drawings("noto")[0] is images and second.pack.reduced("noto", 32) is smaller
+    assert not decode.called
+    other, _ = Emoji(sealed=True, tiny=True).pack.drawings("noto")  # of other concepts
+    assert not torch.equal(other, images[: len(other)])
