@@ -164,14 +164,17 @@ def _read(command: str, folder: Path) -> Run:
 def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
     """How far a run came, if it ended before its Trainer's limit; empty otherwise, or where that is not known.
 
-    A run with EarlyStopping or ``max_time`` counts as finished.
+    A run with EarlyStopping, ``max_time`` or the callback Budget, which replace that limit, counts as finished.
 
     >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
     '400 of 1,000 steps'
     >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": 3}, {"steps": 400, "epochs": 3})
     ''
+    >>> stopped({"trainer.max_steps": 1000, "trainer.callbacks.Budget": "Budget"}, {"steps": 400})
+    ''
     """
-    if any(key in settings for key in ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping")):
+    ending = ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping", f"{_CALLBACKS}.Budget")
+    if any(key in settings for key in ending):
         return ""
     progress = []
     for unit in ("steps", "epochs"):
