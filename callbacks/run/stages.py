@@ -120,7 +120,8 @@ class Stages(Ordered):
     def _advance(self, trainer: L.Trainer, pl_module: Any, name: str) -> None:
         averages = callbacks_of(trainer, EMA)
         average = averages[0].average if averages else None
-        for growths in pl_module.begin_stage(name, average):
+        data: Any = datamodule_of(trainer)
+        for growths in pl_module.begin_stage(name, average, partial(data.batches_of, name)):
             for callback in averages:
                 callback.grow(pl_module, growths)
         strategy: Any = trainer.strategy

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from torch import nn
+
 from descant.modules.adaptation.grow import Grow
+from descant.modules.adaptation.stage_changes import StageChange, Trial
 
 
 def best_growth(candidates: Mapping[str, tuple[float, float]]) -> str | None:
@@ -29,28 +32,47 @@ def best_growth(candidates: Mapping[str, tuple[float, float]]) -> str | None:
     return min(useful, key=lambda name: useful[name], default=None)
 
 
-class GrowthSpace:
-    """What may grow at a step, and the choice among it by short trainings of each (GrowCLIP's search).
+class GrowthSpace(StageChange):
+    """Grows in the way of most gain per FLOP, after a short training of each, or not at all (GrowCLIP's search).
+
+    Where the stage begins, a copy of the model is grown in each way and trained for a few steps on the first
+    micro-batches of its data, with the stage's objective and optimizer; its score is minus the loss of those after
+    them. One copy does not grow: what all others are measured by. ``train_flops`` leaves these trials out. Source: Deng
+    2023, arXiv 2308.11331; no code was released, so how it searches is our reading.
 
     Args:
         growths: name -> the growth.
+        steps: micro-batches that a copy is trained on.
+        judged: micro-batches of the score.
+
+    Raises:
+        ValueError: for no growth, or steps or judged below 1; in training, for a pass of fewer micro-batches, the first
+            stage of a run, or a stage with a budget in FLOPs, of which a step costs what is not known yet.
 
     >>> space = GrowthSpace({"deep": Grow(depth=1), "wide": Grow(mlp_ratio=8)})
-    >>> scores = {"": (0.50, 100.0), "deep": (0.56, 130.0), "wide": (0.58, 150.0)}
-    >>> space.choose(lambda name, grow: scores[name])
+    >>> scores = {None: Trial(0.50, 100.0), 1: Trial(0.56, 130.0), 8: Trial(0.58, 150.0)}
+    >>> space.choose(lambda grow: scores[grow and (grow.depth or grow.mlp_ratio)])
     'deep'
     """
 
-    def __init__(self, growths: dict[str, Grow]) -> None:
-        self.growths = dict(growths)
+    structural = True
 
-    def choose(self, trial: Callable[[str, Grow | None], tuple[float, float]]) -> str | None:
-        """The name of the best growth by :func:`best_growth`, or None.
+    def __init__(self, growths: dict[str, Grow], steps: int = 20, judged: int = 4) -> None:
+        if not growths or min(steps, judged) < 1:
+            raise ValueError(f"GrowthSpace: {len(growths)} growths, steps {steps}, judged {judged}: at least 1 each")
+        self.alternatives = self.growths = dict(growths)
+        self.steps, self.judged = steps, judged
+        self.reads = frozenset().union(*(grow.reads for grow in growths.values()))
 
-        Args:
-            trial: trains a copy of the model for a short time, grown or (``""``, None) as it is, and returns its
-                validation score, more of which is better, and the FLOPs of a step.
-        """
-        score, flops = trial("", None)
-        trials = {name: trial(name, grow) for name, grow in self.growths.items()}
-        return best_growth({name: (s - score, f - flops) for name, (s, f) in trials.items()})
+    def require(self, recipe: nn.Module) -> None:
+        for name, grow in self.growths.items():
+            try:
+                grow.require(recipe)
+            except ValueError as error:
+                raise ValueError(f"GrowthSpace: growths.{name}: {error}") from None
+
+    def choose(self, trial: Callable[[StageChange | None], Trial]) -> str | None:
+        """The name of the best growth by :func:`best_growth`, or None."""
+        score, flops = trial(None)
+        trials = {name: trial(grow) for name, grow in self.growths.items()}
+        return best_growth({name: (one.score - score, one.flops - flops) for name, one in trials.items()})

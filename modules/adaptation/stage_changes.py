@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ class Boundary:
     seed: int
 
 
+class Trial(NamedTuple):
+    """``score``: of a model after a short training, more is better. ``flops``: of a micro-batch, on all ranks."""
+
+    score: float
+    flops: float
+
+
 class StageChange:
     """A change of a model when a stage begins or ends: ``apply(recipe, boundary)``, once, equal on all ranks.
 
@@ -43,6 +50,8 @@ class StageChange:
     """
 
     structural = False
+    #: Name -> the changes of which one is made, or none: the one that ``choose(trial)`` names after trying each.
+    alternatives: Mapping[str, StageChange] = {}
     #: Weights that it reads, which are then kept, and saved in checkpoints (an average is saved by its callback).
     reads: frozenset[str] = frozenset()
 
@@ -50,6 +59,10 @@ class StageChange:
         """Raises ValueError, before training, for a recipe that it cannot change."""
 
     def apply(self, recipe: nn.Module, boundary: Boundary) -> Mapping[str, Growth] | None:
+        raise NotImplementedError
+
+    def choose(self, trial: Callable[[StageChange | None], Trial]) -> str | None:
+        """Which of the alternatives is made; of a change that has some. ``trial(None)``: of no change."""
         raise NotImplementedError
 
     def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth] | None:

@@ -351,7 +351,8 @@ class NegativesData(Protocol):
 class StagedRecipe(Protocol):
     """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage`` changes it.
 
-    ``begin_stage(name, average)``, with the average of the weights over steps, returns what has grown.
+    ``begin_stage(name, average, batches)``, with the average of the weights over steps, and this rank's first
+    micro-batches of the stage's data, returns what has grown.
     ``end_stage(batches)``, where ``batches(n)`` are this rank's first micro-batches of the stage's data.
     ``named_as(names)``: where one stage is given for all, it takes the names of the data's.
     ``step_flops(name, batches, memory_adjusted)``: of micro-batches in a stage, all ranks together.
@@ -362,7 +363,12 @@ class StagedRecipe(Protocol):
 
     def named_as(self, names: Iterable[str]) -> None: ...
 
-    def begin_stage(self, name: str, average: Mapping[str, Tensor] | None = None) -> Any: ...
+    def begin_stage(
+        self,
+        name: str,
+        average: Mapping[str, Tensor] | None = None,
+        batches: Callable[[int], Iterable[Batch]] | None = None,
+    ) -> Any: ...
 
     def end_stage(self, batches: Callable[[int], Iterable[Batch]]) -> None: ...
 

@@ -93,7 +93,8 @@ def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
         raise ValueError(
             "flops: no copy to count on is made of a model split over ranks (shard); give steps or samples"
         )
-    twin = copy.deepcopy(recipe, {id(recipe.hooks): GradientHooks()})
+    # without the loss of the last step, whose graph cannot be copied
+    twin = copy.deepcopy(recipe, {id(recipe.hooks): GradientHooks(), id(recipe.step.objective): None})
     twin.trainer = recipe.trainer
     prepare(twin)
     return twin

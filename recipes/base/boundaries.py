@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from descant.modules.adaptation.growth import Growth
-from descant.modules.adaptation.stage_changes import AVERAGE, BEFORE, FIRST, Boundary, StageChange, State
+from descant.modules.adaptation.stage_changes import AVERAGE, BEFORE, FIRST, Boundary, StageChange, State, Trial
 from descant.modules.core.batch import Batch
 from descant.modules.core.batch_norm import new_statistics, running_norms
+from descant.modules.core.ranks import total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
+from descant.modules.training_setup.flops import FlopCount, trying
+from descant.modules.training_setup.optim import parameter_groups
 from descant.recipes.base.stage import Stage
 
 #: Micro-batches over which running statistics are estimated for merged weights.
 ESTIMATED = 8
 Batches = Callable[[int], Iterable[Batch]]
+#: ``(change, alternative, boundary)``: a short training of a copy with this alternative of the change.
+Try = Callable[[Any, StageChange | None, Boundary], Trial]
 #: What averages and teachers follow, in this order: name of a tower's module -> its growth.
 Growths = list[Mapping[str, Growth]]
 
@@ -33,6 +40,7 @@ class Boundaries:
         self.stages = stages
         self.begun: list[str] = []
         self.weights: dict[str, State] = {}
+        self.choices: dict[str, dict[int, str | None]] = {}  # stage -> number of a change -> its alternative
         self._kept = frozenset().union(*(change.reads for change in self.changes))
 
     @property
@@ -45,13 +53,16 @@ class Boundaries:
         """Whether parameters are added or removed in any stage."""
         return any(change.structural for change in self.changes)
 
-    def begin(self, recipe: nn.Module, name: str, average: State | None = None) -> Growths:
-        """Keep the weights that the stage before left, then change the model as the stage does when it begins."""
+    def begin(self, recipe: nn.Module, name: str, average: State | None = None, trial: Try | None = None) -> Growths:
+        """Keep the weights that the stage before left, then change the model as the stage does when it begins.
+
+        ``trial(space, change, boundary)`` tries an alternative of a change that has some.
+        """
         self.begun.append(name)
         for moment in (BEFORE, *(() if FIRST in self.weights else (FIRST,))):
             if moment in self._kept:
                 self.weights[moment] = {n: p.detach().clone() for n, p in recipe.named_parameters()}
-        return self._apply(recipe, name, self.stages[name].begin, {AVERAGE: average} if average else {})
+        return self._apply(recipe, name, self.stages[name].begin, {AVERAGE: average} if average else {}, trial)
 
     def end(self, recipe: nn.Module, name: str) -> bool:
         """Change the model as the stage does when it ends; whether there was anything to change."""
@@ -59,26 +70,56 @@ class Boundaries:
         return bool(self.stages[name].end)
 
     def _apply(
-        self, recipe: nn.Module, name: str, changes: list[StageChange], more: Mapping[str, State] | None = None
+        self,
+        recipe: nn.Module,
+        name: str,
+        changes: list[StageChange],
+        more: Mapping[str, State] | None = None,
+        trial: Try | None = None,
     ) -> Growths:
         at = Boundary(name, {**self.weights, **(more or {})}, seed=mix(global_seed(), "boundary", name))
-        return [growths for change in changes if (growths := change.apply(recipe, at))]
+        done: Growths = []
+        for n, change in enumerate(changes):
+            if change.alternatives:
+                if trial is None:
+                    raise ValueError(f"stages.{name}.begin: {type(change).__name__}: no stage before it has trained")
+                choice = change.choose(lambda one, of=change: trial(of, one, at))  # type: ignore[misc]
+                self.choices.setdefault(name, {})[n] = choice
+                rank_zero_info(f"stage {name!r}: of {', '.join(change.alternatives)} it takes {choice or 'none'}")
+            settled = self._settled(name, n, change)
+            if settled is not None and (growths := settled.apply(recipe, at)):
+                done.append(growths)
+        return done
+
+    def _settled(self, name: str, n: int, change: StageChange) -> StageChange | None:
+        """The change, or that of its alternatives that was chosen."""
+        if not change.alternatives:
+            return change
+        if name not in self.choices:
+            raise ValueError(
+                f"stages.{name}.begin: {type(change).__name__} is settled when the stage begins, so FLOPs from "
+                "there on are not known before; give samples, or steps and epochs"
+            )
+        choice = self.choices[name][n]
+        return None if choice is None else change.alternatives[choice]
 
     def rebuild(self, recipe: nn.Module, begun: list[str]) -> Growths:
         """The structure that the model has after these stages have begun, where it does not have it yet."""
         done: Growths = []
         for name in begun[len(self.begun) :]:
-            for change in self.stages[name].begin:
-                if change.structural and (growths := change.rebuild(recipe, mix(global_seed(), "boundary", name))):
+            for change in (self._settled(name, n, c) for n, c in enumerate(self.stages[name].begin) if c.structural):
+                if change is not None and (growths := change.rebuild(recipe, mix(global_seed(), "boundary", name))):
                     done.append(growths)
             self.begun.append(name)
         return done
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": list(self.begun), "weights": dict(self.weights)}
+        chosen = {"choices": {name: dict(of) for name, of in self.choices.items()}} if self.choices else {}
+        return {"begun": list(self.begun), "weights": dict(self.weights), **chosen}
 
     def load_state_dict(self, recipe: nn.Module, state: dict[str, Any]) -> Growths:
         self.weights = {moment: dict(weights) for moment, weights in state["weights"].items()}
+        self.choices = {name: dict(of) for name, of in state.get("choices", {}).items()}
         return self.rebuild(recipe, state["begun"])
 
 
@@ -101,3 +142,32 @@ def estimate_statistics(recipe: Any, batches: Batches) -> None:
                 recipe.inner.forward(batch)
     for buffer, value in others:
         buffer.copy_(value)
+
+
+def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
+    """Train a copy of a recipe for ``space.steps`` micro-batches, and judge it by ``space.judged`` others. Collective.
+
+    Gradients and scores are means over ranks; random generators stay as they are.
+
+    Raises:
+        ValueError: for a pass of fewer micro-batches.
+    """
+    needed = space.steps + space.judged
+    given = list(batches(needed))
+    if len(given) < needed:
+        have = f"a pass over the data of stage {twin.stage!r} has {len(given)} micro-batches"
+        raise ValueError(f"GrowthSpace: steps {space.steps} and judged {space.judged}: {have}")
+    optimizer, flops = twin.optimizer_now(parameter_groups(twin)), torch.zeros((), device=twin.device)
+    with trying(twin):
+        for n, batch in enumerate(given[: space.steps]):
+            optimizer.zero_grad()
+            with FlopCount() if n == 0 else nullcontext() as count:
+                twin.objective_of(batch).total.backward()
+            flops += 0 if count is None else count.flops
+            for parameter in (p for p in twin.parameters() if p.requires_grad):
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = total_of_ranks(grad) / world()
+            optimizer.step()
+        with torch.no_grad():
+            losses = [twin.objective_of(batch).total for batch in given[space.steps :]]
+    return Trial(-float(total_of_ranks(torch.stack(losses).mean()) / world()), float(total_of_ranks(flops)))

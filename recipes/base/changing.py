@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from descant.modules.adaptation.grow import structure
+from descant.modules.adaptation.stage_changes import Boundary, StageChange, Trial
 from descant.modules.core.errors import no_such
 from descant.modules.io.upgrade import with_inner
-from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics
+from descant.modules.training_setup.flops import twin_of
+from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics, short_training
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.stage import Stage
 from descant.recipes.base.wrapper import Wrapper
@@ -49,20 +52,34 @@ class Changing(Wrapper):
             self.stages.clear()
             self.stages.update(dict.fromkeys(names, self._each))
 
-    def begin_stage(self, name: str, average: Mapping[str, Tensor] | None = None) -> Growths:
+    def begin_stage(
+        self, name: str, average: Mapping[str, Tensor] | None = None, batches: Batches | None = None
+    ) -> Growths:
         """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``.
 
-        ``average``: of the weights over steps, by the names of parameters here.
+        ``average``: of the weights over steps, by the names of parameters here. ``batches(n)``: this rank's first
+        micro-batches of the stage's data.
         """
         own = {n.removeprefix("inner."): x for n, x in (average or {}).items() if n.startswith("inner.")}
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
-            growths = self._followed(self.boundaries.begin(self.inner, name, own))
+            trial = None if batches is None else partial(self._trial, name, batches)
+            growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
         if self.distill is not None:
             self.distill.teacher.begin(self)
         return growths
+
+    def _trial(self, name: str, batches: Batches, space: Any, change: StageChange | None, at: Boundary) -> Trial:
+        """A short training of a copy that is changed; alike on all ranks."""
+        return short_training(twin_of(self, lambda twin: twin._changed(name, change, at)), batches, space)
+
+    def _changed(self, name: str, change: StageChange | None, at: Boundary) -> None:
+        with self._new_parameters():
+            growths = None if change is None else change.apply(self.inner, at)
+            self._followed([growths] if growths else [])
+        self._choose(name)
 
     def _followed(self, growths: Growths) -> Growths:
         """The growths, which the teacher has followed where it is a copy of the model."""

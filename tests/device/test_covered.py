@@ -40,7 +40,7 @@ NEEDLESS = {
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",
     "RandomShare": "chooses rows of a table, before anything trains",
-    "GrowthSpace": "compares numbers of trials, each of which trains",
+    "GrowthSpace": "grows as Grow does; its trials are steps of the recipe",
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",
     "CSV": "writes numbers: tests of the command line run it, on the device too",

@@ -14,11 +14,14 @@ from torch import Tensor
 from descant.callbacks import EMA, Resume, Stages
 from descant.datamodules.stages import StageData, StagedData
 from descant.modules.adaptation.grow import Grow, structure
-from descant.modules.adaptation.stage_changes import StageChange
+from descant.modules.adaptation.growth_space import GrowthSpace
+from descant.modules.adaptation.stage_changes import Boundary, StageChange
 from descant.modules.distill.distill import Distill, FeatureTarget
 from descant.modules.io import saved
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.vit import Layout, Trunk
+from descant.modules.training_setup.flops import twin_of
+from descant.modules.training_setup.optim import parameter_groups
 from descant.recipes import Contrastive, Stage, Staged, TeacherAverage
 from descant.recipes.base.rebuild import rebuild
 from descant.run import portable
@@ -60,16 +63,17 @@ class Held(L.Callback):
 
 def run(folder: Path, *more: Any, **options: Any) -> tuple[L.Trainer, Staged]:
     torch.manual_seed(0)
+    size = options.pop("size", 12)
     make = options.pop("optimizer", lambda groups: torch.optim.AdamW(groups, lr=0.01))
     towers = Towers(others={m: Columns(width=8, depth=1, heads=2, mlp_ratio=2.0) for m in NAMES})
-    stages = {name: Stage(begin=grown) for name, grown in GROWN.items()}
+    stages = {name: Stage(begin=grown) for name, grown in options.pop("grown", GROWN).items()}
     net = Staged(
         Contrastive(towers, width=4),
         stages,
         optimizer=make,
         distill=Distill(TeacherAverage(0.5), [FeatureTarget("image")]),
     ).double()
-    whole = StagedData({name: StageData(SampleData(24, 12, NAMES), 1, STEPS) for name in GROWN})
+    whole = StagedData({name: StageData(SampleData(24, size, NAMES), 1, STEPS) for name in stages})
     data = options.pop("data", whole)
     fixed: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "precision": "64-true"}
     trainer, _ = fit(folder, Stages(), *options.pop("ema", [EMA(0.5)]), *more, net=net, data=data, **fixed | options)
@@ -132,20 +136,98 @@ def test_flops_of_a_stage_are_of_the_size_that_it_has(tmp_path: Path) -> None:
     assert whole == 3 and fewer[0] == fewer[1] and fewer[0][0] == 2 and fewer[0][1] > steps > 1
 
 
+def searched(**options: Any) -> dict[str, list[StageChange]]:
+    growths = {"deep": Grow(["image"], depth=1, beta=1.0), "deeper": Grow(["image"], depth=2, beta=1.0)}
+    return {"small": [], "grown": [GrowthSpace(growths, **{"steps": 4, "judged": 2} | options)], "last": []}
+
+
+@pytest.mark.parametrize("step", [STEPS - 1, STEPS, 2 * STEPS + 1])
+def test_what_grows_is_searched_for_once_and_found_again_by_a_resumed_run(tmp_path: Path, step: int) -> None:
+    act, again, held = Act(), Act(), Held()
+    _, net = run(tmp_path / "a", act, held, Resume(every=1, keep=99), size=4, grown=searched())
+    _, other = run(tmp_path / "b", again, Resume(), size=4, grown=searched(), path=point(tmp_path / "a", step))
+    assert equal(state(net), state(other)) and again.losses == act.losses[step:] and all(held.exact)
+    assert net.boundaries.choices == other.boundaries.choices
+    blocks = {"deep": 2, "deeper": 3, None: 1}[net.boundaries.choices["grown"][0]]
+    assert len(net.inner.towers["image"].layers) == blocks  # type: ignore[arg-type]
+
+
+def test_nothing_grows_where_no_growth_gains(tmp_path: Path) -> None:
+    """Without learning a new block, which has no output, changes no bit of the loss."""
+    _, net = run(tmp_path, size=4, grown=searched(), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+    assert net.boundaries.choices == {"grown": {0: None}}
+    assert len(net.inner.towers["image"].layers) == 1  # type: ignore[arg-type]
+
+
+def test_a_trial_is_a_short_training_of_a_copy(tmp_path: Path) -> None:
+    """As the same steps written out; weights, buffers and random numbers of the run stay."""
+    found, written = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, net: Any, batch: Any, i: int) -> None:
+            if trainer.global_step != STEPS:
+                return
+            before, random = {n: x.clone() for n, x in net.state_dict().items()}, torch.get_rng_state()
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            batches = list(data.batches_of("small", 5))
+            space = GrowthSpace({"deep": Grow(["image"], depth=1)}, steps=3, judged=2)
+            at = Boundary("small", {}, seed=1)
+            found.append(net._trial("small", lambda n: batches[:n], space, space.growths["deep"], at))
+            assert equal(net.state_dict(), before) and torch.equal(torch.get_rng_state(), random)
+            twin = twin_of(net, lambda twin: None)
+            twin._changed("small", space.growths["deep"], at)
+            optimizer = torch.optim.AdamW(parameter_groups(twin), lr=0.01)
+            for one in batches[:3]:
+                optimizer.zero_grad()
+                twin.objective_of(one).total.backward()
+                optimizer.step()
+            written.append(-torch.stack([twin.objective_of(one).total.detach() for one in batches[3:]]).mean())
+
+    run(tmp_path, Watch(), size=4, grown={"small": [], "grown": []})
+    (trial,), (score,) = found, written
+    assert trial.flops > 0
+    assert trial.score == float(score)
+
+
+@pytest.mark.parametrize(
+    ("grown", "line"),
+    [
+        (searched(steps=7), r"steps 7 and judged 2: a pass over the data of stage 'grown' has 2 micro-batches"),
+        (
+            {"grown": searched()["grown"], "last": []},
+            r"grown.begin: GrowthSpace: no stage before it has trained",
+        ),
+    ],
+)
+def test_a_search_that_is_not_possible_is_one_line(tmp_path: Path, grown: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        run(tmp_path, grown=grown)
+
+
+def test_flops_after_a_search_are_not_known_before(tmp_path: Path) -> None:
+    data = StagedData({name: StageData(SampleData(24, 12, NAMES), 1) for name in searched()})
+    data.stages["last"].flops = 2e7
+    with pytest.raises(ValueError, match=r"stages.grown.begin: GrowthSpace is settled when the stage begins.*samples"):
+        run(tmp_path, data=data, size=4, grown=searched())
+
+
 def test_an_average_is_kept_where_it_is_inherited(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stages.deeper.begin: mode average: .* add the callback EMA"):
         run(tmp_path, ema=[])
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(tmp_path: Path) -> None:
-    whole = _trained(0, tmp_path / "one", 1)
-    for found in run_ranks(2, _trained, tmp_path / "two", 2):
+@pytest.mark.parametrize("search", [False, True])
+def test_two_ranks_are_one(tmp_path: Path, search: bool) -> None:
+    whole = _trained(0, tmp_path / "one", 1, search)
+    for found in run_ranks(2, _trained, tmp_path / "two", 2, search):
+        assert set(found) == set(whole)
         for name, x in found.items():
             torch.testing.assert_close(x, whole[name], rtol=ulps(2**16, F64), atol=ulps(2**12, F64))
 
 
-def _trained(rank: int, folder: Path, world: int) -> dict[str, Tensor]:
+def _trained(rank: int, folder: Path, world: int, search: bool) -> dict[str, Tensor]:
     cut: dict[str, Any] = {"strategy": "ddp", "devices": 2} if world > 1 else {}
+    options = {"size": 4, "grown": searched()} if search else {}
     # not Adam, which divides rounding by gradients near zero
-    return state(run(folder, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **cut)[1])
+    return state(run(folder, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **cut, **options)[1])

@@ -15,7 +15,7 @@ from descant.modules.adaptation.grow import Grow, restructure, structure
 from descant.modules.adaptation.growth import inherit, padded, sizes
 from descant.modules.adaptation.growth_space import GrowthSpace, best_growth
 from descant.modules.adaptation.lora import Lora
-from descant.modules.adaptation.stage_changes import Boundary
+from descant.modules.adaptation.stage_changes import Boundary, Trial
 from descant.modules.core.batch import Batch
 from descant.modules.language.model import CausalLM
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, PatchTower, TextTower, Towers
@@ -220,6 +220,9 @@ def test_gain_per_flop_decides_and_what_gains_nothing_is_never_chosen() -> None:
     for wrong in ((float("nan"), 1.0), (0.1, 0.0), (float("inf"), 1.0)):
         with pytest.raises(ValueError, match="a finite gain and a positive cost"):
             best_growth({"x": wrong})
-    scores = {"": (0.5, 10.0), "depth": (0.6, 12.0), "useless": (0.5, 11.0)}
-    space = GrowthSpace({"useless": Grow(["text"], mlp_ratio=6), "depth": Grow(["image"], depth=1)})
-    assert space.choose(lambda name, grow: scores[name]) == "depth"
+    grown = {"useless": Grow(["text"], mlp_ratio=6), "depth": Grow(["image"], depth=1)}
+    scores = {None: Trial(0.5, 10.0), grown["depth"]: Trial(0.6, 12.0), grown["useless"]: Trial(0.5, 11.0)}
+    assert GrowthSpace(grown).choose(lambda grow: scores[grow]) == "depth"  # type: ignore[index]
+    for few, steps, judged in (({}, 1, 1), (grown, 0, 1), (grown, 1, 0)):
+        with pytest.raises(ValueError, match="at least 1 each"):
+            GrowthSpace(few, steps, judged)
