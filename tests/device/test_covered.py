@@ -50,6 +50,7 @@ NEEDLESS = {
     "MemoryLedger": "counts bytes of the CPU's or a GPU's dispatcher: `check`, and budgets of memory-adjusted FLOPs",
     "Budget": "sets the number of steps, on the host; what it counts is tried as FlopCount",
     "CompetitiveDistillation": "delegates to the recipe that it wraps, which is tried with a teacher",
+    "MixtureShares": "logs numbers of the data module, on the host",
     "Output": "holds what a recipe returns",
     "Best": "keeps the best of the candidates of a solver, which are tried",
     # other devices
