@@ -202,7 +202,7 @@ class DataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def plain_set(self) -> BatchDataset:
-        """All training samples without augmentation, of a mixture those of all its parts."""
+        """All training samples without augmentation; of a mixture those of all its parts, whatever their weights."""
         return self.bank_set()
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:

@@ -167,7 +167,7 @@ class Mixture(CompositeDataModule):
         return self._mixed({self.bank: data}, training=False)
 
     def plain_set(self) -> MixtureSet:
-        sets = {name: self.parts[name].plain_set() for name in self._trained}
+        sets = {name: part.plain_set() for name, part in self.parts.items()}  # of parts that are not trained on, too
         self._check(sets, training=False)
         return self._mixed(sets, training=False)
 

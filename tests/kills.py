@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ import yaml
 
 from tests.rotation import turn
 from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
-from tests.torture import Case, _timed, differences, torture
+from tests.torture import HERE, Case, _timed, differences, torture
 
 #: What each experiment trains with: two ends of epochs, validations at both, a point every other step.
 SMALL: dict[str, Any] = {
@@ -68,16 +70,22 @@ class Shipped(Case):
 
     def begin(self) -> None:
         """Make the runs that its header asks for, or take those of an earlier experiment."""
-        for before in re.findall(r"^# Before: +(.+)$", self.path.read_text(), re.MULTILINE):
-            words = before.split()[1:]
-            made = self.begun / hashlib.sha256(before.encode()).hexdigest()[:12]
-            if not made.is_dir():
-                maker = Shipped(made.with_suffix(".tmp"), self.path, self.begun)
-                maker.configs, maker.options, maker.runs = [*_after(words, "--config"), "on/tiny"], [], "runs"
-                (run,) = _after(words, "--name")
-                maker.finish(run, resume="never")
-                maker.root.rename(made)
-            shutil.copytree(made / "runs", self.root / "runs", symlinks=True, dirs_exist_ok=True)
+        needed = re.findall(r"^# Before: +descant +(.+)$", self.path.read_text(), re.MULTILINE)
+        if not needed:
+            return
+        made = self.begun / hashlib.sha256("\n".join(needed).encode()).hexdigest()[:12]
+        if not made.is_dir():
+            maker = Shipped(made.with_suffix(".tmp"), self.path, self.begun)
+            for command, *words in map(str.split, needed):
+                if command == "fit":
+                    maker.configs, maker.options, maker.runs = [*_after(words, "--config"), "on/tiny"], [], "runs"
+                    (run,) = _after(words, "--name")
+                    maker.finish(run, resume="never")
+                else:
+                    begun = [sys.executable, "-m", "descant", command, *words]
+                    subprocess.run(begun, cwd=maker.root, env=os.environ | {"PYTHONPATH": str(HERE.parent)}, check=True)
+            maker.root.rename(made)
+        shutil.copytree(made / "runs", self.root / "runs", symlinks=True, dirs_exist_ok=True)
 
 
 def _after(words: Sequence[str], option: str) -> list[str]:

