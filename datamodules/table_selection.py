@@ -133,6 +133,10 @@ def newest_table(place: Path) -> Path:
     Raises:
         ValueError: for a run without one.
     """
+    if not place.exists():
+        raise ValueError(
+            f"{place}: no such table or run; descant predict --run NAME --sets train writes the table of a run"
+        )
     if not place.is_dir() or any(place.glob("*.parquet")):
         return place
     tables = [*place.glob(f"predict-*/{TABLE}"), *place.glob(f"*/predict-*/{TABLE}")]

@@ -165,6 +165,6 @@ def test_what_is_wrong_is_one_line(cli: Cli, workplace: Path, more: tuple[str, .
 def test_no_table_and_no_run(cli: Cli, workplace: Path) -> None:
     (workplace / "text.parquet").write_text("no table")
     word = ("data", "select", "--score", "quality", "--out", "ids.parquet")
-    assert "no such file" in cli(*word, "--table", "none.parquet").refusal
+    assert "no such table or run" in cli(*word, "--table", "none.parquet").refusal
     assert "no parquet file" in cli(*word, "--table", "text.parquet").refusal
     assert "none/001" in cli(*word, "--run", "none/001").refusal
