@@ -514,7 +514,7 @@ def test_incompatible_parts_raise_one_line(other: Toy, says: str) -> None:
         ({"parts": {"a": Toy(4)}, "samples": 3}, "samples 3 of an epoch are less than one batch of 256"),
         ({"parts": {"a": Toy(4)}, "drop": {"sound": 0.5}}, "drop: no modality 'sound'"),
         ({"parts": {"a": Toy(4)}, "alpha": 2.0}, "alpha 2: from 0, all parts alike, to 1, by their sizes"),
-        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "alpha: weights already set the shares"),
+        ({"parts": {"a": Toy(4)}, "alpha": 0.5, "weights": {"a": 1}}, "weights and alpha: each sets the shares"),
         ({"parts": {"a": Toy(4)}, "alpha": 0.5, "times": 1.0}, "times 1: more than 1, and with an alpha; such as 4"),
         ({"parts": {"a": Toy(4)}, "times": 4.0}, "times 4: more than 1, and with an alpha; such as 4"),
     ],
