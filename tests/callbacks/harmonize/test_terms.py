@@ -29,6 +29,7 @@ from descant.modules.multitask import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    FairGrad,
     GradDrop,
     GradNorm,
     GradVac,
@@ -57,6 +58,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "gradnorm": lambda: GradNorm(lr=0.1),
     "uncertainty": lambda: UncertaintyWeighting(lr=0.1),
     "dwa": lambda: DWA(window=1),
+    "fairgrad": FairGrad,
 }
 STEPS = 3
 

@@ -21,6 +21,7 @@ from descant.modules.multitask import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    FairGrad,
     GradNorm,
     GradVac,
     NashMTL,
@@ -37,11 +38,11 @@ Exact = Any  # a matrix of mpmath, which has no types
 EXACT = conditioned(4e7, F64)  # that of the Gram matrices of four gradients, two of which are nearly parallel
 
 
-def jacobians() -> Iterator[tuple[str, Tensor]]:
-    """200 of them, of 2 to 4 gradients: plain, badly scaled, dependent, opposite, nearly parallel."""
+def jacobians(most: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """200 of them, of 2 to ``most`` gradients: plain, badly scaled, dependent, opposite, nearly parallel."""
     g = torch.Generator().manual_seed(7)
     for n in range(200):
-        k, width = 2 + n % 3, (2, 3, 4, 8)[n % 4]
+        k, width = 2 + n % (most - 1), (2, 3, 4, 8)[n % 4]
         j_KD = torch.randn(k, width, generator=g, dtype=torch.float64)
         kind = ("plain", "plain", "scaled", "opposite", "parallel")[n % 5]
         if kind == "scaled":
@@ -263,8 +264,11 @@ GRADIENT_RULES: dict[str, Callable[[], Rule]] = {
     "nash": NashMTL,
     "imtlg": IMTLG,
     "aligned": AlignedMTL,
+    "fairgrad": FairGrad,
 }
-PEACEFUL = ("mgda", "upgrad", "nash")
+PEACEFUL = ("mgda", "upgrad", "nash", "fairgrad")
+#: The step grows with this power of the scale of all gradients: 1, but (1 - alpha) / (1 + alpha) of alpha-fair ones.
+POWERS = {"nash": 0.0, "fairgrad": -1 / 3}
 ANY_ORDER = tuple(name for name in GRADIENT_RULES if name not in ("pcgrad", "gradvac"))
 every_rule = pytest.mark.parametrize("rule", GRADIENT_RULES)
 
@@ -287,7 +291,7 @@ def test_the_scale_of_all_gradients_is_the_scale_of_their_mix(rule: str) -> None
     for size in (1e-12, 1e9):
         scaled = all_mixed(rule, lambda j_KD, size=size: j_KD * size, 3)  # type: ignore[misc]
         for (name, j_KD), wanted, g in zip(jacobians(), every, scaled, strict=True):
-            found = g / (1 if rule == "nash" else size)
+            found = g / size ** POWERS.get(rule, 1.0)
             longest = max(float(j_KD.norm(dim=1).max()), float(wanted.norm()))
             assert float((found - wanted).norm()) < EXACT * longest, (name, size)
 
