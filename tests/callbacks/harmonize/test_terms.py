@@ -29,6 +29,7 @@ from descant.modules.multitask import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    ConFIG,
     FairGrad,
     GradDrop,
     GradNorm,
@@ -59,6 +60,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "uncertainty": lambda: UncertaintyWeighting(lr=0.1),
     "dwa": lambda: DWA(window=1),
     "fairgrad": FairGrad,
+    "config": ConFIG,
 }
 STEPS = 3
 

@@ -21,6 +21,7 @@ from descant.modules.multitask import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    ConFIG,
     FairGrad,
     GradNorm,
     GradVac,
@@ -265,6 +266,7 @@ GRADIENT_RULES: dict[str, Callable[[], Rule]] = {
     "imtlg": IMTLG,
     "aligned": AlignedMTL,
     "fairgrad": FairGrad,
+    "config": ConFIG,
 }
 PEACEFUL = ("mgda", "upgrad", "nash", "fairgrad")
 #: The step grows with this power of the scale of all gradients: 1, but (1 - alpha) / (1 + alpha) of alpha-fair ones.

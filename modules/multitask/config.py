@@ -1,0 +1,43 @@
+"""ConFIG: the conflict-free direction with equal cosines to all gradients (arXiv 2408.11104).
+
+Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from descant.modules.multitask.base import SolverRule
+from descant.modules.multitask.solvers import FLAT, NOISE, times
+
+
+def config(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+    """Equal cosines to all gradients, as long as their projections together (ConFIG, Liu 2024, 2408.11104).
+
+    With U the unit gradients, U^+ 1 = U^T C^+ 1: x = C^+ 1 times (d.Cx) / (x.Cx). Of dependent gradients it is the
+    direction nearest to equal cosines; where no direction has any, as of opposite ones, there is no step: zeros.
+    """
+    x_BK = times(torch.linalg.pinv(c_BKK, rtol=FLAT, hermitian=True), torch.ones_like(d_BK))
+    cos_BK = times(c_BKK, x_BK)
+    square_B1, reach_B1 = ((v_BK * cos_BK).sum(dim=1, keepdim=True) for v_BK in (x_BK, d_BK))
+    # x.Cx of pinv is 1.x, at least the inverse of the largest eigenvalue, or nothing but rounding
+    return torch.where(square_B1 > NOISE, x_BK * reach_B1 / square_B1, 0.0)
+
+
+class ConFIG(SolverRule):
+    """Step with equal cosines to the gradients of all terms, whatever their lengths.
+
+        g = (sum_k <g_k, u>) u,        u = U^+ 1 / |U^+ 1|,    U_k = g_k / |g_k|
+
+    From the Gram matrix alone. Its direction is that of IMTL-G; IMTL-G's coefficients sum to K, while this step is as
+    long as the projections of the gradients on it. Equal weights and the projected length are the release's defaults.
+    See :func:`config`. Source: Liu 2024, arXiv 2408.11104; github.com/tum-pbs/ConFIG.
+
+    >>> orthogonal = torch.diag(torch.tensor([1.0, 9.0], dtype=torch.float64))  # lengths 1 and 3: (2, 2) in all
+    >>> [round(x, 9) for x in ConFIG().mix(orthogonal[None], torch.ones(2), 0)[0].tolist()]
+    [2.0, 0.666666667]
+    """
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return config(c_BKK, d_BK)
