@@ -6,6 +6,7 @@ from descant.modules.multitask.base import SolverRule as SolverRule
 from descant.modules.multitask.cagrad import CAGrad as CAGrad
 from descant.modules.multitask.cmgh import CMGH as CMGH
 from descant.modules.multitask.config import ConFIG as ConFIG
+from descant.modules.multitask.dualproj import DualProj as DualProj
 from descant.modules.multitask.dwa import DWA as DWA
 from descant.modules.multitask.fairgrad import FairGrad as FairGrad
 from descant.modules.multitask.graddrop import GradDrop as GradDrop

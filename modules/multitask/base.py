@@ -81,6 +81,21 @@ class SolverRule(Rule):
         raise NotImplementedError
 
 
+def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:
+    """Bool ``[K]``: which values are above ``least``, of a rule of their logarithms; the others are terms without samples.
+
+    Raises:
+        ValueError: for a value below ``least``.
+
+    >>> above(Rule(), torch.tensor([2.0, 0.0]), 0.0).tolist()
+    [True, False]
+    """
+    if bool((value_K < least).any()):
+        k = int((value_K - least).argmin())
+        raise ValueError(f"{type(rule).__name__}: term {k} is {value_K[k]:g}, and has no logarithm below {least:g}")
+    return value_K > least
+
+
 def orders(terms: int, draw: int) -> list[list[int]]:
     """For each term the others, in random order.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 #: Terms up to which all subsets are tried: exact, and quick for the few that a recipe has.
-MOST = 6
+MOST = 8
 #: Gradients whose correlations have an eigenvalue below it count as dependent (an angle of less than 4e-7).
 FLAT = 1e-13
 #: Rounding noise: what is below zero by less counts as zero.

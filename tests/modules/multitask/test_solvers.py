@@ -22,6 +22,7 @@ from descant.modules.multitask import (
     AlignedMTL,
     CAGrad,
     ConFIG,
+    DualProj,
     FairGrad,
     GradNorm,
     GradVac,
@@ -184,6 +185,19 @@ def test_cagrad_is_as_good_as_any_step_can_be(radius: float) -> None:
     assert radius < 0.2 or kinks > 20
 
 
+def test_of_up_to_eight_terms_all_subsets_find_the_optimum() -> None:
+    """Its conditions: ``<v, g_k> >= |v|^2`` of MGDA, no conflict of UPGrad, and CAGrad's dual bound as above."""
+    for name, j_KD in list(jacobians(8))[::11]:  # of each kind and number of terms
+        k, longest, v = len(j_KD), float(j_KD.norm(dim=1).max()), mixed(MGDA(), j_KD) / len(j_KD)
+        assert float((j_KD @ v).min() - v @ v) > -EXACT * longest**2, name
+        assert float((j_KD @ mixed(UPGrad(), j_KD) / j_KD.norm(dim=1)).min()) > -EXACT * longest, name
+        mix_K = CAGrad(0.5).mix((j_KD @ j_KD.T)[None], torch.ones(k), 0)[0]
+        d, g_0, w_K = mix_K @ j_KD / k, j_KD.mean(dim=0), (mix_K - 1).clamp(min=0)
+        hull = [v, w_K / w_K.sum() @ j_KD] if w_K.any() else [v]
+        bound = min(float(u @ g_0 + 0.5 * g_0.norm() * u.norm()) for u in hull)
+        assert bound - float((j_KD @ d).min()) < EXACT * longest**2, name
+
+
 def test_nash_is_the_fixed_point_or_nothing() -> None:
     none = 0
     for name, j_KD in jacobians():
@@ -267,8 +281,9 @@ GRADIENT_RULES: dict[str, Callable[[], Rule]] = {
     "aligned": AlignedMTL,
     "fairgrad": FairGrad,
     "config": ConFIG,
+    "dualproj": DualProj,
 }
-PEACEFUL = ("mgda", "upgrad", "nash", "fairgrad")
+PEACEFUL = ("mgda", "upgrad", "nash", "fairgrad", "dualproj")
 #: The step grows with this power of the scale of all gradients: 1, but (1 - alpha) / (1 + alpha) of alpha-fair ones.
 POWERS = {"nash": 0.0, "fairgrad": -1 / 3}
 ANY_ORDER = tuple(name for name in GRADIENT_RULES if name not in ("pcgrad", "gradvac"))

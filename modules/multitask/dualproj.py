@@ -1,0 +1,40 @@
+"""DualProj: the sum of the gradients, projected into their dual cone (arXiv 1706.08840).
+
+Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from descant.modules.multitask.base import SolverRule
+from descant.modules.multitask.solvers import project_to_dual_cone
+
+
+def dualproj(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+    """The nearest step to the sum of the gradients that conflicts with none (GEM's projection, 1706.08840)."""
+    longest_B1 = d_BK.amax(dim=1, keepdim=True)
+    return project_to_dual_cone(c_BKK, d_BK / longest_B1) * longest_B1
+
+
+class DualProj(SolverRule):
+    """Sum of the gradients, projected so that it conflicts with none.
+
+        min_g |g - sum_k g_k|^2,        <g, g_k> >= 0 for all k
+
+    From the Gram matrix alone, by all subsets: 8 terms at most. UPGrad projects each gradient, and this the sum.
+    GEM projects the gradient of the task that is learned away from those of a memory of earlier tasks (equation 11);
+    that of the mean of terms is TorchJD's reading, whose name it has; K times the mean here, as of all rules.
+    See :func:`dualproj`. Source: Lopez-Paz 2017, arXiv 1706.08840; torchjd.aggregation.DualProj.
+
+    Raises:
+        ValueError: in training, for more than 8 terms.
+
+    >>> import torch
+    >>> conflict = torch.tensor([[1.0, -2.0], [-2.0, 16.0]], dtype=torch.float64)  # the sum has -1 with the first
+    >>> [round(x, 9) for x in DualProj().mix(conflict[None], torch.ones(2), 0)[0].tolist()]
+    [2.0, 1.0]
+    """
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+        return dualproj(c_BKK, d_BK)
