@@ -9,6 +9,7 @@ from descant.modules.multitask.config import ConFIG as ConFIG
 from descant.modules.multitask.dualproj import DualProj as DualProj
 from descant.modules.multitask.dwa import DWA as DWA
 from descant.modules.multitask.fairgrad import FairGrad as FairGrad
+from descant.modules.multitask.famo import FAMO as FAMO
 from descant.modules.multitask.graddrop import GradDrop as GradDrop
 from descant.modules.multitask.gradnorm import GradNorm as GradNorm
 from descant.modules.multitask.gradvac import GradVac as GradVac

@@ -82,7 +82,7 @@ class SolverRule(Rule):
 
 
 def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:
-    """Bool ``[K]``: which values are above ``least``, of a rule of their logarithms; the others are terms without samples.
+    """Bool ``[K]``: which values are above ``least``, of a rule of their logarithms; others have no samples.
 
     Raises:
         ValueError: for a value below ``least``.

@@ -25,6 +25,7 @@ from descant.modules.core.rng import mix
 from descant.modules.multitask import (
     CMGH,
     DWA,
+    FAMO,
     IMTLG,
     MGDA,
     AlignedMTL,
@@ -63,6 +64,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "fairgrad": FairGrad,
     "config": ConFIG,
     "dualproj": DualProj,
+    "famo": lambda: FAMO(lr=0.5),
 }
 STEPS = 3
 
@@ -140,7 +142,7 @@ def explicit(rule: Rule, watched: list[list[Any]], accumulate: int, window: str)
     for n, steps in enumerate(zip(*watched, strict=True)):
         weights = steps[0][1]
         micros = [[i for step in steps for i in step[2][m]] for m in range(accumulate)]
-        if window == "step":
+        if window == "step" and rule.reads_gradients:  # one of values mixes each micro-batch by its own
             micros = [[i for rows in micros for i in rows]]
         total = {name: torch.zeros_like(w) for name, w in weights.items()}
         for rows in micros:
