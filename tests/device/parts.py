@@ -66,7 +66,7 @@ from descant.modules.masking import corruptions as masking
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
-from descant.modules.multitask import DWA, MMPareto, Rule
+from descant.modules.multitask import DWA, STCH, MMPareto, Rule
 from descant.modules.multitask.auxiliary_target import AuxiliaryTarget
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
@@ -394,6 +394,7 @@ def _combined(make: Callable[[], Rule]) -> Part:
 
 
 part("DWA")(_rule(lambda: DWA(window=1)))
+part("STCH")(_rule(lambda: STCH(warmup=1, window=1)))
 part("MMPareto")(_rule(MMPareto, terms=2))
 for _name, _kind in concrete("Rule").items():
     if _name not in PARTS:

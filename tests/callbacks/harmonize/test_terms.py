@@ -28,6 +28,7 @@ from descant.modules.multitask import (
     FAMO,
     IMTLG,
     MGDA,
+    STCH,
     AlignedMTL,
     CAGrad,
     ConFIG,
@@ -65,6 +66,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "config": ConFIG,
     "dualproj": DualProj,
     "famo": lambda: FAMO(lr=0.5),
+    "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
 }
 STEPS = 3
 
@@ -299,7 +301,12 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
         if name == "dualproj":  # the sum itself, where that conflicts with neither term, as here
             continue
         first = fitted(rule()).steps
-        late = name in ("gradnorm", "uncertainty", "dwa", "gradvac")  # these begin with the plain sum, or near it
+        late = name in (
+            "gradnorm",
+            "uncertainty",
+            "dwa",
+            "gradvac",
+        )  # these begin with the plain sum, or near it
         assert largest_gap(first[-1 if late else 0][0], fitted(CAGrad(0)).steps[-1 if late else 0][0]) > 1e-3, name
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask import DWA, Rule, UncertaintyWeighting
+from descant.modules.multitask import DWA, STCH, Rule, UncertaintyWeighting
 
 #: Float64 on both sides, of a few operations each: some units in the last place.
 EXACT = 1e-14
@@ -53,3 +53,34 @@ def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
         return rule.state["log_variance"]
 
     assert torch.equal(of(1.0, 3.0), of(2.0)) and not torch.equal(of(1.0, 3.0), of(4.0))
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 5.0])
+def test_stch_is_the_gradient_of_its_scalarization(mu: float) -> None:
+    """200 cases of 2 to 8 terms, of scales over eight decades; one term without samples in some of them."""
+    g = torch.Generator().manual_seed(3)
+    for n in range(200):
+        k = 2 + n % 7
+        scale_K = 10 ** (torch.rand(k, generator=g, dtype=torch.float64) * 8 - 4)
+        steps_SK = scale_K * (torch.rand(6, k, generator=g, dtype=torch.float64) + 0.1)
+        found = mixed(STCH(mu, warmup=2, window=2), *steps_SK.tolist())
+        for mix_K, value_K in zip(found[:4], steps_SK, strict=False):
+            assert mix_K == pytest.approx((1 / value_K).tolist(), rel=EXACT), "the sum of logarithms"
+        value_K = steps_SK[4].clone().requires_grad_()
+        log_K = (value_K / steps_SK[2:4].mean(dim=0)).log()
+        (k * mu * torch.logsumexp(log_K / mu, dim=0)).backward()
+        # an exponential magnifies the rounding of its exponent, of at most 3 / mu
+        assert value_K.grad is not None and found[4] == pytest.approx(value_K.grad.tolist(), rel=1e-12)
+        raw_K = (steps_SK[5] / scale_K).requires_grad_()
+        (k * mu * torch.logsumexp((raw_K - 0.05) / mu, dim=0)).backward()
+        assert raw_K.grad is not None
+        plain = mixed(STCH(mu, log=False, least=0.05), raw_K.tolist())[0]
+        assert plain == pytest.approx(raw_K.grad.tolist(), rel=1e-12)  # as above
+
+
+def test_stch_leaves_out_a_term_without_samples_and_gives_the_largest_the_weight() -> None:
+    steps = [[1.0, 1.0, 2.0], [3.0, 1.0, 0.0]]
+    warm, mix_K = mixed(STCH(mu=1e-3, warmup=0, window=1), *steps)
+    assert warm == [1.0, 1.0, 0.5] and mix_K == pytest.approx([2 / 3, 0.0, 1.0], rel=EXACT)
+    with pytest.raises(ValueError, match="STCH: term 0 is -1, and has no logarithm below 0"):
+        mixed(STCH(), [-1.0, 1.0])
