@@ -28,6 +28,7 @@ from descant.modules.multitask import (
     FAMO,
     IMTLG,
     MGDA,
+    RLW,
     STCH,
     AlignedMTL,
     CAGrad,
@@ -67,6 +68,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "dualproj": DualProj,
     "famo": lambda: FAMO(lr=0.5),
     "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
+    "rlw": RLW,
 }
 STEPS = 3
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask import DWA, STCH, Rule, UncertaintyWeighting
+from descant.modules.multitask import DWA, RLW, STCH, Rule, UncertaintyWeighting
 
 #: Float64 on both sides, of a few operations each: some units in the last place.
 EXACT = 1e-14
@@ -53,6 +53,16 @@ def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
         return rule.state["log_variance"]
 
     assert torch.equal(of(1.0, 3.0), of(2.0)) and not torch.equal(of(1.0, 3.0), of(4.0))
+
+
+def test_random_weights_are_those_of_their_draw_and_the_plain_sum_on_average() -> None:
+    mix_NK = torch.stack([RLW().mix(torch.zeros(0), torch.ones(4), draw)[0] for draw in range(4000)])
+    z_K = torch.randn(4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    assert mix_NK[7].tolist() == pytest.approx((4 * z_K.exp() / z_K.exp().sum()).tolist(), rel=EXACT)
+    assert len(torch.unique(mix_NK[:, 0])) == 4000
+    assert mix_NK.sum(dim=1).tolist() == pytest.approx([4.0] * 4000, rel=EXACT)
+    # of 4000 draws: five standard errors of their mean
+    assert float((mix_NK.mean(dim=0) - 1).abs().max()) < 5 * float(mix_NK.std(dim=0).max()) / 4000**0.5
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0, 5.0])
