@@ -27,6 +27,7 @@ from descant.modules.multitask import (
     DWA,
     FAMO,
     IMTLG,
+    IMTLL,
     MGDA,
     RLW,
     STCH,
@@ -69,6 +70,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "famo": lambda: FAMO(lr=0.5),
     "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
     "rlw": RLW,
+    "imtll": lambda: IMTLL(lr=0.1),
 }
 STEPS = 3
 
@@ -306,6 +308,7 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
         late = name in (
             "gradnorm",
             "uncertainty",
+            "imtll",
             "dwa",
             "gradvac",
         )  # these begin with the plain sum, or near it

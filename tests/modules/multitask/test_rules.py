@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.multitask import DWA, RLW, STCH, Rule, UncertaintyWeighting
+from descant.modules.multitask import DWA, IMTLL, RLW, STCH, Rule, UncertaintyWeighting
 
 #: Float64 on both sides, of a few operations each: some units in the last place.
 EXACT = 1e-14
@@ -53,6 +53,14 @@ def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
         return rule.state["log_variance"]
 
     assert torch.equal(of(1.0, 3.0), of(2.0)) and not torch.equal(of(1.0, 3.0), of(4.0))
+
+
+def test_imtl_l_is_its_recurrence() -> None:
+    """``exp(s) L - s`` by gradient descent on s, from 0."""
+    lr, s, steps = 0.1, [0.0, 0.0], [[4.0, 0.5], [3.0, 0.25], [5.0, 2.0]]
+    for values, found in zip(steps, mixed(IMTLL(lr), *steps), strict=True):
+        assert found == pytest.approx([math.exp(x) for x in s], rel=EXACT)
+        s = [x - lr * (math.exp(x) * value - 1) for x, value in zip(s, values, strict=True)]
 
 
 def test_random_weights_are_those_of_their_draw_and_the_plain_sum_on_average() -> None:

@@ -1,0 +1,24 @@
+"""IMTL-L: learned scales by which all terms have the value 1 (Liu 2021, Towards Impartial Multi-task Learning)."""
+
+from __future__ import annotations
+
+from descant.modules.multitask.uncertainty import UncertaintyWeighting
+
+
+class IMTLL(UncertaintyWeighting):
+    """Learned scales that bring the values of all terms to 1 (IMTL-L, Liu 2021).
+
+        loss = sum_k exp(s_k) L_k - s_k,        s_k <- s_k - lr (exp(s_k) L_k - 1),       mix_k = exp(s_k)
+
+    From values alone. With s = -log variance it is uncertainty weighting, step by step: the two papers differ in
+    their reasons (equal values of scaled terms, or a likelihood), and in a factor of Kendall's form, 1/2, which is one
+    of ``lr``. Source: Liu 2021, ICLR; as LibMTL's IMTL, whose other half is IMTLG.
+
+    >>> import torch
+    >>> rule = IMTLL(lr=0.5)
+    >>> for _ in range(100):
+    ...     mix_BK = rule.mix(torch.zeros(0), torch.tensor([4.0, 0.5]), 0)
+    ...     rule.learn(lambda seen: seen)
+    >>> [round(x, 9) for x in mix_BK[0].tolist()]
+    [0.25, 2.0]
+    """
