@@ -20,6 +20,7 @@ from descant.modules.multitask.mmpareto import MMPareto as MMPareto
 from descant.modules.multitask.nash_mtl import NashMTL as NashMTL
 from descant.modules.multitask.pcgrad import PCGrad as PCGrad
 from descant.modules.multitask.rlw import RLW as RLW
+from descant.modules.multitask.sdmgrad import SDMGrad as SDMGrad
 from descant.modules.multitask.stch import STCH as STCH
 from descant.modules.multitask.uncertainty import UncertaintyWeighting as UncertaintyWeighting
 from descant.modules.multitask.upgrad import UPGrad as UPGrad

@@ -136,3 +136,16 @@ def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
         # a set of fewer gradients does as much as dependent ones
         best.add(a_BK + l_BK.clamp(min=0), torch.where(flat_B, torch.inf, wrong_B))
     return best.found()
+
+
+def project_to_simplex(w_BK: Tensor) -> Tensor:
+    """The nearest weights that are not below 0 and sum to 1.
+
+    >>> project_to_simplex(torch.tensor([[1.0, 0.5, -1.0]])).tolist()
+    [[0.75, 0.25, 0.0]]
+    """
+    high_BK = w_BK.sort(dim=1, descending=True).values
+    rank_K = torch.arange(1, w_BK.shape[1] + 1).to(w_BK)
+    shift_BK = (high_BK.cumsum(dim=1) - 1) / rank_K
+    last_B1 = (high_BK > shift_BK).sum(dim=1, keepdim=True) - 1
+    return (w_BK - shift_BK.gather(1, last_B1)).clamp(min=0)

@@ -42,6 +42,7 @@ from descant.modules.multitask import (
     NashMTL,
     PCGrad,
     Rule,
+    SDMGrad,
     UncertaintyWeighting,
     UPGrad,
 )
@@ -67,6 +68,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "fairgrad": FairGrad,
     "config": ConFIG,
     "dualproj": DualProj,
+    "sdmgrad": lambda: SDMGrad(lr=0.5),  # of the default 10, w magnifies rounding
     "famo": lambda: FAMO(lr=0.5),
     "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
     "rlw": RLW,

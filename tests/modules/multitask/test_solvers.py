@@ -29,6 +29,7 @@ from descant.modules.multitask import (
     NashMTL,
     PCGrad,
     Rule,
+    SDMGrad,
     UPGrad,
 )
 from descant.modules.multitask.base import orders
@@ -282,6 +283,7 @@ GRADIENT_RULES: dict[str, Callable[[], Rule]] = {
     "fairgrad": FairGrad,
     "config": ConFIG,
     "dualproj": DualProj,
+    "sdmgrad": SDMGrad,
 }
 PEACEFUL = ("mgda", "upgrad", "nash", "fairgrad", "dualproj")
 #: The step grows with this power of the scale of all gradients: 1, but (1 - alpha) / (1 + alpha) of alpha-fair ones.
