@@ -50,6 +50,7 @@ BENCHMARKS = {
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",
+    "packing/grids": "benchmarks.packing:grids",
 }
 
 

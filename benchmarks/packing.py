@@ -5,9 +5,11 @@ Letters: B documents, K images of one, T text tokens, N tokens, W width.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from itertools import cycle
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, product
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import Row
 from benchmarks.timing import ratio
+from descant.callbacks.plots.style import BLUE, VERMILLION, figure, styled
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.modules.core.batch import Batch
@@ -28,8 +31,8 @@ from descant.recipes import VisionLanguage
 T = TypeVar("T")
 #: Documents and tokens of a row of the plan; seconds and padding that it may take; tokens a second over batch-max.
 DOCUMENTS, ROW, SECONDS, PADDING, SPEED = 1_000_000, 4096, 20.0, 0.03, 1.8
-#: Side of the grid of image tokens, and most images of a document, as in the paper.
-SIDE, IMAGES = 4, 9
+#: Side of the grid of image tokens, and most images of a document, as in the paper; sides of the figure.
+SIDE, IMAGES, SIDES = 4, 9, (1, 2, 3, 4)
 #: Documents of a batch whose padding is counted, and tokens of its rows.
 BATCH, SHORT = 128, 512
 #: The same of a step whose time is taken. Attention with a mask computes all pairs of a row: rows of 512 gain 1.7.
@@ -87,6 +90,45 @@ def speed(pairs: int = 30, warmup: int = 1, steps: int = 2, width: int = 128, de
     yield Row.informs("packing/tokens_per_second_padding", packed.packing.padding)
 
 
+def grids(repeats: int = 7, steps: int = 2, width: int = 128, depth: int = 3) -> Iterator[Row]:
+    """Tokens a second of forward and backward with 1 to 16 tokens an image, in packed rows and in padded ones: medians
+    of interleaved passes. Writes the figure ``runs/packing.png``."""
+    data = Descriptions(size=48, length=64)
+    some = list(chunks(documents(data), TIMED))[:steps]
+    batches = [batch_of(data, chunk) for chunk in some]
+    rates: dict[tuple[str, int], list[float]] = {}
+    for repeat, side in product(range(repeats + 1), SIDES):
+        tokens = sum(len(ids) + (side**2 - 1) * len(concepts) for chunk in some for ids, concepts in chunk)
+        for name, model in zip(("packed", "padded"), models(data, width, depth, side), strict=True):
+            began = time.perf_counter()
+            for batch in batches:
+                model.objective_of(batch).total.backward()
+            if repeat:  # the first pass fills caches
+                rates.setdefault((name, side**2), []).append(tokens / (time.perf_counter() - began))
+    median = {key: statistics.median(values) for key, values in rates.items()}
+    picture(median, Path("runs") / "packing.png")
+    for number in (side**2 for side in SIDES):
+        faster = median["packed", number] / median["padded", number]
+        yield Row.informs(f"packing/tokens_per_second_ratio_{number}", faster)
+
+
+@styled
+def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
+    """Tokens a second by tokens an image, a line for packed rows and one for padded ones."""
+    made = figure(720, 320)
+    axes = made.subplots()
+    for name, label, colour in (("packed", "packed rows", BLUE), ("padded", "a document a row", VERMILLION)):
+        points = sorted((number, rate) for (of, number), rate in rates.items() if of == name)
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+    axes.set_xticks([side**2 for side in SIDES])
+    axes.set(xlabel="tokens an image", ylabel="tokens a second", ylim=(0, None))
+    axes.grid(axis="y")
+    axes.legend()
+    made.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(file)
+
+
 class Padded(VisionLanguage):
     """One document a row, of the length of the longest one of the batch."""
 
@@ -98,7 +140,7 @@ class Padded(VisionLanguage):
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
 
 
-def models(data: Descriptions, width: int, depth: int) -> tuple[VisionLanguage, Padded]:
+def models(data: Descriptions, width: int, depth: int, side: int = SIDE) -> tuple[VisionLanguage, Padded]:
     """The same parts in a model that packs and in one that pads."""
     torch.manual_seed(0)
     parts: dict[str, Any] = {
@@ -107,7 +149,7 @@ def models(data: Descriptions, width: int, depth: int) -> tuple[VisionLanguage, 
         "image_token": data.image_token,
         "answer_token": data.answer_token,
     }
-    packed, padded = VisionLanguage(**parts, projector=PooledGrid(SIDE)), Padded(**parts, projector=PooledGrid(SIDE))
+    packed, padded = VisionLanguage(**parts, projector=PooledGrid(side)), Padded(**parts, projector=PooledGrid(side))
     padded.projector = packed.projector
     return packed, padded
 
