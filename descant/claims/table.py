@@ -182,7 +182,7 @@ def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
     metrics = [m for m in claim.metrics() if any(m in of[seed] for of in runs.values())]
     rows = ["| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics)]
     for arm, of in runs.items():
-        rows.append(f"| {arm} | " + " | ".join(f"{of[seed][m]:.3f}" if m in of[seed] else "" for m in metrics) + " |")
+        rows.append(f"| {arm} | " + " | ".join(_number(of[seed][m]) if m in of[seed] else "" for m in metrics) + " |")
     return [f"\nOther arms, seed {seed} alone, no part of the verdict:\n", *rows]
 
 
@@ -265,4 +265,13 @@ def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
         return ""
     mean = math.fsum(values) / len(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
-    return f"{mean:.3f} ± {spread:.3f}"
+    return f"{_number(mean)} ± {_number(spread)}"
+
+
+def _number(value: float) -> str:
+    """Three digits after the point, or three in all of a count such as FLOPs.
+
+    >>> _number(0.25), _number(1293689893081.6)
+    ('0.250', '1.29e+12')
+    """
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
