@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
-from descant.modules.core.objective import Term, means
+from descant.modules.core.objective import Term, counted, means
 from descant.modules.core.output import Decisions
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.answer_scores import answered_with
@@ -73,13 +73,20 @@ class LanguageRecipe(Recipe):
         h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
         return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 
-    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
-        h_BSW, row = self.sequence(batch)
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor, Interleaved]:
+        """``h_BSW`` before and after the language model, and what each token is."""
+        embedded_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         alone = self.document_mask or not self.training or self.objective.deterministic
         counts = self.packing if self.training else None
-        h_BSW = through(self.lm, h_BSW, row.real_BS, self.row, place_BS, alone, counts)
+        return embedded_BSW, through(self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts), row
+
+    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
+        return self._before(*self.read(batch)[1:])
+
+    @staticmethod
+    def _before(h_BSW: Tensor, row: Interleaved) -> tuple[Tensor, Tensor, Tensor]:
         found = host_copy(row.loss_mask_BS).nonzero(as_tuple=True)
         sample_N, at_N = (to_device(x_N, h_BSW.device) for x_N in found)
         return h_BSW[sample_N, at_N - 1], row.ids_BS[sample_N, at_N], sample_N
@@ -147,6 +154,27 @@ class LanguageRecipe(Recipe):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return {"scores": self.scores(batch)}
 
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Features of each dialogue, means over its tokens, from which scorers of instruction data learn (mmSSR):
+
+            image  = mean of the image's tokens, as the model reads them
+            text   = mean_t h_t,                        over all tokens t of the dialogue
+            answer = mean_t (h_t * w_t, log p_t),       over the tokens of the answer
+
+        with ``h_t`` what the head reads before token t and ``w_t`` the head's row of it, whose products sum
+        is its logit: a linear scorer sees how well the answer fits.
+        """
+        embedded_BSW, h_BSW, row = self.read(batch)
+        before_NW, token_N, sample_N = self._before(h_BSW, row)
+        log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
+        fit_NW = torch.cat([before_NW * self.lm.head.weight[token_N], log_N[:, None]], dim=1)
+        total_BW = fit_NW.new_zeros(len(batch), fit_NW.shape[1]).index_add(0, sample_N, fit_NW)
+        tokens_B = counted(sample_N, len(batch))
+        z = {"text": _mean(h_BSW, row.real_BS), "answer": total_BW / tokens_B.clamp(min=1)[:, None]}
+        if self.image_token is not None:
+            z["image"] = _mean(embedded_BSW, row.ids_BS == self.image_token)
+        return {"index": batch.index, "present": {**batch.present, "answer": tokens_B > 0}, "z": z}
+
     # rollouts of GRPO ---------------------------------------------------------------------------------------------
 
     def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Generated:
@@ -166,3 +194,9 @@ class LanguageRecipe(Recipe):
         assert self.teaching is not None
         network = self.teaching.network.to(self.device)
         return answer_log_probabilities(network, batch, self.sampling.temperature)
+
+
+def _mean(h_BSW: Tensor, keep_BS: Tensor) -> Tensor:
+    """Means over some tokens of each sample, zero where it has none: ``[B, W]``."""
+    keep_BS1 = keep_BS[:, :, None].to(h_BSW)
+    return (h_BSW * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp_min(1)

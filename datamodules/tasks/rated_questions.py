@@ -1,0 +1,285 @@
+"""Rated questions: a pool of instruction data of four capabilities and four styles, part of it poor.
+
+A problem is a capability, a concept and options, as of Questions; its image, style and flaw are functions of its key.
+Letters: B samples of a batch, N problems, S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, VENDORS
+from descant.datamodules.tasks.questions import COUNTS, LETTERS, VARIANTS, Problems, Questions, QuestionSet
+from descant.modules.core.rng import mix_N, salt, uniform_N
+from descant.modules.tokenizers.text import PAD
+from descant.modules.transforms.image import BASIC_COLOURS
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+#: Capability -> its question, and its answer as a sentence.
+CAPABILITIES = {
+    "group": ("what kind is it?", "it is a kind of {}"),
+    "colour": ("what colour is it?", "its colour is {}"),
+    "count": ("how many: {}?", "there are {}"),
+    "place": ("where is it?", "it is at the {}"),
+}
+#: A question that asks nothing, in the same form.
+TRIVIAL = ("what is it?", "it is {}", "an emoji", ("a photo", "a word", "a number"))
+#: Flaw -> grade of the item; one without a flaw comes first.
+FLAWS = {"": 5, "trivial question": 1, "blank image": 1, "other image": 0, "wrong answer": 0}
+ASKED, IMAGE, OTHER, ANSWER = range(1, len(FLAWS))
+#: Problems of each evaluation set.
+EVALUATED = 1000
+
+
+class Asked(NamedTuple):
+    """An item in words: its question, the correct answer and a wrong one."""
+
+    question: str
+    correct: str
+    wrong: str
+
+
+def _choice(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
+    options = [*wrong[:place], correct, *wrong[place:]]
+    listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
+    return Asked(f"{what} {listed}", correct, wrong[0])
+
+
+def _short(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
+    return Asked(what, correct, wrong[0])
+
+
+def _sentence(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
+    return Asked(f"in a sentence: {what}", form.format(correct), form.format(wrong[0]))
+
+
+def _yes_no(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
+    true = place % 2 == 0
+    answers = ("yes", "no") if true else ("no", "yes")
+    return Asked(f"{what} {correct if true else wrong[0]}, yes or no?", *answers)
+
+
+#: Interaction style -> question, correct answer and a wrong one, of the answers in words and a place of 0 to 3.
+STYLES: dict[str, Callable[[str, str, str, Sequence[str], int], Asked]] = {
+    "choice": _choice,
+    "short": _short,
+    "sentence": _sentence,
+    "yes-no": _yes_no,
+}
+
+
+class Traits(NamedTuple):
+    """What is sampled for an item by its key: style, place, place of the correct option, first wrong answer."""
+
+    style_N: np.ndarray
+    place_N: np.ndarray
+    option_N: np.ndarray
+    wrong_N: np.ndarray
+
+    @classmethod
+    def of(cls, key_N: np.ndarray) -> Traits:
+        """int64 each, independent of each other, by one number of 63 bits.
+
+        >>> Traits.of(np.arange(4)).style_N.tolist()
+        [0, 2, 3, 2]
+        """
+        code_N, parts = mix_N(key_N, "rated"), list[np.ndarray]()
+        for number in (len(STYLES), len(PLACES), len(LETTERS), 840):  # 840: any number of wrong answers divides it
+            code_N, part_N = np.divmod(code_N, number)
+            parts.append(part_N)
+        return cls(*parts)
+
+
+def styled(what: str, form: str, correct: str, wrong: Sequence[str], traits: Traits) -> Asked:
+    """A question and its answers in the style of an item."""
+    return list(STYLES.values())[traits.style_N[0]](what, form, correct, wrong, int(traits.option_N[0]))
+
+
+class RatedSet(QuestionSet):
+    """Items of the pool: image, dialogue, and the grade of each capability.
+
+    Args:
+        args: as of QuestionSet.
+        poor: share of the items that have a flaw; each flaw is as likely as the others.
+        kwargs: as of QuestionSet.
+    """
+
+    def __init__(self, *args: Any, poor: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.poor = poor
+
+    @cached_property
+    def flaws(self) -> dict[int, int]:
+        """Key -> number in :data:`FLAWS`."""
+        key_N = self.problems.key_N
+        return dict(zip(key_N.tolist(), self.flaw_N(key_N).tolist(), strict=True))
+
+    def flaw_N(self, key_N: np.ndarray) -> np.ndarray:
+        """int64: numbers in :data:`FLAWS`."""
+        poor_N = uniform_N(key_N, "rated/poor").numpy() < self.poor
+        return np.where(poor_N, 1 + mix_N(key_N, "rated/flaw") % (len(FLAWS) - 1), 0)
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        rows, p = super().rows(index_B, draw_B), self.problems.where(index_B)
+        grade_B = np.array(list(FLAWS.values()))[self.flaw_N(p.key_N)]
+        grades = {
+            f"quality/{name}": torch.from_numpy(np.where(p.kind_N == k, grade_B, 0))
+            for k, name in enumerate(self.data.every)
+        }
+        style_B = torch.from_numpy(Traits.of(p.key_N).style_N)
+        tokens_B = (rows.inputs["text"] != PAD).sum(dim=1)
+        return replace(rows, targets={**rows.targets, "style": style_B, "tokens": tokens_B, **grades})
+
+    def front(self, of: Any, question: str) -> list[int]:
+        return super().front(of, self.trivial(of).question if self.flaws[of[-1]] == ASKED else question)
+
+    def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
+        return [self.data.ids(self.reply(of, answer)) for of, answer in zip(each, correct, strict=True)]
+
+    def reply(self, of: Any, correct: str) -> str:
+        flaw = self.flaws[of[-1]]
+        if flaw == ASKED:
+            return self.trivial(of).correct
+        return cast(RatedQuestions, self.data).asked(*of).wrong if flaw == ANSWER else correct
+
+    def trivial(self, of: Any) -> Asked:
+        """A question whose answer is the same for all images, in the style of the item."""
+        traits = Traits.of(np.array(of[-1:]))
+        return styled(*TRIVIAL, traits)
+
+    def _canvas(
+        self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
+    ) -> Tensor:
+        flaw_B = self.flaw_N(p.key_N)
+        if (is_other_B := flaw_B == OTHER).any():  # the image of another problem, of any capability
+            key_B = mix_N(p.key_N, "rated/image")
+            other = Problems(key_B % len(self.data.every), other_B, key_B).arrays()
+            p = Problems.of({name: np.where(is_other_B, other[name], x_B) for name, x_B in p.arrays().items()})
+            count_B, visit_B = np.where(is_other_B, count_B % len(COUNTS) + 1, count_B), p.key_N
+        image = super()._canvas(p, vendor_B, other_B, count_B, visit_B)
+        half, place_B = self.data.size // 2, Traits.of(p.key_N).place_N
+        for b in np.flatnonzero(p.kind_N == self.data.every.index("place")):
+            low, right = divmod(int(place_B[b]), 2)
+            small = self.data.drawing(int(vendor_B[b]), int(p.concept_N[b]), half)
+            image[b] = 0
+            image[b, :, low * half : (low + 1) * half, right * half : (right + 1) * half] = small
+        image[flaw_B == IMAGE] = 0
+        return image
+
+
+class RatedQuestions(Questions):
+    """A pool of instruction data of known quality: four capabilities, each asked in four styles (mmSSR).
+
+    Capabilities (target ``kind``): the group of the emoji, its colour, how many there are, and where it is. Styles
+    (target ``style``): multiple choice, short answer, sentence, yes or no. Items of training have the flaws of
+    :data:`FLAWS`: a question that has its answer in it, a blank image, the image of another problem, a wrong answer.
+    Targets ``quality/CAPABILITY`` are grades, 0 to 5, by which flaw it has; 0 for capabilities that the item does not
+    exercise. They are what graders of a sample would give (GPT-4o in Ge 2025, arXiv 2503.13383, which grades 14
+    capabilities); ours are of the generation. Target ``tokens``: length of the dialogue, as a cost.
+
+    Evaluation sets have no flaws: ``val``, ``problems``, ``vendor`` and ``concept`` as of Questions, equally many
+    of each capability.
+
+    Args:
+        items: of the pool, equally many of each capability.
+        poor: share of them that have a flaw.
+        kwargs: as of Questions, without ``letters`` and ``think``; kinds are capabilities.
+
+    Raises:
+        ValueError: for a share ``poor`` outside [0, 1], less items than capabilities, and what Questions raises.
+
+    >>> data = RatedQuestions(tiny=True, batch_size=8, items=64)
+    >>> batch = next(iter(data.train_dataloader()))
+    >>> data.spell(batch.inputs["text"][0].tolist()), batch.targets["quality/colour"].tolist()
+    """
+
+    every = tuple(CAPABILITIES)
+
+    def __init__(self, items: int = 6000, poor: float = 0.6, **kwargs: Any) -> None:
+        super().__init__(letters=False, think=False, **kwargs)
+        if not 0 <= poor <= 1:
+            raise ValueError(f"poor {poor:g}: a share of the items, 0 to 1, such as 0.6")
+        if items < len(self.kinds):
+            raise ValueError(f"items {items}: {len(self.kinds)} is the least, one of each capability")
+        self.items, self.poor = items, poor
+        self._asked_items: dict[tuple[int, int], Asked] = {}  # wording takes longer than all else of a row
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        return {**super().classes, "style": list(STYLES)}
+
+    def problems(self, unseen: bool, kinds: Sequence[str], vendors: Sequence[int]) -> Problems:
+        """All problems; about colour only where it is clear for the vendor whose drawing it has."""
+        numbers = [self.every.index(kind) for kind in kinds]
+        grid = np.meshgrid(numbers, self._concepts(unseen, vendors), np.arange(VARIANTS), indexing="ij")
+        kind_N, concept_N, variant_N = (x.ravel() for x in grid)
+        key_N = self.keys_of(kind_N, concept_N, variant_N)
+        vendor_N = np.array(vendors)[(uniform_N(key_N, "question/vendor").numpy() * len(vendors)).astype(np.int64)]
+        clear_N = (kind_N != self.every.index("colour")) | (self.colour_VC[vendor_N, concept_N] >= 0)
+        return Problems(kind_N, concept_N, key_N).where(clear_N)
+
+    def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
+        return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("rated") >> 1)
+
+    def training_set(self) -> RatedSet:
+        return self._rated("train", False, self.vendors, self.items, self.poor)
+
+    def bank_set(self) -> RatedSet:
+        return self.training_set()
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        if stage == "validate":
+            return {"val": self._rated("val", False, [DEVELOPMENT_VENDOR])}
+        return {
+            "problems": self._rated("test", False, self.vendors),
+            "vendor": self._rated("test", False, [VENDORS[3]]),
+            "concept": self._rated(None, True, self.vendors),
+        }
+
+    def _rated(
+        self, split: str | None, unseen: bool, vendors: Sequence[str], items: int = EVALUATED, poor: float = 0.0
+    ) -> RatedSet:
+        data = self._asked(self._set(split, unseen, vendors, of=RatedSet, poor=poor))
+        assert isinstance(data, RatedSet)
+        p, most = data.problems, items // len(self.kinds)
+        order_N = uniform_N(p.key_N, "rated/item").numpy().argsort()
+        taken = [order_N[p.kind_N[order_N] == k][:most] for k in np.unique(p.kind_N)]
+        data.problems = p.where(np.sort(np.concatenate(taken)))
+        return data
+
+    def wording(self, *of: Any) -> tuple[str, str]:
+        return self.asked(*of)[:2]
+
+    def asked(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> Asked:
+        """The item of these columns in the style of its key."""
+        if (item := self._asked_items.get((vendor, key))) is None:
+            item = self._asked_items[vendor, key] = self._worded(kind, concept, vendor, others, count, key)
+        return item
+
+    def _worded(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> Asked:
+        traits = Traits.of(np.array([key]))
+        correct = PLACES[traits.place_N[0]] if kind == "place" else self.correct_answer(kind, concept, vendor, count)
+        what, form = CAPABILITIES[kind]
+        wrong = [answer for answer in self.words[kind] if answer != correct]
+        first = int(traits.wrong_N[0])
+        wrong = [wrong[(first + k) % len(wrong)] for k in range(3)]
+        return styled(what.format(self.pack.names[concept]), form, correct, wrong, traits)
+
+    @cached_property
+    def words(self) -> dict[str, list[str]]:
+        """Capability -> all answers."""
+        groups = [group.replace("-", " ") for group in self.groups]
+        return {
+            "group": groups,
+            "colour": list(BASIC_COLOURS),
+            "count": [str(n) for n in COUNTS],
+            "place": list(PLACES),
+        }
