@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from descant.datamodules.tasks.question_pool import QuestionRollouts as QuestionRollouts
     from descant.datamodules.tasks.questions import QuestionPairs as QuestionPairs
     from descant.datamodules.tasks.questions import Questions as Questions
+    from descant.datamodules.tasks.rated_questions import RatedQuestions as RatedQuestions
     from descant.datamodules.tasks.rollout_buffer import PooledDialogues as PooledDialogues
     from descant.datamodules.tasks.rollout_buffer import RolledDialogues as RolledDialogues
     from descant.datamodules.tasks.text_tasks import TaskRollouts as TaskRollouts

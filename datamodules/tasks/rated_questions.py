@@ -31,7 +31,7 @@ CAPABILITIES = {
     "place": ("where is it?", "it is at the {}"),
 }
 #: A question that asks nothing, in the same form.
-TRIVIAL = ("what is it?", "it is {}", "an emoji", ("a photo", "a word", "a number"))
+TRIVIAL = ("what is it?", "it is {}", ("an emoji", "a photo", "a word", "a number"))
 #: Flaw -> grade of the item; one without a flaw comes first.
 FLAWS = {"": 5, "trivial question": 1, "blank image": 1, "other image": 0, "wrong answer": 0}
 ASKED, IMAGE, OTHER, ANSWER = range(1, len(FLAWS))
@@ -47,28 +47,29 @@ class Asked(NamedTuple):
     wrong: str
 
 
-def _choice(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
+def _choice(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+    correct, *wrong = answers
     options = [*wrong[:place], correct, *wrong[place:]]
     listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
     return Asked(f"{what} {listed}", correct, wrong[0])
 
 
-def _short(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
-    return Asked(what, correct, wrong[0])
+def _short(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+    return Asked(what, answers[0], answers[1])
 
 
-def _sentence(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
-    return Asked(f"in a sentence: {what}", form.format(correct), form.format(wrong[0]))
+def _sentence(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+    return Asked(f"in a sentence: {what}", form.format(answers[0]), form.format(answers[1]))
 
 
-def _yes_no(what: str, form: str, correct: str, wrong: Sequence[str], place: int) -> Asked:
-    true = place % 2 == 0
-    answers = ("yes", "no") if true else ("no", "yes")
-    return Asked(f"{what} {correct if true else wrong[0]}, yes or no?", *answers)
+def _yes_no(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+    words = ("yes", "no") if place % 2 == 0 else ("no", "yes")
+    return Asked(f"{what} {answers[place % 2]}, yes or no?", *words)
 
 
-#: Interaction style -> question, correct answer and a wrong one, of the answers in words and a place of 0 to 3.
-STYLES: dict[str, Callable[[str, str, str, Sequence[str], int], Asked]] = {
+#: Interaction style -> the item, from a question, the form of a sentence, the correct answer and three wrong ones, and
+#: the place of the correct option.
+STYLES: dict[str, Callable[[str, str, Sequence[str], int], Asked]] = {
     "choice": _choice,
     "short": _short,
     "sentence": _sentence,
@@ -89,7 +90,7 @@ class Traits(NamedTuple):
         """int64 each, independent of each other, by one number of 63 bits.
 
         >>> Traits.of(np.arange(4)).style_N.tolist()
-        [0, 2, 3, 2]
+        [2, 1, 0, 3]
         """
         code_N, parts = mix_N(key_N, "rated"), list[np.ndarray]()
         for number in (len(STYLES), len(PLACES), len(LETTERS), 840):  # 840: any number of wrong answers divides it
@@ -98,9 +99,9 @@ class Traits(NamedTuple):
         return cls(*parts)
 
 
-def styled(what: str, form: str, correct: str, wrong: Sequence[str], traits: Traits) -> Asked:
-    """A question and its answers in the style of an item."""
-    return list(STYLES.values())[traits.style_N[0]](what, form, correct, wrong, int(traits.option_N[0]))
+def styled(what: str, form: str, answers: Sequence[str], traits: Traits) -> Asked:
+    """A question and its answers, the correct one first, in the style of an item."""
+    return list(STYLES.values())[traits.style_N[0]](what, form, answers, int(traits.option_N[0]))
 
 
 class RatedSet(QuestionSet):
@@ -138,22 +139,19 @@ class RatedSet(QuestionSet):
         tokens_B = (rows.inputs["text"] != PAD).sum(dim=1)
         return replace(rows, targets={**rows.targets, "style": style_B, "tokens": tokens_B, **grades})
 
+    def item(self, of: Any) -> Asked:
+        """The question and the answers of a problem, as arguments of ``wording``, or trivial ones in its style."""
+        if self.flaws[of[-1]] == ASKED:
+            return styled(*TRIVIAL, Traits.of(np.array(of[-1:])))
+        return cast(RatedQuestions, self.data).asked(*of)
+
     def front(self, of: Any, question: str) -> list[int]:
-        return super().front(of, self.trivial(of).question if self.flaws[of[-1]] == ASKED else question)
+        return super().front(of, self.item(of).question)
 
     def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
-        return [self.data.ids(self.reply(of, answer)) for of, answer in zip(each, correct, strict=True)]
-
-    def reply(self, of: Any, correct: str) -> str:
-        flaw = self.flaws[of[-1]]
-        if flaw == ASKED:
-            return self.trivial(of).correct
-        return cast(RatedQuestions, self.data).asked(*of).wrong if flaw == ANSWER else correct
-
-    def trivial(self, of: Any) -> Asked:
-        """A question whose answer is the same for all images, in the style of the item."""
-        traits = Traits.of(np.array(of[-1:]))
-        return styled(*TRIVIAL, traits)
+        items = [self.item(of) for of in each]
+        wrong = [self.flaws[of[-1]] == ANSWER for of in each]
+        return [self.data.ids(a.wrong if no else a.correct) for a, no in zip(items, wrong, strict=True)]
 
     def _canvas(
         self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
@@ -179,11 +177,11 @@ class RatedQuestions(Questions):
     """A pool of instruction data of known quality: four capabilities, each asked in four styles (mmSSR).
 
     Capabilities (target ``kind``): the group of the emoji, its colour, how many there are, and where it is. Styles
-    (target ``style``): multiple choice, short answer, sentence, yes or no. Items of training have the flaws of
-    :data:`FLAWS`: a question that has its answer in it, a blank image, the image of another problem, a wrong answer.
-    Targets ``quality/CAPABILITY`` are grades, 0 to 5, by which flaw it has; 0 for capabilities that the item does not
-    exercise. They are what graders of a sample would give (GPT-4o in Ge 2025, arXiv 2503.13383, which grades 14
-    capabilities); ours are of the generation. Target ``tokens``: length of the dialogue, as a cost.
+    (target ``style``): multiple choice, short answer, sentence, yes or no. Training items may have one of the
+    :data:`FLAWS`: a trivial question, a blank image, the image of another problem, or a wrong answer. Grades of 0 to 5
+    are targets ``quality/CAPABILITY``, 0 for what an item does not exercise: by the generation what graders of a sample
+    would give (GPT-4o for 14 capabilities in mmSSR, Ge 2025, arXiv 2503.13383). Target ``tokens``: length of the
+    dialogue, as a cost. An item is the same at each visit, but for its augmentation.
 
     Evaluation sets have no flaws: ``val``, ``problems``, ``vendor`` and ``concept`` as of Questions, equally many
     of each capability.
@@ -198,7 +196,10 @@ class RatedQuestions(Questions):
 
     >>> data = RatedQuestions(tiny=True, batch_size=8, items=64)
     >>> batch = next(iter(data.train_dataloader()))
-    >>> data.spell(batch.inputs["text"][0].tolist()), batch.targets["quality/colour"].tolist()
+    >>> [data.spell(text.tolist()) for text in batch.inputs["text"][[0, 2]]]  # the first has a wrong answer
+    ['what colour is it? grey', 'in a sentence: what colour is it? its colour is grey']
+    >>> batch.targets["quality/colour"][[0, 2]].tolist()
+    [0, 5]
     """
 
     every = tuple(CAPABILITIES)
@@ -268,18 +269,13 @@ class RatedQuestions(Questions):
         traits = Traits.of(np.array([key]))
         correct = PLACES[traits.place_N[0]] if kind == "place" else self.correct_answer(kind, concept, vendor, count)
         what, form = CAPABILITIES[kind]
-        wrong = [answer for answer in self.words[kind] if answer != correct]
-        first = int(traits.wrong_N[0])
-        wrong = [wrong[(first + k) % len(wrong)] for k in range(3)]
-        return styled(what.format(self.pack.names[concept]), form, correct, wrong, traits)
+        wrong, first = [word for word in self.words[kind] if word != correct], int(traits.wrong_N[0])
+        answers = [correct, *(wrong[(first + k) % len(wrong)] for k in range(3))]
+        return styled(what.format(self.pack.names[concept]), form, answers, traits)
 
     @cached_property
     def words(self) -> dict[str, list[str]]:
         """Capability -> all answers."""
+        counts = [str(n) for n in COUNTS]
         groups = [group.replace("-", " ") for group in self.groups]
-        return {
-            "group": groups,
-            "colour": list(BASIC_COLOURS),
-            "count": [str(n) for n in COUNTS],
-            "place": list(PLACES),
-        }
+        return {"group": groups, "colour": list(BASIC_COLOURS), "count": counts, "place": list(PLACES)}

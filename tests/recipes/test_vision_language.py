@@ -79,8 +79,8 @@ def batch(rows: int = 7) -> Batch:
     return Batch({"image": image, "text": text, "loss_mask": said}, present)
 
 
-def alone(made: VisionLanguage, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
-    """Mean of -log p over the answer of one sample, by one pass over one row, and what is likeliest."""
+def dialogue(made: VisionLanguage, b: Batch, n: int) -> tuple[Tensor, list[int]]:
+    """What the language model reads of one sample ``[T, W]``, and the ids to learn, -1 for none."""
     ids = [i for i in b.inputs["text"][n].tolist() if i]
     parts, learned = [], []
     for t, i in enumerate(ids):
@@ -92,7 +92,13 @@ def alone(made: VisionLanguage, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
             continue
         parts.append(made.lm.embed(torch.tensor([i])))
         learned.append(i if b.inputs["loss_mask"][n, t] else -1)
-    log = made.lm.logits(made.lm(torch.cat(parts)[None]))[0].log_softmax(dim=1)
+    return torch.cat(parts), learned
+
+
+def alone(made: VisionLanguage, b: Batch, n: int) -> tuple[Tensor, list[bool]]:
+    """Mean of -log p over the answer of one sample, by one pass over one row, and what is likeliest."""
+    x_TW, learned = dialogue(made, b, n)
+    log = made.lm.logits(made.lm(x_TW[None]))[0].log_softmax(dim=1)
     at = [t for t, i in enumerate(learned) if i >= 0]
     values = torch.stack([-log[t - 1, learned[t]] for t in at])
     return values.mean(), [int(log[t - 1].argmax()) == learned[t] for t in at]
@@ -112,6 +118,24 @@ def test_each_sample_is_what_it_is_alone(kind: str, row: int | None) -> None:
     assert scores["accuracy"].value[term.valid].tolist() == [
         float(all(alone(made, b, n)[1])) for n in term.valid.nonzero().flatten().tolist()
     ]
+
+
+@torch.no_grad()
+def test_features_are_means_over_tokens_and_see_how_well_an_answer_fits() -> None:
+    made, b = recipe("grid"), batch()
+    predicted = made.predict_step(b, 0)
+    assert predicted["present"]["answer"].tolist() == [True, True, False, False, True, True, True]
+    for n in (0, 1, 4, 5, 6):
+        x_TW, learned = dialogue(made, b, n)
+        h_TW = made.lm(x_TW[None])[0]
+        z = {name: z_BW[n] for name, z_BW in predicted["z"].items()}
+        torch.testing.assert_close(z["text"], h_TW.mean(dim=0), **TURNED)
+        seen = x_TW[1] if n not in (1, 4) else torch.zeros_like(z["image"])  # one token an image, after <bos>
+        torch.testing.assert_close(z["image"], seen, **rounding(4, F64))
+        at = [t for t, i in enumerate(learned) if i >= 0]
+        logit = torch.stack([made.lm.logits(h_TW)[t - 1, learned[t]] for t in at]).mean()
+        torch.testing.assert_close(z["answer"][:-1].sum(), logit, **TURNED)
+        torch.testing.assert_close(z["answer"][-1], -alone(made, b, n)[0], **TURNED)
 
 
 def test_several_pictures_stand_where_they_are_named_each_in_its_turn() -> None:
