@@ -11,37 +11,36 @@ import torch
 
 from descant.datamodules.base import Rows
 from descant.datamodules.corpora.base import name_hash
-from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
+from descant.datamodules.names import require_known
+from descant.datamodules.tasks.questions import Questions, QuestionSet
 from descant.modules.core.rng import salt, uniform_N, uniform_NK
 from descant.modules.transforms.image import BASIC_COLOURS
 
-#: Most keywords of a caption.
-WORDS = 4
+#: Most keywords of a caption, and its parts.
+WORDS, PARTS = 4, ("name", "group", "colour", "keywords")
 
 
 class ShuffledCaptions(QuestionSet):
     """Captions of other concepts; images, questions and references stay."""
 
+    def captioned_C(self) -> np.ndarray:
+        return cast(Descriptions, self.data).other_C
+
     def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
-        data = cast(Descriptions, self.data)
-        others = [(kind, int(data.other_C[concept]), *rest) for kind, concept, *rest in each]
+        data, captioned_C = cast(Descriptions, self.data), self.captioned_C()
+        others = [(kind, int(captioned_C[concept]), *rest) for kind, concept, *rest in each]
         return [data.ids(data.wording(*other)[1]) for other in others]
 
 
-class WronglyCaptioned(QuestionSet):
-    """Captions of which some are of other concepts; images, questions and references stay. Target ``matched``: 1, or
-    0 where the caption is another's."""
+class WrongCaptions(ShuffledCaptions):
+    """Some captions are of other concepts. Target ``matched``: 1, or 0 where the caption is another's."""
 
-    def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
-        data = cast(Descriptions, self.data)
-        captioned_B = data.captioned(self.problems.where(index_B))
-        others = [(kind, int(c), *rest) for (kind, _, *rest), c in zip(each, captioned_B, strict=True)]
-        return [data.ids(data.wording(*other)[1]) for other in others]
+    def captioned_C(self) -> np.ndarray:
+        return cast(Descriptions, self.data).captioned_C
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        rows, problems = super().rows(index_B, draw_B), self.problems.where(index_B)
-        matched_B = cast(Descriptions, self.data).captioned(problems) == problems.concept_N
-        rows.targets["matched"] = torch.from_numpy(matched_B.astype(np.int64))
+        rows, concept_B = super().rows(index_B, draw_B), self.problems.concept_N[index_B]
+        rows.targets["matched"] = torch.from_numpy((self.captioned_C()[concept_B] == concept_B).astype(np.int64))
         return rows
 
 
@@ -53,22 +52,27 @@ class Descriptions(Questions):
 
     Args:
         shuffle_captions: a control: training images get captions of other training concepts, by a fixed permutation.
-        wrong: share of the training captions, chosen by a hash, each of which is that of another training concept, the
-            same at every visit; training and bank set have the target ``matched``.
+        wrong: share of the training concepts, chosen by a hash, whose captions are those of another one, the same at
+            every visit; training and bank set have the target ``matched``.
+        parts: of a caption, name or group among them; all where not given.
         kwargs: as of Questions, without ``kinds`` and ``think``.
 
     Raises:
-        ValueError: for a share outside [0, 1), both kinds of other captions, and what Questions raises.
+        ValueError: for a share outside [0, 1), both kinds of other captions, unknown parts, and what Questions raises.
 
     >>> data = Descriptions(tiny=True, batch_size=8)
     >>> data.wording("name", 0, 0, np.arange(1, 4), 0, key=7)
     ('what does it show?', 'keycap: #, symbols, grey')
     """
 
-    def __init__(self, shuffle_captions: bool = False, wrong: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, shuffle_captions: bool = False, wrong: float = 0.0, parts: list[str] | None = None, **kwargs: Any) -> None:
         super().__init__(kinds=["name"], think=False, **kwargs)
+        self.parts = list(PARTS) if parts is None else parts
+        require_known("parts", self.parts, PARTS)
+        if not {"name", "group"} & {*self.parts}:
+            raise ValueError(f"parts {self.parts}: name or group, which each drawing has, is needed")
         if not 0 <= wrong < 1:
-            raise ValueError(f"wrong {wrong:g}: a share of the captions, from 0 to below 1, such as 0.4")
+            raise ValueError(f"wrong {wrong:g}: a share of the concepts, from 0 to below 1, such as 0.4")
         if wrong and shuffle_captions:
             raise ValueError("wrong: some captions are of other concepts; with shuffle_captions all are")
         self.shuffle_captions, self.wrong = shuffle_captions, wrong
@@ -86,25 +90,26 @@ class Descriptions(Questions):
         other_C[self._circle] = np.roll(self._circle, -1)
         return other_C
 
-    def captioned(self, problems: Problems) -> np.ndarray:
-        """int64 ``[N]``: the concept whose caption each training problem has; wrong ones are equally likely."""
-        place_C = np.empty(len(self.pack), dtype=np.int64)
-        place_C[self._circle] = np.arange(len(self._circle))
-        away_N = 1 + (uniform_N(problems.key_N, "wrong/away").numpy() * (len(self._circle) - 1)).astype(np.int64)
-        other_N = self._circle[(place_C[problems.concept_N] + away_N) % len(self._circle)]
-        wrong_N = uniform_N(problems.key_N, "wrong").numpy() < self.wrong
-        return np.where(wrong_N, other_N, problems.concept_N)
+    @cached_property
+    def captioned_C(self) -> np.ndarray:
+        """The concept whose caption each training concept has: ``wrong`` of them that of any other."""
+        hash_N = np.array([name_hash(f"wrong/{self.pack.rows[c]['hexcode']}") for c in self._circle], dtype=np.uint64)
+        away_N = 1 + (uniform_N(hash_N, "away").numpy() * (len(hash_N) - 1)).astype(np.int64)
+        other_N = self._circle[(np.arange(len(hash_N)) + away_N) % len(hash_N)]
+        captioned_C = np.arange(len(self.pack))
+        captioned_C[self._circle] = np.where(uniform_N(hash_N, "wrong").numpy() < self.wrong, other_N, self._circle)
+        return captioned_C
 
     def training_set(self) -> QuestionSet:
         if not self.shuffle_captions and not self.wrong:
             return super().training_set()
-        kind = WronglyCaptioned if self.wrong else ShuffledCaptions
+        kind = WrongCaptions if self.wrong else ShuffledCaptions
         return self._asked(self._set("train", False, self.vendors, of=kind, random=True))
 
     def bank_set(self) -> QuestionSet:
         if not self.wrong:
             return super().bank_set()
-        return self._asked(self._set("train", False, self.vendors, of=WronglyCaptioned))
+        return self._asked(self._set("train", False, self.vendors, of=WrongCaptions))
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
         return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("described") >> 1)
@@ -113,10 +118,13 @@ class Descriptions(Questions):
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
         row = self.pack.rows[concept]
-        words = [row["names"]["en"], row["group"].replace("-", " ")]
+        own = {"name": row["names"]["en"], "group": self._group(concept)}
+        words = [own[part] for part in own if part in self.parts]
         colour = self.colour_VC[vendor, concept]
-        if colour >= 0:
+        if colour >= 0 and "colour" in self.parts:
             words.append(list(BASIC_COLOURS)[colour])
+        if "keywords" not in self.parts:
+            return "what does it show?", ", ".join(words)
         keywords = [word for word in row["keywords"]["en"] or [] if word.strip() and word not in words]
         if keywords:
             u_K = uniform_NK(np.array([key]), [f"described/{k}" for k in range(len(keywords) + 1)])[0].numpy()
