@@ -65,7 +65,9 @@ class Descriptions(Questions):
     ('what does it show?', 'keycap: #, symbols, grey')
     """
 
-    def __init__(self, shuffle_captions: bool = False, wrong: float = 0.0, parts: list[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, shuffle_captions: bool = False, wrong: float = 0.0, parts: list[str] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(kinds=["name"], think=False, **kwargs)
         self.parts = list(PARTS) if parts is None else parts
         require_known("parts", self.parts, PARTS)

@@ -165,9 +165,25 @@ def test_a_share_of_the_captions_are_wrong_and_flagged(data: Questions) -> None:
     same = (batches[2].inputs["text"] == batches[3].inputs["text"]).all(dim=1)
     assert torch.equal(same, matched.bool())
     assert torch.equal(*(whole(d.evaluation_sets("validate")["val"]).inputs["text"] for d in (own, wrong)))
-    for given, line in (({"wrong": 1.0}, "wrong 1: a share"), ({"wrong": 0.1, "shuffle_captions": True}, "all are")):
+    cases: tuple[tuple[dict[str, Any], str], ...]
+    cases = ({"wrong": 1.0}, "wrong 1: a share"), ({"wrong": 0.1, "shuffle_captions": True}, "all are")
+    for given, line in cases:
         with pytest.raises(ValueError, match=line):
             Descriptions(tiny=True, batch_size=8, **given)
+
+
+def test_a_caption_has_the_parts_that_are_asked_for(data: Questions) -> None:
+    every, some = (Descriptions(tiny=True, batch_size=8, parts=parts) for parts in (None, ["group", "colour"]))
+    for concept in every.training_set().problems.concept_N[:50].tolist():
+        asked = ("name", concept, 0, np.arange(1, 4), 0, 7)
+        group, *colour = caption = some.wording(*asked)[1].split(", ")
+        assert group == every.correct_answer("group", concept, 0, 0)
+        assert len(colour) == (every.colour_VC[0, concept] >= 0)
+        assert every.wording(*asked)[1].removeprefix(f"{every.pack.names[concept]}, ").startswith(", ".join(caption))
+    cases = ((["colour"], r"parts \['colour'\]: name or group"), (["grop"], "parts: 'grop' is not one of name, "))
+    for parts, line in cases:
+        with pytest.raises(ValueError, match=line):
+            Descriptions(tiny=True, batch_size=8, parts=parts)
 
 
 def test_vendors_and_places_vary_between_visits_and_problems_do_not(data: Questions) -> None:
