@@ -293,6 +293,9 @@ class Walk:
         cls = self.classes[path]
         for key, child in node.content.items():
             plain = key.removesuffix("+")
+            if plain == cls.name and plain not in cls.keys:
+                where = _at(child, (*path, key))
+                raise Refusal(f"{where}: an option below a list sets its last item, here {plain}: leave out the name")
             if plain not in cls.keys:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)

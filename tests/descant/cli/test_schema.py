@@ -147,6 +147,10 @@ def test_it_is_kept_until_a_file_changes(
     [
         (["fit", "--config", "contrastive/emoji", "--model.widt", "3"], "--model.widt: Contrastive has no such key"),
         (
+            ["fit", "--config", "contrastive/emoji", "--trainer.callbacks.ModelCheckpoint.mode", "min"],
+            "an option below a list sets its last item, here ModelCheckpoint: leave out the name",
+        ),
+        (
             ["fit", "--config", "contrastive/emoji", "--data.batch_size", "x"],
             "--data.batch_size: expected a whole number",
         ),
