@@ -39,7 +39,7 @@ ASKED, IMAGE, OTHER, ANSWER = range(1, len(FLAWS))
 EVALUATED = 1000
 
 
-class Asked(NamedTuple):
+class RatedItem(NamedTuple):
     """An item in words: its question, the correct answer and a wrong one."""
 
     question: str
@@ -47,29 +47,29 @@ class Asked(NamedTuple):
     wrong: str
 
 
-def _choice(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+def _choice(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
     correct, *wrong = answers
     options = [*wrong[:place], correct, *wrong[place:]]
     listed = " ".join(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return Asked(f"{what} {listed}", correct, wrong[0])
+    return RatedItem(f"{what} {listed}", correct, wrong[0])
 
 
-def _short(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
-    return Asked(what, answers[0], answers[1])
+def _short(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
+    return RatedItem(what, answers[0], answers[1])
 
 
-def _sentence(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
-    return Asked(f"in a sentence: {what}", form.format(answers[0]), form.format(answers[1]))
+def _sentence(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
+    return RatedItem(f"in a sentence: {what}", form.format(answers[0]), form.format(answers[1]))
 
 
-def _yes_no(what: str, form: str, answers: Sequence[str], place: int) -> Asked:
+def _yes_no(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
     words = ("yes", "no") if place % 2 == 0 else ("no", "yes")
-    return Asked(f"{what} {answers[place % 2]}, yes or no?", *words)
+    return RatedItem(f"{what} {answers[place % 2]}, yes or no?", *words)
 
 
 #: Interaction style -> the item, from a question, the form of a sentence, the correct answer and three wrong ones, and
 #: the place of the correct option.
-STYLES: dict[str, Callable[[str, str, Sequence[str], int], Asked]] = {
+STYLES: dict[str, Callable[[str, str, Sequence[str], int], RatedItem]] = {
     "choice": _choice,
     "short": _short,
     "sentence": _sentence,
@@ -99,7 +99,7 @@ class Traits(NamedTuple):
         return cls(*parts)
 
 
-def styled(what: str, form: str, answers: Sequence[str], traits: Traits) -> Asked:
+def styled(what: str, form: str, answers: Sequence[str], traits: Traits) -> RatedItem:
     """A question and its answers, the correct one first, in the style of an item."""
     return list(STYLES.values())[traits.style_N[0]](what, form, answers, int(traits.option_N[0]))
 
@@ -139,7 +139,7 @@ class RatedSet(QuestionSet):
         tokens_B = (rows.inputs["text"] != PAD).sum(dim=1)
         return replace(rows, targets={**rows.targets, "style": style_B, "tokens": tokens_B, **grades})
 
-    def item(self, of: Any) -> Asked:
+    def item(self, of: Any) -> RatedItem:
         """The question and the answers of a problem, as arguments of ``wording``, or trivial ones in its style."""
         if self.flaws[of[-1]] == ASKED:
             return styled(*TRIVIAL, Traits.of(np.array(of[-1:])))
@@ -211,7 +211,7 @@ class RatedQuestions(Questions):
         if items < len(self.kinds):
             raise ValueError(f"items {items}: {len(self.kinds)} is the least, one of each capability")
         self.items, self.poor = items, poor
-        self._asked_items: dict[tuple[int, int], Asked] = {}  # wording takes longer than all else of a row
+        self._asked_items: dict[tuple[int, int], RatedItem] = {}  # wording takes longer than all else of a row
 
     @property
     def classes(self) -> dict[str, list[str]]:
@@ -259,13 +259,13 @@ class RatedQuestions(Questions):
     def wording(self, *of: Any) -> tuple[str, str]:
         return self.asked(*of)[:2]
 
-    def asked(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> Asked:
+    def asked(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
         """The item of these columns in the style of its key."""
         if (item := self._asked_items.get((vendor, key))) is None:
             item = self._asked_items[vendor, key] = self._worded(kind, concept, vendor, others, count, key)
         return item
 
-    def _worded(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> Asked:
+    def _worded(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
         traits = Traits.of(np.array([key]))
         correct = PLACES[traits.place_N[0]] if kind == "place" else self.correct_answer(kind, concept, vendor, count)
         what, form = CAPABILITIES[kind]
