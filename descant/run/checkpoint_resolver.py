@@ -44,7 +44,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         if not os.access(folder, os.W_OK):
             fail(f"{shown(folder)}: the run cannot be continued: no permission to write")
         _report(skipped)
-        for part in ("checkpoints", "resume"):
+        for part in ("checkpoints", "resume", "stages"):
             manifest.sweep(folder / part)
         say(f"resuming {shown(folder)} from {newest.name}")
         _compare_versions(folder)

@@ -223,15 +223,18 @@ def test_auto_uses_the_newest_valid_point(
 ) -> None:
     damage(run / "resume/step-0000120.ckpt")
     damage(run / "resume/step-0000020.ckpt")  # older than the one that is taken: nobody looks at it
-    (run / "resume/.step-0000121.ckpt.elsewhere.1.tmp").touch()
-    os.utime(run / "resume/.step-0000121.ckpt.elsewhere.1.tmp", (0, 0))
+    left = [run / "resume/.step-0000121.ckpt.elsewhere.1.tmp", run / "stages/.all.ckpt.elsewhere.1.tmp"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (0, 0))
     found = fit("auto")
     assert (found.folder, found.fresh) == (Path("runs/toy/001"), False)
     assert found.checkpoint == "runs/toy/001/resume/step-0000100.ckpt"
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"descant: skipped resume/step-0000120.ckpt: {why}")
     assert second == "descant: resuming runs/toy/001 from step-0000100.ckpt"
-    assert not list(run.glob("resume/.*"))  # what the killed process left is gone
+    assert not any(path.exists() for path in left)  # what the killed process left is gone
 
 
 def test_auto_starts_a_new_run_if_all_points_are_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
