@@ -139,8 +139,9 @@ class Pack:
         if vendor not in self._decoded:
             digest = hashlib.sha256()
             for row in self.rows:
-                drawing = row[vendor] or b""
-                digest.update(len(drawing).to_bytes(8, "little") + drawing)
+                # none is not an empty one, which cannot be decoded and is noted
+                size = -1 if row[vendor] is None else len(row[vendor])
+                digest.update(size.to_bytes(8, "little", signed=True) + (row[vendor] or b""))
             skipped = self.ledger.skipped
             decoded = _DECODED.get(digest.digest()) or self._decode(vendor)
             if self.ledger.skipped == skipped:  # else each pack notes its own

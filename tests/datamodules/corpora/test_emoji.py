@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -28,23 +27,6 @@ from tests.tolerance import F32, conditioned, statistical, ulps
 
 def first_batch(data: Emoji, epoch: int = 0, batch_size: int = 16) -> Batch:
     return shuffled(data.training_set(), batch_size, data.seed, epoch)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def decoded_once() -> Iterator[None]:
-    """Drawings of the pack that ships are decoded once for all data modules of this file."""
-    decode, found = Pack.drawings, dict[tuple[str, ...], tuple[torch.Tensor, np.ndarray]]()
-
-    def drawings(pack: Pack, vendor: str) -> tuple[torch.Tensor, np.ndarray]:
-        key = (vendor, *(row["hexcode"] for row in pack.rows))
-        if pack.folder != PACK:
-            return decode(pack, vendor)
-        if key not in found:
-            found[key] = decode(pack, vendor)
-        return found[key]
-
-    with mock.patch.object(Pack, "drawings", drawings):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -419,3 +401,12 @@ def test_drawings_are_decoded_once_in_a_process() -> None:
     assert not decode.called
     other, _ = Emoji(sealed=True, tiny=True).pack.drawings("noto")  # of other concepts
     assert not torch.equal(other, images[: len(other)])
+
+
+def test_an_empty_drawing_is_noted_beside_one_that_is_not_there() -> None:
+    absent, empty = Pack(), Pack()
+    for pack, drawing in ((absent, None), (empty, b"")):
+        pack.keep(range(20))
+        pack.rows[3]["noto"] = drawing
+        assert not pack.drawings("noto")[1][3]
+    assert (absent.ledger.skipped, empty.ledger.skipped) == (0, 1)
