@@ -157,17 +157,17 @@ def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
     if len(given) < needed:
         have = f"a pass over the data of stage {twin.stage!r} has {len(given)} micro-batches"
         raise ValueError(f"GrowthSpace: steps {space.steps} and judged {space.judged}: {have}")
-    optimizer, flops = twin.optimizer_now(parameter_groups(twin)), torch.zeros((), device=twin.device)
+    optimizer, count = twin.optimizer_now(parameter_groups(twin)), FlopCount()
     with trying(twin):
         for n, batch in enumerate(given[: space.steps]):
             optimizer.zero_grad()
-            with FlopCount() if n == 0 else nullcontext() as count:
+            with count if n == 0 else nullcontext():
                 twin.objective_of(batch).total.backward()
-            flops += 0 if count is None else count.flops
             for parameter in (p for p in twin.parameters() if p.requires_grad):
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = total_of_ranks(grad) / world()
             optimizer.step()
         with torch.no_grad():
             losses = [twin.objective_of(batch).total for batch in given[space.steps :]]
-    return Trial(-float(total_of_ranks(torch.stack(losses).mean()) / world()), float(total_of_ranks(flops)))
+    flops = total_of_ranks(torch.tensor(count.flops, device=twin.device))
+    return Trial(-float(total_of_ranks(torch.stack(losses).mean()) / world()), float(flops))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -64,7 +64,8 @@ class Changing(Wrapper):
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
-            trial = None if batches is None else partial(self._trial, name, batches)
+            # all copies train on the same micro-batches, which are read once
+            trial = None if batches is None else partial(self._trial, name, cache(lambda n: list(batches(n))))
             growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
         if self.distill is not None:
