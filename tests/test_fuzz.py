@@ -73,9 +73,10 @@ def lines(folder: Path) -> None:
     ],
 )
 def test_all_findings_are_detected(read: Callable[[Path], object], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
+    if read is hang:  # the others may need more on a machine that is busy
+        monkeypatch.setattr(fuzz, "SECONDS", 1.0)
     monkeypatch.setattr(fuzz, "MEMORY", 1 << 27)
     monkeypatch.setitem(fuzz.KINDS, "odd", fuzz.Kind(lambda: {"a": b"a"}, ("a",), read))
     fuzz.valid.cache_clear()
-    tally = fuzz.fuzz(5.0, seed=3, only="odd", cases=1)
+    tally = fuzz.fuzz(60.0, seed=3, only="odd", cases=1)
     assert [(kind, seed) for kind, seed, _ in tally.findings] == [("odd", 3)] and what in tally.findings[0][2]
