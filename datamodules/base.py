@@ -209,6 +209,13 @@ class DataModule(L.LightningDataModule):
         """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
         raise NotImplementedError
 
+    def class_names(self, target: str) -> list[str] | None:
+        """Class names of a target as ``prompts`` has them, without writing the prompts; None: it has no such names."""
+        try:
+            return self.prompts(target)[1]
+        except (NotImplementedError, ValueError):
+            return None
+
     @property
     def warms(self) -> bool:
         """Whether the first epoch reads slower than later ones, since decoded images are cached."""
@@ -270,6 +277,14 @@ class DataModule(L.LightningDataModule):
                 self.mined.load(state_dict["mined"])
 
     # loaders ---------------------------------------------------------------------------------------------------
+
+    @property
+    def transform_key(self) -> str | None:
+        """All that ``on_after_batch_transfer`` depends on beside the batch and ``training``; None: not known.
+
+        Parts of a mixture with an equal one are transformed at once.
+        """
+        return None
 
     @property
     def training(self) -> bool:

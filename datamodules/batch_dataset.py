@@ -72,11 +72,12 @@ class BatchDataset(Dataset[Batch]):
         return {modality: mask_N & real_N for modality, mask_N in present.items()}
 
     def __getitem__(self, window: Window) -> Batch:
-        step = self.presence(window.step, self.draws(window.step))
         draw_B = self.draws(window.slots)
         index_B = np.array([s.sample for s in window.slots])
         rows = self.visit(window.slots, draw_B)
         present = self.presence(window.slots, draw_B)
+        whole = window.step == window.slots  # one rank, one micro-batch
+        step = dict(present) if whole else self.presence(window.step, self.draws(window.step))
         return Batch(
             inputs=rows.inputs,
             present={m: mask_B & rows.readable[m] if m in rows.readable else mask_B for m, mask_B in present.items()},

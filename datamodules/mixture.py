@@ -99,6 +99,7 @@ class Mixture(CompositeDataModule):
             raise ValueError(f"samples {samples} of an epoch are less than one batch of {self.batch_size}")
         # training (True) and evaluation: layout of each part as read, and of all after the transforms
         self._layouts: dict[bool, dict[str, Layout]] = {}
+        self._together: dict[bool, dict[int, int]] = {}  # number of a part -> the first with equal transforms
         self._evaluated: dict[str, BatchDataset] = {}
         self._after: dict[bool, dict[str, Spec]] = {}
         for part in self.parts.values():
@@ -194,6 +195,7 @@ class Mixture(CompositeDataModule):
         one = [Slot(0, 0, True)]
         batches = {name: data[Window(one, one)] for name, data in sets.items() if len(data)}
         self._layouts[training] = {name: Layout.of(batch) for name, batch in batches.items()}
+        self._together[training] = self._equal_transforms(self._layouts[training])
         # the input of towers: after the parts' own transforms
         after = {name: Layout.of(self.parts[name].on_after_batch_transfer(b, 0)) for name, b in batches.items()}
         self._after[training] = joint(after, "inputs", equal=True)
@@ -205,6 +207,21 @@ class Mixture(CompositeDataModule):
                         raise ValueError(f"part {name!r} has {view} and part {other!r} has not: set views of both")
         _same_tokens({name: self.parts[name] for name in sets})
         _same_classes({name: self.parts[name] for name in sets}, after)
+
+    def _equal_transforms(self, layouts: Mapping[str, Layout]) -> dict[int, int]:
+        """Number of each part -> that of the first with its transforms and layout: their rows are transformed at once.
+
+        Each call has a fixed cost, of which a stream of many tasks has one a task and step.
+        """
+        numbers, first = {name: k for k, name in enumerate(self.parts)}, list[tuple[str, str, Layout]]()
+        together = {}
+        for name, layout in layouts.items():
+            key = self.parts[name].transform_key
+            found = next((known for known, k, one in first if key == k and layout == one), name)
+            if found == name and key is not None:
+                first.append((name, key, layout))
+            together[numbers[name]] = numbers[found]
+        return together
 
     def order(self, data: BatchDataset, **cut: int) -> MixedOrder:
         names, size = self._trained, self.batch_size
@@ -256,10 +273,10 @@ class Mixture(CompositeDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         training = self.training if self.training in self._after else not self.training
-        names = list(self.parts)
+        names, together = list(self.parts), self._together[training]
         rows: dict[int, list[int]] = {}
         for row, number in enumerate(batch.source.tolist()):
-            rows.setdefault(number, []).append(row)
+            rows.setdefault(together.get(number, number), []).append(row)
         inputs: dict[str, Tensor] = {}
         for number, row_list in rows.items():
             rows_R = row_index(row_list)
@@ -333,20 +350,13 @@ def _same_classes(parts: Mapping[str, DataModule], layouts: Mapping[str, Layout]
         names = [name for name, layout in layouts.items() if target in layout.targets]
         if len(names) == 1:
             continue
-        named = {name: classes for name in names if (classes := _classes(parts[name], target)) is not None}
+        named = {name: classes for name in names if (classes := parts[name].class_names(target)) is not None}
         first = next(iter(named), "")
         for name, classes in named.items():
             if classes != named[first]:
                 raise ValueError(
                     f"target {target!r}: parts {first!r} and {name!r} have different classes; give both the same list"
                 )
-
-
-def _classes(part: DataModule, target: str) -> list[str] | None:
-    try:
-        return part.prompts(target)[1]
-    except (NotImplementedError, ValueError):
-        return None
 
 
 def _cut(inputs: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

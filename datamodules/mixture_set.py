@@ -17,7 +17,7 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
-from descant.modules.core.rng import mix_N
+from descant.modules.core.rng import mix_N, salt
 
 #: A sample's id in a mixture is ``number of its part << BITS | its id there``.
 BITS = 48
@@ -91,12 +91,16 @@ class MixtureSet(BatchDataset):
                 id_B[row_R] = self._ids(torch.from_numpy(data.identity(local_R)), number).numpy()
         return id_B
 
-    def _of_part(self, slots: Sequence[Slot], number: int) -> tuple[list[int], list[Slot]]:
-        """The rows of one part, and their slots in it."""
-        low = self.first[number]
-        high = low + len(self.members[number])
-        chosen = [(row, slot) for row, slot in enumerate(slots) if low <= slot.sample < high]
-        return [row for row, _ in chosen], [Slot(slot.epoch, slot.sample - low, slot.real) for _, slot in chosen]
+    def _split(self, slots: Sequence[Slot]) -> dict[int, tuple[list[int], list[Slot]]]:
+        """Number of each part -> its rows, and their slots in it."""
+        numbers, first_P = list(self.first), np.array(list(self.first.values()))
+        found: dict[int, tuple[list[int], list[Slot]]] = {number: ([], []) for number in numbers}
+        part_B = np.searchsorted(first_P, [slot.sample for slot in slots], side="right") - 1
+        for row, (k, (epoch, sample, real)) in enumerate(zip(part_B.tolist(), slots, strict=True)):
+            rows, of_part = found[numbers[k]]
+            rows.append(row)
+            of_part.append(Slot(epoch, sample - self.first[numbers[k]], real))
+        return found
 
     def __getitem__(self, window: Window) -> Batch:
         size, whole = len(window.slots), len(window.step)
@@ -112,28 +116,27 @@ class MixtureSet(BatchDataset):
             rng_seed=torch.zeros(size, dtype=torch.long),
             step={m: torch.zeros(whole, dtype=torch.bool) for m in self.modalities},
         )
+        mine = self._split(window.slots)
+        every = mine if window.step == window.slots else self._split(window.step)
         for number, data in self.members.items():
-            whole_R, step = self._of_part(window.step, number)
-            rows, slots = self._of_part(window.slots, number)
+            (whole_R, step), (rows, slots) = every[number], mine[number]
             if slots:
                 part = data[Window(slots, step)]
-                part.index, part.content_id = self._ids(part.index, number), self._keys(part.content_id, number)
-                part.source = torch.full_like(part.index, number)
+                part.index, part.source = self._ids(part.index, number), torch.full_like(part.index, number)
                 counts = part.step
                 _write(batch, part, rows)
             else:
                 counts = data.presence(step, data.draws(step)) if step else {}
             for m, mask_R in counts.items():
                 batch.step[m][whole_R] = mask_R
+        salt_B = np.array([salt(self.keys[number]) for number in batch.source.tolist()], dtype=np.uint64)
+        batch.content_id = torch.from_numpy(mix_N(batch.content_id, salt_B))
         return batch
 
     def _ids(self, index_R: Tensor, number: int) -> Tensor:
         if len(index_R) and not 0 <= int(index_R.min()) <= int(index_R.max()) < 1 << BITS:
             raise ValueError(f"part {number} of the mixture has sample ids beyond 0..2**{BITS}")
         return index_R + (number << BITS)
-
-    def _keys(self, key_R: Tensor, number: int) -> Tensor:
-        return torch.from_numpy(mix_N(key_R, self.keys[number]))
 
 
 def joint(layouts: Mapping[str, Layout], kind: str, equal: bool = False) -> dict[str, Spec]:

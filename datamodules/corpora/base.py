@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.datamodules.base import DataModule
 from descant.datamodules.names import require_known
@@ -77,6 +77,21 @@ class ImageViews(DataModule):
         view = self.augment if self.training else self.pixels
         batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         return batch
+
+
+def settings(*views: nn.Module) -> str | None:
+    """Types and arguments of transforms, as text; None where one has parameters, buffers or modules of its own.
+
+    >>> settings(Pixels(8))
+    'descant.modules.transforms.image.Pixels(mean=(0.5, 0.5, 0.5), size=8, std=(0.5, 0.5, 0.5))'
+    """
+    if any([*view.parameters(), *view.buffers(), *view.children()] for view in views):
+        return None
+    public = [{k: x for k, x in sorted(vars(view).items()) if k[0] != "_" and k != "training"} for view in views]
+    return "; ".join(
+        f"{type(view).__module__}.{type(view).__qualname__}({', '.join(f'{k}={x!r}' for k, x in arguments.items())})"
+        for view, arguments in zip(views, public, strict=True)
+    )
 
 
 def require_size(given: int, size: int) -> None:

@@ -24,6 +24,7 @@ from descant.datamodules.corpora.base import (
     flattened,
     name_hash,
     run_ledger,
+    settings,
 )
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
@@ -365,12 +366,21 @@ class Emoji(ImageViews):
         forms = ("{}", "a picture of {}", "{}, emoji")
         return class_prompts(target, self.classes, {"-": " "}, forms, self.tokenizer)
 
+    def class_names(self, target: str) -> list[str] | None:
+        return self.classes.get(target)
+
     def describe(self, index: int) -> str:
         return self.pack.names[index // len(VENDORS)]
 
     def picture(self, index: int) -> Tensor:
         concept, vendor = divmod(index, len(VENDORS))
         return flattened(self.pack.drawings(VENDORS[vendor])[0][concept])
+
+    @property
+    def transform_key(self) -> str | None:
+        views = settings(self.augment, self.augment_2, self.pixels)
+        known = type(self) is Emoji and self.speech is None and views is not None
+        return f"{', '.join(self.derived)}: {views}" if known else None
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_after_batch_transfer(batch, dataloader_idx)

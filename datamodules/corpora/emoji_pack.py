@@ -199,6 +199,8 @@ class Captions:
             words = [row["keywords"][language] or [] for row in pack.rows]
             self.keywords[language] = [[tokenizer.ids(w) for w in ws if w.strip()] for ws in words]
         self.most = max(len(words) for lists in self.keywords.values() for words in lists)
+        purposes = ["language", "form", "count", "nameless", *(f"keyword{k}" for k in range(self.most))]
+        self._purposes = [f"caption/{purpose}" for purpose in purposes]
 
     def has(self, concept: int) -> bool:
         return any(self.names[language][concept] for language in self.languages)
@@ -212,9 +214,9 @@ class Captions:
 
     def random(self, concept_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
         """A caption of each concept; language, form and keywords are sampled from the sample's seed."""
-        u_BF = uniform_NK(draw_B, [f"caption/{w}" for w in ("language", "form", "count", "nameless")]).tolist()
-        u_BK = uniform_NK(draw_B, [f"caption/keyword{k}" for k in range(self.most)]).numpy()
-        return [self._caption(int(c), u_F, u_K) for c, u_F, u_K in zip(concept_B, u_BF, u_BK, strict=True)]
+        u_BF, u_BK = uniform_NK(draw_B, self._purposes).split([4, self.most], dim=1)
+        each = zip(concept_B.tolist(), u_BF.tolist(), u_BK.numpy(), strict=True)
+        return [self._caption(concept, u_F, u_K) for concept, u_F, u_K in each]
 
     def _caption(self, concept: int, u_F: list[float], u_K: np.ndarray) -> list[int]:
         language, form, count, nameless = u_F

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
@@ -21,6 +21,7 @@ from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
+from descant.modules.transforms.image import Augment
 from tests.files import shapes
 from tests.tolerance import F32, statistical, ulps
 
@@ -441,6 +442,49 @@ def test_real_parts_with_other_vendors_and_augmentation() -> None:
     assert named == own
     after = data.on_after_batch_transfer(batch, 0)
     assert after.inputs["image"].shape == (64, 3, 32, 32) and float(after.inputs["image"].std()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("second", "calls"), [({}, 1), ({"augment": Augment(32, rotate=5.0)}, 2), ({"sketch": True}, 2)]
+)
+def test_parts_of_equal_transforms_are_transformed_at_once(
+    second: dict[str, Any], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DataModule, "training", True)
+    tokenizer, used = NgramTokenizer(length=24), list[int]()
+    parts: dict[str, DataModule] = {
+        "noto": Emoji(tiny=True, vendors=["noto"], text=tokenizer),
+        "twemoji": Emoji(tiny=True, vendors=["twemoji"], text=tokenizer, **second),
+    }
+    data = Mixture(parts, batch_size=64)
+    loader = data.train_dataloader()
+    forward = Augment.forward
+
+    def counted(*args: Any) -> Tensor:
+        used.append(1)
+        return forward(*args)
+
+    monkeypatch.setattr(Augment, "forward", counted)
+    at_once = data.on_after_batch_transfer(next(iter(loader)), 0)
+    assert len(used) == calls
+    monkeypatch.setattr(data, "_together", {True: {}})
+    apart = data.on_after_batch_transfer(next(iter(loader)), 0)
+    assert len(used) == calls + 2 and at_once.inputs.keys() == apart.inputs.keys()
+    for name, x in apart.inputs.items():
+        # the same arithmetic for each row; a library may add in another order in a batch of another size
+        torch.testing.assert_close(at_once.inputs[name], x, rtol=0, atol=1e-5)
+
+
+class Shifted(Emoji):
+    """A user's own: what its transforms depend on is not known."""
+
+
+def test_transforms_that_are_not_known_are_equal_to_none() -> None:
+    assert Emoji(tiny=True).transform_key == Emoji(tiny=True, groups=["symbols"]).transform_key is not None
+    assert Shifted(tiny=True).transform_key is None
+    augment = Augment(32)
+    augment.scale_C = nn.Parameter(torch.ones(3))
+    assert Emoji(tiny=True, augment=augment).transform_key is None
 
 
 # refusals ------------------------------------------------------------------------------------------------------
