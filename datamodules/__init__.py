@@ -14,6 +14,7 @@ from descant.modules.io.names import full, of_kind
 if TYPE_CHECKING:
     from descant.datamodules.base import DataModule as DataModule
     from descant.datamodules.corpora.crops import CropModule as CropModule
+    from descant.datamodules.corpora.digits import Digits as Digits
     from descant.datamodules.corpora.emoji import Emoji as Emoji
     from descant.datamodules.corpora.fashion import Fashion as Fashion
     from descant.datamodules.corpora.frames import FrameRollouts as FrameRollouts
