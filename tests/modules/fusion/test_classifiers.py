@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.fusion.classifiers import AttentionFusion, FusionHead, LateFusion, MidFusion, OrthogonalFusion
+from descant.modules.fusion.mmcosine import MMCosine
+from descant.modules.fusion.mmtm import MMTMFusion
 from tests.tolerance import F64, ulps
 
 CLOSE = ulps(512, F64)  # two or three layers of sums over up to 32 numbers, of each of eight subsets; logits of 3
@@ -23,8 +25,10 @@ MAKERS: list[Callable[[], FusionHead]] = [
     lambda: MidFusion(hidden=16),
     lambda: MidFusion(hidden=8, layers=3),
     lambda: AttentionFusion(width=8, depth=2, heads=2),
+    MMCosine,
+    MMTMFusion,
 ]
-IDS = ["late", "mid", "deep-mid", "attention"]
+IDS = ["late", "mid", "deep-mid", "attention", "mmcosine", "mmtm"]
 every = pytest.mark.parametrize("make", MAKERS, ids=IDS)
 
 
