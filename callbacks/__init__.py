@@ -3,8 +3,12 @@
 Of a class with ``once = True`` that is listed several times (by an experiment and an overlay), the last one is used.
 """
 
+from descant.callbacks.balance.amco import AMCo as AMCo
 from descant.callbacks.balance.balance import Balance as Balance
 from descant.callbacks.balance.g_blending import GradientBlending as GradientBlending
+from descant.callbacks.balance.greedy import GreedyRebalancing as GreedyRebalancing
+from descant.callbacks.balance.mses import MSES as MSES
+from descant.callbacks.balance.mslr import MSLR as MSLR
 from descant.callbacks.balance.opm import OPM as OPM
 from descant.callbacks.balance.pmr import PMR as PMR
 from descant.callbacks.evaluate.accumulation import Accumulation as Accumulation

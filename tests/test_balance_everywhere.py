@@ -19,6 +19,9 @@ BALANCERS: dict[str, tuple[str, str | None]] = {
     "agm": ("{class_path: Balance, init_args: {pacing: {class_path: AGM}}}", "balance/factor/image"),
     "pmr": ("{class_path: PMR, init_args: {every: 1}}", "balance/score/image"),
     "opm": ("{class_path: OPM}", "balance/dropped/image"),
+    "amco": ("{class_path: AMCo}", "balance/dependence/image"),
+    "mses": ("{class_path: MSES}", None),
+    "mslr": ("{class_path: MSLR, init_args: {rates: {image: 1.3}}}", "balance/rate/image"),
     "blend": ("{class_path: GradientBlending}", None),
     "mmpareto": ("{class_path: HarmonizeTowers, init_args: {rule: {class_path: MMPareto}}}", "harmony/mix/image/fused"),
 }

@@ -29,13 +29,15 @@ class Contributions(ForwardEvaluator):
         {set}/alone/{m}       accuracy of the modality's own head, or of the fused decision without other modalities
         {set}/shapley/{m}     sum over S without m of |S|! (M - |S| - 1)! / M! (accuracy(S and m) - accuracy(S))
         {set}/importance/{m}  accuracy less that with z_m of another row: the mean over a few random permutations
+        {set}/utilization/{m} (accuracy of all - accuracy without m) / accuracy of all: conditional utilization rate
         {set}/joint           accuracy with all modalities: the sum of Shapley values plus the accuracy without any
 
     accuracy(S) is that of the fused decision with the modalities in S. A modality with low ``alone`` is under-trained
     if a tower trained by itself does better; one with high ``alone`` and low Shapley value is redundant. The accuracies
     alone and together are plotted over the steps of a fit, a panel a set: to every TensorBoard logger as
     ``contributions/accuracy`` and to ``{run folder}/pictures/``. Latents are computed once; results depend on neither
-    batches nor ranks. Rows of a set are held in memory on each rank.
+    batches nor ranks. Rows of a set are held in memory on each rank. Utilization: Wu 2022, arXiv 2202.05306, there of
+    the branch of one modality; of the fused decision it is our reading.
 
     Args:
         circles: random permutations of the importance.
@@ -119,6 +121,8 @@ class Contributions(ForwardEvaluator):
         values |= {f"alone/{m}": accuracy(x_NC) for m, x_NC in pl_module.unimodal(dict(z), present).items()}
         values |= {f"shapley/{m}": value for m, value in shapley(by_subset, modalities).items()}
         for m in modalities:
+            without = by_subset[tuple(n for n in modalities if n != m)]
+            values[f"utilization/{m}"] = (values["joint"] - without) / values["joint"].clamp(min=1e-300)
             permuted = []
             for s in range(self.circles):
                 source_N = partners(rows.index, present[m], "importance", m, s)

@@ -53,6 +53,8 @@ from descant.modules.fusion.classifiers import (
     SoftVoting,
 )
 from descant.modules.fusion.cross_encoder import CrossEncoder
+from descant.modules.fusion.mmcosine import MMCosine
+from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer
 from descant.modules.language.generate import Sampling
 from descant.modules.language.model import CausalLM
@@ -320,6 +322,8 @@ def _fuse(make: Callable[[], FusionHead]) -> Part:
 part("LateFusion")(_fuse(LateFusion))
 part("OrthogonalFusion")(_fuse(OrthogonalFusion))
 part("SharedHead")(_fuse(SharedHead))
+part("MMCosine")(_fuse(MMCosine))
+part("MMTMFusion")(_fuse(MMTMFusion))
 part("MidFusion")(_fuse(lambda: MidFusion(hidden=8)))
 part("AttentionFusion")(_fuse(lambda: AttentionFusion(width=8, heads=2)))
 part("SoftVoting")(_fuse(lambda: SoftVoting({m: LateFusion().build({m: D}, C) for m in HAS})))

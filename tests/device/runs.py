@@ -34,6 +34,7 @@ from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder
+from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
@@ -251,6 +252,8 @@ def balanced(before: Path) -> Run:
             c.Harmonize(PCGrad()),
             c.Balance(AGM(), noise=True),
             c.OPM(),
+            c.AMCo(growth=1.0),
+            c.MSES(patience=1),
             c.GradientBlending(),
             c.LearningSpeed(),
             c.Contributions(circles=1),
@@ -259,6 +262,12 @@ def balanced(before: Path) -> Run:
             c.NonFinite("skip"),
         ],
     )
+
+
+@run
+def rebalanced(before: Path) -> Run:
+    recipe = patterns(fusion=MMTMFusion())
+    return Run(recipe, PatternData(), [c.GreedyRebalancing(epsilon=0.0, window=1), c.MSLR({"image": 2.0}, window=1)])
 
 
 @run

@@ -78,6 +78,7 @@ def test_numbers_by_hand(kind: str) -> None:
         shapley = ((accuracy(m) - accuracy()) + (both - accuracy(other))) / 2
         assert values[f"val/shapley/{m}"] == pytest.approx(shapley, abs=LOGGED)
         total += values[f"val/shapley/{m}"]
+        assert values[f"val/utilization/{m}"] == pytest.approx((both - accuracy(other)) / both, abs=LOGGED)
         lost = 0.0
         for s in range(2):
             index = torch.tensor(rows)
