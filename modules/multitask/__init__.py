@@ -16,6 +16,7 @@ from descant.modules.multitask.gradvac import GradVac as GradVac
 from descant.modules.multitask.imtl_g import IMTLG as IMTLG
 from descant.modules.multitask.imtl_l import IMTLL as IMTLL
 from descant.modules.multitask.mgda import MGDA as MGDA
+from descant.modules.multitask.mimo import MIMO as MIMO
 from descant.modules.multitask.mmpareto import MMPareto as MMPareto
 from descant.modules.multitask.nash_mtl import NashMTL as NashMTL
 from descant.modules.multitask.pcgrad import PCGrad as PCGrad

@@ -29,6 +29,7 @@ from descant.modules.multitask import (
     IMTLG,
     IMTLL,
     MGDA,
+    MIMO,
     RLW,
     STCH,
     AlignedMTL,
@@ -70,6 +71,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "dualproj": DualProj,
     "sdmgrad": lambda: SDMGrad(lr=0.5),  # of the default 10, w magnifies rounding
     "famo": lambda: FAMO(lr=0.5),
+    "mimo": lambda: MIMO(weight=2.0, mu=0.5),
     "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
     "rlw": RLW,
     "imtll": lambda: IMTLL(lr=0.1),
