@@ -11,6 +11,8 @@ from descant.callbacks.balance.mses import MSES as MSES
 from descant.callbacks.balance.mslr import MSLR as MSLR
 from descant.callbacks.balance.opm import OPM as OPM
 from descant.callbacks.balance.pmr import PMR as PMR
+from descant.callbacks.balance.valuation import ModalityResampling as ModalityResampling
+from descant.callbacks.balance.valuation import SampleResampling as SampleResampling
 from descant.callbacks.evaluate.accumulation import Accumulation as Accumulation
 from descant.callbacks.evaluate.accuracy import Accuracy as Accuracy
 from descant.callbacks.evaluate.answering import Answering as Answering
