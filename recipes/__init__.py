@@ -14,6 +14,7 @@ from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 from descant.recipes.peers import Peers
+from descant.recipes.reconboost import ReconBoost
 from descant.recipes.staged import Staged
 from descant.recipes.vision_language import VisionLanguage
 
@@ -31,6 +32,7 @@ __all__ = [
     "Matching",
     "MissingModality",
     "Peers",
+    "ReconBoost",
     "Recipe",
     "Stage",
     "Staged",

@@ -1,0 +1,144 @@
+"""ReconBoost: classification of several modalities by boosting, a modality at a time against the others' errors.
+
+Claim: a modality that is trained alone, and where the others err, competes with none.
+
+    stage s: ``boost`` steps of the modality m = modalities[s mod M] alone, then ``rectify`` steps of all that have had
+    a stage:
+    boost    value = - sum_c (w y_c - r q_c y_c) log softmax(f(z_m))_c / C,     q = softmax(rate sum_{n != m} f(z_n))
+    rectify  value = cross_entropy(rate sum_n f(z_n), label)
+
+with y the label as one of C, and q without gradient, of the others that have had a stage; where there are none q is 1,
+as in the first stage of the release. ``over: classes`` has q_c in place of q_c y_c, the whole Kullback-Leibler
+divergence, and q = 1 / C of none: with w = r = 1 the gradient at the logits is (q - y) / C, the residual of gradient
+boosting (our reading of the paper; the release is the default). Other parameters are frozen until their stage: no gradient, no weight decay.
+
+What differs from the release: its stages are epochs (4 and 4), here optimizer steps; it begins a new optimizer each
+stage, here one goes on; it begins from trained modalities. Its memory term has no gradient (both sides are detached);
+here ``memory`` is 0, and above 0 it has. Source: Hua 2024, arXiv 2405.09321, github.com/huacong/ReconBoost.
+Letters: B samples, D width, C classes, M modalities.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from descant.modules.core.batch import Batch, some
+from descant.modules.core.dtype import promote
+from descant.modules.core.objective import Term
+from descant.modules.core.output import Output
+from descant.modules.fusion.boosted import BoostedSum
+from descant.modules.missing_modalities.modulation import touch_parameters
+from descant.modules.towers import Towers
+from descant.modules.towers.heads import Pool, Pools
+from descant.recipes.base.classifier import Classifier
+
+
+class ReconBoost(Classifier):
+    """Alternating boosting of modalities that share a classifier (ReconBoost).
+
+    A boosting step costs the towers of the others forward, without gradient. The stage follows from the step, so that
+    there is no state beside weights and optimizer.
+
+    Args:
+        towers, target, classes, width, pool, smoothing: as of Classifier; smoothing is of rectifying.
+        hidden: width inside the shared classifier.
+        boost, rectify: optimizer steps of each half of a stage.
+        label_weight, reconcile: w and r.
+        over: what of q counts: at the ``label``, as in the release, or of all ``classes``.
+        memory: weight of the squared difference of the probabilities from those of the learner before.
+
+    Raises:
+        ValueError: for no steps of boosting, fewer than none of rectifying, a weight below 0, or what Classifier raises.
+    """
+
+    fusion: BoostedSum
+
+    def __init__(
+        self,
+        towers: Towers,
+        target: str,
+        classes: int,
+        width: int = 128,
+        pool: Pool | Pools | None = None,
+        hidden: int = 256,
+        smoothing: float = 0.0,
+        boost: int = 400,
+        rectify: int = 400,
+        label_weight: float = 5.0,
+        reconcile: float = 1.0,
+        over: Literal["label", "classes"] = "label",
+        memory: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if boost < 1 or rectify < 0:
+            raise ValueError(f"boost {boost}, rectify {rectify}: at least 1 and 0 steps, such as 400")
+        if min(label_weight, reconcile, memory) < 0:
+            raise ValueError(f"label_weight {label_weight:g}, reconcile {reconcile:g}, memory {memory:g}: 0 or more")
+        super().__init__(towers, target, classes, width, pool, BoostedSum(hidden), smoothing, **kwargs)
+        self.boost, self.rectify, self.over, self.memory = boost, rectify, over, memory
+        self.label_weight, self.reconcile = label_weight, reconcile
+
+    @property
+    def stage(self) -> tuple[int, bool]:
+        """Number of this step's stage, and whether it is one of rectifying."""
+        stage, place = divmod(self.global_step, self.boost + self.rectify)
+        return stage, place >= self.boost
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The modalities that learn in this step."""
+        stage, rectifying = self.stage
+        return self.modalities[: stage + 1] if rectifying else (self.modalities[stage % len(self.modalities)],)
+
+    def forward(self, batch: Batch) -> Output:
+        _, rectifying = self.stage
+        term = self._rectified(batch) if rectifying else self._boosted(batch)
+        name = "fused" if rectifying else self.active[0]
+        # every rank's backward reaches all parameters, in every step
+        return Output({name: Term(touch_parameters(term.value, self._idle()), valid=term.valid, norm=term.norm)})
+
+    def _rectified(self, batch: Batch) -> Term:
+        z = self.latents(batch, *self.active)
+        logits_BC = promote(self.fusion.total(z, batch.present))
+        here_B, step_G = (some(*(present[m] for m in z)) for present in (batch.present, batch.step))
+        return self.term(logits_BC, self.labels(batch), here_B, step_G)
+
+    def _boosted(self, batch: Batch) -> Term:
+        (stage, _), (m,), label_B = self.stage, self.active, self.labels(batch)
+        before = [n for n in self.modalities[:stage] if n != m]
+        log_BC = promote(self.fusion.head(self.latents(batch, m)[m])).log_softmax(dim=1)
+        y_BC = F.one_hot(label_B.clamp(min=0), self.classes).to(log_BC)
+        with torch.no_grad():
+            z = self.latents(batch, *before) if before else {}
+            q_BC = self._others(z, batch, log_BC)
+            target_BC = self.label_weight * y_BC - self.reconcile * q_BC * (y_BC if self.over == "label" else 1.0)
+        value_B = -(target_BC * log_BC).mean(dim=1)
+        if self.memory and before:
+            last = self.modalities[(stage - 1) % len(self.modalities)]
+            old_BC = promote(self.fusion.head(z[last])).softmax(dim=1).detach()
+            off_B = (log_BC.exp() - old_BC).square().mean(dim=1)
+            value_B = value_B + self.memory * torch.where(batch.present[last], off_B, 0.0)
+        valid_B = batch.present[m] & (label_B >= 0)
+        return Term(value_B, valid=valid_B, norm=batch.step[m].sum().clamp(min=1))
+
+    def _others(self, z: dict[str, Tensor], batch: Batch, like_BC: Tensor) -> Tensor:
+        """``q_BC`` of the other learners, and where the sample has none of them."""
+        nobody = 1.0 if self.over == "label" else 1.0 / self.classes
+        if not z:
+            return torch.full_like(like_BC, nobody)
+        q_BC = promote(self.fusion.total(z, batch.present)).softmax(dim=1)
+        return torch.where(some(*(batch.present[n] for n in z))[:, None], q_BC, nobody)
+
+    def _idle(self) -> list[nn.Parameter]:
+        active = {p for m in self.active for p in self.of_modality(m)} | set(self.fusion.head.parameters())
+        active |= {self.fusion.rate} if self.stage[1] else set()
+        return [p for p in self.parameters() if p.requires_grad and p not in active]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for p in self._idle():
+            p.grad = None
