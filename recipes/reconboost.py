@@ -10,7 +10,8 @@ Claim: a modality that is trained alone, and where the others err, competes with
 with y the label as one of C, and q without gradient, of the others that have had a stage; where there are none q is 1,
 as in the first stage of the release. ``over: classes`` has q_c in place of q_c y_c, the whole Kullback-Leibler
 divergence, and q = 1 / C of none: with w = r = 1 the gradient at the logits is (q - y) / C, the residual of gradient
-boosting (our reading of the paper; the release is the default). Other parameters are frozen until their stage: no gradient, no weight decay.
+boosting (our reading of the paper; the release is the default). Other parameters are frozen until their stage: no
+gradient, no weight decay.
 
 What differs from the release: its stages are epochs (4 and 4), here optimizer steps; it begins a new optimizer each
 stage, here one goes on; it begins from trained modalities. Its memory term has no gradient (both sides are detached);
@@ -53,7 +54,7 @@ class ReconBoost(Classifier):
         memory: weight of the squared difference of the probabilities from those of the learner before.
 
     Raises:
-        ValueError: for no steps of boosting, fewer than none of rectifying, a weight below 0, or what Classifier raises.
+        ValueError: without a step of boosting, for a negative number, or what Classifier raises.
     """
 
     fusion: BoostedSum
@@ -128,11 +129,11 @@ class ReconBoost(Classifier):
 
     def _others(self, z: dict[str, Tensor], batch: Batch, like_BC: Tensor) -> Tensor:
         """``q_BC`` of the other learners, and where the sample has none of them."""
-        nobody = 1.0 if self.over == "label" else 1.0 / self.classes
+        alone = 1.0 if self.over == "label" else 1.0 / self.classes
         if not z:
-            return torch.full_like(like_BC, nobody)
+            return torch.full_like(like_BC, alone)
         q_BC = promote(self.fusion.total(z, batch.present)).softmax(dim=1)
-        return torch.where(some(*(batch.present[n] for n in z))[:, None], q_BC, nobody)
+        return torch.where(some(*(batch.present[n] for n in z))[:, None], q_BC, alone)
 
     def _idle(self) -> list[nn.Parameter]:
         active = {p for m in self.active for p in self.of_modality(m)} | set(self.fusion.head.parameters())

@@ -34,9 +34,9 @@ class Relearning(L.Callback):
     (:func:`descant.modules.balance.purity.separability`), over the rows of a set that have it and a label. All of a
     modality's own parameters move: tower, pool and head; fusion, buffers and the optimizer's state do not.
 
-    The sets are the training samples without augmentation and the first validation set, each encoded in eval mode. It acts before an
-    optimizer step, so that a checkpoint never has weights that were only half moved. The initial weights are in the
-    checkpoint. Costs ``times`` passes without gradient over both sets, and a copy of the towers. Source: Wei 2024,
+    The sets are the training samples without augmentation and the first validation set, each encoded in eval mode. It
+    acts before the first micro-batch of a step; what is due when a run ends is done when it is resumed. The initial
+    weights are in the checkpoint. Costs ``times`` passes without gradient over both sets, and a copy of the towers. Source: Wei 2024,
     arXiv 2407.09705; the release counts epochs (20 of 50) and this steps, and its k-means is scikit-learn's.
 
     It logs ``balance/gap/{modality}`` and ``balance/relearned/{modality}``, a.
@@ -92,7 +92,7 @@ class Relearning(L.Callback):
         if not self._initial:  # a resumed run has those of its start
             self._initial = {name: p.detach().cpu().clone() for name, p in named.items()}
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         now = trainer.global_step
         if now > self.last and now % self.every == 0 and self.done < self.times:
             self.last, self.done = now, self.done + 1

@@ -35,7 +35,8 @@ def contributions(context: FusionContext) -> Tensor:
     fusions without gradient; no tower runs again.
     """
     z, present, label_B = context.inputs
-    names, f = tuple(z), {(): torch.zeros(len(label_B), dtype=torch.float64, device=label_B.device)}
+    names, zero_B = tuple(z), torch.zeros(len(label_B), dtype=torch.float64, device=label_B.device)
+    f: dict[tuple[str, ...], Tensor] = {(): zero_B}
     for subset in coalitions(names)[1:]:
         here = only(present, *subset)
         right_B = context.fuse(dict(z), here).argmax(dim=1) == label_B

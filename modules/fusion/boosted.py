@@ -11,7 +11,7 @@ from descant.modules.fusion.classifiers import FusionHead
 
 
 class BoostedSum(FusionHead):
-    """Sum of one classifier's logits of each modality: ``logits_b = rate sum_m f(z_bm)`` over the modalities of sample b.
+    """Sum of a shared classifier's logits: ``logits_b = rate sum_m f(z_bm)`` over the modalities of sample b.
 
     f is a linear layer, ReLU and another one, the same for all modalities, and the rate a trained number, 1 at first.
     The terms are the Shapley values. Source: Hua 2024 (ReconBoost), arXiv 2405.09321, the common space of its release.

@@ -26,6 +26,7 @@ from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted,
 from descant.modules.adaptation.stage_changes import Boundary, Rewind, TaskMerge
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
+from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
 from descant.modules.balance.base import Pacing
 from descant.modules.balance.crmt import UnimodalMargin
 from descant.modules.balance.ogm import OGM
@@ -43,6 +44,7 @@ from descant.modules.evaluation import attacks as attack
 from descant.modules.evaluation import metrics
 from descant.modules.evaluation.items import ItemStore, mean_of, per_group
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
+from descant.modules.fusion.boosted import BoostedSum
 from descant.modules.fusion.classifiers import (
     AttentionFusion,
     FusionHead,
@@ -324,6 +326,7 @@ part("OrthogonalFusion")(_fuse(OrthogonalFusion))
 part("SharedHead")(_fuse(SharedHead))
 part("MMCosine")(_fuse(MMCosine))
 part("MMTMFusion")(_fuse(MMTMFusion))
+part("BoostedSum")(_fuse(lambda: BoostedSum(hidden=8)))
 part("MidFusion")(_fuse(lambda: MidFusion(hidden=8)))
 part("AttentionFusion")(_fuse(lambda: AttentionFusion(width=8, heads=2)))
 part("SoftVoting")(_fuse(lambda: SoftVoting({m: LateFusion().build({m: D}, C) for m in HAS})))
@@ -368,6 +371,8 @@ part("LabelContrast")(_regularizer(games.LabelContrast))
 part("CrossModalSupCon")(_regularizer(games.CrossModalSupCon))
 part("Bottleneck")(_regularizer(lambda: games.Bottleneck(hidden=8)))
 part("UnimodalMargin")(_regularizer(UnimodalMargin))
+part("LogitAlignment")(_regularizer(LogitAlignment))
+part("LatentAlignment")(_regularizer(LatentAlignment))
 part("AuxiliaryTarget")(_regularizer(lambda: AuxiliaryTarget("kind", C)))
 
 

@@ -98,6 +98,7 @@ RECIPES: dict[str, list[Case]] = {
     ],
     "Alternating": [Case(("fusion/emoji", "with/balance/mla"), slow=True)],
     "Certified": [Case(("fusion/certified",), slow=True)],
+    "ReconBoost": [Case(("fusion/emoji", "with/balance/reconboost"), slow=True)],
     "Ensemble": [Case(("fusion/ensemble",), slow=True)],
     "MissingModality": [Case(("missing/emoji",), slow=True)],
     "VisionLanguage": [

@@ -28,6 +28,7 @@ from descant.modules.adaptation.inherit import Begin, Inherit
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
+from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
 from descant.modules.distill.distill import Distill, SoftTarget
 from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.evaluation.inversion import ModalityInversion
@@ -45,7 +46,7 @@ from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
-from descant.modules.multitask import GradVac, MMPareto, PCGrad
+from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
@@ -67,6 +68,7 @@ from descant.recipes import (
     MissingModality,
     Peers,
     Recipe,
+    ReconBoost,
     Stage,
     TeacherAverage,
     TeacherRun,
@@ -268,6 +270,27 @@ def balanced(before: Path) -> Run:
 def rebalanced(before: Path) -> Run:
     recipe = patterns(fusion=MMTMFusion())
     return Run(recipe, PatternData(), [c.GreedyRebalancing(epsilon=0.0, window=1), c.MSLR({"image": 2.0}, window=1)])
+
+
+@run
+def balanced_over_steps(before: Path) -> Run:
+    recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=[LogitAlignment()])
+    moved = c.Relearning(every=1, times=1)
+    return Run(recipe, Banked(), [c.SampleResampling(after=0), c.LFM(), moved, c.Accuracy()])
+
+
+@run
+def balanced_as_learned(before: Path) -> Run:
+    recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=[LatentAlignment()])
+    seen = [c.Harmonize(MIMO()), c.ModalityResampling(after=0), c.LearnedLFM(every=1), c.Accuracy()]
+    return Run(recipe, Banked(), seen)
+
+
+@run
+def boosted(before: Path) -> Run:
+    options = {"boost": 1, "rectify": 1, "hidden": 8}
+    recipe = ReconBoost(pattern_towers(), target="label", classes=4, width=8, optimizer=adamw, **options)
+    return Run(recipe, PatternData(), [c.Accuracy()])
 
 
 @run

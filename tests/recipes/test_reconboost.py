@@ -117,17 +117,14 @@ def _on_rank(rank: int) -> list[dict[str, Tensor]]:
     return fitted(accumulate=2, world=2)
 
 
-def test_over_all_classes_the_step_follows_the_residual_of_the_others() -> None:
+def test_over_all_classes_the_step_follows_the_residual_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     at, b = model(over="classes", label_weight=1.0, boost=1, rectify=0), double(batch(seed=3))
     b.targets["kind"] = b.targets["kind"].clamp(max=1)
     at.eval()
     seen: list[Tensor] = []
     at.fusion.head.register_forward_hook(lambda _, __, f_BC: seen.append(f_BC))
-    type(at).global_step, before = property(lambda self: 1), type(at).global_step  # text, and image has had its stage
-    try:
-        (term,) = at(b).terms.values()
-    finally:
-        type(at).global_step = before
+    monkeypatch.setattr(ReconBoost, "global_step", property(lambda self: 1))  # of text; image has had its stage
+    (term,) = at(b).terms.values()
     f_BC = seen[0]  # of text; then that of image
     (g_BC,) = torch.autograd.grad(term.sum(), f_BC)
     both_B = b.present["image"] & b.present["text"] & (b.targets["kind"] >= 0)
@@ -156,7 +153,10 @@ def test_the_ensemble_is_the_sum_and_protocols() -> None:
     parts = at.fusion.parts(z, b.present)
     torch.testing.assert_close(at.fuse(z, b.present), parts["image"] + parts["text"], **rounding(16, F64))
     assert not parts["image"][~b.present["image"]].any()
-    assert at.scores(Batch(b.inputs, b.present, {"kind": b.targets["kind"].clamp(max=1)})).keys() == {"accuracy", "loss"}
+    assert at.scores(Batch(b.inputs, b.present, {"kind": b.targets["kind"].clamp(max=1)})).keys() == {
+        "accuracy",
+        "loss",
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from torch import Tensor
 
 from descant.callbacks import Relearning
