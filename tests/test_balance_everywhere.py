@@ -22,7 +22,7 @@ BALANCERS: dict[str, tuple[str, str | None]] = {
     "amco": ("{class_path: AMCo}", "balance/dependence/image"),
     "mses": ("{class_path: MSES}", None),
     "mslr": ("{class_path: MSLR, init_args: {rates: {image: 1.3}}}", "balance/rate/image"),
-    "resampling": ("{class_path: SampleResampling, init_args: {after: 0}}", "balance/contribution/image"),
+    "resampling": ("{class_path: SampleResampling, init_args: {warmup: 0}}", "balance/contribution/image"),
     "relearning": ("{class_path: Relearning, init_args: {every: 1}}", "balance/gap/image"),
     "blend": ("{class_path: GradientBlending}", None),
     "mmpareto": ("{class_path: HarmonizeTowers, init_args: {rule: {class_path: MMPareto}}}", "harmony/mix/image/fused"),

@@ -36,8 +36,9 @@ class Relearning(L.Callback):
 
     The sets are the training samples without augmentation and the first validation set, each encoded in eval mode. It
     acts before the first micro-batch of a step; what is due when a run ends is done when it is resumed. The initial
-    weights are in the checkpoint. Costs ``times`` passes without gradient over both sets, and a copy of the towers. Source: Wei 2024,
-    arXiv 2407.09705; the release counts epochs (20 of 50) and this steps, and its k-means is scikit-learn's.
+    weights are in the checkpoint. Costs ``times`` passes without gradient over both sets, and a copy of the towers.
+    Source: Wei 2024, arXiv 2407.09705; the release counts epochs (every 20 of 50) and this steps, encodes its training
+    samples with augmentation, and its k-means is scikit-learn's.
 
     It logs ``balance/gap/{modality}`` and ``balance/relearned/{modality}``, a.
 

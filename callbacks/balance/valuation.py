@@ -60,12 +60,12 @@ class SampleResampling(L.Callback):
     It logs ``balance/contribution/{modality}`` and ``balance/resampled/{modality}``, the mean n.
 
     Args:
-        after: share of the run before which there is no such loss (the paper's warm-up, 5 of 60 epochs).
+        warmup: share of the run before which there is no such loss (5 of 60 epochs in the release).
         thresholds: of phi.
         sham: ``permute`` for the control: each sample gets the numbers of another one.
 
     Raises:
-        ValueError: for an ``after`` outside [0, 1); at setup, for a recipe without the protocol MultimodalClassifier or
+        ValueError: for a warm-up outside [0, 1); at setup, for a recipe without the protocol MultimodalClassifier or
             with one modality.
     """
 
@@ -73,14 +73,14 @@ class SampleResampling(L.Callback):
 
     def __init__(
         self,
-        after: float = 0.1,
+        warmup: float = 0.1,
         thresholds: Sequence[float] = (0.9, 0.4, -0.1),
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= after < 1:
-            raise ValueError(f"{type(self).__name__}: after {after:g}: a share of the run, at least 0 and below 1")
-        self.after, self.thresholds, self.sham = after, tuple(thresholds), Sham(sham)
+        if not 0 <= warmup < 1:
+            raise ValueError(f"{type(self).__name__}: warmup {warmup:g}: a share of the run, at least 0 and below 1")
+        self.warmup, self.thresholds, self.sham = warmup, tuple(thresholds), Sham(sham)
         self.started = False
         self._sums_3M: Tensor | None = None  # of this step so far: contributions, copies, and samples
 
@@ -97,7 +97,7 @@ class SampleResampling(L.Callback):
                     del pl_module.regularizers[n]
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.started = share_of_run(trainer) >= self.after
+        self.started = share_of_run(trainer) >= self.warmup
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums_3M = None  # of an incomplete step, such as after a loss that was not finite
@@ -157,12 +157,12 @@ class ModalityResampling(SampleResampling):
 
     Args:
         alpha: how strongly.
-        after: as of SampleResampling.
+        warmup: as of SampleResampling.
         sham: ``permute`` for the control: each modality gets the probability of the one before it.
     """
 
-    def __init__(self, alpha: float = 1.0, after: float = 0.1, sham: Literal["permute"] | None = None) -> None:
-        super().__init__(after=after, sham=sham)
+    def __init__(self, alpha: float = 1.0, warmup: float = 0.1, sham: Literal["permute"] | None = None) -> None:
+        super().__init__(warmup, sham=sham)
         if not alpha >= 0:
             raise ValueError(f"ModalityResampling: alpha {alpha:g}: 0 (no copies) or more")
         self.alpha = alpha

@@ -33,10 +33,10 @@ class LogitAlignment(Regularizer):
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
         z, present = dict(context.inputs.z), context.inputs.present
-        nobody_BC, count_B = context.fuse(z, only(present)), torch.stack([present[m] for m in z]).sum(dim=0)
+        empty_BC, count_B = context.fuse(z, only(present)), torch.stack([present[m] for m in z]).sum(dim=0)
         parts = context.fusion.parts(z, present)
-        log = {m: (nobody_BC + count_B[:, None] * part_BC).log_softmax(dim=1) for m, part_BC in parts.items()}
-        total_B, pairs_B = torch.zeros_like(nobody_BC[:, 0]), torch.zeros_like(count_B)
+        log = {m: (empty_BC + count_B[:, None] * part_BC).log_softmax(dim=1) for m, part_BC in parts.items()}
+        total_B, pairs_B = torch.zeros_like(empty_BC[:, 0]), torch.zeros_like(count_B)
         for m, n in combinations(z, 2):
             mean_BC = (log[m].exp() + log[n].exp()) / 2
             kl_B = (torch.special.xlogy(mean_BC, mean_BC) - mean_BC * (log[m] + log[n]) / 2).sum(dim=1)

@@ -276,20 +276,19 @@ def rebalanced(before: Path) -> Run:
 def balanced_over_steps(before: Path) -> Run:
     recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=[LogitAlignment()])
     moved = c.Relearning(every=1, times=1)
-    return Run(recipe, Banked(), [c.SampleResampling(after=0), c.LFM(), moved, c.Accuracy()])
+    return Run(recipe, Banked(), [c.SampleResampling(warmup=0), c.LFM(), moved, c.Accuracy()])
 
 
 @run
 def balanced_as_learned(before: Path) -> Run:
     recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=[LatentAlignment()])
-    seen = [c.Harmonize(MIMO()), c.ModalityResampling(after=0), c.LearnedLFM(every=1), c.Accuracy()]
+    seen = [c.Harmonize(MIMO()), c.ModalityResampling(warmup=0), c.LearnedLFM(every=1), c.Accuracy()]
     return Run(recipe, Banked(), seen)
 
 
 @run
 def boosted(before: Path) -> Run:
-    options = {"boost": 1, "rectify": 1, "hidden": 8}
-    recipe = ReconBoost(pattern_towers(), target="label", classes=4, width=8, optimizer=adamw, **options)
+    recipe = ReconBoost(pattern_towers(), "label", 4, width=8, hidden=8, optimizer=adamw, boost=1, rectify=1)
     return Run(recipe, PatternData(), [c.Accuracy()])
 
 

@@ -153,10 +153,8 @@ def test_the_ensemble_is_the_sum_and_protocols() -> None:
     parts = at.fusion.parts(z, b.present)
     torch.testing.assert_close(at.fuse(z, b.present), parts["image"] + parts["text"], **rounding(16, F64))
     assert not parts["image"][~b.present["image"]].any()
-    assert at.scores(Batch(b.inputs, b.present, {"kind": b.targets["kind"].clamp(max=1)})).keys() == {
-        "accuracy",
-        "loss",
-    }
+    of_two = Batch(b.inputs, b.present, {"kind": b.targets["kind"].clamp(max=1)})
+    assert at.scores(of_two).keys() == {"accuracy", "loss"}
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,14 @@ def test_contributions_are_those_of_a_loop_over_samples(kind: str) -> None:
 
 def test_each_step_equals_the_loop() -> None:
     for accumulate in (1, 4):
-        largest, total = gap(fitted(SampleResampling(after=0), accumulate), None)
+        largest, total = gap(fitted(SampleResampling(warmup=0), accumulate), None)
         assert largest < ulps(4096, F64) and min(total) > 0, accumulate
-        largest, total = gap(fitted(ModalityResampling(alpha=9, after=0), accumulate), 9)
+        largest, total = gap(fitted(ModalityResampling(alpha=9, warmup=0), accumulate), 9)
         assert largest < ulps(4096, F64) and max(total) > 0, accumulate
 
 
 def on_a_rank(rank: int) -> list[tuple[Steps, list[dict[int, int]]]]:
-    parts: list[L.Callback] = [SampleResampling(after=0), ModalityResampling(alpha=9, after=0)]
+    parts: list[L.Callback] = [SampleResampling(warmup=0), ModalityResampling(alpha=9, warmup=0)]
     return [fitted(part, accumulate=2, world=2) for part in parts]
 
 
@@ -108,19 +108,19 @@ def test_two_ranks_equal_the_loop() -> None:
 
 
 def test_nothing_is_resampled_before_its_time_and_a_control_permutes() -> None:
-    plain, late = fitted(SampleResampling(thresholds=()))[0], fitted(SampleResampling(after=0.5))[0]
+    plain, late = fitted(SampleResampling(thresholds=()))[0], fitted(SampleResampling(warmup=0.5))[0]
     assert largest_gap(plain[0][1], late[0][1]) == largest_gap(plain[1][1], late[1][1]) == 0
     assert largest_gap(plain[2][1], late[2][1]) > 1e-4
-    method, control = SampleResampling(after=0), SampleResampling(after=0, sham="permute")
+    method, control = SampleResampling(warmup=0), SampleResampling(warmup=0, sham="permute")
     assert largest_gap(fitted(method)[0][0][1], fitted(control)[0][0][1]) > 1e-4
     assert method.sham.calls == control.sham.calls > 0
 
 
 def test_its_state_goes_on_and_nothing_is_left_behind() -> None:
-    callback, at = ModalityResampling(alpha=9, after=0), model()
+    callback, at = ModalityResampling(alpha=9, warmup=0), model()
     L.Trainer(max_steps=2, callbacks=[callback], **QUIET).fit(at, datamodule=SignData(24, whole=False))
     assert len(at.regularizers) == 0 and isinstance(callback.p_M, Tensor) and float(callback.p_M.max()) > 0
-    again = ModalityResampling(alpha=9, after=0)
+    again = ModalityResampling(alpha=9, warmup=0)
     again.load_state_dict(callback.state_dict())
     assert again.p_M is not None and torch.equal(again.p_M, callback.p_M)
 
@@ -132,7 +132,7 @@ def fit(recipe: Any, callback: L.Callback) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SampleResampling(after=1), "SampleResampling: after 1"),
+        (lambda: SampleResampling(warmup=1), "SampleResampling: warmup 1"),
         (lambda: ModalityResampling(alpha=-1), "alpha -1"),
         (lambda: fit(one(), SampleResampling()), "one modality"),
     ],

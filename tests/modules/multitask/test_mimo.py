@@ -32,8 +32,8 @@ def test_the_worst_modality_alone_counts_as_mu_falls_and_all_alike_as_it_grows()
     assert MIMO(3.0, mu=1e-4).mix(torch.zeros(0), value_K, 0)[0].tolist() == [1.0, 0.0, 3.0, 0.0]
     even_K = MIMO(3.0, mu=1e9).mix(torch.zeros(0), value_K, 0)[0]
     assert even_K.tolist() == pytest.approx([1.0] * 4, rel=1e-9)  # exp of at most 1e-9
-    nobody_K = MIMO().mix(torch.zeros(0), torch.tensor([0.1, 0.0, 0.0]), 0)[0]
-    assert nobody_K.isfinite().all() and float(nobody_K[0]) == 1.0
+    none_K = MIMO().mix(torch.zeros(0), torch.tensor([0.1, 0.0, 0.0]), 0)[0]
+    assert none_K.isfinite().all() and float(none_K[0]) == 1.0
 
 
 @pytest.mark.parametrize(("options", "message"), [({"weight": -1.0}, "weight -1, mu 1"), ({"mu": 0.0}, "mu 0")])
