@@ -6,6 +6,7 @@ Letters: C classes, M modalities.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from descant.modules.balance.regularizer import FusionContext
 from descant.modules.core.output import FusionInputs
 from descant.modules.core.rng import uniform_N
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import Steps, model, one, said, whole
+from tests.callbacks.balance.test_balance import Steps, Watch, model, one, said, whole
 from tests.callbacks.balance.test_opm import fitted
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, gradients
@@ -116,13 +117,21 @@ def test_nothing_is_resampled_before_its_time_and_a_control_permutes() -> None:
     assert method.sham.calls == control.sham.calls > 0
 
 
-def test_its_state_goes_on_and_nothing_is_left_behind() -> None:
-    callback, at = ModalityResampling(alpha=9, warmup=0), model()
-    L.Trainer(max_steps=2, callbacks=[callback], **QUIET).fit(at, datamodule=SignData(24, whole=False))
-    assert len(at.regularizers) == 0 and isinstance(callback.p_M, Tensor) and float(callback.p_M.max()) > 0
-    again = ModalityResampling(alpha=9, warmup=0)
-    again.load_state_dict(callback.state_dict())
-    assert again.p_M is not None and torch.equal(again.p_M, callback.p_M)
+def test_it_goes_on_where_it_was_to_the_bit_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    def fit(steps: int, ckpt: str | None = None) -> tuple[L.Trainer, Steps]:
+        watch, at = Watch(), model()
+        trainer = L.Trainer(max_steps=steps, callbacks=[ModalityResampling(alpha=9, warmup=0), watch], **QUIET)
+        trainer.fit(at, datamodule=SignData(24, whole=False), ckpt_path=ckpt)
+        assert len(at.regularizers) == 0
+        return trainer, watch.steps
+
+    straight = fit(4)[1]
+    trainer, _ = fit(2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)["callbacks"]["ModalityResampling"]["p"]
+    assert isinstance(saved, Tensor) and float(saved.max()) > 0
+    resumed = fit(4, str(tmp_path / "x.ckpt"))[1]
+    assert all(largest_gap(a[1], b[1]) == 0 for a, b in zip(straight[2:], resumed, strict=True))
 
 
 def fit(recipe: Any, callback: L.Callback) -> None:
