@@ -39,7 +39,8 @@ class Harmonize(L.Callback):
 
     with the recipe's mix as ``base``, and gradients averaged over ranks. They are computed term by term before
     Lightning's backward, which then uses the new mix: schedules, clipping, precision and strategies are unchanged.
-    Where G is not finite the step uses the plain sum, and is counted as a fallback.
+    Where G is not finite the step uses the plain sum, and is counted as a fallback. A rule ``across_batches`` (MoDo)
+    gets the mean of ``<g_mk, g_nl>`` over all pairs of micro-batches m and n that share a mix, of all ranks.
 
     It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
     ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
@@ -55,7 +56,7 @@ class Harmonize(L.Callback):
     Raises:
         ValueError: for a rule of features, an ``every`` below 1, or above 1 with a rule that uses no gradients; at
             setup, for a recipe without the protocol HasObjective, or with a rule at its features; in training, for a
-            single term, or for terms that change.
+            single term, for terms that change, or for a single micro-batch with a rule across them.
     """
 
     once = True
@@ -81,7 +82,7 @@ class Harmonize(L.Callback):
         self.looks = self.conflicts = self.fallbacks = 0
         self.track = Track()
         self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
-        self._base_K = self._value_K = torch.zeros(0)
+        self._base_K = self._value_K = self._own_KK = torch.zeros(0)  # own: of each micro-batch with itself, summed
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"looks": self.looks, "conflicts": self.conflicts, "fallbacks": self.fallbacks}
@@ -113,29 +114,32 @@ class Harmonize(L.Callback):
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
                 grads = gradients(pl_module, _trained(pl_module))
+                own_KK = self._own(_shared(pl_module, grads))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
+                self._own_KK = own_KK if first else self._own_KK + own_KK
                 self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
                 return
-            gram_KK = torch.zeros(0)
+            grams = torch.zeros(0), torch.zeros(0)
             if self.rule.reads_gradients:
                 grads = gradients(pl_module, list(pl_module.shared_parameters()))
-                gram_KK = gram([mean_of_ranks(g) for g in grads])
-            self._decide(trainer, pl_module, gram_KK, value_K)
+                own_KK = self._own(grads)
+                grams = self._grams([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
+            self._decide(trainer, pl_module, *grams, value_K)
         assert self.mix_K is not None
         objective.mix.mul_(to_device(self.mix_K.to(objective.mix.dtype), objective.mix.device))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._sums:
             assert has(pl_module, HasObjective)
-            trained, shared = _trained(pl_module), set(pl_module.shared_parameters())
+            micros = trainer.accumulate_grad_batches
             # divided as Lightning divides a loss, and averaged over ranks as DDP does
-            sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums]
-            gram_KK = gram([g for g, p in zip(sums, trained, strict=True) if p in shared])
-            self._decide(trainer, pl_module, gram_KK, self._value_K / trainer.accumulate_grad_batches)
+            sums = [mean_of_ranks(g) / micros for g in self._sums]
+            grams = self._grams(_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
+            self._decide(trainer, pl_module, *grams, self._value_K / micros)
             assert self.mix_K is not None
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
-            for p, g in zip(trained, sums, strict=True):
+            for p, g in zip(_trained(pl_module), sums, strict=True):
                 if p.grad is not None:
                     mixed: Tensor = torch.tensordot(mix_K.to(g), g, dims=1)
                     if isinstance(p.grad, DTensor):
@@ -150,6 +154,24 @@ class Harmonize(L.Callback):
     def _gathers(self, trainer: L.Trainer) -> bool:
         return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
 
+    def _own(self, grads: Sequence[Tensor]) -> Tensor:
+        return gram(grads) if self.rule.across_batches else torch.zeros(0)
+
+    def _grams(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+        """The Gram matrix of mean gradients of ``batches``, and what the rule reads; across them
+
+        (M G - own) / (M - 1) = mean_{m != n} <g_mk, g_nl>,     own = mean_m <g_mk, g_ml>
+        """
+        gram_KK, scaled = gram(grads), self.rule.preconditioned(grads)
+        if not self.rule.across_batches:
+            return gram_KK, gram_KK if scaled is grads else gram(scaled)
+        if batches < 2:
+            raise ValueError(
+                f"Harmonize: {type(self.rule).__name__} compares the micro-batches of a step, and has one: window step "
+                "with trainer.accumulate_grad_batches 2, or 2 ranks"
+            )
+        return gram_KK, (batches * gram_KK - mean_of_ranks(own_KK)) / (batches - 1)
+
     def _require_same_terms(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:
             raise ValueError(f"Harmonize: one term, {names[0]}: there is nothing to harmonize it with")
@@ -159,16 +181,18 @@ class Harmonize(L.Callback):
             )
         self.names = names
 
-    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, value_K: Tensor) -> None:
-        """Compute the mix from the Gram matrix of unmixed gradients, on the CPU: an accelerator is read only once."""
-        gram_KK, value_K, base_K = read_together(gram_KK, value_K, self._base_K)
-        read, finite = self.rule.reads_gradients, bool(gram_KK.isfinite().all() & value_K.isfinite().all())
+    def _decide(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, of_rule_KK: Tensor, value_K: Tensor
+    ) -> None:
+        """Compute the mix from Gram matrices of unmixed gradients, on the CPU: an accelerator is read only once."""
+        gram_KK, of_rule_KK, value_K, base_K = read_together(gram_KK, of_rule_KK, value_K, self._base_K)
+        read, finite = self.rule.reads_gradients, all(bool(x.isfinite().all()) for x in (gram_KK, of_rule_KK, value_K))
         if read:
-            gram_KK = gram_KK * base_K[:, None] * base_K
+            gram_KK, of_rule_KK = (x_KK * base_K[:, None] * base_K for x_KK in (gram_KK, of_rule_KK))
         self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
         if finite:
             draw = mix(global_seed(), "harmony", trainer.global_step)
-            self.mix_K = self.sham.handed_on(self.rule.mix(gram_KK[None] if read else gram_KK, value_K, draw)[0])
+            self.mix_K = self.sham.handed_on(self.rule.mix(of_rule_KK[None] if read else of_rule_KK, value_K, draw)[0])
         else:
             self.fallbacks += 1
         if read and finite:
@@ -279,5 +303,11 @@ def gram(grads: Sequence[Tensor]) -> Tensor:
     return total_KK
 
 
-def _trained(pl_module: L.LightningModule) -> list[nn.Parameter]:
+def _trained(pl_module: nn.Module) -> list[nn.Parameter]:
     return [p for p in pl_module.parameters() if p.requires_grad]
+
+
+def _shared(pl_module: HasObjective, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Of gradients of all trained parameters those of the shared ones."""
+    shared = set(pl_module.shared_parameters())
+    return [g for g, p in zip(grads, _trained(cast(nn.Module, pl_module)), strict=True) if p in shared]

@@ -8,6 +8,7 @@ from descant.modules.multitask.cmgh import CMGH as CMGH
 from descant.modules.multitask.config import ConFIG as ConFIG
 from descant.modules.multitask.dualproj import DualProj as DualProj
 from descant.modules.multitask.dwa import DWA as DWA
+from descant.modules.multitask.excess_mtl import ExcessMTL as ExcessMTL
 from descant.modules.multitask.fairgrad import FairGrad as FairGrad
 from descant.modules.multitask.famo import FAMO as FAMO
 from descant.modules.multitask.graddrop import GradDrop as GradDrop
@@ -18,6 +19,7 @@ from descant.modules.multitask.imtl_l import IMTLL as IMTLL
 from descant.modules.multitask.mgda import MGDA as MGDA
 from descant.modules.multitask.mimo import MIMO as MIMO
 from descant.modules.multitask.mmpareto import MMPareto as MMPareto
+from descant.modules.multitask.modo import MoDo as MoDo
 from descant.modules.multitask.nash_mtl import NashMTL as NashMTL
 from descant.modules.multitask.pcgrad import PCGrad as PCGrad
 from descant.modules.multitask.rlw import RLW as RLW

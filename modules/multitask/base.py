@@ -8,7 +8,7 @@ Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Rule:
     per_sample = False
     #: Whether a mix depends on earlier steps.
     remembers = False
+    #: Whether its dot products are those across independent batches, ``<g_k, g_l>`` of two of the step's micro-batches.
+    across_batches = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -45,6 +47,10 @@ class Rule:
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
+
+    def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients, ``[K, ...]`` a parameter and of all ranks, as their dot products are to be taken."""
+        return grads
 
     def combine(self, g_KBD: Tensor, draw: int) -> Tensor:
         """``g_BD`` of the gradients of K terms at a shared feature; for a rule with ``whole_gradients``."""
@@ -79,6 +85,36 @@ class SolverRule(Rule):
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         """As a :data:`descant.modules.multitask.solvers.Solver`."""
         raise NotImplementedError
+
+
+class SimplexRule(Rule):
+    """Weights that sum to 1, moved a step from those of the step before (``moved``); terms without gradient stay."""
+
+    remembers = True
+
+    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        gram_KK = gram_BKK[0].double()
+        live_K = (gram_KK != 0).any(dim=1)
+        n, k = int(live_K.sum()), len(gram_KK)
+        mix_K = torch.ones(k, dtype=torch.float64, device=gram_KK.device)
+        next_K = self.state.get("w", mix_K / k).to(mix_K).clone()
+        if n:
+            share = next_K[live_K].sum()
+            start_K = next_K[live_K] / share if share > 0 else torch.full_like(next_K[live_K], 1 / n)
+            moved_K = self.moved(gram_KK[live_K][:, live_K], start_K)
+            next_K[live_K], mix_K[live_K] = moved_K * share, self.coefficients(moved_K)
+        self.accumulate(w=next_K, count=torch.ones(()))
+        return mix_K[None]
+
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
+        self.state["w"] = self.sums["w"] / self.sums["count"]
+
+    def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
+        """The weights after this step, of those before it and the dot products of the gradients."""
+        raise NotImplementedError
+
+    def coefficients(self, w_K: Tensor) -> Tensor:
+        return len(w_K) * w_K
 
 
 def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:

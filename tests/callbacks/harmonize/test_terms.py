@@ -36,10 +36,12 @@ from descant.modules.multitask import (
     CAGrad,
     ConFIG,
     DualProj,
+    ExcessMTL,
     FairGrad,
     GradDrop,
     GradNorm,
     GradVac,
+    MoDo,
     NashMTL,
     PCGrad,
     Rule,
@@ -75,7 +77,12 @@ RULES: dict[str, Callable[[], Rule]] = {
     "stch": lambda: STCH(mu=0.5, warmup=0, window=1),
     "rlw": RLW,
     "imtll": lambda: IMTLL(lr=0.1),
+    "excess": lambda: ExcessMTL(lr=0.5),
+    "modo": lambda: MoDo(lr=0.02),
+    "sdmgrad_across": lambda: SDMGrad(lr=0.5, across_batches=True),
 }
+#: Of rules that compare micro-batches: one batch on one rank is refused.
+ACROSS = [name for name, make in RULES.items() if make().across_batches]
 STEPS = 3
 
 
@@ -146,19 +153,30 @@ def plain_sum(grads: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: MIX["a"] * grads["a"][name] + MIX["b"] * grads["b"][name] for name in grads["a"]}
 
 
+def flat(grads: dict[str, dict[str, Tensor]]) -> Tensor:
+    """``[K, P]``."""
+    return torch.stack([torch.cat([g.flatten() for g in grads[k].values()]) for k in MIX])
+
+
 def explicit(rule: Rule, watched: list[list[Any]], accumulate: int, window: str) -> list[dict[str, Tensor]]:
     """The gradients of every step from formulas; ``watched``: of each rank, its steps."""
     wanted = []
     for n, steps in enumerate(zip(*watched, strict=True)):
         weights = steps[0][1]
-        micros = [[i for step in steps for i in step[2][m]] for m in range(accumulate)]
+        micros = [[step[2][m] for step in steps] for m in range(accumulate)]  # of each the rows of each rank
         if window == "step" and rule.reads_gradients:  # one of values mixes each micro-batch by its own
-            micros = [[i for rows in micros for i in rows]]
+            micros = [[rows for ranks in micros for rows in ranks]]
         total = {name: torch.zeros_like(w) for name, w in weights.items()}
-        for rows in micros:
-            grads, values = of_terms(weights, rows)
-            flat = [torch.cat([g.flatten() for g in grads[k].values()]) * MIX[k] * len(micros) for k in MIX]
-            gram = torch.stack([torch.stack([a @ b for b in flat]) for a in flat])
+        base_K = torch.tensor(list(MIX.values()), dtype=torch.float64)
+        for parts in micros:
+            grads, values = of_terms(weights, [i for rows in parts for i in rows])
+            if rule.across_batches:
+                each = [flat(of_terms(weights, rows)[0]) * len(micros) * len(parts) for rows in parts]
+                pairs = [(a_KP, b_KP) for m, a_KP in enumerate(each) for n, b_KP in enumerate(each) if m != n]
+            else:
+                (h_KP,) = rule.preconditioned([flat(grads) * len(micros)])
+                pairs = [(h_KP, h_KP)]
+            gram = torch.stack([a_KP @ b_KP.T for a_KP, b_KP in pairs]).mean(dim=0) * base_K[:, None] * base_K
             value = torch.tensor([values[k] for k in MIX], dtype=torch.float64) * len(micros)
             mixed = rule.mix(gram[None], value, mix(0, "harmony", n))[0]
             for name in total:
@@ -176,14 +194,21 @@ def gaps(rule: str, accumulate: int, window: str, watched: list[list[Any]]) -> l
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_equals_the_loop(rule: str) -> None:
     for dtype, exact in ((F32, ulps(64, F32)), (F64, ulps(4096, F64))):
-        for accumulate, window in ((1, "micro"), (2, "micro"), (2, "step")):
+        for accumulate, window in (
+            ((2, "step"), (3, "step")) if rule in ACROSS else ((1, "micro"), (2, "micro"), (2, "step"))
+        ):
             watch = fitted(RULES[rule](), accumulate, dtype, window=window)
             assert len(watch.steps) == STEPS and sorted(i for rows in watch.steps[0][2] for i in rows) == list(range(N))
             assert max(gaps(rule, accumulate, window, [watch.steps])) < exact, (dtype, accumulate, window)
 
 
 def _on_a_rank(rank: int) -> dict[str, Any]:
-    cases = [(rule, 1, "micro") for rule in RULES] + [("cagrad", 2, "step"), ("pcgrad", 2, "micro"), ("dwa", 2, "step")]
+    cases = [(rule, 1, "micro") for rule in RULES] + [
+        ("cagrad", 2, "step"),
+        ("pcgrad", 2, "micro"),
+        ("dwa", 2, "step"),
+        *((rule, 2, window) for rule in (*ACROSS, "excess") for window in ("micro", "step")),
+    ]
     return {
         f"{rule} {accumulate} {window}": fitted(RULES[rule](), accumulate, devices=2, window=window).steps
         for rule, accumulate, window in cases
@@ -308,14 +333,9 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
     for name, rule in RULES.items():
         if name == "dualproj":  # the sum itself, where that conflicts with neither term, as here
             continue
-        first = fitted(rule()).steps
-        late = name in (
-            "gradnorm",
-            "uncertainty",
-            "imtll",
-            "dwa",
-            "gradvac",
-        )  # these begin with the plain sum, or near it
+        first = fitted(rule(), **({"accumulate": 2, "window": "step"} if name in ACROSS else {})).steps
+        # these begin with the plain sum, or near it
+        late = name in ("gradnorm", "uncertainty", "imtll", "dwa", "gradvac", "excess", "modo")
         assert largest_gap(first[-1 if late else 0][0], fitted(CAGrad(0)).steps[-1 if late else 0][0]) > 1e-3, name
 
 
@@ -338,8 +358,8 @@ def test_between_looks_the_mix_stays() -> None:
 
 def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
     for make in RULES.values():
-        harmonize = Harmonize(make())
-        L.Trainer(max_steps=2, callbacks=[harmonize], **QUIET).fit(
+        harmonize = Harmonize(make(), window="step")
+        L.Trainer(max_steps=2, callbacks=[harmonize], accumulate_grad_batches=2, **QUIET).fit(
             ToyRecipe(harmonize=False).double(), datamodule=ToyData(torch.float64)
         )
         again = Harmonize(make())
@@ -388,6 +408,11 @@ class OtherTerms(ToyRecipe):
         (lambda: CAGrad(-1), "radius -1: not below 0"),
         (lambda: GradVac(2), "beta 2: between 0 and 1"),
         (lambda: DWA(0), "window 0"),
+        (
+            lambda: fitted(MoDo()),
+            "MoDo compares the micro-batches of a step, and has one: window step with trainer.acc",
+        ),
+        (lambda: fitted(SDMGrad(across_batches=True), 2), "SDMGrad compares the micro-batches of a step, and has one"),
         (lambda: fit(OneTerm(harmonize=False)), "one term, a: there is nothing to harmonize it with"),
         (lambda: fit(OtherTerms(harmonize=False)), "terms a, c, before a, b: always the same ones"),
         (lambda: fit(ToyRecipe(harmonize=True)), "a rule acts at the features already"),

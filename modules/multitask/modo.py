@@ -1,0 +1,48 @@
+"""MoDo: the common direction by double sampling (arXiv 2305.20057).
+
+Letters: K terms, M micro-batches of all ranks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from descant.modules.multitask.base import SimplexRule
+from descant.modules.multitask.solvers import project_to_simplex
+
+
+class MoDo(SimplexRule):
+    """Weights by one step of projected descent, without bias from the noise of the batch (Chen 2023, 2305.20057).
+
+        w <- P(w - lr (A + rho) w),     A_kl = mean_{m != n} <g_mk, g_nl>,      g = sum_k w_k g_k
+
+    P projects onto the simplex; K times g here, as of all rules. ``<g_k, g_l>`` of one batch is too large by what the
+    gradients of its samples have in common, their noise; A is exact on average. Paper and release draw two batches
+    for it, whose mean gradient is the step; here they are the M micro-batches of an optimizer step, of all ranks, and
+    A the mean over all pairs (of two, release's matrix made symmetric; our reading). ``lr`` is of unscaled gradients.
+    At least two micro-batches: ``Harmonize(MoDo(), window="step")`` with accumulation, or several ranks. Costs K
+    backward passes for each of them; with accumulation K gradients are stored, as of any rule with that window.
+    Source: github.com/heshandevaka/Trade-Off-MOL (lr 0.1, rho 0.1; the paper's algorithm has rho 0).
+
+    Args:
+        lr: of w (gamma).
+        rho: pulls w towards equal weights.
+
+    Raises:
+        ValueError: for an lr or rho below 0; in training, for a single micro-batch.
+
+    >>> across = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    >>> [round(x, 9) for x in MoDo(lr=0.1, rho=0.0).mix(across[None], torch.ones(2), 0)[0].tolist()]
+    [1.1, 0.9]
+    """
+
+    across_batches = True
+
+    def __init__(self, lr: float = 0.1, rho: float = 0.1) -> None:
+        super().__init__()
+        if lr < 0 or rho < 0:
+            raise ValueError(f"lr {lr:g}, rho {rho:g}: not below 0")
+        self.lr, self.rho = lr, rho
+
+    def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
+        return project_to_simplex((w_K - self.lr * (gram_KK @ w_K + self.rho * w_K))[None])[0]
