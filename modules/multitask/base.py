@@ -93,18 +93,17 @@ class SimplexRule(Rule):
     remembers = True
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        gram_KK = gram_BKK[0].double()
-        live_K = (gram_KK != 0).any(dim=1)
-        n, k = int(live_K.sum()), len(gram_KK)
-        mix_K = torch.ones(k, dtype=torch.float64, device=gram_KK.device)
-        next_K = self.state.get("w", mix_K / k).to(mix_K).clone()
-        if n:
-            share = next_K[live_K].sum()
-            start_K = next_K[live_K] / share if share > 0 else torch.full_like(next_K[live_K], 1 / n)
-            moved_K = self.moved(gram_KK[live_K][:, live_K], start_K)
-            next_K[live_K], mix_K[live_K] = moved_K * share, self.coefficients(moved_K)
-        self.accumulate(w=next_K, count=torch.ones(()))
-        return mix_K[None]
+        even_K = torch.full(gram_BKK.shape[-1:], 1 / gram_BKK.shape[-1], dtype=torch.float64, device=gram_BKK.device)
+        w_K = self.state.get("w", even_K).to(even_K)
+        mix_BK, next_BK = torch.ones(len(gram_BKK), len(w_K)).to(w_K), w_K.repeat(len(gram_BKK), 1)
+        for gram_KK, mix_K, next_K in zip(gram_BKK.double(), mix_BK, next_BK, strict=True):
+            at = (gram_KK != 0).any(dim=1).nonzero()[:, 0]
+            share = w_K[at].sum()
+            start_K = w_K[at] / share if share > 0 else torch.full_like(w_K[at], 1 / max(len(at), 1))
+            moved_K = self.moved(gram_KK[at[:, None], at], start_K) if len(at) else start_K
+            next_K[at], mix_K[at] = moved_K * share, self.coefficients(moved_K)
+        self.accumulate(w=next_BK.mean(dim=0), count=torch.ones(()))
+        return mix_BK
 
     def update(self, total: Callable[[Tensor], Tensor]) -> None:
         self.state["w"] = self.sums["w"] / self.sums["count"]

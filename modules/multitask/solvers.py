@@ -107,9 +107,11 @@ def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         # where the face has 0 in it: no y is large enough
         y_BK = torch.where(flat_B[:, None], v_BK * v_BK.sum(dim=1, keepdim=True).sign() / NOISE**2, y_BK)
         size_B1 = y_BK.abs().amax(dim=1, keepdim=True).clamp(min=1)
-        off_BK = (times(c_BKK, y_BK) - b_BK) / (b_BK + NOISE * size_B1)
+        # there, the vector is rounding whatever the least gradient is; of faces that have 0 in them the smallest counts
+        off_BK = (times(c_BKK, y_BK) - b_BK) / torch.where(flat_B[:, None], size_B1, b_BK + NOISE * size_B1)
         off_BK[:, s] = 0
         wrong_B = torch.maximum(below(y_BK / size_B1), below(off_BK))
+        wrong_B = torch.where(flat_B & (wrong_B < NOISE), 0.0, wrong_B)
         y_BK = y_BK.clamp(min=0)
         total_B1 = (b_BK * y_BK).sum(dim=1, keepdim=True)
         best.add(y_BK / total_B1, torch.where(total_B1[:, 0] > 0, wrong_B, torch.inf))

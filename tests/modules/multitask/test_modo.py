@@ -29,9 +29,9 @@ def test_it_is_the_loop_of_the_release_over_three_steps(rho: float) -> None:
 
 
 def test_small_steps_lead_to_the_shortest_of_the_hull() -> None:
-    for name, j_KD in list(jacobians())[::5]:
+    for name, j_KD in list(jacobians())[::9]:
         unit_KD, rule = j_KD / j_KD.norm(dim=1, keepdim=True), MoDo(lr=0.2, rho=0.0)
-        for _ in range(1000):
+        for _ in range(400):
             g = mixed(rule, unit_KD)
             rule.learn(lambda seen: seen)
         # what descent leaves of a flat direction after so many steps
@@ -41,7 +41,7 @@ def test_small_steps_lead_to_the_shortest_of_the_hull() -> None:
 def test_of_noisy_batches_the_weights_are_those_of_the_mean_gradients_and_a_term_without_gradient_keeps_its_own() -> (
     None
 ):
-    g, n = torch.Generator().manual_seed(2), 4000
+    g, n = torch.Generator().manual_seed(2), 1000
     mean_KD = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     noise = torch.tensor([[4.0], [0.0]], dtype=torch.float64)  # a step of one batch would avoid the first term for it
     one, two = (mean_KD + noise * torch.randn(n, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
