@@ -20,7 +20,7 @@ from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.batch import Batch
 from descant.modules.losses import InfoNCE
-from descant.modules.multitask import CMGH, PCGrad, UPGrad
+from descant.modules.multitask import CMGH, FAMO, ExcessMTL, PCGrad, UPGrad
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.towers import BagTower, ConvTower, LogMelTower, Towers
 from descant.modules.training_setup.optim import parameter_groups
@@ -96,13 +96,15 @@ def steps_of(
 def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
     """Time of four steps of three terms with a harmonizer over that of four plain ones."""
     arms = {
+        "values": Harmonize(FAMO()),
         "features": HarmonizeFeatures(CMGH()),
         "curriculum": HarmonizeFeatures(CMGH(), Curriculum(warmup=0.0), feature="image"),
         "parameters_every_4": Harmonize(PCGrad(), every=EVERY),
         "parameters_every_4_upgrad": Harmonize(UPGrad(), every=EVERY),
         "parameters_every_step": Harmonize(PCGrad()),
+        "whole_gradients": Harmonize(ExcessMTL()),
     }
-    bars = {"features": 1.10, "parameters_every_4": 1.6}
+    bars = {"values": 1.02, "features": 1.10, "parameters_every_4": 1.6}
     times = interleaved([steps_of(None, rows), *(steps_of(callback, rows) for callback in arms.values())], rounds)
     for k, name in enumerate(arms, start=1):
         result = median(np.asarray(times[:, k] / times[:, 0]).tolist())

@@ -333,7 +333,7 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
     for name, rule in RULES.items():
         if name == "dualproj":  # the sum itself, where that conflicts with neither term, as here
             continue
-        first = fitted(rule(), **({"accumulate": 2, "window": "step"} if name in ACROSS else {})).steps
+        first = (fitted(rule(), 2, window="step") if name in ACROSS else fitted(rule())).steps
         # these begin with the plain sum, or near it
         late = name in ("gradnorm", "uncertainty", "imtll", "dwa", "gradvac", "excess", "modo")
         assert largest_gap(first[-1 if late else 0][0], fitted(CAGrad(0)).steps[-1 if late else 0][0]) > 1e-3, name

@@ -49,7 +49,7 @@ from descant.modules.multitask.base import orders
 from tests._suites.discovery import concrete
 from tests.modules.multitask.test_sdmgrad import nearest
 
-#: What the issue asks for: of the solution's own scale, which each check below names.
+#: Of the scale of the solution, which each error below names.
 BAR = 1e-8
 KINDS = ("plain", "scaled", "zero", "equal", "opposite", "collinear", "scaled and opposite")
 
@@ -120,7 +120,7 @@ def of_dualproj(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
 
 
 def of_cagrad(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
-    """What any step could improve more, by weak duality, and by how much it is too long; of lengths of the terms."""
+    """What any step could improve more, by weak duality, of the longest gradient; and by how much it is too long."""
     k, g_0 = len(j_KD), j_KD.mean(dim=0)
     d, reach, w_K = mix_K @ j_KD / k, 0.5 * g_0.norm(), (mix_K - 1).clamp(min=0)
     hull = [shortest_of_hull(j_KD)] + ([w_K / w_K.sum() @ j_KD] if w_K.any() else [])
@@ -132,6 +132,7 @@ def of_fairness(alpha: float) -> Callable[[Tensor, Tensor, int], float]:
     def error(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
         """Of the sum of the absolute values of ``w_k^(1 / alpha) (G w)_k``, which is 1; or no step improves all."""
         if not mix_K.any():
+            # the least of what counts as a direction in which all gain
             return 0.0 if float(shortest_of_hull(normalize(j_KD)).norm()) < 1e-6 else 1.0
         gram_KK = j_KD @ j_KD.T
         return float(
