@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from descant import callbacks, datamodules, modules, recipes
     from descant.cli.python import fit
     from descant.export.loading import Embedder, load
+    from descant.modules.multitask.harmonize import harmonize
 
 __version__ = "0.1.0"
-__all__ = ["Embedder", "__version__", "callbacks", "datamodules", "fit", "load", "modules", "recipes"]
+__all__ = ["Embedder", "__version__", "callbacks", "datamodules", "fit", "harmonize", "load", "modules", "recipes"]
 
 _PARTS = ("recipes", "modules", "datamodules", "callbacks")
-_FUNCTIONS = {"load": "descant.export.loading", "Embedder": "descant.export.loading", "fit": "descant.cli.python"}
+_FUNCTIONS = {
+    "load": "descant.export.loading",
+    "Embedder": "descant.export.loading",
+    "fit": "descant.cli.python",
+    "harmonize": "descant.modules.multitask.harmonize",
+}
 
 if not (Path(__file__).parent / "recipes").is_dir():
     raise ImportError(

@@ -29,6 +29,7 @@ from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.multitask import Rule
+from descant.modules.multitask.mix import gram, grams, mix_of, mixed, stacked, term_gradients
 from descant.modules.training_setup.trainer import log_interval
 
 
@@ -120,12 +121,12 @@ class Harmonize(L.Callback):
                 self._own_KK = own_KK if first else self._own_KK + own_KK
                 self._sums = grads if first else [a + b for a, b in zip(self._sums, grads, strict=True)]
                 return
-            grams = torch.zeros(0), torch.zeros(0)
+            both = torch.zeros(0), torch.zeros(0)
             if self.rule.reads_gradients:
                 grads = gradients(pl_module, list(pl_module.shared_parameters()))
                 own_KK = self._own(grads)
-                grams = self._grams([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
-            self._decide(trainer, pl_module, *grams, value_K)
+                both = self._grams([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
+            self._decide(trainer, pl_module, *both, value_K)
         assert self.mix_K is not None
         objective.mix.mul_(to_device(self.mix_K.to(objective.mix.dtype), objective.mix.device))
 
@@ -135,16 +136,16 @@ class Harmonize(L.Callback):
             micros = trainer.accumulate_grad_batches
             # divided as Lightning divides a loss, and averaged over ranks as DDP does
             sums = [mean_of_ranks(g) / micros for g in self._sums]
-            grams = self._grams(_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
-            self._decide(trainer, pl_module, *grams, self._value_K / micros)
+            both = self._grams(_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
+            self._decide(trainer, pl_module, *both, self._value_K / micros)
             assert self.mix_K is not None
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
             for p, g in zip(_trained(pl_module), sums, strict=True):
                 if p.grad is not None:
-                    mixed: Tensor = torch.tensordot(mix_K.to(g), g, dims=1)
+                    g_mixed = mixed(mix_K, g)
                     if isinstance(p.grad, DTensor):
-                        mixed = distribute_tensor(mixed, p.grad.device_mesh, p.grad.placements)
-                    p.grad.copy_(mixed)
+                        g_mixed = distribute_tensor(g_mixed, p.grad.device_mesh, p.grad.placements)
+                    p.grad.copy_(g_mixed)
             self._sums = []
         if trainer.global_step % self.every == 0:
             self.rule.learn(lambda seen: seen)  # the Gram matrix is of all ranks already
@@ -158,19 +159,12 @@ class Harmonize(L.Callback):
         return gram(grads) if self.rule.across_batches else torch.zeros(0)
 
     def _grams(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
-        """The Gram matrix of mean gradients of ``batches``, and what the rule reads; across them
-
-        (M G - own) / (M - 1) = mean_{m != n} <g_mk, g_nl>,     own = mean_m <g_mk, g_ml>
-        """
-        gram_KK, scaled = gram(grads), self.rule.preconditioned(grads)
-        if not self.rule.across_batches:
-            return gram_KK, gram_KK if scaled is grads else gram(scaled)
-        if batches < 2:
+        if self.rule.across_batches and batches < 2:
             raise ValueError(
                 f"Harmonize: {type(self.rule).__name__} compares the micro-batches of a step, and has one: window step "
                 "with trainer.accumulate_grad_batches 2, or 2 ranks"
             )
-        return gram_KK, (batches * gram_KK - mean_of_ranks(own_KK)) / (batches - 1)
+        return grams(self.rule, grads, mean_of_ranks(own_KK), batches)
 
     def _require_same_terms(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:
@@ -186,14 +180,15 @@ class Harmonize(L.Callback):
     ) -> None:
         """Compute the mix from Gram matrices of unmixed gradients, on the CPU: an accelerator is read only once."""
         gram_KK, of_rule_KK, value_K, base_K = read_together(gram_KK, of_rule_KK, value_K, self._base_K)
-        read, finite = self.rule.reads_gradients, all(bool(x.isfinite().all()) for x in (gram_KK, of_rule_KK, value_K))
+        read, draw = self.rule.reads_gradients, mix(global_seed(), "harmony", trainer.global_step)
         if read:
             gram_KK, of_rule_KK = (x_KK * base_K[:, None] * base_K for x_KK in (gram_KK, of_rule_KK))
-        self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
-        if finite:
-            draw = mix(global_seed(), "harmony", trainer.global_step)
-            self.mix_K = self.sham.handed_on(self.rule.mix(of_rule_KK[None] if read else of_rule_KK, value_K, draw)[0])
+        mix_K = mix_of(self.rule, of_rule_KK, value_K, draw) if bool(gram_KK.isfinite().all()) else None
+        finite = mix_K is not None
+        if mix_K is not None:
+            self.mix_K = self.sham.handed_on(mix_K)
         else:
+            self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
             self.fallbacks += 1
         if read and finite:
             cos_Q = _cosines(gram_KK)
@@ -282,25 +277,10 @@ def gradients(
     hooks.probing = True
     try:
         with _unsharded(cast(nn.Module, pl_module)):
-            by_term = [
-                torch.autograd.grad(objective.terms[name], parameters, retain_graph=True, allow_unused=True)
-                for name in names or objective.terms
-            ]
+            by_term = term_gradients([objective.terms[name] for name in names or objective.terms], parameters)
     finally:
         hooks.probing = False
-    return [
-        torch.stack([torch.zeros_like(p) if g is None else g for g in of_terms])
-        for p, *of_terms in zip(parameters, *by_term, strict=True)
-    ]
-
-
-def gram(grads: Sequence[Tensor]) -> Tensor:
-    """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter."""
-    total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
-    for g in grads:
-        g_KP = g.reshape(len(g), -1).double()  # a scalar has no axis of its own
-        total_KK += g_KP @ g_KP.T
-    return total_KK
+    return [stacked(of_terms, p) for p, *of_terms in zip(parameters, *by_term, strict=True)]
 
 
 def _trained(pl_module: nn.Module) -> list[nn.Parameter]:

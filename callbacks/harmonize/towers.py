@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.harmonize.terms import gradients, gram
+from descant.callbacks.harmonize.terms import gradients
 from descant.callbacks.run.callback_order import Ordered
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
@@ -21,6 +21,7 @@ from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask import Rule
+from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.trainer import log_interval
 
 

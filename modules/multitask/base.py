@@ -9,6 +9,7 @@ Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +18,27 @@ from descant.modules.multitask.solvers import harmonized
 
 #: Lower bound of divisors.
 LEAST = 1e-12
+#: Entry of a rule's saved state: steps and fallbacks of its :class:`Loop`.
+_LOOP = "loop"
+
+
+@dataclass
+class Loop:
+    """What :func:`descant.harmonize` remembers of a rule between its calls; ``steps`` and ``fallbacks`` are saved.
+
+    Attributes:
+        steps: optimizer steps begun. fallbacks: calls that used the plain sum, since something was not finite.
+        names: of the terms of the last call.
+        mark: a parameter's number, and identity and version of its gradient as the last call left it.
+        state, sums: of the rule before it learned from the last call.
+    """
+
+    steps: int = 0
+    fallbacks: int = 0
+    names: tuple[str, ...] = ()
+    mark: tuple[int, int, int] | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Rule:
@@ -32,6 +54,8 @@ class Rule:
 
     #: Whether it needs the gradients.
     reads_gradients = True
+    #: Whether it needs the values of the terms beside their gradients.
+    reads_values = False
     #: Whether it combines whole gradients at a feature (``combine``), and not by their dot products.
     whole_gradients = False
     #: Whether each sample of a feature may have a mix of its own.
@@ -44,6 +68,7 @@ class Rule:
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}  # of what was accumulated since the last update
+        self.loop = Loop()
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
@@ -70,10 +95,12 @@ class Rule:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.state.items()}
+        counts = {_LOOP: torch.tensor([self.loop.steps, self.loop.fallbacks])} if self.loop.steps else {}
+        return {name: value.clone() for name, value in self.state.items()} | counts
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.state = {name: value.clone() for name, value in state.items()}
+        self.state = {name: value.clone() for name, value in state.items() if name != _LOOP}
+        self.loop = Loop(*(state[_LOOP].tolist() if _LOOP in state else ()))
 
 
 class SolverRule(Rule):

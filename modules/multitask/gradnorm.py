@@ -26,6 +26,7 @@ class GradNorm(Rule):
         lr: of the weights.
     """
 
+    reads_values = True
     remembers = True
 
     def __init__(self, alpha: float = 1.5, lr: float = 0.025) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from descant.callbacks.harmonize.terms import Harmonize, gram
+from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.rng import mix
@@ -49,6 +49,7 @@ from descant.modules.multitask import (
     UncertaintyWeighting,
     UPGrad,
 )
+from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from tests.ranks import run_ranks

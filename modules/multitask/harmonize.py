@@ -1,0 +1,253 @@
+"""Any rule in place of ``loss.backward()``, in a plain loop or a plain LightningModule.
+
+Letters: K terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from descant.modules.core.host import read_together, to_device
+from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.multitask.base import Rule
+from descant.modules.multitask.mix import combined, gram, mix_of, mixed, stacked, term_gradients
+
+#: Node of the graph where a leaf is.
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+def harmonize(
+    losses: Mapping[str, Tensor] | Sequence[Tensor],
+    parameters: nn.Module | Iterable[nn.Parameter],
+    rule: Rule,
+    loss: Tensor | None = None,
+) -> Tensor:
+    """Gradient harmonization in place of ``loss.backward()``: adds to ``.grad`` as that does, and frees the graph.
+
+        shared parameters:  grad += c sum_k mix_k g_k,      mix = rule(G, L),   G_kl = <g_k, g_l>,  g_k = dL_k / dshared
+        all others:         grad += c sum_k dL_k / dtheta
+
+    A rule of values weighs the losses themselves, so that all parameters get ``c sum_k mix_k dL_k``. ``c`` is what
+    ``loss = c sum_k L_k`` was multiplied by (GradScaler, accumulation), else 1; rules see the losses without it.
+    Gradients and values are averaged over ranks before the rule, in DDP or without it. Where one is not finite the call
+    uses the plain sum, and is counted in ``rule.loop.fallbacks``; the state of the rule stays as it was, as in a step
+    that a scaler skips.
+
+    Calls whose gradients add up, with nothing in between that writes to ``.grad`` (clearing, clipping, unscaling), are
+    one optimizer step, from which the rule learns once. ``rule.state_dict()`` has all that resuming needs.
+
+    Cost: K backward passes and K gradients of the shared parameters, which several ranks reduce; of a rule of values
+    one pass. A compiled model needs ``torch._functorch.config.donated_buffer = False``, as for every second pass.
+
+    Args:
+        losses: scalars, at least two; weights are part of them.
+        parameters: those that the losses share, such as of a trunk; frozen ones are skipped.
+        rule: one of ``descant.modules.multitask``; its state is in it.
+        loss: what ``backward()`` would be called on, where that is not the plain sum: ``scaler.scale(sum(losses))``,
+            or the argument of ``LightningModule.backward``.
+
+    Returns:
+        ``mix_K``, float64 on the CPU; ones of a rule of whole gradients.
+
+    Raises:
+        ValueError: for one term, a term that is no scalar, has no gradient or is not in ``loss``; a ``loss`` that is no
+            multiple of their sum; other terms than before, of a rule that remembers; parameters that no term reaches;
+            sharded parameters (FSDP2), of a rule of gradients.
+
+    >>> from descant import MGDA
+    >>> w = nn.Parameter(torch.zeros(2))
+    >>> [round(x, 6) for x in harmonize([w[0], w[1] - w[0]], [w], MGDA()).tolist()]  # gradients (1, 0) and (-1, 1)
+    [1.2, 0.8]
+    >>> [round(x, 6) for x in w.grad.tolist()]  # twice the shortest vector between them
+    [0.4, 0.8]
+    """
+    names, terms = _named(losses)
+    given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    leaves = _leaves(terms)
+    shared = _shared(rule, given, leaves)
+    value_K, c = _read(names, terms, loss)
+    draw = _begin(rule, names, given)
+    state, sums = dict(rule.state), dict(rule.sums)
+    if rule.reads_gradients:
+        mix_K = _by_gradients(rule, [c * term for term in terms], value_K, c, shared, leaves, draw)
+    else:
+        mix_K = mix_of(rule, torch.zeros(0), value_K, draw)
+        weight_K = to_device((torch.ones_like(value_K) if mix_K is None else mix_K) * c, terms[0].device)
+        torch.autograd.backward(terms, [w.to(t).reshape(t.shape) for w, t in zip(weight_K, terms, strict=True)])
+    rule.loop.fallbacks += mix_K is None
+    learns = not rule.remembers or _finite({**leaves, **dict.fromkeys(given)})
+    if not learns:
+        rule.state, rule.sums = state, sums
+    _end(rule, given, learns)
+    return torch.ones_like(value_K) if mix_K is None else mix_K
+
+
+def _by_gradients(
+    rule: Rule,
+    terms: Sequence[Tensor],
+    value_K: Tensor,
+    c: float,
+    shared: Sequence[Tensor],
+    leaves: Mapping[Tensor, None],
+    draw: int,
+) -> Tensor | None:
+    """The mix, None where something is not finite; of terms that are multiplied by ``c`` already."""
+    others = [p for p in leaves if p not in set(shared)]
+    by_term = _passes(terms, [*shared, *others])
+    of_leaf = dict(zip([*shared, *others], zip(*by_term, strict=True), strict=True))
+    grads = [mean_of_ranks(stacked(of_leaf[p], p)) for p in shared]
+    (gram_KK,) = read_together(gram(grads) / c**2)
+    if not rule.whole_gradients:
+        mix_K = mix_of(rule, gram_KK, value_K, draw)
+    else:
+        mix_K = torch.ones_like(value_K) if bool(gram_KK.isfinite().all() & value_K.isfinite().all()) else None
+    if rule.whole_gradients and mix_K is not None:
+        new = dict(zip(shared, (c * g for g in combined(rule, [g / c for g in grads], draw)), strict=True))
+    else:
+        weight_K = torch.ones_like(value_K) if mix_K is None else mix_K
+        new = {p: mixed(weight_K, g) for p, g in zip(shared, grads, strict=True)}
+    for p in others:
+        if some := [g for g in of_leaf[p] if g is not None]:
+            new[p] = torch.stack(some).sum(dim=0)
+    # a backward from the leaves themselves: DDP reduces them as in any other, and hooks on .grad see the mix
+    torch.autograd.backward(list(new), list(new.values()))
+    return mix_K
+
+
+def _passes(terms: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, ...]]:
+    try:
+        return term_gradients(terms, inputs, retain_graph=False)
+    except RuntimeError as error:
+        if "donated_buffer" not in str(error):
+            raise
+        raise ValueError(
+            "harmonize: the compiled model keeps no graph for a second backward; set "
+            "torch._functorch.config.donated_buffer = False before it is compiled"
+        ) from None
+
+
+# what is given -------------------------------------------------------------------------------------------------------
+
+
+def _named(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[tuple[str, ...], list[Tensor]]:
+    by_name = losses if isinstance(losses, Mapping) else {str(k): term for k, term in enumerate(losses)}
+    for name, term in by_name.items():
+        if term.numel() != 1:
+            raise ValueError(f"harmonize: term {name} has shape {tuple(term.shape)}; one number, such as its mean()")
+        if not term.requires_grad:
+            raise ValueError(f"harmonize: term {name} has no gradient: it is detached, or of frozen parameters alone")
+    if len(by_name) < 2:
+        only = f"one term, {next(iter(by_name))}" if by_name else "no term"
+        raise ValueError(f"harmonize: {only}: there is nothing to harmonize it with; loss.backward()")
+    return tuple(by_name), list(by_name.values())
+
+
+def _leaves(terms: Sequence[Tensor]) -> dict[Tensor, None]:
+    """The leaf tensors that the terms reach."""
+    leaves: dict[Tensor, None] = {}
+    seen = set()
+    todo = [get_gradient_edge(term).node for term in terms]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == _LEAF:
+            leaves[node.variable] = None  # type: ignore[attr-defined]
+        todo += [before for before, _ in node.next_functions if before is not None]
+    return leaves
+
+
+def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) -> list[Tensor]:
+    """The parameters that some term reaches."""
+    split = any(isinstance(p, DTensor) for p in given)
+    if rule.reads_gradients and (split or not leaves.keys().isdisjoint(_gathered())):
+        raise ValueError(
+            f"harmonize: {type(rule).__name__} needs whole gradients, and FSDP2 frees parameters and splits gradients; "
+            "use DDP, the callback Harmonize with reshard_after_forward=False, or a rule of values such as FAMO"
+        )
+    shared = [p for p in given if p in leaves]
+    if not shared and not split:
+        why = "" if given else "none is given (a generator, such as trunk.parameters(), is empty the second time)"
+        raise ValueError(f"harmonize: parameters: {why or 'no term reaches one of them; give those that terms share'}")
+    return shared
+
+
+def _gathered() -> set[Tensor]:
+    """Parameters that FSDP2 has gathered for a step; they look like any other, and a gradient of theirs is not reduced
+    unless a whole backward passes their module."""
+    return {p for module in list(_module_state_mapping) if isinstance(module, FSDPModule) for p in module.parameters()}
+
+
+def _read(names: Sequence[str], terms: Sequence[Tensor], loss: Tensor | None) -> tuple[Tensor, float]:
+    """``value_K`` of all ranks, and ``c``; with a single read of an accelerator."""
+    own_K = torch.stack([term.detach().double().reshape(()) for term in terms])
+    if loss is None:
+        (value_K,) = read_together(mean_of_ranks(own_K))
+        return value_K, 1.0
+    factors = torch.autograd.grad(loss, terms, retain_graph=True, allow_unused=True)
+    for name, factor in zip(names, factors, strict=True):
+        if factor is None:
+            raise ValueError(f"harmonize: term {name} is not in the loss, which is to be the sum of these very tensors")
+    c_K = torch.stack([factor.double().reshape(()) for factor in factors if factor is not None])
+    own_K, value_K, c_K, total = read_together(own_K, mean_of_ranks(own_K.clone()), c_K, loss.detach().double())
+    c = float(c_K[0])
+    if bool((c_K != c).any()) or c == 0:
+        weights = ", ".join(f"{x:g}" for x in c_K)
+        raise ValueError(f"harmonize: the loss weighs its terms by {weights}: put weights into the losses themselves")
+    off = float(total - c * own_K.sum()) / abs(c)
+    eps = max(torch.finfo(x.dtype).eps for x in (*terms, loss))
+    if math.isfinite(off) and abs(off) > 8 * len(own_K) * eps * float(own_K.abs().sum()):
+        raise ValueError("harmonize: the loss has more in it than its terms; give all that is to be differentiated")
+    return value_K, c
+
+
+# steps of a rule -----------------------------------------------------------------------------------------------------
+
+
+def _begin(rule: Rule, names: tuple[str, ...], given: Sequence[Tensor]) -> int:
+    """The random seed of this optimizer step, which goes on where the last call's gradients are as it left them."""
+    loop = rule.loop
+    if rule.remembers and loop.names not in ((), names):
+        raise ValueError(
+            f"harmonize: terms {', '.join(names)}, before {', '.join(loop.names)}: {type(rule).__name__} remembers "
+            "what it has seen, so always the same ones"
+        )
+    if loop.mark is not None and loop.mark == _mark(given, loop.mark[0]):
+        rule.state, rule.sums = dict(loop.state), dict(loop.sums)
+    else:
+        loop.steps, rule.sums = loop.steps + 1, {}
+    loop.names = names
+    return mix(global_seed(), "harmony", loop.steps - 1)
+
+
+def _end(rule: Rule, given: Sequence[Tensor], learns: bool) -> None:
+    """Learn as if this call were the last one of its step; the next one goes back where it is not."""
+    loop = rule.loop
+    loop.state, loop.sums = dict(rule.state), dict(rule.sums)
+    loop.mark = next((_mark(given, n) for n, p in enumerate(given) if p.grad is not None), None)
+    if learns:
+        rule.learn(lambda seen: seen)  # of all ranks already
+
+
+def _mark(given: Sequence[Tensor], n: int) -> tuple[int, int, int] | None:
+    grad = given[n].grad if n < len(given) else None
+    return None if grad is None else (n, id(grad), grad._version)
+
+
+def _finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether all gradients are finite, on all ranks."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return True
+    norm = nn.utils.get_total_norm(grads, norm_type=torch.inf)
+    return not bool(total_of_ranks((~norm.isfinite()).double()))

@@ -1,0 +1,113 @@
+"""From gradients of loss terms to their mix: the Gram matrix, the rule, and what happens where they are not finite.
+
+Letters: K terms, P numbers of a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.host import to_device
+from descant.modules.multitask.base import Rule
+
+
+def term_gradients(
+    terms: Sequence[Tensor], inputs: Sequence[Tensor], retain_graph: bool = True
+) -> list[tuple[Tensor | None, ...]]:
+    """For each term its gradients, one an input, by K backward passes; None where it does not depend on the input.
+
+    Without ``retain_graph`` the last pass frees the graph.
+
+    >>> x = torch.ones((), requires_grad=True)
+    >>> [float(g) for (g,) in term_gradients([2 * x, 3 * x], [x]) if g is not None]
+    [2.0, 3.0]
+    """
+    last = len(terms) - 1
+    return [
+        torch.autograd.grad(term, inputs, retain_graph=retain_graph or k < last, allow_unused=True)
+        for k, term in enumerate(terms)
+    ]
+
+
+def stacked(of_terms: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """``[K, ...]``: gradients of one parameter, zeros where a term has none."""
+    return torch.stack([torch.zeros_like(like) if g is None else g for g in of_terms])
+
+
+def gram(grads: Sequence[Tensor]) -> Tensor:
+    """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter.
+
+    >>> gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist()
+    [[10.0, 1.0], [1.0, 5.0]]
+    """
+    total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
+    for g in grads:
+        g_KP = g.reshape(len(g), -1).double()  # a scalar has no axis of its own
+        total_KK += g_KP @ g_KP.T
+    return total_KK
+
+
+def grams(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+    """The Gram matrix of mean gradients of ``batches``, and what the rule reads; across batches
+
+        (M G - own) / (M - 1) = mean_{m != n} <g_mk, g_nl>,     own = mean_m <g_mk, g_ml>
+
+    >>> from descant.modules.multitask import PCGrad
+    >>> [x.tolist() for x in grams(PCGrad(), [torch.tensor([1.0, -2.0])], torch.zeros(0), 1)]
+    [[[1.0, -2.0], [-2.0, 4.0]], [[1.0, -2.0], [-2.0, 4.0]]]
+    """
+    gram_KK, scaled = gram(grads), rule.preconditioned(grads)
+    if rule.across_batches:
+        return gram_KK, (batches * gram_KK - own_KK) / (batches - 1)
+    return gram_KK, gram_KK if scaled is grads else gram(scaled)
+
+
+def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Tensor | None:
+    """Float64 ``[K]``: the rule's coefficients; None where a gradient or a value is not finite.
+
+    ``gram_KK``: empty for a rule that reads no gradients. ``value_K``: of all ranks; None where gradients alone are
+    known, which is enough for most rules of gradients.
+
+    Raises:
+        ValueError: for a rule of values without values, or one of gradients without gradients.
+
+    >>> from descant.modules.multitask import PCGrad
+    >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    >>> mix_of(PCGrad(), conflict, None, 0)
+    tensor([1.5000, 1.5000], dtype=torch.float64)
+    """
+    name = type(rule).__name__
+    if value_K is None and (rule.reads_values or not rule.reads_gradients):
+        raise ValueError(f"{name} mixes by the values of the terms, and there are gradients alone; such as PCGrad does")
+    if rule.reads_gradients and not gram_KK.numel():
+        raise ValueError(f"{name} mixes by gradients, and there are values alone; such as FAMO does")
+    if value_K is None:
+        value_K = torch.ones(len(gram_KK), dtype=torch.float64)
+    if not bool(gram_KK.isfinite().all() & value_K.isfinite().all()):
+        return None
+    return rule.mix(gram_KK[None] if rule.reads_gradients else gram_KK, value_K, draw)[0]
+
+
+def mixed(mix_K: Tensor, g: Tensor) -> Tensor:
+    """``sum_k mix_k g_k`` of ``[K, ...]``.
+
+    >>> mixed(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])).tolist()
+    [2.0, 2.0]
+    """
+    total: Tensor = torch.tensordot(to_device(mix_K, g.device).to(g), g, dims=1)
+    return total
+
+
+def combined(rule: Rule, grads: Sequence[Tensor], draw: int) -> list[Tensor]:
+    """By a rule of whole gradients: its step for each parameter, of ``[K, ...]`` each; all of them are one feature.
+
+    >>> from descant.modules.multitask import GradDrop
+    >>> [g.tolist() for g in combined(GradDrop(leak=1.0), [torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])], 0)]
+    [-1.0, [4.0]]
+    """
+    flat_K1P = torch.cat([g.reshape(len(g), 1, -1) for g in grads], dim=2)
+    parts = rule.combine(flat_K1P, draw)[0].split([g[0].numel() for g in grads])
+    return [part.view(g.shape[1:]) for part, g in zip(parts, grads, strict=True)]

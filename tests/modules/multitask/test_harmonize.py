@@ -1,0 +1,418 @@
+"""``descant.harmonize`` in plain loops and plain LightningModules, against explicit loops in double precision.
+
+Letters: B samples, K terms, P numbers of the trunk.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from descant import harmonize
+from descant.modules.core.rng import global_seed, mix
+from descant.modules.multitask import CMGH, DWA, FAMO, GradDrop, GradNorm, NashMTL, PCGrad, Rule, UncertaintyWeighting
+from descant.modules.multitask.mix import mix_of
+from tests.callbacks.harmonize.test_terms import RULES as GRAM_RULES
+from tests.ranks import run_ranks
+from tests.step_toy import QUIET
+from tests.tolerance import F32, F64, ulps
+
+RULES: dict[str, Callable[[], Rule]] = {**GRAM_RULES, "graddrop": lambda: GradDrop(leak=0.2)}
+#: A rule of each way: stateless and of random order, with a state of gradients and of values, of values, of whole ones.
+EACH = ("pcgrad", "gradvac", "gradnorm", "famo", "uncertainty", "graddrop")
+B, STEPS = 8, 4
+Losses = dict[str, Tensor]
+
+
+class Trunk(nn.Module):  # torch.compile leaves a bare nn.Sequential as it is
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5))
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.layers(x_BD)
+
+
+class TwoHeads(nn.Module):
+    """A trunk, and two heads that disagree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk()
+        self.a, self.b = nn.Linear(5, 2), nn.Linear(5, 2)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
+
+    def losses(self, x_BD: Tensor, y_BC: Tensor) -> Losses:
+        z_BD = self.trunk(x_BD)
+        return {"a": F.mse_loss(self.a(z_BD), y_BC), "b": 2.0 * F.mse_loss(self.b(z_BD), -y_BC)}
+
+
+def content(dtype: torch.dtype = F64) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(STEPS * B, d, generator=generator, dtype=torch.float64).to(dtype) for d in (6, 2))
+    return TensorDataset(x, y)
+
+
+def batches(rows: int = B, dtype: torch.dtype = F64) -> Iterator[tuple[Tensor, Tensor]]:
+    x, y = content(dtype).tensors
+    yield from zip(x.split(rows), y.split(rows), strict=True)
+
+
+def explicit(rule: Rule, accumulate: int = 1, clip: float | None = None, first: int = 0) -> list[dict[str, Tensor]]:
+    """Weights after each step of SGD, from the formulas: a forward of its own for each term, no graph that is shared.
+
+    ``first``: steps that the rule has seen before.
+    """
+    model, after = TwoHeads().double(), []
+    named, trunk = dict(model.named_parameters()), dict(model.trunk.named_parameters(prefix="trunk"))
+    micros = list(batches(B // accumulate))
+    for n in range(STEPS):
+        total = {name: torch.zeros_like(p) for name, p in named.items()}
+        for x, y in micros[n * accumulate : (n + 1) * accumulate]:
+            grads: dict[str, dict[str, Tensor]] = {}
+            values = []
+            for k in ("a", "b"):
+                value = model.losses(x, y)[k]
+                of_k = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+                grads[k] = {
+                    name: torch.zeros_like(p) if g is None else g
+                    for g, (name, p) in zip(of_k, named.items(), strict=True)
+                }
+                values.append(value.detach())
+            flat_KP = torch.stack([torch.cat([grads[k][name].flatten() for name in trunk]) for k in grads])
+            draw = mix(global_seed(), "harmony", first + n)
+            if rule.whole_gradients:
+                mixed_P = rule.combine(flat_KP[:, None], draw)[0]
+            else:
+                gram_KK = (flat_KP @ flat_KP.T)[None] if rule.reads_gradients else torch.zeros(0)
+                mix_K = rule.mix(gram_KK, torch.stack(values), draw)[0]
+                mixed_P = mix_K @ flat_KP
+            parts = dict(zip(trunk, mixed_P.split([p.numel() for p in trunk.values()]), strict=True))
+            for name, p in named.items():
+                weights = mix_K.tolist() if not rule.reads_gradients else [1.0, 1.0]
+                plain = sum(w * g[name] for w, g in zip(weights, grads.values(), strict=True))
+                total[name] += (parts[name].view_as(p) if name in parts else plain) / accumulate
+        rule.learn(lambda seen: seen)
+        norm = torch.cat([g.flatten() for g in total.values()]).norm()
+        with torch.no_grad():
+            for name, p in named.items():
+                p -= 0.1 * total[name] * (1.0 if clip is None else min(1.0, clip / float(norm + 1e-6)))
+        after.append({name: p.detach().clone() for name, p in named.items()})
+    return after
+
+
+def largest_gap(model: nn.Module, wanted: dict[str, Tensor]) -> float:
+    """Largest difference of weights, relative to the largest weight."""
+    found = {name.replace("_orig_mod.", "").removeprefix("model."): p for name, p in model.named_parameters()}
+    size = max(float(w.abs().max()) for w in wanted.values())
+    return max(float((found[n].detach().double() - w).abs().max()) for n, w in wanted.items()) / size
+
+
+def loop(rule: Rule, accumulate: int = 1, clip: float | None = None, **scaling: Any) -> nn.Module:
+    """A plain loop, as a user writes it."""
+    model = TwoHeads().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for n, (x, y) in enumerate(batches(B // accumulate), start=1):
+        losses = model.losses(x, y)
+        harmonize(losses, model.trunk.parameters(), rule, sum(losses.values()) / accumulate)
+        if n % accumulate == 0:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad(**scaling)
+    return model
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_plain_loop_equals_the_explicit_one(rule: str) -> None:
+    # 20 sums over 30 numbers, whose errors 4 steps add up; solvers stop at 1e-13
+    close = 1e-10
+    assert largest_gap(loop(RULES[rule]()), explicit(RULES[rule]())[-1]) < close
+    for zeros in (True, False):  # gradients that are set to None, or to zero, begin another step
+        found = loop(RULES[rule](), 2, clip=0.5, set_to_none=zeros)
+        assert largest_gap(found, explicit(RULES[rule](), 2, clip=0.5)[-1]) < close
+
+
+class Plain(L.LightningModule):
+    """A LightningModule that knows nothing of Descant but three lines."""
+
+    def __init__(self, rule: Rule, dtype: torch.dtype = F64, compiled: bool = False) -> None:
+        super().__init__()
+        self.model, self.rule = TwoHeads().to(dtype), rule  # 1
+        if compiled:
+            self.model.trunk.compile()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.losses = self.model.losses(*batch)  # 2
+        return torch.stack([*self.losses.values()]).sum()
+
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
+        harmonize(self.losses, self.model.trunk.parameters(), self.rule, loss)  # 3
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fitted(module: Plain, rows: int = B, **options: Any) -> nn.Module:
+    data = content(next(module.parameters()).dtype)
+    own = DistributedSampler(data, 2, int(os.environ["RANK"]), shuffle=False) if "strategy" in options else None
+    L.Trainer(max_epochs=1, **QUIET, **options).fit(module, DataLoader(data, rows, sampler=own))
+    return module
+
+
+@pytest.mark.parametrize("rule", EACH)
+def test_a_plain_module_equals_the_explicit_loop(rule: str) -> None:
+    for accumulate in (1, 2):
+        options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+        found = fitted(Plain(RULES[rule]()), B // accumulate, **options)
+        assert largest_gap(found, explicit(RULES[rule](), accumulate, clip=0.5)[-1]) < 1e-10  # as above
+
+
+def _on_a_rank(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for rule in RULES:
+        module = Plain(RULES[rule]())
+        fitted(module, B // 2, strategy="ddp", devices=2)
+        found[f"{rule} 1"] = (module.state_dict(), module.rule.state_dict())
+    for rule in EACH:
+        module = Plain(RULES[rule]())
+        fitted(module, B // 4, strategy="ddp", devices=2, accumulate_grad_batches=2)
+        found[f"{rule} 2"] = (module.state_dict(), module.rule.state_dict())
+    return found
+
+
+@pytest.mark.ddp
+def test_two_ranks_equal_the_explicit_loop_and_each_other() -> None:
+    first, second = run_ranks(2, _on_a_rank)
+    for case, (weights, state) in first.items():
+        rule, accumulate = case.split()
+        module = Plain(RULES[rule]())
+        module.load_state_dict(weights)
+        assert largest_gap(module, explicit(RULES[rule](), int(accumulate))[-1]) < 1e-10, case  # as above
+        other, other_state = second[case]
+        assert all(torch.equal(other[name], x) for name, x in weights.items()), case
+        assert state.keys() == other_state.keys() and all(torch.equal(other_state[n], x) for n, x in state.items())
+
+
+# precision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [*EACH, "nash"])
+def test_a_scaler_changes_nothing(rule: str) -> None:
+    """Nash-MTL's mix is not scale-free: it has to see the gradients as they are without the scaler."""
+    model, made = TwoHeads().double(), RULES[rule]()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for n, (x, y) in enumerate(batches(B // 2), start=1):
+        losses = model.losses(x, y)
+        harmonize(losses, model.trunk.parameters(), made, scaler.scale(sum(losses.values()) / 2))
+        if n % 2 == 0:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert largest_gap(model, explicit(RULES[rule](), 2, clip=0.5)[-1]) < 1e-10  # as above
+
+
+@pytest.mark.parametrize("rule", EACH)
+def test_a_step_that_overflows_is_skipped_and_leaves_the_rule_as_it_was(rule: str) -> None:
+    model, made = TwoHeads().float(), RULES[rule]()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0)
+    for n, (x, y) in enumerate(batches(dtype=F32)):
+        if n == 2:
+            scaler.update(3e38)  # of float32: the gradients overflow
+        weights, before = copy.deepcopy(model.state_dict()), copy.deepcopy(made.state)
+        losses = model.losses(x, y)
+        harmonize(losses, model.trunk.parameters(), made, scaler.scale(sum(losses.values())))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        same = all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
+        assert same == (n == 2)
+        if made.remembers:
+            unchanged = before.keys() == made.state.keys() and all(
+                torch.equal(before[k], x) for k, x in made.state.items()
+            )
+            assert unchanged == (n == 2)
+        scaler.update(2.0)
+    assert made.loop.fallbacks == made.reads_gradients  # of values, only the scaler knows
+    assert made.loop.steps == STEPS
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16-mixed"), (torch.float16, "16-mixed")])
+def test_half_precision_under_lightning_is_near_the_explicit_loop(dtype: torch.dtype, precision: Any) -> None:
+    for rule in EACH:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if dtype == torch.float16 else None
+        found = fitted(Plain(RULES[rule](), F32), plugins=[MixedPrecision(precision, "cpu", scaler)])
+        # four steps through layers whose inputs and outputs have 8 bits, or 11
+        assert largest_gap(found, explicit(RULES[rule]())[-1]) < (2e-2 if dtype == torch.bfloat16 else 2e-3), rule
+
+
+@pytest.mark.parametrize("rule", EACH)
+def test_a_term_that_is_not_finite_leaves_the_plain_sum_and_is_counted(rule: str) -> None:
+    for spoil in (lambda z: z.sum() * torch.nan, lambda z: (z.sum() * 0).sqrt()):  # its value, or its gradient alone
+        made, model, twin = RULES[rule](), TwoHeads().double(), TwoHeads().double()
+        for n, (x, y) in enumerate(batches()):
+            state = copy.deepcopy(made.state)
+            for which in (model, twin):
+                which.zero_grad()
+                losses = which.losses(x, y)
+                if n == 2:
+                    losses["a"] = losses["a"] + spoil(which.trunk(x))
+                if which is model:
+                    mix_K = harmonize(losses, model.trunk, made)
+                else:
+                    sum(losses.values()).backward()
+            if n == 2:
+                by_values = not made.reads_gradients and not torch.isnan(losses["a"])
+                assert by_values or mix_K.tolist() == [1.0, 1.0]
+                assert all(torch.equal(state[k], x) for k, x in made.state.items())
+                wanted = {name: p.grad for name, p in twin.named_parameters()}
+                for name, p in model.named_parameters():
+                    assert by_values or torch.allclose(p.grad, wanted[name], rtol=1e-12, equal_nan=True), name
+                assert made.loop.fallbacks == (not by_values)
+
+
+# saved, compiled, sharded --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_is_saved_and_loaded_goes_on_to_the_bit(rule: str) -> None:
+    def trained(resumes: bool) -> tuple[nn.Module, Rule]:
+        model, made = TwoHeads().double(), RULES[rule]()
+        for n, (x, y) in enumerate(batches()):
+            if n == 2 and resumes:
+                state = copy.deepcopy(made.state_dict())
+                made = RULES[rule]()
+                made.load_state_dict(state)
+            model.zero_grad()
+            harmonize(model.losses(x, y), model.trunk, made)
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        return model, made
+
+    (whole, one), (resumed, two) = trained(False), trained(True)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert one.loop.steps == two.loop.steps == STEPS and one.state.keys() == two.state.keys()
+    assert all(torch.equal(one.state[name], x) for name, x in two.state.items())
+
+
+@pytest.mark.slow
+def test_a_compiled_module_equals_the_explicit_loop_or_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._functorch.config as functorch
+
+    with pytest.raises(ValueError, match="donated_buffer = False before it is compiled"):
+        fitted(Plain(PCGrad(), compiled=True))
+    torch._dynamo.reset()
+    monkeypatch.setattr(functorch, "donated_buffer", False)
+    for rule in EACH:
+        found = fitted(Plain(RULES[rule](), compiled=True), B // 2, accumulate_grad_batches=2)
+        # compiled kernels round in another order, and a conflict of gradients is what is left of them
+        assert largest_gap(found, explicit(RULES[rule](), 2)[-1]) < 1e-9, rule
+
+
+def _sharded(rank: int) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    refused, weights = [], {}
+    for made in (PCGrad(), FAMO(lr=0.5)):
+        for each in (True, False):
+            model = TwoHeads().double()
+            for part in (model.trunk, model):
+                fully_shard(part, reshard_after_forward=each)
+            torch.distributed.fsdp.register_fsdp_forward_method(model, "losses")
+            trunk = list(model.trunk.parameters())
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            try:
+                for x, y in batches():
+                    losses = model.losses(x[rank::2], y[rank::2])
+                    harmonize(losses, trunk if each else model.trunk, made)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            except ValueError as error:
+                refused.append(str(error))
+            else:
+                weights[each] = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+                made = FAMO(lr=0.5)
+    torch.distributed.destroy_process_group()
+    return refused, weights
+
+
+@pytest.mark.ddp
+def test_sharded_parameters_are_for_rules_of_values() -> None:
+    for refused, weights in run_ranks(2, _sharded):
+        assert len(refused) == 2 and all("PCGrad needs whole gradients" in message for message in refused)
+        wanted = explicit(FAMO(lr=0.5))[-1]
+        for found in weights.values():
+            assert max(float((found[name] - w).abs().max()) for name, w in wanted.items()) < ulps(4096, F64)
+
+
+# what cannot be ------------------------------------------------------------------------------------------------------
+
+
+def call(change: Callable[[Losses, TwoHeads], Any] = lambda losses, model: None, rule: Rule | None = None) -> None:
+    """``change`` returns other arguments than these losses, this trunk and no loss."""
+    model = TwoHeads().double()
+    losses = model.losses(*next(batches()))
+    given = change(losses, model) or {}
+    harmonize(**{"losses": losses, "parameters": model.trunk, "rule": rule or PCGrad(), **given})
+
+
+def twice_with_other_terms(rule: Rule) -> None:
+    call(rule=rule)
+    call(lambda losses, model: {"losses": {"a": losses["a"], "c": losses["b"]}}, rule)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: call(lambda x, m: {"losses": [x["a"]]}), r"one term, 0: .* loss.backward\(\)$"),
+        (lambda: call(lambda x, m: {"losses": {}}), "no term"),
+        (lambda: call(lambda x, m: {"losses": [x["a"], x["b"].detach()]}), "term 1 has no gradient: it is detached"),
+        (lambda: call(lambda x, m: {"losses": [x["a"], x["b"].expand(3)]}), r"term 1 has shape \(3,\); one number"),
+        (lambda: call(lambda x, m: {"parameters": nn.Linear(2, 2)}), "no term reaches one of them"),
+        (lambda: call(lambda x, m: {"parameters": iter(())}), "none is given .a generator"),
+        (lambda: call(lambda x, m: {"loss": x["a"] * 2}), "term b is not in the loss"),
+        (lambda: call(lambda x, m: {"loss": x["a"] + x["b"] / 2}), "weighs its terms by 1, 0.5: put weights into"),
+        (lambda: call(lambda x, m: {"loss": x["a"] + x["b"] + m.a.weight.norm()}), "has more in it than its terms"),
+        (lambda: twice_with_other_terms(DWA()), "terms a, c, before a, b: DWA remembers"),
+        (lambda: mix_of(DWA(), torch.eye(2), None, 0), "DWA mixes by the values of the terms, and there are gradients"),
+        (lambda: mix_of(GradNorm(), torch.eye(2), None, 0), "GradNorm mixes by the values"),
+        (lambda: mix_of(CMGH(), torch.zeros(0), torch.ones(2), 0), "CMGH mixes by gradients, and there are values"),
+    ],
+)
+def test_what_cannot_be_is_one_line(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        make()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_parameter_that_no_term_reaches_has_no_gradient_and_a_frozen_one_neither() -> None:
+    model, idle = TwoHeads().double(), nn.Parameter(torch.ones(3))
+    model.trunk.layers[0].bias.requires_grad_(False)
+    harmonize(model.losses(*next(batches())), [idle, *model.trunk.parameters()], UncertaintyWeighting())
+    harmonize(model.losses(*next(batches())), [idle, *model.trunk.parameters()], NashMTL())
+    assert (
+        idle.grad is None and model.trunk.layers[0].bias.grad is None and model.trunk.layers[0].weight.grad is not None
+    )
+    twice_with_other_terms(PCGrad())  # it remembers nothing
+
+
+def test_importing_the_package_imports_nothing_for_it() -> None:
+    code = "import sys, descant; assert 'harmonize' in dir(descant); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
