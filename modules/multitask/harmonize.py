@@ -46,7 +46,8 @@ def harmonize(
     one optimizer step, from which the rule learns once. ``rule.state_dict()`` has all that resuming needs.
 
     Cost: K backward passes and K gradients of the shared parameters, which several ranks reduce; of a rule of values
-    one pass. A compiled model needs ``torch._functorch.config.donated_buffer = False``, as for every second pass.
+    one pass. A compiled model that has run another backward before needs
+    ``torch._functorch.config.donated_buffer = False``, as for every second pass.
 
     Args:
         losses: scalars, at least two; weights are part of them.
@@ -130,7 +131,7 @@ def _passes(terms: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[Ten
         if "donated_buffer" not in str(error):
             raise
         raise ValueError(
-            "harmonize: the compiled model keeps no graph for a second backward; set "
+            "harmonize: this model was compiled for a single backward, of an earlier step; set "
             "torch._functorch.config.donated_buffer = False before it is compiled"
         ) from None
 
