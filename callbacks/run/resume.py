@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import RandomSampler
 
 from descant.callbacks.run import epoch_log
 from descant.callbacks.run.callback_order import Ordered
@@ -114,6 +115,11 @@ class Resume(Ordered):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.install()
         self._await()
+        if isinstance(getattr(trainer.train_dataloader, "sampler", None), RandomSampler) and trainer.is_global_zero:
+            warn(
+                "Resume: shuffle=True has another order after a resume; "
+                "sampler=DistributedSampler(data, 1, 0) shuffles by the epoch alone"
+            )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             settle_buckets(trainer.strategy.model)
         if self._loaded is not None:
@@ -289,7 +295,8 @@ class Resume(Ordered):
             # a loader that a schedule has counted before the checkpoint was read (FSDP) is at the beginning
             trainer.fit_loop._combined_loader = None
         elif entry["batch"]:
-            warn(f"{type(data).__name__} cannot start within an epoch: some samples repeat, others are skipped")
+            what = type(data).__name__ if data is not None else "a loader without a data module"
+            warn(f"{what} cannot start within an epoch: some samples repeat, others are skipped")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.state_key in entry["books"]:
                 for name, value in entry["books"][callback.state_key].items():

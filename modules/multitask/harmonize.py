@@ -103,9 +103,9 @@ def _by_gradients(
 ) -> Tensor | None:
     """The mix, None where something is not finite; of terms that are multiplied by ``c`` already."""
     others = [p for p in leaves if p not in set(shared)]
-    by_term = _passes(terms, [*shared, *others])
-    of_leaf = dict(zip([*shared, *others], zip(*by_term, strict=True), strict=True))
-    grads = [mean_of_ranks(stacked(of_leaf[p], p)) for p in shared]
+    inputs = [*shared, *others]
+    of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
+    grads = [mean_of_ranks(stacked(of_leaf.pop(p), p)) for p in shared]  # popped: not twice in memory
     (gram_KK,) = read_together(gram(grads) / c**2)
     if not rule.whole_gradients:
         mix_K = mix_of(rule, gram_KK, value_K, draw)

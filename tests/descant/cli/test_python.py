@@ -57,6 +57,16 @@ def test_the_guide_runs_in_order(workplace: Path) -> None:
     assert set(scope["z"]) == {"image", "text"} and scope["metrics"]
 
 
+def test_the_guide_to_plain_modules_runs_in_order(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scope = run_guide("plain-lightning", {})
+    assert scope["trainer"].global_step == 8 and scope["resumed"].global_step == 12
+    assert scope["rule"].loop.steps == 8 and scope["rule"].loop.fallbacks == 0  # of the plain loop
+    assert (
+        scope["observe"].looks == 8 and {"val0/accuracy/image+sound", "val0/accuracy_worst"} <= scope["metrics"].keys()
+    )
+    assert "warning" not in capfd.readouterr().err  # of ours: the run is resumed at the end of an epoch
+
+
 def test_the_five_recipes_train_as_their_guide_has_them(workplace: Path, cli: Cli) -> None:
     quick = ("--config", "on/tiny", "--trainer.max_steps", "1", "--test", "false", "--trainer.limit_val_batches", "0")
     for name, configs in (("teacher", ["contrastive/emoji"]), ("whole", ["fusion/emoji", "with/train/mid-fusion"])):
