@@ -51,7 +51,7 @@ def harmonize(
 
     Args:
         losses: scalars, at least two; weights are part of them.
-        parameters: those that the losses share, such as of a trunk; frozen ones are skipped.
+        parameters: those that the losses share, such as of a trunk, on all ranks the same; frozen ones are skipped.
         rule: one of ``descant.modules.multitask``; its state is in it.
         loss: what ``backward()`` would be called on, where that is not the plain sum: ``scaler.scale(sum(losses))``,
             or the argument of ``LightningModule.backward``.
@@ -72,7 +72,7 @@ def harmonize(
     [0.4, 0.8]
     """
     names, terms = _named(losses)
-    given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    given = list(dict.fromkeys(parameters.parameters() if isinstance(parameters, nn.Module) else parameters))
     leaves = _leaves(terms)
     shared = _shared(rule, given, leaves)
     value_K, c = _read(names, terms, loss)
@@ -102,7 +102,8 @@ def _by_gradients(
     draw: int,
 ) -> Tensor | None:
     """The mix, None where something is not finite; of terms that are multiplied by ``c`` already."""
-    others = [p for p in leaves if p not in set(shared)]
+    mine = set(shared)
+    others = [p for p in leaves if p not in mine]
     inputs = [*shared, *others]
     of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
     grads = [mean_of_ranks(stacked(of_leaf.pop(p), p)) for p in shared]  # popped: not twice in memory
