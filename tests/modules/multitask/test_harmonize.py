@@ -259,6 +259,20 @@ def test_a_step_that_overflows_is_skipped_and_leaves_the_rule_as_it_was(rule: st
     assert made.loop.steps == STEPS
 
 
+@pytest.mark.parametrize("rule", ["gradnorm", "gradvac", "famo"])
+def test_a_head_that_overflows_alone_leaves_the_rule_as_it_was_to_the_end_of_the_step(rule: str) -> None:
+    model, made = TwoHeads().double(), RULES[rule]()
+    hook = model.a.weight.register_hook(lambda g: g * torch.inf)
+    for n, (x, y) in enumerate(batches(B // 2)):
+        if n == 1:
+            hook.remove()  # .grad stays infinite
+        if n == 2:
+            model.zero_grad()
+        harmonize(model.losses(x, y), model.trunk, made)
+        assert bool(made.state) == (n > 1), n
+    assert made.loop.steps == 2 and made.loop.fallbacks == 0
+
+
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16-mixed"), (torch.float16, "16-mixed")])
 def test_half_precision_under_lightning_is_near_the_explicit_loop(dtype: torch.dtype, precision: Any) -> None:
     for rule in EACH:
