@@ -29,7 +29,10 @@ TEXTS = {
 PARTS = {"recipes": "Recipes", "modules": "Modules", "datamodules": "Data", "callbacks": "Callbacks"}
 #: Pages that are written where they stand, below docs/.
 GROUPS = {
-    "Guides": ("guides", ("recipes", "python", "plain-lightning", "own-data", "devices", "slurm", "survive", "recipe", "claims")),
+    "Guides": (
+        "guides",
+        ("recipes", "python", "plain-lightning", "own-data", "devices", "slurm", "survive", "recipe", "claims"),
+    ),
     "Mechanisms": ("mechanisms", ("contrastive", "masked", "harmony", "balance", "answers", "stages")),
 }
 #: Pictures in docs/ of what experiments came to; of others the figure of their claim is shown.
