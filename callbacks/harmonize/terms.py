@@ -159,12 +159,14 @@ class Harmonize(L.Callback):
         return gram(grads) if self.rule.across_batches else torch.zeros(0)
 
     def _grams(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+        """Of mean gradients of ``batches``: see :func:`descant.modules.multitask.mix.grams`."""
         if self.rule.across_batches and batches < 2:
             raise ValueError(
                 f"Harmonize: {type(self.rule).__name__} compares the micro-batches of a step, and has one: window step "
                 "with trainer.accumulate_grad_batches 2, or 2 ranks"
             )
-        return grams(self.rule, grads, mean_of_ranks(own_KK), batches)
+        own_KK = mean_of_ranks(own_KK) if self.rule.across_batches else own_KK
+        return grams(self.rule, grads, own_KK, batches)
 
     def _require_same_terms(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:

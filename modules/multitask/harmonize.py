@@ -16,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from descant.modules.core.host import read_together, to_device
-from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
+from descant.modules.core.ranks import mean_of_ranks, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask.base import Rule
-from descant.modules.multitask.mix import combined, gram, mix_of, mixed, stacked, term_gradients
+from descant.modules.multitask.mix import combined, gram, grams, mix_of, mixed, stacked, term_gradients
 
 #: Node of the graph where a leaf is.
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -62,7 +62,7 @@ def harmonize(
     Raises:
         ValueError: for one term, a term that is no scalar, has no gradient or is not in ``loss``; a ``loss`` that is no
             multiple of their sum; other terms than before, of a rule that remembers; parameters that no term reaches;
-            sharded parameters (FSDP2), of a rule of gradients.
+            sharded parameters (FSDP2), of a rule of gradients; a single rank, of a rule across micro-batches (MoDo).
 
     >>> from descant import MGDA
     >>> w = nn.Parameter(torch.zeros(2))
@@ -106,17 +106,18 @@ def _by_gradients(
     others = [p for p in leaves if p not in mine]
     inputs = [*shared, *others]
     of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
-    grads = [mean_of_ranks(stacked(of_leaf.pop(p), p)) for p in shared]  # popped: not twice in memory
-    (gram_KK,) = read_together(gram(grads) / c**2)
-    if not rule.whole_gradients:
-        mix_K = mix_of(rule, gram_KK, value_K, draw)
+    grads = [stacked(of_leaf.pop(p), p) for p in shared]  # popped: not twice in memory
+    grads = [g.div_(c) for g in grads] if c != 1 else grads
+    own_KK = mean_of_ranks(gram(grads)) if rule.across_batches else torch.zeros(0)
+    grads = [mean_of_ranks(g) for g in grads]
+    gram_KK, of_rule_KK = read_together(*grams(rule, grads, own_KK, world()))
+    finite = bool(gram_KK.isfinite().all() & value_K.isfinite().all())
+    if rule.whole_gradients and finite:
+        mix_K, new_grads = torch.ones_like(value_K), combined(rule, grads, draw)
     else:
-        mix_K = torch.ones_like(value_K) if bool(gram_KK.isfinite().all() & value_K.isfinite().all()) else None
-    if rule.whole_gradients and mix_K is not None:
-        new = dict(zip(shared, (c * g for g in combined(rule, [g / c for g in grads], draw)), strict=True))
-    else:
-        weight_K = torch.ones_like(value_K) if mix_K is None else mix_K
-        new = {p: mixed(weight_K, g) for p, g in zip(shared, grads, strict=True)}
+        mix_K = mix_of(rule, of_rule_KK, value_K, draw) if finite else None
+        new_grads = [mixed(torch.ones_like(value_K) if mix_K is None else mix_K, g) for g in grads]
+    new = dict(zip(shared, [g.mul_(c) for g in new_grads] if c != 1 else new_grads, strict=True))
     for p in others:
         if some := [g for g in of_leaf[p] if g is not None]:
             new[p] = torch.stack(some).sum(dim=0)
@@ -176,6 +177,11 @@ def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) 
         raise ValueError(
             f"harmonize: {type(rule).__name__} needs whole gradients, and FSDP2 frees parameters and splits gradients; "
             "use DDP, the callback Harmonize with reshard_after_forward=False, or a rule of values such as FAMO"
+        )
+    if rule.across_batches and world() < 2:
+        raise ValueError(
+            f"harmonize: {type(rule).__name__} compares micro-batches, and a call has one: 2 ranks, or the callback "
+            "Harmonize with window step"
         )
     shared = [p for p in given if p in leaves]
     if not shared and not split:

@@ -23,16 +23,30 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from descant import harmonize
 from descant.modules.core.rng import global_seed, mix
-from descant.modules.multitask import CMGH, DWA, FAMO, GradDrop, GradNorm, NashMTL, PCGrad, Rule, UncertaintyWeighting
+from descant.modules.multitask import (
+    CMGH,
+    DWA,
+    FAMO,
+    GradDrop,
+    GradNorm,
+    MoDo,
+    NashMTL,
+    PCGrad,
+    Rule,
+    UncertaintyWeighting,
+)
 from descant.modules.multitask.mix import mix_of
-from tests.callbacks.harmonize.test_terms import RULES as GRAM_RULES
+from tests.callbacks.harmonize.test_terms import ACROSS
+from tests.callbacks.harmonize.test_terms import RULES as TERM_RULES
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET
 from tests.tolerance import F32, F64, rounding, ulps
 
-RULES: dict[str, Callable[[], Rule]] = {**GRAM_RULES, "graddrop": lambda: GradDrop(leak=0.2)}
+ALL: dict[str, Callable[[], Rule]] = {**TERM_RULES, "graddrop": lambda: GradDrop(leak=0.2)}
+#: Those that a single rank has: others compare the gradients of ranks.
+RULES = {name: make for name, make in ALL.items() if name not in ACROSS}
 #: A rule of each way: stateless and of random order, with a state of gradients and of values, of values, of whole ones.
-EACH = ("pcgrad", "gradvac", "gradnorm", "famo", "uncertainty", "graddrop")
+EACH = ("pcgrad", "gradvac", "gradnorm", "excess", "famo", "uncertainty", "graddrop")
 B, STEPS = 8, 4
 Losses = dict[str, Tensor]
 
@@ -78,40 +92,47 @@ def batches(rows: int = B, dtype: torch.dtype = F64) -> Iterator[tuple[Tensor, T
     yield from zip(x.split(rows), y.split(rows), strict=True)
 
 
-def explicit(rule: Rule, accumulate: int = 1, clip: float | None = None, first: int = 0) -> list[dict[str, Tensor]]:
+def of_terms(model: TwoHeads, x: Tensor, y: Tensor) -> tuple[dict[str, list[Tensor]], Tensor, Tensor]:
+    """Name -> gradient of each term, ``value_K``, and the gradients of the trunk ``[K, P]``."""
+    named = dict(model.named_parameters())
+    grads: dict[str, list[Tensor]] = {name: [] for name in named}
+    values = []
+    for k in ("a", "b"):
+        value = model.losses(x, y)[k]
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+        for g, (name, p) in zip(found, named.items(), strict=True):
+            grads[name].append(torch.zeros_like(p) if g is None else g)
+        values.append(value.detach())
+    trunk = [torch.stack(g).flatten(1) for name, g in grads.items() if name.startswith("trunk")]
+    return grads, torch.stack(values), torch.cat(trunk, dim=1)
+
+
+def explicit(rule: Rule, accumulate: int = 1, clip: float | None = None) -> list[dict[str, Tensor]]:
     """Weights after each step of SGD, from the formulas: a forward of its own for each term, no graph that is shared.
 
-    ``first``: steps that the rule has seen before.
+    Of a rule across batches those are the halves of a batch, as two ranks have them.
     """
     model, after = TwoHeads().double(), []
-    named, trunk = dict(model.named_parameters()), dict(model.trunk.named_parameters(prefix="trunk"))
-    micros = list(batches(B // accumulate))
+    named, micros = dict(model.named_parameters()), list(batches(B // accumulate))
     for n in range(STEPS):
         summed = {name: torch.zeros_like(p) for name, p in named.items()}
         for x, y in micros[n * accumulate : (n + 1) * accumulate]:
-            grads: dict[str, dict[str, Tensor]] = {}
-            values = []
-            for k in ("a", "b"):
-                value = model.losses(x, y)[k]
-                of_k = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-                grads[k] = {
-                    name: torch.zeros_like(p) if g is None else g
-                    for g, (name, p) in zip(of_k, named.items(), strict=True)
-                }
-                values.append(value.detach())
-            flat_KP = torch.stack([torch.cat([grads[k][name].flatten() for name in trunk]) for k in grads])
-            draw = mix(global_seed(), "harmony", first + n)
-            if rule.whole_gradients:
-                mixed_P = rule.combine(flat_KP[:, None], draw)[0]
-            else:
-                gram_KK = (flat_KP @ flat_KP.T)[None] if rule.reads_gradients else torch.zeros(0)
-                mix_K = rule.mix(gram_KK, torch.stack(values), draw)[0]
+            grads, value_K, flat_KP = of_terms(model, x, y)
+            draw, mix_K = mix(global_seed(), "harmony", n), torch.ones(2, dtype=F64)
+            mixed_P = rule.combine(flat_KP[:, None], draw)[0] if rule.whole_gradients else torch.zeros(0)
+            if not rule.whole_gradients:
+                h_KP = torch.cat([*rule.preconditioned([flat_KP])], dim=1) if rule.reads_gradients else flat_KP
+                gram_KK = h_KP @ h_KP.T
+                if rule.across_batches:
+                    one_KP, two_KP = (of_terms(model, x[half::2], y[half::2])[2] for half in (0, 1))
+                    gram_KK = (one_KP @ two_KP.T + two_KP @ one_KP.T) / 2
+                mix_K = rule.mix(gram_KK[None] if rule.reads_gradients else torch.zeros(0), value_K, draw)[0]
                 mixed_P = mix_K @ flat_KP
-            parts = dict(zip(trunk, mixed_P.split([p.numel() for p in trunk.values()]), strict=True))
+            parts = iter(mixed_P.split([p.numel() for p in model.trunk.parameters()]))
+            weights = [1.0, 1.0] if rule.reads_gradients else mix_K.tolist()
             for name, p in named.items():
-                weights = mix_K.tolist() if not rule.reads_gradients else [1.0, 1.0]
-                plain = sum(w * g[name] for w, g in zip(weights, grads.values(), strict=True))
-                summed[name] += (parts[name].view_as(p) if name in parts else plain) / accumulate
+                plain = weights[0] * grads[name][0] + weights[1] * grads[name][1]
+                summed[name] += (next(parts).view_as(p) if name.startswith("trunk") else plain) / accumulate
         rule.learn(lambda seen: seen)
         norm = torch.cat([g.flatten() for g in summed.values()]).norm()
         with torch.no_grad():
@@ -190,8 +211,8 @@ def test_a_plain_module_equals_the_explicit_loop(rule: str) -> None:
 
 def _on_a_rank(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for rule in RULES:
-        module = Plain(RULES[rule]())
+    for rule in ALL:
+        module = Plain(ALL[rule]())
         fitted(module, B // 2, strategy="ddp", devices=2)
         found[f"{rule} 1"] = (module.state_dict(), module.rule.state_dict())
     for rule in EACH:
@@ -206,9 +227,9 @@ def test_two_ranks_equal_the_explicit_loop_and_each_other() -> None:
     first, second = run_ranks(2, _on_a_rank)
     for case, (weights, state) in first.items():
         rule, accumulate = case.split()
-        module = Plain(RULES[rule]())
+        module = Plain(ALL[rule]())
         module.load_state_dict(weights)
-        assert largest_gap(module, explicit(RULES[rule](), int(accumulate))[-1]) < 1e-10, case  # as above
+        assert largest_gap(module, explicit(ALL[rule](), int(accumulate))[-1]) < 1e-10, case  # as above
         other, other_state = second[case]
         assert all(torch.equal(other[name], x) for name, x in weights.items()), case
         assert state.keys() == other_state.keys() and all(torch.equal(other_state[n], x) for n, x in state.items())
@@ -415,6 +436,7 @@ def twice_with_other_terms(rule: Rule) -> None:
         (lambda: call(lambda x, m: {"loss": x["a"] * 2}), "term b is not in the loss"),
         (lambda: call(lambda x, m: {"loss": x["a"] + x["b"] / 2}), "weighs its terms by 1, 0.5: put weights into"),
         (lambda: call(lambda x, m: {"loss": x["a"] + x["b"] + m.a.weight.norm()}), "has more in it than its terms"),
+        (lambda: call(rule=MoDo()), "MoDo compares micro-batches, and a call has one: 2 ranks, or the callback"),
         (lambda: twice_with_other_terms(DWA()), "terms a, c, before a, b: DWA remembers"),
         (lambda: mix_of(DWA(), torch.eye(2), None, 0), "DWA mixes by the values of the terms, and there are gradients"),
         (lambda: mix_of(GradNorm(), torch.eye(2), None, 0), "GradNorm mixes by the values"),
