@@ -112,6 +112,7 @@ def _by_gradients(
     grads = [mean_of_ranks(g) for g in grads]
     gram_KK, of_rule_KK = read_together(*grams(rule, grads, own_KK, world()))
     finite = bool(gram_KK.isfinite().all() & value_K.isfinite().all())
+    mix_K: Tensor | None
     if rule.whole_gradients and finite:
         mix_K, new_grads = torch.ones_like(value_K), combined(rule, grads, draw)
     else:
