@@ -17,12 +17,12 @@ class MoDo(SimplexRule):
         w <- P(w - lr (A + rho) w),     A_kl = mean_{m != n} <g_mk, g_nl>,      g = sum_k w_k g_k
 
     P projects onto the simplex; K times g here, as of all rules. ``<g_k, g_l>`` of one batch is too large by what the
-    gradients of its samples have in common, their noise; A is exact on average. Paper and release draw two batches
-    for it, whose mean gradient is the step; here they are the M micro-batches of an optimizer step, of all ranks, and
-    A the mean over all pairs (of two, release's matrix made symmetric; our reading). ``lr`` is of unscaled gradients.
+    gradients of its samples have in common, their noise; A is exact on average. Paper and release draw two batches for
+    it, whose mean gradient is the step; here they are the M micro-batches of an optimizer step, of all ranks, and A the
+    mean over all pairs (of two, the release's matrix made symmetric; our reading). ``lr`` is of unscaled gradients.
     At least two micro-batches: ``Harmonize(MoDo(), window="step")`` with accumulation, or several ranks. Costs K
     backward passes for each of them; with accumulation K gradients are stored, as of any rule with that window.
-    Source: github.com/heshandevaka/Trade-Off-MOL (lr 0.1, rho 0.1; the paper's algorithm has rho 0).
+    Source: github.com/heshandevaka/Trade-Off-MOL (lr 0.1, rho 0.1); rho 0 is the paper's algorithm (our reading).
 
     Args:
         lr: of w (gamma).
@@ -31,6 +31,7 @@ class MoDo(SimplexRule):
     Raises:
         ValueError: for an lr or rho below 0; in training, for a single micro-batch.
 
+    >>> import torch
     >>> across = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
     >>> [round(x, 9) for x in MoDo(lr=0.1, rho=0.0).mix(across[None], torch.ones(2), 0)[0].tolist()]
     [1.1, 0.9]

@@ -24,9 +24,8 @@ def stepped(rule: ExcessMTL, j_KP: Tensor) -> Tensor:
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_it_is_the_loop_of_the_release(warmup: int) -> None:
     for name, j_KP in jacobians(8):
-        k, rule = len(j_KP), ExcessMTL(lr=0.1, warmup=warmup)
-        sum_KP, excess = torch.zeros_like(j_KP), []
-        w_K = torch.ones(k, dtype=torch.float64)
+        k, rule, excess = len(j_KP), ExcessMTL(lr=0.1, warmup=warmup), []
+        sum_KP, w_K = torch.zeros_like(j_KP), torch.ones(k, dtype=torch.float64)
         for turn in range(6):
             g_KP = j_KP.roll(turn, dims=0)
             sum_KP += g_KP**2
