@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
-from descant.callbacks.harmonize.terms import gradients, gram
+from descant.callbacks.harmonize.terms import gradients
 from descant.modules.balance.alignment import ALIGNMENT
 from descant.modules.core.capabilities import has
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.protocols import HasObjective
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.sham import Sham
+from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 #: The release's polynomial of the epoch, of 200, that it fitted to the weight of classifying which it had learned.

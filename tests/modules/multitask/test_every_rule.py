@@ -25,6 +25,7 @@ from descant.modules.multitask import (
     IMTLG,
     IMTLL,
     MGDA,
+    MIMO,
     RLW,
     STCH,
     AlignedMTL,
@@ -313,6 +314,20 @@ def of_rlw(steps: Steps) -> Iterator[Tensor]:
         yield len(value_K) * z_K / z_K.sum()
 
 
+def of_mimo(steps: Steps) -> Iterator[Tensor]:
+    for _, value_K in steps:
+        live_K = value_K > 0
+        live_K[0], leaf_K, mix_K = False, value_K.clone().requires_grad_(), torch.zeros_like(value_K)
+        if live_K.any():
+            ((leaf_K[live_K] / 0.5).logsumexp(dim=0) * 0.5 * 2.0).backward()
+            assert leaf_K.grad is not None
+            mix_K = leaf_K.grad
+        else:  # modalities without samples share the weight, and their gradients are zero
+            mix_K[1:] = 2.0 / (len(value_K) - 1)
+        mix_K[0] = 1.0
+        yield mix_K
+
+
 def of_excess(steps: Steps) -> Iterator[Tensor]:
     sum_KD, log_K, first_K = torch.zeros_like(steps[0][0]), torch.zeros_like(steps[0][1]), torch.zeros(0)
     for n, (j_KD, _) in enumerate(steps):
@@ -345,6 +360,7 @@ RECURRENT: dict[str, tuple[Callable[[], Rule], Callable[[Steps], Iterator[Tensor
     "DWA": (lambda: DWA(window=1), of_dwa),
     "STCH": (lambda: STCH(warmup=0, window=1), of_stch),
     "FAMO": (lambda: FAMO(lr=0.1, adam=False), of_famo),
+    "MIMO": (lambda: MIMO(weight=2.0, mu=0.5), of_mimo),
     "RLW": (RLW, of_rlw),
     "ExcessMTL": (lambda: ExcessMTL(lr=0.1), of_excess),
     "GradNorm": (lambda: GradNorm(lr=0.1), of_gradnorm),
