@@ -61,6 +61,16 @@ class LearningSpeed(L.Callback):
                 if math.isfinite(gradient**2):  # skipped steps change no parameter
                     self._sums[m] = self._sums.get(m, 0.0) + self.every * gradient**2 / max(size**2, 1e-300)
 
+    def measure(self, pl_module: L.LightningModule) -> None:
+        """Adds the norms of the current gradients and parameters; on an accelerator they are not read yet."""
+        assert has(pl_module, MultimodalClassifier)
+        for m in pl_module.modalities:
+            trained = [p for p in pl_module.of_modality(m) if p.grad is not None]
+            gradient = _norm([p.grad for p in trained if p.grad is not None], pl_module.device)
+            self._unread.append((m, gradient, _norm([p.detach() for p in trained], pl_module.device)))
+        if pl_module.device.type == "cpu" or len(self._unread) > UNREAD:
+            self._read()
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums)}
 
@@ -71,14 +81,8 @@ class LearningSpeed(L.Callback):
         require_multimodal(self, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        assert has(pl_module, MultimodalClassifier)
         if trainer.global_step % self.every == 0:
-            for m in pl_module.modalities:
-                trained = [p for p in pl_module.of_modality(m) if p.grad is not None]
-                gradient = _norm([p.grad for p in trained if p.grad is not None], pl_module.device)
-                self._unread.append((m, gradient, _norm([p.detach() for p in trained], pl_module.device)))
-            if pl_module.device.type == "cpu" or len(self._unread) > UNREAD:
-                self._read()
+            self.measure(pl_module)
         if (trainer.global_step + 1) % log_interval(trainer) == 0 and self.sums:
             speed = {m: math.log(max(total, 1e-300)) for m, total in self.sums.items()}
             values = {f"speed/{m}": value for m, value in speed.items()}
