@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from benchmarks import Row
 from benchmarks.timing import interleaved, median
+from descant.callbacks.evaluate.diagnose import Diagnose
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
 from descant.modules.core.batch import Batch
@@ -29,6 +30,8 @@ from descant.recipes.contrastive import Contrastive
 
 #: Of the parameters: steps from one look at the gradients to the next.
 EVERY = 4
+#: What the probes of a diagnosis may add to a run, at their own interval for three terms.
+DIAGNOSIS, PROBED = 1.005, 400
 
 
 def towers() -> Towers:
@@ -103,13 +106,17 @@ def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
         "parameters_every_4_upgrad": Harmonize(UPGrad(), every=EVERY),
         "parameters_every_step": Harmonize(PCGrad()),
         "whole_gradients": Harmonize(ExcessMTL()),
+        "diagnose": Diagnose(every=EVERY),
     }
     bars = {"values": 1.02, "features": 1.10, "parameters_every_4": 1.6}
     times = interleaved([steps_of(None, rows), *(steps_of(callback, rows) for callback in arms.values())], rounds)
     for k, name in enumerate(arms, start=1):
         result = median(np.asarray(times[:, k] / times[:, 0]).tolist())
         what = f"harmonize/{name}"
-        if name in bars:
+        if name == "diagnose":
+            added = [1 + (ratio - 1) * EVERY / PROBED for ratio in (result.value, *result.interval)]
+            yield Row.at_most(what, added[0], DIAGNOSIS, (added[1], added[2]))
+        elif name in bars:
             yield Row.at_most(what, result.value, bars[name], result.interval)
         else:
             yield Row.informs(what, result.value, result.interval)

@@ -28,7 +28,7 @@ from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassi
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fitted, lag
-from descant.modules.training_setup.trainer import bank_batches, datamodule_of
+from descant.modules.training_setup.trainer import bank_batches, datamodule_of, log_interval
 
 #: Share of the training time that probes take where ``every`` is not given.
 COST = 0.005
@@ -143,17 +143,17 @@ class Diagnose(L.Callback):
         grads = gradients(pl_module, list(pl_module.shared_parameters()))
         self._sums = [a + b for a, b in zip(self._sums, grads, strict=True)] if self._sums else grads
         if trainer.accumulate_grad_batches == 1:  # before the backward pass, which needs the memory
-            self._read(pl_module, tuple(terms))
+            self._read(trainer, pl_module, tuple(terms))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self._probes(trainer):
             return
         if self._sums:
             assert has(pl_module, HasObjective) and pl_module.step.objective is not None
-            self._read(pl_module, tuple(pl_module.step.objective.terms))
+            self._read(trainer, pl_module, tuple(pl_module.step.objective.terms))
         if not self._balance:
             self._speed.measure(pl_module)
-            self._log_gaps(pl_module)
+            self._log_gaps(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         harmony, values = self._harmony(trainer)
@@ -168,7 +168,7 @@ class Diagnose(L.Callback):
     def _probes(self, trainer: L.Trainer) -> bool:
         return trainer.global_step % (self.every or math.ceil(2 / 3 * max(self.terms, 1) / COST)) == 0
 
-    def _read(self, pl_module: HasObjective, names: tuple[str, ...]) -> None:
+    def _read(self, trainer: L.Trainer, pl_module: HasObjective, names: tuple[str, ...]) -> None:
         """The cosines of the gradients summed so far, on the CPU: an accelerator is read only once."""
         sums, self._sums = self._sums, []
         (gram_KK,) = read_together(gram([mean_of_ranks(g) for g in sums]))
@@ -185,13 +185,13 @@ class Diagnose(L.Callback):
                 cos = gram_KK[i, j] / norm_K[i] / norm_K[j]
                 self.cosines.setdefault(f"{a}~{b}", []).append(float(cos))
                 values[f"diagnose/cos/{a}~{b}"] = cos
-        cast(L.LightningModule, pl_module).log_dict(
-            {key: x.nan_to_num().float() for key, x in values.items()}, batch_size=1
-        )
+        if math.isfinite(log_interval(trainer)):
+            log = {name: value.nan_to_num().float() for name, value in values.items()}
+            cast(L.LightningModule, pl_module).log_dict(log, batch_size=1)
 
-    def _log_gaps(self, pl_module: Any) -> None:
+    def _log_gaps(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Of the last micro-batch, on all ranks."""
-        if pl_module.output is None or pl_module.output.fusion is None:
+        if pl_module.output is None or pl_module.output.fusion is None or math.isinf(log_interval(trainer)):
             return
         z, present, label_B = pl_module.output.fusion
         with _evaluating(pl_module):
@@ -214,7 +214,8 @@ class Diagnose(L.Callback):
                 return "no two terms have gradients at the same shared parameters: nothing to harmonize", {}
             most = max(map(len, self.cosines.values()), default=0)
             every = max(trainer.global_step // (2 * PROBES), 1)
-            return f"{most} probes of gradients, {PROBES} are the least to judge by: every {every} has {2 * PROBES}", {}
+            instead = f"every {every} has {trainer.global_step // every}"
+            return f"{most} probes of gradients, {PROBES} are the least to judge by: {instead}", {}
         probes = f"the last {worst.probes} probes" if worst.late else f"{worst.probes} probes"
         line = (
             f"{worst.pair.replace('~', ' and ')} conflict in {_percent(worst.share)} of {probes}, mean cosine "
@@ -242,16 +243,17 @@ class Diagnose(L.Callback):
         values |= {f"readout/{m}": float(x_N.double().mean()) for m, x_N in readout.items()}
         values |= {f"speed/{m}": math.log(max(total, 1e-300)) for m, total in speed.items()}
         values |= {"joint": joint, "balance": float(worst.matters)}
-        line = self._balance_line(worst, values, f"{len(rows)} rows of {name}")
-        return line, {f"diagnose/{key}": value for key, value in values.items()}
+        values = {f"diagnose/{key}": value for key, value in values.items()}
+        return self._balance_line(worst, values, f"{len(rows)} rows of {name}"), values
 
     def _balance_line(self, worst: Lag, values: dict[str, float], where: str) -> str:
         m, leader = worst.modality, worst.leader
-        times = math.exp(values.get(f"speed/{leader}", 0.0) - values.get(f"speed/{m}", 0.0))
+        times = math.exp(values.get(f"diagnose/speed/{leader}", 0.0) - values.get(f"diagnose/speed/{m}", 0.0))
         pace = f"{times:.1f}x slower" if times >= 1 else f"{1 / times:.1f}x faster"
+        alone, readout, joint = (values[f"diagnose/{key}"] for key in (f"alone/{m}", f"readout/{m}", "joint"))
         return (
-            f"{m} alone has {values[f'alone/{m}']:.2f}, {_spelled(worst.behind)} behind {leader}, and learns {pace}; a "
-            f"readout of its latents has {values[f'readout/{m}']:.2f}, {_spelled(worst.room)} more (joint {values['joint']:.2f}, {where}): "
+            f"{m} alone has {alone:.2f}, {_spelled(worst.behind)} behind {leader}, and learns {pace}; a readout of its "
+            f"latents has {readout:.2f}, {_spelled(worst.room)} more (joint {joint:.2f}, {where}): "
             f"{_verdict('balancer', worst.matters)}"
         )
 
@@ -263,7 +265,7 @@ class Diagnose(L.Callback):
             return "a validation set", None
         name, held_out = next(iter(sets.items()))
         store, share = Store().to(pl_module.device), self.limit / max(len(held_out), 1)
-        with _evaluating(pl_module), trainer.precision_plugin.val_step_context():
+        with _validating(trainer), _evaluating(pl_module), trainer.precision_plugin.val_step_context():
             for batch in bank_batches(trainer, data.evaluation_loader(held_out)):
                 drawn_B = uniform_N(batch.index, "diagnose/limit") < share
                 keep_B = _judged(_present(pl_module, batch), pl_module.labels(batch)) & drawn_B.to(pl_module.device)
@@ -277,6 +279,16 @@ class Diagnose(L.Callback):
                 targets |= {f"own/{m}": _right(own[m], label_R) if m in own else right[m] for m in right}
                 store.update(z, Batch({}, dict.fromkeys(z, keep_R), targets, batch.index, batch.content_id))
         return name, store.compute()
+
+
+@contextmanager
+def _validating(trainer: L.Trainer) -> Iterator[None]:
+    """Context: the trainer as in a validation of a fit, for data modules that augment in training."""
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.training = True
 
 
 @contextmanager

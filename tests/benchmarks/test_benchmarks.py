@@ -189,4 +189,4 @@ def test_harmony_is_timed_on_small_batches() -> None:
     from benchmarks.harmonize import overhead
 
     rows = {row.name: row.value for row in overhead(rounds=2, rows=8)}
-    assert len(rows) == 7 and min(rows.values()) > 0
+    assert len(rows) == 8 and min(rows.values()) > 0

@@ -258,6 +258,7 @@ def balanced(before: Path) -> Run:
             c.MSES(patience=1),
             c.GradientBlending(),
             c.LearningSpeed(),
+            c.Diagnose(every=1),
             c.Contributions(circles=1),
             c.Attacks(steps=2, limit=8, validate=True),
             c.Accuracy(),
