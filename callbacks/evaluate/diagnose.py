@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,17 +39,17 @@ class Diagnose(L.Callback):
         cos_kl = <g_k, g_l> / (|g_k| |g_l|),     g_k = d term_k / d shared parameters
 
     are probed in one of every N optimizer steps, over all micro-batches and ranks together. At the end of the fit, rows
-    of the first validation set with all modalities and a label are decided by each modality alone (by its share of the
-    logits, or by the recipe's own decision from it where that is better), by all together, and by a readout of each
-    modality's latents (:func:`~descant.modules.evaluation.diagnosis.cross_fitted`). One line then has the numbers, and:
+    of the first validation set with all modalities and a label are decided by each modality alone (its own head, or the
+    fusion without the others), by all together, and by a readout of each modality's latents
+    (:func:`~descant.modules.evaluation.diagnosis.cross_fitted`). One line then has the numbers, and:
 
         a harmonizer could matter    two terms conflict, cos < 0, in a share of at least ``conflict`` of the probes, and
                                      their mean cosine is at most -``cosine``: of all probes, or of the last half
         a balancer could matter      a modality alone is ``behind`` or more behind the most accurate one, and a readout
                                      of its latents is ``room`` or more above itself
 
-    where not only the estimates but their whole intervals are beyond the thresholds. That is a reason to try a method,
-    not a proof that it gains: what a tower would learn only if trained alone is not seen.
+    by whole intervals, not by estimates alone; of the mean cosine, the interval is below 0. That is a reason to try a
+    method, not a proof that it gains: what a tower would learn only if trained alone is not seen.
 
     It logs at each probe ``diagnose/cos/{term}~{term}``, ``diagnose/condition`` (of the gradients: Senushkin 2023,
     arXiv 2305.19000; sqrt of the extreme eigenvalues of their Gram matrix), and ``diagnose/gap/{modality}``, the joint
@@ -123,7 +122,7 @@ class Diagnose(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require(self, pl_module, HasObjective)
-        if not has(pl_module, MultimodalClassifier) or not has(pl_module, Fuses):
+        if not has(pl_module, MultimodalClassifier) or not has(pl_module, Fuses) or not has(pl_module, Unimodal):
             self._balance = f"{type(pl_module).__name__} is no classifier of several modalities: nothing to balance"
         elif len(pl_module.modalities) < 2:
             self._balance = f"one modality, {pl_module.modalities[0]}: nothing to balance"
@@ -161,7 +160,8 @@ class Diagnose(L.Callback):
         self.line, values = f"Diagnose: {harmony}; {balance}", values | more
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         self._log.write(trainer, values, {"diagnose": self.line})
-        rank_zero_info(self.line)
+        if trainer.is_global_zero:
+            print(self.line, flush=True)
 
     # the probes ------------------------------------------------------------------------------------------------------
 
@@ -232,8 +232,7 @@ class Diagnose(L.Callback):
             count = 0 if rows is None else len(rows)
             return f"{count} rows of {name} have all modalities and a label, {ROWS} are the least to balance by", {}
         z, label_N = {m: z_ND.cpu() for m, z_ND in rows.z.items()}, rows.targets["label"].cpu()
-        alone = {m: [rows.targets[f"{by}/{m}"].bool().cpu() for by in ("share", "own")] for m in z}
-        right = {m: max(both, key=lambda x_N: int(x_N.sum())) for m, both in alone.items()}
+        right = {m: rows.targets[f"alone/{m}"].bool().cpu() for m in z}
         joint = float(rows.targets["joint"].double().mean())
         readout = {m: cross_fitted(z_ND, label_N, rows.index.cpu()) for m, z_ND in z.items()}
         worst = lag(right, readout, self.behind, self.room, self.level)
@@ -273,10 +272,9 @@ class Diagnose(L.Callback):
                 rows_R = keep_B.nonzero()[:, 0] if bool(keep_B.any()) else slice(0, 1)
                 batch, keep_R = batch.select(rows_R), keep_B[rows_R]
                 z, label_R, present = pl_module.latents(batch), pl_module.labels(batch), _present(pl_module, batch)
-                right, joint_R = _by_shares(pl_module, z, present, label_R)
-                targets = {"label": label_R, "joint": joint_R} | {f"share/{m}": x_R for m, x_R in right.items()}
-                own = pl_module.unimodal(z, present) if has(pl_module, Unimodal) else {}
-                targets |= {f"own/{m}": _right(own[m], label_R) if m in own else right[m] for m in right}
+                logits = {**pl_module.unimodal(z, present), "joint": pl_module.fuse(z, present)}
+                right = {name: _right(logits_RC, label_R) for name, logits_RC in logits.items()}
+                targets = {"label": label_R, "joint": right.pop("joint")} | {f"alone/{m}": x for m, x in right.items()}
                 store.update(z, Batch({}, dict.fromkeys(z, keep_R), targets, batch.index, batch.content_id))
         return name, store.compute()
 
@@ -321,7 +319,9 @@ def _by_shares(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Bool ``[B]``, whether a row is decided correctly: by each modality's share of the logits, and by their sum."""
     shares = pl_module.shares(z, present)
-    return {m: _right(x_BC, label_B) for m, x_BC in shares.items()}, _right(sum(shares.values()), label_B)
+    return {m: _right(x_BC, label_B) for m, x_BC in shares.items()}, _right(
+        torch.stack(list(shares.values())).sum(dim=0), label_B
+    )
 
 
 def _percent(share: Interval) -> str:

@@ -78,9 +78,9 @@ def conflict(
 ) -> Conflict | None:
     """The pair of terms that conflicts most; None where no pair has 20 probes.
 
-    A pair *matters* where, of all probes or of the last half of them, both intervals are beyond the thresholds:
+    A pair *matters* where, of all probes or of the last half of them:
 
-        share of angles above 90 degrees >= share,     mean cosine <= -cosine
+        share of angles above 90 degrees >= share, the whole interval,     mean cosine <= -cosine, and its interval < 0
 
     The first alone would flag terms that have nothing to do with each other: noise is above 90 degrees half of the
     time, with a mean of 0. The level is that of all pairs and halves together. Probes count as independent.
@@ -100,7 +100,7 @@ def conflict(
             if len(part_N) < PROBES:
                 continue
             negative, mean = share_interval(int((part_N < 0).sum()), len(part_N), z), mean_interval(part_N, z)
-            matters = negative.low >= share and mean.high <= -cosine
+            matters = negative.low >= share and mean.value <= -cosine and mean.high < 0
             found.append(Conflict(pair, len(part_N), late, negative, mean, matters))
     return max(found, key=lambda c: (c.matters, not c.late, -c.cosine.value), default=None)
 
