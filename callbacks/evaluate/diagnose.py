@@ -233,7 +233,7 @@ class Diagnose(L.Callback):
             return f"{count} rows of {name} have all modalities and a label, {ROWS} are the least to balance by", {}
         z, label_N = {m: z_ND.cpu() for m, z_ND in rows.z.items()}, rows.targets["label"].cpu()
         right = {m: rows.targets[f"alone/{m}"].bool().cpu() for m in z}
-        joint = float(rows.targets["joint"].double().mean())
+        joint = float(rows.targets["joint"].cpu().double().mean())
         readout = {m: cross_fitted(z_ND, label_N, rows.index.cpu()) for m, z_ND in z.items()}
         worst = lag(right, readout, self.behind, self.room, self.level)
         assert worst is not None
@@ -247,11 +247,13 @@ class Diagnose(L.Callback):
 
     def _balance_line(self, worst: Lag, values: dict[str, float], where: str) -> str:
         m, leader = worst.modality, worst.leader
-        times = math.exp(values.get(f"diagnose/speed/{leader}", 0.0) - values.get(f"diagnose/speed/{m}", 0.0))
-        pace = f"{times:.1f}x slower" if times >= 1 else f"{1 / times:.1f}x faster"
+        slow, fast = (self._speed.sums.get(x, 0.0) for x in (m, leader))
+        pace = "learns nothing" if not slow else f"learns {fast / slow:.1f}x slower"
+        if slow > fast:
+            pace = f"learns {slow / fast:.1f}x faster" if fast else f"learns, unlike {leader}"
         alone, readout, joint = (values[f"diagnose/{key}"] for key in (f"alone/{m}", f"readout/{m}", "joint"))
         return (
-            f"{m} alone has {alone:.2f}, {_spelled(worst.behind)} behind {leader}, and learns {pace}; a readout of its "
+            f"{m} alone has {alone:.2f}, {_spelled(worst.behind)} behind {leader}, and {pace}; a readout of its "
             f"latents has {readout:.2f}, {_spelled(worst.room)} more (joint {joint:.2f}, {where}): "
             f"{_verdict('balancer', worst.matters)}"
         )
@@ -272,9 +274,9 @@ class Diagnose(L.Callback):
                 rows_R = keep_B.nonzero()[:, 0] if bool(keep_B.any()) else slice(0, 1)
                 batch, keep_R = batch.select(rows_R), keep_B[rows_R]
                 z, label_R, present = pl_module.latents(batch), pl_module.labels(batch), _present(pl_module, batch)
-                logits = {**pl_module.unimodal(z, present), "joint": pl_module.fuse(z, present)}
-                right = {name: _right(logits_RC, label_R) for name, logits_RC in logits.items()}
-                targets = {"label": label_R, "joint": right.pop("joint")} | {f"alone/{m}": x for m, x in right.items()}
+                alone = pl_module.unimodal(z, present)
+                targets = {f"alone/{m}": _right(logits_RC, label_R) for m, logits_RC in alone.items()}
+                targets |= {"label": label_R, "joint": _right(pl_module.fuse(z, present), label_R)}
                 store.update(z, Batch({}, dict.fromkeys(z, keep_R), targets, batch.index, batch.content_id))
         return name, store.compute()
 
@@ -319,9 +321,8 @@ def _by_shares(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Bool ``[B]``, whether a row is decided correctly: by each modality's share of the logits, and by their sum."""
     shares = pl_module.shares(z, present)
-    return {m: _right(x_BC, label_B) for m, x_BC in shares.items()}, _right(
-        torch.stack(list(shares.values())).sum(dim=0), label_B
-    )
+    joint_BC = torch.stack(list(shares.values())).sum(dim=0)
+    return {m: _right(x_BC, label_B) for m, x_BC in shares.items()}, _right(joint_BC, label_B)
 
 
 def _percent(share: Interval) -> str:
