@@ -123,9 +123,9 @@ class Diagnose(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require(self, pl_module, HasObjective)
         if not has(pl_module, MultimodalClassifier) or not has(pl_module, Fuses) or not has(pl_module, Unimodal):
-            self._balance = f"{type(pl_module).__name__} is no classifier of several modalities: nothing to balance"
+            self._balance = f"{type(pl_module).__name__} lacks the protocol MultimodalClassifier"
         elif len(pl_module.modalities) < 2:
-            self._balance = f"one modality, {pl_module.modalities[0]}: nothing to balance"
+            self._balance = f"one modality, {pl_module.modalities[0]}"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums = []  # of an incomplete step, such as after a loss that was not finite
@@ -226,7 +226,7 @@ class Diagnose(L.Callback):
 
     def _balanced(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
         if self._balance:
-            return self._balance, {}
+            return f"{self._balance}: nothing to balance", {}
         name, rows = self._rows(trainer, pl_module)
         if rows is None or len(rows) < ROWS:
             count = 0 if rows is None else len(rows)

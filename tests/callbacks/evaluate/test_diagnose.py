@@ -349,7 +349,7 @@ def test_the_line_names_what_is_not_read(make: Callable[[], Diagnose], message: 
         (lambda: fit(BoringModel()), "Diagnose needs the protocol HasObjective .*; BoringModel lacks it"),
         (
             lambda: fit(lone()),
-            "Diagnose: one term, fused, and one modality, image: nothing to balance: there is nothing to read",
+            "Diagnose: one term, fused, and one modality, image: there is nothing to read",
         ),
     ],
 )
