@@ -31,7 +31,7 @@ from descant.modules.evaluation.attacks import certified_radius, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.io import saved
 from descant.modules.towers import Tower, Towers
-from descant.modules.training_setup.trainer import bank_batches, datamodule_of
+from descant.modules.training_setup.trainer import datamodule_of, plain_batches
 from descant.recipes.base.classifier import Classifier
 from descant.recipes.base.rebuild import rebuild
 
@@ -105,7 +105,7 @@ class Certified(Classifier):
             loader = data.bank_dataloader()
         except NotImplementedError:
             raise ValueError("Certified needs bank_set() of the data module: training samples, to measure on") from None
-        self.slope_MC.copy_(steepest(self, bank_batches(self.trainer, loader), self.rows_measured))
+        self.slope_MC.copy_(steepest(self, plain_batches(self.trainer, loader), self.rows_measured))
 
     def forward(self, batch: Batch) -> Output:
         with torch.no_grad():

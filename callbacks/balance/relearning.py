@@ -22,7 +22,7 @@ from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import BankData, Fuses, MultimodalClassifier
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
-from descant.modules.training_setup.trainer import bank_batches, data_now, log_interval
+from descant.modules.training_setup.trainer import data_now, log_interval, plain_batches
 
 
 class Relearning(L.Callback):
@@ -143,7 +143,7 @@ def _evaluating(pl_module: nn.Module) -> Iterator[None]:
 def _encoded(trainer: L.Trainer, pl_module: Any, loader: Iterable[Batch]) -> Rows:
     """Latents and labels of all rows of a set, of all ranks, in the order of sample ids."""
     store = Store().to(pl_module.device)
-    for batch in bank_batches(trainer, loader):
+    for batch in plain_batches(trainer, loader):
         with trainer.precision_plugin.val_step_context():
             z = pl_module.latents(batch)
         labelled = Batch({}, batch.present, {"label": pl_module.labels(batch)}, batch.index, batch.content_id)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.learning_speed import LearningSpeed
-from descant.callbacks.harmonize.terms import gradients, gram
+from descant.callbacks.harmonize.terms import gradients
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
@@ -27,7 +27,8 @@ from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassi
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fitted, lag
-from descant.modules.training_setup.trainer import bank_batches, datamodule_of, log_interval
+from descant.modules.multitask.mix import gram
+from descant.modules.training_setup.trainer import datamodule_of, log_interval, plain_batches
 
 #: Share of the training time that probes take where ``every`` is not given.
 COST = 0.005
@@ -266,8 +267,8 @@ class Diagnose(L.Callback):
             return "a validation set", None
         name, held_out = next(iter(sets.items()))
         store, share = Store().to(pl_module.device), self.limit / max(len(held_out), 1)
-        with _validating(trainer), _evaluating(pl_module), trainer.precision_plugin.val_step_context():
-            for batch in bank_batches(trainer, data.evaluation_loader(held_out)):
+        with _evaluating(pl_module), trainer.precision_plugin.val_step_context():
+            for batch in plain_batches(trainer, data.evaluation_loader(held_out)):
                 drawn_B = uniform_N(batch.index, "diagnose/limit") < share
                 keep_B = _judged(_present(pl_module, batch), pl_module.labels(batch)) & drawn_B.to(pl_module.device)
                 # at least one row, so that ranks that share parameters run the same number of times
@@ -279,16 +280,6 @@ class Diagnose(L.Callback):
                 targets |= {"label": label_R, "joint": _right(pl_module.fuse(z, present), label_R)}
                 store.update(z, Batch({}, dict.fromkeys(z, keep_R), targets, batch.index, batch.content_id))
         return name, store.compute()
-
-
-@contextmanager
-def _validating(trainer: L.Trainer) -> Iterator[None]:
-    """Context: the trainer as in a validation of a fit, for data modules that augment in training."""
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.training = True
 
 
 @contextmanager

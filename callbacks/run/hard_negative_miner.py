@@ -15,7 +15,7 @@ from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix, mix_N
 from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each, pair_threshold, united
-from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
+from descant.modules.training_setup.trainer import data_now, data_parts, epoch_now, plain_batches
 
 
 class HardNegativeMiner(ResumableMetrics):
@@ -121,7 +121,7 @@ class HardNegativeMiner(ResumableMetrics):
         store, training = Store().to(pl_module.device), pl_module.training
         pl_module.eval()
         try:
-            for batch in bank_batches(trainer, data_now(trainer).bank_dataloader()):
+            for batch in plain_batches(trainer, data_now(trainer).bank_dataloader()):
                 store.update(embed(trainer, pl_module, batch), batch)
         finally:
             pl_module.train(training)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -110,3 +111,17 @@ def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
     for raw in batches:
         batch = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def plain_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
+    """:func:`bank_batches` as in an evaluation: data modules that augment in training do not augment these."""
+    batches = bank_batches(trainer, loader)
+    while True:
+        stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+        try:
+            batch = next(batches, None)
+        finally:
+            trainer.state.stage = stage
+        if batch is None:
+            return
+        yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,13 @@ class PairData(DataModule):
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         return {"val": PairSet()}
+
+
+class Augmented(PairData):
+    """Images are mirrored on the device in training."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return replace(batch, inputs=batch.inputs | {"image": -batch.inputs["image"]}) if self.training else batch
 
 
 class Counted(HardNegativeMiner):
@@ -146,6 +154,15 @@ def test_they_are_mined_again_every_few_epochs_and_the_age_is_logged(tmp_path: P
     assert watch.ages == [0, 1, 0, 1, 0] and miner.mined == [0, 1, 2]
     same = [torch.equal(a, b) for a, b in zip(watch.tables, watch.tables[1:], strict=False)]
     assert same == [True, False, True, False]
+
+
+def test_they_are_mined_from_images_that_are_not_augmented(tmp_path: Path) -> None:
+    tables = []
+    for n, pairs in enumerate((data(), Augmented(batch_size=8, eval_batch_size=16))):
+        watch = Watch()
+        fit(tmp_path / str(n), HardNegativeMiner(k=3), watch, net=recipe(rate=0.0), data=pairs, max_epochs=1)
+        tables.append(watch.tables[0])
+    assert torch.equal(*tables)
 
 
 def test_the_control_has_a_threshold_of_no_meaning(tmp_path: Path) -> None:
