@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.claims import plan, run, spec, store
+from descant.claims import comparison, plan, run, spec, store
 from descant.claims.claim import BUDGETS, EQUAL, TUNE, Claim
 from descant.claims.judge import judge, lines, require_flops
 from descant.claims.registration import changed
@@ -36,6 +36,7 @@ usage: descant claims list [--json]
           first that decides: exact (its test), signal, room (the oracle's gain on pilot seeds), effect
           (3 seeds, then 5), extension (5 more). --ablations: its other arms, one seed, no verdict.
           --redesign: sets the result of an earlier design aside, once a claim; its row stays
+          NAME may be a comparison, such as harmonizers: all its rules in the settings of its claims
   table   writes CLAIMS.md and its figures from the stored results
   verify  repeats one pilot seed of every stored result and compares; names the code that changed since
           a claim was registered (--code: only that)
@@ -137,6 +138,8 @@ def _settled(claim: Claim, results: Path) -> Claim:
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.name in comparison.names():
+        return _compare(given)
     claim = spec.load(given.name)
     if claim.staged:
         return _run_staged(claim, given)
@@ -163,6 +166,21 @@ def _run(given: argparse.Namespace) -> int:
     verdict = judgement.verdict if given.budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
     print("\n".join(lines(claim, judgement, f"{verdict}; effect: {judgement.effect.word}")))
     return 0
+
+
+def _compare(given: argparse.Namespace) -> int:
+    for option in ("arms", "seeds"):
+        if getattr(given, option) is not None:
+            fail(f"--{option}: claims {given.name} is a comparison, which has all rules with the seeds of its claims")
+    for option in ("ablations", "redesign"):
+        if getattr(given, option):
+            fail(f"--{option}: claims {given.name} is a comparison, which has none")
+    if given.budget != "full":
+        fail(f"--budget {given.budget}: claims {given.name} is a comparison, whose claims have had their pilots")
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
+    of = comparison.load(given.name)
+    return comparison.execute(of, given.results, given.runs, given.jobs, given.trust, given.slurm)
 
 
 def _require_place(claim: Claim, given: argparse.Namespace, budget: str) -> None:
@@ -247,7 +265,8 @@ def _list(given: argparse.Namespace) -> int:
 def _table(given: argparse.Namespace) -> int:
     from descant.claims import table
 
-    without = table.write([spec.load(name) for name in spec.names()], given.results, given.page)
+    claims, compared = map(spec.load, spec.names()), map(comparison.load, comparison.names())
+    without = table.write(list(claims), given.results, given.page, list(compared))
     print(given.page)
     if without:
         say(f"not run yet: {', '.join(without)}")

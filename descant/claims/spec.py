@@ -75,10 +75,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     _known(where, content, KEYS)
     _need(where, content, NEEDED)
     own = f"claims/{file.stem}" if file.parent == folder() else str(file)
-    arms = {
-        name: _arm(f"{where}: arms.{name}", arm or {}, f"{own}:{name}")
-        for name, arm in _mapping(where, content, "arms").items()
-    }
+    arms = read_arms(where, _mapping(where, content, "arms"), own)
     for name in ARMS:
         if name not in arms:
             fail(f"{where}: arms: no {name!r}; every claim has {', '.join(ARMS)}")
@@ -91,11 +88,11 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         if name.split("/")[0] in ("val", "train"):  # known before the run is over, and other data chose by it
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
-    contents = _contents()
+    composing = contents()
     least = metric.margin if "least" in content["metric"] else None
     signal = content.get("signal")
     if least is not None:
-        _staged(where, content, also, contents)
+        _staged(where, content, also, composing)
     elif signal is not None or content.get("lockbox"):
         key = "lockbox" if signal is None else "signal"
         fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
@@ -111,7 +108,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     options = dict(content.get("options") or {})
     seeds = _all_seeds(where, content, tuning)
     try:
-        marked = digest(content, contents, CLASSES)
+        marked = digest(content, composing, CLASSES)
     except Refusal as refusal:
         fail(f"{where}: {str(refusal).removeprefix('--config ')}")
     return Claim(
@@ -144,14 +141,19 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
         apart=apart,
-        in_stages=_in_stages(content, contents),
+        in_stages=_in_stages(content, composing),
     )
 
 
-def _contents() -> Contents:
+def contents() -> Contents:
     """Names of configurations -> what their files contain, in the order in which they count; each is read once."""
     found, read = cache(find), cache(lambda file: yaml.safe_load(file.read_text(encoding="utf-8")))
     return lambda configs: [read(file) for file in layers(map(found, configs))]
+
+
+def read_arms(where: str, content: Mapping[str, Any], own: str) -> dict[str, Arm]:
+    """Arms by name; ``own``: the name under which the ``config`` of one is found."""
+    return {name: _arm(f"{where}: arms.{name}", arm or {}, f"{own}:{name}") for name, arm in content.items()}
 
 
 def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.claims import plots, store
+from descant.claims import comparison, plots, store
 from descant.claims.claim import ABLATIONS, WITHIN
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
@@ -50,8 +50,10 @@ SETTINGS, OTHERS = "settings", "others"
 _BESIDE = (SETTINGS, OTHERS)
 
 
-def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
-    """Write the page, and beside it ``docs/claims`` with an overview and a figure a claim.
+def write(
+    claims: Sequence[Claim], results: Path, page: Path, compared: Sequence[comparison.Comparison] = ()
+) -> list[str]:
+    """Write the page, and beside it ``docs/claims`` with an overview and a figure a claim and a comparison.
 
     Returns the names of the claims without a full result.
     """
@@ -87,6 +89,7 @@ def write(claims: Sequence[Claim], results: Path, page: Path) -> list[str]:
         parts += ["\n", _COLUMNS.format("superseded by a new design"), *(f"{row}\n" for row in old)]
     if drawn:
         write_text(folder / "overview.svg", plots.overview(drawn))
+    parts += [comparison.section(of, results, folder / f"{of.name}.svg", page) for of in compared]
     write_text(page, "".join([*parts, *sections]))
     return without
 
