@@ -23,6 +23,7 @@ from descant.claims.items import of_stored
 from descant.claims.judge import gains
 from descant.claims.registration import register
 from descant.claims.run import Place
+from descant.cli.catalogue import ROOT
 from descant.cli.errors import fail, hint, one_line, say
 from descant.modules.io.renamed import CLASSES
 from descant.run.runs import write_text
@@ -77,7 +78,8 @@ def load(name: str) -> Comparison:
     for key in KEYS:
         if not content.get(key):
             fail(f"{where}: {key} is missing")
-    rules = spec.read_arms(where, content["arms"], f"claims/comparisons/{name}")
+    own = f"claims/comparisons/{name}" if file.is_relative_to(ROOT) else str(file)
+    rules = spec.read_arms(where, content["arms"], own)
     if content["placebo"] not in rules:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
     claims = tuple(map(spec.load, content["claims"]))
