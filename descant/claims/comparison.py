@@ -106,7 +106,7 @@ def execute(
     """Run what is missing of all settings, store and print what it comes to. Returns an exit code.
 
     Raises:
-        Refusal: for a claim that has no result of its own yet, whose pilot says how much there is to gain.
+        Refusal: for a claim that has no result of its own yet, whose pilot shows how much there is to gain.
     """
     for claim, setting in zip(of.claims, of.settings, strict=True):
         known = _known(of, claim, results)
