@@ -64,7 +64,12 @@ class PartMetrics(Ordered):
             for (set_name, metric), by_part in by_metric.items()
             for name, value in self.derive(trainer, by_part, metric).items()
         }
-        metrics: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
-        trainer.callback_metrics.update(metrics)
-        for logger in trainer.loggers if log else []:
-            logger.log_metrics(log, step=logged_step(trainer))
+        publish(trainer, log)
+
+
+def publish(trainer: L.Trainer, log: Mapping[str, float]) -> None:
+    """Add metrics to those that an evaluation has ended with, and to the loggers."""
+    metrics: dict[str, Any] = {name: torch.tensor(value) for name, value in log.items()}
+    trainer.callback_metrics.update(metrics)
+    for logger in trainer.loggers if log else []:
+        logger.log_metrics(dict(log), step=logged_step(trainer))

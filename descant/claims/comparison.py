@@ -93,10 +93,10 @@ def load(name: str) -> Comparison:
             fail(
                 f"{where}: arms.{min(both)}: claims {claim.name} has an arm of that name, which they are compared with"
             )
-        own = {arm: of for arm, of in claim.arms.items() if arm in needed}
+        kept = {arm: of for arm, of in claim.arms.items() if arm in needed}
         marked = {"experiment": claim.experiment, "arms": content["arms"], "claim": claim.digest}
         what = digest(marked, spec.contents(), CLASSES)
-        settings.append(replace(claim, arms={**own, **rules}, also=(), calls=None, digest=what))
+        settings.append(replace(claim, arms={**kept, **rules}, also=(), calls=None, digest=what))
     return Comparison(name, str(content["title"]), claims, tuple(settings), tuple(rules), str(content["placebo"]))
 
 

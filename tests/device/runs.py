@@ -168,6 +168,7 @@ def contrastive(before: Path) -> Run:
             c.Throughput(peak_flops=1e9),
             c.Sanity(),
             c.WorstGroup(["i2t_r1"]),
+            c.WorstOf(["i2t_r1", "t2i_r1"]),
             c.Accumulation(["i2t_r1"]),
             ModelCheckpoint(filename="{step}"),
         ],

@@ -1,0 +1,48 @@
+"""The worst of several metrics of one evaluation set, such as the accuracies of two heads."""
+
+from __future__ import annotations
+
+import lightning as L
+
+from descant.callbacks.evaluate.part_metrics import publish
+from descant.callbacks.run.callback_order import Ordered
+
+
+class WorstOf(Ordered):
+    """``{set}/worst``: the least of some metrics of an evaluation set, so that what one gains another may not lose.
+
+    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+
+    Args:
+        metrics: at least two names after the set, such as [probe_shape_top1, probe_colour_top1]; more is better.
+
+    Raises:
+        ValueError: for fewer than two metrics, or one that is named twice.
+    """
+
+    once = True
+    #: Other callbacks read its metric when an evaluation ends.
+    front = True
+    after = ("Resume", "PartMetrics")
+
+    def __init__(self, metrics: list[str]) -> None:
+        super().__init__()
+        if len(set(metrics)) < max(2, len(metrics)):
+            raise ValueError(f"WorstOf: metrics {', '.join(metrics) or 'none'}: two or more, each once")
+        self.metrics = list(metrics)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._report(trainer)
+
+    def _report(self, trainer: L.Trainer) -> None:
+        by_set: dict[str, list[float]] = {}
+        for name, value in trainer.callback_metrics.items():
+            set_name, _, metric = name.partition("/")
+            if metric in self.metrics:
+                by_set.setdefault(set_name, []).append(float(value))
+        whole = {name: values for name, values in by_set.items() if len(values) == len(self.metrics)}
+        publish(trainer, {f"{name}/worst": min(values) for name, values in whole.items()})
