@@ -19,8 +19,8 @@ class MIMO(Rule):
     which is the penalty form of a lexicographic problem, the joint loss among the minimisers of max_m L_m. The first
     term is the joint one, as of a classifier with ``unimodal: true``, and all others are of modalities; one that is
     zero has no samples, and gets no share. From values alone: no further backward pass, no state. Source: Fernando
-    2025, arXiv 2511.06686; penalty and smooth maximum are the paper's, their defaults our reading (its code was not
-    available).
+    2025, arXiv 2511.06686, whose abstract names the penalty and a smooth maximum; that it is a log-sum-exp, and the
+    defaults, are our reading.
 
     Args:
         weight: of the smooth maximum (the penalty constant).
