@@ -15,7 +15,7 @@ gradient, no weight decay.
 
 What differs from the release: its stages are epochs (4 and 4), here optimizer steps; it begins a new optimizer each
 stage, here one goes on; it begins from trained modalities. Its memory term has no gradient (both sides are detached);
-here ``memory`` is 0, and above 0 it has. Source: Hua 2024, arXiv 2405.09321, github.com/huacong/ReconBoost.
+here ``memory_weight`` is 0, and above 0 it has. Source: Hua 2024, arXiv 2405.09321, github.com/huacong/ReconBoost.
 Letters: B samples, D width, C classes, M modalities.
 """
 
@@ -51,7 +51,7 @@ class ReconBoost(Classifier):
         boost, rectify: optimizer steps of each half of a stage.
         label_weight, reconcile: w and r.
         over: what of q counts: at the ``label``, as in the release, or of all ``classes``.
-        memory: weight of the squared difference of the probabilities from those of the learner before.
+        memory_weight: of the squared difference of the probabilities from those of the learner before.
 
     Raises:
         ValueError: without a step of boosting, for a negative number, or what Classifier raises.
@@ -73,15 +73,18 @@ class ReconBoost(Classifier):
         label_weight: float = 5.0,
         reconcile: float = 1.0,
         over: Literal["label", "classes"] = "label",
-        memory: float = 0.0,
+        memory_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if boost < 1 or rectify < 0:
             raise ValueError(f"boost {boost}, rectify {rectify}: at least 1 and 0 steps, such as 400")
-        if min(label_weight, reconcile, memory) < 0:
-            raise ValueError(f"label_weight {label_weight:g}, reconcile {reconcile:g}, memory {memory:g}: 0 or more")
+        if min(label_weight, reconcile, memory_weight) < 0:
+            raise ValueError(
+                f"label_weight {label_weight:g}, reconcile {reconcile:g}, memory_weight {memory_weight:g}: 0 or more"
+            )
         super().__init__(towers, target, classes, width, pool, BoostedSum(hidden), smoothing, **kwargs)
-        self.boost, self.rectify, self.over, self.memory = boost, rectify, over, memory
+        self.boost, self.rectify, self.over = boost, rectify, over
+        self.memory_weight = memory_weight
         self.label_weight, self.reconcile = label_weight, reconcile
 
     @property
@@ -119,11 +122,11 @@ class ReconBoost(Classifier):
             q_BC = self._others(z, batch, log_BC)
             target_BC = self.label_weight * y_BC - self.reconcile * q_BC * (y_BC if self.over == "label" else 1.0)
         value_B = -(target_BC * log_BC).mean(dim=1)
-        if self.memory and before:
+        if self.memory_weight and before:
             last = self.modalities[(stage - 1) % len(self.modalities)]
             old_BC = promote(self.fusion.head(z[last])).softmax(dim=1).detach()
             off_B = (log_BC.exp() - old_BC).square().mean(dim=1)
-            value_B = value_B + self.memory * torch.where(batch.present[last], off_B, 0.0)
+            value_B = value_B + self.memory_weight * torch.where(batch.present[last], off_B, 0.0)
         valid_B = batch.present[m] & (label_B >= 0)
         return Term(value_B, valid=valid_B, norm=batch.step[m].sum().clamp(min=1))
 

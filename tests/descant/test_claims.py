@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from descant.claims import plots, registration, run, spec, store, summary, table
+from descant.claims import comparison, plots, registration, run, spec, store, summary, table
 from descant.claims.claim import Claim
 from descant.claims.effect import NO_ROOM, NOT_TESTABLE
 from descant.claims.judge import FAILED, NOT, PASSED, decide, judge, require_flops
@@ -661,7 +661,7 @@ def test_what_ships_is_judged_by_what_is_stored_and_shown_as_it_is(workplace: Pa
         seeds = sorted((*claim.seeds["full"], *claim.seeds.get("extension", ())))
         measured = sorted(full["runs"]["method"])
         assert measured == seeds[: len(measured)] and len(measured) in ((3, 5, 10) if claim.staged else (len(seeds),))
-    table.write(claims, folder, workplace / "CLAIMS.md")
+    table.write(claims, folder, workplace / "CLAIMS.md", [comparison.load(name) for name in comparison.names()])
     root = Path(__file__).parents[2]
     assert (workplace / "CLAIMS.md").read_text() == (root / "CLAIMS.md").read_text(), "descant claims table"
     # the layout of a figure depends on the version of matplotlib, its points do not

@@ -24,7 +24,10 @@ from tests.tolerance import F64, rounding, ulps
 
 NAMES, LR, DECAY, W, R = list(WIDTHS), 0.3, 0.1, 5.0, 1.0
 STEPS = 7  # two of image and one of all so far, the same of text, and image again
-FORMS: dict[str, dict[str, Any]] = {"release": {}, "paper": {"over": "classes", "memory": 0.5, "label_weight": 1.0}}
+FORMS: dict[str, dict[str, Any]] = {
+    "release": {},
+    "paper": {"over": "classes", "memory_weight": 0.5, "label_weight": 1.0},
+}
 
 
 def model(**options: Any) -> ReconBoost:
