@@ -353,7 +353,7 @@ def test_a_rule_that_is_saved_and_loaded_goes_on_to_the_bit(rule: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_module_equals_the_explicit_loop_or_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_module_equals_the_explicit_loop_or_names_its_setting() -> None:
     import torch._functorch.config as functorch
 
     module = Plain(PCGrad(), compiled=True)
@@ -367,10 +367,11 @@ def test_a_compiled_module_equals_the_explicit_loop_or_names_its_setting(monkeyp
         # compiled kernels round in another order, and a conflict of gradients is what is left of them
         assert largest_gap(found, explicit(RULES[rule](), 2)[-1]) < 1e-9, rule
     torch._dynamo.reset()
-    monkeypatch.setattr(functorch, "donated_buffer", False)
-    model = Plain(PCGrad(), compiled=True).model
-    total(model.losses(x, y)).backward()
-    harmonize(model.losses(x, y), model.trunk, PCGrad())
+    with functorch.patch(donated_buffer=False):  # monkeypatch would leave the setting without a value
+        model = Plain(PCGrad(), compiled=True).model
+        total(model.losses(x, y)).backward()
+        harmonize(model.losses(x, y), model.trunk, PCGrad())
+    torch._dynamo.reset()
 
 
 def _sharded(rank: int) -> tuple[list[str], list[dict[str, Tensor]]]:
