@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,12 @@ def test_an_overlay_is_laid_on_its_base(tmp_path: Path) -> None:
     assert case.words("killed", "auto")[:9:2] == ["fit", *case.configs]
 
 
-def test_what_was_undone_is_not_shown_and_one_number_is_a_difference(tmp_path: Path) -> None:
+def test_what_was_undone_is_not_shown_and_one_number_is_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # files are read in the order of their names: a second, then a number in the process, of which 10 is before 9
+    monkeypatch.setattr(time, "time", partial(next, itertools.count(1_700_000_000.0)))
+
     def write(folder: Path, steps: range, purge: int | None = None, off: float = 0.0) -> None:
         with SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".{steps.start}") as writer:
             for step in steps:
