@@ -5,8 +5,7 @@ Letters: B rows of a batch, N rows of a set, D width of latents, M modalities.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning as L
@@ -19,6 +18,7 @@ from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.modules.balance.purity import separability
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import BankData, Fuses, MultimodalClassifier
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
@@ -110,7 +110,7 @@ class Relearning(L.Callback):
         data, modalities = data_now(trainer), pl_module.modalities
         validation = data.val_dataloader()
         validation = validation[0] if isinstance(validation, list) else validation
-        with _evaluating(pl_module):
+        with eval_mode(pl_module), torch.no_grad():
             sets = [_encoded(trainer, pl_module, loader) for loader in (data.bank_dataloader(), validation)]
         self.gap = {m: abs(_purity(sets[0], m) - _purity(sets[1], m)) for m in modalities}
         a_M = torch.tensor([self.gap[m] for m in modalities], dtype=torch.float64).mul(self.strength).tanh()
@@ -125,19 +125,6 @@ def _parameters(pl_module: Any) -> dict[str, dict[str, nn.Parameter]]:
     """Modality -> name -> parameter, of those of it alone."""
     names = {p: name for name, p in pl_module.named_parameters()}
     return {m: {names[p]: p for p in pl_module.of_modality(m)} for m in pl_module.modalities}
-
-
-@contextmanager
-def _evaluating(pl_module: nn.Module) -> Iterator[None]:
-    """Context: eval mode, without gradients; afterwards each part is in the mode that it was in."""
-    modes = {part: part.training for part in pl_module.modules()}
-    pl_module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _encoded(trainer: L.Trainer, pl_module: Any, loader: Iterable[Batch]) -> Rows:

@@ -6,8 +6,7 @@ Letters: K terms, B rows of a batch, N rows of a set, C classes, M modalities.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassifier, Unimodal
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
@@ -195,7 +195,7 @@ class Diagnose(L.Callback):
         if pl_module.output is None or pl_module.output.fusion is None or math.isinf(log_interval(trainer)):
             return
         z, present, label_B = pl_module.output.fusion
-        with _evaluating(pl_module):
+        with eval_mode(pl_module), torch.no_grad():
             right, joint_B = _by_shares(pl_module, {m: z_BD.detach() for m, z_BD in z.items()}, present, label_B)
         judged_B = _judged(present, label_B)
         count_M = torch.stack([x_B & judged_B for x_B in (*right.values(), joint_B, judged_B)]).sum(dim=1).double()
@@ -267,7 +267,7 @@ class Diagnose(L.Callback):
             return "a validation set", None
         name, held_out = next(iter(sets.items()))
         store, share = Store().to(pl_module.device), self.limit / max(len(held_out), 1)
-        with _evaluating(pl_module), trainer.precision_plugin.val_step_context():
+        with eval_mode(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch in plain_batches(trainer, data.evaluation_loader(held_out)):
                 drawn_B = uniform_N(batch.index, "diagnose/limit") < share
                 keep_B = _judged(_present(pl_module, batch), pl_module.labels(batch)) & drawn_B.to(pl_module.device)
@@ -280,18 +280,6 @@ class Diagnose(L.Callback):
                 targets |= {"label": label_R, "joint": _right(pl_module.fuse(z, present), label_R)}
                 store.update(z, Batch({}, dict.fromkeys(z, keep_R), targets, batch.index, batch.content_id))
         return name, store.compute()
-
-
-@contextmanager
-def _evaluating(pl_module: L.LightningModule) -> Iterator[None]:
-    """Context: eval mode without gradients: no dropout, which would draw, and no statistics of batch norm."""
-    training = pl_module.training
-    pl_module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        pl_module.train(training)
 
 
 def _present(pl_module: Any, batch: Batch) -> dict[str, Tensor]:

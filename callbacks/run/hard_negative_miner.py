@@ -11,6 +11,7 @@ from torch import Tensor
 from descant.callbacks.evaluate.embeddings import Rows, Store, embed
 from descant.callbacks.run.resumable_log import ResumableMetrics
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix, mix_N
@@ -118,13 +119,10 @@ class HardNegativeMiner(ResumableMetrics):
 
     def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Rows:
         """The bank under the current weights, of all ranks, by sample id."""
-        store, training = Store().to(pl_module.device), pl_module.training
-        pl_module.eval()
-        try:
+        store = Store().to(pl_module.device)
+        with eval_mode(pl_module):
             for batch in plain_batches(trainer, data_now(trainer).bank_dataloader()):
                 store.update(embed(trainer, pl_module, batch), batch)
-        finally:
-            pl_module.train(training)
         rows = store.compute()
         for m in self.pair:
             if m not in rows.z:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, Rows
+from descant.datamodules.corpora.partial_information import FIRST
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import normal_NK, uniform_N, uniform_NK
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-#: First id of each set; those of the lock-box replace validation and test.
-FIRST = {"train": 0, "val": 1 << 32, "test": 2 << 32, "sealed_val": 5 << 32, "sealed_test": 6 << 32}
 
 
 def _arc(x: float, y: float, wide: float, high: float, begin: float, end: float) -> list[tuple[float, float]]:

@@ -5,9 +5,7 @@ Letters: B samples, T tokens, V pseudo-tokens, D width, K marks (in ``rows_of_ot
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.capabilities import has
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Encodes, Inverts
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
@@ -109,7 +108,7 @@ class ModalityInversion:
         """
         if len(target_BD) == 0:
             raise ValueError("ModalityInversion: no target to invert")
-        with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             # tensors made under inference mode take no part in autograd; their clones do
             frame = Frame(*(part.detach().clone() for part in frame))
             parts = [
@@ -238,17 +237,3 @@ def _positions(tower: nn.Module) -> Tensor:
     positions_TD = tower.positions_TD
     assert isinstance(positions_TD, Tensor)
     return positions_TD
-
-
-@contextlib.contextmanager
-def _eval_mode(model: object) -> Iterator[None]:
-    """Eval mode; afterwards the mode of every part as before."""
-    parts = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = False
-        yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode

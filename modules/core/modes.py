@@ -1,0 +1,29 @@
+"""Training and eval mode of the parts of a model, changed for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def eval_mode(model: object) -> Iterator[None]:
+    """Eval mode; afterwards the mode of every part as before: one that is frozen in eval mode stays so.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with eval_mode(model):
+    ...     inside = [part.training for part in model]
+    >>> inside, [part.training for part in model]
+    ([False, False], [True, False])
+    """
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
