@@ -49,6 +49,7 @@ class Contributions(ForwardEvaluator):
     """
 
     once = True
+    writes_at_end = True
     needs = (Classifies, Fuses, Unimodal)
 
     def __init__(

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.learning_speed import LearningSpeed
 from descant.callbacks.harmonize.terms import gradients
-from descant.callbacks.run.resumable_log import ResumableLog
+from descant.callbacks.plots.output import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together
@@ -54,9 +54,10 @@ class Diagnose(L.Callback):
 
     It logs at each probe ``diagnose/cos/{term}~{term}``, ``diagnose/condition`` (of the gradients: Senushkin 2023,
     arXiv 2305.19000; sqrt of the extreme eigenvalues of their Gram matrix), and ``diagnose/gap/{modality}``, the joint
-    accuracy in the batch less that by its share; at the end ``diagnose/conflict``, ``cosine``, ``alone/{modality}``,
-    ``readout/{modality}``, ``joint``, ``speed/{modality}`` as :class:`LearningSpeed` has it, ``harmonize`` and
-    ``balance``, 1 or 0. Of a run with one term, or without a classifier of several modalities, only the rest is read.
+    accuracy in the batch less that by its share. Metrics of the run are ``diagnose/conflict``, ``cosine``,
+    ``alone/{modality}``, ``readout/{modality}``, ``joint``, ``speed/{modality}`` as :class:`LearningSpeed` has it,
+    ``harmonize`` and ``balance``, 1 or 0. Of a run with one term, or without a classifier of several modalities, only
+    the rest is read.
 
     Training is the same to the bit. A probe costs K backward passes to the shared parameters and the memory of K
     gradients, and is read from an accelerator once; the end costs a pass over the validation set, in which about
@@ -79,6 +80,8 @@ class Diagnose(L.Callback):
     """
 
     once = True
+    writes_at_end = True
+    after = ("EMA",)  # what it reads at the end are the weights that are kept
 
     def __init__(
         self,
@@ -104,20 +107,19 @@ class Diagnose(L.Callback):
         self.cosines: dict[str, list[float]] = {}  # pair of terms -> of each probe
         self.terms = self.skipped = 0
         self.line = ""  # what the end of the fit has printed
-        self._speed, self._log = LearningSpeed(), ResumableLog()
+        self._speed = LearningSpeed()
         self._balance = ""  # why balance is not read; empty where it is
         self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
 
     def state_dict(self) -> dict[str, Any]:
         cosines = {pair: list(series) for pair, series in self.cosines.items()}
         counts = {"terms": self.terms, "skipped": self.skipped}
-        return {**counts, "cosines": cosines, "speed": self._speed.state_dict(), "log": self._log.state_dict()}
+        return {**counts, "cosines": cosines, "speed": self._speed.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.terms, self.skipped = state_dict["terms"], state_dict["skipped"]
         self.cosines = {pair: list(series) for pair, series in state_dict["cosines"].items()}
         self._speed.load_state_dict(state_dict["speed"])
-        self._log.load_state_dict(state_dict["log"])
 
     # the hooks -------------------------------------------------------------------------------------------------------
 
@@ -130,7 +132,6 @@ class Diagnose(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums = []  # of an incomplete step, such as after a loss that was not finite
-        self._log.write_again(trainer)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, HasObjective) and pl_module.step.objective is not None
@@ -160,9 +161,10 @@ class Diagnose(L.Callback):
         balance, more = self._balanced(trainer, pl_module)
         self.line, values = f"Diagnose: {harmony}; {balance}", values | more
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        self._log.write(trainer, values, {"diagnose": self.line})
         if trainer.is_global_zero:
             print(self.line, flush=True)
+            for writer in writers(trainer):
+                writer.add_text("diagnose", self.line, trainer.global_step)
 
     # the probes ------------------------------------------------------------------------------------------------------
 

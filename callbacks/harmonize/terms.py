@@ -61,6 +61,7 @@ class Harmonize(L.Callback):
     """
 
     once = True
+    writes_at_end = True
 
     def __init__(
         self,

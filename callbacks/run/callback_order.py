@@ -23,6 +23,8 @@ class Ordered(L.Callback):
     front: ClassVar[bool] = False
     #: Classes that cannot be used together with this one.
     excludes: ClassVar[tuple[str, ...]] = ()
+    #: Its ``on_train_end`` writes what the last resume point lacks: Resume calls it again after a kill in between.
+    writes_at_end: ClassVar[bool] = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         trainer.callbacks = ordered(trainer.callbacks)  # type: ignore[attr-defined]

@@ -63,6 +63,7 @@ class EMA(L.Callback):
     """
 
     once = True
+    writes_at_end = True
 
     def __init__(self, decay: float = 0.999, warmup: bool = True, start: int = 0) -> None:
         if not 0 <= decay <= 1:
@@ -222,10 +223,12 @@ class EMA(L.Callback):
             self._show_raw()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show_average()
+        if self._raw is None:
+            self._bind(pl_module)  # Resume calls it after a run that had no step left, too
+            self._show_average()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # a finished run that is resumed has no end of training
+        # without Resume a run that is resumed at its end has no end of training
         if self._average and self._raw is None:
             self._bind(pl_module)
             self._show_average()

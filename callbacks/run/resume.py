@@ -182,6 +182,16 @@ class Resume(Ordered):
             trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
             # Lightning counts an epoch that max_steps ends as a whole one
             trainer.fit_loop.epoch_progress.current.completed += bool(self._loaded["batch"])
+            self._end_again(trainer, pl_module)
+
+    def _end_again(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What comes after the last save may have been killed; Lightning ends no training that has no step left."""
+        ending = [c for c in trainer.callbacks if getattr(c, "writes_at_end", False)]  # type: ignore[attr-defined]
+        if ending:
+            trainer.strategy.model_to_device()  # it is back on the CPU
+            for callback in ending:
+                callback.on_train_end(trainer, pl_module)
+            pl_module.cpu()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.signals.remove()

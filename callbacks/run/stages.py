@@ -53,6 +53,7 @@ class Stages(Ordered):
     #: What other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
     front = True
     after = ("Resume", "PartMetrics")
+    writes_at_end = True
 
     def __init__(self, watch: list[str] | None = None) -> None:
         super().__init__()

@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
-from descant.callbacks import EMA, Harmonize, Resume
+import descant.callbacks
+from descant.callbacks import EMA, Harmonize, NonFinite, Progress, Report, Resume
 from descant.callbacks.run.resume import ENTRY, Stopped
 from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
@@ -176,11 +177,38 @@ def test_epoch_hooks_are_called_once(tmp_path: Path, ended: bool, step: int) -> 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     _, net = fit(tmp_path, Resume(), EMA(0.8))
-    act, average = Act(), EMA(0.8)
-    trainer, again = fit(tmp_path, Resume(), average, act, path=point(tmp_path, 18))
-    assert act.seen == [] and not equal(state(net), state(again))
-    average.on_test_start(trainer, again)  # the fit before ended with the average in its module, for the test
-    assert equal(state(net), state(again))
+    act = Act()
+    _, again = fit(tmp_path, Resume(), EMA(0.8), act, path=point(tmp_path, 18))
+    assert act.seen == [] and equal(state(net), state(again)), "both end with the average in the module, for the test"
+
+
+def test_what_a_kill_after_the_last_point_left_unwritten_is_written_by_the_resumed_run(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    class Writes(L.Callback):
+        writes_at_end = True
+
+        def __init__(self, dies: bool) -> None:
+            self.dies = dies
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if self.dies:
+                raise Killed
+            (tmp_path / "written").write_text(str(trainer.global_step))
+
+    with pytest.raises(Killed):
+        fit(tmp_path, Resume(), Writes(dies=True))
+    assert points(tmp_path)[-1] == 18 and not (tmp_path / "written").exists()
+    fit(tmp_path, Resume(), Writes(dies=False), path=point(tmp_path, 18))
+    assert (tmp_path / "written").read_text() == "18"
+
+
+def test_all_that_writes_at_the_end_of_training_is_declared() -> None:
+    """The others save the point, measure time, look at the last losses and close the progress bar."""
+    kinds = [kind for kind in vars(descant.callbacks).values() if isinstance(kind, type)]
+    ending = {kind for kind in kinds if "on_train_end" in vars(kind)} - {Resume, Report, NonFinite, Progress}
+    assert ending and {kind for kind in ending if not getattr(kind, "writes_at_end", False)} == set()
 
 
 def test_points_are_kept_by_number_and_every_so_many_steps(tmp_path: Path) -> None:
