@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from descant.claims import plots, run, spec, store
-from descant.claims.claim import Claim
+from descant.claims.claim import TUNE, Claim, Metric, Tuning
 from descant.claims.digest import digest
 from descant.claims.effect import NO_ROOM, Effect, effect
 from descant.claims.items import gains as items_of
@@ -28,7 +28,8 @@ from descant.cli.errors import fail, hint, one_line, say
 from descant.modules.io.renamed import CLASSES
 from descant.run.runs import write_text
 
-KEYS = ("title", "claims", "placebo", "arms")
+KEYS = ("title", "claims", "placebo", "arms", "tuning", "extension")
+_NEEDED = KEYS[:4]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Comparison:
 
     Attributes:
         claims: by stages; each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the same
-            with the arms of the comparison. placebo: one of these arms, which none of the others needs to beat by
+            with the arms of the comparison, some of which may be tuned by the claim's metric on its validation set, as
+            a strong baseline is. placebo: one of these arms, which none of the others needs to beat by
             chance alone, such as random weights.
     """
 
@@ -75,13 +77,14 @@ def load(name: str) -> Comparison:
     for key in content:
         if key not in KEYS:
             fail(f"{where}: {key}: no such key{hint(str(key), KEYS)}")
-    for key in KEYS:
+    for key in _NEEDED:
         if not content.get(key):
             fail(f"{where}: {key} is missing")
     own = f"claims/comparisons/{name}" if file.is_relative_to(ROOT) else str(file)
     rules = spec.read_arms(where, content["arms"], own)
     if content["placebo"] not in rules:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
+    seed = spec.tuning_seed(where, content, rules)
     claims = tuple(map(spec.load, content["claims"]))
     settings = []
     for claim in claims:
@@ -94,10 +97,24 @@ def load(name: str) -> Comparison:
                 f"{where}: arms.{min(both)}: claims {claim.name} has an arm of that name, which they are compared with"
             )
         kept = {arm: of for arm, of in claim.arms.items() if arm in needed}
+        spec.check_needs(where, {**kept, **rules})
         marked = {"experiment": claim.experiment, "arms": content["arms"], "claim": claim.digest}
+        marked |= {key: content[key] for key in ("tuning", "extension") if key in content}
         what = digest(marked, spec.contents(), CLASSES)
-        settings.append(replace(claim, arms={**kept, **rules}, also=(), calls=None, digest=what))
+        tuning = None if seed is None else Tuning(seed, _on_validation(claim.metric))
+        seeds = claim.seeds
+        if content.get("extension", False):
+            if "extension" not in seeds:
+                fail(f"{where}: extension: claims {claim.name} has no seeds for it")
+            seeds = {**seeds, "full": (*seeds["full"], *seeds["extension"])}
+        own_arms = {**kept, **rules}
+        settings.append(replace(claim, arms=own_arms, also=(), calls=None, digest=what, tuning=tuning, seeds=seeds))
     return Comparison(name, str(content["title"]), claims, tuple(settings), tuple(rules), str(content["placebo"]))
+
+
+def _on_validation(metric: Metric) -> Metric:
+    """The metric of a claim on the validation set, which chooses settings."""
+    return replace(metric, name=f"val/{metric.name.partition('/')[2]}")
 
 
 def execute(
@@ -114,10 +131,18 @@ def execute(
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
         store.require_free(results, setting, of.name)
+        if setting.is_tuned:
+            candidates = setting.candidates()
+            place, arms = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
+            code = _train(place, arms, candidates.seeds[TUNE], jobs, slurm)
+            if code is not None:
+                return code
+            tuned = place.collect(arms, candidates.seeds[TUNE])
+            store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
+            setting = setting.settled(setting.chosen(tuned))
         place, arms, seeds = Place(setting, "full", runs.absolute(), tuple(trust)), tuple(setting.arms), _seeds(setting)
-        if slurm is not None and place.missing(arms, seeds):
-            return run.submit(place, arms, seeds, slurm)
-        if place.missing(arms, seeds) and (code := run.run(place, arms, seeds, jobs)):
+        code = _train(place, arms, seeds, jobs, slurm)
+        if code is not None:
             return code
         made = place.collect(arms, seeds)
         folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
@@ -130,6 +155,20 @@ def execute(
         store.write(results, setting, of.name, made, place.seconds, place.precisions(), outcome)
     print(section(of, results))
     return 0
+
+
+def tuning(name: str) -> str:
+    """Under which the runs that chose settings are stored."""
+    return f"{name}-{TUNE}"
+
+
+def _train(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int, slurm: str | None) -> int | None:
+    """Train what is missing; an exit code where it ends there, or goes on in jobs of SLURM."""
+    if not place.missing(arms, seeds):
+        return None
+    if slurm is not None:
+        return run.submit(place, arms, seeds, slurm)
+    return run.run(place, arms, seeds, jobs) or None
 
 
 def _known(of: Comparison, claim: Claim, results: Path) -> Mapping[str, Any]:
@@ -167,6 +206,7 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
     ``figure``: where its gains are drawn; the text shows it relative to the folder of ``page``.
     """
     found: dict[str, dict[str, Effect]] = {}
+    counts = sorted({len(_seeds(setting)) for setting in of.settings})
     head, rows = [], {rule: [rule] for rule in of.rules}
     for claim, setting in zip(of.claims, of.settings, strict=True):
         stored, known = store.of_design(results, setting, of.name), store.of_design(results, claim, "full")
@@ -181,7 +221,8 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
             word = "placebo" if rule == of.placebo else one.word
             rows[rule] += [f"**{word}** {one.over_baseline}", f"{cost(stored, rule):.2f}"]
     lines = [f"\n## {of.name}\n", f"{of.title}.\n"]
-    lines += [_setting(claim, results) for claim in of.claims]
+    for claim, setting in zip(of.claims, of.settings, strict=True):
+        lines += [_setting(claim, results), *_tuned(of, setting, results)]
     if figure is not None and page is not None and found:
         drawn = {claim: list(rules.items()) for claim, rules in found.items()}
         write_text(figure, plots.overview(drawn))
@@ -190,11 +231,25 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
     judged = sum(len(rules) - 1 for rules in found.values())
     lines.append(
-        f"\nGains over the baseline of the claim, five seeds, 95 % intervals of each rule alone: of {judged} that do "
-        f"nothing, {0.025 * judged:.1f} would seem to help by chance. The placebo is {of.placebo}. Time is the median "
-        "of the training's over the baseline's, with other runs beside it."
+        f"\nGains over the baseline of the claim, {' or '.join(map(str, counts))} seeds, 95 % intervals of each rule "
+        f"alone: of {judged} that do nothing, {0.025 * judged:.1f} would seem to help by chance. The placebo is "
+        f"{of.placebo}. Time is the median of the training's over the baseline's, with other runs beside it."
     )
     return "\n".join(lines) + "\n"
+
+
+def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
+    """What validation chose, a line an arm."""
+    tuned = store.of_design(results, setting, tuning(of.name)) if setting.is_tuned else None
+    if tuned is None or setting.tuning is None:
+        return []
+    lines, by = [], setting.tuning.metric.name
+    for rule, k in setting.chosen(tuned["runs"]).items():
+        values = setting.arms[rule].settings
+        got = [next(iter(tuned["runs"][f"{rule}.{i}"].values()))[by] for i in range(len(values))]
+        tried = ", ".join(f"{x}: {y:.3f}" for x, y in zip(values, got, strict=True))
+        lines.append(f"    - {rule}: {values[k]}, by {by} of one run each ({tried}).")
+    return lines
 
 
 def _setting(claim: Claim, results: Path) -> str:

@@ -172,6 +172,37 @@ def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
     return arm
 
 
+def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
+    """Check that the arms from whose runs others begin are there.
+
+    Raises:
+        Refusal: for one that is not, that begins from another itself, or that is tuned.
+    """
+    for name, arm in arms.items():
+        for other in sorted(arm.needs()):
+            if other not in arms:
+                fail(f"{where}: arms.{name}: no arm {other!r} whose run it could begin from{hint(other, arms)}")
+            if other == name or arms[other].needs() or arms[other].settings:
+                fail(f"{where}: arms.{name}: {OF_ARM}/{other}: an arm that needs no other and has no settings")
+
+
+def tuning_seed(
+    where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], keys: Iterable[str] = ("seed",)
+) -> int | None:
+    """The seed of the runs that choose settings, which stands beside other ``keys``; None where no arm has any."""
+    tuned = [name for name, arm in arms.items() if arm.settings]
+    if content.get("tuning") is None:
+        if tuned:
+            fail(f"{where}: arms.{tuned[0]}: settings need `tuning`, which chooses one of them")
+        return None
+    given = _mapping(where, content, "tuning")
+    _known(f"{where}: tuning", given, keys)
+    _need(f"{where}: tuning", given, ("seed",))
+    if not tuned:
+        fail(f"{where}: tuning: no arm has settings")
+    return _whole(f"{where}: tuning.seed", given["seed"])
+
+
 def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> tuple[Arm | None, int | None]:
     """The run from which arms begin, and its seed where it has one for all."""
     if content.get("before") is None:
@@ -192,27 +223,16 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
 
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
-    tuned = [name for name, arm in arms.items() if arm.settings]
-    for name, arm in arms.items():
-        for other in sorted(arm.needs()):
-            if other not in arms:
-                fail(f"{where}: arms.{name}: no arm {other!r} whose run it could begin from{hint(other, arms)}")
-            if other == name or arms[other].needs() or arms[other].settings:
-                fail(f"{where}: arms.{name}: {OF_ARM}/{other}: an arm that needs no other and has no settings")
-    if content.get("tuning") is None:
-        if tuned:
-            fail(f"{where}: arms.{tuned[0]}: settings need `tuning`, which chooses one of them")
+    check_needs(where, arms)
+    seed = tuning_seed(where, content, arms, TUNING_KEYS)
+    if seed is None:
         return None
-    given = _mapping(where, content, "tuning")
-    _known(f"{where}: tuning", given, TUNING_KEYS)
-    _need(f"{where}: tuning", given, ("seed",))
-    if not tuned:
-        fail(f"{where}: tuning: no arm has settings")
+    given = content["tuning"]
     way = given.get("better", "higher" if metric.higher else "lower")
     if way not in WAYS:
         fail(f"{where}: tuning.better {way}: higher or lower")
     by = Metric(str(given.get("metric", metric.name)), way == "higher", 0.0)
-    return Tuning(_whole(f"{where}: tuning.seed", given["seed"]), by, dict(given.get("options") or {}))
+    return Tuning(seed, by, dict(given.get("options") or {}))
 
 
 def _reference(
