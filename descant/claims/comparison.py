@@ -104,8 +104,6 @@ def load(name: str) -> Comparison:
         tuning = None if seed is None else Tuning(seed, _on_validation(claim.metric))
         seeds = claim.seeds
         if content.get("extension", False):
-            if "extension" not in seeds:
-                fail(f"{where}: extension: claims {claim.name} has no seeds for it")
             seeds = {**seeds, "full": (*seeds["full"], *seeds["extension"])}
         own_arms = {**kept, **rules}
         settings.append(replace(claim, arms=own_arms, also=(), calls=None, digest=what, tuning=tuning, seeds=seeds))

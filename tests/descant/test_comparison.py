@@ -23,6 +23,8 @@ RULES: dict[str, Any] = {
     "learns": {"config": {"model": {"optimizer": {"init_args": {"lr": 0.05}}}}},
     "sits": {"options": {RATE: 0.0}},
 }
+TUNED: dict[str, Any] = {"tuned": {"options": {RATE: "SETTING"}, "settings": [0.0, 0.05]}}
+BEGUN: dict[str, Any] = {"options": {"model.paths": {"a": "ARM/learn"}}}
 OF: dict[str, Any] = {"title": "rates", "claims": ["toy-claim.yaml"], "placebo": "random", "arms": RULES}
 
 
@@ -77,6 +79,10 @@ def stored(of: comparison.Comparison, results: Path, **gain: float) -> None:
         ({"arms": RULES | {"best": None}}, r"rates.yaml: arms.best: claims toy-claim has an arm of that name"),
         ({"arms": RULES | {"random": {"optionz": {}}}}, "rates.yaml: arms.random: optionz: no such key"),
         ({"claims": ["plain.yaml"]}, "rates.yaml: claims plain: it has no stages"),
+        ({"arms": RULES | TUNED}, "rates.yaml: arms.tuned: settings need `tuning`, which chooses one of them"),
+        ({"tuning": {"seed": 50}}, "rates.yaml: tuning: no arm has settings"),
+        ({"arms": RULES | TUNED, "tuning": {"seed": 0.5}}, "rates.yaml: tuning.seed 0.5: a whole number is expected"),
+        ({"arms": RULES | {"sits": BEGUN}}, "rates.yaml: arms.sits: no arm 'learn' whose run .*; nearest: learns"),
     ],
 )
 def test_what_is_wrong_in_a_comparison_is_named(
@@ -159,6 +165,12 @@ def test_what_ships_is_judged_by_what_is_stored(name: str) -> None:
     assert all(f"\n| {rule} | " in page for rule in of.rules)
 
 
+def test_the_seeds_of_the_extension_may_be_judged_too(written: Callable[..., comparison.Comparison]) -> None:
+    plain, longer = written(), written(extension=True)
+    assert plain.settings[0].seeds["full"] == (0, 1, 2, 3, 4) and longer.settings[0].seeds["full"] == tuple(range(10))
+    assert longer.settings[0].digest != plain.settings[0].digest
+
+
 @pytest.mark.slow
 def test_its_rules_are_run_in_the_setting_of_a_claim(
     written: Callable[..., comparison.Comparison],
@@ -168,13 +180,15 @@ def test_its_rules_are_run_in_the_setting_of_a_claim(
 ) -> None:
     fork_runs(monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    of: Claim = written().claims[0]
+    of: Claim = written(arms=RULES | TUNED, tuning={"seed": 50}).claims[0]
     asked = ("claims", "run", "rates", "--results", results, "--trust", "tests.toys")
     assert "first descant claims run toy-claim" in cli(*asked).refusal
     known = {"verdict": "passed", "effect": HELPS, "margin": 0.001, "headroom": 0.2}
     store.write(results, of, "full", runs_of(method=0.1, sham=0.0, best=0.2), 60.0, (), known)
     whole = cli(*asked)
     assert whole.rc == 0 and "| sits | **no effect** +0.000" in whole.out, (whole.out, whole.err)
-    assert "| learns | **helps** +" in whole.out and "25 runs, 0 done" in whole.err
+    assert "| learns | **helps** +" in whole.out and "30 runs, 0 done" in whole.err
+    assert "| tuned | **helps** +" in whole.out and "2 runs, 0 done" in whole.err
+    assert "- tuned: 0.05, by val/gap of one run each (0.0: " in whole.out, "validation chooses the one that learns"
     again = cli(*asked)
     assert again.out == whole.out and "runs," not in again.err, "nothing is trained again"
