@@ -18,6 +18,7 @@ from torch import Tensor
 from descant.callbacks.policy.rounds import added
 from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
@@ -167,10 +168,8 @@ class Rollouts(Callback):
         key_N = np.where(copy_N > 0, mix_N(problems.key_N, "copy", copy_N), problems.key_N)
         seed_R = torch.from_numpy(mix_N(np.repeat(key_N, G), "roll", global_seed(), now, again))
         seed_R = torch.from_numpy(mix_N(seed_R.numpy(), "answer", np.arange(R, dtype=np.uint64) % G))
-        training = pl_module.training
-        pl_module.eval()
         self._shown = self._shown if again else []
-        try:
+        with eval_mode(pl_module):
             for batch in bank_batches(trainer, data.asking(problems)):
                 here_B = batch.present["text"].cpu()
                 row_R = (batch.index.cpu()[:, None] * G + torch.arange(G)).flatten()
@@ -189,8 +188,6 @@ class Rollouts(Callback):
                 if self.show and not self._shown:
                     questions = batch.inputs["text"].cpu()[here_B][: self.show].tolist()
                     self._shown = self._table(data, questions, answers, r_RK[row_R])
-        finally:
-            pl_module.train(training)
         sampled = {name: added(x, pl_module.device) for name, x in sampled.items()}
         sampled["ended"] = sampled["ended"].bool()
         return sampled, self.sham.within_groups(added(r_RK, pl_module.device), seed_R, G)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from descant.callbacks.run.resumable_log import ResumableMetrics
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
 from descant.modules.core.ranks import total_of_ranks
@@ -143,14 +144,10 @@ class Rounds(ResumableMetrics):
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
     ) -> Iterator[tuple[Batch, Tensor]]:
         data = cast(QuestionPoolData, data_now(trainer))
-        training = network.training
-        network.eval()
-        try:
+        with eval_mode(network):
             for batch in bank_batches(trainer, data.asking(problems)):
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     yield batch, network.generate(batch, new=data.answer_length)
-        finally:
-            network.train(training)
 
 
 def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.host import known_finite, to_device, with_finite
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Classifies, Fuses
 from descant.modules.core.rng import uniform_NK
 from descant.modules.evaluation.attacks import Nudge, worst
@@ -69,15 +70,12 @@ class AdversarialTraining(Ordered):
                 raise ValueError(f"AdversarialTraining: {m}: ids; inputs that are floats can be perturbed")
         label_B = pl_module.labels(batch)
         rows = {m: chosen_B & (label_B >= 0) for m, chosen_B in self.chosen(batch).items()}
-        nudge, was = Nudge(pl_module, batch, tuple(self.radius), rows), pl_module.training
+        nudge = Nudge(pl_module, batch, tuple(self.radius), rows)
         sizes = nudge.sizes_B()
         radius_B = torch.stack([torch.where(rows[m], r * sizes[m], 0.0) for m, r in self.radius.items()]).sum(dim=0)
-        pl_module.eval()  # no dropout, no batch-norm statistics
-        try:
-            with trainer.precision_plugin.train_step_context():
-                delta_BN = worst(nudge, radius_B, label_B.clamp(min=0), self.steps)
-        finally:
-            pl_module.train(was)
+        # no dropout, no batch-norm statistics
+        with eval_mode(pl_module), trainer.precision_plugin.train_step_context():
+            delta_BN = worst(nudge, radius_B, label_B.clamp(min=0), self.steps)
         for m, x in nudge.perturbed(delta_BN).items():
             finite = known_finite(batch.inputs[m])
             batch.inputs[m] = x if finite is None else with_finite(x, finite)

@@ -16,6 +16,7 @@ from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.errors import warn
+from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, RolloutData
 from descant.modules.core.rng import by_rank, drawn_by_rank
 from descant.modules.training_setup.trainer import data_now, first_validation, log_interval, run_steps
@@ -290,13 +291,9 @@ def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list
     compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would compile again
     if not has(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
         return []
-    was = pl_module.training
-    pl_module.eval()  # no dropout, no batch-norm statistics
-    try:
-        with trainer.precision_plugin.forward_context():
-            z = pl_module.embed(batch.select(slice(0, 64)))
-    finally:
-        pl_module.train(was)
+    # no dropout, no batch-norm statistics
+    with eval_mode(pl_module), trainer.precision_plugin.forward_context():
+        z = pl_module.embed(batch.select(slice(0, 64)))
     lines = []
     for name, z_BD in z.items():
         if z_BD.ndim != 2:

@@ -10,6 +10,7 @@ from torch import nn
 
 from descant.cli.estimate import estimate
 from descant.modules.core.batch import Batch, count_rows
+from descant.modules.core.modes import eval_mode
 from descant.modules.training_setup.trainer import data_now, run_steps
 from descant.recipes.base.recipe import Recipe
 
@@ -72,11 +73,9 @@ def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
     batch: Any = next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
     batch = batch.select(slice(0, 2)) if hasattr(batch, "select") else batch
     batch = trainer.strategy.batch_to_device(batch)
-    was = model.training
-    model.eval()  # batch statistics of two samples must not enter the model
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
+    # batch statistics of two samples must not enter the model
+    with eval_mode(model), torch.no_grad(), trainer.precision_plugin.forward_context():
         terms = model.terms(batch)
-    model.train(was)
     lines = []
     for name, term in terms.items():
         rows = int(term.valid.sum()) if isinstance(term.valid, torch.Tensor) else len(term.value)
