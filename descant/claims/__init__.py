@@ -92,10 +92,13 @@ def main(args: Sequence[str]) -> int:
 
 def _plan(given: argparse.Namespace) -> int:
     known, total = True, 0.0
-    for name in given.names or spec.names():
-        claim = spec.load(name)
-        parts = plan.plan(claim, given.results, given.runs.absolute())
-        print("\n".join(plan.lines(claim, parts)))
+    for name in given.names or [*spec.names(), *comparison.names()]:
+        of = comparison.load(name) if name in comparison.names() else spec.load(name)
+        if isinstance(of, comparison.Comparison):
+            parts = plan.plan_comparison(of, given.results, given.runs.absolute())
+        else:
+            parts = plan.plan(of, given.results, given.runs.absolute())
+        print("\n".join(plan.lines(of.name, parts)))
         known = known and all(part.minutes is not None for part in parts)
         total += sum(part.minutes or 0.0 for part in parts)
     print(f"total: {'' if known else 'at least '}{total:.0f} core-minutes, {total / 60:.1f} core-hours")
@@ -259,6 +262,8 @@ def _list(given: argparse.Namespace) -> int:
         gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
         valid = "" if line["placebo_valid"] in (True, None) else "  placebo not neutral"
         print(f"{line['name']:20} {line['family']:20} {line['effect'] or 'not run yet':22} {gain}{valid}")
+    for of in map(comparison.load, comparison.names()):
+        print(f"{of.name:20} {'comparison':20} {len(of.rules)} arms in {', '.join(claim.name for claim in of.claims)}")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from descant.claims import store
 from descant.claims.claim import EXTENSION, TUNE, Claim
+from descant.claims.comparison import Comparison
 from descant.claims.run import Place
 
 
@@ -51,6 +52,19 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
     return [_of(claim, runs, each, *part) for part in parts]
 
 
+def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
+    """The runs of a comparison in the setting of each claim, those that tune arms first."""
+    parts = []
+    for claim, setting in zip(of.claims, of.settings, strict=True):
+        each, name = minutes_a_run(claim, results), claim.name
+        if setting.is_tuned:
+            candidates = setting.candidates()
+            arms, seeds = tuple(candidates.arms), candidates.seeds[TUNE]
+            parts.append(_part(f"{name}, tuning", Place(candidates, TUNE, runs), arms, seeds, each))
+        parts.append(_of(setting, runs, each, name, "full", tuple(setting.arms), setting.seeds["full"]))
+    return parts
+
+
 def _of(
     claim: Claim, runs: Path, each: float | None, name: str, budget: str, arms: Sequence[str], seeds: Sequence[int]
 ) -> Part:
@@ -74,10 +88,11 @@ def minutes_a_run(claim: Claim, results: Path) -> float | None:
     return None
 
 
-def lines(claim: Claim, parts: Sequence[Part]) -> list[str]:
-    """A plan as text."""
-    rows = [f"{claim.name}: {sum(part.missing for part in parts)} runs to train, {_minutes(parts)}"]
-    rows += [f"  {part.name:10} {part.missing:3} of {part.runs:3} runs   {_minutes([part])}" for part in parts]
+def lines(name: str, parts: Sequence[Part]) -> list[str]:
+    """A plan as text, of a claim or comparison of this name."""
+    rows = [f"{name}: {sum(part.missing for part in parts)} runs to train, {_minutes(parts)}"]
+    width = max(10, *(len(part.name) for part in parts))
+    rows += [f"  {part.name:{width}} {part.missing:3} of {part.runs:3} runs   {_minutes([part])}" for part in parts]
     return rows
 
 

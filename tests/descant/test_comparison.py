@@ -171,6 +171,20 @@ def test_the_seeds_of_the_extension_may_be_judged_too(written: Callable[..., com
     assert longer.settings[0].digest != plain.settings[0].digest
 
 
+def test_it_is_planned_and_listed(
+    written: Callable[..., comparison.Comparison], results: Path, cli: Callable[..., Result]
+) -> None:
+    of = written(arms=RULES | TUNED, tuning={"seed": 50})
+    unknown = cli("claims", "plan", "rates", "--results", results)
+    assert unknown.rc == 0 and "rates: 32 runs to train, unknown: none of its runs is stored" in unknown.out
+    known = {"verdict": "passed", "effect": HELPS, "margin": 0.001, "headroom": 0.2}
+    store.write(results, of.claims[0], "full", runs_of(method=0.1, sham=0.0, best=0.2), 600.0, (), known)
+    planned = cli("claims", "plan", "rates", "--results", results).out
+    assert "toy-claim, tuning   2 of   2 runs" in planned and "toy-claim          30 of  30 runs" in planned
+    assert "core-minutes" in planned.splitlines()[-1]
+    assert "rates                comparison           4 arms in toy-claim" in cli("claims", "list").out
+
+
 @pytest.mark.slow
 def test_its_rules_are_run_in_the_setting_of_a_claim(
     written: Callable[..., comparison.Comparison],
