@@ -224,7 +224,7 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
     if figure is not None and page is not None and found:
         drawn = {claim: list(rules.items()) for claim, rules in found.items()}
         write_text(figure, plots.overview(drawn))
-        lines.append(f"![Gains of all rules in margins]({figure.relative_to(page.parent).as_posix()})\n")
+        lines.append(f"\n![Gains of all rules in margins]({figure.relative_to(page.parent).as_posix()})")
     lines += ["", f"| rule | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
     judged = sum(len(rules) - 1 for rules in found.values())
