@@ -54,6 +54,8 @@ class SelfSupervised(SharedSpace):
         ValueError: for crops of an objective of two views; for ``distill`` beside an objective with a teacher.
     """
 
+    in_batch_negatives = True  # or batch norms, a centre, a queue: accumulated small batches are another method
+
     def __init__(
         self,
         towers: Towers,
@@ -63,7 +65,6 @@ class SelfSupervised(SharedSpace):
         sham: Literal["permute"] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.in_batch_negatives = objective.of_batch
         name = type(objective).__name__
         if crops is not None and not objective.multi_crop:
             raise ValueError(f"crops: {name} takes two views; DINO and SwAV take more")

@@ -45,14 +45,11 @@ class ViewObjective(nn.Module):
     """Base of objectives over views: ``objective(views)`` is one value a sample, ``[B]``, or one a batch, ``[1]``.
 
     ``build(width)`` makes the heads, once the width of the features is known. A loss of a batch (``whole``) is computed
-    from the rows of all ranks and cannot be divided over samples; one that compares samples (``of_batch``) is another
-    loss on smaller batches, so that accumulation is refused.
+    from the rows of all ranks and cannot be divided over samples.
     """
 
     #: One number for the batch, not one a sample.
     whole: ClassVar[bool] = False
-    #: Depends on which samples are together in a batch.
-    of_batch: ClassVar[bool] = True
     #: Takes more views than two.
     multi_crop: ClassVar[bool] = False
     #: Decay of the teacher, an average of the student's weights; None without a teacher.

@@ -36,8 +36,6 @@ class BYOL(ViewObjective):
         mean_cosine: lightly's form of the loss.
     """
 
-    of_batch = False
-
     def __init__(self, hidden: int = 4096, out: int = 256, momentum: float = 0.996, mean_cosine: bool = False) -> None:
         super().__init__()
         self.hidden, self.out, self.momentum, self.mean_cosine = hidden, out, momentum, mean_cosine
