@@ -40,6 +40,16 @@ from descant.recipes.base.distillation import TeacherAverage
 from descant.recipes.base.shared_space import SharedSpace
 
 
+class ProjectionAverage(TeacherAverage):
+    """The average of a student's towers and projectors: a teacher has no use for predictors and queues."""
+
+    def network(self, student: nn.Module) -> nn.Module:
+        average = cast(SelfSupervised, super().network(student))
+        for objective in average.objectives.values():
+            objective.predictor = objective.queue = None
+        return average
+
+
 class SelfSupervised(SharedSpace):
     """Learn from two views of each modality without labels (SimCLR, BYOL, DINO, VICReg, SwAV and others).
 
@@ -71,7 +81,7 @@ class SelfSupervised(SharedSpace):
         if objective.momentum is not None:
             if kwargs.get("distill") is not None:
                 raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
-            kwargs["distill"] = Distill(TeacherAverage(objective.momentum))
+            kwargs["distill"] = Distill(ProjectionAverage(objective.momentum))
         super().__init__(towers, next(iter(towers.values())).width, pool, **kwargs)
         # embeddings are the features: what comes after them is the objective's
         self.heads = nn.ModuleDict({m: nn.Identity() for m in towers})
