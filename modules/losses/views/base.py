@@ -107,20 +107,20 @@ def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
     """
     here_B = host_copy(valid_B)
     if here_B.all():
-        return promote(head(h_BD))
+        return head(h_BD)
     # a rank without any still runs rows of zeros, so that every rank reaches the same parameters; a batch norm of one
     # process needs two
     least = 1 if world() > 1 else 2
     rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), least)]
     at_R, out_R = to_device(rows_R, h_BD.device), to_device(~here_B[rows_R], h_BD.device)
     with nullcontext() if here_B.any() else unseen(head):
-        z_RP = promote(head(h_BD[at_R])).masked_fill(out_R[:, None], 0.0)
+        z_RP = head(h_BD[at_R]).masked_fill(out_R[:, None], 0.0)
     return z_RP.new_zeros(len(h_BD), z_RP.shape[1]).index_put((at_R,), z_RP)
 
 
 def unit(z_BP: Tensor) -> Tensor:
-    """Rows of length 1."""
-    return F.normalize(z_BP, dim=-1)
+    """Rows of length 1, in float32 or finer."""
+    return F.normalize(promote(z_BP), dim=-1)
 
 
 def learning(objective: nn.Module) -> bool:

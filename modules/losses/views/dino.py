@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.losses.views.base import ViewObjective, Views, learning, present_rows, unit
 
@@ -108,12 +109,12 @@ class DINO(ViewObjective):
         return self
 
     def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.head, h_BD, valid_B)
+        return promote(present_rows(self.head, h_BD, valid_B))
 
     def forward(self, views: Views) -> Tensor:
         student = [self.project(h_BD, views.valid_B) for h_BD in views.h]
         with torch.autocast(student[0].device.type, enabled=False):
-            value_B = dino(student, views.target, self.centre_K, *self.temperatures)
+            value_B = dino(student, views.target, promote(self.centre_K), *self.temperatures)
         if learning(self):
             self._move_centre(views)
         return value_B
@@ -121,11 +122,9 @@ class DINO(ViewObjective):
     @torch.no_grad()
     def _move_centre(self, views: Views) -> None:
         """``centre = m centre + (1 - m) mean over samples and views of the teacher's logits``."""
-        valid_B = views.valid_B.to(self.centre_K.dtype)
+        mean_BK, centre_K = torch.stack([*views.target]).mean(dim=0), promote(self.centre_K)
+        valid_B = views.valid_B.to(mean_BK.dtype)
         # sum and count in one exchange
-        sum_K = (torch.stack([*views.target]).mean(dim=0) * valid_B[:, None]).sum(dim=0)
-        total = total_of_ranks(torch.cat([sum_K, valid_B.sum()[None]]))
-        mean_K = total[:-1] / total[-1].clamp(min=1)
-        self.centre_K.copy_(
-            torch.where(total[-1] > 0, self.centre_K.lerp(mean_K, 1 - self.centre_momentum), self.centre_K)
-        )
+        total = total_of_ranks(torch.cat([(mean_BK * valid_B[:, None]).sum(dim=0), valid_B.sum()[None]]))
+        moved_K = centre_K.lerp(total[:-1] / total[-1].clamp(min=1), 1 - self.centre_momentum)
+        self.centre_K.copy_(torch.where(total[-1] > 0, moved_K, centre_K))

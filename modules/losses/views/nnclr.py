@@ -69,8 +69,9 @@ class NNCLR(ViewObjective):
         queue = cast(Queue, self.queue)
         z, rows = [self.project(h_BD, views.valid_B) for h_BD in views.h], (views.key_B, views.valid_B)
         p_1_BP, p_2_BP = (unit(present_rows(self.predictor, z_BP, views.valid_B)) for z_BP in z)
+        held = queue.rows()
         with torch.autocast(p_1_BP.device.type, enabled=False):
-            n_1_BP, n_2_BP = (nearest(unit(z_BP), queue.rows_KP, queue.valid_K) for z_BP in z)
+            n_1_BP, n_2_BP = (nearest(unit(z_BP), *held) for z_BP in z)
         if learning(self):
             queue.push(unit(z[0]), views.valid_B)
         scale = 1 / self.temperature

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import gather, world
 
 
@@ -57,8 +58,8 @@ class Queue(nn.Module):
         self.pushed.add_(rows)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """``rows_KP, valid_K``: copies, so that a push leaves what backward needs as it is."""
-        return self.rows_KP.clone(), self.valid_K.clone()
+        """``rows_KP, valid_K``: copies in float32 or finer, which a push leaves as they are."""
+        return promote(self.rows_KP.clone()), self.valid_K.clone()
 
     @property
     def full(self) -> Tensor:

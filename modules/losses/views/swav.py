@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import first_row, gather
 from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, present_rows, unit
 from descant.modules.losses.views.queue import Queue
@@ -107,7 +108,7 @@ class SwAV(ViewObjective):
                 self.prototypes.weight.copy_(unit(self.prototypes.weight))
         z = [self.project(h_BD, views.valid_B) for h_BD in views.h]
         with torch.autocast(z[0].device.type, enabled=False):
-            scores = [F.linear(z_BP, self.prototypes.weight) for z_BP in z]
+            scores = [F.linear(z_BP, promote(self.prototypes.weight)) for z_BP in z]
             codes = [self._codes(scores[view].detach(), views.valid_B, view) for view in range(2)]
             value_B = swav(scores, codes, self.temperature)
         if self.queue is not None and learning(self):
@@ -118,8 +119,8 @@ class SwAV(ViewObjective):
     def _codes(self, score_BK: Tensor, valid_B: Tensor, view: int) -> Tensor:
         score_NK, valid_N = gather(score_BK), gather(valid_B)
         if self.queue is not None:
-            z_QP = self.queue.rows_KP.chunk(2, dim=1)[view]
-            score_NK = torch.cat([score_NK, F.linear(z_QP, self.prototypes.weight)])
+            z_QP = promote(self.queue.rows_KP).chunk(2, dim=1)[view]
+            score_NK = torch.cat([score_NK, F.linear(z_QP, promote(self.prototypes.weight))])
             valid_N = torch.cat([valid_N, self.queue.valid_K & self.queue.full])
         first = first_row(len(score_BK))
         return sinkhorn_codes(score_NK, valid_N, self.epsilon, self.rounds)[first : first + len(score_BK)]

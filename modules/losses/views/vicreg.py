@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import gather, gather_both
 from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows
 
@@ -81,6 +82,6 @@ class VICReg(ViewObjective):
         return present_rows(self.projector, h_BD, valid_B)
 
     def forward(self, views: Views) -> Tensor:
-        a_BP, b_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)
+        a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)
         with torch.autocast(a_BP.device.type, enabled=False):  # a covariance in bfloat16 has no small entries
             return vicreg(*gather_both(a_BP, b_BP), gather(views.valid_B), *self.weights, self.paper_scale)[None]
