@@ -60,7 +60,7 @@ def vit(size: Size) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width}
-    return VisionTransformer(**sizes, depth=size.depth, num_heads=size.heads, num_classes=0)  # type: ignore[arg-type]
+    return VisionTransformer(**sizes, depth=size.depth, num_heads=size.heads, num_classes=0)
 
 
 def objectives(size: Size) -> dict[str, ViewObjective]:

@@ -46,7 +46,7 @@ class ProjectionAverage(TeacherAverage):
     def network(self, student: nn.Module) -> nn.Module:
         average = cast(SelfSupervised, super().network(student))
         for objective in average.objectives.values():
-            objective.predictor = objective.queue = None
+            cast(Any, objective).predictor = cast(Any, objective).queue = None
         return average
 
 
@@ -82,7 +82,7 @@ class SelfSupervised(SharedSpace):
             if kwargs.get("distill") is not None:
                 raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
             kwargs["distill"] = Distill(ProjectionAverage(objective.momentum))
-        super().__init__(towers, next(iter(towers.values())).width, pool, **kwargs)
+        super().__init__(towers, towers.width(next(iter(towers))), pool, **kwargs)
         # embeddings are the features: what comes after them is the objective's
         self.heads = nn.ModuleDict({m: nn.Identity() for m in towers})
         self.objectives = nn.ModuleDict({m: copy.deepcopy(objective).build(towers.width(m)) for m in towers})

@@ -232,15 +232,15 @@ def _intra(at: Place) -> Any:
 
 
 def _of_views(make: Callable[[], ViewObjective]) -> Part:
-    """Two steps, so that queue and centre have moved once."""
+    """One step, and the queue after it."""
 
     def use(at: Place) -> Any:
         objective, valid_B = at(make().build(D).train()), at(present()["image"])
-        queue = objective.queue.rows_KP if objective.queue is not None else torch.zeros(1)
         target = [at(unit(width=C)), at(unit(width=C))] if objective.momentum is not None else []
         h = [at(unit()).requires_grad_() for _ in range(2)]
-        values = [objective(Views(h, at(torch.arange(B)), valid_B, target)) for _ in range(2)]
-        return [v if objective.whole else torch.where(valid_B, v, 0.0) for v in values], h, queue
+        value = objective(Views(h, at(torch.arange(B)), valid_B, target))
+        queue = [] if objective.queue is None else [objective.queue.rows_KP, objective.queue.valid_K]
+        return value if objective.whole else torch.where(valid_B, value, 0.0), h, queue
 
     return use
 

@@ -140,7 +140,7 @@ class TestVICReg(Suite):
     objective = lambda: VICReg(8, P)  # noqa: E731
 
     def loss(self, objective: Any, z: list[Tensor], t: list[Tensor]) -> Tensor:
-        total = 25 * F.mse_loss(*z)
+        total = 25 * F.mse_loss(z[0], z[1])
         for x in z:
             total = total + 12.5 * F.relu(1 - (x.var(dim=0) + 1e-4).sqrt()).mean()
             total = total + (torch.cov(x.T) * (1 - torch.eye(P))).square().sum() / P
@@ -153,7 +153,8 @@ class TestBarlowTwins(Suite):
     def loss(self, objective: Any, z: list[Tensor], t: list[Tensor]) -> Tensor:
         a, b = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() for x in z)
         c = a.T @ b / len(a)
-        return sum((1 - c[i, i]) ** 2 + 0.0051 * sum(c[i, j] ** 2 for j in range(P) if j != i) for i in range(P))
+        each = [(1 - c[i, i]) ** 2 + 0.0051 * sum(c[i, j] ** 2 for j in range(P) if j != i) for i in range(P)]
+        return torch.stack(each).sum()
 
 
 class TestDINO(Suite):
@@ -217,7 +218,7 @@ SUITES = (TestSimCLR, TestBYOL, TestVICReg, TestBarlowTwins, TestDINO, TestMoCoV
 
 def fit(recipe: SelfSupervised, data: SampleData, folder: Path, **options: Any) -> L.Trainer:
     options = {"max_steps": 3, "precision": "64-true", **options}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         **options, **quiet, accelerator="cpu", devices=1, limit_val_batches=0, enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=folder,
@@ -280,11 +281,13 @@ def test_crops_are_further_views_of_the_student_alone() -> None:
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     batch = Batch({"image": x, "image@2": x.flip(3)}, {"image": torch.ones(4, dtype=torch.bool)})
     found = recipe(batch).terms["views/image"].value.mean()
-    student, teacher = recipe, recipe.distill.network.train()  # type: ignore[union-attr]
     views = [x, x.flip(3), *crops([x, x.flip(3)], batch.rng_seed)]
-    head = recipe.objectives["image"].head
-    logits = [head(student.towers["image"](v).h_BTD.mean(1)) for v in views]  # type: ignore[operator]
-    aims = [teacher.objectives["image"].head(teacher.towers["image"](v).h_BTD.mean(1)) for v in views[:2]]
+
+    def logits_of(network: Any, v: Tensor) -> Tensor:
+        return network.objectives["image"].head(network.towers["image"](v).h_BTD.mean(1))
+
+    logits = [logits_of(recipe, v) for v in views]
+    aims = [logits_of(cast(Distill, recipe.distill).network.train(), v) for v in views[:2]]
     pairs = [(t, s) for t in range(2) for s in range(4) if t != s]
     each = [-((aims[t] / 0.04).softmax(1) * (logits[s] / 0.1).log_softmax(1)).sum(1).mean() for t, s in pairs]
     torch.testing.assert_close(found, torch.stack(each).mean(), rtol=EXACT, atol=EXACT)

@@ -51,4 +51,5 @@ class BYOL(ViewObjective):
     def forward(self, views: Views) -> Tensor:
         z = [self.project(h_BD, views.valid_B) for h_BD in views.h]
         p_1_BP, p_2_BP = (present_rows(self.predictor, z_BP, views.valid_B) for z_BP in z)
-        return byol(p_1_BP, p_2_BP, *views.target, mean_cosine=self.mean_cosine)
+        t_1_BP, t_2_BP = views.target
+        return byol(p_1_BP, p_2_BP, t_1_BP, t_2_BP, self.mean_cosine)
