@@ -23,6 +23,7 @@ class LocalCrops(nn.Module):
     Raises:
         ValueError: for no crop, or shares that are not ``0 < least <= largest <= 1``.
 
+    >>> import torch
     >>> crops = LocalCrops(number=2, size=4, scale=(0.25, 0.25))
     >>> x_BCHW = torch.arange(64.0).view(1, 1, 8, 8)
     >>> [tuple(x.shape) for x in crops([x_BCHW, x_BCHW], torch.tensor([3]))]
