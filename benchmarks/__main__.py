@@ -46,6 +46,7 @@ BENCHMARKS = {
     "stamps": "benchmarks.stamps:stamps",
     "selection": "benchmarks.selection:selection",
     "stages": "benchmarks.stages:stages",
+    "ssl": "benchmarks.ssl:step",
     "mining": "benchmarks.mining:mining",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",

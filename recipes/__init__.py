@@ -15,6 +15,7 @@ from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 from descant.recipes.peers import Peers
 from descant.recipes.reconboost import ReconBoost
+from descant.recipes.self_supervised import SelfSupervised
 from descant.recipes.staged import Staged
 from descant.recipes.vision_language import VisionLanguage
 
@@ -34,6 +35,7 @@ __all__ = [
     "Peers",
     "Recipe",
     "ReconBoost",
+    "SelfSupervised",
     "Stage",
     "Staged",
     "TeacherAverage",

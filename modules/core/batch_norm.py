@@ -33,6 +33,31 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
         self.saved.clear()
 
 
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms of a module in eval mode use the statistics of the batch and leave their running ones unchanged.
+
+    As an average of weights needs that is run beside the network which it follows: running statistics are of the
+    network's weights, not of the average's.
+
+    >>> import torch
+    >>> norm = nn.BatchNorm1d(1).eval()
+    >>> with batch_statistics(norm):
+    ...     y = norm(torch.tensor([[1.0], [3.0]]))
+    >>> y.flatten().round().tolist(), norm.running_mean.item(), norm.training
+    ([-1.0, 1.0], 0.0, False)
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and not m.training]
+    try:
+        for norm in norms:
+            norm.training = True
+        with FrozenBatchNormStats(module):
+            yield
+    finally:
+        for norm in norms:
+            norm.training = False
+
+
 def running_norms(module: nn.Module) -> list[_BatchNorm]:
     """The batch norms of a module that update running statistics in training, as its modes are now."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]

@@ -12,10 +12,13 @@ from descant.modules.core.ranks import gather
 from descant.modules.losses.contrastive import ContrastiveLoss
 
 
-def barlow_twins(a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3, valid_G: Tensor | None = None) -> Tensor:
+def barlow_twins(
+    a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3, valid_G: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
     """Scalar ``sum_i (1 - C_ii)^2 + redundancy sum_{i != j} C_ij^2`` of the cross-correlation C of two embeddings.
 
-    C is over the valid samples, of columns with mean 0 and variance 1; of fewer than two samples the value is 0.
+    C is over the valid samples, of columns with mean 0 and variance 1, or ``var / (var + epsilon)`` as the release's
+    batch norm makes them (1e-5); of fewer than two samples the value is 0.
     Source: Zbontar 2021, arXiv 2103.03230.
 
     >>> x = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
@@ -25,7 +28,7 @@ def barlow_twins(a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3, valid_G: 
     w_G1 = (torch.ones_like(a_GD[:, 0]) if valid_G is None else valid_G.to(a_GD.dtype))[:, None]
     n = w_G1.sum().clamp(min=1)
     a_GD, b_GD = (w_G1 * (x - (w_G1 * x).sum(dim=0) / n) for x in (a_GD, b_GD))
-    a_GD, b_GD = (x / (x.square().sum(dim=0) / n).clamp(min=1e-12).sqrt() for x in (a_GD, b_GD))
+    a_GD, b_GD = (x / (x.square().sum(dim=0) / n + epsilon).clamp(min=1e-12).sqrt() for x in (a_GD, b_GD))
     c_DD = a_GD.T @ b_GD / n
     on = (1 - c_DD.diagonal()).square().sum()
     return torch.where(n > 1, on + redundancy * (c_DD.square().sum() - c_DD.diagonal().square().sum()), 0.0)

@@ -180,20 +180,52 @@ class Intra(nn.Module):
     def forward(self, h_1_BD: Tensor, h_2_BD: Tensor, key_B: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:
         h_2_BD = self.sham(h_2_BD, draw_B, valid_B)
         u_BD, v_BD = (F.normalize(promote(self.projection(h_BD)), dim=-1) for h_BD in (h_1_BD, h_2_BD))
-        with torch.autocast(u_BD.device.type, enabled=False):
-            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
-            u_GD, v_GD = gather_both(u_BD, v_BD)
-            u_BD, v_BD = self.scale * u_BD, self.scale * v_BD
-            uv_BG = u_BD @ v_GD.T
-            positive_B = uv_BG.diagonal(first).clone()
-            _exclude(uv_BG, out_BG)
-            vu_BG = uv_BG.T if world() == 1 else _exclude(v_BD @ u_GD.T, out_BG)
-            same_BG = out_BG.clone()
-            same_BG.diagonal(first).fill_(True)  # a view is no negative of itself
-            uu_BG, vv_BG = (_exclude(x_BD @ x_GD.T, same_BG) for x_BD, x_GD in ((u_BD, u_GD), (v_BD, v_GD)))
-            u_B = torch.logaddexp(uv_BG.logsumexp(dim=1), uu_BG.logsumexp(dim=1))
-            v_B = torch.logaddexp(vu_BG.logsumexp(dim=1), vv_BG.logsumexp(dim=1))
-            return (u_B + v_B) / 2 - positive_B
+        return ntxent(u_BD, v_BD, key_B, valid_B, self.scale)
+
+
+def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: float) -> Tensor:
+    """NT-Xent of two views with unit length, ``[B]``: negatives of a row are all other rows of both views.
+
+        value_b = (l(u, v) + l(v, u)) / 2, l(u, v) = log(e^{u_b.v_b} + sum_{g != b} e^{u_b.v_g} + e^{u_b.u_g}) - u_b.v_b
+
+    of s times the cosines.
+
+    Source: Chen 2020 (SimCLR, arXiv 2002.05709). Samples of equal content and absent samples are no negatives.
+
+    >>> z, everyone = torch.eye(2), torch.ones(2, dtype=torch.bool)
+    >>> [round(v, 4) for v in ntxent(z, z, torch.arange(2), everyone, scale=1.0).tolist()]  # log(e + 2) - 1
+    [0.5514, 0.5514]
+    """
+    with torch.autocast(u_BD.device.type, enabled=False):
+        out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+        u_GD, v_GD = gather_both(u_BD, v_BD)
+        u_BD, v_BD = scale * u_BD, scale * v_BD
+        uv_BG = u_BD @ v_GD.T
+        positive_B = uv_BG.diagonal(first).clone()
+        _exclude(uv_BG, out_BG)
+        vu_BG = uv_BG.T if world() == 1 else _exclude(v_BD @ u_GD.T, out_BG)
+        same_BG = out_BG.clone()
+        same_BG.diagonal(first).fill_(True)  # a view is no negative of itself
+        uu_BG, vv_BG = (_exclude(x_BD @ x_GD.T, same_BG) for x_BD, x_GD in ((u_BD, u_GD), (v_BD, v_GD)))
+        u_B = torch.logaddexp(uv_BG.logsumexp(dim=1), uu_BG.logsumexp(dim=1))
+        v_B = torch.logaddexp(vu_BG.logsumexp(dim=1), vv_BG.logsumexp(dim=1))
+        return (u_B + v_B) / 2 - positive_B
+
+
+def one_way(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: float) -> Tensor:
+    """InfoNCE of rows against the gathered rows of another view, ``[B]``: ``-log softmax_g(s a_b.b_g)[b]``.
+
+    Both have unit length. Source: van den Oord 2018 (arXiv 1807.03748). Samples of equal content and absent samples are
+    no negatives.
+
+    >>> z, everyone = torch.eye(2), torch.ones(2, dtype=torch.bool)
+    >>> [round(v, 4) for v in one_way(z, z, torch.arange(2), everyone, scale=1.0).tolist()]
+    [0.3133, 0.3133]
+    """
+    with torch.autocast(a_BD.device.type, enabled=False):
+        ab_BG = (scale * a_BD) @ gather(b_BD).T
+        positive_B = ab_BG.diagonal(first_row(len(key_B))).clone()
+        return _exclude(ab_BG, gathered_excluded(key_B, valid_B)).logsumexp(dim=1) - positive_B
 
 
 def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:

@@ -135,6 +135,9 @@ class MissingModalities(Subject):
 class Resume(Subject):
     """A run that is stopped after any step and resumed ends bit-identical."""
 
+    def data(self) -> SampleData:
+        return SampleData(modalities=tuple(self.recipe().towers))
+
     def test_a_resumed_run_is_bit_identical(self, tmp_path: Path) -> None:
         whole = self._fit(tmp_path / "whole", 5)
         self._fit(tmp_path / "cut", 2)
@@ -159,8 +162,7 @@ class Resume(Subject):
             enable_checkpointing=False,
             use_distributed_sampler=False,
         )
-        data = SampleData(modalities=tuple(recipe.towers))
-        trainer.fit(recipe, datamodule=data, ckpt_path=path, weights_only=True)
+        trainer.fit(recipe, datamodule=self.data(), ckpt_path=path, weights_only=True)
         return {name: value.clone() for name, value in recipe.state_dict().items()}
 
 

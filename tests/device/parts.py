@@ -65,6 +65,19 @@ from descant.modules.losses.contrastive import Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
+from descant.modules.losses.views import (
+    BYOL,
+    DINO,
+    NNCLR,
+    BarlowTwinsViews,
+    MoCoV3,
+    ReSSL,
+    SimCLR,
+    SwAV,
+    VICReg,
+    ViewObjective,
+    Views,
+)
 from descant.modules.masking import adapters, decoders, discrete_adapters, structured
 from descant.modules.masking import corruptions as masking
 from descant.modules.masking.budget import TokenBudget
@@ -95,6 +108,7 @@ from descant.modules.training_setup.activation_checkpointing import Checkpointin
 from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
 from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
+from descant.modules.transforms.crops import LocalCrops
 from descant.modules.transforms.image import Augment, Crop, Pixels
 from descant.recipes import Contrastive, Fusion
 from tests._suites.discovery import concrete
@@ -215,6 +229,36 @@ def _negatives(at: Place) -> Any:
 def _intra(at: Place) -> Any:
     intra = at(Intra(width=D, out=4, hidden=8, sham="permute"))
     return intra(at(unit()), at(unit()), at(torch.arange(B)), at(torch.arange(B)), at(present()["image"]))
+
+
+def _of_views(make: Callable[[], ViewObjective]) -> Part:
+    """One step, and the queue after it."""
+
+    def use(at: Place) -> Any:
+        objective, valid_B = at(make().build(D).train()), at(present()["image"])
+        target = [at(unit(width=C)), at(unit(width=C))] if objective.momentum is not None else []
+        h = [at(unit()).requires_grad_() for _ in range(2)]
+        value = objective(Views(h, at(torch.arange(B)), valid_B, target))
+        queue = [] if objective.queue is None else [objective.queue.rows_KP, objective.queue.valid_K]
+        return value if objective.whole else torch.where(valid_B, value, 0.0), h, queue
+
+    return use
+
+
+part("SimCLR", "Views", "MLPHead")(_of_views(lambda: SimCLR(8, C)))
+part("BYOL")(_of_views(lambda: BYOL(8, C)))
+part("VICReg")(_of_views(lambda: VICReg(8, C)))
+part("BarlowTwinsViews")(_of_views(lambda: BarlowTwinsViews(8, C)))
+part("DINO", "DINOHead")(_of_views(lambda: DINO(8, C, prototypes=C)))
+part("MoCoV3")(_of_views(lambda: MoCoV3(8, C)))
+part("SwAV", "Queue")(_of_views(lambda: SwAV(8, C, prototypes=C, queue=B)))
+part("NNCLR")(_of_views(lambda: NNCLR(8, C, 8, queue=B)))
+part("ReSSL")(_of_views(lambda: ReSSL(8, C, queue=B)))
+
+
+@part("LocalCrops")
+def _crops(at: Place) -> Any:
+    return LocalCrops(number=2, size=4)([at(torch.randn(B, 3, 16, 16)).requires_grad_()], at(torch.arange(B)))
 
 
 # towers, pools, projectors ------------------------------------------------------------------------------------------

@@ -77,6 +77,15 @@ RECIPES: dict[str, list[Case]] = {
         Case(("contrastive/emoji-vit", "with/train/ema", "with/evaluate/throughput"), slow=True),
         Case(("contrastive/emoji-spoken",), slow=True),
     ],
+    "SelfSupervised": [
+        Case(("contrastive/views",)),
+        Case(
+            ("contrastive/views",),
+            ("--model.objective", "{class_path: NNCLR, init_args: {hidden: 64, queue: 256}}"),
+            slow=True,
+        ),
+        Case(("contrastive/views",), ("--model.objective", "{class_path: DINO, init_args: {hidden: 64}}"), slow=True),
+    ],
     "Masked": [
         Case(("masked/emoji",)),
         Case(("masked/speech",), _small(8), slow=True),

@@ -40,6 +40,7 @@ from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.losses.views import DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.decoders import CrossDecoder
@@ -55,6 +56,7 @@ from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, T
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.schedule import WarmupCosine
+from descant.modules.transforms.crops import LocalCrops
 from descant.recipes import (
     DPO,
     GRPO,
@@ -69,6 +71,7 @@ from descant.recipes import (
     Peers,
     Recipe,
     ReconBoost,
+    SelfSupervised,
     Stage,
     TeacherAverage,
     TeacherRun,
@@ -196,6 +199,14 @@ def scenes(before: Path) -> Run:
         chunks=2,
     )
     return Run(recipe, Scenes(batch_size=16, size=24, tiny=True, exchanged=True), [c.SwapAccuracy()])
+
+
+@run
+def self_supervised(before: Path) -> Run:
+    towers = Towers(image=ConvTower([8], stem=4))
+    objective = DINO(hidden=8, bottleneck=8, prototypes=8)
+    recipe = SelfSupervised(towers, objective, crops=LocalCrops(number=2, size=8), optimizer=adamw)
+    return Run(recipe, emoji(views={"image": 2}), [c.KNN("group"), c.Geometry()])
 
 
 @run

@@ -1,0 +1,45 @@
+"""Barlow Twins between two views of a modality. Letters: D width, P of projections."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.dtype import promote
+from descant.modules.core.ranks import gather, gather_both
+from descant.modules.losses.barlow_twins import barlow_twins
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows
+
+
+class BarlowTwinsViews(ViewObjective):
+    """Barlow Twins: no negatives and no teacher; one number for the batch of all ranks (:func:`barlow_twins`).
+
+    Source: Zbontar 2021, arXiv 2103.03230, and its release, whose batch norm adds ``epsilon`` to variances; the paper
+    has 0. On several ranks the release normalises each rank's columns by itself; here all samples are one batch.
+
+    Args:
+        hidden, out: of the projector of three layers.
+        redundancy: weight of the off-diagonal correlations.
+        epsilon: added to variances.
+    """
+
+    whole = True
+
+    def __init__(self, hidden: int = 8192, out: int = 8192, redundancy: float = 0.0051, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.hidden, self.out, self.redundancy, self.epsilon = hidden, out, redundancy, epsilon
+
+    def build(self, width: int) -> Self:
+        self.projector = MLPHead(width, self.hidden, self.out, layers=3)
+        return self
+
+    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
+        return present_rows(self.projector, h_BD, valid_B)
+
+    def forward(self, views: Views) -> Tensor:
+        a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)
+        with torch.autocast(a_BP.device.type, enabled=False):
+            a_GP, b_GP = gather_both(a_BP, b_BP)
+            return barlow_twins(a_GP, b_GP, self.redundancy, gather(views.valid_B), self.epsilon)[None]

@@ -1,0 +1,128 @@
+"""Objectives over two or more views of one modality: what they share. SimCLR, BYOL, DINO and others are a file each.
+
+    h_v = pool(tower(view v))     z_v = projector(h_v)     p_v = predictor(z_v)     t_v = z_v of the teacher's weights
+
+Letters: B samples on this rank, R of them present, D width of features, P of projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.dtype import promote
+from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.ranks import world
+from descant.modules.losses.views.queue import Queue
+from descant.modules.training_setup.sync_batch_norm import unseen
+
+
+@dataclass
+class Views:
+    """Views of B samples of one modality.
+
+    Attributes:
+        h: features ``[B, D]``, one a view; of the first two the images are whole, further ones are of local crops.
+        key_B: int64; samples of one key have equal content and are not each other's negatives.
+        valid_B: bool; which samples there are.
+        target: the teacher's projections ``[B, P]`` of the first two views; none without a teacher.
+    """
+
+    h: Sequence[Tensor]
+    key_B: Tensor
+    valid_B: Tensor
+    target: Sequence[Tensor] = ()
+
+
+class ViewObjective(nn.Module):
+    """Base of objectives over views: ``objective(views)`` is one value a sample, ``[B]``, or one a batch, ``[1]``.
+
+    ``build(width)`` makes the heads, once the width of the features is known. A loss of a batch (``whole``) is computed
+    from the rows of all ranks and cannot be divided over samples.
+    """
+
+    #: One number for the batch, not one a sample.
+    whole: ClassVar[bool] = False
+    #: Takes more views than two.
+    multi_crop: ClassVar[bool] = False
+    #: Decay of the teacher, an average of the student's weights; None without a teacher.
+    momentum: float | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Of earlier projections, where there is one.
+        self.queue: Queue | None = None
+
+    def build(self, width: int) -> Self:
+        raise NotImplementedError
+
+    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
+        """``[B, D] -> [B, P]``, of a student and of its teacher."""
+        raise NotImplementedError
+
+    def forward(self, views: Views) -> Tensor:
+        raise NotImplementedError
+
+
+class MLPHead(nn.Module):
+    """Projector or predictor: ``z = W_n relu(norm(... relu(norm(W_1 h))))``, with batch norms, as the releases have.
+
+    Args:
+        width_in: D. hidden: of the layers between. out: P.
+        layers: of linear maps.
+        norm: batch norms between; without them hidden layers have a bias, as in ReSSL.
+        last_norm: a batch norm without scale and bias at the end, as in MoCo v3.
+
+    >>> sum(p.numel() for p in MLPHead(8, 16, 4).parameters())
+    224
+    """
+
+    def __init__(
+        self, width_in: int, hidden: int, out: int, layers: int = 2, norm: bool = True, last_norm: bool = False
+    ) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for a, b in pairwise([width_in, *[hidden] * (layers - 1)]):
+            parts += [nn.Linear(a, b, bias=not norm), nn.BatchNorm1d(b) if norm else nn.Identity(), nn.ReLU()]
+        parts.append(nn.Linear(hidden if layers > 1 else width_in, out, bias=not norm))
+        self.layers = nn.Sequential(*parts, *([nn.BatchNorm1d(out, affine=False)] if last_norm else []))
+
+    def forward(self, h_BD: Tensor) -> Tensor:
+        return self.layers(h_BD)
+
+
+def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
+    """``head(h)`` of the valid rows alone, so that its batch norms count no absent one; zeros elsewhere.
+
+    >>> norm, h_BD = nn.BatchNorm1d(1), torch.tensor([[1.0], [3.0], [99.0]])
+    >>> present_rows(norm, h_BD, torch.tensor([True, True, False])).flatten().round().tolist()
+    [-1.0, 1.0, 0.0]
+    """
+    here_B = host_copy(valid_B)
+    if here_B.all():
+        return head(h_BD)
+    # a rank without any still runs rows of zeros, so that every rank reaches the same parameters; a batch norm of one
+    # process needs two
+    least = 1 if world() > 1 else 2
+    rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), least)]
+    at_R, out_R = to_device(rows_R, h_BD.device), to_device(~here_B[rows_R], h_BD.device)
+    with nullcontext() if here_B.any() else unseen(head):
+        z_RP = head(h_BD[at_R]).masked_fill(out_R[:, None], 0.0)
+    return z_RP.new_zeros(len(h_BD), z_RP.shape[1]).index_put((at_R,), z_RP)
+
+
+def unit(z_BP: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or finer."""
+    return F.normalize(promote(z_BP), dim=-1)
+
+
+def learning(objective: nn.Module) -> bool:
+    """Whether this forward is of training, so that queues and centres move."""
+    return objective.training and torch.is_grad_enabled()

@@ -1,0 +1,48 @@
+"""SimCLR: NT-Xent between two views of a modality. Letters: B samples, D width, P width of projections."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor
+
+from descant.modules.losses.contrastive import ntxent
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows, unit
+
+
+class SimCLR(ViewObjective):
+    """SimCLR: InfoNCE of two views, whose negatives are all other rows of both (:func:`ntxent`).
+
+    Source: Chen 2020, arXiv 2002.05709. The release computes it on one batch of both views, so that its batch norms see
+    both; here, as in lightly, each view is normalised by itself.
+
+    Args:
+        hidden, out: of the projector of two layers.
+        temperature: of the cosines.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
+
+    >>> import torch
+    >>> objective = SimCLR(hidden=8, out=4).build(6)
+    >>> h_BD, everyone = torch.randn(5, 6), torch.ones(5, dtype=torch.bool)
+    >>> objective(Views([h_BD, h_BD], torch.arange(5), everyone)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, hidden: int = 2048, out: int = 128, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"SimCLR: temperature {temperature:g}: must be above 0")
+        self.hidden, self.out, self.temperature = hidden, out, temperature
+
+    def build(self, width: int) -> Self:
+        self.projector = MLPHead(width, self.hidden, self.out)
+        return self
+
+    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
+        return unit(present_rows(self.projector, h_BD, valid_B))
+
+    def forward(self, views: Views) -> Tensor:
+        u_BP, v_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)
+        return ntxent(u_BP, v_BP, views.key_B, views.valid_B, 1 / self.temperature)
