@@ -47,6 +47,7 @@ BENCHMARKS = {
     "selection": "benchmarks.selection:selection",
     "stages": "benchmarks.stages:stages",
     "mining": "benchmarks.mining:mining",
+    "multitask": "benchmarks.multitask:shared",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

@@ -1,34 +1,34 @@
 """Several objectives over one network: contrast, matching, masked tokens and classes of shared streams, by YAML.
 
-Claim: objectives that read the same tokens train in one forward of each tower, whoever asks for them.
+Claim: objectives that read the same tokens train in one forward of each tower.
 
     tokens_m = tower_m(x_m),  z_m = normalise(head_m(pool_m(tokens_m))),  fused_ab = blocks([c, tokens_a, tokens_b])
     loss = sum over objectives o: terms_o(streams)          each stream made once a step; named o, or o/part
 
-An objective may hide tokens in the streams that it reads; two that hide the same tokens share them. What no objective
-reads costs nothing: its tower does not run, and its parameters are frozen, so that no gradient is waited for on any
-rank. Harmonizers of features meet at z; tokens are shared too, and harmonizers of parameters see both.
+Objectives that hide the same tokens share these streams too. What no objective reads costs nothing: its tower does not
+run, and is frozen, so that no rank waits for its gradients. Harmonizers of features see z, those of parameters all.
 Source: the combination of objectives as in ALBEF (arXiv 2107.07651) and TIP (2407.07582).
 Letters: B samples, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.fusion.cross_encoder import FusionLayers
-from descant.modules.objectives.base import Facts, TaskObjective
-from descant.modules.objectives.streams import Streams, differently_hidden
+from descant.modules.masking.corruptions import Masks
+from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
+from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
@@ -46,7 +46,7 @@ class MultiTask(SharedSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
 
     Raises:
-        ValueError: without an objective, or for one with a modality that has no tower or a stream that nobody makes; in
+        ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made; in
             training, for data without a modality that some objective reads.
     """
 
@@ -65,10 +65,8 @@ class MultiTask(SharedSpace):
         super().__init__(towers, width, pool, **kwargs)
         facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
         for name, objective in objectives.items():
-            try:
+            with naming(name):
                 objective.build(facts)
-            except ValueError as error:
-                raise ValueError(f"objectives: {name}: {error}") from None
         self.objectives = nn.ModuleDict(objectives)
         hidden = [m for m in towers if any(m in objective.hidden for objective in objectives.values())]
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
@@ -79,83 +77,74 @@ class MultiTask(SharedSpace):
             part[m].requires_grad_(False)
         if self.fusion is not None and not fused:
             self.fusion.requires_grad_(False)
-        self._reported = False
 
-    def _each(self) -> Iterator[tuple[str, TaskObjective]]:
-        for name, objective in self.objectives.items():
-            assert isinstance(objective, TaskObjective)
-            yield name, objective
+    @property
+    def tasks(self) -> dict[str, TaskObjective]:
+        return cast(dict[str, TaskObjective], dict(self.objectives.items()))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for name, objective in self._each():
-            try:
+        for name, objective in self.tasks.items():
+            with naming(name):
                 objective.require_data(datamodule_of(self.trainer))
-            except ValueError as error:
-                raise ValueError(f"objectives: {name}: {error}") from None
+        for line in differently_hidden(self.tasks) if stage == "fit" else ():
+            rank_zero_info(f"objectives: {line}")
 
     @property
     def reads(self) -> tuple[str, ...]:
         """The modalities that some objective needs; others are embedded where they are judged."""
-        return tuple(m for m in self.towers if any(m in objective.reads for _, objective in self._each()))
+        return tuple(m for m in self.towers if any(m in objective.reads for objective in self.tasks.values()))
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
         """Modality -> the terms that share its embedding."""
-        parts = [(_named(name, part), ms) for name, o in self._each() for part, ms in o.latents.items()]
+        parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
         return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
         """Pairs of modalities that objectives score, by the name of the term."""
-        return {_named(name, part): pair for name, o in self._each() for part, pair in o.scored().items()}
+        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """All but the objectives' own layers."""
-        own = {p for p in self.objectives.parameters()}
+        own = set(self.objectives.parameters())
         return (p for p in self.parameters() if p.requires_grad and p not in own)
 
     def forward(self, batch: Batch) -> Output:
         for m in (m for m in self.reads if m not in batch.inputs):
             raise ValueError(f"the data has no modality {m!r}: {no_such(m, batch.inputs)}")
-        streams = Streams(self, batch)
+        streams, terms, pairs = Streams(self, batch), dict[str, Term](), dict[str, Scorer]()
         views = self._views(streams)
-        terms, pairs = dict[str, Term](), dict[str, Scorer]()
-        for name, objective in self._each():
-            terms |= {_named(name, part): term for part, term in objective(views[name], batch).items()}
-            pairs |= {_named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
-        return Output(terms, latents={m: streams.latent(m) for m in self.forks if self.forks[m]}, pairs=pairs)
+        for name, objective in self.tasks.items():
+            with naming(name):
+                terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
+            pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
+        return Output(terms, {m: streams.latent(m) for m in self.forks if self.forks[m]}, pairs=pairs)
 
     def _views(self, streams: Streams) -> dict[str, Streams]:
         """The streams as each objective sees them, with the tokens that it hides."""
-        masks = {name: objective.hides(streams.batch) for name, objective in self._each()}
-        if self.training and not self._reported:
-            self._reported = True
-            for line in differently_hidden({name: each for name, each in masks.items() if each is not None}):
-                rank_zero_info(f"objectives: {line}")
-        return {name: streams.of(partial(_named, name), masks[name]) for name in masks}
+        masks = dict[Hashable, Masks | None]()
+        for name, objective in self.tasks.items():
+            if objective.hiding not in masks:
+                with naming(name):
+                    masks[objective.hiding] = objective.hides(streams.batch)
+        return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
 
     # evaluation -------------------------------------------------------------------------------------------------------
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(self, batch))
-        return {_named(n, part): s for n, o in self._each() for part, s in o.scorers(views[n]).items()}
+        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
 
-    def scores(self, batch: Batch) -> dict[str, Term]:
-        """Scores of each objective, such as ``accuracy_match``."""
-        return self._scores(Streams(self, batch))
-
-    def _scores(self, streams: Streams) -> dict[str, Term]:
-        views = self._views(streams)
-        each = {name: objective.scores(views[name], streams.batch) for name, objective in self._each()}
+    def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
+        """Scores of each objective, such as ``accuracy_match``; ``streams``: of the batch, where they are made."""
+        views = self._views(streams or Streams(self, batch))
+        each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
         return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
         streams = Streams(self, batch)
-        z: dict[str, Tensor] = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
-        return {"z": z, "scores": self._scores(streams) if all(m in batch.inputs for m in self.reads) else {}}
-
-
-def _named(objective: str, part: str) -> str:
-    return f"{objective}/{part}" if part else objective
+        z = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
+        return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}

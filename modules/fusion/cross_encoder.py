@@ -40,10 +40,14 @@ class FusionBlocks(nn.Module):
         self.layers = nn.ModuleList(Block(width, checked_heads(width, heads), dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def first(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
-        """``[N, D]``: the first token of the pairs (row of a, column of b), without gradients a piece at a time."""
+    def at_once(self, a: Tokens, b: Tokens, pairs: int) -> int:
+        """How many of so many pairs are computed at once: without gradients a piece of them, of bounded memory."""
         T = 1 + a.h_BTD.shape[1] + b.h_BTD.shape[1]
-        rows = max(len(row_N) if torch.is_grad_enabled() else CELLS // (T * self.width), 1)
+        return max(pairs if torch.is_grad_enabled() else CELLS // (T * self.width), 1)
+
+    def first(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
+        """``[N, D]``: the first token of the pairs (row of a, column of b)."""
+        rows = self.at_once(a, b, len(row_N))
         parts = [
             self.norm(self._mixed(a, b, i, j).h_BTD[:, 0])
             for i, j in zip(row_N.split(rows), column_N.split(rows), strict=True)

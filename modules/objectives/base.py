@@ -5,7 +5,8 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Facts(NamedTuple):
         if a == b:
             raise ValueError(f"{a} with {b}: two modalities are fused")
         if self.fusion is None:
-            raise ValueError(f"nobody makes its stream of {a} and {b} together; give model.fusion: FusionLayers")
+            raise ValueError(f"needs {a} and {b} fused, and no layers do; give model.fusion: FusionLayers")
         return self.fusion
 
     def maskable(self, modality: str) -> None:
@@ -66,6 +67,7 @@ class TaskObjective(nn.Module):
         latents: part -> modalities whose embedding ``z`` has a gradient of that part's term.
         fuses: pairs of modalities whose tokens it needs fused.
         hidden: modalities of which it hides tokens.
+        hiding: what :meth:`hides` depends on beside the batch; objectives where it is equal share their streams.
         in_batch_negatives: whether samples of a batch are contrasted.
     """
 
@@ -77,9 +79,10 @@ class TaskObjective(nn.Module):
         self.latents: dict[str, tuple[str, ...]] = {}
         self.fuses: tuple[tuple[str, str], ...] = ()
         self.hidden: tuple[str, ...] = ()
+        self.hiding: Hashable = None
 
     def build(self, facts: Facts) -> Self:
-        """Raises ValueError for an unknown modality, or a stream that nobody makes."""
+        """Raises ValueError for an unknown modality, or a stream that is not made."""
         raise NotImplementedError
 
     def require_data(self, data: Any) -> None:
@@ -103,6 +106,37 @@ class TaskObjective(nn.Module):
     def scored(self) -> dict[str, tuple[str, str]]:
         """Part -> the pair of modalities that :meth:`scorers` scores."""
         return {}
+
+
+def named(objective: str, part: str) -> str:
+    """Name of a term.
+
+    >>> named("contrast", ""), named("contrast", "image-text")
+    ('contrast', 'contrast/image-text')
+    """
+    return f"{objective}/{part}" if part else objective
+
+
+@contextmanager
+def naming(objective: str) -> Iterator[None]:
+    """Inside, ValueErrors begin with the name of the objective."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"objectives: {objective}: {error}") from None
+
+
+def differently_hidden(objectives: Mapping[str, TaskObjective]) -> list[str]:
+    """A line for each modality that several objectives hide, and not alike."""
+    lines = []
+    for m in dict.fromkeys(m for objective in objectives.values() for m in objective.hidden):
+        first = dict[Hashable, str]()
+        for name, objective in objectives.items():
+            if m in objective.hidden:
+                first.setdefault(objective.hiding, name)
+        if len(first) > 1:
+            lines.append(f"{' and '.join(first.values())} hide {m} differently: a forward of its tower for each")
+    return lines
 
 
 def scattered(value_V: Tensor, row_V: Tensor, rows: int) -> Tensor:

@@ -63,6 +63,8 @@ class MaskedTokens(TaskObjective):
         facts.maskable(m)
         self.corruption.check({m: self.adapter.grid})
         width, self.hidden = facts.towers[m].width, (m,)
+        same = type(self.adapter), self.adapter.grid, getattr(self.adapter, "pad", None)  # by these it has real tokens
+        self.hiding = (m, self.target, self.corruption, *same)
         if given is not None:
             width, self.fuses = facts.fused(m, given), ((m, given),)
         self.adapter.build(1, width)

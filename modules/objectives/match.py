@@ -17,7 +17,8 @@ from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
 from descant.modules.core.ranks import first_row, gather
-from descant.modules.core.rng import mix_N, uniform_N
+from descant.modules.core.rng import uniform_N
+from descant.modules.evaluation.metrics import wide
 from descant.modules.objectives.base import Facts, TaskObjective, scattered
 from descant.modules.objectives.streams import Streams
 
@@ -34,7 +35,8 @@ def matching_negatives(
 
         P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, and of other content than b
 
-    by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64.
+    by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where the
+    device has it.
 
     Args:
         s_BG: similarities of rows to columns, over the temperature.
@@ -50,10 +52,11 @@ def matching_negatives(
     key_G, valid_G = key_B if key_G is None else key_G, valid_B if valid_G is None else valid_G
     allowed_BG = (key_B[:, None] != key_G) & valid_B[:, None] & valid_G
     # a row without any is uniform here, and -1 below; the lowest finite number, as minus infinity would be nan
-    s_BG = s_BG.double().masked_fill(~allowed_BG, torch.finfo(torch.float64).min)
+    dtype = wide(s_BG.device)
+    s_BG = s_BG.to(dtype).masked_fill(~allowed_BG, torch.finfo(dtype).min)
     share_BG = s_BG.softmax(dim=1).masked_fill(~allowed_BG, 0.0)
     total_BG = share_BG.cumsum(dim=1)
-    above_BG = (total_BG > u_B.double()[:, None] * total_BG[:, -1:]) & allowed_BG
+    above_BG = (total_BG > u_B.to(dtype)[:, None] * total_BG[:, -1:]) & allowed_BG
     return torch.where(allowed_BG.any(dim=1), above_BG.int().argmax(dim=1), -1)
 
 
@@ -106,14 +109,15 @@ class Match(TaskObjective):
         (a, b), valid_B = self.pair, batch.both(*self.pair)
         every_G = gather_rows(torch.stack([batch.content_id, valid_B.long(), batch.rng_seed], dim=1))
         key_G, valid_G, seed_G = every_G.unbind(dim=1)
-        # columns in the order of their draws: the negative of a sample does not depend on where its batch is cut
-        order_G = to_device(torch.from_numpy(mix_N(seed_G, "match")).argsort(stable=True), batch.device)
+        # columns in the order of their random keys: the negative of a sample does not depend on where its batch is cut
+        order_G = seed_G.argsort(stable=True)
         columns = key_G[order_G], valid_G[order_G].bool()
         rows = []
         for mine, other in ((a, b), (b, a)):
-            s_BG = valid_B.new_zeros(len(batch), len(key_G), dtype=torch.float64)
+            dtype = wide(batch.device)
+            s_BG = valid_B.new_zeros(len(batch), len(key_G), dtype=dtype)
             if self.negatives == "similarity":
-                z_BD, z_GD = (streams.latent(m).detach().double() for m in (mine, other))
+                z_BD, z_GD = (streams.latent(m).detach().to(dtype) for m in (mine, other))
                 s_BG = z_BD @ gather_rows(z_GD)[order_G].T / self.temperature
             u_B = to_device(uniform_N(batch.rng_seed, f"match/{other}"), batch.device)
             at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns)

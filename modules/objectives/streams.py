@@ -1,4 +1,4 @@
-"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once, whoever asks.
+"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once, whichever objectives ask.
 
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
@@ -79,7 +79,7 @@ class Streams:
 
     def tokens(self, modality: str, masks: Masks | None = None) -> Tokens:
         """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none."""
-        return self.once((modality, hidden_key(masks, modality)), lambda: self._tokens(modality, masks))
+        return self.once((modality, hidden(masks, modality)), lambda: self._tokens(modality, masks))
 
     def latent(self, modality: str) -> Tensor:
         """``z_BD``, of unit length; absent rows are zero."""
@@ -128,7 +128,7 @@ class Streams:
     def own(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
         """The samples that have both, each fused with itself, and their rows ``[V]``; one row, of no tokens, if none
         has."""
-        key = ("own", a, b, hidden_key(masks, a), hidden_key(masks, b))
+        key = ("own", a, b, hidden(masks, a), hidden(masks, b))
         return self.once(key, lambda: self._own(a, b, masks))
 
     def _own(self, a: str, b: str, masks: Masks | None) -> tuple[Fused, Tensor]:
@@ -148,12 +148,16 @@ class Streams:
         """
         get = self.gathered if across else self.mapped
         tokens_a, tokens_b = get(a), get(b)
-        with self.rows(row_N if sample_N is None else sample_N):
-            return self.fusion.first(tokens_a, tokens_b, row_N, column_N)
+        n, parts = self.fusion.at_once(tokens_a, tokens_b, len(row_N)), []
+        host_N = host_copy(row_N if sample_N is None else sample_N)
+        for row_n, column_n, host_n in zip(row_N.split(n), column_N.split(n), host_N.split(n), strict=True):
+            with self.rows(host_n):
+                parts.append(self.fusion.first(tokens_a, tokens_b, row_n, column_n))
+        return torch.cat(parts)
 
     def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
         """Tokens in the width of the fusion layers."""
-        key = ("mapped", modality, hidden_key(masks, modality))
+        key = ("mapped", modality, hidden(masks, modality))
         return self.once(key, lambda: self.fusion.mapped(modality, self.tokens(modality, masks)))
 
     def gathered(self, modality: str) -> Tokens:
@@ -184,34 +188,13 @@ def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real
     return Tokens(tower.encode(h_BTD, None if host_copy(real_BT).all() else real_BT), real_BT)
 
 
-def hidden_key(masks: Masks | None, modality: str) -> bytes | None:
-    """What is hidden of a modality, as a key: equal for equal masks, None where nothing is asked to be hidden.
+def hidden(masks: Masks | None, modality: str) -> int | None:
+    """Identity of the masks that hide tokens of a modality; None where its tokens are as they are.
 
-    >>> mask = {"text": torch.tensor([[True, False]])}
-    >>> hidden_key(Masks(mask, mask, mask), "text"), hidden_key(Masks(mask, mask, mask), "image")
-    (b'\\x01\\x00', None)
+    Objectives that hide alike have one object (:attr:`TaskObjective.hiding`), on every rank: equal masks do not count,
+    since a rank whose samples lack the modality would run its tower less often than the others.
     """
-    if masks is None or modality not in masks.target:
-        return None
-    return host_copy(masks.target[modality]).numpy().tobytes()
-
-
-def differently_hidden(masks: Mapping[str, Masks]) -> list[str]:
-    """A line for each modality that objectives, by name, hide differently.
-
-    >>> one, two = ({"text": torch.tensor([[hidden]])} for hidden in (True, False))
-    >>> differently_hidden({"words": Masks(two, one, one), "spans": Masks(one, two, two)})
-    ['words and spans hide text differently: a forward of its tower for each']
-    """
-    lines = []
-    for m in dict.fromkeys(m for each in masks.values() for m in each.target):
-        first = dict[bytes | None, str]()
-        for name, each in masks.items():
-            if m in each.target:
-                first.setdefault(hidden_key(each, m), name)
-        if len(first) > 1:
-            lines.append(f"{' and '.join(first.values())} hide {m} differently: a forward of its tower for each")
-    return lines
+    return None if masks is None or modality not in masks.target else id(masks)
 
 
 def _chunked(encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: Step, tower: nn.Module) -> Tokens:

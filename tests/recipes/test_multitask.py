@@ -145,7 +145,7 @@ def test_terms_are_those_of_separate_forwards() -> None:
         torch.testing.assert_close(terms[name], value_B, **rounding(512, F64))
 
 
-def test_each_stream_is_made_once_whoever_asks() -> None:
+def test_each_stream_is_made_once_asks() -> None:
     model, b = multitask(), batch(8)
     image, text = Calls(model.towers["image"]), Calls(model.towers["text"])
     hidden = {m: Calls(model.towers[m], "embed") for m in ("image", "text")}
@@ -317,18 +317,18 @@ def test_protocols_and_scores() -> None:
 def test_two_that_hide_differently_have_a_stream_each_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model, b = multitask("words", more={"spans": words(SpanMask(0.5)), "again": words()}), batch(8)
     text = Calls(model.towers["text"], "embed")
-    with caplog.at_level("INFO"):
-        model(b)
-        model(b)
-    assert text.rows == [8, 8] * 2
+    model(b)
+    assert text.rows == [8, 8]
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        L.Trainer(max_steps=2, **QUIET).fit(model, Data())
     line = "objectives: words and spans hide text differently: a forward of its tower for each"
-    assert [record.getMessage() for record in caplog.records] == [line]
+    assert [m for m in (record.getMessage() for record in caplog.records) if "hide" in m] == [line]
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     patches = PatchAdapter([8, 8], 4)
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: multitask("match", fusion=False), r"objectives: match: nobody makes its stream of image and text"),
+        (lambda: multitask("match", fusion=False), r"objectives: match: needs image and text fused, and no layers do"),
         (lambda: multitask(more={"c": Contrast([["imgae", "text"]])}), r"objectives: c: 'imgae': .*mean image\?"),
         (lambda: multitask(more={"c": Classify("label", C, ["txt"])}), r"objectives: c: 'txt': .*mean text\?"),
         (lambda: multitask(more={"m": Match(["text", "sound"])}), r"objectives: m: 'sound': no such name"),
