@@ -36,18 +36,18 @@ OBJECTIVES: dict[str, Callable[[], TaskObjective]] = {
 
 
 def recipe(*names: str) -> MultiTask:
-    """Towers and fusion layers in the proportions of ALBEF: 12 blocks for images, 6 for texts, 6 for both."""
+    """Towers of 8 and 4 blocks, 64 patches and 16 words, under two fusion layers over all 81 tokens of a pair."""
     torch.manual_seed(0)
-    image, text = PatchTower(48, 8, 96, depth=6, heads=3), TextTower(VOCAB, 96, depth=3, heads=3, length=LENGTH)
+    image, text = PatchTower(64, 8, 96, depth=8, heads=3), TextTower(VOCAB, 96, depth=4, heads=3, length=LENGTH)
     objectives = {name: OBJECTIVES[name]() for name in names}
-    return MultiTask(Towers(image=image, text=text), objectives, 96, FusionLayers(96, depth=3, heads=3))
+    return MultiTask(Towers(image=image, text=text), objectives, 96, FusionLayers(96, depth=2, heads=3))
 
 
 def shared(rounds: int = 30, rows: int = 16) -> Iterator[Row]:
     """A forward and backward pass of all, over the sum of the same of each, in seconds of the CPU."""
     drawn = torch.Generator().manual_seed(0)
     inputs = {
-        "image": torch.rand(rows, 3, 48, 48, generator=drawn),
+        "image": torch.rand(rows, 3, 64, 64, generator=drawn),
         "text": torch.randint(1, VOCAB, (rows, LENGTH), generator=drawn),
     }
     here = {m: torch.ones(rows, dtype=torch.bool) for m in inputs}

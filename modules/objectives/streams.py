@@ -128,6 +128,10 @@ class Streams:
     def own(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
         """The samples that have both, each fused with itself, and their rows ``[V]``; one row, of no tokens, if none
         has."""
+        places = list(self.model.towers)
+        if places.index(a) > places.index(b):  # one order, whichever is asked for: attention has none
+            fused, row_V = self.own(b, a, masks)
+            return Fused(fused.first_ND, fused.b, fused.a), row_V
         key = ("own", a, b, hidden(masks, a), hidden(masks, b))
         return self.once(key, lambda: self._own(a, b, masks))
 

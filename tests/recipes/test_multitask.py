@@ -26,6 +26,7 @@ from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.discrete_adapters import TokenAdapter
 from descant.modules.masking.structured import SpanMask
 from descant.modules.missing_modalities.imputation import Imputation, ZeroImputer
+from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import GradVac
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
@@ -34,9 +35,9 @@ from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers import ConvTower, PatchTower, TextTower, Towers
-from descant.recipes import MultiTask
+from descant.recipes import MissingModality, MultiTask
 from tests.ranks import run_ranks
-from tests.recipes.test_missing import MODALITIES, C, batch
+from tests.recipes.test_missing import MODALITIES, C, batch, build, node, write
 from tests.step_toy import QUIET, KeepGradients, largest_gap
 from tests.tolerance import F32, F64, rounding, ulps
 
@@ -53,7 +54,7 @@ def objectives() -> dict[str, TaskObjective]:
         "words": words(),
         "patches": MaskedTokens("image", patches, corruption=UniformMask(0.5)),
         "kind": Classify("label", C, ["image"]),
-        "both": Classify("label", C, ["image", "text"]),
+        "both": Classify("label", C, ["text", "image"]),
     }
 
 
@@ -288,6 +289,26 @@ def test_terms_meet_at_the_embeddings() -> None:
     trainer = L.Trainer(max_steps=2, callbacks=[HarmonizeFeatures(GradVac())], **QUIET)
     trainer.fit(multitask(), Data())
     assert trainer.global_step == 2
+
+
+def test_a_trained_one_is_adapted_to_missing_modalities(tmp_path: Path) -> None:
+    """A bank modulates the layers of towers, fusion and objectives by what each sample is left with."""
+    model = node("MultiTask", "image", "text")
+    match = {"class_path": "Match", "init_args": {"pair": ["image", "text"]}}
+    kind = {"class_path": "Classify", "init_args": {"target": "label", "classes": C, "modalities": ["image"]}}
+    layers = {"class_path": "FusionLayers", "init_args": {"width": 16, "depth": 1, "heads": 2}}
+    model["init_args"] |= {"fusion": layers, "objectives": {"match": match, "kind": kind}}
+    adapted = MissingModality(write(tmp_path / "run", model, build(model)), bank=ModulationBank())
+    b = batch(16, modalities=("image", "text"))
+    b.content_id = torch.arange(16)
+    terms = adapted.train().terms(b)
+    adapted.step(terms, b).total.backward()
+    assert terms.keys() == {"match", "kind"}
+    grads = [p.grad for p in adapted.bank.parameters()]
+    assert any(grad is not None and grad.any() for grad in grads)
+    assert all(p.grad is None for p in adapted.inner.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        assert adapted.eval().scores(b)["accuracy_match"].valid.all()
 
 
 def test_what_parameters_are_shared() -> None:
