@@ -20,6 +20,7 @@ from descant.callbacks import EMA, HarmonizeFeatures, Resume
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import Embeds, Features, ForksFeatures, HasObjective, HasTowers, Matches, Scores
 from descant.modules.fusion.cross_encoder import FusionLayers
+from descant.modules.io.names import full
 from descant.modules.losses import InfoNCE
 from descant.modules.masking.adapters import MSE, PatchAdapter
 from descant.modules.masking.corruptions import UniformMask
@@ -58,9 +59,7 @@ def objectives() -> dict[str, TaskObjective]:
     }
 
 
-def multitask(
-    *names: str, fusion: bool = True, more: dict[str, TaskObjective] | None = None, **options: Any
-) -> MultiTask:
+def multitask(*names: str, fusion: bool = True, more: dict[str, TaskObjective] | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     towers = Towers(
         image=PatchTower(8, 4, 16, 1, 2), text=TextTower(20, 16, 1, 2, 6), sketch=ConvTower([8], channels=1)
@@ -229,14 +228,20 @@ class Data(L.LightningDataModule):
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
+class KeepTrained(KeepGradients):
+    """Of what trains; what nothing reads is frozen."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        trained = {name: p.grad for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.gradients = {name: grad.clone() for name, grad in trained.items() if grad is not None}
+        assert self.gradients.keys() == trained.keys()
+
+
 def fitted(rank: int = 0, world: int = 1, chunks: int = 1, steps: int = 1) -> dict[str, Tensor]:
-    model, keep = multitask(chunks=chunks, optimizer=torch.optim.SGD).double(), KeepGradients()
+    model, keep = multitask(chunks=chunks, optimizer=torch.optim.SGD).double(), KeepTrained()
     data = Data(rank, world)
     for b in data.batches:
         b.inputs["image"] = b.inputs["image"].double()
-    keep.on_before_optimizer_step = lambda t, m, o: keep.gradients.update(  # type: ignore[method-assign]
-        {n: p.grad.detach().clone() for n, p in m.named_parameters() if p.requires_grad}
-    )
     strategy = "ddp" if world > 1 else "auto"
     L.Trainer(max_steps=steps, devices=world, strategy=strategy, callbacks=[keep], **QUIET).fit(model, data)
     return keep.gradients
@@ -294,11 +299,11 @@ def test_terms_meet_at_the_embeddings() -> None:
 def test_a_trained_one_is_adapted_to_missing_modalities(tmp_path: Path) -> None:
     """A bank modulates the layers of towers, fusion and objectives by what each sample is left with."""
     model = node("MultiTask", "image", "text")
-    match = {"class_path": "Match", "init_args": {"pair": ["image", "text"]}}
-    kind = {"class_path": "Classify", "init_args": {"target": "label", "classes": C, "modalities": ["image"]}}
-    layers = {"class_path": "FusionLayers", "init_args": {"width": 16, "depth": 1, "heads": 2}}
+    match = {"class_path": full("Match"), "init_args": {"pair": ["image", "text"]}}
+    kind = {"class_path": full("Classify"), "init_args": {"target": "label", "classes": C, "modalities": ["image"]}}
+    layers = {"class_path": full("FusionLayers"), "init_args": {"width": 16, "depth": 1, "heads": 2}}
     model["init_args"] |= {"fusion": layers, "objectives": {"match": match, "kind": kind}}
-    adapted = MissingModality(write(tmp_path / "run", model, build(model)), bank=ModulationBank())
+    adapted: Any = MissingModality(write(tmp_path / "run", model, build(model)), bank=ModulationBank())
     b = batch(16, modalities=("image", "text"))
     b.content_id = torch.arange(16)
     terms = adapted.train().terms(b)

@@ -45,7 +45,7 @@ def test_words_by_hand(given: str | None) -> None:
         torch.testing.assert_close(term.value[i], wanted, **rounding(16, F32))
 
 
-def streams(model: Any, b: Batch, name: str) -> Streams:
+def streams(model: Any, b: Batch, name: str) -> Any:
     view = Streams(model, b)
     return view.of(lambda part: name, model.objectives[name].hides(b))
 
