@@ -63,7 +63,8 @@ class Classify(TaskObjective):
         if not self.fuses:
             return promote(self.head(streams.z(self.reads[0])))
         fused, row_V = streams.own(*self.fuses[0])
-        logits_VC = promote(self.head(fused.first_ND))
+        with streams.rows(row_V):
+            logits_VC = promote(self.head(fused.first_ND))
         return logits_VC.new_zeros(len(streams.batch), self.classes).index_put((row_V,), logits_VC)
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:

@@ -126,16 +126,24 @@ class Match(TaskObjective):
 
     def judged(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``s_V`` of own pairs, ``s_2V`` of negatives of both sides, bool ``has_2V``, and the rows ``[V]``."""
-        (a, b), (fused, row_V) = self.pair, streams.own(*self.pair)
+        fused, row_V = streams.own(*self.pair)
         negative_b_B, negative_a_B = self.negative_rows(streams, batch, across)
         own_V, V = row_V + (first_row(len(batch)) if across else 0), len(row_V)
-        both_2V = to_device(torch.arange(V).repeat(2), batch.device)
+        sample_2V = chosen(row_V, to_device(torch.arange(V).repeat(2), batch.device))
         negative_2V = torch.cat([negative_b_B[row_V], negative_a_B[row_V]])
         at_2V = negative_2V.clamp(min=0)
         row_2V, column_2V = torch.cat([own_V, at_2V[V:]]), torch.cat([at_2V[:V], own_V])
-        h_2VD = streams.first(a, b, row_2V, column_2V, chosen(row_V, both_2V), across)
-        s_3V = promote(self.score(torch.cat([fused.first_ND, h_2VD])))[:, 0]
-        return s_3V[:V], s_3V[V:], negative_2V >= 0, row_V
+        with streams.rows(row_V):
+            s_V = promote(self.score(fused.first_ND))[:, 0]
+        return s_V, self.scored_pairs(streams, row_2V, column_2V, sample_2V, across), negative_2V >= 0, row_V
+
+    def scored_pairs(
+        self, streams: Streams, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False
+    ) -> Tensor:
+        """``s_N`` of pairs, as of :meth:`Streams.first`."""
+        h_ND = streams.first(*self.pair, row_N, column_N, sample_N, across)
+        with streams.rows(sample_N):
+            return promote(self.score(h_ND))[:, 0]
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=self.training)
@@ -156,7 +164,7 @@ class Match(TaskObjective):
         return {"accuracy": Term(value_B, valid=batch.both(*self.pair) & (count_B > 0))}
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
-        return {"": lambda row_N, column_N: self.score(streams.first(*self.pair, row_N, column_N))[:, 0]}
+        return {"": lambda row_N, column_N: self.scored_pairs(streams, row_N, column_N, row_N)}
 
     def scored(self) -> dict[str, tuple[str, str]]:
         return {"": self.pair}

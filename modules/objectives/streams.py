@@ -143,18 +143,16 @@ class Streams:
         with self.rows(row_V):
             return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
 
-    def first(
-        self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor | None = None, across: bool = False
-    ) -> Tensor:
+    def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
         """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.
 
-        ``sample_N``: the row of the batch that each pair is for; ``row_N`` where not given.
+        ``sample_N``: the row of the batch that each pair is for.
         """
         get = self.gathered if across else self.mapped
         tokens_a, tokens_b = get(a), get(b)
         n, parts = self.fusion.at_once(tokens_a, tokens_b, len(row_N)), []
-        host_N = host_copy(row_N if sample_N is None else sample_N)
-        for row_n, column_n, host_n in zip(row_N.split(n), column_N.split(n), host_N.split(n), strict=True):
+        split = row_N.split(n), column_N.split(n), host_copy(sample_N).split(n)
+        for row_n, column_n, host_n in zip(*split, strict=True):
             with self.rows(host_n):
                 parts.append(self.fusion.first(tokens_a, tokens_b, row_n, column_n))
         return torch.cat(parts)

@@ -298,19 +298,19 @@ def test_terms_meet_at_the_embeddings() -> None:
 
 def test_a_trained_one_is_adapted_to_missing_modalities(tmp_path: Path) -> None:
     """A bank modulates the layers of towers, fusion and objectives by what each sample is left with."""
-    model = node("MultiTask", "image", "text")
-    match = {"class_path": full("Match"), "init_args": {"pair": ["image", "text"]}}
-    kind = {"class_path": full("Classify"), "init_args": {"target": "label", "classes": C, "modalities": ["image"]}}
+    model, pair = node("MultiTask", *MODALITIES), ["image", "text"]
+    match = {"class_path": full("Match"), "init_args": {"pair": pair}}
+    both = {"class_path": full("Classify"), "init_args": {"target": "label", "classes": C, "modalities": pair}}
     layers = {"class_path": full("FusionLayers"), "init_args": {"width": 16, "depth": 1, "heads": 2}}
-    model["init_args"] |= {"fusion": layers, "objectives": {"match": match, "kind": kind}}
+    model["init_args"] |= {"fusion": layers, "objectives": {"match": match, "both": both}}
     adapted: Any = MissingModality(write(tmp_path / "run", model, build(model)), bank=ModulationBank())
-    b = batch(16, modalities=("image", "text"))
-    b.content_id = torch.arange(16)
+    b = batch(32)
+    b.content_id = torch.arange(32)
     terms = adapted.train().terms(b)
     adapted.step(terms, b).total.backward()
-    assert terms.keys() == {"match", "kind"}
-    grads = [p.grad for p in adapted.bank.parameters()]
-    assert any(grad is not None and grad.any() for grad in grads)
+    assert terms.keys() == {"match", "both"} and 1 < int(terms["match"].count()) < 32
+    grads = {name: p.grad for name, p in adapted.bank.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all(any(part in name for name in grads) for part in ("towers", "fusion", "objectives"))
     assert all(p.grad is None for p in adapted.inner.parameters() if not p.requires_grad)
     with torch.no_grad():
         assert adapted.eval().scores(b)["accuracy_match"].valid.all()

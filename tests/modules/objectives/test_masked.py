@@ -76,7 +76,7 @@ def test_classes_of_another_input_are_predicted() -> None:
         model(b)
     b.inputs["palette"] = torch.zeros(8, 8, 8, dtype=torch.long)
     before = model(b).terms["palette"].value
-    for p in classes.adapter.outward.parameters():  # as likely each
+    for p in model.objectives["palette"].adapter.outward.parameters():  # as likely each
         p.data.zero_()
     after = model(b).terms["palette"].value
     torch.testing.assert_close(after, torch.full((8,), 3.0).log(), **rounding(16, F32))
