@@ -48,6 +48,7 @@ BENCHMARKS = {
     "stages": "benchmarks.stages:stages",
     "ssl": "benchmarks.ssl:step",
     "mining": "benchmarks.mining:mining",
+    "multitask": "benchmarks.multitask:shared",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

@@ -49,6 +49,7 @@ PICTURES = {
 STAND_IN = {
     **{family: f"{family}/emoji" for family in ("chat", "contrastive", "fusion", "masked", "missing")},
     "distill": "distill/emoji-rank-dual",
+    "multitask": "contrastive/emoji",
     "papers": "contrastive/emoji",
     "reinforce": "staged/emoji_vqa",
     "staged": "staged/emoji_vqa",

@@ -13,6 +13,7 @@ from descant.recipes.fusion import Fusion
 from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
+from descant.recipes.multitask import MultiTask
 from descant.recipes.peers import Peers
 from descant.recipes.reconboost import ReconBoost
 from descant.recipes.self_supervised import SelfSupervised
@@ -32,6 +33,7 @@ __all__ = [
     "Masked",
     "Matching",
     "MissingModality",
+    "MultiTask",
     "Peers",
     "Recipe",
     "ReconBoost",

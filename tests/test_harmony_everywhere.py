@@ -31,6 +31,7 @@ WHERE: dict[str, tuple[str | None, str | None]] = {
 ALSO: dict[str, tuple[str | None, str | None]] = {
     "missing/emoji": (None, None),
     "distill/emoji-rank": (None, "is shared by two terms"),
+    "multitask/emoji": (None, "is shared by two terms"),
     "chat/emoji": ("there is nothing to harmonize it with", "needs the protocol Forks"),
 }
 QUICK = {("masked/emoji", "PCGrad"), ("contrastive/stamps", "CMGH"), ("contrastive/emoji", "PCGrad")}

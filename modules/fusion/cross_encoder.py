@@ -1,9 +1,12 @@
-"""Cross-encoder: tokens of two modalities in one transformer, a matching score a pair. Letters: B samples, N pairs, T
-tokens, D width."""
+"""Cross-encoder: tokens of two modalities in one transformer, as a matching score a pair, or as fused tokens.
+
+Letters: B samples, N pairs (n of them at a time), T tokens, D width.
+"""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,86 @@ from descant.modules.towers.image import Block, checked_heads
 CELLS = 1 << 22
 
 
-class CrossEncoder(nn.Module):
+class Fused(NamedTuple):
+    """``first_ND``: of the learned first token; ``a``, ``b``: the tokens of both sides, each having seen the other."""
+
+    first_ND: Tensor
+    a: Tokens
+    b: Tokens
+
+
+class FusionBlocks(nn.Module):
+    """Transformer over pairs of token sequences: ``h_n = norm(blocks([c, a_row(n), b_column(n)]))``.
+
+    Args:
+        width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.width = width
+        self.first_D = nn.Parameter(torch.randn(width) * 0.02)
+        self.layers = nn.ModuleList(Block(width, checked_heads(width, heads), dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def at_once(self, a: Tokens, b: Tokens, pairs: int) -> int:
+        """How many of so many pairs are computed at once: without gradients a piece of them, of bounded memory."""
+        T = 1 + a.h_BTD.shape[1] + b.h_BTD.shape[1]
+        return max(pairs if torch.is_grad_enabled() else CELLS // (T * self.width), 1)
+
+    def first(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
+        """``[N, D]``: the first token of the pairs (row of a, column of b)."""
+        rows = self.at_once(a, b, len(row_N))
+        parts = [
+            self.norm(self._mixed(a, b, i, j).h_BTD[:, 0])
+            for i, j in zip(row_N.split(rows), column_N.split(rows), strict=True)
+        ]
+        return torch.cat(parts) if len(row_N) else a.h_BTD.new_zeros(0, self.width)
+
+    def pairs(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Fused:
+        """All tokens of the pairs (row of a, column of b)."""
+        h_NTD, mask_NT = self._mixed(a, b, row_N, column_N)
+        sizes = [1, a.h_BTD.shape[1], b.h_BTD.shape[1]]
+        first, *sides = zip(self.norm(h_NTD).split(sizes, dim=1), mask_NT.split(sizes, dim=1), strict=True)
+        return Fused(first[0][:, 0], *(Tokens(*side) for side in sides))
+
+    def _mixed(self, a: Tokens, b: Tokens, row_n: Tensor, column_n: Tensor) -> Tokens:
+        a_nTD, mask_a_nT, b_nTD, mask_b_nT = a.h_BTD[row_n], a.mask_BT[row_n], b.h_BTD[column_n], b.mask_BT[column_n]
+        first_n1D = self.first_D.to(a_nTD).expand(len(a_nTD), 1, -1)
+        h_nTD = torch.cat([first_n1D, a_nTD, b_nTD], dim=1)
+        mask_nT = torch.cat([torch.ones_like(mask_a_nT[:, :1]), mask_a_nT, mask_b_nT], dim=1)
+        for layer in self.layers:
+            h_nTD = layer(h_nTD, mask_nT[:, None, None])
+        return Tokens(h_nTD, mask_nT)
+
+    def _map(self, width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, self.width), nn.LayerNorm(self.width))
+
+
+class FusionLayers(FusionBlocks):
+    """Fusion layers over the tokens of any two modalities, each mapped to one width: ``blocks([c, A_a h_a, A_b h_b])``.
+
+    Args:
+        width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
+
+    >>> layers = FusionLayers(width=8, depth=1, heads=2).build({"image": 4, "text": 6})
+    >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
+    >>> b = layers.mapped("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))
+    >>> fused = layers.pairs(a, b, torch.tensor([0, 2]), torch.tensor([1, 2]))
+    >>> fused.first_ND.shape, fused.a.h_BTD.shape, fused.b.h_BTD.shape
+    (torch.Size([2, 8]), torch.Size([2, 5, 8]), torch.Size([2, 2, 8]))
+    """
+
+    def build(self, widths: Mapping[str, int]) -> Self:
+        """Maps of modality -> width of its tokens; returns itself."""
+        self.maps = nn.ModuleDict({m: self._map(width) for m, width in widths.items()})
+        return self
+
+    def mapped(self, modality: str, tokens: Tokens) -> Tokens:
+        return Tokens(self.maps[modality](tokens.h_BTD), tokens.mask_BT)
+
+
+class CrossEncoder(FusionBlocks):
     """Cross-encoder matching score: ``s_n = w . blocks([c, A a_row(n), B b_column(n)])_c`` of N pairs of samples.
 
     Args:
@@ -29,33 +111,14 @@ class CrossEncoder(nn.Module):
     """
 
     def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.width = width
-        self.first_D = nn.Parameter(torch.randn(width) * 0.02)
-        self.layers = nn.ModuleList(Block(width, checked_heads(width, heads), dropout=dropout) for _ in range(depth))
-        self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
+        super().__init__(width, depth, heads, dropout)
+        self.score = nn.Linear(width, 1)
 
     def build(self, width_a: int, width_b: int) -> Self:
-        self.maps = nn.ModuleList(
-            nn.Sequential(nn.Linear(w, self.width), nn.LayerNorm(self.width)) for w in (width_a, width_b)
-        )
+        self.maps = nn.ModuleList(self._map(w) for w in (width_a, width_b))
         return self
 
     def forward(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
         """``[N]`` scores of the pairs (row of a, column of b)."""
-        h_a, h_b = (map_(tokens.h_BTD) for map_, tokens in zip(self.maps, (a, b), strict=True))
-        T = 1 + h_a.shape[1] + h_b.shape[1]
-        rows = len(row_N) if torch.is_grad_enabled() else max(CELLS // (T * self.width), 1)
-        parts = [
-            self._scores(h_a[i], a.mask_BT[i], h_b[j], b.mask_BT[j])
-            for i, j in zip(row_N.split(max(rows, 1)), column_N.split(max(rows, 1)), strict=True)
-        ]
-        return torch.cat(parts) if parts else h_a.new_zeros(0)
-
-    def _scores(self, a_nTD: Tensor, mask_a_nT: Tensor, b_nTD: Tensor, mask_b_nT: Tensor) -> Tensor:
-        first_n1D = self.first_D.to(a_nTD).expand(len(a_nTD), 1, -1)
-        h_nTD = torch.cat([first_n1D, a_nTD, b_nTD], dim=1)
-        mask_nT = torch.cat([torch.ones_like(mask_a_nT[:, :1]), mask_a_nT, mask_b_nT], dim=1)
-        for layer in self.layers:
-            h_nTD = layer(h_nTD, mask_nT[:, None, None])
-        return self.score(self.norm(h_nTD[:, 0]))[:, 0]
+        a, b = (Tokens(map_(t.h_BTD), t.mask_BT) for map_, t in zip(self.maps, (a, b), strict=True))
+        return self.score(self.first(a, b, row_N, column_N))[:, 0]

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core import sham as shams  # the module: importing the class would be circular
+from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
+from descant.modules.core.output import Scorer
+from descant.modules.core.protocols import Scaled
 from descant.modules.core.ranks import first_row, gather, gather_both, world
 from descant.modules.losses.temperature import LearnedTemperature
 from descant.modules.towers.heads import Projection
@@ -72,6 +75,16 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def similarity_scorer(loss: nn.Module, z_a_BD: Tensor, z_b_BD: Tensor) -> Scorer:
+    """``scale z_a . z_b`` of rows of one modality and rows of the other, with the scale of the loss, or 1."""
+
+    def score(row_N: Tensor, column_N: Tensor) -> Tensor:
+        scale = loss.scale() if has(loss, Scaled) else 1.0
+        return scale * (z_a_BD[row_N] * z_b_BD[column_N]).sum(dim=-1)
+
+    return score
 
 
 class InfoNCE(LearnedTemperature, ContrastiveLoss):

@@ -57,6 +57,13 @@ class Corruption:
         target = {m: real[m] & ~visible[m] for m in real}
         return Masks(visible, target, dict(target))
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both hide the same tokens of any batch: of one class, with equal arguments."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
         """Modality -> bool ``[B, T]``."""
         raise NotImplementedError

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
 from torch import Tensor, nn
 
-from descant.modules.core.capabilities import has
 from descant.modules.core.output import Scorer
-from descant.modules.core.protocols import Scaled
+from descant.modules.losses.contrastive import similarity_scorer
 
 
 def pair_scorers(
     pairs: Mapping[str, tuple[str, str]], losses: nn.ModuleDict, z: Mapping[str, Tensor]
 ) -> dict[str, Scorer]:
     """By the name of a pair: ``scale z_a . z_b`` of rows of one modality and rows of the other."""
-
-    def scorer(loss: Any, a: str, b: str) -> Scorer:
-        def score(row_N: Tensor, column_N: Tensor) -> Tensor:
-            scale = loss.scale() if has(loss, Scaled) else 1.0
-            return scale * (z[a][row_N] * z[b][column_N]).sum(dim=-1)
-
-        return score
-
-    return {name: scorer(losses[name], a, b) for name, (a, b) in pairs.items()}
+    return {name: similarity_scorer(losses[name], z[a], z[b]) for name, (a, b) in pairs.items()}
 
 
 def modality_pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:

@@ -34,7 +34,7 @@ from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
-from descant.modules.fusion.cross_encoder import CrossEncoder
+from descant.modules.fusion.cross_encoder import CrossEncoder, FusionLayers
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
@@ -43,12 +43,17 @@ from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.views import DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
-from descant.modules.masking.discrete_adapters import CategoryAdapter
+from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
+from descant.modules.objectives.classify import Classify
+from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.objectives.masked import MaskedTokens
+from descant.modules.objectives.match import Match
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.text import NgramTokenizer
@@ -68,6 +73,7 @@ from descant.recipes import (
     Masked,
     Matching,
     MissingModality,
+    MultiTask,
     Peers,
     Recipe,
     ReconBoost,
@@ -239,6 +245,17 @@ def attached(before: Path) -> Run:
 def matching(before: Path) -> Run:
     towers = pattern_towers()
     return Run(Matching(towers, CrossEncoder(8, 1, 2), negatives=3, optimizer=adamw), PatternData(), [c.Accuracy()])
+
+
+@run
+def multitask(before: Path) -> Run:
+    words = MaskedTokens("text", TokenAdapter(8192, 24), given="image")
+    patches = MaskedTokens("image", PatchAdapter([16, 16], 8), corruption=UniformMask(0.5))
+    objectives = {"contrast": Contrast([["image", "text"]]), "match": Match(["image", "text"]), "words": words}
+    objectives |= {"patches": patches, "group": Classify("group", 10, ["image", "text"])}
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), optimizer=adamw)
+    return Run(recipe, emoji(name_only=1.0), [c.Harmonize(PCGrad()), c.Accuracy(), c.Retrieval()])
 
 
 @run

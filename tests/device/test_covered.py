@@ -64,7 +64,7 @@ NEEDLESS = {
     "TimmTower": "timm's own modules: tests marked slow",
 }
 #: Made by a class that is tried.
-MADE = {"Inputs": "Reconstruction", "NullFit": "Reconstruction", "Signals": "Resume"}
+MADE = {"Inputs": "Reconstruction", "Streams": "MultiTask", "NullFit": "Reconstruction", "Signals": "Resume"}
 
 
 def concrete() -> dict[str, str]:

@@ -1,0 +1,65 @@
+"""Contrast of pairs of modalities as one of several objectives. Letters: B samples, D width."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+from torch import nn
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.objective import Term
+from descant.modules.core.output import Scorer
+from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, similarity_scorer
+from descant.modules.objectives.base import Facts, TaskObjective
+from descant.modules.objectives.streams import Streams
+
+
+class Contrast(TaskObjective):
+    """Contrastive objective of pairs of embeddings: ``value_b = loss(z_a, z_b)_b``, a term a pair.
+
+    Args:
+        pairs: which modalities meet, such as [[image, text]].
+        loss: of one pair, InfoNCE where not given; each pair has its own copy.
+
+    Raises:
+        ValueError: without a pair; when built, for one of other than two modalities that have a tower.
+
+    >>> from descant.modules.towers import VectorTower
+    >>> facts = Facts({"image": VectorTower(4, 8), "text": VectorTower(3, 8)}, width=8, fusion=None)
+    >>> Contrast([["image", "text"]]).build(facts).latents
+    {'': ('image', 'text')}
+    """
+
+    in_batch_negatives = True
+
+    def __init__(self, pairs: list[list[str]], loss: ContrastiveLoss | None = None) -> None:
+        super().__init__()
+        if not pairs:
+            raise ValueError("pairs: none given; such as [[image, text]]")
+        for pair in pairs:
+            if not len(set(pair)) == len(pair) == 2:
+                raise ValueError(f"pairs: {pair}: not two modalities")
+        self.pairs = {f"{a}-{b}" if len(pairs) > 1 else "": (a, b) for a, b in pairs}
+        self.losses = nn.ModuleList(copy.deepcopy(loss or InfoNCE()) for _ in self.pairs)
+
+    def build(self, facts: Facts) -> Self:
+        self.reads = tuple(dict.fromkeys(m for pair in self.pairs.values() for m in pair))
+        facts.require(self.reads)
+        self.latents = dict(self.pairs)
+        return self
+
+    def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        terms = {}
+        for (part, (a, b)), loss in zip(self.pairs.items(), self.losses, strict=True):
+            valid_B = batch.both(a, b)
+            value_B = loss(streams.z(a, part), streams.z(b, part), batch.content_id, valid_B)
+            terms[part] = Term(value_B, valid=valid_B, given=(a, b))
+        return terms
+
+    def scorers(self, streams: Streams) -> dict[str, Scorer]:
+        each = zip(self.pairs.items(), self.losses, strict=True)
+        return {part: similarity_scorer(loss, streams.latent(a), streams.latent(b)) for (part, (a, b)), loss in each}
+
+    def scored(self) -> dict[str, tuple[str, str]]:
+        return self.pairs

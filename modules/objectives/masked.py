@@ -1,0 +1,111 @@
+"""Masked tokens as one of several objectives: words, patches, categories or columns, by adapter.
+
+Letters: B samples, V samples that have both modalities, N hidden tokens of all samples, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived
+from descant.modules.core.objective import Term, means
+from descant.modules.masking.adapters import Adapter
+from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
+from descant.modules.masking.decoders import At
+from descant.modules.objectives.base import Facts, TaskObjective
+from descant.modules.objectives.streams import Streams
+
+
+class MaskedTokens(TaskObjective):
+    """Prediction of a modality's hidden tokens, alone or given another (MLM, SimMIM, masked columns).
+
+        value_b = mean over hidden t of loss(head(h_bt), x_bt)        h: of the tower's tokens, or of fused ones
+
+    Hidden tokens keep their place and lose their content between the tower's ``embed`` and ``encode``. The adapter
+    brings what is predicted and the loss: TokenAdapter a cross-entropy over the vocabulary, PatchAdapter a regression
+    of pixels, CategoryAdapter classes, TableAdapter columns; its own embeddings are not used.
+    Source: Devlin 2019 (BERT, arXiv 1810.04805), Xie 2022 (SimMIM, 2111.09886), given the other modality as in ALBEF
+    (2107.07651). All hidden tokens are replaced by one embedding, where BERT leaves a tenth and changes a tenth.
+
+    Args:
+        modality: whose tokens are hidden.
+        adapter: of its input: tokens, their loss, and the grid of the corruption.
+        given: the modality that it is fused with, whose tokens are all visible; none predicts it from itself.
+        corruption: what is hidden; UniformMask(0.15) where not given.
+        target: the input that is predicted, of the same grid; the modality's own where not given.
+
+    Raises:
+        ValueError: when built, for a tower that cannot hide tokens, without fusion layers where another modality is
+            given, or for a corruption that leaves nothing to see or predict; in training, for another number of tokens
+            in the adapter than in the tower.
+    """
+
+    def __init__(
+        self,
+        modality: str,
+        adapter: Adapter,
+        given: str | None = None,
+        corruption: Corruption | None = None,
+        target: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.modality, self.given, self.target = modality, given, target or modality
+        self.adapter, self.corruption = adapter, corruption or UniformMask(0.15)
+
+    def build(self, facts: Facts) -> Self:
+        m, given = self.modality, self.given
+        self.reads = (m,) if given is None else (m, given)
+        facts.require(self.reads)
+        facts.maskable(m)
+        self.corruption.check({m: self.adapter.grid})
+        width, self.hidden = facts.towers[m].width, (m,)
+        same = type(self.adapter), self.adapter.grid, getattr(self.adapter, "pad", None)  # by these it has real tokens
+        self.hiding = (m, self.target, self.corruption, *same)
+        if given is not None:
+            width, self.fuses = facts.fused(m, given), ((m, given),)
+        self.adapter.build(1, width)
+        self.adapter.requires_grad_(False)  # the tower embeds
+        self.adapter.outward.requires_grad_(True)
+        return self
+
+    def raw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
+        if self.target not in batch.inputs:
+            raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(batch.inputs)}")
+        raw_BTP, real_BT = self.adapter.raw(batch.inputs[self.target])
+        return raw_BTP, derived(_of_present, real_BT, batch.present[self.modality])
+
+    def hides(self, batch: Batch) -> Masks:
+        real = {self.modality: self.raw(batch)[1]}
+        return corrupted(self.corruption, real, {self.modality: self.adapter.grid}, batch.rng_seed)
+
+    def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        m, masks, valid_B = self.modality, streams.masks, batch.both(*self.reads)
+        assert masks is not None
+        at = At.of(derived(_of_present, masks.loss[m], valid_B))
+        if self.given is None:
+            h_ND = streams.tokens(m, masks).h_BTD[at.row_N, at.place_N]
+        else:
+            fused, row_V = streams.own(m, self.given, masks)
+            slot_B = torch.zeros_like(batch.index).index_put((row_V,), torch.arange(len(row_V), device=row_V.device))
+            h_ND = fused.a.h_BTD[slot_B[at.row_N], at.place_N]
+        raw_BTP, _ = self.raw(batch)
+        terms = {}
+        with streams.rows(at.row_N):
+            losses = self.adapter.losses(h_ND, raw_BTP[at.row_N, at.place_N], at.place_N)
+        for part, loss_N in losses.items():
+            value_B, has_B = means(loss_N, at.row_N, len(batch))
+            terms[part] = Term(value_B, valid=has_B, norm=batch.count(*self.reads).clamp(min=1))
+        return terms
+
+    def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        """``loss`` of the hidden tokens, by part."""
+        return {f"loss_{part}" if part else "loss": term for part, term in self.forward(streams, batch).items()}
+
+
+def _of_present(mask_BT: Tensor, present_B: Tensor) -> Tensor:
+    return mask_BT & present_B[:, None]

@@ -1,0 +1,170 @@
+"""Image-text matching as one of several objectives, with negatives drawn by similarity.
+
+Letters: B samples, G samples of all ranks, V samples that have both modalities, N pairs, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.dtype import promote
+from descant.modules.core.host import to_device
+from descant.modules.core.objective import Term
+from descant.modules.core.output import Scorer
+from descant.modules.core.ranks import first_row, gather
+from descant.modules.core.rng import uniform_N
+from descant.modules.evaluation.metrics import wide
+from descant.modules.objectives.base import Facts, TaskObjective, scattered
+from descant.modules.objectives.streams import Streams
+
+
+def matching_negatives(
+    s_BG: Tensor,
+    key_B: Tensor,
+    valid_B: Tensor,
+    u_B: Tensor,
+    key_G: Tensor | None = None,
+    valid_G: Tensor | None = None,
+) -> Tensor:
+    """Int64 ``[B]``: a negative of each row, drawn by similarity; -1 where there is none.
+
+        P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, and of other content than b
+
+    by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where the
+    device has it.
+
+    Args:
+        s_BG: similarities of rows to columns, over the temperature.
+        key_B, key_G: content ids; the rows' where none are given for the columns.
+        valid_B, valid_G: bool, as ``key``: which samples there are.
+        u_B: draws in [0, 1).
+
+    >>> s_BG, key_B = torch.zeros(3, 3), torch.tensor([5, 6, 5])
+    >>> valid_B, u_B = torch.ones(3, dtype=torch.bool), torch.tensor([0.9, 0.6, 0.1])
+    >>> matching_negatives(s_BG, key_B, valid_B, u_B).tolist()
+    [1, 2, 1]
+    """
+    key_G, valid_G = key_B if key_G is None else key_G, valid_B if valid_G is None else valid_G
+    allowed_BG = (key_B[:, None] != key_G) & valid_B[:, None] & valid_G
+    # a row without any is uniform here, and -1 below; the lowest finite number, as minus infinity would be nan
+    dtype = wide(s_BG.device)
+    s_BG = s_BG.to(dtype).masked_fill(~allowed_BG, torch.finfo(dtype).min)
+    share_BG = s_BG.softmax(dim=1).masked_fill(~allowed_BG, 0.0)
+    total_BG = share_BG.cumsum(dim=1)
+    above_BG = (total_BG > u_B.to(dtype)[:, None] * total_BG[:, -1:]) & allowed_BG
+    return torch.where(allowed_BG.any(dim=1), above_BG.int().argmax(dim=1), -1)
+
+
+class Match(TaskObjective):
+    """Image-text matching (ALBEF) of fused pairs: a sample's own pair against a negative of each of its sides.
+
+        s_ij = w . first(a_i, b_j),    n_b, n'_b drawn with P ~ exp(z_b . z_g / temperature), never of b's content
+        binary: value_b = (softplus(-s_bb) + softplus(s_bn) + softplus(s_n'b)) / 3
+        list:   value_b = (softplus(s_bn - s_bb) + softplus(s_n'b - s_bb)) / 2          as Matching's, of two each
+
+    A side without any negative adds zero. In training negatives are of all ranks (their tokens travel, with gradients),
+    in evaluation of the rank's own. The embeddings that weigh are detached: some other objective has to train them.
+    Source: Li 2021 (arXiv 2107.07651). Its release draws among the samples of a rank, takes repeated content for a
+    negative, and has the learned temperature of its contrastive loss; two logits of its head are one difference here.
+
+    Args:
+        pair: two modalities, such as [image, text].
+        negatives: by similarity, or any as likely.
+        temperature: of the similarities.
+        form: of the loss.
+
+    Raises:
+        ValueError: for other than two modalities, a temperature not above 0; when built, without fusion layers.
+    """
+
+    in_batch_negatives = True
+
+    def __init__(
+        self,
+        pair: list[str],
+        negatives: Literal["similarity", "random"] = "similarity",
+        temperature: float = 0.07,
+        form: Literal["binary", "list"] = "binary",
+    ) -> None:
+        super().__init__()
+        if not len(set(pair)) == len(pair) == 2:
+            raise ValueError(f"pair: {pair}: not two modalities")
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature:g}: must be above 0")
+        self.pair, self.negatives, self.temperature, self.form = (pair[0], pair[1]), negatives, temperature, form
+
+    def build(self, facts: Facts) -> Self:
+        self.score = nn.Linear(facts.fused(*self.pair), 1)
+        self.reads, self.fuses = self.pair, (self.pair,)
+        return self
+
+    def negative_rows(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor]:
+        """Int64 ``[B]`` each: the row of b for each sample's a, and the row of a for each sample's b; -1 for none."""
+        gather_rows = gather if across else lambda x: x
+        (a, b), valid_B = self.pair, batch.both(*self.pair)
+        every_G = gather_rows(torch.stack([batch.content_id, valid_B.long(), batch.rng_seed], dim=1))
+        key_G, valid_G, seed_G = every_G.unbind(dim=1)
+        # columns in the order of their random keys: the negative of a sample does not depend on where its batch is cut
+        order_G = seed_G.argsort(stable=True)
+        columns = key_G[order_G], valid_G[order_G].bool()
+        rows = []
+        for mine, other in ((a, b), (b, a)):
+            dtype = wide(batch.device)
+            s_BG = valid_B.new_zeros(len(batch), len(key_G), dtype=dtype)
+            if self.negatives == "similarity":
+                z_BD, z_GD = (streams.latent(m).detach().to(dtype) for m in (mine, other))
+                s_BG = z_BD @ gather_rows(z_GD)[order_G].T / self.temperature
+            u_B = to_device(uniform_N(batch.rng_seed, f"match/{other}"), batch.device)
+            at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns)
+            rows.append(torch.where(at_B >= 0, order_G[at_B.clamp(min=0)], -1))
+        return rows[0], rows[1]
+
+    def judged(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``s_V`` of own pairs, ``s_2V`` of negatives of both sides, bool ``has_2V``, and the rows ``[V]``."""
+        fused, row_V = streams.own(*self.pair)
+        negative_b_B, negative_a_B = self.negative_rows(streams, batch, across)
+        own_V, V = row_V + (first_row(len(batch)) if across else 0), len(row_V)
+        sample_2V = chosen(row_V, to_device(torch.arange(V).repeat(2), batch.device))
+        negative_2V = torch.cat([negative_b_B[row_V], negative_a_B[row_V]])
+        at_2V = negative_2V.clamp(min=0)
+        row_2V, column_2V = torch.cat([own_V, at_2V[V:]]), torch.cat([at_2V[:V], own_V])
+        with streams.rows(row_V):
+            s_V = promote(self.score(fused.first_ND))[:, 0]
+        return s_V, self.scored_pairs(streams, row_2V, column_2V, sample_2V, across), negative_2V >= 0, row_V
+
+    def scored_pairs(
+        self, streams: Streams, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False
+    ) -> Tensor:
+        """``s_N`` of pairs, as of :meth:`Streams.first`."""
+        h_ND = streams.first(*self.pair, row_N, column_N, sample_N, across)
+        with streams.rows(sample_N):
+            return promote(self.score(h_ND))[:, 0]
+
+    def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=self.training)
+        binary = self.form == "binary"
+        loss_2V = F.softplus(s_2V if binary else s_2V - s_V.repeat(2))
+        loss_V = torch.where(has_2V, loss_2V, 0.0).view(2, -1).sum(dim=0)
+        loss_V = (F.softplus(-s_V) + loss_V) / 3 if binary else loss_V / 2
+        value_B = scattered(loss_V, row_V, len(batch))
+        return {"": Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
+
+    def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        """``accuracy``: share of a sample's negatives that fit worse than its own pair; half where equal."""
+        s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=False)
+        better_2V = torch.where(s_V.repeat(2) > s_2V, 1.0, torch.where(s_V.repeat(2) == s_2V, 0.5, 0.0))
+        count_V = has_2V.view(2, -1).sum(dim=0)
+        value_V = torch.where(has_2V, better_2V, 0.0).view(2, -1).sum(dim=0) / count_V.clamp(min=1)
+        value_B, count_B = (scattered(x_V, row_V, len(batch)) for x_V in (value_V, count_V))
+        return {"accuracy": Term(value_B, valid=batch.both(*self.pair) & (count_B > 0))}
+
+    def scorers(self, streams: Streams) -> dict[str, Scorer]:
+        return {"": lambda row_N, column_N: self.scored_pairs(streams, row_N, column_N, row_N)}
+
+    def scored(self) -> dict[str, tuple[str, str]]:
+        return {"": self.pair}

@@ -1,0 +1,220 @@
+"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once, whichever objectives ask.
+
+    tokens(m)           h = tower_m(x_m)                                            of the rows that have m
+    tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
+    latent(m)           z = normalise(head_m(pool_m(tokens(m))))
+    own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
+
+Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % of other and 10 % of own tokens, and in SimMIM
+(2111.09886).
+Letters: B samples, G samples of all ranks, R rows that run, V rows that have both of two modalities, N pairs, T tokens,
+D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.loss_reduction import Step
+from descant.modules.core.ranks import gather
+from descant.modules.core.rows import RowTracker, zeroed
+from descant.modules.fusion.cross_encoder import Fused, FusionLayers
+from descant.modules.masking.corruptions import Masks
+from descant.modules.missing_modalities.imputation import Imputation
+from descant.modules.towers.base import Tokens
+from descant.modules.training_setup.sync_batch_norm import unseen
+
+T = TypeVar("T")
+
+
+class StreamModel(Protocol):
+    """What streams are computed with: towers, pools and heads, fusion layers, and the learned mask of each modality."""
+
+    towers: nn.ModuleDict
+    pools: nn.ModuleDict
+    fusion: FusionLayers | None
+    mask_tokens: nn.ParameterDict
+    step: Step
+    hooks: GradientHooks
+    row_tracker: RowTracker
+    imputation: Imputation | None
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor: ...
+
+
+class Streams:
+    """Everything that objectives read of a batch. ``of(name, masks)``: as one of them sees it."""
+
+    name: Callable[[str], str]
+    masks: Masks | None = None
+
+    def __init__(self, model: StreamModel, batch: Batch) -> None:
+        self.model, self.batch, self.made = model, batch, dict[Hashable, Any]()
+
+    def of(self, name: Callable[[str], str], masks: Masks | None) -> Streams:
+        """The same streams for an objective: ``name(part)`` of its terms, and the tokens that it hides."""
+        seen = copy.copy(self)
+        seen.name, seen.masks = name, masks
+        return seen
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self.made:
+            self.made[key] = make()
+        return cast(T, self.made[key])
+
+    # one modality -----------------------------------------------------------------------------------------------------
+
+    def tokens(self, modality: str, masks: Masks | None = None) -> Tokens:
+        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none."""
+        return self.once((modality, hidden(masks, modality)), lambda: self._tokens(modality, masks))
+
+    def latent(self, modality: str) -> Tensor:
+        """``z_BD``, of unit length; absent rows are zero."""
+        return self.once(("z", modality), lambda: self._latent(modality))
+
+    def z(self, modality: str, part: str = "") -> Tensor:
+        """:meth:`latent` for the term of this part, at the fork where gradients of several terms meet."""
+        fork = self.model.hooks.fork
+        copies = self.once(("fork", modality), lambda: fork(self.latent(modality), self.model.forks[modality]))
+        return copies[self.name(part)]
+
+    def _latent(self, modality: str) -> Tensor:
+        present_B, imputation = self.batch.present[modality], self.model.imputation
+        h_BD = self.model.pools[modality](self.tokens(modality))
+        if imputation is not None:
+            h_BD = imputation.filled(h_BD, modality, present_B)
+        return self.model.project(h_BD, modality, present_B)
+
+    def _tokens(self, modality: str, masks: Masks | None) -> Tokens:
+        model, x, present_B = self.model, self.batch.inputs[modality], self.batch.present[modality]
+        tower, step, imputation = model.towers[modality], model.step, model.imputation
+        here_B = host_copy(present_B if imputation is None else imputation.seen(modality, present_B))
+        encode: Callable[..., Tokens] = tower
+        more: tuple[Tensor, ...] = ()
+        if masks is not None and modality in masks.target:
+            more = (masks.target[modality], derived(torch.logical_or, masks.target[modality], masks.visible[modality]))
+            encode = partial(encode_masked, tower, model.mask_tokens[modality])
+        if here_B.all():
+            return _chunked(encode, (x, *more), step, tower)
+        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
+        # parameters as often
+        rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), step.chunks)]
+        absent_R = ~here_B[rows_R]
+        at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
+        x_R, more_R = derived(zeroed, x, at_R, out_R), [chosen(mask_BT, at_R) for mask_BT in more]
+        # zeros that stand for nothing are not to be counted by a tower's batch norms
+        with model.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
+            h_RTD, mask_RT = _chunked(encode, (x_R, *more_R), step, tower)
+        h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:])
+        mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
+        h_RTD = h_RTD.masked_fill(out_R[:, None, None], 0.0)
+        return Tokens(h_BTD.index_put((at_R,), h_RTD), mask_BT.index_put((at_R,), mask_RT & ~out_R[:, None]))
+
+    # two modalities ---------------------------------------------------------------------------------------------------
+
+    def own(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
+        """The samples that have both, each fused with itself, and their rows ``[V]``; one row, of no tokens, if none
+        has."""
+        places = list(self.model.towers)
+        if places.index(a) > places.index(b):  # one order, whichever is asked for: attention has none
+            fused, row_V = self.own(b, a, masks)
+            return Fused(fused.first_ND, fused.b, fused.a), row_V
+        key = ("own", a, b, hidden(masks, a), hidden(masks, b))
+        return self.once(key, lambda: self._own(a, b, masks))
+
+    def _own(self, a: str, b: str, masks: Masks | None) -> tuple[Fused, Tensor]:
+        host_V = host_copy(self.batch.both(a, b)).nonzero()[:, 0]
+        host_V = host_V if len(host_V) else host_V.new_zeros(1)
+        row_V = to_device(host_V, self.batch.device)
+        tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
+        with self.rows(row_V):
+            return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
+
+    def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
+        """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.
+
+        ``sample_N``: the row of the batch that each pair is for.
+        """
+        get = self.gathered if across else self.mapped
+        tokens_a, tokens_b = get(a), get(b)
+        n, parts = self.fusion.at_once(tokens_a, tokens_b, len(row_N)), []
+        split = row_N.split(n), column_N.split(n), host_copy(sample_N).split(n)
+        for row_n, column_n, host_n in zip(*split, strict=True):
+            with self.rows(host_n):
+                parts.append(self.fusion.first(tokens_a, tokens_b, row_n, column_n))
+        return torch.cat(parts)
+
+    def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
+        """Tokens in the width of the fusion layers."""
+        key = ("mapped", modality, hidden(masks, modality))
+        return self.once(key, lambda: self.fusion.mapped(modality, self.tokens(modality, masks)))
+
+    def gathered(self, modality: str) -> Tokens:
+        """:meth:`mapped` of the samples of all ranks, with gradients."""
+        return self.once(("all", modality), lambda: _unpacked(gather(_packed(self.mapped(modality)))))
+
+    @property
+    def fusion(self) -> FusionLayers:
+        assert self.model.fusion is not None
+        return self.model.fusion
+
+    def rows(self, sample_N: Tensor) -> AbstractContextManager[None]:
+        """Inside, row n of what modules see is row ``sample_N[n]`` of the batch."""
+        return self.model.row_tracker.select(host_copy(sample_N))
+
+
+def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real_BT: Tensor) -> Tokens:
+    """``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep their place and lose their content.
+
+    Raises:
+        ValueError: where the tower makes another number of tokens than there are marks.
+    """
+    h_BTD = tower.embed(x)
+    if hidden_BT.shape[1] != h_BTD.shape[1]:
+        raise ValueError(f"the adapter has {hidden_BT.shape[1]} tokens, and {type(tower).__name__} {h_BTD.shape[1]}")
+    place_TD = tower.positions_TD[: h_BTD.shape[1]]
+    h_BTD = torch.where(hidden_BT[..., None], (mask_D + place_TD).to(h_BTD.dtype), h_BTD)
+    return Tokens(tower.encode(h_BTD, None if host_copy(real_BT).all() else real_BT), real_BT)
+
+
+def hidden(masks: Masks | None, modality: str) -> int | None:
+    """Identity of the masks that hide tokens of a modality; None where its tokens are as they are.
+
+    Objectives that hide alike have one object (:attr:`TaskObjective.hiding`), on every rank: equal masks do not count,
+    since a rank whose samples lack the modality would run its tower less often than the others.
+    """
+    return None if masks is None or modality not in masks.target else id(masks)
+
+
+def _chunked(encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: Step, tower: nn.Module) -> Tokens:
+    """``encode(*inputs)``, with the activations of one of ``step.chunks`` pieces at a time in training."""
+    if step.chunks == 1 or not torch.is_grad_enabled():
+        return encode(*inputs)
+
+    def piece(at_r: Tensor) -> Tensor:
+        return _packed(encode(*(chosen(x, at_r) for x in inputs)))
+
+    at_R = to_device(torch.arange(len(inputs[0])), inputs[0].device)
+    return _unpacked(step.chunked(piece, at_R, tower))
+
+
+def _packed(tokens: Tokens) -> Tensor:
+    """``[B, T, D + 1]``: features, and 1 at real tokens."""
+    return torch.cat([tokens.h_BTD, tokens.mask_BT[..., None].to(tokens.h_BTD.dtype)], dim=2)
+
+
+def _unpacked(h_BTE: Tensor) -> Tokens:
+    return Tokens(h_BTE[..., :-1], h_BTE[..., -1].detach() > 0)

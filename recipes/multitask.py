@@ -1,0 +1,150 @@
+"""Several objectives over one network: contrast, matching, masked tokens and classes of shared streams, by YAML.
+
+Claim: objectives that read the same tokens train in one forward of each tower.
+
+    tokens_m = tower_m(x_m),  z_m = normalise(head_m(pool_m(tokens_m))),  fused_ab = blocks([c, tokens_a, tokens_b])
+    loss = sum over objectives o: terms_o(streams)          each stream made once a step; named o, or o/part
+
+Objectives that hide the same tokens share these streams too. What no objective reads costs nothing: its tower does not
+run, and is frozen, so that no rank waits for its gradients. Harmonizers of features see z, those of parameters all.
+Source: the combination of objectives as in ALBEF (arXiv 2107.07651) and TIP (2407.07582).
+Letters: B samples, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such
+from descant.modules.core.objective import Term
+from descant.modules.core.output import Output, Scorer
+from descant.modules.fusion.cross_encoder import FusionLayers
+from descant.modules.masking.corruptions import Masks
+from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
+from descant.modules.objectives.streams import Streams
+from descant.modules.towers import Towers
+from descant.modules.towers.heads import Pool, Pools
+from descant.modules.training_setup.trainer import datamodule_of
+from descant.recipes.base.shared_space import SharedSpace
+
+
+class MultiTask(SharedSpace):
+    """Any objectives over shared towers and fusion layers, each computed over shared streams (ALBEF, TIP, mPLUG-2).
+
+    Args:
+        towers: one tower a modality.
+        objectives: name -> objective; names of terms, and of coefficients in ``mix``, begin with it.
+        width: of the shared embedding space.
+        fusion: layers over the tokens of two modalities, for objectives that ask for them.
+        pool: tokens to one vector, a copy for each modality; or one a modality.
+
+    Raises:
+        ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made; in
+            training, for data without a modality that some objective reads.
+    """
+
+    def __init__(
+        self,
+        towers: Towers,
+        objectives: dict[str, TaskObjective],
+        width: int = 128,
+        fusion: FusionLayers | None = None,
+        pool: Pool | Pools | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not objectives:
+            raise ValueError("objectives: none given; such as {contrast: {class_path: Contrast, init_args: ...}}")
+        self.in_batch_negatives = any(objective.in_batch_negatives for objective in objectives.values())
+        super().__init__(towers, width, pool, **kwargs)
+        facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
+        for name, objective in objectives.items():
+            with naming(name):
+                objective.build(facts)
+        self.objectives = nn.ModuleDict(objectives)
+        hidden = [m for m in towers if any(m in objective.hidden for objective in objectives.values())]
+        self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
+        fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
+        self.fusion = None if fusion is None else fusion.build({m: towers.width(m) for m in towers if m in fused})
+        unused = [(part, m) for part in (self.pools, self.heads) for m in towers if not self.forks[m]]
+        for part, m in [*unused, *((self.towers, m) for m in towers if m not in self.reads)]:
+            part[m].requires_grad_(False)
+        if self.fusion is not None and not fused:
+            self.fusion.requires_grad_(False)
+
+    @property
+    def tasks(self) -> dict[str, TaskObjective]:
+        return cast(dict[str, TaskObjective], dict(self.objectives.items()))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for name, objective in self.tasks.items():
+            with naming(name):
+                objective.require_data(datamodule_of(self.trainer))
+        for line in differently_hidden(self.tasks) if stage == "fit" else ():
+            rank_zero_info(f"objectives: {line}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The modalities that some objective needs; others are embedded where they are judged."""
+        return tuple(m for m in self.towers if any(m in objective.reads for objective in self.tasks.values()))
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]:
+        """Modality -> the terms that share its embedding."""
+        parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
+        return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
+
+    @property
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """Pairs of modalities that objectives score, by the name of the term."""
+        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """All but the objectives' own layers."""
+        own = set(self.objectives.parameters())
+        return (p for p in self.parameters() if p.requires_grad and p not in own)
+
+    def forward(self, batch: Batch) -> Output:
+        for m in (m for m in self.reads if m not in batch.inputs):
+            raise ValueError(f"the data has no modality {m!r}: {no_such(m, batch.inputs)}")
+        streams, terms, pairs = Streams(self, batch), dict[str, Term](), dict[str, Scorer]()
+        views = self._views(streams)
+        for name, objective in self.tasks.items():
+            with naming(name):
+                terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
+            pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
+        return Output(terms, {m: streams.latent(m) for m in self.forks if self.forks[m]}, pairs=pairs)
+
+    def _views(self, streams: Streams) -> dict[str, Streams]:
+        """The streams as each objective sees them, with the tokens that it hides."""
+        masks = dict[Hashable, Masks | None]()
+        for name, objective in self.tasks.items():
+            if objective.hiding not in masks:
+                with naming(name):
+                    masks[objective.hiding] = objective.hides(streams.batch)
+        return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
+
+    # evaluation -------------------------------------------------------------------------------------------------------
+
+    def scorers(self, batch: Batch) -> dict[str, Scorer]:
+        views = self._views(Streams(self, batch))
+        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
+
+    def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
+        """Scores of each objective, such as ``accuracy_match``; ``streams``: of the batch, where they are made."""
+        views = self._views(streams or Streams(self, batch))
+        each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
+        return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings and scores, from one run of the towers."""
+        streams = Streams(self, batch)
+        z = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
+        return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}
