@@ -1,4 +1,5 @@
-"""Table fields: columns of a corpus as one modality with missing cells. Letters: B samples, N of a source, C columns."""
+"""Table fields: columns of a corpus as one modality with missing cells. Letters: B samples, N of a source, C
+columns."""
 
 from __future__ import annotations
 
@@ -52,21 +53,19 @@ class TableField:
 
     def codes(self, source: Source, row_N: np.ndarray) -> dict[str, Code]:
         """Column -> its code, of these rows of a source. Raises ValueError naming the place and the column."""
-        rows = pa.array(row_N)
-
-        def code(name: str) -> Code:
-            values = self._values(source, name).take(rows)
-            return _placed(source, name, row_N, lambda: code_of(values, name in self.categories, self.most))
-
-        return {name: code(name) for name in self.columns}
+        return {
+            name: _placed(
+                source, name, partial(code_of, self._values(source, name), row_N, name in self.categories, self.most)
+            )
+            for name in self.columns
+        }
 
     def cells(self, source: Source, codes: Mapping[str, Code], warn: Callable[[str], None]) -> Cells:
         """All rows of a source; ``warn`` is called for each column with categories that training lacks."""
         x_NC = np.empty((len(source), len(self.columns)), dtype=np.float32)
-        row_N = np.arange(len(source))
         for c, name in enumerate(self.columns):
             encode = partial(codes[name], self._values(source, name))
-            x_NC[:, c], unseen = _placed(source, name, row_N, encode)
+            x_NC[:, c], unseen = _placed(source, name, encode)
             if unseen is not None:
                 what = f"{unseen.cells:,} cells have categories that training lacks, such as {unseen.such_as!r}"
                 warn(f"{source.origin(name)}: column {name}: {what}: they count as missing")
@@ -75,8 +74,8 @@ class TableField:
     def _values(self, source: Source, name: str) -> pa.ChunkedArray:
         if name not in source.fields:
             raise ValueError(
-                f"{source.origin(name)}: no column {name!r}{nearest(name, source.fields)}; an empty column of this name "
-                "is read as missing cells"
+                f"{source.origin(name)}: no column {name!r}{nearest(name, source.fields)}; an empty column of "
+                "this name is read as missing cells"
             )
         return source.values(name)
 
@@ -99,14 +98,14 @@ class Cells:
         return x_BC if self.missing is None else self.missing(x_BC, key_B, training=draw_B is not None)
 
 
-def _placed(source: Source, name: str, row_N: np.ndarray, make: Callable[[], T]) -> T:
+def _placed(source: Source, name: str, make: Callable[[], T]) -> T:
     try:
         return make()
     except NotANumber as error:
-        sample = source.name(int(row_N[error.row]))
+        sample = source.name(error.row)
         raise ValueError(
-            f"{source.origin(name)}: column {name}: {error.text!r} of {sample} is text where numbers were: correct it, or "
-            f"name {name} in data.fields.table.categories and train anew"
+            f"{source.origin(name)}: column {name}: {error.text!r} of {sample} is text where numbers were: correct it, "
+            f"or name {name} in data.fields.table.categories and train anew"
         ) from None
     except ValueError as error:
         raise ValueError(f"{source.origin(name)}: column {name}: {error}") from None

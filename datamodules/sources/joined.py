@@ -5,6 +5,7 @@ Letters: N samples of the source, R rows of the table.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.fields.table_codes import NULLS, texts_of
@@ -50,34 +51,40 @@ class Joined(Source):
         if self.key not in table.column_names:
             raise ValueError(f"{self.path}: no column {self.key!r}{nearest(self.key, table.column_names)}")
         names = texts_of(table.column(self.key))
-        self._require_distinct(names)
         sample = pa.array([source.name(n) for n in range(len(source))], pa.string())
-        self.row_N = pc.index_in(sample, value_set=names.combine_chunks())
-        matched = len(self.row_N) - self.row_N.null_count
-        self.unmatched = len(names) - names.null_count - matched
-        if not matched:
+        at_R = pc.fill_null(pc.index_in(names, value_set=sample), -1).to_numpy()
+        rows = np.flatnonzero(at_R >= 0)
+        self.unmatched = len(names) - names.null_count - len(rows)
+        if not len(rows):
             first = next((name.as_py() for name in names if name.is_valid), "")
             raise ValueError(
                 f"{self.path}: column {self.key}: no row names a sample: it has {first!r}, and a sample is named "
                 f"{source.name(0)!r}"
             )
-        self.table = table.drop_columns([self.key])
+        count_N = np.bincount(at_R[rows], minlength=len(source))
+        if count_N.max() > 1:
+            n = int(count_N.argmax())
+            raise ValueError(f"{self.path}: column {self.key}: {count_N[n]:,} rows of {source.name(n)!r}; keep one")
+        row_N = np.full(len(source), -1)
+        row_N[at_R[rows]] = rows
+        self.columns: dict[str, pa.ChunkedArray] = {}
+        place_N = pa.array(row_N, mask=row_N < 0)
+        while table.num_columns:  # one by one, or all would be in memory twice
+            name, values = table.column_names[0], table.column(0)
+            table = table.remove_column(0)
+            if name != self.key:
+                self.columns[name] = pa.chunked_array([values.unify_dictionaries().combine_chunks().take(place_N)])
         self._has: dict[str, np.ndarray] = {}
 
     def _key(self, table: pa.Table) -> str:
         first = table.slice(0, _FIRST)
         for name in table.column_names:
-            if not pa.types.is_nested(first.column(name).type) and holds_files(texts_of(first.column(name)).to_pylist()):
+            if not pa.types.is_nested(first.column(name).type) and holds_files(
+                texts_of(first.column(name)).to_pylist()
+            ):
                 return name
         known = ", ".join(table.column_names[:20])
         raise ValueError(f"{self.path}: no column holds names of files (such as a.jpg), among {known}; name one as key")
-
-    def _require_distinct(self, names: pa.ChunkedArray) -> None:
-        counts = pc.value_counts(pc.drop_null(names))
-        at = pc.index(pc.greater(counts.field("counts"), 1), True).as_py()
-        if at >= 0:
-            name, rows = counts[at]["values"].as_py(), counts[at]["counts"].as_py()
-            raise ValueError(f"{self.path}: column {self.key}: {rows:,} rows of {name!r}; a sample has one row")
 
     # the source's interface ------------------------------------------------------------------------------------
 
@@ -98,14 +105,14 @@ class Joined(Source):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*self.source.fields, *self.table.column_names]))
+        return tuple(dict.fromkeys([*self.source.fields, *self.columns]))
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:
         return self.source.blocks
 
     def has(self, field: str) -> np.ndarray:
-        if field not in self.table.column_names:
+        if field not in self.columns:
             return self.source.has(field)
         if field not in self._has:
             self._has[field] = np.asarray(pc.is_valid(texts_of(self.values(field))))
@@ -118,28 +125,25 @@ class Joined(Source):
         return self.source.place(index)
 
     def origin(self, field: str) -> str:
-        return str(self.path) if field in self.table.column_names else self.source.origin(field)
+        return str(self.path) if field in self.columns else self.source.origin(field)
 
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
-        own = [name for name in fields if name in self.table.column_names]
+        own = [name for name in fields if name in self.columns]
         others = [name for name in fields if name not in own]
         raws = self.source.read(index, others) if others else {}
-        row = self.row_N[index].as_py()
-        for name in own if row is not None else ():
-            text = texts_of(self.table.column(name).slice(row, 1))[0].as_py()
-            raws |= {} if text is None else {name: text}
-        return raws
+        texts = {name: texts_of(self.columns[name].slice(index, 1))[0].as_py() for name in own}
+        return raws | {name: text for name, text in texts.items() if text is not None}
 
     def texts(self, field: str) -> list[str | None]:
-        if field not in self.table.column_names:
+        if field not in self.columns:
             return self.source.texts(field)
         texts: list[str | None] = texts_of(self.values(field)).to_pylist()
         return texts
 
     def values(self, field: str) -> pa.ChunkedArray:
-        if field not in self.table.column_names:
+        if field not in self.columns:
             return self.source.values(field)
-        return self.table.column(field).take(self.row_N)
+        return self.columns[field]
 
     def corpus(self) -> Corpus | None:
         return self.source.corpus()
@@ -147,21 +151,33 @@ class Joined(Source):
     @cached_property
     def table_corpus(self) -> Corpus:
         """Properties that detect a change of the table."""
-        names = [self.key, *self.table.column_names]
+        names = list(self.columns)
         return corpus_of(str(self.path), {"columns": Property(names, lambda n: names[n])}, [self.path])
 
 
 def _read(path: Path) -> pa.Table:
     try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_table(path)
-        parse = pyarrow.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True)
-        convert = pyarrow.csv.ConvertOptions(
-            null_values=list(NULLS), strings_can_be_null=True, auto_dict_encode=True, auto_dict_max_cardinality=1000
-        )
-        return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+        return pq.read_table(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(f"{path}: not a readable table ({first_line(error)})") from None
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """A CSV by the types of its first block; where a later value is of another type, by those of all values.
+
+    The types are given, since inferring them over the whole file takes twice the time and all of its text in memory;
+    and a first attempt cuts the file at any line break, which fails where one is within a quoted cell.
+    """
+    delimiter = _delimiter(path)
+    parse, careful = (csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines) for newlines in (False, True))
+    nulls = {"null_values": list(NULLS), "strings_can_be_null": True}
+    with csv.open_csv(path, parse_options=careful, convert_options=csv.ConvertOptions(**nulls)) as reader:
+        first = reader.schema
+    text, code = pa.string(), pa.dictionary(pa.int32(), pa.string())
+    types = {of.name: code if of.type in (text, pa.null()) else of.type for of in first}
+    with contextlib.suppress(pa.ArrowInvalid):
+        return csv.read_csv(path, parse_options=parse, convert_options=csv.ConvertOptions(column_types=types, **nulls))
+    return csv.read_csv(path, parse_options=careful, convert_options=csv.ConvertOptions(**nulls))
 
 
 def _delimiter(path: Path) -> str:

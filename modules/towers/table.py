@@ -149,6 +149,8 @@ def require_columns(columns: Sequence[int] | None, tower: nn.Module) -> None:
     known = getattr(tower, "columns", None)
     if known is None or columns is None:
         return
-    same = len(known) == len(columns) and all(bool(a) == bool(b) and a <= b for a, b in zip(columns, known, strict=True))
+    same = len(known) == len(columns) and all(
+        bool(a) == bool(b) and a <= b for a, b in zip(columns, known, strict=True)
+    )
     if not same:
         raise ValueError(f"model.towers.table.columns {list(known)}: the data's table has {list(columns)}")
