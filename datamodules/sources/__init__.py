@@ -87,7 +87,8 @@ def _streamed(address: str) -> str:
 def _folder(path: Path, damaged: Damaged, outside: bool, beside: Path | None) -> Folder | None:
     if path.is_file() and path.suffix.lower() in TABLES:
         return Folder(path.parent, path.name, damaged, outside)
-    packed = not path.is_dir() or any(_holds([path], ending) for ending in _KINDS)
+    packs = [file for ending in _KINDS for file in path.glob(f"*{ending}")] if path.is_dir() else []
+    packed = not path.is_dir() or any(beside is None or not file.samefile(beside) for file in packs)
     return None if packed else Folder(path, None, damaged, outside, beside)
 
 
