@@ -236,6 +236,11 @@ class DataModule(L.LightningDataModule):
         mixture. None: keys are comparable within this data module only."""
         return None
 
+    @property
+    def table_columns(self) -> list[int] | None:
+        """Of the modality ``table``: 0 for a number, else how many categories a column has; None where not known."""
+        return None
+
     def describe(self, index: int) -> str:
         """One line on a sample by its id, for image grids and ledgers."""
         return str(index)

@@ -20,16 +20,20 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, DataModule, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
+from descant.datamodules.fields.table_codes import Code, from_state, state_of
+from descant.datamodules.fields.tables import TableField
 from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.selected import parted
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
+from descant.datamodules.sources.joined import Joined
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Synthetic
 from descant.datamodules.user_report import DataReport
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import warn
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
@@ -62,6 +66,9 @@ class UserData(DataModule):
         damaged: ``refuse`` a table with a row that cannot be read, and shards or parquet files that are cut off or
             missing; or ``skip`` them, and list the losses in the ledger. A single sample is always skipped.
         outside: whether a table may name files outside its own folder.
+        table: a CSV, TSV or parquet file whose columns are fields of the samples too, joined by the sample's name; for
+            large ones, that are read in seconds. A smaller CSV that names the images needs no such argument.
+        table_key: its column with the names of samples; the first one of file names where not given.
         kwargs: of every data module.
 
     Raises:
@@ -83,9 +90,11 @@ class UserData(DataModule):
         augment: Augment | None = None,
         damaged: Damaged = "refuse",
         outside: bool = False,
+        table: str | None = None,
+        table_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.damaged, self.outside = damaged, outside
+        self.damaged, self.outside, self.table, self.table_key = damaged, outside, table, table_key
         self.path, self.source, self.validate, self.test, self.stream = path, source, validate, test, stream
         self.given, self.split, self.holdout, self.key, self.augment = fields, split, holdout, key, augment
         ways = {"path": path, "source": source, "stream": stream}
@@ -93,6 +102,7 @@ class UserData(DataModule):
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: give only one of them")
         whole = {"key": key, "split": split, "fields.labels": fields.labels if fields is not None else None}
+        whole |= {"table": table, "fields.table": fields.table if fields is not None else None}
         unknown = next((name for name, value in whole.items() if value), None) if stream is not None else None
         if unknown is not None:
             raise ValueError(f"{unknown}: not available for a stream, whose samples are not known before they are read")
@@ -101,6 +111,7 @@ class UserData(DataModule):
         self._workers = num_workers
         self._streamed: StreamSet | None = None  # the training set
         self._marks: Marks = {}  # of a resume point
+        self._codes: dict[str, Code] | None = None  # of a checkpoint
         self._report = DataReport(self)
         super().__init__(num_workers=num_workers or 0, **kwargs)
         image = self.given.image if self.given is not None else None
@@ -109,7 +120,15 @@ class UserData(DataModule):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(self.fields)
+        return (*self.fields, *(["table"] if self.columns is not None else []))
+
+    @property
+    def columns(self) -> TableField | None:
+        return self.given.table if self.given is not None else None
+
+    @property
+    def table_columns(self) -> list[int] | None:
+        return None if self.columns is None or self.tiny else [code.categories for code in self.codes.values()]
 
     @property
     def workers(self) -> int:
@@ -150,14 +169,17 @@ class UserData(DataModule):
         if self.source is not None:
             sources = {"train": self.source}
         elif self.path is not None:
-            sources = dict(find(self.path, self.damaged, self.outside))
+            sources = dict(find(self.path, self.damaged, self.outside, Path(self.table) if self.table else None))
             sources = {"train": sources.pop("")} if "" in sources else sources
             if "train" not in sources:
                 raise ValueError(f"{self.path}: {', '.join(sources)} and no training split; name the file by itself")
         elif self.stream is None:
             raise ValueError("data.path is missing: a folder of images and captions, shards or parquet files")
         elsewhere = {"val": self.validate, "test": self.test}
-        return sources | {name: source for name, source in elsewhere.items() if source is not None}
+        sources |= {name: source for name, source in elsewhere.items() if source is not None}
+        own = {name: source for name, source in sources.items() if not isinstance(source, Joined)}
+        joined = {name: Joined(source, self.table, self.table_key) for name, source in own.items() if self.table}
+        return sources | joined
 
     def _synthetic(self) -> Synthetic:
         """Synthetic data with all requested fields."""
@@ -165,6 +187,7 @@ class UserData(DataModule):
         if given is None:
             return Synthetic(fields={"image": "image", "caption": "text"})
         names = {n: f.kind for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
+        names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
         names |= {field.field: "label" for field in given.labels.values()} | ({self.key: "text"} if self.key else {})
         return Synthetic(fields=names)
 
@@ -186,9 +209,23 @@ class UserData(DataModule):
     def readers(self) -> dict[str, Reader]:
         def reader(source: Source) -> Reader:
             columns: dict[str, Column] = {m: field.column(source) for m, field in self.fields.items()}
-            return Reader(source, self.fields, columns, keep=True)
+            cells = {} if self.columns is None else {"table": self.columns.cells(source, self.codes, self._warn)}
+            return Reader(source, self.fields, columns, keep=True, cells=cells)
 
         return {name: reader(source) for name, source in self.sources.items()}
+
+    @cached_property
+    def codes(self) -> dict[str, Code]:
+        """Column of the table -> its code: of the checkpoint, if one was loaded, else of the training split."""
+        assert self.columns is not None
+        if self._codes is not None and not self.tiny:
+            return self._codes
+        name, row_N = self.splits["train"]
+        return self.columns.codes(self.sources[name], row_N)
+
+    def _warn(self, line: str) -> None:
+        if not self._world()[0]:
+            warn(line)
 
     @cached_property
     def firsts(self) -> dict[str, int]:
@@ -252,7 +289,7 @@ class UserData(DataModule):
             drop=self.drop if training else None,
         )
         if not len(dataset):
-            raise ValueError(f"{self.sources[name].place(0)}: no sample of {split} has {' or '.join(self.fields)}")
+            raise ValueError(f"{self.sources[name].place(0)}: no sample of {split} has {' or '.join(self.modalities)}")
         return dataset
 
     def training_set(self) -> BatchDataset:
@@ -290,6 +327,8 @@ class UserData(DataModule):
         if self.tiny:
             return {}
         corpora = {name: source.corpus() for name, source in self.sources.items()}
+        joined = {name: source for name, source in self.sources.items() if isinstance(source, Joined)}
+        corpora |= {f"{name} table": source.table_corpus for name, source in joined.items()}
         if self.stream is not None:
             corpora["stream"] = self.stream.corpus()
         return {name: corpus for name, corpus in corpora.items() if corpus is not None}
@@ -313,7 +352,8 @@ class UserData(DataModule):
     def state_dict(self) -> dict[str, Any]:
         """States of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""
         if self._streamed is None:
-            return super().state_dict()
+            codes = {} if self.columns is None else {name: state_of(code) for name, code in self.codes.items()}
+            return {**super().state_dict(), **({"codes": codes} if codes else {})}
         marks = dict(self._streamed.marks)
         if dist.is_available() and dist.is_initialized():
             parts: list[Marks] = [{} for _ in range(dist.get_world_size())]
@@ -324,6 +364,10 @@ class UserData(DataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where the data has changed, or the stream's ranks, workers or other settings have."""
         super().load_state_dict(state_dict)
+        if self.columns is not None and "codes" in state_dict:
+            self._codes = {name: from_state(code) for name, code in state_dict["codes"].items()}
+            for cached in ("codes", "readers"):
+                self.__dict__.pop(cached, None)
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.stream is None or self.tiny or not fits:
             return

@@ -8,6 +8,7 @@ import numpy as np
 
 from descant.datamodules.fields.fields import TextField
 from descant.datamodules.sources.base import text_of
+from descant.datamodules.sources.joined import Joined
 from descant.datamodules.sources.reading import UserDataset
 from descant.modules.core.errors import warn
 
@@ -47,10 +48,12 @@ class DataReport:
         out = [f"{lost:,} left out"] if lost else []
         out += [f"{merged:,} merged with another row of the same file"] if merged else []
         empty = sum(len(row_N) for _, row_N in data.splits.values()) - sum(map(len, present.values()))
-        out += [f"{empty:,} samples without {' or '.join(data.fields)} left out"] if empty else []
-        for k, m in enumerate(data.fields):
+        out += [f"{empty:,} samples without {' or '.join(data.modalities)} left out"] if empty else []
+        for k, m in enumerate(data.modalities):
             without = sum(int((~has_NM[:, k]).sum()) for has_NM in present.values())
             out += [f"{without:,} without {m}"] if without else []
+        for joined in (source for source in sources if isinstance(source, Joined) and source.unmatched):
+            out += [f"{joined.unmatched:,} rows of {joined.path} without a sample of that name ({joined.key}) left out"]
         absent = sum(s.absent for s in sources)
         out += [f"{absent:,} files named but missing"] if absent else []
         read = sum(map(len, sources)) + merged + lost
@@ -61,8 +64,8 @@ class DataReport:
 
     def _present(self, name: str, row_N: np.ndarray) -> np.ndarray:
         """Bool ``[N, M]``: the modalities of those rows that have any."""
-        columns = self.data.readers[name].columns
-        has_NM = np.stack([columns[m].present_N[row_N] for m in self.data.fields], axis=1)
+        present = self.data.readers[name].present
+        has_NM = np.stack([present[m][row_N] for m in self.data.modalities], axis=1)
         return np.asarray(has_NM[has_NM.any(axis=1)])
 
     def _truncated(self, training: UserDataset) -> None:

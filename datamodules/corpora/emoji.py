@@ -29,6 +29,7 @@ from descant.datamodules.corpora.base import (
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
+from descant.datamodules.corpora.emoji_table import COLUMNS, concept_facts, drawing_facts, emoji_table, standardised
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.datamodules.corpora.stimuli import (
     FACTS,
@@ -44,6 +45,7 @@ from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import Augment, colour_names, edges
+from descant.modules.transforms.table import ColumnMissing
 
 #: Modalities that are computed from the image, on the device.
 DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
@@ -77,6 +79,8 @@ class Emoji(ImageViews):
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
+        table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
+        missing: cells of the table that are hidden beside those.
         foreign: languages of retrieval by names that are in no training caption.
         development: to choose settings without the test sets: Twemoji is the held-out vendor and 150 training
             concepts are the held-out ones; "validate" has the sets of "test".
@@ -123,10 +127,12 @@ class Emoji(ImageViews):
         families: bool = False,
         paired: bool = False,
         mixer: CaptionMixer | None = None,
+        table: bool = False,
+        missing: ColumnMissing | None = None,
         folder: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.speech, self.foreign = speech, foreign or []
+        self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
         self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
         super().__init__(**kwargs)
         self.text, self.groups, self.languages = text, groups, languages or ["en"]
@@ -153,7 +159,12 @@ class Emoji(ImageViews):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return ("image", "text", *self.derived, *(["audio"] if self.speech is not None else []))
+        audio, table = (["audio"] if self.speech is not None else []), (["table"] if self.table else [])
+        return ("image", "text", *self.derived, *audio, *table)
+
+    @property
+    def table_columns(self) -> list[int] | None:
+        return COLUMNS if self.table else None
 
     # the pack and its splits -----------------------------------------------------------------------------------
 
@@ -262,16 +273,35 @@ class Emoji(ImageViews):
     @cached_property
     def _text_facts(self) -> dict[str, Tensor]:
         """The float targets that depend on no drawing, of all concepts."""
-        path, codes = self.folder / "valence.json", [row["hexcode"] for row in self.pack.rows]
-        if not path.is_file():
-            raise ValueError(f"readout: {path} is missing; descant.datamodules.prepare.valence writes it")
+        codes = [row["hexcode"] for row in self.pack.rows]
         texts = [[row["names"]["en"], *row["keywords"]["en"]] for row in self.pack.rows]
         return {
-            "valence": valence_facts(codes, json.loads(path.read_text(encoding="utf-8"))),
+            "valence": self._valence,
             "text": text_facts(texts),
             "semantic": semantic_facts(texts),
             "noise": noise_facts(codes),
         }
+
+    @cached_property
+    def _valence(self) -> Tensor:
+        path = self.folder / "valence.json"
+        if not path.is_file():
+            what = "readout" if self.readout else "table"
+            raise ValueError(f"{what}: {path} is missing; descant.datamodules.prepare.valence writes it")
+        codes = [row["hexcode"] for row in self.pack.rows]
+        return valence_facts(codes, json.loads(path.read_text(encoding="utf-8")))
+
+    @cached_property
+    def cells(self) -> dict[int, Tensor]:
+        """Vendor number -> the table of its drawings, ``[N, C]``, numbers standardised by those of training."""
+        concept_N = concept_facts(self.pack.rows, self._valence)
+        raw = {}
+        for vendor in VENDORS:
+            images, good = self.pack.drawings(vendor)
+            size_N = np.array([len(row[vendor] or b"") for row in self.pack.rows])
+            raw[VENDORS.index(vendor)] = emoji_table(concept_N, drawing_facts(images, good, size_N))
+        training = torch.stack([raw[VENDORS.index(vendor)][concept] for concept, vendor, _, _ in self.training_rows])
+        return {vendor: standardised(x_NC, training) for vendor, x_NC in raw.items()}
 
     # the sets --------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class EmojiSet(NumberedDataset):
         self.keywords = data.keywords if keywords is None else keywords
         self.label = data.label | dict(label or {})
         self.facts = data.facts(sorted(set(vendor))) if data.readout and not random else {}
+        self.cells = data.cells if data.table else {}
         self.mixed, self.spoken = data.mixed if random else None, data.spoken
         self.views = data.views.get("image", 1) if random else 1
         if self.views == 2:
@@ -75,7 +76,8 @@ class EmojiSet(NumberedDataset):
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         image_N, text_N = (torch.from_numpy(has_N[index_N]) for has_N in (self.image_N, self.text_N))
         audio = {} if self.spoken is None else {"audio": text_N}
-        return {"image": image_N, "text": text_N, **dict.fromkeys(self.data.derived, image_N), **audio}
+        of_image = [*self.data.derived, *(["table"] if self.data.table else [])]
+        return {"image": image_N, "text": text_N, **dict.fromkeys(of_image, image_N), **audio}
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
         return self.rows(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))
@@ -92,6 +94,11 @@ class EmojiSet(NumberedDataset):
         inputs["text"], key_B = self._texts(index_B, draw_B, epoch_B)
         if self.spoken is not None:
             inputs |= self.spoken.rows(self.caption_N[index_B], draw_B if self.random else None)
+        if self.data.table:
+            x_BC = torch.stack([self.cells[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
+            key_N = draw_B if self.random else self.id_N[index_B]
+            hide = self.data.missing
+            inputs["table"] = x_BC if hide is None else hide(x_BC, key_N, self.random)
         targets = {name: torch.from_numpy(label_N[concept_B]) for name, label_N in self.label.items()}
         for name, by_vendor in self.facts.items():
             targets[name] = torch.stack([by_vendor[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])

@@ -22,6 +22,7 @@ from descant.datamodules.fields.columns import kinds as kinds
 from descant.datamodules.fields.columns import numbered as numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
+from descant.datamodules.fields.tables import TableField
 from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, nearest, text_of
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
@@ -300,6 +301,7 @@ class Fields:
         image: images.
         text: captions.
         audio: recordings.
+        table: columns of numbers and categories.
         labels: name of a target -> its field.
     """
 
@@ -309,9 +311,10 @@ class Fields:
         text: TextField | None = None,
         audio: AudioField | None = None,
         labels: dict[str, LabelField] | None = None,
+        table: TableField | None = None,
     ) -> None:
-        self.image, self.text, self.audio, self.labels = image, text, audio, labels or {}
+        self.image, self.text, self.audio, self.table, self.labels = image, text, audio, table, labels or {}
         given: dict[str, Field | None] = {"image": image, "text": text, "audio": audio}
         self.of: dict[str, Field] = {name: field for name, field in given.items() if field is not None}
-        if not self.of:
-            raise ValueError("fields: none given; image, text and audio are possible")
+        if not self.of and table is None:
+            raise ValueError("fields: none given; image, text, audio and table are possible")

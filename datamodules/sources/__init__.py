@@ -20,7 +20,10 @@ _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 
 
 def find(
-    path: str | Path | Sequence[str | Path], damaged: Damaged = "refuse", outside: bool = False
+    path: str | Path | Sequence[str | Path],
+    damaged: Damaged = "refuse",
+    outside: bool = False,
+    beside: Path | None = None,
 ) -> dict[str, Source]:
     """The corpus at a path, by the type of its files: split -> source, or one source under ``""``.
 
@@ -32,6 +35,7 @@ def find(
         path: files, patterns or a folder.
         damaged: ``skip`` reads the rest of damaged files; their ``faults`` list the losses.
         outside: whether tables may name files outside their own folder.
+        beside: a table in the folder that is not to be read with it.
 
     Raises:
         ValueError: where the path does not exist, or holds no known type of files.
@@ -40,7 +44,7 @@ def find(
     address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
     if address is not None:
         raise ValueError(_streamed(address))
-    if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside)) is not None:
+    if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside, beside)) is not None:
         return {"": folder}
 
     def source_of(files: list[Path]) -> Shards | Parquet:
@@ -80,11 +84,12 @@ def _streamed(address: str) -> str:
     return f"{address}: not read from there; shards (*.tar) of {read} are streamed, other files have to be downloaded"
 
 
-def _folder(path: Path, damaged: Damaged, outside: bool) -> Folder | None:
+def _folder(path: Path, damaged: Damaged, outside: bool, beside: Path | None) -> Folder | None:
     if path.is_file() and path.suffix.lower() in TABLES:
         return Folder(path.parent, path.name, damaged, outside)
-    packed = not path.is_dir() or any(_holds([path], ending) for ending in _KINDS)
-    return None if packed else Folder(path, None, damaged, outside)
+    packs = [file for ending in _KINDS for file in path.glob(f"*{ending}")] if path.is_dir() else []
+    packed = not path.is_dir() or any(beside is None or not file.samefile(beside) for file in packs)
+    return None if packed else Folder(path, None, damaged, outside, beside)
 
 
 def _holds(given: Sequence[str | Path], ending: str) -> bool:

@@ -20,6 +20,8 @@ import numpy as np
 from descant.modules.core import errors
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from descant.datamodules.changes import Corpus
 
 #: One field of one sample as stored: encoded images and sound are bytes, captions and labels are texts.
@@ -95,6 +97,16 @@ class Source:
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
         """Those of ``fields`` that the sample has. Raises OSError or ValueError where one is unreadable."""
         raise NotImplementedError
+
+    def origin(self, field: str) -> str:
+        """The file or folder that a field is from, for messages."""
+        return self.place(0)
+
+    def values(self, field: str) -> pa.ChunkedArray:
+        """A field of all N samples as a column of Arrow: texts, or values of the file's own types; null for none."""
+        import pyarrow as pa  # late: tokenizers and streams need none
+
+        return pa.chunked_array([pa.array(self.texts(field), pa.string())])
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:

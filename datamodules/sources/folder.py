@@ -65,6 +65,7 @@ class Folder(Source):
             not given, and files alone where there is none.
         damaged: ``skip`` leaves out rows of the table that cannot be read, each listed in ``faults``.
         outside: whether files may lie outside ``root``: named by an absolute path or with .., or behind a link.
+        beside: a table in ``root`` that is not to be read, since another source has its rows.
 
     Raises:
         ValueError: if the folder or table is missing, has no sample, has a row that cannot be read, or names a file
@@ -72,9 +73,14 @@ class Folder(Source):
     """
 
     def __init__(
-        self, root: str | Path, csv: str | Path | None = None, damaged: Damaged = "refuse", outside: bool = False
+        self,
+        root: str | Path,
+        csv: str | Path | None = None,
+        damaged: Damaged = "refuse",
+        outside: bool = False,
+        beside: Path | None = None,
     ) -> None:
-        self.root, self.damaged, self.outside = Path(root), damaged, outside
+        self.root, self.damaged, self.outside, self.beside = Path(root), damaged, outside, beside
         self.faults: list[Fault] = []
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder{similar(self.root)}")
@@ -105,6 +111,8 @@ class Folder(Source):
         with os.scandir(self.root) as folder:  # may hold a million files, and a Path of each costs more
             names = [entry.name for entry in folder if os.path.splitext(entry.name)[1].lower() in TABLES]
         tables = [self.root / name for name in sorted(names) if (self.root / name).is_file()]
+        if self.beside is not None:
+            tables = [table for table in tables if not table.samefile(self.beside)]
         usual = [p for p in tables if p.stem.lower() in _USUAL]
         if len(tables) > 1 and len(usual) != 1:
             raise ValueError(
@@ -307,6 +315,9 @@ class Folder(Source):
 
     def place(self, index: int) -> str:
         return str(self.root / self.names[index])
+
+    def origin(self, field: str) -> str:
+        return str(self.table or self.root)
 
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
         values = {field: self.columns[field][index] for field in fields}

@@ -227,6 +227,17 @@ class Parquet(Source):
                 texts.append(raw)
         return texts
 
+    def values(self, field: str) -> pa.ChunkedArray:
+        self.has(field)
+        column, part = self._columns[field]
+        if part is not None:
+            return super().values(field)
+        kind = self.schema.field(column).type
+        groups = [self._readable(group, column) for group in range(len(self.groups))]
+        rows = np.diff(self._first).tolist()
+        parts = [pa.nulls(n, kind) if g is None else g for g, n in zip(groups, rows, strict=True)]
+        return pa.chunked_array([chunk for part in parts for chunk in getattr(part, "chunks", [part])], kind)
+
     # row groups ------------------------------------------------------------------------------------------------
 
     def _row(self, index: int) -> tuple[int, int]:

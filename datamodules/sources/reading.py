@@ -18,6 +18,7 @@ from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.fields.fields import Column, Field, numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
+from descant.datamodules.fields.tables import Cells
 from descant.datamodules.resumable_sampler import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.ledger import Ledger
@@ -44,14 +45,25 @@ class Reader:
         fields: modality -> its decoder.
         columns: modality -> its fields in the source.
         keep: whether decoded images are cached, by fields that do so; a waste for rows that are read once.
+        cells: modality -> its table, of all rows of the source; read once, so none of it is unreadable later.
     """
 
     def __init__(
-        self, source: Source, fields: Mapping[str, Field], columns: Mapping[str, Column], keep: bool = False
+        self,
+        source: Source,
+        fields: Mapping[str, Field],
+        columns: Mapping[str, Column],
+        keep: bool = False,
+        cells: Mapping[str, Cells] | None = None,
     ) -> None:
-        self.source, self.fields, self.columns = source, dict(fields), dict(columns)
+        self.source, self.fields, self.columns, self.cells = source, dict(fields), dict(columns), dict(cells or {})
         caches = {m: field.memory(len(source)) for m, field in fields.items()} if keep else {}
         self.caches: dict[str, ImageCache] = {m: cache for m, cache in caches.items() if cache is not None}
+
+    @property
+    def present(self) -> dict[str, np.ndarray]:
+        """Modality -> bool ``[N]``: which samples of the source have it."""
+        return {m: of.present_N for m, of in (*self.columns.items(), *self.cells.items())}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
@@ -78,6 +90,7 @@ class Reader:
         for m, field in self.fields.items():
             inputs[m], why_B = field.decode(raws[m], draw_B)
             errors |= {(m, b): why for b, why in enumerate(why_B) if why is not None}
+        inputs |= {m: cells.rows(row_B, draw_B) for m, cells in self.cells.items()}
         return Read(inputs, key_B, errors)
 
     def _cached(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
@@ -160,7 +173,7 @@ class UserDataset(NumberedDataset):
         drop: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(seed, drop)
-        has = {m: column.present_N for m, column in reader.columns.items()}
+        has = reader.present
         some_N = np.any(list(has.values()), axis=0)
         self.row_N = row_N[some_N[row_N]]  # without samples that have no modality
         self.has = {m: has_N[self.row_N] for m, has_N in has.items()}

@@ -25,7 +25,7 @@ class Synthetic(Source):
     Args:
         n: N, samples.
         size: pixels of the images.
-        fields: name of a field -> ``image``, ``audio``, ``text`` or ``label``.
+        fields: name of a field -> ``image``, ``audio``, ``text``, ``label`` or ``bit`` (0 or 1: number and category).
 
     >>> Synthetic(8).read(5, ["txt"])
     {'txt': 'a green circle'}
@@ -60,6 +60,8 @@ class Synthetic(Source):
         colour, shape = list(_COLOURS)[index % 4], _SHAPES[index // 4 % 4]
         if kind == "image":
             return self._image(index, _COLOURS[colour], shape)
+        if kind == "bit":
+            return str(index // 2 % 2)
         if kind == "audio":
             return self._tone(220.0 * 2 ** ((index % 16) / 6))
         return shape if kind == "label" else f"a {colour} {shape}"

@@ -24,6 +24,7 @@ from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.rows import RowTracker
 from descant.modules.distill.distill import Distill, without_distill
 from descant.modules.tokenizers.text import Tokenizer, require_fit
+from descant.modules.towers.table import require_columns
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.modules.training_setup.optim import parameter_groups
@@ -152,6 +153,8 @@ class Recipe(L.LightningModule):
         tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(tokenizer, self.towers["text"])
+        if stage == "fit" and "table" in getattr(self, "towers", {}):  # else those of the checkpoint, not read yet
+            require_columns(getattr(datamodule_of(trainer), "table_columns", None), self.towers["table"])
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self.optimizer_now, self.schedule_now)

@@ -94,6 +94,7 @@ from descant.modules.towers import (
     ConvTower,
     LogMelTower,
     PatchTower,
+    TableTower,
     TextTower,
     Tokens,
     Towers,
@@ -290,6 +291,7 @@ part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: 
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
 part("TextTower", "Block")(_tower(lambda: TextTower(20, 8, 1, 2, 5), words))
 part("BagTower")(_tower(lambda: BagTower(20, 8), words))
+part("TableTower")(_tower(lambda: TableTower([0, 3], 8, 1, 2), lambda: torch.tensor([[0.5, 2.0], [torch.nan, 1.0]])))
 part("VectorTower")(_tower(lambda: VectorTower(6, 8), lambda: torch.randn(3, 6)))
 part("LogMelTower", "ConvBlock")(_tower(lambda: LogMelTower(mels=8, width=8, depth=1, kernel=3), sound))
 part("Frozen")(_tower(lambda: Frozen(ConvTower([8], stem=4)), lambda: torch.randn(IMAGE)))

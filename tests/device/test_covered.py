@@ -25,6 +25,7 @@ NEEDLESS = {
     "NgramTokenizer": "text to token ids, in the loader",
     "WordTokenizer": "text to token ids, in the loader",
     "PretrainedTokenizer": "text to token ids, in the loader",
+    "ColumnMissing": "hides cells of a table, in the loader",
     "TaskAnswer": "judges strings",
     "NumericAnswer": "judges strings",
     "Format": "judges strings",
