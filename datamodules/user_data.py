@@ -17,23 +17,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from descant.datamodules.base import BatchDataset, DataModule, Loader, available_cores
+from descant.datamodules.base import BatchDataset, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
-from descant.datamodules.fields.table_codes import Code, from_state, state_of
-from descant.datamodules.fields.tables import TableField
 from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.selected import parted
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
-from descant.datamodules.sources.joined import Joined
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.sources.synthetic import Synthetic
 from descant.datamodules.user_report import DataReport
+from descant.datamodules.user_table import UserTable, synthetic
 from descant.modules.core.batch import Batch
-from descant.modules.core.errors import warn
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
@@ -43,7 +39,7 @@ _SPLIT = ("split", "json.split")
 _WORKERS = 12
 
 
-class UserData(DataModule):
+class UserData(UserTable):
     """User data by its ``path``: images, captions and recordings, any of which a sample may lack.
 
     Evaluation sets: "validate" has ``val``; "test" has ``test`` where there is such a split, else ``val`` again. The
@@ -111,7 +107,6 @@ class UserData(DataModule):
         self._workers = num_workers
         self._streamed: StreamSet | None = None  # the training set
         self._marks: Marks = {}  # of a resume point
-        self._codes: dict[str, Code] | None = None  # of a checkpoint
         self._report = DataReport(self)
         super().__init__(num_workers=num_workers or 0, **kwargs)
         image = self.given.image if self.given is not None else None
@@ -121,14 +116,6 @@ class UserData(DataModule):
     @property
     def modalities(self) -> tuple[str, ...]:
         return (*self.fields, *(["table"] if self.columns is not None else []))
-
-    @property
-    def columns(self) -> TableField | None:
-        return self.given.table if self.given is not None else None
-
-    @property
-    def table_columns(self) -> list[int] | None:
-        return None if self.columns is None or self.tiny else [code.categories for code in self.codes.values()]
 
     @property
     def workers(self) -> int:
@@ -164,7 +151,7 @@ class UserData(DataModule):
     def sources(self) -> dict[str, Source]:
         """Source of each set: ``train``, and ``val`` and ``test`` where they have their own."""
         if self.tiny:
-            return {"train": self._synthetic()}
+            return {"train": synthetic(self.given, self.key)}
         sources: dict[str, Source] = {}
         if self.source is not None:
             sources = {"train": self.source}
@@ -177,19 +164,7 @@ class UserData(DataModule):
             raise ValueError("data.path is missing: a folder of images and captions, shards or parquet files")
         elsewhere = {"val": self.validate, "test": self.test}
         sources |= {name: source for name, source in elsewhere.items() if source is not None}
-        own = {name: source for name, source in sources.items() if not isinstance(source, Joined)}
-        joined = {name: Joined(source, self.table, self.table_key) for name, source in own.items() if self.table}
-        return sources | joined
-
-    def _synthetic(self) -> Synthetic:
-        """Synthetic data with all requested fields."""
-        given = self.given
-        if given is None:
-            return Synthetic(fields={"image": "image", "caption": "text"})
-        names = {n: f.kind for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
-        names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
-        names |= {field.field: "label" for field in given.labels.values()} | ({self.key: "text"} if self.key else {})
-        return Synthetic(fields=names)
+        return {name: self.with_table(source) for name, source in sources.items()}
 
     @cached_property
     def fields(self) -> dict[str, Field]:
@@ -209,23 +184,9 @@ class UserData(DataModule):
     def readers(self) -> dict[str, Reader]:
         def reader(source: Source) -> Reader:
             columns: dict[str, Column] = {m: field.column(source) for m, field in self.fields.items()}
-            cells = {} if self.columns is None else {"table": self.columns.cells(source, self.codes, self._warn)}
-            return Reader(source, self.fields, columns, keep=True, cells=cells)
+            return Reader(source, self.fields, columns, keep=True, cells=self.cells(source))
 
         return {name: reader(source) for name, source in self.sources.items()}
-
-    @cached_property
-    def codes(self) -> dict[str, Code]:
-        """Column of the table -> its code: of the checkpoint, if one was loaded, else of the training split."""
-        assert self.columns is not None
-        if self._codes is not None and not self.tiny:
-            return self._codes
-        name, row_N = self.splits["train"]
-        return self.columns.codes(self.sources[name], row_N)
-
-    def _warn(self, line: str) -> None:
-        if not self._world()[0]:
-            warn(line)
 
     @cached_property
     def firsts(self) -> dict[str, int]:
@@ -327,8 +288,7 @@ class UserData(DataModule):
         if self.tiny:
             return {}
         corpora = {name: source.corpus() for name, source in self.sources.items()}
-        joined = {name: source for name, source in self.sources.items() if isinstance(source, Joined)}
-        corpora |= {f"{name} table": source.table_corpus for name, source in joined.items()}
+        corpora |= self.table_corpora()
         if self.stream is not None:
             corpora["stream"] = self.stream.corpus()
         return {name: corpus for name, corpus in corpora.items() if corpus is not None}
@@ -352,8 +312,7 @@ class UserData(DataModule):
     def state_dict(self) -> dict[str, Any]:
         """States of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""
         if self._streamed is None:
-            codes = {} if self.columns is None else {name: state_of(code) for name, code in self.codes.items()}
-            return {**super().state_dict(), **({"codes": codes} if codes else {})}
+            return {**super().state_dict(), **self.codes_state()}
         marks = dict(self._streamed.marks)
         if dist.is_available() and dist.is_initialized():
             parts: list[Marks] = [{} for _ in range(dist.get_world_size())]
@@ -364,10 +323,7 @@ class UserData(DataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError where the data has changed, or the stream's ranks, workers or other settings have."""
         super().load_state_dict(state_dict)
-        if self.columns is not None and "codes" in state_dict:
-            self._codes = {name: from_state(code) for name, code in state_dict["codes"].items()}
-            for cached in ("codes", "readers"):
-                self.__dict__.pop(cached, None)
+        self.load_codes(state_dict)
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.stream is None or self.tiny or not fits:
             return
@@ -473,8 +429,3 @@ class UserData(DataModule):
         if isinstance(audio, AudioField):
             batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if self.training else None)
         return batch
-
-
-def _is_named(field: Field) -> bool:
-    """Whether a field object names the corpus's fields."""
-    return bool(getattr(field, "field", None) or getattr(field, "captions", None))

@@ -27,7 +27,7 @@ def present_keys(mask_BT: Tensor) -> Tensor:
 
 
 class TableTower(Tower):
-    """Transformer over the columns of a table, in which nobody attends to missing cells (TIP's tabular encoder).
+    """Transformer over the columns of a table, in which no token attends to missing cells (TIP's encoder).
 
         h_c = x_c w + b + e_c      of a number (standardised by the data)
         h_c = v[x_c] + e_c         of a category

@@ -1,0 +1,97 @@
+"""The table of user data: its columns, their codes, and the file they are joined from. Letters: N rows of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from descant.datamodules.base import DataModule
+from descant.datamodules.changes import Corpus
+from descant.datamodules.fields.fields import Field, Fields
+from descant.datamodules.fields.table_codes import Code, from_state, state_of
+from descant.datamodules.fields.tables import Cells, TableField
+from descant.datamodules.sources.base import Source
+from descant.datamodules.sources.joined import Joined
+from descant.datamodules.sources.synthetic import Synthetic
+from descant.modules.core.errors import warn
+
+
+class UserTable(DataModule):
+    """Base of :class:`UserData`: the modality ``table``, columns of its sources by the codes of training."""
+
+    given: Fields | None
+    table: str | None
+    table_key: str | None
+    #: Of a checkpoint.
+    _codes: dict[str, Code] | None = None
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        raise NotImplementedError
+
+    @property
+    def splits(self) -> dict[str, tuple[str, np.ndarray]]:
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> TableField | None:
+        return self.given.table if self.given is not None else None
+
+    @property
+    def table_columns(self) -> list[int] | None:
+        return None if self.columns is None or self.tiny else [code.categories for code in self.codes.values()]
+
+    @cached_property
+    def codes(self) -> dict[str, Code]:
+        """Column of the table -> its code: of the checkpoint, if one was loaded, else of the training split."""
+        assert self.columns is not None
+        if self._codes is not None and not self.tiny:
+            return self._codes
+        name, row_N = self.splits["train"]
+        return self.columns.codes(self.sources[name], row_N)
+
+    def _warn(self, line: str) -> None:
+        if not self._world()[0]:
+            warn(line)
+
+    def cells(self, source: Source) -> dict[str, Cells]:
+        """The modality -> the table of a source, if there is one."""
+        return {} if self.columns is None else {"table": self.columns.cells(source, self.codes, self._warn)}
+
+    def with_table(self, source: Source) -> Source:
+        """A source with the columns of ``table``, where that is given and it has none."""
+        if self.table is None or isinstance(source, Joined):
+            return source
+        return Joined(source, self.table, self.table_key)
+
+    def table_corpora(self) -> dict[str, Corpus]:
+        joined = {name: source for name, source in self.sources.items() if isinstance(source, Joined)}
+        return {f"{name} table": source.table_corpus for name, source in joined.items()}
+
+    def codes_state(self) -> dict[str, Any]:
+        return {} if self.columns is None else {"codes": {name: state_of(code) for name, code in self.codes.items()}}
+
+    def load_codes(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes the codes of a checkpoint, so that other files are read as its training was."""
+        if self.columns is not None and "codes" in state_dict:
+            self._codes = {name: from_state(code) for name, code in state_dict["codes"].items()}
+            for cached in ("codes", "readers"):
+                self.__dict__.pop(cached, None)
+
+
+def synthetic(given: Fields | None, key: str | None) -> Synthetic:
+    """Synthetic data with all requested fields."""
+    if given is None:
+        return Synthetic(fields={"image": "image", "caption": "text"})
+    names = {n: f.kind for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
+    names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
+    names |= {field.field: "label" for field in given.labels.values()} | ({key: "text"} if key else {})
+    return Synthetic(fields=names)
+
+
+def _is_named(field: Field) -> bool:
+    """Whether a field object names the corpus's fields."""
+    return bool(getattr(field, "field", None) or getattr(field, "captions", None))
