@@ -97,7 +97,11 @@ class UserData(UserTable):
         named = [name for name, way in ways.items() if way is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)}: give only one of them")
-        whole = {"key": key, "split": split, "fields.labels": fields.labels if fields is not None else None}
+        whole: dict[str, Any] = {
+            "key": key,
+            "split": split,
+            "fields.labels": fields.labels if fields is not None else None,
+        }
         whole |= {"table": table, "fields.table": fields.table if fields is not None else None}
         unknown = next((name for name, value in whole.items() if value), None) if stream is not None else None
         if unknown is not None:

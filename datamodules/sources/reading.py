@@ -63,7 +63,8 @@ class Reader:
     @property
     def present(self) -> dict[str, np.ndarray]:
         """Modality -> bool ``[N]``: which samples of the source have it."""
-        return {m: of.present_N for m, of in (*self.columns.items(), *self.cells.items())}
+        of_columns = {m: column.present_N for m, column in self.columns.items()}
+        return of_columns | {m: cells.present_N for m, cells in self.cells.items()}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
         """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""

@@ -59,7 +59,7 @@ def data_of(
     field = TableField(list(columns), **options)
     fields = Fields(ImageField(size=8, field="file" if table is None else "image"), labels={"ill": LabelField("ill")})
     fields.table = field
-    more = {} if table is None else {"table": str(table)}
+    more: dict[str, Any] = {} if table is None else {"table": str(table)}
     return UserData(path=str(path), fields=fields, batch_size=8, num_workers=0, **more)
 
 
@@ -215,7 +215,7 @@ def test_training_evaluation_and_whole_columns() -> None:
 def test_ranks_and_a_resumed_run_hide_the_same_cells(tmp_path: Path) -> None:
     data = data_of(folder(tmp_path / "d", rows()), missing=ColumnMissing(0.5)).training_set()
 
-    def seen(epoch: int, **cut: int) -> dict[int, list[float]]:
+    def seen(epoch: int, **cut: Any) -> dict[int, list[float]]:
         batches = [data[window] for window in Order(len(data), 8, 0, epoch=epoch, **cut)]
         real = [(b, k) for b in batches for k in range(len(b)) if b.present["image"][k]]
         return {int(b.index[k]): b.inputs["table"][k].nan_to_num(99).tolist() for b, k in real}
@@ -246,7 +246,7 @@ def test_the_emoji_table_has_holes_and_standardised_numbers() -> None:
     share = float(x_NC.isnan().double().mean())
     assert 0.02 < share < 0.15 and data.table_columns == COLUMNS
     sets = data.evaluation_sets("test")
-    both = sets["both"][next(iter(Order(len(sets["both"]), 8, 0, shuffle=False)))]  # type: ignore[arg-type]
+    both = sets["both"][next(iter(Order(len(sets["both"]), 8, 0, shuffle=False)))]
     assert both.inputs["table"].shape[1] == 21 and torch.equal(both.present["table"], both.present["image"])
 
 

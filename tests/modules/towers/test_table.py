@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ def table() -> Tensor:
 
 def by_hand(tower: TableTower, x_BC: Tensor) -> Tensor:
     """Token by token, head by head, key by key."""
-    outputs = []
+    outputs, layers = [], list[Any](tower.layers)
     for x_C in x_BC:
-        tokens, present = [tower.class_D], [True]
+        tokens: list[Tensor] = [tower.class_D]
+        present = [True]
         for c, x in enumerate(x_C):
             first = sum(COLUMNS[:c])
             value = tower.codes.weight[first + int(x)] if COLUMNS[c] and not x.isnan() else None
@@ -41,7 +43,7 @@ def by_hand(tower: TableTower, x_BC: Tensor) -> Tensor:
             tokens.append(value + tower.column_CD[c])
             present.append(not x.isnan())
         h = [tower.norm_in(token) for token in tokens]
-        for block in tower.layers:
+        for block in layers:
             qkv = [block.qkv(block.norm_1(token)).view(3, block.heads, -1) for token in h]
             mixed = []
             for q in range(len(h)):
