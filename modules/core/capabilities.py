@@ -14,9 +14,9 @@ P = TypeVar("P")
 HAD_BY = {
     "AnswersQuestions": "VisionLanguage",
     "Classifies": "Fusion",
-    "Embeds": "Contrastive, Masked and Fusion",
+    "Embeds": "Contrastive, Masked, MultiTask and Fusion",
     "Features": "Contrastive and Fusion",
-    "ForksFeatures": "Contrastive and Fusion",
+    "ForksFeatures": "Contrastive, MultiTask and Fusion",
     "Fuses": "Fusion",
     "Generates": "VisionLanguage",
     "Inverts": "Contrastive",
