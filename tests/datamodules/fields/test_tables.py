@@ -168,7 +168,7 @@ def test_bad_tables_are_one_line(tmp_path: Path) -> None:
     refused({"x": [1, 2]}, r"no column holds names of files \(such as a.jpg\), among x; name one as key")
     refused({"file": ["000.jpg"]}, "no column 'fil'; nearest: file", "fil")
     (tmp_path / "t.csv").write_text("file,x\n000.jpg,1\n001.jpg\n")
-    with pytest.raises(ValueError, match=r"t.csv: not a readable table \(CSV parse error: Row #3: Expected 2 colu"):
+    with pytest.raises(ValueError, match=r"t.csv: not a readable table \(CSV parse error: .*Expected 2 colu"):
         Joined(source, tmp_path / "t.csv")
     with pytest.raises(ValueError, match=r"no such table; nearest: t.csv"):
         Joined(source, tmp_path / "tt.csv")
