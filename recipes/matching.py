@@ -25,7 +25,7 @@ from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.core.rng import mix_N
-from descant.modules.core.rows import zeroed
+from descant.modules.core.rows import running_rows, zeroed
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import Tokens, Towers
 from descant.modules.training_setup.sync_batch_norm import unseen
@@ -69,8 +69,7 @@ class Matching(Recipe):
         here_B = batch.present[modality]
         x = batch.inputs[modality]
         host_B = host_copy(here_B)
-        row_R = host_copy(here_B).nonzero()[:, 0]
-        row_R = row_R if len(row_R) else torch.zeros(1, dtype=torch.long)
+        row_R = running_rows(host_B)
         rows_R, absent_R = to_device(row_R, x.device), to_device(~host_B[row_R], x.device)
         x_R = derived(zeroed, x, rows_R, absent_R)  # an absent row may hold anything
         with self.row_tracker.select(row_R), nullcontext() if host_B.any() else unseen(self.towers[modality]):

@@ -49,6 +49,18 @@ def share_rows(network: nn.Module) -> RowTracker:
     return tracker
 
 
+def running_rows(here_B: Tensor, least: int = 1) -> Tensor:
+    """Int64 ``[R]``: the samples that are present, in order; where they are fewer than ``least``, absent ones follow.
+
+    A rank without a modality still runs some rows of zeros: every rank's backward reaches the same parameters as often.
+
+    >>> import torch
+    >>> running_rows(torch.tensor([False, True, True])).tolist(), running_rows(torch.tensor([False, False])).tolist()
+    ([1, 2], [0])
+    """
+    return (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), least)]
+
+
 def zeroed(x: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
     """``[R, ...]``: some rows of ``x``, and zeros in place of those that are absent, which may hold anything.
 

@@ -27,7 +27,7 @@ from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.ranks import gather
-from descant.modules.core.rows import RowTracker, zeroed
+from descant.modules.core.rows import RowTracker, running_rows, zeroed
 from descant.modules.fusion.cross_encoder import Fused, FusionLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.missing_modalities.imputation import Imputation
@@ -109,9 +109,7 @@ class Streams:
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
         if here_B.all():
             return _chunked(encode, (x, *more), step, tower)
-        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
-        # parameters as often
-        rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), step.chunks)]
+        rows_R = running_rows(here_B, least=step.chunks)  # one row a chunk
         absent_R = ~here_B[rows_R]
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R, more_R = derived(zeroed, x, at_R, out_R), [chosen(mask_BT, at_R) for mask_BT in more]

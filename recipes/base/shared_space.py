@@ -22,7 +22,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.protocols import Encodes
-from descant.modules.core.rows import zeroed
+from descant.modules.core.rows import running_rows, zeroed
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
@@ -74,9 +74,7 @@ class SharedSpace(Recipe):
         here_B = host_copy(present_B)  # of the loader, so that no step waits for a device to know its shapes
         if here_B.all():
             return self.step.chunked(features, x, tower)
-        # a rank without this modality still runs one row a chunk, of zeros: every rank's backward reaches the same
-        # parameters as often
-        rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), self.step.chunks)]
+        rows_R = running_rows(here_B, least=self.step.chunks)  # one row a chunk
         absent_R = ~here_B[rows_R]
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R = derived(zeroed, x, at_R, out_R)

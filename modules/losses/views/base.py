@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import world
+from descant.modules.core.rows import running_rows
 from descant.modules.losses.views.queue import Queue
 from descant.modules.training_setup.sync_batch_norm import unseen
 
@@ -108,10 +109,7 @@ def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
     here_B = host_copy(valid_B)
     if here_B.all():
         return head(h_BD)
-    # a rank without any still runs rows of zeros, so that every rank reaches the same parameters; a batch norm of one
-    # process needs two
-    least = 1 if world() > 1 else 2
-    rows_R = (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), least)]
+    rows_R = running_rows(here_B, least=1 if world() > 1 else 2)  # a batch norm of one process needs two
     at_R, out_R = to_device(rows_R, h_BD.device), to_device(~here_B[rows_R], h_BD.device)
     with nullcontext() if here_B.any() else unseen(head):
         z_RP = head(h_BD[at_R]).masked_fill(out_R[:, None], 0.0)
