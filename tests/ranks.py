@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import multiprocessing
 from torch.multiprocessing.spawn import start_processes
 
@@ -86,4 +87,23 @@ def _entry(
         "TORCHELASTIC_RUN_ID": "test",
     }
     torch.set_num_threads(1)
+    _keep_groups()
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # what is kept is freed by nobody
+
+
+def _keep_groups() -> None:
+    """Let no process group be freed, as those of Lightning are not before a process ends.
+
+    Freeing one waits for its thread while Python is locked, and the thread may wait for that lock to free its last
+    reduction: one rank in some thousands hung (torch 2.13, a DDP module that outlives ``destroy_process_group``).
+    """
+    destroy, kept = dist.destroy_process_group, list[Any]()
+
+    def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
+        kept.extend(dist.distributed_c10d._world.pg_map)
+        destroy(group)
+
+    dist.destroy_process_group = destroy_process_group
