@@ -223,15 +223,13 @@ class EMA(L.Callback):
             self._show_raw()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._raw is None:
-            self._bind(pl_module)  # Resume calls it after a run that had no step left, too
+        if self._average and self._raw is None:
+            self._bind(pl_module)  # a run that had no step left has not
             self._show_average()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # without Resume a run that is resumed at its end has no end of training
-        if self._average and self._raw is None:
-            self._bind(pl_module)
-            self._show_average()
+        self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # for checkpoints after the fit and a second fit, but not on the device

@@ -122,9 +122,9 @@ def _tune(given: argparse.Namespace) -> int:
         return code
     runs = place.collect(arms, seeds)
     store.write(given.results, candidates, TUNE, runs, place.seconds, place.precisions())
+    values = claim.tried(runs)
     for arm, best in claim.chosen(runs).items():
-        values = [runs[f"{arm}.{i}"][seeds[0]][candidates.metric.name] for i in range(len(claim.arms[arm].settings))]
-        tried = ", ".join(f"{x} {value:.4g}" for x, value in zip(claim.arms[arm].settings, values, strict=True))
+        tried = ", ".join(f"{x} {value:.4g}" for x, value in zip(claim.arms[arm].settings, values[arm], strict=True))
         print(f"{arm}: {claim.arms[arm].settings[best]} ({candidates.metric.name}: {tried})")
     return 0
 

@@ -298,12 +298,15 @@ class Claim:
     def chosen(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:
         """Arm -> index of the best of its settings in the runs of its candidates; the first of equal ones."""
         assert self.tuning is not None
-        best = {}
-        for name, arm in self.arms.items():
-            values = [runs[f"{name}.{i}"][self.tuning.seed][self.tuning.metric.name] for i in range(len(arm.settings))]
-            if values:
-                best[name] = values.index(max(values) if self.tuning.metric.higher else min(values))
-        return best
+        best = max if self.tuning.metric.higher else min
+        return {name: values.index(best(values)) for name, values in self.tried(runs).items()}
+
+    def tried(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, list[float]]:
+        """Arm -> the metric of each of its settings in the runs of its candidates."""
+        assert self.tuning is not None
+        seed, metric = self.tuning.seed, self.tuning.metric.name
+        tuned = {name: len(arm.settings) for name, arm in self.arms.items() if arm.settings}
+        return {name: [runs[f"{name}.{i}"][seed][metric] for i in range(n)] for name, n in tuned.items()}
 
     def settled(self, chosen: Mapping[str, int]) -> Claim:
         """The claim with these settings."""

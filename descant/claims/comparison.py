@@ -241,11 +241,10 @@ def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
     tuned = store.of_design(results, setting, tuning(of.name)) if setting.is_tuned else None
     if tuned is None or setting.tuning is None:
         return []
-    lines, by = [], setting.tuning.metric.name
+    lines, by, got = [], setting.tuning.metric.name, setting.tried(tuned["runs"])
     for rule, k in setting.chosen(tuned["runs"]).items():
         values = setting.arms[rule].settings
-        got = [next(iter(tuned["runs"][f"{rule}.{i}"].values()))[by] for i in range(len(values))]
-        tried = ", ".join(f"{x}: {y:.3f}" for x, y in zip(values, got, strict=True))
+        tried = ", ".join(f"{x}: {y:.3f}" for x, y in zip(values, got[rule], strict=True))
         lines.append(f"    - {rule}: {values[k]}, by {by} of one run each ({tried}).")
     return lines
 

@@ -45,10 +45,7 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
     else:
         parts = [(budget, budget, tuple(claim.arms), claim.seeds[budget]) for budget in ("pilot", "full")]
     if claim.is_tuned:
-        candidates = claim.candidates()
-        tuned = Place(candidates, TUNE, runs)
-        arms, seed = tuple(candidates.arms), candidates.seeds[TUNE]
-        return [_part("tuning", tuned, arms, seed, each), *(_of(claim, runs, each, *part) for part in parts)]
+        return [_tuning(claim, runs, each, "tuning"), *(_of(claim, runs, each, *part) for part in parts)]
     return [_of(claim, runs, each, *part) for part in parts]
 
 
@@ -58,11 +55,14 @@ def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
     for claim, setting in zip(of.claims, of.settings, strict=True):
         each, name = minutes_a_run(claim, results), claim.name
         if setting.is_tuned:
-            candidates = setting.candidates()
-            arms, seeds = tuple(candidates.arms), candidates.seeds[TUNE]
-            parts.append(_part(f"{name}, tuning", Place(candidates, TUNE, runs), arms, seeds, each))
+            parts.append(_tuning(setting, runs, each, f"{name}, tuning"))
         parts.append(_of(setting, runs, each, name, "full", tuple(setting.arms), setting.seeds["full"]))
     return parts
+
+
+def _tuning(claim: Claim, runs: Path, each: float | None, name: str) -> Part:
+    candidates = claim.candidates()
+    return _part(name, Place(candidates, TUNE, runs), tuple(candidates.arms), candidates.seeds[TUNE], each)
 
 
 def _of(

@@ -7,10 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import gather, gather_both
 from descant.modules.losses.barlow_twins import barlow_twins
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views
 
 
 class BarlowTwinsViews(ViewObjective):
@@ -35,11 +34,8 @@ class BarlowTwinsViews(ViewObjective):
         self.projector = MLPHead(width, self.hidden, self.out, layers=3)
         return self
 
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.projector, h_BD, valid_B)
-
     def forward(self, views: Views) -> Tensor:
-        a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)
+        a_BP, b_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)
         with torch.autocast(a_BP.device.type, enabled=False):
             a_GP, b_GP = gather_both(a_BP, b_BP)
             return barlow_twins(a_GP, b_GP, self.redundancy, gather(views.valid_B), self.epsilon)[None]

@@ -53,8 +53,11 @@ class ViewObjective(nn.Module):
     whole: ClassVar[bool] = False
     #: Takes more views than two.
     multi_crop: ClassVar[bool] = False
+    #: Projections have length 1.
+    unit_length: ClassVar[bool] = False
     #: Decay of the teacher, an average of the student's weights; None without a teacher.
     momentum: float | None = None
+    projector: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,8 @@ class ViewObjective(nn.Module):
 
     def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
         """``[B, D] -> [B, P]``, of a student and of its teacher."""
-        raise NotImplementedError
+        z_BP = present_rows(self.projector, h_BD, valid_B)
+        return unit(z_BP) if self.unit_length else z_BP
 
     def forward(self, views: Views) -> Tensor:
         raise NotImplementedError
@@ -114,6 +118,13 @@ def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
     with nullcontext() if here_B.any() else unseen(head):
         z_RP = head(h_BD[at_R]).masked_fill(out_R[:, None], 0.0)
     return z_RP.new_zeros(len(h_BD), z_RP.shape[1]).index_put((at_R,), z_RP)
+
+
+def require_positive(objective: ViewObjective, **values: float) -> None:
+    """Raises ValueError naming the first value that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{type(objective).__name__}: {name} {value:g}: must be above 0")
 
 
 def unit(z_BP: Tensor) -> Tensor:

@@ -45,9 +45,6 @@ class BYOL(ViewObjective):
         self.predictor = MLPHead(self.out, self.hidden, self.out)
         return self
 
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.projector, h_BD, valid_B)
-
     def forward(self, views: Views) -> Tensor:
         z = [self.project(h_BD, views.valid_B) for h_BD in views.h]
         p_1_BP, p_2_BP = (present_rows(self.predictor, z_BP, views.valid_B) for z_BP in z)

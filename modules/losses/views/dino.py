@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import total_of_ranks
-from descant.modules.losses.views.base import ViewObjective, Views, learning, present_rows, unit
+from descant.modules.losses.views.base import ViewObjective, Views, learning, present_rows, require_positive, unit
 
 
 def dino(
@@ -97,9 +97,7 @@ class DINO(ViewObjective):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-            if not value > 0:
-                raise ValueError(f"DINO: {name} {value:g}: must be above 0")
+        require_positive(self, temperature=temperature, teacher_temperature=teacher_temperature)
         self.hidden, self.bottleneck, self.prototypes, self.momentum = hidden, bottleneck, prototypes, momentum
         self.temperatures, self.centre_momentum = (temperature, teacher_temperature), centre_momentum
         self.register_buffer("centre_K", torch.zeros(prototypes))
@@ -109,7 +107,7 @@ class DINO(ViewObjective):
         return self
 
     def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return promote(present_rows(self.head, h_BD, valid_B))
+        return present_rows(self.head, h_BD, valid_B)
 
     def forward(self, views: Views) -> Tensor:
         student = [self.project(h_BD, views.valid_B) for h_BD in views.h]

@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from descant.modules.losses.contrastive import one_way
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows, unit
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows, require_positive, unit
 
 
 class MoCoV3(ViewObjective):
@@ -29,17 +29,13 @@ class MoCoV3(ViewObjective):
 
     def __init__(self, hidden: int = 4096, out: int = 256, temperature: float = 1.0, momentum: float = 0.99) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"MoCoV3: temperature {temperature:g}: must be above 0")
+        require_positive(self, temperature=temperature)
         self.hidden, self.out, self.temperature, self.momentum = hidden, out, temperature, momentum
 
     def build(self, width: int) -> Self:
         self.projector = MLPHead(width, self.hidden, self.out, layers=3, last_norm=True)
         self.predictor = MLPHead(self.out, self.hidden, self.out, last_norm=True)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.projector, h_BD, valid_B)
 
     def forward(self, views: Views) -> Tensor:
         z, rows = [self.project(h_BD, views.valid_B) for h_BD in views.h], (views.key_B, views.valid_B)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from descant.modules.losses.contrastive import ntxent, one_way
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, present_rows, unit
+from descant.modules.losses.views.base import (
+    MLPHead,
+    ViewObjective,
+    Views,
+    learning,
+    present_rows,
+    require_positive,
+    unit,
+)
 from descant.modules.losses.views.queue import Queue
 
 
@@ -51,8 +59,7 @@ class NNCLR(ViewObjective):
         same_side: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"NNCLR: temperature {temperature:g}: must be above 0")
+        require_positive(self, temperature=temperature)
         self.hidden, self.out, self.predictor_hidden, self.temperature = hidden, out, predictor_hidden, temperature
         self.loss = ntxent if same_side else one_way
         self.queue = Queue(queue, out)
@@ -61,9 +68,6 @@ class NNCLR(ViewObjective):
         self.projector = MLPHead(width, self.hidden, self.out, layers=3, last_norm=True)
         self.predictor = MLPHead(self.out, self.predictor_hidden, self.out)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.projector, h_BD, valid_B)
 
     def forward(self, views: Views) -> Tensor:
         queue = cast(Queue, self.queue)

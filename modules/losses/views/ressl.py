@@ -7,7 +7,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, present_rows, unit
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, require_positive
 from descant.modules.losses.views.queue import Queue
 
 
@@ -52,6 +52,8 @@ class ReSSL(ViewObjective):
         ValueError: for a temperature that is not positive, and what :class:`Queue` raises.
     """
 
+    unit_length = True
+
     def __init__(
         self,
         hidden: int = 4096,
@@ -62,18 +64,13 @@ class ReSSL(ViewObjective):
         momentum: float = 0.999,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-            if not value > 0:
-                raise ValueError(f"ReSSL: {name} {value:g}: must be above 0")
+        require_positive(self, temperature=temperature, teacher_temperature=teacher_temperature)
         self.hidden, self.out, self.momentum = hidden, out, momentum
         self.temperatures, self.queue = (temperature, teacher_temperature), Queue(queue, out)
 
     def build(self, width: int) -> Self:
         self.projector = MLPHead(width, self.hidden, self.out, norm=False)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return unit(present_rows(self.projector, h_BD, valid_B))
 
     def forward(self, views: Views) -> Tensor:
         queue = cast(Queue, self.queue)

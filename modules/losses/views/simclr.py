@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from descant.modules.losses.contrastive import ntxent
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows, unit
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, require_positive
 
 
 class SimCLR(ViewObjective):
@@ -30,18 +30,16 @@ class SimCLR(ViewObjective):
     torch.Size([5])
     """
 
+    unit_length = True
+
     def __init__(self, hidden: int = 2048, out: int = 128, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"SimCLR: temperature {temperature:g}: must be above 0")
+        require_positive(self, temperature=temperature)
         self.hidden, self.out, self.temperature = hidden, out, temperature
 
     def build(self, width: int) -> Self:
         self.projector = MLPHead(width, self.hidden, self.out)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return unit(present_rows(self.projector, h_BD, valid_B))
 
     def forward(self, views: Views) -> Tensor:
         u_BP, v_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import first_row, gather
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, present_rows, unit
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, require_positive, unit
 from descant.modules.losses.views.queue import Queue
 
 
@@ -74,7 +74,7 @@ class SwAV(ViewObjective):
         ValueError: for a temperature or an epsilon that is not positive.
     """
 
-    multi_crop = True
+    multi_crop, unit_length = True, True
 
     def __init__(
         self,
@@ -87,9 +87,7 @@ class SwAV(ViewObjective):
         queue: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("epsilon", epsilon)):
-            if not value > 0:
-                raise ValueError(f"SwAV: {name} {value:g}: must be above 0")
+        require_positive(self, temperature=temperature, epsilon=epsilon)
         self.hidden, self.out, self.temperature, self.epsilon, self.rounds = hidden, out, temperature, epsilon, rounds
         self.prototypes = nn.Linear(out, prototypes, bias=False)
         # of both views side by side
@@ -98,9 +96,6 @@ class SwAV(ViewObjective):
     def build(self, width: int) -> Self:
         self.projector = MLPHead(width, self.hidden, self.out)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return unit(present_rows(self.projector, h_BD, valid_B))
 
     def forward(self, views: Views) -> Tensor:
         if learning(self):

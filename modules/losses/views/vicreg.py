@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import gather, gather_both
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, present_rows
+from descant.modules.losses.views.base import MLPHead, ViewObjective, Views
 
 
 def vicreg(
@@ -77,9 +77,6 @@ class VICReg(ViewObjective):
     def build(self, width: int) -> Self:
         self.projector = MLPHead(width, self.hidden, self.out, layers=3)
         return self
-
-    def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        return present_rows(self.projector, h_BD, valid_B)
 
     def forward(self, views: Views) -> Tensor:
         a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)
