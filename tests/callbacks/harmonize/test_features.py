@@ -259,7 +259,7 @@ class Unforked(ToyRecipe):
         (lambda: fit(Forked(), Harmonize(PCGrad()), HarmonizeFeatures(CMGH())), "cannot be combined with"),
         (
             lambda: fit(BoringModel(), HarmonizeFeatures(CMGH())),
-            "ForksFeatures .*; BoringModel lacks it, Contrastive and Fusion",
+            "ForksFeatures .*; BoringModel lacks it, Contrastive, MultiTask and Fusion have it",
         ),
     ],
 )
