@@ -1,6 +1,6 @@
 """One stage for self-supervised, weakly supervised and supervised pre-training: predict each target's representation.
 
-Claim: one stage of all targets serves every probe as well as stages of one kind after the other.
+Claim: one stage of all targets serves every probe as well as stages of one kind each.
 
     x = patches of crop(a), those of crop(b) where a is hidden         two images in every input
     h = tower(x),   z = normalise(head(pool(h)))
@@ -30,6 +30,7 @@ from descant.modules.core.output import Output
 from descant.modules.core.sham import taken
 from descant.modules.distill.distill import Distill
 from descant.modules.fusion.classifiers import class_labels
+from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.losses.information import Boltzmann, Likelihood, mixed_pairs, one_hot, softmax_loss
 from descant.modules.masking.patch_mix import MixedImages, PatchMix
 from descant.modules.masking.view_decoder import ViewDecoder
@@ -50,8 +51,7 @@ class MutualInformation(SharedSpace):
         decoder: of image targets.
         same, view: likelihood of features of the same view, and of another view (``data.views {image: 2}``).
         text: likelihood of the text among those of the batch.
-        target: of the data, whose classes are predicted.
-        classes: C; 0 leaves them out.
+        target, classes: of the data, whose C classes are predicted; 0 leaves them out.
         scale: least and largest area of crops.
         momentum: of the teacher.
 
@@ -88,29 +88,28 @@ class MutualInformation(SharedSpace):
         self.target, self.classes = target, classes
         self.label_head = Projection(towers.width("image"), classes) if classes else None
         # what no term reads is not trained: no rank waits for its gradients
-        unread = [m for m in towers if m != "image" and (m != "text" or text is None)]
-        for part, m in [(part, m) for m in unread for part in (self.towers, self.pools, self.heads)]:
-            part[m].requires_grad_(False)
+        for m in (m for m in towers if m != "image" and (m != "text" or text is None)):
+            nn.ModuleList(part[m] for part in (self.towers, self.pools, self.heads)).requires_grad_(False)
         self.heads["image"].requires_grad_(text is not None)
         self.pools["image"].requires_grad_(text is not None or classes > 0)
-        self.fusion, self.mask_tokens, self.forks = None, nn.ParameterDict(), dict[str, tuple[str, ...]]()
-
-    # the method ---------------------------------------------------------------------------------------------------
+        self.fusion: FusionLayers | None = None  # of streams, as the next two
+        self.mask_tokens, self.forks = nn.ParameterDict(), dict[str, tuple[str, ...]]()
 
     def forward(self, batch: Batch) -> Output:
         valid_B, draw_B, x = batch.present["image"], batch.rng_seed, self._images(batch, "image")
         crop = CropBox.drawn(draw_B, "crop/1", self.scale, x)
         seen = crop.of(x, x.shape[-1])
         mixed = self.patch_mix(seen, draw_B, valid_B)
-        streams = Streams(self, replace(batch, inputs={**batch.inputs, "image": mixed.x_BCHH}))
-        tokens, terms, h_BTD = streams.tokens("image"), dict[str, Term](), streams.tokens("image").h_BTD
+        streams, terms = (
+            Streams(self, replace(batch, inputs={**batch.inputs, "image": mixed.x_BCHH})),
+            dict[str, Term](),
+        )
+        tokens, h_BTD = streams.tokens("image"), streams.tokens("image").h_BTD
         if h_BTD.shape[1] != self.patch_mix.patches**2:
             raise ValueError(f"patch_mix: {self.patch_mix.patches} patches a side, and {h_BTD.shape[1]} tokens")
         if self.same is not None and self.decoder is not None:
-            place_BQ2, target_BQD = (
-                x.gather(1, mixed.hidden_BQ[..., None].expand(-1, -1, x.shape[2]))
-                for x in (crop.places(crop, self.patch_mix.patches), self._taught(seen))
-            )
+            of_T = crop.places(crop, self.patch_mix.patches), self._taught(seen)
+            place_BQ2, target_BQD = (x.gather(1, mixed.hidden_BQ[..., None].expand(-1, -1, x.shape[2])) for x in of_T)
             value_B = self.same(promote(self.decoder(Tokens(h_BTD, mixed.first_BT), place_BQ2)), target_BQD)
             terms["same"] = Term(value_B, valid=valid_B, given=("image",))
         if self.view is not None and self.decoder is not None:
@@ -121,9 +120,9 @@ class MutualInformation(SharedSpace):
             value_B = self.view(promote(self.decoder(Tokens(h_BTD, ~mixed.first_BT), place_BT2)), self._taught(x_2))
             terms["view"] = Term(value_B, valid=valid_B, given=("image",))
         if self.text is not None:
-            z_BD, t_BD, paired_B = streams.latent("image"), streams.latent("text"), batch.both("image", "text")
-            facts = batch.content_id, paired_B, mixed.source_B, mixed.share
-            value_B = mixed_pairs(self.text.scale() * z_BD, t_BD, *facts)
+            z_BD, t_BD = streams.latent("image") * self.text.scale(), streams.latent("text")
+            paired_B = batch.both("image", "text")
+            value_B = mixed_pairs(z_BD, t_BD, batch.content_id, paired_B, mixed.source_B, mixed.share)
             terms["text"] = Term(value_B, valid=paired_B, given=("image", "text"))
         if self.label_head is not None:
             terms["classes"] = self._classes(self.pools["image"](tokens), batch, mixed)
@@ -138,15 +137,14 @@ class MutualInformation(SharedSpace):
 
     @torch.no_grad()
     def _taught(self, x: Tensor) -> Tensor:
-        assert self.teaching is not None
-        self.teaching.prepare(self)
-        h_BTD = promote(cast(MutualInformation, self.teaching.network).towers["image"](x).h_BTD)
+        cast(Distill, self.teaching).prepare(self)
+        h_BTD = promote(cast(Distill, self.teaching).network.get_submodule("towers.image")(x).h_BTD)
         return F.layer_norm(h_BTD, h_BTD.shape[-1:])
 
     def _classes(self, h_BD: Tensor, batch: Batch, mixed: MixedImages) -> Term:
         """Of both images; an image without a label adds zero."""
-        assert self.label_head is not None
-        logit_BC, label_B = promote(self.label_head(h_BD)), class_labels(batch.targets, self.target, self.classes)
+        logit_BC = promote(cast(Projection, self.label_head)(h_BD))
+        label_B = class_labels(batch.targets, self.target, self.classes)
         both = (mixed.share, label_B), (1 - mixed.share, taken(label_B, mixed.source_B))
         share_BC = sum(m * one_hot(y_B, self.classes, logit_BC.dtype) for m, y_B in both)
         return Term(softmax_loss(logit_BC, cast(Tensor, share_BC)), valid=batch.present["image"], given=("image",))

@@ -108,9 +108,10 @@ class TowerAverage(TeacherAverage):
 
     def network(self, student: nn.Module) -> nn.Module:
         average = super().network(student)
+        tower = average.get_submodule(f"towers.{self.modality}")
         for name in [name for name, _ in average.named_children() if name != "towers"]:
             setattr(average, name, None)
-        average.towers = nn.ModuleDict({self.modality: average.towers[self.modality]})  # type: ignore[index,operator]
+        average.towers = nn.ModuleDict({self.modality: tower})
         return average
 
 

@@ -398,7 +398,7 @@ def _staged(folder: Path, steps: int, path: Path | None = None) -> dict[str, Ten
     """BYOL in two stages of three steps: its state after some of them."""
     net = Staged(TestBYOL().recipe().double(), {"first": Stage(), "second": Stage(mix={"views/image": 0.5})})
     data = StagedData({name: StageData(ViewData(modalities=("image",)), steps=3) for name in ("first", "second")})
-    callbacks = [Stages(), ResumePoints(every=1, keep=9)]
+    callbacks: list[L.Callback] = [Stages(), ResumePoints(every=1, keep=9)]
     options = dict(max_steps=steps, precision="64-true", default_root_dir=folder, plugins=[AtomicIO()])
     trainer = L.Trainer(**{**QUIET, **options}, callbacks=callbacks)
     trainer.fit(net, datamodule=data, ckpt_path=path, weights_only=True)
