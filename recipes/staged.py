@@ -49,6 +49,7 @@ class Staged(Changing):
     ) -> None:
         super().__init__(recipe, stages, each, **kwargs)
         self._objective = getattr(recipe, "objective", None)
+        self._mix = self.step.mix
         self._own = {name: read_setting(recipe, name) for stage in self.stages.values() for name in stage.set}
         for name, stage in self.stages.items():
             stage.require(name, recipe)
@@ -65,6 +66,7 @@ class Staged(Changing):
             parameter.grad = None
         for name, value in {**self._own, **self.now.set}.items():
             write_setting(self.inner, name, value)
+        self.step.mix = {**self._mix, **self.now.mix}
         self._choose_objective()
         self.train(self.training)
 

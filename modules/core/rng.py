@@ -105,7 +105,9 @@ def normal_NK(key_N: np.ndarray | Tensor, width: int, purpose: str, device: torc
 
 @lru_cache(maxsize=8)
 def _series(device: torch.device | None) -> Tensor:
-    return torch.randn(1 << 20, generator=torch.Generator().manual_seed(salt("random/series"))).to(device)
+    generator = torch.Generator().manual_seed(salt("random/series"))
+    # not the default dtype, which is float64 inside a step of precision 64-true, where it may be first asked for
+    return torch.randn(1 << 20, generator=generator, dtype=torch.float32).to(device)
 
 
 @lru_cache(maxsize=256)

@@ -31,6 +31,20 @@ def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
     return to_device(source_B, valid_B.device)
 
 
+def sources(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
+    """:func:`partners` over all ranks: int64 ``[B]``, the row that each row of this rank takes, numbered over all."""
+    if world() == 1:
+        return partners(draw_B, valid_B, *purpose)
+    draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
+    first = first_row(len(draw_B))
+    return partners(draw_G, valid_G.to(valid_B.device), *purpose)[first : first + len(draw_B)]
+
+
+def taken(x_B: Tensor, source_B: Tensor) -> Tensor:
+    """Rows of all ranks by their number: ``x[source_b]``, with gradients."""
+    return chosen(x_B, source_B) if world() == 1 else gather(x_B)[source_B]
+
+
 class Sham(nn.Module):
     """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: the signal of a method, or that of other samples.
 
@@ -109,9 +123,4 @@ class Sham(nn.Module):
         neither the order of the rows nor their ranks matter. Invalid rows stay.
         """
         valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
-        if world() == 1:
-            return chosen(x_B, partners(draw_B, valid_B, "sham"))
-        draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
-        source_G = partners(draw_G, valid_G.to(x_B.device), "sham")
-        first = first_row(len(x_B))
-        return gather(x_B)[source_G[first : first + len(x_B)]]
+        return taken(x_B, sources(draw_B, valid_B, "sham"))

@@ -8,6 +8,7 @@ Letters: B samples, N decisions (a sample has one, or one a token), K choices, D
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, Self, cast, runtime_checkable
@@ -323,6 +324,10 @@ def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:
     return temperature**2 * off_NK.sum(dim=1)
 
 
-def without_distill(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A recipe's state dict less what served its training alone."""
-    return {name: value for name, value in state.items() if not name.startswith("distill.")}
+def without_distill(state: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
+    """A recipe's state dict less what served its training alone, and that of recipes inside.
+
+    ``prefix``: of the names of one of them, whose teacher alone is left out.
+    """
+    own = re.compile(r"(inner\.)*distill\." if prefix is None else re.escape(f"{prefix}distill."))
+    return {name: value for name, value in state.items() if not own.match(name)}

@@ -123,19 +123,27 @@ class PatchTower(Tower):
 
 
 def sincos(grid: Sequence[int], width: int) -> Tensor:
-    """Sine-cosine positions of a grid of n axes, ``[T, D]``: ``sin(place w)`` and ``cos(place w)`` of each axis.
-
-    D / 2n channels each, with frequencies from 1 down to 1 / 10,000; channels left over are zero.
+    """Sine-cosine positions of a grid of n axes, ``[T, D]``, as :func:`sincos_of` of its places, row by row.
 
     >>> sincos((2, 2), 8)[0].tolist()
     [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     """
-    each = width // (2 * len(grid))
-    frequency_F = 10_000.0 ** -(torch.arange(each) / max(each, 1))
-    positions = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)).unbind(1)
-    angles = [position_T[:, None] * frequency_F for position_T in positions]
-    values_TD = torch.cat([x_TF for angle_TF in angles for x_TF in (angle_TF.sin(), angle_TF.cos())], dim=1)
-    return F.pad(values_TD, (0, width - values_TD.shape[1]))
+    return sincos_of(torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, len(grid)), width)
+
+
+def sincos_of(place_TN: Tensor, width: int) -> Tensor:
+    """Sine-cosine positions of places on n axes, ``[..., n] -> [..., D]``: ``sin(place w)``, ``cos(place w)`` of each.
+
+    D / 2n channels each, with frequencies from 1 down to 1 / 10,000; channels left over are zero.
+
+    >>> sincos_of(torch.tensor([0.0]), 4).tolist()
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    each = width // (2 * place_TN.shape[-1])
+    frequency_F = 10_000.0 ** -(torch.arange(each, device=place_TN.device) / max(each, 1))
+    angles = [place_T[..., None] * frequency_F for place_T in place_TN.unbind(-1)]
+    values_TD = torch.cat([x_TF for angle_TF in angles for x_TF in (angle_TF.sin(), angle_TF.cos())], dim=-1)
+    return F.pad(values_TD, (0, width - values_TD.shape[-1]))
 
 
 class Residual(nn.Module):

@@ -1,12 +1,60 @@
-"""Local crops of images that are normalised already, for multi-crop. Letters: B samples, C channels, S pixels out."""
+"""Crops of images that are normalised already, for multi-crop and for views whose place in the image is known.
+
+Letters: B samples, C channels, S pixels out, T patches.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import uniform_NK
+
+
+class CropBox(NamedTuple):
+    """A square part of each image: ``side_B``, a share of the image's, and ``centre_B2``, x and y from -1 to 1."""
+
+    side_B: Tensor
+    centre_B2: Tensor
+
+    @classmethod
+    def drawn(cls, draw_B: Tensor, name: str, scale: tuple[float, float], like: Tensor) -> CropBox:
+        """At random places, of random shares of the area from ``scale``; on the device and of the dtype of ``like``."""
+        least, largest = scale
+        u_B3 = to_device(uniform_NK(draw_B, [f"{name}/{what}" for what in ("area", "x", "y")]), like.device)
+        side_B = (least + (largest - least) * u_B3[:, 0]).sqrt()
+        centre_B2 = (1 - side_B[:, None]) * (2 * u_B3[:, 1:] - 1)
+        return cls(side_B.to(like.dtype), centre_B2.to(like.dtype))
+
+    def of(self, x_BCHW: Tensor, size: int) -> Tensor:
+        """``[B, C, S, S]``: the part, bilinear."""
+        theta_B23 = x_BCHW.new_zeros(len(x_BCHW), 2, 3)
+        for axis in range(2):
+            theta_B23[:, axis, axis], theta_B23[:, axis, 2] = self.side_B, self.centre_B2[:, axis]
+        shape = [len(x_BCHW), x_BCHW.shape[1], size, size]
+        return F.grid_sample(x_BCHW, F.affine_grid(theta_B23, shape, align_corners=False), align_corners=False)
+
+    def places(self, seen: CropBox, side: int) -> Tensor:
+        """``[B, T, 2]``: row and column of this crop's patches, counted in the patches of another from its top left.
+
+            place_i = n (corner - corner' + s (i + 1/2) / n) / s' - 1/2,      n = ``side``; primed: of ``seen``
+
+        Source: M3I (arXiv 2211.09807), figure 2: positions relative to the top left of the input view.
+
+        >>> whole = CropBox(torch.ones(1), torch.zeros(1, 2))
+        >>> lower_right = CropBox(torch.tensor([0.5]), torch.tensor([[0.5, 0.5]]))
+        >>> whole.places(lower_right, 2)[0].tolist()
+        [[-1.5, -1.5], [-1.5, 0.5], [0.5, -1.5], [0.5, 0.5]]
+        """
+        corner_B2, seen_B2 = ((crop.centre_B2 - crop.side_B[:, None] + 1).flip(1) / 2 for crop in (self, seen))
+        centre_T = (torch.arange(side, device=corner_B2.device) + 0.5) / side
+        grid_T2 = torch.cartesian_prod(centre_T, centre_T).to(corner_B2.dtype)
+        at_BT2 = corner_B2[:, None] + self.side_B[:, None, None] * grid_T2
+        return (at_BT2 - seen_B2[:, None]) * (side / seen.side_B[:, None, None]) - 0.5
 
 
 class LocalCrops(nn.Module):
@@ -40,15 +88,5 @@ class LocalCrops(nn.Module):
 
     def forward(self, views: list[Tensor], draw_B: Tensor) -> list[Tensor]:
         """``[B, C, S, S]`` each, of the views in turn."""
-        return [self._crop(views[k % len(views)], draw_B, k) for k in range(self.number)]
-
-    def _crop(self, x_BCHW: Tensor, draw_B: Tensor, k: int) -> Tensor:
-        least, largest = self.scale
-        u_B3 = to_device(uniform_NK(draw_B, [f"crop/{k}/{what}" for what in ("area", "x", "y")]), x_BCHW.device)
-        side_B = (least + (largest - least) * u_B3[:, 0]).sqrt()
-        theta_B23 = x_BCHW.new_zeros(len(x_BCHW), 2, 3)
-        for axis in range(2):
-            theta_B23[:, axis, axis] = side_B.to(x_BCHW.dtype)
-            theta_B23[:, axis, 2] = ((1 - side_B) * (2 * u_B3[:, 1 + axis] - 1)).to(x_BCHW.dtype)
-        shape = [len(x_BCHW), x_BCHW.shape[1], self.size, self.size]
-        return F.grid_sample(x_BCHW, F.affine_grid(theta_B23, shape, align_corners=False), align_corners=False)
+        x = [views[k % len(views)] for k in range(self.number)]
+        return [CropBox.drawn(draw_B, f"crop/{k}", self.scale, x_k).of(x_k, self.size) for k, x_k in enumerate(x)]

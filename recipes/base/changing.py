@@ -68,8 +68,9 @@ class Changing(Wrapper):
             trial = None if batches is None else partial(self._trial, name, cache(lambda n: list(batches(n))))
             growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
-        if self.distill is not None:
-            self.distill.teacher.begin(self)
+        for recipe in self.nested.values():
+            if recipe.distill is not None:
+                recipe.distill.teacher.begin(recipe)
         return growths
 
     def _trial(self, name: str, batches: Batches, space: Any, change: StageChange | None, at: Boundary) -> Trial:
@@ -83,7 +84,13 @@ class Changing(Wrapper):
         self._choose(name)
 
     def _followed(self, growths: Growths) -> Growths:
-        """The growths, which the teacher has followed where it is a copy of the model."""
+        """The growths, which the teacher has followed where it is a copy of the model.
+
+        Raises:
+            ValueError: for a recipe inside with a teacher of its own.
+        """
+        if growths and self.inner.distill is not None:
+            raise ValueError(f"begin: {type(self.inner).__name__} has a teacher of its own, which does not grow")
         if self.distill is not None and self.distill.prepared:
             for growth in growths:
                 self.distill.teacher.grow(growth)

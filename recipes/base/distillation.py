@@ -72,11 +72,12 @@ class TeacherAverage(Teacher):
         assert isinstance(student, Recipe)
         if student.sharded:
             raise ValueError("TeacherAverage: no average is kept of parameters that are split over ranks (shard)")
-        distill, student.distill = student.distill, None
+        # without what holds the average, and what wraps the student
+        distill, outer, student.distill, student._outer = student.distill, student._outer, None, []
         try:
             self.average = copy.deepcopy(student)
         finally:
-            student.distill = distill
+            student.distill, student._outer = distill, outer
         return self.average
 
     def grow(self, growths: Mapping[str, Growth]) -> None:
@@ -92,6 +93,26 @@ class TeacherAverage(Teacher):
         held = dict(student.named_buffers())
         for name, buffer in self.average.named_buffers():
             buffer.copy_(held[name])
+
+
+class TowerAverage(TeacherAverage):
+    """The average of one tower of a recipe of towers, where targets are of no other part.
+
+    Args:
+        modality: of the tower. decay: of the average.
+    """
+
+    def __init__(self, modality: str, decay: float = 0.999) -> None:
+        super().__init__(decay)
+        self.modality = modality
+
+    def network(self, student: nn.Module) -> nn.Module:
+        average = super().network(student)
+        tower = average.get_submodule(f"towers.{self.modality}")
+        for name in [name for name, _ in average.named_children() if name != "towers"]:
+            setattr(average, name, None)
+        average.towers = nn.ModuleDict({self.modality: tower})
+        return average
 
 
 class TeacherStage(TeacherAverage):

@@ -98,8 +98,15 @@ class Recipe(L.LightningModule):
 
     @property
     def teaching(self) -> Distill | None:
-        """``distill`` of this recipe, or of the one that wraps it."""
-        return self._outer[0].teaching if self._outer else self.distill
+        """``distill`` of this recipe, where it has a teacher of its own, or of the one that wraps it."""
+        return self.distill or (self._outer[0].teaching if self._outer else None)
+
+    @property
+    def nested(self) -> dict[str, Recipe]:
+        """This recipe and those that it wraps, by the prefix of their parameters' names."""
+        inner = getattr(self, "inner", None)
+        wrapped = inner.nested.items() if isinstance(inner, Recipe) else ()
+        return {"": self} | {f"inner.{prefix}": recipe for prefix, recipe in wrapped}
 
     @property
     def sharded(self) -> bool:
@@ -128,13 +135,15 @@ class Recipe(L.LightningModule):
 
     def _learn_of_teacher(self) -> None:
         training = self._trainer is not None and self.trainer.training
-        if self.distill is not None and training and not self.distill.prepared:
-            self.distill.prepare(self)
+        for recipe in self.nested.values():
+            if recipe.distill is not None and training and not recipe.distill.prepared:
+                recipe.distill.prepare(recipe)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # a checkpoint in shards has its weights elsewhere
-        if "state_dict" in checkpoint and (self.distill is None or not self.distill.prepared):
-            checkpoint["state_dict"] = without_distill(checkpoint["state_dict"])
+        for prefix, recipe in self.nested.items():
+            # a checkpoint in shards has its weights elsewhere
+            if "state_dict" in checkpoint and (recipe.distill is None or not recipe.distill.prepared):
+                checkpoint["state_dict"] = without_distill(checkpoint["state_dict"], prefix)
 
     def require_data(self, data: Any) -> None:
         """Raises ValueError for data whose samples the recipe with its present settings cannot be trained on."""
@@ -210,8 +219,9 @@ class Recipe(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.output = None
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        if self.distill is not None and stepped:
-            self.distill.teacher.follow(self)
+        for recipe in self.nested.values():
+            if recipe.distill is not None and stepped:
+                recipe.distill.teacher.follow(recipe)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The embeddings of a batch, where the recipe has some; callbacks judge them."""

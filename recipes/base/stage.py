@@ -29,6 +29,7 @@ class Stage:
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
             ``{pool_global: true}``, ``{projector.side: 4}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages
             begin with the recipe's own.
+        mix: coefficients of terms in this stage, such as ``{text: 0.0}``; those of the run where not given.
         begin: changes of the model when the stage begins, in this order, after ``load``.
         end: changes when it ends, after its last validation and before its weights are saved, such as
             ``[{class_path: TaskMerge}]``. Running statistics of batch norms are then estimated anew.
@@ -47,6 +48,7 @@ class Stage:
         set: dict[str, bool | int | float | str | None] | None = None,
         begin: list[StageChange] | None = None,
         end: list[StageChange] | None = None,
+        mix: dict[str, float] | None = None,
     ) -> None:
         try:
             self.train = re.compile(train)
@@ -54,7 +56,7 @@ class Stage:
             raise ValueError(f"train {train!r}: {error}") from None
         self.objective, self.optimizer, self.schedule, self.load = objective, optimizer, schedule, load
         self.set: dict[str, Any] = dict(set or {})
-        self.begin, self.end = list(begin or []), list(end or [])
+        self.begin, self.end, self.mix = list(begin or []), list(end or []), dict(mix or {})
 
     def require(self, name: str, recipe: Any) -> None:
         """Raises ValueError for a recipe that cannot have this stage's objective, or changes."""

@@ -86,6 +86,7 @@ RECIPES: dict[str, list[Case]] = {
         ),
         Case(("contrastive/views",), ("--model.objective", "{class_path: DINO, init_args: {hidden: 64}}"), slow=True),
     ],
+    "MutualInformation": [Case(("multitask/one-stage",), slow=True)],
     "Masked": [
         Case(("masked/emoji",)),
         Case(("masked/speech",), _small(8), slow=True),

@@ -40,12 +40,15 @@ from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.losses.information import Boltzmann, Normal
 from descant.modules.losses.views import DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
+from descant.modules.masking.patch_mix import PatchMix
+from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
@@ -74,6 +77,7 @@ from descant.recipes import (
     Matching,
     MissingModality,
     MultiTask,
+    MutualInformation,
     Peers,
     Recipe,
     ReconBoost,
@@ -213,6 +217,14 @@ def self_supervised(before: Path) -> Run:
     objective = DINO(hidden=8, bottleneck=8, prototypes=8)
     recipe = SelfSupervised(towers, objective, crops=LocalCrops(number=2, size=8), optimizer=adamw)
     return Run(recipe, emoji(views={"image": 2}), [c.KNN("group"), c.Geometry()])
+
+
+@run
+def one_stage(before: Path) -> Run:
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    terms: dict[str, Any] = {"same": Normal(), "view": Boltzmann(), "text": Boltzmann(learn=True), "classes": 10}
+    recipe = MutualInformation(towers, PatchMix(2), ViewDecoder(8, 1, 2), **terms, width=8, optimizer=adamw)
+    return Run(recipe, emoji(views={"image": 2}, name_only=1.0), [c.Retrieval()])
 
 
 @run

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.callbacks import Resume as ResumePoints
+from descant.callbacks import Stages
 from descant.datamodules.base import BatchDataset, Rows
+from descant.datamodules.stages import StageData, StagedData
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill
 from descant.modules.evaluation.metrics import effective_rank
@@ -39,10 +43,13 @@ from descant.modules.losses.views import (
 from descant.modules.towers import ConvTower, Towers
 from descant.modules.training_setup.sync_batch_norm import synchronize
 from descant.modules.transforms.crops import LocalCrops
-from descant.recipes import SelfSupervised, TeacherAverage
+from descant.recipes import SelfSupervised, Stage, Staged, TeacherAverage
+from descant.run.store import AtomicIO
 from tests._suites import GradientExact, MissingModalities, Ranks, Resume, SampleData, Samples, samples, towers
 from tests._suites.data import TwoLayerTower
 from tests._suites.recipes import EXACT, step_of
+from tests.step_toy import QUIET
+from tests.tolerance import F64, ulps
 
 P, QUEUE = 4, 48
 
@@ -385,3 +392,31 @@ def test_bad_input() -> None:
         SelfSupervised(towers("image"), BYOL(8, P), crops=LocalCrops())
     with pytest.raises(ValueError, match="distill: BYOL has a teacher of its own; set its momentum"):
         SelfSupervised(towers("image"), BYOL(8, P), distill=Distill(TeacherAverage(0.9)))
+
+
+def _staged(folder: Path, steps: int, path: Path | None = None) -> dict[str, Tensor]:
+    """BYOL in two stages of three steps: its state after some of them."""
+    net = Staged(TestBYOL().recipe().double(), {"first": Stage(), "second": Stage(mix={"views/image": 0.5})})
+    data = StagedData({name: StageData(ViewData(modalities=("image",)), steps=3) for name in ("first", "second")})
+    callbacks: list[L.Callback] = [Stages(), ResumePoints(every=1, keep=9)]
+    options = dict(max_steps=steps, precision="64-true", default_root_dir=folder, plugins=[AtomicIO()])
+    trainer = L.Trainer(**{**QUIET, **options}, callbacks=callbacks)
+    trainer.fit(net, datamodule=data, ckpt_path=path, weights_only=True)
+    assert net.step.mix == ({} if steps <= 3 else {"views/image": 0.5})
+    return {name: x.clone() for name, x in net.state_dict().items()}
+
+
+def test_a_teacher_of_its_own_goes_on_from_stage_to_stage(tmp_path: Path) -> None:
+    whole = _staged(tmp_path / "whole", 6)
+    for k in (2, 4):
+        _staged(tmp_path / f"cut-{k}", k)
+        again = _staged(tmp_path / f"cut-{k}", 6, tmp_path / f"cut-{k}/resume/step-000000{k}.ckpt")
+        assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    states = [_staged(tmp_path / f"step-{k}", k) for k in range(1, 7)]
+    mine = [name for name in whole if name.startswith("inner.distill.") and name.endswith("layers.0.weight")]
+    assert mine
+    for name in mine:
+        student = "inner." + name.split("average.")[1]
+        for before, after in pairwise(states):
+            wanted = before[name].lerp(after[student], 1 - 0.996)
+            assert torch.allclose(after[name], wanted, rtol=0, atol=ulps(8, F64))

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import torch
 
-from descant.modules.core.rng import mix, mix_N, seeded, uniform_N, uniform_NK
+from descant.modules.core import rng
+from descant.modules.core.rng import mix, mix_N, normal_NK, seeded, uniform_N, uniform_NK
 from tests.tolerance import statistical
 
 
@@ -42,3 +43,13 @@ def test_seeded_blocks_repeat_and_leave_no_trace() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.default_generator.get_state(), before)
+
+
+def test_the_series_of_normal_numbers_does_not_depend_on_the_default_dtype() -> None:
+    wanted = normal_NK(np.arange(3), 4, "noise")
+    rng._series.cache_clear()
+    torch.set_default_dtype(torch.float64)  # as precision 64-true does in a step
+    try:
+        assert torch.equal(normal_NK(np.arange(3), 4, "noise"), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
