@@ -50,8 +50,8 @@ class TableTower(Tower):
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
-        missing: ``blocked``, where nobody attends to the token of a missing column, no fusion or pool either;
-            ``fused``, where fusion layers and pools do, as in TIP's release; ``attended``, where the columns do too.
+        missing: which tokens attend to that of a missing column: ``blocked``, none, and no pool sees it; ``fused``,
+            those of fusion layers, as in TIP's release, and pools see it; ``attended``, those of the other columns too.
 
     Raises:
         ValueError: for no column, or one of a single category; if ``heads`` does not divide ``width``; in forward, for
