@@ -19,16 +19,12 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.capabilities import has
-from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
-from descant.modules.core.protocols import HidesCells
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
@@ -36,10 +32,10 @@ from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.stream_space import StreamSpace
 
 
-class MultiTask(SharedSpace):
+class MultiTask(StreamSpace):
     """Any objectives over shared towers and fusion layers, each computed over shared streams (ALBEF, TIP, mPLUG-2).
 
     Args:
@@ -48,8 +44,6 @@ class MultiTask(SharedSpace):
         width: of the shared embedding space.
         fusion: layers over the tokens of two modalities, for objectives that ask for them.
         pool: tokens to one vector, a copy for each modality; or one a modality.
-        embeds: pairs that are evaluated together too, such as [[image, table]]: ``image+table``, both embeddings side
-            by side and, where an objective fuses them, the first fused token.
 
     Raises:
         ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made; in
@@ -63,7 +57,6 @@ class MultiTask(SharedSpace):
         width: int = 128,
         fusion: FusionLayers | None = None,
         pool: Pool | Pools | None = None,
-        embeds: list[list[str]] | None = None,
         **kwargs: Any,
     ) -> None:
         if not objectives:
@@ -75,8 +68,7 @@ class MultiTask(SharedSpace):
             with naming(name):
                 objective.build(facts)
         self.objectives = nn.ModuleDict(objectives)
-        hidden = [m for m in towers if any(m in objective.hidden for objective in objectives.values())]
-        hidden = [m for m in hidden if not has(towers[m], HidesCells)]  # which have a token of what is missing
+        hidden = [m for m in towers if any(m in objective.replaced for objective in objectives.values())]
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
         fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
         self.fusion = None if fusion is None else fusion.build({m: towers.width(m) for m in towers if m in fused})
@@ -85,10 +77,6 @@ class MultiTask(SharedSpace):
             part[m].requires_grad_(False)
         if self.fusion is not None and not fused:
             self.fusion.requires_grad_(False)
-        self.embeds = [(a, b) for a, b in embeds or []]
-        for a, b in self.embeds:
-            for m in (m for m in (a, b) if m not in towers):
-                raise ValueError(f"embeds: {m!r}: {no_such(m, towers)}")
 
     @property
     def tasks(self) -> dict[str, TaskObjective]:
@@ -145,24 +133,6 @@ class MultiTask(SharedSpace):
 
     # evaluation -------------------------------------------------------------------------------------------------------
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return self._embeddings(Streams(self, batch))
-
-    def _embeddings(self, streams: Streams) -> dict[str, Tensor]:
-        """``z_BD`` of each modality of the batch, and of the pairs of ``embeds``."""
-        batch = streams.batch
-        z = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
-        fused = {frozenset(pair) for objective in self.tasks.values() for pair in objective.fuses}
-        for a, b in (pair for pair in self.embeds if {*pair} <= z.keys()):
-            parts = [z[a], z[b]]
-            if {a, b} in fused:
-                tokens, row_V = streams.own(a, b)
-                first_VD = F.normalize(promote(tokens.first_ND), dim=1)
-                parts.append(first_VD.new_zeros(len(batch), first_VD.shape[1]).index_put((row_V,), first_VD))
-            z_BD = F.normalize(torch.cat(parts, dim=1), dim=1)
-            z[f"{a}+{b}"] = z_BD.masked_fill(~batch.both(a, b)[:, None], 0.0)
-        return z
-
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(self, batch))
         return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
@@ -176,5 +146,5 @@ class MultiTask(SharedSpace):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
         streams = Streams(self, batch)
-        z = self._embeddings(streams)
+        z = self.embeddings(streams)
         return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}

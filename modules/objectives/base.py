@@ -82,6 +82,11 @@ class TaskObjective(nn.Module):
         self.hidden: tuple[str, ...] = ()
         self.hiding: Hashable = None
 
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The modalities whose hidden tokens are replaced by a learned one: all that it hides."""
+        return self.hidden
+
     def build(self, facts: Facts) -> Self:
         """Raises ValueError for an unknown modality, or a stream that is not made."""
         raise NotImplementedError

@@ -113,6 +113,10 @@ class MaskedColumns(TaskObjective):
         self.categories, self.numbers = nn.Linear(width, max(sum(columns), 1)), nn.Linear(width, 1)
         return self
 
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        return ()  # the tower has a token for what is missing
+
     def hides(self, batch: Batch) -> Masks:
         real_BC = derived(of_present, derived(_present, batch.inputs[self.modality]), batch.present[self.modality])
         real_BC, draw_B = host_copy(real_BC), host_copy(batch.rng_seed)

@@ -22,9 +22,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch, chosen
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtype import promote
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
@@ -145,6 +147,16 @@ class Streams:
         tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
         with self.rows(row_V):
             return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
+
+    def together(self, a: str, b: str, fused: bool) -> Tensor:
+        """``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
+        parts = [self.latent(a), self.latent(b)]
+        if fused:
+            tokens, row_V = self.own(a, b)
+            first_VD = F.normalize(promote(tokens.first_ND), dim=1)
+            parts.append(first_VD.new_zeros(len(self.batch), first_VD.shape[1]).index_put((row_V,), first_VD))
+        z_BD = F.normalize(torch.cat(parts, dim=1), dim=1)
+        return z_BD.masked_fill(~self.batch.both(a, b)[:, None], 0.0)
 
     def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
         """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.
