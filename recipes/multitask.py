@@ -32,10 +32,10 @@ from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.stream_space import StreamSpace
 
 
-class MultiTask(SharedSpace):
+class MultiTask(StreamSpace):
     """Any objectives over shared towers and fusion layers, each computed over shared streams (ALBEF, TIP, mPLUG-2).
 
     Args:
@@ -68,7 +68,7 @@ class MultiTask(SharedSpace):
             with naming(name):
                 objective.build(facts)
         self.objectives = nn.ModuleDict(objectives)
-        hidden = [m for m in towers if any(m in objective.hidden for objective in objectives.values())]
+        hidden = [m for m in towers if any(m in objective.replaced for objective in objectives.values())]
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
         fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
         self.fusion = None if fusion is None else fusion.build({m: towers.width(m) for m in towers if m in fused})
@@ -146,5 +146,5 @@ class MultiTask(SharedSpace):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
         streams = Streams(self, batch)
-        z = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
+        z = self.embeddings(streams)
         return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}

@@ -86,6 +86,15 @@ class Encodes(Protocol):
 
 
 @runtime_checkable
+class HidesCells(Protocol):
+    """A tower of a table with these ``columns``: for ``tower(x, mask_BC)`` cells outside the mask count as missing."""
+
+    columns: tuple[int, ...]
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None, /) -> Any: ...
+
+
+@runtime_checkable
 class Scaled(Protocol):
     """A loss whose similarities are multiplied by ``scale() = exp(log_scale)``, kept within a bound in training."""
 

@@ -16,7 +16,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
-from descant.modules.core.protocols import Encodes
+from descant.modules.core.protocols import Encodes, HidesCells
 from descant.modules.masking.corruptions import Masks
 from descant.modules.towers.base import Tower
 
@@ -53,8 +53,9 @@ class Facts(NamedTuple):
         """Raises ValueError for a tower whose tokens cannot be hidden between its ``embed`` and ``encode``."""
         tower = self.towers[modality]
         if not has(tower, Encodes) or not hasattr(tower, "positions_TD"):
-            able = "PatchTower and TextTower"
-            raise ValueError(f"tower {modality}: {type(tower).__name__} cannot hide tokens; {able} can")
+            able = "MaskedColumns hides" if has(tower, HidesCells) else "PatchTower and TextTower"
+            able += " its columns" if has(tower, HidesCells) else " can"
+            raise ValueError(f"tower {modality}: {type(tower).__name__} cannot hide tokens; {able}")
 
 
 class TaskObjective(nn.Module):
@@ -80,6 +81,11 @@ class TaskObjective(nn.Module):
         self.fuses: tuple[tuple[str, str], ...] = ()
         self.hidden: tuple[str, ...] = ()
         self.hiding: Hashable = None
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The modalities whose hidden tokens are replaced by a learned one: all that it hides."""
+        return self.hidden
 
     def build(self, facts: Facts) -> Self:
         """Raises ValueError for an unknown modality, or a stream that is not made."""

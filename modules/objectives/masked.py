@@ -77,7 +77,7 @@ class MaskedTokens(TaskObjective):
         if self.target not in batch.inputs:
             raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(batch.inputs)}")
         raw_BTP, real_BT = self.adapter.raw(batch.inputs[self.target])
-        return raw_BTP, derived(_of_present, real_BT, batch.present[self.modality])
+        return raw_BTP, derived(of_present, real_BT, batch.present[self.modality])
 
     def hides(self, batch: Batch) -> Masks:
         real = {self.modality: self.raw(batch)[1]}
@@ -86,13 +86,8 @@ class MaskedTokens(TaskObjective):
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         m, masks, valid_B = self.modality, streams.masks, batch.both(*self.reads)
         assert masks is not None
-        at = At.of(derived(_of_present, masks.loss[m], valid_B))
-        if self.given is None:
-            h_ND = streams.tokens(m, masks).h_BTD[at.row_N, at.place_N]
-        else:
-            fused, row_V = streams.own(m, self.given, masks)
-            slot_B = torch.zeros_like(batch.index).index_put((row_V,), torch.arange(len(row_V), device=row_V.device))
-            h_ND = fused.a.h_BTD[slot_B[at.row_N], at.place_N]
+        at = At.of(derived(of_present, masks.loss[m], valid_B))
+        h_ND = hidden_tokens(streams, m, self.given, at)
         raw_BTP, _ = self.raw(batch)
         terms = {}
         with streams.rows(at.row_N):
@@ -107,5 +102,15 @@ class MaskedTokens(TaskObjective):
         return {f"loss_{part}" if part else "loss": term for part, term in self.forward(streams, batch).items()}
 
 
-def _of_present(mask_BT: Tensor, present_B: Tensor) -> Tensor:
+def hidden_tokens(streams: Streams, modality: str, given: str | None, at: At) -> Tensor:
+    """``[N, D]``: of a modality with hidden tokens those at ``at``, alone or fused with another that is given."""
+    if given is None:
+        return streams.tokens(modality, streams.masks).h_BTD[at.row_N, at.place_N]
+    fused, row_V = streams.own(modality, given, streams.masks)
+    index_B = streams.batch.index
+    slot_B = torch.zeros_like(index_B).index_put((row_V,), torch.arange(len(row_V), device=row_V.device))
+    return fused.a.h_BTD[slot_B[at.row_N], at.place_N]
+
+
+def of_present(mask_BT: Tensor, present_B: Tensor) -> Tensor:
     return mask_BT & present_B[:, None]

@@ -17,7 +17,8 @@ from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
 from descant.modules.core.ranks import first_row, gather
-from descant.modules.core.rng import uniform_N
+from descant.modules.core.rng import mix_N, uniform_N
+from descant.modules.core.sham import Sham
 from descant.modules.evaluation.metrics import wide
 from descant.modules.objectives.base import Facts, TaskObjective, scattered
 from descant.modules.objectives.streams import Streams
@@ -77,6 +78,8 @@ class Match(TaskObjective):
         negatives: by similarity, or any as likely.
         temperature: of the similarities.
         form: of the loss.
+        sham: ``permute`` takes any of the three pairs of a sample for its own, each as likely, so that nothing is to be
+            learned from which it is.
 
     Raises:
         ValueError: for other than two modalities, a temperature not above 0; when built, without fusion layers.
@@ -90,6 +93,7 @@ class Match(TaskObjective):
         negatives: Literal["similarity", "random"] = "similarity",
         temperature: float = 0.07,
         form: Literal["binary", "list"] = "binary",
+        sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
         if not len(set(pair)) == len(pair) == 2:
@@ -97,6 +101,7 @@ class Match(TaskObjective):
         if not temperature > 0:
             raise ValueError(f"temperature {temperature:g}: must be above 0")
         self.pair, self.negatives, self.temperature, self.form = (pair[0], pair[1]), negatives, temperature, form
+        self.sham = Sham(sham)
 
     def build(self, facts: Facts) -> Self:
         self.score = nn.Linear(facts.fused(*self.pair), 1)
@@ -147,12 +152,23 @@ class Match(TaskObjective):
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=self.training)
+        s_V, s_2V, has_2V = self._roles(s_V, s_2V, has_2V, chosen(batch.rng_seed, row_V))
         binary = self.form == "binary"
         loss_2V = F.softplus(s_2V if binary else s_2V - s_V.repeat(2))
         loss_V = torch.where(has_2V, loss_2V, 0.0).view(2, -1).sum(dim=0)
         loss_V = (F.softplus(-s_V) + loss_V) / 3 if binary else loss_V / 2
         value_B = scattered(loss_V, row_V, len(batch))
         return {"": Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
+
+    def _roles(self, s_V: Tensor, s_2V: Tensor, has_2V: Tensor, draw_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores and which there are, own pairs and negatives, as they are or, as a sham, in other roles."""
+        draw_3V = torch.stack([torch.from_numpy(mix_N(draw_V, "match/role", k)) for k in range(3)], dim=1)
+        has_3V = torch.cat([torch.ones_like(has_2V[: len(s_V)]), has_2V])
+        s_3V, has_3V = (
+            self.sham.within_groups(x_3V.view(3, -1).T.flatten(), draw_3V.flatten(), 3).view(-1, 3).T.flatten()
+            for x_3V in (torch.cat([s_V, s_2V]), has_3V)
+        )
+        return s_3V[: len(s_V)], s_3V[len(s_V) :], has_3V[len(s_V) :]
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """``accuracy``: share of a sample's negatives that fit worse than its own pair; half where equal."""

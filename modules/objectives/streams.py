@@ -2,11 +2,12 @@
 
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
+                        h = tower_m(x_m, visible)                                   of a table: as missing cells, TIP
     latent(m)           z = normalise(head_m(pool_m(tokens(m))))
     own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
 
 Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % of other and 10 % of own tokens, and in SimMIM
-(2111.09886).
+(2111.09886); hidden columns as in TIP (2407.07582).
 Letters: B samples, G samples of all ranks, R rows that run, V rows that have both of two modalities, N pairs, T tokens,
 D width.
 """
@@ -21,11 +22,15 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.capabilities import has
+from descant.modules.core.dtype import promote
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
+from descant.modules.core.protocols import HidesCells
 from descant.modules.core.ranks import gather
 from descant.modules.core.rows import RowTracker, running_rows, zeroed
 from descant.modules.fusion.cross_encoder import Fused, FusionLayers
@@ -104,7 +109,9 @@ class Streams:
         here_B = host_copy(present_B if imputation is None else imputation.seen(modality, present_B))
         encode: Callable[..., Tokens] = tower
         more: tuple[Tensor, ...] = ()
-        if masks is not None and modality in masks.target:
+        if masks is not None and modality in masks.target and has(tower, HidesCells):
+            more = (masks.visible[modality],)
+        elif masks is not None and modality in masks.target:
             more = (masks.target[modality], derived(torch.logical_or, masks.target[modality], masks.visible[modality]))
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
         if here_B.all():
@@ -140,6 +147,16 @@ class Streams:
         tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
         with self.rows(row_V):
             return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
+
+    def together(self, a: str, b: str, fused: bool) -> Tensor:
+        """``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
+        parts = [self.latent(a), self.latent(b)]
+        if fused:
+            tokens, row_V = self.own(a, b)
+            first_VD = F.normalize(promote(tokens.first_ND), dim=1)
+            parts.append(first_VD.new_zeros(len(self.batch), first_VD.shape[1]).index_put((row_V,), first_VD))
+        z_BD = F.normalize(torch.cat(parts, dim=1), dim=1)
+        return z_BD.masked_fill(~self.batch.both(a, b)[:, None], 0.0)
 
     def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
         """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.

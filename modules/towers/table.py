@@ -4,6 +4,7 @@ width."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,11 @@ class TableTower(Tower):
 
     ``x_BC -> [B, 1 + C, width]``, the class token first. A cell is missing where it is nan, or where ``mask`` is False:
     then its stored value changes no bit of any token. The token of a missing column attends to all present ones, so
-    that its value can be predicted from it, but its mask is False: no pool or fusion sees it.
+    that its value can be predicted from it. Who attends to it is ``missing``.
 
     Source: Du 2024 (TIP, arXiv 2407.07582) and its release: one ``w`` and ``b`` for all numbers, a norm of the
-    embeddings, attention from any token to missing columns blocked except from itself. The norm at the end and the
-    initialisation are those of our other towers.
+    embeddings, attention from any token to missing columns blocked except from itself; its fusion layers attend to
+    them, where the default here does not. The norm at the end and the initialisation are those of our other towers.
 
     Args:
         columns: one entry a column: 0 for a number, else its number of categories (2 or more).
@@ -49,6 +50,8 @@ class TableTower(Tower):
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
+        missing: which tokens attend to that of a missing column: ``blocked``, none, and no pool sees it; ``fused``,
+            those of fusion layers, as in TIP's release, and pools see it; ``attended``, those of the other columns too.
 
     Raises:
         ValueError: for no column, or one of a single category; if ``heads`` does not divide ``width``; in forward, for
@@ -72,12 +75,14 @@ class TableTower(Tower):
         heads: int = 4,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        missing: Literal["blocked", "fused", "attended"] = "blocked",
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
         if not columns or min(columns) < 0 or 1 in columns:
             raise ValueError(f"columns {columns}: each 0 for a number, or its number of categories (2 or more)")
         self.width, self.columns = width, tuple(columns)
+        self.attended, self.fused = missing == "attended", missing != "blocked"
         numbers = [c for c, count in enumerate(columns) if not count]
         categories = [c for c, count in enumerate(columns) if count]
         first = [sum(columns[:c]) for c in categories]  # of all categories in one table of embeddings
@@ -119,7 +124,9 @@ class TableTower(Tower):
             raise ValueError(f"columns: {x.dtype} rounds codes above {_EXACT[x.dtype]}; use bf16-mixed")
         mask_BC = derived(_present, x) if mask is None else mask
         mask_BT = derived(_with_class, mask_BC)
-        return Tokens(self.encode(self.embed(x, mask_BC), mask_BT), mask_BT)
+        all_BT = everyone(mask_BT.shape, x.device)
+        h_BTD = self.encode(self.embed(x, mask_BC), all_BT if self.attended else mask_BT)
+        return Tokens(h_BTD, all_BT if self.fused else mask_BT)
 
 
 #: Up to which all whole numbers are exact.

@@ -35,29 +35,42 @@ class ColumnMissing:
         rate: share of the columns that are hidden in training.
         evaluation: the same in evaluation sets; ``rate`` where not given.
         whole: the same columns in all samples of all sets, in place of others in each sample.
+        fill: imputation, a value a column for its hidden and missing cells, which then count as present: 0, the mean,
+            of a standardised number, and the commonest code of a category.
 
     Raises:
-        ValueError: for a share outside [0, 1].
+        ValueError: for a share outside [0, 1]; in use, for other than one value a column.
 
     >>> x_BC = torch.zeros(2, 10)
     >>> ColumnMissing(rate=0.6)(x_BC, np.arange(2), training=True).isnan().sum(dim=1).tolist()
     [6, 6]
     """
 
-    def __init__(self, rate: float, evaluation: float | None = None, whole: bool = False) -> None:
+    def __init__(
+        self, rate: float, evaluation: float | None = None, whole: bool = False, fill: list[float] | None = None
+    ) -> None:
         self.rate, self.evaluation, self.whole = rate, rate if evaluation is None else evaluation, whole
+        self.fill = None if fill is None else torch.tensor(fill)
         for name, share in (("rate", self.rate), ("evaluation", self.evaluation)):
             if not 0 <= share <= 1 or math.isnan(share):
                 raise ValueError(f"{name} {share}: a share of the columns, from 0 to 1")
 
     def __call__(self, x_BC: Tensor, key_B: np.ndarray, training: bool) -> Tensor:
-        """The table with hidden cells as nan.
+        """The table with hidden cells as nan, or filled.
 
         Args:
             x_BC: a table, nan where a cell is missing.
             key_B: of training, the draws of the samples; of evaluation, their ids.
             training: which of the two it is.
         """
+        x_BC = self._hidden(x_BC, key_B, training)
+        if self.fill is None:
+            return x_BC
+        if len(self.fill) != x_BC.shape[1]:
+            raise ValueError(f"missing.fill: {len(self.fill)} values for {x_BC.shape[1]} columns")
+        return torch.where(x_BC.isnan(), self.fill, x_BC)
+
+    def _hidden(self, x_BC: Tensor, key_B: np.ndarray, training: bool) -> Tensor:
         columns = x_BC.shape[1]
         hidden = round((self.rate if training else self.evaluation) * columns)
         if not hidden:

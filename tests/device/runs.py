@@ -19,6 +19,7 @@ from descant import callbacks as c
 from descant.callbacks.evaluate.answering import Answering
 from descant.datamodules.corpora.captions import AltText, CaptionMixer, SyntheticCaption
 from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.emoji_table import COLUMNS
 from descant.datamodules.corpora.scenes import Scenes
 from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
@@ -53,6 +54,7 @@ from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.classify import Classify
+from descant.modules.objectives.columns import MaskedColumns
 from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.objectives.masked import MaskedTokens
@@ -60,11 +62,12 @@ from descant.modules.objectives.match import Match
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.text import NgramTokenizer
-from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Towers
+from descant.modules.towers import BagTower, ConvTower, PatchTower, TableTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.schedule import WarmupCosine
 from descant.modules.transforms.crops import LocalCrops
+from descant.modules.transforms.table import ColumnMissing
 from descant.recipes import (
     DPO,
     GRPO,
@@ -268,6 +271,17 @@ def multitask(before: Path) -> Run:
     towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
     recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), optimizer=adamw)
     return Run(recipe, emoji(name_only=1.0), [c.Harmonize(PCGrad()), c.Accuracy(), c.Retrieval()])
+
+
+@run
+def tables(before: Path) -> Run:
+    """Tables beside images: contrast, matching, and hidden columns."""
+    pair = ["image", "table"]
+    objectives = {"contrast": Contrast([pair]), "match": Match(pair), "columns": MaskedColumns(given="image")}
+    towers = Towers(image=ConvTower([8], stem=4), table=TableTower(COLUMNS, 8, 1, 2))
+    recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), embeds=[pair], optimizer=adamw)
+    data = emoji(table=True, paired=True, missing=ColumnMissing(0.6))
+    return Run(recipe, data, [c.Accuracy(), c.LinearProbe("group", "image+table")])
 
 
 @run
