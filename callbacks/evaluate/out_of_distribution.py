@@ -17,9 +17,6 @@ from descant.modules.core.objects import require_objects
 from descant.modules.evaluation.items import Items
 from descant.modules.evaluation.out_of_distribution import Detector, Mahalanobis, NearestNeighbours, auroc_shares
 
-#: The methods of other data that it reads.
-NEEDED = ("evaluation_sets", "evaluation_loader")
-
 
 class OutOfDistribution(ScheduledEvaluator):
     """Out-of-distribution detection: AUROC of a set's samples against those of other data, by distance from the bank.
@@ -67,19 +64,20 @@ class OutOfDistribution(ScheduledEvaluator):
         kinds = [detector.name for detector in self.detectors]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"OutOfDistribution: detectors: two are called {max(kinds, key=kinds.count)!r}")
-        self.others, self.modality, self.names = others, modality, sorted(others)
+        self.others: dict[str, Any] = dict(others)
+        self.modality, self.names = modality, sorted(others)
         self._shape: torch.Size | None = None  # of one sample of the run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         run: Any = trainer
         for name, data in self.others.items():
-            for method in NEEDED:
+            for method in ("evaluation_sets", "evaluation_loader"):
                 if not hasattr(data, method):
                     raise ValueError(f"OutOfDistribution: others: {name}: {type(data).__name__} has no {method}()")
             data.trainer = trainer
             if getattr(run.datamodule, "tiny", False):
-                data.tiny = True  # type: ignore[assignment]
+                data.tiny = True
             if trainer.local_rank == 0:
                 data.prepare_data()
             trainer.strategy.barrier(f"OutOfDistribution/{name}")
@@ -98,21 +96,21 @@ class OutOfDistribution(ScheduledEvaluator):
                 raise ValueError(f"OutOfDistribution: sets: no set {name!r}; the data has {', '.join(sets)}")
         values: dict[str, Items] = {}
         bank_ND = self._z(self.bank(trainer, pl_module))
+        judged = {name: rows for name, rows in sets.items() if self.sets is None or name in self.sets}
         for other, data in self.others.items():
+            known = data.evaluation_sets("test" if trainer.testing else "validate")
             theirs: dict[str, list[Tensor]] = {}  # set of the other data -> its scores, one a detector
-            named: Any = data
-            known = named.evaluation_sets("test" if trainer.testing else "validate")
-            for name, rows in sets.items():
-                z_ND, of = self._z(rows), name if name in known else next(iter(known))
-                if (self.sets and name not in self.sets) or not len(z_ND):
+            for name, rows in judged.items():
+                of, z_ND = name if name in known else next(iter(known)), self._z(rows)
+                if len(z_ND) == 0 or len(bank_ND) == 0:
                     continue
                 if of not in theirs:
                     z_MD = self._embedded(trainer, pl_module, other, known[of])
                     theirs[of] = [detector(z_MD, bank_ND) for detector in self.detectors]
-                key_N = rows.key[rows.where(self.modality)]
                 for detector, score_M in zip(self.detectors, theirs[of], strict=True):
                     share_N = auroc_shares(detector(z_ND, bank_ND), score_M)
-                    values[f"{name}/ood_{other}_{detector.name}"] = Items(share_N.float(), key_N)
+                    items = Items(share_N.float(), rows.key[rows.where(self.modality)])
+                    values[f"{name}/ood_{other}_{detector.name}"] = items
         return values
 
     def _z(self, rows: Rows) -> Tensor:
@@ -130,10 +128,9 @@ class OutOfDistribution(ScheduledEvaluator):
     def _batches(self, trainer: L.Trainer, other: str, data: Any) -> Iterator[Batch]:
         """Batches of the modality alone, on the device, as an evaluation of the other data prepares them."""
         module, m = self.others[other], self.modality
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a loader samples its seed when iterated: not from the run's generators
-            batches = iter(getattr(module, NEEDED[1])(data))
+        # a loader samples its seed when iterated: not from the run's generators
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(module.evaluation_loader(data))
         for raw in batches:
             raw = module.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
             batch: Batch = module.on_after_batch_transfer(raw.to(trainer.strategy.root_device), 0)

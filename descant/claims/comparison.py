@@ -257,7 +257,7 @@ def _ranks(of: Comparison, results: Path, figure: Path | None, page: Path | None
         lines += ["", *rank_lines(stored["runs"], ranks, ["baseline", setting.oracle or "", of.placebo])]
         lines.append(
             f"\n{setting.name}: mean and deviation over seeds. Ranks among {len(ranked)} rules, 1 is best: "
-            "their mean over all metrics, with its 95 % interval over seeds. Rules whose intervals overlap have no order."
+            "their mean over all metrics, with its 95 % interval. Rules whose intervals overlap have no order."
         )
         if figure is not None and page is not None:
             drawn = figure.with_name(f"{of.name}-{setting.name}.svg")

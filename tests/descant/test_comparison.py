@@ -125,9 +125,9 @@ def test_rules_are_ranked_by_several_metrics_with_intervals_and_without_a_winner
     assert "| arm | test/gap | mean rank |" in page and "| baseline | 1.000 ± 0.000 |  |" in page
     assert page.count("| 1.5 [1.5, 1.5] |") == 2 and "Ranks among 2 rules" in page, "equal ones share a rank"
     assert "learns, all: rank 1.5" in (workplace / "docs/claims/rates-toy-claim.svg").read_text()
-    # of three seeds, b is first in one: ranks 2, 2, 1, whose interval is Student's, 5/3 -+ 4.303 sd / sqrt(3)
     runs = {a: {s: {"m": x} for s, x in enumerate(values)} for a, values in {"a": (3, 3, 1), "b": (2, 2, 2)}.items()}
     found = mean_ranks(runs, ["a", "b"], ["m"], range(3))["b"]["m"]
+    # of three seeds, b is first in one: ranks 2, 2, 1, whose interval is Student's, 5/3 -+ 4.303 sd / sqrt(3)
     assert found.mean == pytest.approx(5 / 3, abs=1e-12) and found.high - found.mean == pytest.approx(1.434, abs=1e-3)
 
 
