@@ -790,8 +790,7 @@ def _geometry(at: Place) -> Any:
     a, b, here = at(unit()), at(unit()), at(present())
     rows = metrics.matched_rows(here["image"], here["text"], at(torch.tensor([7, 7, 8, 9, 9, 1])))
     numbers = metrics.modality_gap(a, b), metrics.effective_rank(a), metrics.alignment(a, b), metrics.uniformity(a)
-    numbers += (metrics.feature_std(a),)
-    return rows, numbers, a.to(metrics.wide(at.device))
+    return rows, numbers, metrics.feature_std(a), a.to(metrics.wide(at.device))
 
 
 @part("Detector", "Mahalanobis", "NearestNeighbours")

@@ -96,7 +96,7 @@ def test_scores_and_auroc_equal_explicit_loops() -> None:
         torch.randn(30, 4, generator=g, dtype=torch.float64) @ torch.diag(torch.tensor([1.0, 2.0, 0.5, 0.0])).double()
     )
     z_QD = torch.randn(7, 4, generator=g, dtype=torch.float64)
-    sigma_DD = sum(torch.outer(z - bank_ND.mean(0), z - bank_ND.mean(0)) for z in bank_ND) / 30
+    sigma_DD = torch.stack([torch.outer(z - bank_ND.mean(0), z - bank_ND.mean(0)) for z in bank_ND]).mean(0)
     inverse_DD = torch.linalg.inv(sigma_DD + 1e-3 * sigma_DD.trace() / 4 * torch.eye(4, dtype=torch.float64))
     by_hand = torch.stack([(z - bank_ND.mean(0)) @ inverse_DD @ (z - bank_ND.mean(0)) for z in z_QD])
     torch.testing.assert_close(Mahalanobis()(z_QD, bank_ND), by_hand, rtol=ulps(1 << 14, F64), atol=0)
