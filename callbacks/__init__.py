@@ -31,6 +31,7 @@ from descant.callbacks.evaluate.geometry import Geometry as Geometry
 from descant.callbacks.evaluate.inversion import IntraModal as IntraModal
 from descant.callbacks.evaluate.inversion import Inversion as Inversion
 from descant.callbacks.evaluate.learning_speed import LearningSpeed as LearningSpeed
+from descant.callbacks.evaluate.out_of_distribution import OutOfDistribution as OutOfDistribution
 from descant.callbacks.evaluate.projector import Projector as Projector
 from descant.callbacks.evaluate.readout import Readout as Readout
 from descant.callbacks.evaluate.reconstruction import Reconstruction as Reconstruction

@@ -15,12 +15,17 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, ScheduledEvaluator, Values, embed
 from descant.modules.core.batch import Batch
+from descant.modules.core.host import to_device
+from descant.modules.core.rng import global_seed, uniform_N
 from descant.modules.evaluation.items import Items
 from descant.modules.evaluation.metrics import balanced_accuracy, fit_logistic, knn_scores, wide
+from descant.modules.evaluation.shares import share_rows
 
 PROMPTS = 512  # embedded at once
 #: Set -> ``z_ND, label_N, key_N`` of its labelled rows.
 Labelled = dict[str, tuple[Tensor, Tensor, Tensor]]
+#: (set, end of the key) -> accuracy of its rows.
+Accuracies = dict[tuple[str, str], Items]
 
 
 class _Labelled(EmbeddingEvaluator):
@@ -114,18 +119,20 @@ class Banked(_Labelled, ScheduledEvaluator):
     needs_of_data = ("bank_dataloader",)
     identity: ClassVar[tuple[str, ...]] = ("target", "modality")
 
-    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
-        """Accuracy by set, from the bank's ``z_ND`` and ``label_N``."""
+    def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
+        """Accuracy by set, from the bank's ``z_ND``, ``label_N`` and ids of samples."""
         raise NotImplementedError
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         labelled = self._labelled(sets)
-        z_bank_ND, label_N, _ = self._labelled({"bank": self.bank(trainer, pl_module)})["bank"]
+        bank = self.bank(trainer, pl_module)
+        z_bank_ND, label_N, _ = self._labelled({"bank": bank})["bank"]
         if len(label_N) == 0:
             return {}
+        index_N = bank.index[bank.present[self.modality] & (bank.targets[self.target] >= 0)]
         classes = int(max(label.max() for label in (label_N, *(label for _, label, _ in labelled.values())))) + 1
-        values = self.score(z_bank_ND, label_N, labelled, classes)
-        return {self._key(name, "top1"): value for name, value in values.items()}
+        values = self.score(z_bank_ND, label_N, index_N, labelled, classes)
+        return {self._key(name, "top1") + end: value for (name, end), value in values.items()}
 
 
 class KNN(Banked):
@@ -161,9 +168,9 @@ class KNN(Banked):
             raise ValueError(f"KNN: temperature {temperature} is not positive")
         self.k, self.temperature = k, temperature
 
-    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
+    def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
         return {
-            name: _top1(knn_scores(z_QD, z_ND, label_N, classes, self.k, self.temperature), label_Q, key_Q)
+            (name, ""): _top1(knn_scores(z_QD, z_ND, label_N, classes, self.k, self.temperature), label_Q, key_Q)
             for name, (z_QD, label_Q, key_Q) in sets.items()
         }
 
@@ -176,36 +183,56 @@ class LinearProbe(Banked):
     Fitted by L-BFGS in float64, on features standardised by the bank. Key: ``{set}/probe_{target}_top1``,
     with ``_{modality}`` after the target where that is not image.
 
+    With ``shares`` below 1 it is also fitted on that part of the bank's labels, ``..._top1@0.1``: stratified by class,
+    with at least one label of each, nested, and drawn by the run's seed and the ids of the samples. Features are
+    standardised by the whole bank, which needs no label. Source: the shares of SimCLR (Chen 2020, arXiv 2002.05709).
+
     Args:
         l2: strength of the penalty on the weights.
+        shares: of the labels; all of them where not given.
 
     Raises:
-        ValueError: every below 1, a negative l2; at setup, a data module without a bank; at evaluation, an
-            unknown target or modality.
+        ValueError: every below 1, a negative l2, shares outside (0, 1]; at setup, a data module without a bank; at
+            evaluation, an unknown target or modality.
 
-    >>> LinearProbe("group", l2=-1.0)
+    >>> LinearProbe("group", shares=[0.1, 10])
     Traceback (most recent call last):
-    ValueError: LinearProbe: l2 -1.0 is negative
+    ValueError: LinearProbe: shares: 10 is not above 0 and at most 1, such as 0.1
     """
 
     kind = "probe"
     identity = ("target", "modality", "l2")
 
-    def __init__(self, target: str, modality: str = "image", l2: float = 1e-3, every: int = 1) -> None:
+    def __init__(
+        self,
+        target: str,
+        modality: str = "image",
+        l2: float = 1e-3,
+        every: int = 1,
+        shares: list[float] | None = None,
+    ) -> None:
         super().__init__(target, modality, every=every)
         if l2 < 0:
             raise ValueError(f"LinearProbe: l2 {l2} is negative")
-        self.l2 = l2
+        self.l2, self.shares = l2, [1.0] if shares is None else shares
+        for share in self.shares or [0.0]:
+            if not 0 < share <= 1:
+                raise ValueError(f"LinearProbe: shares: {share:g} is not above 0 and at most 1, such as 0.1")
 
-    def score(self, z_ND: Tensor, label_N: Tensor, sets: Labelled, classes: int) -> dict[str, Items]:
+    def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
         x_ND = z_ND.to(wide(z_ND.device))
         std_D, mean_D = torch.std_mean(x_ND, dim=0, correction=0)
         std_D = std_D.where(std_D > 0, torch.ones_like(std_D))  # a constant feature becomes 0
-        w_CD, b_C = fit_logistic((x_ND - mean_D) / std_D, label_N, classes, self.l2)
-        return {
-            name: _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q, key_Q)
-            for name, (z_QD, label_Q, key_Q) in sets.items()
-        }
+        x_ND = (x_ND - mean_D) / std_D
+        draw_N = to_device(uniform_N(index_N, "probe/shares", global_seed()), x_ND.device)
+        scores = {}
+        for share in self.shares:
+            rows_R = share_rows(label_N, draw_N, share)
+            w_CD, b_C = fit_logistic(x_ND[rows_R], label_N[rows_R], classes, self.l2)
+            for name, (z_QD, label_Q, key_Q) in sets.items():
+                end = "" if share == 1 else f"@{share:g}"
+                scores[name, end] = _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q, key_Q)
+        return scores
 
 
 def _top1(score_NC: Tensor, label_N: Tensor, key_N: Tensor) -> Items:

@@ -156,11 +156,8 @@ class EmbeddingEvaluator(Callback):
 
     def _bank_batches(self, trainer: L.Trainer) -> Iterator[Batch]:
         run: Any = trainer
-        limit: float | None = trainer.num_sanity_val_steps if trainer.sanity_checking else None
-        limit = int(run.fast_dev_run) or limit
-        limit = None if limit is None or limit == float("inf") else int(limit)
         self._bank_loader = self._bank_loader or run.datamodule.bank_dataloader()
-        yield from islice(bank_batches(run, self._bank_loader), limit)
+        yield from islice(bank_batches(run, self._bank_loader), limit_of(run))
 
     def _lead(self, trainer: L.Trainer) -> EmbeddingEvaluator:
         return callbacks_of(trainer, EmbeddingEvaluator)[0]
@@ -332,6 +329,13 @@ class PairEvaluator(EmbeddingEvaluator):
         for m in {m for pair in self.pairs or [] for m in pair}:
             self.require_embedding(rows, m)
         return self.pairs or list(combinations(rows.z, 2))
+
+
+def limit_of(trainer: Any) -> int | None:
+    """Batches of a loader that is no evaluation set; None: all, but in a sanity check or a dry run."""
+    limit: float | None = trainer.num_sanity_val_steps if trainer.sanity_checking else None
+    limit = int(trainer.fast_dev_run) or limit
+    return None if limit is None or limit == float("inf") else int(limit)
 
 
 def scalar(value: Tensor | Items) -> Tensor:

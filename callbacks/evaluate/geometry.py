@@ -6,15 +6,23 @@ import lightning as L
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import PairEvaluator, Rows
-from descant.modules.evaluation.metrics import alignment, effective_rank, matched_rows, modality_gap, uniformity
+from descant.modules.evaluation.metrics import (
+    alignment,
+    effective_rank,
+    feature_std,
+    matched_rows,
+    modality_gap,
+    uniformity,
+)
 
 
 class Geometry(PairEvaluator):
-    """Modality gap, effective rank, alignment and uniformity of embeddings.
+    """Modality gap, effective rank, standard deviation, alignment and uniformity of embeddings.
 
         gap_{a}_{b}   = || mean z_a - mean z_b ||        over positive pairs
         align_{a}_{b} = mean || z_a - z_b ||^2           over positive pairs
         rank_{m}      = exp(entropy of the normalised singular values of z_m)
+        std_{m}       = mean over features of their standard deviation over rows of z_m
         uniform_{m}   = log mean over pairs of exp(-2 || z_m - z_m' ||^2)
 
     A positive pair is a row that has both modalities, or else two rows of equal key.
@@ -51,5 +59,6 @@ class Geometry(PairEvaluator):
                 z_ND = rows.z[m][rows.where(m)]
                 if len(z_ND) > 1:
                     values[f"{name}/rank_{m}"] = effective_rank(z_ND)
+                    values[f"{name}/std_{m}"] = feature_std(z_ND)
                     values[f"{name}/uniform_{m}"] = uniformity(z_ND[:: -(-len(z_ND) // self.limit)])
         return values

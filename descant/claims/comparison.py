@@ -21,6 +21,7 @@ from descant.claims.effect import NO_ROOM, Effect, effect
 from descant.claims.items import gains as items_of
 from descant.claims.items import of_stored
 from descant.claims.judge import gains
+from descant.claims.ranks import mean_ranks, rank_lines
 from descant.claims.registration import register
 from descant.claims.run import Place
 from descant.cli.catalogue import ROOT
@@ -28,7 +29,7 @@ from descant.cli.errors import fail, hint, one_line, say
 from descant.modules.io.renamed import CLASSES
 from descant.run.runs import write_text
 
-KEYS = ("title", "claims", "placebo", "arms", "tuning", "extension")
+KEYS = ("title", "claims", "placebo", "arms", "tuning", "extension", "ranks")
 _NEEDED = KEYS[:4]
 
 
@@ -49,6 +50,7 @@ class Comparison:
     settings: tuple[Claim, ...]
     rules: tuple[str, ...]
     placebo: str
+    ranks: tuple[str, ...] = ()
 
 
 def folder() -> Path:
@@ -86,8 +88,11 @@ def load(name: str) -> Comparison:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
     seed = spec.tuning_seed(where, content, rules)
     claims = tuple(map(spec.load, content["claims"]))
-    settings = []
+    ranked, settings = tuple(content.get("ranks") or ()), []
     for claim in claims:
+        for metric in ranked:
+            if metric not in claim.metrics():
+                fail(f"{where}: ranks: {metric}: no metric of claims {claim.name}{hint(metric, claim.metrics())}")
         if not claim.staged or claim.oracle is None:
             fail(f"{where}: claims {claim.name}: it has no stages, whose pilot gives margin and room")
         needed = {"baseline", claim.oracle}
@@ -107,7 +112,9 @@ def load(name: str) -> Comparison:
             seeds = {**seeds, "full": (*seeds["full"], *seeds["extension"])}
         own_arms = {**kept, **rules}
         settings.append(replace(claim, arms=own_arms, also=(), calls=None, digest=what, tuning=tuning, seeds=seeds))
-    return Comparison(name, str(content["title"]), claims, tuple(settings), tuple(rules), str(content["placebo"]))
+    return Comparison(
+        name, str(content["title"]), claims, tuple(settings), tuple(rules), str(content["placebo"]), ranked
+    )
 
 
 def _on_validation(metric: Metric) -> Metric:
@@ -227,6 +234,8 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
         lines.append(f"\n![Gains of all rules in margins]({figure.relative_to(page.parent).as_posix()})")
     lines += ["", f"| rule | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
+    if of.ranks:
+        lines += _ranks(of, results, figure, page)
     judged = sum(len(rules) - 1 for rules in found.values())
     lines.append(
         f"\nGains over the baseline of the claim, {' or '.join(map(str, counts))} seeds, 95 % intervals of each rule "
@@ -234,6 +243,27 @@ def section(of: Comparison, results: Path, figure: Path | None = None, page: Pat
         f"{of.placebo}. Time is the median of the training's over the baseline's, with other runs beside it."
     )
     return "\n".join(lines) + "\n"
+
+
+def _ranks(of: Comparison, results: Path, figure: Path | None, page: Path | None) -> list[str]:
+    """Metrics of each rule and its mean rank over them: a table and a figure a setting."""
+    lines = []
+    for setting in of.settings:
+        stored = store.of_design(results, setting, of.name)
+        if stored is None:
+            continue
+        ranked = [rule for rule in of.rules if rule != of.placebo]
+        ranks = mean_ranks(stored["runs"], ranked, of.ranks, _seeds(setting))
+        lines += ["", *rank_lines(stored["runs"], ranks, ["baseline", setting.oracle or "", of.placebo])]
+        lines.append(
+            f"\n{setting.name}: mean and deviation over seeds. Ranks among {len(ranked)} rules, 1 is best: "
+            "their mean over all metrics, with its 95 % interval. Rules whose intervals overlap have no order."
+        )
+        if figure is not None and page is not None:
+            drawn = figure.with_name(f"{of.name}-{setting.name}.svg")
+            write_text(drawn, plots.rank_table(ranks))
+            lines.append(f"\n![Mean ranks and their intervals]({drawn.relative_to(page.parent).as_posix()})")
+    return lines
 
 
 def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:

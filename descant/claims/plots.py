@@ -101,6 +101,31 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
         return figures.to_svg(made, tooltips)
 
 
+def rank_table(ranks: Mapping[str, Mapping[str, Interval]]) -> str:
+    """SVG figure of mean ranks: a row a rule, in the order given, a column a metric, with intervals over seeds."""
+    names, metrics = list(ranks), list(next(iter(ranks.values())))
+    wide, height, tooltips = 110, 78 + 19 * len(names), {}
+    with figures.style():
+        made = figures.figure(120 + wide * len(metrics), height)
+        for n, metric in enumerate(metrics):
+            whole = 120 + wide * len(metrics)
+            axes = made.add_axes(((115 + wide * n) / whole, 34 / height, (wide - 15) / whole, (height - 78) / height))
+            axes.set_xlim(len(names) + 0.5, 0.5)  # the best on the right
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xticks([len(names), 1])
+            axes.set_yticks(range(len(names)), names if n == 0 else [""] * len(names), color=figures.INK)
+            axes.set_title(metric.replace("/", "/\n").replace("@", "\n@"), fontsize=9)
+            for row, name in enumerate(names):
+                of = ranks[name][metric]
+                ends = [min(max(x, 0.5), len(names) + 0.5) for x in (of.low, of.high)]
+                axes.plot(ends, [row, row], color=figures.BLUE, linewidth=2, alpha=0.6)
+                axes.plot([of.mean], [row], "o", color=figures.BLUE, markersize=6, gid=f"{n}-{row}")
+                tooltips[f"{n}-{row}"] = {
+                    "title": f"{name}, {metric}: rank {of.mean:.1f} [{of.low:.1f}, {of.high:.1f}]"
+                }
+        return figures.to_svg(made, tooltips)
+
+
 def _both(of: Effect) -> dict[str, Interval]:
     return {"over baseline": of.over_baseline, "over placebo": of.over_placebo}
 

@@ -310,6 +310,19 @@ def effective_rank(z_ND: Tensor) -> Tensor:
     return torch.special.entr(p).sum().exp()
 
 
+def feature_std(z_ND: Tensor) -> Tensor:
+    """Mean over features of their standard deviation over rows; 0 if collapsed (Chen & He 2020, arXiv 2011.10566).
+
+    ``1 / sqrt(D)`` for unit-length rows in all directions alike.
+
+    Shapes: ``z_ND -> []``.
+
+    >>> float(feature_std(torch.tensor([[1.0, 2.0], [-1.0, 2.0]])))
+    0.5
+    """
+    return z_ND.std(dim=0, correction=0).mean()
+
+
 def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
     """Alignment ``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242); 0 is best.
 

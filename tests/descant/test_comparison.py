@@ -12,6 +12,7 @@ import yaml
 from descant.claims import comparison, spec, store, table
 from descant.claims.claim import Claim
 from descant.claims.effect import HELPS, HURTS, NO_ROOM, PLACEBO, effect
+from descant.claims.ranks import mean_ranks
 from descant.cli.errors import Refusal
 from tests.conftest import Result
 from tests.descant.test_claims import CONTENT, STAGES
@@ -82,6 +83,7 @@ def stored(of: comparison.Comparison, results: Path, **gain: float) -> None:
         ({"arms": RULES | TUNED}, "rates.yaml: arms.tuned: settings need `tuning`, which chooses one of them"),
         ({"tuning": {"seed": 50}}, "rates.yaml: tuning: no arm has settings"),
         ({"arms": RULES | TUNED, "tuning": {"seed": 0.5}}, "rates.yaml: tuning.seed 0.5: a whole number is expected"),
+        ({"ranks": ["test/gaps"]}, "rates.yaml: ranks: test/gaps: no metric of claims toy-claim; nearest: test/gap"),
         ({"arms": RULES | {"sits": BEGUN}}, "rates.yaml: arms.sits: no arm 'learn' whose run .*; nearest: learns"),
     ],
 )
@@ -111,6 +113,22 @@ def test_a_rule_is_judged_as_a_method_is_and_the_placebo_as_such(
     assert "| learns | **helps** +0.150" in page and "| random | **placebo** +0.001" in page
     assert "of 2 that do nothing" in page and "| 1.07 |" in page and "(docs/claims/rates.svg)" in page
     assert "learns, over placebo" in (workplace / "docs/claims/rates.svg").read_text()
+
+
+def test_rules_are_ranked_by_several_metrics_with_intervals_and_without_a_winner(
+    written: Callable[..., comparison.Comparison], results: Path, workplace: Path
+) -> None:
+    of = written(ranks=["test/gap"])
+    stored(of, results, random=0.5, learns=0.15, sits=0.15)
+    table.write([*of.claims], results, workplace / "CLAIMS.md", [of])
+    page = (workplace / "CLAIMS.md").read_text()
+    assert "| arm | test/gap | mean rank |" in page and "| baseline | 1.000 ± 0.000 |  |" in page
+    assert page.count("| 1.5 [1.5, 1.5] |") == 2 and "Ranks among 2 rules" in page, "equal ones share a rank"
+    assert "learns, all: rank 1.5" in (workplace / "docs/claims/rates-toy-claim.svg").read_text()
+    runs = {a: {s: {"m": x} for s, x in enumerate(values)} for a, values in {"a": (3, 3, 1), "b": (2, 2, 2)}.items()}
+    found = mean_ranks(runs, ["a", "b"], ["m"], range(3))["b"]["m"]
+    # of three seeds, b is first in one: ranks 2, 2, 1, whose interval is Student's, 5/3 -+ 4.303 sd / sqrt(3)
+    assert found.mean == pytest.approx(5 / 3, abs=1e-12) and found.high - found.mean == pytest.approx(1.434, abs=1e-3)
 
 
 def test_without_room_no_rule_is_run(

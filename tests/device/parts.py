@@ -43,7 +43,9 @@ from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarge
 from descant.modules.evaluation import attacks as attack
 from descant.modules.evaluation import metrics
 from descant.modules.evaluation.items import ItemStore, mean_of, per_group
+from descant.modules.evaluation.out_of_distribution import Mahalanobis, NearestNeighbours, auroc_shares
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
+from descant.modules.evaluation.shares import share_rows
 from descant.modules.fusion.boosted import BoostedSum
 from descant.modules.fusion.classifiers import (
     AttentionFusion,
@@ -783,12 +785,19 @@ def _numbers(at: Place) -> Any:
     )
 
 
-@part("matched_rows", "modality_gap", "effective_rank", "alignment", "uniformity", "wide")
+@part("matched_rows", "modality_gap", "effective_rank", "feature_std", "alignment", "uniformity", "wide")
 def _geometry(at: Place) -> Any:
     a, b, here = at(unit()), at(unit()), at(present())
     rows = metrics.matched_rows(here["image"], here["text"], at(torch.tensor([7, 7, 8, 9, 9, 1])))
     numbers = metrics.modality_gap(a, b), metrics.effective_rank(a), metrics.alignment(a, b), metrics.uniformity(a)
-    return rows, numbers, a.to(metrics.wide(at.device))
+    return rows, numbers, metrics.feature_std(a), a.to(metrics.wide(at.device))
+
+
+@part("Detector", "Mahalanobis", "NearestNeighbours")
+def _out_of_distribution(at: Place) -> Any:
+    bank, a, b = at(unit()), at(unit()), at(unit())
+    rows = share_rows(at(torch.tensor([0, 1, 0, 1, 0, 2])), at(torch.rand(6)), 0.5)
+    return rows, [auroc_shares(score(a, bank), score(b, bank)) for score in (Mahalanobis(), NearestNeighbours(2))]
 
 
 @part("RidgeReadout", "Products", "ModelContrast", "Reading")

@@ -219,7 +219,9 @@ def self_supervised(before: Path) -> Run:
     towers = Towers(image=ConvTower([8], stem=4))
     objective = DINO(hidden=8, bottleneck=8, prototypes=8)
     recipe = SelfSupervised(towers, objective, crops=LocalCrops(number=2, size=8), optimizer=adamw)
-    return Run(recipe, emoji(views={"image": 2}), [c.KNN("group"), c.Geometry()])
+    ood = c.OutOfDistribution({"other": emoji(groups=["symbols"])}, validate=True)
+    probe = c.LinearProbe("group", shares=[0.1, 1.0])
+    return Run(recipe, emoji(views={"image": 2}), [c.KNN("group"), probe, ood, c.Geometry()])
 
 
 @run

@@ -293,7 +293,10 @@ def test_geometry_pairs_rows_by_key_where_no_row_has_both():
     both = evaluate(Data({"val": whole}), Geometry())
     assert sorted(both) == [
         f"val/{k}"
-        for k in ("align_image_text", "gap_image_text", "rank_image", "rank_text", "uniform_image", "uniform_text")
+        for k in (
+            *("align_image_text", "gap_image_text", "rank_image", "rank_text"),
+            *("std_image", "std_text", "uniform_image", "uniform_text"),
+        )
     ]
     z = {m: F.normalize(x, dim=-1) for m, x in whole.inputs.items()}
     assert abs(both["val/gap_image_text"] - float((z["image"].mean(0) - z["text"].mean(0)).norm())) < ulps(16, F32)
@@ -325,7 +328,7 @@ def test_evaluators_use_no_random_numbers_of_the_run():
 class Counts(KNN):
     fitted = 0
 
-    def score(self, *args: Any) -> dict[str, Items]:
+    def score(self, *args: Any) -> dict[tuple[str, str], Items]:
         self.fitted += 1
         return super().score(*args)
 
