@@ -30,6 +30,7 @@ from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
 from descant.modules.balance.base import Pacing
 from descant.modules.balance.crmt import UnimodalMargin
 from descant.modules.balance.ogm import OGM
+from descant.modules.balance.random_pacing import RandomPacing
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.batch import Batch
 from descant.modules.core.batch_norm import FrozenBatchNormStats
@@ -477,6 +478,7 @@ def _pacing(make: Callable[[], Pacing]) -> Part:
 
 part("OGM")(_pacing(OGM))
 part("AGM")(_pacing(AGM))
+part("RandomPacing")(_pacing(RandomPacing))
 
 
 @part("Curriculum")

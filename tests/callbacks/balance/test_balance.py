@@ -19,13 +19,14 @@ from descant.callbacks.balance.balance import Balance
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.base import Pacing
 from descant.modules.balance.ogm import OGM
+from descant.modules.balance.random_pacing import RandomPacing
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
 from descant.recipes import Fusion
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, Signs, double, gradients, recipe
 from tests.step_toy import QUIET, largest_gap
-from tests.tolerance import F64, rounding, ulps
+from tests.tolerance import F64, rounding, statistical, ulps
 
 STEPS = 3
 PACINGS: dict[str, Callable[[], Pacing]] = {
@@ -226,6 +227,17 @@ def test_a_planted_imbalance_is_scaled_by_what_the_formula_gives() -> None:
             assert float(sham[name].norm() / plain[name].norm()) == pytest.approx(factor, abs=ulps(256, F64))
 
 
+def test_the_placebo_slows_each_modality_as_often_whatever_the_scores() -> None:
+    rule, score_M = RandomPacing(factor=0.25), torch.tensor([0.9, 0.1, 0.5])
+    factor_NM = torch.stack([rule.pace(score_M) for _ in range(3000)])
+    assert factor_NM.sort(dim=1).values.unique(dim=0).tolist() == [[0.25, 1.0, 1.0]]
+    share_M = (factor_NM < 1).double().mean(dim=0)
+    assert torch.allclose(share_M, torch.full_like(share_M, 1 / 3), rtol=0, atol=statistical(2**0.5 / 3, 3000))
+    again = RandomPacing(factor=0.25)
+    again.load_state_dict({"steps": torch.tensor(2990)})
+    assert torch.equal(torch.stack([again.pace(score_M.flip(0)) for _ in range(10)]), factor_NM[2990:])
+
+
 def test_rules_say_nothing_where_modalities_are_even_or_it_is_off() -> None:
     even_M = torch.tensor([0.4, 0.4, 0.4], dtype=torch.float64)
     assert OGM().pace(even_M).tolist() == [1.0] * 3 and AGM().pace(even_M).tolist() == [1.0] * 3
@@ -334,6 +346,7 @@ def tied() -> Fusion:
         (lambda: Balance(OGM(), until=0), "until 0: a share of the run"),
         (lambda: OGM(alpha=-1), "alpha -1"),
         (lambda: AGM(alpha=-1), "alpha -1"),
+        (lambda: RandomPacing(factor=2), "factor 2: from 0 to 1"),
         (lambda: fit(BoringModel(), Balance(OGM())), "the protocol MultimodalClassifier .*; BoringModel lacks it"),
         (lambda: fit(one(), Balance(OGM())), "one modality, image: there is nothing to balance"),
         (lambda: fit(frozen(), Balance(OGM())), "nothing of text is trained"),
