@@ -52,6 +52,7 @@ class StreamSpace(SharedSpace):
     def embeddings(self, streams: Streams) -> dict[str, Tensor]:
         """``z_BD`` of each modality of a batch, and of pairs of them."""
         z = {m: streams.latent(m) for m in self.towers if m in streams.batch.inputs}
-        fused: Any = {frozenset(pair) for objective in self.objectives.values() for pair in objective.fuses}
+        tasks: Any = self.objectives.values()
+        fused = {frozenset(pair) for objective in tasks for pair in objective.fuses}
         pairs = [pair for pair in self.embeds if {*pair} <= z.keys()]
         return z | {f"{a}+{b}": streams.together(a, b, {a, b} in fused) for a, b in pairs}

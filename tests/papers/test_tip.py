@@ -119,15 +119,15 @@ class TestMaskedColumns(GradientExact, Ranks, Resume, ShamNeutral):
         return TableData(modalities=tuple(PAIR))
 
     def explicit(self, recipe: Any, batch: Batch) -> dict[str, Tensor]:
-        objective, values = recipe.objectives["columns"], []
+        objective, values = recipe.objectives["columns"], list[Tensor]()
         hidden_BC = objective.hides(batch).target["table"]
         both_B = batch.present["image"] & batch.present["table"]
         for b in both_B.nonzero().flatten().tolist():
             x_C, hidden_C = batch.inputs["table"][b], hidden_BC[b]
             tokens = recipe.towers["table"](x_C[None].masked_fill(hidden_C, torch.nan))
             image = recipe.towers["image"](batch.inputs["image"][b : b + 1])
-            h = [recipe.fusion.maps[m](t.h_BTD) for m, t in (("image", image), ("table", tokens))]
-            h = torch.cat([recipe.fusion.first_D.expand(1, 1, -1), *h], dim=1)
+            sides = [recipe.fusion.maps[m](t.h_BTD) for m, t in (("image", image), ("table", tokens))]
+            h = torch.cat([recipe.fusion.first_D.expand(1, 1, -1), *sides], dim=1)
             for layer in recipe.fusion.layers:
                 h = layer(h)
             h = recipe.fusion.norm(h)[0, 3:]  # after its own first token, the image's and the table's
@@ -138,7 +138,8 @@ class TestMaskedColumns(GradientExact, Ranks, Resume, ShamNeutral):
                 losses[bool(count)].append(
                     F.cross_entropy(logits, x_C[c].long()) if count else (objective.numbers(h[c])[0] - x_C[c]) ** 2
                 )
-            values.append(sum(torch.stack(half).mean() if half else h.sum() * 0 for half in losses.values()) / 2)
+            halves = [torch.stack(half).mean() if half else h.sum() * 0 for half in losses.values()]
+            values.append(torch.stack(halves).sum() / 2)
         return {"columns": torch.stack(values).sum() / both_B.sum()}
 
 
@@ -200,7 +201,7 @@ def test_the_stored_value_of_a_hidden_or_missing_cell_changes_no_bit(missing: st
         _, score_NK, _, _, y_M, x_M = objective.cells(streams, b)
         (score_NK.sum() + y_M.sum()).backward()
         tokens = streams.tokens("table", streams.masks)
-        fused, _ = streams.own(*PAIR, streams.masks)
+        fused, _ = streams.own("image", "table", streams.masks)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append(([tokens.h_BTD, fused.first_ND, fused.a.h_BTD, fused.b.h_BTD, score_NK, y_M, *gradients], x_M))
     assert not torch.equal(results[0][1], results[1][1])
@@ -215,11 +216,14 @@ def test_who_attends_to_a_hidden_column() -> None:
         row = int((streams.masks.target["table"].any(dim=1) & b.both(*PAIR)).nonzero()[0])  # type: ignore[union-attr]
         column = int(streams.masks.target["table"][row].nonzero()[0])  # type: ignore[union-attr]
         tower: Any = model.towers["table"]
-        before = streams.tokens("table", streams.masks).h_BTD[row], streams.own(*PAIR, streams.masks)[0].first_ND
+        before = (
+            streams.tokens("table", streams.masks).h_BTD[row],
+            streams.own("image", "table", streams.masks)[0].first_ND,
+        )
         with torch.no_grad():
             tower.column_CD[column] += 1.0
         _, again = view(model, b)
-        after = again.tokens("table", again.masks).h_BTD[row], again.own(*PAIR, again.masks)[0].first_ND
+        after = again.tokens("table", again.masks).h_BTD[row], again.own("image", "table", again.masks)[0].first_ND
         others = [c for c in range(6) if c != 1 + column]
         slot = int(b.both(*PAIR)[:row].sum())
         assert bool((before[0] != after[0])[others].any()) == bool(tower_sees)
@@ -270,7 +274,7 @@ def test_pairs_are_embedded_by_both_sides_and_the_fused_token() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
-    image, classes = Towers(image=TwoLayerTower(6)), {"c": Classify("label", 3, ["image"])}
+    image, classes = Towers(image=TwoLayerTower(6)), dict[str, TaskObjective](c=Classify("label", 3, ["image"]))
     cases: list[tuple[Any, str]] = [
         (lambda: multitask(c=MaskedColumns("image")), "objectives: c: tower image: TwoLayerTower has no columns to"),
         (lambda: multitask(c=MaskedColumns(rate=0.05)), r"rate 0.05 hides 0 of 5 columns; such as 0.5"),
