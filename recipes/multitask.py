@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
@@ -105,6 +105,10 @@ class MultiTask(SharedSpace):
     def pairs(self) -> dict[str, tuple[str, str]]:
         """Pairs of modalities that objectives score, by the name of the term."""
         return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
+
+    def features(self, x: Tensor, modality: str) -> Tensor:
+        tokens = self.towers[modality](x)
+        return self.pools[modality](tokens if self.fusion is None else self.fusion.embedded(modality, tokens))
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """All but the objectives' own layers."""

@@ -93,7 +93,8 @@ class Streams:
 
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
-        h_BD = self.model.pools[modality](self.tokens(modality))
+        tokens, fusion = self.tokens(modality), self.model.fusion
+        h_BD = self.model.pools[modality](tokens if fusion is None else fusion.embedded(modality, tokens))
         if imputation is not None:
             h_BD = imputation.filled(h_BD, modality, present_B)
         return self.model.project(h_BD, modality, present_B)
@@ -139,7 +140,7 @@ class Streams:
         row_V = to_device(host_V, self.batch.device)
         tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
         with self.rows(row_V):
-            return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
+            return self.fusion.between(a, b).pairs(tokens_a, tokens_b, row_V, row_V), row_V
 
     def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
         """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.
@@ -152,7 +153,7 @@ class Streams:
         split = row_N.split(n), column_N.split(n), host_copy(sample_N).split(n)
         for row_n, column_n, host_n in zip(*split, strict=True):
             with self.rows(host_n):
-                parts.append(self.fusion.first(tokens_a, tokens_b, row_n, column_n))
+                parts.append(self.fusion.between(a, b).first(tokens_a, tokens_b, row_n, column_n))
         return torch.cat(parts)
 
     def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
@@ -183,8 +184,8 @@ def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real
     h_BTD = tower.embed(x)
     if hidden_BT.shape[1] != h_BTD.shape[1]:
         raise ValueError(f"the adapter has {hidden_BT.shape[1]} tokens, and {type(tower).__name__} {h_BTD.shape[1]}")
-    place_TD = tower.positions_TD[: h_BTD.shape[1]]
-    h_BTD = torch.where(hidden_BT[..., None], (mask_D + place_TD).to(h_BTD.dtype), h_BTD)
+    place = tower.places(x) if hasattr(tower, "places") else tower.positions_TD[: h_BTD.shape[1]]
+    h_BTD = torch.where(hidden_BT[..., None], (mask_D + place).to(h_BTD.dtype), h_BTD)
     return Tokens(tower.encode(h_BTD, None if host_copy(real_BT).all() else real_BT), real_BT)
 
 
