@@ -28,7 +28,7 @@ from descant.modules.core.output import Output, Scorer
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
-from descant.modules.objectives.streams import Streams
+from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
@@ -107,8 +107,7 @@ class MultiTask(SharedSpace):
         return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
 
     def features(self, x: Tensor, modality: str) -> Tensor:
-        tokens = self.towers[modality](x)
-        return self.pools[modality](tokens if self.fusion is None else self.fusion.embedded(modality, tokens))
+        return pooled(self, self.towers[modality](x), modality)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """All but the objectives' own layers."""
@@ -135,8 +134,6 @@ class MultiTask(SharedSpace):
                     masks[objective.hiding] = objective.hides(streams.batch)
         return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
 
-    # evaluation -------------------------------------------------------------------------------------------------------
-
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(self, batch))
         return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
@@ -148,7 +145,6 @@ class MultiTask(SharedSpace):
         return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and scores, from one run of the towers."""
-        streams = Streams(self, batch)
+        streams = Streams(self, batch)  # one run of the towers for embeddings and scores
         z = {m: streams.latent(m) for m in self.towers if m in batch.inputs}
         return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}

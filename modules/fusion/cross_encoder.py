@@ -116,9 +116,9 @@ class FusionLayers(FusionBlocks):
         if not self.alone or modality not in self.maps:
             return tokens
         side, row_B = self.mapped(modality, tokens), torch.arange(len(tokens.h_BTD), device=tokens.h_BTD.device)
-        nobody = Tokens(torch.zeros_like(side.h_BTD), torch.zeros_like(side.mask_BT))
+        absent = Tokens(torch.zeros_like(side.h_BTD), torch.zeros_like(side.mask_BT))
         other = next((m for m in self.maps if m != modality), modality)
-        return self.between(modality, other).pairs(side, nobody, row_B, row_B).a
+        return self.between(modality, other).pairs(side, absent, row_B, row_B).a
 
     def mapped(self, modality: str, tokens: Tokens) -> Tokens:
         return Tokens(self.maps[modality](tokens.h_BTD), tokens.mask_BT)

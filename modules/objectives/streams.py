@@ -93,8 +93,7 @@ class Streams:
 
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
-        tokens, fusion = self.tokens(modality), self.model.fusion
-        h_BD = self.model.pools[modality](tokens if fusion is None else fusion.embedded(modality, tokens))
+        h_BD = pooled(self.model, self.tokens(modality), modality)
         if imputation is not None:
             h_BD = imputation.filled(h_BD, modality, present_B)
         return self.model.project(h_BD, modality, present_B)
@@ -173,6 +172,12 @@ class Streams:
     def rows(self, sample_N: Tensor) -> AbstractContextManager[None]:
         """Inside, row n of what modules see is row ``sample_N[n]`` of the batch."""
         return self.model.row_tracker.select(host_copy(sample_N))
+
+
+def pooled(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
+    """``h_BD``: the pooled tokens of a tower, or those that fusion layers with ``alone`` make of them."""
+    tokens = tokens if model.fusion is None else model.fusion.embedded(modality, tokens)
+    return model.pools[modality](tokens)
 
 
 def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real_BT: Tensor) -> Tokens:
