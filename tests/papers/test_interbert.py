@@ -270,7 +270,7 @@ def test_mismatched_pairs_add_zero_to_masked_terms() -> None:
     for row_B in model.objectives["match"].negative_rows(Streams(model, batch), batch, across=False):
         has = row_B >= 0
         assert has.any() and torch.equal(label_B[row_B[has]], label_B[has])
-        assert (row_B != torch.arange(16))[has].all() and float(with_pairs["match"].sum()) > 0
+        assert (row_B != torch.arange(16))[has].all()
 
 
 def test_hidden_regions_reach_nothing() -> None:
