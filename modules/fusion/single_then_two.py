@@ -105,7 +105,9 @@ class SingleThenTwo(FusionLayers):
     def _stream(self, modality: str, c_ND: Tensor, side: Tokens) -> tuple[Tensor, Tokens]:
         h_NTD = torch.cat([c_ND[:, None], side.h_BTD], dim=1)
         keys_N11T = torch.cat([torch.ones_like(side.mask_BT[:, :1]), side.mask_BT], dim=1)[:, None, None]
-        for layer in self.streams[modality]:  # type: ignore[union-attr]
+        blocks = self.streams[modality]
+        assert isinstance(blocks, nn.ModuleList)
+        for layer in blocks:
             h_NTD = layer(h_NTD, keys_N11T)
         h_NTD = self.norm(h_NTD)
         return self.poolers[modality](h_NTD[:, 0]).relu(), Tokens(h_NTD[:, 1:], side.mask_BT)

@@ -261,7 +261,8 @@ class TestInterBERT(Masked):
 
 def test_mismatched_pairs_add_zero_to_masked_terms() -> None:
     """The release zeroes the masked loss of a pair whose text is another sample's; here such a pair has none."""
-    model, alone, batch = TestInterBERT().made(), TestMasked().made(), TestInterBERT().batch()
+    model: Any = TestInterBERT().made()
+    alone, batch = TestMasked().made(), TestInterBERT().batch()
     shared = {name: x for name, x in model.state_dict().items() if not name.startswith("objectives.match")}
     alone.load_state_dict(shared)
     with_pairs, without = model(batch).terms, alone(batch).terms
@@ -275,7 +276,8 @@ def test_mismatched_pairs_add_zero_to_masked_terms() -> None:
 
 def test_hidden_regions_reach_nothing() -> None:
     """Not their features, nor those of another box on the same pixels; but where they are is known."""
-    model, batch = TestMasked().made(), TestMasked().batch()
+    model: Any = TestMasked().made()
+    batch = TestMasked().batch()
     hidden = model.objectives["regions"].hides(batch).target["image"]
     before = model(batch).terms["regions"].value
     other = TestMasked().batch()
