@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
@@ -28,7 +28,7 @@ from descant.modules.core.output import Output, Scorer
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
-from descant.modules.objectives.streams import Streams
+from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
@@ -106,6 +106,9 @@ class MultiTask(StreamSpace):
         """Pairs of modalities that objectives score, by the name of the term."""
         return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
 
+    def features(self, x: Tensor, modality: str) -> Tensor:
+        return pooled(self, self.towers[modality](x), modality)
+
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """All but the objectives' own layers."""
         own = set(self.objectives.parameters())
@@ -130,8 +133,6 @@ class MultiTask(StreamSpace):
                 with naming(name):
                     masks[objective.hiding] = objective.hides(streams.batch)
         return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
-
-    # evaluation -------------------------------------------------------------------------------------------------------
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(self, batch))

@@ -43,12 +43,16 @@ from descant.datamodules.corpora.stimuli import (
 from descant.datamodules.names import require_known
 from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
+from descant.modules.core.host import to_device
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
 from descant.modules.transforms.image import Augment, colour_names, edges
+from descant.modules.transforms.regions import Regions
 from descant.modules.transforms.table import ColumnMissing
 
 #: Modalities that are computed from the image, on the device.
 DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
+#: Of how many training drawings the regions are that visual words are fitted on.
+WORD_DRAWINGS = 400
 
 
 class Emoji(ImageViews):
@@ -81,6 +85,8 @@ class Emoji(ImageViews):
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
         table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
         missing: cells of the table that are hidden beside those.
+        regions: another, cells and crops of each image: ``regions [B, T, P + 4]``, features and box, with the inputs
+            ``boxes [B, T, 4]`` and ``words [B, T, K]``, classes of k-means of training images.
         foreign: languages of retrieval by names that are in no training caption.
         development: to choose settings without the test sets: Twemoji is the held-out vendor and 150 training
             concepts are the held-out ones; "validate" has the sets of "test".
@@ -129,10 +135,12 @@ class Emoji(ImageViews):
         mixer: CaptionMixer | None = None,
         table: bool = False,
         missing: ColumnMissing | None = None,
+        regions: Regions | None = None,
         folder: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
+        self.regions = regions
         self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
         super().__init__(**kwargs)
         self.text, self.groups, self.languages = text, groups, languages or ["en"]
@@ -160,7 +168,8 @@ class Emoji(ImageViews):
     @property
     def modalities(self) -> tuple[str, ...]:
         audio, table = (["audio"] if self.speech is not None else []), (["table"] if self.table else [])
-        return ("image", "text", *self.derived, *audio, *table)
+        regions = ["regions"] if self.regions is not None else []
+        return ("image", "text", *self.derived, *audio, *table, *regions)
 
     @property
     def table_columns(self) -> list[int] | None:
@@ -303,6 +312,17 @@ class Emoji(ImageViews):
         training = torch.stack([raw[VENDORS.index(vendor)][concept] for concept, vendor, _, _ in self.training_rows])
         return {vendor: standardised(x_NC, training) for vendor, x_NC in raw.items()}
 
+    @cached_property
+    def visual_words(self) -> Tensor:
+        """``[K, P]``: the centres of the regions of some training drawings, as they look in evaluation."""
+        assert self.regions is not None
+        step = max(len(self.training_rows) // WORD_DRAWINGS, 1)
+        rows = [(concept, vendor) for concept, vendor, _, _ in self.training_rows[::step]]
+        x_N4HW = torch.stack([self.pack.reduced(vendor, self.size)[concept] for concept, vendor in rows])
+        key_N = torch.arange(len(rows))
+        feature_NTP = self.regions.features(self.pixels(x_N4HW, key_N), self.regions.boxes(key_N))
+        return self.regions.fit(feature_NTP.flatten(0, 1))
+
     # the sets --------------------------------------------------------------------------------------------------
 
     def rows_by(self, vendors: Sequence[str]) -> list[Row]:
@@ -409,13 +429,19 @@ class Emoji(ImageViews):
     @property
     def transform_key(self) -> str | None:
         views = settings(self.augment, self.augment_2, self.pixels)
-        known = type(self) is Emoji and self.speech is None and views is not None
+        known = type(self) is Emoji and self.speech is None and self.regions is None and views is not None
         return f"{', '.join(self.derived)}: {views}" if known else None
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         for m in self.derived:
             batch.inputs[m] = DERIVED[m](batch.inputs["image"])
+        if self.regions is not None:
+            box_BT4 = to_device(self.regions.boxes(batch.rng_seed), batch.device)
+            feature_BTP = self.regions.features(batch.inputs["image"], box_BT4)
+            batch.inputs |= {"regions": torch.cat([feature_BTP, box_BT4], dim=2), "boxes": box_BT4}
+            w_KP = to_device(self.visual_words, batch.device)
+            batch.inputs["words"] = self.regions.probabilities(feature_BTP, w_KP)
         if "image@2" in batch.inputs:
             batch.inputs["image@2"] = self.augment_2(batch.inputs["image@2"], batch.rng_seed)
         if self.speech is not None:

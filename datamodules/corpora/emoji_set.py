@@ -76,7 +76,7 @@ class EmojiSet(NumberedDataset):
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         image_N, text_N = (torch.from_numpy(has_N[index_N]) for has_N in (self.image_N, self.text_N))
         audio = {} if self.spoken is None else {"audio": text_N}
-        of_image = [*self.data.derived, *(["table"] if self.data.table else [])]
+        of_image = [*self.data.derived, *(m for m in ("table", "regions") if m in self.data.modalities)]
         return {"image": image_N, "text": text_N, **dict.fromkeys(of_image, image_N), **audio}
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:

@@ -79,6 +79,10 @@ class FusionLayers(FusionBlocks):
 
     Args:
         width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
+        alone: a modality's embedding is of its tokens behind these layers, with none of the other modality.
+
+    Raises:
+        ValueError: when built, with ``alone`` for a tower of another width.
 
     >>> layers = FusionLayers(width=8, depth=1, heads=2).build({"image": 4, "text": 6})
     >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
@@ -88,10 +92,33 @@ class FusionLayers(FusionBlocks):
     (torch.Size([2, 8]), torch.Size([2, 5, 8]), torch.Size([2, 2, 8]))
     """
 
+    def __init__(
+        self, width: int = 128, depth: int = 2, heads: int = 4, dropout: float = 0.0, alone: bool = False
+    ) -> None:
+        super().__init__(width, depth, heads, dropout)
+        self.alone = alone
+
     def build(self, widths: Mapping[str, int]) -> Self:
         """Maps of modality -> width of its tokens; returns itself."""
+        for m in (m for m in widths if self.alone and widths[m] != self.width):
+            raise ValueError(
+                f"fusion: alone: tower {m} has the width {widths[m]}, and these layers {self.width}: one for both"
+            )
         self.maps = nn.ModuleDict({m: self._map(width) for m, width in widths.items()})
         return self
+
+    def between(self, a: str, b: str) -> FusionBlocks:
+        """The layers for pairs of these modalities: the same for all."""
+        return self
+
+    def embedded(self, modality: str, tokens: Tokens) -> Tokens:
+        """What embeddings are pooled from: the tokens, or, with ``alone``, what these layers make of them alone."""
+        if not self.alone or modality not in self.maps:
+            return tokens
+        side, row_B = self.mapped(modality, tokens), torch.arange(len(tokens.h_BTD), device=tokens.h_BTD.device)
+        absent = Tokens(torch.zeros_like(side.h_BTD), torch.zeros_like(side.mask_BT))
+        other = next((m for m in self.maps if m != modality), modality)
+        return self.between(modality, other).pairs(side, absent, row_B, row_B).a
 
     def mapped(self, modality: str, tokens: Tokens) -> Tokens:
         return Tokens(self.maps[modality](tokens.h_BTD), tokens.mask_BT)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived
 from descant.modules.masking.adapters import Adapter, PatchAdapter
 
@@ -107,7 +108,7 @@ class TokenAdapter(Adapter):
         return self.table(x_NP.squeeze(1))
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        return {"": F.cross_entropy(self.outward(h_NE).float(), x_NP.squeeze(1), reduction="none")}
+        return {"": F.cross_entropy(promote(self.outward(h_NE)), x_NP.squeeze(1), reduction="none")}
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
         return self.outward(h_NE).argmax(dim=1, keepdim=True)
@@ -185,3 +186,50 @@ class TableAdapter(Adapter):
         score_NC, y_N = self._scores(h_NE, place_N)
         class_N = (score_NC.argmax(dim=1) - self.first_T[place_N]).to(y_N.dtype)
         return torch.where(self.number_T[place_N], y_N, class_N)[:, None]
+
+
+class DistributionAdapter(Adapter):
+    """Probabilities of classes, float ``[B, T, C]``, as targets alone: ``loss_n = sum_c p_nc (log p_nc - log q_nc)``.
+
+    The Kullback-Leibler divergence from the predicted ``q = softmax(W h)``, in float32 at least; of
+    one class that is certain it is the cross-entropy. Source: masked regions of InterBERT (arXiv 2003.13198).
+
+    Args:
+        classes: C. length: T.
+
+    >>> adapter = DistributionAdapter(classes=2, length=3)
+    >>> adapter.build(1, 2)
+    >>> adapter.outward = nn.Identity()
+    >>> x_NP, place_N = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([0, 1])
+    >>> [round(x, 3) for x in adapter.losses(torch.zeros(2, 2), x_NP, place_N)[""].tolist()]
+    [0.693, 0.0]
+    """
+
+    def __init__(self, classes: int, length: int) -> None:
+        super().__init__()
+        if classes < 2 or length < 2:
+            raise ValueError(f"classes {classes}, length {length}: at least 2 each")
+        self.grid, self.classes = (length,), classes
+
+    @property
+    def numbers(self) -> int:
+        return self.classes
+
+    def build(self, width: int, out: int) -> None:
+        super().build(width, out)
+        self.outward = nn.Linear(out, self.classes) if out else nn.Identity()
+
+    def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1:] != (self.tokens, self.classes):
+            raise ValueError(f"target of {tuple(x.shape[1:])}: this adapter takes {(self.tokens, self.classes)}")
+        return x, derived(lambda x_BTC: x_BTC.sum(dim=2) > 0, x)
+
+    def whole(self, x_BTP: Tensor) -> Tensor:
+        return x_BTP
+
+    def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
+        log_NP = promote(self.outward(h_NE)).log_softmax(dim=1)
+        return {"": F.kl_div(log_NP, x_NP.to(log_NP), reduction="none").sum(dim=1)}
+
+    def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
+        return promote(self.outward(h_NE)).softmax(dim=1)

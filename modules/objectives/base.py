@@ -51,6 +51,8 @@ class Facts(NamedTuple):
 
     def maskable(self, modality: str) -> None:
         """Raises ValueError for a tower whose tokens cannot be hidden between its ``embed`` and ``encode``."""
+        if hasattr(self.towers[modality], "places"):  # of each sample
+            return
         tower = self.towers[modality]
         if not has(tower, Encodes) or not hasattr(tower, "positions_TD"):
             able = "MaskedColumns hides" if has(tower, HidesCells) else "PatchTower and TextTower"

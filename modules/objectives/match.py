@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch, chosen
 from descant.modules.core.dtype import promote
+from descant.modules.core.errors import no_such
 from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
@@ -31,10 +32,12 @@ def matching_negatives(
     u_B: Tensor,
     key_G: Tensor | None = None,
     valid_G: Tensor | None = None,
+    kind_B: Tensor | None = None,
+    kind_G: Tensor | None = None,
 ) -> Tensor:
     """Int64 ``[B]``: a negative of each row, drawn by similarity; -1 where there is none.
 
-        P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, and of other content than b
+        P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, other content than b, its kind
 
     by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where the
     device has it.
@@ -43,6 +46,7 @@ def matching_negatives(
         s_BG: similarities of rows to columns, over the temperature.
         key_B, key_G: content ids; the rows' where none are given for the columns.
         valid_B, valid_G: bool, as ``key``: which samples there are.
+        kind_B, kind_G: a class that negatives share with their sample, as ``key``; all are of one where not given.
         u_B: draws in [0, 1).
 
     >>> s_BG, key_B = torch.zeros(3, 3), torch.tensor([5, 6, 5])
@@ -52,6 +56,8 @@ def matching_negatives(
     """
     key_G, valid_G = key_B if key_G is None else key_G, valid_B if valid_G is None else valid_G
     allowed_BG = (key_B[:, None] != key_G) & valid_B[:, None] & valid_G
+    if kind_B is not None:
+        allowed_BG &= kind_B[:, None] == (kind_B if kind_G is None else kind_G)
     # a row without any is uniform here, and -1 below; the lowest finite number, as minus infinity would be nan
     dtype = wide(s_BG.device)
     s_BG = s_BG.to(dtype).masked_fill(~allowed_BG, torch.finfo(dtype).min)
@@ -80,9 +86,11 @@ class Match(TaskObjective):
         form: of the loss.
         sham: ``permute`` takes any of the three pairs of a sample for its own, each as likely, so that nothing is to be
             learned from which it is.
+        within: a target that negatives share with their sample, such as a class: hard negatives.
 
     Raises:
-        ValueError: for other than two modalities, a temperature not above 0; when built, without fusion layers.
+        ValueError: for other than two modalities, a temperature not above 0; when built, without fusion layers; in use,
+            for data without the target ``within``.
     """
 
     in_batch_negatives = True
@@ -94,6 +102,7 @@ class Match(TaskObjective):
         temperature: float = 0.07,
         form: Literal["binary", "list"] = "binary",
         sham: Literal["permute"] | None = None,
+        within: str | None = None,
     ) -> None:
         super().__init__()
         if not len(set(pair)) == len(pair) == 2:
@@ -102,6 +111,7 @@ class Match(TaskObjective):
             raise ValueError(f"temperature {temperature:g}: must be above 0")
         self.pair, self.negatives, self.temperature, self.form = (pair[0], pair[1]), negatives, temperature, form
         self.sham = Sham(sham)
+        self.within = within
 
     def build(self, facts: Facts) -> Self:
         self.score = nn.Linear(facts.fused(*self.pair), 1)
@@ -112,8 +122,9 @@ class Match(TaskObjective):
         """Int64 ``[B]`` each: the row of b for each sample's a, and the row of a for each sample's b; -1 for none."""
         gather_rows = gather if across else lambda x: x
         (a, b), valid_B = self.pair, batch.both(*self.pair)
-        every_G = gather_rows(torch.stack([batch.content_id, valid_B.long(), batch.rng_seed], dim=1))
-        key_G, valid_G, seed_G = every_G.unbind(dim=1)
+        kind_B = torch.zeros_like(batch.content_id) if self.within is None else self.kinds(batch)
+        every_G = gather_rows(torch.stack([batch.content_id, valid_B.long(), batch.rng_seed, kind_B], dim=1))
+        key_G, valid_G, seed_G, kind_G = every_G.unbind(dim=1)
         # columns in the order of their random keys: the negative of a sample does not depend on where its batch is cut
         order_G = seed_G.argsort(stable=True)
         columns = key_G[order_G], valid_G[order_G].bool()
@@ -125,9 +136,14 @@ class Match(TaskObjective):
                 z_BD, z_GD = (streams.latent(m).detach().to(dtype) for m in (mine, other))
                 s_BG = z_BD @ gather_rows(z_GD)[order_G].T / self.temperature
             u_B = to_device(uniform_N(batch.rng_seed, f"match/{other}"), batch.device)
-            at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns)
+            at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns, kind_B, kind_G[order_G])
             rows.append(torch.where(at_B >= 0, order_G[at_B.clamp(min=0)], -1))
         return rows[0], rows[1]
+
+    def kinds(self, batch: Batch) -> Tensor:
+        if self.within not in batch.targets:
+            raise ValueError(f"within: {no_such(str(self.within), batch.targets)}")
+        return batch.targets[self.within]
 
     def judged(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``s_V`` of own pairs, ``s_2V`` of negatives of both sides, bool ``has_2V``, and the rows ``[V]``."""

@@ -98,7 +98,7 @@ class Streams:
 
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
-        h_BD = self.model.pools[modality](self.tokens(modality))
+        h_BD = pooled(self.model, self.tokens(modality), modality)
         if imputation is not None:
             h_BD = imputation.filled(h_BD, modality, present_B)
         return self.model.project(h_BD, modality, present_B)
@@ -146,7 +146,7 @@ class Streams:
         row_V = to_device(host_V, self.batch.device)
         tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
         with self.rows(row_V):
-            return self.fusion.pairs(tokens_a, tokens_b, row_V, row_V), row_V
+            return self.fusion.between(a, b).pairs(tokens_a, tokens_b, row_V, row_V), row_V
 
     def together(self, a: str, b: str, fused: bool) -> Tensor:
         """``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
@@ -169,7 +169,7 @@ class Streams:
         split = row_N.split(n), column_N.split(n), host_copy(sample_N).split(n)
         for row_n, column_n, host_n in zip(*split, strict=True):
             with self.rows(host_n):
-                parts.append(self.fusion.first(tokens_a, tokens_b, row_n, column_n))
+                parts.append(self.fusion.between(a, b).first(tokens_a, tokens_b, row_n, column_n))
         return torch.cat(parts)
 
     def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
@@ -191,6 +191,12 @@ class Streams:
         return self.model.row_tracker.select(host_copy(sample_N))
 
 
+def pooled(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
+    """``h_BD``: the pooled tokens of a tower, or those that fusion layers with ``alone`` make of them."""
+    tokens = tokens if model.fusion is None else model.fusion.embedded(modality, tokens)
+    return model.pools[modality](tokens)
+
+
 def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real_BT: Tensor) -> Tokens:
     """``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep their place and lose their content.
 
@@ -200,8 +206,8 @@ def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real
     h_BTD = tower.embed(x)
     if hidden_BT.shape[1] != h_BTD.shape[1]:
         raise ValueError(f"the adapter has {hidden_BT.shape[1]} tokens, and {type(tower).__name__} {h_BTD.shape[1]}")
-    place_TD = tower.positions_TD[: h_BTD.shape[1]]
-    h_BTD = torch.where(hidden_BT[..., None], (mask_D + place_TD).to(h_BTD.dtype), h_BTD)
+    place = tower.places(x) if hasattr(tower, "places") else tower.positions_TD[: h_BTD.shape[1]]
+    h_BTD = torch.where(hidden_BT[..., None], (mask_D + place).to(h_BTD.dtype), h_BTD)
     return Tokens(tower.encode(h_BTD, None if host_copy(real_BT).all() else real_BT), real_BT)
 
 

@@ -114,6 +114,7 @@ from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.crops import LocalCrops
 from descant.modules.transforms.image import Augment, Crop, Pixels
+from descant.modules.transforms.regions import Regions
 from descant.recipes import Contrastive, Fusion
 from tests._suites.discovery import concrete
 
@@ -517,8 +518,17 @@ part("Masks", "UniformMask")(_corruption(lambda: masking.UniformMask(0.5, joint=
 part("TokenBudget")(_corruption(lambda: TokenBudget(6, subset_first=True, targets=4)))
 part("BlockMask")(_corruption(lambda: structured.BlockMask(0.5), {"image": (4, 4)}))
 part("TubeMask")(_corruption(lambda: structured.TubeMask(0.5), {"video": (2, 2, 2)}))
+part("SegmentMask")(_corruption(lambda: structured.SegmentMask(anchors=0.3), {"text": (6,)}))
 part("SpanMask")(_corruption(lambda: structured.SpanMask(0.5), {"text": (6,)}))
 part("Hide")(_corruption(lambda: masking.Hide(["image"])))
+
+
+@part("Regions")
+def _regions(at: Place) -> Any:
+    cut = Regions(grid=2, crops=2, side=2, words=3, temperature=1.0)
+    x_B3HW, box_BT4 = at(torch.randn(B, 3, 8, 8)), at(cut.boxes(torch.arange(B)))
+    feature_BTP = cut.features(x_B3HW, box_BT4)
+    return feature_BTP, cut.probabilities(feature_BTP, at(torch.randn(3, 12)))
 
 
 def _adapter(make: Callable[[], adapters.Adapter], draw: Callable[[], Tensor]) -> Part:

@@ -37,6 +37,7 @@ from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
 from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder, FusionLayers
 from descant.modules.fusion.mmtm import MMTMFusion
+from descant.modules.fusion.single_then_two import SingleThenTwo
 from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
@@ -49,6 +50,7 @@ from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
 from descant.modules.masking.patch_mix import PatchMix
+from descant.modules.masking.structured import SegmentMask
 from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
@@ -59,14 +61,16 @@ from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
+from descant.modules.objectives.regions import MaskedRegions
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.text import NgramTokenizer
-from descant.modules.towers import BagTower, ConvTower, PatchTower, TableTower, TextTower, Towers
+from descant.modules.towers import BagTower, ConvTower, PatchTower, RegionTower, TableTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.schedule import WarmupCosine
 from descant.modules.transforms.crops import LocalCrops
+from descant.modules.transforms.regions import Regions
 from descant.modules.transforms.table import ColumnMissing
 from descant.recipes import (
     DPO,
@@ -284,6 +288,16 @@ def tables(before: Path) -> Run:
     recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), embeds=[pair], optimizer=adamw)
     data = emoji(table=True, paired=True, missing=ColumnMissing(0.6))
     return Run(recipe, data, [c.Accuracy(), c.LinearProbe("group", "image+table")])
+
+
+@run
+def interbert(before: Path) -> Run:
+    words = MaskedTokens("text", TokenAdapter(8192, 24), given="regions", corruption=SegmentMask())
+    objectives = {"match": Match(["regions", "text"], within="group"), "words": words}
+    objectives |= {"regions": MaskedRegions(8, 24, given="text")}
+    towers = Towers(text=TextTower(8192, 8, 1, 2, 24), others={"regions": RegionTower(48, 8)})
+    recipe = MultiTask(towers, objectives, 8, SingleThenTwo(8, 1, 2, upper=1, alone=True), optimizer=adamw)
+    return Run(recipe, emoji(name_only=1.0, regions=Regions(words=8)), [c.Accuracy()])
 
 
 @run

@@ -1,0 +1,71 @@
+"""Tower of image regions: features and boxes. Letters: B samples, T regions, P features of each, D width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.host import derived
+from descant.modules.core.objects import recorded
+from descant.modules.towers.base import Tokens, Tower
+from descant.modules.towers.image import Block, key_mask
+
+
+class RegionTower(Tower):
+    """Regions as tokens, each its features and where it is: ``h = norm(blocks(norm(W f + V [box, area])))``.
+
+    ``x: [B, T, P + 4] -> [B, T, width]``, the box last: left, top, right and bottom. A region without area is padding.
+    A hidden region keeps its box, and has a learned vector in place of ``W f`` (zeros of f in the release).
+    Source: the image embeddings of InterBERT (arXiv 2003.13198) and its release; its dropout is in the blocks here.
+
+    Args:
+        features: P.
+        width: D.
+        depth: number of blocks; 0 leaves regions to themselves, as the paper does below its fusion layers.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over D.
+        dropout: on the attention weights and on both branches of a block.
+
+    Raises:
+        ValueError: if ``heads`` does not divide ``width``; in forward, for regions of another length.
+
+    >>> tower = RegionTower(features=3, width=8)
+    >>> tower(torch.tensor([[[1.0, 0, 0, 0, 0, 0.5, 0.5], [0.0] * 7]])).mask_BT.tolist()
+    [[True, False]]
+    """
+
+    def __init__(
+        self, features: int, width: int, depth: int = 0, heads: int = 4, mlp_ratio: float = 4.0, dropout: float = 0.0
+    ) -> None:
+        self.arguments = recorded(locals())
+        super().__init__()
+        self.features, self.width = features, width
+        self.content, self.place = nn.Linear(features, width), nn.Linear(5, width)
+        self.norm_in, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+
+    def places(self, x_BTP: Tensor) -> Tensor:
+        """``[B, T, D]`` of the boxes alone: what is left of a hidden region."""
+        box_BT4 = x_BTP[..., -4:]
+        area_BT1 = (box_BT4[..., 2:] - box_BT4[..., :2]).prod(dim=2, keepdim=True)
+        return self.place(torch.cat([box_BT4, area_BT1], dim=2))
+
+    def embed(self, x_BTP: Tensor) -> Tensor:
+        """Regions with their places, ``[B, T, P + 4] -> [B, T, D]``."""
+        if x_BTP.shape[2:] != (self.features + 4,):
+            raise ValueError(f"features {self.features}, and 4 of the box: these regions have {tuple(x_BTP.shape[2:])}")
+        return self.content(x_BTP[..., :-4]) + self.places(x_BTP)
+
+    def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        h_BTD, keys = self.norm_in(h_BTD), None if mask_BT is None else key_mask(mask_BT)
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, keys)
+        return self.norm(h_BTD)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        mask_BT = derived(_has_area, x) if mask is None else mask
+        return Tokens(self.encode(self.embed(x), mask_BT), mask_BT)
+
+
+def _has_area(x_BTP: Tensor) -> Tensor:
+    return (x_BTP[..., -2:] > x_BTP[..., -4:-2]).all(dim=2)
