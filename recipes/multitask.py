@@ -146,6 +146,5 @@ class MultiTask(StreamSpace):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
-        streams = Streams(self, batch)
-        z = self.embeddings(streams)
-        return {"z": z, "scores": self.scores(batch, streams) if set(self.reads) <= batch.inputs.keys() else {}}
+        streams, whole = Streams(self, batch), set(self.reads) <= batch.inputs.keys()
+        return {"z": self.embeddings(streams), "scores": self.scores(batch, streams) if whole else {}}

@@ -194,6 +194,6 @@ class SegmentMask(Corruption):
             u_B2 = uniform_NK(draw_B, (f"{purpose}/start", f"{purpose}/length")).to(real_BT.device)
             start_B, length_B = one_segment(n_B, *u_B2.unbind(dim=1))
             return (place_BT >= start_B[:, None]) & (place_BT < (start_B + length_B)[:, None])
-        draws = (noise(draw_B, f"{purpose}/{what}", real_BT.shape[1]) for what in ("anchor", "length"))
-        hidden_BT = anchored_segments(*draws, self.anchors, self.most).to(real_BT.device)
+        anchor_BT, length_BT = (noise(draw_B, f"{purpose}/{w}", real_BT.shape[1]) for w in ("anchor", "length"))
+        hidden_BT = anchored_segments(anchor_BT, length_BT, self.anchors, self.most).to(real_BT.device)
         return hidden_BT.gather(1, place_BT.clamp(min=0))

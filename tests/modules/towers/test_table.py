@@ -18,7 +18,7 @@ COLUMNS = [0, 3, 0, 2]
 NAN = float("nan")
 
 
-def tower(**options: int) -> TableTower:
+def tower(**options: Any) -> TableTower:
     torch.manual_seed(0)
     made = TableTower(COLUMNS, width=8, **({"depth": 2, "heads": 2} | options))
     _asserts.stir(made)
