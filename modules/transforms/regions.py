@@ -75,10 +75,10 @@ class Regions:
 
     def features(self, x_BCHW: Tensor, box_BT4: Tensor) -> Tensor:
         """``[B, T, P]``: the pixels of each box, reduced to ``side`` x ``side``."""
-        size = box_BT4.new_tensor([x_BCHW.shape[3], x_BCHW.shape[2]]).repeat(2)
-        shape = [self.side, self.side]
+        shape, size = [self.side, self.side], [x_BCHW.shape[3], x_BCHW.shape[2]] * 2
+        pixel_BT4 = torch.stack([x_BT * n for x_BT, n in zip(box_BT4.float().unbind(2), size, strict=True)], dim=2)
         # in float32 whatever the run's precision: words are compared
-        cut_NCSS = roi_align(x_BCHW.float(), list((box_BT4 * size).float()), shape, sampling_ratio=2, aligned=True)
+        cut_NCSS = roi_align(x_BCHW.float(), list(pixel_BT4), shape, sampling_ratio=2, aligned=True)
         return cut_NCSS.flatten(1).view(len(x_BCHW), box_BT4.shape[1], -1)
 
     def fit(self, feature_NP: Tensor) -> Tensor:
