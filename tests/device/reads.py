@@ -117,7 +117,7 @@ RECIPES: dict[str, list[Case]] = {
         Case(("reinforce/emoji",), slow=True),
     ],
     "Staged": [Case(("staged/emoji_vqa",), slow=True)],
-    "MultiTask": [Case(("multitask/emoji",), slow=True), Case(("papers/interbert",), slow=True)],
+    "MultiTask": [Case(("multitask/emoji",), slow=True), Case(("multitask/two-streams",), slow=True)],
     "Matching": [Case(("distill/emoji-teacher",), slow=True)],
     "Peers": [Case(("distill/emoji-peers",), slow=True)],
 }
