@@ -14,7 +14,7 @@ from descant.recipes.masked import Masked
 from descant.recipes.matching import Matching
 from descant.recipes.missing import MissingModality
 from descant.recipes.multitask import MultiTask
-from descant.recipes.mutual_information import MutualInformation as MutualInformation
+from descant.recipes.mutual_information import MutualInformation
 from descant.recipes.peers import Peers
 from descant.recipes.reconboost import ReconBoost
 from descant.recipes.self_supervised import SelfSupervised
@@ -35,6 +35,7 @@ __all__ = [
     "Matching",
     "MissingModality",
     "MultiTask",
+    "MutualInformation",
     "Peers",
     "Recipe",
     "ReconBoost",

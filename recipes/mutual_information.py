@@ -51,7 +51,7 @@ class MutualInformation(SharedSpace):
         decoder: of image targets.
         same, view: likelihood of features of the same view, and of another view (``data.views {image: 2}``).
         text: likelihood of the text among those of the batch.
-        target, classes: of the data, whose C classes are predicted; 0 leaves them out.
+        target, classes: of the data, whose C classes are predicted, if any.
         scale: least and largest area of crops.
         momentum: of the teacher.
 
@@ -70,7 +70,7 @@ class MutualInformation(SharedSpace):
         view: Likelihood | None = None,
         text: Boltzmann | None = None,
         target: str = "group",
-        classes: int = 0,
+        classes: int | None = None,
         width: int = 64,
         scale: tuple[float, float] = (0.4, 1.0),
         momentum: float = 0.99,
@@ -85,13 +85,13 @@ class MutualInformation(SharedSpace):
         super().__init__(towers, width, **kwargs, distill=Distill(TowerAverage("image", momentum)))
         self.patch_mix, self.same, self.view, self.text, self.scale = patch_mix, same, view, text, scale
         self.decoder = decoder.build(towers.width("image"), patch_mix.patches) if same or view else None
-        self.target, self.classes = target, classes
+        self.target = target
         self.label_head = Projection(towers.width("image"), classes) if classes else None
         # what no term reads is not trained: no rank waits for its gradients
         for m in (m for m in towers if m != "image" and (m != "text" or text is None)):
             nn.ModuleList(part[m] for part in (self.towers, self.pools, self.heads)).requires_grad_(False)
         self.heads["image"].requires_grad_(text is not None)
-        self.pools["image"].requires_grad_(text is not None or classes > 0)
+        self.pools["image"].requires_grad_(text is not None or bool(classes))
         self.fusion: FusionLayers | None = None  # of streams, as the next two
         self.mask_tokens, self.forks = nn.ParameterDict(), dict[str, tuple[str, ...]]()
 
@@ -144,7 +144,7 @@ class MutualInformation(SharedSpace):
     def _classes(self, h_BD: Tensor, batch: Batch, mixed: MixedImages) -> Term:
         """Of both images; an image without a label adds zero."""
         logit_BC = promote(cast(Projection, self.label_head)(h_BD))
-        label_B = class_labels(batch.targets, self.target, self.classes)
+        label_B = class_labels(batch.targets, self.target, logit_BC.shape[1])
         both = (mixed.share, label_B), (1 - mixed.share, taken(label_B, mixed.source_B))
-        share_BC = sum(m * one_hot(y_B, self.classes, logit_BC.dtype) for m, y_B in both)
+        share_BC = sum(m * one_hot(y_B, logit_BC.shape[1], logit_BC.dtype) for m, y_B in both)
         return Term(softmax_loss(logit_BC, cast(Tensor, share_BC)), valid=batch.present["image"], given=("image",))

@@ -73,8 +73,8 @@ class NearestNeighbours(Detector):
         ValueError: for one below 1.
 
     >>> z_ND = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
-    >>> NearestNeighbours(k=2)(torch.tensor([[2.0, 0.0]]), z_ND).round(decimals=4).tolist()
-    [1.4142]
+    >>> round(NearestNeighbours(k=2)(torch.tensor([[2.0, 0.0]]), z_ND).item(), 4)
+    1.4142
     """
 
     name = "knn"

@@ -21,7 +21,7 @@ class RegionTower(Tower):
     Args:
         features: P.
         width: D.
-        depth: number of blocks; 0 leaves regions to themselves, as the paper does below its fusion layers.
+        depth: number of blocks; without any, regions are left to themselves, as the paper does below its fusion layers.
         heads: of the attention.
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
@@ -35,14 +35,20 @@ class RegionTower(Tower):
     """
 
     def __init__(
-        self, features: int, width: int, depth: int = 0, heads: int = 4, mlp_ratio: float = 4.0, dropout: float = 0.0
+        self,
+        features: int,
+        width: int,
+        depth: int | None = None,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
         self.features, self.width = features, width
         self.content, self.place = nn.Linear(features, width), nn.Linear(5, width)
         self.norm_in, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth or 0))
 
     def places(self, x_BTP: Tensor) -> Tensor:
         """``[B, T, D]`` of the boxes alone: what is left of a hidden region."""

@@ -30,11 +30,11 @@ class Regions:
         scale: least and largest side of a crop, as a share of the image's.
         side: pixels along a side of a region's features.
         words: K.
-        temperature: of the words; 0 is the nearest one alone.
+        temperature: of the words; without one, the nearest alone.
 
     Raises:
         ValueError: for no region, a scale that is not ``0 < least <= largest <= 1``, fewer than two words, or a
-            negative temperature.
+            temperature not above 0.
 
     >>> regions = Regions(grid=2, crops=1, scale=(0.5, 0.5), side=1, words=2)
     >>> box_BT4 = regions.boxes(torch.tensor([3]))
@@ -49,13 +49,13 @@ class Regions:
         scale: tuple[float, float] = (0.2, 0.5),
         side: int = 4,
         words: int = 64,
-        temperature: float = 0.0,
+        temperature: float | None = None,
     ) -> None:
         if min(grid, side) < 1 or crops < 0 or words < 2:
             raise ValueError(f"Regions: grid {grid}, side {side}, crops {crops}, words {words}: at least 1, 1, 0 and 2")
-        if not 0 < scale[0] <= scale[1] <= 1 or not temperature >= 0:
+        if not 0 < scale[0] <= scale[1] <= 1 or not (temperature is None or temperature > 0):
             raise ValueError(
-                f"Regions: scale {list(scale)}, temperature {temperature}: shares such as [0.2, 0.5]; 0 or more"
+                f"Regions: scale {list(scale)}, temperature {temperature}: shares such as [0.2, 0.5]; above 0"
             )
         self.grid, self.crops, self.scale, self.side = grid, crops, scale, side
         self.words, self.temperature = words, temperature
@@ -90,6 +90,6 @@ class Regions:
     def probabilities(self, feature_BTP: Tensor, w_KP: Tensor) -> Tensor:
         """``[B, T, K]``: the words of regions."""
         far_BTK = torch.cdist(feature_BTP, w_KP).square()
-        if self.temperature:
+        if self.temperature is not None:
             return (-far_BTK / self.temperature).softmax(dim=2)
         return F.one_hot(far_BTK.argmin(dim=2), len(w_KP)).to(feature_BTP)

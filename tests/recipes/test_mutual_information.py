@@ -242,7 +242,7 @@ def test_the_average_moves_once_a_step_and_holds_the_image_tower_alone() -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(same=None, view=None, text=None, classes=0), "no term: give some of same, view, text and classes"),
+        (dict(same=None, view=None, text=None, classes=None), "no term: give some of same, view, text and classes"),
         (dict(distill="teacher"), "distill: MutualInformation has a teacher of its own"),
     ],
 )
