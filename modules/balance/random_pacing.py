@@ -40,6 +40,6 @@ class RandomPacing(Pacing):
     def pace(self, score_M: Tensor) -> Tensor:
         drawn = mix(global_seed(), "random-pacing", int(self.state["steps"])) % len(score_M)
         self.state["steps"] += 1
-        factor_M = torch.ones(len(score_M), dtype=torch.float64)
+        factor_M = torch.ones(len(score_M), dtype=torch.float64, device=score_M.device)
         factor_M[drawn] = self.factor
         return factor_M
