@@ -102,6 +102,7 @@ def _shrunk(rest: Sequence[str]) -> Sequence[str]:
     if "--data.path" in options:  # on/tiny reads no file
         small = ("accelerator=cpu", "devices=1", "max_steps=2", "limit_val_batches=1", "limit_test_batches=1")
         return [name, *options, *(f"--trainer.{each}" for each in small), "--data.batch_size", "8"]
+    options = [re.sub(r"(\.flops=)\S+", r"\g<1>2e9", option) for option in options]  # a budget, in place of steps
     if any(option.startswith("staged/") for option in options):  # each stage has a batch size of its own
         return [name, *options, *tiny]
     return [name, *options, *tiny, "--data.batch_size", "32"]
