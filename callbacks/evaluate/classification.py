@@ -225,13 +225,13 @@ class LinearProbe(Banked):
         std_D = std_D.where(std_D > 0, torch.ones_like(std_D))  # a constant feature becomes 0
         x_ND = (x_ND - mean_D) / std_D
         draw_N = to_device(uniform_N(index_N, "probe/shares", global_seed()), x_ND.device)
+        standard = {name: (z_QD.to(x_ND) - mean_D) / std_D for name, (z_QD, _, _) in sets.items()}
         scores = {}
         for share in self.shares:
-            rows_R = share_rows(label_N, draw_N, share)
+            rows_R, end = share_rows(label_N, draw_N, share), "" if share == 1 else f"@{share:g}"
             w_CD, b_C = fit_logistic(x_ND[rows_R], label_N[rows_R], classes, self.l2)
-            for name, (z_QD, label_Q, key_Q) in sets.items():
-                end = "" if share == 1 else f"@{share:g}"
-                scores[name, end] = _top1((z_QD.to(x_ND) - mean_D) / std_D @ w_CD.T + b_C, label_Q, key_Q)
+            for name, (_, label_Q, key_Q) in sets.items():
+                scores[name, end] = _top1(standard[name] @ w_CD.T + b_C, label_Q, key_Q)
         return scores
 
 
