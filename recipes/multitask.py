@@ -13,9 +13,8 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,13 +25,12 @@ from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.fusion.cross_encoder import FusionLayers
-from descant.modules.masking.corruptions import Masks
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
 from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
-from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.stream_space import StreamSpace
+from descant.modules.training_setup.trainer import datamodule_of, trained_samples
+from descant.recipes.base.stream_space import StreamSpace, with_teacher
 
 
 class MultiTask(StreamSpace):
@@ -46,8 +44,8 @@ class MultiTask(StreamSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
 
     Raises:
-        ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made; in
-            training, for data without a modality that some objective reads.
+        ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made, and
+            for two teachers; in training, for data without a modality that some objective reads.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class MultiTask(StreamSpace):
         if not objectives:
             raise ValueError("objectives: none given; such as {contrast: {class_path: Contrast, init_args: ...}}")
         self.in_batch_negatives = any(objective.in_batch_negatives for objective in objectives.values())
-        super().__init__(towers, width, pool, **kwargs)
+        super().__init__(towers, width, pool, **with_teacher(objectives, kwargs))
         facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
         for name, objective in objectives.items():
             with naming(name):
@@ -72,15 +70,13 @@ class MultiTask(StreamSpace):
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
         fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
         self.fusion = None if fusion is None else fusion.build({m: towers.width(m) for m in towers if m in fused})
-        unused = [(part, m) for part in (self.pools, self.heads) for m in towers if not self.forks[m]]
-        for part, m in [*unused, *((self.towers, m) for m in towers if m not in self.reads)]:
-            part[m].requires_grad_(False)
+        pools = {m for objective in objectives.values() for m in objective.pools}
+        unused = [("heads", m) for m in towers if not self.forks[m]]
+        unused += [("pools", m) for m in towers if not self.forks[m] and m not in pools]
+        for part, m in [*unused, *(("towers", m) for m in towers if m not in self.reads)]:
+            self.get_submodule(f"{part}.{m}").requires_grad_(False)
         if self.fusion is not None and not fused:
             self.fusion.requires_grad_(False)
-
-    @property
-    def tasks(self) -> dict[str, TaskObjective]:
-        return cast(dict[str, TaskObjective], dict(self.objectives.items()))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -89,6 +85,11 @@ class MultiTask(StreamSpace):
                 objective.require_data(datamodule_of(self.trainer))
         for line in differently_hidden(self.tasks) if stage == "fit" else ():
             rank_zero_info(f"objectives: {line}")
+
+    def on_train_start(self) -> None:
+        for name, objective in self.tasks.items():
+            with naming(name):
+                objective.require_samples(trained_samples(self.trainer))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -117,32 +118,13 @@ class MultiTask(StreamSpace):
     def forward(self, batch: Batch) -> Output:
         for m in (m for m in self.reads if m not in batch.inputs):
             raise ValueError(f"the data has no modality {m!r}: {no_such(m, batch.inputs)}")
-        streams, terms, pairs = Streams(self, batch), dict[str, Term](), dict[str, Scorer]()
+        streams, terms, pairs = self.streams(batch), dict[str, Term](), dict[str, Scorer]()
         views = self._views(streams)
         for name, objective in self.tasks.items():
             with naming(name):
                 terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
             pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
         return Output(terms, {m: streams.latent(m) for m in self.forks if self.forks[m]}, pairs=pairs)
-
-    def _views(self, streams: Streams) -> dict[str, Streams]:
-        """The streams as each objective sees them, with the tokens that it hides."""
-        masks = dict[Hashable, Masks | None]()
-        for name, objective in self.tasks.items():
-            if objective.hiding not in masks:
-                with naming(name):
-                    masks[objective.hiding] = objective.hides(streams.batch)
-        return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
-
-    def scorers(self, batch: Batch) -> dict[str, Scorer]:
-        views = self._views(Streams(self, batch))
-        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
-
-    def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
-        """Scores of each objective, such as ``accuracy_match``; ``streams``: of the batch, where they are made."""
-        views = self._views(streams or Streams(self, batch))
-        each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
-        return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""

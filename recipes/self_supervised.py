@@ -18,7 +18,6 @@ Letters: B samples, D width, P of projections.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sized
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -35,19 +34,10 @@ from descant.modules.distill.distill import Distill
 from descant.modules.losses.views import ViewObjective, Views
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
+from descant.modules.training_setup.trainer import trained_samples
 from descant.modules.transforms.crops import LocalCrops
-from descant.recipes.base.distillation import TeacherAverage
+from descant.recipes.base.distillation import ProjectionAverage
 from descant.recipes.base.shared_space import SharedSpace
-
-
-class ProjectionAverage(TeacherAverage):
-    """The average of a student's towers and projectors: a teacher has no use for predictors and queues."""
-
-    def network(self, student: nn.Module) -> nn.Module:
-        average = cast(SelfSupervised, super().network(student))
-        for objective in average.objectives.values():
-            cast(Any, objective).predictor = cast(Any, objective).queue = None
-        return average
 
 
 class SelfSupervised(SharedSpace):
@@ -89,13 +79,8 @@ class SelfSupervised(SharedSpace):
         self.crops, self.sham = crops, Sham(sham)
 
     def on_train_start(self) -> None:
-        data = getattr(self.trainer.train_dataloader, "dataset", None)
-        for m, queue in ((m, cast(ViewObjective, part).queue) for m, part in self.objectives.items()):
-            if queue is not None and isinstance(data, Sized) and queue.length > len(data):
-                raise ValueError(
-                    f"objective: a queue of {queue.length} rows is longer than the data, {len(data)} samples of {m}: "
-                    "samples would meet their own earlier views"
-                )
+        for m, objective in self.objectives.items():
+            cast(ViewObjective, objective).require_samples(trained_samples(self.trainer), m)
 
     # the method --------------------------------------------------------------------------------------------------
 

@@ -68,18 +68,22 @@ class TaskObjective(nn.Module):
     Attributes:
         reads: modalities whose towers it needs.
         latents: part -> modalities whose embedding ``z`` has a gradient of that part's term.
+        pools: modalities whose pooled features it reads, whatever the embedding is.
         fuses: pairs of modalities whose tokens it needs fused.
         hidden: modalities of which it hides tokens.
         hiding: what :meth:`hides` depends on beside the batch; objectives where it is equal share their streams.
         in_batch_negatives: whether samples of a batch are contrasted.
+        momentum: decay of the average of the recipe's weights that teaches it; None where nothing does.
     """
 
     in_batch_negatives = False
+    momentum: float | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: tuple[str, ...] = ()
         self.latents: dict[str, tuple[str, ...]] = {}
+        self.pools: tuple[str, ...] = ()
         self.fuses: tuple[tuple[str, str], ...] = ()
         self.hidden: tuple[str, ...] = ()
         self.hiding: Hashable = None
@@ -95,6 +99,9 @@ class TaskObjective(nn.Module):
 
     def require_data(self, data: Any) -> None:
         """Raises ValueError for data that it cannot be trained on."""
+
+    def require_samples(self, samples: float) -> None:
+        """Raises ValueError for a number of training samples that it cannot be trained on."""
 
     def hides(self, batch: Batch) -> Masks | None:
         """The tokens that are hidden in the streams that it asks for with ``streams.masks``; none by default."""

@@ -3,7 +3,8 @@
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
                         h = tower_m(x_m, visible)                                   of a table: as missing cells, TIP
-    latent(m)           z = normalise(head_m(pool_m(tokens(m))))
+    features(m, view)   h = pool_m(tokens(m, view))                                 of the batch's first view, or m@2
+    latent(m)           z = normalise(head_m(features(m)))
     own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
 
 Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % of other and 10 % of own tokens, and in SimMIM
@@ -66,8 +67,9 @@ class Streams:
     name: Callable[[str], str]
     masks: Masks | None = None
 
-    def __init__(self, model: StreamModel, batch: Batch) -> None:
-        self.model, self.batch, self.made = model, batch, dict[Hashable, Any]()
+    def __init__(self, model: StreamModel, batch: Batch, taught: Streams | None = None) -> None:
+        """``taught``: those of the recipe's own teacher, whose average of weights it is."""
+        self.model, self.batch, self.made, self.taught = model, batch, dict[Hashable, Any](), taught
 
     def of(self, name: Callable[[str], str], masks: Masks | None) -> Streams:
         """The same streams for an objective: ``name(part)`` of its terms, and the tokens that it hides."""
@@ -82,9 +84,20 @@ class Streams:
 
     # one modality -----------------------------------------------------------------------------------------------------
 
-    def tokens(self, modality: str, masks: Masks | None = None) -> Tokens:
-        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none."""
-        return self.once((modality, hidden(masks, modality)), lambda: self._tokens(modality, masks))
+    def tokens(self, modality: str, masks: Masks | None = None, view: str = "") -> Tokens:
+        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none.
+
+        Raises:
+            ValueError: for a view that the data does not have.
+        """
+        if modality + view not in self.batch.inputs:
+            asked = f": data.views {{{modality}: 2}}" if view else ""
+            raise ValueError(f"the data has no {modality + view!r}{asked}")
+        return self.once((modality, hidden(masks, modality), view), lambda: self._tokens(modality, masks, view))
+
+    def features(self, modality: str, view: str = "") -> Tensor:
+        """``h_BD``, the pooled tokens of a view; of absent rows anything finite."""
+        return self.once(("h", modality, view), lambda: pooled(self.model, self.tokens(modality, view=view), modality))
 
     def latent(self, modality: str) -> Tensor:
         """``z_BD``, of unit length; absent rows are zero."""
@@ -98,13 +111,13 @@ class Streams:
 
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
-        h_BD = pooled(self.model, self.tokens(modality), modality)
+        h_BD = self.features(modality)
         if imputation is not None:
             h_BD = imputation.filled(h_BD, modality, present_B)
         return self.model.project(h_BD, modality, present_B)
 
-    def _tokens(self, modality: str, masks: Masks | None) -> Tokens:
-        model, x, present_B = self.model, self.batch.inputs[modality], self.batch.present[modality]
+    def _tokens(self, modality: str, masks: Masks | None, view: str) -> Tokens:
+        model, x, present_B = self.model, self.batch.inputs[modality + view], self.batch.present[modality]
         tower, step, imputation = model.towers[modality], model.step, model.imputation
         here_B = host_copy(present_B if imputation is None else imputation.seen(modality, present_B))
         encode: Callable[..., Tokens] = tower

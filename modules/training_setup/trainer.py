@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import lightning as L
@@ -44,6 +44,12 @@ def share_of_run(trainer: Any) -> float:
     0.25
     """
     return trainer.global_step / max(run_steps(trainer), 1.0)
+
+
+def trained_samples(trainer: Any) -> float:
+    """Samples of the training data, once training has begun; infinity where data has no length."""
+    data = getattr(trainer.train_dataloader, "dataset", None)
+    return float(len(data)) if isinstance(data, Sized) else math.inf
 
 
 def run_steps(trainer: Any) -> float:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from descant.modules.distill.distill import Teacher
 from descant.modules.io import saved
+from descant.modules.losses.views import ViewObjective
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
 
@@ -112,6 +113,16 @@ class TowerAverage(TeacherAverage):
         for name in [name for name, _ in average.named_children() if name != "towers"]:
             setattr(average, name, None)
         average.towers = nn.ModuleDict({self.modality: tower})
+        return average
+
+
+class ProjectionAverage(TeacherAverage):
+    """The average of a student's towers and projectors: a teacher of views has no use for predictors and queues."""
+
+    def network(self, student: nn.Module) -> nn.Module:
+        average = super().network(student)
+        for objective in (module for module in average.modules() if isinstance(module, ViewObjective)):
+            cast(Any, objective).predictor = cast(Any, objective).queue = None
         return average
 
 

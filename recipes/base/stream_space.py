@@ -5,16 +5,39 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable, Mapping
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
+from descant.modules.core.objective import Term
+from descant.modules.core.output import Scorer
+from descant.modules.distill.distill import Distill
+from descant.modules.masking.corruptions import Masks
+from descant.modules.objectives.base import TaskObjective, named, naming
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
+from descant.recipes.base.distillation import ProjectionAverage
 from descant.recipes.base.shared_space import SharedSpace
+
+
+def with_teacher(objectives: Mapping[str, TaskObjective], options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recipe with the teacher of its objectives, if they have one.
+
+    Raises:
+        ValueError: for two of different momentum, or one beside ``distill``.
+    """
+    momentum = {o.momentum: name for name, o in objectives.items() if o.momentum is not None}
+    if len(momentum) > 1:
+        each = " and ".join(f"{name} {decay:g}" for decay, name in momentum.items())
+        raise ValueError(f"objectives: momentum of {each}: they share one teacher; give both the same")
+    if momentum and options.get("distill") is not None:
+        raise ValueError(f"distill: {next(iter(momentum.values()))} has a teacher of its own; set its momentum")
+    return {**options, "distill": Distill(ProjectionAverage(*momentum))} if momentum else options
 
 
 class StreamSpace(SharedSpace):
@@ -46,13 +69,43 @@ class StreamSpace(SharedSpace):
         for m in (m for pair in self.embeds for m in pair if m not in towers):
             raise ValueError(f"embeds: {m!r}: {no_such(m, towers)}")
 
+    @property
+    def tasks(self) -> dict[str, TaskObjective]:
+        return cast(dict[str, TaskObjective], dict(self.objectives.items()))
+
+    def streams(self, batch: Batch) -> Streams:
+        """Of a batch in training: with those of the teacher, if objectives have one."""
+        taught = None
+        if self.teaching is not None and any(objective.momentum is not None for objective in self.tasks.values()):
+            self.teaching.prepare(self)
+            taught = Streams(cast(Any, self.teaching.network), batch)
+        return Streams(cast(Any, self), batch, taught)
+
+    def _views(self, streams: Streams) -> dict[str, Streams]:
+        """The streams as each objective sees them, with the tokens that it hides."""
+        masks = dict[Hashable, Masks | None]()
+        for name, objective in self.tasks.items():
+            if objective.hiding not in masks:
+                with naming(name):
+                    masks[objective.hiding] = objective.hides(streams.batch)
+        return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
+
+    def scorers(self, batch: Batch) -> dict[str, Scorer]:
+        views = self._views(Streams(cast(Any, self), batch))
+        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
+
+    def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
+        """Scores of each objective, such as ``accuracy_match``; ``streams``: of the batch, where they are made."""
+        views = self._views(streams or Streams(cast(Any, self), batch))
+        each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
+        return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
+
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return self.embeddings(Streams(self, batch))  # type: ignore[arg-type]
+        return self.embeddings(Streams(cast(Any, self), batch))
 
     def embeddings(self, streams: Streams) -> dict[str, Tensor]:
         """``z_BD`` of each modality of a batch, and of pairs of them."""
         z = {m: streams.latent(m) for m in self.towers if m in streams.batch.inputs}
-        tasks: Any = self.objectives.values()
-        fused = {frozenset(pair) for objective in tasks for pair in objective.fuses}
+        fused = {frozenset(pair) for objective in self.tasks.values() for pair in objective.fuses}
         pairs = [pair for pair in self.embeds if {*pair} <= z.keys()]
         return z | {f"{a}+{b}": streams.together(a, b, {a, b} in fused) for a, b in pairs}

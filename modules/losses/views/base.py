@@ -67,6 +67,14 @@ class ViewObjective(nn.Module):
     def build(self, width: int) -> Self:
         raise NotImplementedError
 
+    def require_samples(self, samples: float, modality: str) -> None:
+        """Raises ValueError for a queue that is longer than the training data."""
+        if self.queue is not None and self.queue.length > samples:
+            raise ValueError(
+                f"objective: a queue of {self.queue.length} rows is longer than the data, {samples:.0f} samples of "
+                f"{modality}: samples would meet their own earlier views"
+            )
+
     def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
         """``[B, D] -> [B, P]``, of a student and of its teacher."""
         z_BP = present_rows(self.projector, h_BD, valid_B)

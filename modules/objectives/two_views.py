@@ -1,0 +1,75 @@
+"""Two views of one modality as one of several objectives. Letters: B samples, D width, P of projections."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.batch_norm import batch_statistics
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import world
+from descant.modules.losses.views import ViewObjective, Views
+from descant.modules.objectives.base import Facts, TaskObjective
+from descant.modules.objectives.streams import Streams
+
+
+class TwoViews(TaskObjective):
+    """Self-supervision or self-distillation by two views: ``value_b = objective(h_1, h_2, t_1, t_2)_b``.
+
+    h_v are the pooled features of view v, the first of which other objectives share; t_v the teacher's projections,
+    if the objective has one: an average of all weights of the recipe. A loss of a batch, such as that of VICReg, is one
+    value a step.
+
+    Args:
+        modality: of which the data has two views, such as ``data.views {image: 2}``.
+        objective: over the views, such as SimCLR, BYOL or DINO.
+
+    Raises:
+        ValueError: when built, for a modality without a tower; in training, for data without a second view, or fewer
+            samples than a queue is long.
+
+    >>> from descant.modules.losses.views import BYOL
+    >>> from descant.modules.towers import VectorTower
+    >>> task = TwoViews("image", BYOL(hidden=8, out=4)).build(Facts({"image": VectorTower(4, 8)}, width=8, fusion=None))
+    >>> task.pools, task.momentum
+    (('image',), 0.996)
+    """
+
+    in_batch_negatives = True  # or batch norms, a centre, a queue
+
+    def __init__(self, modality: str, objective: ViewObjective) -> None:
+        super().__init__()
+        self.objective, self.momentum, self.reads = copy.deepcopy(objective), objective.momentum, (modality,)
+
+    def build(self, facts: Facts) -> Self:
+        facts.require(self.reads)
+        self.objective.build(facts.towers[self.reads[0]].width)
+        self.pools = self.reads
+        return self
+
+    def require_samples(self, samples: float) -> None:
+        self.objective.require_samples(samples, self.reads[0])
+
+    def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+        m, valid_B = self.reads[0], batch.present[self.reads[0]]
+        h = [streams.features(m, view) for view in ("", "@2")]
+        value = self.objective(Views(h, batch.content_id, valid_B, self._targets(streams)))
+        if self.objective.whole:  # the same number on each rank, of all rows: their mean
+            return {"": Term(value, norm=float(world()), whole=True)}
+        return {"": Term(value, valid=valid_B, given=(m,))}
+
+    @torch.no_grad()
+    def _targets(self, streams: Streams) -> list[Tensor]:
+        """The teacher's projections of both views."""
+        theirs = streams.taught
+        if self.momentum is None or theirs is None:
+            return []
+        network: Any = theirs.model
+        objective: ViewObjective = network.objectives[streams.name("")].objective
+        m = self.reads[0]
+        with batch_statistics(network):
+            return [objective.project(theirs.features(m, view), theirs.batch.present[m]) for view in ("", "@2")]
