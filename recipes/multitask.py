@@ -30,7 +30,7 @@ from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of, trained_samples
-from descant.recipes.base.stream_space import StreamSpace, with_teacher
+from descant.recipes.base.stream_space import StreamSpace, own_teacher
 
 
 class MultiTask(StreamSpace):
@@ -60,7 +60,8 @@ class MultiTask(StreamSpace):
         if not objectives:
             raise ValueError("objectives: none given; such as {contrast: {class_path: Contrast, init_args: ...}}")
         self.in_batch_negatives = any(objective.in_batch_negatives for objective in objectives.values())
-        super().__init__(towers, width, pool, **with_teacher(objectives, kwargs))
+        kwargs.update(own_teacher(objectives, kwargs))
+        super().__init__(towers, width, pool, **kwargs)
         facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
         for name, objective in objectives.items():
             with naming(name):

@@ -25,8 +25,8 @@ from descant.recipes.base.distillation import ProjectionAverage
 from descant.recipes.base.shared_space import SharedSpace
 
 
-def with_teacher(objectives: Mapping[str, TaskObjective], options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a recipe with the teacher of its objectives, if they have one.
+def own_teacher(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
+    """``{distill: the average that teaches objectives}`` for a recipe of these options; empty if they need none.
 
     Raises:
         ValueError: for two of different momentum, or one beside ``distill``.
@@ -37,7 +37,7 @@ def with_teacher(objectives: Mapping[str, TaskObjective], options: dict[str, Any
         raise ValueError(f"objectives: momentum of {each}: they share one teacher; give both the same")
     if momentum and options.get("distill") is not None:
         raise ValueError(f"distill: {next(iter(momentum.values()))} has a teacher of its own; set its momentum")
-    return {**options, "distill": Distill(ProjectionAverage(*momentum))} if momentum else options
+    return {"distill": Distill(ProjectionAverage(*momentum))} if momentum else {}
 
 
 class StreamSpace(SharedSpace):

@@ -43,7 +43,7 @@ from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.information import Boltzmann, Normal
-from descant.modules.losses.views import DINO
+from descant.modules.losses.views import BYOL, DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import UniformMask
@@ -61,6 +61,7 @@ from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
+from descant.modules.objectives.two_views import TwoViews
 from descant.modules.objectives.regions import MaskedRegions
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
@@ -277,6 +278,15 @@ def multitask(before: Path) -> Run:
     towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
     recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), optimizer=adamw)
     return Run(recipe, emoji(name_only=1.0), [c.Harmonize(PCGrad()), c.Accuracy(), c.Retrieval()])
+
+
+@run
+def self_distilled(before: Path) -> Run:
+    """Two views with a teacher of the recipe's own, beside contrast."""
+    objectives = {"contrast": Contrast([["image", "text"]]), "views": TwoViews("image", BYOL(8, 4))}
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    recipe = MultiTask(towers, objectives, 8, optimizer=adamw)
+    return Run(recipe, emoji(name_only=1.0, views={"image": 2}), [c.Retrieval()])
 
 
 @run
