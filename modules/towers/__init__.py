@@ -18,3 +18,4 @@ from descant.modules.towers.text import TextTower as TextTower
 from descant.modules.towers.timm import TimmTower as TimmTower
 from descant.modules.towers.transformers import TransformersTower as TransformersTower
 from descant.modules.towers.vector import VectorTower as VectorTower
+from descant.modules.towers.video import VideoTower as VideoTower

@@ -102,6 +102,7 @@ from descant.modules.towers import (
     Tokens,
     Towers,
     VectorTower,
+    VideoTower,
     heads,
 )
 from descant.modules.towers.base import Frozen, Tower
@@ -293,6 +294,9 @@ def sound() -> Tensor:
 
 part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: torch.randn(IMAGE)))
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
+part("VideoTower", "DividedBlock", "TimeAttention")(
+    _tower(lambda: VideoTower(16, 8, 4, 8, 1, 2), lambda: torch.randn(3, 3, 3, 16, 16))
+)
 part("TextTower", "Block")(_tower(lambda: TextTower(20, 8, 1, 2, 5), words))
 part("BagTower")(_tower(lambda: BagTower(20, 8), words))
 part("TableTower")(_tower(lambda: TableTower([0, 3], 8, 1, 2), lambda: torch.tensor([[0.5, 2.0], [torch.nan, 1.0]])))
