@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
+from descant.datamodules.fields.videos import VideoField
 from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.selected import parted
 from descant.datamodules.sources import find
@@ -432,4 +433,7 @@ class UserData(UserTable):
             batch.inputs["image"] = view(batch.inputs["image"], batch.rng_seed)
         if isinstance(audio, AudioField):
             batch.inputs["audio"] = audio.features(batch.inputs["audio"], batch.rng_seed if self.training else None)
+        for m, field in self.fields.items():
+            if isinstance(field, VideoField):
+                batch.inputs[m] = field.view(batch.inputs[m], batch.rng_seed)
         return batch

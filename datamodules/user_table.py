@@ -86,7 +86,7 @@ def synthetic(given: Fields | None, key: str | None) -> Synthetic:
     """Synthetic data with all requested fields."""
     if given is None:
         return Synthetic(fields={"image": "image", "caption": "text"})
-    names = {n: f.kind for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
+    names = {n: f.synthetic for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
     names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
     names |= {field.field: "label" for field in given.labels.values()} | ({key: "text"} if key else {})
     return Synthetic(fields=names)

@@ -180,11 +180,11 @@ class ClipSet(NumberedDataset):
 class MovingEmoji(ImageViews):
     """Clips of moving emoji and their captions: "fox, moving left", one of nine motions, with a digit on the drawing.
 
-    Inputs: ``video``, float ``[B, F, 3, size, size]``, and ``text``. Targets: ``group`` and ``subgroup`` of the concept,
-    ``identity``, its number, ``motion``, 0 to 8, and ``digit``, 0 to 9, of five by seven pixels at every size: reduced
-    to a quarter it cannot be read. All about a training clip is a pure function of (seed, epoch, index); a clip of an
-    evaluation set, of its id. Equal content is an equal name with an equal motion. Evaluation sets as of Emoji with
-    ``paired``: "validate" has ``val``, "test" has ``vendor``, ``concept``, ``both`` and ``apart``.
+    Inputs: ``video``, float ``[B, F, 3, size, size]``, and ``text``. Targets: ``group`` and ``subgroup`` of the
+    concept, ``identity``, its number, ``motion``, 0 to 8, and ``digit``, 0 to 9, of three by five pixels at every size:
+    of frames reduced to a quarter, template matching that is told the place finds three in ten. A training clip is a
+    pure function of (seed, epoch, index), a clip of an evaluation set of its id. Equal content is an equal name with an
+    equal motion. Evaluation sets are those of Emoji with ``paired``.
 
     Args:
         batch_size: rows of one whole optimizer step.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, media
+from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, VIDEO_ENDINGS, Raw, Source, media
 from descant.modules.core.rng import uniform_N
 
 #: Names of captions; a text of another name is a caption if it is the only one.
@@ -65,7 +65,7 @@ class Column:
 
 
 def kinds(source: Source) -> dict[str, str]:
-    """Field -> ``image``, ``audio``, ``text``, ``number`` or ``unknown``, by the first values that it has."""
+    """Field -> ``image``, ``audio``, ``video``, ``array``, ``text``, ``number`` or ``unknown``, by its first values."""
     cache: dict[int, dict[str, Raw]] = {}  # each sample is read once: one JSON may hold a thousand fields
     return {field: _kind(source, field, cache) for field in source.fields}
 
@@ -78,14 +78,15 @@ def _kind(source: Source, field: str, cache: dict[int, dict[str, Raw]]) -> str:
         raw = cache[index].get(field)
         if raw is None:
             continue
-        if media(raw) in ("image", "audio"):
+        if media(raw) not in ("text", "unknown"):
             return media(raw)
         texts += [raw] if isinstance(raw, str) else []
     if texts:
         numbers = all(re.fullmatch(r"[-+\d.,eE%: ]*|true|false", text.strip()) for text in texts)
         return "number" if numbers else "text"
     name = field.rpartition(".")[2].lower()  # nothing of it can be read: go by its name
-    return "image" if name in (*IMAGE_ENDINGS, "image") else "audio" if name in (*SOUND_ENDINGS, "audio") else "unknown"
+    endings = {"image": IMAGE_ENDINGS, "audio": SOUND_ENDINGS, "video": VIDEO_ENDINGS, "array": ("npy",)}
+    return next((kind for kind, names in endings.items() if name in (*names, kind)), "unknown")
 
 
 def _readable(source: Source, index: int) -> dict[str, Raw]:
@@ -113,14 +114,15 @@ def named_column(source: Source, field: str | None, kind: str) -> Column:
     if field is not None:
         names = split_names(field)
     else:
+        argument = f"data.fields.{kind if kind in ('image', 'audio') else 'others.NAME.init_args'}.field"
         known = kinds(source)
         names = [name for name, of in known.items() if of == kind]
         if not names:
-            raise ValueError(f"no {kind} field: fields are {_listed(known)}; name one as data.fields.{kind}.field")
+            raise ValueError(f"no {kind} field: fields are {_listed(known)}; name one as {argument}")
         if np.any(sum(source.has(name).astype(int) for name in names) > 1):
             raise ValueError(
                 f"several {kind} fields ({', '.join(names)}): name one, or several in order as "
-                f"data.fields.{kind}.field: {';'.join(names[:2])}"
+                f"{argument}: {';'.join(names[:2])}"
             )
     return Column(names, np.stack([source.has(name) for name in names], axis=1))
 

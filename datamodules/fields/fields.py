@@ -24,6 +24,7 @@ from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
 from descant.datamodules.fields.tables import TableField
 from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, nearest, text_of
+from descant.modules.core.modalities import with_others
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel, resample
@@ -46,6 +47,11 @@ class Field:
     #: Names of fields by default, where the samples cannot be inspected first.
     usual: tuple[str, ...] = ()
     field: str | None
+
+    @property
+    def synthetic(self) -> str:
+        """Kind of synthetic content for it."""
+        return self.kind
 
     @property
     def wanted(self) -> list[str]:
@@ -303,6 +309,7 @@ class Fields:
         audio: recordings.
         table: columns of numbers and categories.
         labels: name of a target -> its field.
+        others: modality of any other name -> its field: a VideoField, or an ArrayField of features or points.
     """
 
     def __init__(
@@ -312,9 +319,12 @@ class Fields:
         audio: AudioField | None = None,
         labels: dict[str, LabelField] | None = None,
         table: TableField | None = None,
+        others: dict[str, Field] | None = None,
     ) -> None:
         self.image, self.text, self.audio, self.table, self.labels = image, text, audio, table, labels or {}
         given: dict[str, Field | None] = {"image": image, "text": text, "audio": audio}
-        self.of: dict[str, Field] = {name: field for name, field in given.items() if field is not None}
+        if "table" in (others or {}):
+            raise ValueError("others: table has its own name")
+        self.of: dict[str, Field] = with_others(given, others)
         if not self.of and table is None:
-            raise ValueError("fields: none given; image, text, audio and table are possible")
+            raise ValueError("fields: none given; image, text, audio, table and others are possible")

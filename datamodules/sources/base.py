@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from descant.datamodules.sources.arrays import ARRAY
 from descant.modules.core import errors
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ OUTSIDE = "outside: true reads it"
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SOUND_ENDINGS = ("wav", "flac", "ogg", "opus", "mp3")
+VIDEO_ENDINGS = ("mp4", "webm", "mkv", "mov", "avi")
 
 
 class Fault(NamedTuple):
@@ -241,10 +243,10 @@ def split_named(word: str) -> str | None:
 
 
 def media(raw: Raw) -> str:
-    """Type of a raw field by its first bytes: ``image``, ``audio``, ``text`` or ``unknown``.
+    """Type of a raw field by its first bytes: ``image``, ``audio``, ``video``, ``array``, ``text`` or ``unknown``.
 
-    >>> media(b"GIF89a"), media(b"OggS"), media("a cat"), media(b"")
-    ('image', 'audio', 'text', 'unknown')
+    >>> media(b"GIF89a"), media(b"OggS"), media("a cat"), media(b""), media(b"....ftypisom")
+    ('image', 'audio', 'text', 'unknown', 'video')
     """
     if isinstance(raw, str):
         return "text"
@@ -252,7 +254,9 @@ def media(raw: Raw) -> str:
         return "image"
     if raw.startswith((b"OggS", b"fLaC", b"ID3", b"\xff\xfb", b"\xff\xf3")) or raw[8:12] == b"WAVE":
         return "audio"
-    return "unknown"
+    if raw[4:8] == b"ftyp" or raw[8:12] == b"AVI " or raw.startswith(b"\x1aE\xdf\xa3"):
+        return "video"
+    return "array" if raw.startswith(ARRAY) else "unknown"
 
 
 def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from descant.datamodules.sources.base import (
     IMAGE_ENDINGS,
     REMEDY,
     SOUND_ENDINGS,
+    VIDEO_ENDINGS,
     Damaged,
     Fault,
     Raw,
@@ -257,11 +258,11 @@ class Folder(Source):
                 raise ValueError(f"{self.root / row[kind]} and {Path(path).name}: two files of one name and kind")
             row[kind] = path
         # a text alone (a README) is no sample
-        rows = {stem: row for stem, row in rows.items() if "image" in row or "audio" in row}
+        rows = {stem: row for stem, row in rows.items() if any(kind in row for kind in _KINDS)}
         if not rows:
-            raise ValueError(f"{self.root}: no image and no recording here ({', '.join(MEDIA)})")
-        self.names = [row.get("image") or row["audio"] for row in rows.values()]
-        self.files = tuple(kind for kind in ("image", "audio") if any(kind in row for row in rows.values()))
+            raise ValueError(f"{self.root}: no image, recording or video here ({', '.join(sum(_KINDS.values(), ()))})")
+        self.names = [next(row[kind] for kind in _KINDS if kind in row) for row in rows.values()]
+        self.files = tuple(kind for kind in _KINDS if any(kind in row for row in rows.values()))
         for kind in self.files:
             self.columns[kind] = [row.get(kind) for row in rows.values()]
         for name in (row[kind] for row in rows.values() for kind in ("txt", "json") if kind in row):
@@ -357,11 +358,14 @@ def _files(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
+#: What is a sample without a table, and its endings.
+_KINDS = {"image": IMAGE_ENDINGS, "audio": SOUND_ENDINGS, "video": VIDEO_ENDINGS}
+
+
 def _kind(ending: str) -> str | None:
     ending = ending.lower()
-    if ending in IMAGE_ENDINGS:
-        return "image"
-    return "audio" if ending in SOUND_ENDINGS else ending if ending in ("txt", "json") else None
+    kinds = _KINDS | {"txt": ("txt",), "json": ("json",)}
+    return next((kind for kind, endings in kinds.items() if ending in endings), None)
 
 
 def _joined(root: str, name: str) -> str:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.prepare.package import first_line
 from descant.datamodules.sources.array_cache import cached
+from descant.datamodules.sources.arrays import array_bytes
 from descant.datamodules.sources.base import (
     LIMIT,
     PARTS,
@@ -122,6 +123,8 @@ class Parquet(Source):
             kind = column.type
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
+            if _is_array(kind):
+                yield column.name, (column.name, None)
             if _is_list(kind):
                 inner = kind.value_type
                 if pa.types.is_nested(inner) or _is_bytes(inner):
@@ -132,7 +135,7 @@ class Parquet(Source):
             elif pa.types.is_struct(kind) and not _is_media(kind):
                 for part in _leaves(kind, ""):
                     yield f"{column.name}.{part}", (column.name, part)
-            else:
+            elif not _is_array(kind):
                 yield column.name, (column.name, None)
 
     def _most(self, column: str, group: int) -> int:
@@ -349,6 +352,8 @@ class Parquet(Source):
                 raise ValueError(too_large(buffer.size))
             return buffer.to_pybytes()
         value: Any = scalar.as_py()
+        if part is None and _is_array(kind):
+            return array_bytes(value) if value else None
         if _is_media(kind):
             if value["bytes"] is not None:
                 return bytes(value["bytes"])
@@ -396,6 +401,14 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_array(kind: pa.DataType) -> bool:
+    """A list of floats, or of such lists."""
+    if not (_is_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    inner = kind.value_type
+    return bool(pa.types.is_floating(inner)) or _is_array(inner)
 
 
 def _is_media(kind: pa.DataType) -> bool:

@@ -6,12 +6,14 @@ Letters: N samples of the source.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import soundfile
 from PIL import Image, ImageDraw
 
+from descant.datamodules.sources.arrays import array_bytes
 from descant.datamodules.sources.base import Raw, Source, nearest
 
 _COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 70, 200), "yellow": (220, 200, 50)}
@@ -25,7 +27,8 @@ class Synthetic(Source):
     Args:
         n: N, samples.
         size: pixels of the images.
-        fields: name of a field -> ``image``, ``audio``, ``text``, ``label`` or ``bit`` (0 or 1: number and category).
+        fields: name of a field -> ``image``, ``audio``, ``text``, ``label``, ``bit`` (0 or 1: number and category),
+            ``video`` (frames as an array) or ``array 4 3`` of such a shape.
 
     >>> Synthetic(8).read(5, ["txt"])
     {'txt': 'a green circle'}
@@ -60,6 +63,11 @@ class Synthetic(Source):
         colour, shape = list(_COLOURS)[index % 4], _SHAPES[index // 4 % 4]
         if kind == "image":
             return self._image(index, _COLOURS[colour], shape)
+        if kind == "video":
+            kind = f"array {2 + index % 3} 3 {self.size} {self.size}"
+        if kind.startswith("array "):
+            sizes = [int(size) for size in kind.split()[1:]]
+            return array_bytes(np.arange(index, index + math.prod(sizes)).reshape(sizes) % 256)
         if kind == "bit":
             return str(index // 2 % 2)
         if kind == "audio":

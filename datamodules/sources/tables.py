@@ -9,10 +9,10 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from descant.datamodules.sources.base import FIELDS, IMAGE_ENDINGS, SOUND_ENDINGS, entries, many, short
+from descant.datamodules.sources.base import FIELDS, IMAGE_ENDINGS, SOUND_ENDINGS, VIDEO_ENDINGS, entries, many, short
 
 TABLES = (".csv", ".tsv", ".jsonl")
-MEDIA = (*IMAGE_ENDINGS, *SOUND_ENDINGS)
+MEDIA = (*IMAGE_ENDINGS, *SOUND_ENDINGS, *VIDEO_ENDINGS, "npy")
 
 #: Name -> text of each row, None where it has none.
 Columns = dict[str, list[str | None]]
@@ -30,7 +30,7 @@ def read_table(table: Path, bad: Bad) -> Columns:
 
 
 def holds_files(values: Sequence[str | None]) -> bool:
-    """Whether nearly all of the first values end as images or recordings do, and are no addresses."""
+    """Whether nearly all of the first values end as images, recordings, videos or arrays do, and are no addresses."""
     first = [v.strip().lower() for v in values[:1000] if v is not None]
     named = sum(v.rpartition(".")[2] in MEDIA and "\n" not in v and "://" not in v for v in first)
     return bool(first) and named >= 0.9 * len(first)

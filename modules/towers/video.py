@@ -5,13 +5,15 @@ Letters: B samples, F frames, C channels, P patches of a frame, T = F P tokens, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.objects import recorded
 from descant.modules.towers.base import Tokens, Tower
-from descant.modules.towers.image import Block, PatchTower, all_real, key_mask
+from descant.modules.towers.image import Block, PatchTower, all_real, key_mask, sincos
 
 
 class TimeAttention(nn.Module):
@@ -80,6 +82,7 @@ class VideoTower(Tower):
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on the branches of a block.
         channels: C.
+        positions: learned, or fixed sines and cosines of row and column, and of time.
 
     Raises:
         ValueError: if ``patch`` does not divide ``size`` or ``heads`` not ``width``; in forward, for frames of another
@@ -102,15 +105,21 @@ class VideoTower(Tower):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         channels: int = 3,
+        positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
         if frames < 1:
             raise ValueError(f"frames {frames}: a clip has at least 1")
         self.width, self.frames = width, frames
-        frame = PatchTower(size, patch, width, 0, heads, channels=channels)
-        self.shape, self.patches, self.positions_PD = frame.shape, frame.patches, frame.positions_TD
-        self.times_FD = nn.Parameter(torch.randn(frames, width) * 0.02)
+        frame = PatchTower(size, patch, width, 0, heads, channels=channels, positions=positions)
+        self.shape, self.patches = frame.shape, frame.patches
+        if positions == "learned":
+            self.positions_PD = frame.positions_TD
+            self.times_FD = nn.Parameter(torch.randn(frames, width) * 0.02)
+        else:
+            self.register_buffer("positions_PD", frame.positions_TD, persistent=False)
+            self.register_buffer("times_FD", sincos([frames], width), persistent=False)
         self.layers = nn.ModuleList(DividedBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 

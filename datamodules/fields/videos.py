@@ -1,0 +1,146 @@
+"""Field of video files. Letters: B samples, F frames, S pixels of a side, H and W pixels of a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from descant.datamodules.fields.columns import Column, kinds, named_column
+from descant.datamodules.fields.fields import Decoded, Field, Row
+from descant.datamodules.fields.images import Reduced
+from descant.datamodules.sources.arrays import ARRAY, array_of
+from descant.datamodules.sources.base import VIDEO_ENDINGS, Source
+from descant.modules.core.host import derived
+from descant.modules.transforms.image import Pixels
+
+#: Most decoded bytes of the frames of one video.
+LIMIT = 1 << 28
+#: A pixel of a frame behind the end of a video.
+ENDED = -1
+
+
+class Frames(Protocol):
+    """A video that is open: its number of frames, and some of them as uint8 ``[F, 3, H, W]``.
+
+    A decoder makes one of a file's bytes, and raises ValueError or RuntimeError where they are no video.
+    """
+
+    def __len__(self) -> int: ...
+
+    def at(self, index_F: Sequence[int]) -> Tensor: ...
+
+
+class TorchCodec:
+    """A video as torchcodec decodes it, on one thread."""
+
+    def __init__(self, data: bytes) -> None:
+        from torchcodec.decoders import VideoDecoder
+
+        self.decoder = VideoDecoder(data, num_ffmpeg_threads=1)
+
+    def __len__(self) -> int:
+        return int(self.decoder.metadata.num_frames or 0)
+
+    def at(self, index_F: Sequence[int]) -> Tensor:
+        frames: Tensor = self.decoder.get_frames_at(list(index_F)).data
+        return frames
+
+
+class ArrayFrames:
+    """Frames in a ``.npy`` file, ``[F, 3, H, W]`` of 0 to 255."""
+
+    def __init__(self, data: bytes) -> None:
+        array = array_of(data)
+        if array.ndim != 4 or array.shape[1] != 3:
+            raise ValueError(f"an array {list(array.shape)}, and frames are [frames, 3, height, width]")
+        self.x_F3HW = torch.from_numpy(array.astype(np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.x_F3HW)
+
+    def at(self, index_F: Sequence[int]) -> Tensor:
+        return self.x_F3HW[list(index_F)]
+
+
+class VideoField(Field):
+    """Video files -> int16 ``[B, F, 3, S, S]``: frames at even distances, their central squares; -1 behind the last.
+
+    Files of any format of FFmpeg, and frames in ``.npy`` files, ``[frames, 3, height, width]`` of 0 to 255.
+    A video of fewer than F frames has all of them. Training and evaluation take the same frames. On the device they are
+    float pixels in -1..1, and frames behind the last ``-inf``, which a VideoTower takes for padding.
+
+    Args:
+        field: name of the field; several as ``mp4;webm``. The only field with videos by default.
+        frames: F.
+        size: S, pixels out.
+
+    Raises:
+        ValueError: for frames or a size below 1, and in one line where torchcodec is not installed.
+    """
+
+    kind, usual = "video", VIDEO_ENDINGS
+    #: Opens the bytes of a file.
+    decoder: Callable[[bytes], Frames] = TorchCodec
+
+    def __init__(self, field: str | None = None, frames: int = 8, size: int = 112) -> None:
+        for name, value in (("frames", frames), ("size", size)):
+            if value < 1:
+                raise ValueError(f"{name} {value}: 1 is the least")
+        self.field, self.frames, self.size, self.pixels = field, frames, size, Pixels(size)
+        if self.decoder is TorchCodec:
+            require_torchcodec()
+
+    def column(self, source: Source) -> Column:
+        frames = self.field is None and self.kind not in kinds(source).values()
+        return named_column(source, self.field, "array" if frames else self.kind)
+
+    def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
+        x_BF3SS = torch.full((len(raw_B), self.frames, 3, self.size, self.size), ENDED, dtype=torch.int16)
+        errors: list[str | None] = [None] * len(raw_B)
+        for row, raw in enumerate(raw_B):
+            if raw is None or isinstance(raw, Reduced):
+                continue
+            try:
+                x_F3SS = self._read(raw.encode() if isinstance(raw, str) else raw)
+                x_BF3SS[row, : len(x_F3SS)] = x_F3SS
+            except (ValueError, RuntimeError) as error:
+                errors[row] = " ".join(str(error).split())[:200]
+        return x_BF3SS, errors
+
+    def _read(self, data: bytes) -> Tensor:
+        if not data:
+            raise ValueError("an empty file")
+        try:
+            video = ArrayFrames(data) if data.startswith(ARRAY) else self.decoder(data)
+            many = len(video)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"no video: {error}") from None
+        if many < 1:
+            raise ValueError("a video without a frame")
+        places = np.linspace(0, many - 1, min(self.frames, many)).round().astype(int).tolist()
+        first_13HW = video.at(places[:1])
+        if first_13HW.numel() * len(places) > LIMIT:
+            raise ValueError(f"frames of {first_13HW.numel():,} bytes: {len(places)} are more than {LIMIT:,}")
+        x_F3HW = torch.cat([first_13HW, video.at(places[1:])]) if len(places) > 1 else first_13HW
+        x_F3HW = v2.functional.center_crop(x_F3HW, [min(x_F3HW.shape[-2:])] * 2)
+        return v2.functional.resize(x_F3HW, [self.size, self.size], antialias=True).to(torch.int16)
+
+    def view(self, x_BF3SS: Tensor, draw_B: Tensor) -> Tensor:
+        """Float pixels on the device, ``-inf`` in frames behind the last."""
+        key_N = derived(lambda key_B: key_B.repeat_interleave(x_BF3SS.shape[1]), draw_B)
+        pixels = self.pixels(x_BF3SS.flatten(0, 1).clamp(min=0), key_N).view(x_BF3SS.shape)
+        return pixels.masked_fill(x_BF3SS == ENDED, -torch.inf)
+
+
+def require_torchcodec() -> None:
+    """Raises ValueError, in one line, where it cannot be imported."""
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        why = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).strip().splitlines()[0][:100]})"
+        raise ValueError(f"videos need torchcodec and FFmpeg{why}: pip install 'descant[video]'") from None
