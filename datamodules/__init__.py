@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from descant.datamodules.corpora.frames import FrameRollouts as FrameRollouts
     from descant.datamodules.corpora.frames import Frames as Frames
     from descant.datamodules.corpora.landsat import Landsat as Landsat
+    from descant.datamodules.corpora.moving_emoji import MovingEmoji as MovingEmoji
     from descant.datamodules.corpora.partial_information import PartialInformation as PartialInformation
     from descant.datamodules.corpora.scenes import Scenes as Scenes
     from descant.datamodules.corpora.stamps import Stamps as Stamps

@@ -182,7 +182,7 @@ class MovingEmoji(ImageViews):
 
     Inputs: ``video``, float ``[B, F, 3, size, size]``, and ``text``. Targets: ``group`` and ``subgroup`` of the
     concept, ``identity``, its number, ``motion``, 0 to 8, and ``digit``, 0 to 9, of three by five pixels at every size:
-    of frames reduced to a quarter, template matching that is told the place finds three in ten. A training clip is a
+    of frames reduced to a quarter, template matching at the known place finds three in ten. A training clip is a
     pure function of (seed, epoch, index), a clip of an evaluation set of its id. Equal content is an equal name with an
     equal motion. Evaluation sets are those of Emoji with ``paired``.
 

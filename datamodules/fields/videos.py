@@ -24,7 +24,7 @@ LIMIT = 1 << 28
 ENDED = -1
 
 
-class Frames(Protocol):
+class OpenVideo(Protocol):
     """A video that is open: its number of frames, and some of them as uint8 ``[F, 3, H, W]``.
 
     A decoder makes one of a file's bytes, and raises ValueError or RuntimeError where they are no video.
@@ -85,7 +85,7 @@ class VideoField(Field):
 
     kind, usual = "video", VIDEO_ENDINGS
     #: Opens the bytes of a file.
-    decoder: Callable[[bytes], Frames] = TorchCodec
+    decoder: Callable[[bytes], OpenVideo] = TorchCodec
 
     def __init__(self, field: str | None = None, frames: int = 8, size: int = 112) -> None:
         for name, value in (("frames", frames), ("size", size)):

@@ -14,6 +14,7 @@ import pytest
 
 from descant.datamodules.fields.fields import kinds
 from descant.datamodules.sources import find
+from descant.datamodules.sources.arrays import array_of
 from descant.datamodules.sources.parquet import Parquet
 from tests.files import jpeg
 
@@ -46,13 +47,25 @@ def write(path: Path, n: int = 12, rows: int = 5) -> Path:
 def test_fields_by_the_type_of_the_column(tmp_path: Path) -> None:
     source = Parquet(write(tmp_path / "a.parquet"))
     assert source.fields == (
-        *("image", "raw", "caption", "captions.0", "captions.1", "label", "group", "info.author", "info.deep.w"),
+        *(
+            "image",
+            "raw",
+            "caption",
+            "captions.0",
+            "captions.1",
+            "label",
+            "boxes",
+            "group",
+            "info.author",
+            "info.deep.w",
+        ),
     )
     assert source.has("image").tolist() == [i % 5 != 4 for i in range(12)]
     assert source.has("caption").tolist() == [i not in (2, 3) for i in range(12)]
     assert source.has("captions.1").tolist() == [i % 3 == 2 for i in range(12)]
     assert source.has("raw").all()
-    read = source.read(7, source.fields)
+    assert array_of(source.read(7, ["boxes"])["boxes"]).tolist() == [[1.0, 2.0]]  # type: ignore[arg-type]
+    read = source.read(7, source.fields[:-1])
     assert read == {
         "image": jpeg("red", (15, 8)),
         "raw": b"abc7",
