@@ -76,6 +76,7 @@ RECIPES: dict[str, list[Case]] = {
         Case(("contrastive/scenes", "with/train/hardest-hinge"), slow=True),
         Case(("contrastive/emoji-vit", "with/train/ema", "with/evaluate/throughput"), slow=True),
         Case(("contrastive/emoji-spoken",), slow=True),
+        Case(("contrastive/clips",), slow=True),
     ],
     "SelfSupervised": [
         Case(("contrastive/views",)),
