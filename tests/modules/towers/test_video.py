@@ -29,6 +29,10 @@ def test_properties():
     _asserts.check_keys_unchanged(video)
     _asserts.check_checkpointing(video, X)
     assert len(video.blocks()) == 2
+    fixed = tower(positions="sincos")
+    _asserts.check_every_gradient(fixed, X)
+    assert set(dict(video.named_parameters())) - set(fixed.state_dict()) == {"positions_PD", "times_FD"}
+    assert torch.equal(fixed.times_FD[0, :8], torch.zeros(8)) and torch.equal(fixed.times_FD[0, 8:], torch.ones(8))
 
 
 def attention(h_KD, part):
