@@ -61,8 +61,8 @@ from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
-from descant.modules.objectives.two_views import TwoViews
 from descant.modules.objectives.regions import MaskedRegions
+from descant.modules.objectives.two_views import TwoViews
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.text import NgramTokenizer

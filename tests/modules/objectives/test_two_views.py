@@ -124,5 +124,5 @@ def test_data_of_one_view_and_fewer_samples_than_a_queue_are_refused(tmp_path: P
         model(samples())
     recipe = made(views=TwoViews("image", NNCLR(8, P, 8, queue=56)))
     trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
-    with pytest.raises(ValueError, match="views: .* a queue of 56 rows is longer than the data, 48 samples of image"):
+    with pytest.raises(ValueError, match=r"views: .* a queue of 56 rows is longer than the data, 48 samples of image"):
         trainer.fit(recipe, datamodule=ViewData(modalities=("image",)))
