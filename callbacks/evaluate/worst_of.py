@@ -1,6 +1,10 @@
-"""The worst of several metrics of one evaluation set, such as the accuracies of two heads."""
+"""The worst, or the mean, of several metrics of one evaluation set, such as the accuracies of two heads."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import ClassVar
 
 import lightning as L
 
@@ -21,6 +25,8 @@ class WorstOf(Ordered):
     """
 
     once = True
+    name: ClassVar[str] = "worst"
+    of: ClassVar[Callable[[Sequence[float]], float]] = min
     #: Other callbacks read its metric when an evaluation ends.
     front = True
     after = ("Resume", "PartMetrics")
@@ -28,7 +34,7 @@ class WorstOf(Ordered):
     def __init__(self, metrics: list[str]) -> None:
         super().__init__()
         if len(set(metrics)) < max(2, len(metrics)):
-            raise ValueError(f"WorstOf: metrics {', '.join(metrics) or 'none'}: two or more, each once")
+            raise ValueError(f"{type(self).__name__}: metrics {', '.join(metrics) or 'none'}: two or more, each once")
         self.metrics = list(metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,4 +51,20 @@ class WorstOf(Ordered):
             if metric in self.metrics:
                 by_set.setdefault(set_name, []).append(float(value))
         whole = {name: values for name, values in by_set.items() if len(values) == len(self.metrics)}
-        publish(trainer, {f"{name}/worst": min(values) for name, values in whole.items()})
+        publish(trainer, {f"{name}/{self.name}": type(self).of(values) for name, values in whole.items()})
+
+
+class MeanOf(WorstOf):
+    """``{set}/mean``: the mean of some metrics of an evaluation set, such as the accuracies of several tasks.
+
+    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+
+    Args:
+        metrics: at least two names after the set; more is better.
+
+    Raises:
+        ValueError: for fewer than two metrics, or one that is named twice.
+    """
+
+    name = "mean"
+    of = fmean
