@@ -4,10 +4,12 @@ Claim: objectives that read the same tokens train in one forward of each tower.
 
     tokens_m = tower_m(x_m),  z_m = normalise(head_m(pool_m(tokens_m))),  fused_ab = blocks([c, tokens_a, tokens_b])
     loss = sum over objectives o: terms_o(streams)          each stream made once a step; named o, or o/part
+    with universal layers universal(tower_m(x_m)) in place of tower_m(x_m), for all objectives or those of the graph
 
 Objectives that hide the same tokens share these streams too. What no objective reads costs nothing: its tower does not
 run, and is frozen, so that no rank waits for its gradients. Harmonizers of features see z, those of parameters all.
-Source: the combination of objectives as in ALBEF (arXiv 2107.07651) and TIP (2407.07582).
+Source: the combination of objectives as in ALBEF (arXiv 2107.07651) and TIP (2407.07582), modules by objective as in
+mPLUG-2 (2302.00402).
 Letters: B samples, D width.
 """
 
@@ -18,15 +20,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
 from descant.modules.fusion.cross_encoder import FusionLayers
+from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
-from descant.modules.objectives.streams import Streams, pooled
+from descant.modules.objectives.graph import Part, composed
+from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of, trained_samples
@@ -42,10 +46,14 @@ class MultiTask(StreamSpace):
         width: of the shared embedding space.
         fusion: layers over the tokens of two modalities, for objectives that ask for them.
         pool: tokens to one vector, a copy for each modality; or one a modality.
+        universal: layers that modalities share, between towers and all else.
+        graph: objective -> the modules above its towers, such as {words: [fusion], kind: [universal]}; all that it can
+            use for one that is not named.
 
     Raises:
-        ValueError: without an objective, or for one with a modality that has no tower or a stream that is not made, and
-            for two teachers; in training, for data without a modality that some objective reads.
+        ValueError: without an objective, for one with a modality that has no tower, a stream that is not made or a
+            graph that does not fit it, and for two teachers; in training, for data without a modality that some
+            objective reads.
     """
 
     def __init__(
@@ -55,6 +63,8 @@ class MultiTask(StreamSpace):
         width: int = 128,
         fusion: FusionLayers | None = None,
         pool: Pool | Pools | None = None,
+        universal: UniversalLayers | None = None,
+        graph: dict[str, list[Part]] | None = None,
         **kwargs: Any,
     ) -> None:
         if not objectives:
@@ -66,7 +76,9 @@ class MultiTask(StreamSpace):
         for name, objective in objectives.items():
             with naming(name):
                 objective.build(facts)
-        self.objectives = nn.ModuleDict(objectives)
+        self.objectives, self.graph = nn.ModuleDict(objectives), composed(graph, objectives, universal)
+        shared = [m for m in towers if any(m in objectives[name].reads for name in self.graph.behind)]
+        self.universal = universal and universal.build({m: towers.width(m) for m in shared})
         hidden = [m for m in towers if any(m in objective.replaced for objective in objectives.values())]
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
         fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
@@ -103,14 +115,6 @@ class MultiTask(StreamSpace):
         parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
         return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
 
-    @property
-    def pairs(self) -> dict[str, tuple[str, str]]:
-        """Pairs of modalities that objectives score, by the name of the term."""
-        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
-
-    def features(self, x: Tensor, modality: str) -> Tensor:
-        return pooled(self, self.towers[modality](x), modality)
-
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """All but the objectives' own layers."""
         own = set(self.objectives.parameters())
@@ -125,7 +129,8 @@ class MultiTask(StreamSpace):
             with naming(name):
                 terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
             pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
-        return Output(terms, {m: streams.latent(m) for m in self.forks if self.forks[m]}, pairs=pairs)
+        latents = {m: streams.latent(m) for m in self.forks if self.forks[m]}
+        return Output(terms, latents, logits=self._logits(views), pairs=pairs)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""

@@ -47,6 +47,7 @@ class Output:
         terms: loss terms by name, one value a sample.
         latents: embeddings ``z_BD`` by modality, as trained.
         decisions: makes the decisions of the batch, for distillation; None for a recipe without decisions.
+        logits: by the name of an objective, makes its decisions, for soft labels.
         pairs: by the name of a pair of modalities, how well rows match columns.
         aux: further terms of the network's own parts, such as router balance, codebook commitment or regularizers; the
             base adds them to the terms.
@@ -60,6 +61,7 @@ class Output:
     terms: dict[str, Term]
     latents: Mapping[str, Tensor] = field(default_factory=dict)
     decisions: Callable[[], Decisions] | None = None
+    logits: Mapping[str, Callable[[], Decisions]] = field(default_factory=dict)
     pairs: Mapping[str, Scorer] = field(default_factory=dict)
     aux: dict[str, Term] = field(default_factory=dict)
     fusion: FusionInputs | None = None

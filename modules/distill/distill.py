@@ -9,7 +9,8 @@ Letters: B samples, N decisions (a sample has one, or one a token), K choices, D
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, Self, cast, runtime_checkable
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from descant.modules.core.batch import Batch, chosen, some
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
+from descant.modules.core.errors import no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions, Output
@@ -41,6 +43,13 @@ class MakesDecisions(Protocol):
     def choices(self) -> int: ...
 
     def decide(self, batch: Batch) -> Decisions: ...
+
+
+@runtime_checkable
+class MakesLabels(Protocol):
+    """``label_logits(batch)``: objective -> makes its decisions. Training has the student's in ``Output.logits``."""
+
+    def label_logits(self, batch: Batch) -> Mapping[str, Callable[[], Decisions]]: ...
 
 
 class Teacher(nn.Module):
@@ -190,9 +199,13 @@ class DecisionTarget(Target):
         return self
 
     def forward(self, context: DistillContext) -> dict[str, Term]:
-        decisions, taught, B = context.decisions, context.taught, len(context.batch)
-        mine_N, theirs_N = in_common(decisions.sample_N, taught.sample_N)
         choices = max(cast(MakesDecisions, context.student).choices, 1)
+        value_B, valid_B = self.values(context.decisions, context.taught, choices, len(context.batch))
+        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=context.rows)}
+
+    def values(self, decisions: Decisions, taught: Decisions, choices: int, B: int) -> tuple[Tensor, Tensor]:
+        """The mean over a sample's decisions ``[B]``, and which samples have some."""
+        mine_N, theirs_N = in_common(decisions.sample_N, taught.sample_N)
         rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
 
         def part(mine_n: Tensor, theirs_n: Tensor) -> Tensor:
@@ -205,8 +218,7 @@ class DecisionTarget(Target):
             part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
             for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
         ]
-        value_B, valid_B = means(torch.cat(parts), chosen(decisions.sample_N, mine_N), B)
-        return {self.name: Term(self.weight * value_B, valid=valid_B, norm=context.rows)}
+        return means(torch.cat(parts), chosen(decisions.sample_N, mine_N), B)
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
         raise NotImplementedError
@@ -235,6 +247,50 @@ class SoftTarget(DecisionTarget):
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
         return divergence(s_NK, t_NK, self.temperature)
+
+
+class SoftLabels(SoftTarget):
+    """Soft labels of several objectives: :class:`SoftTarget` of the logits of each, ``soft-{objective}``.
+
+        (1 - alpha) CE(label, s) + alpha CE(softmax t, s)     with weight alpha, and 1 - alpha in ``mix`` of the recipe
+
+    less the entropy of the label, which has no gradient; both are averaged over the same samples. With TeacherAverage
+    it is momentum distillation. Source: Li 2021 (ALBEF, arXiv 2107.07651: alpha 0.4, decay 0.995) and mPLUG-2, whose
+    release moves its average in each forward, before the step, and without buffers and fusion layers.
+
+    Args:
+        objectives: names of Contrast and MaskedTokens objectives of MultiTask.
+        temperature: of both. weight: alpha.
+
+    Raises:
+        ValueError: for no objective; before training, for a recipe without it; in training, for one without logits.
+    """
+
+    def __init__(self, objectives: list[str], temperature: float = 1.0, weight: float = 0.4) -> None:
+        super().__init__(temperature, weight)
+        if not objectives:
+            raise ValueError("SoftLabels: objectives: none; such as [contrast]")
+        self.objectives = objectives
+
+    def build(self, student: nn.Module, teacher: nn.Module) -> Self:
+        for network in (student, teacher):
+            known = getattr(network, "objectives", {}) if has(network, MakesLabels) else {}
+            for name in (name for name in self.objectives if name not in known):
+                raise ValueError(f"SoftLabels: objectives: {name!r}: {no_such(name, known)}")
+        return self
+
+    def forward(self, context: DistillContext) -> dict[str, Term]:
+        with torch.no_grad():
+            taught, found = cast(MakesLabels, context.teacher).label_logits(context.batch), dict[str, Term]()
+        for name in self.objectives:
+            if name not in context.output.logits:
+                raise ValueError(
+                    f"SoftLabels: objective {name}: no logits; InfoNCE of one pair and TokenAdapter have some"
+                )
+            mine, theirs = context.output.logits[name], taught[name]
+            value_B, _ = self.values(mine(), theirs(), 1, len(context.batch))
+            found[f"soft-{name}"] = replace(context.output.terms[name], value=self.weight * value_B)
+        return found
 
 
 class HardTarget(DecisionTarget):

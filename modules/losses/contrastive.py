@@ -133,6 +133,13 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
                 ab_B = with_negatives(ab_B, logit_B[:, None], has_neg_B[:, None])
             return (ab_B + ba_BG.logsumexp(dim=1)) / 2 - positive_B
 
+    def logits(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, G]`` of both directions, the lowest finite number at what is no negative."""
+        with torch.autocast(z_a_BD.device.type, enabled=False):
+            a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
+            out_BG, (a_GD, b_GD) = gathered_excluded(key_B, valid_B), gather_both(a_BD, b_BD)
+            return _exclude(a_BD @ b_GD.T, out_BG), _exclude(b_BD @ a_GD.T, out_BG)
+
 
 class SigLIP(LearnedTemperature, ContrastiveLoss):
     """SigLIP's sigmoid loss (Zhai 2023, arXiv 2303.15343): ``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``.

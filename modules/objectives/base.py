@@ -5,7 +5,7 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -15,7 +15,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
-from descant.modules.core.output import Scorer
+from descant.modules.core.output import Decisions, Scorer
 from descant.modules.core.protocols import Encodes, HidesCells
 from descant.modules.masking.corruptions import Masks
 from descant.modules.towers.base import Tower
@@ -113,6 +113,10 @@ class TaskObjective(nn.Module):
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """Quality numbers in evaluation by name; those of losses begin with ``loss``."""
         return {}
+
+    def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
+        """Makes the decisions that soft labels are compared at; None for an objective without any."""
+        return None
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
         """Part -> how well rows of one modality match rows of another."""

@@ -1,15 +1,20 @@
-"""Contrast of pairs of modalities as one of several objectives. Letters: B samples, D width."""
+"""Contrast of pairs of modalities as one of several objectives. Letters: B samples, G of all
+ranks, V that have both modalities, N decisions."""
 
 from __future__ import annotations
 
 import copy
-from typing import Self
+from collections.abc import Callable
+from functools import partial
+from typing import Self, cast
 
+import torch
 from torch import nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.output import Scorer
+from descant.modules.core.output import Decisions, Scorer
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, similarity_scorer
 from descant.modules.objectives.base import Facts, TaskObjective
 from descant.modules.objectives.streams import Streams
@@ -56,6 +61,20 @@ class Contrast(TaskObjective):
             value_B = loss(streams.z(a, part), streams.z(b, part), batch.content_id, valid_B)
             terms[part] = Term(value_B, valid=valid_B, given=(a, b))
         return terms
+
+    def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
+        """Of one pair with InfoNCE, in both directions: a sample's match among all."""
+        return (
+            partial(self._decisions, streams) if len(self.pairs) == 1 and isinstance(self.losses[0], InfoNCE) else None
+        )
+
+    def _decisions(self, streams: Streams) -> Decisions:
+        (part, (a, b)), batch = next(iter(self.pairs.items())), streams.batch
+        valid_B, loss = batch.both(a, b), cast(InfoNCE, self.losses[0])
+        row_V = to_device(host_copy(valid_B).nonzero()[:, 0], batch.device)
+        both = loss.logits(streams.z(a, part), streams.z(b, part), batch.content_id, valid_B)
+        logits_NG = torch.stack([s_BG[row_V] for s_BG in both], dim=1).flatten(0, 1)
+        return Decisions(logits_NG.__getitem__, derived(lambda row_V: row_V.repeat_interleave(2), row_V))
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
         each = zip(self.pairs.items(), self.losses, strict=True)

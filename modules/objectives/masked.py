@@ -1,21 +1,26 @@
 """Masked tokens as one of several objectives: words, patches, categories or columns, by adapter.
 
-Letters: B samples, V samples that have both modalities, N hidden tokens of all samples, T tokens, D width.
+Letters: B samples, V samples that have both modalities, N hidden tokens of all samples, T tokens, D width, C words.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from functools import partial
+from typing import Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term, means
+from descant.modules.core.output import Decisions
 from descant.modules.masking.adapters import Adapter
 from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
 from descant.modules.masking.decoders import At
+from descant.modules.masking.discrete_adapters import TokenAdapter
 from descant.modules.objectives.base import Facts, TaskObjective
 from descant.modules.objectives.streams import Streams
 
@@ -84,10 +89,7 @@ class MaskedTokens(TaskObjective):
         return corrupted(self.corruption, real, {self.modality: self.adapter.grid}, batch.rng_seed)
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        m, masks, valid_B = self.modality, streams.masks, batch.both(*self.reads)
-        assert masks is not None
-        at = At.of(derived(of_present, masks.loss[m], valid_B))
-        h_ND = hidden_tokens(streams, m, self.given, at)
+        h_ND, at = self.predicted(streams)
         raw_BTP, _ = self.raw(batch)
         terms = {}
         with streams.rows(at.row_N):
@@ -96,6 +98,23 @@ class MaskedTokens(TaskObjective):
             value_B, has_B = means(loss_N, at.row_N, len(batch))
             terms[part] = Term(value_B, valid=has_B, norm=batch.count(*self.reads).clamp(min=1))
         return terms
+
+    def predicted(self, streams: Streams) -> tuple[Tensor, At]:
+        """Features of the hidden tokens ``[N, D]``, and their index."""
+        m, masks, valid_B = self.modality, streams.masks, streams.batch.both(*self.reads)
+        assert masks is not None
+        at = At.of(derived(of_present, masks.loss[m], valid_B))
+        return hidden_tokens(streams, m, self.given, at), at
+
+    def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
+        """Of words, over the vocabulary."""
+        return partial(self._decisions, streams) if isinstance(self.adapter, TokenAdapter) else None
+
+    def _decisions(self, streams: Streams) -> Decisions:
+        h_ND, at = self.predicted(streams)
+        with streams.rows(at.row_N):
+            logits_NC = promote(cast(nn.Module, self.adapter.outward)(h_ND))
+        return Decisions(logits_NC.__getitem__, at.row_N)
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """``loss`` of the hidden tokens, by part."""

@@ -3,6 +3,7 @@
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
                         h = tower_m(x_m, visible)                                   of a table: as missing cells, TIP
+                        universal_m(h) in its place for what is behind universal layers
     features(m, view)   h = pool_m(tokens(m, view))                                 of the batch's first view, or m@2
     latent(m)           z = normalise(head_m(features(m)))
     own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
@@ -35,6 +36,7 @@ from descant.modules.core.protocols import HidesCells
 from descant.modules.core.ranks import gather
 from descant.modules.core.rows import RowTracker, running_rows, zeroed
 from descant.modules.fusion.cross_encoder import Fused, FusionLayers
+from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.towers.base import Tokens
@@ -58,6 +60,9 @@ class StreamModel(Protocol):
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]: ...
 
+    @property
+    def before_pools(self) -> UniversalLayers | None: ...
+
     def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor: ...
 
 
@@ -70,11 +75,12 @@ class Streams:
     def __init__(self, model: StreamModel, batch: Batch, taught: Streams | None = None) -> None:
         """``taught``: those of the recipe's own teacher, whose average of weights it is."""
         self.model, self.batch, self.made, self.taught = model, batch, dict[Hashable, Any](), taught
+        self.universal = model.before_pools  # the layers that tokens have passed
 
-    def of(self, name: Callable[[str], str], masks: Masks | None) -> Streams:
-        """The same streams for an objective: ``name(part)`` of its terms, and the tokens that it hides."""
+    def of(self, name: Callable[[str], str], masks: Masks | None, universal: UniversalLayers | None = None) -> Streams:
+        """The same streams for an objective: ``name(part)`` of its terms, the tokens that it hides, its layers."""
         seen = copy.copy(self)
-        seen.name, seen.masks = name, masks
+        seen.name, seen.masks, seen.universal = name, masks, universal
         return seen
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -93,11 +99,18 @@ class Streams:
         if modality + view not in self.batch.inputs:
             asked = f": data.views {{{modality}: 2}}" if view else ""
             raise ValueError(f"the data has no {modality + view!r}{asked}")
-        return self.once((modality, hidden(masks, modality), view), lambda: self._tokens(modality, masks, view))
+        key, universal = (modality, hidden(masks, modality), view), self.universal
+        tower = partial(self.once, key, lambda: self._tokens(modality, masks, view))
+        if universal is None:
+            return tower()
+        keys = self.batch.rng_seed, self.batch.present[modality]
+        return self.once(("universal", *key), lambda: universal(tower(), modality, *keys))
 
     def features(self, modality: str, view: str = "") -> Tensor:
         """``h_BD``, the pooled tokens of a view; of absent rows anything finite."""
-        return self.once(("h", modality, view), lambda: pooled(self.model, self.tokens(modality, view=view), modality))
+        seen = copy.copy(self)
+        seen.universal = self.model.before_pools
+        return self.once(("h", modality, view), lambda: pooled(self.model, seen.tokens(modality, view=view), modality))
 
     def latent(self, modality: str) -> Tensor:
         """``z_BD``, of unit length; absent rows are zero."""
@@ -150,7 +163,7 @@ class Streams:
         if places.index(a) > places.index(b):  # one order, whichever is asked for: attention has none
             fused, row_V = self.own(b, a, masks)
             return Fused(fused.first_ND, fused.b, fused.a), row_V
-        key = ("own", a, b, hidden(masks, a), hidden(masks, b))
+        key = ("own", a, b, hidden(masks, a), hidden(masks, b), self.universal)
         return self.once(key, lambda: self._own(a, b, masks))
 
     def _own(self, a: str, b: str, masks: Masks | None) -> tuple[Fused, Tensor]:
@@ -187,12 +200,12 @@ class Streams:
 
     def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
         """Tokens in the width of the fusion layers."""
-        key = ("mapped", modality, hidden(masks, modality))
+        key = ("mapped", modality, hidden(masks, modality), self.universal)
         return self.once(key, lambda: self.fusion.mapped(modality, self.tokens(modality, masks)))
 
     def gathered(self, modality: str) -> Tokens:
         """:meth:`mapped` of the samples of all ranks, with gradients."""
-        return self.once(("all", modality), lambda: _unpacked(gather(_packed(self.mapped(modality)))))
+        return self.once(("all", modality, self.universal), lambda: _unpacked(gather(_packed(self.mapped(modality)))))
 
     @property
     def fusion(self) -> FusionLayers:

@@ -84,7 +84,7 @@ class TextTower(Tower):
         compiled = torch.compiler.is_compiling()
         if mask is None:
             mask = x != PAD if compiled else derived(_real, x)
-        mask_BT, longest = mask, T if compiled else _longest(mask)
+        mask_BT, longest = mask, T if compiled else columns(mask)
         h_BTD = self.encode(self.embed(x[:, :longest]), mask_BT[:, :longest])
         return Tokens(F.pad(h_BTD, (0, 0, 0, T - longest)) if longest < T else h_BTD, mask_BT)
 
@@ -102,7 +102,7 @@ def _real(x_BT: Tensor) -> Tensor:
     return x_BT != PAD
 
 
-def _longest(mask_BT: Tensor) -> int:
+def columns(mask_BT: Tensor) -> int:
     """Columns up to the last real token of any text; at least 1."""
     columns = host_copy(mask_BT).any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1

@@ -23,6 +23,7 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import running_rows, zeroed
+from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
@@ -52,13 +53,21 @@ class SharedSpace(Recipe):
         self.imputation: Imputation | None = None
         self.heads = nn.ModuleDict({m: Projection(towers.width(m), width, norm=norm) for m in towers})
 
+    @property
+    def before_pools(self) -> UniversalLayers | None:
+        """Layers of several modalities between towers and pools."""
+        return None
+
     def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
         """The parameters that are of this modality alone."""
         return (p for part in (self.towers, self.pools, self.heads) for p in part[modality].parameters())
 
     def features(self, x: Tensor, modality: str) -> Tensor:
         """``[B, ...] -> h_BD``: tower and pool."""
-        return self.pools[modality](self.towers[modality](x))
+        return self.pooled(self.towers[modality](x), modality)
+
+    def pooled(self, tokens: Tokens, modality: str) -> Tensor:
+        return self.pools[modality](tokens)
 
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
         """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
@@ -88,7 +97,7 @@ class SharedSpace(Recipe):
         tower = self.towers[modality]
         assert has(tower, Encodes)
         tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
-        return self.project(self.pools[modality](tokens), modality, mask_BT.any(dim=1))
+        return self.project(self.pooled(tokens, modality), modality, mask_BT.any(dim=1))
 
     def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
         z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)

@@ -5,7 +5,7 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
-from descant.modules.core.output import Scorer
+from descant.modules.core.output import Decisions, Scorer
 from descant.modules.distill.distill import Distill
+from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.objectives.base import TaskObjective, named, naming
-from descant.modules.objectives.streams import Streams
-from descant.modules.towers import Towers
+from descant.modules.objectives.graph import Graph
+from descant.modules.objectives.streams import Streams, pooled
+from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.distillation import ProjectionAverage
 from descant.recipes.base.shared_space import SharedSpace
@@ -41,7 +43,7 @@ def own_teacher(objectives: Mapping[str, TaskObjective], options: Mapping[str, A
 
 
 class StreamSpace(SharedSpace):
-    """Base of recipes whose objectives read :class:`Streams`; one on top sets ``objectives``.
+    """Base of recipes whose objectives read :class:`Streams`; one on top sets objectives, universal layers and graph.
 
     Args:
         towers: one tower a modality.
@@ -55,6 +57,8 @@ class StreamSpace(SharedSpace):
     """
 
     objectives: nn.ModuleDict
+    universal: UniversalLayers | None
+    graph: Graph
 
     def __init__(
         self,
@@ -73,6 +77,19 @@ class StreamSpace(SharedSpace):
     def tasks(self) -> dict[str, TaskObjective]:
         return cast(dict[str, TaskObjective], dict(self.objectives.items()))
 
+    @property
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """Pairs of modalities that objectives score, by the name of the term."""
+        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
+
+    @property
+    def before_pools(self) -> UniversalLayers | None:
+        return self.universal if self.graph.embeddings else None
+
+    def pooled(self, tokens: Tokens, modality: str) -> Tensor:
+        tokens = tokens if self.before_pools is None else self.before_pools(tokens, modality)
+        return pooled(cast(Any, self), tokens, modality)
+
     def streams(self, batch: Batch) -> Streams:
         """Of a batch in training: with those of the teacher, if objectives have one."""
         taught = None
@@ -88,7 +105,15 @@ class StreamSpace(SharedSpace):
             if objective.hiding not in masks:
                 with naming(name):
                     masks[objective.hiding] = objective.hides(streams.batch)
-        return {name: streams.of(partial(named, name), masks[task.hiding]) for name, task in self.tasks.items()}
+        layers = {name: self.universal if name in self.graph.behind else None for name in self.tasks}
+        return {n: streams.of(partial(named, n), masks[task.hiding], layers[n]) for n, task in self.tasks.items()}
+
+    def label_logits(self, batch: Batch) -> dict[str, Callable[[], Decisions]]:
+        return self._logits(self._views(Streams(cast(Any, self), batch)))
+
+    def _logits(self, views: dict[str, Streams]) -> dict[str, Callable[[], Decisions]]:
+        made = {name: task.decisions(views[name]) for name, task in self.tasks.items()}
+        return {name: make for name, make in made.items() if make is not None}
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(cast(Any, self), batch))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -30,7 +30,7 @@ from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
-from descant.modules.distill.distill import Distill, SoftTarget
+from descant.modules.distill.distill import Distill, SoftLabels, SoftTarget
 from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.evaluation.inversion import ModalityInversion
 from descant.modules.evaluation.readout import ModelContrast, RidgeReadout
@@ -38,6 +38,7 @@ from descant.modules.fusion.classifiers import LateFusion, MidFusion
 from descant.modules.fusion.cross_encoder import CrossEncoder, FusionLayers
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.fusion.single_then_two import SingleThenTwo
+from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.language.answer_scores import LikelihoodScorer
 from descant.modules.language.positions import VisualSteps
 from descant.modules.losses import InfoNCE, Intra
@@ -298,6 +299,27 @@ def tables(before: Path) -> Run:
     recipe = MultiTask(towers, objectives, 8, FusionLayers(8, 1, 2), embeds=[pair], optimizer=adamw)
     data = emoji(table=True, paired=True, missing=ColumnMissing(0.6))
     return Run(recipe, data, [c.Accuracy(), c.LinearProbe("group", "image+table")])
+
+
+@run
+def mplug2(before: Path) -> Run:
+    words = MaskedTokens("text", TokenAdapter(8192, 24), given="image")
+    objectives = {"contrast": Contrast([["image", "text"]]), "words": words, "group": Classify("group", 10, ["image"])}
+    labels = Distill(TeacherAverage(0.9), [SoftLabels(["contrast", "words"])])
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    layers, graph = UniversalLayers(8, 2, 2, latents=3, sham="permute"), {"words": ["fusion"]}
+    recipe = MultiTask(
+        towers,
+        objectives,
+        8,
+        FusionLayers(8, 1, 2),
+        universal=layers,
+        graph=cast(Any, graph),
+        distill=labels,
+        optimizer=adamw,
+    )
+    callbacks = [c.Accuracy(), c.Retrieval(), c.MeanOf(["accuracy_group", "i2t_r1"])]
+    return Run(recipe, emoji(name_only=1.0), callbacks)
 
 
 @run

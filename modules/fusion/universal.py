@@ -1,0 +1,198 @@
+"""Universal layers: transformer layers above the towers that modalities share, images by way of learned latents.
+
+    text     h_n = layer_n(h_{n-1})                                                 u = norm(h_N)
+    image    q_0 = latents,   q_n = layer_n(q_{n-1} given h)   for n < N
+             y = layer_N(h given q_{N-1}):  in the last one roles are swapped       u = norm_v(h + norm(y))
+
+    layer(h)           f(a),                  a = h + self(norm(h)),   f(a) = a + mlp(norm(a))
+    layer(h given c)   f(a + cross(a, c)),    cross: queries of norm(a), keys and values of norm(c)
+
+Self-attention and MLP of a layer have one set of weights, whatever passes.
+Source: Xu 2023 (mPLUG-2, arXiv 2302.00402) and its release (X-PLUG/mPLUG-2, modeling_mplug2.py: 2 layers, 50 latents,
+normally distributed; its vision MLPs are built and not called). The release has BERT's norms after each branch, here
+they are before it, as in all blocks. The swap is in the release alone: by a reading note of the paper, which we had no
+copy of, latents query in all layers and are the output (``output: latents``).
+Letters: B samples, T tokens, S tokens that are attended to, L latents, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.host import has_host_copy
+from descant.modules.core.sham import Sham
+from descant.modules.towers.base import Tokens
+from descant.modules.towers.image import Block, all_real, checked_heads, key_mask
+from descant.modules.towers.text import columns
+
+#: ``layer(h, context)`` -> ``[B, T, D]``: tokens that have attended to themselves and to others.
+Reads = Callable[[Tokens, Tokens], Tensor]
+
+
+def role_swap(
+    h: Tokens, latents_LD: Tensor, layers: Sequence[Reads], handed_on: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``y_BTD``: latents query the tokens in all layers but the last, where the tokens query the latents.
+
+        q_0 = latents,   q_n = layer_n(q_{n-1}, h)  for n < N,   y = layer_N(h, q_{N-1})
+
+    Args:
+        h: tokens of each sample. latents_LD: the same for all samples. layers: N of them.
+        handed_on: what the last layer sees of the latents; all as they are where not given.
+
+    >>> h = Tokens(torch.tensor([[[2.0], [4.0]]]), torch.ones(1, 2, dtype=torch.bool))
+    >>> layers = [lambda q, c: q.h_BTD + c.h_BTD.mean(dim=1, keepdim=True)] * 2
+    >>> role_swap(h, torch.tensor([[1.0], [3.0]]), layers).flatten().tolist()  # latents 4 and 6, of mean 5
+    [7.0, 9.0]
+    """
+    q = latent_queries(h, latents_LD, layers[:-1])
+    return layers[-1](h, q if handed_on is None else q._replace(h_BTD=handed_on(q.h_BTD)))
+
+
+def latent_queries(h: Tokens, latents_LD: Tensor, layers: Sequence[Reads]) -> Tokens:
+    """``q_BLD``: latents that have queried the tokens of each sample, layer by layer."""
+    q_BLD = latents_LD.to(h.h_BTD).expand(len(h.h_BTD), -1, -1)
+    for layer in layers:
+        q_BLD = layer(Tokens(q_BLD, all_real(q_BLD)), h)
+    return Tokens(q_BLD, all_real(q_BLD))
+
+
+class UniversalBlock(Block):
+    """Transformer block of tokens alone or, with cross-attention between its branches, given others.
+
+    Args:
+        width, heads, mlp_ratio, dropout: as of the patch tower. crosses: whether it has cross-attention.
+
+    >>> block, all_4 = UniversalBlock(8, 2), torch.ones(3, 4, dtype=torch.bool)
+    >>> block.given(Tokens(torch.randn(3, 4, 8), all_4), Tokens(torch.randn(3, 5, 8), torch.ones(3, 5).bool())).shape
+    torch.Size([3, 4, 8])
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0, crosses: bool = True
+    ) -> None:
+        super().__init__(width, heads, mlp_ratio, dropout)
+        self.cross = nn.ModuleDict()
+        if crosses:
+            linear = {
+                "query": nn.Linear(width, width),
+                "kv": nn.Linear(width, 2 * width),
+                "out": nn.Linear(width, width),
+            }
+            for layer in linear.values():
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            self.cross.update({**linear, "norm": nn.LayerNorm(width), "norm_given": nn.LayerNorm(width)})
+
+    def given(self, h: Tokens, context: Tokens) -> Tensor:
+        """``[B, T, D]``: tokens that attend to themselves, then to the context."""
+        h_BTD = h.h_BTD + self._drop(self.attention(self.norm_1(h.h_BTD), key_mask(h.mask_BT), False))
+        h_BTD = h_BTD + self._drop(self._cross_attention(h_BTD, context))
+        return h_BTD + self._drop(self.mlp(self.norm_2(h_BTD)))
+
+    def _cross_attention(self, h_BTD: Tensor, context: Tokens) -> Tensor:
+        B, T, D = h_BTD.shape
+        split = (self.heads, D // self.heads)
+        q = self.cross["query"](self.cross["norm"](h_BTD)).unflatten(2, split).transpose(1, 2)
+        kv = self.cross["kv"](self.cross["norm_given"](context.h_BTD)).unflatten(2, (2, *split))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(context.mask_BT), dropout_p=p)
+        return self.cross["out"](h.transpose(1, 2).reshape(B, T, D))
+
+
+class UniversalLayers(nn.Module):
+    """Universal layers of mPLUG-2: the modalities of ``direct`` pass them as they are, others by learned latents.
+
+        direct: u = norm(layers(h)),     others: u = norm_v(h + norm(role_swap(h, latents, layers)))
+
+    Args:
+        width: D, of all towers below. depth: N. heads, mlp_ratio, dropout: of the blocks.
+        latents: L; none for plain layers that all modalities pass as they are, one trunk.
+        direct: modalities whose tokens pass the layers themselves: [text] where not given.
+        output: of the others: their ``tokens``, with what they read of the latents (the release), or the ``latents``.
+        sham: ``permute``: the latents that the last layer is given, or that are the output, are another sample's.
+
+    Raises:
+        ValueError: for fewer than one layer or latent; when built, for a tower of another width.
+
+    >>> layers = UniversalLayers(width=8, depth=2, heads=2, latents=3).build({"image": 8, "text": 8})
+    >>> h = Tokens(torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool))
+    >>> layers(h, "image").h_BTD.shape, layers(h, "text").h_BTD.shape
+    (torch.Size([4, 5, 8]), torch.Size([4, 5, 8]))
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        latents: int | None = 50,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        direct: list[str] | None = None,
+        output: Literal["tokens", "latents"] = "tokens",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or (latents is not None and latents < 1):
+            raise ValueError(f"depth {depth}, latents {latents}: at least 1 each; no latents: null")
+        self.width, self.direct, self.output = width, ("text",) if direct is None else tuple(direct), output
+        crosses = latents is not None
+        self.layers = nn.ModuleList(
+            UniversalBlock(width, checked_heads(width, heads), mlp_ratio, dropout, crosses) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.latents_LD = None if latents is None else nn.Parameter(torch.randn(latents, width))
+        self.norm_v = nn.LayerNorm(width) if crosses and output == "tokens" else None
+        self.sham, self.modalities = Sham(sham), tuple[str, ...]()
+
+    def build(self, widths: Mapping[str, int]) -> Self:
+        """For modalities of towers of these widths; returns itself. What no modality passes is frozen."""
+        for m in (m for m in widths if widths[m] != self.width):
+            raise ValueError(
+                f"universal: tower {m} has the width {widths[m]}, and these layers {self.width}: one for all"
+            )
+        self.modalities, queried = tuple(widths), any(self.queried(m) for m in widths)
+        for name, p in self.named_parameters():
+            of_latents = any(part in name for part in ("latents", "norm_v", "cross"))
+            p.requires_grad_(bool(widths) and (queried or not of_latents))
+        return self
+
+    def queried(self, modality: str) -> bool:
+        """Whether a modality passes by way of latents."""
+        return self.latents_LD is not None and modality not in self.direct
+
+    def forward(
+        self, tokens: Tokens, modality: str, draw_B: Tensor | None = None, present_B: Tensor | None = None
+    ) -> Tokens:
+        """Tokens of a modality behind the layers, or as they are where it passes none; absent samples have none.
+
+        ``draw_B``, ``present_B``: keys of the samples and which there are, for the sham.
+        """
+        if modality not in self.modalities:
+            return tokens
+        h_BTD, mask_BT = tokens
+        given = [cast(UniversalBlock, layer).given for layer in self.layers]
+
+        def handed_on(q_BLD: Tensor) -> Tensor:
+            return q_BLD if draw_B is None else self.sham(q_BLD, draw_B, present_B)
+
+        if self.latents_LD is None or modality in self.direct:
+            T = mask_BT.shape[1]
+            longest = columns(mask_BT) if has_host_copy(mask_BT) else T  # what is padding of all texts is not computed
+            h_BTD = h_BTD[:, :longest]
+            for layer in self.layers:
+                h_BTD = layer(h_BTD, key_mask(mask_BT[:, :longest]))
+            h_BTD = F.pad(self.norm(h_BTD), (0, 0, 0, T - longest))
+        elif self.norm_v is not None:
+            h_BTD = self.norm_v(h_BTD + self.norm(role_swap(tokens, self.latents_LD, given, handed_on)))
+        else:
+            q_BLD, real_BL = latent_queries(tokens, self.latents_LD, given)
+            h_BTD, mask_BT = handed_on(self.norm(q_BLD)), real_BL & mask_BT.any(dim=1, keepdim=True)
+        return Tokens(h_BTD.masked_fill(~mask_BT[..., None], 0.0), mask_BT)
