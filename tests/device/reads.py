@@ -118,7 +118,11 @@ RECIPES: dict[str, list[Case]] = {
         Case(("reinforce/emoji",), slow=True),
     ],
     "Staged": [Case(("staged/emoji_vqa",), slow=True)],
-    "MultiTask": [Case(("multitask/emoji",), slow=True), Case(("multitask/two-streams",), slow=True)],
+    "MultiTask": [
+        Case(("multitask/emoji",), slow=True),
+        Case(("multitask/two-streams",), slow=True),
+        Case(("multitask/universal",), slow=True),
+    ],
     "Matching": [Case(("distill/emoji-teacher",), slow=True)],
     "Peers": [Case(("distill/emoji-peers",), slow=True)],
 }
