@@ -96,7 +96,8 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     given, enters the first of both denominators (:func:`with_negatives`).
 
     Args:
-        temperature: 1/s at the start.
+        temperature: 1/s at the start; None for raw cosines, as in the release of UniPT (arXiv 2309.01420), of which the
+            mean over B samples is never below ``log(1 + (B - 1) e^{-B / (B - 1)})``, that of a regular simplex.
         learn: whether the scale is learned.
         max_scale: upper bound of s.
 
@@ -106,7 +107,7 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     [0.3133, 0.3133]
     """
 
-    def __init__(self, temperature: float = 0.07, learn: bool = True, max_scale: float = 100.0) -> None:
+    def __init__(self, temperature: float | None = 0.07, learn: bool = True, max_scale: float = 100.0) -> None:
         super().__init__(temperature, learn, max_scale)
 
     def forward(

@@ -12,7 +12,7 @@ class LearnedTemperature(nn.Module):
     """Base of losses with a learned logit scale ``s = exp(log_scale)``, clamped at ``max_scale`` in training.
 
     Args:
-        temperature: 1/s at the start.
+        temperature: 1/s at the start; None for s = 1, which is not learned: raw cosines.
         learn: whether the scale is learned.
         max_scale: upper bound of s.
 
@@ -23,8 +23,9 @@ class LearnedTemperature(nn.Module):
     14.29
     """
 
-    def __init__(self, temperature: float, learn: bool, max_scale: float) -> None:
+    def __init__(self, temperature: float | None, learn: bool, max_scale: float) -> None:
         super().__init__()
+        learn, temperature = learn and temperature is not None, 1.0 if temperature is None else temperature
         if not max_scale > 0:
             raise ValueError(f"max_scale {max_scale:g}: must be above 0")
         if not 1 / max_scale <= temperature:
