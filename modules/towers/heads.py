@@ -66,6 +66,30 @@ def _take(tokens: Tokens, t_B: Tensor) -> Tensor:
     return h_BD.masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
 
 
+class MaxPool(Pool):
+    """Max pooling over real tokens, each coordinate by itself: ``h_bd = max over t of (W h_bt)_d``; zeros without any.
+
+    Source: the release of UniPT (ZhiyinShao-H/UniPT), which projects tokens before the maximum, and counts padding.
+
+    Args:
+        width: D of the tokens, which a linear map projects first; no map where not given.
+
+    >>> h_BTD = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
+    >>> MaxPool()(Tokens(h_BTD, torch.tensor([[True, True, False]]))).tolist()
+    [[3.0, 4.0]]
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Identity() if width is None else nn.Linear(width, width)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        mask_BT, padding_BT1 = tokens.mask_BT, ~tokens.mask_BT[..., None]
+        h_BTD = self.linear(tokens.h_BTD.masked_fill(padding_BT1, 0.0))  # padding may hold inf or nan
+        most_BD = h_BTD.masked_fill(padding_BT1, torch.finfo(h_BTD.dtype).min).amax(dim=1)
+        return most_BD.masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
+
+
 class AttentionPool(Pool):
     """Attention pooling: ``h_b = W_o concat_h(sum_t softmax_t(q_h . k_bt / sqrt(D / H)) v_bt)``, one learned query a
     head.

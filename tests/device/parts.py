@@ -335,6 +335,7 @@ def _pool(make: Callable[[], nn.Module]) -> Part:
 part("MeanPool", "Pools")(_pool(lambda: heads.Pools().of("image")))
 part("FirstPool")(_pool(heads.FirstPool))
 part("LastPool")(_pool(heads.LastPool))
+part("MaxPool")(_pool(lambda: heads.MaxPool(D)))
 part("AttentionPool")(_pool(lambda: heads.AttentionPool(D, 2)))
 part("FlattenPool")(_pool(lambda: heads.FlattenPool(4, D)))
 part("EachToken")(_pool(lambda: EachToken().build(D, 4)))

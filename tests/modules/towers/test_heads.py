@@ -6,12 +6,21 @@ import pytest
 import torch
 
 from descant.modules.towers import Tokens
-from descant.modules.towers.heads import AttentionPool, FirstPool, FlattenPool, LastPool, MeanPool, Pools, Projection
+from descant.modules.towers.heads import (
+    AttentionPool,
+    FirstPool,
+    FlattenPool,
+    LastPool,
+    MaxPool,
+    MeanPool,
+    Pools,
+    Projection,
+)
 from tests.tolerance import F32, rounding
 
 H_BTD = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2), FlattenPool(4, 8)]
+POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2), FlattenPool(4, 8), MaxPool(), MaxPool(8)]
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: type(p).__name__)
