@@ -57,6 +57,8 @@ class Inherit(Adapt):
     def apply(self, recipe: nn.Module) -> None:
         run = saved.find(self.path, self.checkpoint)
         state = saved.read_weights(run)
+        while hasattr(recipe, "inner"):  # a wrapper shows the towers of the recipe inside, without pools and heads
+            recipe = cast(nn.Module, recipe.inner)
         for name, _ in chosen(recipe, self.modalities):
             for part in PARTS:
                 module = cast(nn.ModuleDict, getattr(recipe, part, nn.ModuleDict()))

@@ -14,7 +14,8 @@ from descant.modules.adaptation.inherit import Begin, Inherit, permuted
 from descant.modules.core.batch import Batch
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.modules.towers.heads import FlattenPool, Pools
-from descant.recipes import Contrastive
+from descant.recipes import Contrastive, Staged
+from descant.recipes.base.stage import Stage
 
 IMAGE, SKETCH = torch.linspace(-1, 1, 3 * 3 * 16 * 16).view(3, 3, 16, 16), torch.linspace(0, 1, 768).view(3, 1, 16, 16)
 TEXT = torch.tensor([[1, 9, 10, 2, 0], [1, 12, 2, 0, 0], [1, 17, 18, 19, 2]])
@@ -103,6 +104,12 @@ def test_unfrozen_parts_start_from_the_run_and_train(run: Path) -> None:
     model.configure_model()
     assert torch.equal(embedded(model)["text"], embedded(recipe_of(run))["text"])
     assert all(p.requires_grad for name, p in model.named_parameters() if ".text." in name)
+
+
+def test_a_recipe_in_stages_inherits_pools_and_heads_too(run: Path) -> None:
+    inner = recipe(8)
+    Inherit(run, ["text"], frozen=False).apply(Staged(inner, {"only": Stage()}))
+    assert torch.equal(embedded(inner)["text"], embedded(recipe_of(run))["text"])
 
 
 def test_the_sham_has_the_same_numbers_in_other_rows(run: Path) -> None:
