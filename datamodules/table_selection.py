@@ -127,19 +127,21 @@ class TableSelection:
         return np.asarray(pool.id_N[self.select(pool).index_S.numpy()], dtype=np.int64)
 
 
-def newest_table(place: Path) -> Path:
-    """The newest table of a run's training samples, where ``place`` is its folder; else ``place`` itself.
+def newest_table(place: str | Path, name: str = TABLE) -> Path:
+    """The newest table of a run's predictions, where ``place`` is its folder; else ``place`` itself.
 
     Raises:
         ValueError: for a run without one.
     """
+    place = Path(place)
     if not place.exists():
         raise ValueError(
             f"{place}: no such table or run; descant predict --run NAME --sets train writes the table of a run"
         )
     if not place.is_dir() or any(place.glob("*.parquet")):
         return place
-    tables = [*place.glob(f"predict-*/{TABLE}"), *place.glob(f"*/predict-*/{TABLE}")]
+    tables = [*place.glob(f"predict-*/{name}"), *place.glob(f"*/predict-*/{name}")]
     if not tables:
-        raise ValueError(f"{place}: no embeddings of training samples, which descant predict --sets train writes")
+        what = "embeddings" if name == TABLE else name
+        raise ValueError(f"{place}: no {what} of training samples, which descant predict --sets train writes")
     return max(tables, key=lambda file: file.stat().st_mtime)

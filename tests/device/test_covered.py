@@ -37,6 +37,8 @@ NEEDLESS = {
     "Selection": "row numbers of a pool, before anything trains",
     "Selector": "chooses rows of a table, before anything trains",
     "RichScorer": "regressions on the host, before anything trains",
+    "PseudoCaptions": "chooses phrases on the host, before anything trains",
+    "WritePseudoCaptions": "embeds phrases as ZeroShot does, and writes a table on the host, in predictions",
     "Styler": "regressions on the host, before anything trains",
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",

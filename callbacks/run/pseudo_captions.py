@@ -1,0 +1,100 @@
+"""Pseudo captions of what ``descant predict`` embeds, as a table. Letters: N images, P phrases, A attributes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from descant.callbacks.evaluate.embeddings import Store, embed
+from descant.callbacks.plots.output import run_folder
+from descant.modules.core.batch import Batch
+from descant.modules.core.objects import require_objects
+from descant.modules.core.rng import global_seed, mix_N
+from descant.modules.selection.pseudo_captions import PseudoCaptions
+from descant.modules.tokenizers.text import Tokenizer
+
+#: The table, in the folder of the predictions.
+FILE = "captions.parquet"
+
+
+class WritePseudoCaptions(Callback):
+    """Pseudo captions of all images that ``descant predict`` embeds, in ``captions.parquet`` beside the embeddings.
+
+    Columns: ``index`` (int64, the sample's stable id), ``name`` (its description in the data, by which a reader sees
+    that its ids are of the same data), ``sample`` (its name in the corpus) and ``captions`` (texts). Templates are
+    drawn by (seed, id), so that neither batches nor ranks change a caption. In training it does nothing.
+
+    Args:
+        captions: attributes with their phrases, and templates.
+        modality: of the images.
+        prompts: of the phrases.
+
+    Raises:
+        ValueError: in a prediction, for data without a tokenizer, or a modality that is not embedded.
+    """
+
+    def __init__(self, captions: PseudoCaptions, modality: str = "image", prompts: str = "text") -> None:
+        require_objects(self, captions=(captions, PseudoCaptions))
+        self.captions, self.modality, self.prompts = captions, modality, prompts
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(getattr(data, "tokenizer", None), Tokenizer):
+            raise ValueError(
+                f"WritePseudoCaptions: {type(data).__name__} has no tokenizer for the phrases; Emoji has one"
+            )
+        self._store = Store().to(pl_module.device)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: int
+    ) -> None:
+        if self.modality not in outputs["z"]:
+            raise ValueError(f"WritePseudoCaptions: no embedding of {self.modality!r}, only {', '.join(outputs['z'])}")
+        self._store.update({self.modality: outputs["z"][self.modality]}, batch)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rows = self._store.compute()
+        del self._store
+        here_N = rows.where(self.modality)
+        index_N, at_N = np.unique(rows.index[here_N].cpu().numpy(), return_index=True)  # a sample may be in two sets
+        z_ND, z_PD = rows.z[self.modality][here_N].cpu()[at_N], self._embedded(trainer, pl_module).cpu()
+        choice_NA = self.captions.choose(z_ND, z_PD)
+        if trainer.is_global_zero:
+            texts = self.captions.write(choice_NA, mix_N(index_N, "pseudo", global_seed()))
+            self._write(trainer, index_N, texts)
+            for (name, phrases), choice_N in zip(self.captions.attributes.items(), choice_NA.T.tolist(), strict=True):
+                most = Counter(choice_N).most_common(3)
+                print(f"  {name}: {', '.join(f'{phrases[p]} {n / len(choice_N):.0%}' for p, n in most)}")
+
+    def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+        """``z_PD`` of the phrases."""
+        ids_PT = trainer.datamodule.tokenizer(self.captions.prompts).to(pl_module.device)  # type: ignore[attr-defined]
+        present = {self.prompts: torch.ones(len(ids_PT), dtype=torch.bool, device=pl_module.device)}
+        return embed(trainer, pl_module, Batch({self.prompts: ids_PT}, present))[self.prompts]
+
+    def _write(self, trainer: L.Trainer, index_N: np.ndarray, texts: list[list[str]]) -> None:
+        import pyarrow as pa  # late: it takes long to import
+        import pyarrow.parquet as pq
+
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        describe, sample = getattr(data, "describe", str), getattr(data, "sample_name", str)
+        columns = {"index": index_N, "name": [describe(i) for i in index_N.tolist()]}
+        columns |= {"sample": [sample(i) for i in index_N.tolist()], "captions": texts}
+        about = {"attributes": self.captions.attributes, "templates": self.captions.templates}
+        folder = run_folder(trainer)
+        file, scratch = folder / FILE, folder / f".{FILE}.{os.getpid()}"
+        try:
+            pq.write_table(pa.table(columns).replace_schema_metadata({"descant": json.dumps(about)}), scratch)
+            os.replace(scratch, file)
+        finally:
+            Path(scratch).unlink(missing_ok=True)
+        print(f"{file}  {len(texts):,} images", flush=True)

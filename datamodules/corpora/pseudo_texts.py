@@ -1,0 +1,46 @@
+"""Pseudo captions of an earlier run as a source of text. Letters: R drawings of a corpus."""
+
+from __future__ import annotations
+
+from descant.datamodules.corpora.captions import CaptionSource, Drawings
+from descant.datamodules.selected import COLUMN
+from descant.datamodules.table_selection import newest_table
+
+#: The table that WritePseudoCaptions leaves in the folder of predictions.
+FILE = "captions.parquet"
+
+
+class PseudoTexts(CaptionSource):
+    """Pseudo captions from the table of a run: what ``descant predict`` wrote with WritePseudoCaptions.
+
+    The sham of a mixer gives each drawing the captions of another one. Source: UniPT (arXiv 2309.01420).
+
+    Args:
+        table: the table, or the folder of a run (or of all runs of a name), whose newest one is read.
+        number: which of the captions of an image, 0 for the first.
+
+    Raises:
+        ValueError: where texts are read, for no table, or a drawing without a caption, or of another name there.
+    """
+
+    def __init__(self, table: str, number: int = 0) -> None:
+        if number < 0:
+            raise ValueError(f"number {number}: captions of an image count from 0")
+        self.table, self.number = table, number
+
+    def texts(self, drawings: Drawings) -> list[str]:
+        from descant.datamodules.score_table import read  # late: parquet takes long to import
+
+        file = newest_table(self.table, FILE)
+        rows = read(file, [COLUMN, "name", "captions"]).to_pydict()
+        at = {index: n for n, index in enumerate(rows[COLUMN])}
+        texts = []
+        for c, hand in zip(drawings.concept_R.tolist(), drawings.hand_R.tolist(), strict=True):
+            n, name = at.get(c * len(drawings.hands) + hand), drawings.name_C[c]
+            if n is None or rows["name"][n] != name:
+                other = "no caption" if n is None else f"one of {rows['name'][n]!r}: ids of other data"
+                raise ValueError(f"{file}: for {drawings.hands[hand]}'s {name!r} {other}; predict with this data")
+            if self.number >= len(rows["captions"][n]):
+                raise ValueError(f"number {self.number}: {file} has {len(rows['captions'][n])} captions of an image")
+            texts.append(rows["captions"][n][self.number])
+        return texts if drawings.alt_R is None else [texts[r] for r in drawings.alt_R.tolist()]
