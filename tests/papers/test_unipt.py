@@ -19,12 +19,15 @@ import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant import Embedder
 from descant.cli.catalogue import experiments
 from descant.datamodules.corpora.captions import CaptionMixer
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.pseudo_texts import FILE, PseudoTexts
+from descant.datamodules.names import TABLE
 from descant.modules.core.batch import Batch
+from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
 from descant.modules.objectives.contrast import Contrast
 from descant.modules.selection.pseudo_captions import PseudoCaptions, best_phrases, label_precision
@@ -37,6 +40,9 @@ from tests.tolerance import F64, rounding, ulps
 
 ATTRIBUTES = {"colour": ["red", "green", "blue"], "kind": ["a ball", "a hat"]}
 TEMPLATES = ["{colour} with {kind}", "{kind} in {colour}", "{colour}"]
+#: The run that writes captions of people, and its phrases.
+GENERIC = yaml.safe_load(experiments()["contrastive/emoji-generic"].read_text())
+PEOPLE = PseudoCaptions(**GENERIC["trainer"]["callbacks+"][0]["init_args"]["captions"]["init_args"])
 KEY_N, TOKENIZER = np.arange(3000) * 7919 + 5, NgramTokenizer()
 
 
@@ -49,45 +55,38 @@ def test_phrases_are_those_of_a_loop_in_float64(centred: bool) -> None:
     z_ND, z_PD = random(30, 6), random(5, 6, seed=1) + 1
     s = [[float(F.cosine_similarity(z.double(), p.double(), dim=0)) for p in z_PD] for z in z_ND]
     mean = [sum(row[p] for row in s) / 30 * centred for p in range(5)]
-    wanted = [max(range(5), key=lambda p: row[p] - mean[p]) for row in s]
-    assert best_phrases(z_ND, z_PD, centred).tolist() == wanted and len(set(wanted)) > 2
+    wanted = [[max(part, key=lambda p: row[p] - mean[p]) for row in s] for part in (range(3), range(3, 5))]
     choice_NA = PseudoCaptions(ATTRIBUTES, TEMPLATES, centred=centred).choose(z_ND, z_PD)
-    assert choice_NA.T.tolist() == [best_phrases(z_ND, z, centred).tolist() for z in (z_PD[:3], z_PD[3:])]
+    assert (choice_NA + torch.tensor([0, 3])).T.tolist() == wanted and len(set(wanted[0])) > 1
 
 
 def test_planted_phrases_are_found_more_than_twice_as_often_as_by_chance() -> None:
     z_PD, phrase_N = F.normalize(random(10, 32), dim=1), torch.arange(400) % 10
     z_ND, true_NP = z_PD[phrase_N] + 0.3 * random(400, 32, seed=1), F.one_hot(phrase_N, 10).bool()
     true_NP[:50] = False  # of these no phrase is true
-    choice_N = best_phrases(z_ND, z_PD)
-    precision, chance = label_precision(choice_N, true_NP)
+    precision, chance = label_precision(choice_N := best_phrases(z_ND, z_PD), true_NP)
     assert precision == int((choice_N == phrase_N)[50:].sum()) / 350 > 2 * chance > 0.19
     assert label_precision(choice_N.roll(1), true_NP)[0] < chance
 
 
 def test_templates_are_drawn_by_key_alone_and_differ_within_an_image() -> None:
     choice_NA = torch.stack([torch.arange(3000) % 3, torch.arange(3000) % 2], dim=1)
-    one, two = (PseudoCaptions(ATTRIBUTES, TEMPLATES, captions=n) for n in (1, 2))
+    two = PseudoCaptions(ATTRIBUTES, TEMPLATES, captions=2)
     texts, turn_N = two.write(choice_NA, KEY_N), torch.randperm(3000, generator=torch.Generator().manual_seed(3))
     assert [texts[n] for n in turn_N.tolist()] == two.write(choice_NA[turn_N], KEY_N[turn_N.numpy()])
-    assert [pair[:1] for pair in texts] == one.write(choice_NA, KEY_N)
-    count = [0, 0, 0]
-    for n, pair in enumerate(texts):
-        colour, kind = ATTRIBUTES["colour"][n % 3], ATTRIBUTES["kind"][n % 2]
-        every = [f"{colour} with {kind}", f"{kind} in {colour}", colour]
-        assert len(set(pair)) == 2 and set(pair) <= set(every)
-        count[every.index(pair[0])] += 1
-    assert all(abs(n - 1000) < 5 * math.sqrt(3000 * 2 / 9) for n in count)  # standard errors of a share of a third
+    filled = {"colour": ATTRIBUTES["colour"] * 1000, "kind": ATTRIBUTES["kind"] * 1500}
+    every = [[t.format(colour=c, kind=k) for t in TEMPLATES] for c, k in zip(*filled.values(), strict=True)]
+    first, second = ([of.index(pair[i]) for of, pair in zip(every, texts, strict=True)] for i in (0, 1))
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    # five standard errors of a share of a third
+    assert all(abs(first.count(k) - 1000) < 5 * math.sqrt(3000 * 2 / 9) for k in range(3))
 
 
 def test_no_true_name_of_the_domain_is_in_a_phrase_or_template() -> None:
-    content = yaml.safe_load(experiments()["contrastive/emoji-generic"].read_text())
-    (writer,) = content["trainer"]["callbacks+"]
-    made = PseudoCaptions(**writer["init_args"]["captions"]["init_args"])
-    texts = [phrase for phrases in made.attributes.values() for phrase in phrases]
-    texts += [re.sub(r"{.*?}", "|", template) for template in made.templates]
+    texts = [phrase for phrases in PEOPLE.attributes.values() for phrase in phrases]
+    texts += [re.sub(r"{.*?}", "|", template) for template in PEOPLE.templates]
     names = {row["names"]["en"].casefold() for row in Emoji().pack.rows if row["group"] == "people-body"}
-    assert len(names) > 300 and "people-body" not in content["data"]["init_args"]["groups"]
+    assert len(names) > 300 and "people-body" not in GENERIC["data"]["init_args"]["groups"]
     leaks = [t for t in [*texts, "an Ear", "a fear"] for n in names if re.search(rf"\b{re.escape(n)}\b", t.casefold())]
     assert leaks == ["an Ear"], "which is a name, and no phrase"
 
@@ -99,7 +98,6 @@ def emoji(table: Path, sham: Any = None) -> Emoji:
 
 
 def written(folder: Path, data: Emoji) -> Path:
-    """A table of all drawings, of which many have equal captions."""
     index = [c * len(VENDORS) + v for c in range(len(data.pack)) for v in range(len(VENDORS))]
     texts = [[f"red {i % 3}", "a hat" if i % 3 else "Red 0"] for i in index]
     (folder / "predict-001").mkdir()
@@ -108,13 +106,24 @@ def written(folder: Path, data: Emoji) -> Path:
     return folder / "predict-001" / FILE
 
 
+def test_a_prediction_writes_the_captions_of_its_embeddings(cli: Any) -> None:
+    small = ("--model.width=16", "--data.size=16", "--model.towers.image.widths=[8,16]", "--test=false")
+    assert cli("fit", "--config=contrastive/emoji-generic", "--config=on/tiny", "--name=generic", *small).rc == 0
+    done = cli("predict", "--run=generic/001", "--sets=train", "--data.groups=[people-body]")
+    assert done.rc == 0 and "colour: " in done.out, done.err
+    rows, z = (pq.read_table(f"runs/generic/001/predict-001/{name}").to_pydict() for name in (FILE, TABLE))
+    z_PD, order_N = Embedder("runs/generic/001", "last").texts(PEOPLE.prompts), np.argsort(z["index"])
+    choice_NA = PEOPLE.choose(torch.tensor(z["z_image"])[order_N], z_PD)
+    assert rows["index"] == sorted(z["index"]) and rows["name"] == [z["name"][n] for n in order_N]
+    assert rows["captions"] == PEOPLE.write(choice_NA, mix_N(np.array(rows["index"]), "pseudo", 0))
+
+
 def test_emoji_reads_the_table_and_equal_texts_are_no_negatives(tmp_path: Path) -> None:
     table, module = pq.read_table(written(tmp_path, Emoji(tiny=True))).to_pydict(), emoji(tmp_path)
     mixed: list[Any] = [m.mixed for m in (module, emoji(tmp_path, "permute"))]
-    ours_SR, sham_SR = (np.array(m.texts)[m.text_SR] for m in mixed)
-    assert sorted(map(tuple, sham_SR.T)) == sorted(map(tuple, ours_SR.T)) and (sham_SR != ours_SR).any()
-    data = module.training_set()
-    batch = data[next(iter(module.order(data)))]
+    ours_RS, sham_RS = ([tuple(m.texts[u] for u in u_S) for u_S in m.text_SR.T] for m in mixed)
+    assert sorted(sham_RS) == sorted(ours_RS) and sham_RS != ours_RS
+    batch = (data := module.training_set())[next(iter(module.order(data)))]
     text_B = []
     for index, row in zip(batch.index.tolist(), batch.inputs["text"], strict=True):
         own = table["captions"][table["index"].index(index)]
@@ -135,18 +144,16 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"for noto's '.*' one of '.*': ids of other data; predict with this data"):
         assert emoji(tmp_path).mixed
     pq.write_table(pq.read_table(file).slice(0, 1), file)
-    (tmp_path / "b").mkdir()
-    for place, line in ((file, "no caption; predict with"), (tmp_path / "b", f"no {FILE} of training samples")):
-        with pytest.raises(ValueError, match=line):
-            assert emoji(place).mixed
-    for options, line in (
-        (("captions", 4), "captions 4: of 3 templates"),
-        (("templates", ["a {color}"]), "no attribute 'color'; nearest: colour"),
-        (("templates", ["a hat"]), "'a hat': no attribute in braces"),
-        (("attributes", {"colour": ["red"], "kind": ["a", "b"]}), "attributes: colour: red: two or more"),
+    with pytest.raises(ValueError, match="no caption; predict with"):
+        assert emoji(file).mixed
+    for name, value, line in (
+        ("captions", 4, "captions 4: of 3 templates"),
+        ("templates", ["{color}"], "no attribute 'color'; nearest: colour"),
+        ("templates", ["a hat"], "'a hat': no attribute in braces"),
+        ("attributes", {"colour": ["red"]}, "attributes: colour: red: two or more"),
     ):
         with pytest.raises(ValueError, match=line):
-            PseudoCaptions(**{"attributes": ATTRIBUTES, "templates": TEMPLATES, **dict([options])})  # type: ignore[arg-type]
+            PseudoCaptions(**{"attributes": ATTRIBUTES, "templates": TEMPLATES, name: value})  # type: ignore[arg-type]
 
 
 def floor(count: int) -> float:
@@ -158,35 +165,27 @@ def floor(count: int) -> float:
 
 
 @pytest.mark.parametrize("count", [2, 5, 64])
-def test_raw_cosines_reach_their_floor_at_a_simplex(count: int) -> None:
-    loss = InfoNCE(temperature=None).double()
+def test_raw_cosines_reach_their_floor_at_a_simplex_and_are_nowhere_below(count: int) -> None:
+    loss, every = InfoNCE(temperature=None).double(), (torch.arange(count), torch.ones(count, dtype=torch.bool))
     assert loss.scale() == 1.0 and not any(p.requires_grad for p in loss.parameters())
     z_BB = F.normalize(torch.eye(count, dtype=F64) - 1 / count, dim=1)
-    value_B = loss(z_BB, z_BB, torch.arange(count), torch.ones(count, dtype=torch.bool))
+    value_B = loss(z_BB, z_BB, *every)
     torch.testing.assert_close(value_B, torch.full_like(value_B, floor(count)), **rounding(count, F64))
     # where all others were opposite, which they can be of two samples alone
     assert (floor(count) > math.log(1 + (count - 1) * math.exp(-2)) + 0.1) == (count > 2)
-
-
-def test_no_embeddings_are_below_the_floor() -> None:
-    for seed in range(300):
-        count, loss = 2 + seed % 9, InfoNCE(temperature=None).double()
+    for seed in range(50):
         a, b = (F.normalize(random(count, 3, seed=seed * k).double(), dim=1) for k in (1, 2))
-        for pair in ((a, b), (a, a), (a, -b)):
-            value_B = loss(*pair, torch.arange(count), torch.ones(count, dtype=torch.bool))
-            assert value_B.mean() >= floor(count) - ulps(64, F64)
+        assert all(loss(a, z, *every).mean() >= floor(count) - ulps(count, F64) for z in (a, b, -b))
 
 
 class TestRawContrast(GradientExact, MissingModalities, Ranks, Resume):
-    """Of 16 samples, every third of which has an equal text."""
-
     def recipe(self) -> MultiTask:
         contrast = Contrast([["image", "text"]], InfoNCE(temperature=None))
         return MultiTask(towers("image", "text"), {"contrast": contrast}, 4, pool=MaxPool(8))
 
     def batch(self) -> Batch:
         batch, at = samples(16, "image", "text"), torch.arange(16)
-        batch.content_id = torch.where(at % 3 == 0, 99, at)
+        batch.content_id = torch.where(at % 3 == 0, 99, at)  # every third has an equal text
         return batch
 
     def explicit(self, recipe: Any, batch: Batch) -> dict[str, Tensor]:
