@@ -71,7 +71,7 @@ class PseudoCaptions:
     >>> attributes = {"colour": ["red", "blue"], "kind": ["ball", "hat"]}
     >>> captions = PseudoCaptions(attributes, ["a {colour} {kind}", "{kind}"], captions=1)
     >>> captions.write(torch.tensor([[0, 1], [1, 0]]), np.array([5, 7]))
-    [['hat'], ['a blue ball']]
+    [['a red hat'], ['ball']]
     """
 
     def __init__(
