@@ -30,8 +30,9 @@ class WritePseudoCaptions(Callback):
     """Pseudo captions of all images that ``descant predict`` embeds, in ``captions.parquet`` beside the embeddings.
 
     Columns: ``index`` (int64, the sample's stable id), ``name`` (its description in the data, by which a reader sees
-    that its ids are of the same data), ``sample`` (its name in the corpus) and ``captions`` (texts). Templates are
-    drawn by (seed, id), so that neither batches nor ranks change a caption. In training it does nothing.
+    that its ids are of the same data), ``sample`` (its name in the corpus), ``caption.0``, ``caption.1`` and so on.
+    Templates are drawn by (seed, id), so that neither batches nor ranks change a caption. In training it does nothing.
+    Emoji reads the table by PseudoTexts, UserData as its ``table`` with ``table_key: sample``.
 
     Args:
         captions: attributes with their phrases, and templates.
@@ -88,7 +89,8 @@ class WritePseudoCaptions(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         describe, sample = getattr(data, "describe", str), getattr(data, "sample_name", str)
         columns = {"index": index_N, "name": [describe(i) for i in index_N.tolist()]}
-        columns |= {"sample": [sample(i) for i in index_N.tolist()], "captions": texts}
+        columns["sample"] = [sample(i) for i in index_N.tolist()]
+        columns |= {f"caption.{k}": list(of) for k, of in enumerate(zip(*texts, strict=True))}
         about = {"attributes": self.captions.attributes, "templates": self.captions.templates}
         folder = run_folder(trainer)
         file, scratch = folder / FILE, folder / f".{FILE}.{os.getpid()}"

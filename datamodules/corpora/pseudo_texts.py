@@ -31,16 +31,13 @@ class PseudoTexts(CaptionSource):
     def texts(self, drawings: Drawings) -> list[str]:
         from descant.datamodules.score_table import read  # late: parquet takes long to import
 
-        file = newest_table(self.table, FILE)
-        rows = read(file, [COLUMN, "name", "captions"]).to_pydict()
-        at = {index: n for n, index in enumerate(rows[COLUMN])}
-        texts = []
+        file, column = newest_table(self.table, FILE), f"caption.{self.number}"
+        rows = read(file, [COLUMN, "name", column]).to_pydict()
+        at, texts = {index: n for n, index in enumerate(rows[COLUMN])}, []
         for c, hand in zip(drawings.concept_R.tolist(), drawings.hand_R.tolist(), strict=True):
             n, name = at.get(c * len(drawings.hands) + hand), drawings.name_C[c]
             if n is None or rows["name"][n] != name:
                 other = "no caption" if n is None else f"one of {rows['name'][n]!r}: ids of other data"
                 raise ValueError(f"{file}: for {drawings.hands[hand]}'s {name!r} {other}; predict with this data")
-            if self.number >= len(rows["captions"][n]):
-                raise ValueError(f"number {self.number}: {file} has {len(rows['captions'][n])} captions of an image")
-            texts.append(rows["captions"][n][self.number])
+            texts.append(rows[column][n])
         return texts if drawings.alt_R is None else [texts[r] for r in drawings.alt_R.tolist()]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,9 @@ from descant.datamodules.corpora.captions import CaptionMixer
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.pseudo_texts import FILE, PseudoTexts
+from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.names import TABLE
+from descant.datamodules.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
@@ -99,9 +102,9 @@ def emoji(table: Path, sham: Any = None) -> Emoji:
 
 def written(folder: Path, data: Emoji) -> Path:
     index = [c * len(VENDORS) + v for c in range(len(data.pack)) for v in range(len(VENDORS))]
-    texts = [[f"red {i % 3}", "a hat" if i % 3 else "Red 0"] for i in index]
+    texts = {"caption.0": [f"red {i % 3}" for i in index], "caption.1": ["a hat" if i % 3 else "Red 0" for i in index]}
     (folder / "predict-001").mkdir()
-    rows = {"index": index, "name": [data.describe(i) for i in index], "captions": texts}
+    rows = {"index": index, "name": [data.describe(i) for i in index], **texts}
     pq.write_table(pa.table(rows), folder / "predict-001" / FILE)
     return folder / "predict-001" / FILE
 
@@ -115,7 +118,8 @@ def test_a_prediction_writes_the_captions_of_its_embeddings(cli: Any) -> None:
     z_PD, order_N = Embedder("runs/generic/001", "last").texts(PEOPLE.prompts), np.argsort(z["index"])
     choice_NA = PEOPLE.choose(torch.tensor(z["z_image"])[order_N], z_PD)
     assert rows["index"] == sorted(z["index"]) and rows["name"] == [z["name"][n] for n in order_N]
-    assert rows["captions"] == PEOPLE.write(choice_NA, mix_N(np.array(rows["index"]), "pseudo", 0))
+    texts = PEOPLE.write(choice_NA, mix_N(np.array(rows["index"]), "pseudo", 0))
+    assert [list(pair) for pair in zip(rows["caption.0"], rows["caption.1"], strict=True)] == texts
 
 
 def test_emoji_reads_the_table_and_equal_texts_are_no_negatives(tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_emoji_reads_the_table_and_equal_texts_are_no_negatives(tmp_path: Path) 
     batch = (data := module.training_set())[next(iter(module.order(data)))]
     text_B = []
     for index, row in zip(batch.index.tolist(), batch.inputs["text"], strict=True):
-        own = table["captions"][table["index"].index(index)]
+        own = [table[f"caption.{k}"][table["index"].index(index)] for k in (0, 1)]
         text_B += [next(t for t in own if torch.equal(TOKENIZER([t])[0], row)).casefold()]
     same_BB = torch.tensor([[a == b for a in text_B] for b in text_B])
     assert torch.equal(batch.content_id[:, None] == batch.content_id, same_BB) and len(set(text_B)) == 4
@@ -137,6 +141,21 @@ def test_emoji_reads_the_table_and_equal_texts_are_no_negatives(tmp_path: Path) 
     wanted = -s_B[0] + sum((x[0].exp() + x[other_B].exp().sum()).log() for x in (s_B, t_B)) / 2
     torch.testing.assert_close(value_B[0], wanted, **rounding(64, F64))
     assert not gradient[1:][same_BB[0, 1:]].any() and gradient[1:][other_B[1:]].any(dim=1).all()
+
+
+def test_data_of_ones_own_take_the_table_beside_their_images(tmp_path: Path) -> None:
+    for n in range(4):
+        Image.new("RGB", (8, 8), (60 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    rows = {"index": [0, 1, 2], "sample": [f"{n}.png" for n in range(3)]}
+    pq.write_table(pa.table({**rows, "caption.0": ["red", "red", "blue"], "caption.1": ["red"] * 3}), tmp_path / FILE)
+    fields = Fields(image=ImageField(size=8), text=TextField("caption", TOKENIZER))
+    table = str(tmp_path / FILE)
+    data = UserData(0, str(tmp_path), fields=fields, table=table, table_key="sample", holdout=0, batch_size=4)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    order = batch.inputs["image"].flatten(1).amax(dim=1).argsort().tolist()
+    assert [bool(batch.present["text"][n]) for n in order] == [True, True, True, False]
+    assert batch.content_id[order[0]] == batch.content_id[order[1]], "equal captions"
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
