@@ -178,8 +178,6 @@ class Match(TaskObjective):
 
     def _roles(self, s_V: Tensor, s_2V: Tensor, has_2V: Tensor, draw_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The scores and which there are, own pairs and negatives, as they are or, as a sham, in other roles."""
-        if self.sham.mode is None:
-            return s_V, s_2V, has_2V
         draw_3V = torch.stack([torch.from_numpy(mix_N(draw_V, "match/role", k)) for k in range(3)], dim=1)
         has_3V = torch.cat([torch.ones_like(has_2V[: len(s_V)]), has_2V])
         s_3V, has_3V = (
