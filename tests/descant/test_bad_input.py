@@ -519,7 +519,7 @@ NEAR = {
     f"sweep {' '.join(E)} --vry a=1": "--vary",
     f"sweep {' '.join(E)} --vary a=1 --seds 1": "--seeds",
     "submit --tme 9 -- fit": "--time",
-    "submit --time 9 -- fti": "fit",
+    "submit --dry-run --time 9 -- fti": "fit",
     "claims rn": "run",
     "claims run harmony-fuson": "harmony-fusion",
     "claims run bm-mae --budgt pilot": "--budget",
