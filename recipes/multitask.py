@@ -34,7 +34,7 @@ from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of, trained_samples
-from descant.recipes.base.stream_space import StreamSpace, own_teacher
+from descant.recipes.base.stream_space import StreamSpace, teacher_of
 
 
 class MultiTask(StreamSpace):
@@ -70,7 +70,7 @@ class MultiTask(StreamSpace):
         if not objectives:
             raise ValueError("objectives: none given; such as {contrast: {class_path: Contrast, init_args: ...}}")
         self.in_batch_negatives = any(objective.in_batch_negatives for objective in objectives.values())
-        kwargs.update(own_teacher(objectives, kwargs))
+        kwargs.update(teacher_of(objectives, kwargs))
         super().__init__(towers, width, pool, **kwargs)
         facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
         for name, objective in objectives.items():

@@ -38,7 +38,7 @@ from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import Projection
 from descant.modules.transforms.crops import CropBox
-from descant.recipes.base.distillation import TowerAverage
+from descant.recipes.base.distillation import TowerAverage, own_teacher
 from descant.recipes.base.shared_space import SharedSpace
 
 
@@ -80,9 +80,8 @@ class MutualInformation(SharedSpace):
             raise ValueError("no term: give some of same, view, text and classes")
         if text is not None and "text" not in towers:
             raise ValueError("text: no tower of that name")
-        if kwargs.get("distill") is not None:
-            raise ValueError("distill: MutualInformation has a teacher of its own; set its momentum")
-        super().__init__(towers, width, **kwargs, distill=Distill(TowerAverage("image", momentum)))
+        distill = own_teacher("MutualInformation", TowerAverage("image", momentum), kwargs)
+        super().__init__(towers, width, **kwargs, distill=distill)
         self.patch_mix, self.same, self.view, self.text, self.scale = patch_mix, same, view, text, scale
         self.decoder = decoder.build(towers.width("image"), patch_mix.patches) if same or view else None
         self.target = target

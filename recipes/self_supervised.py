@@ -30,13 +30,12 @@ from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.ranks import world
 from descant.modules.core.sham import Sham
-from descant.modules.distill.distill import Distill
 from descant.modules.losses.views import ViewObjective, Views
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import trained_samples
 from descant.modules.transforms.crops import LocalCrops
-from descant.recipes.base.distillation import ProjectionAverage
+from descant.recipes.base.distillation import ProjectionAverage, own_teacher
 from descant.recipes.base.shared_space import SharedSpace
 
 
@@ -69,9 +68,7 @@ class SelfSupervised(SharedSpace):
         if crops is not None and not objective.multi_crop:
             raise ValueError(f"crops: {name} takes two views; DINO and SwAV take more")
         if objective.momentum is not None:
-            if kwargs.get("distill") is not None:
-                raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
-            kwargs["distill"] = Distill(ProjectionAverage(objective.momentum))
+            kwargs["distill"] = own_teacher(name, ProjectionAverage(objective.momentum), kwargs)
         super().__init__(towers, towers.width(next(iter(towers))), pool, **kwargs)
         # embeddings are the features: what comes after them is the objective's
         self.heads = nn.ModuleDict({m: nn.Identity() for m in towers})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,11 +17,9 @@ from descant.callbacks.plots.output import run_folder
 from descant.modules.core.batch import Batch
 from descant.modules.core.objects import require_objects
 from descant.modules.core.rng import global_seed, mix_N
-from descant.modules.selection.pseudo_captions import PseudoCaptions
+from descant.modules.io.files import write_bytes
+from descant.modules.selection.pseudo_captions import CAPTIONS, PseudoCaptions
 from descant.modules.tokenizers.text import Tokenizer
-
-#: The table, in the folder of the predictions.
-FILE = "captions.parquet"
 
 
 class WritePseudoCaptions(Callback):
@@ -92,11 +88,7 @@ class WritePseudoCaptions(Callback):
         columns["sample"] = [sample(i) for i in index_N.tolist()]
         columns |= {f"caption.{k}": list(of) for k, of in enumerate(zip(*texts, strict=True))}
         about = {"attributes": self.captions.attributes, "templates": self.captions.templates}
-        folder = run_folder(trainer)
-        file, scratch = folder / FILE, folder / f".{FILE}.{os.getpid()}"
-        try:
-            pq.write_table(pa.table(columns).replace_schema_metadata({"descant": json.dumps(about)}), scratch)
-            os.replace(scratch, file)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        file, content = run_folder(trainer) / CAPTIONS, pa.BufferOutputStream()
+        pq.write_table(pa.table(columns).replace_schema_metadata({"descant": json.dumps(about)}), content)
+        write_bytes(file, content.getvalue().to_pybytes())
         print(f"{file}  {len(texts):,} images", flush=True)

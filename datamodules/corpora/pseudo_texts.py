@@ -5,9 +5,7 @@ from __future__ import annotations
 from descant.datamodules.corpora.captions import CaptionSource, Drawings
 from descant.datamodules.selected import COLUMN
 from descant.datamodules.table_selection import newest_table
-
-#: The table that WritePseudoCaptions leaves in the folder of predictions.
-FILE = "captions.parquet"
+from descant.modules.selection.pseudo_captions import CAPTIONS
 
 
 class PseudoTexts(CaptionSource):
@@ -31,7 +29,7 @@ class PseudoTexts(CaptionSource):
     def texts(self, drawings: Drawings) -> list[str]:
         from descant.datamodules.score_table import read  # late: parquet takes long to import
 
-        file, column = newest_table(self.table, FILE), f"caption.{self.number}"
+        file, column = newest_table(self.table, CAPTIONS), f"caption.{self.number}"
         rows = read(file, [COLUMN, "name", column]).to_pydict()
         at, texts = {index: n for n, index in enumerate(rows[COLUMN])}, []
         for c, hand in zip(drawings.concept_R.tolist(), drawings.hand_R.tolist(), strict=True):

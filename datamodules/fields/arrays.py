@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from descant.datamodules.fields.fields import Decoded, Field, Row
-from descant.datamodules.fields.images import Reduced
+from descant.datamodules.fields.fields import Decoded, Field, Row, filled
 from descant.datamodules.sources.arrays import array_bytes as array_bytes
 from descant.datamodules.sources.arrays import array_of
 
@@ -47,17 +46,7 @@ class ArrayField(Field):
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         shape = (self.width,) if self.rows is None else (self.rows, self.width)
-        x_B = torch.full((len(raw_B), *shape), torch.nan)
-        errors: list[str | None] = [None] * len(raw_B)
-        for row, raw in enumerate(raw_B):
-            if raw is None or isinstance(raw, Reduced):
-                continue
-            try:
-                x = self._checked(array_of(raw.encode() if isinstance(raw, str) else raw))
-                x_B[row, : len(x)] = x
-            except ValueError as error:
-                errors[row] = str(error)
-        return x_B, errors
+        return filled(torch.full((len(raw_B), *shape), torch.nan), raw_B, lambda _, data: self._checked(array_of(data)))
 
     def _checked(self, array: np.ndarray) -> torch.Tensor:
         shape, axes = array.shape, 1 if self.rows is None else 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -82,6 +82,20 @@ class Field:
     def reduced(self, raw: Raw) -> Reduced:
         """The cached form of a row, for fields with a ``memory``. Raises ValueError where it cannot be read."""
         raise NotImplementedError
+
+
+def filled(padding_B: Tensor, raw_B: Sequence[Row], read: Callable[[int, bytes], Tensor]) -> Decoded:
+    """``padding_B`` with ``read(row, bytes)`` at the beginning of each row that has some; and its ValueErrors."""
+    errors: list[str | None] = [None] * len(raw_B)
+    for row, raw in enumerate(raw_B):
+        if raw is None or isinstance(raw, Reduced):
+            continue
+        try:
+            x = read(row, raw.encode() if isinstance(raw, str) else raw)
+            padding_B[row, : len(x)] = x
+        except ValueError as error:
+            errors[row] = str(error)
+    return padding_B, errors
 
 
 class ImageField(Field):
@@ -167,18 +181,9 @@ class AudioField(Field):
             raise ValueError(f"log_mel.rate {self.log_mel.rate} is not the field's rate {rate}")
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
-        x_BS = torch.full((len(raw_B), self.samples), ENDED, dtype=torch.int16)
-        errors: list[str | None] = [None] * len(raw_B)
         u_B = None if draw_B is None else uniform_N(draw_B, "audio/start").tolist()
-        for row, raw in enumerate(raw_B):
-            if raw is None or isinstance(raw, Reduced):
-                continue
-            try:
-                x_S = self._read(raw if isinstance(raw, bytes) else raw.encode(), 0.0 if u_B is None else u_B[row])
-                x_BS[row, : len(x_S)] = x_S
-            except ValueError as error:
-                errors[row] = str(error)
-        return x_BS, errors
+        ended_BS = torch.full((len(raw_B), self.samples), ENDED, dtype=torch.int16)
+        return filled(ended_BS, raw_B, lambda row, data: self._read(data, 0.0 if u_B is None else u_B[row]))
 
     def _read(self, data: bytes, start: float) -> Tensor:
         """An excerpt of a recording, ``start`` in 0..1 of the possible beginnings; nothing else is decoded."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from descant.datamodules.fields.columns import Column, kinds, named_column
-from descant.datamodules.fields.fields import Decoded, Field, Row
-from descant.datamodules.fields.images import Reduced
+from descant.datamodules.fields.fields import Decoded, Field, Row, filled
 from descant.datamodules.sources.arrays import ARRAY, array_of
 from descant.datamodules.sources.base import VIDEO_ENDINGS, Source
 from descant.modules.core.host import derived
@@ -100,17 +99,14 @@ class VideoField(Field):
         return named_column(source, self.field, "array" if frames else self.kind)
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
-        x_BF3SS = torch.full((len(raw_B), self.frames, 3, self.size, self.size), ENDED, dtype=torch.int16)
-        errors: list[str | None] = [None] * len(raw_B)
-        for row, raw in enumerate(raw_B):
-            if raw is None or isinstance(raw, Reduced):
-                continue
-            try:
-                x_F3SS = self._read(raw.encode() if isinstance(raw, str) else raw)
-                x_BF3SS[row, : len(x_F3SS)] = x_F3SS
-            except (ValueError, RuntimeError) as error:
-                errors[row] = " ".join(str(error).split())[:200]
-        return x_BF3SS, errors
+        shape = (len(raw_B), self.frames, 3, self.size, self.size)
+        return filled(torch.full(shape, ENDED, dtype=torch.int16), raw_B, self._row)
+
+    def _row(self, row: int, data: bytes) -> Tensor:
+        try:
+            return self._read(data)
+        except (ValueError, RuntimeError) as error:  # a decoder's may have several lines
+            raise ValueError(" ".join(str(error).split())[:200]) from None
 
     def _read(self, data: bytes) -> Tensor:
         if not data:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from descant.modules.core.host import has_host_copy
 from descant.modules.core.sham import Sham
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import Block, all_real, checked_heads, key_mask
+from descant.modules.towers.image import Block, all_real, checked_heads, key_mask, xavier
 from descant.modules.towers.text import columns
 
 #: ``layer(h, context)`` -> ``[B, T, D]``: tokens that have attended to themselves and to others.
@@ -84,9 +84,7 @@ class UniversalBlock(Block):
                 "kv": nn.Linear(width, 2 * width),
                 "out": nn.Linear(width, width),
             }
-            for layer in linear.values():
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            xavier(*linear.values())
             self.cross.update({**linear, "norm": nn.LayerNorm(width), "norm_given": nn.LayerNorm(width)})
 
     def given(self, h: Tokens, context: Tokens) -> Tensor:

@@ -121,13 +121,7 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     ) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):  # 100 times a bfloat16 cosine is noise
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
-            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
-            a_GD, b_GD = gather_both(a_BD, b_BD)
-            ab_BG = a_BD @ b_GD.T
-            positive_B = ab_BG.diagonal(first).clone()
-            _exclude(ab_BG, out_BG)
-            # on one rank the other direction is the transpose
-            ba_BG = ab_BG.T if world() == 1 else _exclude(b_BD @ a_GD.T, out_BG)
+            ab_BG, ba_BG, positive_B = _similarities(a_BD, b_BD, key_B, valid_B)
             ab_B = ab_BG.logsumexp(dim=1)
             if z_neg_BD is not None and has_neg_B is not None:
                 logit_B = (a_BD * promote(z_neg_BD)).sum(dim=1)
@@ -137,9 +131,18 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     def logits(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, G]`` of both directions, the lowest finite number at what is no negative."""
         with torch.autocast(z_a_BD.device.type, enabled=False):
-            a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
-            out_BG, (a_GD, b_GD) = gathered_excluded(key_B, valid_B), gather_both(a_BD, b_BD)
-            return _exclude(a_BD @ b_GD.T, out_BG), _exclude(b_BD @ a_GD.T, out_BG)
+            return _similarities(promote(z_a_BD) * self.scale(), promote(z_b_BD), key_B, valid_B)[:2]
+
+
+def _similarities(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``a_b . b_g`` and ``b_b . a_g``, ``[B, G]`` each, lowest at what is no negative, and ``a_b . b_b``."""
+    out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+    a_GD, b_GD = gather_both(a_BD, b_BD)
+    ab_BG = a_BD @ b_GD.T
+    positive_B = ab_BG.diagonal(first).clone()
+    _exclude(ab_BG, out_BG)
+    # on one rank the other direction is the transpose
+    return ab_BG, ab_BG.T if world() == 1 else _exclude(b_BD @ a_GD.T, out_BG), positive_B
 
 
 class SigLIP(LearnedTemperature, ContrastiveLoss):

@@ -17,7 +17,7 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rows import RowTracker
 from descant.modules.masking.corruptions import Grid
-from descant.modules.towers.image import checked_heads, sincos
+from descant.modules.towers.image import checked_heads, sincos, xavier
 from descant.modules.towers.vit import EPS, Layout, RaggedBlock, attend, take
 
 
@@ -213,9 +213,7 @@ class _ModalityDecoder(nn.Module):
         self.query, self.context, self.out = nn.Linear(out, out), nn.Linear(out, 2 * out), nn.Linear(out, out)
         hidden = int(out * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(out, hidden), nn.GELU(), nn.Linear(hidden, out))
-        for layer in (self.query, self.context, self.out, self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        xavier(self.query, self.context, self.out, self.mlp[0], self.mlp[2])
         self.layers = nn.ModuleList(RaggedBlock(out, heads, mlp_ratio) for _ in range(depth))
 
     def forward(self, modality: str, encoded: Encoded, at: At) -> Tensor:

@@ -1,5 +1,7 @@
-"""Contrast of pairs of modalities as one of several objectives. Letters: B samples, G of all
-ranks, V that have both modalities, N decisions."""
+"""Contrast of pairs of modalities as one of several objectives.
+
+Letters: B samples, G samples of all ranks, V samples that have both modalities, N decisions.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from descant.modules.core.errors import hint
 from descant.modules.core.rng import uniform_NK
 
+#: File of pseudo captions, as ``descant predict`` writes it with WritePseudoCaptions.
+CAPTIONS = "captions.parquet"
 _FIELD = re.compile(r"\{(\w+)\}")
 
 

@@ -6,7 +6,7 @@ Letters: B samples, C channels, H height, W width in pixels, T tokens (patches),
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,7 @@ class Block(nn.Module):
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        for layer in (self.qkv, self.out, self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        xavier(self.qkv, self.out, self.mlp[0], self.mlp[2])
 
     def forward(self, h_BTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """``mask``: bool, broadcastable to ``[B, heads, T, T]``, True where a query may attend to a key."""
@@ -52,6 +50,13 @@ class Block(nn.Module):
 
     def _drop(self, h_BTD: Tensor) -> Tensor:
         return F.dropout(h_BTD, self.dropout, self.training) if self.dropout else h_BTD
+
+
+def xavier(*layers: nn.Module) -> None:
+    """Uniform weights by Glorot's rule and no biases, layer by layer."""
+    for layer in layers:
+        nn.init.xavier_uniform_(cast(nn.Linear, layer).weight)
+        nn.init.zeros_(cast(nn.Linear, layer).bias)
 
 
 class PatchTower(Tower):

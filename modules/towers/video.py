@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.objects import recorded
 from descant.modules.towers.base import Tokens, Tower
-from descant.modules.towers.image import Block, PatchTower, all_real, key_mask, sincos
+from descant.modules.towers.image import Block, PatchTower, all_real, key_mask, sincos, xavier
 
 
 class TimeAttention(nn.Module):
@@ -30,9 +30,7 @@ class TimeAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm = nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        for layer in (self.qkv, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        xavier(self.qkv, self.out)
 
     def forward(self, h_BFPD: Tensor, mask_BFP: Tensor) -> Tensor:
         B, frames, P, D = h_BFPD.shape

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from descant.modules.distill.distill import Teacher
+from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.io import saved
 from descant.modules.losses.views import ViewObjective
 from descant.recipes.base.rebuild import rebuild
@@ -124,6 +124,17 @@ class ProjectionAverage(TeacherAverage):
         for objective in (module for module in average.modules() if isinstance(module, ViewObjective)):
             cast(Any, objective).predictor = cast(Any, objective).queue = None
         return average
+
+
+def own_teacher(name: str, teacher: Teacher, options: Mapping[str, Any]) -> Distill:
+    """``distill`` of a recipe that brings its teacher; ``options``: of the recipe, ``name``: of what has the teacher.
+
+    Raises:
+        ValueError: where another ``distill`` is given.
+    """
+    if options.get("distill") is not None:
+        raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
+    return Distill(teacher)
 
 
 class TeacherStage(TeacherAverage):

@@ -23,11 +23,11 @@ from descant.modules.objectives.graph import Graph
 from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import Pool, Pools
-from descant.recipes.base.distillation import ProjectionAverage
+from descant.recipes.base.distillation import ProjectionAverage, own_teacher
 from descant.recipes.base.shared_space import SharedSpace
 
 
-def own_teacher(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
+def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
     """``{distill: the average that teaches objectives}`` for a recipe of these options; empty if they need none.
 
     Raises:
@@ -37,9 +37,10 @@ def own_teacher(objectives: Mapping[str, TaskObjective], options: Mapping[str, A
     if len(momentum) > 1:
         each = " and ".join(f"{name} {decay:g}" for decay, name in momentum.items())
         raise ValueError(f"objectives: momentum of {each}: they share one teacher; give both the same")
-    if momentum and options.get("distill") is not None:
-        raise ValueError(f"distill: {next(iter(momentum.values()))} has a teacher of its own; set its momentum")
-    return {"distill": Distill(ProjectionAverage(*momentum))} if momentum else {}
+    if not momentum:
+        return {}
+    ((decay, name),) = momentum.items()
+    return {"distill": own_teacher(name, ProjectionAverage(decay), options)}
 
 
 class StreamSpace(SharedSpace):

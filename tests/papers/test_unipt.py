@@ -25,7 +25,7 @@ from descant.cli.catalogue import experiments
 from descant.datamodules.corpora.captions import CaptionMixer
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
-from descant.datamodules.corpora.pseudo_texts import FILE, PseudoTexts
+from descant.datamodules.corpora.pseudo_texts import PseudoTexts
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.names import TABLE
 from descant.datamodules.user_data import UserData
@@ -33,7 +33,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE
 from descant.modules.objectives.contrast import Contrast
-from descant.modules.selection.pseudo_captions import PseudoCaptions, best_phrases, label_precision
+from descant.modules.selection.pseudo_captions import CAPTIONS, PseudoCaptions, best_phrases, label_precision
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers.heads import MaxPool
 from descant.recipes import MultiTask
@@ -105,8 +105,8 @@ def written(folder: Path, data: Emoji) -> Path:
     texts = {"caption.0": [f"red {i % 3}" for i in index], "caption.1": ["a hat" if i % 3 else "Red 0" for i in index]}
     (folder / "predict-001").mkdir()
     rows = {"index": index, "name": [data.describe(i) for i in index], **texts}
-    pq.write_table(pa.table(rows), folder / "predict-001" / FILE)
-    return folder / "predict-001" / FILE
+    pq.write_table(pa.table(rows), folder / "predict-001" / CAPTIONS)
+    return folder / "predict-001" / CAPTIONS
 
 
 def test_a_prediction_writes_the_captions_of_its_embeddings(cli: Any) -> None:
@@ -114,7 +114,7 @@ def test_a_prediction_writes_the_captions_of_its_embeddings(cli: Any) -> None:
     assert cli("fit", "--config=contrastive/emoji-generic", "--config=on/tiny", "--name=generic", *small).rc == 0
     done = cli("predict", "--run=generic/001", "--sets=train", "--data.groups=[people-body]")
     assert done.rc == 0 and "colour: " in done.out, done.err
-    rows, z = (pq.read_table(f"runs/generic/001/predict-001/{name}").to_pydict() for name in (FILE, TABLE))
+    rows, z = (pq.read_table(f"runs/generic/001/predict-001/{name}").to_pydict() for name in (CAPTIONS, TABLE))
     z_PD, order_N = Embedder("runs/generic/001", "last").texts(PEOPLE.prompts), np.argsort(z["index"])
     choice_NA = PEOPLE.choose(torch.tensor(z["z_image"])[order_N], z_PD)
     assert rows["index"] == sorted(z["index"]) and rows["name"] == [z["name"][n] for n in order_N]
@@ -147,9 +147,11 @@ def test_data_of_ones_own_take_the_table_beside_their_images(tmp_path: Path) -> 
     for n in range(4):
         Image.new("RGB", (8, 8), (60 * n, 0, 0)).save(tmp_path / f"{n}.png")
     rows = {"index": [0, 1, 2], "sample": [f"{n}.png" for n in range(3)]}
-    pq.write_table(pa.table({**rows, "caption.0": ["red", "red", "blue"], "caption.1": ["red"] * 3}), tmp_path / FILE)
+    pq.write_table(
+        pa.table({**rows, "caption.0": ["red", "red", "blue"], "caption.1": ["red"] * 3}), tmp_path / CAPTIONS
+    )
     fields = Fields(image=ImageField(size=8), text=TextField("caption", TOKENIZER))
-    table = str(tmp_path / FILE)
+    table = str(tmp_path / CAPTIONS)
     data = UserData(0, str(tmp_path), fields=fields, table=table, table_key="sample", holdout=0, batch_size=4)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
