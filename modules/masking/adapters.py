@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.host import derived, everyone, finite
+from descant.modules.core.host import derived, everyone, finite, has_host_copy, host_copy
 from descant.modules.core.modalities import given, with_others
 from descant.modules.masking.corruptions import Grid
 from descant.modules.towers.image import require_divisor, sincos
@@ -97,6 +97,16 @@ class Adapter(nn.Module):
         """P."""
         return 1
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of ids that an input may have, from 0; None for numbers."""
+        return None
+
+    @property
+    def output_size(self) -> int:
+        """Numbers that are predicted for a token: logits, or P."""
+        return self.numbers
+
     def build(self, width: int, out: int) -> None:
         """Layers into D = ``width`` and out of E = ``out``; with ``out`` 0 no output layer."""
         self.modality_D = nn.Parameter(torch.randn(width) * 0.02)
@@ -128,6 +138,27 @@ class Adapter(nn.Module):
     def input(self, x_BTP: Tensor) -> Tensor:
         """Raw content of all tokens, in shape and units of the input: the inverse of ``raw``."""
         return self.whole(x_BTP)
+
+
+def require_ids(x_BT: Tensor, real_BT: Tensor, vocabulary: int, name: str) -> None:
+    """Checks that real token ids are in ``[0, vocabulary)``, on the CPU: nothing is read of a device.
+
+    Raises:
+        ValueError: naming the modality, the first such id and its sample.
+
+    >>> require_ids(torch.tensor([[3, 9]]), torch.tensor([[True, True]]), 9, "codes")
+    Traceback (most recent call last):
+    ValueError: codes: id 9 in row 0 of the batch; its adapter has 9 ids: vocab 10 at least
+    """
+    if not (has_host_copy(x_BT) and has_host_copy(real_BT)):
+        return
+    x_BT, real_BT = host_copy(x_BT), host_copy(real_BT)[:, : x_BT.shape[1]]
+    outside_BT = ((x_BT < 0) | (x_BT >= vocabulary)) & real_BT
+    if bool(outside_BT.any()):
+        row, place = outside_BT.nonzero()[0].tolist()
+        found, most = int(x_BT[row, place]), int(x_BT[real_BT].max())
+        advice = "ids begin at 0" if found < 0 else f"vocab {most + 1} at least"
+        raise ValueError(f"{name}: id {found} in row {row} of the batch; its adapter has {vocabulary} ids: {advice}")
 
 
 class PatchAdapter(Adapter):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived
+from descant.modules.core.host import derived, everyone
 from descant.modules.masking.adapters import Adapter, PatchAdapter
 
 
@@ -43,6 +43,10 @@ class CategoryAdapter(Adapter):
     @property
     def numbers(self) -> int:
         return self.cut.numbers
+
+    @property
+    def output_size(self) -> int:
+        return self.cut.numbers * self.classes
 
     def build(self, width: int, out: int) -> None:
         super().build(width, out)
@@ -77,18 +81,26 @@ class TokenAdapter(Adapter):
 
     Args:
         vocab: C. length: T.
-        pad: id of the padding, neither visible nor a target.
+        pad: id of the padding, neither visible nor a target; None where every id is real, such as codes of images.
 
     >>> adapter = TokenAdapter(vocab=9, length=3)
     >>> adapter.raw(torch.tensor([[4, 5, 0]]))[1].tolist()
     [[True, True, False]]
     """
 
-    def __init__(self, vocab: int, length: int, pad: int = 0) -> None:
+    def __init__(self, vocab: int, length: int, pad: int | None = 0) -> None:
         super().__init__()
         if vocab < 2 or length < 2:
             raise ValueError(f"vocab {vocab}, length {length}: at least 2 each")
         self.grid, self.vocab, self.pad = (length,), vocab, pad
+
+    @property
+    def vocabulary(self) -> int:
+        return self.vocab
+
+    @property
+    def output_size(self) -> int:
+        return self.vocab
 
     def build(self, width: int, out: int) -> None:
         super().build(width, out)
@@ -99,6 +111,8 @@ class TokenAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.tokens:
             raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.tokens}")
+        if self.pad is None:
+            return x[..., None], everyone(x.shape, x.device)
         return x[..., None], derived(lambda x_BT: x_BT != self.pad, x)
 
     def whole(self, x_BTP: Tensor) -> Tensor:

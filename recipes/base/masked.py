@@ -12,11 +12,13 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ReconstructionOutput
-from descant.modules.masking.adapters import Adapters
+from descant.modules.masking.adapters import Adapters, require_ids
 from descant.modules.masking.corruptions import Corruption, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
 from descant.modules.missing_modalities.imputation import Imputer
+from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers.vit import Layout
+from descant.modules.training_setup.trainer import datamodule_of
 from descant.recipes.base.recipe import Recipe
 
 
@@ -34,6 +36,12 @@ class MaskedRecipe(Recipe):
     #: An embedding of several modalities is another than those of each: what is absent changes it.
     joint_embedding = True
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer) and "text" in self.adapters:
+            require_fit(tokenizer, self.adapters["text"])
+
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
         missing = [m for m in self.adapters if m not in batch.inputs]
@@ -43,6 +51,8 @@ class MaskedRecipe(Recipe):
         for m, adapter in self.adapters.each().items():
             raw[m], real_BT = adapter.raw(batch.inputs[m])
             real[m] = derived(_of_present, real_BT, batch.present[m])
+            if adapter.vocabulary is not None:
+                require_ids(batch.inputs[m], real[m], adapter.vocabulary, m)
             if self.fill is not None:
                 x_BTP, lacks_B = raw[m].masked_fill(~real[m][..., None], 0), ~batch.present[m]
                 raw[m] = self.fill(x_BTP.flatten(1), m, batch.present, lacks_B).view_as(x_BTP)

@@ -562,7 +562,7 @@ part("CategoryAdapter")(
     _adapter(lambda: discrete_adapters.CategoryAdapter(5, [8, 8], 4), lambda: torch.randint(-1, 5, (2, 8, 8)))
 )
 part("TokenAdapter")(
-    _adapter(lambda: discrete_adapters.TokenAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]))
+    _adapter(lambda: discrete_adapters.TokenAdapter(9, 4, pad=None), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]))
 )
 part("TableAdapter")(
     _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))

@@ -213,6 +213,17 @@ def test_zeros_in_place_of_what_is_absent_are_seen_and_not_asked_for() -> None:
     torch.testing.assert_close(terms["mask/text"].value[3], without[3], **rounding(64, F32))  # one that has all
 
 
+@pytest.mark.parametrize(("found", "line"), [(9, "vocab 10 at least"), (-1, "ids begin at 0")])
+def test_an_id_outside_the_vocabulary_is_one_line_and_in_an_absent_row_none(found: int, line: str) -> None:
+    model, b = recipe(), batch()
+    b.inputs["text"][2] = found  # a sample without text
+    wanted = model.terms(b)["mask/text"].value
+    b.inputs["text"][1, 3] = found
+    with pytest.raises(ValueError, match=f"text: id {found} in row 1 of the batch; its adapter has 9 ids: {line}"):
+        model.terms(b)
+    assert wanted.isfinite().all()
+
+
 def test_the_mean_input_in_place_of_what_is_absent() -> None:
     def images(**options: Any) -> Masked:
         return Masked(Adapters(image=PatchAdapter([8, 8], 2)), Trunk(16, depth=1, heads=2), **options)

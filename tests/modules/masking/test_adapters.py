@@ -26,6 +26,7 @@ MAKE: dict[str, tuple[Callable[[], Adapter], Callable[[], Tensor]]] = {
     "sound": (lambda: PatchAdapter([8, 6], [8, 2], channels=1, padded=True), lambda: torch.randn(3, 1, 8, 6)),
     "map": (lambda: CategoryAdapter(5, [8, 8], 4), lambda: torch.randint(0, 5, (3, 8, 8))),
     "text": (lambda: TokenAdapter(11, 6), lambda: torch.randint(1, 11, (3, 6))),
+    "codes": (lambda: TokenAdapter(11, 6, pad=None), lambda: torch.randint(0, 11, (3, 6))),
     "table": (
         lambda: TableAdapter([0, 4, 0, 2]),
         lambda: torch.stack([torch.tensor([0.3 * k, k, -1.0, k % 2]) for k in range(3)]),
@@ -139,6 +140,12 @@ def test_unknown_pixels_add_no_loss() -> None:
         torch.testing.assert_close(adapter.losses(h_NE, x_NP, place_N)[""][n], expected, **rounding(16, F32))
     all_unknown = torch.full((1, 16), -1)
     assert adapter.losses(h_NE[:1], all_unknown, place_N[:1])[""].item() == 0
+
+
+def test_without_padding_every_id_is_real_and_the_output_layer_scores_each() -> None:
+    adapter = made("codes")[0]
+    assert adapter.raw(torch.zeros(2, 6, dtype=torch.long))[1].all() and adapter.output_size == 11
+    assert made("map")[0].output_size == 16 * 5 and made("image")[0].output_size == made("image")[0].numbers
 
 
 def test_a_column_is_scored_by_its_own_outputs() -> None:
