@@ -9,9 +9,10 @@ alone and together; and one such model serves any set of modalities.
     loss = sum over m: mean over samples of mean over masked t of loss_m(head_m(y_t), x_t)
 
 What differs from the papers: with one modality it is MAE (He 2021), with a Dirichlet budget and a CrossDecoder MultiMAE
-(Bachmann 2022), with a joint ratio, a JointDecoder and volumes BM-MAE (Robinet 2025); samples may lack modalities, and
-compute falls with what they lack. A sample's loss of a modality is 0 where nothing of it is masked.
-Source: arXiv 2111.06377 (MAE), 2204.01678 (MultiMAE), 2505.00568 (BM-MAE).
+(Bachmann 2022), with a joint ratio, a JointDecoder and volumes BM-MAE (Robinet 2025), with TwoBudgets, token ids and an
+AnyToAnyDecoder 4M (Mizrahi 2023). Samples may lack modalities, and compute falls with what they lack. A sample's loss
+of a modality is 0 where nothing of it is masked.
+Source: arXiv 2111.06377 (MAE), 2204.01678 (MultiMAE), 2505.00568 (BM-MAE), 2312.06647 (4M).
 Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbers of a token, D and E widths.
 """
 
@@ -20,14 +21,14 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
-from descant.modules.masking.adapters import Adapters
-from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
+from descant.modules.masking.adapters import Adapters, Arranged
+from descant.modules.masking.corruptions import Corruption, UniformMask, corrupted
 from descant.modules.masking.decoders import At, Decoder, JointDecoder
 from descant.modules.missing_modalities.available_sets import Sets
 from descant.modules.missing_modalities.imputation import Imputer
@@ -36,7 +37,7 @@ from descant.recipes.base.masked import MaskedRecipe
 
 
 class Masked(MaskedRecipe):
-    """Masked autoencoding of any modalities (MAE, MultiMAE, BM-MAE).
+    """Masked modelling of any modalities (MAE, MultiMAE, BM-MAE, 4M).
 
     Args:
         adapters: one a modality, in and out of tokens.
@@ -68,9 +69,16 @@ class Masked(MaskedRecipe):
         self.modalities, self.grids = tuple(adapters), {m: adapter.grid for m, adapter in adapters.each().items()}
         self.decoder, self.corruption = decoder or JointDecoder(), corruption or UniformMask()
         self.corruption.check(self.grids)
-        self.decoder.build(self.grids, encoder.width)
-        for adapter in adapters.each().values():
-            adapter.build(encoder.width, self.decoder.width)
+        for m, adapter in adapters.each().items():
+            if adapter.ordered and not self.decoder.ordered:
+                raise ValueError(
+                    f"decoder {type(self.decoder).__name__}: {m} is predicted in order ({type(adapter).__name__}), for "
+                    "which a decoder may not see later targets: use AnyToAnyDecoder"
+                )
+        self.targets = [m for m in adapters if self.corruption.predicts(m)]
+        self.decoder.build(self.grids, encoder.width, self.targets)
+        for m, adapter in adapters.each().items():
+            adapter.build(encoder.width, self.decoder.width if m in self.targets else 0)
         self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
         widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
         self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
@@ -83,23 +91,27 @@ class Masked(MaskedRecipe):
             batch = self.sham.permute_modalities(batch, self.modalities[1:])
         raw, real = self.raw(batch)
         masks = corrupted(self.corruption, real, self.grids, batch.rng_seed)
-        return Output(self.predicted(raw, masks, batch))
+        return Output(self.predicted(self.arranged(raw, real, masks), batch))
 
-    def predicted(self, raw: dict[str, Tensor], masks: Masks, batch: Batch) -> dict[str, Term]:
+    def predicted(self, tokens: dict[str, Arranged], batch: Batch) -> dict[str, Term]:
         """Predict target tokens; the value of a sample is the mean over its counted tokens."""
-        asked, adapters = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}, self.adapters.each()
-        predicted, terms = self.decoder(self.encode(raw, masks.visible), asked), dict[str, Term]()
+        asked, adapters = {m: At.of(tokens[m].target_BT) for m in self.targets}, self.adapters.each()
+        encoded = self.encode({m: t.x_BTP for m, t in tokens.items()}, {m: t.visible_BT for m, t in tokens.items()})
         for m, (row_N, place_N, _) in asked.items():
-            counts_BT = masks.loss[m] & batch.present[m][:, None]
-            count_B = counts_BT.sum(dim=1)
+            if (given_BTP := tokens[m].given_BTP) is not None:
+                encoded.given[m] = adapters[m].given(given_BTP[row_N, place_N])
+        predicted, terms = self.decoder(encoded, asked), dict[str, Term]()
+        counts = {m: tokens[m].loss_BT & batch.present[m][:, None] for m in asked}
+        count = {m: counts_BT.sum(dim=1) for m, counts_BT in counts.items()}
+        for m, (row_N, place_N, _) in asked.items():
             with self.row_tracker.select(asked[m].host_row_N):
-                losses = adapters[m].losses(predicted[m], raw[m][row_N, place_N], place_N)
+                losses = adapters[m].losses(predicted[m], tokens[m].wanted_BTP[row_N, place_N], place_N)
             for name, loss_N in losses.items():
-                loss_N = torch.where(counts_BT[row_N, place_N], loss_N, 0.0)
-                value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count_B.clamp(min=1)
+                loss_N = torch.where(counts[m][row_N, place_N], loss_N, 0.0)
+                value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count[m].clamp(min=1)
                 # masked before the division: a sample of which nothing is masked has no gradient, not a nan
                 key = f"mask/{m}/{name}" if name else f"mask/{m}"
-                terms[key] = Term(value_B, valid=count_B > 0, norm=batch.count(m).clamp(min=1))
+                terms[key] = Term(value_B, valid=count[m] > 0, norm=batch.count(m).clamp(min=1))
         return terms
 
 

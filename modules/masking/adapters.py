@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,21 @@ class L1(PixelLoss):
     power, kind = 1, "l1"
 
 
+class Arranged(NamedTuple):
+    """Tokens of a modality as encoder and decoder get them: content ``[B, T, P]``, masks bool ``[B, T]``.
+
+    ``x_BTP``: of the encoder, where ``visible_BT``. ``wanted_BTP``: what is predicted where ``target_BT``, and counts
+    where ``loss_BT``. ``given_BTP``: the token before each target, where targets are predicted in order, else None.
+    """
+
+    x_BTP: Tensor
+    visible_BT: Tensor
+    wanted_BTP: Tensor
+    target_BT: Tensor
+    loss_BT: Tensor
+    given_BTP: Tensor | None = None
+
+
 class Adapter(nn.Module):
     """Base of adapters: one modality as tokens. ``build`` is called once with the widths of encoder and decoder.
 
@@ -81,6 +97,8 @@ class Adapter(nn.Module):
 
     grid: Grid
     place_TD: Tensor
+    #: True if targets are predicted one after the other, from those before.
+    ordered = False
 
     @property
     def relative(self) -> bool:
@@ -116,6 +134,12 @@ class Adapter(nn.Module):
         """``[B, ...]`` -> raw content ``[B, T, P]``, and bool ``[B, T]``: real tokens (not padding)."""
         raise NotImplementedError
 
+    def arrange(
+        self, x_BTP: Tensor, real_BT: Tensor, visible_BT: Tensor, target_BT: Tensor, loss_BT: Tensor
+    ) -> Arranged:
+        """Tokens of encoder and decoder, by the masks of the raw ones; each stays at its place by default."""
+        return Arranged(x_BTP, visible_BT, x_BTP, target_BT, loss_BT)
+
     def embed(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         """``[N, D]`` of raw content with positions."""
         return self.content(x_NP, place_N) + self.place_TD[place_N] + self.modality_D
@@ -129,6 +153,10 @@ class Adapter(nn.Module):
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
         """Raw content ``[N, P]`` predicted from the decoder's features, or class ids."""
+        raise NotImplementedError
+
+    def given(self, x_NP: Tensor) -> Tensor:
+        """``[N, E]``: what an ordered decoder gets of the token before each target."""
         raise NotImplementedError
 
     def whole(self, x_BTP: Tensor) -> Tensor:

@@ -71,6 +71,10 @@ class Corruption:
     def check(self, grids: Mapping[str, Grid]) -> None:
         """Raises ValueError if a complete sample would have no visible, or no masked, token."""
 
+    def predicts(self, modality: str) -> bool:
+        """Whether tokens of a modality may be targets."""
+        return True
+
 
 class Ratio(Corruption):
     """Base of masks with a fixed ratio: of each modality, the tokens that come first in a random order are masked.

@@ -5,8 +5,8 @@ Letters: B samples, T tokens of a modality, N tokens of all samples, D width of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -55,11 +55,13 @@ class Encoded:
     Attributes:
         h: modality -> ``[N, D]`` of its visible tokens. at: modality -> their index.
         global_BD: of the global tokens.
+        given: modality -> ``[N, E]``, of the token before each target, for those that are predicted in order.
     """
 
     h: dict[str, Tensor]
     at: dict[str, At]
     global_BD: Tensor
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     def pooled(self, whole: bool = False) -> Tensor:
         """Unit-length ``z_BD``: mean of a sample's tokens, or its global token; float32 at least."""
@@ -96,13 +98,16 @@ class Decoder(nn.Module):
         width: E.
     """
 
+    #: True if it can predict targets in order, each from those before.
+    ordered = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.row_tracker = RowTracker()
         self.width = width
 
-    def build(self, grids: Mapping[str, Grid], width: int) -> None:
-        """Layers for an encoder of D = ``width`` and modalities of these grids."""
+    def build(self, grids: Mapping[str, Grid], width: int, targets: Collection[str] | None = None) -> None:
+        """Layers for an encoder of D = ``width`` and modalities of these grids, of which ``targets`` are predicted."""
         raise NotImplementedError
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
@@ -134,7 +139,7 @@ class JointDecoder(Decoder):
         self.layers = nn.ModuleList(RaggedBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, EPS)
 
-    def build(self, grids: Mapping[str, Grid], width: int) -> None:
+    def build(self, grids: Mapping[str, Grid], width: int, targets: Collection[str] | None = None) -> None:
         self.inward = nn.Linear(width, self.width)
         self.mask_E = nn.Parameter(torch.randn(self.width) * 0.02)
         self.places = Places(grids, self.width)
@@ -189,8 +194,9 @@ class CrossDecoder(Decoder):
         super().__init__(width)
         self.depth, self.heads, self.mlp_ratio = depth, checked_heads(width, heads), mlp_ratio
 
-    def build(self, grids: Mapping[str, Grid], width: int) -> None:
-        each = {m: _ModalityDecoder(grids, width, self.width, self.depth, self.heads, self.mlp_ratio) for m in grids}
+    def build(self, grids: Mapping[str, Grid], width: int, targets: Collection[str] | None = None) -> None:
+        own = grids if targets is None else targets
+        each = {m: _ModalityDecoder(grids, width, self.width, self.depth, self.heads, self.mlp_ratio) for m in own}
         self.each = nn.ModuleDict(each)
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:

@@ -58,6 +58,8 @@ class MaskedTokens(TaskObjective):
         target: str | None = None,
     ) -> None:
         super().__init__()
+        if adapter.ordered:
+            raise ValueError(f"MaskedTokens: {type(adapter).__name__} is of recipe Masked; use TokenAdapter here")
         self.modality, self.given, self.target = modality, given, target or modality
         self.adapter, self.corruption = adapter, corruption or UniformMask(0.15)
 

@@ -12,8 +12,8 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ReconstructionOutput
-from descant.modules.masking.adapters import Adapters, require_ids
-from descant.modules.masking.corruptions import Corruption, corrupted
+from descant.modules.masking.adapters import Adapters, Arranged, require_ids
+from descant.modules.masking.corruptions import Corruption, Masks, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.tokenizers.text import Tokenizer, require_fit
@@ -29,6 +29,7 @@ class MaskedRecipe(Recipe):
     decoder: Decoder
     corruption: Corruption
     grids: dict[str, tuple[int, ...]]
+    targets: list[str]
     embeds: list[tuple[str, ...]]
     pool_global: bool
     fill: Imputer | None
@@ -58,6 +59,13 @@ class MaskedRecipe(Recipe):
                 raw[m] = self.fill(x_BTP.flatten(1), m, batch.present, lacks_B).view_as(x_BTP)
                 real[m] = derived(torch.ones_like, real[m])
         return raw, real
+
+    def arranged(self, raw: dict[str, Tensor], real: dict[str, Tensor], masks: Masks) -> dict[str, Arranged]:
+        """Modality -> its tokens as encoder and decoder get them."""
+        return {
+            m: adapter.arrange(raw[m], real[m], masks.visible[m], masks.target[m], masks.loss[m])
+            for m, adapter in self.adapters.each().items()
+        }
 
     def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
         """The encoder over visible tokens alone."""
@@ -94,10 +102,12 @@ class MaskedRecipe(Recipe):
     def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
         """What is seen stays as it is, what is masked is predicted; padding stays what it is.
 
+        Modalities that are never targets, or predicted in order from the targets before, are left out.
+
         Raises:
             ValueError: for an adapter that predicts no input, but patches less their own mean and spread alone.
         """
-        relative = [m for m, adapter in self.adapters.each().items() if adapter.relative]
+        relative = [m for m, adapter in self.adapters.each().items() if adapter.relative and m in self.targets]
         if relative:
             raise ValueError(
                 f"{relative[0]}: nothing can be rebuilt of patches less their own mean and spread; "
@@ -105,9 +115,11 @@ class MaskedRecipe(Recipe):
             )
         raw, real = self.raw(batch)
         masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
-        asked = {m: At.of(mask_BT) for m, mask_BT in masks.target.items()}
-        predicted, rebuilt = self.decoder(self.encode(raw, masks.visible), asked), {}
-        for m, adapter in self.adapters.each().items():
+        tokens, adapters = self.arranged(raw, real, masks), self.adapters.each()
+        asked = {m: At.of(masks.target[m]) for m in self.targets if not adapters[m].ordered}
+        encoded = self.encode({m: t.x_BTP for m, t in tokens.items()}, {m: t.visible_BT for m, t in tokens.items()})
+        predicted, rebuilt = self.decoder(encoded, asked), {}
+        for m, adapter in ((m, adapters[m]) for m in asked):
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
             with self.row_tracker.select(asked[m].host_row_N):
                 y_BTP[row_N, place_N] = adapter.predict(predicted[m], place_N).to(y_BTP.dtype)

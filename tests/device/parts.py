@@ -83,7 +83,10 @@ from descant.modules.losses.views import (
 )
 from descant.modules.masking import adapters, decoders, discrete_adapters, structured
 from descant.modules.masking import corruptions as masking
+from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.sequence_adapter import SequenceAdapter
+from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
 from descant.modules.multitask import DWA, STCH, MMPareto, Rule
@@ -521,6 +524,11 @@ def _corruption(make: Callable[[], masking.Corruption], grids: Mapping[str, mask
 
 part("Masks", "UniformMask")(_corruption(lambda: masking.UniformMask(0.5, joint=True)))
 part("TokenBudget")(_corruption(lambda: TokenBudget(6, subset_first=True, targets=4)))
+part("TwoBudgets", "DirichletPair")(
+    _corruption(
+        lambda: TwoBudgets(8, 8, [DirichletPair({"image": 0.5, "text": 2.0}, {"text": 1.0})], ["text"], refill=True)
+    )
+)
 part("BlockMask")(_corruption(lambda: structured.BlockMask(0.5), {"image": (4, 4)}))
 part("TubeMask")(_corruption(lambda: structured.TubeMask(0.5), {"video": (2, 2, 2)}))
 part("SegmentMask")(_corruption(lambda: structured.SegmentMask(anchors=0.3), {"text": (6,)}))
@@ -564,6 +572,7 @@ part("CategoryAdapter")(
 part("TokenAdapter")(
     _adapter(lambda: discrete_adapters.TokenAdapter(9, 4, pad=None), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]))
 )
+part("SequenceAdapter")(_adapter(lambda: SequenceAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])))
 part("TableAdapter")(
     _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
 )
@@ -587,6 +596,7 @@ def _decoder(make: Callable[[], decoders.Decoder]) -> Part:
 
 part("Encoded", "Places", "JointDecoder")(_decoder(lambda: decoders.JointDecoder(8, 1, 2)))
 part("CrossDecoder")(_decoder(lambda: decoders.CrossDecoder(8, 1, 2)))
+part("AnyToAnyDecoder")(_decoder(lambda: AnyToAnyDecoder(8, 1, 2)))
 
 
 # missing modalities -------------------------------------------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""4M (arXiv 2312.06647): spans of texts and the decoder against loops. Letters: B samples, T tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descant.modules.core.batch import Batch
+from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.any_to_any import AnyToAnyDecoder
+from descant.modules.masking.decoders import At, Encoded
+from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
+from descant.modules.masking.sequence_adapter import SequenceAdapter
+from descant.modules.masking.spans import starts, target_run, with_sentinels
+from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
+from descant.modules.towers.vit import Trunk
+from descant.recipes import Masked
+from tests._suites import MissingModalities, Ranks
+from tests.tolerance import F32, F64, rounding
+
+NAMES = ("image", "palette", "codes", "text")
+RGB2ALL = DirichletPair({"image": 1000.0}, {"palette": 0.5, "codes": 0.5, "text": 0.5})
+ALL2ALL = DirichletPair(dict.fromkeys(NAMES, 0.5), {"palette": 0.5, "codes": 0.5, "text": 0.5})
+
+
+def recipe(**options: Any) -> Masked:
+    torch.manual_seed(0)
+    adapters = Adapters(
+        image=PatchAdapter([8, 8], 2),
+        palette=CategoryAdapter(3, [8, 8], 2, embedding=4),
+        text=SequenceAdapter(9, 8),
+        others={"codes": TokenAdapter(7, 9, pad=None)},
+    )
+    options.setdefault("corruption", TwoBudgets(8, 6, [RGB2ALL, ALL2ALL], sequences=["text"]))
+    return Masked(adapters, Trunk(24, 2, 3), options.pop("decoder", None) or AnyToAnyDecoder(12, 2, 2), **options)
+
+
+def batch(rows: int = 16) -> Batch:
+    """Some rows lack a modality, the last one all; absent rows hold ids out of range."""
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "image": torch.randn(rows, 3, 8, 8, generator=g, dtype=F64),
+        "palette": torch.randint(0, 3, (rows, 8, 8), generator=g),
+        "codes": torch.randint(0, 7, (rows, 9), generator=g),
+        "text": torch.randint(1, 9, (rows, 8), generator=g) * (torch.arange(8) < torch.arange(rows)[:, None] % 7 + 2),
+    }
+    present = {m: torch.arange(rows) % (4 + k) != k for k, m in enumerate(inputs)}
+    for m, x in inputs.items():
+        present[m][-1] = False
+        x[~present[m]] = torch.nan if x.is_floating_point() else 99
+    return Batch(inputs, present, index=torch.arange(rows), rng_seed=torch.arange(rows) * 7919 + 13)
+
+
+class TestFourM(MissingModalities, Ranks):
+    def recipe(self) -> Masked:  # losses of palettes are float32
+        pair = DirichletPair(dict.fromkeys(NAMES, 0.5), {"codes": 0.5, "text": 0.5})
+        return recipe(corruption=TwoBudgets(8, 6, [pair], ["text"]))
+
+    def batch(self) -> Batch:
+        return batch()
+
+
+# texts ----------------------------------------------------------------------------------------------------------------
+
+
+def released_spans(text: list[int], hidden: list[bool], first: int) -> tuple[list[int], list[int]]:
+    """Span masking as released: inputs and targets with sentinels."""
+    inputs, targets, count = list[int](), list[int](), 0
+    for t, token in enumerate(text):
+        if hidden[t]:
+            if t == 0 or not hidden[t - 1]:
+                inputs.append(first + count)
+                targets.append(first + count)
+                count += 1
+            targets.append(token)
+        else:
+            inputs.append(token)
+    return inputs, [*targets, first + count]
+
+
+def test_spans_with_sentinels_are_those_of_the_released_loop() -> None:
+    g = torch.Generator().manual_seed(0)
+    x_BT = torch.randint(1, 90, (300, 9), generator=g)
+    real_BT = torch.arange(9) < torch.randint(1, 9, (300, 1), generator=g)
+    seen_BT = real_BT & (torch.rand(300, 9, generator=g) < torch.rand(300, 1, generator=g))
+    spans = with_sentinels(x_BT, real_BT, seen_BT, real_BT & ~seen_BT, real_BT, first=90)
+    for b in range(300):
+        n = int(real_BT[b].sum())
+        inputs, targets = released_spans(x_BT[b, :n].tolist(), (~seen_BT[b, :n]).tolist(), 90)
+        assert spans.input_BS[b][spans.visible_BS[b]].tolist() == (inputs if seen_BT[b].any() else [])
+        if not seen_BT[b, :n].all():
+            assert spans.given_BS[b][spans.target_BS[b]].tolist() == targets[:-1]
+            assert spans.wanted_BS[b][spans.target_BS[b]].tolist() == targets[1:]
+        else:
+            assert not spans.target_BS[b].any()
+    assert torch.equal(spans.loss_BS, spans.target_BS)
+
+
+def test_targets_of_a_text_are_cut_to_their_budget_from_a_random_span_on() -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden_BT, u_B = torch.rand(500, 12, generator=g) < 0.6, torch.rand(500, generator=g)
+    for budget in (0, 1, 3, 5, 9, 20):
+        run_BT = target_run(hidden_BT, torch.full((500,), budget), u_B)
+        for b in range(500):
+            begins = starts(hidden_BT[b : b + 1])[0].nonzero().flatten().tolist()
+            cost = [int(hidden_BT[b, t]) + (t in begins) for t in range(12)]
+            if begins:
+                cost[int(hidden_BT[b].nonzero().max())] += 1  # the sentinel at the end
+            chosen = begins[int(u_B[b] * len(begins))] if begins else 0
+            fit = [t for t in begins if sum(cost[t:]) <= budget]
+            begin = 0 if sum(cost) <= budget else chosen if sum(cost[chosen:]) >= budget else fit[0]
+            wanted = [bool(hidden_BT[b, t]) and t >= begin and sum(cost[begin : t + 1]) <= budget for t in range(12)]
+            assert run_BT[b].tolist() == wanted
+
+
+def test_a_later_target_changes_no_earlier_prediction_and_another_modality_none() -> None:
+    model: Any = recipe().eval()
+    at = At.of(torch.arange(9).expand(2, 9) < 6)
+    other = At.of(torch.ones(2, 9, dtype=torch.bool))
+    encoded = Encoded(
+        {"text": torch.randn(0, 24)}, {"text": At.of(torch.zeros(2, 9, dtype=torch.bool))}, torch.randn(2, 24)
+    )
+
+    def predicted(change: int | None, targets: dict[str, At]) -> dict[str, Tensor]:
+        ids_BT = torch.arange(12).view(2, 6) % 9
+        if change is not None:
+            ids_BT[:, change] = 10
+        encoded.given = {"text": model.adapters["text"].given(ids_BT.view(-1, 1))}
+        return model.decoder(encoded, targets)
+
+    with torch.no_grad():
+        plain = predicted(None, {"text": at, "codes": other})
+        for t in range(6):
+            changed = predicted(t, {"text": at, "codes": other})
+            gap_T = (changed["text"] - plain["text"]).view(2, 6, -1).abs().amax(dim=(0, 2))
+            assert torch.equal(gap_T > 0, torch.arange(6) >= t) and torch.equal(changed["codes"], plain["codes"])
+        alone = predicted(None, {"text": at})["text"]
+    torch.testing.assert_close(alone, plain["text"], **rounding(64, F32))
+
+
+def test_padding_of_a_batch_changes_no_sample() -> None:
+    model, b = recipe().double().eval(), batch()
+    terms = model.terms(b)
+    for k in range(0, 15, 4):
+        for name, term in model.terms(b.select(torch.tensor([k]))).items():
+            torch.testing.assert_close(term.value[0], terms[name].value[k], **rounding(256, F64))
