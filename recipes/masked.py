@@ -30,6 +30,7 @@ from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters, Arranged
 from descant.modules.masking.corruptions import Corruption, UniformMask, corrupted
 from descant.modules.masking.decoders import At, Decoder, JointDecoder
+from descant.modules.masking.reductions import Reduction, SumOfModalities, TargetCounts
 from descant.modules.missing_modalities.available_sets import Sets
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.towers.vit import Trunk
@@ -49,6 +50,7 @@ class Masked(MaskedRecipe):
         pool_global: an embedding is the encoder's global token, and not the mean of the others.
         fill: imputes the inputs of absent modalities, which are then visible tokens, such as ZeroImputer, as is usual
             elsewhere; left out of the sequence where not given.
+        reduction: how the losses of modalities are averaged; their sum where not given.
         sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
     """
 
@@ -61,6 +63,7 @@ class Masked(MaskedRecipe):
         embeds: list[list[str]] | None = None,
         pool_global: bool = False,
         fill: Imputer | None = None,
+        reduction: Reduction | None = None,
         sham: Literal["permute"] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -82,7 +85,7 @@ class Masked(MaskedRecipe):
         self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
         widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
         self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
-        self.sham = Sham(sham)
+        self.reduction, self.sham = reduction or SumOfModalities(), Sham(sham)
 
     # the method --------------------------------------------------------------------------------------------------
 
@@ -103,6 +106,8 @@ class Masked(MaskedRecipe):
         predicted, terms = self.decoder(encoded, asked), dict[str, Term]()
         counts = {m: tokens[m].loss_BT & batch.present[m][:, None] for m in asked}
         count = {m: counts_BT.sum(dim=1) for m, counts_BT in counts.items()}
+        sizes = {m: adapters[m].output_size for m in asked}
+        scales = self.reduction(TargetCounts(count, sizes, batch, self.step.world * self.step.accumulate))
         for m, (row_N, place_N, _) in asked.items():
             with self.row_tracker.select(asked[m].host_row_N):
                 losses = adapters[m].losses(predicted[m], tokens[m].wanted_BTP[row_N, place_N], place_N)
@@ -111,7 +116,8 @@ class Masked(MaskedRecipe):
                 value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count[m].clamp(min=1)
                 # masked before the division: a sample of which nothing is masked has no gradient, not a nan
                 key = f"mask/{m}/{name}" if name else f"mask/{m}"
-                terms[key] = Term(value_B, valid=count[m] > 0, norm=batch.count(m).clamp(min=1))
+                weight_B = None if scales[m].weight_B is None else scales[m].weight_B.to(value_B.dtype)
+                terms[key] = Term(value_B, weight_B, valid=count[m] > 0, norm=scales[m].norm)
         return terms
 
 

@@ -81,7 +81,7 @@ from descant.modules.losses.views import (
     ViewObjective,
     Views,
 )
-from descant.modules.masking import adapters, decoders, discrete_adapters, structured
+from descant.modules.masking import adapters, decoders, discrete_adapters, reductions, structured
 from descant.modules.masking import corruptions as masking
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
@@ -597,6 +597,18 @@ def _decoder(make: Callable[[], decoders.Decoder]) -> Part:
 part("Encoded", "Places", "JointDecoder")(_decoder(lambda: decoders.JointDecoder(8, 1, 2)))
 part("CrossDecoder")(_decoder(lambda: decoders.CrossDecoder(8, 1, 2)))
 part("AnyToAnyDecoder")(_decoder(lambda: AnyToAnyDecoder(8, 1, 2)))
+
+
+def _reduction(make: Callable[[], reductions.Reduction]) -> Part:
+    def use(at: Place) -> Any:
+        count = {m: at(torch.arange(B) * k) for k, m in enumerate(HAS)}
+        return list(make()(reductions.TargetCounts(count, dict.fromkeys(HAS, 3), at(a_batch()), 2)).values())
+
+    return use
+
+
+for _name in ("SumOfModalities", "MeanOfModalities", "MeanOfTokens", "ReleasedModalities", "ReleasedTokens"):
+    part(_name)(_reduction(getattr(reductions, _name)))
 
 
 # missing modalities -------------------------------------------------------------------------------------------------

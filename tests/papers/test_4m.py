@@ -1,13 +1,16 @@
-"""4M (arXiv 2312.06647): spans of texts and the decoder against loops. Letters: B samples, T tokens."""
+"""4M (arXiv 2312.06647): losses, spans of texts and the decoder against loops. Letters: B samples, T tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
+from descant.modules.masking import reductions
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.decoders import At, Encoded
@@ -18,7 +21,7 @@ from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked
 from tests._suites import MissingModalities, Ranks
-from tests.tolerance import F32, F64, rounding
+from tests.tolerance import F32, F64, rounding, ulps
 
 NAMES = ("image", "palette", "codes", "text")
 RGB2ALL = DirichletPair({"image": 1000.0}, {"palette": 0.5, "codes": 0.5, "text": 0.5})
@@ -56,10 +59,46 @@ def batch(rows: int = 16) -> Batch:
 class TestFourM(MissingModalities, Ranks):
     def recipe(self) -> Masked:  # losses of palettes are float32
         pair = DirichletPair(dict.fromkeys(NAMES, 0.5), {"codes": 0.5, "text": 0.5})
-        return recipe(corruption=TwoBudgets(8, 6, [pair], ["text"]))
+        return recipe(corruption=TwoBudgets(8, 6, [pair], ["text"]), reduction=reductions.MeanOfModalities())
 
     def batch(self) -> Batch:
         return batch()
+
+
+# losses ---------------------------------------------------------------------------------------------------------------
+
+
+def by_loops(kind: str, loss: dict[str, list[list[float]]], sizes: dict[str, int]) -> float:
+    """Of the losses of every target token, by modality and sample."""
+    samples = [{m: rows[b] for m, rows in loss.items() if rows[b]} for b in range(15)]  # the last has no modality
+    if kind == "MeanOfModalities":
+        return sum(np.mean([np.mean(x) for x in s.values()]) for s in samples if s) / 15
+    if kind == "MeanOfTokens":
+        return sum(np.mean(np.concatenate([*s.values()])) for s in samples if s) / 15
+    every = {m: np.concatenate([np.array(row) for row in rows]) for m, rows in loss.items()}
+    if kind == "ReleasedModalities":
+        return sum(x.mean() if len(x) else 0.0 for x in every.values()) / len(every)
+    numbers = {m: len(x) * sizes[m] for m, x in every.items()}
+    return sum(x.mean() * numbers[m] for m, x in every.items() if len(x)) / sum(numbers.values())
+
+
+@pytest.mark.parametrize("kind", ["MeanOfModalities", "MeanOfTokens", "ReleasedModalities", "ReleasedTokens"])
+def test_a_reduction_is_that_of_the_loop(kind: str) -> None:
+    model, b = recipe(reduction=getattr(reductions, kind)()).double(), batch()
+    terms = model.terms(b)
+    raw, real = model.raw(b)
+    tokens = model.arranged(raw, real, model.corruption(real, model.grids, b.rng_seed))
+    count = {m.removeprefix("mask/"): tokens[m.removeprefix("mask/")].loss_BT.sum(1) for m in terms}
+    loss = {
+        m: [[float(terms[f"mask/{m}"].value[k].detach())] * int(n) for k, n in enumerate(n_B)]
+        for m, n_B in count.items()
+    }
+    total = model.step(terms, b).total.item()
+    wanted = by_loops(kind, loss, {"palette": 12, "codes": 7, "text": 14})
+    # losses of palettes are float32
+    assert total == pytest.approx(wanted, rel=ulps(16, F32)) and wanted > 0
+    assert all(term.value.shape == (16,) for term in terms.values())
+    assert hasattr(model.reduction, "by_rank") == kind.startswith("Released")
 
 
 # texts ----------------------------------------------------------------------------------------------------------------
