@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -27,6 +28,9 @@ from descant.modules.evaluation.inversion import rows_of_other_keys
 from descant.modules.evaluation.metrics import wide
 from descant.modules.evaluation.reconstruction import NullFit, Nulls, deciles, row_means
 from descant.modules.masking.corruptions import Corruption, Hide
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Inputs:
@@ -341,20 +345,26 @@ class ReconstructionPictures(ForwardEvaluator):
             at = torch.arange(len(rows), device=rows.index.device)
             real = torch.ones_like(at, dtype=torch.bool)
             batch = self._select(inputs.batch(rows, dict.fromkeys(inputs.modalities, at), real, at))
-            # on all ranks, since a recipe may use collectives
-            rebuilt = reconstruct(trainer, pl_module, batch, self.corruption)
-            for m in self.modalities or []:
-                if m not in rebuilt:
-                    raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, rebuilt)}")
-            if trainer.sanity_checking or not trainer.is_global_zero:
-                continue
-            shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}
             names = [sample_line(trainer.datamodule, i) for i in batch.index.tolist()]  # type: ignore[attr-defined]
-            figure = gallery(shown, batch.present, names, f"{name}: {self.name}, step {trainer.global_step}")
+            # on all ranks, since a recipe may use collectives
+            figure = self.draw(trainer, pl_module, batch, names, f"{name}: {self.name}, step {trainer.global_step}")
             if figure is not None:
                 tag = f"{name}-{self.name}"
                 save_figure(trainer, figure, tag, f"pictures/{tag}")
         return {}
+
+    def draw(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, names: list[str], title: str
+    ) -> Figure | None:
+        """The figure of a set, on the first rank outside the sanity check; None elsewhere, or without images."""
+        rebuilt = reconstruct(trainer, pl_module, batch, self.corruption)
+        for m in self.modalities or []:
+            if m not in rebuilt:
+                raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, rebuilt)}")
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return None
+        shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}
+        return gallery(shown, batch.present, names, title)
 
 
 def reconstruct(

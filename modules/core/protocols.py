@@ -199,6 +199,21 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class DecodesTokens(Protocol):
+    """A masked model by parts: ``raw(batch)``, tokens and which of them are real; ``encode(raw, visible)``; ``decoder``
+    of the encoded tokens and places of targets; ``adapters`` by modality, that turn its features into logits;
+    ``targets``: the modalities that it predicts."""
+
+    adapters: Any
+    decoder: Any
+    targets: list[str]
+
+    def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+    def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Any: ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """``generate(batch)``: int64 token ids ``[B, T]``."""
 

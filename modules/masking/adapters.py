@@ -155,6 +155,10 @@ class Adapter(nn.Module):
         """Raw content ``[N, P]`` predicted from the decoder's features, or class ids."""
         raise NotImplementedError
 
+    def scores(self, h_NE: Tensor) -> Tensor:
+        """Logits ``[N, P, C]`` of the ids of a token, where it has some."""
+        raise NotImplementedError
+
     def given(self, x_NP: Tensor) -> Tensor:
         """``[N, E]``: what an ordered decoder gets of the token before each target."""
         raise NotImplementedError

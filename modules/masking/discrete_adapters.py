@@ -121,6 +121,9 @@ class TokenAdapter(Adapter):
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         return self.table(x_NP.squeeze(1))
 
+    def scores(self, h_NE: Tensor) -> Tensor:
+        return promote(self.outward(h_NE))[:, None]
+
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
         return {"": F.cross_entropy(promote(self.outward(h_NE)), x_NP.squeeze(1), reduction="none")}
 

@@ -81,7 +81,7 @@ from descant.modules.losses.views import (
     ViewObjective,
     Views,
 )
-from descant.modules.masking import adapters, decoders, discrete_adapters, reductions, structured
+from descant.modules.masking import adapters, decoders, discrete_adapters, reductions, sampler, structured
 from descant.modules.masking import corruptions as masking
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
@@ -609,6 +609,8 @@ def _reduction(make: Callable[[], reductions.Reduction]) -> Part:
 
 for _name in ("SumOfModalities", "MeanOfModalities", "MeanOfTokens", "ReleasedModalities", "ReleasedTokens"):
     part(_name)(_reduction(getattr(reductions, _name)))
+for _name in ("ConfidentFirst", "RandomFirst"):
+    part(_name)(lambda at, name=_name: getattr(sampler, name)().key(at(torch.rand(B, 4)), at(torch.rand(B, 4))))  # type: ignore[misc]
 
 
 # missing modalities -------------------------------------------------------------------------------------------------

@@ -46,12 +46,17 @@ from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.information import Boltzmann, Normal
 from descant.modules.losses.views import BYOL, DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
 from descant.modules.masking.patch_mix import PatchMix
+from descant.modules.masking.reductions import MeanOfModalities
+from descant.modules.masking.sampler import Sampler
+from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.structured import SegmentMask
+from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
@@ -465,6 +470,22 @@ def masked(before: Path) -> Run:
     pictures = c.ReconstructionPictures(count=2)
     seen: list[L.Callback] = [c.Accuracy(), whole, pictures]
     return Run(recipe, emoji(sketch=True, palette=True), seen, {"val_check_interval": 2})
+
+
+@run
+def any_to_any(before: Path) -> Run:
+    adapters = Adapters(
+        image=PatchAdapter([16, 16], 8),
+        palette=CategoryAdapter(11, [16, 16], 8),
+        text=SequenceAdapter(8192, 24),
+    )
+    both = DirichletPair({"image": 1.0, "text": 0.5}, {"palette": 0.5, "text": 0.5})
+    corruption, reduction = TwoBudgets(4, 6, [both], sequences=["text"]), MeanOfModalities()
+    recipe = Masked(
+        adapters, Trunk(8, 1, 2), AnyToAnyDecoder(8, 1, 2), corruption, reduction=reduction, optimizer=adamw
+    )
+    pictures = c.GenerationPictures(["image", "text"], ["palette", "text"], Sampler(2, guidance=2.0), count=2)
+    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures], {"val_check_interval": 2})
 
 
 # language -----------------------------------------------------------------------------------------------------------
