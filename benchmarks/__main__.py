@@ -50,6 +50,8 @@ BENCHMARKS = {
     "ssl": "benchmarks.ssl:step",
     "mining": "benchmarks.mining:mining",
     "multitask": "benchmarks.multitask:shared",
+    "tokens/step": "benchmarks.tokens:step",
+    "tokens/decode": "benchmarks.tokens:decode",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",
