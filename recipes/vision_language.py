@@ -48,6 +48,7 @@ class VisionLanguage(LanguageRecipe):
             trains on rows as one sequence, as Open-Qwen2VL's release does (Wang 2025, arXiv 2504.00595; no masks but
             that of padding): documents attend to those before them. Log-probabilities that are compared with those of
             other passes (evaluation, GRPO, DPO) always are those of a document alone.
+        prefix_sight: whether tokens up to the first answer see one another in both directions (prefix language model).
         objective: SFT where not given; GRPO of sampled answers (callback Rollouts), or DPO of pairs. Its reference
             policy, where it has one, is the teacher of ``distill``, without targets.
         sampling: how answers are sampled for GRPO. new: most tokens of a sampled answer.
@@ -69,6 +70,7 @@ class VisionLanguage(LanguageRecipe):
         visual: VisualSteps | None = None,
         row: int | None = None,
         document_mask: bool = True,
+        prefix_sight: bool = False,
         objective: LanguageObjective | None = None,
         sampling: Sampling | None = None,
         new: int = 12,
@@ -91,7 +93,9 @@ class VisionLanguage(LanguageRecipe):
             least = max(self.marks.values()) + 1
             raise ValueError(f"lm.vocab {lm.vocabulary}: {listed} are ids too; {least} is the least")
         self.row, self.visual = lm.length if row is None else row, visual or VisualSteps()
-        self.document_mask = document_mask
+        self.document_mask, self.prefix_sight = document_mask, prefix_sight
+        if prefix_sight and not document_mask:
+            raise ValueError("prefix_sight: a prefix is that of a document; document_mask true is needed")
         if not document_mask and self.row > lm.length:
             raise ValueError(
                 f"document_mask false: a row of {self.row} is one sequence; lm.length {lm.length} is the most"
@@ -107,6 +111,8 @@ class VisionLanguage(LanguageRecipe):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for data in data_parts(self.trainer):  # of every stage
+            if (least := getattr(data, "embedded", 0)) > self.lm.vocabulary:
+                raise ValueError(f"lm.vocab {self.lm.vocabulary}: {type(data).__name__} has {least} ids, the least")
             for name in ("image_token", "answer_token"):
                 mine, its = getattr(self, name), getattr(data, name, getattr(self, name))
                 if its != mine:

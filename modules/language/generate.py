@@ -111,6 +111,7 @@ def generate(
     sampling: Sampling | None = None,
     seed_R: Tensor | None = None,
     position_PT: Tensor | None = None,
+    prefix: bool = False,
 ) -> Generated:
     """Completions of each prompt, ``group`` of them in consecutive rows.
 
@@ -123,6 +124,7 @@ def generate(
         sampling: of tokens; plain sampling at temperature 1 by default.
         seed_R: int64, a seed a row; 0, 1, ... by default.
         position_PT: of the tokens and of the first new one, ``[P, T + 1]``; counted by default.
+        prefix: tokens of a prompt see one another in both directions.
 
     Raises:
         ValueError: for a prompt that is empty or not left-aligned, or that does not fit into the model's length
@@ -149,7 +151,7 @@ def generate(
     length_R, ended_R = torch.full((R,), new, device=device), torch.zeros(R, dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
-    state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group)
+    state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group, prefix)
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
     layers, head = [_Layer(layer) for layer in lm.blocks()], _Head(lm)
     rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
@@ -184,6 +186,7 @@ def generate_some(
     sampling: Sampling,
     seed_R: Tensor,
     position_PT: Tensor | None = None,
+    prefix: bool = False,
 ) -> Generated:
     """:func:`generate` for the prompts that have tokens, as long as the longest; empty ones give ended, empty
     completions."""
@@ -196,7 +199,7 @@ def generate_some(
         longest = int(mask_PT.sum(dim=1).max())
         prompt, mask = h_PTD[some_P, :longest], mask_PT[some_P, :longest]
         position = None if position_PT is None else position_PT[some_P, : longest + 1]
-        some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position)
+        some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position, prefix)
         for all_R, part_R in zip(result, some, strict=True):
             all_R[some_R] = part_R
     return result
@@ -356,7 +359,9 @@ class _State:
         return slots, _State(prompt, by_row, hide, self.length_S[slots], most, self.filled)
 
 
-def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, group: int) -> tuple[_State, Tensor]:
+def _read(
+    lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, group: int, prefix: bool = False
+) -> tuple[_State, Tensor]:
     """Cache of the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
     length_P = mask_PT.sum(dim=1)
@@ -367,7 +372,9 @@ def _read(lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, 
     for layer in lm.blocks():
         q, k, v = layer.split_qkv(h_PTD, rope)
         # padding is on the right, so causal attention never reads it
-        a_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        seen = mask_PT[:, None, None] if prefix else None
+        grouped = k.shape[1] != q.shape[1]
+        a_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not prefix, enable_gqa=grouped)
         h_PTD = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
         if copies > 1:
             k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)

@@ -59,7 +59,7 @@ class CausalLM(nn.Module):
     """Causal language model (Llama): ``h = norm(layer_n(... layer_1(embed(ids))))``, ``logits = h W^T``.
 
     W are the embeddings, or weights of its own. A row may pack several documents: tokens attend within their segment,
-    causally, with positions counted from its start. Segment 0 is padding.
+    causally, with positions counted from its start. Segment 0 is padding. Tokens of a prefix see one another both ways.
 
     Args:
         vocab: V. width: D. depth: layers. heads: H. key_heads: K, H by default. hidden: F, by default the multiple of 8
@@ -136,13 +136,22 @@ class CausalLM(nn.Module):
         angle = position_BT[..., None] * rope_frequencies(self.theta, 2 * rope_T.shape[1], position_BT.device)
         return torch.polar(torch.ones_like(angle), angle)[:, None]
 
-    def forward(self, h_BTD: Tensor, segment_BT: Tensor | None = None, position_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        segment_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+        prefix_BT: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings to the features that the head reads, ``[B, T, D]``.
 
-        ``segment_BT``: one document a row by default; ``position_BT``: counted within segments by default.
+        ``segment_BT``: one document a row by default; ``position_BT``: counted within segments by default;
+        ``prefix_BT``: bool, the first tokens of each document that all of its tokens see; none by default.
         """
         B, T, _ = h_BTD.shape
-        mask = None if segment_BT is None else visible(segment_BT)[:, None]
+        if segment_BT is None and prefix_BT is not None:
+            segment_BT = derived(lambda x_BT: torch.ones_like(x_BT, dtype=torch.long), prefix_BT)
+        mask = None if segment_BT is None else visible(segment_BT, prefix_BT)[:, None]
         if position_BT is None and segment_BT is not None:
             position_BT = derived(positions, segment_BT)
         longest = T if position_BT is None else int(host_copy(position_BT).max()) + 1
@@ -230,11 +239,16 @@ def positions(segment_BT: Tensor) -> Tensor:
     return place_T - torch.where(first_BT, place_T, 0).cummax(dim=1).values
 
 
-def visible(segment_BT: Tensor) -> Tensor:
-    """Causal mask of packed documents, bool ``[B, T, S]``: token s is of the same document and not later; every token
-    attends to itself, padding too."""
+def visible(segment_BT: Tensor, prefix_BT: Tensor | None = None) -> Tensor:
+    """Causal mask of packed documents, bool ``[B, T, S]``: token s is of the same document, and not later or of its
+    prefix; every token attends to itself, padding too.
+
+    >>> visible(torch.tensor([[1, 1, 1]]), torch.tensor([[True, True, False]])).int().tolist()
+    [[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]
+    """
     T = segment_BT.shape[1]
     earlier_TS = torch.ones(T, T, dtype=torch.bool, device=segment_BT.device).tril()
     same_BTS = segment_BT[:, :, None] == segment_BT[:, None]
     own_TS = torch.eye(T, dtype=torch.bool, device=segment_BT.device)
-    return (same_BTS & earlier_TS & (segment_BT != NOWHERE)[:, :, None]) | own_TS
+    seen = earlier_TS if prefix_BT is None else earlier_TS | prefix_BT[:, None]
+    return (same_BTS & seen & (segment_BT != NOWHERE)[:, :, None]) | own_TS

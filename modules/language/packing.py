@@ -161,6 +161,7 @@ def through(
     position_BS: Tensor | None = None,
     document_mask: bool = True,
     counts: PackingCounts | None = None,
+    prefix_BS: Tensor | None = None,
 ) -> Tensor:
     """Language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
 
@@ -171,10 +172,13 @@ def through(
         document_mask: tokens attend within their document, whose positions begin with 0, so that features are those of
             each sample alone. Without, to all earlier tokens of the row, with positions counted from its start.
         counts: of the rows, added to those that it has.
+        prefix_BS: bool, the first tokens of each sample that all of its tokens see; none by default.
 
     Raises:
-        ValueError: naming a sample that is longer than ``size``; for positions without a document mask.
+        ValueError: naming a sample that is longer than ``size``; for positions or a prefix without a document mask.
     """
+    if prefix_BS is not None and not document_mask:
+        raise ValueError("document_mask false: a prefix is that of a document; prefix_sight needs the document mask")
     if position_BS is not None and not document_mask:
         raise ValueError("document_mask false: positions are those of the row; visual steps need the document mask")
     device, real_BS = h_BSW.device, host_copy(real_BS)  # the plan is made on the CPU
@@ -198,7 +202,8 @@ def through(
         segment = to_device(segment, device)
     if position_BS is not None:
         position = derived(partial(_put, shape), *to, *of, position_BS)
-    h_RTW = lm(packed, segment, position)
+    prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
+    h_RTW = lm(packed, segment, position, prefix)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 
 

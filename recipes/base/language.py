@@ -36,6 +36,7 @@ class LanguageRecipe(Recipe):
     marks: dict[str, int]
     row: int
     document_mask: bool
+    prefix_sight: bool
     new: int
     visual: VisualSteps
     sampling: Sampling
@@ -79,7 +80,18 @@ class LanguageRecipe(Recipe):
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         alone = self.document_mask or not self.training or self.objective.deterministic
         counts = self.packing if self.training else None
-        return embedded_BSW, through(self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts), row
+        prefix_BS = self.prompt(row) if self.prefix_sight else None
+        h_BSW = through(self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts, prefix_BS)
+        return embedded_BSW, h_BSW, row
+
+    def prompt(self, row: Interleaved) -> Tensor:
+        """Bool ``[B, S]``: the tokens up to the first mark of an answer, itself included."""
+
+        def up_to_answer(ids_BS: Tensor, real_BS: Tensor) -> Tensor:
+            begins_BS = ids_BS == self.answer_token
+            return real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
+
+        return derived(up_to_answer, row.ids_BS, row.real_BS)
 
     def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
@@ -136,13 +148,12 @@ class LanguageRecipe(Recipe):
         """``group`` answers to each question, one behind the other, drawn by seeds of their own; none where nothing is
         asked."""
         h_BSW, row = self.sequence(batch)
-        begins_BS = row.ids_BS == self.answer_token
-        asked_BS = row.real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
+        asked_BS, both = self.prompt(row), self.prefix_sight
         if seed_R is None:
             turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
             seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
         how = sampling or Sampling()
-        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS)
+        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both)
 
     @torch.no_grad()
     def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:
