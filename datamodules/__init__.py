@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from descant.datamodules.mixture import Mixture as Mixture
     from descant.datamodules.stages import StagedData as StagedData
     from descant.datamodules.task_stream import TaskStream as TaskStream
+    from descant.datamodules.tasks.denoised_texts import DenoisedTexts as DenoisedTexts
     from descant.datamodules.tasks.descriptions import Descriptions as Descriptions
     from descant.datamodules.tasks.dialogues import Dialogues as Dialogues
     from descant.datamodules.tasks.question_pool import PooledQuestions as PooledQuestions
