@@ -116,6 +116,7 @@ RECIPES: dict[str, list[Case]] = {
     "VisionLanguage": [
         Case(("chat/emoji",), slow=True),
         Case(("chat/frames",), slow=True),
+        Case(("chat/denoisers",), slow=True),
         Case(("reinforce/emoji",), slow=True),
     ],
     "Staged": [Case(("staged/emoji_vqa",), slow=True)],
