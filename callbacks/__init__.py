@@ -52,6 +52,7 @@ from descant.callbacks.policy.rollouts import Rollouts as Rollouts
 from descant.callbacks.policy.rounds import Rounds as Rounds
 from descant.callbacks.run.adversarial_training import AdversarialTraining as AdversarialTraining
 from descant.callbacks.run.budget import Budget as Budget
+from descant.callbacks.run.code_usage import CodeUsage as CodeUsage
 from descant.callbacks.run.ema import EMA as EMA
 from descant.callbacks.run.hard_negative_miner import HardNegativeMiner as HardNegativeMiner
 from descant.callbacks.run.lean_checkpoint import LeanCheckpoint as LeanCheckpoint

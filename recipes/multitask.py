@@ -26,6 +26,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output, Scorer
+from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
@@ -131,6 +132,14 @@ class MultiTask(StreamSpace):
             pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
         latents = {m: streams.latent(m) for m in self.forks if self.forks[m]}
         return Output(terms, latents, logits=self._logits(views), pairs=pairs)
+
+    def reconstruct(self, batch: Batch, corruption: Any = None) -> dict[str, ReconstructionOutput]:
+        """What objectives rebuild of what they see whole, whatever is to be hidden. Raises ValueError if none does."""
+        views = self._views(Streams(self, batch))
+        rebuilt = {m: x for name, task in self.tasks.items() for m, x in task.reconstruct(views[name], batch).items()}
+        if not rebuilt:
+            raise ValueError("objectives: none rebuilds its input; QuantizedTokens does")
+        return rebuilt
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""

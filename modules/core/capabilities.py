@@ -22,7 +22,7 @@ HAD_BY = {
     "Inverts": "Contrastive",
     "MultimodalClassifier": "Fusion",
     "PacksDocuments": "VisionLanguage",
-    "Reconstructs": "Masked",
+    "Reconstructs": "Masked and MultiTask",
     "RolloutPolicy": "VisionLanguage",
     "Scores": "Fusion and Masked",
     "StagedRecipe": "Staged",

@@ -16,7 +16,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Decisions, Scorer
-from descant.modules.core.protocols import Encodes, HidesCells
+from descant.modules.core.protocols import Encodes, HidesCells, ReconstructionOutput
 from descant.modules.masking.corruptions import Masks
 from descant.modules.towers.base import Tower
 
@@ -117,6 +117,10 @@ class TaskObjective(nn.Module):
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
         """Makes the decisions that soft labels are compared at; None for an objective without any."""
         return None
+
+    def reconstruct(self, streams: Streams, batch: Batch) -> dict[str, ReconstructionOutput]:
+        """What it rebuilds, by modality."""
+        return {}
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
         """Part -> how well rows of one modality match rows of another."""

@@ -124,6 +124,7 @@ RECIPES: dict[str, list[Case]] = {
         Case(("multitask/emoji",), slow=True),
         Case(("multitask/two-streams",), slow=True),
         Case(("multitask/universal",), slow=True),
+        Case(("multitask/tokenizer",), slow=True),
     ],
     "Matching": [Case(("distill/emoji-teacher",), slow=True)],
     "Peers": [Case(("distill/emoji-peers",), slow=True)],

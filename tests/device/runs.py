@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,16 +62,19 @@ from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
+from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
 from descant.modules.objectives.columns import MaskedColumns
 from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
+from descant.modules.objectives.quantized import QuantizedTokens
 from descant.modules.objectives.regions import MaskedRegions
 from descant.modules.objectives.two_views import TwoViews
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
+from descant.modules.tokenizers.quantizers import FSQ, VQ
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, PatchTower, RegionTower, TableTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
@@ -325,6 +329,16 @@ def mplug2(before: Path) -> Run:
     )
     callbacks = [c.Accuracy(), c.Retrieval(), c.MeanOf(["accuracy_group", "i2t_r1"])]
     return Run(recipe, emoji(name_only=1.0), callbacks)
+
+
+@run
+def tokenizers(before: Path) -> Run:
+    """Two quantizers on the tokens of one tower."""
+    adapter = PatchAdapter([16, 16], 8)
+    objectives: dict[str, TaskObjective] = {"codes": QuantizedTokens("image", adapter, VQ(8, 4), depth=1, heads=2)}
+    objectives["levels"] = QuantizedTokens("image", copy.deepcopy(adapter), FSQ([3, 4]), depth=1, heads=2)
+    recipe = MultiTask(Towers(image=PatchTower(16, 8, 8, 1, 2)), objectives, 8, optimizer=adamw)
+    return Run(recipe, emoji(), [c.Accuracy(), c.CodeUsage(), c.ReconstructionPictures(count=1)])
 
 
 @run

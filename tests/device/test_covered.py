@@ -55,6 +55,7 @@ NEEDLESS = {
     "Verified": "hashes a file of weights, in a thread",
     "FlopCount": "counts operators of the CPU's or a GPU's dispatcher: benchmarks",
     "MemoryLedger": "counts bytes of the CPU's or a GPU's dispatcher: `check`, and budgets of memory-adjusted FLOPs",
+    "SavedTokenizer": "rebuilt from files; what it computes with is QuantizedTokens, which is tried",
     "Budget": "sets the number of steps, on the host; what it counts is tried as FlopCount",
     "CompetitiveDistillation": "delegates to the recipe that it wraps, which is tried with a teacher",
     "MixtureShares": "logs numbers of the data module, on the host",

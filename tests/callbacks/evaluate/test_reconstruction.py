@@ -331,7 +331,11 @@ def test_refusals_in_one_line() -> None:
     data = ResumableLog({"one": make()}, bank=make(seed=1))
     good = (["image"], ["edges"])
     faults: list[tuple[L.LightningModule, Reconstruction, str]] = [
-        (Mute(), Reconstruction(*good), r"needs the protocol Reconstructs .*; Mute lacks it, Masked has it$"),
+        (
+            Mute(),
+            Reconstruction(*good),
+            r"the protocol Reconstructs .*; Mute lacks it, Masked and MultiTask have it$",
+        ),
         (Linear(), Reconstruction(["imgae"], ["edges"]), r"modality 'imgae': no such name; did you mean image\?"),
         (Linear(), Reconstruction(["palette"], ["edges"]), "'palette' holds categories"),
         (Linear(), Reconstruction(*good, patch=5), "patch 5 does not divide 8; 4 does$"),
