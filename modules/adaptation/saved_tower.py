@@ -42,7 +42,8 @@ class SavedTower(Tower):
         run = saved.find(path, checkpoint)
         recipe = run.model.get("init_args", {})
         towers = (recipe.get("towers") or {}).get("init_args", {})
-        names = [name for name, node in towers.items() if node is not None]
+        towers = {**towers, **(towers.get("others") or {})}  # of any name
+        names = [name for name, node in towers.items() if node is not None and name != "others"]
         if tower not in names:
             raise ValueError(f"tower {tower!r} of {path}: {no_such(tower, names)}")
         #: ``class_path`` and ``init_args`` of the inner tower.

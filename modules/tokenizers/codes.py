@@ -1,0 +1,97 @@
+"""Tokenizers of anything but text: pictures, speech or vectors as a fixed number of ids, and back.
+
+Imports no network: data modules may. Letters: B samples, T places of a layer, L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class CodeTokenizer(nn.Module):
+    """Base of tokenizers of codes: ``encode(x) -> code_BT``; ``decode(code_BT) -> x``, in shape and units of the input.
+
+    Ids are int64 ``[B, length]``, layer by layer in blocks of equal length, as of SpeechTokenizer in MIO (arXiv
+    2409.17692); those of layer l are ``l * codes`` to ``(l + 1) * codes - 1``. Every id is real: there is no padding.
+
+    Args:
+        grid: tokens along each axis. codes: ids of one layer. layers: of residual quantizers.
+
+    >>> tokenizer = CodeTokenizer(grid=[2], codes=8, layers=2)
+    >>> code_BT = tokenizer.joined(torch.tensor([[[1, 7], [3, 0]]]))
+    >>> code_BT.tolist(), tokenizer.split(code_BT).tolist(), tokenizer.vocabulary
+    ([[1, 3, 15, 8]], [[[1, 7], [3, 0]]], 16)
+    """
+
+    def __init__(self, grid: Sequence[int], codes: int, layers: int = 1) -> None:
+        super().__init__()
+        self.grid, self.codes, self.layers = tuple(grid), codes, layers
+
+    @property
+    def length(self) -> int:
+        """Ids of a sample."""
+        return self.layers * math.prod(self.grid)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, of all layers."""
+        return self.layers * self.codes
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, code_BT: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def joined(self, id_BTL: Tensor) -> Tensor:
+        """Ids of each layer, from 0, as one row ``[B, length]``."""
+        return (id_BTL + self.codes * torch.arange(self.layers, device=id_BTL.device)).transpose(1, 2).flatten(1)
+
+    def split(self, code_BT: Tensor) -> Tensor:
+        """The inverse of ``joined``.
+
+        Raises:
+            ValueError: for another length, or naming the first id that its layer does not have.
+        """
+        if code_BT.ndim != 2 or code_BT.shape[1] != self.length:
+            sizes = f"{' x '.join(map(str, self.grid))} in {self.layers} layer{'s' * (self.layers > 1)}"
+            raise ValueError(f"codes {list(code_BT.shape)}: this tokenizer has rows of {self.length} ids, {sizes}")
+        first_L1 = self.codes * torch.arange(self.layers, device=code_BT.device)[:, None]
+        id_BLT = code_BT.view(len(code_BT), self.layers, -1) - first_L1
+        for b, layer, t in ((id_BLT < 0) | (id_BLT >= self.codes)).nonzero()[:1].tolist():
+            first, place = layer * self.codes, layer * id_BLT.shape[2] + t
+            has = f"{first} to {first + self.codes - 1}"
+            raise ValueError(f"codes [{b}, {place}]: id {int(code_BT[b, place])}, and layer {layer} has {has}")
+        return id_BLT.transpose(1, 2)
+
+    def digest(self) -> str:
+        """Hexadecimal digest of kind, sizes and weights: equal where the same input gets the same ids."""
+        digest = hashlib.blake2b(
+            f"{type(self).__name__} {self.grid} {self.codes} {self.layers}".encode(), digest_size=16
+        )
+        for name, x in sorted(self.state_dict().items()):
+            digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @staticmethod
+    def from_run(path: Path | str, checkpoint: str = "best", objective: str | None = None) -> CodeTokenizer:
+        """The tokenizer that a run of MultiTask has trained as an objective :class:`QuantizedTokens`.
+
+        Args:
+            path: a run folder, a checkpoint in one, or an export.
+            checkpoint: of a run folder: best, last or a file in it.
+            objective: its name; needed where the run has several.
+
+        Raises:
+            ValueError: if there is no such run or objective, or its weights do not fit.
+        """
+        from descant.modules.adaptation.saved_tokenizer import SavedTokenizer  # late: networks
+
+        return SavedTokenizer(Path(path), checkpoint, objective)
