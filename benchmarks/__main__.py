@@ -47,6 +47,7 @@ BENCHMARKS = {
     "stamps": "benchmarks.stamps:stamps",
     "selection": "benchmarks.selection:selection",
     "stages": "benchmarks.stages:stages",
+    "tokenizer": "benchmarks.tokenizer:tokenizer",
     "ssl": "benchmarks.ssl:step",
     "mining": "benchmarks.mining:mining",
     "multitask": "benchmarks.multitask:shared",

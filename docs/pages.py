@@ -33,7 +33,10 @@ GROUPS = {
         "guides",
         ("recipes", "python", "plain-lightning", "own-data", "devices", "slurm", "survive", "recipe", "claims"),
     ),
-    "Mechanisms": ("mechanisms", ("contrastive", "masked", "objectives", "harmony", "balance", "answers", "stages")),
+    "Mechanisms": (
+        "mechanisms",
+        ("contrastive", "masked", "objectives", "tokens", "harmony", "balance", "answers", "stages"),
+    ),
 }
 #: Pictures in docs/ of what experiments came to; of others the figure of their claim is shown.
 PICTURES = {

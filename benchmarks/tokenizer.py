@@ -1,0 +1,128 @@
+"""Codes of pictures beside principal components and k-means of patches, of as many bits, on another vendor's drawings.
+
+Letters: N pictures, T patches of a picture, M components or patches, P pixels, K centres.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import Row
+from descant.__main__ import main
+from descant.datamodules.corpora.emoji import Emoji
+from descant.modules.masking.adapters import PatchAdapter
+from descant.modules.tokenizers.codes import CodeTokenizer
+
+#: dB above the mean training picture that the codes have to reach.
+OVER_MEAN = 6.0
+SIZE, PATCH, COMPONENTS, MOST_BITS = 48, 8, 192, 10
+
+
+def pictures(data: Emoji, vendors: list[str]) -> Tensor:
+    """``[N, 3, S, S]`` in -1..1: drawings of training concepts by these vendors, as evaluation sees them."""
+    rows = [(c, v) for v in vendors for c in data.seen if data.pack.drawings(v)[1][c]]
+    x_N4HW = torch.stack([data.pack.reduced(vendor, data.size)[concept] for concept, vendor in rows])
+    return data.pixels(x_N4HW, torch.arange(len(rows)))
+
+
+def quantised(y_N: Tensor, bits: int, reach: Tensor) -> Tensor:
+    """``2^bits`` equal steps over -reach..reach, at their centres; of no bits zero."""
+    step = 2 * reach / 2**bits
+    return ((y_N / step).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5) * step if bits else y_N * 0
+
+
+class Components:
+    """Principal components of whole training pictures, each quantised in equal steps.
+
+    A component with b bits has the reach, of 24 tried, whose error on the training pictures is least. Bits are dealt
+    out one by one to the component whose error falls most.
+    """
+
+    def __init__(self, x_NP: Tensor, bits: int, components: int = COMPONENTS) -> None:
+        self.mean_P = x_NP.mean(dim=0)
+        self.axis_PM = torch.pca_lowrank(x_NP - self.mean_P, components, center=False, niter=4)[2]
+        y_NM = (x_NP - self.mean_P) @ self.axis_PM
+        tried = [[self._best(y_N, b) for b in range(MOST_BITS + 1)] for y_N in y_NM.T]
+        self.bits = [0] * components
+        for _ in range(bits):
+            falls = [m[b][0] - m[b + 1][0] if b < MOST_BITS else -1.0 for m, b in zip(tried, self.bits, strict=True)]
+            self.bits[falls.index(max(falls))] += 1
+        self.reach = [m[b][1] for m, b in zip(tried, self.bits, strict=True)]
+
+    @staticmethod
+    def _best(y_N: Tensor, bits: int) -> tuple[float, Tensor]:
+        """Square error and reach; the error of fewer bits is never less than that of more."""
+        reaches = y_N.abs().amax() * torch.linspace(1, 24, 24) / 24
+        errors = [float((quantised(y_N, bits, reach) - y_N).square().sum()) for reach in reaches]
+        return min(errors), reaches[errors.index(min(errors))]
+
+    def __call__(self, x_NP: Tensor) -> Tensor:
+        """The pictures that the bits stand for."""
+        y_NM = (x_NP - self.mean_P) @ self.axis_PM
+        columns = [quantised(y_N, b, r) for y_N, b, r in zip(y_NM.T, self.bits, self.reach, strict=True)]
+        return self.mean_P + torch.stack(columns, dim=1) @ self.axis_PM.T
+
+
+class Patches:
+    """Nearest centres of k-means of patches, each patch by itself: what a codebook comes to without a network."""
+
+    def __init__(self, x_N: Tensor, codes: int, patch: int, rounds: int = 12, most: int = 20_000) -> None:
+        self.adapter = PatchAdapter(list(x_N.shape[2:]), patch)
+        drawn, x_MP = torch.Generator().manual_seed(0), self.adapter.raw(x_N)[0].flatten(0, 1)
+        x_MP = x_MP[torch.randperm(len(x_MP), generator=drawn)[:most]]
+        self.centre_KP = x_MP[:codes]
+        for _ in range(rounds):
+            at_M = self._nearest(x_MP)
+            count_K1 = at_M.bincount(minlength=codes)[:, None]
+            mean_KP = torch.zeros_like(self.centre_KP).index_add(0, at_M, x_MP) / count_K1.clamp(min=1)
+            other_KP = x_MP[torch.randint(len(x_MP), (codes,), generator=drawn)]
+            self.centre_KP = torch.where(count_K1 > 0, mean_KP, other_KP)
+
+    def _nearest(self, x_MP: Tensor) -> Tensor:
+        return (self.centre_KP.square().sum(dim=1) - 2 * x_MP @ self.centre_KP.T).argmin(dim=1)
+
+    def __call__(self, x_N: Tensor) -> Tensor:
+        """The pictures that the centres stand for."""
+        x_NTP = self.adapter.raw(x_N)[0]
+        return self.adapter.input(self.centre_KP[self._nearest(x_NTP.flatten(0, 1))].view_as(x_NTP))
+
+
+def decibels(x: Tensor, y: Tensor) -> float:
+    """PSNR of pictures in -1..1, by the mean square error of all: ``10 log10(4 / mse)``."""
+    return 10 * math.log10(4 / float((x - y).double().square().mean()))
+
+
+def measured(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[str, float]:
+    """PSNR of a trained tokenizer, of the mean training picture, and of two methods of as many bits."""
+    tokenizer = CodeTokenizer.from_run(path, "last")
+    bits = math.floor(tokenizer.length * math.log2(tokenizer.codes))
+    rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in unseen.split(256)])
+    flat = Components(training.flatten(1), bits)(unseen.flatten(1)).view_as(unseen).clamp(-1, 1)
+    patches = Patches(training, tokenizer.codes, PATCH)(unseen)
+    used = torch.cat([tokenizer.encode(x) for x in unseen.split(256)]).unique().numel()
+    found = {
+        "codes": decibels(unseen, rebuilt.clamp(-1, 1)),
+        "components": decibels(unseen, flat),
+        "patches": decibels(unseen, patches),
+    }
+    return found | {"mean": decibels(unseen, training.mean(dim=0)), "bits": bits, "used": used / tokenizer.vocabulary}
+
+
+def tokenizer() -> Iterator[Row]:
+    """Trains multitask/tokenizer and rebuilds drawings of the vendor that it has not seen."""
+    code = main(["fit", "--config", "multitask/tokenizer", "--name", "tokenizer", "--test", "false"])
+    if code != 0:
+        raise RuntimeError(f"the run ended with exit code {code}")
+    data = Emoji(size=SIZE)
+    training, unseen = pictures(data, data.vendors), pictures(data, [data.held_out_vendor])
+    found = measured(Path("runs/tokenizer/latest"), data, training, unseen)
+    yield Row.informs("tokenizer/psnr", found["codes"])
+    yield Row.informs("tokenizer/used", found["used"])
+    yield Row.informs("tokenizer/over_patches", found["codes"] - found["patches"])
+    yield Row.at_least("tokenizer/over_mean", found["codes"] - found["mean"], OVER_MEAN)
+    yield Row.at_least("tokenizer/over_components", found["codes"] - found["components"], 0.0)
