@@ -156,5 +156,5 @@ class QuantizedTokens(TaskObjective):
         last = self._rows >= len(next(iter(batch.step.values())))
         self._rows = 0 if last else self._rows
         place_T = np.arange(self.adapter.tokens, dtype=np.uint64)
-        key_BT = to_device(torch.from_numpy(mix_N(batch.rng_seed[:, None], "codes", place_T)), real_N.device)
+        key_BT = to_device(torch.from_numpy(mix_N(host_copy(batch.rng_seed)[:, None], "codes", place_T)), real_N.device)
         self.quantizer.observe(found, real_N, key_BT[at.row_N, at.place_N], first, last)
