@@ -25,6 +25,7 @@ from descant.callbacks.evaluate.classification import KNN as KNN
 from descant.callbacks.evaluate.classification import LinearProbe as LinearProbe
 from descant.callbacks.evaluate.classification import ZeroShot as ZeroShot
 from descant.callbacks.evaluate.contributions import Contributions as Contributions
+from descant.callbacks.evaluate.cross_modal import CrossModalLoss as CrossModalLoss
 from descant.callbacks.evaluate.diagnose import Diagnose as Diagnose
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator as EmbeddingEvaluator
 from descant.callbacks.evaluate.generation import GenerationPictures as GenerationPictures

@@ -92,9 +92,13 @@ class Masked(MaskedRecipe):
     def forward(self, batch: Batch) -> Output:
         if self.training:
             batch = self.sham.permute_modalities(batch, self.modalities[1:])
+        return Output(self.losses(batch))
+
+    def losses(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Term]:
+        """Terms of the tokens that a corruption hides; the recipe's own where not given."""
         raw, real = self.raw(batch)
-        masks = corrupted(self.corruption, real, self.grids, batch.rng_seed)
-        return Output(self.predicted(self.arranged(raw, real, masks), batch))
+        masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
+        return self.predicted(self.arranged(raw, real, masks), batch)
 
     def predicted(self, tokens: dict[str, Arranged], batch: Batch) -> dict[str, Term]:
         """Predict target tokens; the value of a sample is the mean over its counted tokens."""

@@ -22,6 +22,7 @@ HAD_BY = {
     "Inverts": "Contrastive",
     "MultimodalClassifier": "Fusion",
     "PacksDocuments": "VisionLanguage",
+    "Predicts": "Masked",
     "Reconstructs": "Masked and MultiTask",
     "RolloutPolicy": "VisionLanguage",
     "Scores": "Fusion and Masked",

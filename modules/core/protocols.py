@@ -199,6 +199,16 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class Predicts(Protocol):
+    """``losses(batch, corruption)``: terms ``mask/{modality}`` of the tokens that a corruption hides, a value a sample.
+    ``targets``: the modalities that it predicts."""
+
+    targets: list[str]
+
+    def losses(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Term]: ...
+
+
+@runtime_checkable
 class DecodesTokens(Protocol):
     """A masked model by parts: ``raw(batch)``, tokens and which of them are real; ``encode(raw, visible)``; ``decoder``
     of the encoded tokens and places of targets; ``adapters`` by modality, that turn its features into logits;
@@ -342,6 +352,13 @@ class BankData(Protocol):
     """Data with a bank: ``bank_dataloader()`` loads training samples as evaluation sees them."""
 
     def bank_dataloader(self) -> Iterable[Batch]: ...
+
+
+@runtime_checkable
+class SampledData(Protocol):
+    """Data of which a few training samples can be seen: ``sample_dataloader(count)``, the same ones on every rank."""
+
+    def sample_dataloader(self, count: int) -> Iterable[Batch]: ...
 
 
 @runtime_checkable

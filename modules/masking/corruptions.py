@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from descant.modules.core.errors import nearest
+from descant.modules.core.errors import nearest, no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rng import uniform_NK
 
@@ -206,6 +206,43 @@ class Hide(Corruption):
         if not shown:
             raise ValueError(f"Hide: {', '.join(known)} hidden, so no token is visible; leave one of them out")
         return shown
+
+
+class From(Corruption):
+    """One direction: all of some modalities is visible, all of others is a target, and no other is either.
+
+    Args:
+        given, targets: modalities.
+
+    Raises:
+        ValueError: without a given modality or a target, or for one that is both.
+
+    >>> real = {m: torch.ones(1, 2, dtype=torch.bool) for m in ("image", "text", "audio")}
+    >>> masks = From(["image"], ["text"])(real, dict.fromkeys(real, (2,)), torch.arange(1))
+    >>> [m for m in real if masks.visible[m].any()], [m for m in real if masks.target[m].any()]
+    (['image'], ['text'])
+    """
+
+    def __init__(self, given: list[str], targets: list[str]) -> None:
+        if not given or not targets or set(given) & set(targets):
+            raise ValueError(f"From: given {given}, targets {targets}: at least one of each, and none of them in both")
+        self.given, self.targets = given, targets
+
+    def __call__(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
+        self.check(grids)
+        visible, target = (
+            {m: mask_BT if m in chosen else torch.zeros_like(mask_BT) for m, mask_BT in real.items()}
+            for chosen in (self.given, self.targets)
+        )
+        return Masks(visible, target, dict(target))
+
+    def predicts(self, modality: str) -> bool:
+        return modality in self.targets
+
+    def check(self, grids: Mapping[str, Grid]) -> None:
+        for m in (*self.given, *self.targets):
+            if m not in grids:
+                raise ValueError(f"From: modality {m!r}: {no_such(m, grids)}")
 
 
 def corrupted(corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:

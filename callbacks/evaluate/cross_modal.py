@@ -1,0 +1,126 @@
+"""Losses of whole modalities from one other alone, and from that of another sample. Letters: B rows of a batch, N of a
+set."""
+
+from __future__ import annotations
+
+import itertools
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from descant.callbacks.evaluate.accuracy import Means
+from descant.callbacks.evaluate.embeddings import Rows
+from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.evaluate.reconstruction import Inputs
+from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.capabilities import has
+from descant.modules.core.errors import no_such
+from descant.modules.core.objective import Term
+from descant.modules.core.protocols import Predicts
+from descant.modules.evaluation.inversion import rows_of_other_keys
+from descant.modules.masking.corruptions import From
+
+
+class CrossModalLoss(ForwardEvaluator):
+    """Loss of each whole modality given one other alone, in all directions, against that of another sample.
+
+        loss_{a}_from_{b} = mean_n mean_t loss(a_nt | all of b_n),    _shuffled: given b of a sample of other content
+
+    A model that has learned nothing of a direction has the same loss of both. Over all directions: ``loss_cross`` and
+    ``loss_cross_shuffled``, their means, and ``directions``, the number of those where the true source is better than
+    another one by ``margin``, relative. Losses of token ids are in nats a token.
+
+    Results depend on neither batches nor ranks: the inputs of a set are held in memory, sorted by id.
+
+    Args:
+        modalities: at least two, each from each other one; those that the recipe predicts are targets.
+        margin: a share of the loss with the source of another sample.
+        batch: samples at once.
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
+
+    Raises:
+        ValueError: for fewer than two modalities, a margin outside [0, 1) or a batch below 1; at setup, for a recipe
+            that lacks the protocol Predicts; at evaluation, for an unknown modality or set.
+
+    >>> CrossModalLoss(["image"])
+    Traceback (most recent call last):
+    ValueError: CrossModalLoss: modalities ['image']: at least two, such as [image, text]
+    """
+
+    needs = (Predicts,)
+    identity = ("modalities", "sets")
+
+    def __init__(
+        self,
+        modalities: list[str],
+        margin: float = 0.05,
+        sets: list[str] | None = None,
+        limit: int | None = None,
+        batch: int = 128,
+        every: int = 1,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(sets, limit, every, validate)
+        if len(set(modalities)) < 2:
+            raise ValueError(f"CrossModalLoss: modalities {modalities}: at least two, such as [image, text]")
+        if not 0 <= margin < 1 or batch < 1:
+            raise ValueError(f"CrossModalLoss: margin {margin:g}, batch {batch}: from 0 to below 1, and at least 1")
+        self.modalities, self.margin, self.batch = list(dict.fromkeys(modalities)), margin, batch
+        self._sets: dict[str, Inputs] = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._sets = {}
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        for m in self.modalities:
+            if m not in batch.present or m.endswith(NEGATIVE):
+                raise ValueError(f"CrossModalLoss: modality {m!r}: {no_such(m, batch.present)}")
+        self._sets.setdefault(name, Inputs(self.modalities, pl_module.device)).add(batch, keep_B)
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        assert has(pl_module, Predicts)
+        values: dict[str, Tensor] = {}
+        for name, inputs in self._sets.items():
+            rows, means, directions = inputs.store.compute(), Means(), list[str]()
+            for source, target in itertools.permutations(self.modalities, 2):
+                at_N = (rows.present[source] & rows.present[target]).nonzero().squeeze(1)
+                if target in pl_module.targets and len(at_N) and int(rows.key[at_N].unique().numel()) > 1:
+                    directions.append(f"loss_{target}_from_{source}")
+                    self._direction(trainer, pl_module, inputs, rows, at_N, source, target, means)
+            found = means.compute()
+            if directions:
+                true, other = (torch.stack([found[f"{d}{end}"] for d in directions]) for end in ("", "_shuffled"))
+                found |= {"loss_cross": true.mean(), "loss_cross_shuffled": other.mean()}
+                found["directions"] = (true < (1 - self.margin) * other).sum().to(true)
+            values |= {f"{name}/{key}": value for key, value in found.items()}
+        return values
+
+    def _direction(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        inputs: Inputs,
+        rows: Rows,
+        at_N: Tensor,
+        source: str,
+        target: str,
+        means: Means,
+    ) -> None:
+        """The losses of one direction, with rows shared out to the ranks evenly."""
+        world, rank, corruption = trainer.world_size, trainer.global_rank, From([source], [target])
+        other_N = at_N[rows_of_other_keys(rows.key[at_N])]
+        place_R = torch.arange(rank, world * -(-len(at_N) // world), world, device=at_N.device)
+        assert has(pl_module, Predicts)
+        for place_B in place_R.split(self.batch):
+            real_B = place_B < len(at_N)
+            at_B, other_B = (x_N[place_B.clamp(max=len(at_N) - 1)] for x_N in (at_N, other_N))
+            for end, given_B in (("", at_B), ("_shuffled", other_B)):
+                batch = inputs.batch(rows, {target: at_B, source: given_B}, real_B, at_B)
+                with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                    terms = pl_module.losses(batch, corruption)
+                each = [term for name, term in terms.items() if name.split("/")[1] == target]
+                valid_B = real_B if each[0].valid is None else each[0].valid & real_B
+                value_B = torch.stack([term.value for term in each]).sum(dim=0)
+                means.add(f"loss_{target}_from_{source}{end}", Term(value_B, valid=valid_B))
