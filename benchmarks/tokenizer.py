@@ -1,6 +1,6 @@
 """Codes of pictures beside principal components and k-means of patches, of as many bits, on another vendor's drawings.
 
-Letters: N pictures, T patches of a picture, M components or patches, P pixels, K centres.
+Letters: N pictures, M components, P pixels, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import Row
 from descant.__main__ import main
 from descant.datamodules.corpora.emoji import Emoji
-from descant.modules.masking.adapters import PatchAdapter
+from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.tokenizers.codes import CodeTokenizer
 
 #: dB above the mean training picture that the codes have to reach.
@@ -68,30 +68,6 @@ class Components:
         return self.mean_P + torch.stack(columns, dim=1) @ self.axis_PM.T
 
 
-class Patches:
-    """Nearest centres of k-means of patches, each patch by itself: what a codebook comes to without a network."""
-
-    def __init__(self, x_N: Tensor, codes: int, patch: int, rounds: int = 12, most: int = 20_000) -> None:
-        self.adapter = PatchAdapter(list(x_N.shape[2:]), patch)
-        drawn, x_MP = torch.Generator().manual_seed(0), self.adapter.raw(x_N)[0].flatten(0, 1)
-        x_MP = x_MP[torch.randperm(len(x_MP), generator=drawn)[:most]]
-        self.centre_KP = x_MP[:codes]
-        for _ in range(rounds):
-            at_M = self._nearest(x_MP)
-            count_K1 = at_M.bincount(minlength=codes)[:, None]
-            mean_KP = torch.zeros_like(self.centre_KP).index_add(0, at_M, x_MP) / count_K1.clamp(min=1)
-            other_KP = x_MP[torch.randint(len(x_MP), (codes,), generator=drawn)]
-            self.centre_KP = torch.where(count_K1 > 0, mean_KP, other_KP)
-
-    def _nearest(self, x_MP: Tensor) -> Tensor:
-        return (self.centre_KP.square().sum(dim=1) - 2 * x_MP @ self.centre_KP.T).argmin(dim=1)
-
-    def __call__(self, x_N: Tensor) -> Tensor:
-        """The pictures that the centres stand for."""
-        x_NTP = self.adapter.raw(x_N)[0]
-        return self.adapter.input(self.centre_KP[self._nearest(x_NTP.flatten(0, 1))].view_as(x_NTP))
-
-
 def decibels(x: Tensor, y: Tensor) -> float:
     """PSNR of pictures in -1..1, by the mean square error of all: ``10 log10(4 / mse)``."""
     return 10 * math.log10(4 / float((x - y).double().square().mean()))
@@ -103,12 +79,13 @@ def measured(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[
     bits = math.floor(tokenizer.length * math.log2(tokenizer.codes))
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in unseen.split(256)])
     flat = Components(training.flatten(1), bits)(unseen.flatten(1)).view_as(unseen).clamp(-1, 1)
-    patches = Patches(training, tokenizer.codes, PATCH)(unseen)
+    patches = KMeansPatches([SIZE, SIZE], PATCH, codes=tokenizer.codes)
+    patches.fit(training[:: len(training) // patches.samples])
     used = torch.cat([tokenizer.encode(x) for x in unseen.split(256)]).unique().numel()
     found = {
         "codes": decibels(unseen, rebuilt.clamp(-1, 1)),
         "components": decibels(unseen, flat),
-        "patches": decibels(unseen, patches),
+        "patches": decibels(unseen, patches.decode(patches.encode(unseen))),
     }
     return found | {"mean": decibels(unseen, training.mean(dim=0)), "bits": bits, "used": used / tokenizer.vocabulary}
 

@@ -389,6 +389,18 @@ class DataModule(L.LightningDataModule):
     def bank_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader(self.bank_set())
 
+    def sample_dataloader(self, count: int) -> DataLoader[Any]:
+        """Up to ``count`` training samples as evaluation sees them, evenly spaced, the same ones on every rank.
+
+        Raises:
+            ValueError: for a stream.
+        """
+        data = self.plain_set()
+        if not data.by_position:
+            raise ValueError("no sample of a stream is read before training; use a folder or shards on disk")
+        some = SelectedSet(data, np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(np.int64))
+        return self._loader(some, Order(len(some), min(self.eval_batch_size, len(some)), seed=0, shuffle=False))
+
 
 class CompositeDataModule(DataModule):
     """Base of data modules of other data modules, ``inner``, which take part in each hook of the trainer."""

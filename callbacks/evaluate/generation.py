@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class GenerationPictures(ReconstructionPictures):
     """Grids of a masked model's samples: a row for each given modality, a column for each generated one, and the truth.
 
-    Every target is generated from each given modality alone. Category maps are shown in fixed colours, texts as words
-    where the data has a lossless tokenizer, and codes as what ``code_tokenizers[modality].decode(code_BT)`` of the data
-    module makes of them, else as numbers. Goes to every TensorBoard logger as ``pictures/{set}-generation`` and to
-    ``{run folder}/pictures/``, of the same samples in each evaluation; the sanity check draws nothing.
+    Every target is generated from each given modality alone. Codes of a CodeAdapter are shown as what they decode to,
+    category maps in fixed colours, texts as words where the data has a lossless tokenizer, else as numbers. Goes to
+    every TensorBoard logger as ``pictures/{set}-generation`` and to ``{run folder}/pictures/``, of the same samples in
+    each evaluation; the sanity check draws nothing.
 
     Args:
         given: modalities to generate from, one at a time.
@@ -90,9 +90,7 @@ class GenerationPictures(ReconstructionPictures):
     def _shown(self, trainer: L.Trainer, m: str, x: Tensor, rows: Tensor, batch: Batch) -> list[Shown | None]:
         """One image or text for each sample of the batch, None where nothing was made."""
         data, shown = trainer.datamodule, list[Shown | None]([None] * len(batch))  # type: ignore[attr-defined]
-        coder, tokenizer = getattr(data, "code_tokenizers", {}).get(m), getattr(data, "tokenizer", None)
-        if coder is not None:
-            x = coder.decode(x)
+        tokenizer = getattr(data, "tokenizer", None)
         for row, one in zip(rows.tolist(), x.cpu(), strict=True):
             shown[row] = _words(one.tolist(), tokenizer) if one.ndim == 1 else one
         return shown

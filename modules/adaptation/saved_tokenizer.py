@@ -73,10 +73,6 @@ class SavedTokenizer(CodeTokenizer):
             return False
         return True
 
-    def train(self, mode: bool = True) -> SavedTokenizer:
-        super().train(False)
-        return self
-
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         return self.joined(self.task.ids(self.tower(x).h_BTD))
@@ -84,4 +80,9 @@ class SavedTokenizer(CodeTokenizer):
     @torch.no_grad()
     def decode(self, code_BT: Tensor) -> Tensor:
         x = self.task.rebuilt(self.split(code_BT))
+        return x.squeeze(1) if self._flat else x
+
+    def cover(self, x_BT: Tensor) -> Tensor:
+        adapter = self.task.adapter
+        x = adapter.whole(x_BT[:, : adapter.tokens, None].expand(-1, -1, adapter.numbers))
         return x.squeeze(1) if self._flat else x

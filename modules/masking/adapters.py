@@ -121,6 +121,11 @@ class Adapter(nn.Module):
         return None
 
     @property
+    def layers(self) -> int:
+        """Blocks of tokens whose ids do not overlap; 1 unless there are several codes a token."""
+        return 1
+
+    @property
     def output_size(self) -> int:
         """Numbers that are predicted for a token: logits, or P."""
         return self.numbers
@@ -155,8 +160,8 @@ class Adapter(nn.Module):
         """Raw content ``[N, P]`` predicted from the decoder's features, or class ids."""
         raise NotImplementedError
 
-    def scores(self, h_NE: Tensor) -> Tensor:
-        """Logits ``[N, P, C]`` of the ids of a token, where it has some."""
+    def scores(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
+        """Logits ``[N, P, C]`` of the ids of a token, where it has some; ``-inf`` of ids that its place lacks."""
         raise NotImplementedError
 
     def given(self, x_NP: Tensor) -> Tensor:

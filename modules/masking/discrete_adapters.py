@@ -63,17 +63,17 @@ class CategoryAdapter(Adapter):
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         return self.inward(self.table(torch.where(x_NP < 0, self.classes, x_NP)).flatten(1))
 
-    def scores(self, h_NE: Tensor) -> Tensor:
+    def scores(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
         """``[N, P, C]``."""
         return self.outward(h_NE).unflatten(1, (self.cut.numbers, self.classes)).float()
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        loss_NP = F.cross_entropy(self.scores(h_NE).transpose(1, 2), x_NP, ignore_index=-1, reduction="none")
+        loss_NP = F.cross_entropy(self.scores(h_NE, place_N).transpose(1, 2), x_NP, ignore_index=-1, reduction="none")
         known_NP = x_NP >= 0
         return {"": loss_NP.masked_fill(~known_NP, 0.0).sum(dim=1) / known_NP.sum(dim=1).clamp(min=1)}
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        return self.scores(h_NE).argmax(dim=2)
+        return self.scores(h_NE, place_N).argmax(dim=2)
 
 
 class TokenAdapter(Adapter):
@@ -121,14 +121,14 @@ class TokenAdapter(Adapter):
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         return self.table(x_NP.squeeze(1))
 
-    def scores(self, h_NE: Tensor) -> Tensor:
+    def scores(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
         return promote(self.outward(h_NE))[:, None]
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        return {"": F.cross_entropy(promote(self.outward(h_NE)), x_NP.squeeze(1), reduction="none")}
+        return {"": F.cross_entropy(self.scores(h_NE, place_N).squeeze(1), x_NP.squeeze(1), reduction="none")}
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        return self.outward(h_NE).argmax(dim=1, keepdim=True)
+        return self.scores(h_NE, place_N).argmax(dim=2)
 
 
 class TableAdapter(Adapter):

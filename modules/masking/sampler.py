@@ -123,7 +123,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, model: Any, batch: Batch, given: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
-        """Modality -> ids in the shape of its input, of all samples.
+        """Modality -> what was generated of all samples, in the shape of its input: ids, or what they decode to.
 
         Args:
             model: a recipe with the protocol DecodesTokens. given, targets: modalities, the latter in their order.
@@ -139,8 +139,8 @@ class Sampler:
         for m in targets:
             how = self._in_order if adapters[m].ordered else self._in_parallel
             raw[m] = how(model, raw, seen, m, batch.rng_seed)
-            seen[m] = adapters[m].raw(adapters[m].whole(raw[m]))[1]
-        return {m: adapters[m].whole(raw[m]) for m in targets}
+            seen[m] = adapters[m].raw(adapters[m].input(raw[m]))[1]
+        return {m: adapters[m].input(raw[m]) for m in targets}
 
     def check(self, model: Any, given: Sequence[str], targets: Sequence[str]) -> None:
         """Raises ValueError for what cannot be generated, whatever the batch."""
@@ -158,7 +158,7 @@ class Sampler:
                 raise ValueError(f"Sampler: target {m}: {type(adapter).__name__} has no ids that could be sampled")
             if not adapter.ordered and self.steps > adapter.tokens:
                 raise ValueError(f"Sampler: steps {self.steps}: {m} has {adapter.tokens} tokens; at most as many steps")
-            if m in self.allowed and not bool(self._allowed(adapter, m).any()):
+            if m in self.allowed and not bool(self._allowed(adapter, m).view(adapter.layers, -1).any(dim=1).all()):
                 raise ValueError(
                     f"Sampler: allowed {self.allowed[m]}: no id of {m}, which has 0 to {_ids(adapter) - 1}"
                 )
@@ -189,13 +189,14 @@ class Sampler:
             encoded = model.encode(raw, seen)
             if given is not None:
                 encoded.given = {m: adapter.given(given)}
-            return adapter.scores(model.decoder(encoded, {m: at})[m])
+            return adapter.scores(model.decoder(encoded, {m: at})[m], at.place_N)
 
         score_NPC = run(seen)
         if self.guidance == 1:
             return score_NPC
         free_NPC = run({name: x if name == m else torch.zeros_like(x) for name, x in seen.items()})
-        return free_NPC + self.guidance * (score_NPC - free_NPC)
+        guided_NPC = free_NPC + self.guidance * (score_NPC - free_NPC)
+        return torch.where(score_NPC == -torch.inf, score_NPC, guided_NPC)
 
     def _in_parallel(
         self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str, seed_B: Tensor

@@ -9,16 +9,20 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from descant.modules.core.host import everyone
 
 
 class CodeTokenizer(nn.Module):
     """Base of tokenizers of codes: ``encode(x) -> code_BT``; ``decode(code_BT) -> x``, in shape and units of the input.
 
     Ids are int64 ``[B, length]``, layer by layer in blocks of equal length, as of SpeechTokenizer in MIO (arXiv
-    2409.17692); those of layer l are ``l * codes`` to ``(l + 1) * codes - 1``. Every id is real: there is no padding.
+    2409.17692); those of layer l are ``l * codes`` to ``(l + 1) * codes - 1``. No id is padding; of padding any id. No
+    model trains the tokenizer whose codes it reads: no gradient passes it.
 
     Args:
         grid: tokens along each axis. codes: ids of one layer. layers: of residual quantizers.
@@ -43,11 +47,32 @@ class CodeTokenizer(nn.Module):
         """Number of ids, of all layers."""
         return self.layers * self.codes
 
+    #: Training samples that :meth:`fit` asks for before the first step; 0 for a tokenizer that needs none.
+    samples: int = 0
+    #: Whether it has been fitted, in this process or by the weights that were loaded.
+    fitted: bool = False
+
+    def fit(self, x: Tensor) -> None:
+        """Learn from the inputs of some training samples; only where ``samples`` are asked for."""
+        raise NotImplementedError
+
+    def real(self, x: Tensor) -> Tensor:
+        """Bool ``[B, length]``: ids that stand for content, and not for padding; all by default."""
+        return everyone((len(x), self.length), x.device)
+
     def encode(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def decode(self, code_BT: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def cover(self, x_BT: Tensor) -> Tensor:
+        """Values of tokens, such as masks, at all numbers of the input that each stands for; of the first layer's."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Always in eval mode."""
+        return super().train(False)
 
     def joined(self, id_BTL: Tensor) -> Tensor:
         """Ids of each layer, from 0, as one row ``[B, length]``."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.protocols import PlansSteps, StagedDataModule
+from descant.modules.core.errors import no_such
+from descant.modules.core.protocols import PlansSteps, SampledData, StagedDataModule
+from descant.modules.tokenizers.codes import CodeTokenizer
 
 
 def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
@@ -131,3 +134,30 @@ def plain_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
         if batch is None:
             return
         yield batch
+
+
+def fit_tokenizers(trainer: Any, tokenizers: Mapping[str, CodeTokenizer]) -> None:
+    """Fit the tokenizers that ask for training samples and have not been fitted, each on its modality.
+
+    The samples are the same on every rank, as an evaluation sees them, so that no rank has to wait for another's.
+
+    Raises:
+        ValueError: for data that has no ``sample_dataloader``, lacks the modality, or whose samples are too few.
+    """
+    new = {m: tokenizer for m, tokenizer in tokenizers.items() if tokenizer.samples and not tokenizer.fitted}
+    if not new:
+        return
+    data = data_now(trainer)
+    if not has(data, SampledData):
+        raise ValueError(f"{type(data).__name__} has no sample_dataloader to fit tokenizers on; Emoji has one")
+    inputs: dict[str, list[Tensor]] = {m: [] for m in new}
+    for batch in plain_batches(trainer, data.sample_dataloader(max(t.samples for t in new.values()))):
+        for m, parts in inputs.items():
+            if m not in batch.inputs:
+                raise ValueError(f"the data has no modality {m!r}: {no_such(m, batch.inputs)}")
+            parts.append(batch.inputs[m][batch.present[m]].cpu())
+    for m, tokenizer in new.items():
+        try:
+            tokenizer.fit(torch.cat(inputs[m])[: tokenizer.samples].to(trainer.strategy.root_device))
+        except ValueError as error:
+            raise ValueError(f"tokenizer of {m}: {error}") from None

@@ -13,12 +13,13 @@ from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.masking.adapters import Adapters, Arranged, require_ids
+from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import Corruption, Masks, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers.vit import Layout
-from descant.modules.training_setup.trainer import datamodule_of
+from descant.modules.training_setup.trainer import datamodule_of, fit_tokenizers
 from descant.recipes.base.recipe import Recipe
 
 
@@ -42,6 +43,11 @@ class MaskedRecipe(Recipe):
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer) and "text" in self.adapters:
             require_fit(tokenizer, self.adapters["text"])
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        adapters = self.adapters.each()
+        fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""

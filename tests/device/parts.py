@@ -85,6 +85,8 @@ from descant.modules.masking import adapters, decoders, discrete_adapters, reduc
 from descant.modules.masking import corruptions as masking
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.code_adapter import CodeAdapter
+from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
@@ -534,6 +536,7 @@ part("TubeMask")(_corruption(lambda: structured.TubeMask(0.5), {"video": (2, 2, 
 part("SegmentMask")(_corruption(lambda: structured.SegmentMask(anchors=0.3), {"text": (6,)}))
 part("SpanMask")(_corruption(lambda: structured.SpanMask(0.5), {"text": (6,)}))
 part("Hide")(_corruption(lambda: masking.Hide(["image"])))
+part("From")(_corruption(lambda: masking.From(["image"], ["text"])))
 
 
 @part("Regions")
@@ -558,6 +561,12 @@ def _adapter(make: Callable[[], adapters.Adapter], draw: Callable[[], Tensor]) -
     return use
 
 
+def _fitted() -> KMeansPatches:
+    tokenizer = KMeansPatches(size=[4, 4], patch=2, codes=3, layers=2)
+    tokenizer.fit(torch.randn(5, 3, 4, 4))
+    return tokenizer
+
+
 part("PatchAdapter", "MSE", "L1", "Adapters")(
     _adapter(
         lambda: adapters.Adapters(
@@ -573,6 +582,7 @@ part("TokenAdapter")(
     _adapter(lambda: discrete_adapters.TokenAdapter(9, 4, pad=None), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]]))
 )
 part("SequenceAdapter")(_adapter(lambda: SequenceAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])))
+part("CodeAdapter", "KMeansPatches")(_adapter(lambda: CodeAdapter(_fitted()), lambda: torch.randn(2, 3, 4, 4)))
 part("TableAdapter")(
     _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
 )

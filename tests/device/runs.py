@@ -49,9 +49,11 @@ from descant.modules.losses.views import BYOL, DINO
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
+from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
+from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.masking.patch_mix import PatchMix
 from descant.modules.masking.reductions import MeanOfModalities
 from descant.modules.masking.sampler import Sampler
@@ -489,17 +491,18 @@ def masked(before: Path) -> Run:
 @run
 def any_to_any(before: Path) -> Run:
     adapters = Adapters(
-        image=PatchAdapter([16, 16], 8),
+        image=CodeAdapter(KMeansPatches([16, 16], 8, codes=4, samples=8)),
         palette=CategoryAdapter(11, [16, 16], 8),
         text=SequenceAdapter(8192, 24),
     )
-    both = DirichletPair({"image": 1.0, "text": 0.5}, {"palette": 0.5, "text": 0.5})
+    both = DirichletPair({"image": 1.0, "text": 0.5}, {"image": 0.5, "palette": 0.5, "text": 0.5})
     corruption, reduction = TwoBudgets(4, 6, [both], sequences=["text"]), MeanOfModalities()
     recipe = Masked(
         adapters, Trunk(8, 1, 2), AnyToAnyDecoder(8, 1, 2), corruption, reduction=reduction, optimizer=adamw
     )
     pictures = c.GenerationPictures(["image", "text"], ["palette", "text"], Sampler(2, guidance=2.0), count=2)
-    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures], {"val_check_interval": 2})
+    directions = c.CrossModalLoss(["image", "palette", "text"], limit=8)
+    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures, directions], {"val_check_interval": 2})
 
 
 # language -----------------------------------------------------------------------------------------------------------

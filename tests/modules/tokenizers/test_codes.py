@@ -16,6 +16,7 @@ from torch import Tensor
 from descant.modules.core.batch import Batch
 from descant.modules.io import saved
 from descant.modules.io.names import full
+from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.recipes import Recipe
 
@@ -63,7 +64,12 @@ def test_codes_are_those_of_the_run_and_decode_as_it_does(tmp_path: Path, m: str
     assert code_BT.dtype == torch.int64 and code_BT.shape == (6, length) == (6, tokenizer.length)
     assert (code_BT // codes == torch.arange(length) // (length // tokenizer.layers)).all()
     assert tokenizer.vocabulary == codes * tokenizer.layers and len(code_BT.unique()) > 3
-    parts = [*tokenizer.train().modules()]
+    mark_BT = torch.arange(length).expand(6, length) < length // tokenizer.layers // 2
+    assert tokenizer.cover(mark_BT).shape == x.shape and bool(tokenizer.real(x).all())
+    adapter = CodeAdapter(tokenizer)
+    raw_BTP, _ = adapter.raw(x)
+    assert torch.equal(raw_BTP.squeeze(2), code_BT) and torch.equal(adapter.input(raw_BTP), wanted.view_as(x))
+    parts = [*adapter.train().tokenizer.modules()]
     assert not any(part.training for part in parts) and not any(p.requires_grad for p in tokenizer.parameters())
 
 
