@@ -331,6 +331,8 @@ def _page(inner: str) -> str:
         return inner.removeprefix("docs/")
     if inner.startswith("experiments/") and inner.endswith(".yaml"):
         name = inner.removeprefix("experiments/").removesuffix(".yaml")
+        if "/" not in name:  # the defaults of every run have no page
+            return ""
         page = "overlays" if name.split("/")[0] in ("with", "on", "data") else name.split("/")[0]
         return f"experiments/{page}.md#{_anchor(name)}"
     if inner.split("/")[0] in PARTS and inner.endswith(".py"):
