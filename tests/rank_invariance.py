@@ -45,7 +45,7 @@ BOUND = 1e-6
 SINGLE = (
     *("distill/questions-rounds", "fusion/certified", "papers/comd", "papers/crmt"),
     *("reinforce/arithmetic", "reinforce/emoji", "reinforce/frames"),
-    *("staged/emoji-grow", "papers/growclip"),
+    *("staged/emoji-grow", "papers/growclip", "papers/fomo-in-flux"),
 )
 #: Laid over an experiment.
 COMPARED = """\
