@@ -12,13 +12,12 @@ from torch import Tensor
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import Rows
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.evaluate.reconstruction import Inputs
+from descant.callbacks.evaluate.reconstruction import Inputs, with_others
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Predicts
-from descant.modules.evaluation.inversion import rows_of_other_keys
 from descant.modules.masking.corruptions import From
 
 
@@ -108,14 +107,10 @@ class CrossModalLoss(ForwardEvaluator):
         target: str,
         means: Means,
     ) -> None:
-        """The losses of one direction, with rows shared out to the ranks evenly."""
-        world, rank, corruption = trainer.world_size, trainer.global_rank, From([source], [target])
-        other_N = at_N[rows_of_other_keys(rows.key[at_N])]
-        place_R = torch.arange(rank, world * -(-len(at_N) // world), world, device=at_N.device)
+        """The losses of one direction."""
         assert has(pl_module, Predicts)
-        for place_B in place_R.split(self.batch):
-            real_B = place_B < len(at_N)
-            at_B, other_B = (x_N[place_B.clamp(max=len(at_N) - 1)] for x_N in (at_N, other_N))
+        corruption = From([source], [target])
+        for real_B, at_B, other_B in with_others(trainer, rows, at_N, self.batch):
             for end, given_B in (("", at_B), ("_shuffled", other_B)):
                 batch = inputs.batch(rows, {target: at_B, source: given_B}, real_B, at_B)
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():

@@ -15,6 +15,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import DecodesTokens
 from descant.modules.masking.sampler import Sampler
+from descant.modules.training_setup.trainer import datamodule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,11 +76,10 @@ class GenerationPictures(ReconstructionPictures):
                 some = batch.select(rows)
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     for m in targets:  # each from the given one alone
-                        made[given, m] = self._shown(
-                            trainer, m, self.sampler(pl_module, some, [given], [m])[m], rows, batch
-                        )
+                        generated = self.sampler(pl_module, some, [given], [m])[m]
+                        made[given, m] = self._shown(trainer, generated, rows, len(batch))
         everyone = torch.arange(len(batch), device=batch.device)
-        truth = {m: self._shown(trainer, m, batch.inputs[m], everyone, batch) for m in self.modalities or []}
+        truth = {m: self._shown(trainer, batch.inputs[m], everyone, len(batch)) for m in self.modalities or []}
         if trainer.sanity_checking or not trainer.is_global_zero:
             return None
         for m, row in truth.items():
@@ -87,10 +87,11 @@ class GenerationPictures(ReconstructionPictures):
                 row[k] = row[k] if here else None
         return grid(truth, made, self.given, self.targets, names, title)
 
-    def _shown(self, trainer: L.Trainer, m: str, x: Tensor, rows: Tensor, batch: Batch) -> list[Shown | None]:
+    @staticmethod
+    def _shown(trainer: L.Trainer, x: Tensor, rows: Tensor, samples: int) -> list[Shown | None]:
         """One image or text for each sample of the batch, None where nothing was made."""
-        data, shown = trainer.datamodule, list[Shown | None]([None] * len(batch))  # type: ignore[attr-defined]
-        tokenizer = getattr(data, "tokenizer", None)
+        shown = list[Shown | None]([None] * samples)
+        tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
         for row, one in zip(rows.tolist(), x.cpu(), strict=True):
             shown[row] = _words(one.tolist(), tokenizer) if one.ndim == 1 else one
         return shown

@@ -5,7 +5,7 @@ Letters: B rows of a batch, N rows of a set or bank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,20 @@ class Inputs:
         present = {m: rows.present[m][at[m]] & real_B if m in at else nowhere for m in self.modalities}
         present |= dict.fromkeys(self.absent, nowhere)
         return Batch(inputs, present, {}, rows.index[ids_B], rows.key[ids_B])
+
+
+def with_others(trainer: L.Trainer, rows: Rows, at_N: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's even share of some rows, ``batch`` at a time, and for each row one of other content.
+
+    Returns:
+        ``real_B``, False for padding, which makes the shares of all ranks equally long; the rows, and the others.
+    """
+    world, rank = trainer.world_size, trainer.global_rank
+    other_N = at_N[rows_of_other_keys(rows.key[at_N])]
+    place_R = torch.arange(rank, world * -(-len(at_N) // world), world, device=at_N.device)
+    for place_B in place_R.split(batch):
+        at_B, other_B = (x_N[place_B.clamp(max=len(at_N) - 1)] for x_N in (at_N, other_N))
+        yield place_B < len(at_N), at_B, other_B
 
 
 class Reconstruction(ForwardEvaluator):
@@ -200,13 +214,8 @@ class Reconstruction(ForwardEvaluator):
         null: Nulls,
     ) -> dict[str, Tensor]:
         """Predictor -> sum of its square errors over all rows, which are shared out to the ranks evenly."""
-        world, rank = trainer.world_size, trainer.global_rank
-        other_N = at_N[rows_of_other_keys(rows.key[at_N])]
-        place_R = torch.arange(rank, world * -(-len(at_N) // world), world, device=at_N.device)
         sums: dict[str, Tensor] = {}
-        for place_B in place_R.split(self.batch):
-            real_B = place_B < len(at_N)
-            at_B, other_B = (x_N[place_B.clamp(max=len(at_N) - 1)] for x_N in (at_N, other_N))
+        for real_B, at_B, other_B in with_others(trainer, rows, at_N, self.batch):
             x_B = rows.targets[target][at_B].to(wide(at_N.device))
             predictions = null.predictions({m: rows.targets[m][at_B] for m in self.given}, x_B)
             for name, given_B in (("model", at_B), ("shuffled", other_B)):
