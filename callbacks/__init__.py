@@ -29,6 +29,7 @@ from descant.callbacks.evaluate.cross_modal import CrossModalLoss as CrossModalL
 from descant.callbacks.evaluate.diagnose import Diagnose as Diagnose
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator as EmbeddingEvaluator
 from descant.callbacks.evaluate.generation import GenerationPictures as GenerationPictures
+from descant.callbacks.evaluate.generation_accuracy import GenerationAccuracy as GenerationAccuracy
 from descant.callbacks.evaluate.geometry import Geometry as Geometry
 from descant.callbacks.evaluate.inversion import IntraModal as IntraModal
 from descant.callbacks.evaluate.inversion import Inversion as Inversion

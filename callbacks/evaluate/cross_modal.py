@@ -34,6 +34,7 @@ class CrossModalLoss(ForwardEvaluator):
 
     Args:
         modalities: at least two, each from each other one; those that the recipe predicts are targets.
+        shown: modality -> the one that is given in its place as a source, such as ``image: rgb``, pixels for codes.
         margin: a share of the loss with the source of another sample.
         batch: samples at once.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
@@ -53,6 +54,7 @@ class CrossModalLoss(ForwardEvaluator):
     def __init__(
         self,
         modalities: list[str],
+        shown: dict[str, str] | None = None,
         margin: float = 0.05,
         sets: list[str] | None = None,
         limit: int | None = None,
@@ -66,6 +68,7 @@ class CrossModalLoss(ForwardEvaluator):
         if not 0 <= margin < 1 or batch < 1:
             raise ValueError(f"CrossModalLoss: margin {margin:g}, batch {batch}: from 0 to below 1, and at least 1")
         self.modalities, self.margin, self.batch = list(dict.fromkeys(modalities)), margin, batch
+        self.shown = shown or {}
         self._sets: dict[str, Inputs] = {}
 
     def _forget(self) -> None:
@@ -73,10 +76,11 @@ class CrossModalLoss(ForwardEvaluator):
         self._sets = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        for m in self.modalities:
+        needed = list(dict.fromkeys([*self.modalities, *self.shown, *self.shown.values()]))
+        for m in needed:
             if m not in batch.present or m.endswith(NEGATIVE):
                 raise ValueError(f"CrossModalLoss: modality {m!r}: {no_such(m, batch.present)}")
-        self._sets.setdefault(name, Inputs(self.modalities, pl_module.device)).add(batch, keep_B)
+        self._sets.setdefault(name, Inputs(needed, pl_module.device)).add(batch, keep_B)
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         assert has(pl_module, Predicts)
@@ -84,7 +88,7 @@ class CrossModalLoss(ForwardEvaluator):
         for name, inputs in self._sets.items():
             rows, means, directions = inputs.store.compute(), Means(), list[str]()
             for source, target in itertools.permutations(self.modalities, 2):
-                at_N = (rows.present[source] & rows.present[target]).nonzero().squeeze(1)
+                at_N = (rows.present[self.shown.get(source, source)] & rows.present[target]).nonzero().squeeze(1)
                 if target in pl_module.targets and len(at_N) and int(rows.key[at_N].unique().numel()) > 1:
                     directions.append(f"loss_{target}_from_{source}")
                     self._direction(trainer, pl_module, inputs, rows, at_N, source, target, means)
@@ -109,10 +113,11 @@ class CrossModalLoss(ForwardEvaluator):
     ) -> None:
         """The losses of one direction."""
         assert has(pl_module, Predicts)
-        corruption = From([source], [target])
+        given = self.shown.get(source, source)
+        corruption = From([given], [target])
         for real_B, at_B, other_B in with_others(trainer, rows, at_N, self.batch):
-            for end, given_B in (("", at_B), ("_shuffled", other_B)):
-                batch = inputs.batch(rows, {target: at_B, source: given_B}, real_B, at_B)
+            for end, source_B in (("", at_B), ("_shuffled", other_B)):
+                batch = inputs.batch(rows, {target: at_B, given: source_B}, real_B, at_B)
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     terms = pl_module.losses(batch, corruption)
                 each = [term for name, term in terms.items() if name.split("/")[1] == target]

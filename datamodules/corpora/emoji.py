@@ -50,7 +50,7 @@ from descant.modules.transforms.regions import Regions
 from descant.modules.transforms.table import ColumnMissing
 
 #: Modalities that are computed from the image, on the device.
-DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names}
+DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names, "rgb": torch.clone}
 #: Of how many training drawings the regions are that visual words are fitted on.
 WORD_DRAWINGS = 400
 
@@ -82,6 +82,7 @@ class Emoji(ImageViews):
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
+        rgb: another, the image again, for models that read its pixels and predict its codes.
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
         table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
         missing: cells of the table that are hidden beside those.
@@ -124,6 +125,7 @@ class Emoji(ImageViews):
         views: dict[str, int] | None = None,
         sketch: bool = False,
         palette: bool = False,
+        rgb: bool = False,
         speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
         development: bool = False,
@@ -141,7 +143,7 @@ class Emoji(ImageViews):
     ) -> None:
         self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
         self.regions = regions
-        self.derived = [m for m, on in (("sketch", sketch), ("palette", palette)) if on]
+        self.derived = [m for m, on in (("sketch", sketch), ("palette", palette), ("rgb", rgb)) if on]
         super().__init__(**kwargs)
         self.text, self.groups, self.languages = text, groups, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from descant.modules.core.host import derived, everyone, finite, has_host_copy, host_copy
 from descant.modules.core.modalities import given, with_others
 from descant.modules.masking.corruptions import Grid
+from descant.modules.masking.decoders import At
 from descant.modules.towers.image import require_divisor, sincos
 from descant.modules.towers.timm import read_weights
 
@@ -148,6 +149,10 @@ class Adapter(nn.Module):
     def embed(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         """``[N, D]`` of raw content with positions."""
         return self.content(x_NP, place_N) + self.place_TD[place_N] + self.modality_D
+
+    def visible(self, x_BTP: Tensor, at: At) -> Tensor:
+        """``[N, D]`` of the tokens that the encoder sees; of each alone by default."""
+        return self.embed(x_BTP[at.row_N, at.place_N], at.place_N)
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         raise NotImplementedError

@@ -20,7 +20,10 @@ from descant.modules.core.objects import require_objects
 from descant.modules.evaluation.metrics import wide
 from descant.modules.masking.adapters import Adapter
 from descant.modules.masking.corruptions import noise, ranks
-from descant.modules.masking.decoders import At
+from descant.modules.masking.decoders import At, Encoded
+
+#: Texts that have ended leave together, once they are this share of those computed.
+LEAVE = 0.25
 
 
 def cosine_counts(tokens: int, steps: int) -> list[int]:
@@ -173,28 +176,20 @@ class Sampler:
             content_C if m not in self.allowed else content_C & torch.isin(id_C, torch.tensor(self.allowed[m]).long())
         )
 
-    def _scores(
-        self,
-        model: Any,
-        raw: dict[str, Tensor],
-        seen: dict[str, Tensor],
-        m: str,
-        asked_BT: Tensor,
-        given: Tensor | None,
-    ) -> Tensor:
+    def _encoded(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str) -> list[Encoded]:
+        """What the encoder makes of all inputs; with guidance also of the modality's own tokens alone."""
+        own = {name: x if name == m else torch.zeros_like(x) for name, x in seen.items()}
+        return [model.encode(raw, of) for of in ([seen] if self.guidance == 1 else [seen, own])]
+
+    def _scores(self, model: Any, encoded: list[Encoded], m: str, asked_BT: Tensor, given: Tensor | None) -> Tensor:
         """``[N, P, C]`` of the asked tokens of a modality, guided."""
-        adapter, at = model.adapters.each()[m], At.of(asked_BT)
-
-        def run(seen: dict[str, Tensor]) -> Tensor:
-            encoded = model.encode(raw, seen)
-            if given is not None:
-                encoded.given = {m: adapter.given(given)}
-            return adapter.scores(model.decoder(encoded, {m: at})[m], at.place_N)
-
-        score_NPC = run(seen)
+        adapter, at, scores = model.adapters.each()[m], At.of(asked_BT), list[Tensor]()
+        for part in encoded:
+            part.given = {} if given is None else {m: adapter.given(given)}
+            scores.append(adapter.scores(model.decoder(part, {m: at})[m], at.place_N))
         if self.guidance == 1:
-            return score_NPC
-        free_NPC = run({name: x if name == m else torch.zeros_like(x) for name, x in seen.items()})
+            return scores[0]
+        score_NPC, free_NPC = scores
         guided_NPC = free_NPC + self.guidance * (score_NPC - free_NPC)
         return torch.where(score_NPC == -torch.inf, score_NPC, guided_NPC)
 
@@ -208,7 +203,8 @@ class Sampler:
         allowed_C = self._allowed(adapter, m).to(device)
         random_BT = noise(seed_B, f"sample/{m}/order", T).to(device)
         for step, count in enumerate(cosine_counts(T, self.steps)):
-            score_NPC = self._scores(model, raw | {m: x_BTP}, seen | {m: done_BT}, m, ~done_BT, None)
+            encoded = self._encoded(model, raw | {m: x_BTP}, seen | {m: done_BT}, m)
+            score_NPC = self._scores(model, encoded, m, ~done_BT, None)
             u_NP = noise(seed_B, f"sample/{m}/{step}", T * P).to(device).view(B, T, P)[~done_BT]
             id_NP, logp_NP = sampled(score_NPC, u_NP, self.temperature.get(m, 1.0), allowed_C)
             logp_BT = torch.zeros(B, T, dtype=logp_NP.dtype, device=device)
@@ -226,17 +222,26 @@ class Sampler:
         content_C, end = self._allowed(adapter, m).to(device), adapter.vocab + 1  # the sentinel behind the only span
         s_BT = torch.full((B, T + 1), adapter.pad, device=device)
         s_BT[:, 0] = adapter.vocab
-        place_T, open_B = torch.arange(T, device=device), torch.ones(B, dtype=torch.bool, device=device)
+        row_S = torch.arange(B, device=device)  # of the samples that are still computed
+        encoded, open_S = list[Encoded](), torch.ones(B, dtype=torch.bool, device=device)
         for step in range(T - 1):
-            asked_BT = (place_T <= step).expand(B, T)
-            given_NP = s_BT[:, : step + 1].reshape(-1, 1)
-            score_BSC = self._scores(model, raw, seen, m, asked_BT, given_NP).view(B, step + 1, -1)
+            if not encoded:  # the targets before are no inputs, so that it is encoded once
+                part = ({name: x[row_S] for name, x in of.items()} for of in (raw, seen))
+                encoded = self._encoded(model, *part, m)
+            asked_ST = (torch.arange(T, device=device) <= step).expand(len(row_S), T)
+            score_NPC = self._scores(model, encoded, m, asked_ST, s_BT[row_S, : step + 1].reshape(-1, 1))
             allowed_C = content_C.clone()
             allowed_C[end] = step > 0
-            u_B1 = noise(seed_B, f"sample/{m}/{step}", 1).to(device)
-            id_B = sampled(score_BSC[:, -1:], u_B1, self.temperature.get(m, 1.0), allowed_C)[0].squeeze(1)
-            open_B = open_B & (id_B != end)
-            s_BT[:, step + 1] = torch.where(open_B, id_B, adapter.pad)
+            u_S1 = noise(seed_B[row_S], f"sample/{m}/{step}", 1).to(device)
+            last_S1C = score_NPC.view(len(row_S), step + 1, -1)[:, -1:]
+            id_S = sampled(last_S1C, u_S1, self.temperature.get(m, 1.0), allowed_C)[0].squeeze(1)
+            open_S = open_S & (id_S != end)
+            s_BT[row_S, step + 1] = torch.where(open_S, id_S, adapter.pad)
+            share = float(open_S.float().mean())
+            if not share:
+                break
+            if share <= 1 - LEAVE:
+                row_S, open_S, encoded = row_S[open_S], open_S[open_S], []
         return torch.cat([s_BT[:, 1:T], torch.full((B, 1), adapter.pad, device=device)], dim=1)[..., None]
 
 

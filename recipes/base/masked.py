@@ -77,9 +77,9 @@ class MaskedRecipe(Recipe):
         """The encoder over visible tokens alone."""
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
         kinds = []
-        for m, (row_N, place_N, _) in at.items():
-            with self.row_tracker.select(at[m].host_row_N):
-                kinds.append(adapters[m].embed(raw[m][row_N, place_N], place_N))
+        for m, at_m in at.items():
+            with self.row_tracker.select(at_m.host_row_N):
+                kinds.append(adapters[m].visible(raw[m], at_m))
         counts = [at_m.count_B for at_m in at.values()]
         x_ND = torch.cat(kinds)
         layout = Layout([torch.ones_like(counts[0]), *counts], device=x_ND.device)

@@ -86,8 +86,10 @@ from descant.modules.masking import corruptions as masking
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.code_adapter import CodeAdapter
+from descant.modules.masking.conv_adapter import ConvAdapter
 from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.masking.sequence_adapter import SequenceAdapter
+from descant.modules.masking.one_of import OneOf
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
@@ -537,6 +539,7 @@ part("SegmentMask")(_corruption(lambda: structured.SegmentMask(anchors=0.3), {"t
 part("SpanMask")(_corruption(lambda: structured.SpanMask(0.5), {"text": (6,)}))
 part("Hide")(_corruption(lambda: masking.Hide(["image"])))
 part("From")(_corruption(lambda: masking.From(["image"], ["text"])))
+part("OneOf")(_corruption(lambda: OneOf([masking.Hide(["image"]), masking.From(["image"], ["text"])])))
 
 
 @part("Regions")
@@ -586,6 +589,15 @@ part("CodeAdapter", "KMeansPatches")(_adapter(lambda: CodeAdapter(_fitted()), la
 part("TableAdapter")(
     _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
 )
+
+
+@part("ConvAdapter")
+def _conv_adapter(at: Place) -> Any:
+    adapter = ConvAdapter(ConvTower(widths=[8, 8], stem=2, norm="group"), size=[8, 8], patch=4)
+    adapter.build(8, 0)
+    at(adapter)
+    x_BTP, real_BT = adapter.raw(at(torch.randn(B, 3, 8, 8)))
+    return real_BT, adapter.visible(x_BTP, decoders.At.of(at(torch.rand(B, 4) < 0.5)))
 
 
 def _decoder(make: Callable[[], decoders.Decoder]) -> Part:

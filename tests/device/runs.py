@@ -502,7 +502,8 @@ def any_to_any(before: Path) -> Run:
     )
     pictures = c.GenerationPictures(["image", "text"], ["palette", "text"], Sampler(2, guidance=2.0), count=2)
     directions = c.CrossModalLoss(["image", "palette", "text"], limit=8)
-    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures, directions], {"val_check_interval": 2})
+    exact = c.GenerationAccuracy(["image"], "text", limit=8)
+    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures, directions, exact], {"val_check_interval": 2})
 
 
 # language -----------------------------------------------------------------------------------------------------------
