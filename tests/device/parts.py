@@ -88,8 +88,8 @@ from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.conv_adapter import ConvAdapter
 from descant.modules.masking.kmeans import KMeansPatches
-from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.one_of import OneOf
+from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.missing_modalities import available_sets, modulation, modulation_forms
 from descant.modules.missing_modalities.imputation import MeanImputer, PromptImputer, ZeroImputer
