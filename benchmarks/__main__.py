@@ -53,6 +53,7 @@ BENCHMARKS = {
     "multitask": "benchmarks.multitask:shared",
     "tokens/step": "benchmarks.tokens:step",
     "tokens/decode": "benchmarks.tokens:decode",
+    "tokens/compute": "benchmarks.tokens:compute",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

@@ -1,4 +1,5 @@
-"""4M's step beside a plain loop over timm's blocks, and codes decoded in parallel beside one after the other.
+"""4M's step beside a plain loop over timm's blocks, its compute by tokens, and codes decoded in parallel beside one after
+the other.
 
 Letters: B samples, C channels, H and W pixels, T tokens, K visible and Q target ones, D width.
 """
@@ -11,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import Row, contrastive
 from benchmarks.masked import adamw, our_loss
-from benchmarks.timing import ratio
+from benchmarks.timing import AS_FAST, ratio
 from descant.modules.core.batch import Batch
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
@@ -28,13 +30,15 @@ from descant.recipes import Masked
 #: Pixels of an image and of a patch, codes of an image and ids; inputs and targets of a step; widths, depths, heads.
 IMAGE, PATCH, CODES, IDS, SEEN, ASKED = 64, 8, 36, 256, 32, 24
 WIDTH, DEPTH, HEADS, OUT, OUT_DEPTH = 192, 6, 3, 96, 4
+#: What compute may differ by from the share of tokens that are seen and asked.
+PROPORTIONAL = (0.85, 1.15)
 
 
-def recipe() -> Masked:
+def recipe(seen: int = SEEN, asked: int = ASKED) -> Masked:
     """Patches of an image as inputs, and its codes as targets: the component rgb2all of 4M."""
     torch.manual_seed(0)
     adapters = Adapters(image=PatchAdapter([IMAGE, IMAGE], PATCH), others={"codes": TokenAdapter(IDS, CODES, pad=None)})
-    budgets = TwoBudgets(SEEN, ASKED, [DirichletPair({"image": 1000.0}, {"codes": 0.5})])
+    budgets = TwoBudgets(seen, asked, [DirichletPair({"image": 1000.0}, {"codes": 0.5})])
     return Masked(
         adapters,
         Trunk(WIDTH, DEPTH, HEADS),
@@ -108,7 +112,7 @@ def step(pairs: int = 40, rows: int = 32) -> Iterator[Row]:
         contrastive.step_of(plain, data, adamw(plain)),
         pairs,
     )
-    yield Row.informs("tokens/step_vs_plain", result.value, result.interval)
+    yield Row.at_least("tokens/step_vs_plain", result.value, AS_FAST, result.interval)
 
 
 def decode(pairs: int = 30, rows: int = 8) -> Iterator[Row]:
@@ -118,4 +122,18 @@ def decode(pairs: int = 30, rows: int = 8) -> Iterator[Row]:
     result = ratio(
         lambda: fast(model, data, ["image"], ["codes"]), lambda: slow(model, data, ["image"], ["codes"]), pairs
     )
-    yield Row.informs("tokens/parallel_decoding", result.value, result.interval)
+    yield Row.at_least("tokens/parallel_decoding", result.value, 2.5, result.interval)
+
+
+def compute(pairs: int = 30, rows: int = 32) -> Iterator[Row]:
+    """Operations and time of a step over a share of the tokens, over that share of those of a step over all."""
+    data, share = batches(rows), 0.5
+    some, whole = recipe(SEEN, CODES // 2), recipe(2 * SEEN, CODES)
+    flops = []
+    for model in (some, whole):
+        with FlopCounterMode(display=False) as counter:
+            our_loss(model, data[0]).backward()
+        flops.append(counter.get_total_flops())
+    yield Row.within("tokens/operations_by_share", flops[0] / (share * flops[1]), PROPORTIONAL)
+    steps = (contrastive.step_of(partial(our_loss, model), data, adamw(model)) for model in (some, whole))
+    yield Row.within("tokens/time_by_share", 1 / (share * ratio(*steps, pairs).value), PROPORTIONAL)

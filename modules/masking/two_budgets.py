@@ -18,7 +18,7 @@ from descant.modules.masking.corruptions import Corruption, Grid, Masks, noise, 
 from descant.modules.masking.spans import lengths, target_run
 
 
-def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: int, most_BM: Tensor) -> Tensor:
+def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
     """Int64 ``[B, M]``: tokens of each modality of a budget, ``n = min(floor(share tokens) + extra, most)`` (4M).
 
     Each token that the floor leaves over goes to the largest share of one more draw. A row of zeros gets nothing.
@@ -26,7 +26,7 @@ def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: int, most_BM: Tensor) -
     Args:
         share_BM: float64, shares that sum to 1, or zeros.
         more_BKM: float64, K further draws of the same; as many as there are modalities are enough.
-        tokens: the budget.
+        tokens: the budget, of all samples or of each, ``[B, 1]``.
         most_BM: int64, what a sample has.
 
     Source: apple/ml-4m, ``UnifiedMasking.input_token_budget``.
@@ -42,7 +42,7 @@ def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: int, most_BM: Tensor) -
     return (count_BM + (extra_BKM * used_BK[..., None]).sum(dim=1)).minimum(most_BM)
 
 
-def refilled(count_BM: Tensor, tokens: int, most_BM: Tensor) -> Tensor:
+def refilled(count_BM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
     """Int64 ``[B, M]``: what a budget lost at ``most``, in the modalities that have tokens left, in proportion to them.
 
     >>> refilled(torch.tensor([[5, 4, 0]]), 12, torch.tensor([[5, 9, 1]])).tolist()
@@ -64,18 +64,23 @@ class DirichletPair:
         inputs: modality -> alpha; those left out are no input.
         targets: the same of targets.
         weight: of the component.
+        visible: its budget of inputs, where it is another than that of TwoBudgets.
 
     Raises:
-        ValueError: for a weight or an alpha that is not positive, or without any modality.
+        ValueError: for a weight or an alpha that is not positive, without any modality, or for a budget below 1.
     """
 
-    def __init__(self, inputs: dict[str, float], targets: dict[str, float], weight: float = 1.0) -> None:
+    def __init__(
+        self, inputs: dict[str, float], targets: dict[str, float], weight: float = 1.0, visible: int | None = None
+    ) -> None:
         for name, alphas in (("inputs", inputs), ("targets", targets)):
             if not alphas or min(alphas.values()) <= 0:
                 raise ValueError(f"DirichletPair: {name} {alphas}: an alpha above 0 for one modality at least")
         if weight <= 0:
             raise ValueError(f"DirichletPair: weight {weight:g}: must be above 0")
-        self.inputs, self.targets, self.weight = dict(inputs), dict(targets), weight
+        if visible is not None and visible < 1:
+            raise ValueError(f"DirichletPair: visible {visible}: a number of tokens, at least 1")
+        self.inputs, self.targets, self.weight, self.visible = dict(inputs), dict(targets), weight, visible
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -141,7 +146,8 @@ class TwoBudgets(Corruption):
         component_B = (uniform_N(draw_B, "budget/component")[:, None] >= bound_C).sum(dim=1)
         alphas = [[[side.get(m, 0.0) for m in real] for side in (p.inputs, p.targets)] for p in self.mixture]
         alpha_2BM = torch.tensor(alphas, dtype=torch.float64)[component_B].transpose(0, 1) * (most_BM > 0)
-        input_BM = self._counts(alpha_2BM[0], self.budget, most_BM, draw_B, "inputs")
+        visible_B1 = torch.tensor([pair.visible or self.budget for pair in self.mixture])[component_B, None]
+        input_BM = self._counts(alpha_2BM[0], visible_B1, most_BM, draw_B, "inputs")
         once_M = torch.tensor([m not in self.sequences for m in real])
         target_BM = self._counts(alpha_2BM[1], self.targets, most_BM - input_BM * once_M, draw_B, "targets")
         visible, target = dict[str, Tensor](), dict[str, Tensor]()
@@ -161,7 +167,7 @@ class TwoBudgets(Corruption):
     def predicts(self, modality: str) -> bool:
         return any(modality in pair.targets for pair in self.mixture)
 
-    def _counts(self, alpha_BM: Tensor, tokens: int, most_BM: Tensor, draw_B: Tensor, side: str) -> Tensor:
+    def _counts(self, alpha_BM: Tensor, tokens: Tensor | int, most_BM: Tensor, draw_B: Tensor, side: str) -> Tensor:
         share_BKM = dirichlet(alpha_BM, alpha_BM.shape[1] + 1, mix_N(draw_B, f"budget/{side}"))
         count_BM = allotted(share_BKM[:, 0], share_BKM[:, 1:], tokens, most_BM)
         return refilled(count_BM, tokens, most_BM * (alpha_BM > 0)) if self.refill else count_BM
@@ -172,13 +178,14 @@ class TwoBudgets(Corruption):
             if m not in size:
                 raise ValueError(f"TwoBudgets: sequence {m!r}: {no_such(m, size)}")
         for pair in self.mixture:
-            for name, side, tokens in (("visible", pair.inputs, self.budget), ("targets", pair.targets, self.targets)):
+            visible = pair.visible or self.budget
+            for name, side, tokens in (("visible", pair.inputs, visible), ("targets", pair.targets, self.targets)):
                 for m in side:
                     if m not in size:
                         raise ValueError(f"TwoBudgets: modality {m!r}: {no_such(m, size)}")
                 _require(name, tokens, side, size)
             both = dict.fromkeys([*pair.inputs, *pair.targets])
-            _require("visible + targets", self.budget + self.targets, both, size)
+            _require("visible + targets", visible + self.targets, both, size)
 
 
 def _require(name: str, tokens: int, modalities: Mapping[str, object], size: Mapping[str, int]) -> None:

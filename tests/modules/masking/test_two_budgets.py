@@ -68,6 +68,16 @@ def test_budgets_are_disjoint_and_absent_modalities_get_nothing(refill: bool) ->
     assert all(torch.equal(shuffled.target[m].flip(0), masks.target[m]) for m in real)
 
 
+def test_a_component_may_have_a_budget_of_inputs_of_its_own() -> None:
+    real = {m: torch.ones(300, n, dtype=torch.bool) for m, n in (("image", 4), ("codes", 40))}
+    pairs = [DirichletPair({"image": 1.0}, {"codes": 1.0}, visible=4), DirichletPair({"codes": 1.0}, {"codes": 1.0})]
+    masks = TwoBudgets(16, 8, pairs)(real, {"image": (4,), "codes": (40,)}, torch.arange(300))
+    counts = {(int(i), int(c)) for i, c in zip(*(masks.visible[m].sum(1) for m in real), strict=True)}
+    assert counts == {(4, 0), (0, 16)} and (masks.target["codes"].sum(1) == 8).all()
+    with pytest.raises(ValueError, match="visible 16: image have 4 tokens"):
+        TwoBudgets(16, 8, [DirichletPair({"image": 1.0}, {"codes": 1.0})]).check({"image": (4,), "codes": (40,)})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -76,6 +86,7 @@ def test_budgets_are_disjoint_and_absent_modalities_get_nothing(refill: bool) ->
         (lambda: DirichletPair({"image": 0.0}, {"text": 1.0}), "inputs .* an alpha above 0"),
         (lambda: DirichletPair({"image": 1.0}, {"text": 1.0}, 0), "weight 0: must be above 0"),
         (lambda: recipe(corruption=TwoBudgets(17, 6, [RGB2ALL])), "visible 17: image have 16 tokens; at most 16"),
+        (lambda: DirichletPair({"image": 1.0}, {"text": 1.0}, visible=0), "visible 0: a number of tokens, at least 1"),
         (lambda: recipe(corruption=TwoBudgets(9, 60, [ALL2ALL])), "targets 60: palette, codes, text have 34 tokens"),
         (
             lambda: recipe(corruption=TwoBudgets(2, 2, [DirichletPair({"imgae": 1.0}, {"text": 1.0})])),
