@@ -90,7 +90,7 @@ RECIPES: dict[str, list[Case]] = {
     "MutualInformation": [Case(("multitask/one-stage",), slow=True)],
     "Masked": [
         Case(("masked/emoji",)),
-        Case(("masked/any-to-any",), slow=True),
+        Case(("masked/pixels-and-codes",), slow=True),
         Case(("masked/speech",), _small(8), slow=True),
         Case(("masked/volumes",), slow=True),
         Case(("masked/landsat",), slow=True),
