@@ -1,5 +1,6 @@
 """Causal language models, generation, packing, and log-probabilities without a full matrix of logits."""
 
+from descant.modules.language.constrained import BlockSampling as BlockSampling
 from descant.modules.language.generate import Generated as Generated
 from descant.modules.language.generate import Sampling as Sampling
 from descant.modules.language.generate import generate as generate

@@ -72,8 +72,14 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p:g}: above 0, at most 1")
 
-    def draw(self, logits_RV: Tensor, seed_R: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[R]`` and their log-probabilities ``[R]`` over the whole vocabulary.
+    def allowed(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor | None:
+        """Bool ``[S, V]``: which ids may stand at ``place`` of some rows, by their tokens before it; None: all."""
+        return None
+
+    def draw(
+        self, logits_RV: Tensor, seed_R: Tensor, place: int, allowed_RV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``[R]``, of those that are allowed, and their log-probabilities ``[R]`` over the whole vocabulary.
 
         >>> logits_RV = torch.tensor([[1.0, 3.0, 2.0]]).repeat(40000, 1)
         >>> token_R, log_R = Sampling(top_k=2).draw(logits_RV, torch.arange(40000), 0)
@@ -82,15 +88,15 @@ class Sampling:
         """
         x_RV = logits_RV.float()
         if self.temperature == 0:
-            log_RV, token_R = x_RV.log_softmax(dim=1), x_RV.argmax(dim=1)
+            log_RV, token_R = x_RV.log_softmax(dim=1), _within(x_RV, allowed_RV).argmax(dim=1)
             return token_R, log_RV.gather(1, token_R[:, None])[:, 0]
         log_RV = (x_RV / self.temperature).log_softmax(dim=1)
-        candidates, order = log_RV, None
+        candidates, order = _within(log_RV, allowed_RV), None
         if self.top_k is not None and self.top_k < log_RV.shape[1]:
-            candidates, order = log_RV.topk(self.top_k, dim=1)
+            candidates, order = candidates.topk(self.top_k, dim=1)
         if self.top_p < 1:
             if order is None:
-                candidates, order = log_RV.sort(dim=1, descending=True)
+                candidates, order = candidates.sort(dim=1, descending=True)
             p = candidates.softmax(dim=1)
             candidates = candidates.masked_fill(p.cumsum(dim=1) - p >= self.top_p, -torch.inf)  # the first stays
         below_RV = candidates.softmax(dim=1).double().cumsum(dim=1)
@@ -98,6 +104,10 @@ class Sampling:
         at_R1 = torch.searchsorted(below_RV, u_R1, right=True).clamp(max=candidates.shape[1] - 1)
         token_R1 = at_R1 if order is None else order.gather(1, at_R1)
         return token_R1[:, 0], log_RV.gather(1, token_R1)[:, 0]
+
+
+def _within(x_RV: Tensor, allowed_RV: Tensor | None) -> Tensor:
+    return x_RV if allowed_RV is None else x_RV.masked_fill(~allowed_RV, -torch.inf)
 
 
 @torch.no_grad()
@@ -157,7 +167,7 @@ def generate(
     rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
-        token_S, log_S = sampling.draw(logits, seed_R[row_S], n)
+        token_S, log_S = sampling.draw(logits, seed_R[row_S], n, sampling.allowed(token_RN, row_S, n))
         ended_S = ended_R[row_S]  # finished, not dropped yet
         token_S = token_S.masked_fill(ended_S, 0)
         token_RN[row_S, n], log_RN[row_S, n] = token_S, log_S.masked_fill(ended_S, 0.0)
