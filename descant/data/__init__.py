@@ -1,4 +1,4 @@
-"""``descant data make|look|select``: shards of your own files, statistics of a data set, and its best rows."""
+"""``descant data make|look|select|encode``: shards of your own files; statistics, best rows and codes of a data set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from descant.cli.errors import fail, hint, one_line
 from descant.cli.options import Options
 
 _TOP = """\
-descant data: shards from your own files, statistics of a data set, or its best rows
+descant data: shards from your own files, or statistics, best rows or codes of a data set
 
 usage: descant data make FOLDER --out DIR [options]
        descant data look WHAT [options]
        descant data select --run RUN --score NAME --out FILE [options]
+       descant data encode --config NAME --out FILE [options]
 
   make    WebDataset shards from a folder of images (or recordings) with captions, verified byte by byte
   look    counts, missing modalities, captions, duplicates across splits, and a contact sheet of images
   select  ids of the samples that score highest, or by quotas; --data.selected FILE trains on them
+  encode  codes of drawings and speech, by the tokenizers of an experiment; --data.codes FILE reads them
 
 Options: descant data make --help, and so on."""
 
@@ -28,7 +30,7 @@ def main(args: Sequence[str]) -> int:
     if not args or args[0] in ("--help", "-h"):
         print(_TOP)
         return 0
-    commands = {"make": _make, "look": _look, "select": _select}
+    commands = {"make": _make, "look": _look, "select": _select, "encode": _encode}
     if args[0] not in commands:
         fail(f"data {args[0]}: no such command{hint(args[0], commands)}")
     try:
@@ -134,6 +136,30 @@ def _select(args: Sequence[str]) -> int:
     from descant.data.select import select
 
     print(select(**vars(options)))
+    return 0
+
+
+def _encode(args: Sequence[str]) -> int:
+    parser = Options(
+        "descant data encode",
+        description="Codes of the samples of a data set, by the tokenizers that its experiment names, as a parquet "
+        "file: index, content key, set and name of each, a column of codes a modality, and the digests of the "
+        "tokenizers. Training that reads it builds and fits none.",
+        epilog="example: descant data encode --config staged/emoji-codes --out codes.parquet; "
+        "descant fit --config staged/emoji-codes --data.stages.tune.data.codes codes.parquet",
+    )
+    parser.add_argument(
+        "--config", dest="configs", metavar="NAME", action="append", required=True, help="an experiment"
+    )
+    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help="allow class paths of MODULE")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="new parquet file; nothing is overwritten"
+    )
+    data, rest = _data_options(parser, args)
+    options = parser.parse_args(rest)
+    from descant.data.encode import encode
+
+    print(encode(options=data, **vars(options)))
     return 0
 
 
