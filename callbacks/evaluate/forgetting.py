@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.run.resumable_log import ResumableMetrics
@@ -51,7 +52,7 @@ class Forgetting(ResumableMetrics):
         require(self, pl_module, StagedRecipe)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.training:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         assert has(pl_module, StagedRecipe)
         named = {name.rpartition("/")[::2]: float(x) for name, x in trainer.callback_metrics.items()}

@@ -18,14 +18,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.changes import Corpus, Property
-from descant.datamodules.code_table import (
-    PADDING,
-    CodeTable,
-    read_codes,
-    read_formats,
-    require_same,
-    without_padding,
-)
+from descant.datamodules.code_table import PADDING, CodeTable, read_codes, require_same
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
@@ -122,8 +115,8 @@ class EmojiCodes(Dialogues):
         <bos> part ... <answer> part <eos>,     part: bytes of the name, or begin, codes layer by layer, end
 
     The codes are those of a file that ``descant data encode`` has written, or are encoded once, before the first step,
-    without augmentation; a training drawing has one of the voices. Modality ``text``; which tokens are learned says
-    each document. "validate" has ``val``; "test" has ``vendor``, trained names by an unseen vendor and ``voice`` of the
+    without augmentation; a training drawing has one of the voices. Modality ``text``; each document has its tokens to
+    learn. "validate" has ``val``; "test" has ``vendor``, trained names by an unseen vendor and ``voice`` of the
     speech, ``concept``, unseen names by vendors of training, and ``shuffled``, as vendor with sources of other
     concepts. Each has all directions, and ``val`` and ``vendor`` also each alone, as ``vendor_text_from_image``.
 
@@ -167,11 +160,9 @@ class EmojiCodes(Dialogues):
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if wrong := next((m for m in self.tokenizers if m not in ("image", "audio")), None):
             raise ValueError(f"tokenizers: {wrong!r}: {no_such(wrong, ('image', 'audio'))}")
-        if self.file is not None:
-            self.formats, _ = read_formats(self.file)
-            require_same(self.formats, self.tokenizers, self.file)
-        else:
-            self.formats = {modality: CodeFormat.of(tokenizer) for modality, tokenizer in self.tokenizers.items()}
+        self.read = None if self.file is None else read_codes(self.file)
+        made = {modality: CodeFormat.of(tokenizer) for modality, tokenizer in self.tokenizers.items()}
+        self.formats = made if self.read is None else self.read.formats
         if not self.formats:
             raise ValueError("tokenizers: none, and no codes; such as {image: KMeansPatches}")
         super().__init__(letters + 3 + sum(format.length + 2 for format in self.formats.values()), **kwargs)
@@ -227,13 +218,10 @@ class EmojiCodes(Dialogues):
 
     @cached_property
     def table(self) -> CodeTable:
-        if self.file is None:
+        if self.read is None:
             return self.encoded()
-        table = read_codes(self.file)
-        for option, value in self.about.items():
-            if table.about.get(option, value) != value:
-                raise ValueError(f"codes: {self.file}: of {option} {table.about[option]}, and the data have {value}")
-        return table
+        require_same(self.read, self.tokenizers, self.about)
+        return self.read
 
     def encoded(self) -> CodeTable:
         """The codes of all samples, made once in a process."""
@@ -287,7 +275,7 @@ class EmojiCodes(Dialogues):
         return {name: rows for name, rows in drawn.items() if rows}
 
     def _inputs(self, rows: Sequence[Row], random: bool) -> Any:
-        """Inputs of the tokenizers, some rows at a time; ``random``: by a voice of training, else by that of evaluation."""
+        """Inputs of tokenizers, some rows at a time; ``random``: by a voice of training, else by that of evaluation."""
         emoji = self.emoji
         some = EmojiSet(emoji, rows, random=random)
         for first in range(0, len(some), CHUNK):
@@ -307,7 +295,7 @@ class EmojiCodes(Dialogues):
         blocks = dict[str, tuple[np.ndarray, np.ndarray]]()
         for modality, format in self.formats.items():
             code_NT = self.table.codes[modality]
-            id_NS = self.unified.wrap(modality, without_padding(code_NT, format))
+            id_NS = self.unified.wrap(modality, torch.where(code_NT == PADDING, format.first_T, code_NT))
             blocks[modality] = id_NS.numpy(), np.pad((code_NT != PADDING).numpy(), ((0, 0), (1, 1)))
         return blocks
 

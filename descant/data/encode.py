@@ -24,7 +24,9 @@ def encode(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Se
     if not isinstance(table, CodeTable):
         fail(f"--config {configs[0]}: {type(data).__name__} has no codes; EmojiCodes has")
     table.write(out)
-    lines = [f"{out}: {len(table):,} samples, {', '.join(f'{n:,} {s}' for s, n in Counter(table.set_N).items())}"]
+    lines = [
+        f"{out}: {len(table.index_N):,} samples, {', '.join(f'{n:,} {s}' for s, n in Counter(table.set_N).items())}"
+    ]
     for modality, format in table.formats.items():
         used = table.codes[modality][table.codes[modality] != PADDING].unique().numel()
         lines.append(

@@ -41,6 +41,10 @@ class CodeFormat:
         return cls(tokenizer.grid, tokenizer.codes, tokenizer.layers, tokenizer.digest())
 
     @property
+    def sizes(self) -> tuple[tuple[int, ...], int, int]:
+        return self.grid, self.codes, self.layers
+
+    @property
     def length(self) -> int:
         """Ids of a sample."""
         return self.layers * math.prod(self.grid)
@@ -49,12 +53,6 @@ class CodeFormat:
     def first_T(self) -> Tensor:
         """The first code that each place may have: those of its layer."""
         return self.codes * torch.arange(self.layers).repeat_interleave(math.prod(self.grid))
-
-    def wrong(self, code_BT: Tensor) -> tuple[int, int] | None:
-        """Row and place of the first code that its layer does not have."""
-        code_BT = code_BT.cpu()
-        bad_BT = (code_BT < self.first_T) | (code_BT >= self.first_T + self.codes)
-        return next(((b, t) for b, t in bad_BT.nonzero()[:1].tolist()), None)
 
 
 class UnifiedVocabulary:
@@ -108,30 +106,25 @@ class UnifiedVocabulary:
 
     def wrap(self, modality: str, code_BT: Tensor) -> Tensor:
         """Codes of samples, from 0, as ids between begin and end: ``[B, T] -> [B, S]``."""
-        ids, format = self.range(modality), self.formats[modality]
-        if code_BT.shape[1] != format.length:
-            raise ValueError(f"{modality}: {code_BT.shape[1]} codes of a sample, and {format.length} are expected")
-        if (place := format.wrong(code_BT)) is not None:
-            least = int(format.first_T[place[1]])
-            raise ValueError(
-                f"{modality} {list(place)}: code {int(code_BT[place])}, where {least} to {least + format.codes - 1} are"
-            )
-        ends = code_BT.new_full((len(code_BT), 1), ids.start - 1), code_BT.new_full((len(code_BT), 1), ids.stop)
-        return torch.cat([ends[0], code_BT + ids.start, ends[1]], dim=1)
+        ids = self.range(modality)
+        ends_B1 = (code_BT.new_full((len(code_BT), 1), i) for i in (ids.start - 1, ids.stop))
+        id_BS = torch.cat([next(ends_B1), code_BT + ids.start, next(ends_B1)], dim=1)
+        self.unwrap(modality, id_BS)
+        return id_BS
 
     def unwrap(self, modality: str, id_BS: Tensor) -> Tensor:
         """The inverse of ``wrap``."""
-        ids, format = self.range(modality), self.formats[modality]
+        ids, format, host_BS = self.range(modality), self.formats[modality], id_BS.cpu()
         least_S = torch.cat([torch.tensor([-1]), format.first_T, torch.tensor([len(ids)])]) + ids.start
-        more_S = torch.ones_like(least_S).index_fill(0, torch.arange(1, format.length + 1), format.codes)
+        most_S = least_S + (format.codes - 1)
+        most_S[[0, -1]] = least_S[[0, -1]]
         if id_BS.shape[1] != len(least_S):
             raise ValueError(f"{modality}: {id_BS.shape[1]} ids of a sample, and {len(least_S)} are expected")
-        host_BS = id_BS.cpu()
-        bad_BS = (host_BS < least_S) | (host_BS >= least_S + more_S)
-        for b, s in bad_BS.nonzero()[:1].tolist():
-            token, least, most = int(host_BS[b, s]), int(least_S[s]), int((least_S + more_S)[s]) - 1
-            expected = f"{least} to {most} are" if most > least else f"{least} is"
-            raise ValueError(f"{modality} [{b}, {s}]: id {token} is {self.kind(token)}, where {expected} expected")
+        for b, s in ((host_BS < least_S) | (host_BS > most_S)).nonzero()[:1].tolist():
+            token, least, most = int(host_BS[b, s]), int(least_S[s]), int(most_S[s])
+            raise ValueError(
+                f"{modality} [{b}, {s}]: id {token} is {self.kind(token)}, where {least} to {most} are expected"
+            )
         return id_BS[:, 1:-1] - ids.start
 
     def parse(self, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:

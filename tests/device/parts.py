@@ -61,7 +61,8 @@ from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.fusion.mmcosine import MMCosine
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer
-from descant.modules.language.generate import Sampling
+from descant.modules.language.constrained import BlockSampling
+from descant.modules.language.generate import Sampling, generate
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
 from descant.modules.losses.contrastive import Intra
@@ -99,6 +100,7 @@ from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
+from descant.modules.tokenizers.unified import CodeFormat, UnifiedVocabulary
 from descant.modules.towers import (
     BagTower,
     ConvTower,
@@ -728,6 +730,16 @@ def _language(at: Place) -> Any:
     h_BTD = lm(lm.embed(at(torch.randint(1, 20, (2, 5)))), at(torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]])))
     drawn = [Sampling(0.7, k, p).draw(h_BTD.detach()[:, 0], at(torch.arange(2)), 0) for k, p in ((None, 1.0), (3, 0.8))]
     return h_BTD, drawn
+
+
+@part("BlockSampling", "UnifiedVocabulary", "CodeFormat")
+def _blocks(at: Place) -> Any:
+    vocabulary = UnifiedVocabulary(20, {"image": CodeFormat((2,), 3), "audio": CodeFormat((2,), 2, 2)})
+    sampling = BlockSampling(vocabulary=vocabulary, only=("audio", "image"))
+    made = generate(
+        at(CausalLM(vocabulary.size, 8, 1, 2, length=16)), at(torch.tensor([[1, 9]])), new=7, sampling=sampling
+    )
+    return vocabulary.wrap("image", at(torch.tensor([[0, 2]]))), made.log_RN
 
 
 @part("Answers", "ExactMatchScorer", "EditDistanceScorer")

@@ -58,6 +58,7 @@ NEEDLESS = {
     "SavedTokenizer": "rebuilt from files; what it computes with is QuantizedTokens, which is tried",
     "Budget": "sets the number of steps, on the host; what it counts is tried as FlopCount",
     "CompetitiveDistillation": "delegates to the recipe that it wraps, which is tried with a teacher",
+    "Forgetting": "subtracts numbers of the host",
     "MixtureShares": "logs numbers of the data module, on the host",
     "Output": "holds what a recipe returns",
     "Best": "keeps the best of the candidates of a solver, which are tried",
