@@ -202,8 +202,14 @@ class EmojiCodes(Dialogues):
     @cached_property
     def emoji(self) -> Emoji:
         speech = self.speech if "audio" in self.formats else None
-        same = {"development": self.development, "sealed": self.sealed, "folder": self.folder_of, "tiny": self.tiny}
-        return Emoji(size=self.size, speech=speech, name_only=1.0, keywords=False, batch_size=self.batch_size, **same)
+        return Emoji(
+            self.size,
+            speech=speech,
+            development=self.development,
+            sealed=self.sealed,
+            folder=self.folder_of,
+            tiny=self.tiny,
+        )
 
     def prepare_data(self) -> None:
         if self.file is None:
