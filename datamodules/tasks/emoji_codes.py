@@ -275,7 +275,7 @@ class EmojiCodes(Dialogues):
             "train": emoji.training_rows,
             "val": [(int(c), VENDORS[v], True, True) for c, v, drawn in of_val if drawn],
             "vendor": [(int(c), vendor, True, True) for c in emoji.seen],
-            "concept": [(int(c), v, True, True) for c in unseen for v in emoji.vendors],
+            "concept": [(int(c), v, True, True) for v in emoji.vendors for c in unseen],
         }
         drawn = {name: [row for row in rows if emoji.pack.drawings(row[1])[1][row[0]]] for name, rows in some.items()}
         return {name: rows for name, rows in drawn.items() if rows}
