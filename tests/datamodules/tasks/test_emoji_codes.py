@@ -66,6 +66,7 @@ def quick(name: str, **options: Any) -> tuple[str, ...]:
     return "--config", "staged/emoji-codes", "--config", name, "--data.tiny", "true"
 
 
+@pytest.mark.slow
 def test_a_command_writes_codes_and_stages_that_read_them_have_a_matrix_of_forgetting(
     cli: Callable[..., Result],
 ) -> None:
