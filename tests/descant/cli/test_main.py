@@ -91,7 +91,7 @@ def test_help_of_a_class_needs_no_torch(tmp_path: Path, written_content: dict[st
     below = ask("--config", "contrastive/emoji", "--model.optimizer.help", "SGD")
     assert "class_path: torch.optim.SGD" in below.stdout and "\n  params:" not in below.stdout
     assert "patience" in ask("--trainer.callbacks.help", "EarlyStopping").stdout
-    assert "Emoji, Fashion" in ask("--data.help").stdout
+    assert "Emoji, EmojiCodes, Fashion" in ask("--data.help").stdout
     wrong = ask("--model.help", "Contrastiv")
     assert wrong.returncode == 2 and wrong.stderr.endswith("of kind Recipe; nearest: Contrastive\n")
 
