@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -122,9 +123,11 @@ class StagedData(CompositeDataModule):
         num_workers: of all stages except those of rollouts or pools, which read in the main process; by default that
             of each stage's data.
         tiny: of the data of all stages.
+        sham: a control: the data of the stages in reverse order, each for the length of the stage whose place it takes.
 
     Raises:
-        ValueError: for no stage, or an unknown one to evaluate; at setup, for other epochs of the trainer.
+        ValueError: for no stage, or an unknown one to evaluate; for a sham with rollouts, which belong to their stage;
+            at setup, for other epochs of the trainer.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class StagedData(CompositeDataModule):
         evaluate: str | None = None,
         num_workers: int | None = None,
         tiny: bool = False,
+        sham: Literal["permute"] | None = None,
     ) -> None:
         if not stages:
             raise ValueError("stages: none; such as {answers: {class_path: StageData, init_args: {data: ...}}}")
@@ -142,7 +146,14 @@ class StagedData(CompositeDataModule):
             raise ValueError(f"evaluate: no stage {evaluate!r}; there is {', '.join(stages)}")
         self.stages = dict(stages)
         self.evaluated = self.stages[evaluate or list(stages)[-1]].data
-        first = next(iter(stages.values())).data
+        if sham is not None:
+            if any(isinstance(stage.data, PooledDialogues) for stage in stages.values()):
+                raise ValueError("sham: rollouts and pools are of their stage, and cannot take the place of another")
+            order = [stage.data for stage in reversed(self.stages.values())]
+            self.stages = {name: copy(stage) for name, stage in self.stages.items()}
+            for stage, data in zip(self.stages.values(), order, strict=True):
+                stage.data = data
+        first = next(iter(self.stages.values())).data
         super().__init__(first.batch_size, self.evaluated.eval_batch_size, tiny=tiny)
         self._facts: dict[str, Any] = {}
         self.steps: dict[str, int] = {}

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.emoji_codes import CodeDocument
 from tests.conftest import Result
 from tests.papers.test_mio import data, shared, tokenizers
 from tests.tolerance import F32, ulps
 
 STAGES = ("align", "interleave", "speak", "tune")
+ORDERS = (["text", "image"], ["image", "text"], ["audio", "text"])
 
 
 def test_codes_of_a_file_train_as_those_that_are_made_and_other_tokenizers_are_refused(tmp_path: Path) -> None:
@@ -57,6 +59,15 @@ def test_codes_of_a_file_train_as_those_that_are_made_and_other_tokenizers_are_r
     ):
         with pytest.raises(ValueError, match=line):
             make()
+
+
+def test_a_sham_of_stages_has_their_data_in_reverse_and_their_lengths() -> None:
+    parts = [StageData(data(documents=[CodeDocument(order)]), steps=n) for n, order in enumerate(ORDERS, 1)]
+    stages = dict(zip("abc", parts, strict=True))
+    sham = StagedData(stages, sham="permute")
+    assert [stage.data for stage in sham.stages.values()] == [stage.data for stage in reversed(parts)]
+    assert [stage.steps for stage in sham.stages.values()] == [1, 2, 3] and sham.evaluated is parts[-1].data
+    assert [stage.data for stage in StagedData(stages).stages.values()] == [stage.data for stage in parts]
 
 
 def quick(name: str, **options: Any) -> tuple[str, ...]:
