@@ -16,7 +16,7 @@ from descant.modules.towers.base import Tower
 class ConvAdapter(PatchAdapter):
     """Patches of an image through a convolutional network: ``h = W tower(x of visible patches)_t + sincos + modality``.
 
-    Hidden patches are zeros before the network, so that no token tells of them, as in ConvMAE (Gao 2022, arXiv
+    Hidden patches are zeros before the network, so that no token depends on them, as in ConvMAE (Gao 2022, arXiv
     2205.03892); samples of which nothing is visible do not pass it. Convolutions make more of few images than patches
     alone do. As a target it is as a PatchAdapter.
 

@@ -45,7 +45,8 @@ class OneOf(Corruption):
         def chosen(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             return {m: torch.stack([mask[m] for mask in each])[which_B, row_B] for m in real}
 
-        return Masks(*(chosen(each) for each in zip(*((m.visible, m.target, m.loss) for m in masks), strict=True)))
+        visible, target = [each.visible for each in masks], [each.target for each in masks]
+        return Masks(chosen(visible), chosen(target), chosen([each.loss for each in masks]))
 
     def predicts(self, modality: str) -> bool:
         return any(corruption.predicts(modality) for corruption in self.corruptions)

@@ -226,8 +226,8 @@ class Sampler:
         encoded, open_S = list[Encoded](), torch.ones(B, dtype=torch.bool, device=device)
         for step in range(T - 1):
             if not encoded:  # the targets before are no inputs, so that it is encoded once
-                part = ({name: x[row_S] for name, x in of.items()} for of in (raw, seen))
-                encoded = self._encoded(model, *part, m)
+                raw_S, seen_S = ({name: x[row_S] for name, x in of.items()} for of in (raw, seen))
+                encoded = self._encoded(model, raw_S, seen_S, m)
             asked_ST = (torch.arange(T, device=device) <= step).expand(len(row_S), T)
             score_NPC = self._scores(model, encoded, m, asked_ST, s_BT[row_S, : step + 1].reshape(-1, 1))
             allowed_C = content_C.clone()
