@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
@@ -52,6 +53,7 @@ class Masked(MaskedRecipe):
             elsewhere; left out of the sequence where not given.
         reduction: how the losses of modalities are averaged; their sum where not given.
         sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
+        permuted: those others, all but the first where not given.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Masked(MaskedRecipe):
         fill: Imputer | None = None,
         reduction: Reduction | None = None,
         sham: Literal["permute"] | None = None,
+        permuted: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -86,12 +89,16 @@ class Masked(MaskedRecipe):
         widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
         self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
         self.reduction, self.sham = reduction or SumOfModalities(), Sham(sham)
+        self.permuted = list(self.modalities[1:]) if permuted is None else permuted
+        for m in self.permuted:
+            if m not in self.modalities:
+                raise ValueError(f"permuted: {m!r}: {no_such(m, self.modalities)}")
 
     # the method --------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Output:
         if self.training:
-            batch = self.sham.permute_modalities(batch, self.modalities[1:])
+            batch = self.sham.permute_modalities(batch, self.permuted)
         return Output(self.losses(batch))
 
     def losses(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Term]:

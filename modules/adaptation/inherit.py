@@ -1,7 +1,8 @@
-"""Initialize towers, or all weights, from another run."""
+"""Initialize towers, or all weights, from another run; extend a masked model by modalities."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +17,8 @@ from descant.modules.towers.base import Tower
 
 #: Attributes of a recipe that map a modality into the shared space.
 PARTS = ("towers", "pools", "heads")
+#: Names of the weights of a masked model's adapters begin so.
+ADAPTERS = "adapters."
 
 
 class Inherit(Adapt):
@@ -103,9 +106,46 @@ class Begin(Adapt):
         model: Any = recipe  # a teacher is not loaded
         teacher, model.distill = getattr(recipe, "distill", None), None
         try:
-            saved.load_exactly(recipe, state, run.weights)
+            saved.load_exactly(recipe, state | self.fresh(recipe, state), run.weights)
         finally:
             model.distill = teacher
+
+    def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the recipe that stay as they are; ValueError if it does not go with the run's."""
+        return {}
+
+
+class Extend(Begin):
+    """Starts a masked model from a run with fewer modalities: old weights to the bit, new ones as initialised (4M-21).
+
+        theta = [theta_run; theta_new],   theta_new: whatever belongs to the adapters that the run has not
+
+    The run's modalities come first and new ones behind them, in ``others`` of Adapters, so that right after extension
+    losses and predictions of old modalities from old inputs are the same to the bit. Old and new weights are trained
+    by one optimizer, which begins anew.
+    Source: Bachmann 2024 (4M-21, arXiv 2406.09406), which starts from 4M of 7 modalities.
+
+    Args:
+        path, checkpoint: as of Begin.
+
+    Raises:
+        ValueError: in ``apply``, as of Begin; for a recipe or run without adapters, one without new modalities, and
+            where a new one stands before an old one.
+    """
+
+    def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        old = dict.fromkeys(key.split(".")[1] for key in state if key.startswith(ADAPTERS))
+        here = list(cast(nn.ModuleDict, getattr(recipe, "adapters", nn.ModuleDict())))
+        if not old or not here:
+            raise ValueError(f"Extend: {'the run' if here else type(recipe).__name__} has no adapters: Masked has them")
+        new = [m for m in here if m not in old]
+        if not new:
+            raise ValueError(f"Extend: no modality beside {', '.join(old)}, which the run has; Begin continues a run")
+        if here[: len(old)] != [m for m in here if m in old]:
+            raise ValueError(f"Extend: {new[0]} is new, and stands before one of {', '.join(old)}; give it in others")
+        return {
+            k: x for k, x in recipe.state_dict().items() if k not in state and not set(new).isdisjoint(k.split("."))
+        }
 
 
 def permuted(x: Tensor, name: str) -> Tensor:

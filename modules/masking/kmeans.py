@@ -1,6 +1,6 @@
-"""A tokenizer of patches that needs no training: centres of k-means.
+"""Tokenizers of patches and of vectors that need no training: centres of k-means.
 
-Letters: B samples, T tokens, P numbers of a patch, N patches, K codes, L layers.
+Letters: B samples, T tokens, P numbers of a patch, N patches, K codes, L layers, G groups of a vector, W its width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,22 @@ from descant.modules.core.host import derived
 from descant.modules.masking.adapters import PatchAdapter
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.quantizers import residual_vq
+from descant.modules.towers.image import require_divisor
+
+
+def centres(x_NP: Tensor, codes: int, seed: int) -> Tensor:
+    """``[K, P]``: means of the clusters of k-means, in float64 and on the CPU: the same sums on every device.
+
+    Raises:
+        ValueError: for fewer rows than codes.
+
+    >>> centres(torch.tensor([[0.0], [1.0], [8.0]]), 2, seed=0).sort(dim=0).values.tolist()
+    [[0.5], [8.0]]
+    """
+    if len(x_NP) < codes:
+        raise ValueError(f"{len(x_NP)} vectors for {codes} codes: more samples, or fewer codes")
+    at_NK = F.one_hot(kmeans(x_NP, codes, seed=seed, restarts=1, rounds=30), codes).cpu().double()
+    return (at_NK.T @ x_NP.cpu().double() / at_NK.sum(dim=0).clamp(min=1)[:, None]).to(x_NP)
 
 
 class KMeansPatches(CodeTokenizer):
@@ -74,14 +90,8 @@ class KMeansPatches(CodeTokenizer):
     def fit(self, x: Tensor) -> None:
         x_BTP, real_BT = self.cut.raw(x)
         r_NP = x_BTP[real_BT].to(self.centre_LKP.dtype)
-        if len(r_NP) < self.codes:
-            raise ValueError(f"{len(r_NP)} patches for {self.codes} codes: more samples, or fewer codes")
         for layer in range(self.layers):
-            at_NK = F.one_hot(kmeans(r_NP, self.codes, seed=layer, restarts=1, rounds=30), self.codes).to(r_NP)
-            # in float64 and on the CPU: the same sums on every device
-            sum_KP = at_NK.cpu().double().T @ r_NP.cpu().double()
-            centre_KP = (sum_KP / at_NK.cpu().double().sum(dim=0).clamp(min=1)[:, None]).to(self.centre_LKP)
-            self.centre_LKP[layer] = centre_KP
+            self.centre_LKP[layer] = centre_KP = centres(r_NP, self.codes, seed=layer)
             r_NP = r_NP - centre_KP[residual_vq(r_NP, centre_KP[None]).id_NL[:, 0]]
         self.fitted = True
 
@@ -106,3 +116,74 @@ class KMeansPatches(CodeTokenizer):
     def cover(self, x_BT: Tensor) -> Tensor:
         first_BT = x_BT[:, : self.length // self.layers]
         return self.cut.whole(first_BT[..., None].expand(-1, -1, self.cut.numbers))
+
+
+class VectorTokens(CodeTokenizer):
+    """A vector as one id of each of some codebooks: product quantisation by k-means (global features of 4M-21).
+
+        id_g = g codes + argmin_k |x_g - c_gk|^2,   x'_g = c_(g, id_g)   of the g-th of equal parts x_g of x
+
+    Fitted once, before the first step, and saved with the model. 4M-21 trains an MLP with memory codes of 8 books;
+    this needs no training. For residual layers of whole vectors there is KMeansPatches of one patch.
+    Source: Jegou 2011 (product quantisation), Bachmann 2024 (4M-21, arXiv 2406.09406).
+
+    Args:
+        width: W, numbers of a vector.
+        books: G, which divides it.
+        codes: K of each.
+        cosine: vectors are divided by their length first, so that codes are of directions alone.
+        samples: of training that it is fitted on.
+
+    Raises:
+        ValueError: for books that do not divide the width or fewer than two, fewer than two codes, or no sample;
+            where it is fitted, for fewer vectors than codes; in ``encode``, for another width, and before it is fitted.
+
+    >>> tokenizer = VectorTokens(width=4, books=2, codes=2)
+    >>> x_BW = torch.tensor([[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 0.0, 0.0]])
+    >>> tokenizer.fit(x_BW)
+    >>> torch.equal(tokenizer.decode(tokenizer.encode(x_BW)), x_BW), tokenizer.vocabulary
+    (True, 4)
+    """
+
+    centre_GKP: Tensor
+
+    def __init__(self, width: int, books: int = 8, codes: int = 64, cosine: bool = False, samples: int = 400) -> None:
+        if books < 2 or codes < 2 or samples < 1:
+            raise ValueError(f"books {books}, codes {codes}, samples {samples}: at least 2, 2 and 1")
+        require_divisor("books", books, "width", width)
+        super().__init__([1], codes, books)
+        self.width, self.cosine, self.samples = width, cosine, samples
+        self.register_buffer("centre_GKP", torch.zeros(books, codes, width // books))
+        self.fitted = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.fitted = bool(self.centre_GKP.any())
+
+    def _parts(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != (self.width,):
+            raise ValueError(f"input {list(x.shape[1:])}: this tokenizer takes vectors of {self.width}")
+        x_BW = x.to(self.centre_GKP.dtype)
+        return (F.normalize(x_BW, dim=1) if self.cosine else x_BW).unflatten(1, (self.layers, -1))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        for g, x_NP in enumerate(self._parts(x).unbind(dim=1)):
+            self.centre_GKP[g] = centres(x_NP, self.codes, seed=g)
+        self.fitted = True
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        if not self.fitted:
+            raise ValueError("VectorTokens: not fitted; a fit with Masked does it, or `fit(x)`")
+        with torch.autocast(x.device.type, enabled=False):
+            each = zip(self._parts(x).unbind(dim=1), self.centre_GKP, strict=True)
+            id_BG = torch.cat([residual_vq(x_BP, centre_KP[None]).id_NL for x_BP, centre_KP in each], dim=1)
+        return self.joined(id_BG[:, None])
+
+    def decode(self, code_BT: Tensor) -> Tensor:
+        each = zip(self.split(code_BT).squeeze(1).unbind(dim=1), self.centre_GKP, strict=True)
+        return torch.cat([centre_KP[id_B] for id_B, centre_KP in each], dim=1)
+
+    def cover(self, x_BT: Tensor) -> Tensor:
+        return x_BT.repeat_interleave(self.width // self.layers, dim=1)

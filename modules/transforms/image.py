@@ -54,11 +54,19 @@ def edges(x_B3HW: Tensor) -> Tensor:
     >>> edges(x_B3HW)[0, 0, 1].tolist()
     [-1.0, -1.0, 1.0, 1.0, -1.0, -1.0]
     """
+    return gradient(x_B3HW).square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
+
+
+def gradient(x_B3HW: Tensor) -> Tensor:
+    """Gradient of the luma, across and down, by Sobel's masks: float ``[B, 2, H, W]``, in steps of a pixel.
+
+    >>> gradient(torch.arange(3.0).expand(1, 3, 3, 3))[0, :, 1, 1].tolist()
+    [2.0, 0.0]
+    """
     luma = (x_B3HW.float() * to_device(torch.tensor(_LUMA), x_B3HW.device)[:, None, None]).sum(1, keepdim=True)
     mask = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
     mask = to_device(mask, luma.device)
-    both = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), torch.stack([mask, mask.T])[:, None])
-    return both.square().sum(1, keepdim=True).sqrt().clamp(max=1) * 2 - 1
+    return F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), torch.stack([mask, mask.T])[:, None])
 
 
 #: The eleven basic colour terms of English (Berlin and Kay 1969), and a typical colour of each in 0..255.

@@ -78,7 +78,7 @@ def test_padding_stays_padding_in_every_layer() -> None:
     [
         (lambda: KMeansPatches([8, 8], 3), "patch 3 does not divide size 8; the nearest that does is 2"),
         (lambda: KMeansPatches([8, 8], 4, codes=1), "codes 1, layers 1, samples 400: at least 2, 1 and 1"),
-        (lambda: KMeansPatches([8, 8], 4, codes=99).fit(pictures(4)), "16 patches for 99 codes: more samples"),
+        (lambda: KMeansPatches([8, 8], 4, codes=99).fit(pictures(4)), "16 vectors for 99 codes: more samples"),
         (
             lambda: tokenizer().decode(torch.zeros(1, 9, dtype=torch.long)),
             r"codes \[1, 9\]: this tokenizer has rows of 32",
