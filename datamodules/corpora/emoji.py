@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.base import (
-    ImageViews,
-    class_prompts,
-    flattened,
-    name_hash,
-    run_ledger,
-    settings,
-)
+from descant.datamodules.corpora.base import ImageViews, class_prompts, flattened, name_hash, run_ledger, settings
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
+from descant.datamodules.corpora.derived import DERIVED
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
 from descant.datamodules.corpora.emoji_table import COLUMNS, concept_facts, drawing_facts, emoji_table, standardised
@@ -45,12 +39,10 @@ from descant.datamodules.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer
-from descant.modules.transforms.image import Augment, colour_names, edges
+from descant.modules.transforms.image import Augment
 from descant.modules.transforms.regions import Regions
 from descant.modules.transforms.table import ColumnMissing
 
-#: Modalities that are computed from the image, on the device.
-DERIVED: dict[str, Callable[[Tensor], Tensor]] = {"sketch": edges, "palette": colour_names, "rgb": torch.clone}
 #: Of how many training drawings the regions are that visual words are fitted on.
 WORD_DRAWINGS = 400
 
@@ -83,6 +75,7 @@ class Emoji(ImageViews):
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
         rgb: another, the image again, for models that read its pixels and predict its codes.
+        derived: more of the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``, of its edges.
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
         table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
         missing: cells of the table that are hidden beside those.
@@ -126,6 +119,7 @@ class Emoji(ImageViews):
         sketch: bool = False,
         palette: bool = False,
         rgb: bool = False,
+        derived: list[str] | None = None,
         speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
         development: bool = False,
@@ -143,7 +137,8 @@ class Emoji(ImageViews):
     ) -> None:
         self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
         self.regions = regions
-        self.derived = [m for m, on in (("sketch", sketch), ("palette", palette), ("rgb", rgb)) if on]
+        on = (("sketch", sketch), ("palette", palette), ("rgb", rgb))
+        self.derived = [m for m, given in on if given] + (derived or [])
         super().__init__(**kwargs)
         self.text, self.groups, self.languages = text, groups, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
@@ -158,6 +153,7 @@ class Emoji(ImageViews):
         require_known("vendors", self.vendors, VENDORS)
         require_known("bank_vendors", self.bank_vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
+        require_known("derived", derived or [], ("dominant", "orientations"))
         if development and sealed:
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if mixer is not None and shuffle_captions:

@@ -88,7 +88,7 @@ from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.conv_adapter import ConvAdapter
-from descant.modules.masking.kmeans import KMeansPatches
+from descant.modules.masking.kmeans import KMeansPatches, VectorTokens
 from descant.modules.masking.one_of import OneOf
 from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
@@ -101,6 +101,8 @@ from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
 from descant.modules.tokenizers.unified import CodeFormat, UnifiedVocabulary
+from descant.modules.tokenizers.codes import CodeTokenizer
+from descant.modules.tokenizers.values import PaletteTokens, ScalarTokens
 from descant.modules.towers import (
     BagTower,
     ConvTower,
@@ -124,6 +126,7 @@ from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.crops import LocalCrops
 from descant.modules.transforms.image import Augment, Crop, Pixels
+from descant.modules.transforms.palette import dominant_colours
 from descant.modules.transforms.regions import Regions
 from descant.recipes import Contrastive, Fusion
 from tests._suites.discovery import concrete
@@ -566,6 +569,11 @@ def _adapter(make: Callable[[], adapters.Adapter], draw: Callable[[], Tensor]) -
     return use
 
 
+def _fitted_to(tokenizer: CodeTokenizer) -> CodeTokenizer:
+    tokenizer.fit(torch.randn(9, 6))
+    return tokenizer
+
+
 def _fitted() -> KMeansPatches:
     tokenizer = KMeansPatches(size=[4, 4], patch=2, codes=3, layers=2)
     tokenizer.fit(torch.randn(5, 3, 4, 4))
@@ -588,6 +596,16 @@ part("TokenAdapter")(
 )
 part("SequenceAdapter")(_adapter(lambda: SequenceAdapter(9, 4), lambda: torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])))
 part("CodeAdapter", "KMeansPatches")(_adapter(lambda: CodeAdapter(_fitted()), lambda: torch.randn(2, 3, 4, 4)))
+part("VectorTokens")(_adapter(lambda: CodeAdapter(_fitted_to(VectorTokens(6, 2, 3))), lambda: torch.randn(2, 6)))
+part("ScalarTokens")(
+    _adapter(
+        lambda: CodeAdapter(_fitted_to(ScalarTokens([0] * 6, bins=4))),
+        lambda: torch.randn(2, 6).masked_fill(torch.arange(12).view(2, 6) == 3, torch.nan),
+    )
+)
+part("PaletteTokens")(
+    _adapter(lambda: CodeAdapter(PaletteTokens(2, 4)), lambda: dominant_colours(torch.rand(2, 3, 4, 4) * 2 - 1, 2))
+)
 part("TableAdapter")(
     _adapter(lambda: discrete_adapters.TableAdapter([0, 3]), lambda: torch.tensor([[0.5, 2.0], [0.1, torch.nan]]))
 )

@@ -26,7 +26,7 @@ from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
-from descant.modules.adaptation.inherit import Begin, Inherit
+from descant.modules.adaptation.inherit import Begin, Extend, Inherit
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
@@ -46,14 +46,14 @@ from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.information import Boltzmann, Normal
 from descant.modules.losses.views import BYOL, DINO
-from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.adapters import Adapter, Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import UniformMask
 from descant.modules.masking.decoders import CrossDecoder
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
-from descant.modules.masking.kmeans import KMeansPatches
+from descant.modules.masking.kmeans import KMeansPatches, VectorTokens
 from descant.modules.masking.patch_mix import PatchMix
 from descant.modules.masking.reductions import MeanOfModalities
 from descant.modules.masking.sampler import Sampler
@@ -78,6 +78,7 @@ from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.tokenizers.quantizers import FSQ, VQ
 from descant.modules.tokenizers.text import NgramTokenizer
+from descant.modules.tokenizers.values import PaletteTokens, ScalarTokens
 from descant.modules.towers import BagTower, ConvTower, PatchTower, RegionTower, TableTower, TextTower, Towers
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Trunk
@@ -147,9 +148,10 @@ def prepare(folder: Path) -> Path:
         "margins": fusion("OrthogonalFusion", *NAMES),
         **{m: fusion("LateFusion", m) for m in NAMES},
         "clip": node("Contrastive", *NAMES),
+        "codes": {"class_path": "descant.recipes.Masked"},
     }
     for name, model in models.items():
-        write(folder / name, model, build(model))
+        write(folder / name, model, Masked(codes(), Trunk(8, 1, 2)) if name == "codes" else build(model))
     return folder
 
 
@@ -504,6 +506,27 @@ def any_to_any(before: Path) -> Run:
     directions = c.CrossModalLoss(["image", "palette", "text"], limit=8)
     exact = c.GenerationAccuracy(["image"], "text", limit=8)
     return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures, directions, exact], {"val_check_interval": 2})
+
+
+def codes(**others: Adapter) -> Adapters:
+    return Adapters(
+        image=CodeAdapter(KMeansPatches([16, 16], 8, codes=4, samples=8)), text=TokenAdapter(8192, 24), others=others
+    )
+
+
+@run
+def extended(before: Path) -> Run:
+    """Begins as a run of fewer modalities ended."""
+    adapters = codes(
+        dominant=CodeAdapter(PaletteTokens(4, 4)),
+        orientations=CodeAdapter(VectorTokens(128, 4, 4, samples=8)),
+        table=CodeAdapter(ScalarTokens(COLUMNS, bins=4, samples=8)),
+    )
+    recipe = Masked(adapters, Trunk(8, 1, 2), adapt=[Extend(before / "codes", "last")], optimizer=adamw)
+    data = emoji(derived=["dominant", "orientations"], table=True)
+    return Run(
+        recipe, data, [c.Accuracy(), c.Steering(["text"], sampler=Sampler(2), limit=8)], {"val_check_interval": 2}
+    )
 
 
 # language -----------------------------------------------------------------------------------------------------------
