@@ -19,7 +19,7 @@ class ScalarTokens(CodeTokenizer):
 
         id_c = c codes + sum_q [x_c > border_cq],   border_cq: quantile q / bins of training,   x'_c: mean of a bin
 
-    A column is a layer, whose ids are a block of their own; its place says which it is, as the key tokens of 4M-21 do.
+    A column is a layer, whose ids are a block of their own; its place shows which it is, as key tokens do in 4M-21.
     nan is a missing cell, and no token. Bins are fitted once, before the first step, and saved with the model.
     Source: Bachmann 2024 (4M-21, arXiv 2406.09406), there bins of equal width.
 

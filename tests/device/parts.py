@@ -100,8 +100,8 @@ from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
-from descant.modules.tokenizers.unified import CodeFormat, UnifiedVocabulary
 from descant.modules.tokenizers.codes import CodeTokenizer
+from descant.modules.tokenizers.unified import CodeFormat, UnifiedVocabulary
 from descant.modules.tokenizers.values import PaletteTokens, ScalarTokens
 from descant.modules.towers import (
     BagTower,
