@@ -11,7 +11,7 @@ import yaml
 
 from descant.modules.adaptation.inherit import Begin, Extend
 from descant.modules.core.batch import Batch
-from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.masking.adapters import Adapter, Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import UniformMask
@@ -31,12 +31,13 @@ NEW = ("dominant", "facts")
 def recipe(new: bool, seed: int, decoder: Decoder | None = None, ordered: bool = True, **options: Any) -> Masked:
     torch.manual_seed(seed)
     text = SequenceAdapter(9, 8) if ordered else TokenAdapter(9, 8)
-    more = {"dominant": CodeAdapter(PaletteTokens(2, 4)), "facts": CodeAdapter(ScalarTokens([0, 3], bins=4))}
+    facts = CodeAdapter(ScalarTokens([0, 3], bins=4))
+    more: dict[str, Adapter] = {"dominant": CodeAdapter(PaletteTokens(2, 4)), "facts": facts}
     adapters = Adapters(
         image=PatchAdapter([8, 8], 2),
         palette=CategoryAdapter(3, [8, 8], 2, embedding=4),
         text=text,
-        others={"codes": TokenAdapter(7, 9, pad=None)} | (more if new else {}),
+        others={"codes": TokenAdapter(7, 9, pad=None), **(more if new else {})},
     )
     if ordered:
         pair = DirichletPair(dict.fromkeys(OLD, 0.5), {"palette": 0.5, "text": 0.5, "codes": 0.5})
