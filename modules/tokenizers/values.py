@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.core.host import derived, has_host_copy, host_copy
+from descant.modules.core.host import derived, has_host_copy, host_copy, to_device
 from descant.modules.tokenizers.codes import CodeTokenizer
 
 
@@ -97,7 +97,7 @@ class ScalarTokens(CodeTokenizer):
                 raise ValueError(f"column {c} of row {b}: category {float(x_BC[b, c]):g}, and it has {has}")
         bin_BC = (x[..., None] > self.border_CQ).sum(dim=2)
         category_BC = x.nan_to_num(0.0).long().clamp(0, self.codes - 1)
-        return self.joined(torch.where(most_C.to(x.device) > 0, category_BC, bin_BC)[:, None])
+        return self.joined(torch.where(to_device(most_C, x.device) > 0, category_BC, bin_BC)[:, None])
 
     def decode(self, code_BT: Tensor) -> Tensor:
         id_BC = self.split(code_BT).squeeze(1)

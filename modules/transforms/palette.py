@@ -81,8 +81,9 @@ def orientations(x_B3HW: Tensor, cells: int = 4, bins: int = 8) -> Tensor:
     across_BHW, down_BHW = gradient(x_B3HW).unbind(dim=1)
     turn_BHW = torch.atan2(down_BHW, across_BHW).remainder(math.pi) * (bins / math.pi)
     size_BHW = (across_BHW.square() + down_BHW.square()).sqrt()
-    at_BHWO = F.one_hot(turn_BHW.long().clamp(max=bins - 1), bins) * size_BHW[..., None]
-    cell_BOCC = F.adaptive_avg_pool2d(at_BHWO.movedim(3, 1), cells)
+    id_O11 = torch.arange(bins, device=x_B3HW.device)[:, None, None]
+    at_BOHW = (turn_BHW.long().clamp(max=bins - 1)[:, None] == id_O11) * size_BHW[:, None]
+    cell_BOCC = F.adaptive_avg_pool2d(at_BOHW, cells)
     return F.normalize(cell_BOCC.flatten(1), dim=1)
 
 

@@ -91,6 +91,7 @@ RECIPES: dict[str, list[Case]] = {
     "Masked": [
         Case(("masked/emoji",)),
         Case(("masked/pixels-and-codes",), slow=True),
+        Case(("masked/extended",), ("--model.adapt", "[]"), slow=True),  # without the run that it begins from
         Case(("masked/speech",), _small(8), slow=True),
         Case(("masked/volumes",), slow=True),
         Case(("masked/landsat",), slow=True),
