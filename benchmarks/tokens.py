@@ -1,5 +1,4 @@
-"""4M's step beside a plain loop over timm's blocks, its compute by tokens, and codes decoded in parallel beside one after
-the other.
+"""4M's step beside a plain loop over timm's blocks, its compute by tokens, and codes in parallel beside one by one.
 
 Letters: B samples, C channels, H and W pixels, T tokens, K visible and Q target ones, D width.
 """
@@ -135,5 +134,5 @@ def compute(pairs: int = 30, rows: int = 32) -> Iterator[Row]:
             our_loss(model, data[0]).backward()
         flops.append(counter.get_total_flops())
     yield Row.within("tokens/operations_by_share", flops[0] / (share * flops[1]), PROPORTIONAL)
-    steps = (contrastive.step_of(partial(our_loss, model), data, adamw(model)) for model in (some, whole))
-    yield Row.within("tokens/time_by_share", 1 / (share * ratio(*steps, pairs).value), PROPORTIONAL)
+    less, more = (contrastive.step_of(partial(our_loss, model), data, adamw(model)) for model in (some, whole))
+    yield Row.within("tokens/time_by_share", 1 / (share * ratio(less, more, pairs).value), PROPORTIONAL)
