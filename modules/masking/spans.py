@@ -27,6 +27,16 @@ def lengths(kept_BT: Tensor, hidden_BT: Tensor) -> Tensor:
     return kept_BT.sum(dim=1) + starts(hidden_BT).sum(dim=1)
 
 
+def cost(hidden_BT: Tensor) -> Tensor:
+    """Int64 ``[B, T]``: what each hidden token takes of a budget of targets: itself, its span's sentinel, the last one.
+
+    >>> cost(torch.tensor([[True, True, False, True]])).tolist()
+    [[2, 1, 0, 3]]
+    """
+    last_BT = hidden_BT & (hidden_BT.cumsum(dim=1) == hidden_BT.sum(dim=1, keepdim=True))
+    return hidden_BT.long() + starts(hidden_BT) + last_BT
+
+
 def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
     """Bool ``[B, T]``: the hidden tokens that are targets, so that with their sentinels they fit a budget (4M).
 
@@ -42,9 +52,7 @@ def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
     >>> target_run(hidden_BT, torch.tensor([4]), torch.tensor([0.4])).int().tolist()
     [[0, 0, 0, 1, 0, 0]]
     """
-    start_BT = starts(hidden_BT)
-    last_BT = hidden_BT & (hidden_BT.cumsum(dim=1) == hidden_BT.sum(dim=1, keepdim=True))
-    cost_BT = hidden_BT.long() + start_BT + last_BT
+    start_BT, cost_BT = starts(hidden_BT), cost(hidden_BT)
     through_BT = cost_BT.cumsum(dim=1)
     before_BT, total_B, budget_B1 = through_BT - cost_BT, through_BT[:, -1], budget_B[:, None]
     chosen_B1 = 1 + (u_B[:, None] * start_BT.sum(dim=1, keepdim=True)).long()

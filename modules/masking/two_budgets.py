@@ -15,7 +15,7 @@ from descant.modules.core.host import host_copy
 from descant.modules.core.objects import require_objects
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.masking.corruptions import Corruption, Grid, Masks, noise, ranks
-from descant.modules.masking.spans import lengths, target_run
+from descant.modules.masking.spans import cost, lengths, target_run
 
 
 def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ class TwoBudgets(Corruption):
     Any n_bm tokens of m are visible, and any k_bm others are targets: see :func:`allotted` for the rounding. Alphas of
     modalities that a sample lacks count as 0. Of a sequence, random tokens are kept with a chance that is drawn from
     [0, 1) and lowered by a tenth until they fit n_bm with one sentinel for each hidden span; these spans are targets as
-    far as they fit k_bm, which is then not reduced by n_bm (:func:`descant.modules.masking.spans.target_run`).
+    far as they fit k_bm with their sentinels and the last one, all of which k_bm is at most
+    (:func:`descant.modules.masking.spans.target_run`).
 
     Args:
         visible, targets: the budgets, in tokens.
@@ -148,14 +149,17 @@ class TwoBudgets(Corruption):
         alpha_2BM = torch.tensor(alphas, dtype=torch.float64)[component_B].transpose(0, 1) * (most_BM > 0)
         visible_B1 = torch.tensor([pair.visible or self.budget for pair in self.mixture])[component_B, None]
         input_BM = self._counts(alpha_2BM[0], visible_B1, most_BM, draw_B, "inputs")
-        once_M = torch.tensor([m not in self.sequences for m in real])
-        target_BM = self._counts(alpha_2BM[1], self.targets, most_BM - input_BM * once_M, draw_B, "targets")
         visible, target = dict[str, Tensor](), dict[str, Tensor]()
+        left_BM = most_BM - input_BM
+        for k, (m, real_BT) in enumerate(real.items()):
+            if m in self.sequences:  # targets are hidden tokens and their sentinels
+                visible[m] = kept(real_BT, input_BM[:, k], draw_B, f"mask/{m}")
+                left_BM[:, k] = cost(real_BT & ~visible[m]).sum(dim=1)
+        target_BM = self._counts(alpha_2BM[1], self.targets, left_BM, draw_B, "targets")
         for k, (m, real_BT) in enumerate(real.items()):
             if m in self.sequences:
-                kept_BT = kept(real_BT, input_BM[:, k], draw_B, f"mask/{m}")
-                run_BT = target_run(real_BT & ~kept_BT, target_BM[:, k], uniform_N(draw_B, f"mask/{m}/span"))
-                visible[m], target[m] = kept_BT, run_BT
+                hidden_BT, u_B = real_BT & ~visible[m], uniform_N(draw_B, f"mask/{m}/span")
+                target[m] = target_run(hidden_BT, target_BM[:, k], u_B)
                 continue
             u_BT = noise(draw_B, f"mask/{m}", real_BT.shape[1])
             rank_BT = ranks(u_BT.masked_fill(~real_BT, -1.0), descending=True)

@@ -68,6 +68,17 @@ def test_budgets_are_disjoint_and_absent_modalities_get_nothing(refill: bool) ->
     assert all(torch.equal(shuffled.target[m].flip(0), masks.target[m]) for m in real)
 
 
+def test_a_text_of_which_nothing_is_seen_is_often_a_target_whole_and_with_its_end() -> None:
+    """A budget of its tokens alone would never be enough: sentinels count."""
+    length_B = torch.randint(3, 9, (600,), generator=torch.Generator().manual_seed(0))
+    real = {"image": torch.ones(600, 4, dtype=torch.bool), "text": torch.arange(12) < length_B[:, None]}
+    pair, grids = DirichletPair({"image": 1.0}, {"text": 1.0}), {"image": (4,), "text": (12,)}
+    for budget, whole in ((10, 1.0), (8, None), (4, 0.0)):
+        masks = TwoBudgets(4, budget, [pair], sequences=["text"])(real, grids, torch.arange(600))
+        share = (masks.target["text"].sum(1) == length_B).double().mean().item()
+        assert share == ((length_B + 2 <= budget).double().mean().item() if whole is None else whole)
+
+
 def test_a_component_may_have_a_budget_of_inputs_of_its_own() -> None:
     real = {m: torch.ones(300, n, dtype=torch.bool) for m, n in (("image", 4), ("codes", 40))}
     pairs = [DirichletPair({"image": 1.0}, {"codes": 1.0}, visible=4), DirichletPair({"codes": 1.0}, {"codes": 1.0})]
