@@ -12,10 +12,9 @@ from torch import Tensor
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import Rows
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.evaluate.reconstruction import Inputs, with_others
-from descant.modules.core.batch import NEGATIVE, Batch
+from descant.callbacks.evaluate.reconstruction import Inputs, require_modalities, with_others
+from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Predicts
 from descant.modules.masking.corruptions import From
@@ -77,9 +76,7 @@ class CrossModalLoss(ForwardEvaluator):
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         needed = list(dict.fromkeys([*self.modalities, *self.shown, *self.shown.values()]))
-        for m in needed:
-            if m not in batch.present or m.endswith(NEGATIVE):
-                raise ValueError(f"CrossModalLoss: modality {m!r}: {no_such(m, batch.present)}")
+        require_modalities(self, batch, needed)
         self._sets.setdefault(name, Inputs(needed, pl_module.device)).add(batch, keep_B)
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:

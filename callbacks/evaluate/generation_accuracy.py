@@ -8,9 +8,9 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.evaluate.reconstruction import require_modalities
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import DecodesTokens
@@ -67,9 +67,7 @@ class GenerationAccuracy(ForwardEvaluator):
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, DecodesTokens)
-        for m in (*self.given, self.target):
-            if m not in batch.present:
-                raise ValueError(f"GenerationAccuracy: modality {m!r}: {no_such(m, batch.present)}")
+        require_modalities(self, batch, (*self.given, self.target))
         both_B = torch.stack([batch.present[m] for m in (*self.given, self.target)]).all(dim=0) & keep_B
         some = batch.select(both_B.nonzero().squeeze(1))
         exact_n = both_B[:0]  # every rank has the same keys

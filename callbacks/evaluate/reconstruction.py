@@ -5,7 +5,7 @@ Letters: B rows of a batch, N rows of a set or bank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,13 @@ from descant.modules.masking.corruptions import Corruption, Hide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def require_modalities(callback: L.Callback, batch: Batch, modalities: Iterable[str]) -> None:
+    """Raises ValueError naming the callback and the first modality that the data lacks; negatives are none."""
+    for m in modalities:
+        if m not in batch.present or m.endswith(NEGATIVE):
+            raise ValueError(f"{type(callback).__name__}: modality {m!r}: {no_such(m, batch.present)}")
 
 
 class Inputs:
@@ -175,9 +182,7 @@ class Reconstruction(ForwardEvaluator):
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         needed = list(dict.fromkeys([*self.targets, *self.given]))
-        for m in needed:
-            if m not in batch.present or m.endswith(NEGATIVE):
-                raise ValueError(f"Reconstruction: modality {m!r}: {no_such(m, batch.present)}")
+        require_modalities(self, batch, needed)
         for m in self.targets:
             if not batch.inputs[m].is_floating_point():
                 raise ValueError(f"Reconstruction: {m!r} holds categories, and a mean square error needs numbers")

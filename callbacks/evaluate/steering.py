@@ -8,10 +8,9 @@ from torch import Tensor
 
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
-from descant.callbacks.evaluate.reconstruction import Inputs, with_others
-from descant.modules.core.batch import NEGATIVE, Batch
+from descant.callbacks.evaluate.reconstruction import Inputs, require_modalities, with_others
+from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import DecodesTokens
@@ -78,9 +77,8 @@ class Steering(ForwardEvaluator):
         self._sets = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        for m in (needed := [*self.given, self.palette]):
-            if m not in batch.present or m.endswith(NEGATIVE):
-                raise ValueError(f"Steering: modality {m!r}: {no_such(m, batch.present)}")
+        needed = [*self.given, self.palette]
+        require_modalities(self, batch, needed)
         inputs = self._sets.setdefault(name, Inputs(needed, pl_module.device))
         inputs.add(batch, keep_B & batch.both(*needed))
 

@@ -49,6 +49,6 @@ class ConvAdapter(PatchAdapter):
         if not len(row_R):  # every rank's backward reaches the same parameters: one sample of no token
             row_R = torch.zeros(1, dtype=torch.long)
         row_R, of_N = to_device(row_R, x_BTP.device), to_device(of_N, x_BTP.device)
-        seen_RTP = torch.zeros_like(x_BTP[row_R])
+        seen_RTP = x_BTP.new_zeros(len(row_R), *x_BTP.shape[1:])
         seen_RTP[of_N, at.place_N] = x_BTP[at.row_N, at.place_N]
         return self.embed(self.tower(self.whole(seen_RTP)).h_BTD[of_N, at.place_N], at.place_N)
