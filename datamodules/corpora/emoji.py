@@ -61,6 +61,7 @@ class Emoji(ImageViews):
     Args:
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
+        vocab: ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by default.
         groups: of the concepts of all sets, such as [animals-nature]; all where not given.
         languages: of the training captions.
         vendors: of the training images.
@@ -74,8 +75,8 @@ class Emoji(ImageViews):
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
-        rgb: another, the image again, for models that read its pixels and predict its codes.
-        derived: more of the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``, of its edges.
+        derived: more of the image: ``rgb``, the image again, for models that read its pixels and predict its codes;
+            ``dominant [B, 4, 3]``, its colours; ``orientations [B, 128]``, of its edges.
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
         table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
         missing: cells of the table that are hidden beside those.
@@ -105,6 +106,7 @@ class Emoji(ImageViews):
         self,
         size: int = 32,
         text: Tokenizer | None = None,
+        vocab: int | None = None,
         groups: list[str] | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
@@ -118,7 +120,6 @@ class Emoji(ImageViews):
         views: dict[str, int] | None = None,
         sketch: bool = False,
         palette: bool = False,
-        rgb: bool = False,
         derived: list[str] | None = None,
         speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
@@ -137,10 +138,10 @@ class Emoji(ImageViews):
     ) -> None:
         self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
         self.regions = regions
-        on = (("sketch", sketch), ("palette", palette), ("rgb", rgb))
+        on = (("sketch", sketch), ("palette", palette))
         self.derived = [m for m, given in on if given] + (derived or [])
         super().__init__(**kwargs)
-        self.text, self.groups, self.languages = text, groups, languages or ["en"]
+        self.text, self.vocab, self.groups, self.languages = text, vocab, groups, languages or ["en"]
         self.vendors = vendors or ["noto", "twemoji", "openmoji"]
         self.bank_vendors = bank_vendors or self.vendors
         self.name_only, self.nameless, self.keywords = name_only, nameless, keywords
@@ -153,7 +154,7 @@ class Emoji(ImageViews):
         require_known("vendors", self.vendors, VENDORS)
         require_known("bank_vendors", self.bank_vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
-        require_known("derived", derived or [], ("dominant", "orientations"))
+        require_known("derived", derived or [], ("rgb", "dominant", "orientations"))
         if development and sealed:
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if mixer is not None and shuffle_captions:
@@ -197,7 +198,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.text or BPETokenizer(self.folder / "tokenizer.json")
+        return self.text or BPETokenizer(self.folder / "tokenizer.json", size=self.vocab)
 
     @cached_property
     def captions(self) -> Captions:

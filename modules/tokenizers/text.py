@@ -5,6 +5,7 @@ Letters: N texts, T tokens.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,12 +118,14 @@ class BPETokenizer(Tokenizer):
     Args:
         path: the file.
         length: T, tokens of a row.
+        size: ids that are kept: those of the first merges, so that texts have more tokens and a softmax over them is
+            cheaper; all where not given.
 
     Raises:
-        ValueError: if the file is missing or is no tokenizer.
+        ValueError: if the file is missing or is no tokenizer, or cannot be cut to ``size`` ids.
     """
 
-    def __init__(self, path: Path | str, length: int = 24) -> None:
+    def __init__(self, path: Path | str, length: int = 24, size: int | None = None) -> None:
         super().__init__(length)
         path = Path(path)
         if not path.is_file():
@@ -131,6 +134,8 @@ class BPETokenizer(Tokenizer):
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+        if size is not None:
+            self.tokenizer = tokenizers.Tokenizer.from_str(_first_merges(path, size))
         self.vocabulary = self.tokenizer.get_vocab_size()
         self.comma = self.encode(",")
         self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that it decodes before a text
@@ -140,6 +145,20 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids)).removeprefix(self.ahead)
+
+
+def _first_merges(path: Path, size: int) -> str:
+    """The tokenizer file with ids below ``size`` alone: a byte-pair encoding with fewer merges, each of which adds the
+    next id."""
+    file = json.loads(path.read_text(encoding="utf-8"))
+    vocab, merges = file["model"].get("vocab"), file["model"].get("merges")
+    if file["model"].get("type") != "BPE":
+        raise ValueError(f"{path}: size {size}: only a byte-pair encoding can be cut to its first merges")
+    if not len(vocab) - len(merges) <= size <= len(vocab):
+        raise ValueError(f"{path}: size {size}: from {len(vocab) - len(merges)} (no merge) to {len(vocab)} (all)")
+    file["model"]["vocab"] = {token: i for token, i in vocab.items() if i < size}
+    file["model"]["merges"] = [pair for pair in merges if vocab["".join(pair)] < size]
+    return json.dumps(file)
 
 
 class PretrainedTokenizer(Tokenizer):

@@ -75,6 +75,16 @@ def test_bytes_are_lossless_and_digits_are_tokens() -> None:
     assert tokenizer.vocabulary == SPECIAL + 256 and tokenizer.decode([SPECIAL + 0xFF, 264, 265]) == "\ufffd"
 
 
+def test_the_first_merges_of_an_encoding_are_one_of_more_tokens() -> None:
+    whole, part = BPETokenizer(BPE), BPETokenizer(BPE, size=2048)
+    assert (whole.vocabulary, part.vocabulary) == (8192, 2048)
+    for text in ("grinning face with big eyes", "łódź", "keycap: #"):
+        ids = part.encode(text)
+        assert max(ids) < 2048 and len(ids) >= len(whole.encode(text)) and part.decode(ids) == text
+    with pytest.raises(ValueError, match=r"size 100: from 260 \(no merge\) to 8192 \(all\)"):
+        BPETokenizer(BPE, size=100)
+
+
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(BPE), WordTokenizer(["red", "apple"])])
 def test_decoding_is_inverse_and_a_question_has_its_image_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.ids("red apple")) == "red apple"
