@@ -75,8 +75,8 @@ class Emoji(ImageViews):
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
         palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
-        derived: more of the image: ``rgb``, the image again, for models that read its pixels and predict its codes;
-            ``dominant [B, 4, 3]``, its colours; ``orientations [B, 128]``, of its edges.
+        rgb: another, the image again, for models that read its pixels and predict its codes.
+        derived: more of the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``, of its edges.
         speech: another, ``audio``: English names as synthetic speech, present where the text is.
         table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
         missing: cells of the table that are hidden beside those.
@@ -120,6 +120,7 @@ class Emoji(ImageViews):
         views: dict[str, int] | None = None,
         sketch: bool = False,
         palette: bool = False,
+        rgb: bool = False,
         derived: list[str] | None = None,
         speech: SpokenNames | None = None,
         foreign: list[str] | None = None,
@@ -138,7 +139,7 @@ class Emoji(ImageViews):
     ) -> None:
         self.speech, self.foreign, self.table, self.missing = speech, foreign or [], table, missing
         self.regions = regions
-        on = (("sketch", sketch), ("palette", palette))
+        on = (("sketch", sketch), ("palette", palette), ("rgb", rgb))
         self.derived = [m for m, given in on if given] + (derived or [])
         super().__init__(**kwargs)
         self.text, self.vocab, self.groups, self.languages = text, vocab, groups, languages or ["en"]
@@ -154,7 +155,7 @@ class Emoji(ImageViews):
         require_known("vendors", self.vendors, VENDORS)
         require_known("bank_vendors", self.bank_vendors, VENDORS)
         require_known("views", list(self.views), ("image",))
-        require_known("derived", derived or [], ("rgb", "dominant", "orientations"))
+        require_known("derived", derived or [], ("dominant", "orientations"))
         if development and sealed:
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if mixer is not None and shuffle_captions:
