@@ -61,7 +61,6 @@ class Emoji(ImageViews):
     Args:
         size: pixels of a side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
-        vocab: ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by default.
         groups: of the concepts of all sets, such as [animals-nature]; all where not given.
         languages: of the training captions.
         vendors: of the training images.
@@ -98,6 +97,7 @@ class Emoji(ImageViews):
             ``vendor`` and ``apart`` only the rows with an image.
         mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
             English; ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
+        vocab: ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by default.
         folder: of the pack.
         kwargs: of every data module.
     """
@@ -106,7 +106,6 @@ class Emoji(ImageViews):
         self,
         size: int = 32,
         text: Tokenizer | None = None,
-        vocab: int | None = None,
         groups: list[str] | None = None,
         languages: list[str] | None = None,
         vendors: list[str] | None = None,
@@ -134,6 +133,7 @@ class Emoji(ImageViews):
         table: bool = False,
         missing: ColumnMissing | None = None,
         regions: Regions | None = None,
+        vocab: int | None = None,
         folder: str | None = None,
         **kwargs: Any,
     ) -> None:
