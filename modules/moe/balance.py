@@ -1,0 +1,152 @@
+"""Even use of experts: balance loss, z-loss, the loss of causal routers, and biases that move between steps.
+
+Letters: N tokens, E experts, K slots of a token, M kinds of tokens, L layers, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.objective import Term
+from descant.modules.core.ranks import gather, total_of_ranks, world
+from descant.modules.moe.layer import ExpertLayers
+from descant.modules.moe.routing import Routing, TopK
+
+
+class Usage(NamedTuple):
+    """Sums over the valid tokens of each kind: choices ``count_ME``, probabilities ``mass_ME`` and ``token_M``."""
+
+    count_ME: Tensor
+    mass_ME: Tensor
+    token_M: Tensor
+
+
+def usage(routing: Routing, kinds: int = 1) -> Usage:
+    """How experts, null ones too, are used by kinds of tokens; only the mass has a gradient.
+
+    >>> routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), torch.ones(2, 1).bool())
+    >>> usage(routing._replace(probability=torch.tensor([[0.75, 0.25], [0.25, 0.75]]))).mass_ME.tolist()
+    [[1.0, 1.0]]
+    """
+    index_NK, used_NK, probability_NE, marks = routing.index, routing.used, routing.probability, routing.marks
+    assert probability_NE is not None
+    E, dtype = probability_NE.shape[1], probability_NE.dtype
+    kind_N = torch.zeros_like(index_NK[:, 0]) if kinds == 1 or marks.kind is None else marks.kind
+    valid_N = torch.ones_like(kind_N, dtype=dtype) if marks.valid is None else marks.valid.to(dtype)
+    cell_M = (kind_N[:, None] * E + index_NK).flatten()
+    count_M = valid_N.new_zeros(kinds * E).index_add(0, cell_M, used_NK.to(dtype).flatten())
+    mass_ME = valid_N.new_zeros(kinds, E).index_add(0, kind_N, probability_NE * valid_N[:, None])
+    return Usage(count_M.view(kinds, E), mass_ME, valid_N.new_zeros(kinds).index_add(0, kind_N, valid_N))
+
+
+def balance_loss(count_ME: Tensor, mass_ME: Tensor, token_M: Tensor, visible_M: Tensor | None = None) -> Tensor:
+    """``sum over kinds m of E_m sum_e f_me P_me``: f the choices of an expert a token, P its mean probability.
+
+    The least, at even use, is k for each kind, with k choices a token. E_m: ``visible_M``, the experts that a kind
+    sees; all by default. A kind without tokens adds 0. Source: Switch (Fedus 2021, arXiv 2101.03961) with k = 1, and as
+    transformers' Mixtral has it; by kinds MoIIE (2508.09779).
+
+    >>> float(balance_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([2.0])))
+    1.0
+    """
+    token_M1 = token_M.clamp(min=1)[:, None]
+    loss_M = (count_ME / token_M1 * (mass_ME / token_M1)).sum(dim=1)
+    return (loss_M * (count_ME.shape[1] if visible_M is None else visible_M.to(loss_M))).sum()
+
+
+def z_loss(logit_NE: Tensor) -> Tensor:
+    """``logsumexp(s)^2`` of each token, ``[N]``: keeps logits small. Source: ST-MoE (Zoph 2022, arXiv 2202.08906).
+
+    >>> z_loss(torch.zeros(1, 8)).item() == torch.tensor(8.0).log().square().item()
+    True
+    """
+    return logit_NE.logsumexp(dim=1).square()
+
+
+def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> dict[str, Term]:
+    """Auxiliary terms of a micro-batch of all ranks, means over layers: ``experts/balance``, ``/z`` and ``/causal``.
+
+    Each is one number of a batch, of what all ranks have routed, in one exchange. None without experts.
+    """
+    if experts is None or not routings:
+        return {}
+    visible_ME = getattr(experts.router, "visible", None)
+    visible_M = None if visible_ME is None else torch.tensor([len(row) for row in visible_ME], dtype=torch.float32)
+    if visible_M is not None and experts.balance is not None:
+        visible_M = visible_M.pin_memory() if routings[0].index.is_cuda else visible_M
+        visible_M = visible_M.to(routings[0].index.device, non_blocking=True)
+    sums: dict[str, list[list[Tensor]]] = {}
+    for routing in routings:
+        if experts.balance is not None and routing.probability is not None:
+            sums.setdefault("balance", []).append(list(usage(routing, experts.router.kinds)))
+        if experts.z is not None and routing.logit is not None:
+            sums.setdefault("z", []).append(_sum_and_count(z_loss(routing.logit), routing))
+        if routing.causal is not None:
+            sums.setdefault("causal", []).append(_sum_and_count(routing.causal, routing))
+    terms = {}
+    for name, layers in _of_ranks(sums).items():
+        if name == "balance":
+            values = [balance_loss(*parts, visible_M) for parts in layers]  # type: ignore[call-arg]
+        else:
+            values = [total / count.clamp(min=1) for total, count in layers]
+        weight = {"balance": experts.balance, "z": experts.z}.get(name) or 1.0
+        value_1 = weight * torch.stack(values).mean()[None]
+        terms[f"experts/{name}"] = Term(value_1, norm=float(world()), whole=True)
+    return terms
+
+
+def _sum_and_count(value_N: Tensor, routing: Routing) -> list[Tensor]:
+    valid_N = routing.marks.valid
+    if valid_N is None:
+        return [value_N.sum(), value_N.new_full((), len(value_N))]
+    return [torch.where(valid_N, value_N, 0.0).sum(), valid_N.sum().to(value_N)]
+
+
+def _of_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tensor]]]:
+    """Sums over ranks, with gradients, in one exchange."""
+    flat = [x for layers in sums.values() for parts in layers for x in parts]
+    if world() == 1 or not flat:
+        return sums
+    total = gather(torch.cat([x.flatten() for x in flat])[None]).sum(dim=0)
+    pieces = iter(total.split([x.numel() for x in flat]))
+    return {name: [[next(pieces).view(x.shape) for x in parts] for parts in layers] for name, layers in sums.items()}
+
+
+def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
+    """``b + rate sign(mean load - load)``: experts with less than even use gain. A step without tokens moves nothing.
+
+    Source: Wang 2024 (arXiv 2408.15664), DeepSeek-V3 (2412.19437).
+
+    >>> moved_bias(torch.zeros(3), torch.tensor([4.0, 2.0, 0.0]), 0.5).tolist()
+    [-0.5, 0.0, 0.5]
+    """
+    return bias_E + rate * (count_E.mean() - count_E).sign()
+
+
+@torch.no_grad()
+def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
+    """Count the choices of a training forward for routers that are balanced by biases."""
+    for router, routing in routings:
+        if isinstance(router, TopK) and router.bias_rate is not None:
+            count_E = router.bias_E.new_zeros(router.experts)
+            count_E.index_add_(0, routing.index.flatten(), routing.used.flatten().to(count_E.dtype))
+            router.pending = count_E if router.pending is None else router.pending + count_E
+
+
+@torch.no_grad()
+def move_biases(network: nn.Module) -> None:
+    """Move the biases of all routers by what they chose since the last optimizer step, on all ranks. Collective.
+
+    After the last backward of a step and before the next forward: a recomputed layer routes as it did.
+    """
+    routers = [part for part in network.modules() if isinstance(part, TopK) and part.pending is not None]
+    if not routers:
+        return
+    counts = total_of_ranks(torch.cat([router.pending for router in routers if router.pending is not None]))
+    for router, count_E in zip(routers, counts.split([router.experts for router in routers]), strict=True):
+        router.bias_E.copy_(moved_bias(router.bias_E, count_E, router.bias_rate or 0.0))
+        router.pending = None

@@ -1,0 +1,69 @@
+"""Capacity of experts in training: what more tokens choose than an expert takes is dropped.
+
+Letters: N tokens, K slots of a token, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from descant.modules.moe.routing import Routing
+
+
+def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tensor, experts: int) -> Tensor:
+    """Bool ``[N, K]``: used slots that are not among the first ``most`` of their expert, by ``rank``; ties by order.
+
+    >>> index_NK, used_NK = torch.tensor([[0], [0], [1]]), torch.ones(3, 1, dtype=torch.bool)
+    >>> over_capacity(index_NK, used_NK, torch.tensor([[2.0], [1.0], [0.0]]), torch.tensor(1), 2).flatten().tolist()
+    [True, False, False]
+    """
+    key_M = torch.where(used_NK, index_NK.clamp(max=experts), experts).flatten()
+    order_M = rank_NK.flatten().argsort(stable=True)
+    order_M = order_M[key_M[order_M].argsort(stable=True)]
+    count_E = torch.zeros(experts + 1, dtype=torch.long, device=key_M.device).index_add(
+        0, key_M, torch.ones_like(key_M)
+    )
+    first_E = count_E.cumsum(dim=0) - count_E
+    place_M = torch.empty_like(order_M).index_copy(0, order_M, torch.arange(len(key_M), device=key_M.device))
+    over_M = (place_M - first_E[key_M] >= most) & (key_M < experts)
+    return over_M.view(index_NK.shape)
+
+
+class Capacity:
+    """An expert takes ``max(least, ceil(factor N / E))`` of the N valid tokens in training; other slots add nothing.
+
+    Weights stay as they are, so that a token that is dropped passes by the residual. In evaluation and generation
+    nothing is dropped. Source: Switch (Fedus 2021, arXiv 2101.03961), which drops by position.
+
+    Args:
+        factor: of an even share of the tokens (with k experts a token, k is even use).
+        by: the slots that stay: of the highest weights, or of the first tokens.
+        least: tokens.
+
+    Raises:
+        ValueError: for a factor not above 0, or a least number below 1.
+
+    >>> from descant.modules.moe.routing import Marks
+    >>> index_NK = torch.zeros(4, 1, dtype=torch.long)
+    >>> routing = Routing(index_NK, torch.tensor([[0.1], [0.9], [0.5], [0.7]]), index_NK == 0, Marks())
+    >>> Capacity(factor=1.0)(routing, experts=2).dropped.flatten().tolist()
+    [True, False, True, False]
+    """
+
+    def __init__(self, factor: float = 1.25, by: Literal["weight", "position"] = "weight", least: int = 1) -> None:
+        if not factor > 0:
+            raise ValueError(f"factor {factor:g}: a capacity of zero tokens; above 0, such as 1.25")
+        if least < 1:
+            raise ValueError(f"least {least}: at least 1")
+        self.factor, self.by, self.least = factor, by, least
+
+    def __call__(self, routing: Routing, experts: int) -> Routing:
+        index_NK, weight_NK, used_NK, marks = routing[:4]
+        valid_N = index_NK.new_ones(len(index_NK)) if marks.valid is None else marks.valid
+        most = (self.factor / experts * valid_N.sum().double() * (1 - 1e-6)).ceil().clamp(min=self.least)
+        place_N1 = torch.arange(len(index_NK), device=index_NK.device, dtype=weight_NK.dtype)[:, None]
+        rank_NK = -weight_NK.detach() if self.by == "weight" else place_N1.expand(index_NK.shape)
+        return routing._replace(dropped=over_capacity(index_NK, used_NK, rank_NK, most, experts))

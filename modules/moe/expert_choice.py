@@ -1,0 +1,137 @@
+"""Expert choice: each expert takes its share of the tokens; and causal routers that predict what it would take (MoMa).
+
+Letters: N tokens, D width, E experts, K slots of a token, M kinds of tokens, F hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.dtype import promote
+from descant.modules.moe.modality_routing import Tables, padded, require_experts, require_rows
+from descant.modules.moe.routing import Marks, Routing, logits
+
+#: Shares are kept as whole numbers of billionths, which no change of precision touches.
+BILLION = 10**9
+
+
+def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tensor:
+    """Bool ``[N, E]``: expert e takes the ``ceil(share_e N_e)`` highest scores of its N_e members; ties by order.
+
+    ``member_NE``: bool, the tokens that an expert may take. The ceiling is of a product less a millionth of it, so that
+    a share such as 1/3 takes what is meant. Source: Zhou 2022 (arXiv 2202.09368); by groups MoMa (2407.21770).
+
+    >>> score_NE = torch.tensor([[0.1], [0.9], [0.5], [0.8]])
+    >>> member_NE = torch.tensor([[True], [False], [True], [True]])
+    >>> expert_choice(score_NE, member_NE, torch.tensor([1 / 3])).flatten().tolist()
+    [False, False, False, True]
+    """
+    order_NE = score_NE.masked_fill(~member_NE, -torch.inf).argsort(dim=0, descending=True, stable=True)
+    rank_N1 = torch.arange(len(score_NE), device=score_NE.device)[:, None]
+    rank_NE = torch.empty_like(order_NE).scatter_(0, order_NE, rank_N1.expand(order_NE.shape))
+    take_E = (share_E.double() * member_NE.sum(dim=0) * (1 - 1e-6)).ceil()
+    return member_NE & (rank_NE < take_E)
+
+
+class CausalAux(nn.Module):
+    """Auxiliary causal router ``u = W_2 silu(W_1 sg(h))``: would the expert choice take this token? Yes where u > 0.
+
+    ``sg`` stops the gradient: its loss, the binary cross-entropy to what was taken, reaches no other parameter. Source:
+    MoMa (arXiv 2407.21770); widths and activation are our reading, no code was released.
+
+    Args:
+        hidden: F.
+
+    >>> CausalAux(hidden=4).build(width=8, experts=2)(torch.randn(3, 8)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden {hidden}: at least 1")
+        self.hidden = hidden
+
+    def build(self, width: int, experts: int) -> Self:
+        self.inward_FD = nn.Parameter(torch.randn(self.hidden, width) * width**-0.5)
+        self.outward_EF = nn.Parameter(torch.randn(experts, self.hidden) * 0.02)
+        return self
+
+    def forward(self, h_ND: Tensor) -> Tensor:
+        return logits(F.silu(logits(h_ND.detach(), self.inward_FD)), self.outward_EF)
+
+
+class ExpertChoice(Tables):
+    """Each expert takes the ceil(c N) best of the N valid tokens of its kinds, with sigmoid scores as weights (MoMa).
+
+        a = sigmoid(W h),   expert e takes the top ceil(c_e N) of a_e,   y = sum over the e that took h of a_e FFN_e(h)
+
+    A token that no expert takes passes by the residual. Loads are even by construction, and a token's route depends on
+    later ones: with ``auxiliary``, routers that are no more in training decide token by token (:class:`CausalAux`).
+
+    Args:
+        groups: a row of experts for each kind of token; one of all experts where not given.
+        capacity: c; 1 over the experts of a kind where not given, so that a token meets one on average.
+        auxiliary: the causal router, trained by its own term.
+
+    Raises:
+        ValueError: for a row without an expert, a capacity of no token or beyond all; when built, for an expert that
+            there is not; in forward, without marks of kinds where there are groups.
+
+    >>> router = ExpertChoice().build(width=8, experts=4)
+    >>> router(torch.randn(12, 8)).used.sum(dim=0).tolist()
+    [3, 3, 3, 3]
+    """
+
+    def __init__(
+        self,
+        groups: list[list[int]] | None = None,
+        capacity: float | None = None,
+        auxiliary: CausalAux | None = None,
+    ) -> None:
+        super().__init__()
+        if groups is not None:
+            require_rows("groups", groups, "a kind of token")
+        if capacity is not None and not 0 < capacity <= 1:
+            raise ValueError(f"capacity {capacity:g}: a share of the tokens, above 0 and at most 1")
+        self.groups, self.capacity, self.auxiliary = groups, capacity, auxiliary
+
+    @property
+    def causal(self) -> bool:
+        return self.auxiliary is not None and not self.training
+
+    def build(self, width: int, experts: int, shared: int = 0) -> Self:
+        groups = [list(range(experts))] if self.groups is None else self.groups
+        require_experts("groups", groups, experts)
+        of_E = [next((len(row) for row in groups if e in row), experts) for e in range(experts)]
+        share_E = torch.tensor([round((self.capacity or 1 / n) * BILLION) for n in of_E])
+        index_MK, real_MK = padded(groups)
+        member_ME = torch.tensor([[e in row for e in range(experts)] for row in groups])
+        self.keep(index_MK=index_MK, real_MK=real_MK, member_ME=member_ME, share_1E=share_E[None])
+        self.gate_ED = self._gate(experts, width)
+        if self.auxiliary is not None:
+            self.auxiliary.build(width, experts)
+        return super().build(width, experts, shared)
+
+    def route(self, h_ND: Tensor, marks: Marks) -> Routing:
+        first_N = torch.zeros(len(h_ND), dtype=torch.long, device=h_ND.device)
+        kind_N = first_N if self.groups is None else marks.need("kind", self)
+        index_NK, real_NK, member_NE = (self.rows(name, kind_N) for name in ("index_MK", "real_MK", "member_ME"))
+        if marks.valid is not None:
+            member_NE = member_NE & marks.valid[:, None]
+        score_NE, guess_NE, loss_N = logits(h_ND, self.gate_ED).sigmoid(), None, None
+        if self.auxiliary is not None:
+            guess_NE = self.auxiliary(h_ND)
+        if guess_NE is not None and not self.training:
+            chosen_NE = member_NE & (guess_NE > 0)
+        else:
+            chosen_NE = expert_choice(score_NE.detach(), member_NE, self.get_buffer("share_1E")[0].double() / BILLION)
+        if guess_NE is not None and self.training:
+            loss_NE = F.binary_cross_entropy_with_logits(guess_NE, chosen_NE.to(guess_NE.dtype), reduction="none")
+            loss_N = (loss_NE * member_NE).sum(dim=1) / member_NE.sum(dim=1).clamp(min=1)
+        used_NK = chosen_NE.gather(1, index_NK) & real_NK
+        return Routing(index_NK, promote(score_NE).gather(1, index_NK), used_NK, marks, causal=loss_N)

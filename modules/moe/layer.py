@@ -1,0 +1,253 @@
+"""Feed-forward layer of sparse experts: tokens are sorted by expert, computed in segments, and added back.
+
+Letters: N tokens, D width, F hidden width, E experts, K slots of a token, M rows that are computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.host import derived
+from descant.modules.core.objective import counted
+from descant.modules.moe.capacity import Capacity
+from descant.modules.moe.grouped import Segments, fusible, grouped_linear
+from descant.modules.moe.routing import UNMARKED, Marks, Router, Routing
+
+
+class Experts(nn.Module):
+    """Base of the weights of E experts: ``experts(x_MD, segments) -> y_MD`` of sorted rows.
+
+    Matrices are stacked, ``[E, out, in]``; with ``separate`` each expert's is a parameter of its own, so that an
+    expert may be without gradient. Biases lie in one row, so that they take no weight decay, as others.
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
+        super().__init__()
+        self.width, self.hidden, self.experts, self.separate = width, hidden, experts, separate
+
+    def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
+        """``only``: the experts that the segments are of, in order; all by default."""
+        raise NotImplementedError
+
+    def matrices(self, weight_EOI: Tensor) -> nn.Parameter | nn.ParameterList:
+        return nn.ParameterList(weight_EOI) if self.separate else nn.Parameter(weight_EOI)
+
+    @staticmethod
+    def chosen(weights: Tensor | nn.ParameterList, only: Sequence[int] | None, dtype: torch.dtype) -> list[Tensor]:
+        if isinstance(weights, Tensor):
+            return [weights.to(dtype)]
+        return [weights[e].to(dtype) for e in (range(len(weights)) if only is None else only)]
+
+
+class SwiGLUExperts(Experts):
+    """Experts of the Llama family: ``y = W_down (silu(W_gate x) * W_up x)``, gate above up in one matrix.
+
+    >>> experts = SwiGLUExperts(width=4, hidden=8, experts=2)
+    >>> experts(torch.randn(3, 4), Segments(torch.tensor([1, 2]), fused=False)).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
+        super().__init__(width, hidden, experts, separate)
+        self.gate_up = self.matrices(torch.randn(experts, 2 * hidden, width) * 0.02)
+        self.down = self.matrices(torch.randn(experts, width, hidden) * 0.02)
+
+    def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
+        gate, up = grouped_linear(x_MD, self.chosen(self.gate_up, only, x_MD.dtype), segments).chunk(2, dim=1)
+        return grouped_linear(F.silu(gate) * up, self.chosen(self.down, only, x_MD.dtype), segments)
+
+    def scale_output(self, factor: float) -> None:
+        for down in [self.down] if isinstance(self.down, Tensor) else self.down:
+            down.data.mul_(factor)
+
+
+class GELUExperts(Experts):
+    """Experts of a vision transformer: ``y = W_2 gelu(W_1 x + b_1) + b_2``.
+
+    >>> experts = GELUExperts(width=4, hidden=8, experts=2)
+    >>> experts(torch.zeros(3, 4), Segments(torch.tensor([1, 2]), fused=False)).abs().max()
+    tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
+        super().__init__(width, hidden, experts, separate)
+        inward_EFD, outward_EDF = torch.empty(experts, hidden, width), torch.empty(experts, width, hidden)
+        for weight in (*inward_EFD, *outward_EDF):
+            nn.init.xavier_uniform_(weight)
+        self.inward, self.outward = self.matrices(inward_EFD), self.matrices(outward_EDF)
+        self.inward_bias, self.outward_bias = (self.biases(size) for size in (hidden, width))
+
+    def biases(self, size: int) -> nn.Parameter | nn.ParameterList:
+        if self.separate:
+            return nn.ParameterList(torch.zeros(size) for _ in range(self.experts))
+        return nn.Parameter(torch.zeros(self.experts * size))
+
+    def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
+        for name in ("inward", "outward"):
+            weights, bias = getattr(self, name), getattr(self, f"{name}_bias")
+            rows = self.chosen(bias, only, x_MD.dtype)
+            bias_EO = torch.stack(rows) if self.separate else rows[0].view(self.experts, -1)
+            x_MD = x_MD if name == "inward" else F.gelu(x_MD)
+            x_MD = grouped_linear(x_MD, self.chosen(weights, only, x_MD.dtype), segments, bias_EO)
+        return x_MD
+
+
+class MoELayer(nn.Module):
+    """Sparse mixture of experts in place of a feed-forward layer: ``y = sum over the slots k of w_k FFN_(i_k)(h)``.
+
+    ``h [..., D], marks -> y [..., D], Routing``. Rows are gathered by expert and computed in segments; experts that a
+    token does not choose, null ones and padding cost nothing. Every parameter has a gradient in every backward, of
+    zeros where no token came, so that ranks agree; those of skills that a step does not declare have none
+    (:class:`StaticSkill`). Of a device without a grouped kernel the counts of the experts are read once a layer.
+
+    Args:
+        width: D. hidden: F, of each expert. experts: E. router: which goes where; it is copied.
+        shared: experts that every token runs through, with weight 1, or that of the router.
+        shared_hidden: of each; F where not given.
+        capacity: what more tokens choose is dropped; nothing where not given.
+        form: of the experts.
+
+    Raises:
+        ValueError: for fewer than 1 expert, or what the router does not fit.
+
+    >>> from descant.modules.moe import TopK
+    >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopK(k=2))
+    >>> y_BTD, routing = layer(torch.randn(2, 5, 8))
+    >>> y_BTD.shape, routing.index.shape
+    (torch.Size([2, 5, 8]), torch.Size([10, 2]))
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        router: Router,
+        shared: int | None = None,
+        shared_hidden: int | None = None,
+        capacity: Capacity | None = None,
+        form: type[Experts] = SwiGLUExperts,
+    ) -> None:
+        super().__init__()
+        for name, count in (("experts", experts), ("shared", shared), ("hidden", hidden), ("shared_hidden", hidden)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} {count}: at least 1")
+        self.router = copy.deepcopy(router).build(width, experts, shared or 0)
+        self.capacity = capacity
+        self.experts = form(width, hidden, experts, self.router.separate)
+        self.shared = form(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None
+
+    def forward(self, h: Tensor, marks: Marks = UNMARKED) -> tuple[Tensor, Routing]:
+        h_ND = h.flatten(0, -2)
+        routing = self.router(h_ND, marks.map(torch.flatten))
+        if self.capacity is not None and self.training:
+            routing = self.capacity(routing, self.experts.experts)
+        y_ND = self.dispatch(h_ND, routing)
+        if self.shared is not None:
+            y_ND = y_ND + self._shared(h_ND, routing.shared)
+        return y_ND.view(h.shape), routing
+
+    def dispatch(self, h_ND: Tensor, routing: Routing) -> Tensor:
+        """The sum of the chosen experts' outputs: gathered, computed by expert, scattered."""
+        K, E = routing.index.shape[1], self.experts.experts
+        key_M = derived(lambda index, runs: torch.where(runs, index, E).flatten(), routing.index, routing.runs(E))
+        only = self.router.declared(routing.marks)
+        dtype = _compute_dtype(h_ND)
+        segments = Segments(_counts(key_M, E, only), fusible(h_ND, dtype))
+        order_M = segments.rows(key_M.argsort(stable=True))
+        token_M = order_M // K if K > 1 else order_M
+        x_MD = segments.clear(h_ND.to(dtype).index_select(0, token_M))
+        y_MD = segments.clear(self.experts(x_MD, segments, only))
+        y_MD = y_MD * routing.weight.flatten()[order_M, None].to(dtype)
+        return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
+
+    def _shared(self, h_ND: Tensor, weight_NS: Tensor | None) -> Tensor:
+        assert self.shared is not None
+        S, dtype = self.shared.experts, _compute_dtype(h_ND)
+        count_S = derived(lambda x: torch.full((S,), len(x), device=x.device), h_ND[:, 0])
+        x_MD = h_ND.to(dtype).repeat(S, 1)
+        y_SND = self.shared(x_MD, Segments(count_S, fusible(h_ND, dtype))).unflatten(0, (S, -1))
+        if weight_NS is not None:
+            y_SND = y_SND * weight_NS.T[..., None].to(dtype)
+        return y_SND.sum(dim=0)
+
+
+def _counts(key_M: Tensor, experts: int, only: Sequence[int] | None) -> Tensor:
+    """Rows of each expert, or of some."""
+
+    def count(key: Tensor) -> Tensor:
+        count_E = counted(key, experts + 1)[:experts]
+        return count_E if only is None else count_E[list(only)]
+
+    return derived(count, key_M)
+
+
+def _compute_dtype(h: Tensor) -> torch.dtype:
+    """As a linear layer would compute."""
+    kind = h.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and h.is_floating_point() else h.dtype
+
+
+class ExpertLayers:
+    """Which layers of a network have experts in place of their feed-forward layer, and how they are routed.
+
+    Layers ``every - 1``, ``2 every - 1``, ... (from 0) have experts; the others keep their names and weights.
+
+    Args:
+        experts: number of each such layer. router: a copy for each.
+        hidden: of an expert; that of the dense layers where not given.
+        shared, shared_hidden, capacity: as of :class:`MoELayer`.
+        every: 1 for all layers, 2 for every second one (MoIIE).
+        balance: weight of the balance loss, the mean over layers; none where None.
+        z: weight of the z-loss, as balance.
+
+    Raises:
+        ValueError: for counts below 1 or weights not above 0; when built, what the router does not fit, or where no
+            layer has experts.
+
+    >>> from descant.modules.moe import TopK
+    >>> experts = ExpertLayers(experts=4, router=TopK(k=2), every=2)
+    >>> [experts.at(i) for i in range(4)]
+    [False, True, False, True]
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        router: Router,
+        hidden: int | None = None,
+        shared: int | None = None,
+        shared_hidden: int | None = None,
+        every: int = 1,
+        capacity: Capacity | None = None,
+        balance: float | None = 0.01,
+        z: float | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every {every}: at least 1")
+        for name, weight in (("balance", balance), ("z", z)):
+            if weight is not None and not weight > 0:
+                raise ValueError(f"{name} {weight:g}: above 0, or none")
+        self.experts, self.router, self.hidden, self.every = experts, router, hidden, every
+        self.shared, self.shared_hidden, self.capacity = shared, shared_hidden, capacity
+        self.balance, self.z = balance, z
+
+    def at(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return (layer + 1) % self.every == 0
+
+    def require(self, depth: int) -> None:
+        """Raises ValueError for a network none of whose layers has experts."""
+        if self.every > depth:
+            raise ValueError(f"experts.every {self.every}: none of {depth} layers has experts; {depth} is the most")
+
+    def build(self, width: int, hidden: int, form: type[Experts]) -> MoELayer:
+        """A layer of experts in place of a feed-forward layer of this hidden width."""
+        own = hidden if self.hidden is None else self.hidden
+        sizes = (self.experts, self.router, self.shared, self.shared_hidden, self.capacity)
+        return MoELayer(width, own, *sizes, form)

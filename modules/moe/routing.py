@@ -1,0 +1,242 @@
+"""Routers of sparse experts: which experts each token goes to, and with which weights.
+
+A router is a module over pure functions of tensors, which work in float64. Scores are computed in float32 or finer,
+outside of autocast. Letters: N tokens, D width, E experts (null ones behind the real ones), K slots of a token,
+S shared experts, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.dtype import promote
+from descant.modules.core.host import derived
+
+
+class Marks(NamedTuple):
+    """What a router may know of tokens beside their hidden states; explicit arguments, packed with the tokens.
+
+    Attributes:
+        kind: int64 ``[N]``, such as 0 of text and 1 of images. task: int64 ``[N]``, of the token's sample.
+        valid: bool ``[N]``, tokens that are no padding; None: all.
+        tasks: those of the whole optimizer step (all ranks and micro-batches), on the host; those of ``task`` if None.
+    """
+
+    kind: Tensor | None = None
+    task: Tensor | None = None
+    valid: Tensor | None = None
+    tasks: tuple[int, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
+        """The same of other tokens: ``function`` of each tensor and of its host copy."""
+        return Marks(*(None if x is None else derived(function, x) for x in self[:3]), self.tasks)
+
+    def need(self, name: Literal["kind", "task"], router: object) -> Tensor:
+        """Raises ValueError naming the router where the caller did not give this mark."""
+        mark = self.kind if name == "kind" else self.task
+        if mark is None:
+            raise ValueError(f"{type(router).__name__} routes by {name}: give the {name} of each token in marks")
+        return mark
+
+
+#: Of tokens that differ in nothing that a router knows, none of them padding.
+UNMARKED = Marks()
+
+
+class Routing(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        index: int64 ``[N, K]``, an expert a slot; from the number of real experts on, null ones.
+        weight: ``[N, K]``, float32 at least. used: bool ``[N, K]``, slots that are chosen; none of padding.
+        marks: of the tokens.
+        probability: ``[N, E]`` of all experts, for the balance loss; None of routers without a choice to balance.
+        logit: ``[N, E]``, for the z-loss.
+        shared: ``[N, S]``, weights of shared experts; None: 1.
+        dropped: bool ``[N, K]``, chosen slots beyond the capacity of their expert.
+        causal: ``[N]``, loss of an auxiliary causal router.
+    """
+
+    index: Tensor
+    weight: Tensor
+    used: Tensor
+    marks: Marks = UNMARKED
+    probability: Tensor | None = None
+    logit: Tensor | None = None
+    shared: Tensor | None = None
+    dropped: Tensor | None = None
+    causal: Tensor | None = None
+
+    def runs(self, experts: int) -> Tensor:
+        """Bool ``[N, K]``: slots that compute something, of this number of real experts."""
+        runs_NK = derived(lambda index, used: used & (index < experts), self.index, self.used)
+        return runs_NK if self.dropped is None else runs_NK & ~self.dropped
+
+
+def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:
+    """``h W^T`` in float32 or finer, outside of autocast: bfloat16 has three digits, and ties are routed by order.
+
+    >>> logits(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(3, 2)).dtype
+    torch.float32
+    """
+    with torch.autocast(h_ND.device.type, enabled=False):
+        return promote(h_ND) @ promote(gate_ED).T
+
+
+def top_k(
+    logit_NE: Tensor, k: int, norm: Literal["before", "after"] = "after", bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k experts of the highest scores: ``index_NK``, ``weight_NK`` and ``probability_NE``.
+
+        p = softmax(s),   chosen = top-k of p + b,   w = p (before), or softmax of the chosen s = p / sum p (after)
+
+    ``b`` moves the choice alone. Weights sum to 1 after, and to less before: identical experts then give less than
+    one of them. Source: before as Switch (Fedus 2021, arXiv 2101.03961), after as Mixtral (Jiang 2024, 2401.04088; its
+    code divides the chosen p by their sum, which is equal) and Uni-MoE (2405.11273); b: Wang 2024 (2408.15664).
+
+    >>> index_NK, weight_NK, _ = top_k(torch.tensor([[0.0, 2.0, 1.0]]), 2)
+    >>> index_NK.tolist(), [round(w, 2) for w in weight_NK[0].tolist()]  # e / (e + 1)
+    ([[1, 2]], [0.73, 0.27])
+    """
+    probability_NE = logit_NE.softmax(dim=1)
+    index_NK = (probability_NE.detach() if bias_E is None else probability_NE.detach() + bias_E).topk(k, dim=1).indices
+    if norm == "before":
+        return index_NK, probability_NE.gather(1, index_NK), probability_NE
+    return index_NK, logit_NE.gather(1, index_NK).softmax(dim=1), probability_NE
+
+
+def of_valid(index_NK: Tensor, marks: Marks) -> Tensor:
+    """Bool ``[N, K]``: all slots of valid tokens."""
+    if marks.valid is None:
+        return derived(lambda index: torch.ones_like(index, dtype=torch.bool), index_NK)
+    return derived(lambda index, valid: valid[:, None].expand(index.shape), index_NK, marks.valid)
+
+
+class Router(nn.Module):
+    """``router(h_ND, marks) -> Routing``; base of routers.
+
+    A subclass implements ``route``. Its configuration has no size: ``build`` makes the parameters of a layer.
+    """
+
+    #: Null experts, which compute nothing.
+    null = 0
+    #: Kinds of tokens whose use of experts is balanced apart.
+    kinds = 1
+    #: Whether each expert is a parameter of its own, so that those not used in a step have no gradient at all.
+    separate = False
+    experts: int
+
+    @property
+    def causal(self) -> bool:
+        """Whether the route of a token, as the module is now, depends on that token alone."""
+        return True
+
+    def build(self, width: int, experts: int, shared: int = 0) -> Self:
+        """Parameters for D = ``width``. Raises ValueError for settings that this number of experts does not fit."""
+        self.experts = experts
+        return self
+
+    def forward(self, h_ND: Tensor, marks: Marks = UNMARKED) -> Routing:
+        return self.route(h_ND, marks)
+
+    def route(self, h_ND: Tensor, marks: Marks) -> Routing:
+        raise NotImplementedError
+
+    def declared(self, marks: Marks) -> list[int] | None:
+        """The experts that the step has declared it uses, on the host; None: all."""
+        return None
+
+    def _gate(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape) * 0.02)
+
+
+class TopK(Router):
+    """The k experts of the highest scores of a linear gate (Mixtral, Switch, Uni-MoE): :func:`top_k`.
+
+    Args:
+        k: experts a token.
+        norm: weights are a softmax over all experts (before the choice), or over the chosen ones (after).
+        bias_rate: loss-free balancing, ``b += rate sign(mean load - load)`` after each step, of all ranks, added to the
+            scores for the choice alone (DeepSeek-V3, arXiv 2412.19437, with .001; scores there are sigmoids); None: no
+            bias.
+
+    Raises:
+        ValueError: for a k below 1, a rate not above 0; when built, for more chosen than experts.
+
+    >>> router = TopK(k=2).build(width=8, experts=4)
+    >>> router(torch.randn(5, 8)).weight.sum(dim=1).round(decimals=4).tolist()
+    [1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+
+    bias_E: Tensor
+
+    def __init__(self, k: int = 2, norm: Literal["before", "after"] = "after", bias_rate: float | None = None) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k {k}: at least 1")
+        if bias_rate is not None and not bias_rate > 0:
+            raise ValueError(f"bias_rate {bias_rate:g}: above 0, such as 0.001, or none")
+        self.k, self.norm, self.bias_rate = k, norm, bias_rate
+        self.pending: Tensor | None = None  # choices of each expert since the last optimizer step, of this rank
+
+    def build(self, width: int, experts: int, shared: int = 0) -> Self:
+        if self.k > experts:
+            raise ValueError(f"{type(self).__name__}: k {self.k}: there are {experts} experts to choose from")
+        self.gate_ED = self._gate(experts, width)
+        if self.bias_rate is not None:
+            self.register_buffer("bias_E", torch.zeros(experts))
+        return super().build(width, experts, shared)
+
+    def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
+        return logits(h_ND, self.gate_ED)
+
+    def route(self, h_ND: Tensor, marks: Marks) -> Routing:
+        logit_NE = self.scores(h_ND, marks)
+        bias_E = None if self.bias_rate is None else self.bias_E
+        index_NK, weight_NK, probability_NE = top_k(logit_NE, self.k, self.norm, bias_E)
+        used_NK = of_valid(index_NK, marks)
+        return Routing(index_NK, weight_NK, used_NK, marks, probability_NE, logit_NE)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The bias moves to a device and is never in half precision, in which it would soon stop moving."""
+        kept = self._buffers.get("bias_E")
+        super()._apply(fn, recurse)
+        if kept is not None and self.bias_E.dtype in (torch.bfloat16, torch.float16):
+            self._buffers["bias_E"] = kept.to(self.bias_E.device)
+        return self
+
+
+class TaskGate(TopK):
+    """:class:`TopK` whose gate also reads the token's task: ``s = W h + V_task``; experts do not.
+
+    A linear gate of ``[h; e(task)]`` is this one, with its product with e(task) in a table. Source: JiuZhang 2.0 (Zhao
+    2023, arXiv 2306.11027), our reading: no code was released.
+
+    Args:
+        tasks: T. k, norm, bias_rate: as of :class:`TopK`.
+
+    >>> router = TaskGate(tasks=3, k=1).build(width=8, experts=4)
+    >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).index.shape
+    torch.Size([2, 1])
+    """
+
+    def __init__(
+        self, tasks: int, k: int = 2, norm: Literal["before", "after"] = "after", bias_rate: float | None = None
+    ) -> None:
+        super().__init__(k, norm, bias_rate)
+        if tasks < 1:
+            raise ValueError(f"tasks {tasks}: at least 1")
+        self.tasks = tasks
+
+    def build(self, width: int, experts: int, shared: int = 0) -> Self:
+        super().build(width, experts, shared)
+        self.task_TE = self._gate(self.tasks, experts)
+        return self
+
+    def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
+        logit_NE = super().scores(h_ND, marks)
+        return logit_NE + self.task_TE.to(logit_NE.dtype)[marks.need("task", self)]
