@@ -94,6 +94,7 @@ class Alternating(Classifier):
         return (p for m in self.modalities if m != turn for p in self.of_modality(m) if p.requires_grad)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         for p in self._idle(self.turn):
             p.grad = None
         if self.alpha is None:

@@ -34,6 +34,7 @@ from descant.modules.masking.decoders import At, Decoder, JointDecoder
 from descant.modules.masking.reductions import Reduction, SumOfModalities, TargetCounts
 from descant.modules.missing_modalities.available_sets import Sets
 from descant.modules.missing_modalities.imputation import Imputer
+from descant.modules.moe import Routing
 from descant.modules.towers.vit import Trunk
 from descant.recipes.base.masked import MaskedRecipe
 
@@ -99,18 +100,24 @@ class Masked(MaskedRecipe):
     def forward(self, batch: Batch) -> Output:
         if self.training:
             batch = self.sham.permute_modalities(batch, self.permuted)
-        return Output(self.losses(batch))
+        routings: list[Routing] = []
+        return Output(self.losses(batch, None, routings), aux=self.expert_terms(routings))
 
-    def losses(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, Term]:
+    def losses(
+        self, batch: Batch, corruption: Corruption | None = None, routings: list[Routing] | None = None
+    ) -> dict[str, Term]:
         """Terms of the tokens that a corruption hides; the recipe's own where not given."""
         raw, real = self.raw(batch)
         masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
-        return self.predicted(self.arranged(raw, real, masks), batch)
+        return self.predicted(self.arranged(raw, real, masks), batch, routings)
 
-    def predicted(self, tokens: dict[str, Arranged], batch: Batch) -> dict[str, Term]:
+    def predicted(
+        self, tokens: dict[str, Arranged], batch: Batch, routings: list[Routing] | None = None
+    ) -> dict[str, Term]:
         """Predict target tokens; the value of a sample is the mean over its counted tokens."""
         asked, adapters = {m: At.of(tokens[m].target_BT) for m in self.targets}, self.adapters.each()
-        encoded = self.encode({m: t.x_BTP for m, t in tokens.items()}, {m: t.visible_BT for m, t in tokens.items()})
+        x, seen = ({m: getattr(t, name) for m, t in tokens.items()} for name in ("x_BTP", "visible_BT"))
+        encoded = self.encode(x, seen, batch.source, routings)
         for m, (row_N, place_N, _) in asked.items():
             if (given_BTP := tokens[m].given_BTP) is not None:
                 encoded.given[m] = adapters[m].given(given_BTP[row_N, place_N])

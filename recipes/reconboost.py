@@ -144,5 +144,6 @@ class ReconBoost(Classifier):
         return [p for p in self.parameters() if p.requires_grad and p not in active]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         for p in self._idle():
             p.grad = None

@@ -111,6 +111,8 @@ def sizes(module: nn.Module, depth: int | None = None, mlp_ratio: float | None =
     if base is None:
         names = ", ".join(cls.__name__ for cls in _KINDS)
         raise ValueError(f"{type(module).__name__} cannot grow; {names} can")
+    if arguments.get("experts") is not None:
+        raise ValueError(f"{type(module).__name__} with sparse experts cannot grow; grow it before it has some")
     kind = _KINDS[base]
     now = {name: arguments[name] for name in kind.sizes}
     now |= {} if depth is None else kind.deeper(arguments, depth)

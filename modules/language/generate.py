@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.rng import uniform_N
-from descant.modules.language.model import CausalLM, Layer, apply_rope
+from descant.modules.language.decode_layers import SMALL, DecodeHead, DecodeLayer, require_causal
+from descant.modules.language.model import CausalLM
+from descant.modules.moe import Marks
+from descant.modules.moe.routing import UNMARKED
 
 #: Finished rows are dropped together, once they are this share of those computed.
 LEAVE = 0.25
-#: Tensors of up to this many numbers are copied, where that is faster than indirection.
-SMALL = 1 << 20
 
 
 class Generated(NamedTuple):
@@ -122,6 +124,7 @@ def generate(
     seed_R: Tensor | None = None,
     position_PT: Tensor | None = None,
     prefix: bool = False,
+    marks: Marks = UNMARKED,
 ) -> Generated:
     """Completions of each prompt, ``group`` of them in consecutive rows.
 
@@ -135,12 +138,14 @@ def generate(
         seed_R: int64, a seed a row; 0, 1, ... by default.
         position_PT: of the tokens and of the first new one, ``[P, T + 1]``; counted by default.
         prefix: tokens of a prompt see one another in both directions.
+        marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each.
 
     Raises:
         ValueError: for a prompt that is empty or not left-aligned, or that does not fit into the model's length
-            together with the new tokens.
+            together with the new tokens; for experts that choose their tokens by those that come later.
     """
     sampling = sampling or Sampling()
+    require_causal(lm)
     h_PTD = prompt if prompt.is_floating_point() else lm.embed(prompt)
     (P, T, _), device = h_PTD.shape, h_PTD.device
     if mask_PT is None:
@@ -161,9 +166,12 @@ def generate(
     length_R, ended_R = torch.full((R,), new, device=device), torch.zeros(R, dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
-    state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group, prefix)
+    marks = marks._replace(valid=None)
+    prompts = marks.map(lambda x: x[:, :T])._replace(valid=mask_PT)
+    state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group, prefix, prompts)
+    of_new = marks.map(lambda x: x[:, T].repeat_interleave(group))
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
-    layers, head = [_Layer(layer) for layer in lm.blocks()], _Head(lm)
+    layers, head = [DecodeLayer(layer) for layer in lm.blocks()], DecodeHead(lm)
     rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
@@ -182,7 +190,8 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None]))
+            marks_S = of_new if lm.experts is None else of_new.map(partial(_rows, row_S))
+            logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None], marks_S))
     return Generated(token_RN, log_RN, length_R, ended_R)
 
 
@@ -197,6 +206,7 @@ def generate_some(
     seed_R: Tensor,
     position_PT: Tensor | None = None,
     prefix: bool = False,
+    marks: Marks = UNMARKED,
 ) -> Generated:
     """:func:`generate` for the prompts that have tokens, as long as the longest; empty ones give ended, empty
     completions."""
@@ -209,83 +219,15 @@ def generate_some(
         longest = int(mask_PT.sum(dim=1).max())
         prompt, mask = h_PTD[some_P, :longest], mask_PT[some_P, :longest]
         position = None if position_PT is None else position_PT[some_P, : longest + 1]
-        some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position, prefix)
+        some_marks = marks.map(lambda x: torch.cat([x[some_P, :longest], x[some_P, -1:]], dim=1))
+        some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position, prefix, some_marks)
         for all_R, part_R in zip(result, some, strict=True):
             all_R[some_R] = part_R
     return result
 
 
-class _Layer:
-    """A layer on one token a row, ``[S, D]``.
-
-    Plain layers are computed from their weights: at this size calling modules takes longer than the products. Small
-    weights are transposed once, with those of the preceding norm multiplied in. Replaced parts, such as adapters, are
-    called.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        parts = (layer.qkv, layer.out, layer.gate_up, layer.down, layer.norm_1, layer.norm_2)
-        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
-        if self.plain:
-            self.norm_1, self.qkv = _folded(layer.norm_1, layer.qkv)
-            self.norm_2, self.gate_up = _folded(layer.norm_2, layer.gate_up)
-            self.out, self.down = (_transposed(part.weight) for part in (layer.out, layer.down))
-
-    def split_qkv(self, h_SD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
-        layer = self.layer
-        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
-        qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
-        q, k = apply_rope(qk, rope).split([layer.heads, layer.key_heads], dim=1)
-        return q, k, v
-
-    def residual_mlp(self, h_SD: Tensor, attended_SD: Tensor) -> Tensor:
-        if not self.plain:
-            return self.layer.residual_mlp(h_SD, attended_SD)
-        h_SD = torch.addmm(h_SD, attended_SD, self.out)
-        gate, up = torch.mm(self.norm_2(h_SD), self.gate_up).chunk(2, dim=1)
-        return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
-
-
-def _transposed(w_OD: Tensor) -> Tensor:
-    return w_OD.t().contiguous() if w_OD.numel() <= SMALL else w_OD.t()
-
-
-def _folded(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
-    """A norm and the transposed weights ``[D, O]`` of the layer after it; the norm's weights are folded into small
-    ones."""
-    if linear.weight.numel() > SMALL:
-        return _Norm(norm, norm.weight), linear.weight.t()
-    return _Norm(norm, None), _transposed(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
-
-
-class _Norm:
-    """RMSNorm in few operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``, or without w and sqrt(D)."""
-
-    def __init__(self, norm: nn.RMSNorm, weight: Tensor | None) -> None:
-        size = norm.normalized_shape[0]
-        self.weight = None if weight is None else weight * size**0.5
-        self.least = norm.weight.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
-
-    def __call__(self, x_SD: Tensor) -> Tensor:
-        size_S1 = torch.linalg.vector_norm(x_SD, dim=1, keepdim=True)
-        y_SD = x_SD / torch.hypot(size_S1, self.least)
-        return y_SD if self.weight is None else y_SD.mul_(self.weight)
-
-
-class _Head:
-    """Last hidden states to logits, ``[S, D] -> [S, V]``; plain ones as in :class:`_Layer`."""
-
-    def __init__(self, lm: CausalLM) -> None:
-        self.lm = lm
-        parts = lm.norm, lm.head
-        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
-        if self.plain:
-            self.norm, self.w = _folded(*parts)
-
-    def __call__(self, h_SD: Tensor) -> Tensor:
-        return torch.mm(self.norm(h_SD), self.w) if self.plain else self.lm.logits(self.lm.norm(h_SD))
+def _rows(row_S: Tensor, x_R: Tensor) -> Tensor:
+    return x_R[row_S]
 
 
 @dataclass
@@ -303,7 +245,7 @@ class _State:
     group: int
     filled: int  # tokens in the cache
 
-    def step(self, layers: Sequence[_Layer], h_SD: Tensor, rope: Tensor) -> Tensor:
+    def step(self, layers: Sequence[DecodeLayer], h_SD: Tensor, rope: Tensor, marks: Marks) -> Tensor:
         """One more token: ``[S, D] -> [S, D]``, before the last norm."""
         at, g = self.filled, self.group
         self.filled += 1
@@ -315,7 +257,7 @@ class _State:
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
             keys, values = self.by_row[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
-            h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i))
+            h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i), marks)
         return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
@@ -370,7 +312,14 @@ class _State:
 
 
 def _read(
-    lm: CausalLM, h_PTD: Tensor, mask_PT: Tensor, rope: Tensor, new: int, group: int, prefix: bool = False
+    lm: CausalLM,
+    h_PTD: Tensor,
+    mask_PT: Tensor,
+    rope: Tensor,
+    new: int,
+    group: int,
+    prefix: bool = False,
+    marks: Marks = UNMARKED,
 ) -> tuple[_State, Tensor]:
     """Cache of the prompts, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
@@ -385,7 +334,7 @@ def _read(
         seen = mask_PT[:, None, None] if prefix else None
         grouped = k.shape[1] != q.shape[1]
         a_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not prefix, enable_gqa=grouped)
-        h_PTD = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D))
+        h_PTD, _ = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D), marks)
         if copies > 1:
             k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
         keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)

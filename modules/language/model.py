@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
 from descant.modules.core.objects import recorded
+from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, SwiGLUExperts, observe
+from descant.modules.moe.routing import UNMARKED
 
 #: Segment id of padding.
 NOWHERE = 0
@@ -21,17 +23,22 @@ NOWHERE = 0
 class Layer(nn.Module):
     """Llama layer: ``h + W_o attention(norm_1(h))``, then ``h + W_d (silu(W_g x) * W_u x)`` with ``x = norm_2(h)``.
 
-    ``split_qkv`` and ``residual_mlp`` are separate, so that generation can attend to cached keys and values.
+    ``split_qkv`` and ``residual_mlp`` are separate, so that generation can attend to cached keys and values. With
+    ``moe`` experts take the place of the weights W of the second part.
     """
 
-    def __init__(self, width: int, heads: int, key_heads: int, hidden: int, eps: float) -> None:
+    def __init__(
+        self, width: int, heads: int, key_heads: int, hidden: int, eps: float, moe: MoELayer | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_width = heads, key_heads, width // heads
         self.norm_1, self.norm_2 = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
         self.qkv = nn.Linear(width, (heads + 2 * key_heads) * self.head_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.moe = moe
+        if moe is None:
+            self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+            self.down = nn.Linear(hidden, width, bias=False)
 
     def split_qkv(self, h_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
@@ -41,18 +48,25 @@ class Layer(nn.Module):
         q, k = apply_rope(qk, rope).split([self.heads, self.key_heads], dim=1)
         return q, k, v
 
-    def forward(self, h_BTD: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default."""
+    def forward(
+        self, h_BTD: Tensor, rope: Tensor, mask: Tensor | None, marks: Marks = UNMARKED
+    ) -> tuple[Tensor, Routing | None]:
+        """``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default. The routing is that of experts."""
         q, k, v = self.split_qkv(h_BTD, rope)
         a_BHTE = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
         )
-        return self.residual_mlp(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape))
+        return self.residual_mlp(h_BTD, a_BHTE.transpose(1, 2).reshape(h_BTD.shape), marks)
 
-    def residual_mlp(self, h_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
+    def residual_mlp(
+        self, h_BTD: Tensor, attended_BTD: Tensor, marks: Marks = UNMARKED
+    ) -> tuple[Tensor, Routing | None]:
         h_BTD = h_BTD + self.out(attended_BTD)
+        if self.moe is not None:
+            y_BTD, routing = self.moe(self.norm_2(h_BTD), marks)
+            return h_BTD + y_BTD, routing
         gate, up = self.gate_up(self.norm_2(h_BTD)).chunk(2, dim=-1)
-        return h_BTD + self.down(F.silu(gate) * up)
+        return h_BTD + self.down(F.silu(gate) * up), None
 
 
 class CausalLM(nn.Module):
@@ -66,10 +80,11 @@ class CausalLM(nn.Module):
             next to 8 / 3 D.
         length: maximum tokens of a document.
         theta: of the rotary positions (RoPE). tie: the head shares the embeddings' weights. eps: of the norms.
+        experts: which layers have sparse experts in place of their MLP; none where not given.
 
     Raises:
-        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, or a head has odd width; in
-            forward, for a document longer than ``length``.
+        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, or a head has odd width; for
+            experts that do not fit; in forward, for a document longer than ``length``.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
     >>> h_BTD = lm(lm.embed(torch.tensor([[3, 4, 5]])))
@@ -92,6 +107,7 @@ class CausalLM(nn.Module):
         theta: float = 10000.0,
         tie: bool = True,
         eps: float = 1e-5,
+        experts: ExpertLayers | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -103,21 +119,33 @@ class CausalLM(nn.Module):
         self.width, self.length, self.vocabulary, self.head_width = width, length, vocab, width // heads
         hidden = -(-8 * width // 3 // 8) * 8 if hidden is None else hidden
         self.embedding = nn.Embedding(vocab, width)
-        self.layers = nn.ModuleList(Layer(width, heads, key_heads, hidden, eps) for _ in range(depth))
+        self.experts = experts
+        if experts is not None:
+            experts.require(depth)
+        self.layers = nn.ModuleList(
+            Layer(width, heads, key_heads, hidden, eps, self._moe(i, hidden)) for i in range(depth)
+        )
         self.norm = nn.RMSNorm(width, eps)
         self.head = nn.Linear(width, vocab, bias=False)
         for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, Layer):  # keeps the scale of the residual stream (Radford 2019)
-                for part in (module.out, module.down):
+                for part in (module.out, module.down) if module.moe is None else (module.out,):
                     part.weight.data.div_((2 * depth) ** 0.5)
+            if isinstance(module, SwiGLUExperts):
+                module.scale_output((2 * depth) ** -0.5)
         if tie:
             self.head.weight = self.embedding.weight
         E = width // heads
         self.theta = theta
         angle = torch.outer(torch.arange(length).float(), rope_frequencies(theta, E))
         self.register_buffer("rope_T", torch.polar(torch.ones_like(angle), angle), persistent=False)
+
+    def _moe(self, layer: int, hidden: int) -> MoELayer | None:
+        if self.experts is None or not self.experts.at(layer):
+            return None
+        return self.experts.build(self.width, hidden, SwiGLUExperts)
 
     def blocks(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -142,11 +170,15 @@ class CausalLM(nn.Module):
         segment_BT: Tensor | None = None,
         position_BT: Tensor | None = None,
         prefix_BT: Tensor | None = None,
+        marks: Marks = UNMARKED,
+        routings: list[Routing] | None = None,
     ) -> Tensor:
         """Embeddings to the features that the head reads, ``[B, T, D]``.
 
         ``segment_BT``: one document a row by default; ``position_BT``: counted within segments by default;
         ``prefix_BT``: bool, the first tokens of each document that all of its tokens see; none by default.
+        ``marks``: of the tokens, ``[B, T]`` each, for routers of experts; padding is known by its segment.
+        ``routings``: a list to which each layer of experts appends where its tokens went.
         """
         B, T, _ = h_BTD.shape
         if segment_BT is None and prefix_BT is not None:
@@ -160,12 +192,22 @@ class CausalLM(nn.Module):
                 f"length {self.length}: a document of {longest} tokens does not fit; cut it, or raise length"
             )
         rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
-        for layer in self.layers:
-            h_BTD = layer(h_BTD, rope, mask)
+        if self.experts is not None and segment_BT is not None and marks.valid is None:
+            marks = marks._replace(valid=derived(lambda x_BT: x_BT != NOWHERE, segment_BT))
+        routed = []
+        for layer in self.blocks():
+            h_BTD, routing = layer(h_BTD, rope, mask, marks)
+            if layer.moe is not None and routing is not None:
+                routed.append((layer.moe.router, routing))
+        if self.training and torch.is_grad_enabled():
+            observe(routed)
+        if routings is not None:
+            routings += [routing for _, routing in routed]
         return self.norm(h_BTD)
 
     def load_llama(self, state: Mapping[str, Tensor]) -> None:
-        """Loads weights named as in transformers' LlamaForCausalLM; raises ValueError unless all fit."""
+        """Loads weights named as in transformers' LlamaForCausalLM, or MixtralForCausalLM where a layer has top-k
+        experts; raises ValueError unless all fit."""
         find = _Reader(state)
         weights = {"embedding.weight": find("model.embed_tokens.weight"), "norm.weight": find("model.norm.weight")}
         for i in range(len(self.layers)):
@@ -175,10 +217,18 @@ class CausalLM(nn.Module):
             q, k, v = (find(f"{old}.self_attn.{x}_proj.weight") for x in "qkv")
             weights[f"{new}.qkv.weight"] = torch.cat([paired(q, self.head_width), paired(k, self.head_width), v])
             weights[f"{new}.out.weight"] = find(f"{old}.self_attn.o_proj.weight")
+            if self.blocks()[i].moe is not None:
+                weights[f"{new}.moe.router.gate_ED"] = find(f"{old}.mlp.gate.weight")
+                weights[f"{new}.moe.experts.gate_up"] = find(f"{old}.mlp.experts.gate_up_proj")
+                weights[f"{new}.moe.experts.down"] = find(f"{old}.mlp.experts.down_proj")
+                continue
             weights[f"{new}.gate_up.weight"] = torch.cat([find(f"{old}.mlp.{x}_proj.weight") for x in ("gate", "up")])
             weights[f"{new}.down.weight"] = find(f"{old}.mlp.down_proj.weight")
         tied = self.head.weight is self.embedding.weight
         weights["head.weight"] = weights["embedding.weight"] if tied else find("lm_head.weight")
+        lacks = next((n for n in self.state_dict() if n not in weights), None)
+        if lacks is not None:
+            raise ValueError(f"{lacks}: not in the weights")
         wrong = next((n for n, x in self.state_dict().items() if x.shape != weights[n].shape), None)
         if wrong is not None:
             given, want = tuple(weights[wrong].shape), tuple(self.state_dict()[wrong].shape)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.language.model import NOWHERE, CausalLM
+from descant.modules.moe import Marks, Routing
+from descant.modules.moe.routing import UNMARKED
 
 
 class Packed(NamedTuple):
@@ -162,6 +164,8 @@ def through(
     document_mask: bool = True,
     counts: PackingCounts | None = None,
     prefix_BS: Tensor | None = None,
+    marks: Marks = UNMARKED,
+    routings: list[Routing] | None = None,
 ) -> Tensor:
     """Language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
 
@@ -173,6 +177,8 @@ def through(
             each sample alone. Without, to all earlier tokens of the row, with positions counted from its start.
         counts: of the rows, added to those that it has.
         prefix_BS: bool, the first tokens of each sample that all of its tokens see; none by default.
+        marks: of the tokens, ``[B, S]`` each, for routers of experts; real ones are valid.
+        routings: a list to which layers of experts append where the tokens of the rows went.
 
     Raises:
         ValueError: naming a sample that is longer than ``size``; for positions or a prefix without a document mask.
@@ -203,7 +209,10 @@ def through(
     if position_BS is not None:
         position = derived(partial(_put, shape), *to, *of, position_BS)
     prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
-    h_RTW = lm(packed, segment, position, prefix)
+    if lm.experts is not None:
+        marks = marks._replace(valid=to_device(real_BS, device))
+        marks = Marks(*(None if x is None else derived(partial(_put, shape), *to, *of, x) for x in marks[:3]), marks[3])
+    h_RTW = lm(packed, segment, position, prefix, marks, routings)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 
 

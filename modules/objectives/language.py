@@ -16,6 +16,7 @@ from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term, counted, means
 from descant.modules.core.output import Output
 from descant.modules.language import CausalLM, Sampling, log_probabilities
+from descant.modules.moe import Routing
 from descant.modules.policy import Counts, DPOLoss, PolicyBatch, PolicyLoss
 from descant.modules.policy.losses import FAR
 
@@ -29,7 +30,9 @@ class AnswerModel(Protocol):
     @property
     def teaching(self) -> Any: ...
 
-    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]: ...
+    def answered(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def expert_terms(self, routings: list[Routing]) -> dict[str, Term]: ...
 
     def decisions(self, before_NW: Tensor, sample_N: Tensor) -> Any: ...
 
@@ -59,15 +62,18 @@ class SFT(LanguageObjective):
 
         loss_b = - mean_t log p(token_bt | all before it)
 
-    Every answer counts alike, however long it is, so gradients are the same however a step is cut.
+    Every answer counts alike, however long it is, so gradients are the same however a step is cut. Where the language
+    model has experts, their balance is an auxiliary term.
     """
 
     def __call__(self, model: AnswerModel, batch: Batch) -> Output:
-        before_NW, token_N, sample_N = model.answered(batch)
+        routings: list[Routing] = []
+        before_NW, token_N, sample_N = model.answered(batch, routings)
         log_N = log_probabilities(before_NW, model.lm.head.weight, token_N)
         value_B, valid_B = means(-log_N, sample_N, len(batch))
         term = Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))
-        return Output({"answer": term}, decisions=lambda: model.decisions(before_NW, sample_N))
+        aux = model.expert_terms(routings)
+        return Output({"answer": term}, decisions=lambda: model.decisions(before_NW, sample_N), aux=aux)
 
 
 class GRPO(LanguageObjective):

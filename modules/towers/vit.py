@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objects import recorded
 from descant.modules.core.rows import RowTracker
+from descant.modules.moe import ExpertLayers, GELUExperts, Marks, MoELayer, Routing, observe
+from descant.modules.moe.routing import UNMARKED
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
 from descant.modules.towers.timm import load_exactly, read_weights
@@ -100,6 +102,12 @@ class Layout:
         """Int64 ``[M]`` on the CPU: the sample of each token in memory order."""
         return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
 
+    @cached_property
+    def kinds(self) -> Tensor:
+        """Int64 ``[M]`` on the CPU: the group of each token in memory order."""
+        S, B = self.count_SB.shape
+        return torch.arange(S).repeat(B).repeat_interleave(self.count_SB[:, self.sample_B].T.flatten())
+
     def split(self, h_MD: Tensor) -> list[Tensor]:
         """Pieces ``[samples, tokens, ...]`` of tokens in memory order."""
         if len(self.pieces) == 1:
@@ -177,6 +185,29 @@ class RaggedBlock(Block):
         return self.out(torch.cat(mixed) if len(mixed) > 1 else mixed[0] if mixed else qkv_N3D[:, :D])
 
 
+class RoutedBlock(RaggedBlock):
+    """A :class:`RaggedBlock` with sparse experts in place of its MLP; returns where the tokens went, too.
+
+    >>> from descant.modules.moe import TopK
+    >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopK()).build(8, 32, GELUExperts))
+    >>> h_ND, routing = block(torch.randn(5, 8), Layout([torch.tensor([2, 3])]))
+    >>> h_ND.shape, routing.index.shape
+    (torch.Size([5, 8]), torch.Size([5, 2]))
+    """
+
+    def __init__(self, width: int, heads: int, moe: MoELayer, dropout: float = 0.0) -> None:
+        super().__init__(width, heads, 1.0, dropout)
+        del self.mlp
+        self.moe = moe
+
+    def forward(  # type: ignore[override]  # with what the experts were given
+        self, h_ND: Tensor, layout: Layout, marks: Marks = UNMARKED
+    ) -> tuple[Tensor, Routing]:
+        h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))
+        y_ND, routing = self.moe(self.norm_2(h_ND), marks)
+        return h_ND + self._drop(y_ND), routing
+
+
 class Trunk(Tower):
     """ViT encoder over ragged tokens, ``[N, D] -> [B + N, D]``: ``h = norm(block_n(... block_1([cls; tokens])))``
     within each sample.
@@ -192,9 +223,11 @@ class Trunk(Tower):
         dropout: on the attention weights and on both branches of a block.
         weights: a local file of a plain timm ViT (safetensors, or torch's read without code): its blocks, norm and
             class token; patches and positions belong to the adapters.
+        experts: which blocks have sparse experts in place of their MLP; none where not given. The kind of a token is
+            its group: 0 the global token's, then one a modality.
 
     Raises:
-        ValueError: if ``heads`` does not divide ``width``, or the weights are of another ViT.
+        ValueError: if ``heads`` does not divide ``width``, the weights are of another ViT, or experts do not fit.
 
     >>> layout = Layout([torch.tensor([1, 1]), torch.tensor([2, 3])])  # global tokens, and five of a modality
     >>> Trunk(width=8, depth=1, heads=2)(torch.randn(5, 8), layout).h_BTD.shape
@@ -209,6 +242,7 @@ class Trunk(Tower):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         weights: Path | None = None,
+        experts: ExpertLayers | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -216,13 +250,28 @@ class Trunk(Tower):
         checked_heads(width, heads)
         self.width, self.heads, self.depth, self.mlp_ratio = width, heads, depth, mlp_ratio
         self.cls_D = nn.Parameter(torch.randn(width) * 0.02)
-        self.layers = nn.ModuleList(RaggedBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
+        self.experts = experts
+        if experts is not None:
+            experts.require(depth)
+        self.layers = nn.ModuleList(self._block(i, dropout) for i in range(depth))
         self.norm = nn.LayerNorm(width, EPS)
         if weights is not None:
             state = {k: v for k, v in from_timm(read_weights(weights)).items() if not k.startswith(OUTSIDE)}
             load_exactly(self, state, weights, f"a ViT of width {width} and depth {depth}")
 
-    def forward(self, x: Tensor, mask: Tensor | Layout | None = None) -> Tokens:
+    def _block(self, layer: int, dropout: float) -> RaggedBlock:
+        if self.experts is None or not self.experts.at(layer):
+            return RaggedBlock(self.width, self.heads, self.mlp_ratio, dropout)
+        moe = self.experts.build(self.width, int(self.width * self.mlp_ratio), GELUExperts)
+        return RoutedBlock(self.width, self.heads, moe, dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Layout | None = None,
+        task_B: Tensor | None = None,
+        routings: list[Routing] | None = None,
+    ) -> Tokens:
         """Encodes global tokens and ``x``.
 
         Args:
@@ -230,15 +279,15 @@ class Trunk(Tower):
             mask: the layout of one global token a sample and the groups; for dense ``x`` a bool ``[B, K]`` or None:
                 masked tokens are not computed and are zero in the output, which has the shape of ``x``, without global
                 tokens.
+            task_B: int64, of each sample, for routers of experts.
+            routings: a list to which each block of experts appends where its tokens went.
         """
         if isinstance(mask, Layout):
             sizes = mask.count_SB.sum(dim=1).tolist()
             groups = [self.cls_D.to(x.dtype).expand(sizes[0], -1), *x.split(sizes[1:])]
             h_MD = mask.join(groups)
             with self.row_tracker.select(mask.rows):
-                for layer in self.layers:
-                    h_MD = layer(h_MD, mask)
-                h_MD = self.norm(h_MD)
+                h_MD = self.norm(self._blocks(h_MD, mask, task_B, routings))
             h_MD = torch.cat(mask.part(h_MD))
             return Tokens(h_MD, torch.ones(len(h_MD), dtype=torch.bool, device=h_MD.device))
         host_BK = None if mask is None else host_copy(mask)
@@ -246,12 +295,32 @@ class Trunk(Tower):
         count_B = torch.full((len(x),), x.shape[1]) if host_BK is None else host_BK.sum(dim=1)
         layout = Layout([torch.ones_like(count_B), count_B], device=x.device)
         if host_BK is None or bool(host_BK.all()):
-            h_MD = self(x.flatten(0, 1), layout).h_BTD
+            h_MD = self(x.flatten(0, 1), layout, task_B, routings).h_BTD
             return Tokens(h_MD[len(x) :].view(x.shape), mask)
         at_N = to_device(host_BK.flatten().nonzero()[:, 0], x.device)
-        h_MD = self(x.flatten(0, 1)[at_N], layout).h_BTD
+        h_MD = self(x.flatten(0, 1)[at_N], layout, task_B, routings).h_BTD
         h_ND = h_MD.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, at_N, h_MD[len(x) :])
         return Tokens(h_ND.view(x.shape), mask)
+
+    def _blocks(self, h_MD: Tensor, layout: Layout, task_B: Tensor | None, routings: list[Routing] | None) -> Tensor:
+        marks, routed = UNMARKED if self.experts is None else _marks(layout, task_B, h_MD.device), []
+        for layer in self.layers:
+            if isinstance(layer, RoutedBlock):
+                h_MD, routing = layer(h_MD, layout, marks)
+                routed.append((layer.moe.router, routing))
+            else:
+                h_MD = layer(h_MD, layout)
+        if self.training and torch.is_grad_enabled():
+            observe(routed)
+        if routings is not None:
+            routings += [routing for _, routing in routed]
+        return h_MD
+
+
+def _marks(layout: Layout, task_B: Tensor | None, device: torch.device) -> Marks:
+    """Kind and task of tokens in memory order."""
+    kind_M, row_M = to_device(layout.kinds, device), to_device(layout.rows, device)
+    return Marks(kind_M, None if task_B is None else derived(lambda task, row: task[row], task_B, row_M))
 
 
 #: Keys of a timm ViT that are not the trunk's.

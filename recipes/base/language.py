@@ -21,6 +21,8 @@ from descant.modules.language.interleave import Interleaved, interleave, placed,
 from descant.modules.language.packing import PackingCounts, through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import ImageProjector
+from descant.modules.moe import Marks, Routing, expert_terms
+from descant.modules.moe.routing import UNMARKED
 from descant.modules.objectives.language import LanguageObjective, answer_log_probabilities
 from descant.modules.tokenizers.text import EOS, PAD
 from descant.recipes.base.recipe import Recipe
@@ -74,15 +76,29 @@ class LanguageRecipe(Recipe):
         h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
         return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 
-    def read(self, batch: Batch) -> tuple[Tensor, Tensor, Interleaved]:
-        """``h_BSW`` before and after the language model, and what each token is."""
+    def read(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Interleaved]:
+        """``h_BSW`` before and after the language model, and what each token is; its experts fill ``routings``."""
         embedded_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         alone = self.document_mask or not self.training or self.objective.deterministic
         counts = self.packing if self.training else None
         prefix_BS = self.prompt(row) if self.prefix_sight else None
-        h_BSW = through(self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts, prefix_BS)
-        return embedded_BSW, h_BSW, row
+        marks = self.marks_of(batch, row.ids_BS)
+        rows = (self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts, prefix_BS, marks, routings)
+        return embedded_BSW, through(*rows), row
+
+    def marks_of(self, batch: Batch, ids_BS: Tensor) -> Marks:
+        """What routers of experts may know: kind 1 of the tokens of images, 0 of others; task, the sample's source."""
+        if self.lm.experts is None:
+            return UNMARKED
+        image = self.image_token
+        kind_BS = derived(lambda ids: torch.zeros_like(ids) if image is None else (ids == image).long(), ids_BS)
+        task_BS = derived(lambda source_B, ids: source_B[:, None].expand(ids.shape), batch.source, ids_BS)
+        return Marks(kind_BS, task_BS)
+
+    def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
+        """Balance of the use of experts, and losses of their routers, in training."""
+        return expert_terms(self.lm.experts, routings) if self.lm.training else {}
 
     def prompt(self, row: Interleaved) -> Tensor:
         """Bool ``[B, S]``: the tokens up to the first mark of an answer, itself included."""
@@ -93,9 +109,9 @@ class LanguageRecipe(Recipe):
 
         return derived(up_to_answer, row.ids_BS, row.real_BS)
 
-    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def answered(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
-        return self._before(*self.read(batch)[1:])
+        return self._before(*self.read(batch, routings)[1:])
 
     @staticmethod
     def _before(h_BSW: Tensor, row: Interleaved) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +169,10 @@ class LanguageRecipe(Recipe):
             turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
             seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
         how = sampling or Sampling()
-        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both)
+        marks = self.marks_of(batch, row.ids_BS).map(lambda x_BS: torch.cat([x_BS, x_BS[:, -1:]], dim=1))
+        if marks.kind is not None:  # what is generated is text
+            marks = marks._replace(kind=torch.cat([marks.kind[:, :-1], torch.zeros_like(marks.kind[:, :1])], dim=1))
+        return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both, marks)
 
     @torch.no_grad()
     def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import Corruption, Masks, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
 from descant.modules.missing_modalities.imputation import Imputer
+from descant.modules.moe import ExpertLayers, Routing, expert_terms
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers.vit import Layout
 from descant.modules.training_setup.trainer import datamodule_of, fit_tokenizers
@@ -73,8 +74,14 @@ class MaskedRecipe(Recipe):
             for m, adapter in self.adapters.each().items()
         }
 
-    def encode(self, raw: dict[str, Tensor], visible: dict[str, Tensor]) -> Encoded:
-        """The encoder over visible tokens alone."""
+    def encode(
+        self,
+        raw: dict[str, Tensor],
+        visible: dict[str, Tensor],
+        task_B: Tensor | None = None,
+        routings: list[Routing] | None = None,
+    ) -> Encoded:
+        """The encoder over visible tokens alone; its experts may know tasks, and fill ``routings``."""
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
         kinds = []
         for m, at_m in at.items():
@@ -83,9 +90,19 @@ class MaskedRecipe(Recipe):
         counts = [at_m.count_B for at_m in at.values()]
         x_ND = torch.cat(kinds)
         layout = Layout([torch.ones_like(counts[0]), *counts], device=x_ND.device)
-        h_ND = self.towers["encoder"](x_ND, layout).h_BTD
+        routed = () if self.experts is None else (task_B, routings)
+        h_ND = self.towers["encoder"](x_ND, layout, *routed).h_BTD
         global_BD, *h = h_ND.split([len(counts[0]), *(len(at_m.row_N) for at_m in at.values())])
         return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
+
+    @property
+    def experts(self) -> ExpertLayers | None:
+        """The sparse experts of the encoder, if it has some."""
+        return getattr(self.towers["encoder"], "experts", None)
+
+    def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
+        """Balance of the use of experts, and losses of their routers, in training."""
+        return expert_terms(self.experts, routings) if self.training else {}
 
     # what callbacks ask for ----------------------------------------------------------------------------------------
 
@@ -95,7 +112,9 @@ class MaskedRecipe(Recipe):
         for together in self.embeds:
             shown = {m: real[m] if m in together else derived(torch.zeros_like, real[m]) for m in real}
             name = "+".join(together)
-            z[name] = torch.where(batch.there(name)[:, None], self.encode(raw, shown).pooled(self.pool_global), 0.0)
+            z[name] = torch.where(
+                batch.there(name)[:, None], self.encode(raw, shown, batch.source).pooled(self.pool_global), 0.0
+            )
         return z
 
     def scores(self, batch: Batch) -> dict[str, Term]:
@@ -123,7 +142,8 @@ class MaskedRecipe(Recipe):
         masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
         tokens, adapters = self.arranged(raw, real, masks), self.adapters.each()
         asked = {m: At.of(masks.target[m]) for m in self.targets if not adapters[m].ordered}
-        encoded = self.encode({m: t.x_BTP for m, t in tokens.items()}, {m: t.visible_BT for m, t in tokens.items()})
+        x, seen = ({m: getattr(t, name) for m, t in tokens.items()} for name in ("x_BTP", "visible_BT"))
+        encoded = self.encode(x, seen, batch.source)
         predicted, rebuilt = self.decoder(encoded, asked), {}
         for m, adapter in ((m, adapters[m]) for m in asked):
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()

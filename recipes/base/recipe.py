@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from descant.modules.adaptation.base import Adapt
 from descant.modules.core.batch import Batch
@@ -23,6 +23,7 @@ from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.rows import RowTracker
 from descant.modules.distill.distill import Distill, without_distill
+from descant.modules.moe.balance import move_biases
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers.table import require_columns
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
@@ -215,6 +216,9 @@ class Recipe(L.LightningModule):
             self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch))
         return objective.total
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        move_biases(self)  # after the last backward, which may route again, and before the step is saved
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.output = None

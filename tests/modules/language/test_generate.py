@@ -24,7 +24,8 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(autouse=True, params=[1 << 20, 0], ids=["small", "large"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models copy shared prompts and turn their weights; large ones read both as they are."""
-    monkeypatch.setattr(import_module("descant.modules.language.generate"), "SMALL", request.param)
+    for name in ("generate", "decode_layers"):
+        monkeypatch.setattr(import_module(f"descant.modules.language.{name}"), "SMALL", request.param)
 
 
 def prompts(rows: int = 3, longest: int = 9) -> tuple[Tensor, Tensor]:

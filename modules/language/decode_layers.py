@@ -1,0 +1,107 @@
+"""Layers of a language model on one token a row, as generation runs them: few operations on plain weights.
+
+Letters: S rows, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.language.model import CausalLM, Layer, apply_rope
+from descant.modules.moe import Marks
+
+#: Tensors of up to this many numbers are copied, where that is faster than indirection.
+SMALL = 1 << 20
+
+
+def require_causal(lm: CausalLM) -> None:
+    """Raises ValueError for a model whose routers, in their mode, decide by later tokens too: none are there yet."""
+    for layer in lm.blocks():
+        if layer.moe is not None and not layer.moe.router.causal:
+            name = type(layer.moe.router).__name__
+            raise ValueError(
+                f"generation: {name} routes by tokens that come later; give it auxiliary: CausalAux, with the model in "
+                "eval mode, or take TopK"
+            )
+
+
+class DecodeLayer:
+    """A layer on one token a row, ``[S, D]``.
+
+    Plain layers are computed from their weights: at this size calling modules takes longer than the products. Small
+    weights are transposed once, with those of the preceding norm multiplied in. Replaced parts, such as adapters, are
+    called, and so are experts.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.moe = layer, layer.moe
+        parts = [layer.qkv, layer.out, layer.norm_1, layer.norm_2]
+        parts += [layer.gate_up, layer.down] if self.moe is None else []
+        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
+        if self.plain:
+            self.norm_1, self.qkv = _folded(layer.norm_1, layer.qkv)
+            self.out = _transposed(layer.out.weight)
+            if self.moe is None:
+                self.norm_2, self.gate_up = _folded(layer.norm_2, layer.gate_up)
+                self.down = _transposed(layer.down.weight)
+            else:
+                self.norm_2 = _Norm(layer.norm_2, layer.norm_2.weight)
+
+    def split_qkv(self, h_SD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
+        layer = self.layer
+        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
+        qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
+        q, k = apply_rope(qk, rope).split([layer.heads, layer.key_heads], dim=1)
+        return q, k, v
+
+    def residual_mlp(self, h_SD: Tensor, attended_SD: Tensor, marks: Marks) -> Tensor:
+        if not self.plain:
+            return self.layer.residual_mlp(h_SD, attended_SD, marks)[0]
+        h_SD = torch.addmm(h_SD, attended_SD, self.out)
+        if self.moe is not None:
+            return h_SD + self.moe(self.norm_2(h_SD), marks)[0]
+        gate, up = torch.mm(self.norm_2(h_SD), self.gate_up).chunk(2, dim=1)
+        return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
+
+
+def _transposed(w_OD: Tensor) -> Tensor:
+    return w_OD.t().contiguous() if w_OD.numel() <= SMALL else w_OD.t()
+
+
+def _folded(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
+    """A norm and the transposed weights ``[D, O]`` of the layer after it; the norm's weights are folded into small
+    ones."""
+    if linear.weight.numel() > SMALL:
+        return _Norm(norm, norm.weight), linear.weight.t()
+    return _Norm(norm, None), _transposed(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
+
+
+class _Norm:
+    """RMSNorm in few operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``, or without w and sqrt(D)."""
+
+    def __init__(self, norm: nn.RMSNorm, weight: Tensor | None) -> None:
+        size = norm.normalized_shape[0]
+        self.weight = None if weight is None else weight * size**0.5
+        self.least = norm.weight.new_tensor((size * (norm.eps or 0.0)) ** 0.5)
+
+    def __call__(self, x_SD: Tensor) -> Tensor:
+        size_S1 = torch.linalg.vector_norm(x_SD, dim=1, keepdim=True)
+        y_SD = x_SD / torch.hypot(size_S1, self.least)
+        return y_SD if self.weight is None else y_SD.mul_(self.weight)
+
+
+class DecodeHead:
+    """Last hidden states to logits, ``[S, D] -> [S, V]``; plain ones as in :class:`DecodeLayer`."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lm = lm
+        parts = lm.norm, lm.head
+        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
+        if self.plain:
+            self.norm, self.w = _folded(*parts)
+
+    def __call__(self, h_SD: Tensor) -> Tensor:
+        return torch.mm(self.norm(h_SD), self.w) if self.plain else self.lm.logits(self.lm.norm(h_SD))
