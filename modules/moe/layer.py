@@ -35,7 +35,7 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def matrices(self, weight_EOI: Tensor) -> nn.Parameter | nn.ParameterList:
-        return nn.ParameterList(weight_EOI) if self.separate else nn.Parameter(weight_EOI)
+        return nn.ParameterList(w_OI.clone() for w_OI in weight_EOI) if self.separate else nn.Parameter(weight_EOI)
 
     @staticmethod
     def chosen(weights: Tensor | nn.ParameterList, only: Sequence[int] | None, dtype: torch.dtype) -> list[Tensor]:

@@ -165,7 +165,8 @@ class TopK(Router):
             bias.
 
     Raises:
-        ValueError: for a k below 1, a rate not above 0; when built, for more chosen than experts.
+        ValueError: for a k below 1, or of 1 with weights over the chosen, which is always 1; for a rate not above 0;
+            when built, for more chosen than experts.
 
     >>> router = TopK(k=2).build(width=8, experts=4)
     >>> router(torch.randn(5, 8)).weight.sum(dim=1).round(decimals=4).tolist()
@@ -178,6 +179,8 @@ class TopK(Router):
         super().__init__()
         if k < 1:
             raise ValueError(f"k {k}: at least 1")
+        if k == 1 and norm == "after":
+            raise ValueError("k 1, norm after: the weight is 1 whatever the gate, which learns nothing; use norm before")
         if bias_rate is not None and not bias_rate > 0:
             raise ValueError(f"bias_rate {bias_rate:g}: above 0, such as 0.001, or none")
         self.k, self.norm, self.bias_rate = k, norm, bias_rate
@@ -219,9 +222,9 @@ class TaskGate(TopK):
     Args:
         tasks: T. k, norm, bias_rate: as of :class:`TopK`.
 
-    >>> router = TaskGate(tasks=3, k=1).build(width=8, experts=4)
+    >>> router = TaskGate(tasks=3, k=2).build(width=8, experts=4)
     >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).index.shape
-    torch.Size([2, 1])
+    torch.Size([2, 2])
     """
 
     def __init__(
