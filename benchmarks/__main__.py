@@ -51,6 +51,7 @@ BENCHMARKS = {
     "ssl": "benchmarks.ssl:step",
     "mining": "benchmarks.mining:mining",
     "multitask": "benchmarks.multitask:shared",
+    "moe": "benchmarks.moe:moe",
     "tokens/step": "benchmarks.tokens:step",
     "tokens/decode": "benchmarks.tokens:decode",
     "tokens/compute": "benchmarks.tokens:compute",

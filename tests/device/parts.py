@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
+from descant.modules import moe
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.grow import Grow
 from descant.modules.adaptation.lora import Lora
@@ -750,7 +751,47 @@ def _language(at: Place) -> Any:
     return h_BTD, drawn
 
 
-@part("BlockSampling", "UnifiedVocabulary", "CodeFormat")
+ROUTERS: dict[str, Callable[[], moe.Router]] = {
+    "TopK": lambda: moe.TopK(2, bias_rate=0.1),
+    "TaskGate": lambda: moe.TaskGate(2),
+    "TopP": lambda: moe.TopP(0.6, null=1),
+    "ModalityTopK": lambda: moe.ModalityTopK([[0, 1, 2], [1, 2, 3]]),
+    "HardModality": lambda: moe.HardModality([3, 0]),
+    "StaticSkill": lambda: moe.StaticSkill([[0, 2], [1, 2, 3]]),
+    "ExpertChoice": lambda: moe.ExpertChoice([[0, 1], [2, 3]], auxiliary=moe.CausalAux(4)),
+}
+
+
+def _routed(router: Callable[[], moe.Router]) -> Part:
+    def use(at: Place) -> Any:
+        layer = at(moe.MoELayer(D, 8, 4, router(), shared=1, capacity=moe.Capacity(1.0), form=moe.GELUExperts))
+        n_N = torch.arange(12)
+        y_ND, routing = layer(at(torch.randn(12, D)), moe.Marks(at(n_N % 2), at(n_N // 2 % 2), at(n_N % 5 > 0)))
+        moe.observe([(layer.router, routing)])
+        moe.move_biases(layer)
+        return y_ND, routing.weight, routing.causal, [b for _, b in layer.named_buffers()]
+
+    return use
+
+
+for _name, _router in ROUTERS.items():
+    part(
+        _name,
+        *({"ExpertChoice": ["CausalAux"], "TopK": ["MoELayer", "GELUExperts", "Capacity", "Segments"]}.get(_name, [])),
+    )(_routed(_router))
+
+
+@part("ExpertLayers", "SwiGLUExperts", "RoutedBlock")
+def _experts(at: Place) -> Any:
+    experts, routings = moe.ExpertLayers(4, moe.TopK(), z=0.1, every=2), list[moe.Routing]()
+    lm, trunk = at(CausalLM(20, 8, 2, 2, length=16, experts=experts)), at(Trunk(8, 2, 2, experts=experts))
+    h_BTD = lm(lm.embed(at(torch.randint(1, 20, (2, 5)))), at(torch.tensor([[1, 1, 2, 2, 0]] * 2)), routings=routings)
+    terms = moe.expert_terms(experts, routings)
+    h_MD = trunk(at(torch.randn(5, 8)), Layout([at(torch.tensor([1, 1])), at(torch.tensor([2, 3]))])).h_BTD
+    return h_BTD, h_MD, [term.value for term in terms.values()]
+
+
+@part("BlockSampling", "UnifiedVocabulary", "CodeFormat", "DecodeHead", "DecodeLayer")
 def _blocks(at: Place) -> Any:
     vocabulary = UnifiedVocabulary(20, {"image": CodeFormat((2,), 3), "audio": CodeFormat((2,), 2, 2)})
     sampling = BlockSampling(vocabulary=vocabulary, only=("audio", "image"))
