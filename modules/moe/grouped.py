@@ -1,12 +1,12 @@
-"""Matrix products of sorted rows with the weights of their experts: one of each segment, or one grouped kernel.
+"""MLPs of experts on rows that are sorted by expert: a loop over segments on CPUs, one grouped kernel on CUDA.
 
-Letters: M rows, sorted by expert; E experts, I and O widths before and behind.
+Letters: M rows, sorted by expert; E experts, D width, Z width before the activation, F behind it, R rows of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,28 +15,32 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy
 
+#: Rows computed at a time on a CPU, so that what lies between the two products of an MLP stays in its cache.
+BLOCK = 512
+
 
 class Segments:
     """Rows of each expert: counts on the device, and on the host where a loop needs them.
 
-    ``count_E``: int64 ``[E]``. ``total``: rows that belong to an expert, the first of those that are there.
+    Args:
+        count_E: int64 ``[E]``. fused: whether a grouped kernel takes them, which needs no count on the host.
     """
 
     def __init__(self, count_E: Tensor, fused: bool) -> None:
-        self.fused, self.count_E = fused, count_E
         self.offset_E = count_E.cumsum(dim=0).to(torch.int32) if fused else None
         self.counts: list[int] = [] if fused else host_copy(count_E).tolist()
 
     def rows(self, order_M: Tensor) -> Tensor:
         """The rows that are computed: those of experts, or where only the device knows their number, all."""
-        return order_M if self.fused else order_M[: sum(self.counts)]
+        return order_M if self.offset_E is not None else order_M[: sum(self.counts)]
 
-    def clear(self, x_MD: Tensor) -> Tensor:
-        """Zeros behind the last expert, in values and in gradients: a fused kernel writes nothing there."""
-        if self.offset_E is None:
-            return x_MD
-        here_M1 = (torch.arange(len(x_MD), device=x_MD.device) < self.offset_E[-1])[:, None]
-        return torch.where(here_M1, x_MD, torch.zeros((), dtype=x_MD.dtype, device=x_MD.device))
+    def blocks(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Expert, first row, row after the last, and whether it is the expert's first, of blocks of its rows."""
+        begin = 0
+        for e, count in enumerate(self.counts):
+            for at in range(begin, begin + count, BLOCK):
+                yield e, at, min(at + BLOCK, begin + count), at == begin
+            begin += count
 
 
 def fusible(x: Tensor, dtype: torch.dtype) -> bool:
@@ -49,64 +53,144 @@ def fusible(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def grouped_linear(
-    x_MI: Tensor, weights: Sequence[Tensor], segments: Segments, bias_EO: Tensor | None = None
-) -> Tensor:
-    """``y_m = W_e x_m + b_e`` for the rows m of segment e: no row meets the weights of another expert.
+class SwiGLU:
+    """``silu(gate) * up`` of ``[gate, up]``."""
 
-    ``weights``: one tensor ``[E, O, I]``, or E of ``[O, I]``. An expert without rows has a gradient of zeros.
+    @staticmethod
+    def forward(z_RZ: Tensor) -> Tensor:
+        gate, up = z_RZ.chunk(2, dim=1)
+        return F.silu(gate) * up
 
-    >>> w_EOI = torch.tensor([[[1.0]], [[10.0]]])
-    >>> grouped_linear(torch.ones(3, 1), [w_EOI], Segments(torch.tensor([1, 2]), fused=False)).flatten().tolist()
-    [1.0, 10.0, 10.0]
+    @staticmethod
+    def backward(grad_RF: Tensor, z_RZ: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of z, and the activations again."""
+        (gate, up), grad_RZ = z_RZ.chunk(2, dim=1), torch.empty_like(z_RZ)
+        to_gate, to_up = grad_RZ.chunk(2, dim=1)
+        silu = F.silu(gate)
+        torch.mul(grad_RF, silu, out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(grad_RF * up, gate))
+        return grad_RZ, silu.mul_(up)
+
+
+class GELU:
+    """``gelu(z)``."""
+
+    @staticmethod
+    def forward(z_RZ: Tensor) -> Tensor:
+        return F.gelu(z_RZ)
+
+    @staticmethod
+    def backward(grad_RF: Tensor, z_RZ: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of z, and the activations again."""
+        return torch.ops.aten.gelu_backward(grad_RF, z_RZ), F.gelu(z_RZ)
+
+
+class Weights(NamedTuple):
+    """Of E experts: matrices, each one tensor ``[E, out, in]`` or E of ``[out, in]``, and biases ``[E, out]``."""
+
+    inward: Sequence[Tensor]
+    outward: Sequence[Tensor]
+    inward_bias: Tensor | None = None
+    outward_bias: Tensor | None = None
+
+
+def expert_mlp(x_MD: Tensor, weights: Weights, activation: type[SwiGLU | GELU], segments: Segments) -> Tensor:
+    """``y_m = W2_e act(W1_e x_m + b1_e) + b2_e`` for the rows m of segment e: no row meets another expert's weights.
+
+    An expert without rows has a gradient of zeros.
+
+    >>> one_E11 = torch.tensor([[[1.0]], [[2.0]]])
+    >>> weights = Weights([one_E11], [one_E11])
+    >>> expert_mlp(torch.full((3, 1), 9.0), weights, GELU, Segments(torch.tensor([1, 2]), fused=False)).tolist()
+    [[9.0], [36.0], [36.0]]
     """
     if segments.offset_E is None:
-        y_MO: Tensor = _Loop.apply(segments.counts, x_MI, bias_EO, *weights)
-        return y_MO
+        several, (inward, outward, *biases) = len(weights.inward), weights
+        y_MD: Tensor = _Loop.apply(segments, activation, several, x_MD, *biases, *inward, *outward)
+        return y_MD
+    z_MZ = _grouped(_clear(x_MD, segments.offset_E), weights.inward, weights.inward_bias, segments.offset_E)
+    return _grouped(activation.forward(z_MZ), weights.outward, weights.outward_bias, segments.offset_E)
+
+
+def _grouped(x_MI: Tensor, weights: Sequence[Tensor], bias_EO: Tensor | None, offset_E: Tensor) -> Tensor:
     w_EOI = weights[0] if weights[0].ndim == 3 else torch.stack(list(weights))
-    y_MO = F.grouped_mm(x_MI, w_EOI.transpose(1, 2), offs=segments.offset_E)
-    if bias_EO is None:
-        return y_MO
-    expert_M = torch.searchsorted(segments.offset_E, torch.arange(len(x_MI), device=x_MI.device), right=True)
-    return y_MO + bias_EO[expert_M.clamp(max=len(bias_EO) - 1)]
+    y_MO = F.grouped_mm(x_MI, w_EOI.transpose(1, 2), offs=offset_E)
+    if bias_EO is not None:
+        expert_M = torch.searchsorted(offset_E, torch.arange(len(x_MI), device=x_MI.device), right=True)
+        y_MO = y_MO + bias_EO[expert_M.clamp(max=len(bias_EO) - 1)]
+    return _clear(y_MO, offset_E)
+
+
+def _clear(x_MD: Tensor, offset_E: Tensor) -> Tensor:
+    """Zeros behind the last expert, in values and in gradients: a grouped kernel writes nothing there."""
+    here_M1 = (torch.arange(len(x_MD), device=x_MD.device) < offset_E[-1])[:, None]
+    return torch.where(here_M1, x_MD, torch.zeros((), dtype=x_MD.dtype, device=x_MD.device))
 
 
 class _Loop(torch.autograd.Function):
-    """Products into slices of one result, forward and backward: nothing is concatenated, stacked or added up."""
+    """Block by block through both products, into slices of one result; only x and z are kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, counts: list[int], x_MI: Tensor, bias_EO: Tensor | None, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MI, *weights)
-        ctx.counts = counts
-        pieces = _pieces(weights)
-        y_MO = x_MI.new_empty(len(x_MI), pieces[0].shape[0])
-        for e, (x, y) in enumerate(zip(x_MI.split(counts), y_MO.split(counts), strict=True)):
-            if not len(x):
-                continue
-            if bias_EO is None:
-                torch.mm(x, pieces[e].t(), out=y)
-            else:
-                torch.addmm(bias_EO[e], x, pieces[e].t(), out=y)
-        return y_MO
+    def forward(
+        ctx: Any,
+        segments: Segments,
+        activation: type[SwiGLU | GELU],
+        several: int,
+        x_MD: Tensor,
+        bias_EZ: Tensor | None,
+        bias_ED: Tensor | None,
+        *matrices: Tensor,
+    ) -> Tensor:
+        inward, outward = _pieces(matrices[:several]), _pieces(matrices[several:])
+        learns, y_MD = any(ctx.needs_input_grad), x_MD.new_empty(len(x_MD), outward[0].shape[0])
+        z_MZ = x_MD.new_empty(len(x_MD) if learns else 0, inward[0].shape[0])
+        for e, a, b, _ in segments.blocks():
+            z = _linear(x_MD[a:b], inward[e], bias_EZ, e, z_MZ[a:b] if learns else None)
+            _linear(activation.forward(z), outward[e], bias_ED, e, y_MD[a:b])
+        ctx.save_for_backward(x_MD, z_MZ, *matrices)
+        ctx.segments, ctx.activation, ctx.several = segments, activation, several
+        return y_MD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor | None, ...]:
-        x_MI, *weights = ctx.saved_tensors
-        pieces, grads = _pieces(weights), grad_MO.split(ctx.counts)
-        to_x, to_bias = (torch.empty_like(x_MI) if ctx.needs_input_grad[1] else None), None
-        to_weights: list[Tensor | None] = [None] * len(weights)
-        if to_x is not None:
-            for piece, grad, into in zip(pieces, grads, to_x.split(ctx.counts), strict=True):
-                if len(grad):
-                    torch.mm(grad, piece, out=into)
-        if ctx.needs_input_grad[2]:
-            to_bias = torch.stack([grad.sum(dim=0) for grad in grads])
-        if any(ctx.needs_input_grad[3:]):
-            to_weights = [torch.empty_like(w) for w in weights]
-            for into, grad, x in zip(_pieces(to_weights), grads, x_MI.split(ctx.counts), strict=True):
-                torch.mm(grad.t(), x, out=into)  # zeros without rows
-        return None, to_x, to_bias, *to_weights
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        x_MD, z_MZ, *matrices = ctx.saved_tensors
+        _, _, _, to_x, to_bias_z, to_bias_y, *_ = ctx.needs_input_grad
+        learns = [
+            any(part) for part in (ctx.needs_input_grad[6 : 6 + ctx.several], ctx.needs_input_grad[6 + ctx.several :])
+        ]
+        inward, outward = _pieces(matrices[: ctx.several]), _pieces(matrices[ctx.several :])
+        grad_x, E = torch.empty_like(x_MD) if to_x else None, len(inward)
+        grad_bias_z, grad_bias_y = x_MD.new_zeros(E, inward[0].shape[0]), x_MD.new_zeros(E, outward[0].shape[0])
+        grads = [
+            [torch.empty_like(w) for w in part] if learns[i] else [None] * len(part)
+            for i, part in enumerate((matrices[: ctx.several], matrices[ctx.several :]))
+        ]
+        into = [_pieces(part) if learns[i] else [] for i, part in enumerate(grads)]  # type: ignore[arg-type]
+        for e, a, b, first in ctx.segments.blocks():
+            grad_y = grad_MD[a:b]
+            grad_z, act = ctx.activation.backward(torch.mm(grad_y, outward[e]), z_MZ[a:b])
+            for i, (g, values) in enumerate(((grad_z, x_MD[a:b]), (grad_y, act))):
+                if learns[i]:
+                    torch.addmm(into[i][e], g.t(), values, beta=0 if first else 1, out=into[i][e])
+            if to_bias_z:
+                grad_bias_z[e] += grad_z.sum(dim=0)
+            if to_bias_y:
+                grad_bias_y[e] += grad_y.sum(dim=0)
+            if grad_x is not None:
+                torch.mm(grad_z, inward[e], out=grad_x[a:b])
+        for e, count in enumerate(ctx.segments.counts):
+            for part in into if count == 0 else []:
+                if part:
+                    part[e].zero_()
+        biases = (grad_bias_z if to_bias_z else None, grad_bias_y if to_bias_y else None)
+        return None, None, None, grad_x, *biases, *grads[0], *grads[1]
+
+
+def _linear(x: Tensor, weight: Tensor, bias_EO: Tensor | None, e: int, out: Tensor | None) -> Tensor:
+    if bias_EO is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias_EO[e], x, weight.t(), out=out)
 
 
 def _pieces(weights: Sequence[Any]) -> Sequence[Tensor]:

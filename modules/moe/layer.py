@@ -6,16 +6,16 @@ Letters: N tokens, D width, F hidden width, E experts, K slots of a token, M row
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.core.host import derived
 from descant.modules.core.objective import counted
 from descant.modules.moe.capacity import Capacity
-from descant.modules.moe.grouped import Segments, fusible, grouped_linear
+from descant.modules.moe.grouped import GELU, Segments, SwiGLU, Weights, expert_mlp, fusible
 from descant.modules.moe.routing import UNMARKED, Marks, Router, Routing
 
 
@@ -26,22 +26,28 @@ class Experts(nn.Module):
     expert may be without gradient. Biases lie in one row, so that they take no weight decay, as others.
     """
 
+    activation: type[SwiGLU | GELU]
+
     def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
         super().__init__()
         self.width, self.hidden, self.experts, self.separate = width, hidden, experts, separate
 
     def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
         """``only``: the experts that the segments are of, in order; all by default."""
+
+        def chosen(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
+            if isinstance(weights, Tensor):
+                return [weights.to(x_MD.dtype)]
+            return [weights[e].to(x_MD.dtype) for e in (range(len(weights)) if only is None else only)]
+
+        return expert_mlp(x_MD, self.weights(chosen), self.activation, segments)
+
+    def weights(self, chosen: Callable[[Any], list[Tensor]]) -> Weights:
+        """``chosen``: of a parameter or of one for each expert, the tensors that take part."""
         raise NotImplementedError
 
     def matrices(self, weight_EOI: Tensor) -> nn.Parameter | nn.ParameterList:
         return nn.ParameterList(w_OI.clone() for w_OI in weight_EOI) if self.separate else nn.Parameter(weight_EOI)
-
-    @staticmethod
-    def chosen(weights: Tensor | nn.ParameterList, only: Sequence[int] | None, dtype: torch.dtype) -> list[Tensor]:
-        if isinstance(weights, Tensor):
-            return [weights.to(dtype)]
-        return [weights[e].to(dtype) for e in (range(len(weights)) if only is None else only)]
 
 
 class SwiGLUExperts(Experts):
@@ -52,14 +58,15 @@ class SwiGLUExperts(Experts):
     torch.Size([3, 4])
     """
 
+    activation = SwiGLU
+
     def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
         super().__init__(width, hidden, experts, separate)
         self.gate_up = self.matrices(torch.randn(experts, 2 * hidden, width) * 0.02)
         self.down = self.matrices(torch.randn(experts, width, hidden) * 0.02)
 
-    def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
-        gate, up = grouped_linear(x_MD, self.chosen(self.gate_up, only, x_MD.dtype), segments).chunk(2, dim=1)
-        return grouped_linear(F.silu(gate) * up, self.chosen(self.down, only, x_MD.dtype), segments)
+    def weights(self, chosen: Callable[[Any], list[Tensor]]) -> Weights:
+        return Weights(chosen(self.gate_up), chosen(self.down))
 
     def scale_output(self, factor: float) -> None:
         for down in [self.down] if isinstance(self.down, Tensor) else self.down:
@@ -70,9 +77,11 @@ class GELUExperts(Experts):
     """Experts of a vision transformer: ``y = W_2 gelu(W_1 x + b_1) + b_2``.
 
     >>> experts = GELUExperts(width=4, hidden=8, experts=2)
-    >>> experts(torch.zeros(3, 4), Segments(torch.tensor([1, 2]), fused=False)).abs().max()
-    tensor(0., grad_fn=<MaxBackward1>)
+    >>> experts(torch.randn(3, 4), Segments(torch.tensor([1, 2]), fused=False)).shape
+    torch.Size([3, 4])
     """
+
+    activation = GELU
 
     def __init__(self, width: int, hidden: int, experts: int, separate: bool = False) -> None:
         super().__init__(width, hidden, experts, separate)
@@ -87,14 +96,10 @@ class GELUExperts(Experts):
             return nn.ParameterList(torch.zeros(size) for _ in range(self.experts))
         return nn.Parameter(torch.zeros(self.experts * size))
 
-    def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
-        for name in ("inward", "outward"):
-            weights, bias = getattr(self, name), getattr(self, f"{name}_bias")
-            rows = self.chosen(bias, only, x_MD.dtype)
-            bias_EO = torch.stack(rows) if self.separate else rows[0].view(self.experts, -1)
-            x_MD = x_MD if name == "inward" else F.gelu(x_MD)
-            x_MD = grouped_linear(x_MD, self.chosen(weights, only, x_MD.dtype), segments, bias_EO)
-        return x_MD
+    def weights(self, chosen: Callable[[Any], list[Tensor]]) -> Weights:
+        rows = (torch.stack(chosen(bias)) for bias in (self.inward_bias, self.outward_bias))
+        bias_EF, bias_ED = rows if self.separate else (row.view(self.experts, -1) for row in rows)
+        return Weights(chosen(self.inward), chosen(self.outward), bias_EF, bias_ED)
 
 
 class MoELayer(nn.Module):
@@ -161,8 +166,7 @@ class MoELayer(nn.Module):
         segments = Segments(_counts(key_M, E, only), fusible(h_ND, dtype))
         order_M = segments.rows(key_M.argsort(stable=True))
         token_M = order_M // K if K > 1 else order_M
-        x_MD = segments.clear(h_ND.to(dtype).index_select(0, token_M))
-        y_MD = segments.clear(self.experts(x_MD, segments, only))
+        y_MD = self.experts(h_ND.to(dtype).index_select(0, token_M), segments, only)
         y_MD = y_MD * routing.weight.flatten()[order_M, None].to(dtype)
         return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
 

@@ -180,7 +180,9 @@ class TopK(Router):
         if k < 1:
             raise ValueError(f"k {k}: at least 1")
         if k == 1 and norm == "after":
-            raise ValueError("k 1, norm after: the weight is 1 whatever the gate, which learns nothing; use norm before")
+            raise ValueError(
+                "k 1, norm after: the weight is 1 whatever the gate, which learns nothing; use norm before"
+            )
         if bias_rate is not None and not bias_rate > 0:
             raise ValueError(f"bias_rate {bias_rate:g}: above 0, such as 0.001, or none")
         self.k, self.norm, self.bias_rate = k, norm, bias_rate

@@ -24,7 +24,7 @@ from descant.modules.moe import (
     TopK,
     TopP,
 )
-from descant.modules.moe.grouped import Segments, grouped_linear
+from descant.modules.moe.grouped import GELU, Segments, Weights, expert_mlp
 from descant.modules.training_setup.flops import FlopCount
 from tests.tolerance import F32, F64, rounding
 
@@ -124,14 +124,13 @@ def test_a_grouped_kernel_and_the_loop_are_one() -> None:
     """torch's kernel, which CUDA takes without reading counts, also runs on a CPU; rows behind the last are not its."""
     torch.manual_seed(0)
     count_E, results = torch.tensor([3, 0, 5]), []
-    w_EOI, b_EO, start = torch.randn(3, 8, 16), torch.randn(3, 8), torch.randn(10, 16)
+    start = [torch.randn(*size) for size in ((10, 16), (3, 8, 16), (3, 16, 8), (3, 8), (3, 16))]
     for fused in (False, True):
         segments = Segments(count_E, fused)
-        x, w, b = (t.clone().requires_grad_() for t in (start, w_EOI, b_EO))
-        rows = segments.rows(torch.arange(10))
-        y = segments.clear(grouped_linear(segments.clear(x[rows]), [w], segments, b))
-        y.square().mul(torch.ones(8)).sum().backward()
-        results.append((y[:8], x.grad, w.grad, b.grad))
+        x, w_1, w_2, b_1, b_2 = (t.clone().requires_grad_() for t in start)
+        y = expert_mlp(x[segments.rows(torch.arange(10))], Weights([w_1], [w_2], b_1, b_2), GELU, segments)
+        y.square().sum().backward()
+        results.append((y[:8], x.grad, w_1.grad, w_2.grad, b_1.grad, b_2.grad))
     for loop, kernel in zip(*results, strict=True):
         torch.testing.assert_close(loop, kernel, **rounding(4096, F32))
 
