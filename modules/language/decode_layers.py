@@ -1,16 +1,18 @@
 """Layers of a language model on one token a row, as generation runs them: few operations on plain weights.
 
-Letters: S rows, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary.
+Letters: S rows, M of experts, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.language.model import CausalLM, Layer, apply_rope
-from descant.modules.moe import Marks
+from descant.modules.moe import Marks, MoELayer, SwiGLUExperts
 
 #: Tensors of up to this many numbers are copied, where that is faster than indirection.
 SMALL = 1 << 20
@@ -48,6 +50,7 @@ class DecodeLayer:
                 self.down = _transposed(layer.down.weight)
             else:
                 self.norm_2 = _Norm(layer.norm_2, layer.norm_2.weight)
+                self.experts = DecodeExperts(self.moe)
 
     def split_qkv(self, h_SD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
@@ -62,9 +65,36 @@ class DecodeLayer:
             return self.layer.residual_mlp(h_SD, attended_SD, marks)[0]
         h_SD = torch.addmm(h_SD, attended_SD, self.out)
         if self.moe is not None:
-            return h_SD + self.moe(self.norm_2(h_SD), marks)[0]
+            return self.experts(h_SD, self.norm_2(h_SD), marks)
         gate, up = torch.mm(self.norm_2(h_SD), self.gate_up).chunk(2, dim=1)
         return torch.addmm(h_SD, F.silu(gate).mul_(up), self.down)
+
+
+class DecodeExperts:
+    """Experts on one token a row: ``h + moe(x)``, of few rows for each expert, on transposed weights."""
+
+    def __init__(self, moe: MoELayer) -> None:
+        self.moe, experts = moe, moe.experts
+        self.plain = type(experts) is SwiGLUExperts and not experts.separate and moe.shared is None
+        if self.plain:
+            self.gate_up, self.down = ([_transposed(w) for w in p.unbind(0)] for p in (experts.gate_up, experts.down))
+
+    def __call__(self, h_SD: Tensor, x_SD: Tensor, marks: Marks) -> Tensor:
+        if not self.plain:
+            return h_SD + self.moe(x_SD, marks)[0]
+        routing = self.moe.router(x_SD, marks)
+        segments, order_M, token_M = self.moe.sorted(routing)
+        x_MD = x_SD.index_select(0, token_M)
+        gate, up = _products(x_MD, self.gate_up, segments.counts).chunk(2, dim=1)
+        y_MD = _products(F.silu(gate).mul_(up), self.down, segments.counts)
+        weight_M = routing.weight.flatten().index_select(0, order_M).to(y_MD.dtype)
+        return h_SD.index_add(0, token_M, y_MD.mul_(weight_M.unsqueeze(1)))
+
+
+def _products(x_MI: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Sorted rows times the weights ``[I, O]`` of their experts."""
+    parts = [torch.mm(x, w) for x, w in zip(x_MI.split(counts), weights, strict=True) if len(x)]
+    return torch.cat(parts) if parts else x_MI.new_zeros(0, weights[0].shape[1])
 
 
 def _transposed(w_OD: Tensor) -> Tensor:

@@ -159,16 +159,21 @@ class MoELayer(nn.Module):
 
     def dispatch(self, h_ND: Tensor, routing: Routing) -> Tensor:
         """The sum of the chosen experts' outputs: gathered, computed by expert, scattered."""
+        dtype, only = _compute_dtype(h_ND), self.router.declared(routing.marks)
+        segments, order_M, token_M = self.sorted(routing, fusible(h_ND, dtype), only)
+        y_MD = self.experts(h_ND.to(dtype).index_select(0, token_M), segments, only)
+        y_MD = y_MD * routing.weight.flatten().index_select(0, order_M).to(dtype)[:, None]
+        return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
+
+    def sorted(
+        self, routing: Routing, fused: bool = False, only: Sequence[int] | None = None
+    ) -> tuple[Segments, Tensor, Tensor]:
+        """Segments of the experts, the slots of their rows in order, and the tokens of these: int64 ``[M]``."""
         K, E = routing.index.shape[1], self.experts.experts
         key_M = derived(lambda index, runs: torch.where(runs, index, E).flatten(), routing.index, routing.runs(E))
-        only = self.router.declared(routing.marks)
-        dtype = _compute_dtype(h_ND)
-        segments = Segments(_counts(key_M, E, only), fusible(h_ND, dtype))
+        segments = Segments(_counts(key_M, E, only), fused)
         order_M = segments.rows(key_M.argsort(stable=True))
-        token_M = order_M // K if K > 1 else order_M
-        y_MD = self.experts(h_ND.to(dtype).index_select(0, token_M), segments, only)
-        y_MD = y_MD * routing.weight.flatten()[order_M, None].to(dtype)
-        return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
+        return segments, order_M, order_M // K
 
     def _shared(self, h_ND: Tensor, weight_NS: Tensor | None) -> Tensor:
         assert self.shared is not None

@@ -83,6 +83,8 @@ def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:
     >>> logits(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(3, 2)).dtype
     torch.float32
     """
+    if not torch.is_autocast_enabled(h_ND.device.type):
+        return promote(h_ND) @ promote(gate_ED).T
     with torch.autocast(h_ND.device.type, enabled=False):
         return promote(h_ND) @ promote(gate_ED).T
 
@@ -103,7 +105,7 @@ def top_k(
     ([[1, 2]], [0.73, 0.27])
     """
     probability_NE = logit_NE.softmax(dim=1)
-    index_NK = (probability_NE.detach() if bias_E is None else probability_NE.detach() + bias_E).topk(k, dim=1).indices
+    index_NK = (probability_NE if bias_E is None else probability_NE + bias_E).detach().topk(k, dim=1).indices
     if norm == "before":
         return index_NK, probability_NE.gather(1, index_NK), probability_NE
     return index_NK, logit_NE.gather(1, index_NK).softmax(dim=1), probability_NE

@@ -777,18 +777,23 @@ def _routed(router: Callable[[], moe.Router]) -> Part:
 for _name, _router in ROUTERS.items():
     part(
         _name,
-        *({"ExpertChoice": ["CausalAux"], "TopK": ["MoELayer", "GELUExperts", "Capacity", "Segments"]}.get(_name, [])),
+        *(
+            {"ExpertChoice": ["CausalAux"], "TopK": ["MoELayer", "GELUExperts", "Capacity", "Segments", "GELU"]}.get(
+                _name, []
+            )
+        ),
     )(_routed(_router))
 
 
-@part("ExpertLayers", "SwiGLUExperts", "RoutedBlock")
+@part("ExpertLayers", "SwiGLUExperts", "RoutedBlock", "DecodeExperts", "SwiGLU")
 def _experts(at: Place) -> Any:
     experts, routings = moe.ExpertLayers(4, moe.TopK(), z=0.1, every=2), list[moe.Routing]()
     lm, trunk = at(CausalLM(20, 8, 2, 2, length=16, experts=experts)), at(Trunk(8, 2, 2, experts=experts))
     h_BTD = lm(lm.embed(at(torch.randint(1, 20, (2, 5)))), at(torch.tensor([[1, 1, 2, 2, 0]] * 2)), routings=routings)
     terms = moe.expert_terms(experts, routings)
+    made = generate(lm.eval(), at(torch.tensor([[1, 9]])), new=3).log_RN
     h_MD = trunk(at(torch.randn(5, 8)), Layout([at(torch.tensor([1, 1])), at(torch.tensor([2, 3]))])).h_BTD
-    return h_BTD, h_MD, [term.value for term in terms.values()]
+    return h_BTD, made, h_MD, [term.value for term in terms.values()]
 
 
 @part("BlockSampling", "UnifiedVocabulary", "CodeFormat", "DecodeHead", "DecodeLayer")
