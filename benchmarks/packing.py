@@ -132,7 +132,7 @@ def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
 class Padded(VisionLanguage):
     """One document a row, of the length of the longest one of the batch."""
 
-    def answered(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def answered(self, batch: Batch, routings: object = None) -> tuple[Tensor, Tensor, Tensor]:
         h_BSW, row = self.sequence(batch)
         longest = int(row.real_BS.sum(dim=1).max())
         h_BSW = self.lm(h_BSW[:, :longest])

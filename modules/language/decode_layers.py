@@ -75,9 +75,10 @@ class DecodeExperts:
 
     def __init__(self, moe: MoELayer) -> None:
         self.moe, experts = moe, moe.experts
-        self.plain = type(experts) is SwiGLUExperts and not experts.separate and moe.shared is None
+        self.plain = isinstance(experts, SwiGLUExperts) and not experts.separate and moe.shared is None
         if self.plain:
-            self.gate_up, self.down = ([_transposed(w) for w in p.unbind(0)] for p in (experts.gate_up, experts.down))
+            (gate_up,), (down,), *_ = experts.weights(lambda p: [p])
+            self.gate_up, self.down = ([_transposed(w) for w in p.unbind(0)] for p in (gate_up, down))
 
     def __call__(self, h_SD: Tensor, x_SD: Tensor, marks: Marks) -> Tensor:
         if not self.plain:

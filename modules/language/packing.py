@@ -211,7 +211,8 @@ def through(
     prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
     if lm.experts is not None:
         marks = marks._replace(valid=to_device(real_BS, device))
-        marks = Marks(*(None if x is None else derived(partial(_put, shape), *to, *of, x) for x in marks[:3]), marks[3])
+        kind, task, valid = (None if x is None else derived(partial(_put, shape), *to, *of, x) for x in marks[:3])
+        marks = Marks(kind, task, valid, marks.tasks)
     h_RTW = lm(packed, segment, position, prefix, marks, routings)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 

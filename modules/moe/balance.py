@@ -32,7 +32,7 @@ def usage(routing: Routing, kinds: int = 1) -> Usage:
     >>> usage(routing._replace(probability=torch.tensor([[0.75, 0.25], [0.25, 0.75]]))).mass_ME.tolist()
     [[1.0, 1.0]]
     """
-    index_NK, used_NK, probability_NE, marks = routing.index, routing.used, routing.probability, routing.marks
+    index_NK, used_NK, probability_NE, marks = routing.expert, routing.used, routing.probability, routing.marks
     assert probability_NE is not None
     E, dtype = probability_NE.shape[1], probability_NE.dtype
     kind_N = torch.zeros_like(index_NK[:, 0]) if kinds == 1 or marks.kind is None else marks.kind
@@ -77,8 +77,8 @@ def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> d
     visible_ME = getattr(experts.router, "visible", None)
     visible_M = None if visible_ME is None else torch.tensor([len(row) for row in visible_ME], dtype=torch.float32)
     if visible_M is not None and experts.balance is not None:
-        visible_M = visible_M.pin_memory() if routings[0].index.is_cuda else visible_M
-        visible_M = visible_M.to(routings[0].index.device, non_blocking=True)
+        visible_M = visible_M.pin_memory() if routings[0].expert.is_cuda else visible_M
+        visible_M = visible_M.to(routings[0].expert.device, non_blocking=True)
     sums: dict[str, list[list[Tensor]]] = {}
     for routing in routings:
         if experts.balance is not None and routing.probability is not None:
@@ -133,7 +133,7 @@ def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
     for router, routing in routings:
         if isinstance(router, TopK) and router.bias_rate is not None:
             count_E = router.bias_E.new_zeros(router.experts)
-            count_E.index_add_(0, routing.index.flatten(), routing.used.flatten().to(count_E.dtype))
+            count_E.index_add_(0, routing.expert.flatten(), routing.used.flatten().to(count_E.dtype))
             router.pending = count_E if router.pending is None else router.pending + count_E
 
 

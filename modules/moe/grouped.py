@@ -166,7 +166,7 @@ class _Loop(torch.autograd.Function):
             [torch.empty_like(w) for w in part] if learns[i] else [None] * len(part)
             for i, part in enumerate((matrices[: ctx.several], matrices[ctx.several :]))
         ]
-        into = [_pieces(part) if learns[i] else [] for i, part in enumerate(grads)]  # type: ignore[arg-type]
+        into = [_pieces(part) if learns[i] else [] for i, part in enumerate(grads)]
         for e, a, b, first in ctx.segments.blocks():
             grad_y = grad_MD[a:b]
             grad_z, act = ctx.activation.backward(torch.mm(grad_y, outward[e]), z_MZ[a:b])

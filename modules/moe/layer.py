@@ -123,7 +123,7 @@ class MoELayer(nn.Module):
     >>> from descant.modules.moe import TopK
     >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopK(k=2))
     >>> y_BTD, routing = layer(torch.randn(2, 5, 8))
-    >>> y_BTD.shape, routing.index.shape
+    >>> y_BTD.shape, routing.expert.shape
     (torch.Size([2, 5, 8]), torch.Size([10, 2]))
     """
 
@@ -169,8 +169,8 @@ class MoELayer(nn.Module):
         self, routing: Routing, fused: bool = False, only: Sequence[int] | None = None
     ) -> tuple[Segments, Tensor, Tensor]:
         """Segments of the experts, the slots of their rows in order, and the tokens of these: int64 ``[M]``."""
-        K, E = routing.index.shape[1], self.experts.experts
-        key_M = derived(lambda index, runs: torch.where(runs, index, E).flatten(), routing.index, routing.runs(E))
+        K, E = routing.expert.shape[1], self.experts.experts
+        key_M = derived(lambda expert, runs: torch.where(runs, expert, E).flatten(), routing.expert, routing.runs(E))
         segments = Segments(_counts(key_M, E, only), fused)
         order_M = segments.rows(key_M.argsort(stable=True))
         return segments, order_M, order_M // K

@@ -79,7 +79,7 @@ class ModalityTopK(Tables):
             there is not; in forward, without marks of kinds.
 
     >>> router = ModalityTopK(visible=[[1, 2, 3], [0, 1, 2]], k=2).build(width=8, experts=4)
-    >>> index_NK = router(torch.randn(9, 8), Marks(kind=torch.zeros(9).long())).index
+    >>> index_NK = router(torch.randn(9, 8), Marks(kind=torch.zeros(9).long())).expert
     >>> bool((index_NK > 0).all())
     True
     """
@@ -122,7 +122,7 @@ class HardModality(Tables):
         ValueError: without a kind; when built, for an expert that there is not; in forward, without marks of kinds.
 
     >>> router = HardModality(expert=[1, 0]).build(width=8, experts=2)
-    >>> router(torch.zeros(3, 8), Marks(kind=torch.tensor([0, 1, 1]))).index.flatten().tolist()
+    >>> router(torch.zeros(3, 8), Marks(kind=torch.tensor([0, 1, 1]))).expert.flatten().tolist()
     [1, 0, 0]
     """
 

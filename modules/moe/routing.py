@@ -33,7 +33,8 @@ class Marks(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
         """The same of other tokens: ``function`` of each tensor and of its host copy."""
-        return Marks(*(None if x is None else derived(function, x) for x in self[:3]), self.tasks)
+        kind, task, valid = (None if x is None else derived(function, x) for x in self[:3])
+        return Marks(kind, task, valid, self.tasks)
 
     def need(self, name: Literal["kind", "task"], router: object) -> Tensor:
         """Raises ValueError naming the router where the caller did not give this mark."""
@@ -51,7 +52,7 @@ class Routing(NamedTuple):
     """Where tokens go.
 
     Attributes:
-        index: int64 ``[N, K]``, an expert a slot; from the number of real experts on, null ones.
+        expert: int64 ``[N, K]``, of each slot; from the number of real experts on, null ones.
         weight: ``[N, K]``, float32 at least. used: bool ``[N, K]``, slots that are chosen; none of padding.
         marks: of the tokens.
         probability: ``[N, E]`` of all experts, for the balance loss; None of routers without a choice to balance.
@@ -61,7 +62,7 @@ class Routing(NamedTuple):
         causal: ``[N]``, loss of an auxiliary causal router.
     """
 
-    index: Tensor
+    expert: Tensor
     weight: Tensor
     used: Tensor
     marks: Marks = UNMARKED
@@ -73,7 +74,7 @@ class Routing(NamedTuple):
 
     def runs(self, experts: int) -> Tensor:
         """Bool ``[N, K]``: slots that compute something, of this number of real experts."""
-        runs_NK = derived(lambda index, used: used & (index < experts), self.index, self.used)
+        runs_NK = derived(lambda expert, used: used & (expert < experts), self.expert, self.used)
         return runs_NK if self.dropped is None else runs_NK & ~self.dropped
 
 
@@ -227,7 +228,7 @@ class TaskGate(TopK):
         tasks: T. k, norm, bias_rate: as of :class:`TopK`.
 
     >>> router = TaskGate(tasks=3, k=2).build(width=8, experts=4)
-    >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).index.shape
+    >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).expert.shape
     torch.Size([2, 2])
     """
 

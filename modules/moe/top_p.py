@@ -84,7 +84,7 @@ class TopP(Router):
 
     >>> router = TopP(p=0.9, null=1).build(width=8, experts=4)
     >>> routing = router(torch.randn(3, 8))
-    >>> routing.index.shape, routing.weight.sum(dim=1).round(decimals=4).tolist()
+    >>> routing.expert.shape, routing.weight.sum(dim=1).round(decimals=4).tolist()
     (torch.Size([3, 5]), [1.0, 1.0, 1.0])
     """
 

@@ -191,7 +191,7 @@ class RoutedBlock(RaggedBlock):
     >>> from descant.modules.moe import TopK
     >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopK()).build(8, 32, GELUExperts))
     >>> h_ND, routing = block(torch.randn(5, 8), Layout([torch.tensor([2, 3])]))
-    >>> h_ND.shape, routing.index.shape
+    >>> h_ND.shape, routing.expert.shape
     (torch.Size([5, 8]), torch.Size([5, 2]))
     """
 

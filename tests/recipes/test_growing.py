@@ -43,9 +43,9 @@ GROWN: dict[str, list[StageChange]] = {
 class Columns(Trunk):
     """Each number of a row is a token."""
 
-    def forward(self, x: Tensor, mask: Any = None) -> Tokens:
+    def forward(self, x: Tensor, mask: Any = None, *routed: Any) -> Tokens:
         if isinstance(mask, Layout):  # of itself, on dense tokens
-            return super().forward(x, mask)
+            return super().forward(x, mask, *routed)
         place_K1 = torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
         return super().forward((x[:, :, None] + place_K1) * torch.linspace(-1, 1, self.width, dtype=x.dtype))
 

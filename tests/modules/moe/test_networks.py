@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def model(router: Router, shared: int | None = None, every: int = 1) -> CausalLM
     return lm
 
 
-def ids(rows: int = 3, tokens: int = 9) -> tuple[Tensor, Marks]:
+def ids(rows: int = 3, tokens: int = 9) -> tuple[Tensor, Any]:
     id_BT = torch.randint(1, V, (rows, tokens), generator=torch.Generator().manual_seed(1))
     return id_BT, Marks(id_BT % 2, torch.arange(rows)[:, None].expand(rows, tokens) % 2)
 
@@ -84,13 +85,14 @@ def test_generated_with_a_cache_as_without(name: str) -> None:
     id_PT, marks = ids()
     length_P = torch.tensor([9, 5, 7])
     mask_PT = torch.arange(9) < length_P[:, None]
-    wide = Marks(*(torch.cat([x, x[:, :1] * 0 + k], dim=1) for k, x in ((1, marks.kind), (0, marks.task))))  # type: ignore[operator]
+    kind_PT, task_PT = (torch.cat([x, torch.full((3, 1), k)], dim=1) for k, x in ((1, marks.kind), (0, marks.task)))
+    wide = Marks(kind_PT, task_PT)
     made = generate(lm, id_PT, mask_PT, new=6, sampling=Sampling(temperature=0), marks=wide).token_RN
     for p in range(3):
         n, row = int(length_P[p]), id_PT[p, : length_P[p]]
         for _ in range(6):
-            kind = torch.cat([marks.kind[p, :n], torch.ones(len(row) - n).long()])  # type: ignore[index]
-            task = torch.cat([marks.task[p, :n], torch.zeros(len(row) - n).long()])  # type: ignore[index]
+            kind = torch.cat([marks.kind[p, :n], torch.ones(len(row) - n).long()])
+            task = torch.cat([marks.task[p, :n], torch.zeros(len(row) - n).long()])
             h_BTD = lm(lm.embed(row[None]), marks=Marks(kind[None], task[None]))
             row = torch.cat([row, lm.logits(h_BTD)[0, -1].argmax()[None]])
         assert torch.equal(row[n:], made[p]), p
@@ -107,9 +109,9 @@ def test_packed_documents_are_routed_as_alone() -> None:
     real_BS, routings = torch.arange(9) < torch.tensor([9, 3, 0, 5])[:, None], list[Routing]()
     h_BSD = through(lm, lm.embed(id_BS), real_BS, 12, marks=marks, routings=routings)
     for b, n in enumerate([9, 3, 0, 5]):
-        alone = lm(lm.embed(id_BS[b : b + 1, :n]), marks=marks.map(lambda x, b=b, n=n: x[b : b + 1, :n])) if n else None
-        if alone is not None:
-            torch.testing.assert_close(h_BSD[b, :n], alone[0], **CHAIN)
+        own = Marks(marks.kind[b : b + 1, :n], marks.task[b : b + 1, :n])
+        alone = lm(lm.embed(id_BS[b : b + 1, :n]), marks=own) if n else h_BSD[b : b + 1, :0]
+        torch.testing.assert_close(h_BSD[b, :n], alone[0], **CHAIN)
     assert len(routings) == 2 and int(routings[0].used.sum()) == 2 * 17, "padding of rows is not routed"
 
 
@@ -120,7 +122,7 @@ def test_a_trunk_routes_tokens_by_group() -> None:
     one_B, a_B, b_B = torch.ones(3).long(), torch.tensor([2, 0, 3]), torch.tensor([1, 2, 1])
     a, b = torch.randn(5, 8), torch.randn(4, 8)
     h_MD = trunk(torch.cat([a, b]), Layout([one_B, a_B, b_B]), None, routings).h_BTD
-    assert routings[0].index.flatten().bincount().tolist() == [3, 5, 4]
+    assert routings[0].expert.flatten().bincount().tolist() == [3, 5, 4]
     first_a, first_b = a_B.cumsum(0) - a_B, b_B.cumsum(0) - b_B
     for s in range(3):
         own = [a[first_a[s] :][: a_B[s]], b[first_b[s] :][: b_B[s]]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from descant.modules.core.batch import Batch
@@ -9,7 +11,7 @@ from descant.modules.language import CausalLM
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.decoders import JointDecoder
 from descant.modules.masking.discrete_adapters import TableAdapter, TokenAdapter
-from descant.modules.moe import ExpertLayers, ModalityTopK, TopK
+from descant.modules.moe import ExpertLayers, ModalityTopK, Routing, TopK
 from descant.modules.towers import Towers
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked, VisionLanguage
@@ -35,8 +37,9 @@ class TestMaskedWithExperts(MissingModalities, Ranks):
         return some
 
     def test_no_auxiliary_term_where_nothing_trains(self) -> None:
-        names = set(self.made()(self.batch()).aux)
-        assert names == {"experts/balance", "experts/z"} and not self.made().eval()(self.batch()).aux
+        made: Any = self.made()
+        names = set(made(self.batch()).aux)
+        assert names == {"experts/balance", "experts/z"} and not made.eval()(self.batch()).aux
 
 
 class TestResumedExperts(Resume):
@@ -60,9 +63,10 @@ class TestLanguageWithExperts(MissingModalities, Ranks):
         return batch()
 
     def test_images_and_words_see_their_experts(self) -> None:
-        recipe, routings = self.made(), []
+        recipe: Any = self.made()
+        routings: list[Routing] = []
         recipe.read(self.batch(), routings)
-        kind_N, used_NK, index_NK = routings[0].marks.kind, routings[0].used, routings[0].index
+        kind_N, used_NK, index_NK = routings[0].marks.kind, routings[0].used, routings[0].expert
         assert kind_N is not None and set(kind_N.tolist()) == {0, 1}
         assert not (index_NK[kind_N == 0] == 3).any() and not ((index_NK == 0) & used_NK)[kind_N == 1].any()
         assert set(recipe(self.batch()).aux) == {"experts/balance"}

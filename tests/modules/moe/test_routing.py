@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from descant.modules.moe import (
     Marks,
     ModalityTopK,
     MoELayer,
-    Router,
     Routing,
     StaticSkill,
     TaskGate,
@@ -33,7 +33,7 @@ N, D, E = 40, 8, 6
 CLOSE = rounding(64, F64)
 
 
-def setting(router: Router, experts: int = E, shared: int = 0, seed: int = 0) -> tuple[Router, Tensor, Marks]:
+def setting(router: Any, experts: int = E, shared: int = 0, seed: int = 0) -> tuple[Any, Tensor, Any]:
     """A router in float64 with wide logits, tokens, and marks of which a third are padding."""
     torch.manual_seed(seed)
     router = router.build(D, experts, shared).double()
@@ -46,7 +46,7 @@ def setting(router: Router, experts: int = E, shared: int = 0, seed: int = 0) ->
 def dense(routing: Routing, experts: int) -> Tensor:
     """``[N, experts]``: the weights of used slots by expert."""
     weight_NK = torch.where(routing.used, routing.weight, 0.0)
-    return weight_NK.new_zeros(len(weight_NK), experts).scatter_add(1, routing.index, weight_NK)
+    return weight_NK.new_zeros(len(weight_NK), experts).scatter_add(1, routing.expert, weight_NK)
 
 
 @pytest.mark.parametrize("norm", ["before", "after"])
@@ -81,8 +81,8 @@ def test_top_p_with_null_and_shared_experts(weigh: str, shared: int) -> None:
     for p in router.parameters():
         p.data.div_(20)
     routing, R = router(h_ND, marks), E + 2
-    got_NE = dense(routing._replace(used=routing.used | ~marks.valid[:, None]), R)  # type: ignore[index]
-    assert bool((routing.used & ~marks.valid[:, None]).any()) is False  # type: ignore[index]
+    got_NE = dense(routing._replace(used=routing.used | ~marks.valid[:, None]), R)
+    assert bool((routing.used & ~marks.valid[:, None]).any()) is False
     some = 0
     for n in [n for n in range(N) if n % 3 < 2]:
         s_E = (h_ND[n] @ router.gate_ED.T).detach()
@@ -124,7 +124,7 @@ def test_no_token_leaves_the_row_of_its_kind(experts: int) -> None:
 
 def test_what_is_known_of_a_token_decides_alone() -> None:
     hard, h_ND, marks = setting(HardModality([4, 1]))
-    assert hard(h_ND, marks).index.flatten().tolist() == [4, 1] * (N // 2) and not list(hard.parameters())
+    assert hard(h_ND, marks).expert.flatten().tolist() == [4, 1] * (N // 2) and not list(hard.parameters())
     skill, _, _ = setting(StaticSkill([[0], [1, 5], [2, 3, 4]]))
     got_NE = dense(skill(h_ND, marks._replace(valid=None)), E)
     for n in range(N):
@@ -166,7 +166,7 @@ def test_capacity_drops_the_least_and_counts_no_padding() -> None:
     index_NK, weight_NK, valid_N = torch.randint(3, (N, 2)), torch.rand(N, 2), torch.arange(N) < 30
     used_NK = valid_N[:, None].expand(N, 2)
     for by in ("weight", "position"):
-        routing = Capacity(0.5, by)(Routing(index_NK, weight_NK, used_NK, Marks(valid=valid_N)), 3)  # type: ignore[arg-type]
+        routing = Capacity(0.5, by)(Routing(index_NK, weight_NK, used_NK, Marks(valid=valid_N)), 3)
         assert routing.dropped is not None
         for e in range(3):
             slots = [(n, k) for n in range(30) for k in range(2) if index_NK[n, k] == e]
@@ -184,7 +184,7 @@ def test_balance_loss() -> None:
     for m, row in enumerate(router.visible):
         here = [n for n in range(N) if n % 3 < 2 and n % 2 == m]
         for e in row:
-            share = sum(int((routing.index[n] == e).sum()) for n in here) / len(here)
+            share = sum(int((routing.expert[n] == e).sum()) for n in here) / len(here)
             total = total + len(row) * share * routing.probability[here, e].mean()
     sizes_M = torch.tensor([4, 4])
     torch.testing.assert_close(balance_loss(*usage(routing, 2), sizes_M), total, **CLOSE)
@@ -192,7 +192,7 @@ def test_balance_loss() -> None:
     assert balance_loss(*usage(one, 2), sizes_M).isfinite()
     plain, _, _ = setting(TopK(2))
     routing = plain(h_ND.float().double(), marks)
-    theirs = load_balancing_loss_func((routing.logit.float(),), E, 2, marks.valid[None])  # type: ignore[index]
+    theirs = load_balancing_loss_func((routing.logit.float(),), E, 2, marks.valid[None])
     torch.testing.assert_close(balance_loss(*usage(routing)).float(), theirs, **rounding(N, F32))
 
 
@@ -201,7 +201,7 @@ def test_scores_are_not_in_half_precision() -> None:
     router.gate_ED.data = torch.tensor([[1.0, 0.0], [1.0, 0.004]])  # bfloat16 adds up to 1 for both
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = router(torch.ones(1, 2))
-    assert routing.index.item() == 1 and routing.weight.dtype == torch.float32
+    assert routing.expert.item() == 1 and routing.weight.dtype == torch.float32
     biased = TopK(bias_rate=0.001).build(D, E).bfloat16()
     assert biased.bias_E.dtype == torch.float32 and biased.gate_ED.dtype == torch.bfloat16
 
