@@ -145,7 +145,7 @@ class CausalLM(nn.Module):
     def _moe(self, layer: int, hidden: int) -> MoELayer | None:
         if self.experts is None or not self.experts.at(layer):
             return None
-        return self.experts.build(self.width, hidden, SwiGLUExperts)
+        return self.experts.build(self.width, hidden, "swiglu")
 
     def blocks(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,9 @@ class GELUExperts(Experts):
         return Weights(chosen(self.inward), chosen(self.outward), bias_EF, bias_ED)
 
 
+FORMS = {"swiglu": SwiGLUExperts, "gelu": GELUExperts}
+
+
 class MoELayer(nn.Module):
     """Sparse mixture of experts in place of a feed-forward layer: ``y = sum over the slots k of w_k FFN_(i_k)(h)``.
 
@@ -115,7 +118,7 @@ class MoELayer(nn.Module):
         shared: experts that every token runs through, with weight 1, or that of the router.
         shared_hidden: of each; F where not given.
         capacity: what more tokens choose is dropped; nothing where not given.
-        form: of the experts.
+        form: of the experts, :class:`SwiGLUExperts` or :class:`GELUExperts`.
 
     Raises:
         ValueError: for fewer than 1 expert, or what the router does not fit.
@@ -136,7 +139,7 @@ class MoELayer(nn.Module):
         shared: int | None = None,
         shared_hidden: int | None = None,
         capacity: Capacity | None = None,
-        form: type[Experts] = SwiGLUExperts,
+        form: Literal["swiglu", "gelu"] = "swiglu",
     ) -> None:
         super().__init__()
         for name, count in (("experts", experts), ("shared", shared), ("hidden", hidden), ("shared_hidden", hidden)):
@@ -144,8 +147,9 @@ class MoELayer(nn.Module):
                 raise ValueError(f"{name} {count}: at least 1")
         self.router = copy.deepcopy(router).build(width, experts, shared or 0)
         self.capacity = capacity
-        self.experts = form(width, hidden, experts, self.router.separate)
-        self.shared = form(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None
+        make = FORMS[form]
+        self.experts = make(width, hidden, experts, self.router.separate)
+        self.shared = make(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None
 
     def forward(self, h: Tensor, marks: Marks = UNMARKED) -> tuple[Tensor, Routing]:
         h_ND = h.flatten(0, -2)
@@ -191,7 +195,7 @@ def _counts(key_M: Tensor, experts: int, only: Sequence[int] | None) -> Tensor:
 
     def count(key: Tensor) -> Tensor:
         count_E = counted(key, experts + 1)[:experts]
-        return count_E if only is None else count_E[list(only)]
+        return count_E if only is None else torch.stack([count_E[e] for e in only])  # a list would be uploaded
 
     return derived(count, key_M)
 
@@ -255,7 +259,7 @@ class ExpertLayers:
         if self.every > depth:
             raise ValueError(f"experts.every {self.every}: none of {depth} layers has experts; {depth} is the most")
 
-    def build(self, width: int, hidden: int, form: type[Experts]) -> MoELayer:
+    def build(self, width: int, hidden: int, form: Literal["swiglu", "gelu"]) -> MoELayer:
         """A layer of experts in place of a feed-forward layer of this hidden width."""
         own = hidden if self.hidden is None else self.hidden
         sizes = (self.experts, self.router, self.shared, self.shared_hidden, self.capacity)

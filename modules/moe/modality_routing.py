@@ -35,6 +35,9 @@ def require_experts(name: str, rows: list[list[int]], experts: int) -> None:
 class Tables(Router):
     """Base of routers that look up rows by a mark: on the device and, for what shapes hang on, on the host."""
 
+    def route(self, h_ND: Tensor, marks: Marks) -> Routing:
+        raise NotImplementedError
+
     def keep(self, **tables: Tensor) -> None:
         """Tables as buffers that no checkpoint has, and their copies on the host."""
         self._host = tables

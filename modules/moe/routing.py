@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived
@@ -85,9 +86,9 @@ def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:
     torch.float32
     """
     if not torch.is_autocast_enabled(h_ND.device.type):
-        return promote(h_ND) @ promote(gate_ED).T
+        return F.linear(promote(h_ND), promote(gate_ED))
     with torch.autocast(h_ND.device.type, enabled=False):
-        return promote(h_ND) @ promote(gate_ED).T
+        return F.linear(promote(h_ND), promote(gate_ED))
 
 
 def top_k(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objects import recorded
 from descant.modules.core.rows import RowTracker
-from descant.modules.moe import ExpertLayers, GELUExperts, Marks, MoELayer, Routing, observe
+from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, observe
 from descant.modules.moe.routing import UNMARKED
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
@@ -189,7 +189,7 @@ class RoutedBlock(RaggedBlock):
     """A :class:`RaggedBlock` with sparse experts in place of its MLP; returns where the tokens went, too.
 
     >>> from descant.modules.moe import TopK
-    >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopK()).build(8, 32, GELUExperts))
+    >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopK()).build(8, 32, "gelu"))
     >>> h_ND, routing = block(torch.randn(5, 8), Layout([torch.tensor([2, 3])]))
     >>> h_ND.shape, routing.expert.shape
     (torch.Size([5, 8]), torch.Size([5, 2]))
@@ -262,7 +262,7 @@ class Trunk(Tower):
     def _block(self, layer: int, dropout: float) -> RaggedBlock:
         if self.experts is None or not self.experts.at(layer):
             return RaggedBlock(self.width, self.heads, self.mlp_ratio, dropout)
-        moe = self.experts.build(self.width, int(self.width * self.mlp_ratio), GELUExperts)
+        moe = self.experts.build(self.width, int(self.width * self.mlp_ratio), "gelu")
         return RoutedBlock(self.width, self.heads, moe, dropout)
 
     def forward(

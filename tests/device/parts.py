@@ -764,7 +764,7 @@ ROUTERS: dict[str, Callable[[], moe.Router]] = {
 
 def _routed(router: Callable[[], moe.Router]) -> Part:
     def use(at: Place) -> Any:
-        layer = at(moe.MoELayer(D, 8, 4, router(), shared=1, capacity=moe.Capacity(1.0), form=moe.GELUExperts))
+        layer = at(moe.MoELayer(D, 8, 4, router(), shared=1, capacity=moe.Capacity(1.0), form="gelu"))
         n_N = torch.arange(12)
         y_ND, routing = layer(at(torch.randn(12, D)), moe.Marks(at(n_N % 2), at(n_N // 2 % 2), at(n_N % 5 > 0)))
         moe.observe([(layer.router, routing)])

@@ -12,7 +12,20 @@ import torch
 import descant.recipes as recipes
 from descant.datamodules.tasks.questions import QuestionPairs
 from descant.modules.core.batch import Batch
+from descant.modules.core.host import to_device
 from descant.modules.distill.distill import Distill, Teacher
+from descant.modules.language import CausalLM
+from descant.modules.moe import (
+    ExpertLayers,
+    HardModality,
+    Marks,
+    Routing,
+    StaticSkill,
+    TopK,
+    TopP,
+    expert_terms,
+    move_biases,
+)
 from descant.modules.towers import TextTower
 from descant.modules.towers.cached import Cached
 from descant.recipes import DPO, Recipe, VisionLanguage
@@ -106,6 +119,28 @@ def test_a_cached_tower_reads_what_it_has_not_seen_and_nothing_else(device: Any)
         read.append(counts.host_reads)
         assert not counts.uploads, counts.lines()
     assert read == [2, 0]  # features, and which of them are real
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_experts_read_one_count_a_layer_and_none_where_a_mark_decides(known: bool, device: Any) -> None:
+    """Without a grouped kernel; with it, bfloat16 on CUDA, offsets stay on the device."""
+    if not device.emulated:
+        pytest.skip("counted on the emulated accelerator")
+    from tests.device.emulated import counting
+
+    routers = [HardModality([3, 0]), StaticSkill([[0, 2], [1, 3]])] if known else [TopK(bias_rate=0.1), TopP(null=1)]
+    for router in routers:
+        lm = CausalLM(20, 8, 2, 2, length=16, experts=ExpertLayers(4, router)).to(device.device).train()
+        mark_BT, one_BT = torch.arange(12).view(2, 6) % 2, torch.ones(2, 6, dtype=torch.long)
+        ids_BT, mark_BT, one_BT = (to_device(x, device.device) for x in (mark_BT + 3, mark_BT, one_BT))
+        for _ in range(2):  # in the first one what stays is moved
+            with counting() as counts:
+                routings: list[Routing] = []
+                h_BTD = lm(lm.embed(ids_BT), one_BT, marks=Marks(mark_BT, mark_BT), routings=routings)
+                terms = expert_terms(lm.experts, routings)
+                (h_BTD.sum() + sum(term.value.sum() for term in terms.values())).backward()
+                move_biases(lm)
+        assert counts.host_reads == (0 if known else 2) and not counts.uploads, counts.lines()
 
 
 class Again(Teacher):
