@@ -142,7 +142,8 @@ class MoELayer(nn.Module):
         form: Literal["swiglu", "gelu"] = "swiglu",
     ) -> None:
         super().__init__()
-        for name, count in (("experts", experts), ("shared", shared), ("hidden", hidden), ("shared_hidden", hidden)):
+        sizes = {"experts": experts, "shared": shared, "hidden": hidden, "shared_hidden": shared_hidden}
+        for name, count in sizes.items():
             if count is not None and count < 1:
                 raise ValueError(f"{name} {count}: at least 1")
         self.router = copy.deepcopy(router).build(width, experts, shared or 0)

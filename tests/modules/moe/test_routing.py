@@ -116,10 +116,10 @@ def test_no_token_leaves_the_row_of_its_kind(experts: int) -> None:
     router, h_ND, marks = setting(ModalityTopK(rows, k=2), experts)
     got_NE = dense(router(h_ND, marks), experts)
     for n in [n for n in range(N) if n % 3 < 2]:
-        s_E = h_ND[n] @ router.gate_MED[n % 2].T
+        s_E = (h_ND[n] @ router.gate_MED[n % 2].T).detach()
         best = sorted(rows[n % 2], key=lambda e: -float(s_E[e]))[:2]
         assert sorted(got_NE[n].nonzero().flatten().tolist()) == sorted(best)
-        torch.testing.assert_close(got_NE[n][best], s_E[best].softmax(0), **CLOSE)
+        torch.testing.assert_close(got_NE[n][best].detach(), s_E[best].softmax(0), **CLOSE)
 
 
 def test_what_is_known_of_a_token_decides_alone() -> None:
@@ -145,13 +145,13 @@ def test_each_expert_takes_its_share_and_padding_none(groups: list[list[int]] | 
     router, h_ND, marks = setting(ExpertChoice(groups, auxiliary=CausalAux(4)))
     routing = router(h_ND, marks)
     got_NE = dense(routing, E)
-    a_NE = (h_ND @ router.gate_ED.T).sigmoid()
+    a_NE = (h_ND @ router.gate_ED.T).sigmoid().detach()
     for e in range(E):
         may = [n for n in range(N) if n % 3 < 2 and (groups is None or e in groups[n % 2])]
         share = E if groups is None else next(len(row) for row in groups if e in row)
         take = sorted(may, key=lambda n: -float(a_NE[n, e]))[: -(-len(may) // share)]
         expected_N = torch.zeros(N).double().index_put((torch.tensor(take),), a_NE[take, e])
-        torch.testing.assert_close(got_NE[:, e], expected_N, **CLOSE)
+        torch.testing.assert_close(got_NE[:, e].detach(), expected_N, **CLOSE)
     assert routing.causal is not None and not router.causal
     routing.causal.sum().backward()
     assert router.gate_ED.grad is None and router.auxiliary.inward_FD.grad.abs().sum() > 0
