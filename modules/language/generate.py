@@ -136,7 +136,8 @@ def generate(
         stop: ids that end a completion.
         sampling: of tokens; plain sampling at temperature 1 by default.
         seed_R: int64, a seed a row; 0, 1, ... by default.
-        position_PT: of the tokens and of the first new one, ``[P, T + 1]``; counted by default.
+        position_PT: of the tokens and of the first new one, ``[P, T + 1]``; or ``[P, T + 1, 3]`` of three axes, where
+            new tokens count on from the greatest; counted by default.
         prefix: tokens of a prompt see one another in both directions.
         marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each.
 
@@ -155,7 +156,9 @@ def generate(
         raise ValueError("mask: the tokens of a prompt are left-aligned, at least one of them")
     if position_PT is None:
         position_PT = torch.arange(T + 1, device=device).expand(P, T + 1)
-    first_P = position_PT.gather(1, length_P[:, None])[:, 0]
+    first_P = position_PT[torch.arange(P, device=device), length_P]
+    if first_P.ndim == 2:
+        first_P = first_P.amax(dim=1)
     longest = int(first_P.max())
     if longest + new > lm.length:
         raise ValueError(f"a prompt of {longest} tokens and {new} new ones do not fit into length {lm.length}")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
 from descant.modules.core.objects import recorded
+from descant.modules.language.axis_rope import AxisRoPE, axis_factors
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, SwiGLUExperts, observe
 from descant.modules.moe.routing import UNMARKED
 
@@ -81,10 +82,12 @@ class CausalLM(nn.Module):
         length: maximum tokens of a document.
         theta: of the rotary positions (RoPE). tie: the head shares the embeddings' weights. eps: of the norms.
         experts: which layers have sparse experts in place of their MLP; none where not given.
+        positions: of three axes (M-RoPE); of one by default.
 
     Raises:
-        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, or a head has odd width; for
-            experts that do not fit; in forward, for a document longer than ``length``.
+        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
+            frequencies than axes; for experts that do not fit; in forward, for a document longer than ``length``, and
+            for positions of three axes where the model has one.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
     >>> h_BTD = lm(lm.embed(torch.tensor([[3, 4, 5]])))
@@ -108,6 +111,7 @@ class CausalLM(nn.Module):
         tie: bool = True,
         eps: float = 1e-5,
         experts: ExpertLayers | None = None,
+        positions: AxisRoPE | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -141,6 +145,8 @@ class CausalLM(nn.Module):
         self.theta = theta
         angle = torch.outer(torch.arange(length).float(), rope_frequencies(theta, E))
         self.register_buffer("rope_T", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        self.axis_F: Tensor | None
+        self.register_buffer("axis_F", None if positions is None else positions.axes(E // 2), persistent=False)
 
     def _moe(self, layer: int, hidden: int) -> MoELayer | None:
         if self.experts is None or not self.experts.at(layer):
@@ -156,13 +162,21 @@ class CausalLM(nn.Module):
     def logits(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD)
 
-    def rope(self, position_BT: Tensor) -> Tensor:
-        """Complex ``[B, 1, T, E / 2]``: rotary factors of integer positions, or of fractional ones (float32)."""
-        rope_T = self.get_buffer("rope_T")
-        if not position_BT.is_floating_point():
-            return rope_T[position_BT][:, None]
-        angle = position_BT[..., None] * rope_frequencies(self.theta, 2 * rope_T.shape[1], position_BT.device)
-        return torch.polar(torch.ones_like(angle), angle)[:, None]
+    def rope(self, position: Tensor) -> Tensor:
+        """Complex ``[B, 1, T, E / 2]``: rotary factors of positions ``[B, T]``, or of three axes ``[B, T, 3]``.
+
+        Positions are integers, or fractions in float32.
+        """
+        rope_T, whole = self.get_buffer("rope_T"), not position.is_floating_point()
+        if position.ndim == 2 and whole:
+            return rope_T[position][:, None]
+        frequency_F = rope_frequencies(self.theta, self.head_width, position.device)
+        if position.ndim == 2:
+            angle = position[..., None] * frequency_F
+            return torch.polar(torch.ones_like(angle), angle)[:, None]
+        if self.axis_F is None:
+            raise ValueError("positions of three axes, and the model reads one: set its positions, as to AxisRoPE()")
+        return axis_factors(position, self.axis_F, frequency_F, rope_T if whole else None)[:, None]
 
     def forward(
         self,
@@ -175,7 +189,8 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Embeddings to the features that the head reads, ``[B, T, D]``.
 
-        ``segment_BT``: one document a row by default; ``position_BT``: counted within segments by default;
+        ``segment_BT``: one document a row by default; ``position_BT``: ``[B, T]``, or ``[B, T, 3]`` of three axes,
+        counted within segments by default;
         ``prefix_BT``: bool, the first tokens of each document that all of its tokens see; none by default.
         ``marks``: of the tokens, ``[B, T]`` each, for routers of experts; padding is known by its segment.
         ``routings``: a list to which each layer of experts appends where its tokens went.

@@ -172,7 +172,7 @@ def through(
     Padding is computed at the ends of rows only.
 
     Args:
-        real_BS: bool, without gaps. position_BS: counted by default.
+        real_BS: bool, without gaps. position_BS: counted by default; ``[B, S, 3]`` where they have three axes.
         document_mask: tokens attend within their document, whose positions begin with 0, so that features are those of
             each sample alone. Without, to all earlier tokens of the row, with positions counted from its start.
         counts: of the rows, added to those that it has.
@@ -219,7 +219,7 @@ def through(
 
 def _put(shape: torch.Size, row_N: Tensor, at_N: Tensor, sample_N: Tensor, from_N: Tensor, x_BS: Tensor) -> Tensor:
     """A tensor of zeros with some entries of ``x_BS``."""
-    placed = x_BS.new_zeros(shape)
+    placed = x_BS.new_zeros(*shape, *x_BS.shape[2:])
     placed[row_N, at_N] = x_BS[sample_N, from_N]
     return placed
 

@@ -1,7 +1,11 @@
-"""Variable position steps of image tokens (V2PE). Letters: B samples, S tokens of a sample."""
+"""Positions of image tokens in their rows: variable steps (V2PE), or three axes (M-RoPE).
+
+Letters: B samples, S tokens of a sample, I tokens of an image.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rng import uniform_N
+from descant.modules.language.axis_rope import axis_positions, grid_offsets
 from descant.modules.language.interleave import Interleaved
 
 
@@ -54,3 +59,59 @@ class VisualSteps:
         else:
             step_B = torch.full((len(draw_B),), self.step)
         return row._replace(position_BS=self.positions(row.ids_BS, image_token, step_B))
+
+
+class VisualAxes(VisualSteps):
+    """M-RoPE: an image's tokens have its time, and their rows and columns; text after it goes on at their greatest + 1.
+
+        position = 1 + the greatest before the image + (t, y, x)
+
+    The language model's ``positions`` are of three axes then. Source: as of axis_positions.
+
+    Args:
+        columns: of an image's tokens; a square by default.
+        tile: an image's tokens are listed tile after tile of this side, and not row after row.
+        frame: adjacent images are frames of a video, this many positions apart: seconds times a rate. By default each
+            is an image by itself, of one time.
+
+    Raises:
+        ValueError: for fewer than one column, or no time between frames; in a batch, for images whose tokens are no
+            such grid.
+
+    >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 9, 9, 9, 9, 5]])
+    >>> VisualAxes(frame=0.5).grids(ids_BS, 9, tokens=4)[0].T.tolist()[0]
+    [0.0, 1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.5, 1.5, 3.0, 4.0]
+    """
+
+    def __init__(self, columns: int | None = None, tile: int | None = None, frame: float | None = None) -> None:
+        super().__init__()
+        if columns is not None and columns < 1:
+            raise ValueError(f"columns {columns}: at least 1; an image's tokens are a square where not given")
+        if frame is not None and not frame > 0:
+            raise ValueError(f"frame {frame:g}: above 0, such as 1; images by themselves where not given")
+        self.columns, self.tile, self.frame = columns, tile, frame
+
+    def grids(self, ids_BS: Tensor, image_token: int, tokens: int) -> Tensor:
+        """Positions ``[B, S + 1, 3]`` of rows whose images have ``tokens`` each, including that after the last token;
+        float32 between frames, else int64."""
+        columns = self.columns or math.isqrt(tokens)
+        if tokens % columns or (self.columns is None and columns**2 != tokens):
+            raise ValueError(f"columns {columns}: images of {tokens} tokens are no grid of such rows; set columns")
+        host_BS = host_copy(ids_BS)
+        image_BS = host_BS == image_token
+        before_BS = image_BS.cumsum(dim=1) - image_BS.int()  # tokens of images, in the row
+        if self.frame is None:
+            at_BS, span_BS = before_BS % tokens, before_BS // tokens + 1
+        else:
+            first_BS = image_BS & ~torch.nn.functional.pad(image_BS[:, :-1], (1, 0))
+            at_BS = before_BS - torch.where(first_BS, before_BS, 0).cummax(dim=1).values
+            span_BS = first_BS.cumsum(dim=1)
+        still = torch.zeros(1, dtype=torch.float64)
+        offset_BS3 = grid_offsets(still, tokens // columns, columns, self.tile)[at_BS % tokens]
+        offset_BS3[..., 0] = at_BS // tokens * (self.frame or 0)
+        position_BS3 = axis_positions(offset_BS3, span_BS * image_BS)
+        return to_device(position_BS3.long() if self.frame is None else position_BS3.float(), ids_BS.device)
+
+    def __call__(self, row: Interleaved, image_token: int, draw_B: Tensor, training: bool) -> Interleaved:
+        tokens = row.at_PI.shape[1]
+        return row if tokens == 0 else row._replace(position_BS=self.grids(row.ids_BS, image_token, tokens))

@@ -62,6 +62,7 @@ from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.fusion.mmcosine import MMCosine
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer
+from descant.modules.language.axis_rope import AxisRoPE, InterleavedAxisRoPE, axis_positions, grid_offsets
 from descant.modules.language.constrained import BlockSampling
 from descant.modules.language.generate import Sampling, generate
 from descant.modules.language.model import CausalLM
@@ -794,6 +795,14 @@ def _experts(at: Place) -> Any:
     made = generate(lm.eval(), at(torch.tensor([[1, 9]])), new=3).log_RN
     h_MD = trunk(at(torch.randn(5, 8)), Layout([at(torch.tensor([1, 1])), at(torch.tensor([2, 3]))])).h_BTD
     return h_BTD, made, h_MD, [term.value for term in terms.values()]
+
+
+@part("AxisRoPE", "InterleavedAxisRoPE")
+def _axes(at: Place) -> Any:
+    ids_PT, offset_T3 = torch.tensor([[1, 9, 9, 9, 9]]), grid_offsets(torch.tensor([0]), 2, 2)
+    position = axis_positions(F.pad(offset_T3, (0, 0, 1, 0))[None], (ids_PT == 9).long())
+    lms = [at(CausalLM(20, 16, 1, 2, length=16, positions=axes)) for axes in (AxisRoPE(), InterleavedAxisRoPE())]
+    return [generate(lm, at(ids_PT), new=2, position_PT=at(position)).log_RN for lm in lms]
 
 
 @part("BlockSampling", "UnifiedVocabulary", "CodeFormat", "DecodeHead", "DecodeLayer")

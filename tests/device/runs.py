@@ -41,7 +41,10 @@ from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.fusion.single_then_two import SingleThenTwo
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.language.answer_scores import LikelihoodScorer
-from descant.modules.language.positions import VisualSteps
+from descant.modules.language.axis_rope import AxisRoPE
+from descant.modules.language.model import CausalLM
+from descant.modules.language.positions import VisualAxes, VisualSteps
+from descant.modules.language.projectors import PooledGrid
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.information import Boltzmann, Normal
@@ -559,9 +562,9 @@ def preferred(before: Path) -> Run:
 @run
 def reinforced(before: Path) -> Run:
     loss = PolicyLoss(kl=KL(0.1))
-    recipe = VisionLanguage(
-        **small_chat(), objective=GRPO(loss), new=3, distill=Distill(TeacherStage()), optimizer=adamw
-    )
+    axes = {"lm": CausalLM(8194, 16, 1, 2, length=96, positions=AxisRoPE()), "projector": PooledGrid(2)}
+    parts = small_chat() | axes | {"visual": VisualAxes(frame=0.5)}
+    recipe = VisionLanguage(**parts, objective=GRPO(loss), new=3, distill=Distill(TeacherStage()), optimizer=adamw)
     data = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
     rollouts = c.Rollouts(Rewards({"right": ExactAnswer()}), resample=1)
     return Run(recipe, data, [rollouts], {"max_epochs": 3})

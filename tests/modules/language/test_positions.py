@@ -10,7 +10,8 @@ from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.language import CausalLM, Sampling
-from descant.modules.language.positions import VisualSteps
+from descant.modules.language.axis_rope import AxisRoPE, InterleavedAxisRoPE
+from descant.modules.language.positions import VisualAxes, VisualSteps
 from descant.modules.language.projectors import PooledGrid
 from descant.modules.tokenizers.text import EOS
 from descant.modules.towers import ConvTower, Towers
@@ -20,11 +21,11 @@ from tests.tolerance import F32, rounding
 IMAGE, ANSWER = 30, 31
 
 
-def chat(visual: VisualSteps | None = None, length: int = 64) -> VisionLanguage:
+def chat(visual: VisualSteps | None = None, length: int = 64, axes: AxisRoPE | None = None) -> VisionLanguage:
     torch.manual_seed(0)
     net = VisionLanguage(
         towers=Towers(image=ConvTower([8, 8], stem=4)),
-        lm=CausalLM(32, 16, 2, 2, length=length),
+        lm=CausalLM(32, 16, 2, 2, length=length, positions=axes),
         image_token=IMAGE,
         answer_token=ANSWER,
         projector=PooledGrid(2),
@@ -65,9 +66,18 @@ def test_a_step_of_one_is_the_plain_model_bit_by_bit() -> None:
     assert counted.sequence(batch())[1].position_BS is not None and plain.sequence(batch())[1].position_BS is None
 
 
-@pytest.mark.parametrize("step", [0.25, 0.5])
-def test_generation_is_at_the_positions_of_the_packed_rows(step: float) -> None:
-    net = chat(VisualSteps(step))
+VISUAL = [
+    (VisualSteps(0.25), None),
+    (VisualSteps(0.5), None),
+    (VisualAxes(), AxisRoPE()),
+    (VisualAxes(columns=4), InterleavedAxisRoPE()),
+    (VisualAxes(frame=0.5), AxisRoPE([1, 2, 1])),
+]
+
+
+@pytest.mark.parametrize(("visual", "axes"), VISUAL)
+def test_generation_is_at_the_positions_of_the_packed_rows(visual: VisualSteps, axes: AxisRoPE | None) -> None:
+    net = chat(visual, axes=axes)
     generated = net.roll(batch(), new=2, group=2, sampling=Sampling(temperature=1.0), stop=())
     again = batch().select(torch.arange(4).repeat_interleave(2))
     text, mask = again.inputs["text"], again.inputs["loss_mask"]
