@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.language.depths import DepthLayer
 from descant.modules.language.model import CausalLM, Layer, apply_rope
 from descant.modules.moe import Marks, MoELayer, SwiGLUExperts
 
@@ -20,7 +21,12 @@ SMALL = 1 << 20
 
 def require_causal(lm: CausalLM) -> None:
     """Raises ValueError for a model whose routers, in their mode, decide by later tokens too: none are there yet."""
-    for layer in lm.blocks():
+    for depth, layer in zip(lm.layers, lm.blocks(), strict=True):
+        if isinstance(depth, DepthLayer) and not depth.causal:
+            raise ValueError(
+                "generation: MixtureOfDepths takes tokens by those that come later; give it auxiliary: CausalAux, with "
+                "the model in eval mode"
+            )
         if layer.moe is not None and not layer.moe.router.causal:
             name = type(layer.moe.router).__name__
             raise ValueError(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.rng import uniform_N
 from descant.modules.language.decode_layers import SMALL, DecodeHead, DecodeLayer, require_causal
+from descant.modules.language.depths import DepthLayer
 from descant.modules.language.model import CausalLM
 from descant.modules.moe import Marks
 from descant.modules.moe.routing import UNMARKED
@@ -243,7 +244,8 @@ class _State:
 
     prompt: list[tuple[Tensor, Tensor]] | None  # a layer: keys [p K, E, T], values [p K, T, E]
     by_row: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
-    hide: Tensor | None  # 0, or -inf for padding of a prompt: [p, T], or [p, T + N]; None without
+    hide: list[Tensor | None]  # a layer: 0, or -inf for tokens that it has not: [p, T], or [p, T + N]; None without
+    depths: list[DepthLayer | None]  # a layer: what takes a part of the tokens; then no prompt is shared
     length_S: Tensor
     group: int
     filled: int  # tokens in the cache
@@ -254,6 +256,13 @@ class _State:
         self.filled += 1
         S = len(h_SD)
         for i, layer in enumerate(layers):
+            before_SD, depth, hide = h_SD, self.depths[i], self.hide[i]
+            if depth is not None and hide is not None:
+                weight_S1, taken_S1, _ = depth.choose(h_SD[:, None], h_SD.new_ones(S, 1, dtype=torch.long))
+                hide[:, at].masked_fill_(~taken_S1[:, 0], -torch.inf)
+                if not taken_S1.any():
+                    self.by_row[i][0][:, :, at], self.by_row[i][1][:, at] = 0, 0
+                    continue
             q, k, v = layer.split_qkv(h_SD, rope)
             K, E = k.shape[1:]
             if g > 1:  # the order of the cache: prompts, key heads, completions
@@ -261,24 +270,26 @@ class _State:
             keys, values = self.by_row[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
             h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i), marks)
+            if depth is not None:
+                h_SD = torch.where(taken_S1, before_SD + weight_S1 * (h_SD - before_SD), before_SD)
         return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
         """``[S, D]``: attention of queries ``[p K g, Q, E]`` over prompt and completion."""
-        (n, Q, E), g, S = q.shape, self.group, len(self.length_S)
+        (n, Q, E), g, S, hide = q.shape, self.group, len(self.length_S), self.hide[i]
         K = n // S
         keys, values = self.by_row[i][0][:, :, : self.filled], self.by_row[i][1][:, : self.filled]
         zero = q.new_zeros(1)
         row_scores = torch.baddbmm(zero, q, keys, beta=0, alpha=E**-0.5)
         if self.prompt is None:
-            if self.hide is not None:
-                row_scores.view(S, K, Q, -1).add_(self.hide[:, None, None, : self.filled])
+            if hide is not None:
+                row_scores.view(S, K, Q, -1).add_(hide[:, None, None, : self.filled])
             return torch.bmm(row_scores.softmax(dim=2), values).view(S, -1)
         of_prompt = self.prompt[i]
         T = of_prompt[0].shape[2]
         prompt_scores = torch.baddbmm(zero, q.reshape(-1, g * Q, E), of_prompt[0], beta=0, alpha=E**-0.5)
-        if self.hide is not None:
-            prompt_scores.view(S // g, -1, T).add_(self.hide[:, None])
+        if hide is not None:
+            prompt_scores.view(S // g, -1, T).add_(hide[:, None])
         a = torch.cat([prompt_scores.view(n, Q, T), row_scores], dim=2).softmax(dim=2)
         x = torch.bmm(a[:, :, :T].reshape(-1, g * Q, T), of_prompt[1]).view(n, Q, E)
         x = torch.baddbmm(x, a[:, :, T:], values)
@@ -310,8 +321,8 @@ class _State:
                 (k.unflatten(0, (-1, K))[keep_p].flatten(0, 1), v.unflatten(0, (-1, K))[keep_p].flatten(0, 1))
                 for k, v in prompt
             ]
-        hide = None if self.hide is None else self.hide[keep_p]
-        return slots, _State(prompt, by_row, hide, self.length_S[slots], most, self.filled)
+        hide = [None if x is None else x[keep_p] for x in self.hide]
+        return slots, _State(prompt, by_row, hide, self.depths, self.length_S[slots], most, self.filled)
 
 
 def _read(
@@ -328,16 +339,31 @@ def _read(
     P, T, D = h_PTD.shape
     length_P = mask_PT.sum(dim=1)
     # small prompts are copied to their completions: fewer operations a step
-    copies = group if P * group * (T + new) * D <= SMALL else 1
+    small, depths = P * group * (T + new) * D <= SMALL, [x if isinstance(x, DepthLayer) else None for x in lm.layers]
+    copies = group if small or any(depths) else 1
     group //= copies
     prompt, by_row, before = [], [], 0 if group > 1 else T
-    for layer in lm.blocks():
+    padding = None if mask_PT.all() else ~mask_PT
+    hides = list[Tensor | None]()
+
+    def hidden(absent_PT: Tensor) -> Tensor:
+        zero = torch.zeros(P * copies, T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
+        zero[:, :T].masked_fill_(absent_PT.repeat_interleave(copies, dim=0), -torch.inf)
+        return zero
+
+    of_padding = None if padding is None else hidden(padding)
+    for layer, depth in zip(lm.blocks(), depths, strict=True):
         q, k, v = layer.split_qkv(h_PTD, rope)
         # padding is on the right, so causal attention never reads it
         seen = mask_PT[:, None, None] if prefix else None
-        grouped = k.shape[1] != q.shape[1]
-        a_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not prefix, enable_gqa=grouped)
-        h_PTD, _ = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D), marks)
+        if depth is None:
+            grouped = k.shape[1] != q.shape[1]
+            a_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=not prefix, enable_gqa=grouped)
+            h_PTD, _ = layer.residual_mlp(h_PTD, a_BHTE.transpose(1, 2).reshape(P, T, D), marks)
+            hides.append(of_padding)
+        else:
+            hides.append(hidden(~depth.choose(h_PTD, mask_PT.long())[1]))
+            h_PTD, *_ = depth(h_PTD, rope, seen, marks)
         if copies > 1:
             k, v = k.repeat_interleave(copies, dim=0), v.repeat_interleave(copies, dim=0)
         keys, values = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
@@ -348,13 +374,6 @@ def _read(
         else:
             cache[0][:, :, :T], cache[1][:, :T] = keys, values
         by_row.append(cache)
-    hide = None
-    if not mask_PT.all():
-        mask_PT = mask_PT.repeat_interleave(copies, dim=0)
-        hide = torch.zeros(len(mask_PT), T if group > 1 else T + new, device=h_PTD.device, dtype=h_PTD.dtype)
-        hide[:, :T].masked_fill_(~mask_PT, -torch.inf)
     last_PD = h_PTD[torch.arange(P, device=h_PTD.device), length_P - 1]
-    state = _State(
-        prompt if group > 1 else None, by_row, hide, length_P.repeat_interleave(copies * group), group, before
-    )
-    return state, lm.norm(last_PD)
+    length_R = length_P.repeat_interleave(copies * group)
+    return _State(prompt if group > 1 else None, by_row, hides, depths, length_R, group, before), lm.norm(last_PD)

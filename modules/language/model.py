@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from descant.modules.core.host import derived, host_copy
 from descant.modules.core.objects import recorded
 from descant.modules.language.axis_rope import AxisRoPE, axis_factors
+from descant.modules.language.depths import DepthLayer, DepthRouting, MixtureOfDepths
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, SwiGLUExperts, observe
 from descant.modules.moe.routing import UNMARKED
 
@@ -83,6 +84,7 @@ class CausalLM(nn.Module):
         theta: of the rotary positions (RoPE). tie: the head shares the embeddings' weights. eps: of the norms.
         experts: which layers have sparse experts in place of their MLP; none where not given.
         positions: of three axes (M-RoPE); of one by default.
+        depths: layers that take only a part of the tokens; none where not given.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
@@ -112,6 +114,7 @@ class CausalLM(nn.Module):
         eps: float = 1e-5,
         experts: ExpertLayers | None = None,
         positions: AxisRoPE | None = None,
+        depths: MixtureOfDepths | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -126,9 +129,9 @@ class CausalLM(nn.Module):
         self.experts = experts
         if experts is not None:
             experts.require(depth)
-        self.layers = nn.ModuleList(
-            Layer(width, heads, key_heads, hidden, eps, self._moe(i, hidden)) for i in range(depth)
-        )
+        layers = [Layer(width, heads, key_heads, hidden, eps, self._moe(i, hidden)) for i in range(depth)]
+        self.layers = nn.ModuleList(layers if depths is None else depths.wrap(layers, width))
+        self.routes = experts is not None or depths is not None
         self.norm = nn.RMSNorm(width, eps)
         self.head = nn.Linear(width, vocab, bias=False)
         for module in reversed(list(self.modules())):  # children before their parents
@@ -154,7 +157,8 @@ class CausalLM(nn.Module):
         return self.experts.build(self.width, hidden, "swiglu")
 
     def blocks(self) -> list[Layer]:
-        return list(self.layers)  # type: ignore[arg-type]
+        """The layers, without the routers of those that take a part of the tokens."""
+        return [layer.layer if isinstance(layer, DepthLayer) else layer for layer in self.layers]  # type: ignore[misc]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         return self.embedding(ids_BT)
@@ -193,7 +197,8 @@ class CausalLM(nn.Module):
         counted within segments by default;
         ``prefix_BT``: bool, the first tokens of each document that all of its tokens see; none by default.
         ``marks``: of the tokens, ``[B, T]`` each, for routers of experts; padding is known by its segment.
-        ``routings``: a list to which each layer of experts appends where its tokens went.
+        ``routings``: a list to which each layer of experts appends where its tokens went, and then each of ``depths``
+        which it took.
         """
         B, T, _ = h_BTD.shape
         if segment_BT is None and prefix_BT is not None:
@@ -207,17 +212,19 @@ class CausalLM(nn.Module):
                 f"length {self.length}: a document of {longest} tokens does not fit; cut it, or raise length"
             )
         rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
-        if self.experts is not None and segment_BT is not None and marks.valid is None:
+        if self.routes and segment_BT is not None and marks.valid is None:
             marks = marks._replace(valid=derived(lambda x_BT: x_BT != NOWHERE, segment_BT))
-        routed = []
-        for layer in self.blocks():
-            h_BTD, routing = layer(h_BTD, rope, mask, marks)
+        routed, depths = [], list[DepthRouting]()
+        for whole, layer in zip(self.layers, self.blocks(), strict=True):
+            documents = (segment_BT,) if isinstance(whole, DepthLayer) else ()
+            h_BTD, routing, *taken = whole(h_BTD, rope, mask, marks, *documents)
+            depths += taken
             if layer.moe is not None and routing is not None:
                 routed.append((layer.moe.router, routing))
         if self.training and torch.is_grad_enabled():
             observe(routed)
         if routings is not None:
-            routings += [routing for _, routing in routed]
+            routings += [*(routing for _, routing in routed), *depths]
         return self.norm(h_BTD)
 
     def load_llama(self, state: Mapping[str, Tensor]) -> None:

@@ -209,7 +209,7 @@ def through(
     if position_BS is not None:
         position = derived(partial(_put, shape), *to, *of, position_BS)
     prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
-    if lm.experts is not None:
+    if lm.routes:
         marks = marks._replace(valid=to_device(real_BS, device))
         kind, task, valid = (None if x is None else derived(partial(_put, shape), *to, *of, x) for x in marks[:3])
         marks = Marks(kind, task, valid, marks.tasks)

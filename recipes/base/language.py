@@ -17,6 +17,7 @@ from descant.modules.core.objective import Term, counted, means
 from descant.modules.core.output import Decisions
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.answer_scores import answered_with
+from descant.modules.language.depths import DepthRouting, depth_terms
 from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
 from descant.modules.language.packing import PackingCounts, through
 from descant.modules.language.positions import VisualSteps
@@ -97,8 +98,11 @@ class LanguageRecipe(Recipe):
         return Marks(kind_BS, task_BS)
 
     def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
-        """Balance of the use of experts, and losses of their routers, in training."""
-        return expert_terms(self.lm.experts, routings) if self.lm.training else {}
+        """Balance of the use of experts, and losses of causal routers, in training."""
+        if not self.lm.training:
+            return {}
+        depths = [routing for routing in routings if isinstance(routing, DepthRouting)]
+        return expert_terms(self.lm.experts, routings[: len(routings) - len(depths)]) | depth_terms(depths)
 
     def prompt(self, row: Interleaved) -> Tensor:
         """Bool ``[B, S]``: the tokens up to the first mark of an answer, itself included."""

@@ -64,6 +64,7 @@ from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer
 from descant.modules.language.axis_rope import AxisRoPE, InterleavedAxisRoPE, axis_positions, grid_offsets
 from descant.modules.language.constrained import BlockSampling
+from descant.modules.language.depths import DepthRouting, MixtureOfDepths, depth_terms
 from descant.modules.language.generate import Sampling, generate
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
@@ -803,6 +804,15 @@ def _axes(at: Place) -> Any:
     position = axis_positions(F.pad(offset_T3, (0, 0, 1, 0))[None], (ids_PT == 9).long())
     lms = [at(CausalLM(20, 16, 1, 2, length=16, positions=axes)) for axes in (AxisRoPE(), InterleavedAxisRoPE())]
     return [generate(lm, at(ids_PT), new=2, position_PT=at(position)).log_RN for lm in lms]
+
+
+@part("MixtureOfDepths", "DepthLayer")
+def _depths(at: Place) -> Any:
+    lm = at(CausalLM(20, 8, 2, 2, length=16, depths=MixtureOfDepths(0.5, auxiliary=moe.CausalAux(4))))
+    ids_PT, routings = at(torch.randint(1, 20, (2, 6))), list[moe.Routing]()
+    h_BTD = lm(lm.embed(ids_PT), (ids_PT > 4).long(), routings=routings)
+    loss = depth_terms([routing for routing in routings if isinstance(routing, DepthRouting)])["depths/causal"].value
+    return h_BTD, loss, generate(lm.eval(), ids_PT, new=3).log_RN
 
 
 @part("BlockSampling", "UnifiedVocabulary", "CodeFormat", "DecodeHead", "DecodeLayer")

@@ -117,6 +117,18 @@ RECIPES: dict[str, list[Case]] = {
     "VisionLanguage": [
         Case(("chat/emoji",), slow=True),
         Case(("chat/frames",), slow=True),
+        Case(
+            ("chat/emoji",),
+            (
+                "--model.lm.init_args.depths",
+                "{class_path: MixtureOfDepths, init_args: {auxiliary: {class_path: CausalAux}}}",
+                "--model.lm.init_args.positions",
+                "{class_path: InterleavedAxisRoPE}",
+                "--model.visual",
+                "{class_path: VisualAxes}",
+            ),
+            slow=True,
+        ),
         Case(("chat/denoisers",), slow=True),
         Case(("reinforce/emoji",), slow=True),
     ],
