@@ -130,7 +130,7 @@ class MixtureOfDepths:
 
 
 class DepthLayer(nn.Module):
-    """A layer that takes some tokens of each row, chosen by a router of its own: ``MixtureOfDepths`` says which."""
+    """A layer of :class:`MixtureOfDepths`: it takes some tokens of each row, chosen by a router of its own."""
 
     def __init__(self, layer: nn.Module, width: int, depths: MixtureOfDepths) -> None:
         super().__init__()
