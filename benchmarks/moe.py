@@ -15,7 +15,7 @@ from benchmarks import Row
 from benchmarks.generate import decoders
 from benchmarks.timing import AS_FAST, ratio
 from descant.modules.language import CausalLM
-from descant.modules.moe import ExpertLayers, HardModality, Marks, MoELayer, Router, TopK, TopP
+from descant.modules.moe import ExpertLayers, HardModality, Marks, MoELayer, Router, TopKRouter, TopPRouter
 
 #: Sizes of a layer, experts, and those that a token meets.
 N, D, HIDDEN, E, K = 4096, 256, 512, 8, 2
@@ -59,7 +59,7 @@ def forth_and_back(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
 
 def against_dense(pairs: int = 30) -> Iterator[Row]:
     """Forward and backward of 8 experts, top-2, over those of a dense layer of equal active FLOPs."""
-    result = ratio(forth_and_back(Dense(K * HIDDEN)), forth_and_back(layer(TopK(K))), pairs)
+    result = ratio(forth_and_back(Dense(K * HIDDEN)), forth_and_back(layer(TopKRouter(K))), pairs)
     yield Row.at_most("moe/time_of_dense", result.value, DENSE, result.interval)
 
 
@@ -70,7 +70,7 @@ def against_mixtral(pairs: int = 30) -> Iterator[Row]:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": D, "intermediate_size": HIDDEN, "num_local_experts": E, "num_experts_per_tok": K}
-    theirs, ours = MixtralSparseMoeBlock(MixtralConfig(**sizes)), MoELayer(D, HIDDEN, E, TopK(K))
+    theirs, ours = MixtralSparseMoeBlock(MixtralConfig(**sizes)), MoELayer(D, HIDDEN, E, TopKRouter(K))
     weights = {"gate.weight": "router.gate_ED", "experts.gate_up_proj": "experts.gate_up"}
     with torch.no_grad():
         for name, p in theirs.named_parameters():
@@ -98,8 +98,8 @@ def hard(pairs: int = 30) -> Iterator[Row]:
 def null(pairs: int = 30) -> Iterator[Row]:
     """Time with null experts over the share of slots that run, of the time without."""
     torch.manual_seed(0)
-    made = MoELayer(D, HIDDEN, E, TopP(0.4))
-    other = MoELayer(D, HIDDEN, E // 2, TopP(0.4, null=E // 2))
+    made = MoELayer(D, HIDDEN, E, TopPRouter(0.4))
+    other = MoELayer(D, HIDDEN, E // 2, TopPRouter(0.4, null=E // 2))
     other.router.load_state_dict(made.router.state_dict())
     share = other.router(tokens()).runs(E // 2).sum() / made.router(tokens()).runs(E).sum()
     result = ratio(forth_and_back(lambda h: other(h)[0]), forth_and_back(lambda h: made(h)[0]), pairs)
@@ -126,7 +126,7 @@ def decode(pairs: int = 30, new: int = 32, rows: int = 16) -> Iterator[Row]:
     )
     theirs = MixtralForCausalLM(config).eval()
     theta = config.rope_parameters["rope_theta"]
-    ours = CausalLM(512, 128, 4, 4, 2, 172, 512, theta, experts=ExpertLayers(E, TopK(K))).eval()
+    ours = CausalLM(512, 128, 4, 4, 2, 172, 512, theta, experts=ExpertLayers(E, TopKRouter(K))).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim > 1:

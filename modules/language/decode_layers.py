@@ -31,7 +31,7 @@ def require_causal(lm: CausalLM) -> None:
             name = type(layer.moe.router).__name__
             raise ValueError(
                 f"generation: {name} routes by tokens that come later; give it auxiliary: CausalAux, with the model in "
-                "eval mode, or take TopK"
+                "eval mode, or take TopKRouter"
             )
 
 

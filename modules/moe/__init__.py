@@ -17,5 +17,5 @@ from descant.modules.moe.routing import Marks as Marks
 from descant.modules.moe.routing import Router as Router
 from descant.modules.moe.routing import Routing as Routing
 from descant.modules.moe.routing import TaskGate as TaskGate
-from descant.modules.moe.routing import TopK as TopK
-from descant.modules.moe.top_p import TopP as TopP
+from descant.modules.moe.routing import TopKRouter as TopKRouter
+from descant.modules.moe.top_p import TopPRouter as TopPRouter

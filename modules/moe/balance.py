@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather, total_of_ranks, world
 from descant.modules.moe.layer import ExpertLayers
-from descant.modules.moe.routing import Routing, TopK
+from descant.modules.moe.routing import Routing, TopKRouter
 
 
 class Usage(NamedTuple):
@@ -131,7 +131,7 @@ def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
 def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
     """Count the choices of a training forward for routers that are balanced by biases."""
     for router, routing in routings:
-        if isinstance(router, TopK) and router.bias_rate is not None:
+        if isinstance(router, TopKRouter) and router.bias_rate is not None:
             count_E = router.bias_E.new_zeros(router.experts)
             count_E.index_add_(0, routing.expert.flatten(), routing.used.flatten().to(count_E.dtype))
             router.pending = count_E if router.pending is None else router.pending + count_E
@@ -143,7 +143,7 @@ def move_biases(network: nn.Module) -> None:
 
     After the last backward of a step and before the next forward: a recomputed layer routes as it did.
     """
-    routers = [part for part in network.modules() if isinstance(part, TopK) and part.pending is not None]
+    routers = [part for part in network.modules() if isinstance(part, TopKRouter) and part.pending is not None]
     if not routers:
         return
     counts = total_of_ranks(torch.cat([router.pending for router in routers if router.pending is not None]))

@@ -123,8 +123,8 @@ class MoELayer(nn.Module):
     Raises:
         ValueError: for fewer than 1 expert, or what the router does not fit.
 
-    >>> from descant.modules.moe import TopK
-    >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopK(k=2))
+    >>> from descant.modules.moe import TopKRouter
+    >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopKRouter(k=2))
     >>> y_BTD, routing = layer(torch.randn(2, 5, 8))
     >>> y_BTD.shape, routing.expert.shape
     (torch.Size([2, 5, 8]), torch.Size([10, 2]))
@@ -224,8 +224,8 @@ class ExpertLayers:
         ValueError: for counts below 1 or weights not above 0; when built, what the router does not fit, or where no
             layer has experts.
 
-    >>> from descant.modules.moe import TopK
-    >>> experts = ExpertLayers(experts=4, router=TopK(k=2), every=2)
+    >>> from descant.modules.moe import TopKRouter
+    >>> experts = ExpertLayers(experts=4, router=TopKRouter(k=2), every=2)
     >>> [experts.at(i) for i in range(4)]
     [False, True, False, True]
     """

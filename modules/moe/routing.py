@@ -158,7 +158,7 @@ class Router(nn.Module):
         return nn.Parameter(torch.randn(shape) * 0.02)
 
 
-class TopK(Router):
+class TopKRouter(Router):
     """The k experts of the highest scores of a linear gate (Mixtral, Switch, Uni-MoE): :func:`top_k`.
 
     Args:
@@ -172,7 +172,7 @@ class TopK(Router):
         ValueError: for a k below 1, or of 1 with weights over the chosen, which is always 1; for a rate not above 0;
             when built, for more chosen than experts.
 
-    >>> router = TopK(k=2).build(width=8, experts=4)
+    >>> router = TopKRouter(k=2).build(width=8, experts=4)
     >>> router(torch.randn(5, 8)).weight.sum(dim=1).round(decimals=4).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0]
     """
@@ -219,14 +219,14 @@ class TopK(Router):
         return self
 
 
-class TaskGate(TopK):
-    """:class:`TopK` whose gate also reads the token's task: ``s = W h + V_task``; experts do not.
+class TaskGate(TopKRouter):
+    """:class:`TopKRouter` whose gate also reads the token's task: ``s = W h + V_task``; experts do not.
 
     A linear gate of ``[h; e(task)]`` is this one, with its product with e(task) in a table. Source: JiuZhang 2.0 (Zhao
     2023, arXiv 2306.11027), our reading: no code was released.
 
     Args:
-        tasks: T. k, norm, bias_rate: as of :class:`TopK`.
+        tasks: T. k, norm, bias_rate: as of :class:`TopKRouter`.
 
     >>> router = TaskGate(tasks=3, k=2).build(width=8, experts=4)
     >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).expert.shape

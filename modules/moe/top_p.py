@@ -63,7 +63,7 @@ def band_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: f
     return q_NK / q_NK.sum(dim=1, keepdim=True)
 
 
-class TopP(Router):
+class TopPRouter(Router):
     """As many experts a token as reach probability p, null and shared ones among the weights: :func:`top_p`.
 
         w_routed = m w,   m = sum of e^s of the chosen / (that + sum of e^s of the shared),   w_shared = e^s / (...)
@@ -82,7 +82,7 @@ class TopP(Router):
     Raises:
         ValueError: for p outside (0, 1], counts below 1; when built, for more at most than experts.
 
-    >>> router = TopP(p=0.9, null=1).build(width=8, experts=4)
+    >>> router = TopPRouter(p=0.9, null=1).build(width=8, experts=4)
     >>> routing = router(torch.randn(3, 8))
     >>> routing.expert.shape, routing.weight.sum(dim=1).round(decimals=4).tolist()
     (torch.Size([3, 5]), [1.0, 1.0, 1.0])

@@ -188,8 +188,8 @@ class RaggedBlock(Block):
 class RoutedBlock(RaggedBlock):
     """A :class:`RaggedBlock` with sparse experts in place of its MLP; returns where the tokens went, too.
 
-    >>> from descant.modules.moe import TopK
-    >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopK()).build(8, 32, "gelu"))
+    >>> from descant.modules.moe import TopKRouter
+    >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopKRouter()).build(8, 32, "gelu"))
     >>> h_ND, routing = block(torch.randn(5, 8), Layout([torch.tensor([2, 3])]))
     >>> h_ND.shape, routing.expert.shape
     (torch.Size([5, 8]), torch.Size([5, 2]))

@@ -754,9 +754,9 @@ def _language(at: Place) -> Any:
 
 
 ROUTERS: dict[str, Callable[[], moe.Router]] = {
-    "TopK": lambda: moe.TopK(2, bias_rate=0.1),
+    "TopKRouter": lambda: moe.TopKRouter(2, bias_rate=0.1),
     "TaskGate": lambda: moe.TaskGate(2),
-    "TopP": lambda: moe.TopP(0.6, null=1),
+    "TopPRouter": lambda: moe.TopPRouter(0.6, null=1),
     "ModalityTopK": lambda: moe.ModalityTopK([[0, 1, 2], [1, 2, 3]]),
     "HardModality": lambda: moe.HardModality([3, 0]),
     "StaticSkill": lambda: moe.StaticSkill([[0, 2], [1, 2, 3]]),
@@ -780,16 +780,17 @@ for _name, _router in ROUTERS.items():
     part(
         _name,
         *(
-            {"ExpertChoice": ["CausalAux"], "TopK": ["MoELayer", "GELUExperts", "Capacity", "Segments", "GELU"]}.get(
-                _name, []
-            )
+            {
+                "ExpertChoice": ["CausalAux"],
+                "TopKRouter": ["MoELayer", "GELUExperts", "Capacity", "Segments", "GELU"],
+            }.get(_name, [])
         ),
     )(_routed(_router))
 
 
 @part("ExpertLayers", "SwiGLUExperts", "RoutedBlock", "DecodeExperts", "SwiGLU")
 def _experts(at: Place) -> Any:
-    experts, routings = moe.ExpertLayers(4, moe.TopK(), z=0.1, every=2), list[moe.Routing]()
+    experts, routings = moe.ExpertLayers(4, moe.TopKRouter(), z=0.1, every=2), list[moe.Routing]()
     lm, trunk = at(CausalLM(20, 8, 2, 2, length=16, experts=experts)), at(Trunk(8, 2, 2, experts=experts))
     h_BTD = lm(lm.embed(at(torch.randint(1, 20, (2, 5)))), at(torch.tensor([[1, 1, 2, 2, 0]] * 2)), routings=routings)
     terms = moe.expert_terms(experts, routings)

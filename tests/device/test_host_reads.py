@@ -21,8 +21,8 @@ from descant.modules.moe import (
     Marks,
     Routing,
     StaticSkill,
-    TopK,
-    TopP,
+    TopKRouter,
+    TopPRouter,
     expert_terms,
     move_biases,
 )
@@ -128,7 +128,11 @@ def test_experts_read_one_count_a_layer_and_none_where_a_mark_decides(known: boo
         pytest.skip("counted on the emulated accelerator")
     from tests.device.emulated import counting
 
-    routers = [HardModality([3, 0]), StaticSkill([[0, 2], [1, 3]])] if known else [TopK(bias_rate=0.1), TopP(null=1)]
+    routers = (
+        [HardModality([3, 0]), StaticSkill([[0, 2], [1, 3]])]
+        if known
+        else [TopKRouter(bias_rate=0.1), TopPRouter(null=1)]
+    )
     for router in routers:
         lm = CausalLM(20, 8, 2, 2, length=16, experts=ExpertLayers(4, router)).to(device.device).train()
         mark_BT, one_BT = torch.arange(12).view(2, 6) % 2, torch.ones(2, 6, dtype=torch.long)

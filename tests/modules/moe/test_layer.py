@@ -21,8 +21,8 @@ from descant.modules.moe import (
     StaticSkill,
     SwiGLUExperts,
     TaskGate,
-    TopK,
-    TopP,
+    TopKRouter,
+    TopPRouter,
 )
 from descant.modules.moe.grouped import GELU, Segments, Weights, expert_mlp
 from descant.modules.training_setup.flops import FlopCount
@@ -32,10 +32,10 @@ N, D, F_, E = 30, 6, 10, 4
 #: Sums of up to 30 rows, 10 hidden units and 6 numbers.
 CLOSE = rounding(256, F64)
 ROUTERS: dict[str, Callable[[], Router]] = {
-    "top-k": lambda: TopK(2),
-    "before": lambda: TopK(1, "before"),
+    "top-k": lambda: TopKRouter(2),
+    "before": lambda: TopKRouter(1, "before"),
     "task": lambda: TaskGate(2),
-    "top-p": lambda: TopP(0.6, null=1),
+    "top-p": lambda: TopPRouter(0.6, null=1),
     "modality": lambda: ModalityTopK([[0, 1, 2], [1, 2, 3]]),
     "hard": lambda: HardModality([3, 0]),
     "skills": lambda: StaticSkill([[0, 2], [1, 2, 3]]),
@@ -95,7 +95,7 @@ def test_identical_experts_are_one_after_the_choice_and_less_before() -> None:
     torch.manual_seed(0)
     outputs = []
     for norm in ("after", "before"):
-        layer: Any = MoELayer(D, F_, E, TopK(2, norm))
+        layer: Any = MoELayer(D, F_, E, TopKRouter(2, norm))
         for stacked in (layer.experts.gate_up, layer.experts.down):
             stacked.data.copy_(torch.randn(stacked.shape[1:], generator=torch.Generator().manual_seed(1)))
         h_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(2))
@@ -110,7 +110,7 @@ def test_as_transformers_mixtral() -> None:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": E, "num_experts_per_tok": 2}
-    ours: Any = MoELayer(32, 48, E, TopK(2))
+    ours: Any = MoELayer(32, 48, E, TopKRouter(2))
     theirs = MixtralSparseMoeBlock(MixtralConfig(**sizes))
     for name, p in theirs.named_parameters():
         mine = {"gate.weight": ours.router.gate_ED, "experts.gate_up_proj": ours.experts.gate_up}
@@ -160,7 +160,7 @@ def test_null_experts_cost_nothing() -> None:
     torch.manual_seed(0)
     counts = []
     for null in (None, 4):
-        layer: Any = MoELayer(D, F_, E, TopP(0.8, null=null))
+        layer: Any = MoELayer(D, F_, E, TopPRouter(0.8, null=null))
         h_ND = torch.randn(400, D)
         routing = layer.router(h_ND)
         with FlopCount() as count:

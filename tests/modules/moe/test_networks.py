@@ -22,8 +22,8 @@ from descant.modules.moe import (
     Router,
     Routing,
     StaticSkill,
-    TopK,
-    TopP,
+    TopKRouter,
+    TopPRouter,
     expert_terms,
     move_biases,
 )
@@ -35,8 +35,8 @@ V, D = 20, 16
 #: Two layers of sums of 16 to 48 numbers.
 CHAIN = rounding(2 * 128, F32)
 ROUTERS: dict[str, Callable[[], Router]] = {
-    "top-k": lambda: TopK(2),
-    "top-p": lambda: TopP(0.6, null=1),
+    "top-k": lambda: TopKRouter(2),
+    "top-p": lambda: TopPRouter(0.6, null=1),
     "modality": lambda: ModalityTopK([[0, 1], [1, 2, 3]]),
     "hard": lambda: HardModality([2, 1]),
     "skills": lambda: StaticSkill([[0, 1], [1, 2, 3]]),
@@ -62,7 +62,7 @@ def test_dense_layers_keep_their_names() -> None:
     torch.manual_seed(0)
     names = list(CausalLM(V, D, 2, 2).state_dict())
     assert not any("moe" in name for name in names)
-    mixed = set(model(TopK(), every=2).state_dict())
+    mixed = set(model(TopKRouter(), every=2).state_dict())
     assert {name for name in names if name.startswith("layers.0.")} <= mixed
     moe = {"moe.router.gate_ED", "moe.experts.gate_up", "moe.experts.down"}
     assert {f"layers.1.{name}" for name in moe} <= mixed and "layers.1.gate_up.weight" not in mixed
@@ -148,7 +148,7 @@ def trained(lm: CausalLM, optimizer: torch.optim.Optimizer, steps: range) -> Non
 def test_biases_are_resumed_to_the_bit_and_recomputing_counts_once() -> None:
     ends = []
     for cut, recomputed in ((0, False), (2, False), (0, True)):
-        lm = model(TopK(2, bias_rate=0.01)).train()
+        lm = model(TopKRouter(2, bias_rate=0.01)).train()
         if recomputed:
             for block in lm.blocks():
                 recompute(block, preserve_rng=True)
@@ -156,7 +156,7 @@ def test_biases_are_resumed_to_the_bit_and_recomputing_counts_once() -> None:
         trained(lm, optimizer, range(cut or 4))
         if cut:
             saved = copy.deepcopy((lm.state_dict(), optimizer.state_dict()))
-            lm = model(TopK(2, bias_rate=0.01)).train()
+            lm = model(TopKRouter(2, bias_rate=0.01)).train()
             optimizer = torch.optim.AdamW(lm.parameters(), 0.01)
             lm.load_state_dict(saved[0]), optimizer.load_state_dict(saved[1])
             trained(lm, optimizer, range(cut, 4))
@@ -171,7 +171,7 @@ def test_auxiliary_terms() -> None:
     routings: list[Routing] = []
     lm(lm.embed(ids()[0]), routings=routings)
     assert set(expert_terms(lm.experts, routings)) == {"experts/causal"}  # a choice of experts is even
-    lm = CausalLM(V, D, 2, 2, experts=ExpertLayers(4, TopK(), z=0.1)).train()
+    lm = CausalLM(V, D, 2, 2, experts=ExpertLayers(4, TopKRouter(), z=0.1)).train()
     lm(lm.embed(ids()[0]), routings=(routings := []))
     terms = expert_terms(lm.experts, routings)
     assert set(terms) == {"experts/balance", "experts/z"} and all(term.whole for term in terms.values())

@@ -11,7 +11,7 @@ from descant.modules.language import CausalLM
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.decoders import JointDecoder
 from descant.modules.masking.discrete_adapters import TableAdapter, TokenAdapter
-from descant.modules.moe import ExpertLayers, ModalityTopK, Routing, TopK
+from descant.modules.moe import ExpertLayers, ModalityTopK, Routing, TopKRouter
 from descant.modules.towers import Towers
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked, VisionLanguage
@@ -23,7 +23,7 @@ from tests.recipes.test_vision_language import Patches, batch, sees
 
 def masked(adapters: Adapters) -> Masked:
     torch.manual_seed(0)
-    experts = ExpertLayers(4, TopK(2, bias_rate=0.01), hidden=8, every=2, z=0.001)
+    experts = ExpertLayers(4, TopKRouter(2, bias_rate=0.01), hidden=8, every=2, z=0.001)
     return Masked(adapters, Trunk(16, 2, 2, experts=experts), JointDecoder(8, 1, 2))
 
 

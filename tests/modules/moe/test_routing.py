@@ -21,8 +21,8 @@ from descant.modules.moe import (
     Routing,
     StaticSkill,
     TaskGate,
-    TopK,
-    TopP,
+    TopKRouter,
+    TopPRouter,
 )
 from descant.modules.moe.balance import balance_loss, moved_bias, usage
 from descant.modules.moe.routing import top_k
@@ -51,7 +51,7 @@ def dense(routing: Routing, experts: int) -> Tensor:
 
 @pytest.mark.parametrize("norm", ["before", "after"])
 def test_top_k(norm: str) -> None:
-    router, h_ND, marks = setting(TopK(k=3, norm=norm))  # type: ignore[arg-type]
+    router, h_ND, marks = setting(TopKRouter(k=3, norm=norm))  # type: ignore[arg-type]
     got_NE = dense(router(h_ND, marks), E)
     for n in range(N):
         e_E = (h_ND[n] @ router.gate_ED.T).exp().detach()
@@ -77,7 +77,7 @@ def test_a_bias_moves_the_choice_and_no_weight() -> None:
 @pytest.mark.parametrize("weigh", ["softmax", "band"])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_top_p_with_null_and_shared_experts(weigh: str, shared: int) -> None:
-    router, h_ND, marks = setting(TopP(0.7, null=2, weigh=weigh, jitter=0.2), shared=shared)  # type: ignore[arg-type]
+    router, h_ND, marks = setting(TopPRouter(0.7, null=2, weigh=weigh, jitter=0.2), shared=shared)  # type: ignore[arg-type]
     for p in router.parameters():
         p.data.div_(20)
     routing, R = router(h_ND, marks), E + 2
@@ -190,25 +190,25 @@ def test_balance_loss() -> None:
     torch.testing.assert_close(balance_loss(*usage(routing, 2), sizes_M), total, **CLOSE)
     one = router(h_ND, marks._replace(kind=torch.zeros(N).long()))  # no token of the other kind
     assert balance_loss(*usage(one, 2), sizes_M).isfinite()
-    plain, _, _ = setting(TopK(2))
+    plain, _, _ = setting(TopKRouter(2))
     routing = plain(h_ND.float().double(), marks)
     theirs = load_balancing_loss_func((routing.logit.float(),), E, 2, marks.valid[None])
     torch.testing.assert_close(balance_loss(*usage(routing)).float(), theirs, **rounding(N, F32))
 
 
 def test_scores_are_not_in_half_precision() -> None:
-    router = TopK(k=1, norm="before").build(2, 2)
+    router = TopKRouter(k=1, norm="before").build(2, 2)
     router.gate_ED.data = torch.tensor([[1.0, 0.0], [1.0, 0.004]])  # bfloat16 adds up to 1 for both
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = router(torch.ones(1, 2))
     assert routing.expert.item() == 1 and routing.weight.dtype == torch.float32
-    biased = TopK(bias_rate=0.001).build(D, E).bfloat16()
+    biased = TopKRouter(bias_rate=0.001).build(D, E).bfloat16()
     assert biased.bias_E.dtype == torch.float32 and biased.gate_ED.dtype == torch.bfloat16
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "chosen": (lambda: TopK(k=5).build(D, 4), "TopK: k 5: there are 4 experts to choose from"),
-    "constant": (lambda: TopK(k=1), "k 1, norm after: the weight is 1"),
+    "chosen": (lambda: TopKRouter(k=5).build(D, 4), "TopKRouter: k 5: there are 4 experts to choose from"),
+    "constant": (lambda: TopKRouter(k=1), "k 1, norm after: the weight is 1"),
     "row": (lambda: ModalityTopK([[0, 1], []]), r"visible: row 1 has no expert: \[\]"),
     "narrow": (lambda: ModalityTopK([[0, 1], [2]]), "k 2: row 1 of visible has 1 experts; 1 to 1"),
     "unknown": (lambda: HardModality([0, 4]).build(D, 4), "expert: row 1 names expert 4; there are 0 to 3"),
@@ -220,9 +220,9 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "unmarked": (lambda: MoELayer(D, 4, 2, HardModality([0, 1]))(torch.zeros(1, D)), "HardModality routes by kind"),
     "capacity": (lambda: Capacity(0.0), "factor 0: a capacity of zero tokens"),
     "share": (lambda: ExpertChoice(capacity=0.0), "capacity 0: a share of the tokens, above 0"),
-    "p": (lambda: TopP(1.5), "p 1.5: above 0, at most 1"),
+    "p": (lambda: TopPRouter(1.5), "p 1.5: above 0, at most 1"),
     "none": (
-        lambda: ExpertLayers(4, TopK(), every=3).require(2),
+        lambda: ExpertLayers(4, TopKRouter(), every=3).require(2),
         "every 3: none of 2 layers has experts; 2 is the most",
     ),
 }
