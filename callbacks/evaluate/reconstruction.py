@@ -334,9 +334,7 @@ class ReconstructionPictures(ForwardEvaluator):
         self._first = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        for m in self.modalities or []:
-            if m not in batch.present:
-                raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, batch.present)}")
+        require_modalities(self, batch, self.modalities or [])
         # only the samples that may be drawn are stored
         new, earlier = _inputs(batch), self._first.get(name)
         self._first[name] = self._select(new if earlier is None else _joined(earlier, new))

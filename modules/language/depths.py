@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.ranks import gather, world
+from descant.modules.moe.balance import mean_term, over_ranks, sum_and_count
+from descant.modules.moe.capacity import share_of
 from descant.modules.moe.expert_choice import CausalAux
 from descant.modules.moe.routing import UNMARKED, Marks, Routing, logits
 
@@ -23,7 +24,7 @@ def best_of_documents(score_BT: Tensor, document_BT: Tensor, share: float) -> Te
     """Bool ``[B, T]``: the ``ceil(share N)`` highest scores of each document's N tokens; ties by order.
 
     Document 0 is padding, of which none is taken. A document's tokens are the same alone, and packed with others. The
-    ceiling is of a product less a millionth of it, so that a share such as 1/3 takes what is meant.
+    ceiling is that of ``share_of``.
 
     >>> score_BT, document_BT = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.2, 1.0]]), torch.tensor([[1, 1, 1, 2, 2, 0]])
     >>> best_of_documents(score_BT, document_BT, 0.5).int().tolist()
@@ -37,7 +38,7 @@ def best_of_documents(score_BT: Tensor, document_BT: Tensor, share: float) -> Te
     first_BT, last_BT = F.pad(other_BT, (1, 0), value=True), F.pad(other_BT, (0, 1), value=True)
     begin_BT = torch.where(first_BT, place_T, 0).cummax(dim=1).values
     end_BT = torch.where(last_BT, place_T + 1, T).flip(1).cummin(dim=1).values.flip(1)
-    take_BT = (share * (1 - 1e-6) * (end_BT - begin_BT)).ceil()
+    take_BT = share_of(end_BT - begin_BT, share)
     return torch.zeros_like(last_BT).scatter(1, order_BT, (place_T - begin_BT < take_BT) & (sorted_BT > 0))
 
 
@@ -203,13 +204,8 @@ class DepthLayer(nn.Module):
 
 def depth_terms(routings: Sequence[DepthRouting]) -> dict[str, Term]:
     """``depths/causal``: the auxiliary routers' loss of a micro-batch of all ranks, mean over its tokens and layers."""
-    losses = [(routing.causal, routing.marks.valid) for routing in routings if routing.causal is not None]
-    if not losses:
+    sums = [sum_and_count(routing.causal, routing) for routing in routings if routing.causal is not None]
+    if not sums:
         return {}
-    valid = [torch.ones_like(loss_N) if valid_N is None else valid_N.to(loss_N) for loss_N, valid_N in losses]
-    sums = [torch.stack([(loss_N * v_N).sum(), v_N.sum()]) for (loss_N, _), v_N in zip(losses, valid, strict=True)]
-    sum_L2 = torch.stack(sums)
-    if world() > 1:
-        sum_L2 = gather(sum_L2[None]).sum(dim=0)
-    value_1 = (sum_L2[:, 0] / sum_L2[:, 1].clamp(min=1)).mean()[None]
-    return {"depths/causal": Term(value_1, norm=float(world()), whole=True)}
+    layers = over_ranks({"causal": sums})["causal"]
+    return {"depths/causal": mean_term([total / count.clamp(min=1) for total, count in layers])}

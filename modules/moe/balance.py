@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather, total_of_ranks, world
 from descant.modules.moe.layer import ExpertLayers
@@ -77,36 +78,40 @@ def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> d
     visible_ME = getattr(experts.router, "visible", None)
     visible_M = None if visible_ME is None else torch.tensor([len(row) for row in visible_ME], dtype=torch.float32)
     if visible_M is not None and experts.balance is not None:
-        visible_M = visible_M.pin_memory() if routings[0].expert.is_cuda else visible_M
-        visible_M = visible_M.to(routings[0].expert.device, non_blocking=True)
+        visible_M = to_device(visible_M, routings[0].expert.device)
     sums: dict[str, list[list[Tensor]]] = {}
     for routing in routings:
         if experts.balance is not None and routing.probability is not None:
             sums.setdefault("balance", []).append(list(usage(routing, experts.router.kinds)))
         if experts.z is not None and routing.logit is not None:
-            sums.setdefault("z", []).append(_sum_and_count(z_loss(routing.logit), routing))
+            sums.setdefault("z", []).append(sum_and_count(z_loss(routing.logit), routing))
         if routing.causal is not None:
-            sums.setdefault("causal", []).append(_sum_and_count(routing.causal, routing))
+            sums.setdefault("causal", []).append(sum_and_count(routing.causal, routing))
     terms = {}
-    for name, layers in _of_ranks(sums).items():
+    for name, layers in over_ranks(sums).items():
         if name == "balance":
             values = [balance_loss(*parts, visible_M) for parts in layers]  # type: ignore[call-arg]
         else:
             values = [total / count.clamp(min=1) for total, count in layers]
         weight = {"balance": experts.balance, "z": experts.z}.get(name) or 1.0
-        value_1 = weight * torch.stack(values).mean()[None]
-        terms[f"experts/{name}"] = Term(value_1, norm=float(world()), whole=True)
+        terms[f"experts/{name}"] = mean_term(values, weight)
     return terms
 
 
-def _sum_and_count(value_N: Tensor, routing: Routing) -> list[Tensor]:
+def mean_term(values: Sequence[Tensor], weight: float = 1.0) -> Term:
+    """The weighted mean over layers of a number that all ranks share."""
+    return Term(weight * torch.stack(list(values)).mean()[None], norm=float(world()), whole=True)
+
+
+def sum_and_count(value_N: Tensor, routing: Routing) -> list[Tensor]:
+    """Sum over the valid tokens of a routing, and their number."""
     valid_N = routing.marks.valid
     if valid_N is None:
         return [value_N.sum(), value_N.new_full((), len(value_N))]
     return [torch.where(valid_N, value_N, 0.0).sum(), valid_N.sum().to(value_N)]
 
 
-def _of_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tensor]]]:
+def over_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tensor]]]:
     """Sums over ranks, with gradients, in one exchange."""
     flat = [x for layers in sums.values() for parts in layers for x in parts]
     if world() == 1 or not flat:

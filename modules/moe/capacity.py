@@ -10,7 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from descant.modules.core.objective import counted
 from descant.modules.moe.routing import Routing
+
+
+def share_of(tokens: Tensor, share: Tensor | float) -> Tensor:
+    """``ceil(share tokens)`` of int64 tokens, float64; the ceiling is of a product less a millionth of it, so that a
+    share such as 1/3 takes what is meant.
+
+    >>> share_of(torch.tensor([3, 4]), 1 / 3).tolist()
+    [1.0, 2.0]
+    """
+    return (tokens.double() * share * (1 - 1e-6)).ceil()
 
 
 def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tensor, experts: int) -> Tensor:
@@ -23,9 +34,7 @@ def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tens
     key_M = torch.where(used_NK, index_NK.clamp(max=experts), experts).flatten()
     order_M = rank_NK.flatten().argsort(stable=True)
     order_M = order_M[key_M[order_M].argsort(stable=True)]
-    count_E = torch.zeros(experts + 1, dtype=torch.long, device=key_M.device).index_add(
-        0, key_M, torch.ones_like(key_M)
-    )
+    count_E = counted(key_M, experts + 1)
     first_E = count_E.cumsum(dim=0) - count_E
     place_M = torch.empty_like(order_M).index_copy(0, order_M, torch.arange(len(key_M), device=key_M.device))
     over_M = (place_M - first_E[key_M] >= most) & (key_M < experts)
@@ -63,7 +72,7 @@ class Capacity:
     def __call__(self, routing: Routing, experts: int) -> Routing:
         index_NK, weight_NK, used_NK, marks = routing[:4]
         valid_N = index_NK.new_ones(len(index_NK)) if marks.valid is None else marks.valid
-        most = (self.factor / experts * valid_N.sum().double() * (1 - 1e-6)).ceil().clamp(min=self.least)
+        most = share_of(valid_N.sum(), self.factor / experts).clamp(min=self.least)
         place_N1 = torch.arange(len(index_NK), device=index_NK.device, dtype=weight_NK.dtype)[:, None]
         rank_NK = -weight_NK.detach() if self.by == "weight" else place_N1.expand(index_NK.shape)
         return routing._replace(dropped=over_capacity(index_NK, used_NK, rank_NK, most, experts))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
+from descant.modules.moe.capacity import share_of
 from descant.modules.moe.modality_routing import Tables, padded, require_experts, require_rows
 from descant.modules.moe.routing import Marks, Routing, logits
 
@@ -22,8 +23,8 @@ BILLION = 10**9
 def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tensor:
     """Bool ``[N, E]``: expert e takes the ``ceil(share_e N_e)`` highest scores of its N_e members; ties by order.
 
-    ``member_NE``: bool, the tokens that an expert may take. The ceiling is of a product less a millionth of it, so that
-    a share such as 1/3 takes what is meant. Source: Zhou 2022 (arXiv 2202.09368); by groups MoMa (2407.21770).
+    ``member_NE``: bool, the tokens that an expert may take; the ceiling is that of ``share_of``. Source:
+    Zhou 2022 (arXiv 2202.09368); by groups MoMa (2407.21770).
 
     >>> score_NE = torch.tensor([[0.1], [0.9], [0.5], [0.8]])
     >>> member_NE = torch.tensor([[True], [False], [True], [True]])
@@ -33,7 +34,7 @@ def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tenso
     order_NE = score_NE.masked_fill(~member_NE, -torch.inf).argsort(dim=0, descending=True, stable=True)
     rank_N1 = torch.arange(len(score_NE), device=score_NE.device)[:, None]
     rank_NE = torch.empty_like(order_NE).scatter_(0, order_NE, rank_N1.expand(order_NE.shape))
-    take_E = (share_E.double() * member_NE.sum(dim=0) * (1 - 1e-6)).ceil()
+    take_E = share_of(member_NE.sum(dim=0), share_E.double())
     return member_NE & (rank_NE < take_E)
 
 

@@ -102,7 +102,8 @@ class LanguageRecipe(Recipe):
         if not self.lm.training:
             return {}
         depths = [routing for routing in routings if isinstance(routing, DepthRouting)]
-        return expert_terms(self.lm.experts, routings[: len(routings) - len(depths)]) | depth_terms(depths)
+        experts = [routing for routing in routings if not isinstance(routing, DepthRouting)]
+        return expert_terms(self.lm.experts, experts) | depth_terms(depths)
 
     def prompt(self, row: Interleaved) -> Tensor:
         """Bool ``[B, S]``: the tokens up to the first mark of an answer, itself included."""
