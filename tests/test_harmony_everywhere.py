@@ -1,4 +1,4 @@
-"""Every harmonizer with every recipe: two steps, or one line at once. `make slow` tries all of them."""
+"""Every harmonizer with every recipe: two steps, or one line at once. `make slow` tries a third of them at a commit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from descant.cli.catalogue import find
 from tests._suites.discovery import concrete
 from tests.built import Built, Store
 from tests.conftest import Result
+from tests.rotation import turn
 from tests.test_experiments import begin
 
 RULES = concrete("Rule")
@@ -77,11 +78,10 @@ def holds(done: tuple[Result, dict[str, Any]], refusal: str | None) -> None:
 
 
 def cases(rules: tuple[str, ...]) -> list[Any]:
-    return [
-        pytest.param(base, rule, marks=[] if (base, rule) in QUICK else [pytest.mark.slow], id=f"{base}-{rule}")
-        for base in WHERE
-        for rule in rules
-    ]
+    each = [(base, rule) for base in WHERE for rule in rules]
+    rest = [case for case in turn(each, 3) if case not in QUICK]
+    later = [pytest.param(*case, marks=pytest.mark.slow, id="-".join(case)) for case in rest]
+    return [pytest.param(*case, id="-".join(case)) for case in each if case in QUICK] + later
 
 
 @pytest.mark.parametrize(("base", "rule"), cases(PARAMETERS))

@@ -43,9 +43,9 @@ ORDERS = [[*CODES][k:] + [*CODES][:k] for k in range(len(CODES))]
 
 
 def cases() -> list[Any]:
-    (order,) = turn(ORDERS, len(ORDERS))
+    order = turn(ORDERS, len(ORDERS))[0]
     pairs = dict.fromkeys([*DAILY, *tried(order)])
-    (daily,) = turn(DAILY, len(DAILY))
+    daily = turn(DAILY, len(DAILY))[0]
     return [pytest.param(*p, marks=[] if p == daily else slow, id=f"{p[0].name}-{p[1]}") for p in pairs]
 
 

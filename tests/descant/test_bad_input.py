@@ -262,7 +262,7 @@ def _shown(words: tuple[str, ...]) -> str:
     return " ".join(word if len(word) < 40 else f"{word[:20]}..." for word in words).encode("unicode_escape").decode()
 
 
-@pytest.mark.parametrize(("words", "line"), quick(CASES, 3), ids=[_shown(words) for words, _ in CASES])
+@pytest.mark.parametrize(("words", "line"), quick(CASES, 3, ids=[_shown(words) for words, _ in CASES]))
 def test_bad_input_is_one_line(typed: Callable[..., Result], place: Path, words: tuple[str, ...], line: str) -> None:
     before = _tree(place)
     result = typed(*words)

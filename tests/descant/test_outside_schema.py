@@ -217,7 +217,7 @@ def typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
         yield captured
 
 
-@pytest.mark.parametrize("case", quick(CASES, 4), ids=[f"{n}-{case.kind}" for n, case in enumerate(CASES)])
+@pytest.mark.parametrize("case", quick(CASES, 4, ids=[f"{n}-{case.kind}" for n, case in enumerate(CASES)]))
 def test_a_mistake_is_at_most_five_lines(
     typed: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:

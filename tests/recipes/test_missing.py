@@ -548,7 +548,7 @@ def adam(groups: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-2)
 
 
-@pytest.mark.parametrize("fill", quick([None, PromptImputer(), MeanImputer()], 3), ids=["bank", "prompt", "mean"])
+@pytest.mark.parametrize("fill", quick([None, PromptImputer(), MeanImputer()], 3, ids=["bank", "prompt", "mean"]))
 def test_a_resumed_run_ends_in_the_same_bits(runs: dict[str, Path], tmp_path: Path, fill: Any) -> None:
     def net() -> Any:
         return adapted(runs["fusion"], noise=0.0, optimizer=adam, fill=copy.deepcopy(fill))
