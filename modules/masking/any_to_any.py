@@ -72,23 +72,32 @@ class AnyToAnyDecoder(Decoder):
             contexts[0] = contexts[0] + 0.0 * self.mask_E
         context = _Slots([row_B, *(at.host_row_N for at in encoded.at.values())], B, device)
         query = _Slots([at.host_row_N for at in targets.values()], B, device)
+        mask_B1QQ = self._own(query, [m in encoded.given for m in targets], device)
+        y_BQE, c_BKE = query.dense(queries), context.dense(contexts)
+        here_B11K = None if context.full else (context.group_BK < context.groups)[:, None, None]
+        for layer in self.layers:
+            y_BQE = layer(y_BQE, c_BKE, mask_B1QQ, here_B11K)
+        y_NE = take(self.norm(y_BQE).flatten(0, 1), query.slot_N)
+        return dict(zip(targets, y_NE.split([len(at.row_N) for at in targets.values()]), strict=True))
+
+    @staticmethod
+    def _own(query: _Slots, ordered: Sequence[bool], device: torch.device) -> Tensor | None:
+        """Which targets a target sees: those of its modality, in order up to itself; None where it sees all."""
+        if query.full and query.groups == 1 and not ordered[0]:  # attention without a mask is faster
+            return None
         group_BQ, order_Q = query.group_BK, torch.arange(query.group_BK.shape[1], device=device)
-        in_order = to_device(torch.tensor([m in encoded.given for m in targets] + [False]), device)
+        in_order = to_device(torch.tensor([*ordered, False]), device)
         mask_BQQ = (group_BQ[:, :, None] == group_BQ[:, None]) & (
             ~in_order[group_BQ][:, :, None] | (order_Q[:, None] >= order_Q)
         )
-        y_BQE, c_BKE = query.dense(queries), context.dense(contexts)
-        here_BK = context.group_BK < context.groups
-        for layer in self.layers:
-            y_BQE = layer(y_BQE, c_BKE, mask_BQQ[:, None], here_BK[:, None, None])
-        y_NE = take(self.norm(y_BQE).flatten(0, 1), query.slot_N)
-        return dict(zip(targets, y_NE.split([len(at.row_N) for at in targets.values()]), strict=True))
+        return mask_BQQ[:, None]
 
 
 class _Slots:
     """Places of ragged groups in a dense ``[B, K]``: within a sample they follow each other, the rest is padding.
 
     ``group_BK``: number of the group, and their number for padding. ``slot_N``: place of each token in ``[B * K]``.
+    ``full``: there is no padding.
     """
 
     def __init__(self, rows: Sequence[Tensor], samples: int, device: torch.device) -> None:
@@ -102,6 +111,7 @@ class _Slots:
             slots.append(row_N * K + first_B[row_N] + within_N)
         group_N = torch.arange(self.groups).repeat_interleave(count_SB.sum(dim=1))
         slot_N = torch.cat(slots)
+        self.full = len(slot_N) == samples * K
         group_BK = torch.full((samples * K,), self.groups).index_copy(0, slot_N, group_N).view(samples, K)
         self.slot_N, self.group_BK = to_device(slot_N, device), to_device(group_BK, device)
 
@@ -125,12 +135,12 @@ class _CrossBlock(Block):
         )
         xavier(self.query, self.context, self.read)
 
-    def forward(self, y_BQE: Tensor, c_BKE: Tensor, mask_B1QQ: Tensor, here_B11K: Tensor) -> Tensor:  # type: ignore[override]  # reads a context
+    def forward(self, y_BQE: Tensor, c_BKE: Tensor, mask_B1QQ: Tensor | None, here_B11K: Tensor | None) -> Tensor:  # type: ignore[override]  # reads a context
         y_BQE = y_BQE + self.attention(self.norm_1(y_BQE), mask_B1QQ, causal=False)
         y_BQE = y_BQE + self.cross(self.norm_q(y_BQE), self.norm_c(c_BKE), here_B11K)
         return y_BQE + self.mlp(self.norm_2(y_BQE))
 
-    def cross(self, y_BQE: Tensor, c_BKE: Tensor, here_B11K: Tensor) -> Tensor:
+    def cross(self, y_BQE: Tensor, c_BKE: Tensor, here_B11K: Tensor | None) -> Tensor:
         B, Q, E = y_BQE.shape
         q = self.query(y_BQE).view(B, Q, self.heads, E // self.heads).transpose(1, 2)
         k, v = self.context(c_BKE).view(B, -1, 2, self.heads, E // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
