@@ -15,10 +15,12 @@ from descant.cli.errors import fail, hint
 from descant.cli.schema import names_class
 from descant.cli.signatures import find_class
 from descant.datamodules.fields.fields import AudioField
-from descant.modules.adaptation.growth import growable, sizes
+from descant.modules.adaptation.grow import shape
+from descant.modules.adaptation.growth import growable
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.quantize import Quantize
 from descant.modules.adaptation.saved_tower import SavedTower
+from descant.modules.adaptation.stage_changes import StageChange
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
@@ -78,6 +80,10 @@ def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | No
         ValueError: if a part requires a file.
     """
     node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
+    adapt = node["init_args"].get("adapt") or []  # a structure that has changed is in the arguments of what has it
+    if any(issubclass(find_class(part["class_path"]), StageChange) for part in adapt):
+        kept = [part for part in adapt if not issubclass(find_class(part["class_path"]), StageChange)]
+        node["init_args"]["adapt"] = kept or None
     return _carried(node, recipe, folder, (), tokenizer)
 
 
@@ -101,7 +107,8 @@ def _carried(
     else:
         arguments = {key: _without_file(cls, key, value) for key, value in arguments.items()}
         if module is not None and growable(module) == cls:  # it may have grown since it was built
-            arguments |= {k: v for k, v in sizes(module).items() if v != arguments.get(k, _default(cls, k))}
+            now = shape(module) | ({"experts": None} if getattr(module, "experts", True) is None else {})
+            arguments |= {k: v for k, v in now.items() if v != arguments.get(k, _default(cls, k))}
     return {"class_path": node["class_path"], **({"init_args": arguments} if arguments else {})}
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.adaptation.base import LM, chosen
+from descant.modules.adaptation.expert_weights import with_experts
 from descant.modules.adaptation.growth import Growth, growable, growth_of, sizes
 from descant.modules.adaptation.stage_changes import AVERAGE, Boundary, StageChange
+from descant.modules.core.objects import described
 from descant.modules.core.rng import seeded
 
 
@@ -117,12 +119,18 @@ def _load(recipe: nn.Module, average: Mapping[str, Tensor]) -> None:
 
 
 def structure(recipe: nn.Module) -> dict[str, dict[str, Any]]:
-    """Sizes of all towers that can grow, by the name of their module: plain data, for a checkpoint."""
-    return {name: sizes(module) for name, module in recipe.named_modules() if growable(module) is not None}
+    """Sizes and experts of all towers that can grow, by the name of their module: plain data, for a checkpoint."""
+    return {name: shape(module) for name, module in recipe.named_modules() if growable(module) is not None}
+
+
+def shape(tower: nn.Module) -> dict[str, Any]:
+    """Sizes of a tower that can grow, and ``experts`` where it has some, as plain data."""
+    experts = getattr(tower, "experts", None)
+    return sizes(tower) | ({} if experts is None else {"experts": described(experts)})
 
 
 def restructure(recipe: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Grow a recipe to the :func:`structure` of a checkpoint, whose weights are loaded afterwards.
+    """Change a recipe to the :func:`structure` of a checkpoint, whose weights are loaded afterwards.
 
     Modules that the recipe lacks, such as a teacher that is saved with the run, are left out.
 
@@ -131,10 +139,14 @@ def restructure(recipe: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> No
     """
     modules = dict(recipe.named_modules())
     for name, wanted in saved.items():
-        if name not in modules or growable(modules[name]) is None or sizes(modules[name]) == wanted:
+        if name not in modules or growable(modules[name]) is None or shape(modules[name]) == wanted:
             continue
+        sized = {key: value for key, value in wanted.items() if key != "experts"}
         try:
             with seeded(0, "grow", name):
-                growth_of(modules[name], wanted).apply(modules[name])
+                if sizes(modules[name]) != sized:
+                    with_experts(modules[name], None)
+                    growth_of(modules[name], sized).apply(modules[name])
+                with_experts(modules[name], wanted.get("experts"))
         except ValueError as error:
             raise ValueError(f"{name} of the checkpoint: {error}") from None

@@ -111,7 +111,7 @@ def sizes(module: nn.Module, depth: int | None = None, mlp_ratio: float | None =
     if base is None:
         names = ", ".join(cls.__name__ for cls in _KINDS)
         raise ValueError(f"{type(module).__name__} cannot grow; {names} can")
-    if arguments.get("experts") is not None:
+    if arguments.get("experts") is not None and (depth, mlp_ratio) != (None, None):
         raise ValueError(f"{type(module).__name__} with sparse experts cannot grow; grow it before it has some")
     kind = _KINDS[base]
     now = {name: arguments[name] for name in kind.sizes}
@@ -170,16 +170,25 @@ class Growth:
         for i, block in enumerate(layers if len(old) else ()):
             others = dict(old[min(i, len(old) - 1)].named_modules())
             for name, module in block.named_modules():
-                if isinstance(others.get(name), type(module)):  # recomputed blocks, synchronized norms: subclasses
-                    module.__class__ = type(others[name])
-        for name, parameter in old.named_parameters():
-            layers.get_parameter(name).requires_grad_(parameter.requires_grad)
+                other = others.get(name, module)
+                if hasattr(other, "_recomputed"):
+                    other._recomputed(module)
+                elif isinstance(other, type(module)) and other._modules.keys() == module._modules.keys():
+                    module.__class__ = type(other)  # synchronized norms
+        learned = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+        for name, parameter in layers.named_parameters():
+            parameter.requires_grad_(learned.get(name, parameter.requires_grad))
         grown.layers = layers.train(tower.training)
         tower.load_state_dict(values)
-        for name, value in sizes(self.fresh).items():
-            grown.arguments[name] = value
+        for name, value in self.changed().items():
+            if name in grown.arguments:
+                grown.arguments[name] = value
             if name in vars(tower):
                 setattr(tower, name, value)
+
+    def changed(self) -> dict[str, Any]:
+        """Arguments and attributes of the tower that differ afterwards."""
+        return sizes(self.fresh)
 
 
 def growth_of(tower: nn.Module, to: Mapping[str, Any], beta: float = 1.0) -> Growth:

@@ -1,4 +1,4 @@
-"""Constructor arguments: recorded, to build a module of other sizes; and checked to be objects, not names of them."""
+"""Constructor arguments: recorded, to build a module of other sizes; as plain data; and checked to be objects."""
 
 from __future__ import annotations
 
@@ -16,6 +16,26 @@ def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
     {'width': 8}
     """
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+def described(part: object) -> dict[str, Any]:
+    """``class_path`` and ``init_args`` of an object that keeps its arguments under their names: plain data.
+
+    Raises:
+        ValueError: for an argument that it does not keep, or keeps as what is no plain value.
+
+    >>> from descant.modules.moe import TopKRouter
+    >>> described(TopKRouter(k=3))["init_args"]
+    {'k': 3, 'norm': 'after', 'bias_rate': None}
+    """
+    cls, arguments = type(part), {}
+    for name in inspect.signature(cls).parameters:
+        if not hasattr(part, name):
+            raise ValueError(f"{cls.__name__}: it does not keep its argument {name}, and cannot be saved as plain data")
+        value = getattr(part, name)
+        plain = value is None or isinstance(value, bool | int | float | str | list)
+        arguments[name] = value if plain else described(value)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 
 
 def require_objects(owner: object, /, **given: tuple[object, type]) -> None:

@@ -87,6 +87,8 @@ class ModalityTopK(Tables):
     True
     """
 
+    sums_to_one = True
+
     def __init__(self, visible: list[list[int]], k: int = 2) -> None:
         super().__init__()
         require_rows("visible", visible, "a kind of token")
@@ -129,6 +131,8 @@ class HardModality(Tables):
     [1, 0, 0]
     """
 
+    sums_to_one = True
+
     def __init__(self, expert: list[int]) -> None:
         super().__init__()
         require_rows("expert", [[e] for e in expert], "a kind of token")
@@ -169,6 +173,7 @@ class StaticSkill(Tables):
     """
 
     separate = True
+    sums_to_one = True
 
     def __init__(self, table: list[list[int]]) -> None:
         super().__init__()

@@ -135,6 +135,11 @@ class Router(nn.Module):
     experts: int
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token's real experts sum to 1: equal experts then give what one of them gives."""
+        return False
+
+    @property
     def causal(self) -> bool:
         """Whether the route of a token, as the module is now, depends on that token alone."""
         return True
@@ -191,6 +196,10 @@ class TopKRouter(Router):
             raise ValueError(f"bias_rate {bias_rate:g}: above 0, such as 0.001, or none")
         self.k, self.norm, self.bias_rate = k, norm, bias_rate
         self.pending: Tensor | None = None  # choices of each expert since the last optimizer step, of this rank
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.norm == "after"
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         if self.k > experts:

@@ -106,6 +106,10 @@ class TopPRouter(Router):
             raise ValueError(f"jitter {jitter:g}: 0 or more")
         self.p, self.null, self.most, self.weigh, self.jitter = p, null or 0, most, weigh, jitter
 
+    @property
+    def sums_to_one(self) -> bool:
+        return not self.null
+
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         if (self.most or 1) > experts + self.null:
             raise ValueError(f"most {self.most}: there are {experts + self.null} experts to choose from")

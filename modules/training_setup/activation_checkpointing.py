@@ -66,4 +66,5 @@ def recompute(block: nn.Module, preserve_rng: bool) -> None:
             options["context_fn"] = partial(recompute_contexts, self)
         return checkpoint(plain.forward, self, *args, **options, **kwargs)
 
-    block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": True})
+    again = staticmethod(partial(recompute, preserve_rng=preserve_rng))  # what makes another block so, too
+    block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": again})

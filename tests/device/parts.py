@@ -25,6 +25,7 @@ from descant.modules.adaptation.grow import Grow
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted, Slerp, TaskArithmetic
 from descant.modules.adaptation.stage_changes import Boundary, Rewind, TaskMerge
+from descant.modules.adaptation.upcycle import Distribute, Upcycle
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
@@ -1020,6 +1021,19 @@ def _grown(at: Place) -> Any:
     average = Grow(depth=1, mlp_ratio=6).grow(recipe, seed=0)["towers.text"](recipe.towers["text"].state_dict())
     values = {name: term.value for name, term in recipe.terms(at(a_batch())).items()}
     return values, average["layers.1.out.weight"]
+
+
+@part("Upcycle", "Distribute")
+def _upcycled(at: Place) -> Any:
+    recipe = nn.Module()
+    recipe.lm = CausalLM(20, 8, 1, 2)
+    at(recipe)
+    ids_BT, values = at(torch.tensor([[3, 4, 5]])), []
+    for change in (Upcycle(moe.ExpertLayers(2, moe.TopKRouter(2)), noise=0.1), Distribute()):
+        recipe = copy.deepcopy(recipe)
+        change.apply(recipe)
+        values.append(recipe.lm(recipe.lm.embed(ids_BT)))
+    return values
 
 
 def _optimized(make: Callable[[list[dict[str, Any]]], Any]) -> Part:

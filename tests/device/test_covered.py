@@ -47,6 +47,7 @@ NEEDLESS = {
     "ScoreFilter": "chooses rows of a table, before anything trains",
     "Quota": "chooses rows of a table, before anything trains",
     "RandomShare": "chooses rows of a table, before anything trains",
+    "Assemble": "reads runs on the host, and then changes a model as Upcycle does",
     "GrowthSpace": "grows as Grow does; its trials are steps of the recipe",
     "Report": "writes what was measured: tests of the command line run it, on the device too",
     "Progress": "prints what was measured: tests of the command line run it, on the device too",

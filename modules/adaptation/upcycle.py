@@ -1,0 +1,212 @@
+"""Dense layers to sparse experts and back: upcycling, assembly from several models, and distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from descant.modules.adaptation.base import LM, Adapt, chosen
+from descant.modules.adaptation.expert_weights import PARTS, State, converted
+from descant.modules.adaptation.growth import Growth
+from descant.modules.adaptation.stage_changes import Boundary, StageChange
+from descant.modules.core.rng import global_seed, mix, seeded
+from descant.modules.io import saved
+from descant.modules.io.lean import completed
+from descant.modules.moe import ExpertLayers
+
+
+class _Converting(StageChange, Adapt):
+    """Base of changes between dense layers and experts: of towers by name, by default of all that may have some."""
+
+    structural = True
+
+    def __init__(self, towers: list[str] | None = None) -> None:
+        self.towers = towers
+
+    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
+        """Of the tower that is the module ``place``, with its weights or any; None where it has to wait for them."""
+        raise NotImplementedError
+
+    def require(self, recipe: nn.Module) -> None:
+        """Raises ValueError, before training, for what ``apply`` would refuse."""
+        self._changes(recipe, 0, whole=False)
+
+    def apply(  # type: ignore[override]  # as an Adapt, what it returns is not read
+        self, recipe: nn.Module, boundary: Boundary | None = None
+    ) -> Mapping[str, Growth]:
+        return self._make(recipe, mix(global_seed(), "adapt") if boundary is None else boundary.seed, whole=True)
+
+    def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth]:
+        return self._make(recipe, seed, whole=False)
+
+    def _changes(self, recipe: nn.Module, seed: int, whole: bool) -> dict[str, tuple[nn.Module, Growth]]:
+        owner, changes = type(self).__name__, {}
+        while hasattr(recipe, "inner"):
+            recipe = cast(nn.Module, recipe.inner)
+        if getattr(recipe, "sharded", False):
+            raise ValueError(f"{owner}: parameters that are split over ranks (shard) cannot change")
+        places = {module: name for name, module in recipe.named_modules()}
+        towers = chosen(recipe, self.towers, LM)
+        if self.towers is None:
+            towers = [(name, tower) for name, tower in towers if "experts" in getattr(tower, "arguments", {})]
+        if not towers:
+            raise ValueError(f"{owner}: no tower to change; Trunk and CausalLM may have experts")
+        for name, tower in towers:
+            try:
+                with seeded(seed, "experts", places[tower]):
+                    change = self.change(places[tower], tower, seed, whole)
+            except ValueError as error:
+                raise ValueError(f"{owner}: tower {name}: {error}") from None
+            if change is not None:
+                changes[places[tower]] = tower, change
+        return changes
+
+    def _make(self, recipe: nn.Module, seed: int, whole: bool) -> Mapping[str, Growth]:
+        changes = self._changes(recipe, seed, whole)
+        for tower, change in changes.values():
+            change.apply(tower)
+        return {place: change for place, (_, change) in changes.items()}
+
+
+class Upcycle(_Converting):
+    """Sparse experts in place of dense layers, each of which begins with the weights of the dense one.
+
+        FFN_e = FFN,   so that  sum_k w_k FFN_(e_k)(h) = FFN(h)  where  sum_k w_k = 1
+
+    Outputs stay as they are, but for rounding. Gates are fresh; all other weights stay. In ``begin`` of a stage, or in
+    ``adapt`` after Begin, which loads the dense model. A capacity drops tokens in training all the same.
+
+    Source: sparse upcycling (Komatsuzaki 2023, arXiv 2212.05055), without its noise unless asked; our reading: noise on
+    the matrices of each expert, ``W_e = W + noise std(W) N(0, 1)``.
+
+    Args:
+        experts: which layers, how many experts, and their router, whose weights have to sum to 1.
+        towers: names of the towers to change, ``lm`` for the language model; all that may have experts where not given.
+        noise: relative to the spread of each matrix; none where not given.
+
+    Raises:
+        ValueError: for a router whose weights do not sum to 1, shared experts, and noise not above 0; in ``require``
+            and ``apply``, for a tower that is unknown, cannot have experts, has some, or is adapted or split over
+            ranks, and for another hidden width.
+
+    >>> from descant.modules.language import CausalLM
+    >>> from descant.modules.moe import TopKRouter
+    >>> recipe = nn.Module()
+    >>> recipe.lm = CausalLM(vocab=9, width=8, depth=2, heads=2)
+    >>> change = Upcycle(ExpertLayers(experts=4, router=TopKRouter(k=2), every=2)).apply(recipe)
+    >>> [layer.moe is not None for layer in recipe.lm.layers], recipe.lm.layers[1].moe.experts.down.shape
+    ([False, True], torch.Size([4, 8, 24]))
+    """
+
+    def __init__(self, experts: ExpertLayers, towers: list[str] | None = None, noise: float | None = None) -> None:
+        super().__init__(towers)
+        owner = type(self).__name__
+        if not experts.router.sums_to_one:
+            what = f"experts.router {type(experts.router).__name__}: weights of a token's experts do not sum to 1"
+            raise ValueError(f"{owner}: {what}, so outputs would change; such as TopKRouter with norm after")
+        if experts.shared is not None:
+            raise ValueError(f"{owner}: experts.shared {experts.shared}: they add to the output; leave it out")
+        if noise is not None and not noise > 0:
+            raise ValueError(f"{owner}: noise {noise:g}: above 0, such as 0.01, or none")
+        self.experts, self.noise = experts, noise
+
+    def sources(self, place: str, tower: nn.Module) -> dict[str, Any]:
+        """Where weights come from that are not the tower's own."""
+        return {}
+
+    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
+        if getattr(tower, "experts", None) is not None:
+            raise ValueError("it has experts already; Distribute makes its layers dense")
+        sources = self.sources(place, tower) if whole else {}
+        return converted(tower, self.experts, noise=self.noise, seed=mix(seed, place), **sources)
+
+
+class Assemble(Upcycle):
+    """Sparse experts, each with the dense layers of another model of the same sizes (Uni-MoE).
+
+        FFN_e = FFN of paths[e]
+
+    All other weights stay: give Begin before it, which loads those of one of the models.
+
+    Source: Uni-MoE (Li 2024, arXiv 2405.11273): experts that were trained on one modality each, then together.
+
+    Args:
+        experts: as of Upcycle; as many as paths.
+        paths: of each expert a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
+        towers: as of Upcycle.
+        checkpoint: best (by the run's monitor; else the last), last, or a file.
+        sham: ``permute`` deals each hidden unit of a layer to a random expert: the same numbers, and no expert has
+            those of one model.
+
+    Raises:
+        ValueError: as of Upcycle; for another number of paths than experts; in ``apply``, if there is no such run, or
+            its layers are of other shapes.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertLayers,
+        paths: list[Path | str],
+        towers: list[str] | None = None,
+        checkpoint: str = "best",
+        sham: Literal["permute"] | None = None,
+    ) -> None:
+        super().__init__(experts, towers)
+        if len(paths) != experts.experts:
+            raise ValueError(f"Assemble: paths: {len(paths)} of them, and {experts.experts} experts; one for each")
+        self.paths, self.checkpoint, self.sham = paths, checkpoint, sham
+
+    def sources(self, place: str, tower: nn.Module) -> dict[str, Any]:
+        return {
+            "sources": [self._of_run(n, place, tower) for n in range(len(self.paths))],
+            "deal": self.sham is not None,
+        }
+
+    def _of_run(self, n: int, place: str, tower: nn.Module) -> State:
+        run = saved.find(self.paths[n], self.checkpoint)
+        state = completed(saved.part_of(saved.read_weights(run), f"{place}."), tower)
+        for name, here in tower.state_dict().items():
+            there = list(state[name].shape) if name in state else "nothing"
+            if name.endswith(tuple(f".{dense}" for dense, _ in PARTS.values())) and there != list(here.shape):
+                raise ValueError(
+                    f"paths[{n}] {run.folder}: {place}.{name} is {there} there and {list(here.shape)} here"
+                )
+        return state
+
+
+class Distribute(_Converting):
+    """Dense layers in place of sparse experts, with the weights of one expert or with their mean.
+
+        FFN = FFN_e   or   FFN = 1 / E sum_e FFN_e (of the weights)
+
+    So that a model of experts leaves as a dense one. Outputs change, unless all experts are equal.
+
+    Args:
+        expert: its number; the mean of all where not given.
+        towers: names of the towers to change, ``lm`` for the language model; all that have experts where not given.
+
+    Raises:
+        ValueError: for a number below 0; in ``apply``, for a tower that is unknown or has no such expert, shared
+            experts, and experts of another hidden width than the dense layers.
+    """
+
+    def __init__(self, expert: int | None = None, towers: list[str] | None = None) -> None:
+        super().__init__(towers)
+        if expert is not None and expert < 0:
+            raise ValueError(f"Distribute: expert {expert}: 0 is the first")
+        self.expert = expert
+
+    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
+        experts = cast("ExpertLayers | None", getattr(tower, "experts", None))
+        if experts is None:
+            if whole:
+                raise ValueError("it has no experts")
+            return None  # before training: an earlier stage brings them
+        if experts.shared is not None:
+            raise ValueError(f"experts.shared {experts.shared}: no dense layer is their sum")
+        if self.expert is not None and self.expert >= experts.experts:
+            raise ValueError(f"expert {self.expert}: there are 0 to {experts.experts - 1}")
+        return converted(tower, None, expert=self.expert)
