@@ -93,8 +93,7 @@ class Staged(Changing):
             raise ValueError("shard: the parameters of a model that is split over ranks cannot be merged or grown")
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
-        for change in self.boundaries.changes:
-            change.require(self.inner)
+        self.boundaries.require(self.inner)
         for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
             self._choose(name)
             self.stages[name].require_data(name, self.inner, datamodule_of(self.trainer) if self._trainer else None)

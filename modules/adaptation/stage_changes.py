@@ -20,12 +20,18 @@ BEFORE, FIRST, AVERAGE = "before", "first", "average"
 State = dict[str, Tensor]
 
 
+def left_by(stage: str) -> str:
+    """The weights that an earlier stage left, which a change may read, too."""
+    return f"left by {stage}"
+
+
 @dataclass(frozen=True)
 class Boundary:
     """Where one stage ends and another begins.
 
     Attributes:
-        stage: its name. weights: earlier parameters, of :data:`BEFORE`, :data:`FIRST` or :data:`AVERAGE`.
+        stage: its name. weights: earlier parameters, of :data:`BEFORE`, :data:`FIRST`, :data:`AVERAGE` or a stage
+            (:func:`left_by`).
         seed: of this boundary, equal on all ranks and in a resumed run.
     """
 
@@ -98,19 +104,24 @@ class TaskMerge(StageChange):
 
 
 class Rewind(StageChange):
-    """At the beginning of a stage, goes back to the parameters that the first stage began with.
+    """At the beginning of a stage, goes back to the parameters that the first stage began with, or an earlier one left.
 
     With :class:`TaskMerge` at its end, every task is learned from the same weights, and merged into what the tasks
     before left (ZS-merge of Roth 2024, arXiv 2408.14471).
+
+    Args:
+        to: the stage whose weights at its end are taken.
     """
 
-    reads = frozenset({FIRST})
+    def __init__(self, to: str | None = None) -> None:
+        self.moment = FIRST if to is None else left_by(to)
+        self.reads = frozenset({self.moment})
 
     @torch.no_grad()
     def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
         for name, parameter in recipe.named_parameters():
             place = f"stages.{boundary.stage}.begin: Rewind"
-            parameter.copy_(_earlier(place, boundary.weights[FIRST], name, parameter))
+            parameter.copy_(_earlier(place, boundary.weights[self.moment], name, parameter))
 
 
 def _earlier(place: str, weights: State, name: str, parameter: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from descant.modules.adaptation.base import LM, Adapt, chosen
 from descant.modules.adaptation.expert_weights import PARTS, State, converted
 from descant.modules.adaptation.growth import Growth
-from descant.modules.adaptation.stage_changes import Boundary, StageChange
+from descant.modules.adaptation.stage_changes import Boundary, StageChange, left_by
 from descant.modules.core.rng import global_seed, mix, seeded
 from descant.modules.io import saved
 from descant.modules.io.lean import completed
@@ -26,23 +26,26 @@ class _Converting(StageChange, Adapt):
     def __init__(self, towers: list[str] | None = None) -> None:
         self.towers = towers
 
-    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
-        """Of the tower that is the module ``place``, with its weights or any; None where it has to wait for them."""
+    def change(self, place: str, tower: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Growth | None:
+        """Of the tower that is the module ``place``, from these earlier weights; with any weights where None."""
         raise NotImplementedError
 
     def require(self, recipe: nn.Module) -> None:
         """Raises ValueError, before training, for what ``apply`` would refuse."""
-        self._changes(recipe, 0, whole=False)
+        self._changes(recipe, 0, None)
 
     def apply(  # type: ignore[override]  # as an Adapt, what it returns is not read
         self, recipe: nn.Module, boundary: Boundary | None = None
     ) -> Mapping[str, Growth]:
-        return self._make(recipe, mix(global_seed(), "adapt") if boundary is None else boundary.seed, whole=True)
+        at = boundary or Boundary("adapt", {}, mix(global_seed(), "adapt"))
+        return self._make(recipe, at.seed, at.weights)
 
     def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth]:
-        return self._make(recipe, seed, whole=False)
+        return self._make(recipe, seed, None)
 
-    def _changes(self, recipe: nn.Module, seed: int, whole: bool) -> dict[str, tuple[nn.Module, Growth]]:
+    def _changes(
+        self, recipe: nn.Module, seed: int, weights: Mapping[str, State] | None
+    ) -> dict[str, tuple[nn.Module, Growth]]:
         owner, changes = type(self).__name__, {}
         while hasattr(recipe, "inner"):
             recipe = cast(nn.Module, recipe.inner)
@@ -57,15 +60,15 @@ class _Converting(StageChange, Adapt):
         for name, tower in towers:
             try:
                 with seeded(seed, "experts", places[tower]):
-                    change = self.change(places[tower], tower, seed, whole)
+                    change = self.change(places[tower], tower, seed, weights)
             except ValueError as error:
                 raise ValueError(f"{owner}: tower {name}: {error}") from None
             if change is not None:
                 changes[places[tower]] = tower, change
         return changes
 
-    def _make(self, recipe: nn.Module, seed: int, whole: bool) -> Mapping[str, Growth]:
-        changes = self._changes(recipe, seed, whole)
+    def _make(self, recipe: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Mapping[str, Growth]:
+        changes = self._changes(recipe, seed, weights)
         for tower, change in changes.values():
             change.apply(tower)
         return {place: change for place, (_, change) in changes.items()}
@@ -113,68 +116,71 @@ class Upcycle(_Converting):
             raise ValueError(f"{owner}: noise {noise:g}: above 0, such as 0.01, or none")
         self.experts, self.noise = experts, noise
 
-    def sources(self, place: str, tower: nn.Module) -> dict[str, Any]:
+    def sources(self, place: str, tower: nn.Module, weights: Mapping[str, State]) -> dict[str, Any]:
         """Where weights come from that are not the tower's own."""
         return {}
 
-    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
+    def change(self, place: str, tower: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Growth | None:
         if getattr(tower, "experts", None) is not None:
             raise ValueError("it has experts already; Distribute makes its layers dense")
-        sources = self.sources(place, tower) if whole else {}
+        sources = {} if weights is None else self.sources(place, tower, weights)
         return converted(tower, self.experts, noise=self.noise, seed=mix(seed, place), **sources)
 
 
 class Assemble(Upcycle):
     """Sparse experts, each with the dense layers of another model of the same sizes (Uni-MoE).
 
-        FFN_e = FFN of paths[e]
+        FFN_e = FFN of paths[e], or of the weights that stages[e] left
 
-    All other weights stay: give Begin before it, which loads those of one of the models.
+    All other weights stay: give Begin before it, which loads those of one of the models, or Rewind.
 
     Source: Uni-MoE (Li 2024, arXiv 2405.11273): experts that were trained on one modality each, then together.
 
     Args:
-        experts: as of Upcycle; as many as paths.
+        experts: as of Upcycle; as many as paths or stages.
         paths: of each expert a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
+        stages: in place of paths: of each expert an earlier stage of the run, whose steps then count as the run's.
         towers: as of Upcycle.
         checkpoint: best (by the run's monitor; else the last), last, or a file.
         sham: ``permute`` deals each hidden unit of a layer to a random expert: the same numbers, and no expert has
             those of one model.
 
     Raises:
-        ValueError: as of Upcycle; for another number of paths than experts; in ``apply``, if there is no such run, or
-            its layers are of other shapes.
+        ValueError: as of Upcycle; for both paths and stages, or another number than experts; in ``apply``, if there is
+            no such run, its layers are of other shapes, or the stage has not trained.
     """
 
     def __init__(
         self,
         experts: ExpertLayers,
-        paths: list[Path | str],
+        paths: list[Path | str] | None = None,
+        stages: list[str] | None = None,
         towers: list[str] | None = None,
         checkpoint: str = "best",
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__(experts, towers)
-        if len(paths) != experts.experts:
-            raise ValueError(f"Assemble: paths: {len(paths)} of them, and {experts.experts} experts; one for each")
-        self.paths, self.checkpoint, self.sham = paths, checkpoint, sham
+        if (paths is None) == (stages is None):
+            raise ValueError("Assemble: paths, stages: one of the two")
+        count = len(paths or stages or ())
+        if count != experts.experts:
+            raise ValueError(f"Assemble: {count} paths or stages, and {experts.experts} experts; one for each")
+        self.paths, self.stages, self.checkpoint, self.sham = paths or [], stages or [], checkpoint, sham
+        self.reads = frozenset(map(left_by, self.stages))
 
-    def sources(self, place: str, tower: nn.Module) -> dict[str, Any]:
-        return {
-            "sources": [self._of_run(n, place, tower) for n in range(len(self.paths))],
-            "deal": self.sham is not None,
-        }
+    def sources(self, place: str, tower: nn.Module, weights: Mapping[str, State]) -> dict[str, Any]:
+        runs = {f"paths[{n}]": self._of_run(path, place, tower) for n, path in enumerate(self.paths)}
+        sources = runs | {stage: saved.part_of(weights.get(left_by(stage), {}), f"{place}.") for stage in self.stages}
+        for source, state in sources.items():
+            for name, here in tower.state_dict().items():
+                there = list(state[name].shape) if name in state else "nothing"
+                if name.endswith(tuple(f".{dense}" for dense, _ in PARTS.values())) and there != list(here.shape):
+                    raise ValueError(f"{source}: {place}.{name} is {there} there and {list(here.shape)} here")
+        return {"sources": list(sources.values()), "deal": self.sham is not None}
 
-    def _of_run(self, n: int, place: str, tower: nn.Module) -> State:
-        run = saved.find(self.paths[n], self.checkpoint)
-        state = completed(saved.part_of(saved.read_weights(run), f"{place}."), tower)
-        for name, here in tower.state_dict().items():
-            there = list(state[name].shape) if name in state else "nothing"
-            if name.endswith(tuple(f".{dense}" for dense, _ in PARTS.values())) and there != list(here.shape):
-                raise ValueError(
-                    f"paths[{n}] {run.folder}: {place}.{name} is {there} there and {list(here.shape)} here"
-                )
-        return state
+    def _of_run(self, path: Path | str, place: str, tower: nn.Module) -> State:
+        state = saved.read_weights(saved.find(path, self.checkpoint))
+        return completed(saved.part_of(state, f"{place}."), tower)
 
 
 class Distribute(_Converting):
@@ -199,12 +205,12 @@ class Distribute(_Converting):
             raise ValueError(f"Distribute: expert {expert}: 0 is the first")
         self.expert = expert
 
-    def change(self, place: str, tower: nn.Module, seed: int, whole: bool) -> Growth | None:
+    def change(self, place: str, tower: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Growth | None:
         experts = cast("ExpertLayers | None", getattr(tower, "experts", None))
         if experts is None:
-            if whole:
+            if weights is not None:
                 raise ValueError("it has no experts")
-            return None  # before training: an earlier stage brings them
+            return None  # an earlier stage will bring them
         if experts.shared is not None:
             raise ValueError(f"experts.shared {experts.shared}: no dense layer is their sum")
         if self.expert is not None and self.expert >= experts.experts:

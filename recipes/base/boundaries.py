@@ -11,7 +11,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from descant.modules.adaptation.growth import Growth
-from descant.modules.adaptation.stage_changes import AVERAGE, BEFORE, FIRST, Boundary, StageChange, State, Trial
+from descant.modules.adaptation.stage_changes import (
+    AVERAGE,
+    BEFORE,
+    FIRST,
+    Boundary,
+    StageChange,
+    State,
+    Trial,
+    left_by,
+)
 from descant.modules.core.batch import Batch
 from descant.modules.core.batch_norm import new_statistics, running_norms
 from descant.modules.core.ranks import total_of_ranks, world
@@ -53,13 +62,24 @@ class Boundaries:
         """Whether parameters are added or removed in any stage."""
         return any(change.structural for change in self.changes)
 
+    def require(self, recipe: nn.Module) -> None:
+        """Raises ValueError, before training, for what a change cannot do, or weights of a stage that is not before."""
+        for name, stage in self.stages.items():
+            earlier = list(self.stages)[: list(self.stages).index(name)]
+            for change in (*stage.begin, *stage.end):
+                for moment in change.reads - {BEFORE, FIRST, AVERAGE, *map(left_by, earlier)}:
+                    known = ", ".join(earlier) or "none"
+                    raise ValueError(f"stages.{name}: {type(change).__name__}: weights {moment}; before it: {known}")
+                change.require(recipe)
+
     def begin(self, recipe: nn.Module, name: str, average: State | None = None, trial: Try | None = None) -> Growths:
         """Keep the weights that the stage before left, then change the model as the stage does when it begins.
 
         ``trial(space, change, boundary)`` tries an alternative of a change that has some.
         """
         self.begun.append(name)
-        for moment in (BEFORE, *(() if FIRST in self.weights else (FIRST,))):
+        before = [left_by(stage) for stage in self.begun[-2:-1]]
+        for moment in (BEFORE, *(() if FIRST in self.weights else (FIRST,)), *before):
             if moment in self._kept:
                 self.weights[moment] = {n: p.detach().clone() for n, p in recipe.named_parameters()}
         return self._apply(recipe, name, self.stages[name].begin, {AVERAGE: average} if average else {}, trial)

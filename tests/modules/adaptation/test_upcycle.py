@@ -215,10 +215,15 @@ def test_what_cannot_be_assembled_is_one_line(tmp_path: Path) -> None:
     paths, three = runs(tmp_path, hidden=32), ExpertLayers(3, TopKRouter(2))
     recipe = rebuild(saved.find(paths[0], "last"))
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: Assemble(three, [*paths[:2]]), "Assemble: paths: 2 of them, and 3 experts; one for each"),
+        (lambda: Assemble(three, [*paths[:2]]), "Assemble: 2 paths or stages, and 3 experts; one for each"),
         (
             lambda: Assemble(three, [*paths]).apply(recipe),
-            r"tower lm: paths\[2\] .*lm.layers.0.gate_up.weight is \[64, 8\] there and \[48, 8\] here",
+            r"tower lm: paths\[2\]: lm.layers.0.gate_up.weight is \[64, 8\] there and \[48, 8\] here",
+        ),
+        (lambda: Assemble(three), "paths, stages: one of the two"),
+        (
+            lambda: Assemble(three, stages=["a", "b", "c"]).apply(recipe),
+            "a: lm.layers.0.gate_up.weight is nothing there",
         ),
         (lambda: Assemble(three, [tmp_path / "none", *paths[:2]]).apply(recipe), "none: no such run"),
     ]
