@@ -48,6 +48,7 @@ from descant.callbacks.evaluate.subsets import ModalitySubsetEval as ModalitySub
 from descant.callbacks.evaluate.swap_accuracy import SwapAccuracy as SwapAccuracy
 from descant.callbacks.evaluate.worst_group import WorstGroup as WorstGroup
 from descant.callbacks.evaluate.worst_of import MeanOf as MeanOf
+from descant.callbacks.evaluate.worst_of import SpreadOf as SpreadOf
 from descant.callbacks.evaluate.worst_of import WorstOf as WorstOf
 from descant.callbacks.harmonize.features import HarmonizeFeatures as HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize as Harmonize

@@ -1,9 +1,9 @@
-"""The worst, or the mean, of several metrics of one evaluation set, such as the accuracies of two heads."""
+"""The worst, the mean, or the spread of several metrics of one evaluation set, such as the accuracies of two heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import ClassVar
 
 import lightning as L
@@ -68,3 +68,21 @@ class MeanOf(WorstOf):
 
     name = "mean"
     of = fmean
+
+
+class SpreadOf(WorstOf):
+    """``{set}/spread``: the standard deviation of some metrics of an evaluation set, such as accuracies by modality.
+
+        sqrt(mean_k (x_k - mean x)^2)
+
+    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+
+    Args:
+        metrics: at least two names after the set.
+
+    Raises:
+        ValueError: for fewer than two metrics, or one that is named twice.
+    """
+
+    name = "spread"
+    of = pstdev

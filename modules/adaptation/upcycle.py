@@ -12,6 +12,7 @@ from descant.modules.adaptation.base import LM, Adapt, chosen
 from descant.modules.adaptation.expert_weights import PARTS, State, converted
 from descant.modules.adaptation.growth import Growth
 from descant.modules.adaptation.stage_changes import Boundary, StageChange, left_by
+from descant.modules.core.objects import described
 from descant.modules.core.rng import global_seed, mix, seeded
 from descant.modules.io import saved
 from descant.modules.io.lean import completed
@@ -114,6 +115,7 @@ class Upcycle(_Converting):
             raise ValueError(f"{owner}: experts.shared {experts.shared}: they add to the output; leave it out")
         if noise is not None and not noise > 0:
             raise ValueError(f"{owner}: noise {noise:g}: above 0, such as 0.01, or none")
+        described(experts)  # now, and not when a checkpoint is written
         self.experts, self.noise = experts, noise
 
     def sources(self, place: str, tower: nn.Module, weights: Mapping[str, State]) -> dict[str, Any]:

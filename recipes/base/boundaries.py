@@ -67,7 +67,7 @@ class Boundaries:
         for name, stage in self.stages.items():
             earlier = list(self.stages)[: list(self.stages).index(name)]
             for change in (*stage.begin, *stage.end):
-                for moment in change.reads - {BEFORE, FIRST, AVERAGE, *map(left_by, earlier)}:
+                for moment in sorted(change.reads - {BEFORE, FIRST, AVERAGE, *map(left_by, earlier)}):
                     known = ", ".join(earlier) or "none"
                     raise ValueError(f"stages.{name}: {type(change).__name__}: weights {moment}; before it: {known}")
                 change.require(recipe)
@@ -106,6 +106,8 @@ class Boundaries:
                 choice = change.choose(lambda one, of=change: trial(of, one, at))  # type: ignore[misc]
                 self.choices.setdefault(name, {})[n] = choice
                 rank_zero_info(f"stage {name!r}: of {', '.join(change.alternatives)} it takes {choice or 'none'}")
+            for moment in sorted(change.reads - {AVERAGE} - at.weights.keys()):
+                raise ValueError(f"stages.{name}: {type(change).__name__}: no weights {moment}: it has not trained")
             settled = self._settled(name, n, change)
             if settled is not None and (growths := settled.apply(recipe, at)):
                 done.append(growths)

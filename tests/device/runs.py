@@ -334,7 +334,12 @@ def mplug2(before: Path) -> Run:
         distill=labels,
         optimizer=adamw,
     )
-    callbacks = [c.Accuracy(), c.Retrieval(), c.MeanOf(["accuracy_group", "i2t_r1"])]
+    callbacks = [
+        c.Accuracy(),
+        c.Retrieval(),
+        c.MeanOf(["accuracy_group", "i2t_r1"]),
+        c.SpreadOf(["accuracy_group", "i2t_r1"]),
+    ]
     return Run(recipe, emoji(name_only=1.0), callbacks)
 
 

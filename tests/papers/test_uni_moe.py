@@ -160,3 +160,10 @@ def test_killed_in_any_stage_it_ends_in_the_same_bits(tmp_path: Path, sham: Any,
 def test_a_stage_that_is_not_before_is_refused_before_training(tmp_path: Path, change: StageChange, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         growing.run(tmp_path, grown={"align": [], "pictures": [], "all": [change]})
+
+
+def test_a_stage_that_is_left_out_leaves_no_weights(tmp_path: Path) -> None:
+    data = {name: growing.StageData(growing.SampleData(24, 12, growing.NAMES), 1, STEPS) for name in stages()}
+    data["speech"].epochs = 0
+    with pytest.raises(ValueError, match=r"stages.all: Assemble: no weights left by speech: it has not trained"):
+        growing.run(tmp_path, grown=stages(), data=growing.StagedData(data))

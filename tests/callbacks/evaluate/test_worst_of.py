@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 
-from descant.callbacks import MeanOf, WorstOf
+from descant.callbacks import MeanOf, SpreadOf, WorstOf
 from tests.callbacks.run.test_resume import fit
 
 
@@ -30,11 +30,12 @@ class Read(L.Callback):
 
 def test_it_is_the_least_of_a_set_that_has_all(tmp_path: Path) -> None:
     read = Read()
-    derived = MeanOf(["shape", "colour"]), WorstOf(["shape", "colour"])
+    derived = (of(["shape", "colour"]) for of in (MeanOf, WorstOf, SpreadOf))
     trainer, _ = fit(tmp_path, read, Logged(), *derived, max_epochs=4, limit_val_batches=1)
     # exact: quarters; it is there before a callback that comes first in the list
     assert read.worst == [0.0, 0.25, 0.5, 0.5]
     assert float(trainer.callback_metrics["val/mean"]) == 0.625
+    assert float(trainer.callback_metrics["val/spread"]) == 0.125
     assert "part/worst" not in trainer.callback_metrics
 
 
