@@ -186,6 +186,8 @@ class Mixture(CompositeDataModule):
         for name, data in sets.items():
             # samples of equal number in two parts must be augmented differently
             data.seed = mix(self.seed, "part", name)
+            if hasattr(data, "numbered"):  # a dialogue's key has more bits than an id here
+                data.numbered = True
         keys = {number[name]: self.parts[name].keys or f"part/{name}" for name in sets}
         members = {number[name]: data for name, data in sets.items()}
         return MixtureSet(members, keys, self._layouts[training], self.seed)

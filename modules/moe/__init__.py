@@ -10,6 +10,8 @@ from descant.modules.moe.layer import ExpertLayers as ExpertLayers
 from descant.modules.moe.layer import GELUExperts as GELUExperts
 from descant.modules.moe.layer import MoELayer as MoELayer
 from descant.modules.moe.layer import SwiGLUExperts as SwiGLUExperts
+from descant.modules.moe.modality_linear import ModalityLinear as ModalityLinear
+from descant.modules.moe.modality_linear import VisualExperts as VisualExperts
 from descant.modules.moe.modality_routing import HardModality as HardModality
 from descant.modules.moe.modality_routing import ModalityTopK as ModalityTopK
 from descant.modules.moe.modality_routing import StaticSkill as StaticSkill

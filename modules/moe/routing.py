@@ -18,6 +18,19 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived
 
 
+class KindOrder(NamedTuple):
+    """N tokens by kind.
+
+    Attributes:
+        counts: of each kind, on the host.
+        order_N, inverse_N: int64, the tokens sorted by kind, and the place of each there; None where all are of kind 0.
+    """
+
+    counts: tuple[int, ...]
+    order_N: Tensor | None = None
+    inverse_N: Tensor | None = None
+
+
 class Marks(NamedTuple):
     """What a router may know of tokens beside their hidden states; explicit arguments, packed with the tokens.
 
@@ -25,12 +38,14 @@ class Marks(NamedTuple):
         kind: int64 ``[N]``, such as 0 of text and 1 of images. task: int64 ``[N]``, of the token's sample.
         valid: bool ``[N]``, tokens that are no padding; None: all.
         tasks: those of the whole optimizer step (all ranks and micro-batches), on the host; those of ``task`` if None.
+        order: the tokens by kind, for all layers that need it; made where it is needed if None.
     """
 
     kind: Tensor | None = None
     task: Tensor | None = None
     valid: Tensor | None = None
     tasks: tuple[int, ...] | None = None
+    order: KindOrder | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
         """The same of other tokens: ``function`` of each tensor and of its host copy."""

@@ -10,6 +10,7 @@ from descant.modules.towers.base import Tokens as Tokens
 from descant.modules.towers.base import Tower as Tower
 from descant.modules.towers.base import Towers as Towers
 from descant.modules.towers.image import ConvTower as ConvTower
+from descant.modules.towers.image import PatchEmbed as PatchEmbed
 from descant.modules.towers.image import PatchTower as PatchTower
 from descant.modules.towers.regions import RegionTower as RegionTower
 from descant.modules.towers.table import TableTower as TableTower

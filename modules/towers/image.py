@@ -127,6 +127,30 @@ class PatchTower(Tower):
         return Tokens(h_BTD, all_real(h_BTD) if mask is None else mask)
 
 
+class PatchEmbed(PatchTower):
+    """Patches with their positions and no block, in place of an encoder: ``h = norm(W patch + position)``.
+
+    For a language model that reads images itself. ``x_BCHW -> [B, (size / patch)^2, width]``.
+    Source: Luo 2024 (Mono-InternVL, arXiv 2410.08202), whose small MLP is the projector of the recipe.
+
+    Args:
+        size, patch, width, channels, positions: as of PatchTower.
+
+    >>> PatchEmbed(size=16, patch=4, width=8)(torch.zeros(2, 3, 16, 16)).h_BTD.shape
+    torch.Size([2, 16, 8])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        width: int,
+        channels: int = 3,
+        positions: Literal["learned", "sincos"] = "learned",
+    ) -> None:
+        super().__init__(size, patch, width, depth=0, heads=1, channels=channels, positions=positions)
+
+
 def sincos(grid: Sequence[int], width: int) -> Tensor:
     """Sine-cosine positions of a grid of n axes, ``[T, D]``, as :func:`sincos_of` of its places, row by row.
 

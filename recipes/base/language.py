@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
@@ -67,7 +68,7 @@ class LanguageRecipe(Recipe):
 
     def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
         """``h_BSW``, words and the pictures among them, and what each token is."""
-        if self.image_token is None:
+        if self.image_token is None or "image" not in batch.inputs:  # data of texts alone, as a stage may have
             row = unillustrated(batch)
             return self.lm.embed(row.ids_BS), row
         pictures = shown(batch, self.image_token)
@@ -90,10 +91,12 @@ class LanguageRecipe(Recipe):
 
     def marks_of(self, batch: Batch, ids_BS: Tensor) -> Marks:
         """What routers of experts may know: kind 1 of the tokens of images, 0 of others; task, the sample's source."""
-        if self.lm.experts is None:
+        if self.lm.experts is None and self.lm.visual is None:
             return UNMARKED
         image = self.image_token
         kind_BS = derived(lambda ids: torch.zeros_like(ids) if image is None else (ids == image).long(), ids_BS)
+        if self.lm.visual is not None:
+            kind_BS = self.lm.visual(kind_BS, derived(lambda ids: ids != PAD, ids_BS), batch.rng_seed)
         task_BS = derived(lambda source_B, ids: source_B[:, None].expand(ids.shape), batch.source, ids_BS)
         return Marks(kind_BS, task_BS)
 
@@ -174,9 +177,7 @@ class LanguageRecipe(Recipe):
             turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
             seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
         how = sampling or Sampling()
-        marks = self.marks_of(batch, row.ids_BS).map(lambda x_BS: torch.cat([x_BS, x_BS[:, -1:]], dim=1))
-        if marks.kind is not None:  # what is generated is text
-            marks = marks._replace(kind=torch.cat([marks.kind[:, :-1], torch.zeros_like(marks.kind[:, :1])], dim=1))
+        marks = self.marks_of(batch, derived(lambda ids: F.pad(ids, (0, 1)), row.ids_BS))  # what is generated is text
         return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both, marks)
 
     @torch.no_grad()

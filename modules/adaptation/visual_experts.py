@@ -1,0 +1,69 @@
+"""Visual experts of a language model that was trained on text: where they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from descant.modules.adaptation.base import LM
+from descant.modules.adaptation.inherit import Begin
+from descant.modules.adaptation.stage_changes import Boundary, StageChange
+from descant.modules.language.model import CausalLM
+from descant.modules.moe.modality_linear import text_weight
+
+
+def language_model(owner: str, recipe: nn.Module) -> CausalLM:
+    """The recipe's language model; ValueError where it has none with visual experts."""
+    while hasattr(recipe, "inner"):
+        recipe = cast(nn.Module, recipe.inner)
+    lm = getattr(recipe, LM, None)
+    if getattr(lm, "visual", None) is None:
+        raise ValueError(f"{owner}: {type(recipe).__name__} has no visual experts; set lm.visual, as to VisualExperts")
+    return cast(CausalLM, lm)
+
+
+class CopyToVisualExperts(StageChange):
+    """At the beginning of a stage, visual experts take the weights of words: ``W^1 <- W^0`` (Mono-InternVL).
+
+    For a run whose stages before trained the language model on text. Give this stage and those after it a ``train``
+    without the model's other weights, such as ``experts|towers|projector``: text is then what it was, to the bit.
+    Source: Luo 2024, arXiv 2410.08202.
+
+    Raises:
+        ValueError: before training, for a recipe without visual experts.
+
+    >>> from descant.modules.moe import VisualExperts
+    >>> recipe = nn.Module()
+    >>> recipe.lm = CausalLM(vocab=9, width=8, depth=1, heads=2, visual=VisualExperts())
+    >>> _ = recipe.lm.layers[0].down.weight.data.fill_(2)
+    >>> CopyToVisualExperts().apply(recipe, Boundary("captions", {}, seed=0))
+    >>> recipe.lm.layers[0].down.experts[0].unique().tolist()
+    [2.0]
+    """
+
+    def require(self, recipe: nn.Module) -> None:
+        language_model(type(self).__name__, recipe)
+
+    def apply(self, recipe: nn.Module, boundary: Boundary) -> None:
+        language_model(type(self).__name__, recipe).copy_to_experts()
+
+
+class BeginText(Begin):
+    """Starts from a run of a language model on text: visual experts are copies of its weights, and whatever else it
+    lacks, such as the tower and projector of images, stays as initialised.
+
+    For ``load`` of a stage or ``adapt``. Without visual experts in the recipe it adds the ability to see alone.
+
+    Args:
+        path, checkpoint: as of Begin.
+
+    Raises:
+        ValueError: in ``apply``, as of Begin.
+    """
+
+    def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        lacks = {name: x for name, x in recipe.state_dict().items() if name not in state}
+        experts = {name: state[of] for name in lacks if (of := text_weight(name)) in state}
+        return {name: x for name, x in lacks.items() if not name.startswith(f"{LM}.")} | experts
