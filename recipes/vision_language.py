@@ -115,7 +115,7 @@ class VisionLanguage(LanguageRecipe):
                 raise ValueError(f"lm.vocab {self.lm.vocabulary}: {type(data).__name__} has {least} ids, the least")
             for name in ("image_token", "answer_token"):
                 mine, its = getattr(self, name), getattr(data, name, getattr(self, name))
-                if its != mine:
+                if its not in (mine, None):  # a stage may have texts alone
                     raise ValueError(f"{name} {mine}: {type(data).__name__} has {its}")
 
     # training -----------------------------------------------------------------------------------------------------

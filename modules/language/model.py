@@ -54,9 +54,7 @@ class Layer(nn.Module):
             mlp = plain if visual is None else ModalityLinear
             self.gate_up, self.down = mlp(width, 2 * hidden), mlp(hidden, width)
 
-    def split_qkv(
-        self, h_BTD: Tensor, rope: Tensor, marks: Marks = UNMARKED
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def split_qkv(self, h_BTD: Tensor, rope: Tensor, marks: Marks = UNMARKED) -> tuple[Tensor, Tensor, Tensor]:
         """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
         B, T, _ = h_BTD.shape
         x = projected(self.qkv, self.norm_1(h_BTD), marks).view(B, T, -1, self.head_width).transpose(1, 2)
