@@ -15,7 +15,16 @@ from benchmarks import Row
 from benchmarks.generate import decoders
 from benchmarks.timing import AS_FAST, ratio
 from descant.modules.language import CausalLM
-from descant.modules.moe import ExpertLayers, HardModality, Marks, MoELayer, Router, TopKRouter, TopPRouter
+from descant.modules.moe import (
+    ExpertLayers,
+    HardModality,
+    Marks,
+    ModalityLinear,
+    MoELayer,
+    Router,
+    TopKRouter,
+    TopPRouter,
+)
 
 #: Sizes of a layer, experts, and those that a token meets.
 N, D, HIDDEN, E, K = 4096, 256, 512, 8, 2
@@ -95,6 +104,22 @@ def hard(pairs: int = 30) -> Iterator[Row]:
     yield Row.at_most("moe/gather_over_blend", result.value, BLEND, result.interval)
 
 
+def linear(pairs: int = 30) -> Iterator[Row]:
+    """Q, K and V by kind, half of the tokens each: the time of a gather over that of computing both and blending."""
+    torch.manual_seed(0)
+    marks, made = Marks(torch.arange(N) % 2), ModalityLinear(D, 3 * D)
+    nn.init.normal_(made.experts[0], std=0.02)
+    mask_N1 = (torch.arange(N) % 2)[:, None].float()
+
+    def blended(h_ND: Tensor) -> Tensor:
+        return (1 - mask_N1) * F.linear(h_ND, made.weight) + mask_N1 * F.linear(h_ND, made.experts[0])
+
+    apart = (blended(tokens()) - made(tokens(), marks)).detach().abs().max()
+    yield Row.at_most("moe/linear_gather_from_blend", float(apart), 1e-6)
+    result = ratio(forth_and_back(blended), forth_and_back(lambda h: made(h, marks)), pairs)
+    yield Row.at_most("moe/linear_gather_over_blend", result.value, BLEND, result.interval)
+
+
 def null(pairs: int = 30) -> Iterator[Row]:
     """Time with null experts over the share of slots that run, of the time without."""
     torch.manual_seed(0)
@@ -143,5 +168,5 @@ def decode(pairs: int = 30, new: int = 32, rows: int = 16) -> Iterator[Row]:
 
 def moe(pairs: int = 30) -> Iterator[Row]:
     """All of them."""
-    for part in (against_dense, against_mixtral, hard, null, decode):
+    for part in (against_dense, against_mixtral, hard, linear, null, decode):
         yield from part(pairs)

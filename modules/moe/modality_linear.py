@@ -6,7 +6,8 @@ Letters: N tokens, D width in, O width out, M kinds of tokens, B samples, S toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,11 @@ class _Reordered(torch.autograd.Function):
 def by_kind(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor, order: KindOrder) -> Tensor:
     """``y_n = f_(kind of n)(x_n)`` of tokens ``[..., D]``, each function on the tokens of its kind alone.
 
-    What no token is of is not called without gradients, and with them on no rows, so that its parameters have a gradient
-    of zeros and ranks agree. Where all are of kind 0 the result is ``f_0(x)`` to the bit.
+    A function without tokens is not called, and where gradients are recorded called on no rows, so that its parameters
+    have a gradient of zeros and ranks agree. Where all are of kind 0 the result is ``f_0(x)`` to the bit.
 
-    >>> double_or_not = by_kind([lambda x: x, lambda x: 2 * x], torch.ones(3, 1), kind_order(Marks(torch.tensor([1, 0, 1])), 2))
-    >>> double_or_not.flatten().tolist()
+    >>> order = kind_order(Marks(kind=torch.tensor([1, 0, 1])), kinds=2)
+    >>> by_kind([lambda x: x, lambda x: 2 * x], torch.ones(3, 1), order).flatten().tolist()
     [2.0, 1.0, 2.0]
     """
     grads = torch.is_grad_enabled()
@@ -119,7 +120,7 @@ class ModalityLinear(nn.Linear):
         return self.experts[kind - 1] if kind else self.weight
 
     def forward(self, x: Tensor, marks: Marks) -> Tensor:  # type: ignore[override]
-        functions = [lambda part, w=self.of(kind): F.linear(part, w) for kind in range(self.kinds)]
+        functions = [partial(F.linear, weight=self.of(kind)) for kind in range(self.kinds)]
         return by_kind(functions, x, kind_order(marks, self.kinds))
 
 
@@ -154,7 +155,7 @@ def permuted_kinds(kind_BS: Tensor, real_BS: Tensor, seed_B: Tensor) -> Tensor:
 class VisualExperts(nn.Module):
     """Weights of their own for the tokens of images in a language model (Mono-InternVL), beside those that it has:
 
-        h = h + W_o^k attention(q, k, v),   [q, k, v] = W_qkv^k norm_1(h),   h = h + FFN^k(norm_2(h)),   k: kind of token
+        [q, k, v] = W_qkv^m norm_1(h),   h = h + W_o^m attention(q, k, v),   h = h + FFN^m(norm_2(h)),   m: token's kind
 
     All tokens attend to one another as before; norms are shared. With the weights of words frozen, what the model
     computes of text alone stays as it is to the bit. Experts begin as copies of these weights.

@@ -26,6 +26,7 @@ from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted, Slerp, TaskArithmetic
 from descant.modules.adaptation.stage_changes import Boundary, Rewind, TaskMerge
 from descant.modules.adaptation.upcycle import Distribute, Upcycle
+from descant.modules.adaptation.visual_experts import CopyToVisualExperts
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
@@ -111,6 +112,7 @@ from descant.modules.towers import (
     BagTower,
     ConvTower,
     LogMelTower,
+    PatchEmbed,
     PatchTower,
     TableTower,
     TextTower,
@@ -310,6 +312,7 @@ def sound() -> Tensor:
 
 part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: torch.randn(IMAGE)))
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
+part("PatchEmbed")(_tower(lambda: PatchEmbed(16, 8, 8), lambda: torch.randn(IMAGE)))
 part("VideoTower", "DividedBlock", "TimeAttention")(
     _tower(lambda: VideoTower(16, 8, 4, 8, 1, 2), lambda: torch.randn(3, 3, 3, 16, 16))
 )
@@ -787,6 +790,22 @@ for _name, _router in ROUTERS.items():
             }.get(_name, [])
         ),
     )(_routed(_router))
+
+
+@part("ModalityLinear", "VisualExperts", "CopyToVisualExperts")
+def _visual(at: Place) -> Any:
+    id_BT = torch.tensor([[5, 9, 9, 3, 0], [5, 6, 3, 0, 0]])
+    made = []
+    for visual in (moe.VisualExperts(attention=True), moe.VisualExperts(sham="permute")):
+        recipe = nn.Module()
+        recipe.lm = lm = at(CausalLM(20, 8, 1, 2, length=16, visual=visual))
+        CopyToVisualExperts().apply(recipe, Boundary("captions", {}, 0))
+        ids = at(id_BT)
+        kind_BT = visual(at((id_BT == 9).long()), at(id_BT != 0), at(torch.arange(2)))
+        h_BTD = lm(lm.embed(ids), at((id_BT != 0).long()), marks=moe.Marks(kind_BT))
+        h_BTD.square().sum().backward()
+        made += [h_BTD, lm.layers[0].down.experts[0].grad, generate(lm.eval(), ids[:1, :4], new=2).log_RN]
+    return made
 
 
 @part("ExpertLayers", "SwiGLUExperts", "RoutedBlock", "DecodeExperts", "SwiGLU")

@@ -28,6 +28,7 @@ from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollou
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
 from descant.modules.adaptation.inherit import Begin, Extend, Inherit
 from descant.modules.adaptation.saved_tower import SavedTower
+from descant.modules.adaptation.visual_experts import BeginText
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
@@ -66,6 +67,7 @@ from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
+from descant.modules.moe import VisualExperts
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
@@ -107,6 +109,7 @@ from descant.recipes import (
     ReconBoost,
     SelfSupervised,
     Stage,
+    Staged,
     TeacherAverage,
     TeacherRun,
     TeacherStage,
@@ -152,9 +155,14 @@ def prepare(folder: Path) -> Path:
         **{m: fusion("LateFusion", m) for m in NAMES},
         "clip": node("Contrastive", *NAMES),
         "codes": {"class_path": "descant.recipes.Masked"},
+        "texts": {"class_path": "descant.recipes.VisionLanguage"},
+    }
+    plain: dict[str, Callable[[], Recipe]] = {
+        "codes": lambda: Masked(codes(), Trunk(8, 1, 2)),
+        "texts": lambda: VisionLanguage(lm=small_chat()["lm"], answer_token=8193),
     }
     for name, model in models.items():
-        write(folder / name, model, Masked(codes(), Trunk(8, 1, 2)) if name == "codes" else build(model))
+        write(folder / name, model, plain[name]() if name in plain else build(model))
     return folder
 
 
@@ -546,6 +554,15 @@ def chat(before: Path) -> Run:
     answering = Answering(new=2, by="kind", limit=8, validate=True)
     seen: list[L.Callback] = [c.Accuracy(), answering, c.PackingStatistics()]
     return Run(recipe, Questions(**ASKED), seen, {"precision": "bf16-mixed"})
+
+
+@run
+def captions(before: Path) -> Run:
+    """A model of texts, of which visual experts begin with copies."""
+    parts = small_chat() | {"lm": CausalLM(8194, 16, 1, 2, length=96, visual=VisualExperts())}
+    stages = {"captions": Stage(train="experts|towers|projector", load=BeginText(before / "texts", "last"))}
+    data = StagedData({"captions": StageData(Descriptions(tiny=True, size=24, length=64, batch_size=16), 1, 2)})
+    return Run(Staged(VisionLanguage(**parts), stages, optimizer=adamw), data, [c.Stages()], {"max_epochs": -1})
 
 
 @run

@@ -23,6 +23,7 @@ from descant.modules.moe import (
     StaticSkill,
     TopKRouter,
     TopPRouter,
+    VisualExperts,
     expert_terms,
     move_biases,
 )
@@ -133,8 +134,9 @@ def test_experts_read_one_count_a_layer_and_none_where_a_mark_decides(known: boo
         if known
         else [TopKRouter(bias_rate=0.1), TopPRouter(null=1)]
     )
-    for router in routers:
-        lm = CausalLM(20, 8, 2, 2, length=16, experts=ExpertLayers(4, router)).to(device.device).train()
+    parts: list[dict[str, Any]] = [{"experts": ExpertLayers(4, router)} for router in routers]
+    for part in [*parts, {"visual": VisualExperts(attention=True)}] if known else parts:
+        lm = CausalLM(20, 8, 2, 2, length=16, **part).to(device.device).train()
         mark_BT, one_BT = torch.arange(12).view(2, 6) % 2, torch.ones(2, 6, dtype=torch.long)
         ids_BT, mark_BT, one_BT = (to_device(x, device.device) for x in (mark_BT + 3, mark_BT, one_BT))
         for _ in range(2):  # in the first one what stays is moved

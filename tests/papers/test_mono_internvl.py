@@ -227,7 +227,9 @@ def test_a_run_on_text_gives_its_weights_to_both_kinds(tmp_path: Path) -> None:
     BeginText(saved(tmp_path / "run", text), "last").apply(recipe)
     layers, mine = text.lm.layers, recipe.lm.layers
     assert all(
-        torch.equal(a.gate_up.weight, w) for a, b in zip(layers, mine) for w in (b.gate_up.weight, b.gate_up.of(1))
+        torch.equal(a.gate_up.weight, w)
+        for a, b in zip(layers, mine, strict=True)
+        for w in (b.gate_up.weight, b.gate_up.of(1))
     )
     assert torch.equal(layers[1].out.weight, mine[1].out.of(1)) and equal(
         eyes, {n: recipe.state_dict()[n] for n in eyes}
