@@ -27,7 +27,7 @@ from descant.modules.language import CausalLM, Sampling, generate
 from descant.modules.language.decode_layers import DecodeLayer
 from descant.modules.language.model import Layer, apply_rope
 from descant.modules.moe import Marks, ModalityLinear, VisualExperts
-from descant.modules.moe.modality_linear import kind_order, permuted_kinds
+from descant.modules.moe.modality_linear import kind_order, permuted_kinds, text_weight
 from descant.modules.tokenizers.text import ByteTokenizer
 from descant.modules.towers import PatchEmbed, Towers
 from descant.modules.transforms.denoisers import MixtureOfDenoisers, Suffix
@@ -36,25 +36,20 @@ from tests._suites import GradientExact, MissingModalities, Ranks
 from tests.callbacks.run.test_resume import equal, fit, point, state
 from tests.modules.adaptation.test_extend import saved
 from tests.recipes.test_vision_language import Patches, batch, dialogue, sees
-from tests.tolerance import F32, rounding
 
 V, D = 20, 16
-#: What the issue asks of a gather: that of computing both and blending.
+#: Of gathering and of computing both and blending, whose sums are of 16 to 48 numbers.
 BLENDED = {"rtol": 0.0, "atol": 1e-6}
 DELTA = "experts|towers|projector"
 
 
-def model(attention: bool = True, apart: bool = True, **options: Any) -> CausalLM:
-    """A model of words whose experts are other weights, or copies."""
+def model(attention: bool = True) -> CausalLM:
+    """A model whose experts are no copies any more."""
     torch.manual_seed(0)
-    lm = CausalLM(V, D, 2, 2, key_heads=1, hidden=24, length=64, visual=VisualExperts(attention, **options))
+    lm = CausalLM(V, D, 2, 2, key_heads=1, hidden=24, length=64, visual=VisualExperts(attention))
     with torch.no_grad():
         for n, (name, p) in enumerate(lm.named_parameters()):
-            p.mul_(5 if p.ndim > 1 else 1)
-            if apart and "experts" in name:
-                p.copy_(p.roll(n + 1, dims=0))
-    if not apart:
-        lm.copy_to_experts()
+            p.copy_((p * 5 if p.ndim > 1 else p).roll(n + 1 if "experts" in name else 0, dims=0))
     return lm
 
 
@@ -113,13 +108,9 @@ class TestVisualExperts(GradientExact, MissingModalities, Ranks):
     """Of packed samples, some without an image: each alone, with all weights computed on all tokens."""
 
     def recipe(self) -> VisionLanguage:
+        lm = model()
         torch.manual_seed(0)
-        lm = CausalLM(V, 12, 2, 2, length=64, visual=VisualExperts(attention=True))
-        made = VisionLanguage(**sees(lm, Towers(image=Patches())))
-        with torch.no_grad():
-            for n, (name, p) in enumerate(made.named_parameters()):
-                p.copy_((p * (3 if p.ndim > 1 else 1)).roll(n if "experts" in name else 0, dims=0))
-        return made
+        return VisionLanguage(**sees(lm, Towers(image=Patches())))
 
     def batch(self) -> Batch:
         return batch()
@@ -144,11 +135,14 @@ class TestVisualExperts(GradientExact, MissingModalities, Ranks):
 # text -----------------------------------------------------------------------------------------------------------------
 
 
+def of_text(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in state.items() if "experts" not in name}
+
+
 def test_a_step_of_text_calls_no_visual_expert() -> None:
     id_BT, kind_BT = ids()
-    torch.manual_seed(0)
-    plain, lm = CausalLM(V, D, 2, 2, key_heads=1, hidden=24, length=64), model()
-    plain.load_state_dict({name: x for name, x in lm.state_dict().items() if "experts" not in name})
+    lm, plain = model(), CausalLM(V, D, 2, 2, key_heads=1, hidden=24, length=64)
+    plain.load_state_dict(of_text(lm.state_dict()))
     flops = []
     for each in (plain, lm):
         with FlopCounterMode(display=False) as counter:
@@ -201,19 +195,15 @@ def staged(folder: Path, path: Path | None = None) -> tuple[Staged, list[float]]
 def test_text_is_what_it_was_to_the_bit_after_training_and_a_resumed_run_too(tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("whole")
     whole, losses = staged(folder)
-    lm, before = whole.inner.lm, torch.load(folder / "stages/text.ckpt", weights_only=True)["state_dict"]
-    plain = CausalLM(369, 8, 1, 2, length=128)
-    plain.load_state_dict(
-        {n.removeprefix("inner.lm."): x for n, x in before.items() if ".lm." in n and "experts" not in n}
-    )
+    before = torch.load(folder / "stages/text.ckpt", weights_only=True)["state_dict"]
+    after, lm, plain = whole.state_dict(), whole.lm, CausalLM(369, 8, 1, 2, length=128)
+    plain.load_state_dict(of_text({n[9:]: x for n, x in before.items() if n.startswith("inner.lm.")}))
     id_BT = torch.randint(6, 264, (4, 30), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
+        assert isinstance(lm, CausalLM)
         assert torch.equal(lm.logits(lm(lm.embed(id_BT))), plain.logits(plain(plain.embed(id_BT))))
-    after = whole.state_dict()
     moved = {name for name, x in before.items() if not torch.equal(x, after[name])}
-    assert {name for name in before if "experts" in name} <= moved and not [
-        n for n in moved if "lm" in n and "experts" not in n
-    ]
+    assert {name for name in before if "experts" in name} == {name for name in moved if ".lm." in name}
     for cut in (2, 4):  # before the first caption, and between two
         again, other = staged(tmp_path_factory.mktemp("cut"), point(folder, cut))
         assert equal(state(again), state(whole)) and other == losses[cut:]
@@ -221,19 +211,14 @@ def test_text_is_what_it_was_to_the_bit_after_training_and_a_resumed_run_too(tmp
 
 def test_a_run_on_text_gives_its_weights_to_both_kinds(tmp_path: Path) -> None:
     torch.manual_seed(5)
-    text: Any = VisionLanguage(lm=CausalLM(V, 12, 2, 2, length=64), answer_token=4)
-    recipe: Any = TestVisualExperts().recipe()
-    eyes = {name: x.clone() for name, x in recipe.state_dict().items() if not name.startswith("lm.")}
-    BeginText(saved(tmp_path / "run", text), "last").apply(recipe)
-    layers, mine = text.lm.layers, recipe.lm.layers
-    assert all(
-        torch.equal(a.gate_up.weight, w)
-        for a, b in zip(layers, mine, strict=True)
-        for w in (b.gate_up.weight, b.gate_up.of(1))
-    )
-    assert torch.equal(layers[1].out.weight, mine[1].out.of(1)) and equal(
-        eyes, {n: recipe.state_dict()[n] for n in eyes}
-    )
+    lm = CausalLM(V, D, 2, 2, key_heads=1, hidden=24, length=64)
+    recipe = TestVisualExperts().recipe()
+    before = recipe.state_dict()
+    eyes = {name: x.clone() for name, x in before.items() if not name.startswith("lm.")}
+    BeginText(saved(tmp_path / "run", VisionLanguage(lm=lm, answer_token=4)), "last").apply(recipe)
+    for name, x in recipe.lm.state_dict().items():
+        assert torch.equal(x, lm.state_dict()[text_weight(name) if "experts" in name else name]), name
+    assert equal(eyes, {name: before[name] for name in eyes})
 
 
 # generation, controls, refusals ---------------------------------------------------------------------------------------
@@ -251,9 +236,6 @@ def test_generated_with_a_cache_as_without(kind: int) -> None:
         row_PT = torch.cat([row_PT, lm.logits(h_PTD)[:, -1:].argmax(dim=2)], dim=1)
         all_PT = torch.cat([all_PT, wide[:, -1:]], dim=1)
     assert torch.equal(made, row_PT[:, 9:])
-    torch.testing.assert_close(
-        lm(lm.embed(id_PT), marks=Marks(kind_PT)), blended(lm, lm.embed(id_PT), kind_PT), **rounding(2048, F32)
-    )
 
 
 def test_controls_serve_other_tokens() -> None:

@@ -69,7 +69,7 @@ def new(name: str) -> bool:
     return not set(NEW).isdisjoint(name.split("."))
 
 
-def saved(folder: Path, model: Masked) -> Path:
+def saved(folder: Path, model: torch.nn.Module) -> Path:
     """A run as ``fit`` leaves it."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": "descant.recipes.Masked"}}))
