@@ -9,6 +9,7 @@ from torch import nn
 
 from descant.modules.adaptation.base import LM, Adapt, chosen, ends_with, keep_norms_in_eval
 from descant.modules.adaptation.quantize import no_kernels
+from descant.modules.moe import ModalityLinear
 from descant.modules.towers.base import Frozen
 
 
@@ -76,7 +77,8 @@ def _targets(tower: nn.Module, targets: list[str] | str) -> list[str]:
     """Full names of the layers to adapt."""
     types = nn.Linear if targets == "all-linear" else (nn.Linear, nn.Conv2d, nn.Embedding)
     bare = getattr(tower, "bare", ())
-    names = [name for name, module in tower.named_modules() if isinstance(module, types) and name not in bare]
+    layers = [(name, m) for name, m in tower.named_modules() if isinstance(m, types) and name not in bare]
+    names = [name for name, module in layers if not isinstance(module, ModalityLinear)]  # one adapter is not by kind
     cls = type(tower).__name__
     if targets == "all-linear":
         if not names:
