@@ -28,6 +28,7 @@ from descant.callbacks.evaluate.contributions import Contributions as Contributi
 from descant.callbacks.evaluate.cross_modal import CrossModalLoss as CrossModalLoss
 from descant.callbacks.evaluate.diagnose import Diagnose as Diagnose
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator as EmbeddingEvaluator
+from descant.callbacks.evaluate.expert_usage import ExpertUsage as ExpertUsage
 from descant.callbacks.evaluate.forgetting import Forgetting as Forgetting
 from descant.callbacks.evaluate.generation import GenerationPictures as GenerationPictures
 from descant.callbacks.evaluate.generation_accuracy import GenerationAccuracy as GenerationAccuracy

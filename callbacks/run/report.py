@@ -241,7 +241,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[list[str], list[list[str]]]]:
     """Metrics ``set/metric`` as tables of a row a set; sets that share a metric are in one table.
 
-    Speed and counts of the run are left out, training comes last, and a table wider than ``width`` continues below.
+    Speed, counts of the run and single layers of experts are left out, training comes last, and a table wider than
+    ``width`` continues below.
 
     >>> for columns, rows in blocks({"vendor/r1": 0.25, "concept/r1": 0.5, "train/loss": 2.0}):
     ...     print(columns, rows)
@@ -254,7 +255,8 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         variant = next((word for word in VARIANTS if metric.startswith(f"{word}/")), None)
         if variant is not None:  # a row of its own, below that of its set
             name, metric = f"{name}, {VARIANTS[variant]}", metric.removeprefix(f"{variant}/")
-        if slash and name not in ("speed", "sham"):
+        of_layer = metric.startswith("experts/") and metric.count("/") > 1
+        if slash and name not in ("speed", "sham") and not of_layer:
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):
         metrics = _ordered(list(dict.fromkeys(m for name in names for m in sets[name])))

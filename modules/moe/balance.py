@@ -15,7 +15,7 @@ from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import gather, total_of_ranks, world
 from descant.modules.moe.layer import ExpertLayers
-from descant.modules.moe.routing import Routing, TopKRouter
+from descant.modules.moe.routing import Router, Routing, TopKRouter
 
 
 class Usage(NamedTuple):
@@ -134,8 +134,12 @@ def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
 
 @torch.no_grad()
 def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
-    """Count the choices of a training forward for routers that are balanced by biases."""
+    """Count the choices of a training forward for routers that are balanced by biases, and those beyond capacity."""
     for router, routing in routings:
+        if isinstance(router, Router) and routing.dropped is not None:
+            chosen = (routing.used & (routing.expert < router.experts)).sum()
+            count_2 = torch.stack([routing.dropped.sum(), chosen])
+            router.dropped = count_2 if router.dropped is None else router.dropped + count_2
         if isinstance(router, TopKRouter) and router.bias_rate is not None:
             count_E = router.bias_E.new_zeros(router.experts)
             count_E.index_add_(0, routing.expert.flatten(), routing.used.flatten().to(count_E.dtype))

@@ -147,6 +147,8 @@ class Router(nn.Module):
     kinds = 1
     #: Whether each expert is a parameter of its own, so that those not used in a step have no gradient at all.
     separate = False
+    #: Choices beyond capacity and all real ones, ``[2]`` on the device, in training since what watches has read them.
+    dropped: Tensor | None = None
     experts: int
 
     @property

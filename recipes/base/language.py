@@ -33,6 +33,9 @@ from descant.recipes.base.recipe import Recipe
 class LanguageRecipe(Recipe):
     """Base of recipes of one language model; a recipe on top brings the parts, set in its constructor."""
 
+    #: Names of the kinds of tokens that experts know, in the order of their numbers.
+    token_kinds = ("text", "image")
+
     lm: CausalLM
     projector: ImageProjector
     image_token: int | None

@@ -96,6 +96,11 @@ class MaskedRecipe(Recipe):
         return Encoded(dict(zip(at, h, strict=True)), at, global_BD)
 
     @property
+    def token_kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of tokens that experts know, in the order of their numbers."""
+        return ("global", *self.adapters)
+
+    @property
     def experts(self) -> ExpertLayers | None:
         """The sparse experts of the encoder, if it has some."""
         return getattr(self.towers["encoder"], "experts", None)

@@ -68,6 +68,7 @@ from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.moe import VisualExperts
+from descant.modules.moe import Capacity, ExpertLayers, TopKRouter
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
@@ -515,13 +516,14 @@ def any_to_any(before: Path) -> Run:
     )
     both = DirichletPair({"image": 1.0, "text": 0.5}, {"image": 0.5, "palette": 0.5, "text": 0.5})
     corruption, reduction = TwoBudgets(4, 6, [both], sequences=["text"]), MeanOfModalities()
-    recipe = Masked(
-        adapters, Trunk(8, 1, 2), AnyToAnyDecoder(8, 1, 2), corruption, reduction=reduction, optimizer=adamw
-    )
+    experts = ExpertLayers(2, TopKRouter(2), hidden=8, capacity=Capacity())
+    encoder, decoder = Trunk(8, 1, 2, experts=experts), AnyToAnyDecoder(8, 1, 2)
+    recipe = Masked(adapters, encoder, decoder, corruption, reduction=reduction, optimizer=adamw)
     pictures = c.GenerationPictures(["image", "text"], ["palette", "text"], Sampler(2, guidance=2.0), count=2)
     directions = c.CrossModalLoss(["image", "palette", "text"], limit=8)
     exact = c.GenerationAccuracy(["image"], "text", limit=8)
-    return Run(recipe, emoji(palette=True), [c.Accuracy(), pictures, directions, exact], {"val_check_interval": 2})
+    seen: list[L.Callback] = [c.Accuracy(), pictures, directions, exact, c.ExpertUsage(limit=8)]
+    return Run(recipe, emoji(palette=True), seen, {"val_check_interval": 2})
 
 
 def codes(**others: Adapter) -> Adapters:

@@ -1,0 +1,182 @@
+"""Use of sparse experts on evaluation sets: load, entropy, what kinds and tasks of tokens they serve, and a heat map.
+
+Letters: B rows of a batch, E experts, L layers, M kinds of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.plots.experts import expert_maps
+from descant.callbacks.plots.output import save_figure
+from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
+from descant.modules.core.protocols import Scores
+from descant.modules.core.ranks import gather_objects
+from descant.modules.moe import MoELayer, Routing
+from descant.modules.moe.watch import Use, entropy, mutual_information
+
+
+class ExpertUsage(ForwardEvaluator):
+    """Logs how the experts of a model are used by the tokens of each evaluation set, as its scores are computed:
+
+    * ``entropy``: of the load of the real experts, in nats; log E at even use. ``most``: share of the one most used.
+    * ``active``: real experts that a token meets. ``null``: share of the choices that are null experts.
+    * ``mi_kind``, ``mi_task``: mutual information in nats of a choice's expert with the token's kind (modality) and
+      with its task (source), null experts included.
+    * ``dropped``: share of the choices beyond capacity, in the training steps since the last evaluation or resume;
+      nothing is dropped in evaluation.
+
+    ``{set}/experts/{metric}`` is the mean over layers, ``{set}/experts/{layer}/{metric}`` each layer's, and
+    ``{set}/experts/{layer}/load/{expert}`` a share of the choices of real experts. A figure has layers, experts and
+    kinds: ``pictures/{set}-experts-{step}.png`` in the run's folder, its report page, and TensorBoard.
+
+    Tokens of all ranks are counted, each once, in integers: results depend on neither batches nor ranks, where routers
+    do not. Training steps read nothing from the device.
+
+    Args:
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
+
+    Raises:
+        ValueError: at setup, for a recipe without the protocol Scores, or a model without experts.
+    """
+
+    once = True
+    needs = (Scores,)
+
+    def __init__(
+        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
+    ) -> None:
+        super().__init__(sets, limit, every, validate)
+        self._layers: dict[str, MoELayer] = {}
+        self._uses: dict[str, dict[str, Use]] = {}  # set -> layer -> counts of this rank
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._layers = expert_layers(pl_module)
+        if not self._layers:
+            raise ValueError(
+                f"ExpertUsage: {type(pl_module).__name__} has no experts; a Trunk or CausalLM has, with experts: "
+                "ExpertLayers"
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._layers = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._uses = {}
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        assert has(pl_module, Scores)
+        keep_B = keep_B & torch.stack(list(batch.present.values())).any(dim=0)
+        some = bool(keep_B.any())
+        if not bool(keep_B.all()):  # at least one row, so that ranks that share parameters run the same number of times
+            batch = batch.select(keep_B.nonzero()[:, 0] if some else slice(0, 1))
+        uses = self._uses.setdefault(name, {})
+        hooks = [layer.register_forward_hook(partial(_count, uses, key, some)) for key, layer in self._layers.items()]
+        torch.compiler.set_stance("force_eager")  # compiled code may call no hook
+        try:
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                pl_module.scores(batch)
+        finally:
+            torch.compiler.set_stance("default")
+            for hook in hooks:
+                hook.remove()
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        routers = {name: layer.router for name, layer in self._layers.items()}
+        counts = {name: router.dropped.cpu() for name, router in routers.items() if router.dropped is not None}
+        drops = merged(gather_objects(counts))
+        for router in routers.values():
+            router.dropped = None
+        values = dict[str, Tensor]()
+        for name in self._uses:
+            uses = merged(gather_objects(self._uses[name]))
+            names = dict(zip(uses, short(list(uses)), strict=True))
+            each = {layer: self._measures(layer, use, drops.get(layer)) for layer, use in uses.items()}
+            for metric in dict.fromkeys(metric for of in each.values() for metric in of):
+                found = [of[metric] for of in each.values() if metric in of]
+                values[f"{name}/experts/{metric}"] = torch.tensor(found, dtype=torch.float64).mean()
+            for layer, of in each.items():
+                real = uses[layer].kind_ME[:, : self._layers[layer].experts.experts].sum(dim=0).double()
+                of |= {f"load/{e}": float(x) for e, x in enumerate(real / real.sum().clamp(min=1))}
+                values |= {f"{name}/experts/{names[layer]}/{metric}": torch.tensor(x) for metric, x in of.items()}
+            if uses and trainer.is_global_zero and not trainer.sanity_checking:
+                self._draw(trainer, pl_module, name, uses, list(names.values()))
+        return values
+
+    def _measures(self, layer: str, use: Use, drops: Tensor | None) -> dict[str, float]:
+        E = self._layers[layer].experts.experts
+        real_E = use.kind_ME[:, :E].sum(dim=0)
+        values = {
+            "entropy": float(entropy(real_E)),
+            "most": float(real_E.max() / real_E.sum().clamp(min=1)),
+            "active": use.active(E),
+            "null": use.null(E),
+            "mi_kind": float(mutual_information(use.kind_ME)),
+            "mi_task": float(mutual_information(use.task_ME)),
+        }
+        return values if drops is None else values | {"dropped": int(drops[0]) / max(int(drops[1]), 1)}
+
+    def _draw(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, uses: Mapping[str, Use], names: list[str]
+    ) -> None:
+        kinds, most = max(len(use.kind_ME) for use in uses.values()), max(use.kind_ME.shape[1] for use in uses.values())
+        real = max(self._layers[layer].experts.experts for layer in uses)
+        share_MLE = np.full((kinds, len(uses), most), np.nan)
+        for row, use in enumerate(uses.values()):
+            count_ME = use.kind_ME.double().numpy()
+            with np.errstate(invalid="ignore"):
+                share_MLE[: len(count_ME), row, : count_ME.shape[1]] = count_ME / count_ME.sum(axis=1, keepdims=True)
+        known = getattr(getattr(pl_module, "inner", pl_module), "token_kinds", ())
+        titles = [known[m] if m < len(known) else f"kind {m}" for m in range(kinds)]
+        experts = [str(e) if e < real else "null" for e in range(most)]
+        title = f"{name}: experts, step {trainer.global_step}"
+        figure = expert_maps(title, names, experts, dict(zip(titles, share_MLE, strict=True)))
+        save_figure(trainer, figure, f"{name}-experts", f"pictures/{name}-experts")
+
+
+def expert_layers(module: torch.nn.Module) -> dict[str, MoELayer]:
+    """The layers of experts of a network by their names."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoELayer)}
+
+
+def _count(
+    uses: dict[str, Use], key: str, counted: bool, layer: MoELayer, _: Any, output: tuple[Tensor, Routing]
+) -> None:
+    if counted:
+        use = Use.of(output[1], layer.experts.experts, layer.router.null)
+        uses[key] = uses[key] + use if key in uses else use
+
+
+def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sums by key, in the order of the first that has it.
+
+    >>> merged([{"a": 1}, {"b": 2, "a": 3}])
+    {'a': 4, 'b': 2}
+    """
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: reduce(add, (part[key] for part in parts if key in part)) for key in keys}
+
+
+def short(names: list[str]) -> list[str]:
+    """Numbers of layers where they are distinct, else whole names without dots.
+
+    >>> short(["lm.layers.1.moe", "lm.layers.3.moe"]), short(["a.layers.1.moe", "b.layers.1.moe"])
+    (['1', '3'], ['a-layers-1', 'b-layers-1'])
+    """
+    numbers = [next((part for part in reversed(name.split(".")) if part.isdigit()), name) for name in names]
+    return (
+        numbers if len(set(numbers)) == len(names) else [name.removesuffix(".moe").replace(".", "-") for name in names]
+    )
