@@ -23,6 +23,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.protocols import Scores
 from descant.modules.core.ranks import gather_objects
 from descant.modules.moe import MoELayer, Routing
+from descant.modules.moe.active import expert_layers
 from descant.modules.moe.watch import Use, entropy, mutual_information
 
 
@@ -58,6 +59,8 @@ class ExpertUsage(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         self._layers: dict[str, MoELayer] = {}
+        #: Layer -> real experts that a token meets, of all sets of the last evaluation.
+        self.active: dict[str, float] = {}
         self._uses: dict[str, dict[str, Use]] = {}  # set -> layer -> counts of this rank
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -100,16 +103,17 @@ class ExpertUsage(ForwardEvaluator):
         drops = merged(gather_objects(counts))
         for router in routers.values():
             router.dropped = None
-        values = dict[str, Tensor]()
-        for name in self._uses:
-            uses = merged(gather_objects(self._uses[name]))
+        values, whole = dict[str, Tensor](), {name: merged(gather_objects(uses)) for name, uses in self._uses.items()}
+        experts = {name: layer.router.experts for name, layer in self._layers.items()}
+        self.active = {layer: use.active(experts[layer]) for layer, use in merged(list(whole.values())).items()}
+        for name, uses in whole.items():
             names = dict(zip(uses, short(list(uses)), strict=True))
             each = {layer: self._measures(layer, use, drops.get(layer)) for layer, use in uses.items()}
             for metric in dict.fromkeys(metric for of in each.values() for metric in of):
                 found = [of[metric] for of in each.values() if metric in of]
                 values[f"{name}/experts/{metric}"] = torch.tensor(found, dtype=torch.float64).mean()
             for layer, of in each.items():
-                real = uses[layer].kind_ME[:, : self._layers[layer].experts.experts].sum(dim=0).double()
+                real = uses[layer].kind_ME[:, : experts[layer]].sum(dim=0).double()
                 of |= {f"load/{e}": float(x) for e, x in enumerate(real / real.sum().clamp(min=1))}
                 values |= {f"{name}/experts/{names[layer]}/{metric}": torch.tensor(x) for metric, x in of.items()}
             if uses and trainer.is_global_zero and not trainer.sanity_checking:
@@ -117,7 +121,7 @@ class ExpertUsage(ForwardEvaluator):
         return values
 
     def _measures(self, layer: str, use: Use, drops: Tensor | None) -> dict[str, float]:
-        E = self._layers[layer].experts.experts
+        E = self._layers[layer].router.experts
         real_E = use.kind_ME[:, :E].sum(dim=0)
         values = {
             "entropy": float(entropy(real_E)),
@@ -133,7 +137,7 @@ class ExpertUsage(ForwardEvaluator):
         self, trainer: L.Trainer, pl_module: L.LightningModule, name: str, uses: Mapping[str, Use], names: list[str]
     ) -> None:
         kinds, most = max(len(use.kind_ME) for use in uses.values()), max(use.kind_ME.shape[1] for use in uses.values())
-        real = max(self._layers[layer].experts.experts for layer in uses)
+        real = max(self._layers[layer].router.experts for layer in uses)
         share_MLE = np.full((kinds, len(uses), most), np.nan)
         for row, use in enumerate(uses.values()):
             count_ME = use.kind_ME.double().numpy()
@@ -147,16 +151,11 @@ class ExpertUsage(ForwardEvaluator):
         save_figure(trainer, figure, f"{name}-experts", f"pictures/{name}-experts")
 
 
-def expert_layers(module: torch.nn.Module) -> dict[str, MoELayer]:
-    """The layers of experts of a network by their names."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoELayer)}
-
-
 def _count(
     uses: dict[str, Use], key: str, counted: bool, layer: MoELayer, _: Any, output: tuple[Tensor, Routing]
 ) -> None:
     if counted:
-        use = Use.of(output[1], layer.experts.experts, layer.router.null)
+        use = Use.of(output[1], layer.router.experts, layer.router.null)
         uses[key] = uses[key] + use if key in uses else use
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
+from descant.callbacks.evaluate.expert_usage import ExpertUsage
 from descant.callbacks.plots.output import run_folder
 from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.train_flops import TrainFlops
@@ -22,6 +23,7 @@ from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.items import FILE, save_items
 from descant.modules.io import files
+from descant.modules.moe.active import active_parameters, expert_layers
 
 WIDTH = 100
 #: Infix of a metric that is measured in another way -> suffix of its row in the table.
@@ -38,6 +40,8 @@ class Report(L.Callback):
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
     * ``train_flops``, ``active_flops``: of the callback TrainFlops, where there is one.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
+    * ``parameters_active``: of these what a token meets, in a model with sparse experts; where their number depends on
+      the token, by the average that ExpertUsage has measured in the last evaluation.
     * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
 
     A test also writes ``items.safetensors``: of each metric that is a mean over test items, the sum and the weight of
@@ -164,7 +168,13 @@ class Report(L.Callback):
         seconds = self.train_seconds
         calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
         flops = [callback.metrics(trainer.global_step) for callback in callbacks_of(trainer, TrainFlops)]
+        experts = {}
+        if expert_layers(pl_module):
+            usages = callbacks_of(trainer, ExpertUsage)
+            active = active_parameters(pl_module, usages[-1].active if usages else None)
+            experts = {} if active is None else {"parameters_active": active}
         return {
+            **experts,
             **calls,
             **(flops[-1] if flops else {}),
             "steps": trainer.global_step,
@@ -202,7 +212,7 @@ class Report(L.Callback):
         return "\n".join([*lines, self.summary(values)])
 
     def summary(self, values: Mapping[str, float] | None = None) -> str:
-        """One line: steps, seconds, samples per second (of a fit), and the run folder."""
+        """One line: steps, seconds, samples per second (of a fit), parameters with experts, and the run folder."""
         values = self.values if values is None else values
         parts = []
         if "steps" in values:
@@ -211,6 +221,9 @@ class Report(L.Callback):
                 f"{values.get('seconds', math.nan):,.1f} s",
                 f"{values.get('samples_per_second', math.nan):,.0f} samples/s",
             ]
+        if "parameters_active" in values:
+            every, active = (f"{values[f'parameters{x}'] / 1e6:,.3g} M" for x in ("", "_active"))
+            parts.append(f"{every} parameters, {active} active a token")
         return "  ".join([*parts, str(self._folder)])
 
 

@@ -97,6 +97,10 @@ class ModalityTopK(Tables):
                 raise ValueError(f"k {k}: row {n} of visible has {len(row)} experts; 1 to {len(row)}")
         self.visible, self.k, self.kinds = visible, k, len(visible)
 
+    @property
+    def meets(self) -> int:
+        return self.k
+
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         require_experts("visible", self.visible, experts)
         self.gate_MED = self._gate(self.kinds, experts, width)
@@ -137,6 +141,10 @@ class HardModality(Tables):
         super().__init__()
         require_rows("expert", [[e] for e in expert], "a kind of token")
         self.expert = expert
+
+    @property
+    def meets(self) -> int:
+        return 1
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         require_experts("expert", [[e] for e in self.expert], experts)

@@ -157,6 +157,11 @@ class Router(nn.Module):
         return False
 
     @property
+    def meets(self) -> int | None:
+        """Real experts that every token goes to; None where their number depends on the token."""
+        return None
+
+    @property
     def causal(self) -> bool:
         """Whether the route of a token, as the module is now, depends on that token alone."""
         return True
@@ -225,6 +230,10 @@ class TopKRouter(Router):
         if self.bias_rate is not None:
             self.register_buffer("bias_E", torch.zeros(experts))
         return super().build(width, experts, shared)
+
+    @property
+    def meets(self) -> int:
+        return self.k
 
     def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
         return logits(h_ND, self.gate_ED)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -25,6 +26,8 @@ from descant.modules.core.ranks import total_of_ranks
 #: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+#: The grouped product of sparse experts, likewise.
+_GROUPED = torch.ops.aten._grouped_mm
 #: One micro-batch of so many is counted whatever is known; a prime, so that what a callback adds every 10 steps is met.
 EVERY = 199
 
@@ -56,9 +59,24 @@ class FlopCount(TorchDispatchMode):
         elif packet is _ATTENTION_CPU_BACKWARD:
             count = sdpa_backward_flop_count
             self.flops += count(*(x.shape for x in args[:4]))
+        elif packet is _GROUPED:
+            self.flops += grouped_flops(*args, **kwargs)
         elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
         return out
+
+
+def grouped_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> int:
+    """``2 I O`` for each row of a group: of rows by matrices ``[M, I] [G, I, O]``, of gradients ``[I, M] [M, O]``,
+    or of batches. Rows behind the last group, of null experts and of padding, count nothing. Reads ``offs``.
+
+    >>> grouped_flops(torch.zeros(9, 4), torch.zeros(2, 4, 3), torch.tensor([2, 5])) == 5 * 2 * 4 * 3
+    True
+    """
+    if offs is None:
+        return 2 * a.numel() * b.shape[-1]
+    sides = (len(a), b.shape[1]) if a.ndim == b.ndim else b.shape[1:] if a.ndim == 2 else a.shape[1:]
+    return 2 * int(offs[-1]) * sides[0] * sides[1]
 
 
 def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], None]) -> int:
