@@ -28,6 +28,10 @@ def require_causal(lm: CausalLM) -> None:
                 "generation: MixtureOfDepths takes tokens by those that come later; give it auxiliary: CausalAux, with "
                 "the model in eval mode"
             )
+        if layer.moe is not None and layer.moe.group is not None:
+            raise ValueError(
+                "generation: experts are split over ranks; load whole_experts(model) into a model of one rank"
+            )
         if layer.moe is not None and not layer.moe.router.causal:
             name = type(layer.moe.router).__name__
             raise ValueError(

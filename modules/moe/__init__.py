@@ -15,6 +15,8 @@ from descant.modules.moe.modality_linear import VisualExperts as VisualExperts
 from descant.modules.moe.modality_routing import HardModality as HardModality
 from descant.modules.moe.modality_routing import ModalityTopK as ModalityTopK
 from descant.modules.moe.modality_routing import StaticSkill as StaticSkill
+from descant.modules.moe.parallel import parallelize as parallelize
+from descant.modules.moe.parallel import whole_experts as whole_experts
 from descant.modules.moe.routing import Marks as Marks
 from descant.modules.moe.routing import Router as Router
 from descant.modules.moe.routing import Routing as Routing

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from descant.modules.core.objective import counted
 from descant.modules.moe.capacity import Capacity
 from descant.modules.moe.grouped import GELU, Segments, SwiGLU, Weights, expert_mlp, fusible
 from descant.modules.moe.routing import UNMARKED, Marks, Router, Routing
+
+if TYPE_CHECKING:
+    from descant.modules.moe.parallel import ExpertGroup
 
 
 class Experts(nn.Module):
@@ -148,6 +151,7 @@ class MoELayer(nn.Module):
                 raise ValueError(f"{name} {count}: at least 1")
         self.router = copy.deepcopy(router).build(width, experts, shared or 0)
         self.capacity = capacity
+        self.group: ExpertGroup | None = None  # the ranks that share the experts; each has all where None
         make = FORMS[form]
         self.experts = make(width, hidden, experts, self.router.separate)
         self.shared = make(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None
@@ -156,7 +160,7 @@ class MoELayer(nn.Module):
         h_ND = h.flatten(0, -2)
         routing = self.router(h_ND, marks.map(torch.flatten))
         if self.capacity is not None and self.training:
-            routing = self.capacity(routing, self.experts.experts)
+            routing = self.capacity(routing, self.router.experts)
         y_ND = self.dispatch(h_ND, routing)
         if self.shared is not None:
             y_ND = y_ND + self._shared(h_ND, routing.shared)
@@ -164,9 +168,10 @@ class MoELayer(nn.Module):
 
     def dispatch(self, h_ND: Tensor, routing: Routing) -> Tensor:
         """The sum of the chosen experts' outputs: gathered, computed by expert, scattered."""
-        dtype, only = _compute_dtype(h_ND), self.router.declared(routing.marks)
-        segments, order_M, token_M = self.sorted(routing, fusible(h_ND, dtype), only)
-        y_MD = self.experts(h_ND.to(dtype).index_select(0, token_M), segments, only)
+        dtype, only, group = _compute_dtype(h_ND), self.router.declared(routing.marks), self.group
+        segments, order_M, token_M = self.sorted(routing, group is None and fusible(h_ND, dtype), only)
+        x_MD = h_ND.to(dtype).index_select(0, token_M)
+        y_MD = self.experts(x_MD, segments, only) if group is None else group(self.experts, x_MD, segments.counts)
         y_MD = y_MD * routing.weight.flatten().index_select(0, order_M).to(dtype)[:, None]
         return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
 
@@ -174,7 +179,7 @@ class MoELayer(nn.Module):
         self, routing: Routing, fused: bool = False, only: Sequence[int] | None = None
     ) -> tuple[Segments, Tensor, Tensor]:
         """Segments of the experts, the slots of their rows in order, and the tokens of these: int64 ``[M]``."""
-        K, E = routing.expert.shape[1], self.experts.experts
+        K, E = routing.expert.shape[1], self.router.experts
         key_M = derived(lambda expert, runs: torch.where(runs, expert, E).flatten(), routing.expert, routing.runs(E))
         segments = Segments(_counts(key_M, E, only), fused)
         order_M = segments.rows(key_M.argsort(stable=True))

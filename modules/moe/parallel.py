@@ -1,0 +1,124 @@
+"""Expert parallelism: the experts of a layer split over ranks, to which tokens are sent and from which they come back.
+
+Letters: R ranks of a group, E experts, C = E / R of each rank, M rows of this rank's tokens, P rows that it computes,
+D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from descant.modules.core.host import to_device
+from descant.modules.moe.active import expert_layers
+from descant.modules.moe.grouped import Segments, fusible
+
+if TYPE_CHECKING:
+    from descant.modules.moe.layer import Experts
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to the ranks of a group, ``give[r]`` to rank r and ``take[r]`` from it; gradients go back, by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, give: Sequence[int], take: Sequence[int], factor: float, group: Any) -> Tensor:
+        ctx.give, ctx.take, ctx.factor, ctx.group = list(give), list(take), factor, group
+        x_PD = x_MD.new_empty(sum(take), x_MD.shape[1])
+        dist.all_to_all_single(x_PD, x_MD.contiguous(), ctx.take, ctx.give, group=group)
+        return x_PD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad_MD = grad_PD.new_empty(sum(ctx.give), grad_PD.shape[1])
+        dist.all_to_all_single(grad_MD, grad_PD.contiguous(), ctx.give, ctx.take, group=ctx.group)
+        return grad_MD.mul_(ctx.factor), None, None, None, None
+
+
+def by_expert(count_RC: Tensor) -> Tensor:
+    """Int64 ``[P]``: rows that lie rank by rank, and within a rank expert by expert, in the order of experts.
+
+    >>> by_expert(torch.tensor([[1, 2], [2, 0]])).tolist()
+    [0, 3, 4, 1, 2]
+    """
+    R, C = count_RC.shape
+    return torch.arange(C).repeat(R).repeat_interleave(count_RC.flatten()).argsort(stable=True)
+
+
+class ExpertGroup:
+    """Ranks that share the experts of a layer: rank r has experts ``r C, ..., (r + 1) C - 1``.
+
+    Every rank of the group calls it as often, with or without rows: two exchanges of rows and one of counts, which are
+    read on the host. The gradient of an expert is that of the mean over the group of its ranks' losses, as data
+    parallelism has it of all other parameters.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+    def __call__(self, experts: Experts, x_MD: Tensor, counts: Sequence[int]) -> Tensor:
+        """``[M, D] -> [M, D]`` of rows sorted by expert, ``counts`` of each of the E experts."""
+        R = self.size
+        given_RC = torch.tensor(counts, device=x_MD.device).view(R, -1)
+        taken_RC = torch.empty_like(given_RC)
+        dist.all_to_all_single(taken_RC, given_RC, group=self.group)
+        count_RC = taken_RC.cpu()
+        give, take = torch.tensor(counts).view(R, -1).sum(dim=1).tolist(), count_RC.sum(dim=1).tolist()
+        order_P = by_expert(count_RC)
+        place_P = to_device(order_P.argsort(), x_MD.device)
+        segments = Segments(to_device(count_RC.sum(dim=0), x_MD.device), fusible(x_MD, x_MD.dtype))
+        x_PD = _Exchange.apply(x_MD, give, take, float(R), self.group)
+        y_PD = experts(x_PD.index_select(0, to_device(order_P, x_MD.device)), segments)
+        y_MD: Tensor = _Exchange.apply(y_PD.index_select(0, place_P), take, give, 1 / R, self.group)
+        return y_MD
+
+    def __deepcopy__(self, memo: Any) -> ExpertGroup:
+        return self  # a process group is of the process
+
+
+def parallelize(network: nn.Module, group: Any = None) -> None:
+    """Split the experts of all layers of a network over the ranks of a group, in place; each rank has the same weights
+    before, and its own slice after. Before the optimizer is made.
+
+        dist.init_process_group("gloo")
+        parallelize(network)                                                # over all ranks
+        parallelize(network, init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "expert"))["expert"].get_group())
+
+    Routers, shared experts and all else stay whole on every rank; capacity is that of a rank's own tokens, as under
+    data parallelism. DDP leaves the slices alone. Clipping by norm and checkpoints see the slice of their rank:
+    :func:`whole_experts` gathers them. Source: GShard (Lepikhin 2020, arXiv 2006.16668).
+
+    Raises:
+        ValueError: for experts that the ranks do not divide, or that are parameters of their own (StaticSkill).
+    """
+    ranks, names = ExpertGroup(group), list[str]()
+    for name, layer in expert_layers(network).items():
+        E, R = layer.router.experts, ranks.size
+        if layer.experts.separate:
+            raise ValueError(f"parallelize: {name or 'layer'}: experts of {type(layer.router).__name__} are not split")
+        if E % R:
+            best = next(n for n in range(R, 0, -1) if E % n == 0)
+            raise ValueError(f"parallelize: {name or 'layer'}: {R} ranks do not divide {E} experts; {best} do")
+        for part, parameter in list(layer.experts.named_parameters(recurse=False)):
+            own = parameter.detach().chunk(R)[ranks.rank].clone()
+            setattr(layer.experts, part, nn.Parameter(own, parameter.requires_grad))
+            names.append(f"{name}.experts.{part}".lstrip("."))
+        layer.experts.experts, layer.group = E // R, ranks
+    ignored = getattr(network, "_ddp_params_and_buffers_to_ignore", [])
+    network._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]  # as DDP reads it
+
+
+def whole_experts(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state with the experts of all ranks, as one process has it, on every rank. Collective."""
+    state = dict(network.state_dict())
+    for name, layer in expert_layers(network).items():
+        for part, own in layer.experts.named_parameters(recurse=False) if layer.group is not None else ():
+            slices = [torch.empty_like(own) for _ in range(layer.group.size)]
+            dist.all_gather(slices, own.detach().contiguous(), group=layer.group.group)
+            state[f"{name}.experts.{part}".lstrip(".")] = torch.cat(slices)
+    return state
