@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from descant.modules.adaptation.base import chosen
 from descant.modules.core.errors import no_such
+from descant.modules.moe.active import expert_layers
 from descant.modules.training_setup.activation_checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,9 @@ class Compile:
         mode: of ``torch.compile``; None is torch's default.
         dynamic: one graph for all shapes (True), one for each (False), or torch's own choice (None).
         fullgraph: refuse to fall back to Python inside a tower.
+
+    Raises:
+        ValueError: in ``apply``, for a full graph of a tower with experts.
     """
 
     def __init__(
@@ -40,7 +44,12 @@ class Compile:
         self.mode, self.dynamic, self.fullgraph = mode, dynamic, fullgraph
 
     def apply(self, recipe: nn.Module) -> None:
-        for _, tower in chosen(recipe, None):
+        for name, tower in chosen(recipe, None):
+            if self.fullgraph and expert_layers(tower):
+                raise ValueError(
+                    f"compile: fullgraph: tower {name} has experts, whose counts the host reads between two graphs; "
+                    "leave it false"
+                )
             tower.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
 
 

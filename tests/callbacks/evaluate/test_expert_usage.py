@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from descant.callbacks import ExpertUsage
 from descant.modules.core.batch import Batch
@@ -18,7 +19,9 @@ from descant.modules.moe import Capacity, ExpertLayers, HardModality, Router, Ro
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked
 from tests.callbacks.evaluate.test_embeddings import Data, evaluate, make
+from tests.modules.moe.test_recipes import TestLanguageWithExperts as LanguageWithExperts
 from tests.ranks import run_ranks
+from tests.recipes.test_vision_language import batch
 
 #: Of logarithms of shares of a few hundred counts, as float32 logs them.
 CLOSE = 1e-5
@@ -118,6 +121,25 @@ def test_kinds_of_which_each_has_its_expert_and_the_figure(tmp_path: Path) -> No
     assert values["one/experts/mi_kind"] == pytest.approx(values["one/experts/entropy"], abs=CLOSE)
     assert model.token_kinds == ("global", "image", "text")
     assert (Path(board.log_dir) / "pictures/one-experts-0.png").is_file()
+
+
+class Chats(Data):
+    """A batch of questions about pictures, as it is."""
+
+    def loader(self, whole: Batch) -> DataLoader[Any]:
+        return DataLoader([whole], batch_size=None)  # type: ignore[arg-type]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+def test_words_and_images_of_a_language_model(tmp_path: Path) -> None:
+    """Of visible experts 0 to 2 of words and 1 to 3 of images."""
+    model, usage = LanguageWithExperts().recipe().double(), ExpertUsage()
+    values = evaluate(Chats({"one": batch()}), usage, recipe=model, default_root_dir=tmp_path)
+    assert values["one/experts/active"] == 2.0 and values["one/experts/mi_kind"] > 0.01
+    assert values["one/experts/1/load/0"] > 0 < values["one/experts/1/load/3"]
+    assert usage.active == {"lm.layers.1.moe": 2.0} and (tmp_path / "pictures/one-experts-0.png").is_file()
 
 
 def test_what_training_drops_is_read_in_evaluation() -> None:
