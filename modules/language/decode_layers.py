@@ -1,11 +1,13 @@
 """Layers of a language model on one token a row, as generation runs them: few operations on plain weights.
 
-Letters: S rows, M of experts, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary.
+Letters: S rows, M of experts, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary; of
+experts E, N padded rows of each, K slots of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,15 @@ from torch.nn import functional as F
 
 from descant.modules.language.depths import DepthLayer
 from descant.modules.language.model import CausalLM, Layer, apply_rope
-from descant.modules.moe import Marks, ModalityLinear, MoELayer, SwiGLUExperts
+from descant.modules.moe import Marks, ModalityLinear, MoELayer, Routing, SwiGLUExperts, TopKRouter
 from descant.modules.moe.modality_linear import projected
+from descant.modules.moe.routing import top_k
 
 #: Tensors of up to this many numbers are copied, where that is faster than indirection.
 SMALL = 1 << 20
+#: Rows of a CPU whose experts are found in Python; padded rows of experts, over the slots that compute, at most.
+FEW, PADDED = 128, 4
+EXACT = (torch.float32, torch.float64)
 
 
 def require_causal(lm: CausalLM) -> None:
@@ -83,31 +89,87 @@ class DecodeLayer:
 
 
 class DecodeExperts:
-    """Experts on one token a row: ``h + moe(x)``, of few rows for each expert, on transposed weights."""
+    """Experts on one token a row: ``h + moe(x)``, of few rows for each expert, on transposed weights.
+
+    Few rows on a CPU are padded to as many for each expert, in two batched products, unless one has far more than the
+    others; else each expert's rows are a product of their own.
+    """
 
     def __init__(self, moe: MoELayer) -> None:
-        self.moe, experts = moe, moe.experts
+        self.moe, self.router, experts = moe, moe.router, moe.experts
         self.plain = isinstance(experts, SwiGLUExperts) and not experts.separate and moe.shared is None
         if self.plain:
             (gate_up,), (down,), *_ = experts.weights(lambda p: [p])
-            self.gate_up, self.down = ([_transposed(w) for w in p.unbind(0)] for p in (gate_up, down))
+            self.gate_up, self.down = (_all_transposed(p) for p in (gate_up, down))
+            self.each = self.gate_up.unbind(0), self.down.unbind(0)
+        self.gate = _transposed(self.router.gate_ED) if type(self.router) is TopKRouter else None
 
     def __call__(self, h_SD: Tensor, x_SD: Tensor, marks: Marks) -> Tensor:
         if not self.plain:
             return h_SD + self.moe(x_SD, marks)[0]
-        routing = self.moe.router(x_SD, marks)
+        if not x_SD.is_cpu or len(x_SD) > FEW:
+            return self._sorted(h_SD, x_SD, self.router(x_SD, marks))
+        E = self.router.experts
+        exact = x_SD.dtype in EXACT and not torch.is_autocast_enabled("cpu")
+        if self.gate is not None and exact and self.gate.dtype == x_SD.dtype and marks.valid is None:
+            router = cast(TopKRouter, self.router)
+            bias_E = None if router.bias_rate is None else router.bias_E
+            expert_SK, weight_SK, _ = top_k(torch.mm(x_SD, self.gate), router.k, router.norm, bias_E)
+        else:
+            routing = self.router(x_SD, marks)
+            runs_SK = routing.runs(E)
+            expert_SK, weight_SK = routing.expert.where(runs_SK, E), routing.weight.where(runs_SK, 0.0)
+        row, place, most = padded_slots(expert_SK.tolist(), E)
+        if most == 0:
+            return h_SD
+        if E * most > PADDED * expert_SK.numel():
+            return self._sorted(h_SD, x_SD, Routing(expert_SK, weight_SK, expert_SK < E))
+        x_END = x_SD.index_select(0, torch.tensor(row)).view(E, most, -1)
+        gate, up = torch.bmm(x_END, self.gate_up).chunk(2, dim=2)
+        y_MD = torch.bmm(F.silu(gate).mul_(up), self.down).flatten(0, 1).index_select(0, torch.tensor(place))
+        y_SKD = y_MD.view(*expert_SK.shape, -1)
+        return torch.baddbmm(h_SD.unsqueeze(1), weight_SK.to(y_SKD.dtype).unsqueeze(1), y_SKD).squeeze(1)
+
+    def _sorted(self, h_SD: Tensor, x_SD: Tensor, routing: Routing) -> Tensor:
         segments, order_M, token_M = self.moe.sorted(routing)
-        x_MD = x_SD.index_select(0, token_M)
-        gate, up = _products(x_MD, self.gate_up, segments.counts).chunk(2, dim=1)
-        y_MD = _products(F.silu(gate).mul_(up), self.down, segments.counts)
+        x_MD, (gate_up, down) = x_SD.index_select(0, token_M), self.each
+        gate, up = _products(x_MD, gate_up, segments.counts).chunk(2, dim=1)
+        y_MD = _products(F.silu(gate).mul_(up), down, segments.counts)
         weight_M = routing.weight.flatten().index_select(0, order_M).to(y_MD.dtype)
         return h_SD.index_add(0, token_M, y_MD.mul_(weight_M.unsqueeze(1)))
+
+
+def padded_slots(expert_SK: Sequence[Sequence[int]], experts: int) -> tuple[list[int], list[int], int]:
+    """Rows ``[E most]`` that experts compute, padded by row 0 to as many each; the place of each slot; and most.
+
+    Slots of expert E compute nothing; their place is 0.
+
+    >>> padded_slots([[1, 0], [1, 2]], 2)
+    ([0, 0, 0, 1], [2, 0, 3, 0], 2)
+    """
+    rows: list[list[int]] = [[] for _ in range(experts)]
+    for row, chosen in enumerate(expert_SK):
+        for e in chosen:
+            if e < experts:
+                rows[e].append(row)
+    most = max(map(len, rows))
+    at, place = [e * most for e in range(experts)], list[int]()
+    for chosen in expert_SK:
+        for e in chosen:
+            place.append(at[e] if e < experts else 0)
+            if e < experts:
+                at[e] += 1
+    return [row for some in rows for row in (*some, *[0] * (most - len(some)))], place, most
 
 
 def _products(x_MI: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Sorted rows times the weights ``[I, O]`` of their experts."""
     parts = [torch.mm(x, w) for x, w in zip(x_MI.split(counts), weights, strict=True) if len(x)]
     return torch.cat(parts) if parts else x_MI.new_zeros(0, weights[0].shape[1])
+
+
+def _all_transposed(w_EOI: Tensor) -> Tensor:
+    return w_EOI.transpose(1, 2).contiguous() if w_EOI[0].numel() <= SMALL else w_EOI.transpose(1, 2)
 
 
 def _transposed(w_OD: Tensor) -> Tensor:
