@@ -28,8 +28,8 @@ def active_parameters(network: nn.Module, measured: Mapping[str, float] | None =
     """
     total = float(sum(p.numel() for p in network.parameters()))
     for name, layer in expert_layers(network).items():
-        E, k = layer.router.experts, layer.router.meets
-        k = (measured or {}).get(name) if k is None else k
+        E, fixed = layer.router.experts, layer.router.meets
+        k = (measured or {}).get(name) if fixed is None else fixed
         if k is None:
             return None
         total -= (E - k) / E * sum(p.numel() for p in layer.experts.parameters())

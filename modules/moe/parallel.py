@@ -117,8 +117,10 @@ def whole_experts(network: nn.Module) -> dict[str, Tensor]:
     """The network's state with the experts of all ranks, as one process has it, on every rank. Collective."""
     state = dict(network.state_dict())
     for name, layer in expert_layers(network).items():
-        for part, own in layer.experts.named_parameters(recurse=False) if layer.group is not None else ():
-            slices = [torch.empty_like(own) for _ in range(layer.group.size)]
-            dist.all_gather(slices, own.detach().contiguous(), group=layer.group.group)
+        ranks = layer.group
+        for part, own in layer.experts.named_parameters(recurse=False) if ranks is not None else ():
+            assert ranks is not None
+            slices = [torch.empty_like(own) for _ in range(ranks.size)]
+            dist.all_gather(slices, own.detach().contiguous(), group=ranks.group)
             state[f"{name}.experts.{part}".lstrip(".")] = torch.cat(slices)
     return state

@@ -75,9 +75,9 @@ class Use(NamedTuple):
     def of(cls, routing: Routing, experts: int, null: int) -> Use:
         """Of a batch, on the host: reads the device."""
         marks, columns = routing.marks, experts + null
-        tables = (choices_by(routing, mark_N, columns).cpu() for mark_N in (marks.kind, marks.task))
+        kind_ME, task_ME = (choices_by(routing, mark_N, columns).cpu() for mark_N in (marks.kind, marks.task))
         tokens = len(routing.expert) if marks.valid is None else int(marks.valid.sum())
-        return cls(*tables, tokens)
+        return cls(kind_ME, task_ME, tokens)
 
     def __add__(self, other: Use) -> Use:  # type: ignore[override]  # of a tuple
         return Use(_sum(self.kind_ME, other.kind_ME), _sum(self.task_ME, other.task_ME), self.tokens + other.tokens)

@@ -68,6 +68,7 @@ NEEDLESS = {
     "Quantize": "kernels of bitsandbytes; `make gpu`",
     "Shard": "several ranks",
     "Passing": "several ranks",
+    "ExpertGroup": "several ranks",
     # weights in a package
     "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",
     "TransformersTower": "needs a folder of weights or transformers: tests marked slow",

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.ddp
 N, D, E = 20, 6, 4
 #: What is asked for; sums of at most 80 rows in float64 differ by far less.
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+CLOSE: Any = {"rtol": 1e-6, "atol": 1e-6}
 CASES: dict[str, Any] = {
     "dropless": lambda: MoELayer(D, 8, E, TopKRouter(2), shared=1),
     "capacity": lambda: MoELayer(D, 8, E, TopKRouter(2), capacity=Capacity(0.7), form="gelu"),
@@ -75,7 +75,8 @@ def split(rank: int, world: int) -> list[Any]:
 def test_split_experts_are_those_of_one_process(world: int) -> None:
     ranks = run_ranks(world, split, world)
     for case, name in enumerate(CASES):
-        whole, batches = Network(layer(name)), [tokens(r) for r in range(world)]
+        whole: Any = Network(layer(name))
+        batches: Any = [tokens(r) for r in range(world)]
         outputs = [whole(*batch) for batch in batches]
         torch.stack([loss(y, r) for r, y in enumerate(outputs)]).mean().backward()
         for r, results in enumerate(ranks):

@@ -84,7 +84,7 @@ def recipe(router: Router | None = None, **options: Any) -> Masked:
     return Masked(adapters, Trunk(16, 2, 2, experts=experts), **options)
 
 
-def trained(made: Any) -> tuple[dict[str, float], dict[str, Tensor], nn.Module]:
+def trained(made: Any) -> tuple[dict[str, float], dict[str, Tensor], Any]:
     """Terms, gradients and the router of a step."""
     output = made.train()(make())
     terms = output.terms | output.aux
