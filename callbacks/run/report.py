@@ -172,7 +172,7 @@ class Report(L.Callback):
         if expert_layers(pl_module):
             usages = callbacks_of(trainer, ExpertUsage)
             active = active_parameters(pl_module, usages[-1].active if usages else None)
-            experts = {} if active is None else {"parameters_active": active}
+            experts = {} if active is None else {"parameters_active": round(active)}
         return {
             **experts,
             **calls,

@@ -103,6 +103,7 @@ def _training(about: About) -> dict[str, str]:
         "steps, epochs, samples": _joined(run.get(key) for key in ("steps", "epochs", "samples")),
         "seconds": run.get("seconds"),
         "parameters, trained": _joined(run.get(key) for key in ("parameters", "parameters_trainable")),
+        "parameters that a token meets": run.get("parameters_active"),
         **{key: _spec(model.get(key)) for key in ("loss", "optimizer", "schedule")},
         "adapters": _joined(_spec(part) for part in model.get("adapt") or []),
         "precision": trainer.get("precision"),
