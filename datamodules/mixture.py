@@ -50,6 +50,8 @@ class Mixture(CompositeDataModule):
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is an error.
         balance: instead of weights, those by the distance of each part from a reference part.
+        only: part -> the modalities that its rows have, in evaluation too, for tasks of some of a corpus, such as
+            {names: [text], drawings: [image]}; all where not given.
         bank: the part for k-NN, probes and prompts; the first by default.
         num_workers: processes that read ahead; by default the most of all parts.
         kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
@@ -71,6 +73,7 @@ class Mixture(CompositeDataModule):
         balance: TransportBalance | None = None,
         bank: str | None = None,
         num_workers: int | None = None,
+        only: dict[str, list[str]] | None = None,
         **kwargs: Any,
     ) -> None:
         if not parts:
@@ -92,6 +95,7 @@ class Mixture(CompositeDataModule):
         require_temperature(alpha, times, "parts")
         self.alpha, self.times, self.balance = alpha, times, balance
         self.samples, self.batches, self.repeat = samples, batches, repeat
+        self.only = _only(only or {}, self.parts)
         self.bank = bank or next(iter(parts))
         if self.bank not in parts:
             raise ValueError(f"bank: no part {self.bank!r}; the parts are {', '.join(parts)}")
@@ -190,7 +194,8 @@ class Mixture(CompositeDataModule):
                 data.numbered = True
         keys = {number[name]: self.parts[name].keys or f"part/{name}" for name in sets}
         members = {number[name]: data for name, data in sets.items()}
-        return MixtureSet(members, keys, self._layouts[training], self.seed)
+        only = {number[name]: modalities for name, modalities in self.only.items() if name in sets}
+        return MixtureSet(members, keys, self._layouts[training], self.seed, only)
 
     def _check(self, sets: Mapping[str, BatchDataset], training: bool) -> None:
         """Read one sample of each part. Raises ValueError for parts that do not fit together."""
@@ -318,6 +323,16 @@ def _weights(given: Mapping[str, float] | None, parts: Sequence[str]) -> dict[st
     if not any(given.values()):
         raise ValueError(f"weights: all of {', '.join(parts)} are 0, so there is nothing to train on")
     return {name: Fraction(str(given[name])) for name in parts}
+
+
+def _only(given: Mapping[str, list[str]], parts: Mapping[str, DataModule]) -> dict[str, list[str]]:
+    for name, modalities in given.items():
+        if name not in parts:
+            raise ValueError(f"only: no part {name!r}; the parts are {', '.join(parts)}")
+        for m in modalities or ["none"]:
+            if m not in parts[name].modalities:
+                raise ValueError(f"only: {name}: no modality {m!r}; it has {', '.join(parts[name].modalities)}")
+    return {name: list(modalities) for name, modalities in given.items()}
 
 
 def _enough(names: Sequence[str], sizes: Sequence[int], weights: Sequence[Fraction], needed: int, what: str) -> None:

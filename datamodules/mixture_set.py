@@ -16,7 +16,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.resumable_sampler import Slot, Window
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, only
 from descant.modules.core.rng import mix_N, salt
 
 #: A sample's id in a mixture is ``number of its part << BITS | its id there``.
@@ -50,6 +50,7 @@ class MixtureSet(BatchDataset):
         keys: number of a part -> salt of its content keys; equal salts share keys.
         layouts: name -> layout, of all parts that the batch has columns for.
         seed: of the mixture.
+        modalities: number of a part -> the modalities that its rows have; the others are absent there.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class MixtureSet(BatchDataset):
         keys: Mapping[int, str],
         layouts: Mapping[str, Layout],
         seed: int,
+        modalities: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         super().__init__(seed)
-        self.members, self.keys = dict(members), dict(keys)
+        self.members, self.keys, self.only = dict(members), dict(keys), dict(modalities or {})
         self.inputs, self.targets = joint(layouts, "inputs"), joint(layouts, "targets")
         self.modalities = tuple(dict.fromkeys(m for layout in layouts.values() for m in layout.modalities))
         sizes = [len(data) for data in self.members.values()]
@@ -79,8 +81,8 @@ class MixtureSet(BatchDataset):
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         present = {m: torch.zeros(len(index_N), dtype=torch.bool) for m in self.modalities}
-        for _, data, row_R, local_R in self._by_part(index_N):
-            for m, mask_R in data.present(local_R).items():
+        for number, data, row_R, local_R in self._by_part(index_N):
+            for m, mask_R in self._kept(number, data.present(local_R)).items():
                 present[m][torch.from_numpy(row_R)] = mask_R
         return present
 
@@ -123,15 +125,18 @@ class MixtureSet(BatchDataset):
             if slots:
                 part = data[Window(slots, step)]
                 part.index, part.source = self._ids(part.index, number), torch.full_like(part.index, number)
-                counts = part.step
+                part.present, counts = self._kept(number, part.present), part.step
                 _write(batch, part, rows)
             else:
                 counts = data.presence(step, data.draws(step)) if step else {}
-            for m, mask_R in counts.items():
+            for m, mask_R in self._kept(number, counts).items():
                 batch.step[m][whole_R] = mask_R
         salt_B = np.array([salt(self.keys[number]) for number in batch.source.tolist()], dtype=np.uint64)
         batch.content_id = torch.from_numpy(mix_N(batch.content_id, salt_B))
         return batch
+
+    def _kept(self, number: int, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        return only(present, *self.only[number]) if number in self.only else present
 
     def _ids(self, index_R: Tensor, number: int) -> Tensor:
         if len(index_R) and not 0 <= int(index_R.min()) <= int(index_R.max()) < 1 << BITS:

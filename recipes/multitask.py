@@ -131,7 +131,7 @@ class MultiTask(StreamSpace):
                 terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
             pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
         latents = {m: streams.latent(m) for m in self.forks if self.forks[m]}
-        return Output(terms, latents, logits=self._logits(views), pairs=pairs)
+        return Output(terms, latents, logits=self._logits(views), pairs=pairs, aux=self._expert_terms(streams))
 
     def reconstruct(self, batch: Batch, corruption: Any = None) -> dict[str, ReconstructionOutput]:
         """What objectives rebuild of what they see whole, whatever is to be hidden. Raises ValueError if none does."""

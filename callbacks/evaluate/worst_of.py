@@ -16,12 +16,13 @@ class WorstOf(Ordered):
     """``{set}/worst``: the least of some metrics of an evaluation set, so that what one gains another may not lose.
 
     It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+    Of metrics that are named with their sets, such as test/accuracy, it is ``all/worst``.
 
     Args:
         metrics: at least two names after the set, such as [probe_shape_top1, probe_colour_top1]; more is better.
 
     Raises:
-        ValueError: for fewer than two metrics, or one that is named twice.
+        ValueError: for fewer than two metrics, one that is named twice, or names both with sets and without.
     """
 
     once = True
@@ -35,6 +36,8 @@ class WorstOf(Ordered):
         super().__init__()
         if len(set(metrics)) < max(2, len(metrics)):
             raise ValueError(f"{type(self).__name__}: metrics {', '.join(metrics) or 'none'}: two or more, each once")
+        if len({"/" in name for name in metrics}) > 1:
+            raise ValueError(f"{type(self).__name__}: metrics {', '.join(metrics)}: all with their sets, or none")
         self.metrics = list(metrics)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,7 +51,9 @@ class WorstOf(Ordered):
         by_set: dict[str, list[float]] = {}
         for name, value in trainer.callback_metrics.items():
             set_name, _, metric = name.partition("/")
-            if metric in self.metrics:
+            if name in self.metrics:
+                by_set.setdefault("all", []).append(float(value))
+            elif metric in self.metrics:
                 by_set.setdefault(set_name, []).append(float(value))
         whole = {name: values for name, values in by_set.items() if len(values) == len(self.metrics)}
         publish(trainer, {f"{name}/{self.name}": type(self).of(values) for name, values in whole.items()})
@@ -57,13 +62,13 @@ class WorstOf(Ordered):
 class MeanOf(WorstOf):
     """``{set}/mean``: the mean of some metrics of an evaluation set, such as the accuracies of several tasks.
 
-    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+    As :class:`WorstOf`: ``all/mean`` of metrics that are named with their sets.
 
     Args:
         metrics: at least two names after the set; more is better.
 
     Raises:
-        ValueError: for fewer than two metrics, or one that is named twice.
+        ValueError: for fewer than two metrics, one that is named twice, or names both with sets and without.
     """
 
     name = "mean"

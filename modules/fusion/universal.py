@@ -18,14 +18,15 @@ Letters: B samples, T tokens, S tokens that are attended to, L latents, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import has_host_copy
+from descant.modules.core.host import derived, has_host_copy, host_copy
 from descant.modules.core.sham import Sham
+from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, observe
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import Block, all_real, checked_heads, key_mask, xavier
 from descant.modules.towers.text import columns
@@ -104,6 +105,29 @@ class UniversalBlock(Block):
         return self.cross["out"](h.transpose(1, 2).reshape(B, T, D))
 
 
+class ExpertBlock(Block):
+    """Transformer block of dense tokens with sparse experts in place of its MLP; returns where the tokens went, too.
+
+    >>> from descant.modules.moe import TopKRouter
+    >>> block = ExpertBlock(8, 2, ExpertLayers(experts=4, router=TopKRouter()).build(8, 32, "gelu"))
+    >>> h_BTD, routing = block(torch.randn(2, 3, 8))
+    >>> h_BTD.shape, routing.expert.shape
+    (torch.Size([2, 3, 8]), torch.Size([6, 2]))
+    """
+
+    def __init__(self, width: int, heads: int, moe: MoELayer, dropout: float = 0.0) -> None:
+        super().__init__(width, heads, 1.0, dropout)
+        del self.mlp
+        self.moe = moe
+
+    def forward(  # type: ignore[override]  # with what the experts were given
+        self, h_BTD: Tensor, mask: Tensor | None = None, marks: Marks | None = None
+    ) -> tuple[Tensor, Routing]:
+        h_BTD = h_BTD + self._drop(self.attention(self.norm_1(h_BTD), mask, False))
+        y_BTD, routing = self.moe(self.norm_2(h_BTD), marks or Marks())
+        return h_BTD + self._drop(y_BTD), routing
+
+
 class UniversalLayers(nn.Module):
     """Universal layers of mPLUG-2: the modalities of ``direct`` pass them as they are, others by learned latents.
 
@@ -115,9 +139,12 @@ class UniversalLayers(nn.Module):
         direct: modalities whose tokens pass the layers themselves: [text] where not given.
         output: of the others: their ``tokens``, with what they read of the latents (the release), or the ``latents``.
         sham: ``permute``: the latents that the last layer is given, or that are the output, are another sample's.
+        experts: which layers have sparse experts in place of their MLP, where there are no latents; none where not
+            given. The kind of a token is its modality, in their order, and its task the source of its sample.
 
     Raises:
-        ValueError: for fewer than one layer or latent; when built, for a tower of another width.
+        ValueError: for fewer than one layer or latent, or experts that do not fit or are beside latents; when built,
+            for a tower of another width.
 
     >>> layers = UniversalLayers(width=8, depth=2, heads=2, latents=3).build({"image": 8, "text": 8})
     >>> h = Tokens(torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool))
@@ -136,15 +163,25 @@ class UniversalLayers(nn.Module):
         direct: list[str] | None = None,
         output: Literal["tokens", "latents"] = "tokens",
         sham: Literal["permute"] | None = None,
+        experts: ExpertLayers | None = None,
     ) -> None:
         super().__init__()
         if depth < 1 or (latents is not None and latents < 1):
             raise ValueError(f"depth {depth}, latents {latents}: at least 1 each; no latents: null")
         self.width, self.direct, self.output = width, ("text",) if direct is None else tuple(direct), output
         crosses = latents is not None
-        self.layers = nn.ModuleList(
-            UniversalBlock(width, checked_heads(width, heads), mlp_ratio, dropout, crosses) for _ in range(depth)
-        )
+        self.experts = experts
+        if experts is not None:
+            experts.require(depth)
+            if crosses:
+                raise ValueError("experts: of layers that all modalities pass as they are; give latents: null")
+
+        def block(layer: int) -> Block:
+            if experts is None or not experts.at(layer):
+                return UniversalBlock(width, checked_heads(width, heads), mlp_ratio, dropout, crosses)
+            return ExpertBlock(width, heads, experts.build(width, int(width * mlp_ratio), "gelu"), dropout)
+
+        self.layers = nn.ModuleList(block(layer) for layer in range(depth))
         self.norm = nn.LayerNorm(width)
         self.latents_LD = None if latents is None else nn.Parameter(torch.randn(latents, width))
         self.norm_v = nn.LayerNorm(width) if crosses and output == "tokens" else None
@@ -167,16 +204,23 @@ class UniversalLayers(nn.Module):
         return self.latents_LD is not None and modality not in self.direct
 
     def forward(
-        self, tokens: Tokens, modality: str, draw_B: Tensor | None = None, present_B: Tensor | None = None
+        self,
+        tokens: Tokens,
+        modality: str,
+        draw_B: Tensor | None = None,
+        present_B: Tensor | None = None,
+        source_B: Tensor | None = None,
+        routings: list[list[Routing]] | None = None,
     ) -> Tokens:
         """Tokens of a modality behind the layers, or as they are where it passes none; absent samples have none.
 
-        ``draw_B``, ``present_B``: keys of the samples and which there are, for the sham.
+        ``draw_B``, ``present_B``: keys of the samples and which there are, for the sham. ``source_B``: their tasks, for
+        routers of experts, and ``routings``: a list that gets where the tokens of a call went, layer by layer.
         """
         if modality not in self.modalities:
             return tokens
         h_BTD, mask_BT = tokens
-        given = [cast(UniversalBlock, layer).given for layer in self.layers]
+        given = [layer.given for layer in self.layers if isinstance(layer, UniversalBlock)]
 
         def handed_on(q_BLD: Tensor) -> Tensor:
             return q_BLD if draw_B is None else self.sham(q_BLD, draw_B, present_B)
@@ -184,9 +228,7 @@ class UniversalLayers(nn.Module):
         if self.latents_LD is None or modality in self.direct:
             T = mask_BT.shape[1]
             longest = columns(mask_BT) if has_host_copy(mask_BT) else T  # what is padding of all texts is not computed
-            h_BTD = h_BTD[:, :longest]
-            for layer in self.layers:
-                h_BTD = layer(h_BTD, key_mask(mask_BT[:, :longest]))
+            h_BTD = self._passed(h_BTD[:, :longest], mask_BT[:, :longest], modality, source_B, routings)
             h_BTD = F.pad(self.norm(h_BTD), (0, 0, 0, T - longest))
         elif self.norm_v is not None:
             h_BTD = self.norm_v(h_BTD + self.norm(role_swap(tokens, self.latents_LD, given, handed_on)))
@@ -194,3 +236,35 @@ class UniversalLayers(nn.Module):
             q_BLD, real_BL = latent_queries(tokens, self.latents_LD, given)
             h_BTD, mask_BT = handed_on(self.norm(q_BLD)), real_BL & mask_BT.any(dim=1, keepdim=True)
         return Tokens(h_BTD.masked_fill(~mask_BT[..., None], 0.0), mask_BT)
+
+    def _passed(
+        self,
+        h_BTD: Tensor,
+        mask_BT: Tensor,
+        modality: str,
+        source_B: Tensor | None,
+        routings: list[list[Routing]] | None,
+    ) -> Tensor:
+        marks, routed = self._marks(mask_BT, modality, source_B), list[tuple[nn.Module, Routing]]()
+        for layer in self.layers:
+            if isinstance(layer, ExpertBlock):
+                h_BTD, routing = layer(h_BTD, key_mask(mask_BT), marks)
+                routed.append((layer.moe.router, routing))
+            else:
+                h_BTD = layer(h_BTD, key_mask(mask_BT))
+        if self.training and torch.is_grad_enabled():
+            observe(routed)
+        if routed and routings is not None:
+            routings.append([routing for _, routing in routed])
+        return h_BTD
+
+    def _marks(self, mask_BT: Tensor, modality: str, source_B: Tensor | None) -> Marks:
+        """Of each token; the tasks are those of the batch, whichever modality their samples have."""
+        if self.experts is None:
+            return Marks()
+        number = self.modalities.index(modality)
+        kind_BT = derived(lambda mask: torch.full(mask.shape, number, device=mask.device), mask_BT)
+        if source_B is None:
+            return Marks(kind_BT, None, mask_BT)
+        task_BT = derived(lambda source, mask: source[:, None].expand(mask.shape), source_B, mask_BT)
+        return Marks(kind_BT, task_BT, mask_BT, tuple(host_copy(source_B).unique().tolist()))

@@ -7,7 +7,7 @@ S shared experts, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -92,6 +92,22 @@ class Routing(NamedTuple):
         """Bool ``[N, K]``: slots that compute something, of this number of real experts."""
         runs_NK = derived(lambda expert, used: used & (expert < experts), self.expert, self.used)
         return runs_NK if self.dropped is None else runs_NK & ~self.dropped
+
+
+def joined(routings: Sequence[Routing]) -> Routing:
+    """One layer's routing of the tokens of several calls, such as of one a modality.
+
+    >>> one = Routing(torch.tensor([[0]]), torch.ones(1, 1), torch.ones(1, 1).bool(), Marks(task=torch.tensor([3])))
+    >>> joined([one, one]).expert.tolist(), joined([one, one]).marks.task
+    ([[0], [0]], tensor([3, 3]))
+    """
+
+    def cat(*parts: Tensor | None) -> Tensor | None:
+        return None if parts[0] is None else derived(lambda *x: torch.cat(x), *parts)
+
+    marks = Marks(*map(cat, *(routing.marks[:3] for routing in routings)), routings[0].marks.tasks)
+    fields = (routing._replace(marks=None) for routing in routings)
+    return Routing(*map(cat, *fields))._replace(marks=marks)
 
 
 def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from descant.modules.fusion.cross_encoder import Fused, FusionLayers
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.missing_modalities.imputation import Imputation
+from descant.modules.moe import Routing
 from descant.modules.towers.base import Tokens
 from descant.modules.training_setup.sync_batch_norm import unseen
 
@@ -76,6 +77,7 @@ class Streams:
         """``taught``: those of the recipe's own teacher, whose average of weights it is."""
         self.model, self.batch, self.made, self.taught = model, batch, dict[Hashable, Any](), taught
         self.universal = model.before_pools  # the layers that tokens have passed
+        self.routings = list[list[Routing]]()  # where their experts took the tokens, of each call and layer
 
     def of(self, name: Callable[[str], str], masks: Masks | None, universal: UniversalLayers | None = None) -> Streams:
         """The same streams for an objective: ``name(part)`` of its terms, the tokens that it hides, its layers."""
@@ -104,7 +106,8 @@ class Streams:
         if universal is None:
             return tower()
         keys = self.batch.rng_seed, self.batch.present[modality]
-        return self.once(("universal", *key), lambda: universal(tower(), modality, *keys))
+        more = self.batch.source, self.routings
+        return self.once(("universal", *key), lambda: universal(tower(), modality, *keys, *more))
 
     def features(self, modality: str, view: str = "") -> Tensor:
         """``h_BD``, the pooled tokens of a view; of absent rows anything finite."""

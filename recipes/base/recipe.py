@@ -32,6 +32,7 @@ from descant.modules.training_setup.optim import parameter_groups
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
 from descant.modules.training_setup.trainer import datamodule_of, log_interval, run_steps
+from descant.modules.training_setup.unused_parameters import find_unused
 
 
 class Recipe(L.LightningModule):
@@ -154,6 +155,7 @@ class Recipe(L.LightningModule):
         self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches
         if stage == "fit" and trainer.world_size > 1:
             synchronize(self)  # so that ranks change nothing that is learned
+            find_unused(self, trainer.strategy)
         if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "

@@ -18,6 +18,7 @@ from descant.modules.core.output import Decisions, Scorer
 from descant.modules.distill.distill import Distill
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
+from descant.modules.moe import expert_terms, joined
 from descant.modules.objectives.base import TaskObjective, named, naming
 from descant.modules.objectives.graph import Graph
 from descant.modules.objectives.streams import Streams, pooled
@@ -115,6 +116,12 @@ class StreamSpace(SharedSpace):
     def _logits(self, views: dict[str, Streams]) -> dict[str, Callable[[], Decisions]]:
         made = {name: task.decisions(views[name]) for name, task in self.tasks.items()}
         return {name: make for name, make in made.items() if make is not None}
+
+    def _expert_terms(self, streams: Streams) -> dict[str, Term]:
+        """Even use of the experts of universal layers, by the tokens of all modalities, in training."""
+        if not self.training or self.universal is None:
+            return {}
+        return expert_terms(self.universal.experts, [joined(calls) for calls in zip(*streams.routings, strict=True)])
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         views = self._views(Streams(cast(Any, self), batch))

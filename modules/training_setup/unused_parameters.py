@@ -1,0 +1,35 @@
+"""Parameters without a gradient in some steps, which DDP has to look for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from descant.modules.moe import MoELayer
+
+#: The argument of torch's DistributedDataParallel.
+_LOOKS = "find_unused_parameters"
+
+
+def find_unused(module: nn.Module, strategy: Any) -> bool:
+    """Make a DDP strategy look for parameters without a gradient where experts are parameters of their own.
+
+    What no task of a step declares (:class:`StaticSkill`) then has no gradient on any rank, rather than one of zeros
+    with which moments and weight decay move it. Returns whether DDP looks for them.
+
+    Raises:
+        ValueError: for a strategy that is told not to.
+
+    >>> from descant.modules.moe import StaticSkill
+    >>> skills = MoELayer(width=8, hidden=8, experts=2, router=StaticSkill([[0], [1]]))
+    >>> find_unused(skills, DDPStrategy()), find_unused(nn.Linear(2, 2), DDPStrategy())
+    (True, False)
+    """
+    separate = any(isinstance(part, MoELayer) and part.router.separate for part in module.modules())
+    if not separate or not isinstance(strategy, DDPStrategy):
+        return False
+    if not strategy._ddp_kwargs.setdefault(_LOOKS, True):
+        raise ValueError(f"trainer.strategy: {_LOOKS} false: skills that no task of a step declares have no gradient")
+    return True
