@@ -47,6 +47,7 @@ from descant.callbacks.evaluate.retrieval_pictures import RetrievalPictures as R
 from descant.callbacks.evaluate.steering import Steering as Steering
 from descant.callbacks.evaluate.subsets import ModalitySubsetEval as ModalitySubsetEval
 from descant.callbacks.evaluate.swap_accuracy import SwapAccuracy as SwapAccuracy
+from descant.callbacks.evaluate.without_experts import WithoutExperts as WithoutExperts
 from descant.callbacks.evaluate.worst_group import WorstGroup as WorstGroup
 from descant.callbacks.evaluate.worst_of import MeanOf as MeanOf
 from descant.callbacks.evaluate.worst_of import SpreadOf as SpreadOf

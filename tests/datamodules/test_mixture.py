@@ -605,3 +605,23 @@ HELD = {"a": 0.0, "b": 0.3}
 
 def small() -> Fields:
     return Fields(image=ImageField(size=8), text=TextField())
+
+
+def test_parts_have_some_modalities_in_training_and_evaluation() -> None:
+    data = two(only={"drawn": ["image"]})
+    for batch in batches(data):
+        drawn = batch.source == 0
+        assert batch.present["image"].any() and not batch.present["text"][drawn].any()
+        assert int(batch.count("text")) == int(batch.present["text"].sum())
+        assert batch.present["text"][~drawn].any() and batch.present["audio"][~drawn].any()
+    rows = data.evaluation_sets("validate")
+    for name, has in (("drawn", {"image"}), ("spoken", {"audio", "text"})):
+        (part,) = (x for key, x in rows.items() if key.startswith(name))
+        assert {m for m, mask_N in part.present(np.arange(len(part))).items() if mask_N.any()} == has
+    for wrong, line in (
+        ({"b": ["image"]}, "only: no part 'b'; the parts are drawn, spoken"),
+        ({"drawn": ["audio"]}, "only: drawn: no modality 'audio'; it has"),
+        ({"drawn": []}, "only: drawn: no modality 'none'; it has"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            two(only=wrong)

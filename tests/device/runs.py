@@ -69,6 +69,7 @@ from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
 from descant.modules.moe import VisualExperts
 from descant.modules.moe import Capacity, ExpertLayers, TopKRouter
+from descant.modules.moe import ExpertLayers, StaticSkill
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
@@ -350,6 +351,16 @@ def mplug2(before: Path) -> Run:
         c.SpreadOf(["accuracy_group", "i2t_r1"]),
     ]
     return Run(recipe, emoji(name_only=1.0), callbacks)
+
+
+@run
+def skills(before: Path) -> Run:
+    """Experts of the tokens of two modalities, of which each task declares some."""
+    objectives = {"name": Classify("group", 10, ["text"]), "group": Classify("group", 10, ["image"])}
+    towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
+    layers = UniversalLayers(8, 2, 2, latents=None, experts=ExpertLayers(3, StaticSkill([[0, 1]]), every=2))
+    recipe = MultiTask(towers, objectives, 8, universal=layers, optimizer=adamw)
+    return Run(recipe, emoji(name_only=1.0), [c.Accuracy(), c.WithoutExperts({"one": [1]})])
 
 
 @run

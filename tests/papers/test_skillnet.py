@@ -10,14 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.callbacks import MeanOf
 from descant.datamodules.mixture import Mixture
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.universal import ExpertBlock, UniversalLayers
@@ -201,31 +199,13 @@ def test_balance_is_of_the_tokens_of_all_modalities() -> None:
     assert not recipe.eval()(b).aux
 
 
-def test_parts_have_some_modalities_in_training_and_evaluation() -> None:
-    parts: dict[str, Any] = {"a": SampleData(), "b": SampleData()}
-    data = Mixture(parts, batch_size=12, only={"b": ["audio"]})
-    (batch, *_), rows = data.train_dataloader(), data.evaluation_sets("validate")["b-val"]
-    b_B = batch.source == 1
-    assert batch.present["audio"][b_B].any() and batch.present["image"][~b_B].any()
-    assert not batch.present["image"][b_B].any() and int(batch.count("image")) == int(batch.present["image"].sum())
-    assert not rows.present(np.arange(24))["text"].any() and rows.present(np.arange(24))["audio"].any()
-
-
 def test_refusals() -> None:
     experts = ExpertLayers(4, StaticSkill(TABLE), every=3)
     every: Any = [
         (lambda: UniversalLayers(8, 2, 2, experts=experts), "experts.every 3: none of 2 layers"),
         (lambda: UniversalLayers(8, 3, 2, experts=experts), "give latents: null"),
         (lambda: model().double()(batch(4)), "StaticSkill: a token of number 3; the rows are 0 to 2"),
-        (lambda: Mixture({"a": SampleData()}, only={"b": []}), "only: no part 'b'"),
-        (lambda: Mixture({"a": SampleData()}, only={"a": ["video"]}), "only: a: no modality 'video'"),
-        (lambda: Mixture({"a": SampleData()}, only={"a": []}), "only: a: no modality 'none'"),
-        (lambda: MeanOf(["a/b", "c"]), "all with their sets, or none"),
     ]
     for make, line in every:
         with pytest.raises(ValueError, match=line):
             make()
-    trainer: Any = L.Trainer(**QUIET)
-    trainer.callback_metrics.update({"a-x/one": torch.tensor(1.0), "b-y/two": torch.tensor(0.5)})
-    MeanOf(["a-x/one", "b-y/two"]).on_test_end(trainer, model())
-    assert float(trainer.callback_metrics["all/mean"]) == 0.75

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -43,3 +45,14 @@ def test_it_is_the_least_of_a_set_that_has_all(tmp_path: Path) -> None:
 def test_fewer_than_two_metrics_are_refused(metrics: list[str]) -> None:
     with pytest.raises(ValueError, match=r"^WorstOf: metrics .*: two or more, each once$"):
         WorstOf(metrics)
+
+
+def test_metrics_of_several_sets() -> None:
+    trainer: Any = SimpleNamespace(
+        callback_metrics={"a/one": torch.tensor(1.0), "b/two": torch.tensor(0.5)}, loggers=[]
+    )
+    for derived in (MeanOf(["a/one", "b/two"]), WorstOf(["a/one", "b/two"]), MeanOf(["a/one", "c/two"])):
+        derived.on_test_end(trainer, L.LightningModule())
+    assert float(trainer.callback_metrics["all/mean"]) == 0.75 and float(trainer.callback_metrics["all/worst"]) == 0.5
+    with pytest.raises(ValueError, match="all with their sets, or none"):
+        MeanOf(["a/one", "two"])
