@@ -5,13 +5,14 @@ Letters: N tokens, D width, E experts, K slots of a token, M kinds of tokens, T 
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, has_host_copy, host_copy
+from descant.modules.core.sham import Sham
 from descant.modules.moe.routing import Marks, Router, Routing, logits, of_valid, top_k
 
 
@@ -76,6 +77,7 @@ class ModalityTopK(Tables):
     Args:
         visible: a row of experts for each kind, in the order of the kinds' numbers.
         k: experts a token.
+        sham: ``permute``: each token has the kind of another one of the batch.
 
     Raises:
         ValueError: for a row without an expert, a k below 1 or above what a row has; when built, for an expert that
@@ -89,13 +91,13 @@ class ModalityTopK(Tables):
 
     sums_to_one = True
 
-    def __init__(self, visible: list[list[int]], k: int = 2) -> None:
+    def __init__(self, visible: list[list[int]], k: int = 2, sham: Literal["permute"] | None = None) -> None:
         super().__init__()
         require_rows("visible", visible, "a kind of token")
         for n, row in enumerate(visible):
             if not 1 <= k <= len(row):
                 raise ValueError(f"k {k}: row {n} of visible has {len(row)} experts; 1 to {len(row)}")
-        self.visible, self.k, self.kinds = visible, k, len(visible)
+        self.visible, self.k, self.kinds, self.sham = visible, k, len(visible), Sham(sham)
 
     @property
     def meets(self) -> int:
@@ -108,7 +110,8 @@ class ModalityTopK(Tables):
         return super().build(width, experts, shared)
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
-        kind_N = marks.need("kind", self)
+        kind_N = self.sham.everywhere(marks.need("kind", self), torch.arange(len(h_ND)))
+        marks = marks._replace(kind=kind_N)
         hidden_NE = self.rows("hidden_ME", kind_N)
         logit_NME = logits(h_ND, self.gate_MED.flatten(0, 1)).unflatten(1, (self.kinds, self.experts))
         logit_NE = logit_NME.gather(1, kind_N[:, None, None].expand(-1, 1, self.experts))[:, 0]

@@ -17,7 +17,7 @@ from descant.modules.adaptation.stage_changes import Boundary
 from descant.modules.adaptation.upcycle import Upcycle
 from descant.modules.core.batch import Batch
 from descant.modules.language import CausalLM
-from descant.modules.moe import ExpertLayers, ModalityTopK, Routing
+from descant.modules.moe import ExpertLayers, Marks, ModalityTopK, Routing
 from descant.modules.towers import Towers
 from descant.recipes import VisionLanguage
 from tests._suites import MissingModalities, Ranks
@@ -146,3 +146,14 @@ def test_experts_of_images_alone_reach_words_by_attention_only() -> None:
     for n in range(len(b)):
         sees_one = bool(((row.ids_BS[n] == 4) & row.real_BS[n]).any())
         assert torch.equal(h_BSW[n], silent_BSW[n]) != sees_one, n
+
+
+def test_the_placebo_has_as_many_tokens_of_each_kind() -> None:
+    router = ModalityTopK(ROWS[4], k=2, sham="permute").build(8, 4).double()
+    kind_N = (torch.arange(40) % 4 == 0).long()
+    routing = router(torch.randn(40, 8, dtype=F64), Marks(kind_N))
+    given_N = routing.marks.kind
+    assert given_N is not None and int(given_N.sum()) == 10 and int((given_N != kind_N).sum()) > 6
+    for kind, row in enumerate(ROWS[4]):
+        assert set(routing.expert[given_N == kind].flatten().tolist()) <= set(row)
+    assert router.sham.calls == 1
