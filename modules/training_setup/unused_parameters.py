@@ -20,7 +20,7 @@ def find_unused(module: nn.Module, strategy: Any) -> bool:
     with which moments and weight decay move it. Returns whether DDP looks for them.
 
     Raises:
-        ValueError: for a strategy that is told not to.
+        ValueError: for a strategy whose arguments forbid it.
 
     >>> from descant.modules.moe import StaticSkill
     >>> skills = MoELayer(width=8, hidden=8, experts=2, router=StaticSkill([[0], [1]]))

@@ -173,7 +173,7 @@ def test_two_ranks_find_unused_skills_and_agree_with_one(batches: Any) -> None:
             assert torch.equal(found[name], p) or not name.endswith(".3")
 
 
-def test_a_strategy_that_is_told_not_to_look() -> None:
+def test_a_strategy_whose_arguments_forbid_it() -> None:
     with pytest.raises(ValueError, match="find_unused_parameters false: skills that no task"):
         find_unused(model(), DDPStrategy(find_unused_parameters=False))
     assert not find_unused(model(TopKRouter()), DDPStrategy(find_unused_parameters=False))
