@@ -44,6 +44,8 @@ from descant.callbacks.evaluate.reconstruction import ReconstructionPictures as 
 from descant.callbacks.evaluate.retrieval import EmergentRetrieval as EmergentRetrieval
 from descant.callbacks.evaluate.retrieval import Retrieval as Retrieval
 from descant.callbacks.evaluate.retrieval_pictures import RetrievalPictures as RetrievalPictures
+from descant.callbacks.evaluate.routing import CausalGap as CausalGap
+from descant.callbacks.evaluate.routing import ExpertsByEntropy as ExpertsByEntropy
 from descant.callbacks.evaluate.steering import Steering as Steering
 from descant.callbacks.evaluate.subsets import ModalitySubsetEval as ModalitySubsetEval
 from descant.callbacks.evaluate.swap_accuracy import SwapAccuracy as SwapAccuracy

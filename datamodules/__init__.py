@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from descant.datamodules.tasks.rated_questions import RatedQuestions as RatedQuestions
     from descant.datamodules.tasks.rollout_buffer import PooledDialogues as PooledDialogues
     from descant.datamodules.tasks.rollout_buffer import RolledDialogues as RolledDialogues
+    from descant.datamodules.tasks.rollout_pairs import RolloutPairs as RolloutPairs
     from descant.datamodules.tasks.text_tasks import TaskRollouts as TaskRollouts
     from descant.datamodules.tasks.text_tasks import TextTasks as TextTasks
     from descant.datamodules.user_data import UserData as UserData

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
 from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
+from descant.datamodules.tasks.rollout_pairs import RolloutPairs
 from descant.modules.core.batch import Batch
 from descant.modules.core.budget import COUNTED, whole_steps
 from descant.modules.core.capabilities import has
@@ -146,8 +147,11 @@ class StagedData(CompositeDataModule):
             raise ValueError(f"evaluate: no stage {evaluate!r}; there is {', '.join(stages)}")
         self.stages = dict(stages)
         self.evaluated = self.stages[evaluate or list(stages)[-1]].data
+        for name, stage in self.stages.items():
+            if isinstance(stage.data, RolloutPairs):
+                stage.data.link(name, {other: one.data for other, one in self.stages.items()})
         if sham is not None:
-            if any(isinstance(stage.data, PooledDialogues) for stage in stages.values()):
+            if any(isinstance(stage.data, PooledDialogues | RolloutPairs) for stage in stages.values()):
                 raise ValueError("sham: rollouts and pools are of their stage, and cannot take the place of another")
             order = [stage.data for stage in reversed(self.stages.values())]
             self.stages = {name: copy(stage) for name, stage in self.stages.items()}
@@ -161,7 +165,7 @@ class StagedData(CompositeDataModule):
         self._counted: dict[str, int] = {}  # stage with a budget in FLOPs -> its optimizer steps
         for part in self.inner:
             part.tiny = part.tiny or tiny
-            if num_workers is not None and not isinstance(part, PooledDialogues):
+            if num_workers is not None and not isinstance(part, PooledDialogues | RolloutPairs):
                 part.num_workers = num_workers
 
     @property

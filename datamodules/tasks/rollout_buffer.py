@@ -5,7 +5,8 @@ Letters: N problems, M tokens of an answer, G answers to a question, R = N G, B 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -20,6 +21,10 @@ from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import PAD
+
+
+#: What is stored of the answers of earlier rollouts.
+KEPT = ("said", "length", "ended")
 
 
 class PooledDialogues(Dialogues):
@@ -93,6 +98,19 @@ class PooledDialogues(Dialogues):
         self._pool = problems.of({name: state_dict[name].numpy() for name in problems.arrays()})
 
 
+@dataclass
+class StoredRollouts:
+    """Questions of the latest rollouts, the last one behind, and all answers to each: ``said`` ``[R, M]``, ``length``
+    and ``ended`` ``[R]``."""
+
+    problems: Any
+    rolled: dict[str, np.ndarray]
+
+    def answers(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens ``[B, M]`` of some answers, how many each has, its end included, and whether it has one."""
+        return tuple(self.rolled[name][row_B] for name in KEPT)  # type: ignore[return-value]
+
+
 class RolloutSet(BatchDataset):
     """The model's own answers, G to each question, and their advantages.
 
@@ -125,11 +143,8 @@ class RolloutSet(BatchDataset):
             raise ValueError(f"{type(data).__name__}: no answers yet; the callback Rollouts samples them")
         rows = data.asked_set(data.pool).rows(index_B // data.group, draw_B)
         prompts = [ids[: ids.index(data.answer_token) + 1] for ids in rows.inputs["text"].tolist()]
-        lengths = data.length_R[index_B] - data.ended_R[index_B]
-        answers = [ids_M[:n].tolist() for ids_M, n in zip(data.answer_ids_RM[index_B], lengths, strict=True)]
-        text_BT, loss_mask_BT = data.dialogue_rows(prompts, answers)
-        for b in np.flatnonzero(~data.ended_R[index_B]):  # no loss on an end that was not sampled
-            loss_mask_BT[b, int(loss_mask_BT[b].nonzero().max())] = False
+        answers = data.answer_ids_RM[index_B], data.length_R[index_B], data.ended_R[index_B]
+        text_BT, loss_mask_BT = data.sampled_rows(prompts, *answers)
         rows.inputs |= {"text": text_BT, "loss_mask": loss_mask_BT}
         for name in ("advantage", "live", "old", "reference"):
             rows.targets[name] = torch.from_numpy(data.rolled[name][index_B])
@@ -146,14 +161,18 @@ class RolledDialogues(PooledDialogues):
     Args:
         items: N, questions of a rollout.
         group: G, answers to each.
+        keep: the latest rollouts that are stored, for RolloutPairs of a later stage; none where not given.
         kwargs: as of that class.
 
     Raises:
-        ValueError: what PooledDialogues raises; for ``drop``, fewer than two answers, or answers of no whole steps.
+        ValueError: what PooledDialogues raises; for ``drop``, a ``keep`` below 1, fewer than two answers, or answers of no whole steps.
     """
 
-    def __init__(self, items: int = 32, group: int = 8, **kwargs: Any) -> None:
+    def __init__(self, items: int = 32, group: int = 8, keep: int | None = None, **kwargs: Any) -> None:
         super().__init__(items, **kwargs)
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep {keep}: at least 1 rollout, or none")
+        self.keep, self.stored = keep, cast(StoredRollouts | None, None)
         if self.drop:
             raise ValueError(f"drop {self.drop}: rollouts have all modalities; leave it out")
         if group < 2:
@@ -191,6 +210,16 @@ class RolledDialogues(PooledDialogues):
     def training_set(self) -> Any:
         return RolloutSet(self)
 
+    def sampled_rows(
+        self, prompts: Sequence[Sequence[int]], ids_BM: np.ndarray, length_B: np.ndarray, ended_B: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """``text_BT`` and ``loss_mask_BT`` of sampled answers; an end that was not sampled is not learned."""
+        answers = [ids_M[:n].tolist() for ids_M, n in zip(ids_BM, length_B - ended_B, strict=True)]
+        text_BT, loss_mask_BT = self.dialogue_rows(prompts, answers)
+        for b in np.flatnonzero(~ended_B):
+            loss_mask_BT[b, int(loss_mask_BT[b].nonzero().max())] = False
+        return text_BT, loss_mask_BT
+
     def rows(self) -> Iterator[Batch]:
         """Batches of all answers, this rank's part; their ``index`` are numbers of answers."""
         with self.as_evaluated():
@@ -210,15 +239,37 @@ class RolledDialogues(PooledDialogues):
             raise ValueError(f"{name}: {len(problems)} problems; it has {self.items}")
         self._pool, self.version = problems, version
         self.rolled |= {what: x.numpy().astype(self.rolled[what].dtype) for what, x in rolled.items()}
+        if self.keep is not None and "said" in rolled:
+            self._store(problems, {name: self.rolled[name] for name in KEPT})
+
+    def _store(self, problems: Any, rolled: dict[str, np.ndarray]) -> None:
+        assert self.keep is not None
+        N, old = self.keep * self.items, self.stored
+        if old is not None:
+            problems = old.problems.and_then(problems)
+            rolled = {name: np.concatenate([old.rolled[name], x]) for name, x in rolled.items()}
+        first = max(len(problems) - N, 0)
+        rolled = {name: x[first * self.group :] for name, x in rolled.items()}
+        self.stored = StoredRollouts(problems.where(slice(first, None)), rolled)
 
     def arrays(self) -> dict[str, Any]:
         return {**super().arrays(), **self.rolled}
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.stored is None:
+            return super().state_dict()
+        arrays = {**self.stored.problems.arrays(), **self.stored.rolled}
+        return {**super().state_dict(), "stored": {name: torch.from_numpy(x.copy()) for name, x in arrays.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if state_dict["said"].shape != self.answer_ids_RM.shape:
             raise ValueError(f"group {self.group}: the checkpoint's has {len(state_dict['said']) // self.items}")
         self.rolled = {name: state_dict[name].numpy() for name in self.rolled}
+        if "stored" in state_dict:
+            arrays = {name: x.numpy() for name, x in state_dict["stored"].items()}
+            rolled = {name: arrays.pop(name) for name in KEPT}
+            self.stored = StoredRollouts(self.training_problems.problems.of(arrays), rolled)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         with self.as_evaluated():  # the inputs of the rollout

@@ -25,6 +25,7 @@ HAD_BY = {
     "Predicts": "Masked",
     "Reconstructs": "Masked and MultiTask",
     "RolloutPolicy": "VisionLanguage",
+    "RoutesTokens": "VisionLanguage",
     "Scores": "Fusion and Masked",
     "StagedRecipe": "Staged",
     "Unimodal": "Fusion",

@@ -249,6 +249,14 @@ class PacksDocuments(Protocol):
 
 
 @runtime_checkable
+class RoutesTokens(Protocol):
+    """Has sparse experts: ``token_experts(batch)``, of the tokens before those that are scored, the entropy of the
+    prediction in nats, the real experts, mean over layers, and the sample: ``[N]`` each."""
+
+    def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@runtime_checkable
 class RolloutPolicy(Protocol):
     """Samples answers to train on: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most ``new``
     tokens.

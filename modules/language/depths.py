@@ -138,17 +138,18 @@ class DepthLayer(nn.Module):
         self.layer, self.capacity, self.linear = layer, depths.capacity, depths.linear
         self.gate_1D = nn.Parameter(torch.randn(1, width) * 0.02)
         self.auxiliary = None if depths.auxiliary is None else deepcopy(depths.auxiliary).build(width, 1)
+        self.by_choice = False  # whether evaluation takes tokens as training does
 
     @property
     def causal(self) -> bool:
-        return self.auxiliary is not None and not self.training
+        return self.auxiliary is not None and not self.training and not self.by_choice
 
     def choose(self, h_BTD: Tensor, document_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights ``[B, T]``, bool, which tokens are taken, and in training the auxiliary router's loss of each."""
         score_BT = logits(h_BTD, self.gate_1D)[..., 0]
         weight_BT = score_BT if self.linear else score_BT.sigmoid()
         guess_BT = None if self.auxiliary is None else self.auxiliary(h_BTD)[..., 0]
-        if guess_BT is not None and not self.training:
+        if guess_BT is not None and self.causal:
             return weight_BT, (document_BT > 0) & (guess_BT > 0), None
         chosen_BT = best_of_documents(score_BT.detach(), document_BT, self.capacity)
         if guess_BT is None:

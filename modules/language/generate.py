@@ -141,7 +141,8 @@ def generate(
         position_PT: of the tokens and of the first new one, ``[P, T + 1]``; or ``[P, T + 1, 3]`` of three axes, where
             new tokens count on from the greatest; counted by default.
         prefix: tokens of a prompt see one another in both directions.
-        marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each.
+        marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each; where
+            the model has kinds by id, new tokens are of the kind of their ids.
 
     Raises:
         ValueError: for a prompt that is empty or not left-aligned, or that does not fit into the model's length
@@ -197,6 +198,8 @@ def generate(
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
             marks_S = of_new if lm.experts is None and lm.visual is None else of_new.map(partial(_rows, row_S))
+            if lm.kinds is not None:
+                marks_S = marks_S._replace(kind=lm.kind_of(token_S))
             logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None], marks_S))
     return Generated(token_RN, log_RN, length_R, ended_R)
 

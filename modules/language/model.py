@@ -108,10 +108,12 @@ class CausalLM(nn.Module):
         positions: of three axes (M-RoPE); of one by default.
         depths: layers that take only a part of the tokens; none where not given.
         visual: weights of their own for the tokens of images; none where not given.
+        kinds: the first ids of kinds 1, 2, ... of tokens, for routers of experts, where images are ids of the
+            vocabulary, such as of codes; by default image tokens are of kind 1 and all others of kind 0.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
-            frequencies than axes; for experts that do not fit; in forward, for a document longer than ``length``, and
+            frequencies than axes; for experts that do not fit, or kinds out of order; in forward, for a document longer than ``length``, and
             for positions of three axes where the model has one.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
@@ -139,6 +141,7 @@ class CausalLM(nn.Module):
         positions: AxisRoPE | None = None,
         depths: MixtureOfDepths | None = None,
         visual: VisualExperts | None = None,
+        kinds: list[int] | None = None,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
@@ -147,6 +150,10 @@ class CausalLM(nn.Module):
             raise ValueError(f"heads {heads}: width {width} over heads must be an even number")
         if heads % key_heads:
             raise ValueError(f"key_heads {key_heads} does not divide heads {heads}")
+        bounds = [0, *(kinds or []), vocab]
+        if any(first >= second for first, second in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"kinds {kinds}: rising ids from 1 to {vocab - 1}, the first of each kind but that of 0")
+        self.kinds = kinds
         self.width, self.length, self.vocabulary, self.head_width = width, length, vocab, width // heads
         hidden = -(-8 * width // 3 // 8) * 8 if hidden is None else hidden
         self.embedding = nn.Embedding(vocab, width)
@@ -180,7 +187,7 @@ class CausalLM(nn.Module):
     def _moe(self, layer: int, hidden: int) -> MoELayer | None:
         if self.experts is None or not self.experts.at(layer):
             return None
-        return self.experts.build(self.width, hidden, "swiglu")
+        return self.experts.build(self.width, hidden, "swiglu", layer)
 
     def blocks(self) -> list[Layer]:
         """The layers, without the routers of those that take a part of the tokens."""
@@ -195,6 +202,14 @@ class CausalLM(nn.Module):
     def ordered(self, marks: Marks) -> Marks:
         """Marks with the tokens' order by kind, where layers need it."""
         return marks if self.visual is None else marks._replace(order=kind_order(marks, kinds=2))
+
+    def kind_of(self, ids: Tensor) -> Tensor:
+        """Kinds of tokens, int64, by their ids.
+
+        >>> CausalLM(vocab=11, width=8, depth=1, heads=2, kinds=[5, 8]).kind_of(torch.tensor([4, 5, 10])).tolist()
+        [0, 1, 2]
+        """
+        return derived(lambda x: sum((x >= first).long() for first in self.kinds or ()) + torch.zeros_like(x), ids)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         return self.embedding(ids_BT)

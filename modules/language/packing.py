@@ -211,8 +211,9 @@ def through(
     prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
     if lm.routes:
         marks = marks._replace(valid=to_device(real_BS, device))
-        kind, task, valid = (None if x is None else derived(partial(_put, shape), *to, *of, x) for x in marks[:3])
-        marks = Marks(kind, task, valid, marks.tasks)
+        given = (*marks[:3], marks.key)
+        kind, task, valid, key = (None if x is None else derived(partial(_put, shape), *to, *of, x) for x in given)
+        marks = Marks(kind, task, valid, marks.tasks, key)
     h_RTW = lm(packed, segment, position, prefix, marks, routings)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 

@@ -5,16 +5,18 @@ Letters: N tokens, D width, E experts, K slots of a token, M kinds of tokens, F 
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
+from descant.modules.core.host import to_device
+from descant.modules.core.rng import uniform_NK
 from descant.modules.moe.capacity import share_of
 from descant.modules.moe.modality_routing import Tables, padded, require_experts, require_rows
-from descant.modules.moe.routing import Marks, Routing, logits
+from descant.modules.moe.routing import Marks, Routing, TokenSham, logits
 
 #: Shares are kept as whole numbers of billionths, which no change of precision touches.
 BILLION = 10**9
@@ -36,6 +38,20 @@ def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tenso
     rank_NE = torch.empty_like(order_NE).scatter_(0, order_NE, rank_N1.expand(order_NE.shape))
     take_E = share_of(member_NE.sum(dim=0), share_E.double())
     return member_NE & (rank_NE < take_E)
+
+
+def gumbel_sigmoid(logit_NE: Tensor, u_NE: Tensor) -> Tensor:
+    """Scores with noise, ``sigmoid(s + G' - G'')`` of two Gumbel draws, whose difference is logistic:
+
+        G' - G'' = log u - log(1 - u),   u uniform in (0, 1)
+
+    Source: MoMa (Lin 2024, arXiv 2407.21770). That the choice and the weights read the same noise is our reading, no
+    code was released.
+
+    >>> gumbel_sigmoid(torch.zeros(1, 3), torch.tensor([[0.25, 0.5, 0.75]])).numpy().round(6).tolist()
+    [[0.25, 0.5, 0.75]]
+    """
+    return (logit_NE + (u_NE.log() - (-u_NE).log1p())).sigmoid()
 
 
 class CausalAux(nn.Module):
@@ -78,32 +94,40 @@ class ExpertChoice(Tables):
         groups: a row of experts for each kind of token; one of all experts where not given.
         capacity: c; 1 over the experts of a kind where not given, so that a token meets one on average.
         auxiliary: the causal router, trained by its own term.
+        gumbel: noise of the scores in training (:func:`gumbel_sigmoid`), where the gate is trained.
+        sham: ``permute`` for the control: each token has the kind of another one of its batch.
 
     Raises:
         ValueError: for a row without an expert, a capacity of no token or beyond all; when built, for an expert that
-            there is not; in forward, without marks of kinds where there are groups.
+            there is not; in forward, without marks of kinds where there are groups, or keys where something is drawn.
 
     >>> router = ExpertChoice().build(width=8, experts=4)
     >>> router(torch.randn(12, 8)).used.sum(dim=0).tolist()
     [3, 3, 3, 3]
     """
 
+    #: Whether evaluation decides as training does, by later tokens too, whatever causal routers say.
+    by_choice = False
+
     def __init__(
         self,
         groups: list[list[int]] | None = None,
         capacity: float | None = None,
         auxiliary: CausalAux | None = None,
+        gumbel: bool = False,
+        sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
         if groups is not None:
             require_rows("groups", groups, "a kind of token")
         if capacity is not None and not 0 < capacity <= 1:
             raise ValueError(f"capacity {capacity:g}: a share of the tokens, above 0 and at most 1")
-        self.groups, self.capacity, self.auxiliary = groups, capacity, auxiliary
+        self.groups, self.capacity, self.auxiliary, self.gumbel = groups, capacity, auxiliary, gumbel
+        self.sham, self.permuted = sham, TokenSham(sham)
 
     @property
     def causal(self) -> bool:
-        return self.auxiliary is not None and not self.training
+        return self.auxiliary is not None and not self.training and not self.by_choice
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         groups = [list(range(experts))] if self.groups is None else self.groups
@@ -120,14 +144,14 @@ class ExpertChoice(Tables):
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
         first_N = torch.zeros(len(h_ND), dtype=torch.long, device=h_ND.device)
-        kind_N = first_N if self.groups is None else marks.need("kind", self)
+        kind_N = first_N if self.groups is None else self.permuted(marks.need("kind", self), marks, self)
         index_NK, real_NK, member_NE = (self.rows(name, kind_N) for name in ("index_MK", "real_MK", "member_ME"))
         if marks.valid is not None:
             member_NE = member_NE & marks.valid[:, None]
-        score_NE, guess_NE, loss_N = logits(h_ND, self.gate_ED).sigmoid(), None, None
+        score_NE, guess_NE, loss_N = self.scores(h_ND, marks), None, None
         if self.auxiliary is not None:
             guess_NE = self.auxiliary(h_ND)
-        if guess_NE is not None and not self.training:
+        if guess_NE is not None and self.causal:
             chosen_NE = member_NE & (guess_NE > 0)
         else:
             chosen_NE = expert_choice(score_NE.detach(), member_NE, self.get_buffer("share_1E")[0].double() / BILLION)
@@ -136,3 +160,12 @@ class ExpertChoice(Tables):
             loss_N = (loss_NE * member_NE).sum(dim=1) / member_NE.sum(dim=1).clamp(min=1)
         used_NK = chosen_NE.gather(1, index_NK) & real_NK
         return Routing(index_NK, promote(score_NE).gather(1, index_NK), used_NK, marks, causal=loss_N)
+
+    def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
+        """``a``: ``[N, E]``, with noise in training where there is some."""
+        logit_NE = logits(h_ND, self.gate_ED)
+        if not (self.gumbel and self.training and self.gate_ED.requires_grad):
+            return logit_NE.sigmoid()
+        names = [f"gumbel/{self.layer}/{e}" for e in range(self.experts)]
+        u_NE = uniform_NK(marks.need("key", self), names).double() + 2.0**-25  # of 24 bits: never 0 or 1
+        return gumbel_sigmoid(logit_NE, to_device(u_NE, h_ND.device)).to(logit_NE.dtype)

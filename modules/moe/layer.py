@@ -265,8 +265,10 @@ class ExpertLayers:
         if self.every > depth:
             raise ValueError(f"experts.every {self.every}: none of {depth} layers has experts; {depth} is the most")
 
-    def build(self, width: int, hidden: int, form: Literal["swiglu", "gelu"]) -> MoELayer:
-        """A layer of experts in place of a feed-forward layer of this hidden width."""
+    def build(self, width: int, hidden: int, form: Literal["swiglu", "gelu"], number: int = 0) -> MoELayer:
+        """Layer ``number``, of experts in place of a feed-forward layer of this hidden width."""
         own = hidden if self.hidden is None else self.hidden
         sizes = (self.experts, self.router, self.shared, self.shared_hidden, self.capacity)
-        return MoELayer(width, own, *sizes, form)
+        layer = MoELayer(width, own, *sizes, form)
+        layer.router.layer = number
+        return layer

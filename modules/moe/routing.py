@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived
+from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.sham import Sham, partners
 
 
 class KindOrder(NamedTuple):
@@ -39,6 +40,7 @@ class Marks(NamedTuple):
         valid: bool ``[N]``, tokens that are no padding; None: all.
         tasks: those of the whole optimizer step (all ranks and micro-batches), on the host; those of ``task`` if None.
         order: the tokens by kind, for all layers that need it; made where it is needed if None.
+        key: int64 ``[N]``, a random number of each token, of which its draws are made.
     """
 
     kind: Tensor | None = None
@@ -46,15 +48,16 @@ class Marks(NamedTuple):
     valid: Tensor | None = None
     tasks: tuple[int, ...] | None = None
     order: KindOrder | None = None
+    key: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
         """The same of other tokens: ``function`` of each tensor and of its host copy."""
-        kind, task, valid = (None if x is None else derived(function, x) for x in self[:3])
-        return Marks(kind, task, valid, self.tasks)
+        kind, task, valid, key = (None if x is None else derived(function, x) for x in (*self[:3], self.key))
+        return Marks(kind, task, valid, self.tasks, key)
 
-    def need(self, name: Literal["kind", "task"], router: object) -> Tensor:
+    def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:
         """Raises ValueError naming the router where the caller did not give this mark."""
-        mark = self.kind if name == "kind" else self.task
+        mark = {"kind": self.kind, "task": self.task, "key": self.key}[name]
         if mark is None:
             raise ValueError(f"{type(router).__name__} routes by {name}: give the {name} of each token in marks")
         return mark
@@ -151,6 +154,25 @@ def of_valid(index_NK: Tensor, marks: Marks) -> Tensor:
     return derived(lambda index, valid: valid[:, None].expand(index.shape), index_NK, marks.valid)
 
 
+class TokenSham(Sham):
+    """:class:`Sham` of tokens: in the mode ``permute`` each valid token has the signal of another one of its batch.
+
+    By the keys of the tokens, in training and evaluation; an only token keeps its own.
+
+    >>> marks = Marks(key=torch.arange(3), valid=torch.tensor([True, True, False]))
+    >>> TokenSham("permute")(torch.tensor([5, 6, 7]), marks, "a router").tolist()
+    [6, 5, 7]
+    """
+
+    def forward(self, x_N: Tensor, marks: Marks, router: object) -> Tensor:  # type: ignore[override]
+        self.calls += 1
+        if self.mode is None:
+            return x_N
+        valid_N = everyone(len(x_N), x_N.device) if marks.valid is None else marks.valid
+        source_N = partners(marks.need("key", router), valid_N, "sham")
+        return derived(lambda x: x[source_N if x.device == source_N.device else host_copy(source_N)], x_N)
+
+
 class Router(nn.Module):
     """``router(h_ND, marks) -> Routing``; base of routers.
 
@@ -165,6 +187,8 @@ class Router(nn.Module):
     separate = False
     #: Choices beyond capacity and all real ones, ``[2]`` on the device, in training since what watches has read them.
     dropped: Tensor | None = None
+    #: The layer that it is of, for draws.
+    layer = 0
     experts: int
 
     @property

@@ -10,7 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from descant.modules.moe.routing import Marks, Router, Routing, logits, of_valid
+from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logits, of_valid
 
 
 def top_p(logit_NE: Tensor, p: float, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +78,7 @@ class TopPRouter(Router):
         most: experts a token, at most; all where not given.
         weigh: of the chosen: their softmax (the paper), or by the band of the release.
         jitter: width of that band.
+        sham: ``permute`` for the control: each token is routed as another one of its batch.
 
     Raises:
         ValueError: for p outside (0, 1], counts below 1; when built, for more at most than experts.
@@ -95,6 +96,7 @@ class TopPRouter(Router):
         most: int | None = None,
         weigh: Literal["softmax", "band"] = "softmax",
         jitter: float = 0.01,
+        sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < p <= 1:
@@ -105,6 +107,7 @@ class TopPRouter(Router):
         if not jitter >= 0:
             raise ValueError(f"jitter {jitter:g}: 0 or more")
         self.p, self.null, self.most, self.weigh, self.jitter = p, null or 0, most, weigh, jitter
+        self.sham, self.permuted = sham, TokenSham(sham)
 
     @property
     def sums_to_one(self) -> bool:
@@ -118,6 +121,7 @@ class TopPRouter(Router):
         return super().build(width, experts, shared)
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
+        h_ND = self.permuted(h_ND, marks, self)
         logit_NE, shared_NS = logits(h_ND, self.gate_ED).split([self.experts + self.null, self.shared], dim=1)
         index_NK, used_NK, probability_NE = top_p(logit_NE, self.p, self.most)
         chosen_NK, rest_NE = logit_NE.gather(1, index_NK), logit_NE.sort(dim=1, descending=True, stable=True).values

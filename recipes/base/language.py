@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term, counted, means
 from descant.modules.core.output import Decisions
+from descant.modules.core.rng import mix_N
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.answer_scores import answered_with
 from descant.modules.language.depths import DepthRouting, depth_terms
@@ -93,7 +95,8 @@ class LanguageRecipe(Recipe):
         return embedded_BSW, through(*rows), row
 
     def marks_of(self, batch: Batch, ids_BS: Tensor) -> Marks:
-        """What routers of experts may know: kind 1 of the tokens of images, 0 of others; task, the sample's source."""
+        """What routers of experts may know: kind 1 of the tokens of images, 0 of others, or kinds by id; task, the
+        sample's source; and a key for draws, of the sample's visit and the place."""
         if self.lm.experts is None and self.lm.visual is None:
             return UNMARKED
         image = self.image_token
@@ -101,7 +104,13 @@ class LanguageRecipe(Recipe):
         if self.lm.visual is not None:
             kind_BS = self.lm.visual(kind_BS, derived(lambda ids: ids != PAD, ids_BS), batch.rng_seed)
         task_BS = derived(lambda source_B, ids: source_B[:, None].expand(ids.shape), batch.source, ids_BS)
-        return Marks(kind_BS, task_BS)
+        place_S = np.arange(ids_BS.shape[1], dtype=np.uint64)
+        key_BS = torch.from_numpy(mix_N(host_copy(batch.rng_seed)[:, None], "token", place_S))
+        return Marks(
+            kind_BS if self.lm.kinds is None else self.lm.kind_of(ids_BS),
+            task_BS,
+            key=to_device(key_BS, ids_BS.device),
+        )
 
     def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
         """Balance of the use of experts, and losses of causal routers, in training."""
@@ -157,6 +166,28 @@ class LanguageRecipe(Recipe):
         share_B, _ = means(right_N.to(log_N), sample_N, len(batch))
         exact_B = (share_B > 1 - 1e-6).to(log_N)
         return {"accuracy": Term(exact_B, valid=valid_B), "loss": Term(loss_B, valid=valid_B)}
+
+    @torch.no_grad()
+    def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Before each scored token: the prediction's entropy, the real experts, mean over layers, and the sample.
+
+        Raises:
+            ValueError: for a language model without experts.
+        """
+        if self.lm.experts is None:
+            raise ValueError("the language model has no experts; give it some: lm.experts")
+        routings: list[Routing] = []
+        _, h_BSW, row = self.read(batch, routings)
+        before_NW, _, sample_N = self._before(h_BSW, row)
+        sample_at, at = host_copy(row.loss_mask_BS).nonzero(as_tuple=True)
+        key_BS = self.marks_of(batch, row.ids_BS).key
+        assert key_BS is not None
+        key_N = host_copy(key_BS)[sample_at, at - 1]
+        layers = [routing for routing in routings if not isinstance(routing, DepthRouting)]
+        experts_LN = torch.stack([found(routing, self.lm.experts.experts, key_N) for routing in layers])
+        log_p = (self.lm.logits(h_MW).log_softmax(dim=1) for h_MW in before_NW.split(1024))
+        entropy_N = torch.cat([-(x_MV.exp() * x_MV).sum(dim=1) for x_MV in log_p])
+        return entropy_N, experts_LN.mean(dim=0).to(entropy_N.device), sample_N
 
     def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
         """Int64 ``[B, M]``: answers, to their end; greedy by default."""
@@ -239,3 +270,12 @@ def _mean(h_BSW: Tensor, keep_BS: Tensor) -> Tensor:
     """Means over some tokens of each sample, zero where it has none: ``[B, W]``."""
     keep_BS1 = keep_BS[:, :, None].to(h_BSW)
     return (h_BSW * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp_min(1)
+
+
+def found(routing: Routing, experts: int, key_N: Tensor) -> Tensor:
+    """``[N]``, on the CPU: real experts that compute the tokens of these keys; 0 where a layer has not seen one."""
+    assert routing.marks.key is not None
+    count_M, key_M = routing.runs(experts).sum(dim=1).cpu(), routing.marks.key.cpu()
+    order_M = key_M.argsort()
+    at_N = order_M[torch.searchsorted(key_M[order_M], key_N).clamp(max=len(key_M) - 1)]
+    return torch.where(key_M[at_N] == key_N, count_M[at_N], 0).double()

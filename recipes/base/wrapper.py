@@ -97,6 +97,10 @@ class Wrapper(Recipe):
         hidden: tuple[Tensor, Tensor, Tensor] = self.of_batch("answered", batch)
         return hidden
 
+    def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        experts: tuple[Tensor, Tensor, Tensor] = self.of_batch("token_experts", batch)
+        return experts
+
     def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Any:
         return self.of_batch("roll_out", batch, group, seed_R)
 

@@ -1,0 +1,143 @@
+"""What routers of experts do when they are evaluated: choices by later tokens, and experts by how certain a token is.
+
+Letters: B rows of a batch, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from descant.callbacks.evaluate.accuracy import Means
+from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
+from descant.modules.core.protocols import RoutesTokens, Scores
+from descant.modules.core.ranks import gather_objects
+from descant.modules.language.depths import DepthLayer
+from descant.modules.moe import ExpertChoice
+
+
+@contextmanager
+def by_choice(network: nn.Module) -> Iterator[list[nn.Module]]:
+    """Routers that have a causal one, which decide as in training as long as this lasts: by later tokens too."""
+    routers = [part for part in network.modules() if isinstance(part, ExpertChoice | DepthLayer) and part.auxiliary]
+    for router in routers:
+        router.by_choice = True
+    try:
+        yield list[nn.Module](routers)
+    finally:
+        for router in routers:
+            router.by_choice = False
+
+
+class CausalGap(ForwardEvaluator):
+    """What causal routers lose: every score once more, with experts that choose their tokens as in training (MoMa).
+
+    ``{set}/{score}_by_choice`` is the mean over the set, beside the ``{set}/{score}`` of :class:`Accuracy`. It reads
+    later tokens, so it is no likelihood, and no model can generate by it.
+
+    Args:
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
+
+    Raises:
+        ValueError: at setup, for a recipe without the protocol Scores, or a model without causal routers.
+    """
+
+    once = True
+    needs = (Scores,)
+
+    def __init__(
+        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
+    ) -> None:
+        super().__init__(sets, limit, every, validate)
+        self._means = Means()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        with by_choice(pl_module) as routers:
+            if not routers:
+                name = type(pl_module).__name__
+                raise ValueError(f"CausalGap: {name} has no causal routers; ExpertChoice has, with auxiliary: CausalAux")
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._means = Means()
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        assert has(pl_module, Scores)
+        with by_choice(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            scores = pl_module.scores(batch)
+        for score, term in scores.items():
+            self._means.add(f"{name}/{score}_by_choice", replace(term, valid=_kept(term.valid, keep_B)))
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        return self._means.compute()
+
+
+def _kept(valid_B: Tensor | None, keep_B: Tensor) -> Tensor:
+    return keep_B if valid_B is None else valid_B & keep_B
+
+
+def by_entropy(entropy_N: Tensor, experts_N: Tensor, share: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Mean experts of the ``ceil(share N)`` tokens of the least entropy, and of as many of the greatest.
+
+    >>> least, most = by_entropy(torch.tensor([0.1, 2.0, 0.5, 3.0]), torch.tensor([1.0, 2.0, 1.0, 3.0]))
+    >>> least.item(), most.item()
+    (1.0, 3.0)
+    """
+    number = max(-int(-share * len(entropy_N) // 1), 1)
+    experts_N = experts_N[entropy_N.argsort(stable=True)].double()
+    return experts_N[:number].mean(), experts_N[-number:].mean()
+
+
+class ExpertsByEntropy(ForwardEvaluator):
+    """Whether a router gives more experts to tokens that are harder to go on from: dynamic capacity (Uni-MoE-2.0-Omni).
+
+    ``{set}/experts``: real experts a token, mean over layers; ``{set}/experts_certain`` and ``{set}/experts_uncertain``:
+    of the quarter of tokens behind which the model's prediction has the least entropy, and the most. Of tokens before
+    those that are scored, on all ranks. Null and shared experts do not count.
+
+    Args:
+        sets, limit, every, validate: see :class:`ForwardEvaluator`.
+
+    Raises:
+        ValueError: at setup, for a recipe without the protocol RoutesTokens.
+    """
+
+    once = True
+    needs = (RoutesTokens,)
+
+    def __init__(
+        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
+    ) -> None:
+        super().__init__(sets, limit, every, validate)
+        self._tokens: dict[str, list[Tensor]] = {}
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._tokens = {}
+
+    def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
+        assert has(pl_module, RoutesTokens)
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
+            entropy_N, experts_N, sample_N = pl_module.token_experts(batch)
+        tokens_N2 = torch.stack([entropy_N.float(), experts_N.float()], dim=1)
+        self._tokens.setdefault(name, []).append(tokens_N2[keep_B[sample_N]].cpu())
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        values = dict[str, Tensor]()
+        for name, parts in self._tokens.items():
+            of_ranks: list[Any] = gather_objects(torch.cat(parts))
+            entropy_N, experts_N = torch.cat(of_ranks).unbind(dim=1)
+            if len(entropy_N):
+                least, most = by_entropy(entropy_N, experts_N)
+                values[f"{name}/experts"] = experts_N.double().mean()
+                values |= {f"{name}/experts_certain": least, f"{name}/experts_uncertain": most}
+        return values
