@@ -108,6 +108,7 @@ class ExpertChoice(Tables):
 
     #: Whether evaluation decides as training does, by later tokens too, whatever causal routers say.
     by_choice = False
+    by_rank = "experts choose among the tokens of a rank's micro-batch"
 
     def __init__(
         self,

@@ -164,6 +164,10 @@ class TokenSham(Sham):
     [6, 5, 7]
     """
 
+    @property
+    def by_rank(self) -> str | None:
+        return None if self.mode is None else "permutes the tokens of a rank's micro-batch"
+
     def forward(self, x_N: Tensor, marks: Marks, router: object) -> Tensor:  # type: ignore[override]
         self.calls += 1
         if self.mode is None:
