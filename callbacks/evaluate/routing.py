@@ -64,7 +64,9 @@ class CausalGap(ForwardEvaluator):
         with by_choice(pl_module) as routers:
             if not routers:
                 name = type(pl_module).__name__
-                raise ValueError(f"CausalGap: {name} has no causal routers; ExpertChoice has, with auxiliary: CausalAux")
+                raise ValueError(
+                    f"CausalGap: {name} has no causal routers; ExpertChoice has, with auxiliary: CausalAux"
+                )
 
     def _forget(self) -> None:
         super()._forget()
@@ -100,9 +102,9 @@ def by_entropy(entropy_N: Tensor, experts_N: Tensor, share: float = 0.25) -> tup
 class ExpertsByEntropy(ForwardEvaluator):
     """Whether a router gives more experts to tokens that are harder to go on from: dynamic capacity (Uni-MoE-2.0-Omni).
 
-    ``{set}/experts``: real experts a token, mean over layers; ``{set}/experts_certain`` and ``{set}/experts_uncertain``:
-    of the quarter of tokens behind which the model's prediction has the least entropy, and the most. Of tokens before
-    those that are scored, on all ranks. Null and shared experts do not count.
+    ``{set}/experts``: real experts a token, mean over layers, without null and shared ones, of the tokens before those
+    that are scored, on all ranks; ``{set}/experts_certain``, ``{set}/experts_uncertain``: of the quarter of these
+    tokens behind which the model's prediction has the least entropy, and the most.
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.

@@ -22,7 +22,6 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import PAD
 
-
 #: What is stored of the answers of earlier rollouts.
 KEPT = ("said", "length", "ended")
 
@@ -165,7 +164,8 @@ class RolledDialogues(PooledDialogues):
         kwargs: as of that class.
 
     Raises:
-        ValueError: what PooledDialogues raises; for ``drop``, a ``keep`` below 1, fewer than two answers, or answers of no whole steps.
+        ValueError: what PooledDialogues raises; for ``drop``, a ``keep`` below 1, fewer than two answers, or answers of
+            no whole steps.
     """
 
     def __init__(self, items: int = 32, group: int = 8, keep: int | None = None, **kwargs: Any) -> None:

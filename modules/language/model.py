@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from typing import cast
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,8 @@ class CausalLM(nn.Module):
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
-            frequencies than axes; for experts that do not fit, or kinds out of order; in forward, for a document longer than ``length``, and
-            for positions of three axes where the model has one.
+            frequencies than axes; for experts that do not fit, or kinds out of order; in forward, for a document
+            longer than ``length``, and for positions of three axes where the model has one.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
     >>> h_BTD = lm(lm.embed(torch.tensor([[3, 4, 5]])))
@@ -151,7 +152,7 @@ class CausalLM(nn.Module):
         if heads % key_heads:
             raise ValueError(f"key_heads {key_heads} does not divide heads {heads}")
         bounds = [0, *(kinds or []), vocab]
-        if any(first >= second for first, second in zip(bounds, bounds[1:], strict=False)):
+        if any(first >= second for first, second in pairwise(bounds)):
             raise ValueError(f"kinds {kinds}: rising ids from 1 to {vocab - 1}, the first of each kind but that of 0")
         self.kinds = kinds
         self.width, self.length, self.vocabulary, self.head_width = width, length, vocab, width // heads

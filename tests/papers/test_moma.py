@@ -1,4 +1,4 @@
-"""MoMa (arXiv 2407.21770): noise of the scores, shares of tokens by modality, what a last token moves, frozen backbones.
+"""MoMa (arXiv 2407.21770): noise of scores, shares of tokens by modality, what a last token moves, frozen backbones.
 
 Letters: B rows, T tokens of a row, N tokens, E experts, V ids.
 """
@@ -200,6 +200,6 @@ def test_both_losses_of_a_set_are_logged(tmp_path: Path) -> None:
     assert {"val/loss", "val/loss_by_choice", "val/accuracy_by_choice"} <= set(values)
     assert 0 < abs(values["val/loss"] - values["val/loss_by_choice"]) < 1
     with pytest.raises(ValueError, match="CausalGap: VisionLanguage has no causal routers; ExpertChoice has"):
-        L.Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=[Accuracy(), CausalGap()], **options).validate(
-            model(choice(causal=False)), text(), verbose=False
-        )
+        L.Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", callbacks=[Accuracy(), CausalGap()], **options
+        ).validate(model(choice(causal=False)), text(), verbose=False)
