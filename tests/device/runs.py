@@ -26,6 +26,8 @@ from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions
+from descant.datamodules.tasks.rollout_pairs import RolloutPairs
+from descant.modules import moe
 from descant.modules.adaptation.inherit import Begin, Extend, Inherit
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.adaptation.visual_experts import BeginText
@@ -603,6 +605,28 @@ def reinforced(before: Path) -> Run:
     data = QuestionRollouts(**ASKED | {"items": 4, "group": 4})
     rollouts = c.Rollouts(Rewards({"right": ExactAnswer()}), resample=1)
     return Run(recipe, data, [rollouts], {"max_epochs": 3})
+
+
+@run
+def routed(before: Path) -> Run:
+    """Experts that choose with noise, their causal routers, and pairs of what a stage has sampled."""
+    router = moe.ExpertChoice([[0, 1], [2, 3]], auxiliary=moe.CausalAux(4), gumbel=True)
+    lm = CausalLM(8194, 16, 1, 2, length=96, kinds=[300], experts=moe.ExpertLayers(4, router, hidden=8))
+    data = StagedData(
+        {
+            "answers": StageData(Questions(**ASKED), 1, 1),
+            "reward": StageData(QuestionRollouts(**ASKED | {"items": 4, "group": 4, "keep": 4}), 1),
+            "pairs": StageData(RolloutPairs(of="reward", batch_size=16), 1),
+        },
+        evaluate="answers",
+    )
+    recipe = Staged(
+        VisionLanguage(**small_chat() | {"lm": lm}, new=3),
+        {"answers": Stage(), "reward": Stage(GRPO()), "pairs": Stage(DPO())},
+        distill=Distill(TeacherStage()),
+        optimizer=adamw,
+    )
+    return Run(recipe, data, [letters(), c.Stages(), c.Accuracy(), c.CausalGap(), c.ExpertsByEntropy()], steps=3)
 
 
 @run
