@@ -41,13 +41,14 @@ class CausalGap(ForwardEvaluator):
     """What causal routers lose: every score once more, with experts that choose their tokens as in training (MoMa).
 
     ``{set}/{score}_by_choice`` is the mean over the set, beside the ``{set}/{score}`` of :class:`Accuracy`. It reads
-    later tokens, so it is no likelihood, and no model can generate by it.
+    later tokens, so it is no likelihood, and no model can generate by it. Of a model without causal routers both are
+    the same.
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     Raises:
-        ValueError: at setup, for a recipe without the protocol Scores, or a model without causal routers.
+        ValueError: at setup, for a recipe without the protocol Scores.
     """
 
     once = True
@@ -58,15 +59,6 @@ class CausalGap(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         self._means = Means()
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        with by_choice(pl_module) as routers:
-            if not routers:
-                name = type(pl_module).__name__
-                raise ValueError(
-                    f"CausalGap: {name} has no causal routers; ExpertChoice has, with auxiliary: CausalAux"
-                )
 
     def _forget(self) -> None:
         super()._forget()
