@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn

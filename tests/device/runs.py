@@ -69,9 +69,7 @@ from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.masking.view_decoder import ViewDecoder
 from descant.modules.missing_modalities.imputation import PromptImputer
 from descant.modules.missing_modalities.modulation import ModulationBank
-from descant.modules.moe import VisualExperts
-from descant.modules.moe import Capacity, ExpertLayers, TopKRouter
-from descant.modules.moe import ExpertLayers, StaticSkill
+from descant.modules.moe import Capacity, ExpertLayers, StaticSkill, TopKRouter, VisualExperts
 from descant.modules.multitask import MIMO, GradVac, MMPareto, PCGrad
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
