@@ -12,8 +12,7 @@ from torch import Tensor
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, has_host_copy, host_copy
-from descant.modules.core.sham import Sham
-from descant.modules.moe.routing import Marks, Router, Routing, logits, of_valid, top_k
+from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logits, of_valid, top_k
 
 
 def require_rows(name: str, rows: list[list[int]], of: str, what: str = "expert") -> None:
@@ -97,7 +96,8 @@ class ModalityTopK(Tables):
         for n, row in enumerate(visible):
             if not 1 <= k <= len(row):
                 raise ValueError(f"k {k}: row {n} of visible has {len(row)} experts; 1 to {len(row)}")
-        self.visible, self.k, self.kinds, self.sham = visible, k, len(visible), Sham(sham)
+        self.visible, self.k, self.kinds = visible, k, len(visible)
+        self.sham, self.permuted = sham, TokenSham(sham)
 
     @property
     def meets(self) -> int:
@@ -110,7 +110,7 @@ class ModalityTopK(Tables):
         return super().build(width, experts, shared)
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
-        kind_N = self.sham.everywhere(marks.need("kind", self), torch.arange(len(h_ND)))
+        kind_N = self.permuted(marks.need("kind", self), marks, self)
         marks = marks._replace(kind=kind_N)
         hidden_NE = self.rows("hidden_ME", kind_N)
         logit_NME = logits(h_ND, self.gate_MED.flatten(0, 1)).unflatten(1, (self.kinds, self.experts))

@@ -53,7 +53,7 @@ class Marks(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
         """The same of other tokens: ``function`` of each tensor and of its host copy."""
         kind, task, valid, key = (None if x is None else derived(function, x) for x in (*self[:3], self.key))
-        return Marks(kind, task, valid, self.tasks, key)
+        return Marks(kind, task, valid, self.tasks, key=key)
 
     def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:
         """Raises ValueError naming the router where the caller did not give this mark."""

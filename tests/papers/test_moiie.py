@@ -151,9 +151,9 @@ def test_experts_of_images_alone_reach_words_by_attention_only() -> None:
 def test_the_placebo_has_as_many_tokens_of_each_kind() -> None:
     router = ModalityTopK(ROWS[4], k=2, sham="permute").build(8, 4).double()
     kind_N = (torch.arange(40) % 4 == 0).long()
-    routing = router(torch.randn(40, 8, dtype=F64), Marks(kind_N))
+    routing = router(torch.randn(40, 8, dtype=F64), Marks(kind_N, key=torch.arange(40)))
     given_N = routing.marks.kind
     assert given_N is not None and int(given_N.sum()) == 10 and int((given_N != kind_N).sum()) > 6
     for kind, row in enumerate(ROWS[4]):
         assert set(routing.expert[given_N == kind].flatten().tolist()) <= set(row)
-    assert router.sham.calls == 1
+    assert router.permuted.calls == 1
