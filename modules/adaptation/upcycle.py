@@ -47,7 +47,7 @@ class _Converting(StageChange, Adapt):
     def _changes(
         self, recipe: nn.Module, seed: int, weights: Mapping[str, State] | None
     ) -> dict[str, tuple[nn.Module, Growth]]:
-        owner, changes = type(self).__name__, {}
+        owner, changes = type(self).__name__, dict[str, tuple[nn.Module, Growth]]()
         while hasattr(recipe, "inner"):
             recipe = cast(nn.Module, recipe.inner)
         if getattr(recipe, "sharded", False):

@@ -1044,7 +1044,7 @@ def _grown(at: Place) -> Any:
 
 @part("Upcycle", "Distribute")
 def _upcycled(at: Place) -> Any:
-    recipe = nn.Module()
+    recipe: Any = nn.Module()
     recipe.lm = CausalLM(20, 8, 1, 2)
     at(recipe)
     ids_BT, values = at(torch.tensor([[3, 4, 5]])), []

@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.callbacks import Resume
+from descant.datamodules.stages import StageData, StagedData
 from descant.modules.adaptation.expert_weights import converted, units_dealt
 from descant.modules.adaptation.stage_changes import Rewind, StageChange
 from descant.modules.adaptation.upcycle import Assemble, Upcycle
 from descant.modules.language import CausalLM
 from descant.modules.moe import ExpertLayers, MoELayer, TopKRouter
+from tests._suites import SampleData
+from tests.callbacks.run.test_resume import Act, equal, point, state
 from tests.recipes import test_growing as growing
-from tests.recipes.test_growing import STEPS, Act, equal, point, state
+from tests.recipes.test_growing import STEPS
 from tests.tolerance import F32, F64
 
 D, HIDDEN, E = 8, 24, 4
@@ -46,7 +49,7 @@ def test_equal_experts_give_the_dense_output_after_softmax_on_the_chosen_and_not
     h_ND = 0.1 * torch.randn(50, D, dtype=F64, generator=torch.Generator().manual_seed(1)).to(dtype)
     outputs: dict[str, Tensor] = {}
     for norm in ("after", "before"):
-        moe, gate_up, down = layer(norm, dtype)  # type: ignore[arg-type]
+        moe, gate_up, down = layer(norm, dtype)
         gate, up = (h_ND @ gate_up.T).chunk(2, dim=1)
         dense_ND = (F.silu(gate) * up) @ down.T
         outputs[norm], routing = moe(h_ND)
@@ -163,7 +166,7 @@ def test_a_stage_that_is_not_before_is_refused_before_training(tmp_path: Path, c
 
 
 def test_a_stage_that_is_left_out_leaves_no_weights(tmp_path: Path) -> None:
-    data = {name: growing.StageData(growing.SampleData(24, 12, growing.NAMES), 1, STEPS) for name in stages()}
+    data = {name: StageData(SampleData(24, 12, growing.NAMES), 1, STEPS) for name in stages()}
     data["speech"].epochs = 0
     with pytest.raises(ValueError, match=r"stages.all: Assemble: no weights left by speech: it has not trained"):
-        growing.run(tmp_path, grown=stages(), data=growing.StagedData(data))
+        growing.run(tmp_path, grown=stages(), data=StagedData(data))

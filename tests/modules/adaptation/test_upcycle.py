@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from descant.callbacks import Resume
 from descant.modules.adaptation.grow import Grow, restructure, structure
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.stage_changes import StageChange
@@ -35,6 +36,7 @@ from descant.modules.towers.vit import Layout, RoutedBlock, Trunk
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.recipes.base.rebuild import rebuild
 from descant.run import portable
+from tests.callbacks.run.test_resume import Act, equal, point, state
 from tests.recipes import test_growing as growing
 from tests.recipes.test_missing import build, write
 from tests.tolerance import F64
@@ -50,7 +52,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "skills": lambda: StaticSkill([[0, 2], [1, 2, 3]]),
 }
 #: Two layers of sums of up to 32 numbers, and 2 experts of each.
-CLOSE = {F64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 0, "atol": 1e-5}}
+CLOSE = {F64: 1e-12, torch.float32: 1e-5}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "lm": lambda: CausalLM(20, 8, 2, 2, length=16, positions=None),
     "depths": lambda: CausalLM(20, 8, 2, 2, length=16, depths=MixtureOfDepths(capacity=0.5)),
@@ -97,7 +99,7 @@ def test_outputs_stay_as_they_were_and_come_back_to_the_bit(router: str, name: s
     before, state = output(recipe), copy.deepcopy(recipe.state_dict())
     Upcycle(experts(ROUTERS[router](), every=2 if router == "task" else 1)).apply(recipe)
     routings: list[Any] = []
-    torch.testing.assert_close(output(recipe, routings), before, **CLOSE[dtype])
+    torch.testing.assert_close(output(recipe, routings), before, rtol=0, atol=CLOSE[dtype])
     assert routings and recipe.get_submodule("lm").experts is not None
     for change in (Distribute(), Distribute(2)):
         dense = copy.deepcopy(recipe)
@@ -287,26 +289,26 @@ CHANGED: dict[str, list[StageChange]] = {
 
 
 def test_a_run_with_averages_and_a_teacher_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    act, held = growing.Act(), growing.Held()
-    _, net = growing.run(tmp_path / "a", act, held, growing.Resume(every=1, keep=99), grown=CHANGED)
-    whole = growing.state(net)
+    act, held = Act(), growing.Held()
+    _, net = growing.run(tmp_path / "a", act, held, Resume(every=1, keep=99), grown=CHANGED)
+    whole = state(net)
     assert all(held.exact) and "distill.teacher.average.inner.towers.image.layers.0.moe.experts.inward" in whole
     assert "inner.towers.text.layers.0.mlp.0.weight" in whole
     for step in (growing.STEPS - 1, growing.STEPS + 1, 2 * growing.STEPS + 1):
-        again = growing.Act()
-        path = growing.point(tmp_path / "a", step)
-        _, other = growing.run(tmp_path / str(step), again, growing.Resume(), path=path, grown=CHANGED)
-        assert growing.equal(growing.state(other), whole) and again.losses == act.losses[step:]
+        again = Act()
+        path = point(tmp_path / "a", step)
+        _, other = growing.run(tmp_path / str(step), again, Resume(), path=path, grown=CHANGED)
+        assert equal(state(other), whole) and again.losses == act.losses[step:]
 
 
 def test_a_checkpoint_is_loaded_and_exported_with_its_experts(tmp_path: Path) -> None:
     (path, *_), change = runs(tmp_path), Upcycle(experts(ModalityTopK([[0, 1], [2, 3]]), balance=None))
     found = saved.find(path, "last")
-    recipe = rebuild(found)
+    recipe: Any = rebuild(found)
     change.apply(recipe)
     torch.save({"state_dict": recipe.state_dict(), "structure": structure(recipe)}, found.weights)
     again = rebuild(saved.find(path, "last"))
-    assert growing.equal(again.state_dict(), recipe.state_dict())
+    assert equal(again.state_dict(), recipe.state_dict())
     carried = portable.carried(found.model, recipe, tmp_path, None)
     plain = build(carried)  # as its classes build it
     plain.load_state_dict(recipe.state_dict())
