@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,7 +69,7 @@ class WithoutExperts(ForwardEvaluator):
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Scores)
         for group, numbers in self.experts.items():
-            with torch.no_grad(), trainer.precision_plugin.val_step_context(), Silent(_layers(pl_module), numbers):
+            with torch.no_grad(), trainer.precision_plugin.val_step_context(), silent(_layers(pl_module), numbers):
                 scores: Mapping[str, Any] = pl_module.scores(batch)
             for score, term in scores.items():
                 valid = keep_B if term.valid is None else term.valid & keep_B
@@ -78,27 +79,22 @@ class WithoutExperts(ForwardEvaluator):
         return self._means.compute()
 
 
-class Silent:
+@contextmanager
+def silent(layers: Sequence[MoELayer], experts: Sequence[int]) -> Iterator[None]:
     """Inside, some experts of these layers add nothing: their weights are zero.
 
     >>> from descant.modules.moe import HardModality, Marks
     >>> layer = MoELayer(width=4, hidden=4, experts=2, router=HardModality([0, 1]))
-    >>> with Silent([layer], [1]):
+    >>> with silent([layer], [1]):
     ...     y_ND = layer(torch.ones(2, 4), Marks(torch.tensor([0, 1])))[0]
     >>> y_ND.any(dim=1).tolist()
     [True, False]
     """
-
-    def __init__(self, layers: Sequence[MoELayer], experts: Sequence[int]) -> None:
-        self.layers, self.experts, self._hooks = layers, list(experts), list[Any]()
-
-    def __enter__(self) -> Silent:
-        hook = partial(_silenced, self.experts)
-        self._hooks = [layer.router.register_forward_hook(hook) for layer in self.layers]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self._hooks:
+    hooks = [layer.router.register_forward_hook(partial(_silenced, experts)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.without_experts import Silent
+from descant.callbacks.evaluate.without_experts import silent
 from descant.modules.adaptation.stage_changes import Boundary
 from descant.modules.adaptation.upcycle import Upcycle
 from descant.modules.core.batch import Batch
@@ -141,7 +141,7 @@ def test_experts_of_images_alone_reach_words_by_attention_only() -> None:
     """Silent experts of images change no word of a dialogue without one."""
     made, b = recipe(layers(every=1)).eval(), batch()
     h_BSW, row = made.read(b)[1:]
-    with Silent([layer.moe for layer in made.lm.layers], [0]):
+    with silent([layer.moe for layer in made.lm.layers], [0]):
         silent_BSW = made.read(b)[1]
     for n in range(len(b)):
         sees_one = bool(((row.ids_BS[n] == 4) & row.real_BS[n]).any())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from descant.callbacks import WithoutExperts
-from descant.callbacks.evaluate.without_experts import Silent
+from descant.callbacks.evaluate.without_experts import silent
 from descant.modules.moe import Marks
 from tests._suites import SampleData
 from tests.papers.test_skillnet import PAIR, batch, model
@@ -21,11 +21,11 @@ from tests.tolerance import F64, rounding
 def test_a_silent_skill_adds_nothing_and_tasks_without_it_stay_to_the_bit() -> None:
     recipe, b = model().double().eval(), replace(batch(), source=torch.zeros(16).long())
     z, layer = recipe.embed(b), cast(Any, recipe.universal).layers[1].moe
-    for silent, same in (([2, 3], True), ([1], False)):
-        with Silent([layer], silent):
+    for numbers, same in (([2, 3], True), ([1], False)):
+        with silent([layer], numbers):
             assert torch.equal(recipe.embed(b)["text"], z["text"]) == same
     h_ND, marks = torch.randn(6, 8, dtype=F64), Marks(task=torch.zeros(6).long())
-    with Silent([layer], [1]):
+    with silent([layer], [1]):
         rest_ND = layer(h_ND, marks)[0]
     alone_ND = layer(h_ND, Marks(task=torch.full((6,), 2)))[0]  # task 2 is skill 1
     torch.testing.assert_close(layer(h_ND, marks)[0], rest_ND + alone_ND / 2, **rounding(4096, F64))
