@@ -237,9 +237,14 @@ class MovingEmoji(ImageViews):
             )
         options: dict[str, Any] = {"text": text, "groups": groups, "vendors": vendors, "folder": folder}
         options |= {"development": development, "sealed": sealed, "paired": True, "tiny": self.tiny}
-        self.emoji = Emoji(size=round(sum(SIDE) / 2 * size), **options)
+        self._emoji = Emoji(size=round(sum(SIDE) / 2 * size), **options)
         self.folder: Path = self.emoji.folder
         self._ids: dict[str, list[int]] = {}
+
+    @property
+    def emoji(self) -> Emoji:
+        self._emoji.tiny = self.tiny  # as a mixture may have set it since
+        return self._emoji
 
     def setup(self, stage: str) -> None:
         self.emoji.trainer = self.trainer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.corpora.emoji import Emoji
+from descant.datamodules.corpora.moving_emoji import MovingEmoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.mixture import Mixture
 from descant.datamodules.mixture_sampler import MixedOrder, Shares, tempered
@@ -625,3 +626,8 @@ def test_parts_have_some_modalities_in_training_and_evaluation() -> None:
     ):
         with pytest.raises(ValueError, match=line):
             two(only=wrong)
+
+
+def test_parts_that_have_others_inside_become_tiny_with_the_mixture() -> None:
+    parts: dict[str, DataModule] = {"clips": MovingEmoji(size=24, frames=2), "drawings": Emoji(size=32, paired=True)}
+    assert batches(Mixture(parts, batch_size=8, tiny=True))[0].present["video"].any()  # of equal classes
