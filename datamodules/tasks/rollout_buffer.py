@@ -107,7 +107,7 @@ class StoredRollouts:
 
     def answers(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens ``[B, M]`` of some answers, how many each has, its end included, and whether it has one."""
-        return tuple(self.rolled[name][row_B] for name in KEPT)  # type: ignore[return-value]
+        return tuple(self.rolled[name][row_B] for name in KEPT)
 
 
 class RolloutSet(BatchDataset):

@@ -120,7 +120,7 @@ def test_a_last_token_moves_earlier_logits_under_raw_choice_alone(depths: bool) 
     with torch.no_grad():
         moved = (logits(made, id_BT) - logits(made, other))[:, :-1].abs().max()
         with by_choice(made) as routers:
-            assert len(routers) == 2 + depths and not any(router.causal for router in routers)  # type: ignore[union-attr]
+            assert len(routers) == 2 + depths and not any(router.causal for router in routers)
             leaked = (logits(made, id_BT) - logits(made, other))[:, :-1].abs().max()
     assert float(moved) < 1e-6 < 1e-3 < float(leaked)  # as asked; a choice that moves is an expert's whole output
 
@@ -146,7 +146,7 @@ def test_the_backbone_is_frozen_while_causal_routers_are_fitted() -> None:
 def test_generated_codes_are_of_their_kind() -> None:
     lm, prompt = recipe(HardModality([1, 3])).lm.eval(), batch().inputs["text"][:2, :6]
     lm.embedding.weight.data[CODES:] *= 5  # so that some are generated
-    end = Marks(*(torch.zeros(2, 7, dtype=torch.long) for _ in range(2)))
+    end = Marks(torch.zeros(2, 7).long(), torch.zeros(2, 7).long())
     made = generate(lm, prompt, new=4, sampling=Sampling(temperature=0), marks=end).token_RN
     assert lm.kind_of(made[:, :-1]).any() and lm.kind_of(torch.tensor([19, 20])).tolist() == [0, 1]
     for row, expected in zip(prompt, made.tolist(), strict=True):

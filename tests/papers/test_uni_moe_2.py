@@ -67,10 +67,11 @@ def test_null_experts_cost_no_flops() -> None:
         return counted.get_total_flops(), int(routing.runs(4).sum())
 
     gate, expert = 2 * 32 * 8 * 5, 2 * 3 * 8 * 16  # of all tokens; of one token in one expert
-    layer.router.gate_ED.data.normal_()
+    gate_ED: Any = layer.router.gate_ED
+    gate_ED.data.normal_()
     some, rows = flops()
     assert 0 < rows < 64 and some == gate + expert * rows
-    layer.router.gate_ED.data[:4], layer.router.gate_ED.data[4] = -9, 9  # all to the null expert
+    gate_ED.data[:4], gate_ED.data[4] = -9, 9  # all to the null expert
     assert flops() == (gate, 0)
     assert float(layer(x_ND)[0].detach().abs().max()) == 0
 
