@@ -10,7 +10,10 @@ from tests.test_experiments import RUNNABLE, name, need
 
 NAMES = [name(path) for path in RUNNABLE if not need(path)]
 #: Those with a part that looks at samples of its rank alone, of which a run on several ranks is warned.
-BY_RANK = ("distill/emoji-rank", "distill/emoji-rank-dual", "distill/emoji-teacher", "papers/dcd", "papers/mcr")
+BY_RANK = (
+    *("distill/emoji-rank", "distill/emoji-rank-dual", "distill/emoji-teacher", "papers/dcd", "papers/mcr"),
+    *("papers/moma", "staged/code-experts"),
+)
 
 
 @pytest.mark.slow

@@ -132,7 +132,12 @@ RECIPES: dict[str, list[Case]] = {
         Case(("chat/denoisers",), slow=True),
         Case(("reinforce/emoji",), slow=True),
     ],
-    "Staged": [Case(("staged/emoji-codes",), slow=True), Case(("staged/emoji_vqa",), slow=True)],
+    "Staged": [
+        Case(("staged/emoji-codes",), slow=True),
+        Case(("staged/emoji_vqa",), slow=True),
+        Case(("staged/code-experts",), slow=True),
+        Case(("staged/emoji-pairs",), slow=True),
+    ],
     "MultiTask": [
         Case(("multitask/emoji",), slow=True),
         Case(("multitask/two-streams",), slow=True),
