@@ -135,7 +135,6 @@ RECIPES: dict[str, list[Case]] = {
     "Staged": [
         Case(("staged/emoji-codes",), slow=True),
         Case(("staged/emoji_vqa",), slow=True),
-        Case(("staged/code-experts",), slow=True),
         Case(("staged/emoji-pairs",), slow=True),
     ],
     "MultiTask": [
