@@ -39,7 +39,7 @@ from tests.recipes.test_vision_language import Patches, batch, dialogue, sees
 
 V, D = 20, 16
 #: Of gathering and of computing both and blending, whose sums are of 16 to 48 numbers.
-BLENDED = {"rtol": 0.0, "atol": 1e-6}
+BLENDED: Any = {"rtol": 0.0, "atol": 1e-6}
 DELTA = "experts|towers|projector"
 
 
@@ -82,6 +82,7 @@ def blended(lm: CausalLM, h_BTD: Tensor, kind_BT: Tensor) -> Tensor:
         h_BTD = h_BTD + both(layer.out, (score.softmax(dim=3) @ v).transpose(1, 2).reshape(h_BTD.shape), m)
         x, swiglu = layer.norm_2(h_BTD), list[Tensor]()
         for kind in (0, 1):
+            assert isinstance(layer.gate_up, ModalityLinear) and isinstance(layer.down, ModalityLinear)
             gate, up = F.linear(x, layer.gate_up.of(kind)).chunk(2, dim=-1)
             swiglu.append(F.linear(F.silu(gate) * up, layer.down.of(kind)))
         h_BTD = h_BTD + (1 - m) * swiglu[0] + m * swiglu[1]
