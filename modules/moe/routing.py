@@ -106,11 +106,17 @@ def joined(routings: Sequence[Routing]) -> Routing:
     """
 
     def cat(*parts: Tensor | None) -> Tensor | None:
-        return None if parts[0] is None else derived(lambda *x: torch.cat(x), *parts)
+        given = [part for part in parts if part is not None]
+        return derived(lambda *x: torch.cat(x), *given) if len(given) == len(parts) else None
 
-    marks = Marks(*map(cat, *(routing.marks[:3] for routing in routings)), routings[0].marks.tasks)
-    fields = (routing._replace(marks=None) for routing in routings)
-    return Routing(*map(cat, *fields))._replace(marks=marks)
+    each = [routing.marks for routing in routings]
+    kind, task, valid, key = (
+        cat(*(getattr(marks, name) for marks in each)) for name in ("kind", "task", "valid", "key")
+    )
+    others = {
+        name: cat(*(getattr(routing, name) for routing in routings)) for name in Routing._fields if name != "marks"
+    }
+    return Routing(**others, marks=Marks(kind, task, valid, each[0].tasks, key=key))  # type: ignore[arg-type]
 
 
 def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:

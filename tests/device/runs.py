@@ -356,7 +356,7 @@ def mplug2(before: Path) -> Run:
 @run
 def skills(before: Path) -> Run:
     """Experts of the tokens of two modalities, of which each task declares some."""
-    objectives = {"name": Classify("group", 10, ["text"]), "group": Classify("group", 10, ["image"])}
+    objectives: dict[str, TaskObjective] = {m: Classify("group", 10, [m]) for m in ("text", "image")}
     towers = Towers(image=PatchTower(16, 8, 8, 1, 2), text=TextTower(8192, 8, 1, 2, 24))
     layers = UniversalLayers(8, 2, 2, latents=None, experts=ExpertLayers(3, StaticSkill([[0, 1]]), every=2))
     recipe = MultiTask(towers, objectives, 8, universal=layers, optimizer=adamw)

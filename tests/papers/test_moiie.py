@@ -114,7 +114,8 @@ def test_a_step_without_images_is_finite_and_of_words_alone() -> None:
     made, b = recipe(layers()), batch()
     none = b.only("text")
     term = made(none).aux["experts/balance"]
-    assert all((routing.marks.kind == 0)[routing.used[:, 0]].all() for routing in routed(made, none))  # type: ignore[union-attr]
+    kinds = [routing.marks.need("kind", made)[routing.used[:, 0]] for routing in routed(made, none)]
+    assert all(bool((kind_N == 0).all()) for kind_N in kinds)
     torch.testing.assert_close(term.value[0], explicit(made, routed(made, none)), **CHAIN)
     made.step(made(none).all_terms(), none).total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())

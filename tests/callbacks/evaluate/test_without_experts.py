@@ -37,7 +37,11 @@ def test_a_silent_skill_adds_nothing_and_tasks_without_it_stay_to_the_bit() -> N
 
 
 def test_refusals() -> None:
-    for experts, line in (({"one": []}, r"experts: one: \[\]: numbers from 0 on"), ({}, r"experts: experts: \[\]")):
+    cases: list[tuple[dict[str, list[int]], str]] = [
+        ({"one": []}, r"experts: one: \[\]: numbers from 0 on"),
+        ({}, r"experts: experts: \[\]"),
+    ]
+    for experts, line in cases:
         with pytest.raises(ValueError, match=line):
             WithoutExperts(experts)
     trainer = L.Trainer(callbacks=[WithoutExperts({"one": [0, 4]})], **QUIET)
