@@ -153,7 +153,11 @@ def _coloured(text: str) -> str:
 
 
 def _result(claim: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((EXPERIMENTS / f"claims/results/{claim}.json").read_text(encoding="utf-8"))
+    """What is stored of a claim; of one that was designed and not run yet, no run."""
+    file = EXPERIMENTS / f"claims/results/{claim}.json"
+    if not file.is_file():
+        return {"effect": "not run yet", "seconds": 0, "runs": {}}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -172,6 +176,7 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
     pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
     effect = _coloured(f"**{stored['effect']}**")
     seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
+    measured = [f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:", "\n".join(table)]
     parts = [
         f"# {paper['title']}",
         _sentences([line.removeprefix("#").strip() for line in _head(text)]),
@@ -179,8 +184,7 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
         f"- **Equation**: {equation} (`{paper['test']}`)\n"
         f"- **Effect**: {effect} ([claim {claim}](../claims.md#{claim})), {seconds}",
         *([f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)"] if "method" in stored["runs"] else []),
-        f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:",
-        "\n".join(table),
+        *(measured if stored["runs"] else []),
         f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"),
     ]
     return "\n\n".join(parts) + "\n"
