@@ -54,8 +54,10 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
     DDP rebuilds them after its first backward, by the order in which gradients arrived, and a sum over three or more
     ranks depends on the bucket layout: a resumed run would differ in the last bits. One backward of zeros in the order
-    of the parameters triggers it here. Collective.
+    of the parameters triggers it here. Collective. One that looks for unused parameters never rebuilds them.
     """
+    if model.find_unused_parameters:
+        return
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = [p.grad for p in parameters]
     with torch.enable_grad():

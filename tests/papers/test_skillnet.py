@@ -15,7 +15,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from descant.callbacks.run.exact_resume import settle_buckets
 from descant.datamodules.mixture import Mixture
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.universal import ExpertBlock, UniversalLayers
@@ -143,6 +145,10 @@ class Steps(L.Callback):
 
     def __init__(self) -> None:
         self.without: list[set[str]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            settle_buckets(trainer.strategy.model)  # as Resume does
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         self.without.append({name for name, p in pl_module.named_parameters() if p.grad is None})
