@@ -294,7 +294,7 @@ def test_tokens_of_every_stage_are_those_of_the_model(tmp_path: Path) -> None:
         {"sums": StageData(sums, 1, 1), "answers": StageData(Questions(**SEEN), 1, 1)}, evaluate="answers"
     )
     net = model({"sums": Stage(), "answers": Stage()})
-    with pytest.raises(ValueError, match=r"image_token 8192: TextTasks has None"):
+    with pytest.raises(ValueError, match=r"answer_token 8193: TextTasks has 265"):
         fit(tmp_path, Stages(), net=net, data=held, max_epochs=-1, limit_val_batches=0)
 
 
