@@ -155,7 +155,7 @@ class Assemble(Upcycle):
     def __init__(
         self,
         experts: ExpertLayers,
-        paths: list[Path | str] | None = None,
+        paths: list[str] | None = None,
         stages: list[str] | None = None,
         towers: list[str] | None = None,
         checkpoint: str = "best",

@@ -18,7 +18,6 @@ from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.datamodules.tasks.text_tasks import Arithmetic, Problem, Task, TaskRollouts, TextTasks
 from descant.modules.language import CausalLM
 from descant.modules.policy.rewards import Answer, Rewards, TaskAnswer, Verifier
-from descant.modules.towers import ConvTower, Towers
 from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.run.test_resume import equal, fit, point, state
 from tests.ranks import run_ranks
@@ -183,19 +182,9 @@ def test_answers_are_scored_by_task_without_images(tmp_path: Path) -> None:
             lambda p: fit(p, net=network(), data=QuestionRollouts(tiny=True)),
             "image_token None: QuestionRollouts has 8192",
         ),
-        (
-            lambda p: fit(p, net=_seeing(), data=TextTasks(**ASKED, batch_size=16)),
-            "image_token 264: TextTasks has None",
-        ),
         (lambda p: fit(p, odd(), net=reinforced(new=17), data=data()), "new 17: the data holds answers of 16 tokens"),
     ],
 )
 def test_invalid_arguments_are_refused(tmp_path: Path, make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^{says}"):
         make(tmp_path)
-
-
-def _seeing() -> VisionLanguage:
-    return VisionLanguage(
-        towers=Towers(image=ConvTower([8, 8])), lm=CausalLM(266, 32, 1, 2), image_token=264, answer_token=265
-    )

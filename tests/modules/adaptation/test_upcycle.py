@@ -195,8 +195,8 @@ def test_experts_are_the_dense_layers_of_the_runs_and_all_else_stays(tmp_path: P
     paths = runs(tmp_path)
     recipe, dealt = (rebuild(saved.find(paths[0], "last")) for _ in range(2))
     states = [saved.read_weights(saved.find(path, "last")) for path in paths]
-    Assemble(ExpertLayers(3, TopKRouter(2)), paths=[*paths]).apply(recipe)
-    Assemble(ExpertLayers(3, TopKRouter(2)), paths=[*paths], sham="permute").apply(dealt)
+    Assemble(ExpertLayers(3, TopKRouter(2)), paths=[*map(str, paths)]).apply(recipe)
+    Assemble(ExpertLayers(3, TopKRouter(2)), paths=[*map(str, paths)], sham="permute").apply(dealt)
     for name, x in recipe.state_dict().items():
         if ".experts." in name:
             dense = name.replace("moe.experts.", "") + ".weight"
@@ -217,9 +217,9 @@ def test_what_cannot_be_assembled_is_one_line(tmp_path: Path) -> None:
     paths, three = runs(tmp_path, hidden=32), ExpertLayers(3, TopKRouter(2))
     recipe = rebuild(saved.find(paths[0], "last"))
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: Assemble(three, [*paths[:2]]), "Assemble: 2 paths or stages, and 3 experts; one for each"),
+        (lambda: Assemble(three, [*map(str, paths[:2])]), "Assemble: 2 paths or stages, and 3 experts; one for each"),
         (
-            lambda: Assemble(three, [*paths]).apply(recipe),
+            lambda: Assemble(three, [*map(str, paths)]).apply(recipe),
             r"tower lm: paths\[2\]: lm.layers.0.gate_up.weight is \[64, 8\] there and \[48, 8\] here",
         ),
         (lambda: Assemble(three), "paths, stages: one of the two"),
@@ -227,7 +227,7 @@ def test_what_cannot_be_assembled_is_one_line(tmp_path: Path) -> None:
             lambda: Assemble(three, stages=["a", "b", "c"]).apply(recipe),
             "a: lm.layers.0.gate_up.weight is nothing there",
         ),
-        (lambda: Assemble(three, [tmp_path / "none", *paths[:2]]).apply(recipe), "none: no such run"),
+        (lambda: Assemble(three, [str(tmp_path / "none"), *map(str, paths[:2])]).apply(recipe), "none: no such run"),
     ]
     for use, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
