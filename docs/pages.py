@@ -35,7 +35,7 @@ GROUPS = {
     ),
     "Mechanisms": (
         "mechanisms",
-        ("contrastive", "masked", "objectives", "tokens", "harmony", "balance", "answers", "stages"),
+        ("contrastive", "masked", "objectives", "tokens", "experts", "harmony", "balance", "answers", "stages"),
     ),
 }
 #: Pictures in docs/ of what experiments came to; of others the figure of their claim is shown.
@@ -176,13 +176,14 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
     pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
     effect = _coloured(f"**{stored['effect']}**")
     seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
+    where = f"[claim {claim}](../claims.md#{claim}), {seconds}" if stored["seconds"] else f"claim {claim} is designed"
     measured = [f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:", "\n".join(table)]
     parts = [
         f"# {paper['title']}",
         _sentences([line.removeprefix("#").strip() for line in _head(text)]),
         f"- **Paper**: {paper['number']}, {paper['family']}, arXiv {arxiv}\n- **Pieces**: {pieces}\n"
         f"- **Equation**: {equation} (`{paper['test']}`)\n"
-        f"- **Effect**: {effect} ([claim {claim}](../claims.md#{claim})), {seconds}",
+        f"- **Effect**: {effect} ({where})",
         *([f"![{spec['metric']['name']} of each seed](../claims/{claim}.svg)"] if "method" in stored["runs"] else []),
         *(measured if stored["runs"] else []),
         f'??? example "{name}.yaml"\n\n' + _indented(f"```yaml\n{text[len(''.join(_lines(text))) :]}```"),
