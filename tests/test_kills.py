@@ -1,4 +1,4 @@
-"""Three of the experiments that ship, in turn, are killed once and resumed; `make kills`: all, three times each."""
+"""Some of the experiments that ship, in turn, are killed once and resumed; `make kills`: all, three times each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 12), ids=name)
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 24), ids=name)
 def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path, begun: Path, path: Path) -> None:
     kills, found = killed(path, tmp_path, begun, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
