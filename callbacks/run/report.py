@@ -65,6 +65,7 @@ class Report(L.Callback):
         self._train_began: float | None = None
         self._folder = Path()
         self._shams: list[Sham] = []
+        self._fitted: tuple[L.Trainer, L.LightningModule] | None = None
         self._data_shams: list[Sham] = []
         self._calls = self._counted = 0  # of earlier parts of the run; what shams had counted at this one's start
         self._done = 0  # calls of the data's shams when the last batch ended: the next batch is loaded before it starts
@@ -75,7 +76,7 @@ class Report(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples, self._calls = int(state_dict["samples"]), int(state_dict.get("calls", 0))
-        self._shams, self._counted = [], 0  # later counts are undone
+        self._shams, self._counted, self._fitted = [], 0, None  # later counts are undone
         self._seconds, self._train_seconds = float(state_dict["seconds"]), float(state_dict["train_seconds"])
 
     @property
@@ -89,7 +90,9 @@ class Report(L.Callback):
 
     @property
     def calls(self) -> int:
-        """How often the signals of shams were requested."""
+        """How often the signals of shams were requested; a stage may have brought some of them."""
+        if self._fitted is not None:
+            self._shams += [sham for sham in shams(*self._fitted) if not any(sham is known for known in self._shams)]
         return self._calls + sum(sham.calls for sham in self._shams) - self._counted
 
     @property
@@ -109,6 +112,7 @@ class Report(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._train_began = time.monotonic()
         self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
+        self._fitted = trainer, pl_module
         self._data_shams = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
         self._counted = sum(sham.calls for sham in self._shams)
         self._batch_done()
@@ -166,7 +170,8 @@ class Report(L.Callback):
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         parameters = list(pl_module.parameters())
         seconds = self.train_seconds
-        calls = {"sham/calls": self.calls / trainer.global_step} if self._shams and trainer.global_step else {}
+        requested = self.calls
+        calls = {"sham/calls": requested / trainer.global_step} if self._shams and trainer.global_step else {}
         flops = [callback.metrics(trainer.global_step) for callback in callbacks_of(trainer, TrainFlops)]
         experts = {}
         if expert_layers(pl_module):
