@@ -457,6 +457,8 @@ def fuzz(seconds: float, seed: int, only: str | None = None, cases: int = 10**9)
     chosen = [only] if only else list(KINDS)
     for kind in chosen:
         valid(kind)  # made here, where nobody watches what is written
+    with contextlib.suppress(ImportError):
+        import matplotlib.font_manager  # noqa: F401  # makes its folders and its list of fonts, where there are none
     at = seed
     while time.monotonic() < until and at - seed < cases:
         read, write = os.pipe()

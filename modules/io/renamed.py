@@ -82,6 +82,8 @@ def current(name: str) -> str:
     """
     if "." not in name:
         return CLASSES.get(name, name) if name not in names.table() else name
+    if not all(map(str.isidentifier, name.split("."))):
+        return name
     module, _, last = name.rpartition(".")
     if name in PATHS:
         return PATHS[name]
@@ -98,7 +100,9 @@ def _is_there(module: str, name: str) -> bool:
     if any(one.path == f"{module}.{name}" for one in names.classes().get(name, ())):
         return True
     init = names.PACKAGE.joinpath(*module.split(".")[1:], "__init__.py")
-    return init.is_file() and name in init.read_text(encoding="utf-8").replace('"', " ").replace(",", " ").split()
+    if not os.path.isfile(init):  # of a name of any length: Path.is_file raises for one that no file can have
+        return False
+    return name in init.read_text(encoding="utf-8").replace('"', " ").replace(",", " ").split()
 
 
 def read(name: str, where: str) -> str:

@@ -115,3 +115,9 @@ def test_states_of_a_checkpoint() -> None:
         "epoch": 2,
         "descant": {"recipe": "descant.recipes.base.recipe.Recipe", "step": 1},
     }  # fmt: skip
+
+
+def test_a_name_that_no_file_could_have_is_left_as_it_is() -> None:
+    """Each comes from a damaged configuration; none is looked for on the disk in a way that raises."""
+    for name in ("descant.recipes" + "[" * 5000 + "clip.Clip", f"descant.{'a' * 5000}.Clip", "descant.recipes.a\0b.C"):
+        assert renamed.current(name) == name
