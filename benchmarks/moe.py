@@ -124,7 +124,7 @@ def null(pairs: int = 30) -> Iterator[Row]:
     """Time with null experts over the share of slots that run, of the time without."""
     torch.manual_seed(0)
     made = MoELayer(D, HIDDEN, E, TopPRouter(0.4))
-    other = MoELayer(D, HIDDEN, E // 2, TopPRouter(0.4, null=E // 2))
+    other = MoELayer(D, HIDDEN, E // 2, TopPRouter(0.4, null_experts=E // 2))
     other.router.load_state_dict(made.router.state_dict())
     share = other.router(tokens()).runs(E // 2).sum() / made.router(tokens()).runs(E).sum()
     result = ratio(forth_and_back(lambda h: other(h)[0]), forth_and_back(lambda h: made(h)[0]), pairs)

@@ -74,16 +74,16 @@ class TopPRouter(Router):
 
     Args:
         p: probability to reach.
-        null: null experts, beside the real ones.
+        null_experts: beside the real ones.
         most: experts a token, at most; all where not given.
         weigh: of the chosen: their softmax (the paper), or by the band of the release.
         jitter: width of that band.
         sham: ``permute`` for the control: each token is routed as another one of its batch.
 
     Raises:
-        ValueError: for p outside (0, 1], counts below 1; when built, for more at most than experts.
+        ValueError: for p outside (0, 1], no expert at most, a negative count or width; when built, for more at most than experts.
 
-    >>> router = TopPRouter(p=0.9, null=1).build(width=8, experts=4)
+    >>> router = TopPRouter(p=0.9, null_experts=1).build(width=8, experts=4)
     >>> routing = router(torch.randn(3, 8))
     >>> routing.expert.shape, routing.weight.sum(dim=1).round(decimals=4).tolist()
     (torch.Size([3, 5]), [1.0, 1.0, 1.0])
@@ -92,7 +92,7 @@ class TopPRouter(Router):
     def __init__(
         self,
         p: float = 0.7,
-        null: int | None = None,
+        null_experts: int = 0,
         most: int | None = None,
         weigh: Literal["softmax", "band"] = "softmax",
         jitter: float = 0.01,
@@ -101,12 +101,13 @@ class TopPRouter(Router):
         super().__init__()
         if not 0 < p <= 1:
             raise ValueError(f"p {p:g}: above 0, at most 1")
-        for name, count in (("null", null), ("most", most)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} {count}: at least 1, or none")
+        if null_experts < 0:
+            raise ValueError(f"null_experts {null_experts}: 0 or more")
+        if most is not None and most < 1:
+            raise ValueError(f"most {most}: at least 1, or none")
         if not jitter >= 0:
             raise ValueError(f"jitter {jitter:g}: 0 or more")
-        self.p, self.null, self.most, self.weigh, self.jitter = p, null or 0, most, weigh, jitter
+        self.p, self.null, self.most, self.weigh, self.jitter = p, null_experts, most, weigh, jitter
         self.sham, self.permuted = sham, TokenSham(sham)
 
     @property

@@ -760,7 +760,7 @@ def _language(at: Place) -> Any:
 ROUTERS: dict[str, Callable[[], moe.Router]] = {
     "TopKRouter": lambda: moe.TopKRouter(2, bias_rate=0.1),
     "TaskGate": lambda: moe.TaskGate(2),
-    "TopPRouter": lambda: moe.TopPRouter(0.6, null=1),
+    "TopPRouter": lambda: moe.TopPRouter(0.6, null_experts=1),
     "ModalityTopK": lambda: moe.ModalityTopK([[0, 1, 2], [1, 2, 3]]),
     "HardModality": lambda: moe.HardModality([3, 0]),
     "StaticSkill": lambda: moe.StaticSkill([[0, 2], [1, 2, 3]]),

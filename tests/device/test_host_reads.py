@@ -132,7 +132,7 @@ def test_experts_read_one_count_a_layer_and_none_where_a_mark_decides(known: boo
     routers = (
         [HardModality([3, 0]), StaticSkill([[0, 2], [1, 3]])]
         if known
-        else [TopKRouter(bias_rate=0.1), TopPRouter(null=1)]
+        else [TopKRouter(bias_rate=0.1), TopPRouter(null_experts=1)]
     )
     parts: list[dict[str, Any]] = [{"experts": ExpertLayers(4, router)} for router in routers]
     for part in [*parts, {"visual": VisualExperts(attention=True)}] if known else parts:

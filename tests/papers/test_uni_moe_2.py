@@ -45,7 +45,7 @@ N, G = 4, 4
 @pytest.mark.parametrize("shared", [0, 2])
 def test_weights_with_null_sum_to_one_and_k_counts_the_mass(shared: int) -> None:
     torch.manual_seed(0)
-    router, h_ND = TopPRouter(p=0.7, null=1).build(8, 4, shared).double(), 30 * torch.randn(50, 8).double()
+    router, h_ND = TopPRouter(p=0.7, null_experts=1).build(8, 4, shared).double(), 30 * torch.randn(50, 8).double()
     routing = router(h_ND)
     p_NE = (h_ND @ router.gate_ED[:5].T).softmax(dim=1).sort(dim=1, descending=True).values
     for n in range(50):
@@ -59,7 +59,7 @@ def test_weights_with_null_sum_to_one_and_k_counts_the_mass(shared: int) -> None
 
 
 def test_null_experts_cost_no_flops() -> None:
-    layer, x_ND = MoELayer(8, 16, 4, TopPRouter(p=0.5, null=1)), torch.randn(32, 8).abs()
+    layer, x_ND = MoELayer(8, 16, 4, TopPRouter(p=0.5, null_experts=1)), torch.randn(32, 8).abs()
 
     def flops() -> tuple[int, int]:
         with FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -78,7 +78,7 @@ def test_null_experts_cost_no_flops() -> None:
 
 def recipe(sham: Literal["permute"] | None = None, plain: bool = False) -> VisionLanguage:
     torch.manual_seed(0)
-    experts = ExpertLayers(3, TopPRouter(0.6, null=1, sham=sham), hidden=8, shared=1, shared_hidden=4)
+    experts = ExpertLayers(3, TopPRouter(0.6, null_experts=1, sham=sham), hidden=8, shared=1, shared_hidden=4)
     lm = CausalLM(20, 16, 2, 1, length=64, experts=experts, positions=None if plain else AxisRoPE())
     for name, p in lm.named_parameters():
         if "gate_ED" in name:
@@ -235,7 +235,7 @@ def test_experts_by_entropy_are_logged(tmp_path: Path) -> None:
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     torch.manual_seed(0)
     chat = small_chat()
-    lm = CausalLM(8194, 16, 1, 1, length=64, experts=ExpertLayers(3, TopPRouter(null=1), hidden=8))
+    lm = CausalLM(8194, 16, 1, 1, length=64, experts=ExpertLayers(3, TopPRouter(null_experts=1), hidden=8))
     made = VisionLanguage(**{**chat, "lm": lm})
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", callbacks=[Accuracy(), ExpertsByEntropy()], **options

@@ -78,7 +78,7 @@ def by_hand(model: Masked, rows: Batch, layer: int) -> dict[str, float]:
 
 
 def logged(rank: int, null: bool, **options: Any) -> dict[str, float]:
-    model = recipe(TopPRouter(0.5, null=1) if null else TopKRouter(2))
+    model = recipe(TopPRouter(0.5, null_experts=1) if null else TopKRouter(2))
     return evaluate(Data(sets(), size=4), ExpertUsage(), recipe=model, **options)
 
 
@@ -106,7 +106,7 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 def test_it_is_a_loop_over_tokens(null: bool) -> None:
     one = logged(0, null)
     for layer, name in enumerate(("1", "3")):
-        expected = by_hand(recipe(TopPRouter(0.5, null=1) if null else TopKRouter(2)), sets()["one"], layer)
+        expected = by_hand(recipe(TopPRouter(0.5, null_experts=1) if null else TopKRouter(2)), sets()["one"], layer)
         got = {key.removeprefix(f"one/experts/{name}/"): x for key, x in one.items() if f"experts/{name}/" in key}
         assert got == pytest.approx(expected, abs=CLOSE)
         assert got["mi_kind"] > 0.01 and (got["null"] > 0) == null and (got["active"] == 2.0) != null

@@ -248,7 +248,7 @@ def test_what_cannot_be_changed_is_one_line() -> None:
             lambda: Upcycle(experts(TopKRouter(2, "before"))),
             "TopKRouter: weights .* sum to 1.*with norm after",
         ),
-        (lambda: Upcycle(experts(TopPRouter(null=1))), "TopPRouter: weights"),
+        (lambda: Upcycle(experts(TopPRouter(null_experts=1))), "TopPRouter: weights"),
         (lambda: Upcycle(experts(ExpertChoice())), "ExpertChoice: weights"),
         (lambda: Upcycle(experts(shared=1)), "experts.shared 1: they add to the output; leave it out"),
         (lambda: Upcycle(experts(), noise=0.0), "noise 0: above 0"),

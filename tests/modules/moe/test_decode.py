@@ -16,7 +16,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "after": lambda: TopKRouter(2),
     "before": lambda: TopKRouter(1, "before"),
     "biased": lambda: TopKRouter(2, bias_rate=0.1),
-    "null": lambda: TopPRouter(0.6, null=2),
+    "null": lambda: TopPRouter(0.6, null_experts=2),
     "one": lambda: HardModality([2, 2]),
     "none": lambda: ExpertChoice(auxiliary=CausalAux(4)),
 }

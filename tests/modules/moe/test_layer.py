@@ -35,7 +35,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "top-k": lambda: TopKRouter(2),
     "before": lambda: TopKRouter(1, "before"),
     "task": lambda: TaskGate(2),
-    "top-p": lambda: TopPRouter(0.6, null=1),
+    "top-p": lambda: TopPRouter(0.6, null_experts=1),
     "modality": lambda: ModalityTopK([[0, 1, 2], [1, 2, 3]]),
     "hard": lambda: HardModality([3, 0]),
     "skills": lambda: StaticSkill([[0, 2], [1, 2, 3]]),
@@ -159,8 +159,8 @@ def test_who_has_a_gradient() -> None:
 def test_null_experts_cost_nothing() -> None:
     torch.manual_seed(0)
     counts = []
-    for null in (None, 4):
-        layer: Any = MoELayer(D, F_, E, TopPRouter(0.8, null=null))
+    for null in (0, 4):
+        layer: Any = MoELayer(D, F_, E, TopPRouter(0.8, null_experts=null))
         h_ND = torch.randn(400, D)
         routing = layer.router(h_ND)
         with FlopCount() as count:

@@ -36,7 +36,7 @@ V, D = 20, 16
 CHAIN = rounding(2 * 128, F32)
 ROUTERS: dict[str, Callable[[], Router]] = {
     "top-k": lambda: TopKRouter(2),
-    "top-p": lambda: TopPRouter(0.6, null=1),
+    "top-p": lambda: TopPRouter(0.6, null_experts=1),
     "modality": lambda: ModalityTopK([[0, 1], [1, 2, 3]]),
     "hard": lambda: HardModality([2, 1]),
     "skills": lambda: StaticSkill([[0, 1], [1, 2, 3]]),

@@ -23,7 +23,7 @@ CLOSE: Any = {"rtol": 1e-6, "atol": 1e-6}
 CASES: dict[str, Any] = {
     "dropless": lambda: MoELayer(D, 8, E, TopKRouter(2), shared=1),
     "capacity": lambda: MoELayer(D, 8, E, TopKRouter(2), capacity=Capacity(0.7), form="gelu"),
-    "null": lambda: MoELayer(D, 8, E, TopPRouter(0.5, null=1)),
+    "null": lambda: MoELayer(D, 8, E, TopPRouter(0.5, null_experts=1)),
 }
 
 

@@ -77,7 +77,7 @@ def test_a_bias_moves_the_choice_and_no_weight() -> None:
 @pytest.mark.parametrize("weigh", ["softmax", "band"])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_top_p_with_null_and_shared_experts(weigh: str, shared: int) -> None:
-    router, h_ND, marks = setting(TopPRouter(0.7, null=2, weigh=weigh, jitter=0.2), shared=shared)  # type: ignore[arg-type]
+    router, h_ND, marks = setting(TopPRouter(0.7, null_experts=2, weigh=weigh, jitter=0.2), shared=shared)  # type: ignore[arg-type]
     for p in router.parameters():
         p.data.div_(20)
     routing, R = router(h_ND, marks), E + 2

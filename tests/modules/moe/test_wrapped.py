@@ -29,7 +29,7 @@ def networks() -> dict[str, Any]:
     torch.manual_seed(0)
     experts = ExpertLayers(4, TopKRouter(2), hidden=8, every=2, shared=1, z=0.01)
     some: dict[str, Any] = {"lm": CausalLM(V, 8, 2, 2, hidden=16, length=16, experts=experts)}
-    return some | {"trunk": Trunk(8, 2, 2, experts=ExpertLayers(4, TopPRouter(0.6, null=1), hidden=8, z=0.01))}
+    return some | {"trunk": Trunk(8, 2, 2, experts=ExpertLayers(4, TopPRouter(0.6, null_experts=1), hidden=8, z=0.01))}
 
 
 class Loss(nn.Module):
