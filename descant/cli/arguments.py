@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from descant.cli.catalogue import find, layers, shipped_data
-from descant.cli.document import rename
+from descant.cli.document import option, rename
 from descant.cli.errors import Refusal, fail, nearest
 from descant.modules.io.names import full
 from descant.run import runs
@@ -47,11 +49,57 @@ class Request:
         """The configurations, each after those that it extends."""
         return layers(self.configs)
 
-    def arguments(self) -> list[str]:
-        """The arguments for the parser."""
-        configs = [f"--config={file}" for file in self.files]
-        options = ((key, value if value is None else _full(key, value)) for key, value in self.options)
-        return configs + [f"--{key}" if value is None else f"--{key}={value}" for key, value in options]
+    def arguments(self, classes: Iterable[tuple[str, ...]] = ()) -> list[str]:
+        """The arguments for the parser; ``classes``: the places of the classes that the configurations name."""
+        configs, places = [f"--config={file}" for file in self.files], tuple(classes)
+        return configs + [_argument(key, value, places) for key, value in self.options]
+
+
+def _argument(key: str, value: str | None, classes: Sequence[tuple[str, ...]]) -> str:
+    """One option for the parser: as a configuration where the parser takes it from one only.
+
+    >>> _argument("model.init_args.width", "3", ()), _argument("model.init_args.schedule", "null", ())
+    ('--model.init_args.width=3', '--config={"model": {"init_args": {"schedule": null}}}')
+    """
+    if value is None:
+        return f"--{key}"
+    if ".init_args." in key and not key.endswith(".help"):
+        plain = option(key, value).plain
+        if (_has_null(plain) or _mappings(key) > 1) and _with_others(plain, key, classes):
+            return f"--config={json.dumps(plain)}"
+    return f"--{key}={_full(key, value)}"
+
+
+def _mappings(key: str) -> int:
+    """How many arguments on the way of a key are mappings of names: the parser passes one at most.
+
+    >>> _mappings("data.init_args.stages.text.init_args.data.init_args.parts.texts.init_args.sealed")
+    2
+    """
+    parts = key.split(".")
+    return sum(a == "init_args" and b != "init_args" for a, b in zip(parts, parts[2:], strict=False))
+
+
+def _has_null(plain: Any) -> bool:
+    """Whether a null is anywhere in a value: the parser takes none from an option for an argument of a part."""
+    children = plain.values() if isinstance(plain, dict) else plain if isinstance(plain, list) else ()
+    return plain is None or any(map(_has_null, children))
+
+
+def _with_others(plain: Any, key: str, classes: Sequence[tuple[str, ...]]) -> bool:
+    """Name the other classes of each mapping that a key passes, in their order: the parser drops those that a
+    configuration does not name. False where one is a mapping of other values."""
+    node, path, parts = plain, tuple[str, ...](), key.split(".")
+    for i, part in enumerate(parts):
+        if i > 1 and parts[i - 2] == "init_args" and part != "init_args":
+            names, inner = [place[-1] for place in classes if place[:-1] == path], node[part]
+            if part not in names:
+                return False
+            node.clear()
+            node.update({name: inner if name == part else {"init_args": {}} for name in names})
+        node = node[part]
+        path = path if part == "init_args" else (*path, part)
+    return True
 
 
 def _full(key: str, value: str) -> str:

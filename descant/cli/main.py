@@ -127,7 +127,8 @@ class DescantCLI(LightningCLI):
         if wanted(request):
             self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
         read_replaced()
-        self.config = parser.parse_args([command, *request.arguments()])  # the walk may have replaced old names
+        places = self.walk.classes if wanted(request) else ()
+        self.config = parser.parse_args([command, *request.arguments(places)])  # the walk may have replaced old names
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: checkpoints hold no hyper-parameters."""
