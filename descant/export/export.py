@@ -21,6 +21,7 @@ _HELP = """\
 descant export: a run's weights, configuration and model card in one folder
 
 usage: descant export RUN --out DIR [--ckpt best|last|PATH] [--towers image,text] [--merge]
+       descant export RUN --to timm|transformers --out DIR [--ckpt best|last|PATH]
 
   descant export demo/001 --out demo-model
 
@@ -29,10 +30,15 @@ README.md (the model card, with code to copy) and, for a transformers tower, a f
 transformers loads. The folder needs no other file of this machine. It is loaded back and compared, weight by
 weight, before it gets its name; an existing folder is never changed.
 
+--to writes what another package loads, without Descant: timm the encoder of a masked model or a TimmTower,
+transformers a language model of the Llama or Mixtral family with its tokenizer. Adapters are folded in. The folder
+is loaded back by that package, and its outputs compared with those of the run (1e-5 in float32).
+
 Options:
   RUN                   a run such as demo/001, a checkpoint in one, or an export
   --out DIR             the folder to write
   --ckpt best|last|PATH the weights of a run (best: by its ModelCheckpoint's monitor; else last)
+  --to FORMAT           timm or transformers, in place of Descant's own folder
   --towers A,B          only these towers and their heads
   --merge               fold adapters into their layers, and quantized weights back into floats
   --runs DIR            where run folders live (runs)
@@ -70,6 +76,7 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--ckpt", default="best")
+    parser.add_argument("--to", default=None)
     parser.add_argument("--towers", default="")
     parser.add_argument("--merge", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -81,6 +88,8 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
     for key, value in (("RUN", request.run), ("--out DIR", request.out)):
         if value is None:
             fail(f"export: {key} is missing: descant export demo/001 --out demo-model")
+    if request.to is not None and request.towers:
+        fail(f"--towers {request.towers}: --to {request.to} writes what the format holds; leave one of both out")
     return request
 
 
@@ -104,7 +113,7 @@ def _export(request: argparse.Namespace) -> list[str]:
     try:
         with loading.trusting(request.trust):
             source = saved.find(path, request.ckpt)
-            lines = _write(source, request, scratch)
+            lines = _write(source, request, scratch) if request.to is None else _write_format(source, request, scratch)
         _as_other_files(scratch)
         os.rename(scratch, out)  # fails over a folder that is not empty
     finally:
@@ -154,10 +163,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     _yaml(folder / saved.CONFIG, "A model that Descant trained: descant.load(FOLDER)", {"model": model})
     _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
     about = card.About(source, request.out.name, recipe, parts, changed and not request.merge, left)
-    notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
-    for notice in [*notices, source.folder / card.NOTICE]:
-        if notice.is_file():
-            shutil.copyfile(notice, folder / card.NOTICE)
+    _copy_notice(source, prepared, folder)
     digest = _confirm(folder, about)
     card.write(about, prepared, folder, digest)
     again = loading.load(folder, trust=request.trust).state_dict()
@@ -170,6 +176,40 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
         f"EXPORT  {len(state):,} tensors, {size / 1e6:,.1f} MB, loaded back and equal",
         *(f"  {file.relative_to(folder).as_posix()}" for file in files),
     ]
+
+
+def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
+    """The folder of another package, with the model card, the run's numbers and the licence of its data."""
+    from descant.export import formats, loading
+    from descant.modules.io import merge, saved
+    from descant.modules.io.files import sha256_of
+    from descant.recipes.base.rebuild import rebuild
+    from descant.report import card
+
+    chosen, recipe = formats.of(request.to), rebuild(source)
+    merge.plain(recipe)
+    prepared = None if source.exported else loading.datamodule(source)
+    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    chosen.write(recipe, parts, folder)
+    difference = chosen.require_near(recipe, folder)
+    _copy_notice(source, prepared, folder)
+    about = card.About(source, request.out.name, recipe, parts, False, [], chosen.usage(request.out.name))
+    card.write(about, prepared, folder, sha256_of(folder / saved.WEIGHTS))
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [
+        f"EXPORT  for {request.to}, loaded back by it: outputs differ by {difference:.1g} at most",
+        *(f"  {file.relative_to(folder).as_posix()}" for file in files),
+    ]
+
+
+def _copy_notice(source: Saved, prepared: object, folder: Path) -> None:
+    """The notice of the data, from its folder or from the export that this one is made from."""
+    from descant.report import card
+
+    notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
+    for notice in [*notices, source.folder / card.NOTICE]:
+        if notice.is_file():
+            shutil.copyfile(notice, folder / card.NOTICE)
 
 
 def _confirm(folder: Path, about: About) -> str:

@@ -30,7 +30,8 @@ class About:
     Attributes:
         source: the run or export it is made from. name: name of its folder. recipe: the model.
         parts: modality -> its preprocessing. adapted: whether it has adapters or quantised layers.
-        left: modalities whose preprocessing is not included. step: training step of the weights.
+        left: modalities whose preprocessing is not included. usage: Python that loads an export for another package.
+        step: training step of the weights.
         averaged: whether the weights are an average over training. metrics: metrics of these weights.
         later: metrics of the run's last weights, where those are not the exported ones.
     """
@@ -41,6 +42,7 @@ class About:
     parts: Mapping[str, Sequence[Any]]
     adapted: bool
     left: Sequence[str]
+    usage: str | None = None
     step: int | None = field(init=False)
     averaged: bool = field(init=False)
     metrics: dict[str, float] = field(init=False)
@@ -69,7 +71,7 @@ def write(about: About, data: Any, folder: Path, digest: str) -> None:
         about=about,
         recipe=type(about.recipe).__name__,
         size=_size(about.recipe),
-        towers=", ".join(f"{name} ({_kind(tower)}, {_size(tower):,})" for name, tower in towers.items()),
+        towers=", ".join(f"{name} ({_kind(tower)}, {_size(tower):,})" for name, tower in towers.items()) or "none",
         version=__version__,
         metrics=_tables(about.metrics),
         later=_tables(about.later),
@@ -78,7 +80,7 @@ def write(about: About, data: Any, folder: Path, digest: str) -> None:
         source=f"{run.weights.parent.name}/{run.weights.name}",
         source_digest=account(run).get("sha256"),
         ready=[name for name in towers if name in about.parts and name not in about.left],
-        tower=next(iter(towers)),
+        tower=next(iter(towers), None),
         folders=sorted(path.name for path in folder.glob("towers/*")),
         training=_copied(about, "Training") if run.exported else _training(about),
         licences=_copied(about, "Licences") if run.exported else _licences(data, folder),

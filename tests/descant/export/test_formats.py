@@ -1,0 +1,198 @@
+"""``descant export --to``: folders that other packages load, with the outputs of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import descant
+from descant.export import loading
+from descant.export.formats import base, llama, timm_vit
+from descant.modules.core.batch import Batch
+from descant.modules.io import saved
+from descant.modules.language import CausalLM
+from descant.modules.language.axis_rope import AxisRoPE
+from descant.modules.language.llama_format import llama_config, to_llama
+from descant.modules.language.model import CausalLM as Model
+from descant.modules.masking.adapters import Adapters, PatchAdapter
+from descant.modules.moe import ExpertLayers, HardModality, TopKRouter, VisualExperts
+from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, WordTokenizer
+from descant.modules.towers import TimmTower
+from descant.modules.towers.vit import Trunk
+from descant.modules.transforms.image import Pixels
+from descant.recipes import Masked, VisionLanguage
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+
+
+def trained(cli: Cli, *options: str) -> Path:
+    done = cli("fit", *options, "--config", "on/tiny", "--name", "small")
+    assert done.rc == 0, done.err
+    return Path("runs/small/001")
+
+
+def datamodule() -> Any:
+    with loading.trusting(()):
+        return loading.datamodule(saved.find(Path("runs/small/001")))
+
+
+def validation() -> Batch:
+    """The first batch of the run's validation."""
+    data = datamodule()
+    data.prepare_data()
+    data.setup("validate")
+    return next(iter(data.val_dataloader()[0]))
+
+
+@pytest.mark.slow
+def test_a_language_model_answers_in_transformers_as_here(cli: Cli) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained(cli, "--config", "chat/arithmetic", "--trainer.max_steps", "30")
+    done = cli("export", "small/001", "--to", "transformers", "--out", "out")
+    assert done.rc == 0 and "for transformers, loaded back by it" in done.out, done.err
+    recipe: Any = descant.load("runs/small/001")
+    model: Any = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained("out", trust_remote_code=False)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    data, batch = datamodule(), validation()
+    ours_BM = recipe.generate(batch, new=8)
+    answer = recipe.answer_token
+    for row in range(4):
+        ids = batch.inputs["text"][row].tolist()
+        question = ids[: ids.index(answer) + 1]
+        text = data.tokenizer.decode(question)
+        assert tokenizer(f"{text}<answer>").input_ids == question
+        theirs = model.generate(torch.tensor([question]), max_new_tokens=8)[0, len(question) :].tolist()
+        ours = ours_BM[row].tolist()
+        assert theirs[: len(ours)] == ours[: len(theirs)] and len(theirs) > 0
+    card = Path("out/README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in card and "descant.load" not in card
+
+
+@pytest.mark.slow
+def test_the_encoder_of_a_masked_run_is_a_folder_for_timm(cli: Cli) -> None:
+    import timm
+
+    trained(cli, "--config", "masked/emoji")
+    done = cli("export", "small/001", "--to", "timm", "--out", "out")
+    assert done.rc == 0 and "for timm, loaded back by it" in done.out, done.err
+    model: Any = timm.create_model("local-dir:out", pretrained=True)
+    trunk = descant.load("runs/small/001").towers["encoder"]
+    assert torch.equal(model.norm.weight, cast(Any, trunk).norm.weight)
+    config = json.loads(Path("out/config.json").read_text())["pretrained_cfg"]
+    assert "tag" not in config and "license" not in config and config["mean"] == [0.5, 0.5, 0.5]
+    assert Path("out/metrics.json").is_file() and "timm.create_model" in Path("out/README.md").read_text()
+
+
+def test_a_vit_of_timm_embeds_as_the_masked_model(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    adapters = Adapters(image=PatchAdapter([16, 16], 4), sketch=PatchAdapter([16, 16], 4, channels=1))
+    recipe: Any = Masked(adapters, Trunk(24, 2, 3)).eval()
+    with torch.no_grad():
+        for parameter in recipe.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    timm_vit.TimmFormat().write(recipe, {}, tmp_path)
+    model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x_BCHW, there_B = torch.randn(3, 3, 16, 16), torch.ones(3, dtype=torch.bool)
+    batch = Batch({"image": x_BCHW, "sketch": x_BCHW[:, :1]}, {"image": there_B, "sketch": ~there_B})
+    with torch.no_grad():
+        mean_BD = F.normalize(model.forward_features(x_BCHW)[:, 1:].mean(dim=1), dim=1)
+        torch.testing.assert_close(recipe.embed(batch)["image"], mean_BD, rtol=0, atol=base.NEAR)
+
+
+def test_a_tower_of_timm_is_itself(tmp_path: Path) -> None:
+    import timm
+
+    options: dict[str, Any] = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    tower = TimmTower("vit_tiny_patch16_224", size=32, options=options)
+    recipe: Any = SimpleNamespace(towers={"image": tower.eval()})
+    made = timm_vit.TimmFormat()
+    made.write(recipe, {"image": [Pixels(32, std=(0.25, 0.25, 0.25))]}, tmp_path)
+    assert made.require_near(recipe, tmp_path) == 0
+    model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert model.pretrained_cfg["std"] == (0.25, 0.25, 0.25) or model.pretrained_cfg["std"] == [0.25, 0.25, 0.25]
+
+
+LMS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "grouped": {"key_heads": 1, "tie": False, "hidden": 24},
+    "mixtral": {"experts": ExpertLayers(4, TopKRouter(2), hidden=16), "tie": False},
+}
+
+
+@pytest.mark.parametrize("name", LMS)
+def test_weights_go_there_and_back(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    recipe = VisionLanguage(lm=CausalLM(266, 16, 2, 2, length=32, **LMS[name]), answer_token=265).eval()
+    made = llama.TransformersFormat()
+    made.write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
+    assert made.require_near(recipe, tmp_path) < base.NEAR
+    again = Model(266, 16, 2, 2, length=32, **LMS[name])
+    again.load_llama(to_llama(recipe.lm))
+    assert all(torch.equal(x, y) for x, y in zip(again.parameters(), recipe.lm.parameters(), strict=True))
+    with torch.no_grad():
+        recipe.lm.norm.weight.add_(0.1)
+    with pytest.raises(ValueError, match="loaded back, its outputs differ by"):
+        made.require_near(recipe, tmp_path)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "axes": ({"positions": AxisRoPE()}, "positions of three axes"),
+    "visual": ({"visual": VisualExperts()}, "visual experts"),
+    "router": (
+        {"experts": ExpertLayers(2, HardModality([0, 1]), balance=None)},
+        "router: HardModality; Mixtral routes by",
+    ),
+    "shared": ({"experts": ExpertLayers(4, TopKRouter(2), shared=1)}, "experts.shared: Mixtral has none"),
+    "some": ({"experts": ExpertLayers(4, TopKRouter(2), every=2)}, "every 2: all of Mixtral's layers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_family_has_not_is_named(name: str) -> None:
+    arguments, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        llama_config(CausalLM(31, 16, 2, 2, **arguments))
+
+
+def test_bytes_are_bytes_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = VisionLanguage(lm=CausalLM(270, 16, 1, 2, length=32), answer_token=265).eval()
+    llama.TransformersFormat().write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    ours = ByteTokenizer()
+    for text in ("7+5", "naïve  <b>", "日本 \n\t é", "".join(map(chr, range(32, 400)))):
+        assert theirs(text).input_ids == [BOS, *ours.encode(text)]
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs("a<answer>").input_ids[-1] == 265 and theirs.eos_token_id == EOS
+
+
+def test_a_tokenizer_without_a_form_there_is_named(tmp_path: Path) -> None:
+    recipe = VisionLanguage(lm=CausalLM(31, 16, 1, 2), answer_token=30).eval()
+    with pytest.raises(ValueError, match="WordTokenizer has no form in transformers"):
+        llama.TransformersFormat().write(recipe, {"text": [WordTokenizer(["fox"])]}, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli) -> None:
+    trained(cli, "--config", "staged/code-experts", "--data.init_args.stages.learn.init_args.steps", "2")
+    for options, line in [
+        (("--to", "transformers"), "lm.experts.router: ExpertChoice; Mixtral routes by TopKRouter"),
+        (("--to", "timm"), "timm holds one TimmTower, or the encoder of a masked model"),
+        (("--to", "tim"), "--to tim: no such format; nearest: timm"),
+        (("--to", "timm", "--towers", "image"), "--to timm writes what the format holds"),
+    ]:
+        assert line in cli("export", "small/001", *options, "--out", "out").refusal
+        assert not Path("out").exists() and not list(Path().glob(".out*"))
