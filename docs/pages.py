@@ -31,7 +31,18 @@ PARTS = {"recipes": "Recipes", "modules": "Modules", "datamodules": "Data", "cal
 GROUPS = {
     "Guides": (
         "guides",
-        ("recipes", "python", "plain-lightning", "own-data", "devices", "slurm", "survive", "recipe", "claims"),
+        (
+            "recipes",
+            "python",
+            "plain-lightning",
+            "own-data",
+            "exchange",
+            "devices",
+            "slurm",
+            "survive",
+            "recipe",
+            "claims",
+        ),
     ),
     "Mechanisms": (
         "mechanisms",

@@ -21,7 +21,7 @@ _HELP = """\
 descant export: a run's weights, configuration and model card in one folder
 
 usage: descant export RUN --out DIR [--ckpt best|last|PATH] [--towers image,text] [--merge]
-       descant export RUN --to timm|transformers --out DIR [--ckpt best|last|PATH]
+       descant export RUN --to open_clip|timm|transformers --out DIR [--ckpt best|last|PATH]
 
   descant export demo/001 --out demo-model
 
@@ -31,14 +31,15 @@ transformers loads. The folder needs no other file of this machine. It is loaded
 weight, before it gets its name; an existing folder is never changed.
 
 --to writes what another package loads, without Descant: timm the encoder of a masked model or a TimmTower,
-transformers a language model of the Llama or Mixtral family with its tokenizer. Adapters are folded in. The folder
-is loaded back by that package, and its outputs compared with those of the run (1e-5 in float32).
+transformers a language model of the Llama or Mixtral family or a CLIP, open_clip a CLIP, each with its tokenizer.
+Adapters are folded in. The folder is loaded back by that package, and its outputs compared with those of the run
+(1e-5 in float32).
 
 Options:
   RUN                   a run such as demo/001, a checkpoint in one, or an export
   --out DIR             the folder to write
   --ckpt best|last|PATH the weights of a run (best: by its ModelCheckpoint's monitor; else last)
-  --to FORMAT           timm or transformers, in place of Descant's own folder
+  --to FORMAT           open_clip, timm or transformers, in place of Descant's own folder
   --towers A,B          only these towers and their heads
   --merge               fold adapters into their layers, and quantized weights back into floats
   --runs DIR            where run folders live (runs)
@@ -186,8 +187,10 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     from descant.recipes.base.rebuild import rebuild
     from descant.report import card
 
-    chosen, recipe = formats.of(request.to), rebuild(source)
+    formats.require(request.to)
+    recipe = rebuild(source)
     merge.plain(recipe)
+    chosen = formats.of(request.to, recipe)
     prepared = None if source.exported else loading.datamodule(source)
     parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
     chosen.write(recipe, parts, folder)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
+from descant.modules.core.errors import no_such
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import running_rows, zeroed
@@ -38,11 +39,17 @@ class SharedSpace(Recipe):
         towers: one tower a modality.
         width: of the shared embedding space.
         pool: tokens to one vector, a copy for each modality; or one a modality.
-        norm: a LayerNorm before each modality's projection; without one, linear towers make linear latents.
+        norm: a LayerNorm before each modality's projection, or before those of some; without one, linear towers make
+            linear latents. CLIP has one for images alone.
     """
 
     def __init__(
-        self, towers: Towers, width: int = 128, pool: Pool | Pools | None = None, norm: bool = True, **kwargs: Any
+        self,
+        towers: Towers,
+        width: int = 128,
+        pool: Pool | Pools | None = None,
+        norm: bool | dict[str, bool] = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.towers, self.modalities, self.width = towers, tuple(towers), width
@@ -51,7 +58,11 @@ class SharedSpace(Recipe):
         )
         #: Set around a forward pass: features in place of missing modalities.
         self.imputation: Imputation | None = None
-        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width, norm=norm) for m in towers})
+        norms = norm if isinstance(norm, dict) else dict.fromkeys(towers, norm)
+        for m in norms:
+            if m not in towers:
+                raise ValueError(f"norm: {m!r}: {no_such(m, tuple(towers))}")
+        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width, norm=norms.get(m, True)) for m in towers})
 
     @property
     def before_pools(self) -> UniversalLayers | None:

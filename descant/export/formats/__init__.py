@@ -4,28 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from descant.cli.errors import fail, hint
 from descant.export.formats.base import ModelFormat
+from descant.recipes.base.recipe import Recipe
 
 
-def _timm() -> ModelFormat:
+def _timm(recipe: Recipe) -> ModelFormat:
     from descant.export.formats.timm_vit import TimmFormat
 
     return TimmFormat()
 
 
-def _transformers() -> ModelFormat:
-    from descant.export.formats.llama import TransformersFormat
+def _transformers(recipe: Recipe) -> ModelFormat:
+    from descant.export.formats.clip import ClipFormat
+    from descant.export.formats.llama import LlamaFormat
 
-    return TransformersFormat()
+    return LlamaFormat() if isinstance(getattr(recipe, "lm", None), nn.Module) else ClipFormat()
+
+
+def _open_clip(recipe: Recipe) -> ModelFormat:
+    from descant.export.formats.clip import OpenClipFormat
+
+    return OpenClipFormat()
 
 
 #: Name -> its maker: a format imports its package only where it is asked for.
-FORMATS: dict[str, Callable[[], ModelFormat]] = {"timm": _timm, "transformers": _transformers}
+FORMATS: dict[str, Callable[[Recipe], ModelFormat]] = {
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "transformers": _transformers,
+}
 
 
-def of(name: str) -> ModelFormat:
-    """The format of this name; Refusal for another."""
+def require(name: str) -> None:
+    """Refusal for a name of no format."""
     if name not in FORMATS:
         fail(f"--to {name}: no such format{hint(name, FORMATS, most=4)}")
-    return FORMATS[name]()
+
+
+def of(name: str, recipe: Recipe) -> ModelFormat:
+    """The format of this name that fits a recipe's family."""
+    return FORMATS[name](recipe)

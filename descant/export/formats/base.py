@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descant.modules.tokenizers.text import Tokenizer
 from descant.recipes.base.recipe import Recipe
 
 #: Largest difference, of numbers of size 1, between what a written model and ours compute in float32.
@@ -48,3 +49,14 @@ class ModelFormat(ABC):
         if not difference <= NEAR:
             raise ValueError(f"loaded back, its outputs differ by {difference:.2g}; {NEAR:g} is the most")
         return difference
+
+
+def pixels_of(parts: Parts) -> Any:
+    """The step that ends the preprocessing of images, with the size, mean and deviation of its pixels; or None."""
+    return next((step for step in reversed(parts.get("image", [])) if hasattr(step, "std")), None)
+
+
+def tokenizer_of(parts: Parts) -> Tokenizer | None:
+    """The tokenizer of texts, where it is known."""
+    tokenizer = next(iter(parts.get("text", [])), None)
+    return tokenizer if isinstance(tokenizer, Tokenizer) else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.export.formats.base import ModelFormat, Parts
+from descant.export.formats.base import ModelFormat, Parts, pixels_of
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.towers import TimmTower
 from descant.modules.towers.vit import Layout, Trunk, to_timm
@@ -91,7 +91,7 @@ def _vit(trunk: Trunk, adapter: PatchAdapter) -> nn.Module:
 
 def _data_config(model: Any, parts: Parts) -> dict[str, Any]:
     """timm's description of the preprocessing: size, mean and deviation of pixels in 0..1."""
-    pixels = next((step for step in reversed(parts.get("image", [])) if hasattr(step, "std")), None)
+    pixels = pixels_of(parts)
     size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (pixels.size,) * 2 if pixels else (224, 224)
     channels = model.pretrained_cfg.get("input_size", (3,))[0]
     config = {"input_size": (getattr(model, "in_chans", channels), *size), "crop_pct": 1.0, "interpolation": "bilinear"}

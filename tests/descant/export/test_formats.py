@@ -10,24 +10,28 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import descant
 from descant.export import loading
 from descant.export.formats import base, llama, timm_vit
+from descant.export.formats import clip as clips
 from descant.modules.core.batch import Batch
 from descant.modules.io import saved
 from descant.modules.language import CausalLM
 from descant.modules.language.axis_rope import AxisRoPE
 from descant.modules.language.llama_format import llama_config, to_llama
 from descant.modules.language.model import CausalLM as Model
+from descant.modules.losses import SigLIP
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.moe import ExpertLayers, HardModality, TopKRouter, VisualExperts
 from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, WordTokenizer
-from descant.modules.towers import TimmTower
+from descant.modules.towers import ConvTower, TextTower, TimmTower, Towers, TransformersTower
+from descant.modules.towers.heads import FirstPool, LastPool, Pools
 from descant.modules.towers.vit import Trunk
 from descant.modules.transforms.image import Pixels
-from descant.recipes import Masked, VisionLanguage
+from descant.recipes import Contrastive, Masked, VisionLanguage
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -135,7 +139,7 @@ LMS: dict[str, dict[str, Any]] = {
 def test_weights_go_there_and_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     recipe = VisionLanguage(lm=CausalLM(266, 16, 2, 2, length=32, **LMS[name]), answer_token=265).eval()
-    made = llama.TransformersFormat()
+    made = llama.LlamaFormat()
     made.write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
     assert made.require_near(recipe, tmp_path) < base.NEAR
     again = Model(266, 16, 2, 2, length=32, **LMS[name])
@@ -170,7 +174,7 @@ def test_bytes_are_bytes_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     recipe = VisionLanguage(lm=CausalLM(270, 16, 1, 2, length=32), answer_token=265).eval()
-    llama.TransformersFormat().write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
+    llama.LlamaFormat().write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     ours = ByteTokenizer()
     for text in ("7+5", "naïve  <b>", "日本 \n\t é", "".join(map(chr, range(32, 400)))):
@@ -182,7 +186,7 @@ def test_bytes_are_bytes_in_transformers(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_form_there_is_named(tmp_path: Path) -> None:
     recipe = VisionLanguage(lm=CausalLM(31, 16, 1, 2), answer_token=30).eval()
     with pytest.raises(ValueError, match="WordTokenizer has no form in transformers"):
-        llama.TransformersFormat().write(recipe, {"text": [WordTokenizer(["fox"])]}, tmp_path)
+        llama.LlamaFormat().write(recipe, {"text": [WordTokenizer(["fox"])]}, tmp_path)
 
 
 @pytest.mark.slow
@@ -196,3 +200,100 @@ def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli) -> None:
     ]:
         assert line in cli("export", "small/001", *options, "--out", "out").refusal
         assert not Path("out").exists() and not list(Path().glob(".out*"))
+
+
+# CLIP ---------------------------------------------------------------------------------------------------------------
+
+
+def clip(act: str = "gelu", vocabulary: int = 264, **options: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    image = {**sizes, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, "hidden_act": act}
+    text = {**sizes, "model_type": "clip_text_model", "vocab_size": vocabulary, "max_position_embeddings": 24}
+    text |= {"hidden_act": act, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    towers = Towers(image=TransformersTower(config=image), text=TransformersTower(config=text))
+    settings: dict[str, Any] = {"pool": Pools(image=FirstPool(), text=LastPool()), "norm": {"text": False}} | options
+    recipe = Contrastive(towers, 16, **settings).eval()
+    with torch.no_grad():
+        for parameter in recipe.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return recipe
+
+
+PARTS: dict[str, list[Any]] = {
+    "text": [ByteTokenizer(24)],
+    "image": [Pixels(32, mean=(0.4, 0.5, 0.6), std=(0.25, 0.25, 0.5))],
+}
+CLIPS: dict[str, type[base.ModelFormat]] = {"transformers": clips.ClipFormat, "open_clip": clips.OpenClipFormat}
+
+
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_embeds_there_as_here(name: str, act: str, tmp_path: Path) -> None:
+    recipe, made = clip(act), CLIPS[name]()
+    made.write(recipe, PARTS, tmp_path)
+    assert made.require_near(recipe, tmp_path) < base.NEAR
+    with torch.no_grad():
+        recipe.heads["text"].layers[-1].weight[0].add_(0.5)
+    with pytest.raises(ValueError, match="its outputs differ"):
+        made.require_near(recipe, tmp_path)
+
+
+def test_texts_and_pictures_have_the_similarities_of_the_recipe(tmp_path: Path) -> None:
+    import open_clip
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    recipe, texts = clip(), ["a red apple", "naïve", "the sun"]
+    for name, made in CLIPS.items():
+        (tmp_path / name).mkdir()
+        made().write(recipe, PARTS, tmp_path / name)
+    pixels_BCHW = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels_BCHW]
+    x_BCHW = PARTS["image"][0](pixels_BCHW, torch.zeros(2, dtype=torch.long))
+    ours = {"image": recipe.features(x_BCHW, "image"), "text": recipe.features(PARTS["text"][0](texts), "text")}
+    z = {m: F.normalize(recipe.heads[m](h_BD), dim=1) for m, h_BD in ours.items()}
+    logits = recipe.losses["image-text"].log_scale.exp() * z["image"] @ z["text"].T
+
+    model = CLIPModel.from_pretrained(tmp_path / "transformers")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "transformers")
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    processed = CLIPImageProcessor.from_pretrained(tmp_path / "transformers")(pictures, return_tensors="pt")
+    theirs = model(**inputs, **processed).logits_per_image
+    torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-4)
+
+    place = f"local-dir:{tmp_path / 'open_clip'}"
+    other, _, preprocess = open_clip.create_model_and_transforms(place)
+    x_BCHW = torch.stack([preprocess(picture) for picture in pictures])
+    zs = other.eval()(x_BCHW, open_clip.get_tokenizer(place)(texts))
+    torch.testing.assert_close(zs[2] * zs[0] @ zs[1].T, logits, rtol=1e-4, atol=1e-4)
+
+
+NO_CLIP: dict[str, tuple[dict[str, Any], str]] = {
+    "pool": ({"pool": FirstPool()}, "pool of text: FirstPool; a CLIP has LastPool"),
+    "head": ({"norm": True}, "heads.text: a CLIP has a LayerNorm before one linear map for images alone"),
+    "loss": ({"loss": SigLIP()}, "loss: SigLIP; a CLIP is trained by InfoNCE"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CLIP)
+def test_what_a_clip_has_not_is_named(name: str, tmp_path: Path) -> None:
+    options, message = NO_CLIP[name]
+    with pytest.raises(ValueError, match=message):
+        clips.OpenClipFormat().write(clip(**options), PARTS, tmp_path)
+
+
+def test_towers_of_another_architecture_are_named(tmp_path: Path) -> None:
+    towers = Towers(image=ConvTower([8]), text=TextTower(264, 16, 1, 2, 24))
+    with pytest.raises(ValueError, match=r"towers\.image: ConvTower; a CLIP has a TransformersTower"):
+        clips.ClipFormat().write(Contrastive(towers, 16), PARTS, tmp_path)
+    mixed = clip()
+    mixed.towers["text"].model.config.hidden_act = "quick_gelu"
+    with pytest.raises(ValueError, match="hidden_act: gelu and quick_gelu; open_clip has"):
+        clips.OpenClipFormat().write(mixed, PARTS, tmp_path)
+    with pytest.raises(ValueError, match="norm: 'audio': no such name"):
+        Contrastive(towers, 16, norm={"audio": False})
