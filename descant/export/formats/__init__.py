@@ -18,9 +18,12 @@ def _timm(recipe: Recipe) -> ModelFormat:
 
 
 def _transformers(recipe: Recipe) -> ModelFormat:
+    from transformers.utils.logging import disable_progress_bar
+
     from descant.export.formats.clip import ClipFormat
     from descant.export.formats.llama import LlamaFormat
 
+    disable_progress_bar()
     return LlamaFormat() if isinstance(getattr(recipe, "lm", None), nn.Module) else ClipFormat()
 
 

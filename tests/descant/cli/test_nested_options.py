@@ -1,4 +1,4 @@
-"""Options that the parser takes from a configuration only: null for an argument of a part, keys through two mappings."""
+"""Options that the parser takes from a configuration only: null in a part, and keys through two mappings."""
 
 from __future__ import annotations
 

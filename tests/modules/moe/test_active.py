@@ -29,7 +29,8 @@ N, D, F, E = 48, 8, 12, 4
 
 
 @pytest.mark.parametrize(
-    "router", [TopKRouter(2), TopKRouter(1, "before"), HardModality([3, 1]), TopPRouter(0.6, null_experts=2), TopPRouter(0.9)]
+    "router",
+    [TopKRouter(2), TopKRouter(1, "before"), HardModality([3, 1]), TopPRouter(0.6, null_experts=2), TopPRouter(0.9)],
 )
 def test_flops_of_what_a_token_meets(router: Router) -> None:
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from tests.tolerance import F32, rounding, ulps
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 BERT = {"model_type": "bert", "vocab_size": 12, **SMALL, "max_position_embeddings": 8}
+CLIP = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **SMALL}
 VIT = {"model_type": "vit", "image_size": 16, "patch_size": 8, **SMALL}
 TEXT = torch.tensor([[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 9, 8, 7, 2, 3]])
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,9 @@ def tower_of(config):
     return TransformersTower(config=config)
 
 
-@pytest.mark.parametrize(("config", "x", "T"), [(BERT, TEXT, 6), (VIT, PIXELS, 5)], ids=["bert", "vit"])
+@pytest.mark.parametrize(
+    ("config", "x", "T"), [(BERT, TEXT, 6), (VIT, PIXELS, 5), (CLIP, PIXELS, 5)], ids=["bert", "vit", "clip"]
+)
 def test_properties(config, x, T):
     tower = tower_of(config)
     assert len(tower.blocks()) == 2
@@ -48,6 +51,7 @@ def test_every_gradient():
     x = torch.randint(1, 12, (2, 8), generator=torch.Generator().manual_seed(0))
     _asserts.check_every_gradient(tower_of({**BERT, "type_vocab_size": 1, "hidden_dropout_prob": 0.0}), x)
     _asserts.check_every_gradient(tower_of(VIT), PIXELS)
+    _asserts.check_every_gradient(tower_of(CLIP), PIXELS)
 
 
 def test_padding_content_does_not_matter_and_an_empty_row_is_finite():
