@@ -37,6 +37,13 @@ def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple
     return [(name, cast(Tower, towers[name])) for name in (towers if names is None else names)]
 
 
+def innermost(recipe: nn.Module) -> nn.Module:
+    """The recipe inside wrappers, such as those of stages; itself where there is none."""
+    while isinstance(inner := getattr(recipe, "inner", None), nn.Module):
+        recipe = inner
+    return recipe
+
+
 def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str]:
     """The dotted names that are ``end`` or end in ``.end``; ValueError with the nearest if there are none."""
     matches = [name for name in names if name == end or name.endswith(f".{end}")]

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import Adapt, chosen
+from descant.modules.adaptation.base import Adapt, chosen, innermost
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.core.rng import salt
 from descant.modules.io import saved
@@ -60,8 +60,7 @@ class Inherit(Adapt):
     def apply(self, recipe: nn.Module) -> None:
         run = saved.find(self.path, self.checkpoint)
         state = saved.read_weights(run)
-        while hasattr(recipe, "inner"):  # a wrapper shows the towers of the recipe inside, without pools and heads
-            recipe = cast(nn.Module, recipe.inner)
+        recipe = innermost(recipe)  # a wrapper shows the towers of the recipe inside, without pools and heads
         for name, _ in chosen(recipe, self.modalities):
             for part in PARTS:
                 module = cast(nn.ModuleDict, getattr(recipe, part, nn.ModuleDict()))

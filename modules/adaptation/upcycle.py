@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from descant.modules.adaptation.base import LM, Adapt, chosen
+from descant.modules.adaptation.base import LM, Adapt, chosen, innermost
 from descant.modules.adaptation.expert_weights import PARTS, State, converted
 from descant.modules.adaptation.growth import Growth
 from descant.modules.adaptation.stage_changes import Boundary, StageChange, left_by
@@ -48,8 +48,7 @@ class _Converting(StageChange, Adapt):
         self, recipe: nn.Module, seed: int, weights: Mapping[str, State] | None
     ) -> dict[str, tuple[nn.Module, Growth]]:
         owner, changes = type(self).__name__, dict[str, tuple[nn.Module, Growth]]()
-        while hasattr(recipe, "inner"):
-            recipe = cast(nn.Module, recipe.inner)
+        recipe = innermost(recipe)
         if getattr(recipe, "sharded", False):
             raise ValueError(f"{owner}: parameters that are split over ranks (shard) cannot change")
         places = {module: name for name, module in recipe.named_modules()}

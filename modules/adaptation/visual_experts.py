@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import LM
+from descant.modules.adaptation.base import LM, innermost
 from descant.modules.adaptation.inherit import Begin
 from descant.modules.adaptation.stage_changes import Boundary, StageChange
 from descant.modules.language.model import CausalLM
@@ -16,8 +16,7 @@ from descant.modules.moe.modality_linear import text_weight
 
 def language_model(owner: str, recipe: nn.Module) -> CausalLM:
     """The recipe's language model; ValueError where it has none with visual experts."""
-    while hasattr(recipe, "inner"):
-        recipe = cast(nn.Module, recipe.inner)
+    recipe = innermost(recipe)
     lm = getattr(recipe, LM, None)
     if getattr(lm, "visual", None) is None:
         raise ValueError(f"{owner}: {type(recipe).__name__} has no visual experts; set lm.visual, as to VisualExperts")

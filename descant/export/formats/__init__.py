@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from torch import nn
@@ -30,6 +31,8 @@ def _transformers(recipe: Recipe) -> ModelFormat:
 def _open_clip(recipe: Recipe) -> ModelFormat:
     from descant.export.formats.clip import OpenClipFormat
 
+    if importlib.util.find_spec("open_clip") is None:
+        fail("--to open_clip: its package, which reads the folder back: pip install 'descant[exchange]'")
     return OpenClipFormat()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -190,9 +191,12 @@ def test_a_tokenizer_without_a_form_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli) -> None:
+def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(cli, "--config", "staged/code-experts", "--data.init_args.stages.learn.init_args.steps", "2")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "open_clip" else find(name, *at))
     for options, line in [
+        (("--to", "open_clip"), "pip install 'descant[exchange]'"),
         (("--to", "transformers"), "lm.experts.router: ExpertChoice; Mixtral routes by TopKRouter"),
         (("--to", "timm"), "timm holds one TimmTower, or the encoder of a masked model"),
         (("--to", "tim"), "--to tim: no such format; nearest: timm"),
