@@ -31,8 +31,8 @@ transformers loads. The folder needs no other file of this machine. It is loaded
 weight, before it gets its name; an existing folder is never changed.
 
 --to writes what another package loads, without Descant: timm the encoder of a masked model or a TimmTower,
-transformers a language model of the Llama or Mixtral family or a CLIP, open_clip a CLIP, each with its tokenizer.
-Adapters are folded in. The folder is loaded back by that package, and its outputs compared with those of the run
+transformers a language model of the Llama or Mixtral family or a CLIP, open_clip a CLIP, with its tokenizer.
+Adapters are folded in. The folder is loaded back by that package, and its outputs compared with the run's
 (1e-5 in float32).
 
 Options:

@@ -108,7 +108,8 @@ class TopPRouter(Router):
             raise ValueError(f"most {most}: at least 1, or none")
         if not jitter >= 0:
             raise ValueError(f"jitter {jitter:g}: 0 or more")
-        self.p, self.null, self.most, self.weigh, self.jitter = p, null_experts, most, weigh, jitter
+        self.p, self.most, self.weigh, self.jitter = p, most, weigh, jitter
+        self.null_experts = self.null = null_experts
         self.sham, self.permuted = sham, TokenSham(sham)
 
     @property
