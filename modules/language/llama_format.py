@@ -70,6 +70,7 @@ def _mixtral(lm: CausalLM) -> dict[str, Any]:
 def to_llama(lm: CausalLM) -> dict[str, Tensor]:
     """Weights named and ordered as in LlamaForCausalLM or MixtralForCausalLM; the inverse of ``CausalLM.load_llama``.
 
+    >>> import torch
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2, tie=False)
     >>> again = CausalLM(vocab=11, width=8, depth=1, heads=2, tie=False)
     >>> again.load_llama(to_llama(lm))
@@ -106,6 +107,7 @@ def _mlp(layer: Any) -> Mapping[str, Tensor]:
 def unpaired(w_ND: Tensor, head_width: int) -> Tensor:
     """Rows of a head projection from adjacent pairs to pairs half a head apart, as Llama has them.
 
+    >>> import torch
     >>> unpaired(torch.tensor([0.0, 2.0, 1.0, 3.0])[:, None], 4).flatten().tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
