@@ -155,7 +155,7 @@ def _count(
     uses: dict[str, Use], key: str, counted: bool, layer: MoELayer, _: Any, output: tuple[Tensor, Routing]
 ) -> None:
     if counted:
-        use = Use.of(output[1], layer.router.experts, layer.router.null)
+        use = Use.of(output[1], layer.router.experts, layer.router.null_experts)
         uses[key] = uses[key] + use if key in uses else use
 
 

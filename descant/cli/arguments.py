@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ class Request:
         """The configurations, each after those that it extends."""
         return layers(self.configs)
 
-    def arguments(self, classes: Iterable[tuple[str, ...]] = ()) -> list[str]:
+    def arguments(self, classes: Sequence[tuple[str, ...]] = ()) -> list[str]:
         """The arguments for the parser; ``classes``: the places of the classes that the configurations name."""
-        configs, places = [f"--config={file}" for file in self.files], tuple(classes)
-        return configs + [_argument(key, value, places) for key, value in self.options]
+        configs = [f"--config={file}" for file in self.files]
+        return configs + [_argument(key, value, classes) for key, value in self.options]
 
 
 def _argument(key: str, value: str | None, classes: Sequence[tuple[str, ...]]) -> str:

@@ -123,11 +123,11 @@ class DescantCLI(LightningCLI):
             parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        command, request = args[0], self.request
+        command, request, places = args[0], self.request, tuple[tuple[str, ...], ...]()
         if wanted(request):
             self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
+            places = tuple(self.walk.classes)
         read_replaced()
-        places = self.walk.classes if wanted(request) else ()
         self.config = parser.parse_args([command, *request.arguments(places)])  # the walk may have replaced old names
 
     def _parse_ckpt_path(self) -> None:

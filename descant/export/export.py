@@ -145,8 +145,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     if keep:
         selected = source._replace(config={**source.config, "model": portable.only(source.model, keep)})
         recipe = _reduced(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
-    prepared = loading.datamodule(source) if not source.exported else None
-    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    prepared, parts = _preprocessing(source)
     model = portable.carried(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
     changed = merge.changed(recipe)
     if request.merge:
@@ -171,17 +170,17 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     differing = [k for k, v in state.items() if k not in again or not torch.equal(again[k].cpu(), v.cpu())]
     if differing or len(again) != len(state):
         raise ValueError(f"{request.run}: the export does not load back: {(differing or list(again))[0]} differs")
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = _files(folder)
     size = sum(file.stat().st_size for file in files)
     return [
         f"EXPORT  {len(state):,} tensors, {size / 1e6:,.1f} MB, loaded back and equal",
-        *(f"  {file.relative_to(folder).as_posix()}" for file in files),
+        *_named(files, folder),
     ]
 
 
 def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
     """The folder of another package, with the model card, the run's numbers and the licence of its data."""
-    from descant.export import formats, loading
+    from descant.export import formats
     from descant.modules.io import merge, saved
     from descant.modules.io.files import sha256_of
     from descant.recipes.base.rebuild import rebuild
@@ -191,18 +190,32 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     recipe = rebuild(source)
     merge.plain(recipe)
     chosen = formats.of(request.to, recipe)
-    prepared = None if source.exported else loading.datamodule(source)
-    parts = loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    prepared, parts = _preprocessing(source)
     chosen.write(recipe, parts, folder)
     difference = chosen.require_near(recipe, folder)
     _copy_notice(source, prepared, folder)
     about = card.About(source, request.out.name, recipe, parts, False, [], chosen.usage(request.out.name))
     card.write(about, prepared, folder, sha256_of(folder / saved.WEIGHTS))
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [
         f"EXPORT  for {request.to}, loaded back by it: outputs differ by {difference:.1g} at most",
-        *(f"  {file.relative_to(folder).as_posix()}" for file in files),
+        *_named(_files(folder), folder),
     ]
+
+
+def _preprocessing(source: Saved) -> tuple[Any, dict[str, list[Any]]]:
+    """The data module, of a run whose data is here, and the preprocessing of each modality."""
+    from descant.export import loading
+
+    prepared = None if source.exported else loading.datamodule(source)
+    return prepared, loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _named(files: Sequence[Path], folder: Path) -> list[str]:
+    return [f"  {file.relative_to(folder).as_posix()}" for file in files]
 
 
 def _copy_notice(source: Saved, prepared: object, folder: Path) -> None:

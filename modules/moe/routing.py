@@ -190,7 +190,7 @@ class Router(nn.Module):
     """
 
     #: Null experts, which compute nothing.
-    null = 0
+    null_experts = 0
     #: Kinds of tokens whose use of experts is balanced apart.
     kinds = 1
     #: Whether each expert is a parameter of its own, so that those not used in a step have no gradient at all.

@@ -109,23 +109,23 @@ class TopPRouter(Router):
         if not jitter >= 0:
             raise ValueError(f"jitter {jitter:g}: 0 or more")
         self.p, self.most, self.weigh, self.jitter = p, most, weigh, jitter
-        self.null_experts = self.null = null_experts
+        self.null_experts = null_experts
         self.sham, self.permuted = sham, TokenSham(sham)
 
     @property
     def sums_to_one(self) -> bool:
-        return not self.null
+        return not self.null_experts
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
-        if (self.most or 1) > experts + self.null:
-            raise ValueError(f"most {self.most}: there are {experts + self.null} experts to choose from")
-        self.gate_ED = self._gate(experts + self.null + shared, width)
+        if (self.most or 1) > experts + self.null_experts:
+            raise ValueError(f"most {self.most}: there are {experts + self.null_experts} experts to choose from")
+        self.gate_ED = self._gate(experts + self.null_experts + shared, width)
         self.shared = shared
         return super().build(width, experts, shared)
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
         h_ND = self.permuted(h_ND, marks, self)
-        logit_NE, shared_NS = logits(h_ND, self.gate_ED).split([self.experts + self.null, self.shared], dim=1)
+        logit_NE, shared_NS = logits(h_ND, self.gate_ED).split([self.experts + self.null_experts, self.shared], dim=1)
         index_NK, used_NK, probability_NE = top_p(logit_NE, self.p, self.most)
         chosen_NK, rest_NE = logit_NE.gather(1, index_NK), logit_NE.sort(dim=1, descending=True, stable=True).values
         weights = {"softmax": softmax_of_chosen, "band": band_of_chosen}[self.weigh]

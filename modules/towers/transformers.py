@@ -65,9 +65,10 @@ class TransformersTower(Tower):
             model = model.get_encoder()
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # unused: its parameters would have no gradient
-        for name, part in model.named_modules():
-            if model.config.model_type == "clip_vision_model" and name.endswith("post_layernorm"):
-                part.requires_grad_(False)  # unused likewise: CLIP norms the pooled class token alone
+        if model.config.model_type == "clip_vision_model":
+            for name, part in model.named_modules():
+                if name.endswith("post_layernorm"):
+                    part.requires_grad_(False)  # unused likewise: CLIP norms the pooled class token alone
         if dropout is not None:
             _set_dropout(model, dropout)
         self.kind, self.width = str(model.config.model_type), _width(model.config)
