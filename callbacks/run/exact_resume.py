@@ -88,3 +88,14 @@ def loop_progress(epoch: int, batches: int, total: int, begun: bool) -> dict[str
         "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
         "epoch_loop.batch_progress": {"total": of_all, "current": of_epoch, "is_last_batch": False},
     }
+
+
+def evaluate_at(trainer: L.Trainer, step: int) -> None:
+    """Let an evaluation of a checkpoint log at the checkpoint's step; a trainer that has trained keeps its own.
+
+    Lightning restores its loops in a fit alone: without this all that ``descant validate`` logs is of step 0.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.global_step == 0:
+        loop._batches_that_stepped = step
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step

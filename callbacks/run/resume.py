@@ -23,7 +23,7 @@ from torch.utils.data import RandomSampler
 
 from descant.callbacks.run import epoch_log
 from descant.callbacks.run.callback_order import Ordered
-from descant.callbacks.run.exact_resume import loop_progress, seed_all, settle_buckets
+from descant.callbacks.run.exact_resume import evaluate_at, loop_progress, seed_all, settle_buckets
 from descant.callbacks.run.exact_resume import require_exact as require_exact
 from descant.callbacks.run.stop_signals import Signals
 from descant.modules.core.errors import say, warn
@@ -281,6 +281,7 @@ class Resume(Ordered):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
+            evaluate_at(trainer, int(checkpoint.get("global_step", 0)))
             return
         entry: dict[str, Any] = checkpoint.get(ENTRY, {})
         if not entry.get("safe"):

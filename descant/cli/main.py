@@ -390,7 +390,8 @@ def _answered(cli: DescantCLI, request: Request) -> int:
         if trainer is None and Parser.failed is not None:
             line = line or unbuilt(*Parser.failed, request.trust)
         line = line or explain(error, building=trainer is None, trust=request.trust)
-        if line is None and trainer is not None and (cli.checking is not None or trainer.global_step == 0):
+        begun = trainer is not None and trainer.state.fn == "fit" and trainer.global_step > 0
+        if line is None and trainer is not None and (cli.checking is not None or not begun):
             line = misfit(error, cli.model, request.trust) or outside_ours(error, request.trust)
         if line is None or request.debug:
             raise

@@ -228,6 +228,8 @@ def dirichlet(alpha_BM: Tensor, draws: int, key_B: np.ndarray) -> Tensor:
     share_BKM = np.zeros((len(alpha_BM), draws, alpha_BM.shape[1]))
     for share_KM, key, alpha_M in zip(share_BKM, key_B.tolist(), alpha_BM.numpy(), strict=True):
         chosen = np.flatnonzero(alpha_M)
-        if len(chosen):
+        if len(chosen) == 1:
+            share_KM[:, chosen] = 1.0  # whatever is drawn; a generator a sample is dear
+        elif len(chosen):
             share_KM[:, chosen] = np.random.Generator(np.random.Philox(key)).dirichlet(alpha_M[chosen], draws)
     return torch.from_numpy(share_BKM)

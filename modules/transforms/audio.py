@@ -163,7 +163,11 @@ class LogMel(nn.Module):
         T = self.frames(S)
         rows = max(1, B if x_BS.is_cuda else CELLS // (T * self.fft // 2))
         x_BFT = torch.cat([self._decibels(*part) for part in zip(x_BS.split(rows), length_B.split(rows), strict=True)])
-        real_BT = derived(partial(self._real, T), length_B)
+        return self.marked(x_BFT, length_B)
+
+    def marked(self, x_BFT: Tensor, length_B: Tensor) -> Tensor:
+        """The features, in place, with ``-inf`` in frames behind each sample's length, which is in samples of the waveform."""
+        real_BT = derived(partial(self._real, x_BFT.shape[2]), length_B)
         x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
         # real frames are finite: their decibels have a floor
         return with_finite(x_BFT, lambda: host_copy(real_BT)[:, None]) if has_host_copy(real_BT) else x_BFT
@@ -212,7 +216,8 @@ class AudioAugment(nn.Module):
     [B, F, T]``.
 
     ``x'(f, t) = x(f + pitch, tempo (t - shift)) + gain``, then bands of filters and of frames are set to the sample's
-    mean (SpecAugment, Park 2019, arXiv 1904.08779), each sampled uniformly from the sample's key.
+    mean (SpecAugment, Park 2019, arXiv 1904.08779), each sampled uniformly from the sample's key. Where nothing may be
+    changed, x is returned as it is.
 
     Args:
         tempo: log-uniform factor between 1/tempo and tempo.
@@ -249,6 +254,8 @@ class AudioAugment(nn.Module):
         self.masks, self.filters, self.frames, self.floor, self.stream = masks, filters, frames, floor, stream
 
     def forward(self, x_BFT: Tensor, draw_B: Tensor) -> Tensor:
+        if self.tempo == 1 and not any((self.pitch, self.shift, self.gain, self.masks)):
+            return x_BFT
         device, (_, filters, T) = x_BFT.device, x_BFT.shape
         purposes = ["tempo", "pitch", "shift", "gain"]
         purposes += [f"{kind}{k}/{w}" for kind in "ft" for k in range(self.masks) for w in ("width", "start")]

@@ -14,9 +14,14 @@ from descant.datamodules.corpora.spoken import VOICES, SpokenNames, synthetic_sp
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
 from descant.datamodules.resumable_sampler import Order
-from descant.modules.transforms.audio import LogMel
+from descant.modules.transforms.audio import AudioAugment, LogMel
 from tests.datamodules.batches import shuffled, whole
 from tests.datamodules.prepare.test_wheel import wheel_of
+from tests.tolerance import F32, conditioned
+
+#: Decibels: 20 / ln 10 of what an amplitude at the floor, 10^-4 of a full-scale one, differs by after an FFT of 2^9.
+DECIBELS = conditioned(8.7e4, F32, terms=9)
+STILL = AudioAugment(tempo=1.0, pitch=0.0, shift=0, gain=0.0, masks=0)
 
 
 def emoji(**options: object) -> Emoji:
@@ -166,3 +171,25 @@ def test_noise_has_its_ratio_is_new_in_training_and_fixed_in_evaluation() -> Non
             # dB: the mean square of some 4000 normal numbers is known to 2%, 0.1 dB, and this is the worst of many
             assert 10 * float((x[:n].square().mean() / noise[:n].square().mean()).log10()) == pytest.approx(-3, abs=0.3)
             assert not noise[n:].any()
+
+
+def test_features_that_are_kept_are_those_of_the_waveforms() -> None:
+    sets = [
+        Emoji(tiny=True, batch_size=64, speech=SpokenNames(["en-us", "fr"], augment=STILL, keep=keep))
+        for keep in (False, True)
+    ]
+    made, kept = (data.training_set() for data in sets)
+    for window in Order(len(made), 64, seed=0, epoch=0):
+        x, y = (
+            data.on_after_batch_transfer(rows[window], 0).inputs["audio"]
+            for data, rows in zip(sets, (made, kept), strict=True)
+        )
+        assert torch.equal(x.isfinite(), y.isfinite()), "padding"
+        torch.testing.assert_close(x, y, rtol=0, atol=DECIBELS)
+    calls: list[int] = []
+    sets[1].speech.features.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    for window in Order(len(kept), 64, seed=0, epoch=0):
+        kept[window]
+    assert not calls, "all of an epoch's clips were kept"
+    with pytest.raises(ValueError, match="^keep: true with snr 10: noise is another at each visit; leave one out$"):
+        SpokenNames(snr=10.0, keep=True)
