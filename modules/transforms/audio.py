@@ -166,7 +166,7 @@ class LogMel(nn.Module):
         return self.marked(x_BFT, length_B)
 
     def marked(self, x_BFT: Tensor, length_B: Tensor) -> Tensor:
-        """The features, in place, with ``-inf`` in frames behind each sample's length, which is in samples of the waveform."""
+        """The features, in place, with ``-inf`` in frames behind each sample's length in samples of the waveform."""
         real_BT = derived(partial(self._real, x_BFT.shape[2]), length_B)
         x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
         # real frames are finite: their decibels have a floor

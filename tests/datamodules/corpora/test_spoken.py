@@ -191,5 +191,5 @@ def test_features_that_are_kept_are_those_of_the_waveforms() -> None:
     for window in Order(len(kept), 64, seed=0, epoch=0):
         kept[window]
     assert not calls, "all of an epoch's clips were kept"
-    with pytest.raises(ValueError, match="^keep: true with snr 10: noise is another at each visit; leave one out$"):
+    with pytest.raises(ValueError, match=r"^keep: true with snr 10: noise is another at each visit; leave one out$"):
         SpokenNames(snr=10.0, keep=True)
