@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from descant.modules.core.errors import one_line
 from descant.modules.io.pretrained import Place, json_of, read
-from descant.modules.transforms.image import Colour
 
+#: One number a colour.
+Colour = tuple[float, float, float]
 Owner = Literal["open_clip", "timm", "transformers", "sentence-transformers"]
 #: The files by which an owner is known, in the order in which they count.
 SENTENCE, OPEN_CLIP, CONFIG = "modules.json", "open_clip_config.json", "config.json"
@@ -21,7 +22,7 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 class ImageInput(NamedTuple):
     """How images become input: a square of ``size`` pixels, ``(x - mean) / std`` of pixels in 0..1.
 
-    ``filter`` resizes; ``fit``: ``crop`` is the central square of the image, anything else is told by its name.
+    ``filter`` resizes; ``fit``: ``crop`` is the central square of the image, any other is described.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Encoders of other packages from their folders, as :class:`PretrainedTower` uses them: one class an owner.
+"""Encoders of other packages from their folders, which :class:`PretrainedTower` holds: one class an owner.
 
 Each computes with its owner's own modules, and holds no parameter that its output does not use. Letters: B samples, T
 tokens, D width.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.errors import closest, no_such, one_line, warn
-from descant.modules.io.owners import OPEN_CLIP, SENTENCE, content, require_open_clip
+from descant.modules.io.owners import OPEN_CLIP, SENTENCE, Owner, content, require_open_clip
 from descant.modules.io.pretrained import Place, inside, json_of, padding_of, read, tokenizer_of
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.heads import FirstPool, LastPool, MaxPool, MeanPool
@@ -61,6 +61,19 @@ class Encoder(nn.Module):
             self.closed = ids[-1:] == [self.pad]
 
 
+def encoder_of(place: Place, owner: Owner, part: Part | None, output: Output, weights: bool) -> Encoder:
+    """The encoder of a folder; arguments as of :class:`PretrainedTower`.
+
+    Raises:
+        ValueError: for a part or output that the model has not, an unknown architecture, or files that do not fit it.
+    """
+    if owner == "transformers":
+        return _TransformersEncoder(place, part, output, weights)
+    if owner == "open_clip":
+        return _OpenClipEncoder(place, part, output, weights)
+    return _TimmEncoder(place, output, weights) if owner == "timm" else _SentenceEncoder(place, output, weights)
+
+
 def one_token(z_BD: Tensor) -> Tokens:
     h_B1D = z_BD.flatten(1)[:, None]
     return Tokens(h_B1D, all_real(h_B1D))
@@ -72,7 +85,7 @@ def one_token(z_BD: Tensor) -> Tokens:
 PAIRS = {"clip": True, "siglip": False}
 
 
-class TransformersEncoder(Encoder):
+class _TransformersEncoder(Encoder):
     """An encoder of transformers, or one of the two of a CLIP or SigLIP; its embedding is what the model pools."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
@@ -120,12 +133,12 @@ class TransformersEncoder(Encoder):
         self.most = getattr(config, "max_position_embeddings", None)
         self.learn_ids(place, int(getattr(config, "pad_token_id", None) or 0))
         if self.kind == "siglip":
-            # pools the last position, and has attended to padding; a tokenizer that gives a mask says otherwise
+            # pools the last position, and has attended to padding; unless its tokenizer gives a mask
             tokenizer = json_of(place.folder / "tokenizer_config.json") or {}
             self.sees_padding = "attention_mask" not in tokenizer.get("model_input_names", ())
             self.exactly = embeds
         elif self.kind == "clip" and embeds:
-            # 2 is from before a configuration told it: the highest id of the text
+            # 2 stands in configurations of before: the highest id of the text
             self.end = self.vocabulary - 1 if config.eos_token_id == 2 else int(config.eos_token_id)
 
     def _leave_unused(self) -> None:
@@ -167,7 +180,7 @@ def require_part(place: Place, kind: str, part: Part | None) -> None:
 # timm ---------------------------------------------------------------------------------------------------------------
 
 
-class TimmEncoder(Encoder):
+class _TimmEncoder(Encoder):
     """A model of timm without its classifier; its embedding is what the model pools, as with ``num_classes=0``."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:
@@ -203,7 +216,7 @@ def weights_of(place: Place, *names: str) -> Path:
 # open_clip ----------------------------------------------------------------------------------------------------------
 
 
-class OpenClipEncoder(Encoder):
+class _OpenClipEncoder(Encoder):
     """The image or the text tower of a CLIP of open_clip with its projection."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
@@ -283,7 +296,7 @@ POOLINGS = {
 ACTIVATIONS = {name: getattr(nn, name) for name in ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid")}
 
 
-class SentenceEncoder(Encoder):
+class _SentenceEncoder(Encoder):
     """A model of sentence-transformers: a transformer, pooling, and dense layers or a normalisation behind it."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:
@@ -298,7 +311,7 @@ class SentenceEncoder(Encoder):
         if kinds[:2] != ["Transformer", "Pooling"]:
             raise ValueError(f"{place.label}: {SENTENCE}: {', '.join(kinds)}; a Transformer and a Pooling come first")
         folders = [inside(place, step.get("path", "")) for step in steps]
-        body = TransformersEncoder(Place(folders[0], None, place.label), None, "tokens", weights)
+        body = _TransformersEncoder(Place(folders[0], None, place.label), None, "tokens", weights)
         if body.reads != "text":
             raise ValueError(f"{place.label}: its transformer {body.kind} reads images; read that folder itself")
         self.reads, self.kind, self.body, self.width = "text", body.kind, body, body.width
@@ -312,7 +325,7 @@ class SentenceEncoder(Encoder):
             at = Place(folder, None, f"{place.label}: {folder.name}")
             made = _normalized() if kind == "Normalize" else _pooling(at) if kind == "Pooling" else _dense(at, weights)
             self.rest.append(made)
-            if isinstance(made, SentencePool):
+            if isinstance(made, _SentencePool):
                 self.width = body.width * len(made.modes)
             elif isinstance(made, nn.Sequential):
                 self.width = int(made[0].out_features)  # type: ignore[arg-type]
@@ -329,8 +342,8 @@ class SentenceEncoder(Encoder):
             warn(
                 f"{place.label}: its owner puts {prompt!r} before each text; here the data's texts are read as they are"
             )
-        told = (json_of(place.folder / "tokenizer_config.json") or {}).get("model_max_length")
-        lengths = (own.get("max_seq_length"), told, positions)
+        limit = (json_of(place.folder / "tokenizer_config.json") or {}).get("model_max_length")
+        lengths = (own.get("max_seq_length"), limit, positions)
         return min((int(n) for n in lengths if isinstance(n, int) and n > 0), default=None)
 
     def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
@@ -338,7 +351,7 @@ class SentenceEncoder(Encoder):
         return one_token(self.rest(tokens)) if self.embeds else tokens
 
 
-class SentencePool(nn.Module):
+class _SentencePool(nn.Module):
     """Pooling of sentence-transformers: ``tokens -> h_BD``, several ways side by side."""
 
     def __init__(self, modes: tuple[str, ...]) -> None:
@@ -371,7 +384,7 @@ def _normalized() -> nn.Module:
     return _Normalized()
 
 
-def _pooling(place: Place) -> SentencePool:
+def _pooling(place: Place) -> _SentencePool:
     config = content(place, "config.json")
     given = config.get("pooling_mode")
     if given is None:
@@ -380,7 +393,7 @@ def _pooling(place: Place) -> SentencePool:
     for mode in modes:
         if mode not in POOLINGS.values():
             raise ValueError(f"{place.label}: pooling_mode {mode!r}: {no_such(str(mode), POOLINGS.values())}")
-    return SentencePool(modes)
+    return _SentencePool(modes)
 
 
 def _dense(place: Place, weights: bool) -> nn.Sequential:

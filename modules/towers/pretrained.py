@@ -9,28 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.errors import warn
-from descant.modules.io.owners import CONFIG, OPEN_CLIP, SENTENCE, ImageInput, image_input, owner_of
+from descant.modules.io.owners import CONFIG, OPEN_CLIP, SENTENCE, Colour, ImageInput, image_input, owner_of
 from descant.modules.io.pretrained import Place, locate
 from descant.modules.towers.base import Frozen, Tokens, Tower
-from descant.modules.towers.encoders import (
-    Encoder,
-    OpenClipEncoder,
-    Output,
-    Part,
-    SentenceEncoder,
-    TimmEncoder,
-    TransformersEncoder,
-)
+from descant.modules.towers.encoders import Output, Part, encoder_of
 from descant.modules.towers.transformers import misfit
-from descant.modules.transforms.image import HALF, Colour
+
+#: Mean and deviation of pixels in -1..1, as data modules give them by default.
+HALF: Colour = (0.5, 0.5, 0.5)
 
 
 class PretrainedTower(Tower):
     """Model of open_clip, transformers (CLIP, SigLIP, DINO, ...), timm or sentence-transformers: ``x -> h_B1D``.
 
-    Its configuration says whose folder it is. An embedding is what the owner's package computes, its pooling and
-    projection included; a recipe of one space, whose ``width`` has to be D, adds no head, so that training begins with
-    the owner's embeddings. ``tokens`` ``[B, T, D]`` are what is pooled (not of open_clip), for a pool, a fusion or a
+    Its files tell whose folder it is. An embedding is what the owner's package computes, its pooling and projection
+    included; a recipe of one space, whose ``width`` has to be D, adds no head, so that training begins with the owner's
+    embeddings. ``tokens`` ``[B, T, D]`` are what is pooled (not of open_clip), for a pool, a fusion or a
     language model that learns.
 
     Images are float ``[B, 3, S, S]`` in -1..1, as data modules give them by default, and get the owner's mean and
@@ -42,7 +36,7 @@ class PretrainedTower(Tower):
         output: embedding, or tokens before pooling.
         weights: false keeps random weights of the folder's architecture, whose weights are not read.
         size: S, pixels a side, where it is not that of the folder and the model takes others.
-        mean, std: of pixels in 0..1, where the folder has no file that says it.
+        mean, std: of pixels in 0..1, where the folder has no file with them.
 
     Raises:
         ValueError: for a folder of no known owner or architecture, damaged or incomplete files, a part that is not
@@ -64,15 +58,7 @@ class PretrainedTower(Tower):
         owner = owner_of(place)
         self.folder, self.owner, self.label = place.folder, owner, place.label
         with torch.random.fork_rng(devices=[]):  # what is overwritten should not shift other draws
-            if owner == "transformers":
-                self.encoder: Encoder = TransformersEncoder(place, part, output, weights)
-            elif owner == "open_clip":
-                self.encoder = OpenClipEncoder(place, part, output, weights)
-            elif owner == "timm":
-                self.encoder = TimmEncoder(place, output, weights)
-            else:
-                self.encoder = SentenceEncoder(place, output, weights)
-        encoder = self.encoder
+            self.encoder = encoder = encoder_of(place, owner, part, output, weights)
         if part is not None and part != encoder.reads:
             raise ValueError(f"{place.label}: part {part}: {encoder.kind} reads {encoder.reads} alone")
         self.reads, self.width, self.projected = encoder.reads, encoder.width, output == "embedding"
@@ -137,17 +123,17 @@ def _shape(x: Tensor) -> str:
 
 
 def _input(
-    place: Place, size: int | None, mean: Colour | None, std: Colour | None, told: ImageInput | None
+    place: Place, size: int | None, mean: Colour | None, std: Colour | None, known: ImageInput | None
 ) -> ImageInput:
-    """What the folder says, or the arguments where it says nothing."""
-    if told is None:
+    """What is in the folder, or the arguments where nothing is."""
+    if known is None:
         if size is None or mean is None or std is None:
             raise ValueError(f"{place.label}: no preprocessor_config.json in it: give size, mean and std of its images")
         return ImageInput(size, mean, std, "", "")
-    for name, given, own in (("mean", mean, told.mean), ("std", std, told.std)):
+    for name, given, own in (("mean", mean, known.mean), ("std", std, known.std)):
         if given is not None and any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True)):  # as they are printed
-            raise ValueError(f"{place.label}: {name} {list(given)}, and its folder says {list(own)}; leave it out")
-    return told if size is None else told._replace(size=size)
+            raise ValueError(f"{place.label}: {name} {list(given)}, and its folder has {list(own)}; leave it out")
+    return known if size is None else known._replace(size=size)
 
 
 def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...]) -> None:

@@ -21,7 +21,6 @@ from descant.datamodules.fields.fields import ImageField
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import ByteTokenizer, PretrainedTokenizer, require_fit
 from descant.modules.towers import Frozen, PretrainedTower, Towers
-from descant.modules.towers.encoders import SentencePool
 from descant.modules.towers.heads import FirstPool, Pools
 from descant.modules.towers.pretrained import require_input
 from descant.modules.training_setup.trainer import image_steps
@@ -196,7 +195,7 @@ def test_earlier_folders_of_sentences_are_read(tmp_path: Path) -> None:
     steps = [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in kinds]
     (tmp_path / "modules.json").write_text(json.dumps(steps))
     tower = PretrainedTower(tmp_path).eval()
-    assert isinstance(tower.encoder.rest[0], SentencePool) and tower.encoder.rest[0].modes == ("cls",)  # type: ignore[union-attr, index]
+    assert tower.encoder.rest[0].modes == ("cls",)  # type: ignore[union-attr, index]
     x_BT = PretrainedTokenizer(folder=tmp_path, length=6)(TEXTS)
     with torch.no_grad():
         z_BD = made[0](x_BT, attention_mask=(x_BT != 0).long()).last_hidden_state[:, 0]
@@ -415,7 +414,7 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
         (
             tmp_path / "dino",
             {"mean": (0.1, 0.2, 0.3)},
-            r"mean \[0.1, 0.2, 0.3\], and its folder says \[0.4, 0.5, 0.6\]",
+            r"mean \[0.1, 0.2, 0.3\], and its folder has \[0.4, 0.5, 0.6\]",
         ),
         (cut, {"part": "image"}, r"its images are \[16, 24\] pixels; squares are read"),
         (torn, {"part": "image"}, "cannot be read"),
