@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from descant.modules.core.errors import one_line
-from descant.modules.io.files import sha256_of
+from descant.modules.io.files import open_regular, sha256_of
 
 PREFIX, RECORD = "hub:", "hub.json"
 #: What is downloaded: configurations, tokenizers, and weights without code. Python files and pickles never are.
 PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
+#: Bytes of a record.
+_MOST = 1_000_000
 _PART = r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*"
 _NAME = re.compile(rf"hub:({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?")
 
@@ -60,7 +62,8 @@ def pinned(run: Path) -> Iterator[None]:
 def _recorded(run: Path) -> dict[str, Any]:
     file = (run if run.is_dir() else run.parent) / RECORD
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            content = json.loads(stream.read(_MOST))
         return {str(name): {key: str(one[key]) for key in ("revision", "digest")} for name, one in content.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -99,7 +99,10 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
             raise ValueError(f"{place.label}: reading it needs the gguf package: pip install gguf")
         options["gguf_file"] = place.gguf
     else:
-        require_no_kernels(json_of(place.folder / "config.json"), place.label)
+        config = json_of(place.folder / "config.json")
+        require_no_kernels(config, place.label)
+        if isinstance(config, dict) and str(config.get("model_type")).startswith("timm_"):
+            raise ValueError(f"{place.label}: {config['model_type']}: a model of timm; its own folder is read")
         require_inside(place)
     try:
         with _quiet():

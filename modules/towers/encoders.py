@@ -6,6 +6,7 @@ tokens, D width.
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class Encoder(nn.Module):
     closed: bool = False
     sees_padding: bool = False
 
-    def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
+    def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
@@ -115,6 +116,8 @@ class _TransformersEncoder(Encoder):
         self.reads = inputs[model.main_input_name]  # type: ignore[assignment]
         if self.reads == "text":
             self._texts(place, model, embeds)
+        # no key-value cache: nothing is generated
+        self.options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
         self.model, self.embeds, self.width = model, embeds, width_of(model.config)
         if embeds and self.reads == "text" and kind == "siglip":
             self.width = int(model.config.projection_size)
@@ -156,11 +159,12 @@ class _TransformersEncoder(Encoder):
         if self.kind.startswith("clip") and self.reads == "image":
             model.post_layernorm.requires_grad_(False)  # norms the pooled token alone
 
-    def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
+    def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         if self.reads == "image":
             output = self.model(pixel_values=x, return_dict=True)
         else:
-            output = self.model(x, attention_mask=None if self.sees_padding else mask_BT.long(), return_dict=True)
+            seen_BT = None if self.sees_padding or mask_BT is None else mask_BT.long()
+            output = self.model(x, attention_mask=seen_BT, return_dict=True, **self.options)
         if self.embeds:
             if output.pooler_output is None:
                 raise ValueError(f"{self.kind}: it pools nothing; output tokens")
@@ -168,7 +172,7 @@ class _TransformersEncoder(Encoder):
         h_BTD = output.last_hidden_state
         if h_BTD.ndim == 4:  # a conv net's map
             h_BTD = h_BTD.flatten(2).transpose(1, 2)
-        return Tokens(h_BTD, all_real(h_BTD) if self.reads == "image" else mask_BT)
+        return Tokens(h_BTD, all_real(h_BTD) if mask_BT is None else mask_BT)
 
 
 def require_part(place: Place, kind: str, part: Part | None) -> None:
@@ -191,14 +195,14 @@ class _TimmEncoder(Encoder):
         file = weights_of(place, "model.safetensors", "pytorch_model.bin") if weights else None
         try:
             tower = TimmTower(name, weights=file, options=options)
-        except ValueError as error:
+        except (ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise ValueError(f"{place.label}: {one_line(error)}") from None
         self.kind, self.tower, self.embeds = name, tower, output == "embedding"
         self.width = int(getattr(tower.model, "head_hidden_size", tower.width)) if self.embeds else tower.width
         if self.embeds:
             tower.requires_grad_(True)
 
-    def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
+    def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         return one_token(self.tower.model(x)) if self.embeds else self.tower(x)
 
     def blocks(self) -> list[nn.Module]:
@@ -261,7 +265,7 @@ class _OpenClipEncoder(Encoder):
             self.exactly = text.pool_type == "last" or bool(text.no_causal_mask)
             self.end = {"argmax": self.vocabulary - 1, "eos": int(text.eos_id)}.get(text.pool_type)
 
-    def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
+    def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         return one_token(self.model(x))
 
 
@@ -346,7 +350,7 @@ class _SentenceEncoder(Encoder):
         lengths = (own.get("max_seq_length"), limit, positions)
         return min((int(n) for n in lengths if isinstance(n, int) and n > 0), default=None)
 
-    def encode(self, x: Tensor, mask_BT: Tensor) -> Tokens:
+    def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         tokens = self.body.encode(x, mask_BT)
         return one_token(self.rest(tokens)) if self.embeds else tokens
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from descant.modules.core.errors import warn
 from descant.modules.io.owners import CONFIG, OPEN_CLIP, SENTENCE, Colour, ImageInput, image_input, owner_of
 from descant.modules.io.pretrained import Place, locate
-from descant.modules.towers.base import Frozen, Tokens, Tower
+from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.encoders import Output, Part, encoder_of
 from descant.modules.towers.transformers import misfit
 
@@ -22,7 +22,7 @@ HALF: Colour = (0.5, 0.5, 0.5)
 class PretrainedTower(Tower):
     """Model of open_clip, transformers (CLIP, SigLIP, DINO, ...), timm or sentence-transformers: ``x -> h_B1D``.
 
-    Its files tell whose folder it is. An embedding is what the owner's package computes, its pooling and projection
+    Its files show whose folder it is. An embedding is what the owner's package computes, its pooling and projection
     included; a recipe of one space, whose ``width`` has to be D, adds no head, so that training begins with the owner's
     embeddings. ``tokens`` ``[B, T, D]`` are what is pooled (not of open_clip), for a pool, a fusion or a
     language model that learns.
@@ -76,7 +76,7 @@ class PretrainedTower(Tower):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         if self.input is not None:
             self._require_image(x, mask)
-            return self.encoder.encode(x * self.scale_311 + self.shift_311, x)
+            return self.encoder.encode(x * self.scale_311 + self.shift_311, None)
         encoder = self.encoder
         self._require_ids(x)
         mask = self._real(x) if mask is None else mask
@@ -136,17 +136,19 @@ def _input(
     return known if size is None else known._replace(size=size)
 
 
-def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...]) -> None:
+def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bool = False) -> None:
     """Checks that data gives a pretrained tower of images what it reads; warns of other ways to resize.
 
     Args:
         name: of the modality. tower: of any kind; only :class:`PretrainedTower` is checked.
         steps: the data's steps of images, of which one has ``size``, ``mean`` and ``std``, one maybe ``filter``.
+        quiet: without the warning.
 
     Raises:
         ValueError: for a tower of texts where images come, normalised pixels, or another size.
     """
-    tower = tower.tower if isinstance(tower, Frozen) else tower
+    while not isinstance(tower, PretrainedTower) and isinstance(inner := getattr(tower, "tower", None), nn.Module):
+        tower = inner  # frozen, cached, saved
     if not isinstance(tower, PretrainedTower):
         return
     if name in ("image", "text") and name != tower.reads:
@@ -166,7 +168,7 @@ def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...]) -> None:
         )
     filter = next((step.filter for step in steps if hasattr(step, "filter")), "bilinear")
     fit = "crop" if any(hasattr(step, "filter") for step in steps) else "squash"
-    if own.filter and (filter != own.filter or (fit != own.fit and fit == "crop")):
+    if not quiet and own.filter and (filter != own.filter or (fit != own.fit and fit == "crop")):
         warn(
             f"towers.{name} was trained on images resized by {own.filter} ({own.fit}), and the data's are resized by "
             f"{filter} ({fit})"

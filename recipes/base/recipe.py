@@ -167,7 +167,8 @@ class Recipe(L.LightningModule):
         if isinstance(tokenizer, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(tokenizer, self.towers["text"])
         for name, tower in getattr(self, "towers", {}).items():
-            require_input(name, tower, image_steps(datamodule_of(trainer)))
+            quiet = stage != "fit" or not trainer.is_global_zero
+            require_input(name, tower, image_steps(datamodule_of(trainer)), quiet)
         if stage == "fit" and "table" in getattr(self, "towers", {}):  # else those of the checkpoint, not read yet
             require_columns(getattr(datamodule_of(trainer), "table_columns", None), self.towers["table"])
 
