@@ -43,6 +43,9 @@ class PretrainedTower(Tower):
             there, or weights of another architecture; in forward, for inputs of another kind, size or length.
     """
 
+    scale_311: Tensor
+    shift_311: Tensor
+
     def __init__(
         self,
         folder: Path,

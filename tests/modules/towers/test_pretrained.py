@@ -33,6 +33,9 @@ from tests.modules.towers.folders import LENGTH, MEAN, SIDE, STD
 #: What an embedding may differ by from its owner's, of numbers of size 1: two roundings of pixels through two layers.
 NEAR = 1e-5
 X = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+VIT: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+CONV: dict[str, Any] = {"channels": [8, 8, 8, 16], "stem_width": 8}
+BIG = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 TEXTS = ["red apple", "a green car a", "car"]
 
 
@@ -76,7 +79,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda h_TD: h_TD.amax(0),
     "lasttoken": lambda h_TD: h_TD[-1],
     "mean_sqrt_len_tokens": lambda h_TD: h_TD.sum(0) / len(h_TD) ** 0.5,
-    "weightedmean": lambda h_TD: sum((k + 1) * h_D for k, h_D in enumerate(h_TD)) / sum(range(1, len(h_TD) + 1)),  # type: ignore[return-value, operator]
+    "weightedmean": lambda h_TD: sum((k + 1) * h_D for k, h_D in enumerate(h_TD)) / sum(range(1, len(h_TD) + 1)),
 }
 
 
@@ -109,9 +112,6 @@ OWNERS: dict[str, tuple[Any, Callable[[Path], Any], Callable[[Path, Any], Tensor
     ),
     "sentence": (None, folders.sentence, of_sentence),
 }
-VIT = {"patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
-CONV = {"channels": [8, 8, 8, 16], "stem_width": 8}
-BIG = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def input_of(name: str, tower: PretrainedTower) -> Tensor:
@@ -295,10 +295,11 @@ def test_a_recipe_begins_with_the_owners_embeddings(tmp_path: Path) -> None:
         z, owner = recipe.embed(batch), model(input_ids=batch.inputs["text"], pixel_values=normal(X))
     torch.testing.assert_close(z["image"], owner.image_embeds, rtol=0, atol=NEAR)
     torch.testing.assert_close(z["text"], owner.text_embeds, rtol=0, atol=NEAR)
-    for options, line in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"width": 16}, "width 16: towers.image gives embeddings of 12: width 12, or output tokens of it"),
         ({"norm": {"audio": True}}, "norm: 'audio': no such name"),
-    ]:
+    ]
+    for options, line in cases:
         with pytest.raises(ValueError, match=line):
             recipe_of(tmp_path, **options)
     tokens = Towers(image=PretrainedTower(tmp_path, "image", output="tokens"))
@@ -393,7 +394,7 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     def model_cfg(**sides: Any) -> Path:
         return changed("oc", "open_clip_config.json", model_cfg={**oc, **sides})
 
-    for folder, options, line in [
+    cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "none", {}, "none: no such folder$"),
         (Path("google/siglip2-base"), {}, "no such folder; of a hub: hub:google/siglip2-base, with --trust hub"),
         (Path("hub:google/siglip2-base"), {}, "folder hub:google/siglip2-base: of a hub; --trust hub lets it be"),
@@ -455,7 +456,8 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
             "'Tan': no such name; did you mean Tanh",
         ),
         (changed("st", "2_Dense/config.json", use_residual=True), {}, "a dense layer with a residual"),
-    ]:
+    ]
+    for folder, options, line in cases:
         with pytest.raises(ValueError, match=line) as caught:
             PretrainedTower(folder, **options)
         assert "\n" not in str(caught.value)
