@@ -41,6 +41,15 @@ class PretrainedTower(Tower):
     Raises:
         ValueError: for a folder of no known owner or architecture, damaged or incomplete files, a part that is not
             there, or weights of another architecture; in forward, for inputs of another kind, size or length.
+
+    >>> import tempfile, timm
+    >>> sizes = dict(img_size=32, depth=1, embed_dim=16, num_heads=2)
+    >>> model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=sizes)
+    ...     tower = PretrainedTower(folder)
+    >>> tower(torch.zeros(2, 3, 32, 32)).h_BTD.shape
+    torch.Size([2, 1, 16])
     """
 
     scale_311: Tensor
