@@ -2,7 +2,7 @@
 
 from descant.modules.objectives.language import DPO, GRPO, SFT
 from descant.recipes.alternating import Alternating
-from descant.recipes.base.distillation import TeacherAverage, TeacherRun, TeacherStage
+from descant.recipes.base.distillation import TeacherAverage, TeacherRun, TeacherStage, TeacherTowers
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.stage import Stage
 from descant.recipes.certified import Certified
@@ -45,5 +45,6 @@ __all__ = [
     "TeacherAverage",
     "TeacherRun",
     "TeacherStage",
+    "TeacherTowers",
     "VisionLanguage",
 ]

@@ -27,7 +27,7 @@ _OPTIONS = {
     "--test true": "test the final weights after training (false)",
     "--ckpt_path best|last|PATH": "the weights to evaluate (the run's best)",
     "--sets val,train,NAME": "which sets to embed (all test sets)",
-    "--trust MODULE": "allow a package, such as yours; or shell, packages, writes, reads (SECURITY.md)",
+    "--trust MODULE": "allow a package of yours; or shell, packages, writes, reads, hub (SECURITY.md)",
     "--seed_everything N": "seed of weights, order and augmentation (0)",
     "--trainer.max_steps N": "length of training; trainer.* are Lightning's own options",
     "--model.KEY, --data.KEY": "any argument of the recipe or of the data",

@@ -38,6 +38,8 @@ from descant.cli.trainer_parts import once, placed, purge_after, require_plain, 
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
+from descant.modules.io import hub
+from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
 from descant.modules.training_setup.loggers import TensorBoard
 from descant.recipes.base.recipe import Recipe
@@ -213,7 +215,12 @@ class DescantCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         Parser.failed = None
-        super().instantiate_classes()
+        folder, start = self.place.folder, self.place.checkpoint
+        known = folder if start is None or (folder / hub.RECORD).is_file() else Path(start).parent.parent
+        with hub.pinned(known):
+            super().instantiate_classes()
+        if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
+            write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
         for line in self.lines:  # only now: a failed build prints its own line alone
             say(line)
 
@@ -327,6 +334,7 @@ def run(request: Request) -> int:
     """
     quieten()
     enforce(request.trust)
+    hub.forget()
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a trusted module is mostly a local file; last, so that it shadows none
@@ -366,7 +374,7 @@ def _exit_code(fault: Ended) -> int:
 def _answered(cli: DescantCLI, request: Request) -> int:
     """Build and run one command; returns its exit code."""
     try:
-        with policy(allowed(request.trust)), _quiet_writer_threads():
+        with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():
             cli.__init__(request)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise

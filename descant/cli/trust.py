@@ -67,6 +67,7 @@ WORDS = {
     "writes": "write outside the run's folder",
     "network": "reach another machine",
     "reads": "read files outside the folder of a table",
+    "hub": "download models from a hub",
 }
 #: Key -> the word that a file needs to set it. On the command line the user sets it.
 _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network", "outside": "reads"}

@@ -21,7 +21,7 @@ from descant.cli.trust import enforce, require
 from descant.datamodules.fields.fields import AudioField, ImageField
 from descant.datamodules.fields.images import Images
 from descant.modules.core.batch import Batch
-from descant.modules.io import saved
+from descant.modules.io import hub, saved
 from descant.modules.io.saved import Node, Saved
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.audio import LogMel
@@ -137,7 +137,7 @@ def trusting(trust: Sequence[str]) -> Iterator[None]:
     before = dict(_common.parsing_settings)
     try:
         enforce(trust)
-        with saved.policy(allowed(trust)):
+        with saved.policy(allowed(trust)), hub.permitted("hub" in trust):
             yield
     finally:
         _common.parsing_settings.clear()

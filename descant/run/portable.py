@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -24,7 +25,7 @@ from descant.modules.adaptation.stage_changes import StageChange
 from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
-from descant.modules.towers import TransformersTower
+from descant.modules.towers import PretrainedTower, TransformersTower
 from descant.recipes.base.rebuild import untrained
 from descant.recipes.base.recipe import Recipe
 
@@ -104,6 +105,8 @@ def _carried(
             arguments[key] = [_carried(v, None, folder, place, tokenizer) if names_class(v) else v for v in value]
     if isinstance(module, TransformersTower):
         arguments = _transformers(module, folder, _tower_name(path), tokenizer)
+    elif isinstance(module, PretrainedTower):
+        arguments |= {"folder": _configuration(module, folder, _tower_name(path)), "weights": False}
     else:
         arguments = {key: _without_file(cls, key, value) for key, value in arguments.items()}
         if module is not None and growable(module) == cls:  # it may have grown since it was built
@@ -175,6 +178,18 @@ def _transformers(tower: TransformersTower, folder: Path, name: str, tokenizer: 
             return arguments
     # a nested configuration stays in the form that transformers reads
     return {"folder": f"{PLACE}/towers/{name}"}
+
+
+def _configuration(tower: PretrainedTower, folder: Path, name: str) -> str:
+    """Copies the owner's configuration and tokenizer to ``towers/NAME``; the weights are those of the export."""
+    place = folder / "towers" / name
+    for pattern in ("*.json", "*.txt", "*.model", "*/*.json"):
+        for file in sorted(tower.folder.glob(pattern)):
+            if not file.name.endswith(".index.json"):
+                target = place / file.relative_to(tower.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+    return f"{PLACE}/towers/{name}"
 
 
 def write_transformers(tower: TransformersTower, folder: Path, tokenizer: Tokenizer | None) -> None:

@@ -65,6 +65,7 @@ class SavedTower(Tower):
                 state = adapted.state_dict()
         saved.load_exactly(self.tower, completed(state, self.tower), run.weights)
         self.width, self.vocabulary, self.pad = self.tower.width, self.tower.vocabulary, self.tower.pad
+        self.end, self.projected = self.tower.end, self.tower.projected
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         return self.tower(x, mask)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from torch import Tensor
 
 from descant.modules.core.errors import one_line
+from descant.modules.io import hub
 
 T = TypeVar("T")
 Node = dict[str, Any]
@@ -38,7 +39,8 @@ def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
     except (ArgumentError, TypeError, KeyError) as error:
         raise ValueError(f"{place}: {_cause(error)}") from None
     try:
-        return cast(T, parser.instantiate_classes(config)["part"])
+        with hub.pinned(place):
+            return cast(T, parser.instantiate_classes(config)["part"])
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the parser wraps a constructor's error in its own

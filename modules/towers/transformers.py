@@ -60,7 +60,7 @@ class TransformersTower(Tower):
                 "folder, gguf, package, config: give one of them: local weights, or a config for random ones"
             )
         place = locate(folder, gguf, package) if local else None
-        model: Any = _from_place(place) if place is not None else _from_config(dict(config or {}))
+        model: Any = from_place(place) if place is not None else _from_config(dict(config or {}))
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         if getattr(model, "pooler", None) is not None:
@@ -71,11 +71,11 @@ class TransformersTower(Tower):
                     part.requires_grad_(False)  # unused likewise: CLIP norms the pooled class token alone
         if dropout is not None:
             _set_dropout(model, dropout)
-        self.kind, self.width = str(model.config.model_type), _width(model.config)
+        self.kind, self.width = str(model.config.model_type), width_of(model.config)
         self.input = str(model.main_input_name)
         if self.input == "input_ids":
             self.vocabulary = int(model.get_input_embeddings().num_embeddings)
-            self.pad = _padding(model.config, place) if pad is None else pad
+            self.pad = padding(model.config, place) if pad is None else pad
             self.pretrained = local
         # no key-value cache: nothing is generated
         self.options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
@@ -93,7 +93,8 @@ class TransformersTower(Tower):
         try:
             output = self.model(**inputs, **self.options, return_dict=True)
         except (IndexError, RuntimeError) as error:
-            line = self._misfit(x)
+            most = getattr(self.model.config, "max_position_embeddings", None)
+            line = misfit(x, self.kind, self.vocabulary, most)
             if line is None:
                 raise
             raise ValueError(line) from error
@@ -108,33 +109,43 @@ class TransformersTower(Tower):
             mask = self.model._get_feature_vector_attention_mask(h_BTD.shape[1], mask)
         return Tokens(h_BTD, mask.bool())
 
-    def _misfit(self, x: Tensor) -> str | None:
-        """Error line for a token id or position without an embedding, which models report in many ways; else None."""
-        if self.vocabulary is None or x.is_cuda:  # a CUDA device that failed cannot be read
-            return None
-        if x.max() >= self.vocabulary:
-            return (
-                f"token id {int(x.max())}: {self.kind} has {self.vocabulary} of them; its own tokenizer is "
-                "PretrainedTokenizer with the same folder, gguf or package"
-            )
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most is not None and x.shape[1] > most:
-            return f"a text of {x.shape[1]} tokens: {self.kind} has positions for {most}; lower the tokenizer's length"
-        return None
-
     def blocks(self) -> list[nn.Module]:
         """The layers of the outermost module lists."""
-        nested = {name: part for name, part in self.model.named_modules() if isinstance(part, nn.ModuleList)}
-        outer = [part for name, part in nested.items() if not any(name.startswith(f"{other}.") for other in nested)]
-        return [block for part in outer for block in part]
+        return outer_blocks(self.model)
 
 
-def _from_place(place: Place) -> Any:
+def outer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of the outermost module lists."""
+    nested = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    outer = [part for name, part in nested.items() if not any(name.startswith(f"{other}.") for other in nested)]
+    return [block for part in outer for block in part]
+
+
+def misfit(x: Tensor, kind: str, vocabulary: int | None, most: int | None) -> str | None:
+    """Error line for a token id or position without an embedding, which models report in many ways; else None."""
+    if vocabulary is None or x.is_cuda:  # a CUDA device that failed cannot be read
+        return None
+    if x.max() >= vocabulary:
+        return (
+            f"token id {int(x.max())}: {kind} has {vocabulary} of them; its own tokenizer is "
+            "PretrainedTokenizer with the same folder, gguf or package"
+        )
+    if most is not None and x.shape[1] > most:
+        return f"a text of {x.shape[1]} tokens: {kind} has positions for {most}; lower the tokenizer's length"
+    return None
+
+
+def from_place(place: Place, pooler: bool = False) -> Any:
+    """The model of a place in float32, all of whose weights are there; ``pooler``: those of its pooler too.
+
+    Raises:
+        ValueError: if it cannot be read, or its weights are of another architecture.
+    """
     from transformers import AutoModel
 
     model, info = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    # transformers only warns of missing keys; a pooler is not used
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    # transformers only warns of missing keys
+    missing = sorted(key for key in info["missing_keys"] if pooler or "pooler" not in key)
     if missing or info["mismatched_keys"]:
         shapes = len(info["mismatched_keys"])
         raise ValueError(
@@ -148,7 +159,7 @@ def _from_place(place: Place) -> Any:
     return model
 
 
-def _padding(config: Any, place: Place | None) -> int:
+def padding(config: Any, place: Place | None) -> int:
     """Padding id of the model, else of its tokenizer."""
     pad = getattr(config, "pad_token_id", None)
     if pad is None and place is not None:
@@ -186,6 +197,6 @@ def _set_dropout(model: nn.Module, p: float) -> None:
                 setattr(module, name, p)
 
 
-def _width(config: Any) -> int:
+def width_of(config: Any) -> int:
     """D, under the name that the model family uses."""
     return int(config.hidden_sizes[-1] if getattr(config, "hidden_sizes", None) else config.hidden_size)

@@ -28,6 +28,25 @@ def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
     return data
 
 
+def image_steps(data: object) -> tuple[Any, ...]:
+    """What a data module does to images of evaluation: its decoder, if it has one, and the normalisation.
+
+    By its attributes: ``pixels``, or ``fields`` with those of images, of the first part of a mixture that has some.
+    """
+    parts = getattr(data, "parts", None)
+    for one in (*(parts.values() if isinstance(parts, Mapping) else ()), data):
+        try:
+            fields, pixels = getattr(one, "fields", None), getattr(one, "pixels", None)
+        except (ValueError, OSError):  # files are missing, which the data module reports itself
+            continue
+        image = fields.get("image") if isinstance(fields, Mapping) else None
+        if image is not None and hasattr(image, "pixels"):
+            return (getattr(image, "images", None), image.pixels)
+        if pixels is not None:
+            return (pixels,)
+    return ()
+
+
 def log_interval(trainer: object) -> float:
     """``trainer.log_every_n_steps``; infinity where it is 0 (never).
 

@@ -10,6 +10,7 @@
 
 Any recipe learns from any other that decides between as many classes, embeds the same modalities or scores the same
 pairs; the student's checkpoint and export are those of the student alone. Networks that teach each other: Peers.
+TeacherTowers are models of other packages, from their folders, that no run of Descant has trained.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from torch import nn
 from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.io import saved
 from descant.modules.losses.views import ViewObjective
+from descant.modules.towers import Towers
+from descant.modules.towers.pretrained import require_input
+from descant.modules.training_setup.trainer import datamodule_of, image_steps
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
+from descant.recipes.base.shared_space import SharedSpace, projected
 
 if TYPE_CHECKING:
     from descant.modules.adaptation.growth import Growth
@@ -48,6 +53,40 @@ class TeacherRun(Teacher):
 
     def network(self, student: nn.Module) -> nn.Module:
         return rebuild(saved.find(Path(self.path), self.checkpoint))
+
+
+class TeacherTowers(Teacher):
+    """Pretrained towers that give embeddings, as they are: frozen, and nothing of them is saved with the student.
+
+    For FeatureTarget: of each modality that has a tower, the embedding is that of the model's owner. It gets the
+    student's own view of a sample.
+
+    Args:
+        towers: a PretrainedTower of each modality that is taught, all of one width.
+
+    Raises:
+        ValueError: for none, for towers without an embedding that was trained or of several widths; before training,
+            for images of another size than such a tower reads.
+    """
+
+    def __init__(self, towers: Towers) -> None:
+        super().__init__()
+        for m, tower in towers.items():
+            if not projected(tower):
+                raise ValueError(
+                    f"TeacherTowers: towers.{m}: {type(tower).__name__} has no embedding that was trained; a "
+                    "PretrainedTower with output embedding has"
+                )
+        if not towers:
+            raise ValueError("TeacherTowers: towers: none; such as {image: PretrainedTower}")
+        width = towers.width(next(iter(towers)))
+        self._taught = [SharedSpace(towers, width)]  # a list, so that it is no part of the run
+
+    def network(self, student: nn.Module) -> nn.Module:
+        data = datamodule_of(cast(Recipe, student).trainer)
+        for m, tower in self._taught[0].towers.items():
+            require_input(m, tower, image_steps(data))
+        return self._taught[0]
 
 
 class TeacherAverage(Teacher):

@@ -25,13 +25,14 @@ from descant.modules.core.rows import RowTracker
 from descant.modules.distill.distill import Distill, without_distill
 from descant.modules.moe.balance import move_biases
 from descant.modules.tokenizers.text import Tokenizer, require_fit
+from descant.modules.towers.pretrained import require_input
 from descant.modules.towers.table import require_columns
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.modules.training_setup.optim import parameter_groups
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.modules.training_setup.trainer import datamodule_of, log_interval, run_steps
+from descant.modules.training_setup.trainer import datamodule_of, image_steps, log_interval, run_steps
 from descant.modules.training_setup.unused_parameters import find_unused
 
 
@@ -165,6 +166,9 @@ class Recipe(L.LightningModule):
         tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer) and "text" in getattr(self, "towers", {}):
             require_fit(tokenizer, self.towers["text"])
+        for name, tower in getattr(self, "towers", {}).items():
+            quiet = stage != "fit" or not trainer.is_global_zero
+            require_input(name, tower, image_steps(datamodule_of(trainer)), quiet)
         if stage == "fit" and "table" in getattr(self, "towers", {}):  # else those of the checkpoint, not read yet
             require_columns(getattr(datamodule_of(trainer), "table_columns", None), self.towers["table"])
 

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import running_rows, zeroed
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.missing_modalities.imputation import Imputation
-from descant.modules.towers import Tokens, Towers
+from descant.modules.towers import Tokens, Tower, Towers
 from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
 from descant.modules.training_setup.sync_batch_norm import unseen
 from descant.recipes.base.recipe import Recipe
@@ -35,12 +35,18 @@ from descant.recipes.base.recipe import Recipe
 class SharedSpace(Recipe):
     """Base of recipes of one space: towers, pools and heads. A recipe on top brings the terms.
 
+    A tower that gives embeddings (``projected``, such as :class:`PretrainedTower`) has neither pool nor head here: its
+    embeddings are those of the space.
+
     Args:
         towers: one tower a modality.
         width: of the shared embedding space.
         pool: tokens to one vector, a copy for each modality; or one a modality.
         norm: a LayerNorm before each modality's projection, or before those of some; without one, linear towers make
             linear latents. CLIP has one for images alone.
+
+    Raises:
+        ValueError: for a norm of no tower, or a tower of embeddings of another width.
     """
 
     def __init__(
@@ -54,7 +60,12 @@ class SharedSpace(Recipe):
         super().__init__(**kwargs)
         self.towers, self.modalities, self.width = towers, tuple(towers), width
         self.pools = nn.ModuleDict(
-            {m: pool.of(m) if isinstance(pool, Pools) else copy.deepcopy(pool or MeanPool()) for m in towers}
+            {
+                m: pool.of(m)
+                if isinstance(pool, Pools)
+                else copy.deepcopy(pool if pool is not None and not projected(tower) else MeanPool())
+                for m, tower in towers.items()
+            }
         )
         #: Set around a forward pass: features in place of missing modalities.
         self.imputation: Imputation | None = None
@@ -62,7 +73,7 @@ class SharedSpace(Recipe):
         for m in norms:
             if m not in towers:
                 raise ValueError(f"norm: {m!r}: {no_such(m, tuple(towers))}")
-        self.heads = nn.ModuleDict({m: Projection(towers.width(m), width, norm=norms.get(m, True)) for m in towers})
+        self.heads = nn.ModuleDict({m: head_of(m, tower, width, norms.get(m, True)) for m, tower in towers.items()})
 
     @property
     def before_pools(self) -> UniversalLayers | None:
@@ -120,3 +131,18 @@ class SharedSpace(Recipe):
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Modality -> ``z_BD`` in the shared space, of its features ``h_BD``."""
         return {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
+
+
+def projected(tower: nn.Module) -> bool:
+    """Whether a tower gives embeddings, which no head projects."""
+    return cast(Tower, tower).projected
+
+
+def head_of(m: str, tower: nn.Module, width: int, norm: bool) -> nn.Module:
+    """The projection of a tower's features into the space; none of a tower of embeddings."""
+    own = cast(Tower, tower).width
+    if not projected(tower):
+        return Projection(own, width, norm=norm)
+    if own != width:
+        raise ValueError(f"width {width}: towers.{m} gives embeddings of {own}: width {own}, or output tokens of it")
+    return nn.Identity()

@@ -110,7 +110,17 @@ def test_only_our_own_readers_take_files(written_content: dict[str, Any]) -> Non
 
 # calls --------------------------------------------------------------------------------------------------------------
 
-_BARE = {"open", "exec", "eval", "compile", "__import__", "import_module", "find_spec", "run_beside"}
+_BARE = {
+    "open",
+    "exec",
+    "eval",
+    "compile",
+    "__import__",
+    "import_module",
+    "find_spec",
+    "run_beside",
+    "snapshot_download",
+}
 _ANY = {
     *(
         "system",

@@ -73,6 +73,8 @@ NEEDLESS = {
     "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",
     "TransformersTower": "needs a folder of weights or transformers: tests marked slow",
     "TimmTower": "timm's own modules: tests marked slow",
+    "PretrainedTower": "modules of the packages that own them, from a folder; one multiplication of ours",
+    "TeacherTowers": "holds PretrainedTowers; what it teaches by is FeatureTarget, which is tried",
 }
 #: Made by a class that is tried.
 MADE = {"Inputs": "Reconstruction", "Streams": "MultiTask", "NullFit": "Reconstruction", "Signals": "Resume"}

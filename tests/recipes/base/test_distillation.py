@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 
 from descant.callbacks import Resume
 from descant.modules.adaptation.grow import Grow
+from descant.modules.core.batch import Batch
 from descant.modules.core.output import Decisions, Output
 from descant.modules.distill import distill as parts
 from descant.modules.distill.distill import Distill, DistillContext, FeatureTarget, HardTarget, SoftTarget, Target
 from descant.modules.distill.ranking import RankTarget
 from descant.modules.io import saved
-from descant.modules.towers import ConvTower, TextTower, Towers
-from descant.recipes import Contrastive, TeacherAverage, TeacherRun, TeacherStage
+from descant.modules.towers import ConvTower, PretrainedTower, TextTower, Towers
+from descant.modules.transforms.image import Pixels
+from descant.recipes import Contrastive, TeacherAverage, TeacherRun, TeacherStage, TeacherTowers
 from descant.recipes.base.rebuild import rebuild
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.modules.towers import folders
 from tests.recipes.test_missing import PatternData, batch, build, fusion, node, some_absent, train, write
 from tests.tolerance import F32, F64, rounding, ulps
 
@@ -261,3 +265,32 @@ def test_what_cannot_be(runs: dict[str, str], tmp_path: Path) -> None:
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_pretrained_towers_teach_their_owners_embeddings(tmp_path: Path) -> None:
+    owner = folders.clip(tmp_path)
+    x_BCHW = torch.rand(3, 3, folders.SIDE, folders.SIDE) * 2 - 1
+    there_B = torch.ones(3, dtype=torch.bool)
+    student: Any = Contrastive(Towers(image=ConvTower([8]), text=TextTower(9, 8, 1, 2, 8)), width=8)
+    data = SimpleNamespace(pixels=Pixels(folders.SIDE))
+    student._trainer = SimpleNamespace(datamodule=data)
+    distill = Distill(TeacherTowers(Towers(image=PretrainedTower(tmp_path, "image"))), [FeatureTarget("image")])
+    assert not list(distill.state_dict())
+    distill.prepare(student)
+    batch = Batch({"image": x_BCHW}, {"image": there_B})
+    z_BD = torch.randn(3, 8, requires_grad=True)
+    term = distill(student, batch, Output({}, latents={"image": z_BD}))["features-image"]
+    mean_3, std_3 = (torch.tensor(values)[:, None, None] for values in (folders.MEAN, folders.STD))
+    with torch.no_grad():
+        t_BD = owner.get_image_features((x_BCHW * 0.5 + 0.5 - mean_3) / std_3).pooler_output
+    target = cast(FeatureTarget, distill.targets[0])
+    value_B = 1 - nn.functional.cosine_similarity(target.map(z_BD), t_BD, dim=1)
+    torch.testing.assert_close(term.value, value_B, rtol=0, atol=1e-5)  # what an embedding may differ by
+    assert not any(p.requires_grad for p in distill.network.parameters())
+    data.pixels = Pixels(8)
+    with pytest.raises(ValueError, match=r"images of 8 pixels, and towers\.image reads 16"):
+        Distill(TeacherTowers(Towers(image=PretrainedTower(tmp_path, "image")))).prepare(student)
+    with pytest.raises(ValueError, match=r"towers\.image: ConvTower has no embedding that was trained"):
+        TeacherTowers(Towers(image=ConvTower([8])))
+    with pytest.raises(ValueError, match="TeacherTowers: towers: none"):
+        TeacherTowers(Towers())

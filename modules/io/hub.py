@@ -1,0 +1,134 @@
+"""Models of a hub as folders, ``hub:OWNER/NAME[@REVISION]``: downloaded only where the user allows it, and recorded.
+
+What was downloaded is known by its revision (a commit) and a digest of its files. A run keeps both in ``hub.json``, and
+is resumed, evaluated and exported with these and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from descant.modules.core.errors import one_line
+from descant.modules.io.files import open_regular, sha256_of
+
+PREFIX, RECORD = "hub:", "hub.json"
+#: What is downloaded: configurations, tokenizers, and weights without code. Python files and pickles never are.
+PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
+#: Bytes of a record.
+_MOST = 1_000_000
+_PART = r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*"
+_NAME = re.compile(rf"hub:({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?")
+
+
+class Snapshot(NamedTuple):
+    """``folder`` on this machine, ``revision``: its commit, ``digest``: SHA-256 of its files' names and digests."""
+
+    folder: Path
+    revision: str
+    digest: str
+
+
+_permitted = [False]
+_pins: list[Mapping[str, Any]] = [{}]
+_found: dict[str, Snapshot] = {}
+
+
+@contextmanager
+def permitted(allowed: bool = True) -> Iterator[None]:
+    """Inside, models of a hub are downloaded, or refused; outside they are refused."""
+    _permitted.append(allowed)
+    try:
+        yield
+    finally:
+        _permitted.pop()
+
+
+@contextmanager
+def pinned(run: Path) -> Iterator[None]:
+    """Inside, models have the revisions and digests that a run's folder records; what it does not name is free."""
+    _pins.append(_recorded(run))
+    try:
+        yield
+    finally:
+        _pins.pop()
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    file = (run if run.is_dir() else run.parent) / RECORD
+    try:
+        with open_regular(file) as stream:
+            content = json.loads(stream.read(_MOST))
+        return {str(name): {key: str(one[key]) for key in ("revision", "digest")} for name, one in content.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({one_line(error, 200)})") from None
+
+
+def record() -> dict[str, dict[str, str]]:
+    """Name -> revision and digest of what this process has taken from a hub."""
+    return {name: {"revision": one.revision, "digest": one.digest} for name, one in sorted(_found.items())}
+
+
+def forget() -> None:
+    """Of another run."""
+    _found.clear()
+
+
+def named(folder: Path | str) -> bool:
+    """Whether this is a name of a hub.
+
+    >>> named("hub:google/siglip-base"), named("models/siglip")
+    (True, False)
+    """
+    return str(folder).startswith(PREFIX)
+
+
+def resolved(folder: Path | str) -> Path:
+    """The folder itself, or that of a model of a hub, which is downloaded where it is not in the hub's cache.
+
+    Raises:
+        ValueError: for a name of a hub where the user has not allowed any, a malformed one, or one that cannot be
+            downloaded; and if its files are not those that the run records.
+    """
+    name = str(folder)
+    if not named(name):
+        return Path(folder)
+    if not _permitted[-1]:
+        raise ValueError(f"folder {name}: of a hub; --trust hub lets it be downloaded")
+    if (match := _NAME.fullmatch(name)) is None:
+        raise ValueError(f"folder {name}: no name of a hub's model, which is hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
+    pin = _pins[-1].get(name)
+    if name not in _found or (pin is not None and _found[name].revision != pin["revision"]):
+        _found[name] = _downloaded(match[1], pin["revision"] if pin is not None else match[2], name)
+    one = _found[name]
+    if pin is not None and one.digest != pin["digest"]:
+        raise ValueError(
+            f"folder {name}: files of revision {one.revision} have digest {one.digest[:12]}, and the run's {RECORD} "
+            f"has {pin['digest'][:12]}"
+        )
+    return one.folder
+
+
+def _downloaded(repository: str, revision: str | None, name: str) -> Snapshot:
+    from huggingface_hub import constants, snapshot_download
+
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # commands set it, for all else
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+    except Exception as error:  # of the hub, of the network, of the disk
+        raise ValueError(f"folder {name}: cannot be downloaded ({one_line(error, 200)})") from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    lines = [f"{sha256_of(file)} {file.relative_to(folder).as_posix()}\n" for file in files]
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(f"folder {name}: no safetensors in it; other weights are not downloaded")
+    # a hub's cache names a snapshot's folder by its commit
+    return Snapshot(folder, folder.name, hashlib.sha256("".join(lines).encode()).hexdigest())

@@ -1,0 +1,143 @@
+"""Whose folder of weights it is (open_clip, timm, transformers, sentence-transformers), and how images are prepared.
+
+Only configuration is read here, and nothing outside the folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal, NamedTuple
+
+from descant.modules.core.errors import one_line
+from descant.modules.io.pretrained import Place, json_of, read
+
+#: One number a colour.
+Colour = tuple[float, float, float]
+Owner = Literal["open_clip", "timm", "transformers", "sentence-transformers"]
+#: The files by which an owner is known, in the order in which they count.
+SENTENCE, OPEN_CLIP, CONFIG = "modules.json", "open_clip_config.json", "config.json"
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+class ImageInput(NamedTuple):
+    """How images become input: a square of ``size`` pixels, ``(x - mean) / std`` of pixels in 0..1.
+
+    ``filter`` resizes; ``fit``: ``crop`` is the central square of the image, any other is described.
+    """
+
+    size: int
+    mean: Colour
+    std: Colour
+    filter: str
+    fit: str
+
+
+def owner_of(place: Place) -> Owner:
+    """Whose folder it is; of open_clip's and transformers' in one, transformers' (it needs no other package).
+
+    Raises:
+        ValueError: for a folder of none of them.
+    """
+    folder, config = place.folder, json_of(place.folder / CONFIG)
+    if (folder / SENTENCE).is_file():
+        return "sentence-transformers"
+    if isinstance(config, dict) and "model_type" in config:
+        return "transformers"
+    if (folder / OPEN_CLIP).is_file():
+        return "open_clip"
+    if isinstance(config, dict) and "architecture" in config:
+        return "timm"
+    raise ValueError(
+        f"{place.label}: its {CONFIG} has neither a model_type (transformers) nor an architecture (timm), and there is "
+        f"no {OPEN_CLIP} and no {SENTENCE}"
+    )
+
+
+def content(place: Place, name: str) -> dict[str, Any]:
+    """A JSON file of the folder; ValueError for one that is no object."""
+    loaded = json_of(place.folder / name)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{place.label}: {name} {'is damaged' if (place.folder / name).is_file() else 'is missing'}")
+    return loaded
+
+
+def image_input(place: Place, owner: Owner) -> ImageInput | None:
+    """How images are prepared; None where the folder does not say.
+
+    Raises:
+        ValueError: for a preparation whose result is no square of three normalised colours.
+    """
+    if owner == "timm":
+        return _of_timm(place)
+    if owner == "open_clip":
+        return _of_open_clip(place)
+    return _of_transformers(place)
+
+
+def _of_transformers(place: Place) -> ImageInput | None:
+    from transformers import AutoImageProcessor
+
+    if not any((place.folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return None
+    made = read(place, AutoImageProcessor)
+    factor = getattr(made, "rescale_factor", 1 / 255) if getattr(made, "do_rescale", True) else None
+    if factor is None or abs(factor * 255 - 1) > 1e-3:  # 1 / 255 is written with more or fewer digits
+        raise ValueError(f"{place.label}: its images are not divided by 255 (rescale_factor {factor}); they are here")
+    crop, size = getattr(made, "do_center_crop", None), _sides(getattr(made, "size", None))
+    final = _sides(getattr(made, "crop_size", None)) if crop else size
+    normal = getattr(made, "do_normalize", True)
+    mean, std = (made.image_mean, made.image_std) if normal else ((0.0,) * 3, (1.0,) * 3)
+    shortest = "shortest_edge" in dict(getattr(made, "size", None) or {})
+    fit = "squash" if not shortest else "crop" if size == final else f"crop of {final[0]} from {size[0]}"
+    return _checked(place, final, mean, std, _FILTERS.get(int(made.resample), str(made.resample)), fit)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width of transformers' ways to say a size; (0, 0) for others."""
+    if isinstance(size, int):
+        return size, size
+    sides = {key: value for key, value in dict(size or {}).items() if value is not None}
+    edge = sides.get("shortest_edge", 0)
+    return sides.get("height", edge), sides.get("width", edge)
+
+
+def _of_timm(place: Place) -> ImageInput:
+    from timm.data import resolve_data_config
+
+    cfg = content(place, CONFIG)
+    given = cfg.get("pretrained_cfg", cfg)
+    if not isinstance(given, dict):
+        raise ValueError(f"{place.label}: pretrained_cfg is no object")
+    data = resolve_data_config({}, pretrained_cfg=given)
+    share, mode = data["crop_pct"], data["crop_mode"]
+    fit = mode if mode != "center" else "crop" if share == 1 else f"crop of {share:g} of the shorter side"
+    return _checked(place, tuple(data["input_size"][1:]), data["mean"], data["std"], data["interpolation"], fit)
+
+
+def _of_open_clip(place: Place) -> ImageInput:
+    require_open_clip(place)
+    from open_clip.transform import PreprocessCfg
+
+    cfg = content(place, OPEN_CLIP)
+    try:
+        made = PreprocessCfg(**cfg.get("preprocess_cfg", {}))
+        size = cfg["model_cfg"]["vision_cfg"].get("image_size", 224)
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{place.label}: {OPEN_CLIP}: {one_line(error, 200)}") from None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    fit = "crop" if made.resize_mode == "shortest" else made.resize_mode
+    return _checked(place, sides, made.mean, made.std, made.interpolation, fit)
+
+
+def _checked(place: Place, sides: Any, mean: Any, std: Any, filter: str, fit: str) -> ImageInput:
+    if len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
+        raise ValueError(f"{place.label}: its images are {list(sides)} pixels; squares are read here")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{place.label}: mean {list(mean)}, std {list(std)}: three numbers each, std above 0")
+    return ImageInput(int(sides[0]), tuple(map(float, mean)), tuple(map(float, std)), filter, fit)  # type: ignore[arg-type]
+
+
+def require_open_clip(place: Place) -> None:
+    """Refusal where the package is missing."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise ValueError(f"{place.label}: of open_clip, whose package reads it: pip install 'descant[exchange]'")

@@ -1,0 +1,191 @@
+"""Models of other packages as towers, exactly as they were trained. Letters: B samples, T tokens, D width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descant.modules.core.errors import warn
+from descant.modules.io.owners import CONFIG, OPEN_CLIP, SENTENCE, Colour, ImageInput, image_input, owner_of
+from descant.modules.io.pretrained import Place, locate
+from descant.modules.towers.base import Tokens, Tower
+from descant.modules.towers.encoders import Output, Part, encoder_of
+from descant.modules.towers.transformers import misfit
+
+#: Mean and deviation of pixels in -1..1, as data modules give them by default.
+HALF: Colour = (0.5, 0.5, 0.5)
+
+
+class PretrainedTower(Tower):
+    """Model of open_clip, transformers (CLIP, SigLIP, DINO, ...), timm or sentence-transformers: ``x -> h_B1D``.
+
+    Its files show whose folder it is. An embedding is what the owner's package computes, its pooling and projection
+    included; a recipe of one space, whose ``width`` has to be D, adds no head, so that training begins with the owner's
+    embeddings. ``tokens`` ``[B, T, D]`` are what is pooled (not of open_clip), for a pool, a fusion or a
+    language model that learns.
+
+    Images are float ``[B, 3, S, S]`` in -1..1, as data modules give them by default, and get the owner's mean and
+    deviation here. Texts are ids ``[B, T]`` of its own tokenizer: ``PretrainedTokenizer`` of the same folder.
+
+    Args:
+        folder: a local folder as the owner's package saves it; or ``hub:OWNER/NAME[@REVISION]``, with ``--trust hub``.
+        part: image or text, of a model that has both.
+        output: embedding, or tokens before pooling.
+        weights: false keeps random weights of the folder's architecture, whose weights are not read.
+        size: S, pixels a side, where it is not that of the folder and the model takes others.
+        mean, std: of pixels in 0..1, where the folder has no file with them.
+
+    Raises:
+        ValueError: for a folder of no known owner or architecture, damaged or incomplete files, a part that is not
+            there, or weights of another architecture; in forward, for inputs of another kind, size or length.
+
+    >>> import tempfile, timm
+    >>> sizes = dict(img_size=32, depth=1, embed_dim=16, num_heads=2)
+    >>> model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=sizes)
+    ...     tower = PretrainedTower(folder)
+    >>> tower(torch.zeros(2, 3, 32, 32)).h_BTD.shape
+    torch.Size([2, 1, 16])
+    """
+
+    scale_311: Tensor
+    shift_311: Tensor
+
+    def __init__(
+        self,
+        folder: Path,
+        part: Part | None = None,
+        output: Output = "embedding",
+        weights: bool = True,
+        size: int | None = None,
+        mean: Colour | None = None,
+        std: Colour | None = None,
+    ) -> None:
+        super().__init__()
+        place = locate(folder, None, None, CONFIG, OPEN_CLIP, SENTENCE)
+        owner = owner_of(place)
+        self.folder, self.owner, self.label = place.folder, owner, place.label
+        with torch.random.fork_rng(devices=[]):  # what is overwritten should not shift other draws
+            self.encoder = encoder = encoder_of(place, owner, part, output, weights)
+        if part is not None and part != encoder.reads:
+            raise ValueError(f"{place.label}: part {part}: {encoder.kind} reads {encoder.reads} alone")
+        self.reads, self.width, self.projected = encoder.reads, encoder.width, output == "embedding"
+        self.vocabulary, self.pad, self.end = encoder.vocabulary, encoder.pad, encoder.end
+        self.pretrained = encoder.reads == "text"
+        #: How the owner prepares images; None of a tower of texts.
+        self.input = _input(place, size, mean, std, image_input(place, owner)) if self.reads == "image" else None
+        if self.input is not None:
+            # (x / 2 + 1/2 - mean) / std of pixels in -1..1
+            mean_3, std_3 = torch.tensor(self.input.mean), torch.tensor(self.input.std)
+            self.register_buffer("scale_311", (0.5 / std_3).view(3, 1, 1), persistent=False)
+            self.register_buffer("shift_311", ((0.5 - mean_3) / std_3).view(3, 1, 1), persistent=False)
+        self.train()  # packages give eval mode
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
+        if self.input is not None:
+            self._require_image(x, mask)
+            return self.encoder.encode(x * self.scale_311 + self.shift_311, None)
+        encoder = self.encoder
+        self._require_ids(x)
+        mask = self._real(x) if mask is None else mask
+        try:
+            # a row of padding alone attends to all of it: a softmax over no key is NaN in some kernels
+            return encoder.encode(x, mask | ~mask.any(dim=1, keepdim=True))
+        except (IndexError, RuntimeError) as error:
+            line = misfit(x, encoder.kind, self.vocabulary, encoder.most)
+            if line is None:
+                raise
+            raise ValueError(line) from error
+
+    def _real(self, x_BT: Tensor) -> Tensor:
+        """Which ids are no padding; where a text ends with the id that pads, the first is its end."""
+        real_BT = x_BT != self.pad
+        return real_BT | ((~real_BT).cumsum(dim=1) == 1) if self.encoder.closed else real_BT
+
+    def _require_image(self, x: Tensor, mask: Tensor | None) -> None:
+        assert self.input is not None
+        if mask is not None:
+            raise ValueError(f"mask: {self.encoder.kind} has no input tokens to mask; use PatchTower")
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(f"{self.label}: it reads images, float [B, 3, S, S], not {_shape(x)}")
+        side = self.input.size
+        if x.shape[1:] != (3, side, side):
+            raise ValueError(f"{self.label}: it reads images of {side} pixels, not {_shape(x)}: set the data's size")
+
+    def _require_ids(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.is_floating_point():
+            raise ValueError(f"{self.label}: it reads ids of texts, int [B, T], not {_shape(x)}")
+        T, most = x.shape[1], self.encoder.most
+        if most is not None and (most < T or (most > T and self.encoder.exactly)):
+            what = (
+                f"reads texts of exactly {most} ids, padding included" if self.encoder.exactly else f"reads {most} ids"
+            )
+            raise ValueError(f"{self.label}: it {what}, not {T}: set the tokenizer's length to {most}")
+
+    def blocks(self) -> list[nn.Module]:
+        return self.encoder.blocks()
+
+
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _input(
+    place: Place, size: int | None, mean: Colour | None, std: Colour | None, known: ImageInput | None
+) -> ImageInput:
+    """What is in the folder, or the arguments where nothing is."""
+    if known is None:
+        if size is None or mean is None or std is None:
+            raise ValueError(f"{place.label}: no preprocessor_config.json in it: give size, mean and std of its images")
+        return ImageInput(size, mean, std, "", "")
+    for name, given, own in (("mean", mean, known.mean), ("std", std, known.std)):
+        if given is not None and any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True)):  # as they are printed
+            raise ValueError(f"{place.label}: {name} {list(given)}, and its folder has {list(own)}; leave it out")
+    return known if size is None else known._replace(size=size)
+
+
+def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bool = False) -> None:
+    """Checks that data gives a pretrained tower of images what it reads; warns of other ways to resize.
+
+    Args:
+        name: of the modality. tower: of any kind; only :class:`PretrainedTower` is checked.
+        steps: the data's steps of images, of which one has ``size``, ``mean`` and ``std``, one maybe ``filter``.
+        quiet: without the warning.
+
+    Raises:
+        ValueError: for a tower of texts where images come, normalised pixels, or another size.
+    """
+    while not isinstance(tower, PretrainedTower) and isinstance(inner := getattr(tower, "tower", None), nn.Module):
+        tower = inner  # frozen, cached, saved
+    if not isinstance(tower, PretrainedTower):
+        return
+    if name in ("image", "text") and name != tower.reads:
+        raise ValueError(f"towers.{name}: {tower.label} reads {tower.reads}")
+    pixels = next((step for step in steps if hasattr(step, "std")), None)
+    if name != "image" or tower.input is None or pixels is None:
+        return
+    own = tower.input
+    if (tuple(pixels.mean), tuple(pixels.std)) != (HALF, HALF):
+        raise ValueError(
+            f"data: mean {list(pixels.mean)}, std {list(pixels.std)} of images, and towers.{name} applies its own, "
+            f"{_digits(own.mean)} and {_digits(own.std)}; leave out those of the data"
+        )
+    if pixels.size != own.size:
+        raise ValueError(
+            f"data: images of {pixels.size} pixels, and towers.{name} reads {own.size}: set the data's size"
+        )
+    filter = next((step.filter for step in steps if hasattr(step, "filter")), "bilinear")
+    fit = "crop" if any(hasattr(step, "filter") for step in steps) else "squash"
+    if not quiet and own.filter and (filter != own.filter or (fit != own.fit and fit == "crop")):
+        warn(
+            f"towers.{name} was trained on images resized by {own.filter} ({own.fit}), and the data's are resized by "
+            f"{filter} ({fit})"
+        )
+
+
+def _digits(colour: Colour) -> str:
+    return f"[{', '.join(f'{x:.4g}' for x in colour)}]"
