@@ -46,30 +46,31 @@ class Tracker(Logger):
         save_dir: the run's folder. Its last two names are the name of the run.
         project: what runs are grouped by there.
         id: of the run; None for a new one, which ``trackers.json`` in the folder keeps for a resume.
+        seconds: after which held points are written.
 
     Raises:
-        ValueError: if the package is not installed; when the run begins, if two loggers write the same run, if a folder
-            has another id already, or if the store is locked or cannot be written.
+        ModuleNotFoundError: if the package is not installed.
+        ValueError: for a project or id that is no plain name; when the run begins, if two loggers write the same run,
+            if the folder has another id already, or if the store is locked or cannot be written.
     """
 
     #: The package, which is also the name of the extra that installs it.
     package: ClassVar[str]
-    #: Points, and seconds, after which what is held is written.
-    most, seconds = 200, 10.0
+    #: How many points are held before they are written together.
+    most = 200
 
-    def __init__(self, save_dir: str, project: str = "descant", id: str | None = None) -> None:
+    def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, seconds: float = 10.0) -> None:
         super().__init__()
         if find_spec(self.package) is None:
-            raise ValueError(
+            raise ModuleNotFoundError(
                 f"{type(self).__name__}: the package {self.package} is not installed: "
                 f"pip install 'descant[{self.package}]'"
             )
         for key, text in {"project": project, "id": id}.items():
             if text is not None and not _NAME.fullmatch(text):
-                raise ValueError(
-                    f"{type(self).__name__}: {key} {text!r}: letters, digits, '_', '-', '.' and spaces, at most 64"
-                )
-        self._folder, self.project, self._id = Path(save_dir), project, id
+                what = "at most 64 letters, digits, spaces, '_', '-' and '.'"
+                raise ValueError(f"{type(self).__name__}: {key} {text!r}: {what}")
+        self._folder, self.project, self._id, self.seconds = Path(save_dir), project, id, seconds
         self.configuration: dict[str, Any] = {}
         self._held: list[tuple[int, dict[str, Any]]] = []
         self._written, self._warned = time.monotonic(), False
@@ -188,7 +189,7 @@ class Tracker(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Return when all points are on disk: before a resume point is saved, so that a run that is resumed lacks none."""
+        """Return when all points are on disk: before a resume point is saved, so that a resumed run lacks none."""
         self.write()
 
     @rank_zero_only
@@ -254,8 +255,8 @@ def database(file: Path) -> Iterator[sqlite3.Connection]:
             yield connection
             connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
-        why = f"locked by another process for {PATIENCE:g} s; end it" if _locked(error) else str(error)
-        raise ValueError(f"{file}: {why}, or choose another store") from error
+        why = f"locked by another process for {PATIENCE:g} s; end it, or choose another store"
+        raise ValueError(f"{file}: {why if _locked(error) else error}") from error
 
 
 def flat(content: Any, name: str = "") -> dict[str, str]:

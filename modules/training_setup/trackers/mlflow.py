@@ -33,6 +33,7 @@ class MLflow(Tracker):
         save_dir: the run's folder.
         project: MLflow's experiment.
         id: of the run; by default a new one, which the folder keeps.
+        seconds: after which held points are written.
         tracking_uri: of a server or another store; by default the file.
 
     Raises:
@@ -42,9 +43,14 @@ class MLflow(Tracker):
     package = "mlflow"
 
     def __init__(
-        self, save_dir: str, project: str = "descant", id: str | None = None, tracking_uri: str | None = None
+        self,
+        save_dir: str,
+        project: str = "descant",
+        id: str | None = None,
+        seconds: float = 10.0,
+        tracking_uri: str | None = None,
     ) -> None:
-        super().__init__(save_dir, project, id)
+        super().__init__(save_dir, project, id, seconds)
         self.tracking_uri = tracking_uri
 
     @property
@@ -141,10 +147,8 @@ class MLflow(Tracker):
 
     def show_histogram(self, tag: str, values_N: np.ndarray, step: int) -> None:
         count_K, edge_K = np.histogram(values_N, bins=64)
-        rows = [
-            (f"{low:.6g}", f"{high:.6g}", str(n)) for low, high, n in zip(edge_K, edge_K[1:], count_K, strict=False)
-        ]
-        text = _csv(("from", "to", "count"), rows)
+        edges = [f"{edge:.6g}" for edge in edge_K]
+        text = _csv(("from", "to", "count"), list(zip(edges[:-1], edges[1:], map(str, count_K), strict=True)))
         self.experiment.log_text(self._id, text, _path("histograms", tag, step, "csv"))
 
 

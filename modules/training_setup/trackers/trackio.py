@@ -25,6 +25,7 @@ class Trackio(Tracker):
         save_dir: the run's folder.
         project: of Trackio, one file of its store.
         id: of the run; by default a new one, which the folder keeps.
+        seconds: after which held points are written.
 
     Raises:
         ValueError: as :class:`~descant.modules.training_setup.trackers.base.Tracker` does.
@@ -32,8 +33,8 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    def __init__(self, save_dir: str, project: str = "descant", id: str | None = None) -> None:
-        super().__init__(save_dir, project, id)
+    def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, seconds: float = 10.0) -> None:
+        super().__init__(save_dir, project, id, seconds)
         self._described = False
 
     @property

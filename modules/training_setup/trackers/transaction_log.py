@@ -5,8 +5,8 @@
     frame   = CRC-32 of kind and part (4 bytes), length of the part (2), kind (1), part; little-endian
     kind    = 1 a whole record, 2 its first part, 3 a middle one, 4 its last
 
-This is the log format of LevelDB (log_format.md of its documentation) with another checksum and a header; the header and
-the checksum are our reading of files that wandb 0.31 writes. Records are messages of ``wandb.proto``.
+This is the log format of LevelDB (log_format.md of its documentation) with another checksum and a header; these two are
+our reading of files that wandb 0.31 writes. Records are messages of ``wandb.proto``.
 """
 
 from __future__ import annotations

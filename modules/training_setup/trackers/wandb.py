@@ -19,7 +19,7 @@ from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers.base import Tracker
 from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
 
-#: The step of the run, by which its curves are drawn. Their own step counts calls, which may not be of falling steps.
+#: The step of the run, by which its curves are drawn. The package's own step counts calls.
 STEP = "trainer/global_step"
 #: Seconds between writes of the package's process to the file, and how long a save waits for it.
 _INTERVAL, _WAIT = 0.2, 30.0
@@ -28,11 +28,11 @@ _PLACES = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
 
 
 class Wandb(Tracker):
-    """Logs to Weights & Biases: curves, images, tables, the configuration. ``wandb sync RUN/wandb/offline-run-*`` uploads.
+    """Logs to Weights & Biases: curves, images, tables, histograms, the configuration.
 
     Offline each process of a run writes a folder ``wandb/offline-run-TIME-ID``. A resume cuts earlier ones at its step,
-    and the end of a process joins them into one. Online, where points cannot be taken back, steps that are there
-    already are not logged again; after a rollback within a run those of the undone steps stay.
+    and the end of a process joins them into one, which ``wandb sync`` uploads. Online, where points cannot be taken
+    back, steps that are there already are not logged again; after a rollback those of the undone steps stay.
 
     Args:
         save_dir: the run's folder.
@@ -50,9 +50,8 @@ class Wandb(Tracker):
     def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, offline: bool = True) -> None:
         super().__init__(save_dir, project, id)
         self.offline = offline
-        self._next = self._first = self._settled = (
-            0  # the package's own step: of the next call, the first, the last read
-        )
+        # the package's own step: of the next call, of the first one of this process, of the last one in the file
+        self._next = self._first = self._settled = 0
         self._read = len(HEADER)  # how much of its file was read
         self._set: list[str] = []  # variables of the environment
 
@@ -106,8 +105,8 @@ class Wandb(Tracker):
         run, end = self._experiment, time.monotonic() + _WAIT
         file = Path(run.dir).parent / f"run-{run.id}.wandb" if run is not None else None
         while file is not None and self._settled < self._next - 1:
-            for self._read, row in _history(file, self._read):
-                self._settled = row["_step"]
+            for offset, row in _history(file, self._read):
+                self._read, self._settled = offset, row["_step"]
             if time.monotonic() > end:
                 warn(f"{file}: not written for {_WAIT:g} s: a run that is resumed may lack points")
                 return

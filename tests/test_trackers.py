@@ -1,0 +1,118 @@
+"""A run that was killed between two resume points and resumed is one run in each tracker, without a gap or a double
+point: its store is read back. `make trackers` installs the packages, which are too large for what the tests install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from descant.modules.training_setup.trackers.mlflow import _named
+from tests.kills import events
+from tests.torture import Case, Fit, wait
+from tests.trackers import Points, differ, of_csv, of_mlflow, of_trackio, of_wandb, runs_of, shown_of
+
+pytestmark = pytest.mark.slow
+
+#: Tracker -> its points, by the run's folder and the folder of Trackio's store.
+READ: dict[str, Callable[[Path, Path], Points]] = {
+    "wandb": lambda folder, store: of_wandb(folder),
+    "mlflow": lambda folder, store: of_mlflow(folder),
+    "trackio": lambda folder, store: of_trackio(store),
+}
+NAMES = {"wandb": "Wandb", "mlflow": "MLflow", "trackio": "Trackio"}
+#: Steps in whose forward the run is killed, three after a resume point; before the second is a validation with images.
+KILLS = (8, 14, 31)
+
+
+class Tracked(Case):
+    """A run of four epochs with images, and a tracker that holds no points back."""
+
+    def __init__(self, root: Path, tracker: str) -> None:
+        super().__init__(root, "steps")
+        held = {} if tracker == "wandb" else {"seconds": 0.001}
+        logger = {"class_path": NAMES[tracker], "init_args": {"save_dir": "RUN", **held}}
+        content = {"trainer": {"max_epochs": 4, "max_steps": -1, "logger+": [logger]}}
+        (root / "case.yaml").write_text("# Beside what the base lists.\n" + yaml.safe_dump(content))
+        self.configs.append("with/evaluate/images")
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by what Linux lists: Weights & Biases writes in a process of its own session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):  # it has ended
+            continue
+        if parent == pid:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def kill(run: Fit) -> None:
+    """All of it at once, as when a machine is lost."""
+    below = [child for pid in run.leaders for child in children(pid)]
+    for pid in (*below, *run.leaders):
+        os.kill(pid, signal.SIGKILL)
+    run.ended()
+
+
+@pytest.mark.parametrize("tracker", READ)
+def test_a_run_that_was_killed_and_resumed_is_one_run_without_a_gap_or_a_double_point(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(tracker)
+    store = tmp_path / "store"
+    monkeypatch.setenv("TRACKIO_DIR", str(store))
+    case, ids = Tracked(tmp_path, tracker), list[str]()
+    for step in KILLS:
+        with case.start("run", HOLD=f"forward:{step}:0") as run:
+            (pid,) = run.leaders
+            wait(lambda pid=pid: run.code() is not None or (case.folder("run") / f"held-{pid}").exists(), "no step")
+            assert run.code() is None, (tmp_path / "run.log").read_text()[-3000:]
+            if tracker == "wandb":  # its process writes now and then: some undone points shall be there
+                held = {at for _, at in READ[tracker](case.folder("run"), store)}
+                wait(lambda step=step: step - 1 in {at for _, at in of_wandb(case.folder("run"))}, "nothing written")
+                assert held
+            kill(run)
+        folder = case.folder("run")
+        ids.append((folder / "trackers.json").read_text())
+        point = max((folder / "resume").glob("step-*.ckpt"))
+        kept: int = torch.load(point, weights_only=True)["descant"]["log_step"]
+        points = READ[tracker](folder, store)
+        assert kept < step and max(at for _, at in points) >= kept, "something is undone"
+        assert {at for name, at in points if name == "train/loss"} >= set(range(kept)), "what the point needs is there"
+    case.finish("run")
+    assert list((tmp_path / "runs/run").glob("0*")) == [folder] and set(ids) == {(folder / "trackers.json").read_text()}
+    named = _named if tracker == "mlflow" else str
+    points = READ[tracker](folder, store)
+    assert differ(points, of_csv(folder), named) == []
+    assert all(len(values) == 1 for (name, _), values in points.items() if name == "train/loss")
+    assert {at for name, at in points if name == "train/loss"} == set(range(56))
+    runs = runs_of(tracker, folder, store)
+    assert len(runs) == 1 and runs[0]["data.init_args.batch_size"] == "24", "one run, with its configuration"
+    images = {key for key in events(folder) if key[0] in set(_images(folder))}
+    assert sorted(shown_of(tracker, folder, store)) == sorted((named(tag), at) for tag, at in images) and images
+    assert not [link for link in folder.rglob("*") if link.is_symlink() and not link.resolve().is_relative_to(folder)]
+
+
+def _images(folder: Path) -> list[str]:
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    tags: list[str] = shown.Tags()["images"]
+    return tags
+
+
+def test_the_packages_are_those_of_the_extras() -> None:
+    """So that `make trackers` skips none of this."""
+    if os.environ.get("DESCANT_TRACKERS"):
+        assert all(importlib.util.find_spec(name) for name in READ)
