@@ -32,15 +32,18 @@ class OperationProfile(PyTorchProfiler):
         ValueError: for ``steps`` or ``rows`` below 1, or ``wait`` below 0.
     """
 
+    #: A validation between two steps belongs to neither: Lightning's own counts it as a step.
+    STEP_FUNCTIONS = {"training_step"}
+
     def __init__(self, dirpath: str, wait: int = 10, steps: int = 5, rows: int = 10) -> None:
-        if steps < 1 or rows < 1 or wait < 0:
-            raise ValueError(f"OperationProfile: steps {steps}, rows {rows}, wait {wait}: at least 1, 1 and 0")
         super().__init__(
             dirpath=dirpath,
             export_to_chrome=False,
-            schedule=torch.profiler.schedule(wait=wait, warmup=1, active=steps, repeat=1),
+            schedule=torch.profiler.schedule(wait=max(wait, 0), warmup=1, active=max(steps, 1), repeat=1),
             on_trace_ready=self._recorded,
         )
+        if steps < 1 or rows < 1 or wait < 0:
+            raise ValueError(f"OperationProfile: steps {steps}, rows {rows}, wait {wait}: at least 1, 1 and 0")
         self.wait, self.steps, self.rows = wait, steps, rows
         self._lines: list[str] = []
         self._memory = False
@@ -64,6 +67,9 @@ class OperationProfile(PyTorchProfiler):
             torch.cuda.memory._dump_snapshot(str(folder / f"memory{rank}.pickle"))
         self._lines = table(profiler.key_averages(), self.steps, self._memory)
         (folder / f"operations{rank}.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
+
+    def _cache_functions_events(self) -> None:
+        """Nothing: the table is made when the steps are over, and a short run has none."""
 
     def describe(self) -> None:
         """Print the table, once; in place of the log of Lightning."""

@@ -219,7 +219,7 @@ def test_a_file_may_not_have_a_run_sent_to_another_machine() -> None:
         trust.guard("offline", False, of="Wandb")
     trust.guard("offline", True, of="Wandb")
     trust.guard("offline", False, ["network"], of="Wandb")
-    with pytest.raises(Refusal, match="is not on this machine: --trust network"):
+    with pytest.raises(Refusal, match="outside the run's folder, RUN: --trust writes"):
         trust.guard("tracking_uri", "https://example.org", of="MLflow")
     for cls in (Wandb, MLflow, Trackio):
         trust.require_kind(f"{cls.__module__}.{cls.__name__}", ["lightning.pytorch.loggers.logger.Logger"])
@@ -229,11 +229,13 @@ def test_a_file_may_not_have_a_run_sent_to_another_machine() -> None:
 
 
 def test_figures_texts_and_tables_go_to_tensorboard_and_to_trackers_alike(tmp_path: Path, runs: dict[str, Any]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     loggers = [TensorBoard(str(tmp_path)), InMemory(str(tmp_path))]
     trainer = L.Trainer(logger=loggers, accelerator="cpu", default_root_dir=tmp_path)
     figure = Figure(figsize=(1, 1), dpi=20)
+    FigureCanvasAgg(figure)
     save_figure(trainer, figure, "name", "shown/figure")
     log, table = ResumableLog(), Table(("question", "answer"), [("2 + 2?", "4"), ("a|b?", "")])
     log.write(trainer, {"rollouts/reward": 1.0}, {"stages": "stage 1", "rollouts/answers": table})
