@@ -5,20 +5,25 @@ point: its store is read back. `make trackers` installs the packages, which are 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from descant.modules.training_setup.boards import Table
+from descant.modules.training_setup.trackers import MLflow, Tracker, Trackio, Wandb, base
 from descant.modules.training_setup.trackers.mlflow import _named
 from tests.kills import events
 from tests.torture import Case, Fit, wait
-from tests.trackers import Points, differ, of_csv, of_mlflow, of_trackio, of_wandb, runs_of, shown_of
+from tests.trackers import Points, contents_of, differ, of_csv, of_mlflow, of_trackio, of_wandb, runs_of, shown_of
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +115,94 @@ def _images(folder: Path) -> list[str]:
     shown.Reload()
     tags: list[str] = shown.Tags()["images"]
     return tags
+
+
+@pytest.fixture(scope="module")
+def trackio_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trackio's store of this process, which the package takes from the environment when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("store")))
+        return Path(pytest.importorskip("trackio.utils").TRACKIO_DIR)
+
+
+@pytest.mark.parametrize("tracker", READ)
+def test_what_is_shown_is_there_once_after_a_resume(
+    tracker: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip(tracker)
+    store = request.getfixturevalue("trackio_store") if tracker == "trackio" else tmp_path
+    cls, folder = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}[tracker], tmp_path / "runs/demo/001"
+    table = Table(("question", "answer"), [("2 + 2?", "4"), ("a|b?", "")])
+    for begin in (0, 2):  # undone: 2 and 3
+        logger = cls(str(folder), project=f"shown-{tmp_path.name[-12:]}")
+        logger.describe({"model": {"width": 8}})
+        logger.forget_after(begin)
+        for step in range(begin, 4):
+            logger.log_metrics({"a~b": float(step), "nan": math.nan, "inf": math.inf}, step)
+            logger.show_image("shown/image", np.full((4, 6, 3), 10 * step, np.uint8), step)
+            logger.show_text("shown/text", f"step {step}", step)
+            logger.show_table("shown/table", table, step)
+            logger.show_histogram("shown/histogram", np.arange(100.0), step)
+        logger.finalize("success" if begin else "failed")
+    project = f"shown-{tmp_path.name[-12:]}"
+    found = contents_of(tracker, folder, store, project)
+    for kind in ("image", "text", "table", "histogram"):
+        assert sorted(step for name, step, _ in found if name == kind) == [0, 1, 2, 3], (kind, found)
+    assert [content for name, _, content in sorted(found, key=lambda each: each[:2]) if name == "text"] == [
+        f"step {step}" for step in range(4)
+    ]
+    assert [content for name, _, content in found if name == "table"] == [[list(row) for row in table.rows]] * 4
+
+
+@pytest.mark.parametrize("tracker", ["mlflow", "trackio"])
+def test_a_locked_store_is_refused_before_the_run_begins(
+    tracker: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(tracker)
+    monkeypatch.setattr(base, "PATIENCE", 0.1)
+    if tracker == "trackio":
+        logger: Tracker = Trackio(str(tmp_path), project=f"locked-{tmp_path.name[-12:]}")
+        request.getfixturevalue("trackio_store")
+        file = Path(logger.store)
+    else:
+        logger, file = MLflow(str(tmp_path)), tmp_path / "mlflow.db"
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("CREATE TABLE mine (x)")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(ValueError, match=r"\.db: locked by another process for 0.1 s; end it, or choose another store"):
+        _ = logger.experiment
+    other.close()
+
+
+def test_wandb_is_refused_where_it_would_write_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    (tmp_path / "wandb").write_text("a file")
+    with pytest.raises(ValueError, match="wandb: a logger cannot write there; remove it, or choose another save_dir"):
+        _ = Wandb(str(tmp_path)).experiment
+
+
+def test_an_id_that_trackio_has_of_another_folder_is_refused(tmp_path: Path, trackio_store: Path) -> None:
+    project = f"ids-{tmp_path.name[-12:]}"
+    first = Trackio(str(tmp_path / "a/001"), project=project, id="mine")
+    first.log_metrics({"x": 1.0}, 0)
+    first.finalize("success")
+    with pytest.raises(ValueError, match=r"Trackio: id mine: a-001 is that run of .*; leave id out"):
+        _ = Trackio(str(tmp_path / "b/001"), project=project, id="mine").experiment
+    again = Trackio(str(tmp_path / "a/001"), project=project)
+    assert again.experiment is not None and again.version == "mine"
+
+
+def test_what_a_server_has_is_not_logged_again(tmp_path: Path) -> None:
+    """MLflow with an address; here that of a file elsewhere."""
+    pytest.importorskip("mlflow")
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    for begin in (0, 2):
+        logger = MLflow(str(tmp_path / "demo/001"), tracking_uri=address)
+        logger.forget_after(begin)
+        for step in range(begin, 4 + begin):
+            logger.log_metrics({"a/b": float(step)}, step)
+        logger.finalize("success")
+    assert of_mlflow(tmp_path) == {("a/b", step): [float(step)] for step in range(6)}
 
 
 def test_the_packages_are_those_of_the_extras() -> None:

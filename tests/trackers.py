@@ -69,9 +69,9 @@ def of_mlflow(folder: Path) -> Points:
     return points
 
 
-def trackio_rows(store: Path) -> list[tuple[str, int, dict[str, Any]]]:
+def trackio_rows(store: Path, project: str = "descant") -> list[tuple[str, int, dict[str, Any]]]:
     """Run, step and content of every row, in their order."""
-    with closing(sqlite3.connect(store / "descant.db")) as rows:
+    with closing(sqlite3.connect(store / f"{project}.db")) as rows:
         found = rows.execute("SELECT run_id, step, metrics FROM metrics ORDER BY id").fetchall()
     return [(run, step, json.loads(content)) for run, step, content in found]
 
@@ -144,4 +144,33 @@ def shown_of(tracker: str, folder: Path, store: Path) -> list[tuple[str, int]]:
             if isinstance(value, dict) and value.get("_type") == "image-file":
                 assert (run / "files" / value["path"]).is_file()
                 found.append((tag, row["trainer/global_step"]))
+    return found
+
+
+def contents_of(tracker: str, folder: Path, store: Path, project: str) -> list[tuple[str, int, Any]]:
+    """What was shown under ``shown/KIND``: kind, step, and the text or the rows of a table."""
+    found: list[tuple[str, int, Any]] = []
+    if tracker == "mlflow":
+        for file in (folder / "mlflow-artifacts").glob("*s/shown/*/*.*"):
+            text = None if file.suffix == ".png" else file.read_text(encoding="utf-8")
+            rows = list(csv.reader(text.splitlines()))[1:] if text is not None and file.suffix == ".csv" else text
+            found.append((file.parent.name, int(file.stem), rows))
+        return found
+    if tracker == "trackio":
+        for _, step, content in trackio_rows(store, project):
+            for name, value in content.items():
+                if isinstance(value, dict):
+                    inner = value.get("_value")
+                    rows = [list(row.values()) for row in inner] if isinstance(inner, list) else inner
+                    found.append((name.removeprefix("shown/"), step, rows))
+        return found
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    for row in wandb_rows(folder):
+        for name, value in row.items():
+            if name.startswith("shown/"):
+                rows = None
+                if value["_type"] == "table-file":
+                    rows = json.loads((run / "files" / value["path"]).read_text())["data"]
+                rows = rows[0][0] if name == "shown/text" and rows else rows
+                found.append((name.removeprefix("shown/"), row["trainer/global_step"], rows))
     return found

@@ -40,6 +40,7 @@ from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
 from descant.modules.io.saved import policy
 from descant.modules.training_setup.loggers import TensorBoard
+from descant.modules.training_setup.trackers.base import Tracker
 from descant.recipes.base.recipe import Recipe
 from descant.report.predictions import Predictions
 from descant.run import elastic, lock, runs
@@ -229,6 +230,9 @@ class DescantCLI(LightningCLI):
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.subcommand == "fit" and not self.place.fresh:
             purge_after(config.get("logger"), self.place.checkpoint)
+        if self.checking is not None or self.subcommand == "predict":  # they log nothing that a tracker should list
+            given = config.get("logger")
+            config["logger"] = [x for x in given if not isinstance(x, Tracker)] if isinstance(given, list) else given
         config["plugins"] = with_store(config.get("plugins"))
         if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
             for plugin in config["plugins"]:

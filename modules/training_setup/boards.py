@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 class Table(NamedTuple):
@@ -74,14 +75,14 @@ class TensorBoardBoard:
 
 
 def boards(loggers: Iterable[object]) -> list[Board]:
-    """The boards of a run's loggers, in their order; of loggers without any, such as CSV, none.
+    """The boards of a run's loggers, in their order; of loggers without any, such as CSV, and of later ranks, none.
 
     >>> from descant.modules.training_setup.loggers import CSV, TensorBoard
     >>> [type(board).__name__ for board in boards([TensorBoard("runs/x"), CSV("runs/x")])]
     ['TensorBoardBoard']
     """
     found: list[Board] = []
-    for logger in loggers:
+    for logger in loggers if getattr(rank_zero_only, "rank", 0) == 0 else ():
         if isinstance(logger, TensorBoardLogger):
             found.append(TensorBoardBoard(logger.experiment))
         elif isinstance(logger, Board):

@@ -10,7 +10,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 #: Names of spans that Lightning and torch put around operations.
 _SPANS = ("[pl]", "ProfilerStep")
-#: Allocations that a memory snapshot tells of.
+#: Allocations that a memory snapshot holds.
 _ALLOCATIONS = 100_000
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -37,6 +37,14 @@ _NAME = re.compile(r"[\w-][\w. -]{0,63}", re.ASCII)
 #: Seconds that a store that another process has locked is waited for.
 PATIENCE = 5.0
 _open: WeakSet[Tracker] = WeakSet()
+
+
+class Point(NamedTuple):
+    """What one call logs: the step, its values by name, and the time in seconds since 1970."""
+
+    step: int
+    values: dict[str, Any]
+    time: float
 
 
 class Tracker(Logger):
@@ -72,7 +80,7 @@ class Tracker(Logger):
                 raise ValueError(f"{type(self).__name__}: {key} {text!r}: {what}")
         self._folder, self.project, self._id, self.seconds = Path(save_dir), project, id, seconds
         self.configuration: dict[str, Any] = {}
-        self._held: list[tuple[int, dict[str, Any]]] = []
+        self._held: list[Point] = []
         self._written, self._warned = time.monotonic(), False
         self._logged: set[tuple[str, int]] = set()  # undone points that the store keeps
         self._experiment: Any = None
@@ -84,8 +92,8 @@ class Tracker(Logger):
         """Open the store: its handle, and the id of the run, a new one where none is given."""
 
     @abstractmethod
-    def _write(self, points: list[tuple[int, dict[str, Any]]]) -> None:
-        """Write points, all or none."""
+    def _write(self, points: list[Point]) -> None:
+        """Write points: all of them, or such that a second try doubles none."""
 
     @abstractmethod
     def _describe(self) -> None:
@@ -165,7 +173,7 @@ class Tracker(Logger):
         new = {name: float(value) for name, value in metrics.items() if (name, at) not in self._logged}
         self._logged -= {(name, at) for name in metrics}
         if new:
-            self._held.append((at, new))
+            self._held.append(Point(at, new, time.time()))
         if len(self._held) >= self.most or time.monotonic() - self._written > self.seconds:
             self.write()
 
@@ -196,7 +204,7 @@ class Tracker(Logger):
     def forget_after(self, step: int) -> None:
         """Undo what was logged from ``step`` on: a resumed run logs it again."""
         _ = self.experiment
-        self._held = [(at, metrics) for at, metrics in self._held if at < step]
+        self._held = [point for point in self._held if point.step < step]
         self.write()
         self._logged = set(self._forget(step))
 

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import re
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from descant.modules.training_setup.boards import Table
-from descant.modules.training_setup.trackers.base import Tracker, database, flat
+from descant.modules.training_setup.trackers.base import Point, Tracker, database, flat
 
 #: Most characters of a parameter's value and of its name, and most parameters and metrics of one call.
 _VALUE, _NAME, _PARAMS, _METRICS = 6000, 250, 100, 1000
@@ -102,11 +101,11 @@ class MLflow(Tracker):
             client.log_batch(id, params=params[n : n + _PARAMS])
         client.log_dict(id, self.configuration, "config.json")
 
-    def _write(self, points: list[tuple[int, dict[str, Any]]]) -> None:
+    def _write(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(_named(name), x, now, step) for step, values in points for name, x in values.items()]
+        # one that is there with its time is not written again
+        metrics = [Metric(_named(k), x, int(p.time * 1000), p.step) for p in points for k, x in p.values.items()]
         for n in range(0, len(metrics), _METRICS):
             self.experiment.log_batch(self._id, metrics=metrics[n : n + _METRICS])
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from descant.modules.training_setup.boards import Table
-from descant.modules.training_setup.trackers.base import Tracker, database, flat
+from descant.modules.training_setup.trackers.base import Point, Tracker, database, flat
 
 
 class Trackio(Tracker):
@@ -51,8 +53,10 @@ class Trackio(Tracker):
         from trackio.sqlite_storage import SQLiteStorage
 
         if Path(self.store).exists():
-            with database(Path(self.store)):
-                pass
+            with database(Path(self.store)) as store:
+                taken = store.execute("SELECT run_name FROM metrics WHERE run_id = ? LIMIT 1", (id,)).fetchone()
+            if taken and type(self).__name__ not in self._ids():
+                raise ValueError(f"Trackio: id {id}: {taken[0]} is that run of {self.store}; leave id out")
         SQLiteStorage.init_db(self.project)
         self._described = False
         return SQLiteStorage, id or uuid.uuid4().hex
@@ -60,15 +64,16 @@ class Trackio(Tracker):
     def _describe(self) -> None:
         self._described = False  # with the next points
 
-    def _write(self, points: list[tuple[int, dict[str, Any]]]) -> None:
+    def _write(self, points: list[Point]) -> None:
         config = None
         if not self._described:
             config = {**flat(self.configuration), "_Group": super().run_name.partition("/")[0]}
         self.experiment.bulk_log(
             self.project,
             self.run_name,
-            [values for _, values in points],
-            steps=[step for step, _ in points],
+            [point.values for point in points],
+            steps=[point.step for point in points],
+            timestamps=[datetime.fromtimestamp(point.time, UTC).isoformat() for point in points],
             config=config,
             run_id=self._id,
         )
@@ -114,7 +119,7 @@ class Trackio(Tracker):
         self._show(tag, Histogram(values_N)._to_dict(), step)
 
     def _show(self, tag: str, content: dict[str, Any], step: int) -> None:
-        self._held.append((step, {tag: content}))
+        self._held.append(Point(step, {tag: content}, time.time()))
         self.write()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from descant.modules.core.errors import warn
 from descant.modules.io.files import write_bytes
 from descant.modules.training_setup.boards import Table
-from descant.modules.training_setup.trackers.base import Tracker
+from descant.modules.training_setup.trackers.base import Point, Tracker
 from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
 
 #: The step of the run, by which its curves are drawn. The package's own step counts calls.
@@ -55,6 +55,10 @@ class Wandb(Tracker):
         self._read = len(HEADER)  # how much of its file was read
         self._set: list[str] = []  # variables of the environment
 
+    @property
+    def store(self) -> str:
+        return f"the project {self.project}"  # wherever its files are until they are uploaded
+
     def _begin(self, id: str | None) -> tuple[Any, str]:
         place = self._folder / "wandb"
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
@@ -91,9 +95,9 @@ class Wandb(Tracker):
     def _describe(self) -> None:
         self._experiment.config.update(self.configuration, allow_val_change=True)
 
-    def _write(self, points: list[tuple[int, dict[str, Any]]]) -> None:
-        for step, metrics in points:
-            self._log(step, metrics)
+    def _write(self, points: list[Point]) -> None:
+        for point in points:
+            self._log(point.step, point.values)
 
     def _log(self, step: int, content: Mapping[str, Any]) -> None:
         self.experiment.log({**content, STEP: step}, step=self._next, commit=True)

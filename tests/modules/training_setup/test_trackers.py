@@ -24,7 +24,7 @@ from descant.cli.errors import Refusal
 from descant.modules.training_setup.boards import Board, Table
 from descant.modules.training_setup.loggers import TensorBoard
 from descant.modules.training_setup.trackers import MLflow, Tracker, Trackio, Wandb, base
-from descant.modules.training_setup.trackers.base import database
+from descant.modules.training_setup.trackers.base import Point, database
 from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
 
 
@@ -39,12 +39,12 @@ class InMemory(Tracker):
         id = id or f"run-{len(self.runs)}"
         return self.runs.setdefault(id, {}), id
 
-    def _write(self, points: list[tuple[int, dict[str, Any]]]) -> None:
+    def _write(self, points: list[Point]) -> None:
         if self.locked:
             raise sqlite3.OperationalError("database is locked")
-        for step, values in points:
-            for name, value in values.items():
-                self.experiment.setdefault((name, step), []).append(value)
+        for point in points:
+            for name, value in point.values.items():
+                self.experiment.setdefault((name, point.step), []).append(value)
 
     def _describe(self) -> None:
         self.experiment[("configuration", 0)] = [dict(self.configuration)]
@@ -59,16 +59,16 @@ class InMemory(Tracker):
     def _end(self, status: str) -> None: ...
 
     def show_image(self, tag: str, image_HWC: np.ndarray, step: int) -> None:
-        self._write([(step, {tag: image_HWC})])
+        self._write([Point(step, {tag: image_HWC}, 0.0)])
 
     def show_text(self, tag: str, text: str, step: int) -> None:
-        self._write([(step, {tag: text})])
+        self._write([Point(step, {tag: text}, 0.0)])
 
     def show_table(self, tag: str, table: Table, step: int) -> None:
-        self._write([(step, {tag: table})])
+        self._write([Point(step, {tag: table}, 0.0)])
 
     def show_histogram(self, tag: str, values_N: np.ndarray, step: int) -> None:
-        self._write([(step, {tag: values_N})])
+        self._write([Point(step, {tag: values_N}, 0.0)])
 
 
 @pytest.fixture(autouse=True)
