@@ -129,8 +129,8 @@ def trackio_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_shown_is_there_once_after_a_resume(
     tracker: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    pytest.importorskip(tracker)
     store = request.getfixturevalue("trackio_store") if tracker == "trackio" else tmp_path
+    pytest.importorskip(tracker)
     cls, folder = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}[tracker], tmp_path / "runs/demo/001"
     table = Table(("question", "answer"), [("2 + 2?", "4"), ("a|b?", "")])
     for begin in (0, 2):  # undone: 2 and 3
@@ -158,13 +158,13 @@ def test_what_is_shown_is_there_once_after_a_resume(
 def test_a_locked_store_is_refused_before_the_run_begins(
     tracker: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(tracker)
     monkeypatch.setattr(base, "PATIENCE", 0.1)
     if tracker == "trackio":
-        logger: Tracker = Trackio(str(tmp_path), project=f"locked-{tmp_path.name[-12:]}")
         request.getfixturevalue("trackio_store")
+        logger: Tracker = Trackio(str(tmp_path), project=f"locked-{tmp_path.name[-12:]}")
         file = Path(logger.store)
     else:
+        pytest.importorskip("mlflow")
         logger, file = MLflow(str(tmp_path)), tmp_path / "mlflow.db"
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("CREATE TABLE mine (x)")

@@ -210,7 +210,7 @@ class Tracker(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._experiment is None:
+        if self._experiment is None and not self._held:
             return
         self.write()
         if self._held:
