@@ -23,10 +23,10 @@ _FRAME = struct.Struct("<IHB")
 
 
 def records(file: Path, start: int = len(HEADER)) -> Iterator[tuple[int, bytes]]:
-    """Each record after ``start``, with the offset of its end; a record that is cut off ends the file.
+    """Each record after ``start``, with the offset of its end; one that is cut off or damaged ends the file.
 
     Raises:
-        ValueError: for a file that is no such log, or a damaged frame.
+        ValueError: for a file that is no such log.
     """
     with file.open("rb") as stream:
         if stream.read(len(HEADER)) != HEADER:
@@ -43,10 +43,8 @@ def records(file: Path, start: int = len(HEADER)) -> Iterator[tuple[int, bytes]]
             return
         checksum, length, kind = _FRAME.unpack_from(data, at)
         part = data[at + _FRAME.size : at + _FRAME.size + length]
-        if len(part) < length:
+        if len(part) < length or _checksum(kind, part) != checksum:
             return
-        if _checksum(kind, part) != checksum:
-            raise ValueError(f"{file}: damaged at byte {start + at}")
         at += _FRAME.size + length
         whole += part
         if kind in (1, 4):
