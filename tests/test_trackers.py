@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,16 @@ def kill(run: Fit) -> None:
     run.ended()
 
 
+def there(case: Case, run: Fit, held: str) -> bool:
+    """Whether a run has come to the step where it is held, or has ended."""
+    return run.code() is not None or (case.folder("run") / held).exists()
+
+
+def has_step(case: Case, step: int) -> bool:
+    """Whether the file of Weights & Biases has a step already."""
+    return step in {at for _, at in of_wandb(case.folder("run"))}
+
+
 @pytest.mark.parametrize("tracker", READ)
 def test_a_run_that_was_killed_and_resumed_is_one_run_without_a_gap_or_a_double_point(
     tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,13 +92,11 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_without_a_gap_or_a_double_
     case, ids = Tracked(tmp_path, tracker), list[str]()
     for step in KILLS:
         with case.start("run", HOLD=f"forward:{step}:0") as run:
-            (pid,) = run.leaders
-            wait(lambda pid=pid: run.code() is not None or (case.folder("run") / f"held-{pid}").exists(), "no step")
+            held = f"held-{next(iter(run.leaders))}"
+            wait(partial(there, case, run, held), "the run did not come to the step")
             assert run.code() is None, (tmp_path / "run.log").read_text()[-3000:]
-            if tracker == "wandb":  # its process writes now and then: some undone points shall be there
-                held = {at for _, at in READ[tracker](case.folder("run"), store)}
-                wait(lambda step=step: step - 1 in {at for _, at in of_wandb(case.folder("run"))}, "nothing written")
-                assert held
+            if tracker == "wandb":  # its process writes now and then: undone points shall be there
+                wait(partial(has_step, case, step - 1), "nothing was written")
             kill(run)
         folder = case.folder("run")
         ids.append((folder / "trackers.json").read_text())

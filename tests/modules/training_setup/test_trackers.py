@@ -173,8 +173,9 @@ def test_a_run_with_two_loggers_of_one_run_has_one_line_and_leaves_no_folder(cli
 
 @pytest.mark.parametrize(("key", "value"), [("id", "../x"), ("project", "a/b"), ("id", ""), ("project", "x" * 65)])
 def test_ids_and_projects_are_plain_names(key: str, value: str, tmp_path: Path) -> None:
+    option: dict[str, Any] = {key: value}
     with pytest.raises(ValueError, match=f"InMemory: {key} .*: at most 64 letters, digits"):
-        InMemory(str(tmp_path), **{key: value})
+        InMemory(str(tmp_path), **option)
 
 
 def test_a_locked_database_is_refused_and_one_that_is_free_is_written(tmp_path: Path) -> None:
