@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills fuzz mutants lint bench gpu wheels docs clean
+.PHONY: demo test slow torture kills trackers fuzz mutants lint bench gpu wheels docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -37,6 +37,14 @@ torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time
 
 kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: an hour. OF='--only chat/emoji'
 	$(BIN)/python -m tests.kills $(OF)
+
+# 220 MB of packages, and an older Pillow: in an environment of their own, over that of the checks.
+TRACKERS := .venv-trackers
+trackers: .venv/.ready  ## Kill runs that log to Weights & Biases, MLflow and Trackio, resume them, and read the stores back.
+	test -d $(TRACKERS) || $(BIN)/python -m venv $(TRACKERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(TRACKERS)/bin/pip install --quiet '.[wandb,mlflow,trackio]'
+	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rfEs tests/test_trackers.py tests/modules/training_setup/test_trackers.py
 
 # Not SECONDS, which bash sets itself.
 FUZZ_SECONDS ?= 600

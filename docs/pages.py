@@ -39,6 +39,7 @@ GROUPS = {
             "exchange",
             "devices",
             "slurm",
+            "watching",
             "survive",
             "recipe",
             "claims",

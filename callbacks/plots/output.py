@@ -1,4 +1,4 @@
-"""Where figures go: the run's folder, and TensorBoard."""
+"""Where figures go: the run's folder, and loggers that show images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from descant.callbacks.plots.style import pixels
+from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import logged_step
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def save_figure(trainer: L.Trainer, figure: Figure, name: str, tag: str, small: Figure | None = None) -> None:
-    """Writes ``pictures/{name}-{step}.png`` in the run's folder, and an image under ``tag`` to TensorBoard loggers.
+    """Writes ``pictures/{name}-{step}.png`` in the run's folder, and shows it under ``tag`` on loggers that can.
 
-    ``small``: the figure that TensorBoard gets instead.
+    ``small``: the figure that these get instead.
     """
     image, folder = pixels(figure), run_folder(trainer) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(folder / f"{name}-{trainer.global_step}.png")
-    if boards := writers(trainer):
+    if shown := boards(trainer.loggers):
         image = image if small is None or small is figure else pixels(small)
-        for writer in boards:
-            writer.add_image(tag, image, logged_step(trainer), dataformats="HWC")
+        for board in shown:
+            board.show_image(tag, image, logged_step(trainer))

@@ -26,6 +26,7 @@ from descant.modules.core.sham import Sham
 from descant.modules.language import Generated
 from descant.modules.policy import Advantage, GroupScaled
 from descant.modules.policy.rewards import Answer, Rewards
+from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
 
 
@@ -79,7 +80,7 @@ class Rollouts(Callback):
         self.rewards, self.advantage = rewards, advantage or GroupScaled()
         self.passes, self.resample, self.flat, self.cut, self.sham = passes, resample, flat, cut, Sham(sham)
         self.show, self.resumable_log = show, ResumableLog()
-        self._shown: list[str] = []  # lines of a table
+        self._shown: Table | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"told": self.resumable_log.state_dict()}
@@ -120,7 +121,7 @@ class Rollouts(Callback):
         if pl_module.needs_reference:
             data.renew(problems, {"reference": self._reference(trainer, pl_module)}, now)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in log.items()})
-        self.resumable_log.write(trainer, log, {"rollouts/answers": "\n".join(self._shown)} if self._shown else {})
+        self.resumable_log.write(trainer, log, {} if self._shown is None else {"rollouts/answers": self._shown})
 
     def _generate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, now: int
@@ -168,7 +169,7 @@ class Rollouts(Callback):
         key_N = np.where(copy_N > 0, mix_N(problems.key_N, "copy", copy_N), problems.key_N)
         seed_R = torch.from_numpy(mix_N(np.repeat(key_N, G), "roll", global_seed(), now, again))
         seed_R = torch.from_numpy(mix_N(seed_R.numpy(), "answer", np.arange(R, dtype=np.uint64) % G))
-        self._shown = self._shown if again else []
+        self._shown = self._shown if again else None
         with eval_mode(pl_module):
             for batch in bank_batches(trainer, data.asking(problems)):
                 here_B = batch.present["text"].cpu()
@@ -185,7 +186,7 @@ class Rollouts(Callback):
                 entries = [data.entry(problems, n // G) for n in row_R.tolist()]
                 right_RA = batch.targets["answer"][here_B].repeat_interleave(G, dim=0)
                 answers, r_RK[row_R] = self._rewarded(data, generated, right_RA, entries)
-                if self.show and not self._shown:
+                if self.show and self._shown is None:
                     questions = batch.inputs["text"].cpu()[here_B][: self.show].tolist()
                     self._shown = self._table(data, questions, answers, r_RK[row_R])
         sampled = {name: added(x, pl_module.device) for name, x in sampled.items()}
@@ -205,15 +206,15 @@ class Rollouts(Callback):
         answers = [Answer(*of) for of in zip(words, references, length_R, ended_R, entries, strict=True)]
         return answers, self.rewards(answers)
 
-    def _table(self, data: Any, questions: list[list[int]], answers: list[Answer], r_RK: Tensor) -> list[str]:
-        """Lines of a table of the first questions, with all answers and rewards."""
-        rewards = " | ".join(f"reward {name}" for name in self.rewards.names)
-        lines = [f"| question | reference | answer | {rewards} |", "|---" * (3 + len(r_RK[0])) + "|"]
+    def _table(self, data: Any, questions: list[list[int]], answers: list[Answer], r_RK: Tensor) -> Table:
+        """The first questions, with all answers and rewards."""
+        columns = ("question", "reference", "answer", *(f"reward {name}" for name in self.rewards.names))
+        rows = []
         for r, answer in enumerate(answers[: len(questions) * data.group]):
             ids = questions[r // data.group]
             words = [data.spell(ids[: ids.index(data.answer_token)]), answer.reference, answer.text]
-            lines.append("| " + " | ".join([*map(_cell, words), *(f"{x:.3g}" for x in r_RK[r].tolist())]) + " |")
-        return lines
+            rows.append((*words, *(f"{x:.3g}" for x in r_RK[r].tolist())))
+        return Table(columns, rows)
 
     def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
         """``[R, M]``: log-probabilities of the answers under the reference policy."""
@@ -269,11 +270,6 @@ def _copies(key_N: np.ndarray) -> np.ndarray:
     copies_N = np.empty(len(key_N), dtype=np.uint64)
     copies_N[order] = (np.arange(len(key_N)) - first_N[which_N]).astype(np.uint64)
     return copies_N
-
-
-def _cell(text: str) -> str:
-    """Text as a cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split()) or "(empty)"
 
 
 def _some(

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from descant.callbacks.plots.output import writers
+from descant.modules.training_setup.boards import Table, boards
 
 
 class ResumableLog:
@@ -19,16 +19,21 @@ class ResumableLog:
     """
 
     def __init__(self) -> None:
-        self.step, self.log, self.text = -1, dict[str, float](), dict[str, str]()
+        self.step, self.log, self.text = -1, dict[str, float](), dict[str, str | Table]()
 
-    def write(self, trainer: L.Trainer, log: Mapping[str, float], text: Mapping[str, str] | None = None) -> None:
-        """Log values now; ``text``: tag -> text for TensorBoard."""
+    def write(
+        self, trainer: L.Trainer, log: Mapping[str, float], text: Mapping[str, str | Table] | None = None
+    ) -> None:
+        """Log values now; ``text``: tag -> text or table for loggers that show them."""
         self.step, self.log, self.text = trainer.global_step, dict(log), dict(text or {})
         for logger in trainer.loggers:
             logger.log_metrics(self.log, step=self.step)
-        for writer in writers(trainer) if trainer.is_global_zero else ():
-            for tag, line in self.text.items():
-                writer.add_text(tag, line, self.step)
+        for board in boards(trainer.loggers) if trainer.is_global_zero else ():
+            for tag, content in self.text.items():
+                if isinstance(content, Table):
+                    board.show_table(tag, content, self.step)
+                else:
+                    board.show_text(tag, content, self.step)
 
     def write_again(self, trainer: L.Trainer) -> None:
         """Log the last values again if the run resumes at their step. In on_train_start, after Resume."""
@@ -36,10 +41,23 @@ class ResumableLog:
             self.write(trainer, self.log, self.text)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "log": dict(self.log), "text": dict(self.text)}
+        text = {tag: _plain(content) for tag, content in self.text.items()}
+        return {"step": self.step, "log": dict(self.log), "text": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.step, self.log, self.text = (state_dict[name] for name in ("step", "log", "text"))
+        self.step, self.log = state_dict["step"], state_dict["log"]
+        # earlier versions have tables as texts
+        self.text = {
+            tag: content if isinstance(content, str) else Table(**content)
+            for tag, content in state_dict["text"].items()
+        }
+
+
+def _plain(content: str | Table) -> str | dict[str, Any]:
+    """As values that a checkpoint holds."""
+    if isinstance(content, str):
+        return content
+    return {"columns": list(content.columns), "rows": [list(row) for row in content.rows]}
 
 
 class ResumableMetrics(L.Callback):

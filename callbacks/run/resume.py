@@ -246,7 +246,7 @@ class Resume(Ordered):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:  # rows before this point that are still in memory would be lost
-            logger.save()
+            getattr(logger, "flush", logger.save)()
         loop, accumulate = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epoch: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         batches = loop.batch_progress.current.completed

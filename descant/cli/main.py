@@ -42,6 +42,7 @@ from descant.modules.io import hub
 from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
 from descant.modules.training_setup.loggers import TensorBoard
+from descant.modules.training_setup.trackers.base import Tracker
 from descant.recipes.base.recipe import Recipe
 from descant.report.predictions import Predictions
 from descant.run import elastic, lock, runs
@@ -236,6 +237,9 @@ class DescantCLI(LightningCLI):
             config["callbacks"].append(Predictions(self.place, [name.strip() for name in sets if name.strip()]))
         if self.subcommand == "fit" and not self.place.fresh:
             purge_after(config.get("logger"), self.place.checkpoint)
+        if self.checking is not None or self.subcommand == "predict":  # they log nothing that a tracker should list
+            given = config.get("logger")
+            config["logger"] = [x for x in given if not isinstance(x, Tracker)] if isinstance(given, list) else given
         config["plugins"] = with_store(config.get("plugins"))
         if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
             for plugin in config["plugins"]:

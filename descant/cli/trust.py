@@ -57,7 +57,11 @@ PERMITTED = {
     "lightning.pytorch.core.module.LightningModule": ("descant.recipes",),
     "lightning.pytorch.core.datamodule.LightningDataModule": ("descant.datamodules",),
     "lightning.pytorch.callbacks.callback.Callback": ("descant.callbacks", "lightning.pytorch.callbacks"),
-    "lightning.pytorch.loggers.logger.Logger": ("descant.modules.training_setup.loggers", "lightning.pytorch.loggers"),
+    "lightning.pytorch.loggers.logger.Logger": (
+        "descant.modules.training_setup.loggers",
+        "descant.modules.training_setup.trackers",
+        "lightning.pytorch.loggers",
+    ),
 }
 
 #: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
@@ -165,6 +169,8 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     """
     key = key.removesuffix("+").rpartition(".")[2]
     word, why = _GUARDED.get(key), "" if value in (None, False, []) else "a file may not set that"
+    if key == "offline" and value is False:
+        word, why = "network", "offline: false sends the run to another machine"
     remote = _remote(key, value)
     if remote is not None:
         word, why = "network", f"{remote} is not on this machine"

@@ -33,6 +33,8 @@ _OUTSIDE = (
 _NETWORK = ("DistNetworkError", "DistStoreError")
 #: Where Lightning checks arguments: its own errors there are about one of them.
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
+#: Where loggers of other packages are, whose own errors name the package or the store.
+_TRACKERS = "descant.modules.training_setup.trackers"
 #: Lightning's messages where a GPU is requested and there is none.
 _NO_GPU = re.compile(r"No supported gpu backend found|cannot run on your system since the accelerator")
 _NO_GPU_LINE = "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
@@ -76,6 +78,8 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
     It names a missing package with the command that installs it, and the class that passed a wrong size or type to a
     library. None for errors of Descant's own parts, and for the user's own classes.
     """
+    if within(cls.__module__, [_TRACKERS]) and isinstance(error, _REQUESTS):
+        return one_line(error)  # of a list of loggers the parser names all
     if isinstance(error, ImportError):
         needed = re.search(r"Requirement '([\w.-]+)([^']*)' not met", str(error))
         name, version = (needed[1], needed[2]) if needed else (str(error.name or "").partition(".")[0], "")

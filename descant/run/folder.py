@@ -6,9 +6,11 @@ import hashlib
 from itertools import count
 
 import lightning as L
+import yaml
 
 from descant.modules.io.files import write_json, write_text
 from descant.modules.io.saved import CONFIG_SUM
+from descant.modules.training_setup.trackers.base import Tracker
 from descant.run import runs
 from descant.run.versions import versions
 
@@ -35,6 +37,9 @@ class Folder(L.Callback):
         write_text(file, self.config)
         digest = {CONFIG_SUM: hashlib.sha256(self.config.encode()).hexdigest()}
         write_json(self.run.folder / "versions.json", versions() | digest)
+        for logger in trainer.loggers:
+            if isinstance(logger, Tracker):
+                logger.describe(yaml.safe_load(self.config))
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         # from the first step on it counts as a run: one refused before leaves no folder and moves no link

@@ -24,6 +24,7 @@ from descant.modules.objectives.language import answer_log_probabilities
 from descant.modules.policy import KL, Clipped, LocalTokenMean, PolicyBatch, PolicyLoss, SequenceMean, TokenMean
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import EOS, PAD
+from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import GRPO, VisionLanguage
 from tests.callbacks.policy.test_rounds import Given
@@ -229,7 +230,9 @@ def test_truncated_answers_may_be_left_out(tmp_path: Path) -> None:
 def test_some_answers_are_shown_with_their_rewards(tmp_path: Path) -> None:
     rollouts = short(show=2)
     seen, _ = run(tmp_path, rollouts, 1, reinforced(lr=0.0))
-    head, _, *rows = rollouts.resumable_log.text["rollouts/answers"].split("\n")
+    table = rollouts.resumable_log.text["rollouts/answers"]
+    assert isinstance(table, Table)
+    head, _, *rows = table.markdown().split("\n")
     assert head == "| question | reference | answer | reward short |" and len(rows) == 2 * G
     for r, row in enumerate(rows):
         asked, right, _, reward = [cell.strip() for cell in row.strip("|").split(" | ")]
@@ -238,7 +241,8 @@ def test_some_answers_are_shown_with_their_rewards(tmp_path: Path) -> None:
         assert float(reward) == ended - length
     again = short()
     again.load_state_dict(rollouts.state_dict())
-    assert again.resumable_log.text == rollouts.resumable_log.text
+    again_table = again.resumable_log.text["rollouts/answers"]
+    assert isinstance(again_table, Table) and again_table.markdown() == table.markdown()
 
 
 # that it learns ------------------------------------------------------------------------------------------------------

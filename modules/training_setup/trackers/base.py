@@ -1,0 +1,288 @@
+"""Base of the loggers of other packages: a run here is one run there, also after it was killed and resumed.
+
+    kept:      points of steps before the resume point, written before the point was
+    removed:   points of later steps, which the resumed run logs again; where a store cannot remove, they are skipped
+
+Lightning's own MLFlowLogger opens its store in every rank, as soon as it is built, and its WandbLogger starts a run's
+steps anew in each process; neither can return to a step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import time
+from abc import abstractmethod
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from descant.modules.core.errors import warn
+from descant.modules.io.files import write_json
+from descant.modules.training_setup.boards import Table
+
+#: What a run is called there: class of the logger -> id of the run, in the run's folder.
+IDS = "trackers.json"
+_NAME = re.compile(r"[\w-][\w. -]{0,63}", re.ASCII)
+#: Seconds that a store that another process has locked is waited for.
+PATIENCE = 5.0
+_open: WeakSet[Tracker] = WeakSet()
+
+
+class Point(NamedTuple):
+    """What one call logs: the step, its values by name, and the time in seconds since 1970."""
+
+    step: int
+    values: dict[str, Any]
+    time: float
+
+
+class Tracker(Logger):
+    """Base. A subclass opens its store, writes points, removes those of undone steps, and shows images and tables.
+
+    Args:
+        save_dir: the run's folder. Its last two names are the name of the run.
+        project: what runs are grouped by there.
+        id: of the run; None for a new one, which ``trackers.json`` in the folder keeps for a resume.
+        seconds: after which held points are written.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        ValueError: for a project or id that is no plain name; when the run begins, if two loggers write the same run,
+            if the folder has another id already, or if the store is locked or cannot be written.
+    """
+
+    #: The package, which is also the name of the extra that installs it.
+    package: ClassVar[str]
+    #: How many points are held before they are written together.
+    most = 200
+
+    def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, seconds: float = 10.0) -> None:
+        super().__init__()
+        if find_spec(self.package) is None:
+            raise ModuleNotFoundError(
+                f"{type(self).__name__}: the package {self.package} is not installed: "
+                f"pip install 'descant[{self.package}]'"
+            )
+        for key, text in {"project": project, "id": id}.items():
+            if text is not None and not _NAME.fullmatch(text):
+                what = "at most 64 letters, digits, spaces, '_', '-' and '.'"
+                raise ValueError(f"{type(self).__name__}: {key} {text!r}: {what}")
+        self._folder, self.project, self._id, self.seconds = Path(save_dir), project, id, seconds
+        self.configuration: dict[str, Any] = {}
+        self._held: list[Point] = []
+        self._written, self._warned = time.monotonic(), False
+        self._logged: set[tuple[str, int]] = set()  # undone points that the store keeps
+        self._experiment: Any = None
+
+    # of the store -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _begin(self, id: str | None) -> tuple[Any, str]:
+        """Open the store: its handle, and the id of the run, a new one where none is given."""
+
+    @abstractmethod
+    def _write(self, points: list[Point]) -> None:
+        """Write points: all of them, or such that a second try doubles none."""
+
+    @abstractmethod
+    def _describe(self) -> None:
+        """Write the configuration."""
+
+    @abstractmethod
+    def _forget(self, step: int) -> Iterable[tuple[str, int]]:
+        """Remove what was shown and logged from ``step`` on; names and steps of what cannot be removed."""
+
+    @abstractmethod
+    def _end(self, status: str) -> None:
+        """Close the store; ``status`` as in Lightning's ``finalize``."""
+
+    @abstractmethod
+    def show_image(self, tag: str, image_HWC: np.ndarray, step: int) -> None: ...
+
+    @abstractmethod
+    def show_text(self, tag: str, text: str, step: int) -> None: ...
+
+    @abstractmethod
+    def show_table(self, tag: str, table: Table, step: int) -> None: ...
+
+    @abstractmethod
+    def show_histogram(self, tag: str, values_N: np.ndarray, step: int) -> None: ...
+
+    # of Lightning -----------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.project
+
+    @property
+    def version(self) -> str | None:
+        return self._id
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._folder)
+
+    @property
+    def run_name(self) -> str:
+        """What the run is called there: its name and number, of an evaluation also its own folder."""
+        parts = self._folder.resolve().parts
+        return "/".join(parts[-3 if (self._folder.parent / "config.yaml").is_file() else -2 :])
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The handle of the package; opened when it is asked for first."""
+        if self._experiment is None:
+            id = self._own_id()
+            self._require_alone(id)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._experiment, self._id = self._begin(id)
+            _open.add(self)
+            if id is None:
+                self._require_alone(self._id)
+            write_json(self._folder / IDS, self._ids() | {type(self).__name__: self._id})
+            if self.configuration:
+                self._describe()
+        return self._experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        self.describe(vars(params) if isinstance(params, Namespace) else params)
+
+    @rank_zero_only
+    def describe(self, configuration: Mapping[str, Any]) -> None:
+        """Log the configuration; later values of the same keys replace earlier ones."""
+        self.configuration |= configuration
+        if self._experiment is not None and configuration:
+            self._describe()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        at = step or 0
+        new = {name: float(value) for name, value in metrics.items() if (name, at) not in self._logged}
+        self._logged -= {(name, at) for name in metrics}
+        if new:
+            self._held.append(Point(at, new, time.time()))
+        if len(self._held) >= self.most or time.monotonic() - self._written > self.seconds:
+            self.write()
+
+    @rank_zero_only
+    def write(self) -> None:
+        """Give held points to the store. One that is locked is tried again at the next call."""
+        _ = self.experiment
+        self._written = time.monotonic()
+        if not self._held:
+            return
+        try:
+            self._write(self._held)
+        except Exception as error:
+            if not _locked(error):
+                raise
+            if not self._warned:
+                warn(f"{self.store}: locked by another process; points are held and written when it is free")
+            self._warned = True
+        else:
+            self._held = []
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Return when all points are on disk: before a resume point is saved, so that a resumed run lacks none."""
+        self.write()
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Undo what was logged from ``step`` on: a resumed run logs it again."""
+        _ = self.experiment
+        self._held = [point for point in self._held if point.step < step]
+        self.write()
+        self._logged = set(self._forget(step))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._experiment is None and not self._held:
+            return
+        self.write()
+        if self._held:
+            warn(f"{self.store}: still locked: {len(self._held)} points are in metrics.csv only")
+        self._end(status)
+        self._experiment, self._held = None, []
+        _open.discard(self)
+
+    # identity ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> str:
+        """Where the runs are, for messages and for telling two stores apart."""
+        return str(self._folder)
+
+    def _ids(self) -> dict[str, str]:
+        file = self._folder / IDS
+        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
+
+    def _own_id(self) -> str | None:
+        kept = self._ids().get(type(self).__name__)
+        if kept is not None and self._id not in (None, kept):
+            raise ValueError(
+                f"{type(self).__name__}: id {self._id}: {self._folder} is the run {kept} there; leave id out, or begin "
+                "a new run"
+            )
+        return kept or self._id
+
+    def _require_alone(self, id: str | None) -> None:
+        for other in _open:
+            same = type(other) is type(self) and other.store == self.store and other.version == id
+            if other is not self and same:
+                raise ValueError(
+                    f"{type(self).__name__}: two loggers write the run {id} of {self.store}: list it once, or give one "
+                    "of them another id"
+                )
+
+
+@contextmanager
+def database(file: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to an SQLite file that may write, for one transaction.
+
+    Raises:
+        ValueError: if another process has locked the file, or it is no database.
+    """
+    try:
+        with closing(sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+    except sqlite3.DatabaseError as error:
+        why = f"locked by another process for {PATIENCE:g} s; end it, or choose another store"
+        raise ValueError(f"{file}: {why if _locked(error) else error}") from error
+
+
+def flat(content: Any, name: str = "") -> dict[str, str]:
+    """Every value of nested mappings and lists by its dotted path, as text.
+
+    >>> flat({"model": {"width": 8}, "callbacks": [{"class_path": "EMA"}], "name": None})
+    {'model.width': '8', 'callbacks.0.class_path': 'EMA', 'name': 'null'}
+    """
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(content, Mapping) and content:
+        items = content.items()
+    elif isinstance(content, list) and content:
+        items = enumerate(content)
+    else:
+        return {name: "null" if content is None else str(content)}
+    return {k: v for key, inner in items for k, v in flat(inner, f"{name}.{key}" if name else str(key)).items()}
+
+
+def _locked(error: BaseException) -> bool:
+    """Whether a store is in use: SQLite's own words, also inside the errors of packages, and those of file locks."""
+    return "database is locked" in str(error) or "acquire database lock" in str(error)
