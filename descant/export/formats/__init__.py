@@ -23,9 +23,12 @@ def _transformers(recipe: Recipe) -> ModelFormat:
 
     from descant.export.formats.clip import ClipFormat
     from descant.export.formats.llama import LlamaFormat
+    from descant.export.formats.llava import LlavaFormat
 
     disable_progress_bar()
-    return LlamaFormat() if isinstance(getattr(recipe, "lm", None), nn.Module) else ClipFormat()
+    if not isinstance(getattr(recipe, "lm", None), nn.Module):
+        return ClipFormat()
+    return LlavaFormat() if len(recipe.towers) else LlamaFormat()
 
 
 def _open_clip(recipe: Recipe) -> ModelFormat:
