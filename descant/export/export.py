@@ -21,7 +21,7 @@ _HELP = """\
 descant export: a run's weights, configuration and model card in one folder
 
 usage: descant export RUN --out DIR [--ckpt best|last|PATH] [--towers image,text] [--merge]
-       descant export RUN --to open_clip|timm|transformers --out DIR [--ckpt best|last|PATH]
+       descant export RUN --to onnx|open_clip|timm|transformers --out DIR [--ckpt best|last|PATH]
 
   descant export demo/001 --out demo-model
 
@@ -30,16 +30,17 @@ README.md (the model card, with code to copy) and, for a transformers tower, a f
 transformers loads. The folder needs no other file of this machine. It is loaded back and compared, weight by
 weight, before it gets its name; an existing folder is never changed.
 
---to writes what another package loads, without Descant: timm the encoder of a masked model or a TimmTower,
-transformers a language model of the Llama or Mixtral family or a CLIP, open_clip a CLIP, with its tokenizer.
+--to writes what another package loads, without Descant: timm the encoder of a masked model, a TimmTower or a
+PatchTower; transformers a language model of the Llama or Mixtral family, such a one that sees as LLaVA does,
+or a CLIP; open_clip a CLIP; each with its tokenizer; onnx a graph of each modality of a contrastive run.
 Adapters are folded in. The folder is loaded back by that package, and its outputs compared with the run's
-(1e-5 in float32).
+(1e-5 in float32; onnx 1e-4).
 
 Options:
   RUN                   a run such as demo/001, a checkpoint in one, or an export
   --out DIR             the folder to write
   --ckpt best|last|PATH the weights of a run (best: by its ModelCheckpoint's monitor; else last)
-  --to FORMAT           open_clip, timm or transformers, in place of Descant's own folder
+  --to FORMAT           onnx, open_clip, timm or transformers, in place of Descant's own folder
   --towers A,B          only these towers and their heads
   --merge               fold adapters into their layers, and quantized weights back into floats
   --runs DIR            where run folders live (runs)
@@ -165,7 +166,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     about = card.About(source, request.out.name, recipe, parts, changed and not request.merge, left)
     _copy_notice(source, prepared, folder)
     digest = _confirm(folder, about)
-    card.write(about, prepared, folder, digest)
+    card.write(about, prepared, folder, {saved.WEIGHTS: digest})
     again = loading.load(folder, trust=request.trust).state_dict()
     differing = [k for k, v in state.items() if k not in again or not torch.equal(again[k].cpu(), v.cpu())]
     if differing or len(again) != len(state):
@@ -181,7 +182,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
 def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
     """The folder of another package, with the model card, the run's numbers and the licence of its data."""
     from descant.export import formats
-    from descant.modules.io import merge, saved
+    from descant.modules.io import merge
     from descant.modules.io.files import sha256_of
     from descant.recipes.base.rebuild import rebuild
     from descant.report import card
@@ -195,7 +196,7 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     difference = chosen.require_near(recipe, folder)
     _copy_notice(source, prepared, folder)
     about = card.About(source, request.out.name, recipe, parts, False, [], chosen.usage(request.out.name))
-    card.write(about, prepared, folder, sha256_of(folder / saved.WEIGHTS))
+    card.write(about, prepared, folder, {file.name: sha256_of(file) for file in chosen.weights(folder)})
     return [
         f"EXPORT  for {request.to}, loaded back by it: outputs differ by {difference:.1g} at most",
         *_named(_files(folder), folder),

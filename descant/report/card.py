@@ -61,8 +61,8 @@ class About:
             self.later = {key: value for key, value in last.items() if self.metrics.get(key) != value}
 
 
-def write(about: About, data: Any, folder: Path, digest: str) -> None:
-    """Write ``README.md`` and ``metrics.json``; ``digest``: SHA-256 of the exported weights."""
+def write(about: About, data: Any, folder: Path, digests: Mapping[str, str]) -> None:
+    """Write ``README.md`` and ``metrics.json``; ``digests``: file of exported weights -> its SHA-256."""
     write_json(folder / METRICS, {**about.metrics, "step": about.step, "averaged": about.averaged})
     run, towers = about.source, about.recipe.towers
     place = f"the export {run.folder.name}" if run.exported else f"run {'/'.join(run.folder.resolve().parts[-2:])}"
@@ -76,7 +76,7 @@ def write(about: About, data: Any, folder: Path, digest: str) -> None:
         metrics=_tables(about.metrics),
         later=_tables(about.later),
         origin=place,
-        digest=digest,
+        digests=digests,
         source=f"{run.weights.parent.name}/{run.weights.name}",
         source_digest=account(run).get("sha256"),
         ready=[name for name in towers if name in about.parts and name not in about.left],

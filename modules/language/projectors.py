@@ -35,19 +35,27 @@ class ImageProjector(nn.Module):
         raise NotImplementedError
 
 
-def mlp(width: int, to: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, to), nn.GELU(), nn.Linear(to, to))
+def mlp(width: int, to: int, norm: bool = True) -> nn.Sequential:
+    first = nn.LayerNorm(width) if norm else nn.Identity()
+    return nn.Sequential(first, nn.Linear(width, to), nn.GELU(), nn.Linear(to, to))
 
 
 class EachToken(ImageProjector):
     """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output a token (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
 
+    Args:
+        norm: a LayerNorm first. LLaVA has none: without it the model can be exported as LLaVA.
+
     >>> EachToken().build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
     torch.Size([2, 9, 6])
     """
 
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.norm = norm
+
     def made(self, width: int, to: int) -> None:
-        self.mlp = mlp(width, to)
+        self.mlp = mlp(width, to, self.norm)
 
     def forward(self, tokens: Tokens) -> Tensor:
         return self.mlp(tokens.h_BTD)

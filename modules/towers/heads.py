@@ -62,7 +62,7 @@ class LastPool(Pool):
 
 def _take(tokens: Tokens, t_B: Tensor) -> Tensor:
     h_BTD, mask_BT = tokens
-    h_BD = h_BTD[torch.arange(len(t_B), device=t_B.device), t_B]
+    h_BD = h_BTD[torch.arange(t_B.shape[0], device=t_B.device), t_B]  # len() would fix B in an exported graph
     return h_BD.masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
 
 

@@ -27,6 +27,7 @@ from descant.modules.towers.timm import load_exactly, read_weights
 
 if TYPE_CHECKING:
     from descant.modules.masking.adapters import PatchAdapter
+    from descant.modules.towers.image import PatchTower
 
 #: Epsilon of the norms, as in timm's vision transformers.
 EPS = 1e-6
@@ -370,6 +371,32 @@ def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
         "patch_embed.proj.weight": inward["weight"].unflatten(1, (adapter.channels, *adapter.patch)),
         "patch_embed.proj.bias": inward["bias"],
     }
+
+
+#: Places of a timm ViT that write into its residual stream.
+_INTO_STREAM = ("patch_embed.proj.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
+
+
+def patch_tower_to_timm(tower: PatchTower) -> dict[str, Tensor]:
+    """State dict of timm's ``VisionTransformer`` without a class token that computes what a PatchTower does.
+
+    The layer norms of timm have an epsilon of 1e-6, those of a PatchTower 1e-5. A norm of ``c h`` with epsilon
+    ``e c^2`` is that of ``h`` with ``e``, and norms alone read the residual stream: so all that is written into it is
+    multiplied by ``c = sqrt(1e-6 / 1e-5)``.
+
+    >>> from descant.modules.towers import PatchTower
+    >>> tower = PatchTower(size=8, patch=4, width=8, depth=1, heads=2)
+    >>> state = patch_tower_to_timm(tower)
+    >>> state["pos_embed"].shape, torch.equal(state["blocks.0.norm1.weight"], tower.layers[0].norm_1.weight)
+    (torch.Size([1, 4, 8]), True)
+    """
+    names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
+    kept = {"positions_TD", "patches.weight", "patches.bias"}
+    state = {_named(k, "layers.", "blocks.", names): v for k, v in tower.state_dict().items() if k not in kept}
+    state |= {"pos_embed": tower.positions_TD[None], **tower.patches.state_dict(prefix="patch_embed.proj.")}
+    scale = (EPS / tower.norm.eps) ** 0.5
+    written = {name: scale for name in state if any(part in name for part in _INTO_STREAM)}
+    return {name: x.detach() * written.get(name, 1.0) for name, x in state.items()}
 
 
 def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:

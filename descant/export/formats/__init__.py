@@ -23,9 +23,21 @@ def _transformers(recipe: Recipe) -> ModelFormat:
 
     from descant.export.formats.clip import ClipFormat
     from descant.export.formats.llama import LlamaFormat
+    from descant.export.formats.llava import LlavaFormat
 
     disable_progress_bar()
-    return LlamaFormat() if isinstance(getattr(recipe, "lm", None), nn.Module) else ClipFormat()
+    if not isinstance(getattr(recipe, "lm", None), nn.Module):
+        return ClipFormat()
+    return LlavaFormat() if len(recipe.towers) else LlamaFormat()
+
+
+def _onnx(recipe: Recipe) -> ModelFormat:
+    from descant.export.formats.onnx_graphs import OnnxFormat
+
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        fail(f"--to onnx: {', '.join(missing)}, which writes or reads the graphs: pip install 'descant[onnx]'")
+    return OnnxFormat()
 
 
 def _open_clip(recipe: Recipe) -> ModelFormat:
@@ -38,6 +50,7 @@ def _open_clip(recipe: Recipe) -> ModelFormat:
 
 #: Name -> its maker: a format imports its package only where it is asked for.
 FORMATS: dict[str, Callable[[Recipe], ModelFormat]] = {
+    "onnx": _onnx,
     "open_clip": _open_clip,
     "timm": _timm,
     "transformers": _transformers,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from descant.datamodules.fields.images import Images
 from descant.modules.tokenizers.text import Tokenizer
+from descant.modules.towers.base import Frozen
 from descant.recipes.base.recipe import Recipe
 
 #: Largest difference, of numbers of size 1, between what a written model and ours compute in float32.
@@ -20,6 +23,9 @@ Parts = Mapping[str, Sequence[Any]]
 
 class ModelFormat(ABC):
     """One format. ``write`` leaves a folder that the package loads from its path alone, without code of ours."""
+
+    #: Most that outputs may differ by.
+    near: float = NEAR
 
     @abstractmethod
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
@@ -40,20 +46,70 @@ class ModelFormat(ABC):
     def usage(self, folder: str) -> str:
         """Python that loads the folder, for the model card."""
 
+    def weights(self, folder: Path) -> list[Path]:
+        """The files that hold the weights."""
+        return sorted(folder.glob("*.safetensors"))
+
     def require_near(self, recipe: Recipe, folder: Path) -> float:
-        """The largest difference of :meth:`outputs`; ValueError above NEAR."""
+        """The largest difference of :meth:`outputs`; ValueError above ``near``."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             ours, theirs = self.outputs(recipe, folder)
         difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1.0))
-        if not difference <= NEAR:
-            raise ValueError(f"loaded back, its outputs differ by {difference:.2g}; {NEAR:g} is the most")
+        if not difference <= self.near:
+            raise ValueError(f"loaded back, its outputs differ by {difference:.2g}; {self.near:g} is the most")
         return difference
 
 
-def pixels_of(parts: Parts) -> Any:
-    """The step that ends the preprocessing of images, with the size, mean and deviation of its pixels; or None."""
-    return next((step for step in reversed(parts.get("image", [])) if hasattr(step, "std")), None)
+@dataclass(frozen=True)
+class ImageSteps:
+    """How an image becomes the input of a tower.
+
+    Attributes:
+        size: pixels of a side. mean, std: of each colour, of pixels in 0..1.
+        square: whether the central square is taken, after the shorter side is resized; else an image is squashed.
+        filter: of the resizing, with antialiasing: bilinear or bicubic.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    square: bool
+    filter: str
+
+    @classmethod
+    def of(cls, parts: Parts) -> ImageSteps | None:
+        """None where the preprocessing of images is not known."""
+        steps = parts.get("image", [])
+        pixels = next((step for step in reversed(steps) if hasattr(step, "std")), None)
+        if pixels is None:
+            return None
+        files = next((step for step in steps if isinstance(step, Images)), None)
+        if files is not None and files.size != pixels.size:
+            raise ValueError(f"image: resized to {files.size} and then to {pixels.size} pixels; one resizing is held")
+        filter = "bilinear" if files is None else files.filter
+        return cls(pixels.size, tuple(pixels.mean), tuple(pixels.std), files is not None, filter)
+
+    def processor(self) -> Any:
+        """transformers' image processor."""
+        from transformers import CLIPImageProcessor
+
+        sides = {"height": self.size, "width": self.size}
+        return CLIPImageProcessor(
+            size={"shortest_edge": self.size} if self.square else sides,
+            do_center_crop=self.square,
+            crop_size=sides,
+            resample={"bilinear": 2, "bicubic": 3}[self.filter],
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+
+
+def unfrozen(tower: nn.Module) -> nn.Module:
+    """The tower inside one that is only frozen."""
+    while type(tower) is Frozen:
+        tower = tower.tower
+    return tower
 
 
 def tokenizer_of(parts: Parts) -> Tokenizer | None:

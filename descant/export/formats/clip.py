@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.export.formats.base import ModelFormat, Parts, pixels_of, tokenizer_of
+from descant.export.formats.base import ImageSteps, ModelFormat, Parts, tokenizer_of, unfrozen
 from descant.export.formats.fast_tokenizers import fast
 from descant.modules.io.saved import WEIGHTS
 from descant.modules.losses import InfoNCE
@@ -50,8 +50,15 @@ class Clip:
         kinds = {"image": "clip_vision_model", "text": "clip_text_model"}
         if set(recipe.towers) != set(kinds):
             raise ValueError(f"towers: {', '.join(recipe.towers)}; a CLIP has image and text")
+        towers = {name: unfrozen(recipe.towers[name]) for name in kinds}
+        if getattr(towers["image"], "kind", None) == "siglip_vision_model":
+            found = type(recipe.pools["image"]).__name__
+            raise ValueError(
+                f"pool of image: {found}; SiglipModel pools by vision_model.head, attention with an MLP behind it and "
+                "no projection, which no pool here is; --to onnx holds the model"
+            )
         for name, kind in kinds.items():
-            tower = recipe.towers[name]
+            tower = towers[name]
             if not isinstance(tower, TransformersTower) or tower.kind != kind:
                 made = getattr(tower, "kind", None) or type(tower).__name__
                 raise ValueError(f"towers.{name}: {made}; a CLIP has a TransformersTower of model_type {kind}")
@@ -65,7 +72,7 @@ class Clip:
         loss = next(iter(recipe.losses.values()))
         if not isinstance(loss, InfoNCE):
             raise ValueError(f"loss: {type(loss).__name__}; a CLIP is trained by InfoNCE, which has a scale alone")
-        image, text = (cast(TransformersTower, recipe.towers[name]) for name in kinds)
+        image, text = (cast(TransformersTower, towers[name]) for name in kinds)
         end = EOS if tokenizer is None else tokenizer.end[-1]
         eos = cast(int, text.vocabulary) if end == EOS else end
         return cls(recipe, image, text, eos, loss.log_scale, recipe.heads)
@@ -122,7 +129,7 @@ class ClipFormat(ModelFormat):
     """CLIPModel of transformers, with its tokenizer and image processor."""
 
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
-        from transformers import CLIPImageProcessor, CLIPModel
+        from transformers import CLIPModel
 
         tokenizer = tokenizer_of(parts)
         clip = Clip.of(recipe, tokenizer)
@@ -130,10 +137,8 @@ class ClipFormat(ModelFormat):
         model.load_state_dict(clip.state())
         model.save_pretrained(folder)
         _write_tokenizer(clip, tokenizer, folder)
-        if (pixels := pixels_of(parts)) is not None:
-            size = {"height": pixels.size, "width": pixels.size}
-            colours = {"image_mean": list(pixels.mean), "image_std": list(pixels.std)}
-            CLIPImageProcessor(size=size, do_center_crop=False, resample=2, **colours).save_pretrained(folder)
+        if (steps := ImageSteps.of(parts)) is not None:
+            steps.processor().save_pretrained(folder)
 
     def outputs(self, recipe: Recipe, folder: Path) -> tuple[Tensor, Tensor]:
         from transformers import CLIPModel
@@ -163,8 +168,9 @@ class OpenClipFormat(ModelFormat):
         tokenizer = tokenizer_of(parts)
         clip = Clip.of(recipe, tokenizer)
         preprocess: dict[str, Any] = {"resize_mode": "squash", "interpolation": "bilinear"}
-        if (pixels := pixels_of(parts)) is not None:
-            preprocess |= {"size": pixels.size, "mean": list(pixels.mean), "std": list(pixels.std)}
+        if (steps := ImageSteps.of(parts)) is not None:
+            preprocess = {"resize_mode": "shortest" if steps.square else "squash", "interpolation": steps.filter}
+            preprocess |= {"size": steps.size, "mean": list(steps.mean), "std": list(steps.std)}
         content = {"model_cfg": open_clip_config(clip), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         state = {name: x.contiguous().clone() for name, x in to_open_clip(clip.state()).items()}

@@ -1,14 +1,17 @@
-"""Tokenizers as transformers' fast ones, with the ids that they have here."""
+"""Tokenizers as transformers' fast ones, with the ids that they have here, and the chat template of a dialogue."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from descant.modules.tokenizers.text import (
     BOS,
     EOS,
     PAD,
+    PLACE,
     SPECIAL,
     BPETokenizer,
     ByteTokenizer,
@@ -18,38 +21,61 @@ from descant.modules.tokenizers.text import (
 
 #: Names of the special ids before those of text.
 NAMES = ["<pad>", "<bos>", "<eos>", "<mask>", *(f"<special-{i}>" for i in range(4, SPECIAL))]
+#: Names of the ids at which an image stands and behind which an answer begins.
+IMAGE, ANSWER = "<image>", "<answer>"
 
 
-def fast(tokenizer: Tokenizer, vocabulary: int, length: int, answer: int | None = None, eos: int | None = None) -> Any:
+def fast(
+    tokenizer: Tokenizer, vocabulary: int, length: int, marks: Mapping[int, str] | None = None, eos: int | None = None
+) -> Any:
     """A ``PreTrainedTokenizerFast``, or the pretrained one itself.
 
     Args:
         vocabulary: ids of the model that reads them. length: its longest text.
-        answer: id of ``<answer>``, where there is one.
+        marks: names of ids behind those of the tokenizer, such as ``<answer>``.
         eos: ids of a text are ``<bos> text <eos>``, and this is that of ``<eos>``; where not given, ``<bos> text``.
 
     Raises:
-        ValueError: for a tokenizer that has no such form.
+        ValueError: for a tokenizer that has no such form, or marks that are ids of its texts.
     """
     from transformers import PreTrainedTokenizerFast
 
+    marks = dict(marks or {})
+    for i, name in marks.items():
+        if i < tokenizer.vocabulary:
+            raise ValueError(f"text: {name} has id {i}, and {type(tokenizer).__name__} has a token of that id")
     if isinstance(tokenizer, PretrainedTokenizer):
-        return tokenizer.whole
+        whole = copy.deepcopy(tokenizer.whole)
+        _add(whole.backend_tokenizer, tokenizer.vocabulary, marks)
+        return whole
     if isinstance(tokenizer, ByteTokenizer):
-        backend = byte_level(vocabulary, answer)
+        backend = byte_level(vocabulary, marks)
     elif isinstance(tokenizer, BPETokenizer):
         backend = tokenizer.tokenizer
     else:
         raise ValueError(f"text: {type(tokenizer).__name__} has no form in transformers; bytes and byte pairs have")
     special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
     names = {key: backend.id_to_token(i) for key, i in special.items()}
-    if eos is not None:
-        backend = _ending(backend, eos)
+    if isinstance(tokenizer, BPETokenizer):
+        missing = [key for key, name in names.items() if name is None]
+        if missing:
+            raise ValueError(f"text: the tokenizer's file has no {missing[0]}, which has id {special[missing[0]]} here")
+    backend = _framed(backend, EOS if eos is None else eos, ends=eos is not None)
+    _add(backend, max(tokenizer.vocabulary, backend.get_vocab_size()), marks)
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
 
 
-def _ending(backend: Any, eos: int) -> Any:
-    """With ``<bos>`` before a text and ``<eos>``, of this id, behind it."""
+def _add(backend: Any, first: int, marks: Mapping[int, str]) -> None:
+    """Add marks that a tokenizer of ids below ``first`` has not, with these ids."""
+    names = [marks.get(i, f"<special-{i}>") for i in range(first, max(marks, default=-1) + 1)]
+    backend.add_special_tokens(names)
+    for i, name in marks.items():
+        if backend.token_to_id(name) != i:
+            raise ValueError(f"text: {name} has id {i} here, and would have {backend.token_to_id(name)} there")
+
+
+def _framed(backend: Any, eos: int, ends: bool) -> Any:
+    """A copy with ``<bos>`` before a text and, where it ends with one, ``<eos>``, of this id, behind it."""
     import tokenizers
     from tokenizers import processors
 
@@ -61,14 +87,15 @@ def _ending(backend: Any, eos: int) -> Any:
     file["added_tokens"].sort(key=lambda token: token["id"])
     made = tokenizers.Tokenizer.from_str(json.dumps(file))
     pieces = [(begin, BOS), (end, eos)]
-    made.post_processor = processors.TemplateProcessing(f"{begin} $A {end}", special_tokens=pieces)
+    template = f"{begin} $A {end}" if ends else f"{begin} $A"
+    made.post_processor = processors.TemplateProcessing(template, special_tokens=pieces if ends else pieces[:1])
     return made
 
 
-def byte_level(vocabulary: int, answer: int | None = None) -> Any:
+def byte_level(vocabulary: int, marks: Mapping[int, str] | None = None) -> Any:
     """ByteTokenizer as one of the tokenizers package: byte pairs without a merge.
 
-    >>> byte_level(266, answer=265).encode("7+5<answer>").ids
+    >>> byte_level(266, {265: "<answer>"}).encode("7+5<answer>").ids
     [1, 63, 51, 61, 265]
     """
     import tokenizers
@@ -76,9 +103,8 @@ def byte_level(vocabulary: int, answer: int | None = None) -> Any:
 
     letters = {letter: SPECIAL + byte for byte, letter in _letters().items()}
     named = {name: i for i, name in enumerate(NAMES)}
-    further = {f"<special-{i}>": i for i in range(SPECIAL + 256, vocabulary)}
-    if answer is not None:
-        further = {name: i for name, i in further.items() if i != answer} | {"<answer>": answer}
+    marks = dict(marks or {})
+    further = {marks.get(i, f"<special-{i}>"): i for i in range(SPECIAL + 256, vocabulary)}
     made = tokenizers.Tokenizer(models.BPE(named | letters | further, []))
     made.add_special_tokens([name for name, _ in sorted((named | further).items(), key=lambda pair: pair[1])])
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -92,3 +118,43 @@ def _letters() -> dict[int, str]:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in plain)
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.index0 > 1 or message.role != ('user', 'assistant')[loop.index0] -%}
+{{ raise_exception('one question of the user, and its answer: the model was trained on these alone') }}
+{%- endif -%}
+{{- BEFORE if loop.first else '' -}}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}
+{%- endif -%}
+{{- AFTER if loop.first else END -}}
+{%- endfor -%}"""
+
+
+def chat_template(tokenizer: Tokenizer, whole: Any) -> str:
+    """Jinja of one question and its answer, as ``tokenizer.question`` and the rows of dialogues have them.
+
+    Args:
+        tokenizer: that of the run. whole: what :func:`fast` made of it, with ``<answer>``.
+    """
+    before, after = whole.bos_token, ""
+    if isinstance(tokenizer, PretrainedTokenizer):
+        turn = [{"role": "user", "content": PLACE}]
+        text = tokenizer.whole.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        before, after = text.split(PLACE)
+    values = {"BEFORE": before, "AFTER": after + ANSWER, "END": whole.eos_token}
+    lines = "".join("{%- set " + name + " = " + json.dumps(value) + " -%}\n" for name, value in values.items())
+    return lines + _TEMPLATE
+
+
+def require_question(tokenizer: Tokenizer, whole: Any, image: int | None, answer: int) -> None:
+    """Raises ValueError where a question has other ids by ``whole``'s chat template than it has here."""
+    text = "Which of two?"
+    parts = [*([{"type": "image"}] if image is not None else []), {"type": "text", "text": text}]
+    written = whole.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    theirs, ours = whole(written, add_special_tokens=False).input_ids, tokenizer.question(text, image, answer)
+    if theirs != ours:
+        raise ValueError(f"text: {type(tokenizer).__name__}: a question has ids {theirs} there, and {ours} here")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from descant.export.formats.base import ModelFormat, Parts, tokenizer_of
-from descant.export.formats.fast_tokenizers import fast
+from descant.export.formats.fast_tokenizers import ANSWER, chat_template, fast, require_question
 from descant.modules.language import CausalLM
 from descant.modules.language.llama_format import llama_config, to_llama
 from descant.modules.tokenizers.text import BOS, EOS, PAD, SPECIAL
@@ -31,7 +31,13 @@ class LlamaFormat(ModelFormat):
         model.generation_config = GenerationConfig(do_sample=False, **ids)
         model.save_pretrained(folder)
         if (tokenizer := tokenizer_of(parts)) is not None:
-            fast(tokenizer, lm.vocabulary, lm.length, getattr(recipe, "answer_token", None)).save_pretrained(folder)
+            answer = getattr(recipe, "answer_token", -1)
+            marks = {answer: ANSWER} if answer >= tokenizer.vocabulary else {}
+            whole = fast(tokenizer, lm.vocabulary, lm.length, marks)
+            if marks and getattr(tokenizer, "template", "") is not None:
+                whole.chat_template = chat_template(tokenizer, whole)
+                require_question(tokenizer, whole, None, answer)
+            whole.save_pretrained(folder)
 
     def outputs(self, recipe: Recipe, folder: Path) -> tuple[Tensor, Tensor]:
         from transformers import AutoModelForCausalLM
@@ -55,6 +61,11 @@ def _language_model(recipe: Recipe) -> CausalLM:
     lm = getattr(recipe, "lm", None)
     if not isinstance(lm, CausalLM):
         raise ValueError(f"{type(recipe).__name__}: it has no causal language model, which transformers would hold")
-    if len(recipe.towers):
-        raise ValueError(f"towers: {', '.join(recipe.towers)}; a model that reads text alone is held")
+    require_causal(recipe)
     return lm
+
+
+def require_causal(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe whose prefixes are read in both directions."""
+    if getattr(recipe, "prefix_sight", False):
+        raise ValueError("prefix_sight: a prefix read in both directions is in no causal model of transformers")

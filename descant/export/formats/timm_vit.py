@@ -1,4 +1,4 @@
-"""timm: the encoder of a masked model, or a tower of timm's own, as a folder for ``timm.create_model``."""
+"""timm: the encoder of a masked model, a PatchTower or a tower of timm's own, as a folder for ``timm.create_model``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descant.export.formats.base import ModelFormat, Parts, pixels_of
+from descant.export.formats.base import ImageSteps, ModelFormat, Parts, unfrozen
 from descant.modules.masking.adapters import Adapters, PatchAdapter
-from descant.modules.towers import TimmTower
-from descant.modules.towers.vit import Layout, Trunk, to_timm
+from descant.modules.towers import PatchTower, TimmTower
+from descant.modules.towers.vit import Layout, Trunk, patch_tower_to_timm, to_timm
 from descant.recipes.base.recipe import Recipe
 
 
@@ -22,7 +22,10 @@ class TimmFormat(ModelFormat):
         from timm.models import save_for_hf
 
         encoder = _encoder(recipe)
-        model = encoder.model if isinstance(encoder, TimmTower) else _vit(*encoder)
+        if isinstance(encoder, tuple):
+            model = _vit(*encoder)
+        else:
+            model = encoder.model if isinstance(encoder, TimmTower) else _patch_vit(encoder)
         save_for_hf(model, str(folder), safe_serialization=True, data_config=_data_config(model, parts))
 
     def outputs(self, recipe: Recipe, folder: Path) -> tuple[Tensor, Tensor]:
@@ -33,6 +36,8 @@ class TimmFormat(ModelFormat):
         theirs = model.forward_features(x_BCHW)
         if isinstance(encoder, TimmTower):
             return encoder.model.forward_features(x_BCHW), theirs
+        if isinstance(encoder, PatchTower):
+            return encoder(x_BCHW).h_BTD, theirs
         trunk, adapter = encoder
         T = adapter.tokens
         h_ND = adapter.embed(adapter.raw(x_BCHW)[0].flatten(0, 1), torch.arange(T).repeat(2))
@@ -44,8 +49,8 @@ class TimmFormat(ModelFormat):
         return f"import timm\n\nmodel = {model}  # without a classifier: it returns features"
 
 
-def _encoder(recipe: Recipe) -> TimmTower | tuple[Trunk, PatchAdapter]:
-    """The part that timm can hold: a tower of its own, or the encoder of a masked model with one of its adapters."""
+def _encoder(recipe: Recipe) -> TimmTower | PatchTower | tuple[Trunk, PatchAdapter]:
+    """The part that timm can hold: a tower, or the encoder of a masked model with one of its adapters."""
     adapters, towers = getattr(recipe, "adapters", None), recipe.towers
     if isinstance(adapters, Adapters):
         trunk = towers["encoder"]
@@ -57,42 +62,60 @@ def _encoder(recipe: Recipe) -> TimmTower | tuple[Trunk, PatchAdapter]:
         if adapter is None:
             raise ValueError("adapters: none reads patches of pictures, which timm's vision transformers do")
         return trunk, adapter
-    timm_towers = {name: tower for name, tower in towers.items() if isinstance(tower, TimmTower)}
-    if len(timm_towers) == 1:
-        return next(iter(timm_towers.values()))
-    kinds = ", ".join(f"{name} {type(tower).__name__}" for name, tower in towers.items())
-    raise ValueError(f"towers: {kinds}; timm holds one TimmTower, or the encoder of a masked model")
+    bare = {name: unfrozen(tower) for name, tower in towers.items()}
+    held = [tower for tower in bare.values() if isinstance(tower, TimmTower) or type(tower) is PatchTower]
+    if len(held) == 1:
+        return held[0]
+    kinds = ", ".join(f"{name} {type(tower).__name__}" for name, tower in bare.items())
+    raise ValueError(f"towers: {kinds}; timm holds one TimmTower or PatchTower, or the encoder of a masked model")
 
 
 def _vit(trunk: Trunk, adapter: PatchAdapter) -> nn.Module:
-    import timm
-
     settings: dict[str, Any] = trunk.arguments
     if adapter.size[0] != adapter.size[1] or adapter.patch[0] != adapter.patch[1]:
         raise ValueError(
             f"adapter: pictures of {list(adapter.size)}, patches of {list(adapter.patch)}; squares are held"
         )
+    return _made(settings, adapter.size[0], adapter.patch[0], adapter.channels, to_timm(trunk, adapter))
+
+
+def _patch_vit(tower: PatchTower) -> nn.Module:
+    """A ViT of patches alone: the class token is left out, and its mean pool is ours (MeanPool)."""
+    size, patch = tower.shape[1], tower.patches.kernel_size[0]
+    pool = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return _made(tower.arguments, size, patch, tower.shape[0], patch_tower_to_timm(tower), **pool)
+
+
+def _made(
+    settings: dict[str, Any], size: int, patch: int, channels: int, state: dict[str, Tensor], **more: Any
+) -> nn.Module:
+    import timm
+
     model = timm.create_model(
         "vit_tiny_patch16_224",
-        img_size=adapter.size[0],
-        patch_size=adapter.patch[0],
-        in_chans=adapter.channels,
+        img_size=size,
+        patch_size=patch,
+        in_chans=channels,
         embed_dim=settings["width"],
         depth=settings["depth"],
         num_heads=settings["heads"],
         mlp_ratio=settings.get("mlp_ratio", 4.0),
         num_classes=0,
+        **more,
     )
-    model.load_state_dict(to_timm(trunk, adapter))
+    model.load_state_dict(state)
     of_weights = ("tag", "license", "url", "hf_hub_id", "origin_url", "paper_ids", "notes")
     model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in of_weights}
     return model.eval()
 
 
 def _data_config(model: Any, parts: Parts) -> dict[str, Any]:
-    """timm's description of the preprocessing: size, mean and deviation of pixels in 0..1."""
-    pixels = pixels_of(parts)
-    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (pixels.size,) * 2 if pixels else (224, 224)
+    """timm's description of the preprocessing: size, crop, mean and deviation of pixels in 0..1."""
+    steps = ImageSteps.of(parts)
+    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (steps.size,) * 2 if steps else (224, 224)
     channels = model.pretrained_cfg.get("input_size", (3,))[0]
-    config = {"input_size": (getattr(model, "in_chans", channels), *size), "crop_pct": 1.0, "interpolation": "bilinear"}
-    return config | ({"mean": pixels.mean, "std": pixels.std} if pixels is not None else {})
+    config = {"input_size": (getattr(model, "in_chans", channels), *size), "crop_pct": 1.0}
+    if steps is None:
+        return config | {"interpolation": "bilinear"}
+    crop = "center" if steps.square else "squash"
+    return config | {"interpolation": steps.filter, "crop_mode": crop, "mean": steps.mean, "std": steps.std}

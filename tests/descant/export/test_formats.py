@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 import descant
+from descant.datamodules.corpora.emoji_pack import PACK
+from descant.datamodules.fields.images import Images
 from descant.export import loading
 from descant.export.formats import base, llama, timm_vit
 from descant.export.formats import clip as clips
@@ -23,14 +27,14 @@ from descant.modules.io import saved
 from descant.modules.language import CausalLM
 from descant.modules.language.axis_rope import AxisRoPE
 from descant.modules.language.llama_format import llama_config, to_llama
-from descant.modules.language.model import CausalLM as Model
 from descant.modules.losses import SigLIP
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.moe import ExpertLayers, HardModality, TopKRouter, VisualExperts
-from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, WordTokenizer
-from descant.modules.towers import ConvTower, TextTower, TimmTower, Towers, TransformersTower
-from descant.modules.towers.heads import FirstPool, LastPool, Pools
-from descant.modules.towers.vit import Trunk
+from descant.modules.tokenizers.text import BOS, EOS, BPETokenizer, ByteTokenizer, WordTokenizer
+from descant.modules.towers import ConvTower, PatchTower, TextTower, TimmTower, Towers, TransformersTower
+from descant.modules.towers.base import Frozen
+from descant.modules.towers.heads import AttentionPool, FirstPool, LastPool, Pools
+from descant.modules.towers.vit import EPS, Trunk
 from descant.modules.transforms.image import Pixels
 from descant.recipes import Contrastive, Masked, VisionLanguage
 from tests.conftest import Result
@@ -129,6 +133,31 @@ def test_a_tower_of_timm_is_itself(tmp_path: Path) -> None:
     assert model.pretrained_cfg["std"] == (0.25, 0.25, 0.25) or model.pretrained_cfg["std"] == [0.25, 0.25, 0.25]
 
 
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_a_patch_tower_is_a_vit_of_timm(positions: Any, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    tower = PatchTower(16, 4, 24, 2, 3, mlp_ratio=2.0, channels=1, positions=positions).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.mul_(0.05).add_(0.02 * torch.randn_like(parameter))  # small: the epsilon of a norm is felt
+    x_BCHW, made = 0.1 * torch.randn(3, 1, 16, 16), timm_vit.TimmFormat()
+    recipe: Any = SimpleNamespace(towers={"image": Frozen(tower), "text": TextTower(31, 8, 1, 2, 8)})
+    made.write(recipe, {}, tmp_path)
+    assert made.require_near(recipe, tmp_path) < base.NEAR
+    model: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        ours_BD, theirs_BD = tower(x_BCHW).h_BTD.mean(dim=1), model(x_BCHW)
+        torch.testing.assert_close(theirs_BD, ours_BD, rtol=0, atol=base.NEAR)
+        for layer in tower.modules():
+            if isinstance(layer, torch.nn.LayerNorm):
+                layer.eps = EPS
+        # with timm's epsilon the same weights would compute something else; fixed positions are too large to feel it
+        difference = float((tower(x_BCHW).h_BTD.mean(dim=1) - theirs_BD).abs().max())
+        assert difference > 10 * base.NEAR or positions == "sincos"
+
+
 LMS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped": {"key_heads": 1, "tie": False, "hidden": 24},
@@ -143,7 +172,7 @@ def test_weights_go_there_and_back(name: str, tmp_path: Path) -> None:
     made = llama.LlamaFormat()
     made.write(recipe, {"text": [ByteTokenizer()]}, tmp_path)
     assert made.require_near(recipe, tmp_path) < base.NEAR
-    again = Model(266, 16, 2, 2, length=32, **LMS[name])
+    again = CausalLM(266, 16, 2, 2, length=32, **LMS[name])
     again.load_llama(to_llama(recipe.lm))
     assert all(torch.equal(x, y) for x, y in zip(again.parameters(), recipe.lm.parameters(), strict=True))
     with torch.no_grad():
@@ -190,6 +219,27 @@ def test_a_tokenizer_without_a_form_there_is_named(tmp_path: Path) -> None:
         llama.LlamaFormat().write(recipe, {"text": [WordTokenizer(["fox"])]}, tmp_path)
 
 
+def test_byte_pairs_begin_with_bos_and_have_the_mark_of_an_answer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = BPETokenizer(PACK / "tokenizer.json", 24)
+    answer = ours.vocabulary + 1
+    recipe = VisionLanguage(lm=CausalLM(answer + 1, 16, 1, 2, length=32), answer_token=answer).eval()
+    llama.LlamaFormat().write(recipe, {"text": [ours]}, tmp_path)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    asked: Any = [{"role": "user", "content": "How many Foxes?"}]
+    question = ours.question("How many Foxes?", None, answer)
+    assert theirs("How many Foxes?<answer>").input_ids == question
+    assert theirs.apply_chat_template(asked, return_dict=False) == question
+    answered = [*asked, {"role": "assistant", "content": "two"}]
+    assert theirs.apply_chat_template(answered, return_dict=False) == [*question, *ours.encode("two"), EOS]
+    with pytest.raises(Exception, match="one question of the user, and its answer"):
+        theirs.apply_chat_template([*answered, *asked])
+    recipe.prefix_sight = True
+    with pytest.raises(ValueError, match="prefix_sight: a prefix read in both directions is in no causal model"):
+        llama.LlamaFormat().write(recipe, {"text": [ours]}, tmp_path / "not")
+
+
 @pytest.mark.slow
 def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(cli, "--config", "staged/code-experts", "--data.init_args.stages.learn.init_args.steps", "2")
@@ -198,7 +248,7 @@ def test_a_format_that_cannot_hold_a_model_leaves_nothing(cli: Cli, monkeypatch:
     for options, line in [
         (("--to", "open_clip"), "pip install 'descant[exchange]'"),
         (("--to", "transformers"), "lm.experts.router: ExpertChoice; Mixtral routes by TopKRouter"),
-        (("--to", "timm"), "timm holds one TimmTower, or the encoder of a masked model"),
+        (("--to", "timm"), "timm holds one TimmTower or PatchTower, or the encoder of a masked model"),
         (("--to", "tim"), "--to tim: no such format; nearest: timm"),
         (("--to", "timm", "--towers", "image"), "--to timm writes what the format holds"),
     ]:
@@ -302,3 +352,44 @@ def test_towers_of_another_architecture_are_named(tmp_path: Path) -> None:
         clips.OpenClipFormat().write(mixed, PARTS, tmp_path)
     with pytest.raises(ValueError, match="norm: 'audio': no such name"):
         Contrastive(towers, 16, norm={"audio": False})
+
+
+def test_siglip_is_refused_by_the_layer_that_pools(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image: Any = {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **sizes}
+    towers = Towers(image=TransformersTower(config=image), text=TextTower(264, 8, 1, 2, 8))
+    recipe = Contrastive(towers, 8, loss=SigLIP(), pool=Pools(image=AttentionPool(8, 2), text=LastPool()))
+    with pytest.raises(ValueError, match=r"pool of image: AttentionPool; SiglipModel pools by vision_model\.head"):
+        clips.ClipFormat().write(recipe, PARTS, tmp_path)
+
+
+def test_pictures_are_cropped_there_as_here(tmp_path: Path) -> None:
+    """Where files are read, evaluation takes the central square; packages round pixels after each pass of resizing."""
+    import open_clip
+    import timm
+    from transformers import CLIPImageProcessor
+
+    data = np.kron(np.random.default_rng(0).integers(256, size=(9, 15, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    picture, parts = Image.fromarray(data), {**PARTS, "image": [Images(32), PARTS["image"][0]]}
+    with io.BytesIO() as file:
+        picture.save(file, "PNG")
+        x_BCHW, _ = parts["image"][0]([file.getvalue()])
+    ours_BCHW = parts["image"][1](x_BCHW, torch.zeros(1, dtype=torch.long))
+    for name, made in CLIPS.items():
+        (tmp_path / name).mkdir()
+        made().write(clip(), parts, tmp_path / name)
+    options: Any = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    recipe: Any = SimpleNamespace(towers={"image": TimmTower("vit_tiny_patch16_224", size=32, options=options)})
+    timm_vit.TimmFormat().write(recipe, parts, tmp_path / "timm")
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "transformers")
+    views: list[Callable[[Image.Image], Any]] = [
+        open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'open_clip'}")[2],
+        lambda image: processor(image, return_tensors="pt")["pixel_values"][0],
+        timm.data.create_transform(**timm.data.resolve_model_data_config(vit), is_training=False),
+    ]
+    levels = 4 / 255 / 0.25  # four steps of a colour, of deviation 0.25 at least
+    for view in views:
+        assert float((view(picture) - ours_BCHW[0]).abs().max()) < levels
+    squashed_BCHW = PARTS["image"][0](torch.from_numpy(data.transpose(2, 0, 1))[None], torch.zeros(1, dtype=torch.long))
+    assert float((squashed_BCHW - ours_BCHW).abs().max()) > 10 * levels
