@@ -1,4 +1,4 @@
-"""ScheduleFree: the average that a schedule-free optimizer keeps is evaluated, saved and exported; training never uses it.
+"""ScheduleFree: the average that a schedule-free optimizer keeps is evaluated, saved and exported.
 
 Letters: x the average of the weights, y the weights at which gradients are taken, z those that the steps move.
 """
@@ -63,7 +63,7 @@ class ScheduleFree(EMA):
         self._forget()
         self._bind(pl_module)
         if self._statistics and trainer.is_global_zero:
-            warn("ScheduleFree: batch norms are evaluated with the statistics of the weights that train, not of the average")
+            warn("ScheduleFree: batch norms keep the statistics of the weights that train, not those of the average")
 
     def update(self) -> None:
         """Nothing: the optimizer averages in its own step."""

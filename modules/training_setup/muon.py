@@ -20,11 +20,13 @@ class ConvMuon(Muon):
         w <- (1 - lr decay) w - lr s U V^T,   where u = U S V^T
 
     The factor ``U V^T`` is that of five Newton-Schulz steps in bfloat16, whose singular values lie around 1. ``s`` is
-    ``sqrt(max(1, A / B))`` (original), or ``0.2 sqrt(max(A, B))``, which has the root mean square of an update of AdamW,
-    so that AdamW's learning rate and decay serve both (match_rms_adamw).
+    ``sqrt(max(1, A / B))`` (original), or ``0.2 sqrt(max(A, B))``, by which an update has the root mean square of
+    AdamW's, so that one learning rate and decay serve both (match_rms_adamw).
 
-    Source: Jordan 2024 (kellerjordan.github.io/posts/muon) and its release, which flattens filters; Moonlight (Liu 2025,
-    arXiv 2502.16982) for decay and match_rms_adamw. Our reading: ``s`` of a filter is that of its matrix; the release
+    Source: Jordan 2024 (kellerjordan.github.io/posts/muon) and its release, which flattens filters; Moonlight (Liu
+    2025, arXiv 2502.16982) for decay and match_rms_adamw.
+
+    Our reading: ``s`` of a filter is that of its matrix; the release
     takes the filter's own height and width, so that s is 1. Two-dimensional parameters are stepped as by torch, to the
     bit. Of parameters split over ranks (FSDP2) the matrices are multiplied across ranks.
 

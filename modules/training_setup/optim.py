@@ -89,7 +89,9 @@ class Member:
         if self.rule is None:
             return True
         if owners is None:
-            raise ValueError(f"{type(self.rule).__name__} reads the modules of parameters: pass parameter_groups(module)")
+            raise ValueError(
+                f"{type(self.rule).__name__} reads the modules of parameters: pass parameter_groups(module)"
+            )
         return self.rule.takes(name, parameter, owners[name])
 
 
@@ -159,9 +161,8 @@ class OptimizerGroup(Optimizer):
             for name, parameter in group["params"]:
                 taker = next((k for k, m in enumerate(members) if m.takes(name, parameter, owners)), None)
                 if taker is None:
-                    raise ValueError(
-                        f"no optimizer's `match` takes the parameter {name!r}; add a last one with neither match nor rule"
-                    )
+                    hint = "add a last one with neither match nor rule"
+                    raise ValueError(f"no optimizer's `match` takes the parameter {name!r}; {hint}")
                 split[taker].append((name, parameter))
             for share, named in zip(shares, split, strict=True):
                 if named:

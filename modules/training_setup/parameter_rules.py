@@ -28,8 +28,9 @@ class HiddenMatrices(ParameterRule):
     kept as one tensor, convolutions in groups (each group is a matrix of its own) and transposed ones, and layers of
     which a part of the name is one that ``besides`` names. A layer of queries, keys and values in one is one matrix.
 
-    Source: Jordan 2024 (kellerjordan.github.io/posts/muon): hidden layers by Muon, those of the input and the output and
-    all vectors by AdamW; "all the convolutional filters except the first one" (its release). Which names are those of
+    Source: Jordan 2024 (kellerjordan.github.io/posts/muon): hidden layers by Muon, those of the input and the output
+    and all vectors by AdamW; "all the convolutional filters except the first one" (its release).
+    Which names are those of
     inputs and outputs is our reading.
 
     Args:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules over a run's steps: linear warm-up, then cosine, stable and decay, REX; any torch scheduler."""
+"""Learning-rate schedules over a run: linear warm-up, then cosine, stable and decay, REX; any torch scheduler."""
 
 from __future__ import annotations
 
@@ -86,37 +86,37 @@ class InverseSquareRoot(Schedule):
 
 
 class WarmupStableDecay(Schedule):
-    """Linear warm-up, a constant rate, then a decay over the last steps (WSD, trapezoidal): with ``w`` steps of warm-up
-    and ``d`` of decay, ``lr(t) = lr * (t+1)/w`` for ``t < w``, ``lr`` until ``steps - d``, and then
+    """Linear warm-up, a constant rate, then a decay (WSD, trapezoidal): with ``w`` steps of warm-up and ``d`` of
+    cooldown, ``lr(t) = lr * (t+1)/w`` for ``t < w``, ``lr`` until ``steps - d``, and then
     ``lr * (floor + (1 - floor) * (1 - x**power))``, where ``x = (t - steps + d) / d``.
 
-    With ``warmup`` as a number of steps the rate does not depend on the run's length before its decay, so that runs of
+    With ``warmup`` as a number of steps the rate does not depend on the run's length before its cooldown, so that runs of
     several lengths share all that comes before. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
     (arXiv 2405.18392) for the decay 1 - sqrt(x), power 0.5; power 1 is linear.
 
     Args:
-        warmup, decay: shares of the run's steps (below 1) or numbers of steps.
-        power: of the decay.
+        warmup, cooldown: shares of the run's steps (below 1) or numbers of steps.
+        power: of the decay in it.
         floor: the last learning rate as a share of the first.
 
     Raises:
-        ValueError: for a number out of range; if warm-up and decay are longer than the run.
+        ValueError: for a number out of range; if warm-up and cooldown are longer than the run.
 
-    >>> schedule = WarmupStableDecay(warmup=2, decay=4)
+    >>> schedule = WarmupStableDecay(warmup=2, cooldown=4)
     >>> [round(schedule.factor(t, 10), 3) for t in (0, 2, 6, 7, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
     """
 
-    def __init__(self, warmup: float = 0.05, decay: float = 0.2, power: float = 0.5, floor: float = 0.0) -> None:
-        if warmup < 0 or decay < 0 or not power > 0 or not 0 <= floor <= 1:
+    def __init__(self, warmup: float = 0.05, cooldown: float = 0.2, power: float = 0.5, floor: float = 0.0) -> None:
+        if warmup < 0 or cooldown < 0 or not power > 0 or not 0 <= floor <= 1:
             raise ValueError(
-                f"warmup {warmup} and decay {decay} must not be negative, power {power} is above 0 and floor {floor} "
-                "lies in 0..1"
+                f"warmup {warmup} and cooldown {cooldown} must not be negative, power {power} is above 0 and floor "
+                f"{floor} lies in 0..1"
             )
-        self.warmup, self.decay, self.power, self.floor = warmup, decay, power, floor
+        self.warmup, self.cooldown, self.power, self.floor = warmup, cooldown, power, floor
 
     def factor(self, t: int, steps: int) -> float:
-        w, d = _steps_of(self.warmup, steps), _steps_of(self.decay, steps)
+        w, d = _steps_of(self.warmup, steps), _steps_of(self.cooldown, steps)
         if t < w:
             return (t + 1) / w
         if t <= steps - d:
@@ -125,9 +125,9 @@ class WarmupStableDecay(Schedule):
         return self.floor + (1 - self.floor) * (1 - x**self.power)
 
     def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        w, d = _steps_of(self.warmup, steps), _steps_of(self.decay, steps)
+        w, d = _steps_of(self.warmup, steps), _steps_of(self.cooldown, steps)
         if w + d > steps:
-            raise ValueError(f"warmup of {w} steps and decay of {d} are longer than the run of {steps}")
+            raise ValueError(f"warmup of {w} steps and cooldown of {d} are longer than the run of {steps}")
         return LambdaLR(optimizer, lambda t: self.factor(t, steps))
 
 
