@@ -26,9 +26,9 @@ class ConvMuon(Muon):
     Source: Jordan 2024 (kellerjordan.github.io/posts/muon) and its release, which flattens filters; Moonlight (Liu
     2025, arXiv 2502.16982) for decay and match_rms_adamw.
 
-    Our reading: ``s`` of a filter is that of its matrix; the release
-    takes the filter's own height and width, so that s is 1. Two-dimensional parameters are stepped as by torch, to the
-    bit. Of parameters split over ranks (FSDP2) the matrices are multiplied across ranks.
+    Our reading: ``s`` of a filter is that of its matrix; the release takes the filter's height and width, so that s is
+    1. Two-dimensional parameters are stepped as by torch, to the bit. Where parameters are split over ranks (FSDP2)
+    the matrices are multiplied across ranks.
 
     Args:
         params: parameters of at least two dimensions, or groups of them, in torch's usual layout (contiguous).

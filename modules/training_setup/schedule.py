@@ -90,8 +90,8 @@ class WarmupStableDecay(Schedule):
     cooldown, ``lr(t) = lr * (t+1)/w`` for ``t < w``, ``lr`` until ``steps - d``, and then
     ``lr * (floor + (1 - floor) * (1 - x**power))``, where ``x = (t - steps + d) / d``.
 
-    With ``warmup`` as a number of steps the rate does not depend on the run's length before its cooldown, so that runs of
-    several lengths share all that comes before. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
+    With ``warmup`` as a number of steps the rate does not depend on the run's length before its cooldown, so that runs
+    of several lengths share all that comes before. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
     (arXiv 2405.18392) for the decay 1 - sqrt(x), power 0.5; power 1 is linear.
 
     Args:
