@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
@@ -20,6 +19,7 @@ from descant.callbacks.plots.output import run_folder
 from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.train_flops import TrainFlops
 from descant.modules.core.batch import count_rows
+from descant.modules.core.errors import say
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.items import FILE, save_items
@@ -119,8 +119,8 @@ class Report(L.Callback):
         self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
         self._fitted = trainer, pl_module
         self._data_shams = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
-        for share in _shares(trainer):
-            rank_zero_info(f"optimizer {share}")
+        if (shares := _shares(trainer)) and trainer.is_global_zero:
+            say(f"optimizers: {'; '.join(map(str, shares))}")
         self._counted = sum(sham.calls for sham in self._shams)
         self._batch_done()
 

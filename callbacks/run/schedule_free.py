@@ -25,7 +25,7 @@ class ScheduleFree(EMA):
     optimizer's own ``train()``, whose rounding would make a run depend on how often it is validated. Resuming is
     bit-identical: a checkpoint has y in ``current_model_state``, and z and the sums of the average with the optimizer.
 
-    It takes the place of EMA, which is left out with a line. Batch norms keep the statistics of y, which a line reports.
+    It takes the place of EMA, which a line reports; another reports that batch norms keep the statistics of y.
 
     Source: Defazio 2024, arXiv 2405.15682, and its release, whose ``train()`` and ``eval()`` it calls.
 

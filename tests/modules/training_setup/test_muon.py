@@ -248,8 +248,10 @@ def _equal(a: Any, b: Any, atol: float) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def test_a_fit_with_a_group_resumes_bitwise_and_lists_what_each_takes(tmp_path: Path) -> None:
+def test_a_fit_with_a_group_resumes_bitwise_and_lists_what_each_takes(tmp_path: Path, capsys: Any) -> None:
     _fit(-1, tmp_path / "whole", False, None)
+    line = "optimizers: ConvMuon: 3 tensors, 65 parameters; AdamW: 3 tensors, 15 parameters"
+    assert line in capsys.readouterr().err
     _fit(-1, tmp_path / "again", False, tmp_path / "whole/resume/step-0000004.ckpt")
     _equal(_point(tmp_path / "again", 8), _point(tmp_path / "whole", 8), atol=0)
     text = (tmp_path / "whole/optimizers.json").read_text()
