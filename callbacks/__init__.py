@@ -75,6 +75,7 @@ from descant.callbacks.run.raise_temperature_late import Temperature as Temperat
 from descant.callbacks.run.report import Report as Report
 from descant.callbacks.run.resume import Resume as Resume
 from descant.callbacks.run.sanity import Sanity as Sanity
+from descant.callbacks.run.schedule_free import ScheduleFree as ScheduleFree
 from descant.callbacks.run.stages import Stages as Stages
 from descant.callbacks.run.throughput import Throughput as Throughput
 from descant.callbacks.run.train_flops import TrainFlops as TrainFlops

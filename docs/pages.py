@@ -33,6 +33,7 @@ GROUPS = {
         "guides",
         (
             "recipes",
+            "optimizers",
             "python",
             "plain-lightning",
             "own-data",

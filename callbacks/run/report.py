@@ -19,11 +19,13 @@ from descant.callbacks.plots.output import run_folder
 from descant.callbacks.run.callback_order import callbacks_of
 from descant.callbacks.run.train_flops import TrainFlops
 from descant.modules.core.batch import count_rows
+from descant.modules.core.errors import say
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.items import FILE, save_items
 from descant.modules.io import files
 from descant.modules.moe.active import active_parameters, expert_layers
+from descant.modules.training_setup.optim import Share
 
 WIDTH = 100
 #: Infix of a metric that is measured in another way -> suffix of its row in the table.
@@ -43,6 +45,9 @@ class Report(L.Callback):
     * ``parameters_active``: of these what a token meets, in a model with sparse experts; where their number depends on
       the token, by the average that ExpertUsage has measured in the last evaluation.
     * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
+
+    Where several optimizers train (OptimizerGroup), ``optimizers.json`` lists the tensors of each, and a line their
+    number at the start.
 
     A test also writes ``items.safetensors``: of each metric that is a mean over test items, the sum and the weight of
     every item (:mod:`descant.modules.evaluation.items`), by which claims are judged.
@@ -114,6 +119,8 @@ class Report(L.Callback):
         self._calls, self._shams = self.calls, list(shams(trainer, pl_module))
         self._fitted = trainer, pl_module
         self._data_shams = list(getattr(trainer.datamodule, "shams", ()))  # type: ignore[attr-defined]
+        if (shares := _shares(trainer)) and trainer.is_global_zero:
+            say(f"optimizers: {'; '.join(map(str, shares))}")
         self._counted = sum(sham.calls for sham in self._shams)
         self._batch_done()
 
@@ -166,6 +173,10 @@ class Report(L.Callback):
             return
         path = self._folder / "metrics.json"
         write_json(path, read_json(path) | self.values)
+        shares = _shares(trainer) if trainer.state.fn == TrainerFn.FITTING else []
+        if shares:
+            tensors = [{"class": share.optimizer, "tensors": share.sizes} for share in shares]
+            files.write_json(self._folder / "optimizers.json", {"optimizers": tensors})
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         parameters = list(pl_module.parameters())
@@ -230,6 +241,11 @@ class Report(L.Callback):
             every, active = (f"{values[f'parameters{x}'] / 1e6:,.3g} M" for x in ("", "_active"))
             parts.append(f"{every} parameters, {active} active a token")
         return "  ".join([*parts, str(self._folder)])
+
+
+def _shares(trainer: L.Trainer) -> list[Share]:
+    """What each of several optimizers takes; nothing of a single one."""
+    return [share for optimizer in trainer.optimizers for share in getattr(optimizer, "shares", [])]
 
 
 def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:

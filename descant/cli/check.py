@@ -88,7 +88,7 @@ def _terms(trainer: L.Trainer, model: Recipe) -> list[str]:
 
 def _optimizers(trainer: L.Trainer) -> list[str]:
     lines = []
-    for optimizer in trainer.optimizers:
+    for optimizer in (one for group in trainer.optimizers for one in getattr(group, "members", [group])):
         for group in optimizer.param_groups:
             size = sum(p.numel() for p in group["params"])
             decay = group.get("weight_decay", 0)

@@ -31,6 +31,8 @@ from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknow
 from descant.cli.trust import allowed
 from descant.modules.io import names
 
+#: Package that a configuration may name a class of -> the extra of descant that installs it.
+EXTRAS = {"schedulefree": "schedule-free"}
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
 _MAPS = (dict, abc.Mapping, abc.MutableMapping)
@@ -79,6 +81,9 @@ class Live(Schema):
             missing = isinstance(error, ModuleNotFoundError) and not name.startswith(f"{error.name}.")
             if missing or type(error).__name__ == "ImportDenied":
                 raise LookupError(f"{name}: {one_line(error)}") from error
+            extra = EXTRAS.get(name.partition(".")[0])
+            if extra is not None and isinstance(error, ModuleNotFoundError):
+                raise LookupError(f"{name} needs its package: pip install 'descant[{extra}]'") from error
             near = hint(name.rpartition(".")[2], self.names(kinds_), 0)
             raise LookupError(f"there is no {name}{near}") from error
 

@@ -16,6 +16,7 @@ from descant.cli.errors import Refusal
 #: Where classes may be from that a configuration builds. What is wanted at a place narrows it further: see PERMITTED.
 ALLOWED = (
     *("descant", "torch.nn", "torch.optim", "torchvision.transforms.v2", "bitsandbytes.optim"),
+    *("timm.optim.Lion", "timm.optim.lion.Lion", "schedulefree"),
     *("lightning.pytorch", "lightning.fabric.plugins", "lightning.fabric.accelerators", "lightning.fabric.strategies"),
     *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
     *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
@@ -47,13 +48,17 @@ DENIED = (
     # they write checkpoints to any path, which AtomicIO does not
     *("lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "lightning.fabric.strategies.deepspeed"),
     *(f"lightning.{package}.plugins.{name}" for package in ("fabric", "pytorch") for name in _IO),
+    "schedulefree.algoperf",
     *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
 )
 #: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
 #: another kind may be from all of ALLOWED.
 PERMITTED = {
     "torch.nn.modules.module.Module": ("descant", "torch.nn", "torchvision.transforms.v2"),
-    "torch.optim.optimizer.Optimizer": ("descant", "torch.optim", "bitsandbytes.optim"),
+    "torch.optim.optimizer.Optimizer": (
+        *("descant", "torch.optim", "bitsandbytes.optim"),
+        *("timm.optim.Lion", "timm.optim.lion.Lion", "schedulefree"),
+    ),
     "lightning.pytorch.core.module.LightningModule": ("descant.recipes",),
     "lightning.pytorch.core.datamodule.LightningDataModule": ("descant.datamodules",),
     "lightning.pytorch.callbacks.callback.Callback": ("descant.callbacks", "lightning.pytorch.callbacks"),

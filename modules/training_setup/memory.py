@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.training_setup.flops import count_flops, trying, twin_of
-from descant.modules.training_setup.optim import parameter_groups
+from descant.modules.training_setup.optim import make_optimizer
 
 
 class MemoryLedger(TorchDispatchMode):
@@ -89,7 +89,7 @@ def step_memory(recipe: Any, batch: Batch, prepare: Callable[[Any], None], full:
     for parameter in twin.parameters() if full else ():
         parameter.requires_grad_(parameter.is_floating_point())
     weights = sum(x.nbytes for x in (*twin.parameters(), *twin.buffers()))
-    optimizer = twin.optimizer_now(parameter_groups(twin))
+    optimizer = make_optimizer(twin.optimizer_now, twin)
     with trying(recipe), MemoryLedger() as ledger:
         _step(twin, optimizer, batch)
         ledger.peak = ledger.live

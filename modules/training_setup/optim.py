@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from descant.modules.training_setup.parameter_rules import ParameterRule
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+
+class Groups(list[dict[str, Any]]):
+    """Parameter groups as an optimizer takes them, and ``owners``: name of a parameter -> the module that it is of."""
+
+    owners: dict[str, nn.Module]
+
+
+def parameter_groups(module: nn.Module) -> Groups:
     """Two groups of named trainable parameters: matrices, and the rest (norms, biases, scalars) without weight decay.
 
     >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
@@ -24,7 +33,32 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     matrices = [(name, p) for name, p in named if p.ndim >= 2]
     others = [(name, p) for name, p in named if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    made = Groups(group for group in groups if group["params"])
+    made.owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in named}
+    return made
+
+
+def make_optimizer(make: Callable[[Any], Optimizer], module: nn.Module) -> Optimizer:
+    """An optimizer of a module's trainable parameters; one that averages weights begins in its training mode."""
+    optimizer = make(parameter_groups(module))
+    for member in averaging(optimizer):
+        member.train()
+    return optimizer
+
+
+def averaging(optimizer: Optimizer) -> list[Any]:
+    """The optimizer, or its members, that average weights and switch by ``train()`` and ``eval()`` (schedule-free)."""
+    return [one for one in getattr(optimizer, "members", [optimizer]) if hasattr(one, "eval")]
+
+
+def require_evaluated(optimizer: Optimizer, callbacks: Iterable[Any]) -> None:
+    """Raises ValueError for an optimizer that averages weights where no callback evaluates the average."""
+    if averaging(optimizer) and not any(getattr(callback, "evaluates_average", False) for callback in callbacks):
+        name = type(averaging(optimizer)[0]).__name__
+        raise ValueError(
+            f"model.optimizer {name}: its average of the weights would not be evaluated; add the callback ScheduleFree "
+            "(with/train/schedule-free)"
+        )
 
 
 class Member:
@@ -33,10 +67,43 @@ class Member:
     Args:
         optimizer: class and arguments.
         match: regular expression to search in a parameter's name; the first member that matches takes it.
+        rule: a further condition, such as HiddenMatrices for Muon.
     """
 
-    def __init__(self, optimizer: Callable[[Iterable[Any]], Optimizer], match: str = "") -> None:
-        self.optimizer, self.match = optimizer, re.compile(match)
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        match: str = "",
+        rule: ParameterRule | None = None,
+    ) -> None:
+        self.optimizer, self.match, self.rule = optimizer, re.compile(match), rule
+
+    def takes(self, name: str, parameter: Tensor, owners: dict[str, nn.Module] | None) -> bool:
+        """Whether it optimizes a parameter that no member before it does.
+
+        Raises:
+            ValueError: for a rule, where the modules that parameters are of are not known.
+        """
+        if not self.match.search(name):
+            return False
+        if self.rule is None:
+            return True
+        if owners is None:
+            raise ValueError(
+                f"{type(self.rule).__name__} reads the modules of parameters: pass parameter_groups(module)"
+            )
+        return self.rule.takes(name, parameter, owners[name])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one member of an :class:`OptimizerGroup` optimizes: its class, and the names and sizes of its tensors."""
+
+    optimizer: str
+    sizes: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}: {len(self.sizes):,} tensors, {sum(self.sizes.values()):,} parameters"
 
 
 class _State(MutableMapping[Any, Any]):
@@ -65,39 +132,49 @@ class OptimizerGroup(Optimizer):
     """Several optimizers as one, each for some parameters, so that automatic optimization counts one step.
 
     ``param_groups`` are the members' own dictionaries and ``state`` is a view of theirs: schedules, clipping, scalers
-    and checkpoints see one optimizer.
+    and checkpoints see one optimizer. ``state_dict`` has torch's layout, parameters numbered through all members, so
+    that parameters split over ranks (FSDP2) are saved and resumed, too. ``shares`` lists what each member takes.
 
     Args:
         params: groups of named parameters, as by :func:`parameter_groups`.
-        members: each takes the parameters whose name it matches first.
+        members: each takes the parameters whose name it matches first, and that its rule takes.
 
     Raises:
-        ValueError: if a parameter has no member, or a member no parameter.
+        ValueError: if a parameter has no member, or a member no parameter; in ``load_state_dict``, for a state of
+            other parameters.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> group = OptimizerGroup(parameter_groups(net), [Member(lambda p: torch.optim.SGD(p, lr=1.0), "^0"),
     ...                                                Member(torch.optim.AdamW)])
     >>> [g["lr"] for g in group.param_groups]
     [1.0, 1.0, 0.001, 0.001]
+    >>> [str(share) for share in group.shares]
+    ['SGD: 2 tensors, 6 parameters', 'AdamW: 2 tensors, 3 parameters']
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], members: list[Member]) -> None:
+        owners = getattr(params, "owners", None)
         groups = list(params)
         shares: list[list[dict[str, Any]]] = [[] for _ in members]
         for group in groups:
             split: list[list[tuple[str, Tensor]]] = [[] for _ in members]
             for name, parameter in group["params"]:
-                taker = next((k for k, m in enumerate(members) if m.match.search(name)), None)
+                taker = next((k for k, m in enumerate(members) if m.takes(name, parameter, owners)), None)
                 if taker is None:
-                    raise ValueError(f"no optimizer's `match` takes the parameter {name!r}; add one with match: ''")
+                    hint = "add a last one with neither match nor rule"
+                    raise ValueError(f"no optimizer's `match` takes the parameter {name!r}; {hint}")
                 split[taker].append((name, parameter))
             for share, named in zip(shares, split, strict=True):
                 if named:
                     share.append({**group, "params": named})
         for member, share in zip(members, shares, strict=True):
             if not share:
-                raise ValueError(f"match {member.match.pattern!r} takes no parameter; nothing would be optimized by it")
+                rule = f" with rule {type(member.rule).__name__}" if member.rule is not None else ""
+                what = f"match {member.match.pattern!r}{rule}"
+                raise ValueError(f"{what} takes no parameter; nothing would be optimized by it")
+        sizes = [{name: p.numel() for group in share for name, p in group["params"]} for share in shares]
         self.members = [member.optimizer(share) for member, share in zip(members, shares, strict=True)]
+        self.shares = [Share(type(one).__name__, of) for one, of in zip(self.members, sizes, strict=True)]
         # for hooks and profiling; groups and state are then replaced by the members'
         super().__init__([{"params": [p]} for m in self.members for g in m.param_groups for p in g["params"]], {})
         self._share()
@@ -127,13 +204,39 @@ class OptimizerGroup(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"members": [member.state_dict() for member in self.members]}
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for member in self.members:
+            first, own = sum(len(group["params"]) for group in groups), member.state_dict()
+            state |= {first + k: value for k, value in own["state"].items()}
+            groups += [{**group, "params": [first + k for k in group["params"]]} for group in own["param_groups"]]
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get("members")
-        if saved is None or len(saved) != len(self.members):
-            count = "one optimizer" if saved is None else f"{len(saved)} optimizers"
-            raise ValueError(f"the checkpoint has {count}, this run a group of {len(self.members)}")
-        for member, state in zip(self.members, saved, strict=True):
+        for member, state in zip(self.members, self._states(state_dict), strict=True):
             member.load_state_dict(state)
         self._share()
+
+    def _states(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """The members' parts of a state; of an earlier version they stand apart in it."""
+        saved = state_dict.get("members")
+        groups = state_dict["param_groups"] if saved is None else [g for part in saved for g in part["param_groups"]]
+        sizes, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
+        if sizes != own:
+            raise ValueError(
+                f"the checkpoint's optimizer has groups of {_counts(sizes)} tensors, this run's of {_counts(own)}: "
+                "resume with the optimizer that it was saved with"
+            )
+        if saved is not None:
+            return list(saved)
+        parts, state = [], state_dict["state"]
+        for member in self.members:
+            share, groups = groups[: len(member.param_groups)], groups[len(member.param_groups) :]
+            # numbers, or names where ranks have parts of the parameters
+            keys = {key for group in share for key in group["params"]}
+            parts.append({"state": {key: state[key] for key in state if key in keys}, "param_groups": share})
+        return parts
+
+
+def _counts(sizes: list[int]) -> str:
+    return " + ".join(map(str, sizes))

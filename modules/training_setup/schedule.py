@@ -1,4 +1,4 @@
-"""Learning-rate schedules: linear warm-up with cosine decay, or any torch scheduler, over the run's steps."""
+"""Learning-rate schedules over a run: linear warm-up, then cosine, stable and decay, REX; any torch scheduler."""
 
 from __future__ import annotations
 
@@ -83,6 +83,91 @@ class InverseSquareRoot(Schedule):
 
     def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return LambdaLR(optimizer, lambda t: self.factor(t, steps))
+
+
+class WarmupStableDecay(Schedule):
+    """Linear warm-up, a constant rate, then a decay (WSD, trapezoidal): with ``w`` steps of warm-up and ``d`` of
+    cooldown, ``lr(t) = lr * (t+1)/w`` for ``t < w``, ``lr`` until ``steps - d``, and then
+    ``lr * (floor + (1 - floor) * (1 - x**power))``, where ``x = (t - steps + d) / d``.
+
+    With ``warmup`` as a number of steps the rate does not depend on the run's length before its cooldown, so that runs
+    of several lengths share all that comes before. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
+    (arXiv 2405.18392) for the decay 1 - sqrt(x), power 0.5; power 1 is linear.
+
+    Args:
+        warmup, cooldown: shares of the run's steps (below 1) or numbers of steps.
+        power: of the decay in it.
+        floor: the last learning rate as a share of the first.
+
+    Raises:
+        ValueError: for a number out of range; if warm-up and cooldown are longer than the run.
+
+    >>> schedule = WarmupStableDecay(warmup=2, cooldown=4)
+    >>> [round(schedule.factor(t, 10), 3) for t in (0, 2, 6, 7, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+
+    def __init__(self, warmup: float = 0.05, cooldown: float = 0.2, power: float = 0.5, floor: float = 0.0) -> None:
+        if warmup < 0 or cooldown < 0 or not power > 0 or not 0 <= floor <= 1:
+            raise ValueError(
+                f"warmup {warmup} and cooldown {cooldown} must not be negative, power {power} is above 0 and floor "
+                f"{floor} lies in 0..1"
+            )
+        self.warmup, self.cooldown, self.power, self.floor = warmup, cooldown, power, floor
+
+    def factor(self, t: int, steps: int) -> float:
+        w, d = _steps_of(self.warmup, steps), _steps_of(self.cooldown, steps)
+        if t < w:
+            return (t + 1) / w
+        if t <= steps - d:
+            return 1.0
+        x = min((t - steps + d) / d, 1.0)
+        return self.floor + (1 - self.floor) * (1 - x**self.power)
+
+    def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        w, d = _steps_of(self.warmup, steps), _steps_of(self.cooldown, steps)
+        if w + d > steps:
+            raise ValueError(f"warmup of {w} steps and cooldown of {d} are longer than the run of {steps}")
+        return LambdaLR(optimizer, lambda t: self.factor(t, steps))
+
+
+class REX(Schedule):
+    """Linear warm-up, then REX: ``lr(t) = lr * (t+1)/w`` for ``t < w``, else
+    ``lr * (1 - x) / (1 - x/2)``, where ``x = (t - w) / (steps - w)``: slow at first, fast at the end.
+
+    Source: Chen 2021 (REX, arXiv 2107.04197), ``(1 - x) / (1/2 + (1 - x)/2)``, which is the same; it has no warm-up.
+
+    Args:
+        warmup: a share of the run's steps (below 1) or a number of steps.
+
+    Raises:
+        ValueError: for a negative warm-up, or one that is not shorter than the run.
+
+    >>> [round(REX(warmup=0.0).factor(t, 10), 3) for t in (0, 5, 10)]
+    [1.0, 0.667, 0.0]
+    """
+
+    def __init__(self, warmup: float = 0.05) -> None:
+        if warmup < 0:
+            raise ValueError(f"warmup {warmup} must not be negative")
+        self.warmup = warmup
+
+    def factor(self, t: int, steps: int) -> float:
+        w = _steps_of(self.warmup, steps)
+        if t < w:
+            return (t + 1) / w
+        x = min((t - w) / max(steps - w, 1), 1.0)
+        return (1 - x) / (1 - x / 2)
+
+    def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        if self.warmup >= max(steps, 1) and self.warmup >= 1:
+            raise ValueError(f"warmup of {self.warmup:g} steps is not shorter than the run of {steps}")
+        return LambdaLR(optimizer, lambda t: self.factor(t, steps))
+
+
+def _steps_of(share: float, steps: int) -> int:
+    """A share of the run's steps (below 1), or a number of steps."""
+    return round(share * steps) if share < 1 else int(share)
 
 
 class MetaSchedule(Schedule):

@@ -26,7 +26,7 @@ from descant.modules.core.batch_norm import new_statistics, running_norms
 from descant.modules.core.ranks import total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.training_setup.flops import FlopCount, trying
-from descant.modules.training_setup.optim import parameter_groups
+from descant.modules.training_setup.optim import make_optimizer
 from descant.recipes.base.stage import Stage
 
 #: Micro-batches over which running statistics are estimated for merged weights.
@@ -179,7 +179,7 @@ def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
     if len(given) < needed:
         have = f"a pass over the data of stage {twin.stage!r} has {len(given)} micro-batches"
         raise ValueError(f"GrowthSpace: steps {space.steps} and judged {space.judged}: {have}")
-    optimizer, count = twin.optimizer_now(parameter_groups(twin)), FlopCount()
+    optimizer, count = make_optimizer(twin.optimizer_now, twin), FlopCount()
     with trying(twin):
         for n, batch in enumerate(given[: space.steps]):
             optimizer.zero_grad()

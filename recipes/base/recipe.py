@@ -29,7 +29,7 @@ from descant.modules.towers.pretrained import require_input
 from descant.modules.towers.table import require_columns
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
-from descant.modules.training_setup.optim import parameter_groups
+from descant.modules.training_setup.optim import make_optimizer, require_evaluated
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
 from descant.modules.training_setup.trainer import datamodule_of, image_steps, log_interval, run_steps
@@ -186,7 +186,8 @@ class Recipe(L.LightningModule):
 
     def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
         """An optimizer of what trains now, and its schedule over the steps that there are for it."""
-        optimizer = make(parameter_groups(self))
+        optimizer = make_optimizer(make, self)
+        require_evaluated(optimizer, self.trainer.callbacks if self._trainer is not None else [])  # type: ignore[attr-defined]
         if schedule is None:
             return optimizer
         config = {"scheduler": schedule(optimizer, self.schedule_steps()), "interval": schedule.interval}

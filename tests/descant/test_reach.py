@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schedulefree
+import timm.optim
 import yaml
 
 import descant
@@ -183,6 +185,7 @@ def modules(content: dict[str, Any]) -> set[str]:
     for package in (torch.nn, torch.optim, v2, bitsandbytes().optim):
         named = {f"{package.__name__}.{name}": found for name, found in vars(package).items()}
         classes += [found for name, found in named.items() if isinstance(found, type) and trust.allowed(name)]
+    classes += [timm.optim.Lion, *(found for found in vars(schedulefree).values() if isinstance(found, type))]
     found = {base.__module__ for cls in classes for base in cls.__mro__} - {"builtins", "typing", "abc", "torch"}
     for package in _WHOLE:
         paths = importlib.import_module(package).__path__

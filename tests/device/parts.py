@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from timm.optim import Lion
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
@@ -127,7 +128,9 @@ from descant.modules.towers.cached import Cached
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.towers.vit import Layout, RaggedBlock, Trunk
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.modules.training_setup.muon import ConvMuon
 from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
+from descant.modules.training_setup.parameter_rules import HiddenMatrices
 from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.crops import LocalCrops
@@ -1080,6 +1083,15 @@ part("SGD")(_optimized(lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0
 part("OptimizerGroup", "Member")(
     _optimized(lambda groups: OptimizerGroup(groups, [Member(torch.optim.SGD, "^0"), Member(torch.optim.AdamW)]))
 )
+
+
+def _muon(groups: Any) -> OptimizerGroup:
+    muon = Member(lambda share: ConvMuon(share, sham="normalize"), rule=HiddenMatrices())
+    return OptimizerGroup(groups, [muon, Member(torch.optim.AdamW)])
+
+
+part("ConvMuon", "HiddenMatrices")(_optimized(_muon))
+part("Lion")(_optimized(lambda groups: Lion(groups, lr=0.1)))
 
 
 @part("TorchSchedule")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
-from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
+from descant.modules.training_setup.schedule import REX, TorchSchedule, WarmupCosine, WarmupStableDecay
+from tests.tolerance import ulps
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -136,3 +137,34 @@ def test_any_torch_schedule_fits() -> None:
 def test_everything_frozen_is_refused() -> None:
     with pytest.raises(ValueError, match="everything is frozen"):
         parameter_groups(net().requires_grad_(False))
+
+
+def test_warmup_stable_decay() -> None:
+    schedule = WarmupStableDecay(warmup=2, cooldown=0.4, floor=0.1)
+    got = [round(schedule.factor(t, 10), 4) for t in (0, 1, 2, 6, 7, 8, 10, 11)]
+    assert got == [0.5, 1.0, 1.0, 1.0, 0.55, round(0.1 + 0.9 * (1 - 0.5**0.5), 4), 0.1, 0.1]
+    # until its cooldown a run does not depend on its length
+    assert [schedule.factor(t, 100) for t in range(60)] == [schedule.factor(t, 1000) for t in range(60)]
+    linear = WarmupStableDecay(warmup=0, cooldown=5, power=1)
+    assert [round(linear.factor(t, 5), 4) for t in range(6)] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    assert WarmupStableDecay(0, 0).factor(10, 10) == 1
+    scheduler = schedule(sgd(net().parameters()), 10)
+    assert scheduler.optimizer.param_groups[0]["lr"] == 0.05
+    with pytest.raises(ValueError, match="warmup of 6 steps and cooldown of 5 are longer than the run of 10"):
+        WarmupStableDecay(warmup=6, cooldown=5)(sgd(net().parameters()), 10)
+    with pytest.raises(ValueError, match="power -1"):
+        WarmupStableDecay(power=-1)
+
+
+def test_rex() -> None:
+    schedule = REX(warmup=2)
+    assert [schedule.factor(t, 10) for t in (0, 1)] == [0.5, 1.0]
+    for t in range(2, 11):
+        z = (t - 2) / 8
+        # the paper's form; rounded once more
+        assert schedule.factor(t, 10) == pytest.approx((1 - z) / (0.5 + 0.5 * (1 - z)), rel=ulps(4, torch.float64))
+    assert schedule.factor(11, 10) == 0
+    with pytest.raises(ValueError, match="warmup of 20 steps is not shorter than the run of 10"):
+        REX(warmup=20)(sgd(net().parameters()), 10)
+    with pytest.raises(ValueError, match="must not be negative"):
+        REX(warmup=-1)
