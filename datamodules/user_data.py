@@ -50,7 +50,8 @@ class UserData(UserTable):
     Args:
         num_workers: worker processes of each rank; by default one less than its cores.
         path: a folder of images, its CSV, TSV or JSON-lines file, parquet files or shards (a pattern, a list, or
-            their folder).
+            their folder), a folder that Hugging Face's `datasets` saved, or its arrow files; in Python also a Dataset
+            or DatasetDict itself, by ``pip install 'descant[datasets]'``.
         source: the same as an object, for options beyond a path.
         validate, test: sources of these sets, where they are elsewhere.
         stream: instead of a path: shards that are read sequentially.
@@ -312,7 +313,7 @@ class UserData(UserTable):
         assert self.stream is not None
         _, world, accumulate = self._world()
         cut = {"ranks": world, "num_workers": max(self.workers, 1), "accumulate_grad_batches": accumulate}
-        return {**cut, "shards": len(self.stream.urls), "buffer": self.stream.buffer}
+        return {**cut, **self.stream.cut}
 
     def state_dict(self) -> dict[str, Any]:
         """States of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""

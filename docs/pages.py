@@ -36,6 +36,7 @@ GROUPS = {
             "python",
             "plain-lightning",
             "own-data",
+            "hub",
             "exchange",
             "devices",
             "slurm",

@@ -260,7 +260,9 @@ class Folder(Source):
         # a text alone (a README) is no sample
         rows = {stem: row for stem, row in rows.items() if any(kind in row for kind in _KINDS)}
         if not rows:
-            raise ValueError(f"{self.root}: no image, recording or video here ({', '.join(sum(_KINDS.values(), ()))})")
+            others = "nor shards, parquet or arrow files, nor a saved dataset (state.json, dataset_info.json)"
+            kinds = ", ".join(sum(_KINDS.values(), ()))
+            raise ValueError(f"{self.root}: no image, recording or video here ({kinds}), {others}")
         self.names = [next(row[kind] for kind in _KINDS if kind in row) for row in rows.values()]
         self.files = tuple(kind for kind in _KINDS if any(kind in row for row in rows.values()))
         for kind in self.files:
