@@ -384,6 +384,14 @@ class Arrow(ArrowRows):
     Raises:
         ValueError: naming the file that is missing, damaged, compressed or outside the folder, or whose columns differ
             from the first one's.
+
+    >>> import tempfile
+    >>> table = pa.table({"caption": ["a cat", "a dog"]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with pa.ipc.new_stream(f"{folder}/a.arrow", table.schema) as file:
+    ...         file.write_table(table)
+    ...     Arrow(folder).read(1, ["caption"])
+    {'caption': 'a dog'}
     """
 
     def __init__(

@@ -69,6 +69,10 @@ class HubDataset(ArrowRows):
 
     Raises:
         ValueError: for an object of another kind, one without rows or with a transform.
+
+    >>> from datasets import Dataset
+    >>> HubDataset(Dataset.from_dict({"caption": ["a cat", "a dog"]}).select([1])).texts("caption")
+    ['a dog']
     """
 
     def __init__(self, dataset: Any, label: str = "row") -> None:
@@ -110,6 +114,12 @@ class HubStream(Stream):
 
     Raises:
         ValueError: for an object of another kind, fewer than 1 sample, and features that nothing reads.
+
+    >>> from datasets import Dataset
+    >>> stream = HubStream(Dataset.from_dict({"caption": ["a cat", "a dog"]}).to_iterable_dataset(), samples=2)
+    >>> samples = stream.read(0, 0, 0, 1, wanted=lambda raw: "caption" in raw, skip=print)
+    >>> [next(samples).raw["caption"] for _ in range(3)]  # a second pass begins
+    ['a cat', 'a dog', 'a cat']
     """
 
     def __init__(self, dataset: Any, samples: int) -> None:
