@@ -1,4 +1,4 @@
-"""User data: a folder with a CSV, parquet files, WebDataset shards or a stream, as batches of several modalities.
+"""User data: a folder with a CSV, parquet files, shards, a saved dataset or a stream, as batches of several modalities.
 
 Letters: B samples of a batch, N of a source, C classes, P prompts a class, T tokens.
 """
@@ -165,7 +165,8 @@ class UserData(UserTable):
             sources = dict(find(self.path, self.damaged, self.outside, Path(self.table) if self.table else None))
             sources = {"train": sources.pop("")} if "" in sources else sources
             if "train" not in sources:
-                raise ValueError(f"{self.path}: {', '.join(sources)} and no training split; name the file by itself")
+                place = self.path if isinstance(self.path, (str, list)) else "path"
+                raise ValueError(f"{place}: {', '.join(sources)} and no training split; name the file by itself")
         elif self.stream is None:
             raise ValueError("data.path is missing: a folder of images and captions, shards or parquet files")
         elsewhere = {"val": self.validate, "test": self.test}

@@ -10,7 +10,7 @@ from pathlib import Path
 from descant.datamodules.sources.addresses import SCHEMES
 from descant.datamodules.sources.arrow import Arrow, arrow_files
 from descant.datamodules.sources.base import Damaged, Source, similar, split_named
-from descant.datamodules.sources.folder import Folder
+from descant.datamodules.sources.folder import Folder, NoMedia
 from descant.datamodules.sources.hub import hub_sources, is_hub
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.saved import is_saved, split_folders
@@ -103,7 +103,11 @@ def _folder(path: Path, damaged: Damaged, outside: bool, beside: Path | None) ->
         return Folder(path.parent, path.name, damaged, outside)
     packs = [file for ending in _KINDS for file in path.glob(f"*{ending}")] if path.is_dir() else []
     packed = not path.is_dir() or any(beside is None or not file.samefile(beside) for file in packs)
-    return None if packed else Folder(path, None, damaged, outside, beside)
+    try:
+        return None if packed else Folder(path, None, damaged, outside, beside)
+    except NoMedia as error:
+        others = "nor shards, parquet or arrow files, nor a saved dataset (state.json, dataset_info.json)"
+        raise ValueError(f"{error}, {others}") from None
 
 
 def _holds(given: Sequence[str | Path], ending: str) -> bool:

@@ -66,12 +66,16 @@ _CACHED = "cache-"
 
 
 class Leaf(NamedTuple):
-    """A field: its column, the steps into it (into a list?, number), what it holds, and names of its classes."""
+    """A field: its column, the steps into it (into a list?, number), what it holds, and names of its classes.
+
+    ``parts``: numbers of ``bytes`` and ``path`` of media, -1 where there is none.
+    """
 
     column: int
     path: tuple[tuple[bool, int], ...]
     kind: str
     names: tuple[str, ...] = ()
+    parts: tuple[int, int] = (-1, -1)
 
 
 class ArrowRows(Source):
@@ -89,8 +93,9 @@ class ArrowRows(Source):
     """
 
     damaged: Damaged = "refuse"
-    #: Files of the batches; names of what has none.
+    #: Files of the batches, in order; of what has none, one name.
     paths: list[Path]
+    on_disk = True
 
     def __init__(self, schema: pa.Schema, features: Mapping[str, Any] | None = None, outside: bool = False) -> None:
         self.schema, self.outside = schema, outside
@@ -131,7 +136,8 @@ class ArrowRows(Source):
         if of is not None and of not in READ:
             self.unread[name] = f"a feature {of[:40]}"
         elif is_media(kind):
-            yield name, at._replace(kind="media")
+            parts = kind.get_field_index("bytes"), kind.get_field_index("path")
+            yield name, at._replace(kind="media", parts=parts)
         elif is_bytes(kind):
             yield name, at._replace(kind="bytes")
         elif pa.types.is_struct(kind):
@@ -317,7 +323,7 @@ class ArrowRows(Source):
             }
 
         # losses are reported at every start, so damage is searched again
-        if self.damaged == "skip" or not self.paths[file].is_file():
+        if self.damaged == "skip" or not self.on_disk:
             return build()
         return cached(self.paths[file], f"arrow/{field}/{leaf.kind}/{bool(leaf.names)}", build)
 
@@ -344,10 +350,9 @@ class ArrowRows(Source):
         if not scalar.is_valid:
             return None
         if leaf.kind == "media":
-            content = scalar[scalar.type.get_field_index("bytes")]
+            content, path = scalar[leaf.parts[0]], leaf.parts[1]
             if content.is_valid:
                 return _bytes(content)
-            path = scalar.type.get_field_index("path")
             name = scalar[path].as_py() if path >= 0 else None
             folder = self.paths[self._file[batch]].parent
             if not name or not isinstance(name, str):
@@ -360,7 +365,7 @@ class ArrowRows(Source):
             return array_bytes(array) if array.size else None
         if pa.types.is_dictionary(scalar.type):
             scalar = scalar.value
-        if pa.types.is_string(scalar.type) and scalar.as_buffer().size > LIMIT:
+        if isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar)) and scalar.as_buffer().size > LIMIT:
             raise ValueError(too_large(scalar.as_buffer().size))
         return text_in(scalar.as_py(), leaf.names)
 

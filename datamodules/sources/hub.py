@@ -75,6 +75,8 @@ class HubDataset(ArrowRows):
     ['a dog']
     """
 
+    on_disk = False
+
     def __init__(self, dataset: Any, label: str = "row") -> None:
         if type(dataset).__name__ != "Dataset" or not is_hub(dataset):
             stream = type(dataset).__name__ == "IterableDataset"
@@ -84,7 +86,7 @@ class HubDataset(ArrowRows):
             raise ValueError("source: the dataset has a transform, and stored values are read: use map, or none")
         self.dataset = dataset
         super().__init__(dataset.data.table.schema, dataset.features.to_dict(), outside=True)
-        self.paths = [Path(str(dataset.split) if dataset.split is not None else "dataset")]
+        self.paths = [Path(f"datasets ({dataset.split or label})")]  # no file: what messages name
         self._label = label
         order = dataset._indices
         self._plan([0] * len(self.batches))
