@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.sources.arrays import array_bytes
-from descant.datamodules.sources.arrow import ArrowRows
+from descant.datamodules.sources.arrow_rows import ArrowRows
 from descant.datamodules.sources.base import LIMIT, PARTS, Raw, Source, nearest, read_file, split_named, too_large
 from descant.datamodules.sources.columnar import text_in
 from descant.datamodules.sources.features import READ, Feature, names_of, type_of, within
@@ -85,7 +85,7 @@ class HubDataset(ArrowRows):
         if dataset.format["type"] == "custom":
             raise ValueError("source: the dataset has a transform, and stored values are read: use map, or none")
         self.dataset = dataset
-        super().__init__(dataset.data.table.schema, dataset.features.to_dict(), outside=True)
+        self._begin(dataset.data.table.schema, dataset.features.to_dict(), outside=True)
         self.paths = [Path(f"datasets ({dataset.split or label})")]  # no file: what messages name
         self._label = label
         order = dataset._indices
