@@ -141,7 +141,7 @@ def shuffled() -> IterableDataset:
     return dataset().to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=9)
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream", "shuffled"])
+@pytest.mark.parametrize("kind", quick(["rows", "stream", "shuffled"], 3))
 def test_a_run_that_is_resumed_at_any_step_is_bit_identical(tmp_path: Path, kind: str) -> None:
     def data() -> DataModule:
         if kind == "rows":
@@ -220,7 +220,7 @@ def test_readers_share_a_pass_and_passes_differ_in_a_shuffled_one() -> None:
     assert sorted(twice[:24]) == sorted(twice[24:]) and twice[:24] != twice[24:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", quick([0, 2], 2))
 def test_batches_of_a_stream_resume_with_workers(tmp_path: Path, workers: int) -> None:
     def data(rank: int) -> UserData:
         module = own(None, stream=HubStream(plain(), samples=48), drop={"text": 0.3}, num_workers=workers)
