@@ -149,7 +149,8 @@ def test_a_run_that_is_resumed_at_any_step_is_bit_identical(tmp_path: Path, kind
         stream = shuffled() if kind == "shuffled" else dataset().to_iterable_dataset(num_shards=4)
         return own(None, stream=HubStream(stream, samples=40))
 
-    whole, options = Act(), {"max_epochs": 2, "limit_val_batches": 0}
+    whole = Act()
+    options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), whole, net=Net(), data=data(), **options)
     assert len(whole.seen) == 10
     for step in range(1, 10):
