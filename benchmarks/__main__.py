@@ -36,6 +36,7 @@ BENCHMARKS = {
     "data/decode": "benchmarks.data:decode",
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",
+    "data/saved": "benchmarks.data:saved",
     "data/table": "benchmarks.tables:first_batch",
     "resume/saving": "benchmarks.resume:saving",
     "resume/signals": "benchmarks.resume:signals",

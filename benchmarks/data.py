@@ -7,13 +7,15 @@ clock on the wall. Letters: B samples, S pixels out.
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,8 +27,12 @@ from torchvision.transforms import InterpolationMode
 from benchmarks import Row
 from benchmarks.timing import AS_FAST, ratio
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.fields.images import Images
+from descant.datamodules.sources.arrow import Arrow
+from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.shards import Shards
+from descant.datamodules.user_data import UserData
 from descant.modules.transforms.image import Pixels
 
 #: In scikit-image's wheel: people, animals, things, indoors and outdoors.
@@ -243,3 +249,59 @@ def workers(number: int = 384, batch: int = 64, pairs: int = 30) -> Iterator[Row
         for num_workers in (1, 2):
             result = ratio(epochs(num_workers), alone, pairs)
             yield Row.informs(f"data/{num_workers}_workers_vs_none", result.value, result.interval)
+
+
+# a saved dataset of Hugging Face ---------------------------------------------------------------------------------
+
+
+def saved(
+    number: int = 100_000, batch: int = 64, batches: int = 8, pairs: int = 30, short: int = 64, size: int = 48
+) -> Iterator[Row]:
+    """Samples a second of a folder that `datasets` saved, against our shards of the same bytes, by UserData's loader.
+
+    Small JPEG, so that reading weighs, with captions; the first batches of another epoch in each turn, whose samples
+    are anywhere in the files. Then reading alone, without decoding: against shards, and against rows of `datasets`
+    itself, not decoded.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    some = photographs(min(number, 500), short=short)
+    data = [some[k % len(some)] for k in range(number)]
+    with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, DESCANT_CACHE=f"{name}/cache"):
+        paths = write_shards(Path(name), data, shards=4)
+        captions = [f"photograph number {k}" for k in range(number)]
+        columns = {"image": [{"bytes": encoded, "path": None} for encoded in data], "caption": captions}
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(f"{name}/saved", num_shards=4)
+        del data, columns
+
+        def loader(path: Any) -> Callable[[], int]:
+            fields = Fields(image=ImageField(size=size), text=TextField())
+            module = UserData(path=path, batch_size=batch, num_workers=0, holdout=0.0, fields=fields)
+            batch_loader, epoch = module.train_dataloader(), count()
+
+            def run() -> int:
+                batch_loader.sampler.set_epoch(next(epoch))  # type: ignore[attr-defined]
+                return sum(len(b.inputs["image"]) for b in islice(batch_loader, batches))
+
+            return run
+
+        ours, shards_ = loader(f"{name}/saved"), loader(paths)
+        if ours() != shards_():
+            raise RuntimeError("the two loaders do not deliver the same number of samples")
+        result = ratio(ours, shards_, pairs, clock=time.process_time)
+        yield Row.at_least("data/saved_vs_shards", result.value, 0.9, result.interval)
+        arrow, tar, rng = Arrow(f"{name}/saved"), Shards(paths), np.random.default_rng(0)
+        rows = datasets.load_from_disk(f"{name}/saved").cast_column("image", datasets.Image(decode=False))
+
+        def read(source: Source, image: str, caption: str) -> Callable[[], int]:
+            return lambda: sum(len(source.read(i, (image, caption))) for i in rng.integers(0, number, 2000).tolist())
+
+        def plain() -> int:
+            return sum(len(rows[i]) for i in rng.integers(0, number, 2000).tolist())
+
+        result = ratio(read(arrow, "image", "caption"), read(tar, "jpg", "txt"), pairs, clock=time.process_time)
+        yield Row.informs("data/saved_read_vs_shards_read", result.value, result.interval)
+        result = ratio(read(arrow, "image", "caption"), plain, pairs, clock=time.process_time)
+        yield Row.informs("data/saved_read_vs_datasets", result.value, result.interval)

@@ -1,4 +1,4 @@
-"""User data: a folder with a CSV, parquet files, WebDataset shards or a stream, as batches of several modalities.
+"""User data: a folder with a CSV, parquet files, shards, a saved dataset or a stream, as batches of several modalities.
 
 Letters: B samples of a batch, N of a source, C classes, P prompts a class, T tokens.
 """
@@ -50,7 +50,8 @@ class UserData(UserTable):
     Args:
         num_workers: worker processes of each rank; by default one less than its cores.
         path: a folder of images, its CSV, TSV or JSON-lines file, parquet files or shards (a pattern, a list, or
-            their folder).
+            their folder), a folder that Hugging Face's `datasets` saved, or its arrow files; in Python also a Dataset
+            or DatasetDict itself, by ``pip install 'descant[datasets]'``.
         source: the same as an object, for options beyond a path.
         validate, test: sources of these sets, where they are elsewhere.
         stream: instead of a path: shards that are read sequentially.
@@ -164,7 +165,8 @@ class UserData(UserTable):
             sources = dict(find(self.path, self.damaged, self.outside, Path(self.table) if self.table else None))
             sources = {"train": sources.pop("")} if "" in sources else sources
             if "train" not in sources:
-                raise ValueError(f"{self.path}: {', '.join(sources)} and no training split; name the file by itself")
+                place = self.path if isinstance(self.path, (str, list)) else "path"
+                raise ValueError(f"{place}: {', '.join(sources)} and no training split; name the file by itself")
         elif self.stream is None:
             raise ValueError("data.path is missing: a folder of images and captions, shards or parquet files")
         elsewhere = {"val": self.validate, "test": self.test}
@@ -312,7 +314,7 @@ class UserData(UserTable):
         assert self.stream is not None
         _, world, accumulate = self._world()
         cut = {"ranks": world, "num_workers": max(self.workers, 1), "accumulate_grad_batches": accumulate}
-        return {**cut, "shards": len(self.stream.urls), "buffer": self.stream.buffer}
+        return {**cut, **self.stream.cut}
 
     def state_dict(self) -> dict[str, Any]:
         """States of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""

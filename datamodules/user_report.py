@@ -56,6 +56,8 @@ class DataReport:
             out += [f"{joined.unmatched:,} rows of {joined.path} without a sample of that name ({joined.key}) left out"]
         absent = sum(s.absent for s in sources)
         out += [f"{absent:,} files named but missing"] if absent else []
+        unread = {name: what for source in sources for name, what in source.unread.items()}
+        out += [f"column {name} not read ({what})" for name, what in list(unread.items())[:5]]
         read = sum(map(len, sources)) + merged + lost
         samples = ", ".join(f"{split} {len(has_NM):,}" for split, has_NM in present.items())
         line = "; ".join([f"{read:,} rows read", *out, f"samples: {samples}"])

@@ -37,6 +37,7 @@ GROUPS = {
             "python",
             "plain-lightning",
             "own-data",
+            "hub",
             "exchange",
             "devices",
             "slurm",

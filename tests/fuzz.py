@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import torch
 
@@ -228,6 +229,52 @@ def _parquet() -> Files:
     return {"a.parquet": _parquet_bytes("snappy"), "b.parquet": _parquet_bytes("none")}
 
 
+def _stream(table: pa.Table, rows: int = 5) -> bytes:
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return out.getvalue()
+
+
+@cache
+def _saved() -> Files:
+    """A DatasetDict as `datasets` saves it, and one split with an order, as early releases did."""
+    images = [{"bytes": jpeg("red", (6, 6 + i)), "path": None} for i in range(12)]
+    rows = [
+        {
+            "image": x,
+            "caption": f"c {i}",
+            "label": i % 2,
+            "parts": ["a", "b"][: i % 3],
+            "v": [float(i)],
+            "s": {"x": [i]},
+        }
+        for i, x in enumerate(images)
+    ]
+    label = {"_type": "ClassLabel", "names": ["cat", "dog"]}
+    features = {"image": {"_type": "Image"}, "caption": {"_type": "Value", "dtype": "string"}, "label": label}
+    info = json.dumps({"info": {"features": features}}).encode()
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({b"huggingface": info})
+    coded = table.set_column(1, "caption", table["caption"].dictionary_encode())
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0f", "_format_type": None}
+    order = {**state, "_indices_data_files": [{"filename": "indices.arrow"}]}
+    files = {"dataset_dict.json": b'{"splits": ["train", "test"]}'}
+    for split, content, part in (("train", table, state), ("test", coded, order)):
+        files |= {f"{split}/state.json": json.dumps(part).encode(), f"{split}/dataset_info.json": info[9:-1]}
+        files[f"{split}/data-00000-of-00001.arrow"] = _stream(content)
+    files["test/indices.arrow"] = _stream(pa.table({"indices": pa.array([3, 1, 11, 1], pa.uint64())}))
+    return files
+
+
+def _arrow() -> Files:
+    """Cached files: a stream, and an Arrow file."""
+    table = pa.table({"text": [f"t {i}" for i in range(9)], "n": list(range(9)), "b": [b"x" * i for i in range(9)]})
+    out = io.BytesIO()
+    with pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    return {"a.arrow": _stream(table), "b.arrow": out.getvalue()}
+
+
 def _sounds() -> Files:
     return {**_images(), "a.wav": wav(0.05), "b.flac": wav(0.05, format="FLAC"), "c.ogg": wav(0.05, format="OGG")}
 
@@ -272,6 +319,8 @@ KINDS = {
     "lines": Kind(_lines, ("a.jsonl",), _both),
     "beside": Kind(_beside, ("1.txt", "5.json"), _both),
     "parquet": Kind(_parquet, ("a.parquet", "b.parquet"), _both),
+    "saved": Kind(_saved, tuple(_saved()), _both),
+    "arrow": Kind(_arrow, ("a.arrow", "b.arrow"), _both),
     "media": Kind(_sounds, tuple(_sounds()), _media),
     "checkpoint": Kind(_checkpoints, ("checkpoints/last.ckpt", "model.safetensors", "config.yaml"), _checkpoint),
     "run": Kind(_run_files, tuple(_run_files()), _commands),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image as Picture
 
 from tests.conftest import Result
 from tests.forked import fork_runs
@@ -28,9 +28,22 @@ def photos(folder: Path) -> None:
     for number in range(48):
         file = f"beach/{number:04d}.png" if number % 2 else f"{number:04d}.png"
         pixels = np.random.default_rng(number).integers(0, 255, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / file)
+        Picture.fromarray(pixels).save(folder / "photos" / file)
         rows.append(f"{file},picture number {number}")
     (folder / "photos/captions.csv").write_text("\n".join(rows) + "\n")
+
+
+def flowers(folder: Path) -> None:
+    """What load_dataset and save_to_disk leave, as the guide on the hub has it, of pictures like those."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+
+    disable_progress_bars()
+    files = sorted((folder / "photos").rglob("*.png"))
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "caption": f"flower {file.stem}"} for file in files]
+    features = Features({"image": Image(), "caption": Value("string")})
+    parts = {"train": rows[:32], "test": rows[32:]}
+    saved = DatasetDict({split: Dataset.from_list(part, features=features) for split, part in parts.items()})
+    saved.save_to_disk(str(folder / "flowers"))
 
 
 @pytest.fixture
@@ -50,6 +63,8 @@ def test_all_commands_of_a_section_in_order(
     fork_runs(monkeypatch)
     (workplace / "toy.yaml").unlink()
     photos(workplace)
+    if section.page == "hub.md":
+        flowers(workplace)
     if section.python:
         (workplace / "shortest.py").write_text(section.python)
     for command in dict.fromkeys(whole(section)):

@@ -118,7 +118,8 @@ def named_column(source: Source, field: str | None, kind: str) -> Column:
         known = kinds(source)
         names = [name for name, of in known.items() if of == kind]
         if not names:
-            raise ValueError(f"no {kind} field: fields are {_listed(known)}; name one as {argument}")
+            unread = "".join(f", {name} ({what}, not read)" for name, what in list(source.unread.items())[:20])
+            raise ValueError(f"no {kind} field: fields are {_listed(known)}{unread}; name one as {argument}")
         if np.any(sum(source.has(name).astype(int) for name in names) > 1):
             raise ValueError(
                 f"several {kind} fields ({', '.join(names)}): name one, or several in order as "

@@ -1,4 +1,4 @@
-"""Data sources: a folder with a table, parquet files, WebDataset shards or a stream, found by path (:func:`find`)."""
+"""Data sources: a folder with a table, parquet or arrow files, shards or a stream, found by path (:func:`find`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from descant.datamodules.sources.addresses import SCHEMES
+from descant.datamodules.sources.arrow import Arrow, arrow_files
 from descant.datamodules.sources.base import Damaged, Source, similar, split_named
-from descant.datamodules.sources.folder import Folder
+from descant.datamodules.sources.folder import Folder, NoMedia
+from descant.datamodules.sources.hub import hub_sources, is_hub
 from descant.datamodules.sources.parquet import Parquet
+from descant.datamodules.sources.saved import is_saved, split_folders
 from descant.datamodules.sources.shards import Shards, expand, lost
 from descant.datamodules.sources.tables import TABLES
 
-_KINDS = (".tar", ".parquet")
+_KINDS = (".tar", ".parquet", ".arrow")
+#: End of the name of a file of several.
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 #: Beginning of an address; a drive of Windows has one letter.
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 
@@ -29,10 +34,11 @@ def find(
 
     A folder of images (or its CSV, TSV or JSON-lines file) is a :class:`Folder`; tar files and patterns of them, and
     folders that hold them, are :class:`Shards`, parquet files :class:`Parquet`. Files named ``train-*``, ``val-*`` or
-    ``test-*`` are these splits.
+    ``test-*`` are these splits. A folder that ``save_to_disk`` of `datasets` wrote is :class:`Arrow`, and so are arrow
+    files, whose split may also stand at the end (``NAME-train.arrow``, as `datasets` caches them).
 
     Args:
-        path: files, patterns or a folder.
+        path: files, patterns or a folder; an object of `datasets`.
         damaged: ``skip`` reads the rest of damaged files; their ``faults`` list the losses.
         outside: whether tables may name files outside their own folder.
         beside: a table in the folder that is not to be read with it.
@@ -40,23 +46,31 @@ def find(
     Raises:
         ValueError: where the path does not exist, or holds no known type of files.
     """
+    if is_hub(path):
+        return hub_sources(path)
     given = [path] if isinstance(path, (str, Path)) else list(path)
     address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
     if address is not None:
         raise ValueError(_streamed(address))
+    if len(given) == 1 and (saved := split_folders(Path(given[0]))):
+        return {split: Arrow(part, damaged, outside) for split, part in saved.items()}
+    if len(given) == 1 and is_saved(Path(given[0])):
+        return {"": Arrow(given[0], damaged, outside)}
     if len(given) == 1 and (folder := _folder(Path(given[0]), damaged, outside, beside)) is not None:
         return {"": folder}
 
-    def source_of(files: list[Path]) -> Shards | Parquet:
+    def source_of(files: list[Path]) -> Shards | Parquet | Arrow:
         if ending == ".tar":
             return Shards(files, damaged=damaged)
+        if ending == ".arrow":
+            return Arrow(files, damaged, outside)
         return Parquet(files, damaged=damaged, outside=outside)
 
     for ending in _KINDS:
         if _holds(given, ending):
             absent = lost(given, damaged) if ending == ".tar" else []
             splits: dict[str, list[Path]] = {}
-            for file in expand(given, ending):
+            for file in arrow_files(given) if ending == ".arrow" else expand(given, ending):
                 splits.setdefault(_split(file), []).append(file)
             if "" in splits and len(splits) > 1:
                 other = next(part[0] for split, part in splits.items() if split)
@@ -89,7 +103,11 @@ def _folder(path: Path, damaged: Damaged, outside: bool, beside: Path | None) ->
         return Folder(path.parent, path.name, damaged, outside)
     packs = [file for ending in _KINDS for file in path.glob(f"*{ending}")] if path.is_dir() else []
     packed = not path.is_dir() or any(beside is None or not file.samefile(beside) for file in packs)
-    return None if packed else Folder(path, None, damaged, outside, beside)
+    try:
+        return None if packed else Folder(path, None, damaged, outside, beside)
+    except NoMedia as error:
+        others = "nor shards, parquet or arrow files, nor a saved dataset (state.json, dataset_info.json)"
+        raise ValueError(f"{error}, {others}") from None
 
 
 def _holds(given: Sequence[str | Path], ending: str) -> bool:
@@ -100,6 +118,7 @@ def _holds(given: Sequence[str | Path], ending: str) -> bool:
 
 
 def _split(file: Path) -> str:
-    """The split in names such as ``train-00000-of-00004.parquet`` and ``val.tar``; empty for others."""
-    word = file.stem.replace("_", "-").replace(".", "-").partition("-")[0]
-    return split_named(word) or ""
+    """The split in ``train-00000-of-00004.parquet``, ``val.tar`` and ``NAME-test.arrow``; empty for others."""
+    stem = _PART.sub("", file.stem).replace("_", "-").replace(".", "-")
+    last = stem.rpartition("-")[2] if file.suffix == ".arrow" else ""
+    return split_named(stem.partition("-")[0]) or split_named(last) or ""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -70,6 +70,8 @@ class Source:
     faults: Sequence[Fault] = ()
     #: Rows on disk that were merged into the sample of another row of the same file.
     merged: int = 0
+    #: Columns that nothing reads, and what they are.
+    unread: Mapping[str, str] = {}
     #: Named files that do not exist, as far as that is known before reading.
     absent: int = 0
 

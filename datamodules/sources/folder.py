@@ -48,6 +48,10 @@ class _Outside(ValueError):
     """A file that lies outside the folder."""
 
 
+class NoMedia(ValueError):
+    """A folder without an image, a recording or a video."""
+
+
 class Folder(Source):
     """Files of a folder as samples, with the texts that belong to them.
 
@@ -260,7 +264,7 @@ class Folder(Source):
         # a text alone (a README) is no sample
         rows = {stem: row for stem, row in rows.items() if any(kind in row for kind in _KINDS)}
         if not rows:
-            raise ValueError(f"{self.root}: no image, recording or video here ({', '.join(sum(_KINDS.values(), ()))})")
+            raise NoMedia(f"{self.root}: no image, recording or video here ({', '.join(sum(_KINDS.values(), ()))})")
         self.names = [next(row[kind] for kind in _KINDS if kind in row) for row in rows.values()]
         self.files = tuple(kind for kind in _KINDS if any(kind in row for row in rows.values()))
         for kind in self.files:

@@ -36,6 +36,7 @@ from descant.datamodules.sources.base import (
     read_file,
     too_large,
 )
+from descant.datamodules.sources.columnar import UNREADABLE, checksum, is_array, is_bytes, is_list, is_media
 from descant.datamodules.sources.shards import expand
 
 # Neither pyarrow.dataset nor the datasets library reads single rows, caches decoded row groups within a limit, or names
@@ -106,7 +107,7 @@ class Parquet(Source):
         """None for a file that cannot be read and is left out."""
         try:
             return pq.read_schema(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             self._lost(path, "", f"not a readable parquet file ({first_line(error)})")
             return None
 
@@ -123,19 +124,19 @@ class Parquet(Source):
             kind = column.type
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
-            if _is_array(kind):
+            if is_array(kind):
                 yield column.name, (column.name, None)
-            if _is_list(kind):
+            if is_list(kind):
                 inner = kind.value_type
-                if pa.types.is_nested(inner) or _is_bytes(inner):
+                if pa.types.is_nested(inner) or is_bytes(inner):
                     continue  # boxes, videos: no single text
                 most = max((self._most(column.name, group) for group in range(len(self.groups))), default=0)
                 for k in range(min(most, PARTS)):
                     yield f"{column.name}.{k}", (column.name, k)
-            elif pa.types.is_struct(kind) and not _is_media(kind):
+            elif pa.types.is_struct(kind) and not is_media(kind):
                 for part in _leaves(kind, ""):
                     yield f"{column.name}.{part}", (column.name, part)
-            elif not _is_array(kind):
+            elif not is_array(kind):
                 yield column.name, (column.name, None)
 
     def _most(self, column: str, group: int) -> int:
@@ -269,7 +270,7 @@ class Parquet(Source):
         file, number = self.groups[group]
         try:
             table = self._file(file).read_row_group(number, columns=[column], use_threads=False)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.paths[file]}: row group {number}: {first_line(error)}") from None
         values, rows = table.column(column), int(self._first[group + 1] - self._first[group])
         if len(values) != rows:
@@ -300,9 +301,9 @@ class Parquet(Source):
         column, part = self._columns[field]
         rows = int(self._first[group + 1] - self._first[group])
         kind = self.schema.field(column).type
-        if part is None and (_is_bytes(kind) or _is_media(kind)):
+        if part is None and (is_bytes(kind) or is_media(kind)):
             nulls = self._nulls(group, column)
-            if nulls == 0 or (nulls == rows and _is_bytes(kind)):
+            if nulls == 0 or (nulls == rows and is_bytes(kind)):
                 return np.full(rows, nulls == 0)
         values = self._readable(group, column)
         if values is None:
@@ -316,14 +317,14 @@ class Parquet(Source):
 
     def _full(self, values: pa.ChunkedArray, column: str, part: int | str | None, text_G: list[int]) -> np.ndarray:
         kind = self.schema.field(column).type
-        if part is None and _is_bytes(kind):
+        if part is None and is_bytes(kind):
             return np.asarray(pc.is_valid(values))
-        if part is None and _is_media(kind):
+        if part is None and is_media(kind):
             names = [name for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
             parts = [np.asarray(pc.is_valid(pc.struct_field(values, name))) for name in names]
             return np.any(parts, axis=0)
         if part is None and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            text_G.append(_checksum(values))
+            text_G.append(checksum(values))
             full = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0)
             return np.asarray(pc.fill_null(full, False))
         return np.array([self._raw(scalar, part, Path()) is not None for scalar in values], dtype=bool)
@@ -346,15 +347,15 @@ class Parquet(Source):
         if pa.types.is_dictionary(scalar.type):
             scalar = scalar.value
         kind = scalar.type
-        if _is_bytes(kind):
+        if is_bytes(kind):
             buffer = scalar.as_buffer()
             if buffer.size > LIMIT:
                 raise ValueError(too_large(buffer.size))
             return buffer.to_pybytes()
         value: Any = scalar.as_py()
-        if part is None and _is_array(kind):
+        if part is None and is_array(kind):
             return array_bytes(value) if value else None
-        if _is_media(kind):
+        if is_media(kind):
             if value["bytes"] is not None:
                 return bytes(value["bytes"])
             name = value.get("path")
@@ -367,10 +368,6 @@ class Parquet(Source):
         return {**self.__dict__, "_open": {}, "_kept": OrderedDict(), "_process": -1}
 
 
-#: Errors of pyarrow on a damaged file: its own, and Python's where the footer is wrong.
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
-
-
 def _footer(path: Path) -> int:
     """CRC-32 of a file's footer: types, positions and statistics of columns."""
     with path.open("rb") as file:
@@ -381,45 +378,10 @@ def _footer(path: Path) -> int:
         return zlib.crc32(file.read(length))
 
 
-def _checksum(values: pa.ChunkedArray) -> int:
-    """CRC-32 of texts and their lengths, independent of chunks."""
-    checksum = zlib.crc32(np.asarray(pc.fill_null(pc.binary_length(values), -1)).astype(np.int64).tobytes())
-    for chunk in values.chunks:
-        if len(chunk):
-            _, places, content = chunk.buffers()
-            kind = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-            edges = np.frombuffer(places, kind)[chunk.offset : chunk.offset + len(chunk) + 1]
-            checksum = zlib.crc32(memoryview(content)[int(edges[0]) : int(edges[-1])] if content else b"", checksum)
-    return checksum
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_array(kind: pa.DataType) -> bool:
-    """A list of floats, or of such lists."""
-    if not (_is_list(kind) or pa.types.is_fixed_size_list(kind)):
-        return False
-    inner = kind.value_type
-    return bool(pa.types.is_floating(inner)) or _is_array(inner)
-
-
-def _is_media(kind: pa.DataType) -> bool:
-    """A struct of bytes and path."""
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.num_fields <= 2)
-
-
 def _leaves(kind: pa.DataType, before: str) -> Iterator[str]:
     for k in range(kind.num_fields):
         field = kind.field(k)
         if pa.types.is_struct(field.type):
             yield from _leaves(field.type, f"{before}{field.name}.")
-        elif not pa.types.is_nested(field.type) and not _is_bytes(field.type):
+        elif not pa.types.is_nested(field.type) and not is_bytes(field.type):
             yield f"{before}{field.name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from descant.datamodules.fields.tables import Cells
 from descant.datamodules.resumable_sampler import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.ledger import Ledger
-from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
+from descant.datamodules.sources.stream import BEGINNING, Sample, Stream
 from descant.datamodules.sources.synthetic import Taken
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import salt
@@ -242,11 +243,11 @@ class UserDataset(NumberedDataset):
 class Marked(Batch):
     """A batch of a stream. ``at``: its reader, epoch and number, then the reader's position after it (a Mark)."""
 
-    at: tuple[int, ...] = ()
+    at: tuple[Any, ...] = ()
 
 
 #: Reader -> epoch, number and position after it (a Mark) of its last batches.
-Marks = dict[int, list[tuple[int, ...]]]
+Marks = dict[int, list[tuple[Any, ...]]]
 #: Batches of a reader whose marks are stored: the last trained on, the current one, and one fetched ahead.
 _KEPT = 3
 
@@ -299,7 +300,7 @@ class StreamSet(BatchDataset):
         self.marks = dict(marks or {})
         self._next = (-1, 0)  # (epoch, number) of the open reader's next batch
         self._samples: Iterator[Sample] = iter(())
-        self._mark = BEGINNING
+        self._mark: tuple[Any, ...] = BEGINNING
 
     def __len__(self) -> int:
         return self.stream.samples
@@ -318,15 +319,15 @@ class StreamSet(BatchDataset):
         batch = super().__getitem__(window)
         return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
 
-    def _mark_after(self, reader: int, epoch: int, number: int) -> Mark:
+    def _mark_after(self, reader: int, epoch: int, number: int) -> tuple[Any, ...]:
         """Position of a reader after a batch; the beginning for a negative number."""
         if number < 0:
             return BEGINNING
         for row in self.marks.get(reader, ()):
             if row[:2] == (epoch, number):
-                return Mark(*row[2:])
+                return tuple(row[2:])
         raise ValueError(
-            f"{self.stream.urls[0]}: the position of reader {reader} after batch {number} of epoch {epoch} is unknown: "
+            f"{self.stream.place}: the position of reader {reader} after batch {number} of epoch {epoch} is unknown: "
             "a stream resumes from its own resume points, or at the beginning of an epoch"
         )
 

@@ -102,6 +102,16 @@ class Stream:
             require_allowed(url, allow_pipes)
 
     @property
+    def place(self) -> str:
+        """What messages name it by."""
+        return self.urls[0]
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """Settings that determine the samples of a reader, beside ranks and workers."""
+        return {"shards": len(self.urls), "buffer": self.buffer}
+
+    @property
     def files(self) -> dict[str, Path]:
         """Address -> file, of local addresses."""
         return {url: local_path(url) for url in self.urls if is_local(url)}
@@ -136,7 +146,7 @@ class Stream:
         readers: int,
         wanted: Callable[[dict[str, Raw]], bool],
         skip: Callable[[str, str], None],
-        mark: Mark = BEGINNING,
+        mark: tuple[Any, ...] = BEGINNING,
         fault: Callable[[str, str, str], None] | None = None,
     ) -> Iterator[Sample]:
         """The samples of one reader in one epoch, without end.

@@ -41,6 +41,7 @@ DENIED = (
         "descant.export.loading",
         "descant.Embedder",
         "descant.export.export",
+        "descant.datamodules.sources.hub",
     ),
     *("descant.run.folder", "descant.report.predictions", "descant.cli.check"),
     *("descant.run.processes", *_DEFINED, *_DEFINED.values()),

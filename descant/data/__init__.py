@@ -75,7 +75,9 @@ def _look(args: Sequence[str]) -> int:
         epilog="examples: descant data look photos; descant data look 'shards/*.tar'; "
         "descant data look --config contrastive/emoji --data.size 64",
     )
-    parser.add_argument("what", metavar="WHAT", nargs="*", help="a folder, parquet files, or shards (patterns too)")
+    parser.add_argument(
+        "what", metavar="WHAT", nargs="*", help="a folder, a saved dataset, parquet files or shards (patterns too)"
+    )
     trust_help = "allow class paths of MODULE in --config"
     parser.add_argument(
         "--config", dest="configs", metavar="NAME", action="append", default=[], help="data of an experiment"

@@ -44,6 +44,14 @@ FILES = {
     "words/captions.csv": "title,caption\na,b\n",
     "good/captions.csv": f"file,caption\n{ROWS}",
     "no.ckpt": "this is no archive",
+    "neither/notes.bin": "x",
+    "splits/dataset_dict.json": '{"splits": ["train", "tests"]}',
+    **{f"splits/{split}/state.json": "{}" for split in ("train", "test")},
+    **{f"{name}/dataset_info.json": "{}" for name in ("ordered", "damaged")},
+    **{f"{name}/a.arrow": "no arrow" for name in ("ordered", "damaged")},
+    "ordered/state.json": '{"_data_files": [{"filename": "a.arrow"}],'
+    ' "_indices_data_files": [{"filename": "i.arrow"}]}',
+    "damaged/state.json": '{"_data_files": [{"filename": "a.arrow"}]}',
 }
 SHORT = ("--config", "on/tiny", "--trainer.max_steps=200", "--trainer.log_every_n_steps=10")
 EMOJI = ("check", "--config", "contrastive/emoji", *SHORT)
@@ -138,6 +146,12 @@ CASES = [
     Case("header", (*OWN, "--data.path", "words"), "no column holds names of files"),
     Case("header", (*OWN, "--data.path", "good", "--data.fields.text.captions", "x"), "no column 'x'; there are file"),
     Case("header", (*OWN, "--data.path", "good", "--data.split", "part"), "no column 'part'; there are file"),
+    # saved datasets
+    Case("saved", (*OWN, "--data.path", "neither"), "nor a saved dataset (state.json, dataset_info.json)"),
+    Case("saved", (*OWN, "--data.path", "splits"), "the split 'tests' is listed, and not there; nearest: test"),
+    Case("saved", (*OWN, "--data.path", "splits/tran"), "splits/tran: no such file or folder; nearest: train"),
+    Case("saved", (*OWN, "--data.path", "ordered"), "state.json: i.arrow is listed, and not there; nearest: a.arrow"),
+    Case("saved", (*OWN, "--data.path", "damaged"), "a.arrow: not a readable stream of Arrow"),
     # addresses
     Case("address", (*OWN, "--data.path", "https://x.example/a.tar"), "--data.stream.urls 'https://x.example/a.tar'"),
     Case("address", (*OWN, "--data.path", "s3://b/a.parquet"), "s3://b/a.parquet: not read from there; shards (*.tar)"),
@@ -251,6 +265,7 @@ def test_the_table_is_of_sixty_mistakes_and_of_all_kinds() -> None:
         "device",
         "checkpoint",
         "port",
+        "saved",
     }
     assert sum(count.values()) >= 60 and set(count) == wanted and len(set(CASES)) == len(CASES)
 
