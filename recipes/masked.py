@@ -6,7 +6,7 @@ alone and together; and one such model serves any set of modalities.
     visible, target = corruption(tokens of all modalities)             uniform, Dirichlet budget, blocks, tubes, spans
     h = encoder([global; W_m x_t + place_t + modality_m])              of visible tokens only: nothing stands for others
     y = decoder(h, mask tokens at the places that are asked for)       of each modality, from the visible ones of all
-    loss = sum over m: mean over samples of mean over masked t of loss_m(head_m(y_t), x_t)
+    loss = sum over m: mean over samples of mean over masked t of loss_m(head_m(y_t), x_t)    (+ contrast)
 
 What differs from the papers: with one modality it is MAE (He 2021), with a Dirichlet budget and a CrossDecoder MultiMAE
 (Bachmann 2022), with a joint ratio, a JointDecoder and volumes BM-MAE (Robinet 2025), with TwoBudgets, token ids and an
@@ -29,6 +29,7 @@ from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters, Arranged
+from descant.modules.masking.alignment import Alignment
 from descant.modules.masking.corruptions import Corruption, UniformMask, corrupted
 from descant.modules.masking.decoders import At, Decoder, JointDecoder
 from descant.modules.masking.reductions import Reduction, SumOfModalities, TargetCounts
@@ -36,7 +37,7 @@ from descant.modules.missing_modalities.available_sets import Sets
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.moe import Routing
 from descant.modules.towers.vit import Trunk
-from descant.recipes.base.masked import MaskedRecipe
+from descant.recipes.base.masked import MaskedRecipe, embedded
 
 
 class Masked(MaskedRecipe):
@@ -53,6 +54,7 @@ class Masked(MaskedRecipe):
         fill: imputes the inputs of absent modalities, which are then visible tokens, such as ZeroImputer, as is usual
             elsewhere; left out of the sequence where not given.
         reduction: how the losses of modalities are averaged; their sum where not given.
+        align: a contrastive term beside it, of samples that are seen in one modality alone.
         sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
         permuted: those others, all but the first where not given.
     """
@@ -67,11 +69,15 @@ class Masked(MaskedRecipe):
         pool_global: bool = False,
         fill: Imputer | None = None,
         reduction: Reduction | None = None,
+        align: Alignment | None = None,
         sham: Literal["permute"] | None = None,
         permuted: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.in_batch_negatives = align is not None
         super().__init__(**kwargs)
+        if align is not None and self.step.chunks > 1:
+            raise ValueError(f"chunks {self.step.chunks}: tokens of all samples are encoded at once; only 1")
         self.adapters, self.towers = adapters, nn.ModuleDict({"encoder": encoder})
         self.modalities, self.grids = tuple(adapters), {m: adapter.grid for m, adapter in adapters.each().items()}
         self.decoder, self.corruption = decoder or JointDecoder(), corruption or UniformMask()
@@ -86,9 +92,10 @@ class Masked(MaskedRecipe):
         self.decoder.build(self.grids, encoder.width, self.targets)
         for m, adapter in adapters.each().items():
             adapter.build(encoder.width, self.decoder.width if m in self.targets else 0)
-        self.embeds, self.pool_global = _embedded(embeds, tuple(adapters)), pool_global
+        self.embeds, self.pool_global = embedded(embeds, tuple(adapters)), pool_global
         widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
         self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
+        self.align = align and align.build(self.modalities, encoder.width)
         self.reduction, self.sham = reduction or SumOfModalities(), Sham(sham)
         self.permuted = list(self.modalities[1:]) if permuted is None else permuted
         for m in self.permuted:
@@ -136,15 +143,4 @@ class Masked(MaskedRecipe):
                 key = f"mask/{m}/{name}" if name else f"mask/{m}"
                 weight_B = None if scales[m].weight_B is None else scales[m].weight_B.to(value_B.dtype)
                 terms[key] = Term(value_B, weight_B, valid=count[m] > 0, norm=scales[m].norm)
-        return terms
-
-
-def _embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
-    for together in embeds or []:
-        unknown = [m for m in together if m not in modalities]
-        if unknown or not together:
-            fault = f"no adapter of {unknown[0]!r}" if unknown else "no modality"
-            raise ValueError(f"embeds: {together}: {fault}; the adapters are {', '.join(modalities)}")
-    if embeds is not None:
-        return [tuple(together) for together in embeds]
-    return [*((m,) for m in modalities), *([modalities] if len(modalities) > 1 else [])]
+        return terms if self.align is None else terms | self.align(encoded, batch)

@@ -13,6 +13,7 @@ from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.masking.adapters import Adapters, Arranged, require_ids
+from descant.modules.masking.alignment import Alignment
 from descant.modules.masking.code_adapter import CodeAdapter
 from descant.modules.masking.corruptions import Corruption, Masks, corrupted
 from descant.modules.masking.decoders import At, Decoder, Encoded
@@ -35,6 +36,7 @@ class MaskedRecipe(Recipe):
     embeds: list[tuple[str, ...]]
     pool_global: bool
     fill: Imputer | None
+    align: Alignment | None
 
     #: An embedding of several modalities is another than those of each: what is absent changes it.
     joint_embedding = True
@@ -44,6 +46,8 @@ class MaskedRecipe(Recipe):
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer) and "text" in self.adapters:
             require_fit(tokenizer, self.adapters["text"])
+            if self.align is not None and self.align.other == "text":
+                require_fit(tokenizer, self.align.tower, "align.tower")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -167,3 +171,19 @@ class MaskedRecipe(Recipe):
 
 def _of_present(real_BT: Tensor, present_B: Tensor) -> Tensor:
     return real_BT & present_B[:, None]
+
+
+def embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Modalities that are embedded together: those given, or each alone and all together.
+
+    >>> embedded(None, ("image", "text"))
+    [('image',), ('text',), ('image', 'text')]
+    """
+    for together in embeds or []:
+        unknown = [m for m in together if m not in modalities]
+        if unknown or not together:
+            fault = f"no adapter of {unknown[0]!r}" if unknown else "no modality"
+            raise ValueError(f"embeds: {together}: {fault}; the adapters are {', '.join(modalities)}")
+    if embeds is not None:
+        return [tuple(together) for together in embeds]
+    return [*((m,) for m in modalities), *([modalities] if len(modalities) > 1 else [])]

@@ -90,6 +90,7 @@ from descant.modules.losses.views import (
 )
 from descant.modules.masking import adapters, decoders, discrete_adapters, reductions, sampler, structured
 from descant.modules.masking import corruptions as masking
+from descant.modules.masking.alignment import Alignment
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
 from descant.modules.masking.budget import TokenBudget
 from descant.modules.masking.code_adapter import CodeAdapter
@@ -555,6 +556,14 @@ part("SpanMask")(_corruption(lambda: structured.SpanMask(0.5), {"text": (6,)}))
 part("Hide")(_corruption(lambda: masking.Hide(["image"])))
 part("From")(_corruption(lambda: masking.From(["image"], ["text"])))
 part("OneOf")(_corruption(lambda: OneOf([masking.Hide(["image"]), masking.From(["image"], ["text"])])))
+
+
+@part("Alignment")
+def _alignment(at: Place) -> Any:
+    align = at(Alignment("image", "text", BagTower(20, 4), width=4).build(("image", "text"), D))
+    seen = decoders.At.of(at(torch.ones(B, 3, dtype=torch.bool)))
+    encoded = decoders.Encoded({"image": at(torch.randn(len(seen.row_N), D))}, {"image": seen}, at(torch.randn(B, D)))
+    return align(encoded, at(a_batch()))["align/image-text"].sum()
 
 
 @part("Regions")
