@@ -1,6 +1,6 @@
 """clip_benchmark reports of an exported run what ``descant validate`` does.
 
-CI has not the package: of what is installed with it, pycocoevalcap alone is 104 MB, and numpy has to be older than CI's.
+CI has not the package: pycocoevalcap, which comes with it, is 104 MB, and numpy has to be older than CI's.
 In an environment of its own, ``pip install clip-benchmark 'numpy<2.4'`` lets this file run.
 """
 
