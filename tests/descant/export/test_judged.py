@@ -6,6 +6,7 @@ In an environment of its own, ``pip install clip-benchmark 'numpy<2.4'`` lets th
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import sys
@@ -111,8 +112,7 @@ def shard(folder: Path, rows: int, seed: int) -> None:
 
 def judged(task: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The metrics that ``clip_benchmark eval`` writes."""
-    from clip_benchmark import cli as theirs
-
+    theirs: Any = importlib.import_module("clip_benchmark.cli")
     words = f"clip_benchmark eval --model_type open_clip --model local-dir:out --task zeroshot_{task} --no_amp"
     words += f" --dataset wds/pairs --dataset_root {task} --num_workers 0 --recall_k 1 5 10 --output {task}.json"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--pretrained", ""])
