@@ -107,7 +107,7 @@ def test_auto_continues_in_the_same_folder(toy: Cli, workplace: Path) -> None:
 
 def test_config_yaml_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever write or renaming of a resume is its last."""
-    trainer = SimpleNamespace(is_global_zero=True)
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[])
     for survived in range(4):
         run = runs.Run(tmp_path / str(survived), fresh=False)
         run.folder.mkdir()
