@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import descant.callbacks
 from descant.callbacks import EMA, Harmonize, NonFinite, Progress, Report, Resume
+from descant.callbacks.run.exact_resume import evaluate_at
 from descant.callbacks.run.resume import ENTRY, Stopped
 from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
 from descant.datamodules.base import BatchDataset, DataModule, Rows
@@ -614,3 +615,23 @@ def test_each_rank_restores_its_own_values_of_an_epoch(tmp_path: Path) -> None:
     whole, _ = run_ranks(2, _told_on_rank, tmp_path / "whole")
     rest, _ = run_ranks(2, _told_on_rank, tmp_path / "on", point(tmp_path / "whole", 4))
     assert len(rest) > STEPS and rest == [row for row in whole if row["step"] >= 4]
+
+
+def test_an_evaluation_of_a_checkpoint_is_of_its_step_and_a_trained_trainer_keeps_its_own() -> None:
+    """What ``descant validate`` logs and draws names the step that the weights are of, though nothing was trained."""
+    steps = []
+
+    class Validated(L.LightningModule):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("loss", batch.mean())
+
+    class Steps(L.pytorch.loggers.logger.DummyLogger):
+        def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+            steps.append(kwargs["step"])
+
+    trainer = L.Trainer(accelerator="cpu", logger=Steps(), enable_progress_bar=False, enable_model_summary=False)
+    evaluate_at(trainer, 7)
+    trainer.validate(Validated(), torch.utils.data.DataLoader([1.0, 1.0]), verbose=False)  # type: ignore[arg-type]
+    assert (trainer.global_step, set(steps)) == (7, {7})
+    evaluate_at(trainer, 9)
+    assert trainer.global_step == 7
