@@ -112,13 +112,15 @@ class SpokenNamesSource:
         if draw_B is not None:
             choice_B = uniform_N(draw_B, "speech/voice").numpy() * len(self.training_V)
             voice_B = self.training_V[choice_B.astype(np.int64)]
-        audio_BS, length_B = cut(self.spoken.wave, self.spoken.clips[voice_B, name_B], self.samples)
+        span_B2 = self.spoken.clips[voice_B, name_B]
         if self.features is None:
+            audio_BS, length_B = cut(self.spoken.wave, span_B2, self.samples)
             return {"audio": audio_BS, "audio_length": length_B}
         clips = list(zip(voice_B.tolist(), name_B.tolist(), strict=True))
-        for n, clip in enumerate(clips):
+        for clip, span_2 in zip(clips, span_B2, strict=True):
             if clip not in self._kept:  # one at a time: what is kept does not depend on the batch that it came in
-                self._kept[clip] = self.features(audio_BS[n, None], length_B[n, None])[0]
+                self._kept[clip] = self.features(*cut(self.spoken.wave, span_2[None], self.samples))[0]
+        length_B = torch.from_numpy(np.minimum(span_B2[:, 1], self.samples))
         return {"audio": torch.stack([self._kept[clip] for clip in clips]), "audio_length": length_B}
 
 

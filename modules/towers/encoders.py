@@ -246,7 +246,8 @@ class _OpenClipEncoder(Encoder):
         settings |= {"output_tokens": False} | ({"timm_model_pretrained": False} if part == "image" else {})
         try:
             self.width = int(config["embed_dim"])
-            self.model = build(self.width, cfg(**settings), bool(config.get("quick_gelu", False)))
+            known = cfg(**settings)
+            self.model = build(self.width, known, bool(config.get("quick_gelu", False)))
         except (TypeError, KeyError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(f"{place.label}: {side} of {OPEN_CLIP}: {one_line(error, 200)}") from None
         if weights:
@@ -259,11 +260,10 @@ class _OpenClipEncoder(Encoder):
             load_exactly(self.model, mine, file, f"{side} of {OPEN_CLIP}")
         self.reads = "image" if part == "image" else "text"
         if part == "text":
-            text = cfg(**settings)
-            self.vocabulary, self.most = int(text.vocab_size), int(text.context_length)
-            self.learn_ids(place, int(text.pad_id))
-            self.exactly = text.pool_type == "last" or bool(text.no_causal_mask)
-            self.end = {"argmax": self.vocabulary - 1, "eos": int(text.eos_id)}.get(text.pool_type)
+            self.vocabulary, self.most = int(known.vocab_size), int(known.context_length)
+            self.learn_ids(place, int(known.pad_id))
+            self.exactly = known.pool_type == "last" or bool(known.no_causal_mask)
+            self.end = {"argmax": self.vocabulary - 1, "eos": int(known.eos_id)}.get(known.pool_type)
 
     def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         return one_token(self.model(x))
@@ -327,7 +327,7 @@ class _SentenceEncoder(Encoder):
             return
         for kind, folder in zip(kinds[1:], folders[1:], strict=True):
             at = Place(folder, None, f"{place.label}: {folder.name}")
-            made = _normalized() if kind == "Normalize" else _pooling(at) if kind == "Pooling" else _dense(at, weights)
+            made = _Normalized() if kind == "Normalize" else _pooling(at) if kind == "Pooling" else _dense(at, weights)
             self.rest.append(made)
             if isinstance(made, _SentencePool):
                 self.width = body.width * len(made.modes)
@@ -382,10 +382,6 @@ class _SentencePool(nn.Module):
 class _Normalized(nn.Module):
     def forward(self, h_BD: Tensor) -> Tensor:
         return F.normalize(h_BD, dim=1)
-
-
-def _normalized() -> nn.Module:
-    return _Normalized()
 
 
 def _pooling(place: Place) -> _SentencePool:
