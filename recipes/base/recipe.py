@@ -163,14 +163,14 @@ class Recipe(L.LightningModule):
                 "samples of one batch, and accumulated small batches have fewer negatives; use "
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
-        tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
-        if isinstance(tokenizer, Tokenizer) and "text" in getattr(self, "towers", {}):
-            require_fit(tokenizer, self.towers["text"])
-        for name, tower in getattr(self, "towers", {}).items():
-            quiet = stage != "fit" or not trainer.is_global_zero
-            require_input(name, tower, image_steps(datamodule_of(trainer)), quiet)
-        if stage == "fit" and "table" in getattr(self, "towers", {}):  # else those of the checkpoint, not read yet
-            require_columns(getattr(datamodule_of(trainer), "table_columns", None), self.towers["table"])
+        data, towers = datamodule_of(trainer), getattr(self, "towers", {})
+        tokenizer = getattr(data, "tokenizer", None)
+        if isinstance(tokenizer, Tokenizer) and "text" in towers:
+            require_fit(tokenizer, towers["text"])
+        for name, tower in towers.items():
+            require_input(name, tower, image_steps(data), quiet=stage != "fit" or not trainer.is_global_zero)
+        if stage == "fit" and "table" in towers:  # else those of the checkpoint, not read yet
+            require_columns(getattr(data, "table_columns", None), towers["table"])
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self.optimizer_now, self.schedule_now)
