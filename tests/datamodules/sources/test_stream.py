@@ -15,6 +15,7 @@ import pytest
 
 from descant.datamodules.sources.addresses import open_address
 from descant.datamodules.sources.base import Raw
+from descant.datamodules.sources.object_store import Remote
 from descant.datamodules.sources.stream import BEGINNING, Mark, Sample, Stream
 from tests.files import write_tar
 
@@ -81,9 +82,9 @@ def test_it_resumes_after_any_sample_without_opening_finished_shards(
     made = Stream(shards(tmp_path, sizes), samples=10, buffer=3)
     opened: list[str] = []
 
-    def noted(url: str) -> Any:
+    def noted(url: str, remote: Remote) -> Any:
         opened.append(url)
-        return open_address(url)
+        return open_address(url, remote)
 
     monkeypatch.setattr("descant.datamodules.sources.stream.open_address", noted)
     for reader in range(readers):
