@@ -71,6 +71,13 @@ class Store:
             fsspec.filesystem("s3").pipe_file(f"{BUCKET}/{name}", data)
         return self.url(name)
 
+    def reset(self) -> Store:
+        self.fault, self.stall, self.password, self.tags = no_faults, 30.0, None, True
+        self.objects.clear()
+        self.requests.clear()
+        self.injected.clear()
+        return self
+
     def gets(self) -> int:
         """Requests for bytes since this was last asked."""
         with self.lock:
@@ -199,8 +206,8 @@ def s3_store() -> Iterator[Store]:
         try:
             import fsspec
 
-            files = fsspec.filesystem("s3", skip_instance_cache=True)
-            files.mkdir(BUCKET)
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server
+            fsspec.filesystem("s3").mkdir(BUCKET)
             store.requests.clear()
             yield store
         finally:

@@ -22,7 +22,7 @@ from descant.modules.core.errors import warn
 #: are fetched while the last one is decoded.
 BLOCK, FIRST, AHEAD = 8 << 20, 1 << 20, 2
 #: Seconds before the second attempt, doubled for each further one, at most the second number.
-_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_WAIT, _LONGEST_WAIT = 0.1, 30.0
 #: Statuses below 500 that another attempt may change: timeout, too early, too many requests.
 _AGAIN = (408, 425, 429)
 #: Scheme -> package of its protocol, what `pip install` takes, and where its credentials come from.
@@ -50,7 +50,7 @@ class Remote(NamedTuple):
         cache: most bytes of the node's cache; 0 keeps nothing.
     """
 
-    attempts: int = 8
+    attempts: int = 10
     timeout: float = 60.0
     cache: int = 0
 
@@ -158,20 +158,23 @@ class StoreObject:
 
     def _fetch(self, writer: CopyWriter | None) -> None:
         try:
-            block = b"."
-            while block:
+            while True:
                 self._room.acquire()
                 if self._stop.is_set():
                     return
                 block = self._tried(self._block)
-                self._at += len(block)
                 if not block:
                     self._tried(self._unchanged)
-                    if writer is not None:
-                        writer.commit()
-                elif writer is not None and not writer.write(block):
+                    if self._at == self.size or self.size is None:
+                        break
+                    block = self._tried(self._block)  # the first answer had named too few bytes
+                self._at += len(block)
+                if writer is not None and not writer.write(block):
                     writer = None  # the disk is full: read on without a copy
                 self._blocks.put(block)
+            if writer is not None:
+                writer.commit()
+            self._blocks.put(b"")
         except BaseException as error:  # raised where the block is read
             self._blocks.put(error)
         finally:
@@ -225,6 +228,10 @@ class StoreObject:
         tag = next((f"{key} {details[key]}" for key in _TAGS if details.get(key)), None)
         if not self._known:
             self.size, self.tag, self._known = size, tag, True
+        elif tag is not None and tag == self.tag and None not in (size, self.size):
+            if size < self.size:
+                raise _Short(f"cut off by the store: {size:,} of {self.size:,} bytes")
+            self.size = size
         elif (size, tag) != (self.size, self.tag):
             raise _Changed
 
@@ -295,8 +302,8 @@ def filesystem(scheme: str, timeout: float) -> Any:
         from aiohttp import ClientTimeout
 
         waits = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        # proxies and ~/.netrc of the environment; answers that are errors are closed, which fsspec forgets; a body that was
-        # compressed on the way has another length
+        # proxies and ~/.netrc of the environment; answers that are errors are closed, which fsspec forgets; a body that is
+        # compressed on the way would have another length
         session = {"timeout": waits, "trust_env": True, "raise_for_status": True}
         options = {"client_kwargs": session, "headers": {"Accept-Encoding": "identity"}}
     elif scheme == "s3":

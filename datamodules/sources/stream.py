@@ -82,7 +82,7 @@ class Stream:
 
     Objects of stores are read through fsspec, by its credentials; a request that fails for a passing reason (a status
     of 500 or more, 408 or 429, a broken connection, fewer bytes than were promised) is repeated from the byte where it
-    failed, after 0.5 s, 1 s, ... 30 s. The order of samples does not depend on it.
+    failed, after 0.1 s, 0.2 s, ... 30 s. The order of samples does not depend on it.
 
     Args:
         urls: files, http(s)://, s3:// or gs:// addresses, or pipe:COMMAND; with braces ``{000..031}``.
@@ -108,7 +108,7 @@ class Stream:
         samples: int,
         buffer: int = 1000,
         allow_pipes: bool = False,
-        attempts: int = 8,
+        attempts: int = 10,
         timeout: float = 60.0,
         cache_gb: float = 0.0,
     ) -> None:
