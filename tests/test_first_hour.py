@@ -89,7 +89,7 @@ def test_the_image_runs_descant_as_a_user_with_places_of_its_own() -> None:
     last = max(n for n, (name, _) in enumerate(DOCKER) if name == "FROM")
     final = DOCKER[last:]
     by_name = dict(final)
-    assert by_name["USER"] == "${UID}" and dict(DOCKER)["ARG"] == "UID=10001"
+    assert by_name["USER"] == "${USER_ID}" and dict(DOCKER)["ARG"] == "USER_ID=10001"
     assert by_name["ENTRYPOINT"] == '["descant"]' and "descant" in PROJECT["project"]["scripts"]
     assert by_name["HEALTHCHECK"] == "NONE"
     (made,) = [rest for name, rest in final if name == "RUN" and "mkdir" in rest]
