@@ -16,6 +16,7 @@ import descant
 from descant.datamodules import Emoji, UserData
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.export.captions import captions_of
+from descant.export.formats import base
 from descant.export.formats import clip as clips
 from descant.modules.tokenizers.text import ByteTokenizer
 from tests.conftest import Result
@@ -106,12 +107,12 @@ def test_a_run_on_a_folder_leaves_for_both_packages(cli: Cli, workplace: Path) -
     tokenizer = open_clip.get_tokenizer("local-dir:theirs")
     with torch.no_grad():
         z_ND = model.eval().encode_text(tokenizer(texts), normalize=True)
-        torch.testing.assert_close(z_ND, ours["text"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(z_ND, ours["text"], rtol=0, atol=base.NEAR)
         z_1D = model.encode_image(preprocess(picture)[None], normalize=True)
         assert float((z_1D * ours["image"]).sum()) > 0.999  # Pillow rounds pixels after each pass of a resizing
         other: Any = CLIPModel.from_pretrained("hf")
         inputs = AutoTokenizer.from_pretrained("hf")(texts, return_tensors="pt", padding=True)
         pixels = CLIPImageProcessor.from_pretrained("hf")(picture, return_tensors="pt")
         output = other(**inputs, **pixels)
-    torch.testing.assert_close(output.text_embeds, ours["text"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.text_embeds, ours["text"], rtol=0, atol=base.NEAR)
     assert float((output.image_embeds * ours["image"]).sum()) > 0.999
