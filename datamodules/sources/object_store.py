@@ -302,7 +302,7 @@ def filesystem(scheme: str, timeout: float) -> Any:
         from aiohttp import ClientTimeout
 
         waits = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        # proxies and ~/.netrc of the environment; answers that are errors are closed, which fsspec forgets; a body that is
+        # proxies and ~/.netrc of the environment; answers that are errors are closed, which fsspec forgets; what is
         # compressed on the way would have another length
         session = {"timeout": waits, "trust_env": True, "raise_for_status": True}
         options = {"client_kwargs": session, "headers": {"Accept-Encoding": "identity"}}
