@@ -228,7 +228,7 @@ class StoreObject:
         tag = next((f"{key} {details[key]}" for key in _TAGS if details.get(key)), None)
         if not self._known:
             self.size, self.tag, self._known = size, tag, True
-        elif tag is not None and tag == self.tag and None not in (size, self.size):
+        elif tag is not None and tag == self.tag and size is not None and self.size is not None:
             if size < self.size:
                 raise _Short(f"cut off by the store: {size:,} of {self.size:,} bytes")
             self.size = size

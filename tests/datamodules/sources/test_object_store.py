@@ -48,11 +48,15 @@ def store(served: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sto
     monkeypatch.setattr(object_store, "BLOCK", BLOCK)
     monkeypatch.setattr(object_store, "FIRST", FIRST)
     monkeypatch.setattr(object_store, "_WAIT", 0.001)
-    monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "netrc").touch()
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return served.reset()
+
+
+@pytest.fixture
+def cache_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -282,6 +286,7 @@ def copies() -> list[Path]:
     return sorted(path for path in (cache_folder() / "streams").glob("*.tar-*"))
 
 
+@pytest.mark.usefixtures("cache_apart")
 def test_shards_are_kept_and_not_fetched_again(store: Store, files: list[Path]) -> None:
     urls = put(store, files)
     stream = of(urls, cache_gb=1.0)
@@ -304,6 +309,7 @@ def _settle(seconds: float = 5.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("cache_apart")
 def test_a_damaged_copy_is_fetched_again(store: Store, files: list[Path]) -> None:
     url = store.put("0.tar", files[0].read_bytes())
     stream = of([url], cache_gb=1.0)
@@ -321,6 +327,7 @@ def test_a_damaged_copy_is_fetched_again(store: Store, files: list[Path]) -> Non
     assert read(stream, 23) == expected
 
 
+@pytest.mark.usefixtures("cache_apart")
 def test_a_reader_that_stops_within_a_shard_leaves_nothing(store: Store, files: list[Path]) -> None:
     url = store.put("a.tar", b"".join(path.read_bytes() for path in files) + os.urandom(40 * BLOCK))
     object: Any = open_address(url, Remote(cache=1 << 30))
@@ -382,6 +389,7 @@ def test_what_is_being_written_counts_and_is_removed_when_its_process_was_killed
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [".lock", "b"]
 
 
+@pytest.mark.usefixtures("cache_apart")
 def test_a_full_disk_costs_the_copy_alone(store: Store, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     urls = put(store, files)
     write, calls = os.write, []
