@@ -273,8 +273,9 @@ class PatchAdapter(Adapter):
         if not self.padded:
             x_BTP = self._cut(x)
             return x_BTP, everyone(x_BTP.shape[:2], x.device)
+        x_BTP = self._cut(self._grown(x, -math.inf))
         real_BT = derived(lambda finite_B: self._patches(self._grown(finite_B, False)).all(dim=2), finite(x))
-        return self._cut(self._grown(x, -math.inf)).masked_fill(~real_BT[..., None], 0.0), real_BT
+        return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
 
     def like(self, y: Tensor, x: Tensor) -> Tensor:
         return y[(..., *map(slice, x.shape[-len(self.size) :]))] if self.padded else y
