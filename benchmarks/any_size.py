@@ -74,8 +74,8 @@ class PaddedTower(AnySizeTower):
 def counted(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
     """Tokens that pass the MLP of the first block, in steps on these batches."""
     seen: list[int] = []
-    first: Any = next(iter(model.towers["image"].layers))
-    hook = first.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
+    tower: Any = model.towers["image"]
+    hook = tower.layers[0].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
     for batch in batches:
         model.objective_of(batch)
     hook.remove()

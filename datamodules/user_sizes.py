@@ -34,6 +34,11 @@ class UserSizes(UserTable):
     def firsts(self) -> dict[str, int]:
         raise NotImplementedError
 
+    @property
+    def of_any_size(self) -> bool:
+        """Whether batches have images of several sizes, and another shape each."""
+        return self.given is not None and isinstance(self.given.image, AnySizeField)
+
     def needs_shapes(self) -> dict[str, Any]:
         """Options that need the shapes of all images, and their values; none where an option is its default.
 

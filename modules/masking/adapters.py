@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -278,7 +278,8 @@ class PatchAdapter(Adapter):
         return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
 
     def like(self, y: Tensor, x: Tensor) -> Tensor:
-        return y[(..., *map(slice, x.shape[-len(self.size) :]))] if self.padded else y
+        inside: Any = (..., *map(slice, x.shape[-len(self.size) :]))
+        return y[inside] if self.padded else y
 
     def _grown(self, x: Tensor, value: float) -> Tensor:
         """An input of smaller sizes, padded at the end of each axis; one of a larger size as it is."""

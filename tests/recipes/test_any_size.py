@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
+from descant.callbacks import Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.fields.any_size import AnySizeField
 from descant.datamodules.fields.fields import Fields, TextField
@@ -31,13 +33,15 @@ from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import AnySizeTower, BagTower, Towers
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Contrastive, Masked, VisionLanguage
+from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.datamodules.fields.test_any_size import SHAPES, photographs
 from tests.modules.towers.test_any_size import GRIDS
 from tests.modules.towers.test_any_size import batch as images
+from tests.ranks import run_ranks
 from tests.recipes.test_vision_language import ANSWER, IMAGE, TURNED, alone
 from tests.recipes.test_vision_language import batch as dialogues
 from tests.step_toy import QUIET
-from tests.tolerance import F32, rounding
+from tests.tolerance import F32, rounding, ulps
 
 
 @pytest.fixture(autouse=True)
@@ -154,9 +158,9 @@ class Keep(L.Callback):
         self.loss.append(float(outputs["loss"]))
 
 
-def fitted(recipe: L.LightningModule, data: DataModule, steps: int = 4) -> Keep:
+def fitted(recipe: L.LightningModule, data: DataModule, folder: Path, steps: int = 4) -> Keep:
     keep = Keep()
-    L.Trainer(max_steps=steps, callbacks=[keep], **QUIET).fit(recipe, datamodule=data)
+    L.Trainer(max_steps=steps, callbacks=[keep], default_root_dir=folder, **QUIET).fit(recipe, datamodule=data)
     assert len(keep.loss) == steps and np.isfinite(keep.loss).all()
     return keep
 
@@ -167,15 +171,59 @@ def own(path: Path, text: bool = True) -> UserData:
     return UserData(0, path=str(path), fields=fields, holdout=0.0, batch_tokens=80)
 
 
+def contrast() -> Contrastive:
+    torch.manual_seed(0)
+    return Contrastive(Towers(image=AnySizeTower(32, 8, 8, 1, 2), text=BagTower(64, 8)), width=8)
+
+
 def test_contrast_trains_on_a_budget_of_tokens(tmp_path: Path) -> None:
-    towers = Towers(image=AnySizeTower(32, 8, 8, 1, 2), text=BagTower(64, 8))
-    keep = fitted(Contrastive(towers, width=8), own(photographs(tmp_path / "d", SHAPES)))
+    keep = fitted(contrast(), own(photographs(tmp_path / "d", SHAPES)), tmp_path)
     assert len({len(index) for index in keep.index}) > 1, "steps of different numbers of samples"
+
+
+def test_resumed_in_the_middle_of_an_epoch_it_ends_bit_identical(tmp_path: Path) -> None:
+    path = photographs(tmp_path / "d", SHAPES)
+    whole, resumed = Act(), Act()
+    options = {"max_epochs": 2, "limit_val_batches": 0}
+    _, net = fit(tmp_path / "a", Resume(every=1, keep=100), whole, net=contrast(), data=own(path), **options)
+    steps = len(whole.losses) // 2
+    at = steps + 2
+    _, again = fit(
+        tmp_path / "b",
+        *(Resume(every=1), resumed),
+        **(options | {"net": contrast(), "data": own(path), "path": point(tmp_path / "a", at)}),
+    )
+    assert steps > 3 and equal(state(net), state(again))
+    assert resumed.seen == whole.seen[at:] and resumed.losses == whole.losses[at:]
+    for epoch in range(2):
+        assert sorted(i for e, ids in whole.seen for i in ids if e == epoch) == list(range(len(SHAPES)))
+
+
+def _rank(rank: int, path: Path, world: int = 2) -> dict[str, Tensor]:
+    net = contrast()
+    net._optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    strategy = "ddp" if world > 1 else "auto"
+    options: dict[str, Any] = {"devices": world, "strategy": strategy, "default_root_dir": path.parent}
+    L.Trainer(max_steps=3, **options, **QUIET).fit(net, datamodule=own(path))
+    if world > 1:
+        dist.destroy_process_group()
+    return state(net)
+
+
+@pytest.mark.ddp
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    path = photographs(tmp_path / "d", SHAPES)
+    before, alone = state(contrast()), _rank(0, path, world=1)
+    moved = max(float((alone[name] - x).abs().max()) for name, x in before.items())
+    for found in run_ranks(2, _rank, path):
+        gap = max(float((alone[name] - x).abs().max()) for name, x in found.items())
+        assert gap < ulps(512, F32) < moved / 100, (gap, moved)  # sums of 24 samples of 16 tokens, three times
 
 
 def test_a_masked_model_trains_on_a_budget_of_tokens(tmp_path: Path) -> None:
     adapters = Adapters(image=PatchAdapter([64, 64], 8, padded=True))
-    fitted(Masked(adapters, Trunk(12, 1, 2), JointDecoder(8, 1, 2)), own(photographs(tmp_path / "d", SHAPES), False))
+    made = Masked(adapters, Trunk(12, 1, 2), JointDecoder(8, 1, 2))
+    fitted(made, own(photographs(tmp_path / "d", SHAPES), text=False), tmp_path)
 
 
 class Asked(BatchDataset):
@@ -201,9 +249,9 @@ class Questions(DataModule):
         return Asked(0)
 
 
-def test_a_language_model_trains_on_images_of_any_size() -> None:
+def test_a_language_model_trains_on_images_of_any_size(tmp_path: Path) -> None:
     made = seeing().float()
     before = [p.detach().clone() for p in made.towers["image"].parameters()]
-    fitted(made, Questions(batch_size=4))
+    fitted(made, Questions(batch_size=4), tmp_path)
     assert isinstance(made.towers["image"], nn.Module)
     assert all(not torch.equal(p, q) for p, q in zip(made.towers["image"].parameters(), before, strict=True))

@@ -17,6 +17,7 @@ from PIL import Image
 from descant.datamodules.fields.any_size import AnySizeField, AnySizeImages, grids
 from descant.datamodules.fields.fields import Fields, TextField
 from descant.datamodules.fields.images import Images
+from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.image_shapes import image_shapes
 from descant.datamodules.sources.reading import replaced
@@ -188,6 +189,10 @@ def test_an_image_over_its_budget_is_refused_by_name_if_that_is_asked_for(tmp_pa
     [
         (lambda: AnySizeField(patch=8, tokens=3), "tokens 3: at least 4"),
         (lambda: UserData(0, path="x", batch_tokens=64), "batch_tokens: fields.image is no AnySizeField"),
+        (
+            lambda: Mixture(parts={"a": own(Path("x"))}),
+            "parts.a: fields.image: parts of a mixture have images of one size: ImageField",
+        ),
         (lambda: own(Path("x"), augment=Augment(8)), "augment: images of an AnySizeField have no one size"),
         (
             lambda: UserData(0, stream=Stream(["s.tar"], 8), batch_tokens=64, fields=Fields(image=AnySizeField())),
