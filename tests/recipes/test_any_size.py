@@ -184,7 +184,7 @@ def test_contrast_trains_on_a_budget_of_tokens(tmp_path: Path) -> None:
 def test_resumed_in_the_middle_of_an_epoch_it_ends_bit_identical(tmp_path: Path) -> None:
     path = photographs(tmp_path / "d", SHAPES)
     whole, resumed = Act(), Act()
-    options = {"max_epochs": 2, "limit_val_batches": 0}
+    options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), whole, net=contrast(), data=own(path), **options)
     steps = len(whole.losses) // 2
     at = steps + 2
