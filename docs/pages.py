@@ -32,6 +32,7 @@ GROUPS = {
     "Guides": (
         "guides",
         (
+            "which",
             "recipes",
             "optimizers",
             "python",
@@ -41,10 +42,12 @@ GROUPS = {
             "exchange",
             "devices",
             "slurm",
+            "docker",
             "watching",
             "survive",
             "recipe",
             "claims",
+            "faq",
         ),
     ),
     "Mechanisms": (
