@@ -372,8 +372,13 @@ part("MaxPool")(_pool(lambda: heads.MaxPool(D)))
 part("AttentionPool")(_pool(lambda: heads.AttentionPool(D, 2)))
 part("FlattenPool")(_pool(lambda: heads.FlattenPool(4, D)))
 part("EachToken")(_pool(lambda: EachToken().build(D, 4)))
-part("PooledGrid")(_pool(lambda: PooledGrid(2).build(D, 4)))
 part("Resampler")(_pool(lambda: Resampler(2, 2).build(D, 4)))
+
+
+@part("PooledGrid")
+def _grid(at: Place) -> Any:
+    tokens = Tokens(at(torch.randn(B, 4, D)), at(torch.ones(B, 4, dtype=torch.bool)))  # a square has no padding
+    return at(PooledGrid(2).build(D, 4))(tokens)
 
 
 @part("Projection")
