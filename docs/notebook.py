@@ -12,9 +12,10 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 
 class Page(NamedTuple):
-    """A notebook's title, its Markdown, and file name -> content of each picture in its outputs."""
+    """A notebook's title, a line on its outputs, the Markdown below, and its pictures by file name."""
 
     title: str
+    note: str
     text: str
     pictures: dict[str, bytes]
 
@@ -26,20 +27,19 @@ def page(file: Path, run: Path) -> Page:
     those of ``file``, so that no output is of other code.
     """
     notebook = nbformat.read(file, as_version=4)
-    note = "; `make tutorials` computes its outputs, which are not shown here"
+    note = f"[The notebook]({file.name}); `make tutorials` computes its outputs, which are not shown here."
     if (run / file.name).is_file():
         executed = nbformat.read(run / file.name, as_version=4)
         if _sources(executed) == _sources(notebook):
-            notebook, note = executed, ""
+            notebook, note = executed, f"[The notebook]({file.name}), with the outputs of a run."
     exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
     text, resources = exporter.from_notebook_node(notebook, {"unique_key": file.stem})
     # cells of commands, and of files that are written
     text = re.sub(r"^```bash\n%%bash\n", "```bash\n", text, flags=re.MULTILINE)
     text = re.sub(r"^```python\n%%writefile (\S+)\n", r'```python title="\1"\n', text, flags=re.MULTILINE)
     heading, _, rest = text.partition("\n")
-    text = f"{heading}\n\n[The notebook]({file.name}) of this page{note}.\n{rest}"
-    pictures = {name: content for name, content in resources["outputs"].items() if f"]({name})" in text}
-    return Page(heading.removeprefix("# "), text, pictures)
+    pictures = {name: content for name, content in resources["outputs"].items() if f"]({name})" in rest}
+    return Page(heading.removeprefix("# "), note, rest, pictures)
 
 
 def _sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:

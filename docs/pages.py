@@ -113,7 +113,7 @@ def _tutorial(name: str) -> str:
     for picture, content in page.pictures.items():
         with mkdocs_gen_files.open(f"tutorials/{picture}", "wb") as out:
             out.write(content)
-    _write(f"tutorials/{name}.md", _linked(page.text, file, depth=1))
+    _write(f"tutorials/{name}.md", f"# {page.title}\n\n{page.note}\n{_linked(page.text, file, depth=1)}")
     return f"    * [{page.title}](tutorials/{name}.md)"
 
 
