@@ -38,6 +38,7 @@ GROUPS = {
     "Guides": (
         "guides",
         (
+            "which",
             "recipes",
             "optimizers",
             "python",
@@ -47,10 +48,12 @@ GROUPS = {
             "exchange",
             "devices",
             "slurm",
+            "docker",
             "watching",
             "survive",
             "recipe",
             "claims",
+            "faq",
         ),
     ),
     "Mechanisms": (
