@@ -14,7 +14,7 @@ from descant.modules.towers.encoders.base import Encoder, Output, Part, one_toke
 from descant.modules.towers.timm import load_exactly, read_weights
 
 
-class OpenClipEncoder(Encoder):
+class _OpenClipEncoder(Encoder):
     """The image or the text tower of a CLIP of open_clip with its projection."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:

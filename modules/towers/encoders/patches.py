@@ -17,7 +17,7 @@ from descant.modules.io.owners import content
 from descant.modules.io.pretrained import Place, inside, json_of, read
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.encoders.base import Encoder, Output, Part, weights_of
-from descant.modules.towers.encoders.transformers import TransformersEncoder
+from descant.modules.towers.encoders.transformers import _TransformersEncoder
 from descant.modules.towers.image import all_real
 from descant.modules.towers.timm import load_exactly
 
@@ -29,7 +29,7 @@ QWEN = {
 QWEN |= {f"{kind}_vision": made for kind, made in QWEN.items()}
 
 
-class NaFlexEncoder(TransformersEncoder):
+class _NaFlexEncoder(_TransformersEncoder):
     """SigLIP 2 whose images are rows of patches with a mask and a shape (``Siglip2VisionModel``); its text half.
 
     A patch is read row by row, colours last, as the owner's processor flattens it.
@@ -49,7 +49,7 @@ class NaFlexEncoder(TransformersEncoder):
         return self.model(pixel_values=x, pixel_attention_mask=real_BT, spatial_shapes=shape_B2, return_dict=True)
 
 
-class QwenEncoder(Encoder):
+class _QwenEncoder(Encoder):
     """Vision tower of Qwen2-VL or Qwen2.5-VL: its merged tokens, which their language model reads, ``[B, T, D]``.
 
     ``T = (S / p / m)^2``, in rows of the image. Of a folder of the whole model only the tensors of its vision tower are

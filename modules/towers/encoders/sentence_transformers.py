@@ -11,7 +11,7 @@ from descant.modules.io.owners import SENTENCE, content
 from descant.modules.io.pretrained import Place, inside, json_of
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.encoders.base import Encoder, Output, one_token, weights_of
-from descant.modules.towers.encoders.transformers import TransformersEncoder
+from descant.modules.towers.encoders.transformers import _TransformersEncoder
 from descant.modules.towers.heads import FirstPool, LastPool, MaxPool, MeanPool
 from descant.modules.towers.timm import load_exactly, read_weights
 
@@ -30,7 +30,7 @@ POOLINGS = {
 ACTIVATIONS = {name: getattr(nn, name) for name in ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid")}
 
 
-class SentenceEncoder(Encoder):
+class _SentenceEncoder(Encoder):
     """A model of sentence-transformers: a transformer, pooling, and dense layers or a normalisation behind it."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:
@@ -45,7 +45,7 @@ class SentenceEncoder(Encoder):
         if kinds[:2] != ["Transformer", "Pooling"]:
             raise ValueError(f"{place.label}: {SENTENCE}: {', '.join(kinds)}; a Transformer and a Pooling come first")
         folders = [inside(place, step.get("path", "")) for step in steps]
-        body = TransformersEncoder(Place(folders[0], None, place.label), None, "tokens", weights)
+        body = _TransformersEncoder(Place(folders[0], None, place.label), None, "tokens", weights)
         if body.reads != "text":
             raise ValueError(f"{place.label}: its transformer {body.kind} reads images; read that folder itself")
         self.reads, self.kind, self.body, self.width = "text", body.kind, body, body.width

@@ -12,7 +12,7 @@ from descant.modules.towers.encoders.base import Encoder, Output, one_token, wei
 from descant.modules.towers.timm import TimmTower
 
 
-class TimmEncoder(Encoder):
+class _TimmEncoder(Encoder):
     """A model of timm without its classifier; its embedding is what the model pools, as with ``num_classes=0``."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:

@@ -19,7 +19,7 @@ from descant.modules.towers.transformers import from_place, width_of
 PAIRS = {"clip": True, "siglip": False, "siglip2": False}
 
 
-class TransformersEncoder(Encoder):
+class _TransformersEncoder(Encoder):
     """An encoder of transformers, or one of the two of a CLIP or SigLIP; its embedding is what the model pools."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
@@ -44,9 +44,11 @@ class TransformersEncoder(Encoder):
         elif model.config.is_encoder_decoder:
             model = model.get_encoder()
         inputs = {"pixel_values": "image", "input_ids": "text"}
-        if model.main_input_name not in inputs:
+        # in some releases the half of a pair has another name of its input
+        reads = part if kind in PAIRS else inputs.get(model.main_input_name)
+        if reads is None:
             raise ValueError(f"{place.label}: {kind} reads {model.main_input_name}, neither images nor texts")
-        self.reads = inputs[model.main_input_name]  # type: ignore[assignment]
+        self.reads = reads  # type: ignore[assignment]
         if self.reads == "text":
             self._texts(place, model, embeds)
         # no key-value cache: nothing is generated
