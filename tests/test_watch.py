@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from descant.callbacks.run.standstill import state_of
 from tests.torture import Case, Fit, differences, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
@@ -56,11 +57,10 @@ def test_of_four_ranks_one_is_stopped(four: Case, rank: int) -> None:
     """Rank 0 has the heartbeats of all, and here the store too is not of its process: torchrun's agent has it."""
     name = f"stopped-{rank}"
     with four.start(name, HOLD=f"backward:7:{rank}") as run:
-        process = held(four, name, run)
+        process, began = held(four, name, run), time.monotonic()
         time.sleep(4 * BEAT)  # a heartbeat says where it is held
         os.kill(process, signal.SIGSTOP)
         (four.folder(name) / f"held-{process}").unlink()
-        began = time.monotonic()
         others = {pid: poll for pid, poll in run.leaders.items() if pid != process}
         wait(lambda: None not in [poll() for poll in others.values()], "the others did not end")
         took = time.monotonic() - began
@@ -79,3 +79,19 @@ def test_of_four_ranks_one_is_stopped(four: Case, rank: int) -> None:
     assert "gloo:all_reduce" in stacks[f"rank-{(rank + 1) % 4}.txt"], "what the others wait in"
     four.finish(name)
     assert differences(four, name) == []
+
+
+def test_a_launched_rank_that_hangs_in_python_is_named_with_its_stack(tmp_path: Path) -> None:
+    """Its heartbeat goes on; the command that launched both ranks ends with the code."""
+    made, name = case(tmp_path, 2, cold=True), "hanging"
+    with made.start(name, HOLD="forward:4:1") as run:
+        process = held(made, name, run)
+        assert run.ended() == 75
+        assert not Path(f"/proc/{process}").exists() or state_of(process) == "dead"
+    log = (made.root / f"{name}.log").read_text(encoding="utf-8")
+    (line,) = [line for line in log.splitlines() if "stands still" in line]
+    assert "descant: rank 1 (" in line and f"process {process}) stands still" in line
+    assert "at step 4 in forward" in line and "its heartbeat goes on" in line and "in _hold" in line
+    stacks = (made.folder(name) / "hang" / "rank-1.txt").read_text(encoding="utf-8")
+    assert "stands still" in stacks and "in _hold" in stacks
+    assert not [word for word in log.split() if word == "Traceback"], log[-3000:]

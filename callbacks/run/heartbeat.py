@@ -110,15 +110,18 @@ class Heartbeat:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        now = self._exchanged = time.monotonic()
-        self._seen = {self.rank: Seen(Head(), now, now)}
+        self.hear_all()
         if self.store is not None:
-            # the monitor names also ranks that never come here
-            self._seen |= {rank: Seen(Head(), now, now) for rank in (range(self.world) if self.rank == 0 else (0,))}
             self._threads.append(threading.Thread(target=self._exchange, name="watch-store", daemon=True))
         self._threads.append(threading.Thread(target=self._judge, name="watch", daemon=True))
         for thread in self._threads:
             thread.start()
+
+    def hear_all(self) -> None:
+        """Expect heartbeats from now on: rank 0 of all, also of ranks that never begin, the others of rank 0."""
+        now = self._exchanged = time.monotonic()
+        heard = {self.rank, *(range(self.world) if self.rank == 0 else (0,))}
+        self._seen = {rank: Seen(Head(), now, now) for rank in heard}
 
     def stop(self) -> None:
         """Tell the others that this rank is not to be judged any more, and end the threads."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,7 +53,7 @@ class Where:
     exchange: str = ""
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
 
     @staticmethod
     def loads(text: str | bytes) -> Where:
@@ -157,9 +158,19 @@ def clock_line(walls: Mapping[int, float], hosts: Mapping[int, str], most: float
 
 def here(rank: int, step: int, phase: str, thread: int) -> Where:
     """Where a thread of this process is, by its Python frames; it is not stopped for that."""
-    frame = sys._current_frames().get(thread)
+    frame, process = sys._current_frames().get(thread), os.getpid()
     exchange = exchange_of(frame) or ("the gradients' reduction" if phase == "reduce" else "")  # which is in C++
-    return Where(rank, socket.gethostname(), os.getpid(), born(os.getpid()), step, phase, frames_of(frame), exchange)
+    return Where(rank, _host(), process, _own_birth(process), step, phase, frames_of(frame), exchange)
+
+
+@functools.cache
+def _host() -> str:
+    return socket.gethostname()
+
+
+@functools.cache
+def _own_birth(process: int) -> int:
+    return born(process)
 
 
 def frames_of(frame: FrameType | None) -> list[str]:
@@ -265,7 +276,7 @@ def write_last(folder: Path, where: Where) -> None:
 
 def writing(thread: int) -> bool:
     """Whether a thread of this process is writing a checkpoint."""
-    frame = sys._current_frames().get(thread)
+    frame, process = sys._current_frames().get(thread), os.getpid()
     while frame is not None:
         if frame.f_code.co_filename.endswith("modules/io/manifest.py"):
             return True
