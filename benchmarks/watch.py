@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks import Row
@@ -34,8 +35,8 @@ def overhead(ranks: int = 2, steps: int = 3000, milliseconds: float = 20.0) -> I
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
 
     Hooks: what a backward of one product takes longer with all of them around it; each value is the mean of 100 steps,
-    one of which ends a window. Threads: at a beat a second. Both are CPU times, which is the most that they can take from
-    training, and which other programs on the machine do not lengthen. The last row is rank 0's share with 1,024 ranks,
+    one of which ends a window. Threads: at a beat a second. Both are CPU times: the most that they can take from
+    training, and not lengthened by other programs on the machine. The last row is rank 0's share with 1,024 ranks,
     whose heartbeats are in a store of this machine.
     """
     port = _free_port()
@@ -117,7 +118,7 @@ def _cpu(heartbeat: Heartbeat) -> float:
 
 def _many(beats: int = 30) -> float:
     """CPU seconds of a beat of rank 0 of 1,024, which comes once a second."""
-    store = dist.TCPStore("127.0.0.1", _free_port(), is_master=True, timeout=timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", _free_port(), is_master=True, timeout=timedelta(seconds=60))
     for rank in range(MANY):
         store.set(f"at/{rank}", Head(1, (5, 2), False, time.time()).dumps())
         store.set(f"where/{rank}", "")

@@ -268,8 +268,7 @@ class Heartbeat:
         elif self.rank:
             places = [self._first]
         else:
-            texts = [self.store.get(f"where/{r}") if self.store.check([f"where/{r}"]) else b"" for r in ranks]
-            places = [Where.loads(text) if text else Where(rank) for rank, text in zip(ranks, texts, strict=True)]
+            places = [self._where(rank) for rank in ranks]
         places = places if silent else named(places)
         settings, lines = self.settings, []
         for where in places:
@@ -282,8 +281,16 @@ class Heartbeat:
         more = f" ({len(lines) - 1} more ranks stand still)" if len(lines) > 1 else ""
         verdict = Verdict(lines[0] + more, *(([], places) if silent else ([where.rank for where in places], [])))
         if self.store is not None and self.rank == 0:
-            self.store.set("verdict", verdict.dumps())
+            with contextlib.suppress(Exception):  # without the store the others judge for themselves
+                self.store.set("verdict", verdict.dumps())
         return verdict
+
+    def _where(self, rank: int) -> Where:
+        """On rank 0: where a rank was at its last heartbeat; of one that never began, its number."""
+        with contextlib.suppress(Exception):
+            if self.store.check([f"where/{rank}"]):
+                return Where.loads(self.store.get(f"where/{rank}"))
+        return Where(rank)
 
     def _end(self, verdict: Verdict) -> None:
         settings, phases = self.settings, self.phases

@@ -145,22 +145,20 @@ class Phases:
         count = max((batch for batch, *_ in marks), default=-1) - first + 1
         spent_3B = np.zeros((3, max(count, 0)))
 
-        def add(batch: int, name: str, value: float) -> None:
-            if 0 <= batch - first < count and name in _ROW:
-                spent_3B[_ROW[name], batch - first] += value
+        def add(batch: int, name: str, value: float) -> bool:
+            if count < 1 or name not in _ROW:
+                return False
+            spent_3B[_ROW[name], max(batch - first, 0)] += value
+            return True
 
         for (batch, name, begun), (_, _, ended) in itertools.pairwise(marks):
             value = self._elapsed(begun, ended)
-            if name == "reduce":
-                add(batch, name, value)
-            else:
+            if name != "reduce" or not add(batch, name, value):
                 seconds[name] += value
         for batch, name, begun, ended in exchanges:
             value = self._elapsed(begun, ended)
-            if name == "reduce":
-                continue  # it is in there
-            seconds[name] -= value
-            add(batch, name, value)
+            if name != "reduce" and add(batch, name, value):  # of the reduction it is a part
+                seconds[name] -= value
         return Window(rank, {name: round(v, 7) for name, v in seconds.items() if v}, spent_3B.round(7).tolist())
 
 

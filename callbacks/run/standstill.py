@@ -202,14 +202,14 @@ def in_flight() -> list[str]:
     """
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
     found: list[str] = []
-    with contextlib.suppress(Exception):  # a diagnosis must not end the process otherwise
-        for entry in json.loads(dump()).get("entries", ()) if dump is not None else ():
-            if not entry.get("retired", True) and entry.get("state") != "completed":
-                number = entry.get("collective_seq_id") or entry.get("p2p_seq_id")
-                found.append(f"{entry.get('profiling_name')} #{number} of {entry.get('input_sizes')}")
-    return found
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        with contextlib.suppress(Exception):  # this torch has none; and a diagnosis must not end the process otherwise
+            for entry in json.loads(getattr(c10d, name)()).get("entries", ()):
+                if not entry.get("retired", True) and entry.get("state") != "completed":
+                    number = entry.get("collective_seq_id") or entry.get("p2p_seq_id")
+                    found.append(f"{entry.get('profiling_name')} #{number} of {entry.get('input_sizes')}")
+    return list(dict.fromkeys(found))
 
 
 def born(process: int) -> int:
@@ -276,7 +276,7 @@ def write_last(folder: Path, where: Where) -> None:
 
 def writing(thread: int) -> bool:
     """Whether a thread of this process is writing a checkpoint."""
-    frame, process = sys._current_frames().get(thread), os.getpid()
+    frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_filename.endswith("modules/io/manifest.py"):
             return True

@@ -76,7 +76,7 @@ class Watch(Ordered):
     after = ("ModelCheckpoint", "Resume", "EMA", "Report", "Throughput")
 
     def __init__(
-        self, hang_after: float = 600.0, long_after: float = 3600.0, beat: float = 1.0, window: int = 100
+        self, hang_after: float = 300.0, long_after: float = 3600.0, beat: float = 1.0, window: int = 100
     ) -> None:
         if not beat > 0:
             raise ValueError(f"beat {beat:g}: seconds above 0")
