@@ -29,7 +29,7 @@ from descant.callbacks.run.watch import Watch
 MANY = 1024
 
 
-def overhead(ranks: int = 2, steps: int = 3000, milliseconds: float = 20.0) -> Iterator[Row]:
+def overhead(ranks: int = 2, steps: int = 4000, milliseconds: float = 20.0) -> Iterator[Row]:
     """What the watch takes of a step of 20 ms on two gloo ranks, in the rank that hears the others.
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
@@ -92,9 +92,15 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     heartbeat = watch.heartbeat
     assert heartbeat is not None
     shares, began, used = [], time.monotonic(), _cpu(heartbeat)
-    for _ in range(steps):
-        shares.append(_timed(watched) - _timed(plain))
-        time.sleep(max(seconds / 2 - 1e-3, 0.0))  # shorter than a step: beats are by time, not by step
+    x_NN = torch.ones(256, 256)
+    for n in range(steps):
+        end = time.perf_counter() + seconds / 4  # busy, as a step is; beats come by time and not by step
+        while time.perf_counter() < end:
+            x_NN @ x_NN
+        if n % 2:  # the first of two finds the caches that the step has left
+            shares.append(-_timed(plain) + _timed(watched))
+        else:
+            shares.append(_timed(watched) - _timed(plain))
     share = (_cpu(heartbeat) - used) / (time.monotonic() - began)
     # a window is taken once in a hundred steps: its part of a mean
     means = [statistics.fmean(shares[i : i + watch.window]) for i in range(watch.window, len(shares), watch.window)]

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from descant.callbacks.run.heartbeat import Heartbeat, Settings, Verdict
 from descant.callbacks.run.phases import Phases, Split, Window, shares_line, slowest, split, straggler_table
@@ -156,7 +157,7 @@ def beating(store: Any, rank: int, world: int, folder: Path, ended: Ended, hang_
 
 
 def test_the_rank_behind_is_named_and_all_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store, ended = dist.HashStore(), Ended()
+    store, ended = HashStore(), Ended()
     beats = [beating(store, rank, 3, tmp_path, ended) for rank in range(3)]
     for beat in beats:
         beat.phases.step = 40
@@ -185,7 +186,7 @@ def test_a_rank_without_heartbeat_is_named_by_its_last_one(
     """It says where it is and is not heard again; the others go on moving."""
     mark = tmp_path / "mark"
     monkeypatch.setenv("DESCANT_HUNG", str(mark))
-    store, ended = dist.HashStore(), Ended()
+    store, ended = HashStore(), Ended()
     gone = Where(1, "elsewhere", 4242, 9, 17, "forward", ["model.py:3 in attend"], "")
     store.set("where/1", gone.dumps())
     store.set("at/1", Head(9, (5, 1), False).dumps())
@@ -225,7 +226,7 @@ def test_a_store_that_does_not_answer_is_rank_0(tmp_path: Path, capsys: pytest.C
 
 
 def test_training_that_goes_on_is_left_alone(tmp_path: Path) -> None:
-    store, ended = dist.HashStore(), Ended()
+    store, ended = HashStore(), Ended()
     beats = [beating(store, rank, 2, tmp_path, ended) for rank in range(2)]
     for beat in beats:
         beat.start()
