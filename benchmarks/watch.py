@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +35,10 @@ def overhead(ranks: int = 2, steps: int = 4000, milliseconds: float = 20.0) -> I
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
 
-    Hooks: what a backward of one product takes longer with all of them around it; each value is the mean of 100 steps,
-    one of which ends a window. Threads: at a beat a second. Both are CPU times: the most that they can take from
-    training, and not lengthened by other programs on the machine. The last row is rank 0's share with 1,024 ranks,
-    whose heartbeats are in a store of this machine.
+    Hooks: what a backward of one product takes longer with all of them around it, the median of pairs that alternate,
+    and a hundredth of the median of steps that end a window. Threads: at a beat a second, the median of spans of two
+    seconds. All are CPU times: the most that they can take from training, without what other programs take. The last
+    row is rank 0's share with 1,024 ranks, whose heartbeats are in a store of this machine.
     """
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,20 +92,23 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
 
     heartbeat = watch.heartbeat
     assert heartbeat is not None
-    shares, began, used = [], time.monotonic(), _cpu(heartbeat)
     x_NN = torch.ones(256, 256)
+    steady, closing, used = list[float](), list[float](), [(time.monotonic(), _cpu(heartbeat))]
     for n in range(steps):
         end = time.perf_counter() + seconds / 4  # busy, as a step is; beats come by time and not by step
         while time.perf_counter() < end:
             x_NN @ x_NN
-        if n % 2:  # the first of two finds the caches that the step has left
-            shares.append(-_timed(plain) + _timed(watched))
+        window = trainer.global_step % watch.window == watch.window - 1
+        if n // 2 % 2:  # the first of two finds the caches that the step has left
+            lacking, having = _timed(plain), _timed(watched)
         else:
-            shares.append(_timed(watched) - _timed(plain))
-    share = (_cpu(heartbeat) - used) / (time.monotonic() - began)
-    # a window is taken once in a hundred steps: its part of a mean
-    means = [statistics.fmean(shares[i : i + watch.window]) for i in range(watch.window, len(shares), watch.window)]
-    torch.save((means if len(means) > 1 else shares, share), Path(folder) / f"{rank}.pt")
+            having, lacking = _timed(watched), _timed(plain)
+        (closing if window else steady).append(having - lacking)
+        if time.monotonic() > used[-1][0] + 2.0:
+            used.append((time.monotonic(), _cpu(heartbeat)))
+    closed = statistics.median(closing) / watch.window
+    threads = statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(used))
+    torch.save(([value + closed for value in steady], threads), Path(folder) / f"{rank}.pt")
     dist.barrier()
     watch._stop()
     dist.destroy_process_group()

@@ -105,6 +105,7 @@ class Heartbeat:
         self._seen: dict[int, Seen] = {}
         self._first = Where()  # rank 0
         self._beats, self._exchanged, self._checked = 0, time.monotonic(), world == 1
+        self._begun = False  # whether rank 0 has sent a heartbeat
         self._wake, self._outbox, self._windows = threading.Event(), list[tuple[int, int, Window]](), 0
         self._collected = 0
         self._threads: list[threading.Thread] = []
@@ -158,9 +159,11 @@ class Heartbeat:
 
     def _exchange(self) -> None:
         try:
+            if self.rank == 0:
+                self.store.set("verdict", "")
             while not self.over.is_set():
                 self._beat()
-                self._wake.wait(0.05 if self._collected < self._windows and self.rank == 0 else self.settings.beat)
+                self._wake.wait(self.settings.beat)
                 self._wake.clear()
             self.store.set(f"at/{self.rank}", Head(self._beats + 1, self.phases.position, over=True).dumps())
         except Exception:
@@ -173,8 +176,8 @@ class Heartbeat:
         store, phases = self.store, self.phases
         self._beats += 1
         where = here(self.rank, phases.step, phases.name, self.main)
-        store.set(f"where/{self.rank}", where.dumps())
-        store.set(f"at/{self.rank}", Head(self._beats, phases.position, phases.long, time.time()).dumps())
+        head = Head(self._beats, phases.position, phases.long, time.time())
+        store.multi_set([f"where/{self.rank}", f"at/{self.rank}"], [where.dumps(), head.dumps()])
         while self._outbox:
             step, steps, window = self._outbox[0]
             store.set(f"window/{self._windows}/{self.rank}", f"{step} {steps} {window.dumps()}")
@@ -192,13 +195,14 @@ class Heartbeat:
             if not self._checked and len(there) == self.world and self._beats > 1:
                 self._check_clocks(walls)
             self._gather_windows()
-        elif store.check(["at/0", "where/0"]):
-            head, first = store.multi_get(["at/0", "where/0"])
+        elif self._begun or store.check(["at/0", "where/0", "verdict"]):
+            self._begun = True
+            head, first, verdict = store.multi_get(["at/0", "where/0", "verdict"])
             now = time.monotonic()
             self._first = Where.loads(first)
             self._seen[0].update(Head.loads(head), now)
-        if self.verdict is None and store.check(["verdict"]):
-            self.verdict = Verdict.loads(store.get("verdict"))
+            if verdict and self.verdict is None:
+                self.verdict = Verdict.loads(verdict)
         self._exchanged = now
 
     def _check_clocks(self, walls: dict[int, float]) -> None:

@@ -198,7 +198,9 @@ def test_a_rank_without_heartbeat_is_named_by_its_last_one(
         time.sleep(0.01)
     beat.stop()
     assert ended == [75] and mark.exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stands still" in line]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "clocks differ: rank 1 (elsewhere) is " in line and " s behind rank 0" in line]
+    (line,) = [line for line in lines if "stands still" in line]
     assert "rank 1 (elsewhere, process 4242) stands still" in line and "no heartbeat; model.py:3 in attend" in line
     assert "model.py:3 in attend" in (tmp_path / "hang" / "rank-1.txt").read_text()
 
