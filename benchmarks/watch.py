@@ -21,24 +21,24 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks import Row
 from benchmarks.timing import median
+from descant.callbacks.run.hangs import Head
 from descant.callbacks.run.heartbeat import Heartbeat, Settings
 from descant.callbacks.run.phases import Phases
-from descant.callbacks.run.standstill import Head
 from descant.callbacks.run.watch import Watch
 
 #: Ranks of the largest run that is asked about.
 MANY = 1024
 
 
-def overhead(ranks: int = 2, steps: int = 4000, milliseconds: float = 20.0) -> Iterator[Row]:
+def overhead(ranks: int = 2, steps: int = 40_000, milliseconds: float = 20.0) -> Iterator[Row]:
     """What the watch takes of a step of 20 ms on two gloo ranks, in the rank that hears the others.
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
 
-    Hooks: what a backward of one product takes longer with all of them around it, the median of pairs that alternate,
-    and a hundredth of the median of steps that end a window. Threads: at a beat a second, the median of spans of two
-    seconds. All are CPU times: the most that they can take from training, without what other programs take. The last
-    row is rank 0's share with 1,024 ranks, whose heartbeats are in a store of this machine.
+    Hooks: what a backward of one product takes longer with all of them around it, the median of pairs of 100 steps, one
+    of which ends a window, that alternate. Threads: at a beat a second, the median of spans of two seconds. All are CPU
+    times: the most that they can take from training, without what other programs take. The last row is rank 0's share
+    with 1,024 ranks, whose heartbeats are in a store of this machine.
     """
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,31 +93,31 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     heartbeat = watch.heartbeat
     assert heartbeat is not None
     x_NN = torch.ones(256, 256)
-    steady, closing, used = list[float](), list[float](), [(time.monotonic(), _cpu(heartbeat))]
-    for n in range(steps):
-        end = time.perf_counter() + seconds / 4  # busy, as a step is; beats come by time and not by step
+    shares, used = list[float](), [(time.monotonic(), _cpu(heartbeat))]
+    for n in range(steps // watch.window):
+        end = time.perf_counter() + seconds  # busy, as a step is; beats come by time and not by step
         while time.perf_counter() < end:
             x_NN @ x_NN
-        window = trainer.global_step % watch.window == watch.window - 1
-        if n // 2 % 2:  # the first of two finds the caches that the step has left
-            lacking, having = _timed(plain), _timed(watched)
+        if n % 2:
+            lacking, having = _timed(plain, watch.window), _timed(watched, watch.window)
         else:
-            having, lacking = _timed(watched), _timed(plain)
-        (closing if window else steady).append(having - lacking)
+            having, lacking = _timed(watched, watch.window), _timed(plain, watch.window)
+        shares.append(having - lacking)
         if time.monotonic() > used[-1][0] + 2.0:
             used.append((time.monotonic(), _cpu(heartbeat)))
-    closed = statistics.median(closing) / watch.window
     threads = statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(used))
-    torch.save(([value + closed for value in steady], threads), Path(folder) / f"{rank}.pt")
+    torch.save((shares, threads), Path(folder) / f"{rank}.pt")
     dist.barrier()
     watch._stop()
     dist.destroy_process_group()
 
 
-def _timed(what: Callable[[], None]) -> float:
+def _timed(what: Callable[[], None], times: int) -> float:
+    """CPU seconds of one of so many calls."""
     begin = time.thread_time()
-    what()
-    return time.thread_time() - begin
+    for _ in range(times):
+        what()
+    return (time.thread_time() - begin) / times
 
 
 def _cpu(heartbeat: Heartbeat) -> float:
@@ -134,7 +134,7 @@ def _many(beats: int = 30) -> float:
         store.set(f"where/{rank}", "")
     settings = Settings(600.0, 3600.0, 1.0, 75, Path(tempfile.gettempdir()))
     heartbeat = Heartbeat(store, 0, MANY, Phases(), settings)
-    heartbeat.hear_all()
+    heartbeat.expect_all()
     heartbeat._beat()
     used = []
     for _ in range(beats):

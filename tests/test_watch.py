@@ -1,4 +1,4 @@
-"""One of several ranks stands still in a real fit: it is named, and the others end with the code that requeues.
+"""One of several ranks hangs in a real fit: it is named, and the others end with the code that requeues.
 
 On gloo, each rank a process; what the resumed run ends with is compared to the bit with a run that was left alone.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from descant.callbacks.run.standstill import born, state_of
+from descant.callbacks.run.hangs import born, state_of
 from tests.torture import Case, Fit, differences, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
@@ -69,8 +69,8 @@ def test_of_four_ranks_one_is_stopped(four: Case, rank: int) -> None:
     log = (four.root / f"{name}.log").read_text(encoding="utf-8")
     assert codes == [75, 75, 75], log[-3000:]
     assert HANG_AFTER < took < HANG_AFTER + WITHIN
-    (line,) = [line for line in log.splitlines() if "stands still" in line]
-    assert f"descant: rank {rank} (" in line and f"process {process}) stands still" in line
+    (line,) = [line for line in log.splitlines() if "hangs" in line]
+    assert f"descant: rank {rank} (" in line and f"process {process}) hangs" in line
     assert "at step 7 in backward" in line and "no heartbeat, stopped by a signal" in line
     assert "in _hold" in line, "the innermost frame, by its last heartbeat"
     stacks = {file.name: file.read_text(encoding="utf-8") for file in (four.folder(name) / "hang").iterdir()}
@@ -89,9 +89,9 @@ def test_a_launched_rank_that_hangs_in_python_is_named_with_its_stack(tmp_path: 
         assert run.ended() == 75
         wait(lambda: not born(process) or state_of(process) == "dead", "the rank that hangs was left behind")
     log = (made.root / f"{name}.log").read_text(encoding="utf-8")
-    (line,) = [line for line in log.splitlines() if "stands still" in line]
-    assert "descant: rank 1 (" in line and f"process {process}) stands still" in line
+    (line,) = [line for line in log.splitlines() if "hangs" in line]
+    assert "descant: rank 1 (" in line and f"process {process}) hangs" in line
     assert "at step 4 in forward" in line and "its heartbeat goes on" in line and "in _hold" in line
     stacks = (made.folder(name) / "hang" / "rank-1.txt").read_text(encoding="utf-8")
-    assert "stands still" in stacks and "in _hold" in stacks
+    assert "hangs" in stacks and "in _hold" in stacks
     assert not [word for word in log.split() if word == "Traceback"], log[-3000:]

@@ -13,24 +13,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from descant.callbacks.run.phases import Phases, Split, Window, split
-from descant.callbacks.run.standstill import (
+from descant.callbacks.run.hangs import (
     Head,
     Seen,
     Where,
     clock_line,
     end_processes,
+    find_hung,
     finish_saves,
+    hang_line,
     here,
     named,
-    still,
-    told,
     write_last,
     write_stacks,
 )
+from descant.callbacks.run.phases import Phases, Split, Window, split
 from descant.modules.core.errors import say, warn
 
-#: Seconds that clocks of hosts may differ before a line says so; that a write under way may take to come to its end.
+#: Seconds that clocks of hosts may differ before a line reports it; that a write under way may take to come to its end.
 CLOCKS, SAVE = 5.0, 3.0
 #: Beats that a rank waits for the others to have seen the verdict, before its end breaks their connections; and after
 #: which it takes it that itself was stopped.
@@ -62,7 +62,7 @@ class Verdict:
     """What all ranks end by.
 
     Args:
-        line: names the ranks that stand still. standing: which of them have a heartbeat. silent: where the others were.
+        line: names the ranks that hang. standing: which of them have a heartbeat. silent: where the others were.
     """
 
     line: str = ""
@@ -79,7 +79,7 @@ class Verdict:
 
 
 class Heartbeat:
-    """Says where this rank is, hears where others are, and ends this process when one stands still.
+    """Sends where this rank is, receives where others are, and ends this process when one hangs.
 
     One thread exchanges with the store: each beat writes the rank's head (40 bytes) and where it is (1 KB); rank 0
     reads the heads of all, the others that of rank 0 and whether there is a verdict, so that a beat costs a rank O(1)
@@ -111,21 +111,21 @@ class Heartbeat:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        self.hear_all()
+        self.expect_all()
         if self.store is not None:
             self._threads.append(threading.Thread(target=self._exchange, name="watch-store", daemon=True))
         self._threads.append(threading.Thread(target=self._judge, name="watch", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def hear_all(self) -> None:
+    def expect_all(self) -> None:
         """Expect heartbeats from now on: rank 0 of all, also of ranks that never begin, the others of rank 0."""
         now = self._exchanged = time.monotonic()
-        heard = {self.rank, *(range(self.world) if self.rank == 0 else (0,))}
-        self._seen = {rank: Seen(Head(), now, now) for rank in heard}
+        sent = {self.rank, *(range(self.world) if self.rank == 0 else (0,))}
+        self._seen = {rank: Seen(Head(), now, now) for rank in sent}
 
     def stop(self) -> None:
-        """Tell the others that this rank is not to be judged any more, and end the threads."""
+        """Mark this rank as one that is not to be judged any more, and end the threads."""
         self.over.set()
         self._wake.set()
         for thread in self._threads:
@@ -167,7 +167,7 @@ class Heartbeat:
                 self._wake.clear()
             self.store.set(f"at/{self.rank}", Head(self._beats + 1, self.phases.position, over=True).dumps())
         except Exception:
-            # rank 0 and its store are gone: launchers and collectives tell; this rank judges itself from here on
+            # rank 0 and its store are gone: launchers and collectives report it; this rank judges itself from here on
             with contextlib.suppress(KeyError):
                 if self.rank:
                     self._seen.pop(0)
@@ -236,7 +236,7 @@ class Heartbeat:
         while not self.over.wait(beat):
             now = time.monotonic()
             gap, last = now - last - beat, now
-            if gap > GAP * beat:  # this process was stopped itself, and heard nobody
+            if gap > GAP * beat:  # this process was stopped itself, and received nothing
                 self._exchanged += gap
                 for seen in list(self._seen.values()):
                     seen.beat_at, seen.moved_at = seen.beat_at + gap, seen.moved_at + gap
@@ -255,14 +255,14 @@ class Heartbeat:
             if self.rank and 0 in self._seen:  # the store is rank 0's, or rank 0 is silent as well
                 return self._named([], [0], now)
             if not self.rank:
-                return None  # its own store: ranks that hear nothing end by themselves
+                return None  # its own store: ranks that receive nothing end by themselves
         elif self.store is None or self.rank == 0:
-            silent, standing = still(self._seen, now, settings.hang_after, settings.long_after, settings.beat)
+            silent, standing = find_hung(self._seen, now, settings.hang_after, settings.long_after, settings.beat)
             return self._named(standing, silent, now) if silent or standing else None
         elif 0 in self._seen:
-            silent, _ = still({0: self._seen[0]}, now, settings.hang_after, float("inf"))
+            silent, _ = find_hung({0: self._seen[0]}, now, settings.hang_after, float("inf"))
             return self._named([], silent, now) if silent else None
-        _, standing = still({self.rank: self._seen[self.rank]}, now, settings.hang_after, settings.long_after)
+        _, standing = find_hung({self.rank: self._seen[self.rank]}, now, settings.hang_after, settings.long_after)
         return self._named(standing, [], now) if standing and 0 not in self._seen else None
 
     def _named(self, standing: list[int], silent: list[int], now: float) -> Verdict:
@@ -278,11 +278,11 @@ class Heartbeat:
         for where in places:
             seen = self._seen[where.rank]
             since = now - (seen.beat_at if silent else seen.moved_at)
-            lines.append(told(where, since, bool(silent), settings.folder, settings.code))
+            lines.append(hang_line(where, since, bool(silent), settings.folder, settings.code))
             if silent:
                 with contextlib.suppress(OSError):
                     write_last(settings.folder, where)
-        more = f" ({len(lines) - 1} more ranks stand still)" if len(lines) > 1 else ""
+        more = f" ({len(lines) - 1} more ranks hang)" if len(lines) > 1 else ""
         verdict = Verdict(lines[0] + more, *(([], places) if silent else ([where.rank for where in places], [])))
         if self.store is not None and self.rank == 0:
             with contextlib.suppress(Exception):  # without the store the others judge for themselves
@@ -302,7 +302,7 @@ class Heartbeat:
             say(verdict.line)
         with contextlib.suppress(OSError):
             where = here(self.rank, phases.step, phases.name, self.main)
-            write_stacks(settings.folder, where, ", stands still" if self.rank in verdict.standing else "")
+            write_stacks(settings.folder, where, ", hangs" if self.rank in verdict.standing else "")
         finish_saves(settings.io, self.main, SAVE)
         time.sleep(MEET * settings.beat)
         with contextlib.suppress(OSError):

@@ -204,7 +204,7 @@ def split(windows: Sequence[Window]) -> list[Split]:
         communication = sum over exchanges of the least time that any rank spends in it
         waiting       = the rest
 
-    The last rank to come to an exchange waits for nobody, so that its time is that of the transfer.
+    The last rank to come to an exchange does not wait, so that its time is that of the transfer.
 
     >>> fast = Window(0, {"data": 1.0, "forward": 2.0}, [[0.0, 0.0], [0.0, 0.0], [3.0, 0.5]])
     >>> slow = Window(1, {"data": 3.5, "forward": 2.0}, [[0.0, 0.0], [0.0, 0.0], [0.5, 0.5]])

@@ -1,4 +1,4 @@
-"""Watch: names a rank that stands still and ends the run so that it is requeued; shows slow ranks."""
+"""Watch: names a rank that hangs and ends the run so that it is requeued; shows slow ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _attempts = 0
 class Watch(Ordered):
     """Watches that all ranks go on, by heartbeats beside training, and measures what each spends its time on.
 
-    **A rank that stands still** for ``hang_after`` seconds is named in one line: its host and process, the step, the
+    **A rank that hangs** for ``hang_after`` seconds is named in one line: its host and process, the step, the
     phase, the exchange between ranks that it is in, and its innermost frames. It is
 
     * one without a heartbeat (stopped, its machine frozen): its stack is that of its last heartbeat, a second before;
@@ -60,7 +60,7 @@ class Watch(Ordered):
     No step reads the device, takes a lock or exchanges anything for this; weights are the same to the bit.
 
     Args:
-        hang_after: seconds without progress after which a rank stands still.
+        hang_after: seconds without progress after which a rank hangs.
         long_after: the same where progress cannot be seen: up to the end of the first step, which compiles, between two
             batches of a validation, in saving, and at the end.
         beat: seconds between two heartbeats.
@@ -153,7 +153,7 @@ class Watch(Ordered):
         step = trainer.global_step
         if step - self._taken >= self.window:
             self._post(trainer)
-        if self.heartbeat is not None and self.heartbeat.latest is not None:  # one of before: nobody waits for it
+        if self.heartbeat is not None and self.heartbeat.latest is not None:  # one of before: no rank waits for it
             latest, self.heartbeat.latest = self.heartbeat.latest, None
             self._show(trainer, *latest)
         self.phases.enter("data")

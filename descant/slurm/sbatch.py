@@ -17,7 +17,7 @@ unset ${!MASTER_@} ${!TORCHELASTIC_@} RANK LOCAL_RANK WORLD_SIZE DESCANT_RUN_DIR
 export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
 export ended="$folder/.ended-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-export DESCANT_HUNG="$folder/.hung-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"  # made when a rank stands still (Watch)
+export DESCANT_HUNG="$folder/.hung-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"  # made when a rank hangs (Watch)
 
 # One rank. The first to end records its exit code: srun reports the highest, which may be of a rank that srun killed.
 # A rank that saved (75, 130, 143) exits with 0, or srun would kill the others while they save; not where one stands

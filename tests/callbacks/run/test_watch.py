@@ -1,4 +1,4 @@
-"""Watch: who stands still by what a reader saw, verdicts through a store, times of ranks, and a fit left as it was."""
+"""Watch: who hangs by what a reader saw, verdicts through a store, times of ranks, and a fit left as it was."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from descant.callbacks.run.heartbeat import Heartbeat, Settings, Verdict
-from descant.callbacks.run.phases import Phases, Split, Window, shares_line, slowest, split, straggler_table
-from descant.callbacks.run.standstill import (
+from descant.callbacks.run.hangs import (
     Head,
     Seen,
     Where,
@@ -25,13 +23,15 @@ from descant.callbacks.run.standstill import (
     clock_line,
     end_processes,
     exchange_of,
+    find_hung,
     finish_saves,
+    hang_line,
     here,
     in_flight,
     named,
-    still,
-    told,
 )
+from descant.callbacks.run.heartbeat import Heartbeat, Settings, Verdict
+from descant.callbacks.run.phases import Phases, Split, Window, shares_line, slowest, split, straggler_table
 from descant.callbacks.run.watch import Watch
 from descant.modules.core import ranks
 from tests.callbacks.run.test_resume import Act, equal, fit, state
@@ -48,7 +48,7 @@ class Clock:
         return Phases(stamp=lambda: self.now, elapsed=lambda a, b: b - a)
 
 
-# who stands still ------------------------------------------------------------------------------------------------
+# who hangs ------------------------------------------------------------------------------------------------
 
 
 def seen(batch: int, part: int, moved: float, beat: float = 100.0, long: bool = False, over: bool = False) -> Seen:
@@ -72,7 +72,7 @@ def seen(batch: int, part: int, moved: float, beat: float = 100.0, long: bool = 
     ],
 )
 def test_who_stands_still(given: dict[int, Seen], found: tuple[list[int], list[int]]) -> None:
-    assert still(given, 100.0, hang_after=30.0, long_after=90.0) == found
+    assert find_hung(given, 100.0, hang_after=30.0, long_after=90.0) == found
 
 
 def test_times_are_the_readers_own() -> None:
@@ -107,8 +107,8 @@ def test_the_exchange_is_named_by_torchs_frames(tmp_path: Path) -> None:
     me = here(3, 7, "reduce", threading.get_ident())
     assert (me.rank, me.step, me.process, me.exchange) == (3, 7, os.getpid(), "the gradients' reduction")
     assert any(__file__ in frame and "test_the_exchange" in frame for frame in me.frames)
-    line = told(me, 42.0, False, tmp_path, 75)
-    assert f"rank 3 ({me.host}, process {me.process}) stands still: 42 s at step 7 in reduce" in line
+    line = hang_line(me, 42.0, False, tmp_path, 75)
+    assert f"rank 3 ({me.host}, process {me.process}) hangs: no progress for 42 s at step 7 in reduce" in line
     assert len(line.splitlines()) == 1 and "all ranks end with 75" in line
 
 
@@ -172,7 +172,7 @@ def test_the_rank_behind_is_named_and_all_end(tmp_path: Path, capsys: pytest.Cap
     for beat in beats:
         beat.stop()
     assert ended == [75, 75, 75]
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stands still" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "hangs" in line]
     assert "rank 1 (" in line and "at step 40 in forward" in line and "its heartbeat goes on" in line
     written = sorted(file.name for file in (tmp_path / "hang").iterdir())
     assert written == ["rank-0.txt", "rank-1.txt", "rank-2.txt"]
@@ -200,8 +200,8 @@ def test_a_rank_without_heartbeat_is_named_by_its_last_one(
     assert ended == [75] and mark.exists()
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "clocks differ: rank 1 (elsewhere) is " in line and " s behind rank 0" in line]
-    (line,) = [line for line in lines if "stands still" in line]
-    assert "rank 1 (elsewhere, process 4242) stands still" in line and "no heartbeat; model.py:3 in attend" in line
+    (line,) = [line for line in lines if "hangs" in line]
+    assert "rank 1 (elsewhere, process 4242) hangs" in line and "no heartbeat; model.py:3 in attend" in line
     assert "model.py:3 in attend" in (tmp_path / "hang" / "rank-1.txt").read_text()
 
 

@@ -1,7 +1,7 @@
-"""Which rank stands still, where it stands, and how the others end: what the watch decides, without its threads.
+"""Which rank hangs, where it stands, and how the others end: what the watch decides, without its threads.
 
 A rank is a process of training. Its *position* is the number of micro-batches that it began and the part of the
-current one; ranks that wait for another in an exchange stand as still as the one they wait for, and are ahead of it.
+current one; ranks that wait for another in an exchange move as little as the one they wait for, and are ahead of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INNER = frozenset({"wrapper", "_new_process_group_helper", "all_gather_object",
 
 @dataclass
 class Where:
-    """Where a rank is, as its heartbeat says.
+    """Where a rank is, by its heartbeat.
 
     Args:
         rank, host, process: whose. born: when the process began, by the kernel; 0 where unknown.
@@ -103,17 +103,17 @@ class Seen:
         self.head = head
 
 
-def still(
+def find_hung(
     ranks: Mapping[int, Seen], now: float, hang_after: float, long_after: float, beat: float = 1.0
 ) -> tuple[list[int], list[int]]:
-    """The ranks without a heartbeat, and those that stand still: both empty while training goes on.
+    """The ranks without a heartbeat, and those that hang: both empty while training goes on.
 
     Without a heartbeat: nothing from it for ``hang_after`` seconds. Standing: of the others, those that are furthest
     behind, when they have not moved for ``hang_after`` seconds, or ``long_after`` at a place that may be long. Ranks
     ahead of these wait for them. One that is behind and has missed five beats counts as without a heartbeat.
 
     >>> seen = {0: Seen(Head(9, (4, 2)), 99.0, 70.0), 1: Seen(Head(9, (4, 1), False), 99.0, 69.0)}
-    >>> still(seen, 100.0, 40.0, 60.0), still(seen, 100.0, 30.0, 60.0)
+    >>> find_hung(seen, 100.0, 40.0, 60.0), find_hung(seen, 100.0, 30.0, 60.0)
     (([], []), ([], [1]))
     """
     watched = {rank: seen for rank, seen in ranks.items() if not seen.head.over}
@@ -219,7 +219,7 @@ def born(process: int) -> int:
 
 
 def state_of(process: int) -> str:
-    """What the kernel says of a process of this machine: stopped, waiting for a disk, dead; empty for all else.
+    """The state of a process of this machine: stopped, waiting for a disk, dead; empty for all else.
 
     >>> state_of(os.getpid())
     ''
@@ -243,14 +243,14 @@ def _stat(process: int) -> list[str]:
 # ending --------------------------------------------------------------------------------------------------------------
 
 
-def told(where: Where, seconds: float, silent: bool, folder: Path, code: int) -> str:
-    """The line that names a rank that stands still."""
+def hang_line(where: Where, seconds: float, silent: bool, folder: Path, code: int) -> str:
+    """The line that names a rank that hangs."""
     state = state_of(where.process) if where.host == socket.gethostname() and born(where.process) == where.born else ""
     how = f"no heartbeat{f', {state}' if state else ''}" if silent else "its heartbeat goes on"
     place = f"in {where.exchange}, " if where.exchange else ""
     frames = [frame for frame in where.frames if "/threading.py:" not in frame][:3]
     return (
-        f"{where} stands still: {seconds:.0f} s at step {where.step} in {where.phase}, {place}{how}; "
+        f"{where} hangs: no progress for {seconds:.0f} s at step {where.step} in {where.phase}, {place}{how}; "
         f"{' < '.join(frames) or 'no stack is known'}; stacks are in {folder}; all ranks end with {code}, and "
         "--resume auto goes on from the newest resume point"
     )
@@ -267,7 +267,7 @@ def write_stacks(folder: Path, where: Where, note: str = "") -> None:
 
 
 def write_last(folder: Path, where: Where) -> None:
-    """Writes ``rank-N.txt`` of a rank that cannot: what its last heartbeat said."""
+    """Writes ``rank-N.txt`` of a rank that cannot: the content of its last heartbeat."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{where}: step {where.step}, {where.phase}; by its last heartbeat, innermost frame first:"]
     lines += [f"  {frame}" for frame in where.frames]
