@@ -28,9 +28,11 @@ from descant.callbacks.run.watch import Watch
 
 #: Ranks of the largest run that is asked about.
 MANY = 1024
+#: Steps in which the threads are measured: 30 seconds.
+LONG = 1500
 
 
-def overhead(ranks: int = 2, steps: int = 40_000, milliseconds: float = 20.0) -> Iterator[Row]:
+def overhead(ranks: int = 2, steps: int = 8_000, milliseconds: float = 20.0) -> Iterator[Row]:
     """What the watch takes of a step of 20 ms on two gloo ranks, in the rank that hears the others.
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
@@ -93,7 +95,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     heartbeat = watch.heartbeat
     assert heartbeat is not None
     x_NN = torch.ones(256, 256)
-    shares, used = list[float](), [(time.monotonic(), _cpu(heartbeat))]
+    shares = list[float]()
     for n in range(steps // watch.window):
         end = time.perf_counter() + seconds  # busy, as a step is; beats come by time and not by step
         while time.perf_counter() < end:
@@ -103,6 +105,13 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
         else:
             having, lacking = _timed(watched, watch.window), _timed(plain, watch.window)
         shares.append(having - lacking)
+    time.sleep(2.0)  # those windows are sent
+    used = [(time.monotonic(), _cpu(heartbeat))]
+    for _ in range(LONG):  # as many windows a second as in training
+        end = time.perf_counter() + seconds
+        watched()
+        while time.perf_counter() < end:
+            x_NN @ x_NN
         if time.monotonic() > used[-1][0] + 2.0:
             used.append((time.monotonic(), _cpu(heartbeat)))
     threads = statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(used))
