@@ -287,7 +287,12 @@ def writing(thread: int) -> bool:
 def finish_saves(io: Any, thread: int, seconds: float) -> None:
     """Let what is being written, in line or in a thread, come to its end, for so many seconds at most."""
     end = time.monotonic() + seconds
-    pending = threading.Thread(target=getattr(io, "wait", lambda: None), daemon=True)
+
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # the error of a write is not the reason of this end
+            getattr(io, "wait", lambda: None)()
+
+    pending = threading.Thread(target=wait, daemon=True)
     with contextlib.suppress(RuntimeError):  # the interpreter ends
         pending.start()
         pending.join(seconds)
