@@ -44,6 +44,7 @@ BENCHMARKS = {
     "resume/saving": "benchmarks.resume:saving",
     "resume/signals": "benchmarks.resume:signals",
     "resume/first_batch": "benchmarks.resume:first_batch",
+    "watch": "benchmarks.watch:overhead",
     "start": "benchmarks.start:start",
     "control": "benchmarks.control:control",
     "claims": "benchmarks.claims:claims",

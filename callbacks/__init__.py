@@ -79,3 +79,4 @@ from descant.callbacks.run.schedule_free import ScheduleFree as ScheduleFree
 from descant.callbacks.run.stages import Stages as Stages
 from descant.callbacks.run.throughput import Throughput as Throughput
 from descant.callbacks.run.train_flops import TrainFlops as TrainFlops
+from descant.callbacks.run.watch import Watch as Watch

@@ -5,7 +5,8 @@ Letters: B samples on this rank, G samples on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
+
+#: What is around an exchange of features that a step waits for: nothing, or what measures it, set for a fit.
+unmeasured: Callable[[], AbstractContextManager[None]] = nullcontext
+waiting: Callable[[], AbstractContextManager[None]] = unmeasured
 
 
 def world() -> int:
@@ -66,14 +71,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:
         x_G = x_B.new_empty(world() * len(x_B), *x_B.shape[1:])
-        dist.all_gather(list(x_G.chunk(world())), x_B.contiguous())
+        with waiting():
+            dist.all_gather(list(x_G.chunk(world())), x_B.contiguous())
         return x_G
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_G: Tensor) -> Tensor:
         grad_B = grad_G.new_empty(len(grad_G) // world(), *grad_G.shape[1:])
-        dist.reduce_scatter(grad_B, list(grad_G.contiguous().chunk(world())))
+        with waiting():
+            dist.reduce_scatter(grad_B, list(grad_G.contiguous().chunk(world())))
         return grad_B
 
 
@@ -102,6 +109,7 @@ class Passing:
         self._works = dist.batch_isend_irecv(operations)
 
     def wait(self) -> list[Tensor]:
-        for work in self._works:
-            work.wait()
+        with waiting():
+            for work in self._works:
+                work.wait()
         return self._received

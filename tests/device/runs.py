@@ -214,6 +214,7 @@ def contrastive(before: Path) -> Run:
             c.NonFinite("rollback"),
             c.TrainFlops(),
             c.Throughput(peak_flops=1e9),
+            c.Watch(window=2),
             c.Sanity(),
             c.WorstGroup(["i2t_r1"]),
             c.WorstOf(["i2t_r1", "t2i_r1"]),

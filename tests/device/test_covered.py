@@ -90,7 +90,15 @@ NEEDLESS = {
     "TeacherTowers": "holds PretrainedTowers; what it teaches by is FeatureTarget, which is tried",
 }
 #: Made by a class that is tried.
-MADE = {"Inputs": "Reconstruction", "Streams": "MultiTask", "NullFit": "Reconstruction", "Signals": "Resume"}
+MADE = {
+    "Inputs": "Reconstruction",
+    "Streams": "MultiTask",
+    "NullFit": "Reconstruction",
+    "Signals": "Resume",
+    **dict.fromkeys(
+        ("Heartbeat", "Settings", "Verdict", "Where", "Head", "Seen", "Phases", "Window", "Split"), "Watch"
+    ),
+}
 
 
 def concrete() -> dict[str, str]:

@@ -129,6 +129,7 @@ def test_a_grid_is_all_combinations() -> None:
         ((2, 137), True, 2, False),  # the second was killed because of the first
         ((137, 1), True, 137, True),  # the second lost the first
         ((75, 75), True, 75, True),
+        ((1075, 1075), True, 75, True),  # a rank hangs, and these say so
         ((143, 0), True, 143, True),
         ((138, 138), True, 138, True),
         ((130, 130), True, 130, False),
@@ -143,11 +144,11 @@ def test_requeueing_by_exit_code(
     assert command is not None
     job = text.replace(command[0], f"{workplace}/rank")
     programs = {
-        "rank": "exit $CODE",
+        "rank": '[ $CODE -lt 1000 ] || touch "$DESCANT_HUNG"; exit $((CODE % 1000))',
         # the second begins when the first has ended
         "srun": f'[ "$1" != --overlap ] || exit {int(not answer)}\nshift; worst=0\n'
         + "".join(f'CODE={code} "$@"; r=$?; [ $r -gt $worst ] && worst=$r\n' for code in codes)
-        + "exit $worst",
+        + 'echo $worst > "$HOME/worst"; exit $worst',
         "scontrol": f'case "$*" in *hostnames*) echo n1 ;; *show*) echo "JobState={state} x=1" ;;'
         ' requeue*) touch "$HOME/requeued" ;; esac',
     }
@@ -162,6 +163,8 @@ def test_requeueing_by_exit_code(
     assert (workplace / "requeued").exists() == (again and state == "RUNNING" and restarts < 3)
     assert len(done.stdout.splitlines()) == (0 if ended == 0 else 1)
     assert not list((workplace / "runs/toy").iterdir())
+    if ended == 75:  # else srun would wait for the rank that hangs
+        assert int((workplace / "worst").read_text()) == (75 if codes[0] > 1000 else 0)
 
 
 # what is refused ------------------------------------------------------------------------------------------------

@@ -1,0 +1,226 @@
+"""Watch: names a rank that hangs and ends the run so that it is requeued; shows slow ranks."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.distributed.distributed_c10d import PrefixStore
+
+from descant.callbacks.plots.output import run_folder
+from descant.callbacks.plots.rank_times import rank_times
+from descant.callbacks.plots.style import pixels
+from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.run.heartbeat import Heartbeat, Settings
+from descant.callbacks.run.phases import ROWS, Phases, Split, shares_line, straggler_table
+from descant.modules.core import ranks
+from descant.modules.core.errors import say
+from descant.modules.training_setup.boards import boards
+
+#: The exit code of all ranks: EX_TEMPFAIL, run again, as of a run that saved and stopped for USR1.
+CODE = 75
+#: Heartbeats that must fit into ``hang_after``: one may be late.
+LEAST = 3
+#: Seconds that the line at the end waits for the times of other ranks; an exception, for a verdict that explains it.
+LAST, EXPLAINED = 5.0, 10.0
+#: Attempts at training of this process: each has keys of its own in the store, the same on all ranks.
+_attempts = 0
+
+
+class Watch(Ordered):
+    """Watches that all ranks go on, by heartbeats beside training, and measures what each spends its time on.
+
+    **A rank that hangs** for ``hang_after`` seconds is named in one line: its host and process, the step, the
+    phase, the exchange between ranks that it is in, and its innermost frames. It is
+
+    * one without a heartbeat (stopped, its machine frozen): its stack is that of its last heartbeat, a second before;
+    * or, of those with one, the rank that is furthest behind and in no exchange: the others wait there for it.
+
+    Every living rank writes the stacks of all its threads and its collectives under way into ``hang/rank-N.txt`` of the
+    run's folder. A checkpoint that is being written is finished (3 seconds at most); no new one is made, since ranks
+    that wait inside a step have no state from which a run continues exactly, and the newest resume point has. Then all
+    end with exit code 75, by which ``descant submit`` requeues, within ``hang_after`` + 10 s where ``beat`` is 1.
+
+    **Slow ranks**: every ``window`` steps the text ``speed/ranks`` shows milliseconds a step of each rank in data,
+    forward, backward and optimizer, in communication, and waiting for others:
+
+        communication = sum over exchanges of the least time that any rank spends in it;   waiting = the rest
+
+    Exchanges are the gather of features, what is left of the gradients' reduction when the last gradient is there, and
+    Lightning's broadcast between two batches. What callbacks do at the end of a step is in optimizer, before one in
+    data.
+    On a GPU times are its own, by events that are read a window later. The last text, and a figure, are of all steps.
+
+    **The end** of a fit prints the mean shares of time in compute, data, communication, saving and waiting.
+
+    No step reads the device, takes a lock or exchanges anything for this; weights are the same to the bit.
+
+    Args:
+        hang_after: seconds without progress after which a rank hangs.
+        long_after: the same where progress cannot be seen: up to the end of the first step, which compiles, between two
+            batches of a validation, in saving, and at the end.
+        beat: seconds between two heartbeats.
+        window: optimizer steps of a table.
+
+    Raises:
+        ValueError: for a ``beat`` or ``window`` not above 0, a ``hang_after`` below three beats, or a ``long_after``
+            below ``hang_after``.
+    """
+
+    once = True
+    #: Their work at the start of a batch and at its end is over then, and belongs to saving and data.
+    after = ("ModelCheckpoint", "Resume", "EMA", "Report", "Throughput")
+
+    def __init__(
+        self, hang_after: float = 300.0, long_after: float = 3600.0, beat: float = 1.0, window: int = 100
+    ) -> None:
+        if not beat > 0:
+            raise ValueError(f"beat {beat:g}: seconds above 0")
+        if window < 1:
+            raise ValueError(f"window {window}: at least 1 step")
+        if not hang_after >= LEAST * beat:
+            raise ValueError(f"hang_after {hang_after:g}: at least {LEAST} beats of {beat:g} s, {LEAST * beat:g} s")
+        if not long_after >= hang_after:
+            raise ValueError(f"long_after {long_after:g}: at least hang_after, {hang_after:g} s")
+        self.hang_after, self.long_after, self.beat, self.window = hang_after, long_after, beat, window
+        self.phases = Phases()
+        self.heartbeat: Heartbeat | None = None
+        self._first = self._taken = 0  # steps of the start and of the last window
+        self._reduces = False
+        self._loop: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        global _attempts
+        _attempts += 1
+        self.phases = Phases(pl_module.device)
+        self._reduces = trainer.world_size > 1
+        store = None
+        if trainer.world_size > 1:
+            # another connection: training may wait for minutes on its own
+            base: Any = dist.distributed_c10d._get_default_store()
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"descant/watch/{again}/{_attempts}", base.clone())
+        settings = Settings(
+            self.hang_after,
+            self.long_after,
+            self.beat,
+            CODE,
+            run_folder(trainer) / "hang",
+            trainer.strategy.checkpoint_io,
+            getattr(trainer.strategy.launcher, "procs", ()),
+        )
+        self.heartbeat = Heartbeat(store, trainer.global_rank, trainer.world_size, self.phases, settings)
+        self.heartbeat.start()
+        ranks.waiting = self.phases.exchange
+
+    # the step: what the main thread does -----------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first = self._taken = self.phases.step = trainer.global_step
+        # Lightning broadcasts before each batch whether it was terminated: there ranks wait for rank 0
+        self._loop = trainer.fit_loop.epoch_loop
+        broadcast = getattr(self._loop, "_broadcast_sigterm_tensor", None)
+        if broadcast is not None and trainer.world_size > 1:
+
+            def measured() -> None:
+                with self.phases.exchange():
+                    broadcast()
+
+            self._loop._broadcast_sigterm_tensor = measured
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self.phases.begin_batch(trainer.global_step)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.phases.enter("backward")
+        if self._reduces and loss.requires_grad:
+            loss.register_hook(self._when_gradients_are_there)
+
+    def _when_gradients_are_there(self, grad: Tensor) -> None:
+        # the first thing of a backward, so that it comes before what waits for the reduction, which is queued later
+        Variable._execution_engine.queue_callback(lambda: self.phases.enter("reduce"))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases.enter("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step - self._taken >= self.window:
+            self._post(trainer)
+        if self.heartbeat is not None and self.heartbeat.latest is not None:  # one of before: no rank waits for it
+            latest, self.heartbeat.latest = self.heartbeat.latest, None
+            self._show(trainer, *latest)
+        self.phases.enter("data")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases.enter("validation")
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.phases.moved()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases.enter("data")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.heartbeat is not None:
+            self.phases.enter("saving")  # until what comes after it begins
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases.enter("end")
+
+    # the times -------------------------------------------------------------------------------------------------------
+
+    def _post(self, trainer: L.Trainer, last: bool = False) -> None:
+        assert self.heartbeat is not None
+        step = trainer.global_step
+        self.heartbeat.post(self.phases.take(trainer.global_rank, last), step, step - self._taken)
+        self._taken = step
+
+    def _show(self, trainer: L.Trainer, step: int, steps: int, splits: list[Split], drawn: bool = False) -> None:
+        if self.heartbeat is None or trainer.world_size == 1 or not steps or not any(each.work for each in splits):
+            return
+        for board in boards(trainer.loggers):
+            board.show_table("speed/ranks", straggler_table(splits, steps, self.heartbeat.hosts), step)
+            if drawn:
+                board.show_image("speed/ranks", pixels(_figure(splits, steps)), step)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        heartbeat = self.heartbeat
+        if heartbeat is not None and self.phases.batch:
+            self._post(trainer, last=True)
+            heartbeat.settle(LAST)
+            if trainer.is_global_zero and heartbeat.totals:
+                step = trainer.global_step
+                self._show(trainer, step, step - self._first, heartbeat.totals, drawn=True)
+                say(shares_line(heartbeat.totals))
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # of ranks that end by a verdict the last ones lose their connections first
+        if self.heartbeat is not None and isinstance(exception, Exception) and self.heartbeat.suspects():
+            self.heartbeat.ended.wait(EXPLAINED)
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        ranks.waiting = ranks.unmeasured
+        vars(self._loop or self).pop("_broadcast_sigterm_tensor", None)
+        self._loop = None
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+            self.heartbeat = None
+
+
+def _figure(splits: list[Split], steps: int) -> Any:
+    parts = ("data", "forward", "backward", "optimizer", "communication", "waiting")
+    shown = sorted(range(len(splits)), key=lambda rank: -splits[rank].work)[:ROWS]
+    times = {part: [1e3 * getattr(splits[rank], part) / steps for rank in sorted(shown)] for part in parts}
+    return rank_times("time of ranks", [f"rank {rank}" for rank in sorted(shown)], times)
