@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills trackers fuzz mutants lint bench gpu wheels docs clean
+.PHONY: demo test slow torture kills trackers fuzz mutants lint bench gpu wheels tutorials docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -75,7 +75,12 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.ready)  ## The device tes
 wheels: .venv/.ready  ## What `make gpu` needs on a machine without network: build/wheels. FOR='--python 3.12 --have FILE'
 	$(BIN)/python -m benchmarks.wheels $(FOR)
 
-docs: .venv/.ready  ## Guides, gallery of experiments, claims and reference as a site: build/site.
+TUTORIALS := $(patsubst docs/%,build/%,$(wildcard docs/tutorials/*.ipynb))
+build/tutorials/%.ipynb: docs/tutorials/%.ipynb | .venv/.ready
+	$(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --ExecutePreprocessor.startup_timeout=300 --output-dir $(@D) $<
+tutorials: $(TUTORIALS)  ## Run the notebooks of docs/tutorials, a minute or two each: build/tutorials, with their outputs.
+
+docs: .venv/.ready tutorials  ## Notebooks with their outputs, guides, gallery of experiments, claims and reference as a site: build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -162,6 +163,8 @@ class ClipFormat(ModelFormat):
 class OpenClipFormat(ModelFormat):
     """open_clip_config.json and weights of open_clip's own CLIP."""
 
+    cleans = True
+
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
         from safetensors.torch import save_file
 
@@ -188,6 +191,15 @@ class OpenClipFormat(ModelFormat):
         model.eval()
         theirs = [model.encode_image(x_BCHW, normalize=True), model.encode_text(their_BT, normalize=True)]
         return clip.ours(x_BCHW, ids_BT), torch.cat(theirs)
+
+    def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+        import open_clip
+
+        if (tokenizer := tokenizer_of(parts)) is None:
+            return []
+        clean = open_clip.get_tokenizer(f"local-dir:{folder}").clean_fn  # ftfy, HTML's entities, spaces
+        pairs = ((text, clean(text)) for text in texts if text.strip())
+        return [pair for pair in pairs if pair[0] != pair[1] and _row(tokenizer, pair[0]) != _row(tokenizer, pair[1])]
 
     def usage(self, folder: str) -> str:
         return (
@@ -276,6 +288,10 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             named = named.replace(old, new)
         out[named] = x
     return out
+
+
+def _row(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.row([tokenizer.ids(text)]) if text else []
 
 
 def _write_tokenizer(clip: Clip, tokenizer: Tokenizer | None, folder: Path) -> None:
