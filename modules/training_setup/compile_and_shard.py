@@ -31,7 +31,8 @@ class Compile:
     """``torch.compile`` of each tower's forward, or of each of its blocks, in place: parameter names do not change.
 
     Blocks of one kind share their graphs, so that a deep tower is compiled in the time of one block; between them are
-    the places where FSDP2 gathers and frees parameters, which no graph can hold.
+    the places where FSDP2 gathers and frees parameters, which no graph can hold. A block of a class of torch's own,
+    such as ``nn.Sequential``, torch leaves as it is there.
 
     Args:
         mode: of ``torch.compile``; None is torch's default.
@@ -119,7 +120,7 @@ class Shard:
 
         whole_mesh = getattr(recipe, "device_mesh", None)
         if whole_mesh is None:
-            raise ValueError("shard: no device mesh; set trainer.strategy to ModelParallelStrategy")
+            raise ValueError("shard: no device mesh; set trainer.strategy to Sharded (on/fsdp)")
         sharding.require_shardable(recipe)
         trainer: Any = getattr(recipe, "_trainer", None)
         over_all = whole_mesh["data_parallel"]
@@ -143,7 +144,8 @@ class Shard:
         for method in _ENTRY_POINTS:
             if hasattr(recipe, method):
                 if method in _DECODERS:
-                    setattr(recipe, method, sharding.gathering(recipe, getattr(recipe, method)))
+                    plain = getattr(recipe, method)
+                    setattr(recipe, method, sharding.gathering(recipe, plain, self.reshard_after_forward))
                 register_fsdp_forward_method(recipe, method)
 
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:

@@ -84,18 +84,23 @@ def require_shardable(recipe: nn.Module) -> None:
             )
 
 
-def gathering(module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that reads weights of blocks past their forward, such as a decoder: they are gathered while it runs."""
+def gathering(module: nn.Module, method: Callable[..., Any], freed: bool) -> Callable[..., Any]:
+    """A method that reads weights of blocks past their forward, such as a decoder: they are gathered while it runs.
+
+    ``freed``: whether a block's forward frees them otherwise.
+    """
 
     @wraps(method)
     def gathered(*args: Any, **kwargs: Any) -> Any:
         blocks = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]
         for block in blocks:
+            block.set_reshard_after_forward(False, recurse=False)
             block.unshard()
         try:
             return method(*args, **kwargs)
         finally:
             for block in blocks:
+                block.set_reshard_after_forward(freed, recurse=False)
                 block.reshard()
 
     return gathered

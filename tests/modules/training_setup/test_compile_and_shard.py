@@ -419,7 +419,7 @@ REFUSALS = [
     (lambda: Quantize().apply(adapted()), "put Quantize before Lora"),
     (lambda: Checkpointing(towers=["text"]).apply(recipe_of(text=BagTower(9, 8))), "tower text has no blocks"),
     (lambda: Shard(dtype="bfloat"), "dtype 'bfloat': .* mean bfloat16"),  # type: ignore[arg-type]
-    (lambda: Shard().apply(recipe_of()), "shard: no device mesh; set trainer.strategy to ModelParallelStrategy"),
+    (lambda: Shard().apply(recipe_of()), "shard: no device mesh; set trainer.strategy to Sharded"),
 ]
 
 
