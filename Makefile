@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills trackers fuzz mutants lint bench gpu wheels tutorials docs clean
+.PHONY: demo test slow torture kills trackers newest fuzz mutants lint bench gpu wheels tutorials docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -45,6 +45,14 @@ trackers: .venv/.ready  ## Kill runs that log to Weights & Biases, MLflow and Tr
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(TRACKERS)/bin/pip install --quiet '.[wandb,mlflow,trackio]'
 	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rfEs tests/test_trackers.py tests/modules/training_setup/test_trackers.py
+
+# Over that of the checks, too: ONNX and sentence-transformers are large, and the checks keep the releases that they have.
+NEWEST := .venv-newest
+newest: .venv/.ready  ## The comparisons with other packages against their newest releases, and a table of these: NEW=--lowest, NEW='--only trl', NEW=--table
+	test -d $(NEWEST) || $(BIN)/python -m venv $(NEWEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(BIN)/pip list --format=freeze > $(NEWEST)/have.txt
+	$(NEWEST)/bin/python -m benchmarks.newest --have $(NEWEST)/have.txt $(NEW) -- -rfEs -m 'not gpu' $(MANY)
 
 # Not SECONDS, which bash sets itself.
 FUZZ_SECONDS ?= 600

@@ -21,7 +21,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
 from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import running_rows, zeroed
 from descant.modules.fusion.universal import UniversalLayers
@@ -55,6 +55,7 @@ class SharedSpace(Recipe):
         width: int = 128,
         pool: Pool | Pools | None = None,
         norm: bool | dict[str, bool] = True,
+        project: bool | dict[str, bool] = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,11 +70,13 @@ class SharedSpace(Recipe):
         )
         #: Set around a forward pass: features in place of missing modalities.
         self.imputation: Imputation | None = None
-        norms = norm if isinstance(norm, dict) else dict.fromkeys(towers, norm)
-        for m in norms:
-            if m not in towers:
-                raise ValueError(f"norm: {m!r}: {no_such(m, tuple(towers))}")
-        self.heads = nn.ModuleDict({m: head_of(m, tower, width, norms.get(m, True)) for m, tower in towers.items()})
+        norms, projects = _of_each("norm", norm, towers), _of_each("project", project, towers)
+        self.heads = nn.ModuleDict(
+            {
+                m: head_of(m, tower, width, norms[m]) if projects[m] else _no_head(m, tower, width)
+                for m, tower in towers.items()
+            }
+        )
 
     @property
     def before_pools(self) -> UniversalLayers | None:
@@ -109,6 +112,8 @@ class SharedSpace(Recipe):
         absent_R = ~here_B[rows_R]
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R = derived(zeroed, x, at_R, out_R)
+        if (known := known_finite(x)) is not None:
+            x_R = with_finite(x_R, lambda: known()[rows_R] | absent_R.view(-1, *[1] * (x.ndim - 1)))
         # zeros that stand for nothing are not to be counted by a tower's batch norms
         with self.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
             h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
@@ -140,9 +145,24 @@ def projected(tower: nn.Module) -> bool:
 
 def head_of(m: str, tower: nn.Module, width: int, norm: bool) -> nn.Module:
     """The projection of a tower's features into the space; none of a tower of embeddings."""
-    own = cast(Tower, tower).width
     if not projected(tower):
-        return Projection(own, width, norm=norm)
-    if own != width:
+        return Projection(cast(Tower, tower).width, width, norm=norm)
+    return _no_head(m, tower, width)
+
+
+def _no_head(m: str, tower: nn.Module, width: int) -> nn.Module:
+    own = cast(Tower, tower).width
+    if own != width and projected(tower):
         raise ValueError(f"width {width}: towers.{m} gives embeddings of {own}: width {own}, or output tokens of it")
+    if own != width:
+        raise ValueError(f"width {width}: towers.{m} has {own} and no projection: width {own}, or project it")
     return nn.Identity()
+
+
+def _of_each(name: str, value: bool | dict[str, bool], towers: Towers) -> dict[str, bool]:
+    """The setting of each modality; true of those that are not named."""
+    given = value if isinstance(value, dict) else dict.fromkeys(towers, value)
+    for m in given:
+        if m not in towers:
+            raise ValueError(f"{name}: {m!r}: {no_such(m, tuple(towers))}")
+    return {m: given.get(m, True) for m in towers}

@@ -53,11 +53,8 @@ class Clip:
             raise ValueError(f"towers: {', '.join(recipe.towers)}; a CLIP has image and text")
         towers = {name: unfrozen(recipe.towers[name]) for name in kinds}
         if getattr(towers["image"], "kind", None) == "siglip_vision_model":
-            found = type(recipe.pools["image"]).__name__
-            raise ValueError(
-                f"pool of image: {found}; SiglipModel pools by vision_model.head, attention with an MLP behind it and "
-                "no projection, which no pool here is; --to onnx holds the model"
-            )
+            found = type(next(iter(recipe.losses.values()))).__name__
+            raise ValueError(f"towers.image: siglip_vision_model; a SigLIP is trained by SigLIP's loss, not {found}")
         for name, kind in kinds.items():
             tower = towers[name]
             if not isinstance(tower, TransformersTower) or tower.kind != kind:
