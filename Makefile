@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills trackers newest fuzz mutants lint bench gpu wheels tutorials docs clean
+.PHONY: demo test slow torture kills trackers stores newest fuzz mutants lint bench gpu wheels tutorials docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -46,6 +46,13 @@ trackers: .venv/.ready  ## Kill runs that log to Weights & Biases, MLflow and Tr
 	$(TRACKERS)/bin/pip install --quiet '.[wandb,mlflow,trackio]'
 	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rfEs tests/test_trackers.py tests/modules/training_setup/test_trackers.py
 
+# 155 MB of packages, among them a server of S3 for loopback: in an environment of their own, over that of the checks.
+STORES := .venv-stores
+stores: .venv/.ready  ## Streams from an S3 server on loopback (moto), with errors, stalls and cut bodies; the checks do so over HTTP.
+	test -d $(STORES) || $(BIN)/python -m venv $(STORES)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(STORES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(STORES)/bin/pip install --quiet '.[s3]' 'moto[s3,server]>=5.1'
+	$(STORES)/bin/python -m pytest -rfEs tests/datamodules/sources/test_object_store.py
 # Over that of the checks, too: ONNX and sentence-transformers are large, and the checks keep the releases that they have.
 NEWEST := .venv-newest
 newest: .venv/.ready  ## The comparisons with other packages against their newest releases, and a table of these: NEW=--lowest, NEW='--only trl', NEW=--table

