@@ -49,7 +49,7 @@ class Certified(Classifier):
 
     Raises:
         ValueError: for a count below 1, no such run, or one of another recipe or fusion; when training begins, for data
-            without a bank of training samples.
+            without a bank of training samples, or parameters that are split over ranks.
     """
 
     slope_MC: Tensor
@@ -94,6 +94,11 @@ class Certified(Classifier):
         for part in (self.towers, self.pools, self.heads, self.fusion):  # as they were, running statistics included
             part.eval()
         return self
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            raise ValueError("shard: Certified measures slopes before training, on whole parameters; use on/ddp")
+        super().configure_model()
 
     def on_fit_start(self) -> None:
         if self.slope_MC.isfinite().all():  # a resumed run has measured

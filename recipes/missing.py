@@ -30,6 +30,7 @@ from descant.modules.io import saved
 from descant.modules.missing_modalities.available_sets import AvailableSets
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.missing_modalities.modulation import ModulationBank, touch_parameters
+from descant.modules.training_setup.sharding import reach_outputs, units
 from descant.recipes.base.adapted import (
     AdaptedRecipe,
     build_imputer,
@@ -96,6 +97,11 @@ class MissingModality(AdaptedRecipe):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         require_towers_of(self, stage)
+
+    def configure_model(self) -> None:
+        if self.sharded and not self._configured:
+            reach_outputs(units(self.inner))
+        super().configure_model()
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

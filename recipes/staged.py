@@ -20,6 +20,7 @@ from torch import nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtensor import reshard
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.training_setup.memory import step_cost
 from descant.modules.training_setup.schedule import Schedule
@@ -41,7 +42,7 @@ class Staged(Changing):
     Raises:
         ValueError: for no stage, or both stages and each; before training, for one that trains no parameter, needs a
             reference policy without ``distill``, or data whose documents do not fit a row with its image tokens, and
-            for stages that train different parameters of a model that is split over ranks.
+            for stages that merge or grow a model that is split over ranks.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Staged(Changing):
     def _choose(self, stage: str) -> None:
         """Settings, objective and trainable parameters of a stage, and no others."""
         self.stage = stage
+        reshard(self)  # after an evaluation parameters may still be gathered, and what trains is set of the parts
         trained = self.now.trained(stage, self._trainable)
         for name, parameter in self.inner.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -87,8 +89,6 @@ class Staged(Changing):
     def configure_model(self) -> None:
         if self._configured:
             return
-        if len({stage.train.pattern for stage in self.stages.values()}) > 1 and self.sharded:
-            raise ValueError("shard: what trains is settled when parameters are split; give all stages the same train")
         if self.sharded and self.boundaries.changes:
             raise ValueError("shard: the parameters of a model that is split over ranks cannot be merged or grown")
         super().configure_model()

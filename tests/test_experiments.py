@@ -209,7 +209,7 @@ def test_machines_of_one_process(machine: str, cli: Any) -> None:
 @pytest.mark.ddp
 def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any, workplace: Path) -> None:
     losses = []
-    for machine in ("ddp", "fsdp"):
+    for machine in ("ddp", "fsdp", "hsdp"):
         names = ("contrastive/emoji-vit", "on/slurm", f"on/{machine}", "on/tiny")
         configs = [part for name in names for part in ("--config", name)]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -225,4 +225,4 @@ def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any
         result = cli("validate", "--run", f"{machine}/001", *alone)
         assert result.rc == 0 and "i2t_r1" in result.out, result.err
     # two ranks add gradients in another order, and two steps follow one another
-    assert losses[0] == pytest.approx(losses[1], rel=ulps(84, F32))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=ulps(84, F32))

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from descant.modules.core.dtensor import reshard
 from descant.modules.core.ranks import world
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class EMA(L.Callback):
 
     def _bind(self, module: L.LightningModule) -> None:
         """Look up the module's tensors again (a move replaces buffers) and move the average to their devices."""
-        _reshard(module)
+        reshard(module)
         chosen = {
             name: p.to_local() if isinstance(p, DTensor) else p
             for name, p in module.named_parameters()
@@ -215,7 +215,7 @@ class EMA(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            _reshard(pl_module)  # what it gathered is of the average
+            reshard(pl_module)  # what it gathered is of the average
             self._show_raw()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -287,13 +287,6 @@ class EMA(L.Callback):
             if isinstance(tensor, DTensor):
                 part = distribute_tensor(part, tensor.device_mesh, tensor.placements).to_local()
             self._live[name].detach().copy_(part)
-
-
-def _reshard(module: nn.Module) -> None:
-    """Free what FSDP2 gathered for an evaluation, which no backward follows."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
 
 
 def _whole(module: nn.Module, name: str, part: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class Sanity(L.Callback):
         self._first, self._last, self._flat = [], [], 0
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._look:
+        # under FSDP2 gradients are held back until the last micro-batch of a step
+        if not self._look or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._look = False
         if has(pl_module, HasObjective) and pl_module.step.objective is not None:

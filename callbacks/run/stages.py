@@ -103,7 +103,8 @@ class Stages(Ordered):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
             trainer.fit_loop._combined_loader = None
-            trainer.strategy.setup_optimizers(trainer)
+            if not getattr(trainer.strategy, "returns_to_stage", False):
+                trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = datamodule_of(trainer)

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from descant.modules.core import errors
+from descant.modules.core.dtensor import split_like
 from descant.modules.core.errors import one_line, warn
 from descant.modules.io import manifest, renamed
 from descant.modules.io.build import Node as Node
@@ -243,7 +244,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) ->
     if faults:
         more = f" (and {len(faults) - 1} more differ)" if len(faults) > 1 else ""
         raise ValueError(f"{place}: not the weights of this {type(module).__name__}: {faults[0]}{more}")
-    module.load_state_dict(state)
+    module.load_state_dict({key: split_like(value, here[key]) for key, value in state.items()})
 
 
 def _differing(key: str, here: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

@@ -17,26 +17,11 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.output import Scorer
 from descant.modules.core.protocols import Scaled
 from descant.modules.core.ranks import first_row, gather, gather_both, world
+from descant.modules.losses.blockwise import log_sums, sigmoid_sums
+from descant.modules.losses.exchange import Blocks, Exchange
+from descant.modules.losses.exchange import excluded as excluded
 from descant.modules.losses.temperature import LearnedTemperature
 from descant.modules.towers.heads import Projection
-
-
-def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:
-    """Pairs that are no negatives, bool ``[B, G]``: one is absent, or both have the same content.
-
-    ``diagonal`` is the column of row 0's positive, None where the columns hold none. Positives are never excluded, so
-    the row of an absent sample stays finite.
-
-    >>> key, valid = torch.tensor([7, 7, 8]), torch.tensor([True, True, False])
-    >>> excluded(key, valid, key, valid, diagonal=0).int().tolist()
-    [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
-    """
-    out_BG = key_B[:, None] == key_G
-    out_BG |= ~valid_G
-    out_BG |= ~valid_B[:, None]
-    if diagonal is not None:
-        out_BG.diagonal(diagonal).fill_(False)
-    return out_BG
 
 
 def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
@@ -100,6 +85,7 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
             mean over B samples is never below ``log(1 + (B - 1) e^{-B / (B - 1)})``, that of a regular simplex.
         learn: whether the scale is learned.
         max_scale: upper bound of s.
+        exchange: how the samples of all ranks meet: AllGather where not given, Chunks or Ring for large batches.
 
     >>> loss = InfoNCE(temperature=1.0)
     >>> z = torch.eye(2)
@@ -107,8 +93,15 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     [0.3133, 0.3133]
     """
 
-    def __init__(self, temperature: float | None = 0.07, learn: bool = True, max_scale: float = 100.0) -> None:
+    def __init__(
+        self,
+        temperature: float | None = 0.07,
+        learn: bool = True,
+        max_scale: float = 100.0,
+        exchange: Exchange | None = None,
+    ) -> None:
         super().__init__(temperature, learn, max_scale)
+        self.exchange = exchange
 
     def forward(
         self,
@@ -121,12 +114,16 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     ) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):  # 100 times a bfloat16 cosine is noise
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
-            ab_BG, ba_BG, positive_B = _similarities(a_BD, b_BD, key_B, valid_B)
-            ab_B = ab_BG.logsumexp(dim=1)
+            if isinstance(self.exchange, Blocks):
+                ab_B, ba_B = log_sums(a_BD, b_BD, key_B, valid_B, self.exchange)
+                positive_B = (a_BD * b_BD).sum(dim=1)
+            else:
+                ab_BG, ba_BG, positive_B = _similarities(a_BD, b_BD, key_B, valid_B)
+                ab_B, ba_B = ab_BG.logsumexp(dim=1), ba_BG.logsumexp(dim=1)
             if z_neg_BD is not None and has_neg_B is not None:
                 logit_B = (a_BD * promote(z_neg_BD)).sum(dim=1)
                 ab_B = with_negatives(ab_B, logit_B[:, None], has_neg_B[:, None])
-            return (ab_B + ba_BG.logsumexp(dim=1)) / 2 - positive_B
+            return (ab_B + ba_B) / 2 - positive_B
 
     def logits(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, G]`` of both directions, the lowest finite number at what is no negative."""
@@ -155,14 +152,24 @@ class SigLIP(LearnedTemperature, ContrastiveLoss):
         temperature: 1/s at the start (the paper's 0.1).
         bias: c at the start (the paper's -10).
         max_scale: upper bound of s.
+        exchange: how the samples of all ranks meet: AllGather where not given, Chunks or Ring for large batches.
     """
 
-    def __init__(self, temperature: float = 0.1, bias: float = -10.0, max_scale: float = 1000.0) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        max_scale: float = 1000.0,
+        exchange: Exchange | None = None,
+    ) -> None:
         super().__init__(temperature, True, max_scale)
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.bias, self.exchange = nn.Parameter(torch.tensor(bias)), exchange
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):
+            if isinstance(self.exchange, Blocks):
+                a_BD, b_BD = promote(z_a_BD), promote(z_b_BD)
+                return sigmoid_sums(a_BD, b_BD, self.scale(), self.bias, key_B, valid_B, self.exchange)
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
             out_BG = gathered_excluded(key_B, valid_B)
             logits_BG = a_BD @ gather(b_BD).T + self.bias

@@ -1,10 +1,11 @@
-"""Compile and Shard (FSDP2) of a recipe before training, after ``adapt`` and activation checkpointing.
+"""Compile and Shard (FSDP2, HSDP) of a recipe before training, after ``adapt`` and activation checkpointing.
 
 Each is a typed object from YAML with one method, ``apply(recipe)``, which changes the recipe in place.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from descant.modules.adaptation.base import chosen
 from descant.modules.core.errors import no_such
 from descant.modules.moe.active import expert_layers
+from descant.modules.training_setup import sharding
 from descant.modules.training_setup.activation_checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,15 +23,23 @@ _ENTRY_POINTS = (
     *("training_step", "validation_step", "test_step", "predict_step"),
     *("generate", "roll_out", "reference", "likelihood"),
 )
+#: Those that decode: they read the weights of a language model's blocks past the blocks' forward.
+_DECODERS = ("generate", "roll_out")
 
 
 class Compile:
-    """``torch.compile`` of each tower's forward, in place: parameter names do not change.
+    """``torch.compile`` of each tower's forward, or of each of its blocks, in place: parameter names do not change.
+
+    Blocks of one kind share their graphs, so that a deep tower is compiled in the time of one block; between them are
+    the places where FSDP2 gathers and frees parameters, which no graph can hold. A block of a class of torch's own,
+    such as ``nn.Sequential``, torch leaves as it is there.
 
     Args:
         mode: of ``torch.compile``; None is torch's default.
         dynamic: one graph for all shapes (True), one for each (False), or torch's own choice (None).
-        fullgraph: refuse to fall back to Python inside a tower.
+        fullgraph: refuse to fall back to Python inside a tower, or block.
+        blocks: compile block by block (True), a tower at once (False), or by blocks where the recipe is sharded (None).
+            A tower without blocks is compiled at once.
 
     Raises:
         ValueError: in ``apply``, for a full graph of a tower with experts.
@@ -40,48 +50,81 @@ class Compile:
         mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None,
         dynamic: bool | None = None,
         fullgraph: bool = False,
+        blocks: bool | None = None,
     ) -> None:
-        self.mode, self.dynamic, self.fullgraph = mode, dynamic, fullgraph
+        self.mode, self.dynamic, self.fullgraph, self.blocks = mode, dynamic, fullgraph, blocks
 
     def apply(self, recipe: nn.Module) -> None:
+        by_block = bool(getattr(recipe, "sharded", False)) if self.blocks is None else self.blocks
         for name, tower in chosen(recipe, None):
             if self.fullgraph and expert_layers(tower):
                 raise ValueError(
                     f"compile: fullgraph: tower {name} has experts, whose counts the host reads between two graphs; "
                     "leave it false"
                 )
-            tower.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
+            for part in (by_block and blocks_of(tower)) or [tower]:
+                part.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
 
 
 class Shard:
     """FSDP2: split parameters, gradients and optimizer states over ranks; each block is a unit, the rest is another.
 
-    Parameters outside the blocks (embeddings, norms, heads, losses) are gathered once for a whole step, so that any
-    method of a tower may use them. Needs ``trainer.strategy: ModelParallelStrategy``, on GPUs or CPUs. A parameter
-    without dimensions becomes one of shape [1], which can be split; quantized weights stay whole.
+    Hybrid (HSDP) with ``replicate`` or ``shard``: the W ranks are R replicas of groups of S neighbours, W = R S. A
+    group holds one copy of the model; parameters are gathered within it, and gradients summed in it and then over the
+    replicas:
+
+        bytes of a gather ~ (S - 1) / S P,    of a gradient ~ (S - 1) / S P + 2 (R - 1) / R P / S
+
+    of P bytes, so that with ``shard: node`` only 1 / S of the gradients go from node to node.
+
+    Parameters outside the blocks of towers and language models (embeddings, norms, heads, losses) are gathered once for
+    a whole step, so that any method of a tower may use them. Needs ``trainer.strategy: Sharded``, on GPUs or CPUs. A
+    parameter without dimensions becomes one of shape [1], which can be split; quantized weights stay whole.
 
     Args:
         reshard_after_forward: free a block's parameters between forward and backward; False is faster and takes more
             memory.
         dtype: of parameters in compute, with gradients reduced in float32; None leaves both to the trainer.
+        replicate: R; by default what ``shard`` leaves, or 1.
+        shard: S, or ``node`` for the ranks of each node; by default what ``replicate`` leaves.
+        accumulated: gradients of micro-batches that share a step stay whole on each rank and are exchanged once, as
+            under DDP (P more in memory), or are ``split`` after each micro-batch, and exchanged by replicas once.
 
     Raises:
-        ValueError: if ``dtype`` is unknown; in ``apply``, if there is no device mesh.
+        ValueError: if ``dtype`` is unknown, or a number below 1; in ``apply``, if there is no device mesh, for numbers
+            that are not those of the ranks (with the nearest that are), and for experts that ranks share already.
     """
 
     def __init__(
-        self, reshard_after_forward: bool = True, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+        self,
+        reshard_after_forward: bool = True,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        replicate: int | None = None,
+        shard: int | Literal["node"] | None = None,
+        accumulated: Literal["whole", "split"] = "whole",
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: {no_such(dtype, DTYPES)}")
+        for name, number in (("replicate", replicate), ("shard", shard)):
+            if isinstance(number, int) and number < 1:
+                raise ValueError(f"{name} {number}: at least 1")
         self.reshard_after_forward, self.dtype = reshard_after_forward, dtype
+        self.replicate, self.shard, self.accumulated = replicate, shard, accumulated
+
+    def shape(self, world: int, node: int | None = None) -> tuple[int, int]:
+        """``(R, S)`` of W ranks, ``node`` on each node: see :func:`mesh_shape`."""
+        return sharding.mesh_shape(world, self.replicate, self.shard, node)
 
     def apply(self, recipe: nn.Module) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        mesh = getattr(recipe, "device_mesh", None)
-        if mesh is None:
-            raise ValueError("shard: no device mesh; set trainer.strategy to ModelParallelStrategy")
+        whole_mesh = getattr(recipe, "device_mesh", None)
+        if whole_mesh is None:
+            raise ValueError("shard: no device mesh; set trainer.strategy to Sharded (on/fsdp)")
+        sharding.require_shardable(recipe)
+        trainer: Any = getattr(recipe, "_trainer", None)
+        over_all = whole_mesh["data_parallel"]
+        mesh = sharding.data_mesh(over_all, *self.shape(over_all.size(), getattr(trainer, "num_devices", None)))
         policy = MixedPrecisionPolicy()
         if self.dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.dtype], reduce_dtype=torch.float32)
@@ -94,14 +137,20 @@ class Shard:
                 elif not parameter.is_contiguous():
                     parameter.data = parameter.data.contiguous()
         whole = {p for p in recipe.parameters() if not p.is_floating_point()}
-        common = {"mesh": mesh["data_parallel"], "mp_policy": policy, "ignored_params": whole}
-        for _, tower in chosen(recipe, None):
-            for block in blocks_of(tower):
-                fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
+        common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+        for block in sharding.units(recipe):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
         fully_shard(recipe, reshard_after_forward=False, **common)
         for method in _ENTRY_POINTS:
             if hasattr(recipe, method):
+                if method in _DECODERS:
+                    plain = getattr(recipe, method)
+                    setattr(recipe, method, sharding.gathering(recipe, plain, self.reshard_after_forward))
                 register_fsdp_forward_method(recipe, method)
+
+    def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
+        """Context of a micro-batch that no optimizer step follows: see :func:`accumulating`."""
+        return sharding.accumulating(recipe, self.accumulated == "whole", kept=not self.reshard_after_forward)
 
 
 def _load_scalars(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

@@ -127,18 +127,24 @@ class Changing(Wrapper):
         if self.boundaries.grows:
             checkpoint["structure"] = structure(self.inner)  # for those that load weights alone
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
+    def return_to_stage(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go to the stage of a checkpoint, and train what it trains, before weights and optimizers are read."""
         name = checkpoint.get("stage", self.stage)
         if self._each is not None and "stages" in checkpoint:
             self.named_as(checkpoint["stages"])
         if name not in self.stages:
             raise ValueError(f"the checkpoint is of the stage {name!r}; {no_such(name, self.stages)}")
         self.stage = name
+        if self._trainable:
+            self._choose(name)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.return_to_stage(checkpoint)
         if self.boundaries.changes and "boundaries" in checkpoint:
             with self._new_parameters():
                 self._followed(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:
-            self._choose(name)
+            self._choose(self.stage)  # of what the changes added, too

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from descant.modules.core.dtensor import local, reshard
 from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.io import saved
 from descant.modules.losses.views import ViewObjective
@@ -92,7 +93,8 @@ class TeacherTowers(Teacher):
 class TeacherAverage(Teacher):
     """The student's own weights, averaged over steps: ``t = decay t + (1 - decay) s`` after each, buffers as they are.
 
-    Saved with the student, so that a resumed run goes on with the same teacher. Source: mean teacher (Tarvainen 2017,
+    Saved with the student, so that a resumed run goes on with the same teacher; split over ranks as the student is
+    (``shard``). Source: mean teacher (Tarvainen 2017,
     arXiv 1703.01780).
 
     Args:
@@ -110,8 +112,6 @@ class TeacherAverage(Teacher):
 
     def network(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, Recipe)
-        if student.sharded:
-            raise ValueError("TeacherAverage: no average is kept of parameters that are split over ranks (shard)")
         # without what holds the average, and what wraps the student
         distill, outer, student.distill, student._outer = student.distill, student._outer, None, []
         try:
@@ -126,10 +126,12 @@ class TeacherAverage(Teacher):
 
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
+        reshard(student)
         mine = dict(self.average.named_parameters())
         for name, p in student.named_parameters():
             if name in mine:
-                mine[name].lerp_(p.to(mine[name]), 1 - self.decay)
+                average, own = local(mine[name]), local(p)  # of parameters that are split each rank has the same part
+                average.lerp_(own.to(average), 1 - self.decay)
         held = dict(student.named_buffers())
         for name, buffer in self.average.named_buffers():
             buffer.copy_(held[name])

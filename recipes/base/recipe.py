@@ -49,7 +49,7 @@ class Recipe(L.LightningModule):
         adapt: changes to the model before training, in order: LoRA, quantised layers.
         checkpointing: recompute activations in backward instead of keeping them.
         compile: compile the towers.
-        shard: split parameters over ranks (FSDP2).
+        shard: split parameters over ranks (FSDP2, HSDP).
         distill: what is learned of another network beside the recipe's own terms; of no use after training.
     """
 
@@ -112,9 +112,14 @@ class Recipe(L.LightningModule):
         return {"": self} | {f"inner.{prefix}": recipe for prefix, recipe in wrapped}
 
     @property
+    def sharding(self) -> Shard | None:
+        """How parameters are split over ranks, if they are."""
+        return next((part for part in self._parts if isinstance(part, Shard)), None)
+
+    @property
     def sharded(self) -> bool:
         """Whether parameters are split over ranks."""
-        return any(isinstance(part, Shard) for part in self._parts)
+        return self.sharding is not None
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""

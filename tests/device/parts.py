@@ -71,7 +71,8 @@ from descant.modules.language.depths import DepthRouting, MixtureOfDepths, depth
 from descant.modules.language.generate import Sampling, generate
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
-from descant.modules.losses.contrastive import Intra
+from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
+from descant.modules.losses.exchange import Chunks, Ring
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.ring import RingSigLIP
@@ -241,6 +242,8 @@ def _pairs(make: Callable[[], nn.Module]) -> Part:
 
 
 part("RingSigLIP")(_pairs(lambda: RingSigLIP(rows=4)))
+part("Chunks")(_pairs(lambda: SigLIP(exchange=Chunks(rows=4))))
+part("Ring")(_pairs(lambda: InfoNCE(exchange=Ring(rows=4))))
 part("HardestInBatchHinge")(_pairs(lambda: HardestInBatchHinge(warmup=1)))
 for _name, _kind in concrete("ContrastiveLoss").items():
     if _name not in PARTS:

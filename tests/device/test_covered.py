@@ -81,6 +81,8 @@ NEEDLESS = {
     "Quantize": "kernels of bitsandbytes; `make gpu`",
     "Shard": "several ranks",
     "Passing": "several ranks",
+    "Blocks": "base of Chunks and Ring, which are tried",
+    "AllGather": "names what a loss does that is given none, which is tried",
     "ExpertGroup": "several ranks",
     # weights in a package
     "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",

@@ -25,6 +25,7 @@ from descant.modules.core.protocols import (
 )
 from descant.modules.evaluation.attacks import Nudge, certified_radius, slopes
 from descant.modules.fusion.classifiers import OrthogonalFusion
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import Certified
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
@@ -161,5 +162,9 @@ def test_protocols_and_what_cannot_be(runs: dict[str, Path]) -> None:
             make()
     with pytest.raises(ValueError, match="Certified needs bank_set"):
         L.Trainer(max_steps=1, **QUIET).fit(model, datamodule=PatternData())
+    split = copy.deepcopy(model)
+    split._parts.append(Shard())
+    with pytest.raises(ValueError, match=r"^shard: Certified measures slopes before training, on whole parameters"):
+        split.configure_model()
     copied = copy.deepcopy(model)
     assert copied.train().training and not copied.towers.training

@@ -525,7 +525,7 @@ def test_stretches_are_the_walk_itself() -> None:
             r"did you mean answer\?",
         ),
         (lambda p: run(p, max_epochs=7), "trainer.max_epochs 7: the stages have 5 together; set it to -1"),
-        (lambda p: run(p, net=model(shard=Shard())), "shard: what trains is settled when parameters are split"),
+        (lambda p: run(p, net=model(shard=Shard())), "shard: no device mesh; set trainer.strategy"),
         (
             lambda p: fit(p, Stages(), net=model(), data=Questions(**SEEN), max_epochs=1),
             "Stages needs data in stages, StagedData, not Questions",

@@ -52,6 +52,7 @@ from descant.modules.multitask import (
 from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
+from descant.run.sharded import Sharded
 from tests.ranks import run_ranks
 from tests.step_toy import MIX, QUIET, KeepGradients, N, ToyData, ToyRecipe, content, largest_gap
 from tests.tolerance import F32, F64, ulps
@@ -227,13 +228,12 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
 
 
 def _sharded(rank: int) -> dict[str, Any]:
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
     found = {}
     for rule, accumulate, window in SHARDED:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-        parts = {"shard": Shard(reshard_after_forward=False), "checkpointing": Checkpointing()}
-        case = (RULES[rule](), accumulate, torch.float32, 2, strategy, parts)
+        # as two replicas, whose parameters have a mesh of two dimensions, or as one group of two
+        shard = Shard(reshard_after_forward=False, replicate=2 if rule in ("nash", "cagrad") else 1)
+        parts = {"shard": shard, "checkpointing": Checkpointing()}
+        case = (RULES[rule](), accumulate, torch.float32, 2, Sharded("gloo"), parts)
         found[f"{rule} {accumulate} {window}"] = fitted(*case, window=window).steps
     return found
 

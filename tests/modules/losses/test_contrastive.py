@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from descant.modules.core.sham import Sham
-from descant.modules.losses import InfoNCE, Intra, RingSigLIP, SigLIP
+from descant.modules.losses import AllGather, Chunks, Exchange, InfoNCE, Intra, Ring, RingSigLIP, SigLIP
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
 from tests.tolerance import F32, F64, rounding, ulps
@@ -16,6 +16,8 @@ LOSSES = {
     "InfoNCE": lambda: InfoNCE().double(),
     "SigLIP": lambda: SigLIP().double(),
     "RingSigLIP": lambda: RingSigLIP(rows=2).double(),
+    "InfoNCE, ring": lambda: InfoNCE(exchange=Ring(rows=2)).double(),
+    "InfoNCE, chunks": lambda: InfoNCE(exchange=Chunks(rows=4)).double(),
 }
 PROPERTIES = [getattr(_asserts, name) for name in dir(_asserts) if name.startswith("assert_")]
 
@@ -87,6 +89,35 @@ def test_the_ring_is_siglip_in_blocks(rows: int | None) -> None:
         # gradients of 200: sums over 5 and 6, weights of up to 6, scale 10
         torch.testing.assert_close(ring, plain, **rounding(256, F64))
         assert plain.any()
+
+
+@pytest.mark.parametrize(
+    "exchange", [AllGather(), Chunks(1), Chunks(None), Ring(4), Ring(9)], ids=lambda x: type(x).__name__
+)
+@pytest.mark.parametrize("kind", [InfoNCE, SigLIP])
+def test_the_exchange_changes_no_number(kind: Any, exchange: Exchange) -> None:
+    """Value and every gradient, with equal keys and an absent row; of InfoNCE both directions."""
+    key, valid = torch.tensor([0, 1, 2, 0, 4, 5]), torch.tensor([True] * 4 + [False, True])
+    found = []
+    for loss in (kind().double(), kind(exchange=exchange).double()):
+        a, b = embeddings()
+        value_B = loss(a, b, key, valid)
+        weight_B = torch.arange(1.0, 7.0, dtype=torch.float64)  # another gradient for every row
+        found.append((value_B, *torch.autograd.grad((value_B * weight_B)[valid].sum(), (a, b, *loss.parameters()))))
+    for ours, plain in zip(found[1], found[0], strict=True):
+        # gradients of 200: sums over 5 and 6, weights of up to 6, scale 14
+        torch.testing.assert_close(ours, plain, **rounding(512, F64))
+        assert plain.any()
+
+
+def test_hard_negatives_enter_the_denominator_of_a_ring() -> None:
+    key, valid, has = torch.arange(6), everyone(6), torch.tensor([True, False] * 3)
+    values = []
+    for loss in (InfoNCE(1.0).double(), InfoNCE(1.0, exchange=Ring(2)).double()):
+        a, b = embeddings()
+        values.append(loss(a, b, key, valid, b.flip(0), has))
+    torch.testing.assert_close(values[1], values[0], **rounding(64, F64))
+    assert (values[0] - InfoNCE(1.0).double()(a, b, key, valid))[has].abs().min() > 1e-3
 
 
 def test_a_block_has_rows() -> None:

@@ -24,6 +24,7 @@ from descant.modules.towers.heads import AttentionPool, Pool
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.recipes.contrastive import Contrastive
+from descant.run.sharded import Sharded
 from tests.modules.towers import _asserts
 from tests.ranks import run_ranks
 from tests.tolerance import F32, ulps
@@ -249,13 +250,14 @@ def test_shard_loads_scalars_of_an_unsharded_run():
     assert whole.scale.item() == 3.0
 
 
-def contrastive_after_two_steps(rank, shard=None, strategy="auto", devices=1):
+def contrastive_after_two_steps(rank, shard=None, strategy="auto", devices=1, saving=True, compile=None):
     torch.manual_seed(0)
     recipe = Contrastive(
         Towers(image=PatchTower(16, 4, 16, 2, 2), text=TextTower(12, 16, 2, 2, 6)),
         width=8,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
-        checkpointing=Checkpointing() if shard else None,
+        checkpointing=Checkpointing() if shard and saving else None,
+        compile=compile,
         shard=shard,
     )
     present = {"image": torch.ones(4, dtype=torch.bool), "text": torch.ones(4, dtype=torch.bool)}
@@ -296,6 +298,30 @@ def test_a_sharded_recipe_trains_as_a_whole_one():
         assert found.keys() == expected.keys() and split >= len(found) - 1
         gaps = {n: (found[n] - expected[n]).abs().max().item() for n in expected}
         assert {n: gap for n, gap in gaps.items() if gap > 1e-5} == {}
+
+
+def compiled_and_sharded(rank):
+    found = []
+    for shard, saving in ((Shard(replicate=2), False), (Shard(), True)):
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        values, _ = contrastive_after_two_steps(rank, shard, Sharded("gloo"), 2, saving, Compile(fullgraph=not saving))
+        found.append((values, counters["stats"]["unique_graphs"]))
+    return found
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_blocks_are_compiled_between_gathers_and_train_as_whole_ones():
+    """Without a break in the graph of a block; those of one kind share it: one for each tower, forward with gradients
+    and without."""
+    expected, _ = contrastive_after_two_steps(0)
+    for found in run_ranks(2, compiled_and_sharded):
+        for values, graphs in found:
+            assert graphs >= 2, "both towers' blocks are compiled"
+            gaps = {n: (values[n] - expected[n]).abs().max().item() for n in expected}
+            assert {n: gap for n, gap in gaps.items() if gap > 1e-5} == {}
 
 
 def test_checkpointed_batch_norms_go_backward_more_than_once():
@@ -393,7 +419,7 @@ REFUSALS = [
     (lambda: Quantize().apply(adapted()), "put Quantize before Lora"),
     (lambda: Checkpointing(towers=["text"]).apply(recipe_of(text=BagTower(9, 8))), "tower text has no blocks"),
     (lambda: Shard(dtype="bfloat"), "dtype 'bfloat': .* mean bfloat16"),  # type: ignore[arg-type]
-    (lambda: Shard().apply(recipe_of()), "shard: no device mesh; set trainer.strategy to ModelParallelStrategy"),
+    (lambda: Shard().apply(recipe_of()), "shard: no device mesh; set trainer.strategy to Sharded"),
 ]
 
 
