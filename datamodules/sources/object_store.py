@@ -290,7 +290,7 @@ class StoreObject:
 
 
 def filesystem(scheme: str, timeout: float) -> Any:
-    """fsspec's file system of a scheme, without attempts of its own where it can be told so.
+    """fsspec's file system of a scheme, without attempts of its own where an option turns them off.
 
     Endpoints and credentials are those of the environment and of fsspec's configuration, which stands above this.
     """

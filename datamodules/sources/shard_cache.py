@@ -2,7 +2,7 @@
 
 A copy is written under another name and renamed when it is whole. All of its size is taken from the bound before its
 first byte, under a lock of the folder, and the copies that were used longest ago make room. Readers and writers hold a
-lock of their file, which the system releases when they end, however they end: what nobody holds may be removed.
+lock of their file, which the system releases when they end, however they end: what no process holds may be removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PART, _LOCK = ".part", ".lock"
 
 
 class ShardCopy(io.FileIO):
-    """A whole copy, which nobody removes while it is open."""
+    """A whole copy, which no process removes while it is open."""
 
     def forget(self) -> None:
         """Remove it: what is in it is damaged, and may not be in the store."""
@@ -122,7 +122,7 @@ class ShardCache:
             taken, whole = 0, []
             for path in self.folder.iterdir():
                 if path.name == _LOCK or (path.name.endswith(_PART) and _removed(path)):
-                    continue  # a part that nobody holds: its process was killed
+                    continue  # a part that no process holds: its process was killed
                 with contextlib.suppress(FileNotFoundError):  # it was given its name just now
                     status = path.stat()
                     taken += status.st_size
