@@ -7,18 +7,22 @@ import posixpath
 import threading
 from pathlib import Path
 
-from descant.modules.core.errors import one_line, warn
+from descant.modules.core.errors import hint, one_line, warn
 from descant.modules.io import manifest
 from descant.modules.io.part_files import PARTS, parts_of
+
+#: Files of a run's folder without which its checkpoints are weights of an unknown model.
+_OF_RUN = ("config.yaml", "versions.json")
 
 
 class Mirror:
     """Copies the newest resume point to ``url/run/``; one that fails is a warning, and the point on disk stands.
 
-    The parts are copied first, the manifest next and the checkpoint's file last; only then the copies of older points
-    are removed. A copy that ends half way is found by its manifest, as one on disk is. Copies are made in a thread of
-    their own, which training and saving never wait for: a point that comes while one is copied replaces one that waits.
-    The end of a run waits for the last.
+    What is there is a run's folder with one resume point, for ``--resume``, ``validate``, ``export`` and ``load``. The
+    run's configuration and the parts are copied first, the manifest next and the checkpoint's file last; only then the
+    copies of older points are removed. A copy that ends half way is found by its manifest, as one on disk is. Copies
+    are made in a thread of their own, which training and saving never wait for: a point that comes while one is copied
+    replaces one that waits. The end of a run waits for the last.
 
     Args:
         url: a path, or a URL such as ``s3://bucket/checkpoints``, whose file system is installed.
@@ -34,12 +38,12 @@ class Mirror:
         try:
             self.files, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"{url}: {one_line(error, 200)}") from None
+            near = hint(url.partition("://")[0], fsspec.available_protocols(), most=0)
+            raise ValueError(f"{url}: {one_line(error, 200)}{near if isinstance(error, ValueError) else ''}") from None
         self.url, self.folder = url, posixpath.join(root, run)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._next: Path | None = None
-        self._newest: str | None = None
         self._fault = ""
 
     def copy(self, path: Path) -> None:
@@ -81,6 +85,8 @@ class Mirror:
         before = set(self.files.find(there))
         names = [*(part["name"] for part in parts_of(entry)), path.name + manifest.SUFFIX, path.name]
         targets = {posixpath.join(there, name): path.parent / name for name in names}
+        run = [path.parent.parent / name for name in _OF_RUN]
+        targets = {posixpath.join(self.folder, file.name): file for file in run if file.is_file()} | targets
         try:
             for target, source in targets.items():
                 self._put(source, target)
