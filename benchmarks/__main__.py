@@ -39,6 +39,7 @@ BENCHMARKS = {
     "data/saved": "benchmarks.data:saved",
     "data/table": "benchmarks.tables:first_batch",
     "resume/saving": "benchmarks.resume:saving",
+    "resume/parts": "benchmarks.resume:parts",
     "resume/signals": "benchmarks.resume:signals",
     "resume/first_batch": "benchmarks.resume:first_batch",
     "start": "benchmarks.start:start",

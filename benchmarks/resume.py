@@ -26,7 +26,10 @@ from descant.callbacks.run.stop_signals import Signals
 from descant.cli.quiet import quieten
 from descant.datamodules.resumable_sampler import Order
 from descant.modules.towers import PatchTower, TextTower, Towers
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes.contrastive import Contrastive
+from descant.run.parted_io import PartedIO
+from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 
 #: What a block of steps begins with: no save, one in the thread, one that training waits for.
@@ -130,6 +133,91 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
         )
         trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
     return blocks
+
+
+class Standing(L.Callback):
+    """Times how long training stands still at the start of each block of steps, in which a point is saved.
+
+    The first block warms up: the copies' memory is made in it.
+
+    Args:
+        resume: saves, and never on its own.
+        every: steps of a block.
+    """
+
+    def __init__(self, resume: Resume, every: int) -> None:
+        self.resume, self.every = resume, every
+        self.seconds: list[float] = []  # of a block
+        self.blocked: list[float] = []  # of these, until training goes on
+        self.bytes = 0  # of the parts of a point
+        self._begin = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every:
+            return
+        now = time.perf_counter()
+        if trainer.global_step > self.every:
+            self.seconds.append(now - self._begin)
+        self._begin = now
+        self.resume.save(trainer)  # waits for the last one, where that is not on disk yet
+        self.blocked.append(time.perf_counter() - now)
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.blocked = self.blocked[1:-1]  # of the blocks that were timed
+        trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
+        parts = [file.stat().st_size for file in self.resume._path(trainer).parent.glob("*.parts-*/*.safetensors")]
+        self.bytes = max(parts)
+
+
+def parts(rounds: int = 30, every: int = 50) -> Iterator[Row]:
+    """What of the time training stands still for a save of 200 MB in parts, in a thread, every 50 steps.
+
+    A sharded model of 17 M parameters with its optimizer, on one rank: what any rank does for the part that it holds.
+    The share is that of a block of steps, from the begin of a save to the begin of the next; a write that outlasts
+    its block is waited for in the next save, and is in it.
+    """
+    standing = _standing(rounds, every)
+    shares = [blocked / whole for blocked, whole in zip(standing.blocked, standing.seconds, strict=True)]
+    step = statistics.median(standing.seconds) / every
+    print(
+        f"resume/parts: {standing.bytes / 1e6:.0f} MB, steps of {1e3 * step:.0f} ms, a save every {every}; training "
+        f"stands still for {1e3 * statistics.median(standing.blocked):.0f} ms",
+        flush=True,
+    )
+    result = median(shares)
+    yield Row.at_most(f"resume/parts_stand_still_every_{every}", result.value, 0.02, result.interval)
+
+
+def _standing(rounds: int, every: int, width: int = 384, depth: int = 6, batch: int = 8) -> Standing:
+    """``rounds`` timed blocks of a real fit of a sharded model, on one rank."""
+    torch.manual_seed(0)
+    image = PatchTower(size=32, patch=8, width=width, depth=depth, heads=4)
+    text = TextTower(vocab=1000, width=width, depth=depth // 2, heads=4, length=16)
+    towers = Towers(image=image, text=text)
+    recipe = Contrastive(towers, width=width, optimizer=adamw_callable, shard=Shard())
+    resume = Resume(every=10**9)
+    standing = Standing(resume, every)
+    steps = (rounds + 1) * every + 1  # one more, at whose start the last block ends
+    quieten()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=Sharded("gloo"),
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[resume, standing],
+            plugins=[PartedIO()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
+    dist.destroy_process_group()
+    return standing
 
 
 def signals(ranks: int = 2, steps: int = 1240, milliseconds: float = 20.0) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import resume
 from descant.callbacks import Resume
 from descant.run.store import AtomicIO
+from tests.ranks import run_ranks
 from tests.tolerance import F64, ulps
 
 
@@ -44,3 +45,25 @@ def test_rows_of_saving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (line,) = capsys.readouterr().out.splitlines()
     assert "37 MB, steps of 100 ms, a save every 20" in line
     assert "for 30 ms (asynchronous) and 400 ms (in line)" in line
+
+
+def test_rows_of_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    standing = resume.Standing(Resume(), every=50)
+    standing.seconds, standing.blocked, standing.bytes = [5.0] * 30, [0.05] * 30, 200_000_000
+    monkeypatch.setattr(resume, "_standing", lambda rounds, every: standing)
+    (row,) = resume.parts()
+    assert row.name == "resume/parts_stand_still_every_50" and row.ok and row.bar == 0.02
+    assert row.value == pytest.approx(0.01, rel=ulps(64, F64))
+    assert "200 MB, steps of 100 ms, a save every 50; training stands still for 50 ms" in capsys.readouterr().out
+
+
+def _timed(rank: int) -> tuple[int, int, int]:
+    standing = resume._standing(rounds=3, every=2, width=32, depth=2, batch=8)
+    return len(standing.seconds), len(standing.blocked), standing.bytes
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_a_round_of_parts_is_a_block_with_its_save() -> None:
+    ((rounds, saves, size),) = run_ranks(1, _timed)
+    assert rounds == saves == 3 and size > 4 * 32 * 1000 * 3

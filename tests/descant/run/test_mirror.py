@@ -11,11 +11,13 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from descant.modules.io import manifest
+from descant.modules.io import manifest, saved
 from descant.modules.io.manifest import fault
+from descant.modules.io.plain import load_plain
 from descant.run.mirror import Mirror
 from descant.run.parted_io import PartedIO
 from descant.run.store import AtomicIO
@@ -154,16 +156,41 @@ def test_an_unknown_file_system_is_told_before_the_run(toy: Callable[..., Any], 
     assert "only fit takes it" in toy("validate", "--checkpoint_mirror", "x").refusal
 
 
+PARTS = ("--config", "with/train/sharded-save", "--trainer.callbacks+=Resume", "--trainer.callbacks.every", "3")
+
+
 def test_a_run_goes_on_from_its_second_place(toy: Callable[..., Any], workplace: Path) -> None:
-    parts = ("--config", "with/train/sharded-save", "--trainer.callbacks+=Resume", "--trainer.callbacks.every", "3")
-    assert toy("fit", *parts, "--name", "a", "--checkpoint_mirror", "second").rc == 0
+    assert toy("fit", *PARTS, "--name", "a", "--checkpoint_mirror", "second").rc == 0
     (workplace / "runs").rename(workplace / "lost")
     newest, _ = manifest.newest(workplace / "second/a/001/resume", "step-*.ckpt")
     assert newest is not None
-    run = toy(
-        "fit", *parts, "--name", "b", "--resume", "second/a/001", "--trainer.max_epochs", "4", "--changed", "allow"
-    )
+    longer = ("--trainer.max_epochs", "4", "--changed", "allow")
+    run = toy("fit", *PARTS, "--name", "b", "--resume", "second/a/001", *longer)
     assert run.rc == 0 and f"starting from second/a/001/resume/{newest.name}" in run.err
-    assert toy("validate", "--run", "b/001", "--ckpt_path", "last").rc == 0
     again, _ = manifest.newest(workplace / "runs/b/001/resume", "step-*.ckpt")
     assert again is not None and manifest.known(again)["step"] > manifest.known(newest)["step"]
+
+
+def test_every_command_reads_parts_and_says_which_is_gone(
+    toy: Callable[..., Any], cli: Callable[..., Any], workplace: Path
+) -> None:
+    assert toy("fit", *PARTS, "--name", "a").rc == 0
+    folder = workplace / "runs/a/001"
+    steps = sorted((folder / "resume").glob("*.ckpt"))
+    assert toy("validate", "--run", "a/001", "--ckpt_path", str(steps[-1])).rc == 0
+    weights = saved.read_weights(saved.find(steps[-1]))
+    assert len(weights) > 2 and all(torch.equal(v, load_plain(steps[-1])["state_dict"][k]) for k, v in weights.items())
+    assert cli("export", "a/001", "--ckpt", steps[-1], "--out", "model", "--trust", "tests.toys").rc == 0
+    one = workplace / "one.ckpt"  # as one file, which is a resume point too
+    AtomicIO().save_checkpoint(AtomicIO().load_checkpoint(steps[-1]), one)
+    assert (
+        torch.load(one, weights_only=True)["global_step"] == manifest.known(one)["step"] and manifest.known(one)["safe"]
+    )
+    (part,) = steps[-1].parent.glob(f"{steps[-1].name}.parts-*/rank-00000.safetensors")
+    part.unlink()
+    why = f"part of rank 0 of 1, {part.parent.name}/{part.name}: missing"
+    line = toy("validate", "--run", "a/001", "--ckpt_path", str(steps[-1])).refusal
+    assert line.startswith(f"--ckpt_path {steps[-1]}: {why}; nearest: ")
+    on = toy("fit", *PARTS, "--name", "a", "--resume", "auto")
+    assert on.rc == 0 and f"skipped resume/{steps[-1].name}: {why}" in on.err
+    assert f"from {steps[-2].name}" in on.err and fault(steps[-1]) is None  # written again
