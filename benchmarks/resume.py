@@ -136,68 +136,75 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
 
 
 class Standing(L.Callback):
-    """Times how long training stands still at the start of each block of steps, in which a point is saved.
+    """Times how long training stands still for a save in a thread, and how long the write takes, beside steps without.
 
-    The first block warms up: the copies' memory is made in it.
+    A block of steps begins with a save, once the last one is on disk. The first block warms up: the copies' memory is
+    made in it.
 
     Args:
         resume: saves, and never on its own.
-        every: steps of a block.
+        io: of the same trainer.
+        block: steps of a block, at least 2: the last of them is timed.
     """
 
-    def __init__(self, resume: Resume, every: int) -> None:
-        self.resume, self.every = resume, every
-        self.seconds: list[float] = []  # of a block
-        self.blocked: list[float] = []  # of these, until training goes on
-        self.bytes = 0  # of the parts of a point
+    def __init__(self, resume: Resume, io: PartedIO, block: int) -> None:
+        self.resume, self.io, self.block = resume, io, block
+        self.blocked: list[float] = []  # seconds until training goes on
+        self.written: list[float] = []  # seconds until all is on disk
+        self.steps: list[float] = []  # seconds of a step
+        self.bytes = 0  # of a part
         self._begin = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every:
-            return
-        now = time.perf_counter()
-        if trainer.global_step > self.every:
-            self.seconds.append(now - self._begin)
-        self._begin = now
-        self.resume.save(trainer)  # waits for the last one, where that is not on disk yet
-        self.blocked.append(time.perf_counter() - now)
+        within = trainer.global_step % self.block
+        if within == 0:
+            if trainer.global_step:
+                self.steps.append(time.perf_counter() - self._begin)
+            self.io.wait()
+            begin = time.perf_counter()
+            self.resume.save(trainer)
+            self.blocked.append(time.perf_counter() - begin)
+            assert self.io._last is not None
+            self.io._last.add_done_callback(lambda _: self.written.append(time.perf_counter() - begin))
+        self._begin = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.blocked = self.blocked[1:-1]  # of the blocks that were timed
-        trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
-        parts = [file.stat().st_size for file in self.resume._path(trainer).parent.glob("*.parts-*/*.safetensors")]
-        self.bytes = max(parts)
+        self.io.wait()
+        self.blocked, self.written, self.steps = self.blocked[1:-1], self.written[1:-1], self.steps[1:]
+        folder = self.resume._path(trainer).parent
+        self.bytes = max(file.stat().st_size for file in folder.glob("*.parts-*/*.safetensors"))
 
 
 def parts(rounds: int = 30, every: int = 50) -> Iterator[Row]:
     """What of the time training stands still for a save of 200 MB in parts, in a thread, every 50 steps.
 
+        share = seconds of standing still / (50 seconds of a step + seconds of standing still)
+
     A sharded model of 17 M parameters with its optimizer, on one rank: what any rank does for the part that it holds.
-    The share is that of a block of steps, from the begin of a save to the begin of the next; a write that outlasts
-    its block is waited for in the next save, and is in it.
+    The next save waits for the last: what the write takes of the 50 steps is below 1, or it would be waited for.
     """
-    standing = _standing(rounds, every)
-    shares = [blocked / whole for blocked, whole in zip(standing.blocked, standing.seconds, strict=True)]
-    step = statistics.median(standing.seconds) / every
+    standing = _standing(rounds)
+    still, step = statistics.median(standing.blocked), statistics.median(standing.steps)
     print(
-        f"resume/parts: {standing.bytes / 1e6:.0f} MB, steps of {1e3 * step:.0f} ms, a save every {every}; training "
-        f"stands still for {1e3 * statistics.median(standing.blocked):.0f} ms",
+        f"resume/parts: {standing.bytes / 1e6:.0f} MB, steps of {1e3 * step:.0f} ms; training stands still for "
+        f"{1e3 * still:.0f} ms, and all is on disk after {1e3 * statistics.median(standing.written):.0f} ms",
         flush=True,
     )
-    result = median(shares)
+    pairs = list(zip(standing.blocked, standing.written, standing.steps, strict=True))
+    result = median([blocked / (every * one + blocked) for blocked, _, one in pairs])
     yield Row.at_most(f"resume/parts_stand_still_every_{every}", result.value, 0.02, result.interval)
+    result = median([written / (every * one) for _, written, one in pairs])
+    yield Row.at_most(f"resume/parts_written_of_{every}_steps", result.value, 1.0, result.interval)
 
 
-def _standing(rounds: int, every: int, width: int = 384, depth: int = 6, batch: int = 8) -> Standing:
+def _standing(rounds: int, width: int = 384, depth: int = 6, batch: int = 4, block: int = 4) -> Standing:
     """``rounds`` timed blocks of a real fit of a sharded model, on one rank."""
     torch.manual_seed(0)
     image = PatchTower(size=32, patch=8, width=width, depth=depth, heads=4)
     text = TextTower(vocab=1000, width=width, depth=depth // 2, heads=4, length=16)
-    towers = Towers(image=image, text=text)
-    recipe = Contrastive(towers, width=width, optimizer=adamw_callable, shard=Shard())
-    resume = Resume(every=10**9)
-    standing = Standing(resume, every)
-    steps = (rounds + 1) * every + 1  # one more, at whose start the last block ends
+    recipe = Contrastive(Towers(image=image, text=text), width=width, optimizer=adamw_callable, shard=Shard())
+    io, resume = PartedIO(), Resume(every=10**9, keep=2)
+    standing, steps = Standing(resume, io, block), (rounds + 1) * block + 1
     quieten()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
@@ -208,7 +215,7 @@ def _standing(rounds: int, every: int, width: int = 384, depth: int = 6, batch: 
             max_epochs=-1,
             logger=False,
             callbacks=[resume, standing],
-            plugins=[PartedIO()],
+            plugins=[io],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -216,7 +223,6 @@ def _standing(rounds: int, every: int, width: int = 384, depth: int = 6, batch: 
             default_root_dir=folder,
         )
         trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
-    dist.destroy_process_group()
     return standing
 
 

@@ -124,7 +124,7 @@ class PartedIO(AtomicIO):
                     raise OSError(f"{path}: not written: rank {rank} of {world}: {failed.read_text()}")
             if len(entries) == world:
                 return [entries[rank] for rank in range(world)]
-            total = sum(file.stat().st_size for file in place.iterdir() if file.exists())
+            total = _bytes(place)
             if total != size:
                 size, moved = total, time.monotonic()
             if time.monotonic() - moved > (min(self.patience, _LAST) if self._ending else self.patience):
@@ -155,6 +155,15 @@ class PartedIO(AtomicIO):
             super().teardown()
         finally:
             self._ending = False
+
+
+def _bytes(place: Path) -> int:
+    """Bytes in a folder, in which files are renamed meanwhile."""
+    total = 0
+    for file in place.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def _require_seen(place: Path, rank: int) -> None:

@@ -126,14 +126,19 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
     for place in folder.glob(f"*{PARTS}*"):
         match = _PARTS.fullmatch(place.name)
-        if match and not _alive(place, match["host"], int(match["pid"])):
-            entries = _entries(folder / match["name"])
-            listed = {str(p["name"]) for e in entries for p in parts_of(e)} if not isinstance(entries, str) else set()
-            if not (folder / match["name"]).exists() or not any(n.startswith(f"{place.name}/") for n in listed):
-                shutil.rmtree(place, ignore_errors=True)
+        if match and not _alive(place, match["host"], int(match["pid"])) and not _in_use(place, folder / match["name"]):
+            shutil.rmtree(place, ignore_errors=True)
     for manifest in folder.glob(f"*{SUFFIX}"):
         if manifest.stem not in begun and not os.path.lexists(manifest.with_suffix("")):
             manifest.unlink(missing_ok=True)
+
+
+def _in_use(parts: Path, path: Path) -> bool:
+    """Whether ``path`` may consist of these parts: its manifest lists one of them, or cannot be read."""
+    entries = _entries(path)
+    if isinstance(entries, str) or not path.exists():
+        return path.exists()
+    return any(str(part["name"]).startswith(f"{parts.name}/") for entry in entries for part in parts_of(entry))
 
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:

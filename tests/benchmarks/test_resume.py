@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import resume
 from descant.callbacks import Resume
+from descant.run.parted_io import PartedIO
 from descant.run.store import AtomicIO
 from tests.ranks import run_ranks
 from tests.tolerance import F64, ulps
@@ -48,22 +49,26 @@ def test_rows_of_saving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_rows_of_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    standing = resume.Standing(Resume(), every=50)
-    standing.seconds, standing.blocked, standing.bytes = [5.0] * 30, [0.05] * 30, 200_000_000
-    monkeypatch.setattr(resume, "_standing", lambda rounds, every: standing)
-    (row,) = resume.parts()
-    assert row.name == "resume/parts_stand_still_every_50" and row.ok and row.bar == 0.02
-    assert row.value == pytest.approx(0.01, rel=ulps(64, F64))
-    assert "200 MB, steps of 100 ms, a save every 50; training stands still for 50 ms" in capsys.readouterr().out
+    standing = resume.Standing(Resume(), PartedIO(), block=4)
+    standing.steps, standing.blocked, standing.written = [0.099] * 30, [0.05] * 30, [0.495] * 30
+    standing.bytes = 200_000_000
+    monkeypatch.setattr(resume, "_standing", lambda rounds: standing)
+    still, written = resume.parts()
+    assert still.name == "resume/parts_stand_still_every_50" and still.ok and still.bar == 0.02
+    assert still.value == pytest.approx(0.01, rel=ulps(64, F64))
+    assert written.value == pytest.approx(0.1, rel=ulps(64, F64)) and written.bar == 1.0
+    line = capsys.readouterr().out
+    assert "200 MB, steps of 99 ms; training stands still for 50 ms, and all is on disk after 495 ms" in line
 
 
-def _timed(rank: int) -> tuple[int, int, int]:
-    standing = resume._standing(rounds=3, every=2, width=32, depth=2, batch=8)
-    return len(standing.seconds), len(standing.blocked), standing.bytes
+def _timed(rank: int) -> tuple[int, int, int, int, bool]:
+    timed = resume._standing(rounds=3, width=32, depth=2, batch=8, block=2)
+    seen = (timed.blocked, timed.written, timed.steps)
+    return *map(len, seen), timed.bytes, all(b < w for b, w in zip(timed.blocked, timed.written, strict=True))
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_a_round_of_parts_is_a_block_with_its_save() -> None:
-    ((rounds, saves, size),) = run_ranks(1, _timed)
-    assert rounds == saves == 3 and size > 4 * 32 * 1000 * 3
+def test_a_round_of_parts_is_a_save_and_a_step_without() -> None:
+    ((blocked, written, steps, size, ordered),) = run_ranks(1, _timed)
+    assert blocked == written == steps == 3 and size > 4 * 32 * 1000 * 3 and ordered

@@ -242,6 +242,17 @@ def test_a_part_that_is_missing_or_altered_is_named_with_its_rank(tmp_path: Path
         require_sums(path)
 
 
+def test_parts_of_a_checkpoint_whose_manifest_is_damaged_stay(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    save_two(path, 1.0, 1)
+    Path(f"{path}{SUFFIX}").write_text("[")
+    manifest.sweep(tmp_path)
+    assert load_plain(path)["global_step"] == 1 and len(list(tmp_path.glob("*.parts-*"))) == 1
+    path.unlink()  # without it they are of no checkpoint
+    manifest.sweep(tmp_path)
+    assert names(tmp_path) == set()
+
+
 def test_an_index_that_is_no_index_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     save_two(path, 1.0, 1)
