@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test slow torture kills trackers fuzz mutants lint bench gpu wheels docs clean
+.PHONY: demo test slow torture kills trackers newest fuzz mutants lint bench gpu wheels tutorials docs clean
 .venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Descant needs Python 3.11 or newer"'
@@ -46,6 +46,14 @@ trackers: .venv/.ready  ## Kill runs that log to Weights & Biases, MLflow and Tr
 	$(TRACKERS)/bin/pip install --quiet '.[wandb,mlflow,trackio]'
 	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rfEs tests/test_trackers.py tests/modules/training_setup/test_trackers.py
 
+# Over that of the checks, too: ONNX and sentence-transformers are large, and the checks keep the releases that they have.
+NEWEST := .venv-newest
+newest: .venv/.ready  ## The comparisons with other packages against their newest releases, and a table of these: NEW=--lowest, NEW='--only trl', NEW=--table
+	test -d $(NEWEST) || $(BIN)/python -m venv $(NEWEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(BIN)/pip list --format=freeze > $(NEWEST)/have.txt
+	$(NEWEST)/bin/python -m benchmarks.newest --have $(NEWEST)/have.txt $(NEW) -- -rfEs -m 'not gpu' $(MANY)
+
 # Not SECONDS, which bash sets itself.
 FUZZ_SECONDS ?= 600
 fuzz: .venv/.ready  ## Damaged files for every reader, ten minutes by default: FUZZ_SECONDS=60, FUZZ='--only tar'
@@ -75,7 +83,12 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.ready)  ## The device tes
 wheels: .venv/.ready  ## What `make gpu` needs on a machine without network: build/wheels. FOR='--python 3.12 --have FILE'
 	$(BIN)/python -m benchmarks.wheels $(FOR)
 
-docs: .venv/.ready  ## Guides, gallery of experiments, claims and reference as a site: build/site.
+TUTORIALS := $(patsubst docs/%,build/%,$(wildcard docs/tutorials/*.ipynb))
+build/tutorials/%.ipynb: docs/tutorials/%.ipynb | .venv/.ready
+	$(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --ExecutePreprocessor.startup_timeout=300 --output-dir $(@D) $<
+tutorials: $(TUTORIALS)  ## Run the notebooks of docs/tutorials, a minute or two each: build/tutorials, with their outputs.
+
+docs: .venv/.ready tutorials  ## Notebooks with their outputs, guides, gallery of experiments, claims and reference as a site: build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,11 @@ from descant.cli.catalogue import experiments, overlays, papers
 from descant.modules.io.names import full
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))  # this file is run by its path
+from notebook import page as page_of_notebook  # noqa: E402
+
+#: Notebooks in docs/tutorials, in the order in which they are read.
+TUTORIALS = ("own-pictures", "compare-methods", "add-a-method")
 #: Files of the repository -> pages of the site.
 TEXTS = {
     "README.md": "index.md",
@@ -32,6 +38,7 @@ GROUPS = {
     "Guides": (
         "guides",
         (
+            "which",
             "recipes",
             "optimizers",
             "python",
@@ -41,10 +48,12 @@ GROUPS = {
             "exchange",
             "devices",
             "slurm",
+            "docker",
             "watching",
             "survive",
             "recipe",
             "claims",
+            "faq",
         ),
     ),
     "Mechanisms": (
@@ -77,7 +86,7 @@ _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
 def main() -> None:
-    nav = ["* [Descant](index.md)"]
+    nav = ["* [Descant](index.md)", "* Tutorials", *map(_tutorial, TUTORIALS)]
     for group, (folder, names) in GROUPS.items():
         pages = [f"{folder}/{name}.md" for name in names]
         nav += [f"* {group}", *(f"    * [{_own(page)}]({page})" for page in pages)]
@@ -98,6 +107,17 @@ def _own(page: str) -> str:
     text = file.read_text(encoding="utf-8")
     _write(page, _linked(text, file, depth=page.count("/")))
     return text.splitlines()[0].removeprefix("# ")
+
+
+def _tutorial(name: str) -> str:
+    """A page of a notebook, with the outputs that `make tutorials` left; returns its line of the navigation."""
+    file = ROOT / "docs/tutorials" / f"{name}.ipynb"
+    page = page_of_notebook(file, ROOT / "build/tutorials")
+    for picture, content in page.pictures.items():
+        with mkdocs_gen_files.open(f"tutorials/{picture}", "wb") as out:
+            out.write(content)
+    _write(f"tutorials/{name}.md", f"# {page.title}\n\n{page.note}\n{_linked(page.text, file, depth=1)}")
+    return f"    * [{page.title}](tutorials/{name}.md)"
 
 
 def _gallery() -> Iterator[str]:
@@ -346,6 +366,8 @@ def _linked(text: str, file: Path, depth: int = 0) -> str:
 def _page(inner: str) -> str:
     if inner in TEXTS:
         return TEXTS[inner]
+    if inner.removeprefix("docs/tutorials/").removesuffix(".ipynb") in TUTORIALS:
+        return inner.removeprefix("docs/").replace(".ipynb", ".md")
     if inner.startswith("docs/"):
         return inner.removeprefix("docs/")
     if inner.startswith("experiments/") and inner.endswith(".yaml"):

@@ -71,6 +71,7 @@ LONGEST = (
         "descant/cli/test_estimate.py",
         "test_wheel.py",
         "test_site.py",
+        "test_tutorials.py",
     ),
     *(
         "descant/cli/test_new.py",

@@ -25,6 +25,9 @@ NOT_RUN = {
 #: (page, pattern of a command) -> what makes what it reads, where its part of the page does not.
 WANTS = {
     ("README.md", r"descant .*\bdemo/001"): "make demo",
+    ("README.md", r"descant export contrastive-own-vit/"): (
+        "descant fit --config contrastive/own-vit --data.path photos"
+    ),
     ("slurm.md", r"descant compare"): "descant fit --config contrastive/emoji",
 }
 #: Commands of a section that are typed in one folder.

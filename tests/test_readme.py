@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "docs").rglob("*.ipynb"),
 ]
 CONFIGURED = ("fit", "check", "validate", "test", "predict")
 
@@ -33,15 +35,24 @@ CONFIGURED = ("fit", "check", "validate", "test", "predict")
 def told() -> Iterator[str]:
     """Commands in blocks of the pages, and in the heads of experiments; continued lines are one."""
     for page in PAGES:
-        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+        text = _text(page)
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         for line in "".join(blocks).replace("\\\n", " ").splitlines():
             if line.strip().startswith("descant "):
                 yield line.strip()
-        yield from re.findall(r"`(descant [^`\n]+ --config [^`\n]+)`", page.read_text())
+        yield from re.findall(r"`(descant [^`\n]+ --config [^`\n]+)`", text)
     for file in experiments().values():
         for line in file.read_text().splitlines():
             if match := re.match(r"# (?:Command|Before): +(descant [^(]+)", line):
                 yield match[1]
+
+
+def _text(page: Path) -> str:
+    """What a page tells in words; the commands in a notebook's cells are run by tests/test_tutorials.py."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 @pytest.mark.parametrize("line", sorted(set(told())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_a_page_asks_no_other_host_and_every_picture_is_there(site: Path) -> Non
         assert not re.search(r'<link[^>]+rel="(?:stylesheet|preconnect|preload)"[^>]+href="(?:https?:)?//', text), file
         for picture in re.findall(r'<img[^>]+src="([^"]+)"', text):
             assert (file.parent / picture).resolve().is_file(), (file, picture)
+
+
+@pytest.mark.slow
+def test_every_notebook_has_a_page_that_leads_to_it_and_to_the_next(site: Path) -> None:
+    names = ["own-pictures", "compare-methods", "add-a-method"]
+    for name, following in pairwise([*names, "compare-methods"]):
+        text = (site / "tutorials" / name / "index.html").read_text()
+        assert f'href="../{name}.ipynb"' in text and (site / "tutorials" / f"{name}.ipynb").is_file()
+        assert f'href="../{following}/"' in text.partition("<article")[2].partition("</article>")[0]
 
 
 @pytest.mark.slow

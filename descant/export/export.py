@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from descant.cli.errors import Refusal, fail, hint, one_line
+from descant.cli.errors import Refusal, fail, hint, one_line, printable
 from descant.cli.options import Options
+from descant.modules.core.errors import warn
 
 if TYPE_CHECKING:
     from descant.modules.io.saved import Node, Saved
@@ -32,7 +33,7 @@ weight, before it gets its name; an existing folder is never changed.
 
 --to writes what another package loads, without Descant: timm the encoder of a masked model, a TimmTower or a
 PatchTower; transformers a language model of the Llama or Mixtral family, such a one that sees as LLaVA does,
-or a CLIP; open_clip a CLIP; each with its tokenizer; onnx a graph of each modality of a contrastive run.
+a CLIP or a SigLIP; open_clip a CLIP; each with its tokenizer; onnx a graph of each modality of a contrastive run.
 Adapters are folded in. The folder is loaded back by that package, and its outputs compared with the run's
 (1e-5 in float32; onnx 1e-4).
 
@@ -182,6 +183,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
 def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
     """The folder of another package, with the model card, the run's numbers and the licence of its data."""
     from descant.export import formats
+    from descant.export.captions import captions_of
     from descant.modules.io import merge
     from descant.modules.io.files import sha256_of
     from descant.recipes.base.rebuild import rebuild
@@ -194,6 +196,9 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     prepared, parts = _preprocessing(source)
     chosen.write(recipe, parts, folder)
     difference = chosen.require_near(recipe, folder)
+    if chosen.cleans:
+        texts = captions_of(prepared)
+        _warn_of_texts(request.to, chosen.changed(parts, folder, texts), len(texts))
     _copy_notice(source, prepared, folder)
     about = card.About(source, request.out.name, recipe, parts, False, [], chosen.usage(request.out.name))
     card.write(about, prepared, folder, {file.name: sha256_of(file) for file in chosen.weights(folder)})
@@ -201,6 +206,17 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
         f"EXPORT  for {request.to}, loaded back by it: outputs differ by {difference:.1g} at most",
         *_named(_files(folder), folder),
     ]
+
+
+def _warn_of_texts(name: str, changed: Sequence[tuple[str, str]], of: int) -> None:
+    """One line where the package cleans captions of the run's data, so that its tokenizer gives other ids."""
+    if changed:
+        shortest = min(changed, key=lambda pair: len(pair[0]))
+        here, there = (printable(text if len(text) <= 60 else f"{text[:57]}...") for text in shortest)
+        warn(
+            f"--to {name}: {len(changed):,} of {of:,} captions have other ids there, where texts are cleaned first: "
+            f"{here!r} becomes {there!r}; train on cleaned captions (ftfy.fix_text), or give it token ids"
+        )
 
 
 def _preprocessing(source: Saved) -> tuple[Any, dict[str, list[Any]]]:

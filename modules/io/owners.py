@@ -6,6 +6,7 @@ Only configuration is read here, and nothing outside the folder.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any, Literal, NamedTuple
 
 from descant.modules.core.errors import one_line
@@ -20,7 +21,7 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class ImageInput(NamedTuple):
-    """How images become input: a square of ``size`` pixels, ``(x - mean) / std`` of pixels in 0..1.
+    """How images become input: a square of ``size`` pixels (0: of any), ``(x - mean) / std`` of pixels in 0..1.
 
     ``filter`` resizes; ``fit``: ``crop`` is the central square of the image, any other is described.
     """
@@ -83,13 +84,23 @@ def _of_transformers(place: Place) -> ImageInput | None:
     factor = getattr(made, "rescale_factor", 1 / 255) if getattr(made, "do_rescale", True) else None
     if factor is None or abs(factor * 255 - 1) > 1e-3:  # 1 / 255 is written with more or fewer digits
         raise ValueError(f"{place.label}: its images are not divided by 255 (rescale_factor {factor}); they are here")
-    crop, size = getattr(made, "do_center_crop", None), _sides(getattr(made, "size", None))
-    final = _sides(getattr(made, "crop_size", None)) if crop else size
     normal = getattr(made, "do_normalize", True)
     mean, std = (made.image_mean, made.image_std) if normal else ((0.0,) * 3, (1.0,) * 3)
+    filter = _FILTERS.get(int(made.resample), str(made.resample))
+    if hasattr(made, "max_num_patches"):  # NaFlex: what a square becomes
+        return _any(place, int(made.patch_size) * math.isqrt(int(made.max_num_patches)), mean, std, filter)
+    if hasattr(made, "merge_size"):  # Qwen-VL: from so many pixels to so many
+        return _any(place, 0, mean, std, filter)
+    crop, size = getattr(made, "do_center_crop", None), _sides(getattr(made, "size", None))
+    final = _sides(getattr(made, "crop_size", None)) if crop else size
     shortest = "shortest_edge" in dict(getattr(made, "size", None) or {})
     fit = "squash" if not shortest else "crop" if size == final else f"crop of {final[0]} from {size[0]}"
-    return _checked(place, final, mean, std, _FILTERS.get(int(made.resample), str(made.resample)), fit)
+    return _checked(place, final, mean, std, filter, fit)
+
+
+def _any(place: Place, size: int, mean: Any, std: Any, filter: str) -> ImageInput:
+    """Of a model of images of any size, whose aspect its owner keeps."""
+    return _checked(place, (max(size, 1),) * 2, mean, std, filter, "its aspect kept")._replace(size=size)
 
 
 def _sides(size: Any) -> tuple[int, int]:

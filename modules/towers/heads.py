@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.modalities import given, with_others
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads, key_mask
+from descant.modules.towers.image import checked_heads, key_mask, xavier
 
 
 class Pool(nn.Module):
@@ -121,6 +121,58 @@ class AttentionPool(Pool):
         q_BH1d = self.query_D.to(k_BHTd.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
         h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=key_mask(mask_BT))
         return self.out(h_BH1d.reshape(B, D)).masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
+
+
+class MAPPool(Pool):
+    """Multihead attention pooling with an MLP behind it, as SigLIP pools images: ``a_b = W_o attention(W_q p, W_k h_b,
+    W_v h_b)`` of one learned query p, ``h_b = a_b + mlp(norm(a_b))``.
+
+    It is the head of transformers' ``SiglipVisionModel`` (with ``eps=1e-6, tanh=True``, as its tower has them) and
+    timm's ``AttentionPoolLatent``; in a shared space without a projection (``project: {image: false}``) its output is
+    the embedding.
+
+    Source: Zhai 2022 (arXiv 2106.04560, appendix), big_vision's MAPHead.
+
+    Args:
+        width: D of the tokens, and of the output.
+        heads: of the attention.
+        mlp_ratio: hidden width of the MLP over D.
+        eps: of the norm.
+        tanh: the MLP's GELU by its approximation with a tanh.
+
+    Raises:
+        ValueError: if ``heads`` does not divide ``width``.
+
+    >>> pool = MAPPool(8, 2, mlp_ratio=2.0)
+    >>> pool(Tokens(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))).shape
+    torch.Size([3, 8])
+    >>> sum(p.numel() for p in pool.parameters())  # 8 + 4 * (64 + 8) + 16 + (8 * 16 + 16) + (16 * 8 + 8)
+    592
+    """
+
+    def __init__(
+        self, width: int, heads: int = 4, mlp_ratio: float = 4.0, eps: float = 1e-5, tanh: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads, hidden = checked_heads(width, heads), int(width * mlp_ratio)
+        self.probe_1D = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, width)))
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU("tanh" if tanh else "none"), nn.Linear(hidden, width)
+        )
+        xavier(self.q, self.kv, self.out, self.mlp[0], self.mlp[2])
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        h_BTD, mask_BT = tokens
+        B, T, D = h_BTD.shape
+        absent_B1 = ~mask_BT.any(dim=1, keepdim=True)
+        kv = self.kv(h_BTD.masked_fill(~mask_BT[..., None], 0.0)).view(B, T, 2, self.heads, D // self.heads)
+        k_BHTd, v_BHTd = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q_BH1d = self.q(self.probe_1D).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
+        h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=key_mask(mask_BT))
+        h_BD = self.out(h_BH1d.reshape(B, D))
+        return (h_BD + self.mlp(self.norm(h_BD))).masked_fill(absent_B1, 0.0)
 
 
 class FlattenPool(Pool):

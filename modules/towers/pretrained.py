@@ -79,6 +79,7 @@ class PretrainedTower(Tower):
         #: How the owner prepares images; None of a tower of texts.
         self.input = _input(place, size, mean, std, image_input(place, owner)) if self.reads == "image" else None
         if self.input is not None:
+            _require_multiple(place, encoder.kind, self.input.size, encoder.multiple)
             # (x / 2 + 1/2 - mean) / std of pixels in -1..1
             mean_3, std_3 = torch.tensor(self.input.mean), torch.tensor(self.input.std)
             self.register_buffer("scale_311", (0.5 / std_3).view(3, 1, 1), persistent=False)
@@ -145,7 +146,15 @@ def _input(
     for name, given, own in (("mean", mean, known.mean), ("std", std, known.std)):
         if given is not None and any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True)):  # as they are printed
             raise ValueError(f"{place.label}: {name} {list(given)}, and its folder has {list(own)}; leave it out")
+    if not known.size and size is None:
+        raise ValueError(f"{place.label}: its images have no one size: give size, pixels of a side")
     return known if size is None else known._replace(size=size)
+
+
+def _require_multiple(place: Place, kind: str, size: int, multiple: int) -> None:
+    if size < 1 or size % multiple:
+        near = max(round(size / multiple), 1) * multiple
+        raise ValueError(f"{place.label}: size {size}: {kind} reads multiples of {multiple}; the nearest is {near}")
 
 
 def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bool = False) -> None:

@@ -17,8 +17,8 @@ PAD = 0
 class TextTower(Tower):
     """Text transformer, pre-norm: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
 
-    ``x_BT -> [B, T, width]``. Padding (id 0, or where ``mask`` is False) is not attended to and gives zeros. Columns
-    beyond the longest text of a batch are not computed.
+    ``x_BT -> [B, T, width]``. Padding (id 0, or where ``mask`` is False) is not attended to and gives zeros, unless
+    ``attend_padding``. Columns beyond the longest text of a batch are not computed.
 
     Args:
         vocab: number of token ids.
@@ -29,6 +29,8 @@ class TextTower(Tower):
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
         causal: a token attends to itself and those before it only.
+        attend_padding: padding is a token like any other, and no text is shorter than its row (SigLIP's texts; pool
+            them with ``LastPool``).
         std: of the token embeddings at initialisation, twice that of the positions; larger values help to learn word
             order from few examples.
 
@@ -52,13 +54,15 @@ class TextTower(Tower):
         dropout: float = 0.0,
         causal: bool = False,
         std: float = 0.02,
+        attend_padding: bool = False,
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth}: at least 1; for a bag of tokens without blocks use BagTower")
         self.width, self.length, self.causal, self.vocabulary = width, length, causal, vocab
-        self.embedding = nn.Embedding(vocab, width, padding_idx=PAD)
+        self.attend_padding = attend_padding
+        self.embedding = nn.Embedding(vocab, width, padding_idx=None if attend_padding else PAD)
         nn.init.normal_(self.embedding.weight, std=std)
         self.positions_TD = nn.Parameter(torch.randn(length, width) * (std / 2))
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
@@ -82,6 +86,8 @@ class TextTower(Tower):
             raise ValueError(f"length {self.length}: a text of {T} tokens does not fit; cut it or raise length")
         # a compiled graph has static shapes
         compiled = torch.compiler.is_compiling()
+        if mask is None and self.attend_padding:
+            return Tokens(self.encode(self.embed(x)), torch.ones_like(x, dtype=torch.bool))
         if mask is None:
             mask = x != PAD if compiled else derived(_real, x)
         mask_BT, longest = mask, T if compiled else columns(mask)

@@ -55,6 +55,7 @@ class SharedSpace(Recipe):
         width: int = 128,
         pool: Pool | Pools | None = None,
         norm: bool | dict[str, bool] = True,
+        project: bool | dict[str, bool] = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,11 +70,13 @@ class SharedSpace(Recipe):
         )
         #: Set around a forward pass: features in place of missing modalities.
         self.imputation: Imputation | None = None
-        norms = norm if isinstance(norm, dict) else dict.fromkeys(towers, norm)
-        for m in norms:
-            if m not in towers:
-                raise ValueError(f"norm: {m!r}: {no_such(m, tuple(towers))}")
-        self.heads = nn.ModuleDict({m: head_of(m, tower, width, norms.get(m, True)) for m, tower in towers.items()})
+        norms, projects = _of_each("norm", norm, towers), _of_each("project", project, towers)
+        self.heads = nn.ModuleDict(
+            {
+                m: head_of(m, tower, width, norms[m]) if projects[m] else _no_head(m, tower, width)
+                for m, tower in towers.items()
+            }
+        )
 
     @property
     def before_pools(self) -> UniversalLayers | None:
@@ -140,9 +143,24 @@ def projected(tower: nn.Module) -> bool:
 
 def head_of(m: str, tower: nn.Module, width: int, norm: bool) -> nn.Module:
     """The projection of a tower's features into the space; none of a tower of embeddings."""
-    own = cast(Tower, tower).width
     if not projected(tower):
-        return Projection(own, width, norm=norm)
-    if own != width:
+        return Projection(cast(Tower, tower).width, width, norm=norm)
+    return _no_head(m, tower, width)
+
+
+def _no_head(m: str, tower: nn.Module, width: int) -> nn.Module:
+    own = cast(Tower, tower).width
+    if own != width and projected(tower):
         raise ValueError(f"width {width}: towers.{m} gives embeddings of {own}: width {own}, or output tokens of it")
+    if own != width:
+        raise ValueError(f"width {width}: towers.{m} has {own} and no projection: width {own}, or project it")
     return nn.Identity()
+
+
+def _of_each(name: str, value: bool | dict[str, bool], towers: Towers) -> dict[str, bool]:
+    """The setting of each modality; true of those that are not named."""
+    given = value if isinstance(value, dict) else dict.fromkeys(towers, value)
+    for m in given:
+        if m not in towers:
+            raise ValueError(f"{name}: {m!r}: {no_such(m, tuple(towers))}")
+    return {m: given.get(m, True) for m in towers}

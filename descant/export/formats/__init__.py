@@ -24,10 +24,13 @@ def _transformers(recipe: Recipe) -> ModelFormat:
     from descant.export.formats.clip import ClipFormat
     from descant.export.formats.llama import LlamaFormat
     from descant.export.formats.llava import LlavaFormat
+    from descant.export.formats.siglip import SiglipFormat
+    from descant.modules.losses import SigLIP
 
     disable_progress_bar()
     if not isinstance(getattr(recipe, "lm", None), nn.Module):
-        return ClipFormat()
+        by_sigmoid = any(isinstance(loss, SigLIP) for loss in getattr(recipe, "losses", {}).values())
+        return SiglipFormat() if by_sigmoid else ClipFormat()
     return LlavaFormat() if len(recipe.towers) else LlamaFormat()
 
 

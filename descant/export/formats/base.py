@@ -26,6 +26,8 @@ class ModelFormat(ABC):
 
     #: Most that outputs may differ by.
     near: float = NEAR
+    #: Whether the package cleans texts before it tokenizes them.
+    cleans: bool = False
 
     @abstractmethod
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
@@ -45,6 +47,10 @@ class ModelFormat(ABC):
     @abstractmethod
     def usage(self, folder: str) -> str:
         """Python that loads the folder, for the model card."""
+
+    def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+        """Of a package that ``cleans``: texts that get other ids by that, each with what it becomes."""
+        return []
 
     def weights(self, folder: Path) -> list[Path]:
         """The files that hold the weights."""

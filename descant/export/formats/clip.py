@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,11 +53,8 @@ class Clip:
             raise ValueError(f"towers: {', '.join(recipe.towers)}; a CLIP has image and text")
         towers = {name: unfrozen(recipe.towers[name]) for name in kinds}
         if getattr(towers["image"], "kind", None) == "siglip_vision_model":
-            found = type(recipe.pools["image"]).__name__
-            raise ValueError(
-                f"pool of image: {found}; SiglipModel pools by vision_model.head, attention with an MLP behind it and "
-                "no projection, which no pool here is; --to onnx holds the model"
-            )
+            found = type(next(iter(recipe.losses.values()))).__name__
+            raise ValueError(f"towers.image: siglip_vision_model; a SigLIP is trained by SigLIP's loss, not {found}")
         for name, kind in kinds.items():
             tower = towers[name]
             if not isinstance(tower, TransformersTower) or tower.kind != kind:
@@ -162,6 +160,8 @@ class ClipFormat(ModelFormat):
 class OpenClipFormat(ModelFormat):
     """open_clip_config.json and weights of open_clip's own CLIP."""
 
+    cleans = True
+
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
         from safetensors.torch import save_file
 
@@ -188,6 +188,15 @@ class OpenClipFormat(ModelFormat):
         model.eval()
         theirs = [model.encode_image(x_BCHW, normalize=True), model.encode_text(their_BT, normalize=True)]
         return clip.ours(x_BCHW, ids_BT), torch.cat(theirs)
+
+    def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+        import open_clip
+
+        if (tokenizer := tokenizer_of(parts)) is None:
+            return []
+        clean = open_clip.get_tokenizer(f"local-dir:{folder}").clean_fn  # ftfy, HTML's entities, spaces
+        pairs = ((text, clean(text)) for text in texts if text.strip())
+        return [pair for pair in pairs if pair[0] != pair[1] and _row(tokenizer, pair[0]) != _row(tokenizer, pair[1])]
 
     def usage(self, folder: str) -> str:
         return (
@@ -276,6 +285,10 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             named = named.replace(old, new)
         out[named] = x
     return out
+
+
+def _row(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.row([tokenizer.ids(text)]) if text else []
 
 
 def _write_tokenizer(clip: Clip, tokenizer: Tokenizer | None, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from descant.export.formats.base import ImageSteps, ModelFormat, Parts, tokenizer_of, unfrozen
 from descant.export.formats.fast_tokenizers import ANSWER, IMAGE, chat_template, fast, require_question
 from descant.export.formats.llama import require_causal
+from descant.export.formats.siglip import patches_as_siglip
 from descant.modules.core.batch import Batch
 from descant.modules.language import CausalLM
 from descant.modules.language.llama_format import llama_config, to_llama
@@ -40,7 +41,8 @@ class Vision:
         """Raises ValueError for a tower of another architecture."""
         tower = unfrozen(tower)
         if type(tower) is PatchTower:
-            return cls(*_patches_as_siglip(tower), extra=0)
+            half = patches_as_siglip(tower)
+            return cls({**half.config, "tie_last_hidden_states": True}, half.state, extra=0)
         kind = getattr(tower, "kind", None) or type(tower).__name__
         if not isinstance(tower, TransformersTower) or kind not in ("clip_vision_model", "siglip_vision_model"):
             raise ValueError(
@@ -56,37 +58,6 @@ class Vision:
     def tokens(self) -> int:
         """Of an image."""
         return (self.config["image_size"] // self.config["patch_size"]) ** 2 + self.extra
-
-
-def _patches_as_siglip(tower: PatchTower) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A PatchTower as a SiglipVisionModel, which has the same blocks, without its pooling head."""
-    first: Any = tower.layers[0]
-    config = {
-        "model_type": "siglip_vision_model",
-        "image_size": tower.shape[1],
-        "num_channels": tower.shape[0],
-        "patch_size": tower.patches.kernel_size[0],
-        "hidden_size": tower.width,
-        "intermediate_size": first.mlp[0].out_features,
-        "num_hidden_layers": len(tower.layers),
-        "num_attention_heads": first.heads,
-        "hidden_act": "gelu",
-        "layer_norm_eps": tower.norm.eps,
-        "vision_use_head": False,
-        "tie_last_hidden_states": True,
-    }
-    state = {"embeddings.position_embedding.weight": tower.positions_TD.detach()}
-    state |= tower.patches.state_dict(prefix="embeddings.patch_embedding.")
-    state |= tower.norm.state_dict(prefix="post_layernorm.")
-    names = {"norm_1": "layer_norm1", "norm_2": "layer_norm2", "out": "self_attn.out_proj"}
-    names |= {"mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
-    for i, layer in enumerate(tower.layers):
-        at = f"encoder.layers.{i}"
-        for ours, theirs in names.items():
-            state |= layer.get_submodule(ours).state_dict(prefix=f"{at}.{theirs}.")
-        for kind, x in cast(nn.Linear, layer.qkv).state_dict().items():
-            state |= {f"{at}.self_attn.{p}_proj.{kind}": part for p, part in zip("qkv", x.chunk(3), strict=True)}
-    return config, state
 
 
 @dataclass(frozen=True)

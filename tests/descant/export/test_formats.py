@@ -33,7 +33,7 @@ from descant.modules.moe import ExpertLayers, HardModality, TopKRouter, VisualEx
 from descant.modules.tokenizers.text import BOS, EOS, BPETokenizer, ByteTokenizer, WordTokenizer
 from descant.modules.towers import ConvTower, PatchTower, TextTower, TimmTower, Towers, TransformersTower
 from descant.modules.towers.base import Frozen
-from descant.modules.towers.heads import AttentionPool, FirstPool, LastPool, Pools
+from descant.modules.towers.heads import FirstPool, LastPool, Pools
 from descant.modules.towers.vit import EPS, Trunk
 from descant.modules.transforms.image import Pixels
 from descant.recipes import Contrastive, Masked, VisionLanguage
@@ -352,15 +352,6 @@ def test_towers_of_another_architecture_are_named(tmp_path: Path) -> None:
         clips.OpenClipFormat().write(mixed, PARTS, tmp_path)
     with pytest.raises(ValueError, match="norm: 'audio': no such name"):
         Contrastive(towers, 16, norm={"audio": False})
-
-
-def test_siglip_is_refused_by_the_layer_that_pools(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    image: Any = {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **sizes}
-    towers = Towers(image=TransformersTower(config=image), text=TextTower(264, 8, 1, 2, 8))
-    recipe = Contrastive(towers, 8, loss=SigLIP(), pool=Pools(image=AttentionPool(8, 2), text=LastPool()))
-    with pytest.raises(ValueError, match=r"pool of image: AttentionPool; SiglipModel pools by vision_model\.head"):
-        clips.ClipFormat().write(recipe, PARTS, tmp_path)
 
 
 def test_pictures_are_cropped_there_as_here(tmp_path: Path) -> None:

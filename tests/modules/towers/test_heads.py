@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from descant.modules.towers.heads import (
     FirstPool,
     FlattenPool,
     LastPool,
+    MAPPool,
     MaxPool,
     MeanPool,
     Pools,
@@ -20,7 +23,16 @@ from tests.tolerance import F32, rounding
 
 H_BTD = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 MASK_BT = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-POOLS = [MeanPool(), FirstPool(), LastPool(), AttentionPool(8, 2), FlattenPool(4, 8), MaxPool(), MaxPool(8)]
+POOLS = [
+    MeanPool(),
+    FirstPool(),
+    LastPool(),
+    AttentionPool(8, 2),
+    FlattenPool(4, 8),
+    MaxPool(),
+    MaxPool(8),
+    MAPPool(8, 2),
+]
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=lambda p: type(p).__name__)
@@ -76,6 +88,36 @@ def test_one_token_is_its_own_attention_pool():
     pool = AttentionPool(8, 2)
     v_D = pool.kv(pool.norm(H_BTD[1, 1])).view(2, 8)[1]
     torch.testing.assert_close(pool(Tokens(H_BTD, MASK_BT))[1], pool.out(v_D), **rounding(32, F32))
+
+
+def test_a_map_pool_is_the_head_of_siglip_and_the_latent_pool_of_timm():
+    from timm.layers import AttentionPoolLatent
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    torch.manual_seed(0)
+    pool, real_BT = MAPPool(8, 2, mlp_ratio=2.0, eps=1e-6, tanh=True), torch.ones(3, 4, dtype=torch.bool)
+    for parameter in pool.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    config = SiglipVisionConfig(hidden_size=8, num_attention_heads=2, intermediate_size=16)
+    head = SiglipMultiheadAttentionPoolingHead(config)
+    latent = AttentionPoolLatent(8, num_heads=2, mlp_ratio=2.0, act_layer=TANH, norm_layer=torch.nn.LayerNorm)
+    latent.norm.eps = 1e-6
+    ours = pool.state_dict()
+    kinds = ("weight", "bias")
+    own = {f"mlp.fc{n}.{kind}": ours[f"mlp.{2 * (n - 1)}.{kind}"] for n in (1, 2) for kind in kinds}
+    theirs = {f"attention.out_proj.{kind}": ours[f"out.{kind}"] for kind in kinds}
+    theirs |= {f"attention.in_proj_{kind}": torch.cat([ours[f"q.{kind}"], ours[f"kv.{kind}"]]) for kind in kinds}
+    theirs |= {f"layernorm.{kind}": ours[f"norm.{kind}"] for kind in kinds}
+    head.load_state_dict({**own, **theirs, "probe": ours["probe_1D"][None]})
+    named = {f"{to}.{kind}": ours[f"{at}.{kind}"] for at, to in MAPPED.items() for kind in kinds}
+    latent.load_state_dict({**own, **named, "latent": ours["probe_1D"][None]})
+    for of_owner in (head, latent):
+        torch.testing.assert_close(pool(Tokens(H_BTD, real_BT)), of_owner(H_BTD), **rounding(64, F32))
+
+
+TANH = partial(torch.nn.GELU, approximate="tanh")
+MAPPED = {"q": "q", "kv": "kv", "out": "proj", "norm": "norm"}
 
 
 @pytest.mark.parametrize("layers", [1, 3])

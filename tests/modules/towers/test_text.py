@@ -79,6 +79,17 @@ def test_causal_tokens_do_not_attend_to_later_ones():
     assert not torch.allclose(text().eval()(X).h_BTD[:, 0], text().eval()(changed).h_BTD[:, 0])
 
 
+def test_padding_that_is_attended_to_is_a_token_like_any_other():
+    tower, same = text(attend_padding=True).eval(), text(causal=False).eval()
+    tokens = tower(X)
+    assert tokens.mask_BT.all() and torch.equal(tower(X, X != 0).h_BTD, same(X).h_BTD)  # a mask that is given counts
+    same.load_state_dict(tower.state_dict())
+    torch.testing.assert_close(tokens.h_BTD, same(X, X >= 0).h_BTD, **rounding(64, F32))
+    tokens.h_BTD[:, -1].square().sum().backward()
+    assert tower.embedding.weight.grad[0].any() and tower.positions_TD.grad.any(dim=1).all()
+    _asserts.check_rows_independent(text(attend_padding=True), X)
+
+
 @pytest.mark.parametrize("depth", [0, -1])
 def test_a_tower_without_blocks_is_refused_and_the_bag_named(depth):
     with pytest.raises(ValueError, match=f"depth {depth}: at least 1; .* BagTower"):

@@ -1,0 +1,190 @@
+"""``make newest``: the comparisons with other packages, against their newest releases (or the lowest that are allowed).
+
+Bounds are read from pyproject.toml: the dependencies, and the extra ``owners``, which has all that tests compare with.
+The interpreter that runs this gets the releases (``make`` gives it an environment of its own over that of the checks).
+A table says what is installed, what the newest is, what was tried and what the bound is; then every test file that
+imports such a package is run. torch and torchvision stay as they are: their builds belong to the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from benchmarks.wheels import listed
+
+#: The extra of all that tests compare with; the dependencies that they compare with, too.
+EXTRA = "owners"
+COMPARED = ("bitsandbytes", "gguf", "peft", "timm", "tokenizers", "torchmetrics", "transformers", "webdataset")
+#: Builds of the machine, which are kept.
+HELD = ("torch", "torchvision")
+#: Where a package is imported by another name than its own.
+MODULES = {"open-clip-torch": "open_clip", "scikit-image": "skimage"}
+#: Operators of a bound whose release is the lowest that it allows.
+_LOWER = (">=", "==", "~=")
+
+
+def requirements(project: Mapping[str, Any], extras: Iterable[str] = ()) -> dict[str, Requirement]:
+    """Name -> requirement of a project's dependencies and extras, and of the extras that these name in turn.
+
+    Args:
+        project: the table ``project`` of a pyproject.toml. extras: of its ``optional-dependencies``.
+
+    Raises:
+        ValueError: for an extra that is not there.
+
+    >>> extras = {"all": ["Own[few]", "trl<2"], "few": ["onnx>=1.2"]}
+    >>> found = requirements({"name": "own", "dependencies": ["trl>=1"], "optional-dependencies": extras}, ["all"])
+    >>> {name: str(one.specifier) for name, one in found.items()}
+    {'trl': '<2,>=1', 'onnx': '>=1.2'}
+    """
+    known = project.get("optional-dependencies", {})
+    found: dict[str, Requirement] = {}
+    waiting, done = list(project.get("dependencies", ())), list[str]()
+    wanted = list(extras)
+    while waiting or wanted:
+        if not waiting:
+            extra = wanted.pop(0)
+            if extra not in known:
+                raise ValueError(f"pyproject.toml: no extra {extra!r}; there are {', '.join(known)}")
+            waiting, done = list(known[extra]), [*done, extra]
+            continue
+        one = Requirement(waiting.pop(0))
+        name = str(canonicalize_name(one.name))
+        if name == canonicalize_name(project["name"]):
+            wanted += sorted(one.extras - set(done) - set(wanted))
+        elif name in found:
+            found[name].specifier &= one.specifier
+            found[name].extras |= one.extras
+        else:
+            found[name] = one
+    return found
+
+
+def lowest(one: Requirement) -> str | None:
+    """The lowest release that a bound allows; None where it has no lower end.
+
+    >>> lowest(Requirement("trl>=1.16,<1.17")), lowest(Requirement("trl<2"))
+    ('1.16', None)
+    """
+    return next((one.version for one in one.specifier if one.operator in _LOWER), None)
+
+
+def compares(file: Path, modules: Iterable[str]) -> bool:
+    """Whether a Python file imports one of these, also by ``pytest.importorskip``."""
+    roots = set(modules)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "importorskip" and node.args:
+            names = [str(getattr(node.args[0], "value", ""))]
+        if any(name.partition(".")[0] in roots for name in names):
+            return True
+    return False
+
+
+def comparisons(tests: Path, found: Mapping[str, Requirement], dependencies: Iterable[str]) -> list[Path]:
+    """The test files that import, or are named after, a package that is no dependency or one of ``COMPARED``."""
+    names = {*COMPARED} & set(found) | set(found) - set(dependencies)
+    modules = {MODULES.get(name, name.replace("-", "_")) for name in names}
+    files = sorted(tests.rglob("test_*.py"))
+    return [file for file in files if file.stem.removeprefix("test_") in modules or compares(file, modules)]
+
+
+def table(
+    found: Mapping[str, Requirement], here: Mapping[str, str], newest: Mapping[str, str], tried: Mapping[str, str]
+) -> str:
+    """Markdown: a row a package, ``here`` before and ``tried`` now; what a bound does not allow is marked.
+
+    >>> print(table({"trl": Requirement("trl>=1,<2")}, {"trl": "1.3"}, {"trl": "2.0"}, {}))
+    | package | installed | newest | tried | bound |
+    |---|---|---|---|---|
+    | trl | 1.3 | 2.0, above the bound | - | >=1,<2 |
+    """
+    rows = ["| package | installed | newest | tried | bound |", "|---|---|---|---|---|"]
+    for name, one in sorted(found.items()):
+        ends = ",".join(sorted((str(end) for end in one.specifier), reverse=True))
+        new = newest.get(name, "-")
+        inside = new == "-" or one.specifier.contains(new, prereleases=True)
+        new = new if inside else f"{new}, above the bound"
+        rows.append(f"| {name} | {here.get(name, '-')} | {new} | {tried.get(name, '-')} | {ends or 'any'} |")
+    return "\n".join(rows)
+
+
+def _pip(*words: str) -> list[str]:
+    return [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
+
+
+def installed() -> dict[str, str]:
+    """Name -> release of all that this interpreter sees; of two of a name the one that is imported."""
+    found: dict[str, str] = {}
+    for one in metadata.distributions():
+        found.setdefault(str(canonicalize_name(one.metadata["Name"])), one.version)
+    return found
+
+
+def available(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the newest release that this interpreter could install, each by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = ("--dry-run", "--no-deps", "--ignore-installed", "--report", str(report))
+        subprocess.run(_pip("install", *options, *names), check=True)
+        items = json.loads(report.read_text(encoding="utf-8"))["install"]
+    return {str(canonicalize_name(item["metadata"]["name"])): str(item["metadata"]["version"]) for item in items}
+
+
+def install(found: Mapping[str, Requirement], low: bool) -> None:
+    """The newest releases, as far as they go together, or exactly the lowest that are allowed."""
+    wanted = []
+    for name, one in found.items():
+        extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
+        least = lowest(one) if low else None
+        if name not in HELD:
+            wanted.append(f"{name}{extras}" + (f"=={least}" if least else ""))
+    here = installed()
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / "held.txt"
+        held.write_text("".join(f"{name}=={here[name]}\n" for name in HELD if name in here), encoding="utf-8")
+        subprocess.run(_pip("install", "--upgrade", "--constraint", str(held), *wanted), check=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.newest", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--have", type=Path, help="what was installed before, as pip list --format=freeze printed it")
+    parser.add_argument("--lowest", action="store_true", help="the lowest releases that the bounds allow, instead")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these packages alone are changed")
+    parser.add_argument("--table", action="store_true", help="the table alone: nothing is installed, no test is run")
+    parser.add_argument("pytest", nargs="*", help="behind --: options of pytest")
+    asked = parser.parse_args(args)
+    root = Path(__file__).resolve().parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = requirements(project, [EXTRA])
+    if unknown := set(asked.only) - set(found):
+        parser.error(f"--only {min(unknown)}: not in pyproject.toml; there are {', '.join(sorted(found))}")
+    here = installed() if asked.have is None else listed(asked.have.read_text(encoding="utf-8").splitlines())
+    new = available(found)
+    if asked.table:
+        print(table(found, here, new, {}))
+        return 0
+    install({name: one for name, one in found.items() if not asked.only or name in asked.only}, asked.lowest)
+    print(table(found, here, new, installed()), flush=True)
+    files = comparisons(root / "tests", found, requirements({**project, "optional-dependencies": {}}))
+    names = [str(file.relative_to(root)) for file in files]
+    return subprocess.run([sys.executable, "-m", "pytest", *asked.pytest, *names], cwd=root).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Encoders of other packages from their folders, which :class:`PretrainedTower` holds: a file an owner.
+
+Each computes with its owner's own modules, and holds no parameter that its output does not use. Their classes are
+private: no configuration names one, a :class:`PretrainedTower` does.
+"""
+
+from __future__ import annotations
+
+from descant.modules.io.owners import Owner, content
+from descant.modules.io.pretrained import Place
+from descant.modules.towers.encoders.base import Encoder
+from descant.modules.towers.encoders.base import Output as Output
+from descant.modules.towers.encoders.base import Part as Part
+from descant.modules.towers.encoders.open_clip import _OpenClipEncoder
+from descant.modules.towers.encoders.patches import QWEN, _NaFlexEncoder, _QwenEncoder
+from descant.modules.towers.encoders.sentence_transformers import _SentenceEncoder
+from descant.modules.towers.encoders.timm import _TimmEncoder
+from descant.modules.towers.encoders.transformers import _TransformersEncoder
+
+
+def encoder_of(place: Place, owner: Owner, part: Part | None, output: Output, weights: bool) -> Encoder:
+    """The encoder of a folder; arguments as of :class:`PretrainedTower`.
+
+    Raises:
+        ValueError: for a part or output that the model has not, an unknown architecture, or files that do not fit it.
+    """
+    if owner == "transformers":
+        kind = str(content(place, "config.json").get("model_type"))
+        if kind in QWEN:
+            return _QwenEncoder(place, kind, output, weights)
+        made = _NaFlexEncoder if kind.startswith("siglip2") else _TransformersEncoder
+        return made(place, part, output, weights)
+    if owner == "open_clip":
+        return _OpenClipEncoder(place, part, output, weights)
+    return _TimmEncoder(place, output, weights) if owner == "timm" else _SentenceEncoder(place, output, weights)

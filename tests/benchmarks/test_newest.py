@@ -1,0 +1,66 @@
+"""What `make newest` reads and prints; nothing here asks an index."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from benchmarks import newest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_bounds_are_those_of_pyproject_through_extras_of_extras() -> None:
+    found = newest.requirements(PROJECT, [newest.EXTRA])
+    written = [Requirement(line) for line in PROJECT["dependencies"]]
+    assert {one.name for one in written} <= set(found)
+    for name, extra in {"trl": "bench", "open-clip-torch": "exchange", "datasets": "datasets", "onnx": "onnx"}.items():
+        (line,) = (line for line in PROJECT["optional-dependencies"][extra] if Requirement(line).name == name)
+        assert found[name].specifier == Requirement(line).specifier, name
+    assert found["torchjd"].extras == {"quadprog-projector"} and "descant" not in found
+    assert set(newest.COMPARED) | set(newest.HELD) | set(newest.MODULES) <= set(found)
+    with pytest.raises(ValueError, match="no extra 'owner'; there are prepare"):
+        newest.requirements(PROJECT, ["owner"])
+
+
+def test_every_bound_has_a_lower_end_which_lowest_can_install() -> None:
+    assert all(newest.lowest(one) for one in newest.requirements(PROJECT, [newest.EXTRA]).values())
+
+
+def test_files_that_compare_are_found_by_their_imports(tmp_path: Path) -> None:
+    found = newest.requirements(PROJECT, [newest.EXTRA])
+    own = newest.requirements({**PROJECT, "optional-dependencies": {}})
+    for name, text in {
+        "test_a.py": "def test():\n    import open_clip.model\n",
+        "test_b.py": "from transformers import CLIPModel\n",
+        "test_c.py": 'import pytest\npytest.importorskip("trl.trainer")\n',
+        "test_d.py": "import torch\nfrom descant.modules.towers import timm\nfrom . import onnx\n",
+        "test_timm.py": "",
+        "folders.py": "import timm\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    names = [file.name for file in newest.comparisons(tmp_path, found, own)]
+    assert names == ["test_a.py", "test_b.py", "test_c.py", "test_timm.py"]
+    here = {file.relative_to(ROOT).as_posix() for file in newest.comparisons(ROOT / "tests", found, own)}
+    assert {"tests/descant/export/test_formats.py", "tests/modules/policy/test_trl.py"} <= here
+
+
+def test_what_is_asked_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, held = list[list[str]](), list[str]()
+
+    def run(command: list[str], check: bool) -> None:
+        asked.append(command[command.index("install") + 1 :])
+        held.append(Path(command[command.index("--constraint") + 1]).read_text())
+
+    monkeypatch.setattr("benchmarks.newest.subprocess.run", run)
+    monkeypatch.setattr(newest, "installed", lambda: {"torch": "2.13.0+cpu", "trl": "1.0"})
+    found = {name: Requirement(name + rest) for name, rest in {"torch": ">=2", "trl": "[x]>=1.2,<2"}.items()}
+    newest.install(found, low=False)
+    newest.install(found, low=True)
+    assert [words[-1] for words in asked] == ["trl[x]", "trl[x]==1.2"] and "--upgrade" in asked[0]
+    assert held == ["torch==2.13.0+cpu\n"] * 2 and not any("torch" in words[3:] for words in asked)

@@ -1,0 +1,153 @@
+"""The notebooks of docs/tutorials: stripped, on public classes alone, linked, shown on the site; and they run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+from descant.claims.effect import WORDS
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs/tutorials"
+NAMES = ("own-pictures", "compare-methods", "add-a-method")
+each = pytest.mark.parametrize("name", NAMES)
+#: Notebook -> what its outputs have to show.
+SHOWN = {
+    "own-pictures": r"^whole captions: 0\.\d+ of the drawings in val$",
+    "compare-methods": rf"^({'|'.join(WORDS)})$",
+    "add-a-method": r"^the test finds it$",
+}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def python(notebook: nbformat.NotebookNode) -> Iterator[ast.Module]:
+    """The Python of each code cell, and of each file that one writes, without commands."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and not cell.source.startswith("%%bash\n"):
+            yield ast.parse(re.sub(r"^%%writefile .*", "", cell.source))
+
+
+@cache
+def renderer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("notebook_pages", ROOT / "docs/notebook.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_folder_holds_these_and_the_readme_names_them_in_order() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.ipynb" for name in NAMES}
+    assert tuple(re.findall(r"docs/tutorials/([\w-]+)\.ipynb", (ROOT / "README.md").read_text())) == NAMES
+
+
+@each
+def test_it_is_valid_and_holds_no_output(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        assert not cell.metadata, cell.id
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, cell.id
+
+
+@each
+def test_it_reads_as_a_tutorial(name: str) -> None:
+    first, *cells = read(name).cells
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert all(cell.source.strip() for cell in cells)
+    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    assert words > 250
+    for file in re.findall(r"\]\((?!https:)([^)#]+)", "\n".join(c.source for c in cells if c.cell_type == "markdown")):
+        assert (FOLDER / file).resolve().is_file(), file
+
+
+@each
+def test_it_uses_what_is_public(name: str) -> None:
+    found = 0
+    for module in python(read(name)):
+        for node in ast.walk(module):
+            if isinstance(node, ast.Attribute):
+                assert not re.match(r"_(?!_)", node.attr), node.attr
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("descant.") for alias in node.names)
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "descant":
+                assert not re.search(r"(^|\.)_", str(node.module)), node.module
+                home = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    found += 1
+                    assert not alias.name.startswith("_") and hasattr(home, alias.name), alias.name
+    assert found
+
+
+# pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_shows_outputs_of_the_same_cells_only(tmp_path: Path) -> None:
+    name = "own-pictures"
+    file, executed = FOLDER / f"{name}.ipynb", read(name)
+    stripped = renderer().page(file, tmp_path)
+    assert stripped.title == "Train on your own pictures" and stripped.pictures == {}
+    assert "`make tutorials`" in stripped.note and "```bash\ndescant data look photos" in stripped.text
+    cell = next(cell for cell in executed.cells if cell.cell_type == "code")
+    cell.outputs = [
+        nbformat.v4.new_output("stream", text="of this cell\n"),
+        nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="}),
+    ]
+    nbformat.write(executed, tmp_path / file.name)
+    shown = renderer().page(file, tmp_path)
+    ((picture, content),) = shown.pictures.items()
+    assert "    of this cell" in shown.text and f"]({picture})" in shown.text and "`make tutorials`" not in shown.note
+    assert picture.startswith(name) and content == b"\x89PNG\r\n\x1a\n"
+    cell.source += "\nanother = 1"
+    nbformat.write(executed, tmp_path / file.name)
+    assert renderer().page(file, tmp_path) == stripped
+
+
+# runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@each
+def test_it_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    for path in (temporary, folder):
+        path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    notebook = read(name)
+    # a kernel is reached by sockets in place of ports, whose paths have to be short
+    with tempfile.TemporaryDirectory(dir="/tmp") as sockets:
+        client = NotebookClient(
+            notebook,
+            kernel_name="python3",
+            startup_timeout=300,
+            resources={"metadata": {"path": str(folder)}},
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+        )
+        client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any(re.search(SHOWN[name], output.get("text", ""), re.MULTILINE) for output in outputs)
+    if name != "add-a-method":
+        assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not list(folder.iterdir())
+    assert not [path for path in temporary.iterdir() if path.is_dir() and any(path.rglob("*.yaml"))]
