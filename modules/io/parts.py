@@ -296,8 +296,8 @@ def place_of(path: Path, name: object) -> Path:
     Raises:
         ValueError: for a name that leads anywhere but into a folder beside the index.
 
-    >>> place_of(Path("resume/a.ckpt"), "a.ckpt.parts-1/rank-00000.safetensors")
-    PosixPath('resume/a.ckpt.parts-1/rank-00000.safetensors')
+    >>> place_of(Path("resume/a.ckpt"), "a.ckpt.parts-1/rank-00000.safetensors").parts[-3:]
+    ('resume', 'a.ckpt.parts-1', 'rank-00000.safetensors')
     """
     parts = str(name).split("/")
     if len(parts) != 2 or any(part in ("", ".", "..") or "\0" in part for part in parts):

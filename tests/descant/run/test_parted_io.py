@@ -22,6 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import Shard as Split
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from descant.callbacks import EMA, Resume
 from descant.modules.io import manifest, parts, plain_json
@@ -158,6 +163,37 @@ def test_a_box_is_put_together_of_several_parts(tmp_path: Path) -> None:
     for known_names, why in ((["x", "y"], "y is in no part"), ([], "x is in a part, and not in the index")):
         with pytest.raises(ValueError, match=why):
             table.require_whole(known_names)
+
+
+def _pieces_of(rank: int, whole: Tensor) -> dict[str, Piece]:
+    """What rank ``rank`` of 2 replicas x 2 shards writes of a tensor, and of one that is whole on every rank."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        half = whole[:4] if rank % 2 == 0 else whole[4:]  # 7 rows over two ranks
+        how: dict[str, Any] = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
+        split = DTensor.from_local(half, mesh, [Replicate(), Split(0)], **how)
+        _, pieces, names = parts.split({"split": split, "every": torch.ones(3)}, first=rank == 0)
+        assert names == {"split", "every"}
+        with pytest.raises(ValueError, match=r"sum: placed as P.*: only whole and evenly split tensors"):
+            parts.split({"sum": DTensor.from_local(half, mesh, [Partial(), Replicate()], run_check=False)})
+        return pieces
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_replicas_one_writes(tmp_path: Path) -> None:
+    whole = torch.arange(21.0).reshape(7, 3)
+    by_rank = [_pieces_of(rank, whole) for rank in range(4)]
+    assert [sorted(pieces) for pieces in by_rank] == [["every", "split"], ["split"], [], []]
+    for rank, pieces in enumerate(by_rank):
+        with (tmp_path / f"{rank}").open("wb") as stream:
+            parts.write(stream, pieces)
+    table = parts.Table(tmp_path / f"{rank}" for rank in range(4))
+    table.require_whole(["split", "every"])
+    assert (
+        torch.equal(table.whole("split"), whole) and table.box("split", (3, 0), (2, 3)).tolist() == whole[3:5].tolist()
+    )
 
 
 # files ------------------------------------------------------------------------------------------------------------
