@@ -22,6 +22,8 @@ BENCHMARKS = {
     "contrastive/checkpointing": "benchmarks.contrastive:checkpointing",
     "contrastive/augment": "benchmarks.contrastive:augment",
     "contrastive/demo": "benchmarks.contrastive:demo",
+    "any_size/tokens": "benchmarks.any_size:tokens",
+    "any_size/step": "benchmarks.any_size:step",
     "masked/step": "benchmarks.masked:step",
     "masked/ideal": "benchmarks.masked:ideal",
     "masked/absent": "benchmarks.masked:absent",

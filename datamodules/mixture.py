@@ -106,7 +106,9 @@ class Mixture(CompositeDataModule):
         self._together: dict[bool, dict[int, int]] = {}  # number of a part -> the first with equal transforms
         self._evaluated: dict[str, BatchDataset] = {}
         self._after: dict[bool, dict[str, Spec]] = {}
-        for part in self.parts.values():
+        for name, part in self.parts.items():
+            if getattr(part, "of_any_size", False):
+                raise ValueError(f"parts.{name}: fields.image: parts of a mixture have images of one size: ImageField")
             part.tiny = part.tiny or self.tiny
             for m in part.modalities:
                 remaining = (1 - part.drop.get(m, 0)) * (1 - self.drop.get(m, 0))

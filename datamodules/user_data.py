@@ -29,7 +29,8 @@ from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user_report import DataReport
-from descant.datamodules.user_table import UserTable, synthetic
+from descant.datamodules.user_sizes import UserSizes
+from descant.datamodules.user_table import synthetic
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
@@ -40,7 +41,7 @@ _SPLIT = ("split", "json.split")
 _WORKERS = 12
 
 
-class UserData(UserTable):
+class UserData(UserSizes):
     """User data by its ``path``: images, captions and recordings, any of which a sample may lack.
 
     Evaluation sets: "validate" has ``val``; "test" has ``test`` where there is such a split, else ``val`` again. The
@@ -67,6 +68,8 @@ class UserData(UserTable):
         table: a CSV, TSV or parquet file whose columns are fields of the samples too, joined by the sample's name; for
             large ones, that are read in seconds. A smaller CSV that names the images needs no such argument.
         table_key: its column with the names of samples; the first one of file names where not given.
+        batch_tokens: in place of ``batch_size``: most tokens of the images of a step, for an ``AnySizeField``; see
+            :class:`descant.datamodules.token_order.TokenOrder`.
         kwargs: of every data module.
 
     Raises:
@@ -90,9 +93,11 @@ class UserData(UserTable):
         outside: bool = False,
         table: str | None = None,
         table_key: str | None = None,
+        batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.damaged, self.outside, self.table, self.table_key = damaged, outside, table, table_key
+        self.batch_tokens = batch_tokens
         self.path, self.source, self.validate, self.test, self.stream = path, source, validate, test, stream
         self.given, self.split, self.holdout, self.key, self.augment = fields, split, holdout, key, augment
         ways = {"path": path, "source": source, "stream": stream}
@@ -105,6 +110,7 @@ class UserData(UserTable):
             "fields.labels": fields.labels if fields is not None else None,
         }
         whole |= {"table": table, "fields.table": fields.table if fields is not None else None}
+        whole |= self.needs_shapes()
         unknown = next((name for name, value in whole.items() if value), None) if stream is not None else None
         if unknown is not None:
             raise ValueError(f"{unknown}: not available for a stream, whose samples are not known before they are read")
@@ -116,8 +122,8 @@ class UserData(UserTable):
         self._report = DataReport(self)
         super().__init__(num_workers=num_workers or 0, **kwargs)
         image = self.given.image if self.given is not None else None
-        if augment is not None and image is not None and augment.size != image.size:
-            raise ValueError(f"augment.size {augment.size} is not fields.image.size {image.size}")
+        if augment is not None and image is not None:
+            self.require_augment(augment, image)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -245,6 +251,7 @@ class UserData(UserTable):
 
     def _set(self, split: str, training: bool) -> UserDataset:
         name, row_N = self.splits[split]
+        self.require_budget(name, row_N)
         dataset = UserDataset(
             self.readers[name],
             row_N,
@@ -284,12 +291,14 @@ class UserData(UserTable):
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
         whole, index_S = parted(data)
-        blocks = whole.reader.source.blocks if isinstance(whole, UserDataset) else None
+        if not isinstance(whole, UserDataset):  # a stream has its own order, in which positions are only counted
+            return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
+        row_N, blocks = whole.row_N[index_S], whole.reader.source.blocks
+        if self.batch_tokens is not None:
+            return self.token_order("train", row_N, blocks, **cut)
         if blocks is not None:
-            assert isinstance(whole, UserDataset)
-            return BlockShuffle(blocks[0][whole.row_N[index_S]], blocks[1], self.batch_size, self.seed, **cut)
-        # a stream has its own order, in which positions are only counted
-        return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
+            return BlockShuffle(blocks[0][row_N], blocks[1], self.batch_size, self.seed, **cut)
+        return Order(len(data), self.batch_size, self.seed, shuffle=True, **cut)
 
     def corpora(self) -> dict[str, Corpus]:
         if self.tiny:
@@ -424,7 +433,7 @@ class UserData(UserTable):
             return None
         only = Reader(reader.source, {"image": self.fields["image"]}, {"image": reader.columns["image"]})
         read = only.read(np.array([at[1]]), None)
-        return None if read.errors else read.inputs["image"][0]
+        return None if read.errors else self.shown(read.inputs["image"][0])
 
     # on the device ---------------------------------------------------------------------------------------------
 

@@ -187,6 +187,8 @@ def _log_interval(trainer: L.Trainer, total: float) -> str:
 
 def _batch_size(trainer: L.Trainer) -> str:
     loader = trainer.train_dataloader
+    if getattr(trainer.datamodule, "batch_tokens", None) is not None:  # type: ignore[attr-defined]
+        return ""  # its rows are as many as their tokens allow
     size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     if not isinstance(size, int):
         size = getattr(loader, "batch_size", None)

@@ -14,7 +14,7 @@ from typing import Literal, Self
 import numpy as np
 import soundfile
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.datamodules.fields.columns import Column as Column
 from descant.datamodules.fields.columns import caption_fields, named_column, split_names
@@ -136,7 +136,7 @@ class ImageField(Field):
         if keep is not None and not 1 <= keep < math.inf:
             raise ValueError(f"keep {keep:g}: 1 or more times the size, or images would be enlarged")
         self.field, self.size, self.keep = field, size, keep
-        self.pixels = Pixels(size, mean, std)
+        self.pixels: nn.Module = Pixels(size, mean, std)
         self.images = Images(size, scale=scale, ratio=ratio, flip=flip, filter=filter, limit=limit)
 
     def memory(self, rows: int) -> ImageCache | None:

@@ -279,14 +279,18 @@ class Images:
         if height * width > self.limit:
             raise ValueError(f"{width:,} x {height:,} pixels, more than the limit of {self.limit:,}")
 
-    def decode(self, header: Header, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    def decode(
+        self, header: Header, box: Sequence[int], out: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, list[int]]:
         """The upright image as uint8 ``[H, W, 3]``, at reduced size if ``box`` allows it, and the box in it.
+
+        ``out``: height and width that the box is resized to; a square of ``size`` where not given.
 
         Raises:
             ValueError: for truncated or broken data.
         """
         high, wide = header[:2] if header.orientation < 5 else header[1::-1]
-        times = self.reduction(box) if header.image is None else 1
+        times = self.reduction(box, out) if header.image is None else 1
         try:
             if header.image is None:
                 try:
@@ -304,13 +308,14 @@ class Images:
         top, left, bottom, right = (round(edge / times) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
         return _upright(x_HWC, header.orientation), [top, left, bottom - top, right - left]
 
-    def reduction(self, box: Sequence[int]) -> int:
+    def reduction(self, box: Sequence[int], out: Sequence[int] | None = None) -> int:
         """1, 2, 4 or 8: how many times smaller a JPEG may be decoded for a crop (top, left, height, width).
 
         >>> [Images(224).reduction([0, 0, side, side]) for side in (256, 640, 1024, 4000)]
         [1, 2, 2, 8]
         """
-        spare = min(box[2:]) / (self.gap * self.size)
+        high, wide = out or (self.size, self.size)
+        spare = min(box[2] / high, box[3] / wide) / self.gap
         return max(times for times in (1, 2, 4, 8) if times == 1 or times <= spare)
 
 

@@ -21,10 +21,7 @@ VERSION = 2
 def cached(
     file: Path, kind: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """``build()``, or its earlier result for this file (path, size and modification time).
-
-    Written to a temporary name and renamed, so several processes may do this at once; where nothing can be written,
-    nothing is cached.
+    """``build()``, or its earlier result for this file (path, size and modification time), as :func:`cached_by`.
 
     Args:
         file: what the arrays are about.
@@ -32,9 +29,25 @@ def cached(
         folder: of the cache.
     """
     status = file.stat()
-    mark = f"{VERSION}\0{kind}\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    name = hashlib.blake2b(mark.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    place = (folder or cache_folder()) / "index" / f"{file.name[:80]}-{name}.npz"
+    mark = f"{kind}\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return cached_by(mark, file.name[:80], build, folder)
+
+
+def cached_by(
+    mark: str, label: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
+) -> dict[str, np.ndarray]:
+    """``build()``, or its earlier result for this mark.
+
+    Written to a temporary name and renamed, so several processes may do this at once; where nothing can be written,
+    nothing is cached.
+
+    Args:
+        mark: all that the arrays depend on. label: beginning of the file's name.
+        build: makes them; plain arrays, no objects.
+        folder: of the cache.
+    """
+    name = hashlib.blake2b(f"{VERSION}\0{mark}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    place = (folder or cache_folder()) / "index" / f"{label}-{name}.npz"
     # SystemError: of threads that parse NumPy's headers at once, in CPython 3.11 (its AST counts one depth for all)
     broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SystemError)
     with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as stored:

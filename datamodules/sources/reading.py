@@ -130,6 +130,21 @@ class Reader:
         return key_of(f"{self.source.place(row)}\0{self.source.name(row)}")
 
 
+def replaced(x: Tensor, row: int, y: Tensor) -> Tensor:
+    """``x[row] = y``; where y has other sizes (an image of any size), both with zeros up to the larger ones.
+
+    >>> replaced(torch.ones(2, 1, 2), 1, torch.full((2, 1), 7.0)).tolist()
+    [[[1.0, 1.0], [0.0, 0.0]], [[7.0, 0.0], [7.0, 0.0]]]
+    """
+    if x.shape[1:] != y.shape:
+        larger = x.new_zeros(len(x), *(max(sides) for sides in zip(x.shape[1:], y.shape, strict=True)))
+        larger[(slice(None), *map(slice, x.shape[1:]))] = x
+        x = larger
+    x[row] = 0
+    x[row][tuple(map(slice, y.shape))] = y
+    return x
+
+
 def key_of(text: str) -> int:
     """The content key of a text: equal for the same words in other spacing and case.
 
@@ -221,7 +236,7 @@ class UserDataset(NumberedDataset):
             if not faults:
                 self.ledger.read()
                 for m, x in one.inputs.items():
-                    read.inputs[m][b] = x[0]
+                    read.inputs[m] = replaced(read.inputs[m], b, x[0])
                 read.key_B[b] = one.key_B[0]
                 return other
             self._note(other, faults[0])
@@ -362,7 +377,7 @@ class StreamSet(BatchDataset):
                 if not one.errors:
                     self.ledger.read()
                     for m, x in one.inputs.items():
-                        read.inputs[m][b] = x[0]
+                        read.inputs[m] = replaced(read.inputs[m], b, x[0])
                     read.key_B[b] = one.key_B[0]
         if before < len(samples) - 1:
             self.ledger.read()

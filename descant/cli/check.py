@@ -57,7 +57,9 @@ def _data(trainer: L.Trainer) -> list[str]:
     steps = run_steps(trainer)
     lines = [f"data       {type(data).__name__}, {trainer.num_training_batches} batches an epoch, {steps:.0f} steps"]
     if hasattr(data, "selected_set"):
-        lines[0] += f", {len(data.selected_set()):,} samples, batch_size {data.batch_size}"
+        tokens = getattr(data, "batch_tokens", None)
+        batch = f"batch_size {data.batch_size}" if tokens is None else f"batch_tokens {tokens:,}"
+        lines[0] += f", {len(data.selected_set()):,} samples, {batch}"
         sets = {
             f"{stage}/{name}": len(s)
             for stage in ("validate", "test")

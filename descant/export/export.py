@@ -32,8 +32,8 @@ transformers loads. The folder needs no other file of this machine. It is loaded
 weight, before it gets its name; an existing folder is never changed.
 
 --to writes what another package loads, without Descant: timm the encoder of a masked model, a TimmTower or a
-PatchTower; transformers a language model of the Llama or Mixtral family, such a one that sees as LLaVA does,
-a CLIP or a SigLIP; open_clip a CLIP; each with its tokenizer; onnx a graph of each modality of a contrastive run.
+PatchTower; transformers a language model of the Llama or Mixtral family, one that sees as LLaVA does, a CLIP
+or a SigLIP; open_clip a CLIP; each with its tokenizer; onnx a graph of each modality of a contrastive run.
 Adapters are folded in. The folder is loaded back by that package, and its outputs compared with the run's
 (1e-5 in float32; onnx 1e-4).
 

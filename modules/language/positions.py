@@ -76,7 +76,7 @@ class VisualAxes(VisualSteps):
 
     Raises:
         ValueError: for fewer than one column, or no time between frames; in a batch, for images whose tokens are no
-            such grid.
+            such grid, or of different numbers.
 
     >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 9, 9, 9, 9, 5]])
     >>> VisualAxes(frame=0.5).grids(ids_BS, 9, tokens=4)[0].T.tolist()[0]
@@ -113,5 +113,7 @@ class VisualAxes(VisualSteps):
         return to_device(position_BS3.long() if self.frame is None else position_BS3.float(), ids_BS.device)
 
     def __call__(self, row: Interleaved, image_token: int, draw_B: Tensor, training: bool) -> Interleaved:
+        if row.kept_PI is not None:
+            raise ValueError("VisualAxes: images of different numbers of tokens have no common grid; use VisualSteps")
         tokens = row.at_PI.shape[1]
         return row if tokens == 0 else row._replace(position_BS=self.grids(row.ids_BS, image_token, tokens))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.host import has_host_copy, host_copy
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import checked_heads, key_mask
 
@@ -31,6 +32,11 @@ class ImageProjector(nn.Module):
     def made(self, width: int, to: int) -> None:
         raise NotImplementedError
 
+    def kept(self, tokens: Tokens) -> Tensor | None:
+        """Bool ``[B, I]`` on the CPU: the outputs that are of an image, where images have different numbers of them;
+        None: all."""
+        return None
+
     def forward(self, tokens: Tokens) -> Tensor:
         raise NotImplementedError
 
@@ -40,8 +46,21 @@ def mlp(width: int, to: int, norm: bool = True) -> nn.Sequential:
     return nn.Sequential(first, nn.Linear(width, to), nn.GELU(), nn.Linear(to, to))
 
 
+def different_lengths(tokens: Tokens) -> Tensor | None:
+    """The mask of tokens on the CPU, where some are padding; None: all are real, or that is known on a device alone.
+
+    >>> different_lengths(Tokens(torch.zeros(1, 2, 4), torch.tensor([[True, False]]))).tolist()
+    [[True, False]]
+    """
+    if not has_host_copy(tokens.mask_BT):
+        return None
+    mask_BT = host_copy(tokens.mask_BT)
+    return None if bool(mask_BT.all()) else mask_BT
+
+
 class EachToken(ImageProjector):
-    """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output a token (Liu 2023, LLaVA 1.5, arXiv 2310.03744).
+    """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output a token (Liu 2023, LLaVA 1.5, arXiv 2310.03744), of images of
+    any size as many as each has.
 
     Args:
         norm: a LayerNorm first. LLaVA has none: without it the model can be exported as LLaVA.
@@ -56,6 +75,9 @@ class EachToken(ImageProjector):
 
     def made(self, width: int, to: int) -> None:
         self.mlp = mlp(width, to, self.norm)
+
+    def kept(self, tokens: Tokens) -> Tensor | None:
+        return different_lengths(tokens)
 
     def forward(self, tokens: Tokens) -> Tensor:
         return self.mlp(tokens.h_BTD)
@@ -94,6 +116,8 @@ class PooledGrid(ImageProjector):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, side = tokens.h_BTD, math.isqrt(tokens.h_BTD.shape[1])
+        if different_lengths(tokens) is not None:
+            raise ValueError("PooledGrid: images of any size are no squares; EachToken and Resampler take any number")
         if side * side != h_BTD.shape[1]:
             raise ValueError(
                 f"PooledGrid: {h_BTD.shape[1]} tokens are no square; EachToken and Resampler take any number"

@@ -10,10 +10,11 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from descant.modules.core.host import derived, everyone, finite, has_host_copy, host_copy
 from descant.modules.core.modalities import given, with_others
@@ -177,6 +178,10 @@ class Adapter(nn.Module):
         """Raw content of all tokens, in the shape of the input."""
         raise NotImplementedError
 
+    def like(self, y: Tensor, x: Tensor) -> Tensor:
+        """What :meth:`whole` gave, in the shape of an input ``x`` that may be smaller."""
+        return y
+
     def input(self, x_BTP: Tensor) -> Tensor:
         """Raw content of all tokens, in shape and units of the input: the inverse of ``raw``."""
         return self.whole(x_BTP)
@@ -215,7 +220,8 @@ class PatchAdapter(Adapter):
         channels: C.
         losses: on predicted patches, each with its own output layer; by default MSE of raw pixels.
         mean, spread: that inputs are standardised by.
-        padded: non-finite numbers are padding: a patch with any is not real (audio frames of ``-inf``).
+        padded: non-finite numbers are padding: a patch with any is not real (audio frames of ``-inf``), and inputs of
+            smaller sizes are padded at the end of each axis: images of any size, within ``size``.
         weights: a local file of a plain timm ViT with such patches, for the patch embedding.
 
     Raises:
@@ -264,11 +270,23 @@ class PatchAdapter(Adapter):
         self.outward = nn.ModuleList(nn.Linear(out, self.numbers) for _ in self.terms) if out else nn.ModuleList()
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x_BTP = self._cut(x)
         if not self.padded:
+            x_BTP = self._cut(x)
             return x_BTP, everyone(x_BTP.shape[:2], x.device)
-        real_BT = derived(lambda finite_B: self._patches(finite_B).all(dim=2), finite(x))
+        x_BTP = self._cut(self._grown(x, -math.inf))
+        real_BT = derived(lambda finite_B: self._patches(self._grown(finite_B, False)).all(dim=2), finite(x))
         return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
+
+    def like(self, y: Tensor, x: Tensor) -> Tensor:
+        inside: Any = (..., *map(slice, x.shape[-len(self.size) :]))
+        return y[inside] if self.padded else y
+
+    def _grown(self, x: Tensor, value: float) -> Tensor:
+        """An input of smaller sizes, padded at the end of each axis; one of a larger size as it is."""
+        missing = [most - side for most, side in zip(self.size, x.shape[-len(self.size) :], strict=True)]
+        if not any(missing) or min(missing) < 0:
+            return x
+        return F.pad(x, [n for side in reversed(missing) for n in (0, side)], value=value)
 
     def _cut(self, x: Tensor) -> Tensor:
         """Standardised patches ``[B, T, P]``."""

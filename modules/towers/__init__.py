@@ -4,6 +4,7 @@
 timm, transformers and open_clip are imported when a tower of theirs is built, not here.
 """
 
+from descant.modules.towers.any_size import AnySizeTower as AnySizeTower
 from descant.modules.towers.audio import LogMelTower as LogMelTower
 from descant.modules.towers.base import Frozen as Frozen
 from descant.modules.towers.base import Tokens as Tokens

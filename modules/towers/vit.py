@@ -168,9 +168,9 @@ class RaggedBlock(Block):
     torch.Size([5, 8])
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0, eps: float = EPS) -> None:
         super().__init__(width, heads, mlp_ratio, dropout)
-        self.norm_1, self.norm_2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
 
     def forward(self, h_ND: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]  # tokens of all samples
         h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))

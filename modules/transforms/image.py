@@ -124,7 +124,7 @@ class Pixels(nn.Module):
     def __init__(self, size: int, mean: Colour = HALF, std: Colour = HALF) -> None:
         super().__init__()
         self.size = size
-        self.mean, self.std = _colours(mean, std)
+        self.mean, self.std = colours(mean, std)
 
     def forward(self, x_BCHW: Tensor, draw_B: Tensor) -> Tensor:
         x = over_white(x_BCHW.to(torch.float32, copy=True).div_(255))
@@ -133,7 +133,7 @@ class Pixels(nn.Module):
         return normalise(x, self.mean, self.std)
 
 
-def _colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour]:
+def colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour]:
     """Both as tuples of three numbers; raises ValueError otherwise."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
@@ -215,7 +215,7 @@ class Augment(nn.Module):
         self.shift, self.mirror, self.colour, self.brightness = shift, mirror, colour, brightness
         self.contrast, self.grey, self.invert, self.background = contrast, grey, invert, background
         self.texture, self.erase, self.stream = texture, erase, stream
-        self.mean, self.std = _colours(mean, std)
+        self.mean, self.std = colours(mean, std)
 
     def stream_copy(self, stream: str) -> Augment:
         """The same augmentation with another random stream, for a second view."""

@@ -78,8 +78,9 @@ class LanguageRecipe(Recipe):
             return self.lm.embed(row.ids_BS), row
         pictures = shown(batch, self.image_token)
         with self.row_tracker.select(pictures.sample_P):
-            seen_PIW = self.projector(self.towers["image"](pictures.x_P))
-        row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token)
+            tokens = self.towers["image"](pictures.x_P)
+            seen_PIW, kept_PI = self.projector(tokens), self.projector.kept(tokens)
+        row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token, kept_PI)
         h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
         return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 

@@ -158,14 +158,15 @@ class MaskedRecipe(Recipe):
             (row_N, place_N, _), y_BTP = asked[m], raw[m].clone()
             with self.row_tracker.select(asked[m].host_row_N):
                 y_BTP[row_N, place_N] = adapter.predict(predicted[m], place_N).to(y_BTP.dtype)
+            given = batch.inputs[m]
             visible, target = (
-                adapter.whole(mask[m][..., None].expand_as(y_BTP)) for mask in (masks.visible, masks.target)
+                adapter.like(adapter.whole(mask[m][..., None].expand_as(y_BTP)), given)
+                for mask in (masks.visible, masks.target)
             )
             there_B = batch.present[m].view(-1, *[1] * (target.ndim - 1))
-            truth = batch.inputs[m].view_as(target).masked_fill(~there_B, 0)
-            rebuilt[m] = ReconstructionOutput(
-                truth, visible, torch.where(target, adapter.input(y_BTP).to(truth.dtype), truth)
-            )
+            truth = given.view_as(target).masked_fill(~there_B, 0)
+            made = adapter.like(adapter.input(y_BTP), given)
+            rebuilt[m] = ReconstructionOutput(truth, visible, torch.where(target, made.to(truth.dtype), truth))
         return rebuilt
 
 

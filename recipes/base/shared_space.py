@@ -21,7 +21,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
 from descant.modules.core.protocols import Encodes
 from descant.modules.core.rows import running_rows, zeroed
 from descant.modules.fusion.universal import UniversalLayers
@@ -112,6 +112,8 @@ class SharedSpace(Recipe):
         absent_R = ~here_B[rows_R]
         at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
         x_R = derived(zeroed, x, at_R, out_R)
+        if (known := known_finite(x)) is not None:
+            x_R = with_finite(x_R, lambda: known()[rows_R] | absent_R.view(-1, *[1] * (x.ndim - 1)))
         # zeros that stand for nothing are not to be counted by a tower's batch norms
         with self.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
             h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)

@@ -111,6 +111,7 @@ from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.unified import CodeFormat, UnifiedVocabulary
 from descant.modules.tokenizers.values import PaletteTokens, ScalarTokens
 from descant.modules.towers import (
+    AnySizeTower,
     BagTower,
     ConvTower,
     LogMelTower,
@@ -133,6 +134,7 @@ from descant.modules.training_setup.muon import ConvMuon
 from descant.modules.training_setup.optim import Member, OptimizerGroup, parameter_groups
 from descant.modules.training_setup.parameter_rules import HiddenMatrices
 from descant.modules.training_setup.schedule import TorchSchedule, WarmupCosine
+from descant.modules.transforms.any_size import CanvasPixels
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.crops import LocalCrops
 from descant.modules.transforms.image import Augment, Crop, Pixels
@@ -308,6 +310,13 @@ def words() -> Tensor:
     return ids
 
 
+def of_sizes() -> Tensor:
+    x_BCHW = torch.randn(3, 3, 16, 24)
+    x_BCHW[0, :, 8:] = -torch.inf
+    x_BCHW[1, :, :, 8:] = -torch.inf
+    return x_BCHW
+
+
 def sound() -> Tensor:
     x_BFT = torch.randn(3, 8, 12) * 20 - 50
     x_BFT[0, :, 9:] = -torch.inf
@@ -316,6 +325,7 @@ def sound() -> Tensor:
 
 part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: torch.randn(IMAGE)))
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
+part("AnySizeTower")(_tower(lambda: AnySizeTower(16, 8, 8, 1, 2), of_sizes))
 part("PatchEmbed")(_tower(lambda: PatchEmbed(16, 8, 8), lambda: torch.randn(IMAGE)))
 part("VideoTower", "DividedBlock", "TimeAttention")(
     _tower(lambda: VideoTower(16, 8, 4, 8, 1, 2), lambda: torch.randn(3, 3, 3, 16, 16))
@@ -363,8 +373,13 @@ part("MAPPool")(_pool(lambda: heads.MAPPool(D, 2)))
 part("AttentionPool")(_pool(lambda: heads.AttentionPool(D, 2)))
 part("FlattenPool")(_pool(lambda: heads.FlattenPool(4, D)))
 part("EachToken")(_pool(lambda: EachToken().build(D, 4)))
-part("PooledGrid")(_pool(lambda: PooledGrid(2).build(D, 4)))
 part("Resampler")(_pool(lambda: Resampler(2, 2).build(D, 4)))
+
+
+@part("PooledGrid")
+def _grid(at: Place) -> Any:
+    tokens = Tokens(at(torch.randn(B, 4, D)), at(torch.ones(B, 4, dtype=torch.bool)))  # a square has no padding
+    return at(PooledGrid(2).build(D, 4))(tokens)
 
 
 @part("Projection")
@@ -912,6 +927,14 @@ def _dpo(at: Place) -> Any:
 
 
 # pictures and sounds as input ---------------------------------------------------------------------------------------
+
+
+@part("CanvasPixels")
+def _of_any_size(at: Place) -> Any:
+    x_B4HW, draw_B = torch.randint(0, 256, (3, 4, 16, 16), dtype=torch.uint8), torch.arange(3)
+    x_B4HW[:, 3] = 255
+    x_B4HW[0, 3, 8:] = 0
+    return tuple(at(AnySizeTower(16, 8, 8, 1, 2))(CanvasPixels()(at(x_B4HW), at(draw_B))))
 
 
 @part("Augment", "Crop", "Pixels")
