@@ -15,10 +15,10 @@ from torch import Tensor
 from descant.modules.core.errors import one_line
 from descant.modules.io import manifest, parts
 from descant.modules.io.files import write_text
-from descant.modules.io.parts import Piece, Table, name_of, which
+from descant.modules.io.parts import Piece, PartTable, name_of, which
 from descant.run.store import AtomicIO, facts_of
 
-#: End of the name of a file by which a rank says why its part is not written.
+#: End of the name of a file by which a rank reports why its part is not written.
 _FAILED = ".failed"
 #: Seconds that rank 0 waits at most once a run ends, where other ranks may have ended; and for a folder to be seen.
 _LAST, _SEEN = 30.0, 10.0
@@ -103,7 +103,7 @@ class PartedIO(AtomicIO):
         ]
         manifest.stage("parts")
         try:
-            Table(place / name_of(rank) for rank in range(world)).require_whole(names)
+            PartTable(place / name_of(rank) for rank in range(world)).require_whole(names)
         except ValueError as error:
             raise OSError(f"{path}: not written: {error}") from None
         text = parts.index(tree, files)

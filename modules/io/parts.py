@@ -1,8 +1,8 @@
 """A checkpoint of several parts: what each rank holds, in safetensors, and an index in JSON that puts them together.
 
 The index is the checkpoint's file, ``step-0000500.ckpt``: plain values (:mod:`descant.modules.io.plain_json`), and in
-place of each tensor its name. Beside it is a folder with one file of each rank, ``rank-00000.safetensors``. A part says
-in its own header which box of a whole tensor its elements are, so that it is read by any number of ranks::
+place of each tensor its name. Beside it is a folder with one file of each rank, ``rank-00000.safetensors``. A part has
+in its own header the box of a whole tensor that its elements are, so that it is read by any number of ranks::
 
     box of a rank = offset .. offset + shape of its elements,    boxes of all ranks = the whole, each element once
 
@@ -149,7 +149,7 @@ def index(tree: Any, files: Sequence[Mapping[str, Any]]) -> bytes:
     return json.dumps({"descant_parts": FORMAT, "files": list(files), "content": tree}).encode()
 
 
-class Table:
+class PartTable:
     """What the parts of a checkpoint hold.
 
     Args:
@@ -254,7 +254,7 @@ class Parted:
             raise ValueError(f"{path}: cannot be read as a checkpoint of several parts ({str(error)[:200]})") from None
         if (why := fault_of_parts(path, {"facts": {"parts": self.files}}, read=False)) is not None:
             raise ValueError(f"{path}: {why}")
-        self.table = Table(places)
+        self.table = PartTable(places)
         try:
             self.table.require_whole(names)
         except ValueError as error:

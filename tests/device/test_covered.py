@@ -82,6 +82,9 @@ NEEDLESS = {
     "Shard": "several ranks",
     "Passing": "several ranks",
     "ExpertGroup": "several ranks",
+    "PartTable": "reads files into memory of the CPU",
+    "Parted": "reads files into memory of the CPU",
+    "Name": "a name in a checkpoint's index",
     # weights in a package
     "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",
     "TransformersTower": "needs a folder of weights or transformers: tests marked slow",

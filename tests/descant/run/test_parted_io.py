@@ -151,7 +151,7 @@ def test_a_box_is_put_together_of_several_parts(tmp_path: Path) -> None:
     for n, cut in enumerate(cuts):
         with (tmp_path / f"{n}").open("wb") as stream:
             parts.write(stream, {"x": Piece(whole[cut], (7, 5, 3), (cut[0].start, cut[1].start, 0))})
-    table = parts.Table(tmp_path / f"{n}" for n in range(3))
+    table = parts.PartTable(tmp_path / f"{n}" for n in range(3))
     table.require_whole(["x"])
     assert torch.equal(table.whole("x"), whole)
     for box in ((0, 7, 1, 4, 0, 3), (2, 5, 0, 5, 1, 2), (4, 4, 0, 5, 0, 3), (3, 7, 2, 5, 0, 3)):
@@ -159,7 +159,7 @@ def test_a_box_is_put_together_of_several_parts(tmp_path: Path) -> None:
         assert torch.equal(table.box("x", (a, c, e), (b - a, d - c, f - e)), whole[a:b, c:d, e:f]), box
     for files, why in (((0, 1), "x: the parts hold 69 of 105 numbers"), ((0, 1, 2, 2), "hold 141 of 105")):
         with pytest.raises(ValueError, match=why):
-            parts.Table(tmp_path / f"{n}" for n in files).require_whole(["x"])
+            parts.PartTable(tmp_path / f"{n}" for n in files).require_whole(["x"])
     for known_names, why in ((["x", "y"], "y is in no part"), ([], "x is in a part, and not in the index")):
         with pytest.raises(ValueError, match=why):
             table.require_whole(known_names)
@@ -189,7 +189,7 @@ def test_of_replicas_one_writes(tmp_path: Path) -> None:
     for rank, pieces in enumerate(by_rank):
         with (tmp_path / f"{rank}").open("wb") as stream:
             parts.write(stream, pieces)
-    table = parts.Table(tmp_path / f"{rank}" for rank in range(4))
+    table = parts.PartTable(tmp_path / f"{rank}" for rank in range(4))
     table.require_whole(["split", "every"])
     assert (
         torch.equal(table.whole("split"), whole) and table.box("split", (3, 0), (2, 3)).tolist() == whole[3:5].tolist()
