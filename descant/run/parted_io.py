@@ -15,7 +15,7 @@ from torch import Tensor
 from descant.modules.core.errors import one_line
 from descant.modules.io import manifest, parts
 from descant.modules.io.files import write_text
-from descant.modules.io.parts import Piece, PartTable, name_of, which
+from descant.modules.io.parts import PartTable, Piece, name_of, which
 from descant.run.store import AtomicIO, facts_of
 
 #: End of the name of a file by which a rank reports why its part is not written.
