@@ -42,6 +42,7 @@ BENCHMARKS = {
     "data/streams": "benchmarks.object_stores:streams",
     "data/table": "benchmarks.tables:first_batch",
     "resume/saving": "benchmarks.resume:saving",
+    "resume/parts": "benchmarks.resume:parts",
     "resume/signals": "benchmarks.resume:signals",
     "resume/first_batch": "benchmarks.resume:first_batch",
     "watch": "benchmarks.watch:overhead",

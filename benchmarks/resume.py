@@ -26,7 +26,10 @@ from descant.callbacks.run.stop_signals import Signals
 from descant.cli.quiet import quieten
 from descant.datamodules.resumable_sampler import Order
 from descant.modules.towers import PatchTower, TextTower, Towers
+from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes.contrastive import Contrastive
+from descant.run.parted_io import PartedIO
+from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 
 #: What a block of steps begins with: no save, one in the thread, one that training waits for.
@@ -130,6 +133,97 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
         )
         trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
     return blocks
+
+
+class Standing(L.Callback):
+    """Times how long training stands still for a save in a thread, and how long the write takes, beside steps without.
+
+    A block of steps begins with a save, once the last one is on disk. The first block warms up: the copies' memory is
+    made in it.
+
+    Args:
+        resume: saves, and never on its own.
+        io: of the same trainer.
+        block: steps of a block, at least 2: the last of them is timed.
+    """
+
+    def __init__(self, resume: Resume, io: PartedIO, block: int) -> None:
+        self.resume, self.io, self.block = resume, io, block
+        self.blocked: list[float] = []  # seconds until training goes on
+        self.written: list[float] = []  # seconds until all is on disk
+        self.steps: list[float] = []  # seconds of a step
+        self.bytes = 0  # of a part
+        self._begin = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        within = trainer.global_step % self.block
+        if within == 0:
+            if trainer.global_step:
+                self.steps.append(time.perf_counter() - self._begin)
+            self.io.wait()
+            begin = time.perf_counter()
+            self.resume.save(trainer)
+            self.blocked.append(time.perf_counter() - begin)
+            assert self.io._last is not None
+            self.io._last.add_done_callback(lambda _: self.written.append(time.perf_counter() - begin))
+        self._begin = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.io.wait()
+        self.blocked, self.written, self.steps = self.blocked[1:-1], self.written[1:-1], self.steps[1:]
+        folder = self.resume._path(trainer).parent
+        self.bytes = max(file.stat().st_size for file in folder.glob("*.parts-*/*.safetensors"))
+
+
+def parts(rounds: int = 30, every: int = 50) -> Iterator[Row]:
+    """What of the time training stands still for a save of 200 MB in parts, in a thread, every 50 steps.
+
+        share = seconds of standing still / (50 seconds of a step + seconds of standing still)
+
+    A sharded model of 17 M parameters with its optimizer, on one rank: what any rank does for the part that it holds.
+    The next save waits for the last: what the write takes of the 50 steps is below 1, or it would be waited for.
+    """
+    standing = _standing(rounds)
+    still, step = statistics.median(standing.blocked), statistics.median(standing.steps)
+    print(
+        f"resume/parts: {standing.bytes / 1e6:.0f} MB, steps of {1e3 * step:.0f} ms; training stands still for "
+        f"{1e3 * still:.0f} ms, and all is on disk after {1e3 * statistics.median(standing.written):.0f} ms",
+        flush=True,
+    )
+    pairs = list(zip(standing.blocked, standing.written, standing.steps, strict=True))
+    result = median([blocked / (every * one + blocked) for blocked, _, one in pairs])
+    yield Row.at_most(f"resume/parts_stand_still_every_{every}", result.value, 0.02, result.interval)
+    result = median([written / (every * one) for _, written, one in pairs])
+    yield Row.at_most(f"resume/parts_written_of_{every}_steps", result.value, 1.0, result.interval)
+
+
+def _standing(rounds: int, width: int = 384, depth: int = 6, batch: int = 4, block: int = 4) -> Standing:
+    """``rounds`` timed blocks of a real fit of a sharded model, on one rank."""
+    torch.manual_seed(0)
+    image = PatchTower(size=32, patch=8, width=width, depth=depth, heads=4)
+    text = TextTower(vocab=1000, width=width, depth=depth // 2, heads=4, length=16)
+    recipe = Contrastive(Towers(image=image, text=text), width=width, optimizer=adamw_callable, shard=Shard())
+    io, resume = PartedIO(), Resume(every=10**9, keep=2)
+    standing, steps = Standing(resume, io, block), (rounds + 1) * block + 1
+    quieten()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=Sharded("gloo"),
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[resume, standing],
+            plugins=[io],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
+    return standing
 
 
 def signals(ranks: int = 2, steps: int = 1240, milliseconds: float = 20.0) -> Iterator[Row]:

@@ -47,7 +47,8 @@ class EMA(L.Callback):
     and updates one tensor at a time.
 
     The module holds the average from ``on_validation_start`` to ``on_validation_end``, for callbacks anywhere in the
-    list. Of sharded parameters (FSDP2) each rank averages its own part, and a checkpoint holds the whole.
+    list. Of sharded parameters (FSDP2) each rank averages its own part, and a checkpoint holds the whole,
+    gathered or in parts as its weights are.
 
     Args:
         decay: of the average; 0.999 averages over about a thousand steps.
@@ -244,11 +245,12 @@ class EMA(L.Callback):
         state = checkpoint["state_dict"]
         keys = list(_keys(pl_module, self._average))
         average, raw = copy.copy(state), copy.copy(state)  # which keeps the metadata of the state dict
-        whole = {name: _whole(pl_module, name, part) for name, part in self._average.items()}
-        average.update({key: whole[name] for key, name in keys if key in state})
+        in_parts = any(isinstance(tensor, DTensor) for tensor in state.values())
+        saved = {name: _saved(pl_module, name, part, in_parts) for name, part in self._average.items()}
+        average.update({key: saved[name] for key, name in keys if key in state})
         if self._raw is not None:
-            whole = {name: _whole(pl_module, name, part) for name, part in self._raw.items()}
-            raw.update({key: whole[name] for key, name in keys if key in state})
+            saved = {name: _saved(pl_module, name, part, in_parts) for name, part in self._raw.items()}
+            raw.update({key: saved[name] for key, name in keys if key in state})
         checkpoint["state_dict"], checkpoint[CURRENT_MODEL_STATE] = average, raw
         checkpoint[AVERAGING_STATE] = {"updates": self.updates, "step": self._step, "names": sorted(self._average)}
 
@@ -284,13 +286,18 @@ class EMA(L.Callback):
         for key, name in _keys(module, names):
             tensor = module.get_parameter(name) if name not in self._statistics else module.get_buffer(name)
             part = raw[key].to(tensor.device)
-            if isinstance(tensor, DTensor):
+            if isinstance(part, DTensor):  # of a checkpoint of several parts: what this rank holds
+                part = part.to_local()
+            elif isinstance(tensor, DTensor):
                 part = distribute_tensor(part, tensor.device_mesh, tensor.placements).to_local()
             self._live[name].detach().copy_(part)
 
 
-def _whole(module: nn.Module, name: str, part: Tensor) -> Tensor:
-    """The full tensor of this rank's part of a parameter's average. Collective."""
+def _saved(module: nn.Module, name: str, part: Tensor, in_parts: bool) -> Tensor:
+    """What a checkpoint holds of this rank's part of an average: the full tensor, or ``in_parts`` a split one.
+
+    Collective, where it is full.
+    """
     try:
         tensor: Tensor = module.get_parameter(name)
     except AttributeError:  # a statistic
@@ -300,7 +307,7 @@ def _whole(module: nn.Module, name: str, part: Tensor) -> Tensor:
     sharded = DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
     )
-    return sharded.full_tensor().cpu()
+    return sharded if in_parts else sharded.full_tensor().cpu()
 
 
 def _keys(module: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -162,7 +162,7 @@ def _take(request: Request, key: str, value: str | None) -> None:
         request.debug = True
     elif key == "ckpt_path" and request.command == "fit":
         fail("--ckpt_path: fit resumes by --resume PATH")
-    elif key in ("resume", "changed", "test") and request.command not in ("fit", "check"):
+    elif key in ("resume", "changed", "test", "checkpoint_mirror") and request.command not in ("fit", "check"):
         fail(f"--{key}: only fit takes it")
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")

@@ -24,6 +24,7 @@ _OPTIONS = {
     "--run NAME/002": "an existing run",
     "--resume never|auto|PATH": "continue from a resume point: this run's newest, or a given one (never)",
     "--changed refuse|allow": "resume with other settings or data (refuse); --verify true hashes all data",
+    "--checkpoint_mirror PATH": "a second place for the newest resume point: a folder, or s3://... and the like",
     "--test true": "test the final weights after training (false)",
     "--ckpt_path best|last|PATH": "the weights to evaluate (the run's best)",
     "--sets val,train,NAME": "which sets to embed (all test sets)",
@@ -42,6 +43,7 @@ _ONLY = {
     "--explain": ("check",),
     "--resume never|auto|PATH": ("fit", "check"),
     "--changed refuse|allow": ("fit", "check"),
+    "--checkpoint_mirror PATH": ("fit", "check"),
 }
 #: Commands that run no experiment.
 _BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")

@@ -34,7 +34,16 @@ from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
 from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
-from descant.cli.trainer_parts import once, placed, purge_after, require_plain, require_port, with_store, without_enums
+from descant.cli.trainer_parts import (
+    mirror,
+    once,
+    placed,
+    purge_after,
+    require_plain,
+    require_port,
+    with_store,
+    without_enums,
+)
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
@@ -54,7 +63,10 @@ from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 
 #: Options of one call, which config.yaml does not hold.
-CALL = ("config", "extends", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path")
+CALL = (
+    *("config", "extends", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path"),
+    "checkpoint_mirror",
+)
 
 
 class Parser(LightningArgumentParser):
@@ -122,6 +134,8 @@ class DescantCLI(LightningCLI):
         parser.add_argument("--changed", type=words, default="refuse", help="Resume with other settings, data: allow.")
         parser.add_argument("--verify", type=bool, default=False, help="Read and hash all data before it is used.")
         parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
+        second = "A second place for the newest resume point: a folder or an fsspec URL."
+        parser.add_argument("--checkpoint_mirror", type=str | None, default=None, help=second)
         if self.command == "predict":
             parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
 
@@ -245,6 +259,8 @@ class DescantCLI(LightningCLI):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
+        if self.command == "fit" and self.checking is None:
+            mirror(config["plugins"], self.options.checkpoint_mirror, f"{self.name}/{self.place.folder.name}")
         if self.checking is not None:
             # one process, up to the first step
             config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}

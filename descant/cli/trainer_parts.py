@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from descant.cli.errors import fail, one_line
 from descant.modules.io import manifest
 from descant.modules.io.plain import load_plain
+from descant.run.mirror import Mirror
 from descant.run.store import AtomicIO
 
 #: The folder of the run, where a text of the section begins with it.
@@ -35,6 +36,27 @@ def with_store(given: Any) -> list[Any]:
     """The plugins of a trainer, with AtomicIO to write checkpoints unless another CheckpointIO is given."""
     plugins = given if isinstance(given, list) else [given] * (given is not None)
     return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
+
+
+def mirror(plugins: list[Any], url: str | None, run: str) -> None:
+    """Give the plugin that writes checkpoints a second place for the newest resume point (``--checkpoint_mirror``).
+
+    Args:
+        run: name and number of the run, below which they are there.
+
+    Raises:
+        Refusal: if there is no such file system, or a plugin of another program writes checkpoints.
+    """
+    if url is None:
+        return
+    try:
+        place = Mirror(url, run)
+    except ValueError as error:
+        fail(f"--checkpoint_mirror {error}")
+    store = next((plugin for plugin in plugins if isinstance(plugin, AtomicIO)), None)
+    if store is None:
+        fail("--checkpoint_mirror: checkpoints are written by a plugin that is no AtomicIO")
+    store.mirror = place
 
 
 def placed(value: Any, folder: str) -> Any:

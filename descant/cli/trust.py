@@ -88,7 +88,7 @@ _ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORE
 #: Keys of places to write to: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
-    *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory"),
+    *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory", "checkpoint_mirror"),
 )
 #: The same of some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}

@@ -192,9 +192,9 @@ def _last(source: Path) -> Path:
 
 def _best(source: Path, last: Path) -> Path:
     """The best checkpoint by the run's ModelCheckpoint, read from its last checkpoint; runs may have moved."""
-    from descant.modules.io.plain import load_plain
+    from descant.modules.io.plain import load_values
 
-    content: dict[str, Any] = load_plain(last, map_location="cpu", mmap=True)
+    content: dict[str, Any] = load_values(last)
     for name, monitors in sorted(judged(content), key=lambda pair: not pair[1]):  # those with a monitor first
         best = source / "checkpoints" / name
         if best.exists():

@@ -17,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from descant.modules.io import manifest, renamed
+from descant.modules.io.part_files import remove_parts
 from descant.modules.io.plain import load_plain, require_sums
+from descant.run.mirror import Mirror
 
 
 class AtomicIO(CheckpointIO):
@@ -35,6 +37,7 @@ class AtomicIO(CheckpointIO):
 
     Attributes:
         inside: the folder below which checkpoints are written and removed; None: anywhere.
+        mirror: a second place, which has a copy of the newest resume point (``--checkpoint_mirror``).
 
     Raises:
         OSError: if a file cannot be written; asynchronously, at the next call or at the end.
@@ -42,6 +45,7 @@ class AtomicIO(CheckpointIO):
     """
 
     inside: Path | None = None
+    mirror: Mirror | None = None
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
@@ -49,19 +53,22 @@ class AtomicIO(CheckpointIO):
         self._last: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: object = None) -> None:
-        if storage_options is not None or "://" in str(path):
-            raise ValueError(f"{path}: checkpoints go to a folder of this machine, without storage options")
-        self._require_inside(path)
+        self._require_place(path, storage_options)
         self.wait()
-        entry = checkpoint.get("descant")
-        entry = entry if isinstance(entry, Mapping) else {}
-        facts: dict[str, Any] = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
-        facts["safe"] = entry.get("safe") is True
-        if "log_step" in entry:
-            facts["log_step"] = entry["log_step"]
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # now: a link beside it may be made next
-        state = snapshot(checkpoint) if self.asynchronous else checkpoint
-        self._do(lambda: manifest.write(Path(path), lambda stream: torch.save(state, stream), facts))
+        state, facts = snapshot(checkpoint) if self.asynchronous else checkpoint, facts_of(checkpoint)
+
+        def write() -> None:
+            manifest.write(Path(path), lambda stream: torch.save(state, stream), facts)
+            remove_parts(Path(path))  # of a checkpoint of several parts that this one replaces
+            self._copy(Path(path))
+
+        self._do(write)
+
+    def _copy(self, path: Path) -> None:
+        """Copy a resume point that is on disk to the second place, where there is one."""
+        if self.mirror is not None and manifest.known(path).get("safe") is True:
+            self.mirror.copy(path)
 
     def load_checkpoint(
         self, path: Path | str, map_location: Any = "cpu", weights_only: bool | None = None
@@ -82,6 +89,11 @@ class AtomicIO(CheckpointIO):
         self._require_inside(path)
         sharded = Path(path).is_dir() and not Path(path).is_symlink()
         self._do(lambda: shutil.rmtree(path) if sharded else manifest.remove(Path(path)))
+
+    def _require_place(self, path: Path | str, storage_options: object) -> None:
+        if storage_options is not None or "://" in str(path):
+            raise ValueError(f"{path}: checkpoints go to a folder of this machine, without storage options")
+        self._require_inside(path)
 
     def _require_inside(self, path: Path | str) -> None:
         """Whether the path came from a format, a link or a metric's name."""
@@ -109,6 +121,8 @@ class AtomicIO(CheckpointIO):
             self.wait()
         finally:
             atexit.unregister(self.teardown)
+            if self.mirror is not None:
+                self.mirror.wait()
             if self._thread is not None:
                 self._thread.shutdown()
                 self._thread = None
@@ -129,6 +143,19 @@ class AtomicIO(CheckpointIO):
             atexit.register(self.teardown)  # ModelParallelStrategy never calls teardown
         self._last = self._thread.submit(follow)
         return None
+
+
+def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest lists beside digest and size: its step and epoch, and whether it is a resume point.
+
+    >>> facts_of({"global_step": 4, "epoch": 0, "descant": {"safe": True, "log_step": 3}})
+    {'step': 4, 'epoch': 0, 'safe': True, 'log_step': 3}
+    """
+    entry = checkpoint.get("descant")
+    entry = entry if isinstance(entry, Mapping) else {}
+    facts: dict[str, Any] = {"step": checkpoint.get("global_step"), "epoch": checkpoint.get("epoch")}
+    facts["safe"] = entry.get("safe") is True
+    return facts | ({"log_step": entry["log_step"]} if "log_step" in entry else {})
 
 
 def _checkpoint(path: Path | str, content: Any) -> dict[str, Any]:

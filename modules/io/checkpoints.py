@@ -72,10 +72,10 @@ def step_of(path: Path) -> int | None:
     if why != manifest.NONE:
         step = manifest.known(path).get("step")
     else:
-        from descant.modules.io.plain import load_plain
+        from descant.modules.io.plain import load_values
 
         try:
-            content = load_plain(path, map_location="cpu", mmap=True)
+            content = load_values(path)
         except (ValueError, OSError):
             return None
         step = content.get("global_step") if isinstance(content, Mapping) else None

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
@@ -22,6 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from descant.modules.io.files import open_regular, sha256_of
+from descant.modules.io.part_files import (
+    CHANGED,
+    PARTS,
+    fault_of_parts,
+    missing_fault,
+    parts_of,
+    remove_parts,
+    size_fault,
+)
 
 SUFFIX = ".manifest"
 #: The fault of a file that was not written here.
@@ -33,6 +43,7 @@ _LIMIT = 10_000_000
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.tmp")
 _writing: set[Path] = set()
+_PARTS = re.compile(rf"(?P<name>.+){re.escape(PARTS)}(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.[0-9a-f]+")
 
 Facts = dict[str, Any]
 
@@ -83,13 +94,29 @@ def stage(name: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, then its manifest; neither has to exist."""
+    """Remove a file, then its manifest and parts; none has to exist."""
     path.unlink(missing_ok=True)
     _manifest(path).unlink(missing_ok=True)
+    remove_parts(path)
+
+
+def parts_folder(path: Path) -> Path:
+    """A new folder for the parts of ``path``, which belongs to this process until :func:`settle_parts`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f"{path.name}{PARTS}{_HOST}.{os.getpid()}.{secrets.token_hex(4)}")
+    folder.mkdir()
+    _writing.add(folder)
+    return folder
+
+
+def settle_parts(path: Path, folder: Path) -> None:
+    """Remove all parts of ``path`` but those in ``folder``, which is in use from now on as its manifest lists it."""
+    remove_parts(path, folder)
+    _writing.discard(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files and manifests that killed writes left in ``folder``; those of running writes stay."""
+    """Remove temporary files, parts and manifests that killed writes left; those of running writes stay."""
     begun = set()
     for path in folder.glob(".*.tmp"):
         match = _SCRATCH.fullmatch(path.name)
@@ -97,9 +124,21 @@ def sweep(folder: Path) -> None:
             begun.add(match["name"])
         elif match:
             path.unlink(missing_ok=True)
+    for place in folder.glob(f"*{PARTS}*"):
+        match = _PARTS.fullmatch(place.name)
+        if match and not _alive(place, match["host"], int(match["pid"])) and not _in_use(place, folder / match["name"]):
+            shutil.rmtree(place, ignore_errors=True)
     for manifest in folder.glob(f"*{SUFFIX}"):
         if manifest.stem not in begun and not os.path.lexists(manifest.with_suffix("")):
             manifest.unlink(missing_ok=True)
+
+
+def _in_use(parts: Path, path: Path) -> bool:
+    """Whether ``path`` may consist of these parts: its manifest lists one of them, or cannot be read."""
+    entries = _entries(path)
+    if isinstance(entries, str) or not path.exists():
+        return path.exists()
+    return any(str(part["name"]).startswith(f"{parts.name}/") for entry in entries for part in parts_of(entry))
 
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
@@ -125,11 +164,14 @@ def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
             stream = open_regular(path)
             match = _matching(stream, entries)
             if not isinstance(match, str):
-                return stream, match
+                fault = fault_of_parts(path, match)
+                if fault is None:
+                    return stream, match
+                match = fault
             stream.close()
             why = match
         except OSError as error:
-            why = _missing(error)
+            why = missing_fault(error)
     return why
 
 
@@ -139,15 +181,38 @@ def fault(path: Path) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
+def fault_of_share(path: Path, rank: int, world: int) -> str | None:
+    """:func:`fault` of a file of several parts, of which this rank reads its share; every rank has to ask."""
+    entries = _entries(path)
+    try:
+        with open_regular(path) as stream:
+            match = _matching(stream, entries)
+    except OSError as error:
+        return missing_fault(error)
+    return match if isinstance(match, str) else fault_of_parts(path, match, share=(rank, world))
+
+
 def fault_of_size(path: Path) -> str | None:
     """:func:`fault` without reading the file: whether it has a manifest, and the size that it lists."""
     entries = _entries(path)
     if isinstance(entries, str):
         return entries
     try:
-        return _size_fault(path.stat().st_size, entries)
+        size = path.stat().st_size
     except OSError as error:
-        return _missing(error)
+        return missing_fault(error)
+    if (why := size_fault(size, entries)) is not None:
+        return why
+    faults = [fault_of_parts(path, entry, read=False) for entry in entries if entry["size"] == size]
+    return None if None in faults else faults[0]
+
+
+def listed(path: Path) -> Facts | None:
+    """``sha256``, ``size`` and ``facts`` of a file of the listed size, from the manifest alone; None if it has none."""
+    entries = _entries(path)
+    if isinstance(entries, str) or fault_of_size(path) is not None:
+        return None
+    return next(entry for entry in entries if entry["size"] == path.stat().st_size)
 
 
 def known(path: Path) -> Facts:
@@ -260,19 +325,8 @@ def _matching(stream: BufferedReader, entries: list[Facts] | str) -> Facts | str
     if isinstance(entries, str):
         return entries
     size = os.fstat(stream.fileno()).st_size
-    if (why := _size_fault(size, entries)) is not None:
+    if (why := size_fault(size, entries)) is not None:
         return why
     digest = hashlib.file_digest(stream, "sha256").hexdigest()
     stream.seek(0)
-    return next((entry for entry in entries if entry["sha256"] == digest), "not the bytes that were written")
-
-
-def _size_fault(size: int, entries: list[Facts]) -> str | None:
-    sizes = [entry["size"] for entry in entries]
-    if size in sizes:
-        return None
-    return f"{size:,} of {sizes[0]:,} bytes" if size < sizes[0] else f"{size:,} bytes, and {sizes[0]:,} were written"
-
-
-def _missing(error: OSError) -> str:
-    return "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    return next((entry for entry in entries if entry["sha256"] == digest), CHANGED)

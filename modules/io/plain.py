@@ -1,8 +1,9 @@
-"""Load files of tensors without running code that they contain."""
+"""Load files of tensors without running code that they contain: of torch.save, and checkpoints of several parts."""
 
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,20 +11,27 @@ from typing import IO, Any
 
 import torch
 
+from descant.modules.io.files import open_regular
+
+#: How the index of a checkpoint of several parts begins (:mod:`descant.modules.io.parts`).
+MAGIC = b'{"descant_parts": '
 _UNREADABLE = "cannot be read as a checkpoint: it is cut short, damaged, or was not written by torch.save"
 
 
 def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **options: Any) -> Any:
-    """``torch.load`` of tensors, numbers, texts and containers of them only.
+    """``torch.load`` of tensors, numbers, texts and containers of them only; of a checkpoint of several parts, all.
 
     Args:
-        file: a path or an open file. name: for error lines; by default the path.
+        file: a path or an open file. name: for error lines; by default the path. Parts are beside it.
         options: of ``torch.load``, such as map_location and mmap.
 
     Raises:
         ValueError: for a file with other objects, which may run code; for one that is no file of tensors, or is cut
             short.
     """
+    path = Path(name if name is not None else str(file))
+    if in_parts(file):
+        return _parts().load(path, device=options.get("map_location") or "cpu")
     try:
         return torch.load(file, weights_only=True, **options)
     except pickle.UnpicklingError as error:
@@ -39,8 +47,43 @@ def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **o
         raise ValueError(f"{name or file}: {_UNREADABLE}") from None
 
 
+def load_values(file: Path) -> Any:
+    """:func:`load_plain` for what is no tensor: tensors are mapped into memory, or of several parts left out."""
+    if in_parts(file):
+        return _parts().Parted(file).content
+    return load_plain(file, map_location="cpu", mmap=True)
+
+
+def load_weights(file: Path) -> Any:
+    """:func:`load_plain` without the states of optimizers, where leaving them out saves reading them."""
+    if in_parts(file):
+        return _parts().load(file, leave_out=("optimizer_states",))
+    return load_plain(file, map_location="cpu", mmap=True)
+
+
+def in_parts(file: Path | str | IO[bytes]) -> bool:
+    """Whether this is the index of a checkpoint of several parts."""
+    if isinstance(file, Path | str):
+        with open_regular(file) as stream:
+            return in_parts(stream)
+    if not hasattr(file, "seek"):
+        return False
+    start = file.read(32)
+    file.seek(-len(start), os.SEEK_CUR)
+    return start.startswith(MAGIC)
+
+
+def _parts() -> Any:
+    """The reader, which imports torch's distributed tensors."""
+    from descant.modules.io import parts
+
+    return parts
+
+
 def require_sums(file: Path, only: str = "") -> None:
-    """Check the CRC-32 checksums of torch's zip archive, which ``torch.load`` ignores; other files are accepted.
+    """Check the CRC-32 checksums of torch's zip archive, which ``torch.load`` ignores, or the digests of parts.
+
+    Other files are accepted.
 
     Args:
         only: end of the names of the members to check; by default all.
@@ -48,6 +91,10 @@ def require_sums(file: Path, only: str = "") -> None:
     Raises:
         ValueError: naming the first damaged member.
     """
+    if in_parts(file):
+        if (why := _parts().Parted(file).fault()) is not None:
+            raise ValueError(f"{file}: {why}")
+        return
     try:
         if not zipfile.is_zipfile(file):
             return

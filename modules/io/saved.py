@@ -28,7 +28,7 @@ from descant.modules.io.build import policy as policy
 from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
 from descant.modules.io.files import sha256_of
 from descant.modules.io.lean import BASE
-from descant.modules.io.plain import load_plain, require_sums
+from descant.modules.io.plain import load_values, load_weights, require_sums
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 #: Values in a configuration file at most, as in descant.cli.document.
@@ -200,7 +200,7 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(saved: Saved) -> dict[str, Any]:
-    """A whole checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``.
+    """A checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``.
 
     Raises:
         ValueError: if the file is missing or damaged, or holds anything but plain values.
@@ -214,7 +214,7 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"state_dict": load_file(file)}
-        content = load_plain(file, map_location="cpu", mmap=True)
+        content = load_weights(file)
     except Exception as error:  # each format has its own errors
         raise ValueError(f"{file}: cannot be read ({one_line(error, 200)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
@@ -291,7 +291,7 @@ def _metadata(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {why}{nearest(file)}")
     try:
         require_sums(file, only="/data.pkl")
-        content = load_plain(file, map_location="cpu", mmap=True)
+        content = load_values(file)
     except ValueError as error:
         raise ValueError(f"{error}{nearest(file)}") from None
     return content if isinstance(content, dict) else {}

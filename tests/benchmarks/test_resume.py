@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import resume
 from descant.callbacks import Resume
+from descant.run.parted_io import PartedIO
 from descant.run.store import AtomicIO
+from tests.ranks import run_ranks
 from tests.tolerance import F64, ulps
 
 
@@ -44,3 +46,29 @@ def test_rows_of_saving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (line,) = capsys.readouterr().out.splitlines()
     assert "37 MB, steps of 100 ms, a save every 20" in line
     assert "for 30 ms (asynchronous) and 400 ms (in line)" in line
+
+
+def test_rows_of_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    standing = resume.Standing(Resume(), PartedIO(), block=4)
+    standing.steps, standing.blocked, standing.written = [0.099] * 30, [0.05] * 30, [0.495] * 30
+    standing.bytes = 200_000_000
+    monkeypatch.setattr(resume, "_standing", lambda rounds: standing)
+    still, written = resume.parts()
+    assert still.name == "resume/parts_stand_still_every_50" and still.ok and still.bar == 0.02
+    assert still.value == pytest.approx(0.01, rel=ulps(64, F64))
+    assert written.value == pytest.approx(0.1, rel=ulps(64, F64)) and written.bar == 1.0
+    line = capsys.readouterr().out
+    assert "200 MB, steps of 99 ms; training stands still for 50 ms, and all is on disk after 495 ms" in line
+
+
+def _timed(rank: int) -> tuple[set[int], int, bool]:
+    timed = resume._standing(rounds=3, width=32, depth=2, batch=8, block=2)
+    ordered = all(blocked < written for blocked, written in zip(timed.blocked, timed.written, strict=True))
+    return {len(timed.blocked), len(timed.written), len(timed.steps)}, timed.bytes, ordered
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_a_round_of_parts_is_a_save_and_a_step_without() -> None:
+    ((counts, size, ordered),) = run_ranks(1, _timed)
+    assert counts == {3} and size > 4 * 32 * 1000 * 3 and ordered

@@ -84,6 +84,9 @@ NEEDLESS = {
     "Blocks": "base of Chunks and Ring, which are tried",
     "AllGather": "names what a loss does that is given none, which is tried",
     "ExpertGroup": "several ranks",
+    "PartTable": "reads files into memory of the CPU",
+    "Parted": "reads files into memory of the CPU",
+    "Name": "a name in a checkpoint's index",
     # weights in a package
     "PretrainedLM": "needs a package of weights; CausalLM is what it computes with",
     "TransformersTower": "needs a folder of weights or transformers: tests marked slow",

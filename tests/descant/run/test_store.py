@@ -27,6 +27,7 @@ from descant.callbacks.run.resume import Resume, Stopped
 from descant.modules.io import manifest
 from descant.modules.io.manifest import SUFFIX, fault, known
 from descant.modules.training_setup.compile_and_shard import Shard
+from descant.run.parted_io import PartedIO
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO, snapshot
 from tests.ranks import run_ranks
@@ -435,8 +436,11 @@ def test_a_valid_resume_point_exists_at_all_times(tmp_path: Path, monkeypatch: p
     assert seen == [(name, new if name == "renamed" else old) for old, new in pairwise(steps) for name in STAGES]
 
 
+@pytest.mark.parametrize("store", [AtomicIO, PartedIO])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_signal_waits_until_the_point_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+def test_a_signal_waits_until_the_point_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool, store: type[AtomicIO]
+) -> None:
     def stage(name: str) -> None:
         time.sleep(0.05)
         if full and list((tmp_path / "resume").glob(".step-0000006.*")):
@@ -445,7 +449,7 @@ def test_a_signal_waits_until_the_point_is_on_disk(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(manifest, "stage", stage)
     with pytest.raises(OSError if full else Stopped) as told:
         kill = Act(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        fit(tmp_path, AtomicIO(asynchronous=True), callbacks=[Resume(every=4), kill])
+        fit(tmp_path, store(asynchronous=True), callbacks=[Resume(every=4), kill])
     found, skipped = manifest.newest(tmp_path / "resume", "step-*.ckpt")
     assert found is not None and skipped == [] and known(found)["step"] == (4 if full else 6)
     if full:
