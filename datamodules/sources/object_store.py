@@ -39,6 +39,10 @@ _KEYLESS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", 
 #: Mistakes in a program, which are no faults of a store.
 _BUGS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, MemoryError)
 
+#: Every file system that was made, by its identity. fsspec forgets them in a forked process, where the end of one would close
+#: its connections; these are registered with an epoll that the parent shares, which then waits in vain for their answers.
+_MADE: dict[int, Any] = {}
+
 Result = TypeVar("Result")
 
 
@@ -313,6 +317,7 @@ def filesystem(scheme: str, timeout: float) -> Any:
     files = fsspec.filesystem(scheme, **{key: {**part, **given.get(key, {})} for key, part in options.items()})
     if scheme == "s3":
         files.retries = 1
+    _MADE[id(files)] = files
     return files
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, Wei
 from torch import Tensor, nn
 
 import descant.callbacks
-from descant.callbacks import EMA, Harmonize, NonFinite, Progress, Report, Resume
+from descant.callbacks import EMA, Harmonize, NonFinite, Progress, Report, Resume, Watch
 from descant.callbacks.run.exact_resume import evaluate_at
 from descant.callbacks.run.resume import ENTRY, Stopped
 from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
@@ -208,7 +208,7 @@ def test_what_a_kill_after_the_last_point_left_unwritten_is_written_by_the_resum
 def test_all_that_writes_at_the_end_of_training_is_declared() -> None:
     """The others save the point, measure time, look at the last losses and close the progress bar."""
     kinds = [kind for kind in vars(descant.callbacks).values() if isinstance(kind, type)]
-    ending = {kind for kind in kinds if "on_train_end" in vars(kind)} - {Resume, Report, NonFinite, Progress}
+    ending = {kind for kind in kinds if "on_train_end" in vars(kind)} - {Resume, Report, NonFinite, Progress, Watch}
     assert ending and {kind for kind in ending if not getattr(kind, "writes_at_end", False)} == set()
 
 
