@@ -39,8 +39,8 @@ _KEYLESS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", 
 #: Mistakes in a program, which are no faults of a store.
 _BUGS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, MemoryError)
 
-#: Every file system that was made, by its identity. fsspec forgets them in a forked process, where the end of one would close
-#: its connections; these are registered with an epoll that the parent shares, which then waits in vain for their answers.
+#: Every file system that was made, by its identity. fsspec forgets them in a forked process, where the end of one would
+#: close its connections: the parent shares the epoll they are registered with, and would wait in vain for answers.
 _MADE: dict[int, Any] = {}
 
 Result = TypeVar("Result")

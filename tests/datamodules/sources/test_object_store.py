@@ -192,12 +192,13 @@ def test_workers_and_the_process_that_forked_them_read_the_same(store: Store, fi
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_the_connections_of_a_process_live_on_after_it_forked(store: Store) -> None:
     url = store.put("a.tar", b"x")
-    StoreObject(url, Remote()).close()
+    remote = Remote(attempts=1, timeout=5)
+    StoreObject(url, remote).close()
     if (child := os.fork()) == 0:
-        StoreObject(url, Remote()).close()
+        StoreObject(url, remote).close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    StoreObject(url, Remote(attempts=1, timeout=5)).close()  # an answer that is not seen ends the one attempt
+    StoreObject(url, remote).close()  # an answer that is not seen ends the one attempt
 
 
 def test_what_a_store_answers_is_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
