@@ -168,7 +168,7 @@ def test_a_yaml_trains_two_steps(path: Path, cli: Any) -> None:
 def test_the_turns_of_successive_commits_come_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {kind(path) for path in RUNNABLE if not need(path)}
     seen: dict[str, int] = {}
-    for commit in range(60):
+    for commit in range(120):
         monkeypatch.setattr("tests.rotation.rotation", lambda commit=commit: str(commit))
         paths = [param.values[0] for param in trained()]
         assert len(set(paths)) == len(paths)
