@@ -127,27 +127,27 @@ def test_a_page_shows_outputs_of_the_same_cells_only(tmp_path: Path) -> None:
 @pytest.mark.slow
 @each
 def test_it_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
-    for path in (temporary, folder):
-        path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     notebook = read(name)
-    # a kernel is reached by sockets in place of ports, whose paths have to be short
-    with tempfile.TemporaryDirectory(dir="/tmp") as sockets:
+    # a kernel is reached by sockets in place of ports, and loaders pass tensors by sockets in TMPDIR: a socket's path has
+    # to be short, else a batch is lost, and the loader waits for ever
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        temporary = Path(short) / "temporary"
+        temporary.mkdir()
+        monkeypatch.setenv("TMPDIR", str(temporary))
         client = NotebookClient(
             notebook,
             kernel_name="python3",
             startup_timeout=300,
-            resources={"metadata": {"path": str(folder)}},
-            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+            resources={"metadata": {"path": str(tmp_path)}},
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{short}/kernel"}}),
         )
         client.execute()
+        assert not [path for path in temporary.iterdir() if path.is_dir() and any(path.rglob("*.yaml"))]
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any(re.search(SHOWN[name], output.get("text", ""), re.MULTILINE) for output in outputs)
     if name != "add-a-method":
         assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not list(folder.iterdir())
-    assert not [path for path in temporary.iterdir() if path.is_dir() and any(path.rglob("*.yaml"))]
+    assert not list(tmp_path.iterdir())
