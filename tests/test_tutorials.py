@@ -131,7 +131,7 @@ def test_it_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     notebook = read(name)
-    # a kernel is reached by sockets in place of ports, and loaders pass tensors by sockets in TMPDIR: a socket's path has
+    # a kernel is reached by sockets in place of ports, and loaders pass tensors by sockets in TMPDIR: their paths have
     # to be short, else a batch is lost, and the loader waits for ever
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         temporary = Path(short) / "temporary"
