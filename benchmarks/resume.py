@@ -115,6 +115,14 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
     io, resume = AtomicIO(asynchronous=True), Resume(every=10**9)
     blocks = Blocks(resume, io, every)
     steps = (rounds + 1) * len(ARMS) * every + 1  # one more, at whose start the last block ends
+    _fit(recipe, batch, steps, io, [resume, blocks])
+    return blocks
+
+
+def _fit(
+    recipe: Contrastive, batch: int, steps: int, io: AtomicIO, callbacks: list[L.Callback], **options: Any
+) -> None:
+    """A real fit on data in memory, on one rank, in a folder that is then removed; ``options`` of the trainer."""
     quieten()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
@@ -123,16 +131,16 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
             max_steps=steps,
             max_epochs=-1,
             logger=False,
-            callbacks=[resume, blocks],
+            callbacks=callbacks,
             plugins=[io],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=folder,
+            **options,
         )
         trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
-    return blocks
 
 
 class Standing(L.Callback):
@@ -205,24 +213,7 @@ def _standing(rounds: int, width: int = 384, depth: int = 6, batch: int = 4, blo
     recipe = Contrastive(Towers(image=image, text=text), width=width, optimizer=adamw_callable, shard=Shard())
     io, resume = PartedIO(), Resume(every=10**9, keep=2)
     standing, steps = Standing(resume, io, block), (rounds + 1) * block + 1
-    quieten()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            strategy=Sharded("gloo"),
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False,
-            callbacks=[resume, standing],
-            plugins=[io],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
+    _fit(recipe, batch, steps, io, [resume, standing], strategy=Sharded("gloo"))
     return standing
 
 
