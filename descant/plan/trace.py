@@ -1,0 +1,95 @@
+"""What a training step asks of a rank: kernels, collectives and memory, without times, which depend on the hardware."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+#: In the order of a step.
+PHASES = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel.
+
+    Attributes:
+        name: operator of aten, such as ``mm``. phase: one of :data:`PHASES`.
+        flops: of products, convolutions and attention; 0 of others.
+        read, written: bytes of the tensors that go in and come out; a view that comes out is none.
+        dtype: in which it computes, such as ``bfloat16``.
+    """
+
+    name: str
+    phase: str
+    flops: int
+    read: int
+    written: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One message between ranks.
+
+    Attributes:
+        name: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, send or recv. phase: as of an operation.
+        bytes: those of the larger of its two sides on a rank: what is gathered, reduced or sent.
+        ranks: of its group. stride: from one rank of the group to the next; at ``gpus_per_node`` or more each is on
+            another node.
+        overlapped: whether the rank computes meanwhile, as with parameters and gradients; else it waits.
+    """
+
+    name: str
+    phase: str
+    bytes: int
+    ranks: int
+    stride: int = 1
+    overlapped: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank: what stays from step to step, and at the moment when most is held.
+
+    ``peak`` is the most at once; ``activations`` is what is in it beside weights, optimizer states, gradients and
+    buckets, so that the parts add up to it. ``largest`` is the largest single tensor that a step makes.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    buckets: int
+    activations: int
+    largest: int = 0
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.optimizer + self.gradients + self.buckets + self.activations
+
+
+@dataclass
+class Trace:
+    """One optimizer step of a rank, with ``rows`` samples (and ``tokens``) in all of its micro-batches."""
+
+    rows: int
+    memory: Memory
+    operations: list[Operation] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def flops(self) -> int:
+        return sum(operation.flops for operation in self.operations)
+
+    def moved(self) -> Counter[str]:
+        """Bytes by kind of collective.
+
+        >>> trace = Trace(1, Memory(0, 0, 0, 0, 0), [], [Collective("all_reduce", "backward", 8, 2)] * 2)
+        >>> trace.moved()
+        Counter({'all_reduce': 16})
+        """
+        counts: Counter[str] = Counter()
+        for one in self.collectives:
+            counts[one.name] += one.bytes
+        return counts
