@@ -9,7 +9,7 @@ torch lets a process register one such device, from Python without kernels: :fun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -120,6 +122,8 @@ class Simulated(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it asks again for its part
         kwargs = kwargs or {}
         if not on_device((args, kwargs)):
             return func(*args, **kwargs)
@@ -152,12 +156,30 @@ def ranks(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+class _Chunks(Sequence[Tensor]):
+    """The parts of a tensor along a dimension, empty ones at the end, each made when it is asked for."""
+
+    def __init__(self, x: Tensor, number: int, dim: int) -> None:
+        self.x, self.number, self.dim = x, number, dim
+        self.size = -(-x.shape[dim] // number)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, n: Any) -> Any:
+        first = min(n * self.size, self.x.shape[self.dim])
+        size = min(self.size, self.x.shape[self.dim] - first)
+        return self.x.narrow(self.dim, first, size) if size else self.x.new_empty(0)
+
+
 @contextmanager
-def no_streams() -> Iterator[None]:
-    """Tensors of the device cannot tell a stream that they are used on it."""
-    kept = Tensor.record_stream
+def adapted() -> Iterator[None]:
+    """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, and
+    FSDP2 makes the part of one rank and not, of each parameter, those of a thousand."""
+    kept = Tensor.record_stream, _fsdp_param._chunk_with_empty
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
     try:
         yield
     finally:
-        Tensor.record_stream = kept  # type: ignore[method-assign]
+        Tensor.record_stream, _fsdp_param._chunk_with_empty = kept  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, some
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.losses.exchange import Exchange
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
@@ -33,7 +33,7 @@ from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.flops import grouped_flops
 from descant.modules.training_setup.optim import make_optimizer
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.plan.fake_device import NAME, Simulated, no_streams, on_device, register
+from descant.plan.fake_device import NAME, Simulated, adapted, on_device, register
 from descant.plan.trace import Collective, Memory, Operation, Trace
 
 #: Operators of torch's dispatcher -> names here.
@@ -107,10 +107,14 @@ class Precision:
 
 
 class Recorder(TorchDispatchMode):
-    """Operations, collectives and live bytes of the tensors on the simulated device that are made inside."""
+    """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
 
-    def __init__(self) -> None:
+    ``copies``: whether a backend copies what it reduces and scatters, as gloo does.
+    """
+
+    def __init__(self, copies: bool = False) -> None:
         super().__init__()
+        self.copies = copies
         self.operations: list[Operation] = []
         self.collectives: list[Collective] = []
         self.phase = "forward"
@@ -124,8 +128,12 @@ class Recorder(TorchDispatchMode):
         self.peak, self.largest = self.live, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it asks again for its part
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return out
         if func.namespace == "c10d":
             self._message(func, args)
             return out
@@ -166,6 +174,8 @@ class Recorder(TorchDispatchMode):
         sides = [sum(map(_size, tree_leaves(arg))) for arg in args]
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+        if self.copies and name == "_reduce_scatter_base_":
+            self.peak = max(self.peak, self.live + max(sides))
         beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
         stride = members[1] - members[0] if len(members) > 1 else 1
         message = Collective(MESSAGES.get(name, name), self.phase, max(sides), len(members), stride, beside)
@@ -236,12 +246,13 @@ class Simulation:
     Args:
         recipe: in training, configured but not sharded, on any device (meta, where it would not fit).
         batch: some real samples on the CPU, which a planned batch repeats.
+        gloo: whether ranks are on CPUs, whose messages gloo carries.
     """
 
-    def __init__(self, recipe: Any, batch: Batch, layout: Layout) -> None:
+    def __init__(self, recipe: Any, batch: Batch, layout: Layout, gloo: bool = False) -> None:
         self.batch, self.layout = batch, layout
         self.precision = Precision.of(recipe.trainer.precision)
-        self.simulated, self.record = Simulated(), Recorder()
+        self.simulated, self.record = Simulated(), Recorder(copies=gloo)
         with self._context(recipe.trainer):
             self.twin = _twin(recipe, layout, self.precision)
             self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
@@ -251,7 +262,7 @@ class Simulation:
     def _context(self, trainer: Any) -> Iterator[None]:
         kept, trainer.log_every_n_steps = trainer.log_every_n_steps, 0
         try:
-            with self.simulated, no_streams(), self.record:
+            with self.simulated, adapted(), self.record:
                 yield
         finally:
             trainer.log_every_n_steps = kept
@@ -329,7 +340,8 @@ def _to_device(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _repeated(batch: Batch, rows: int, layout: Layout) -> Batch:
-    part = batch.select(torch.arange(rows) % len(batch))
+    real_N = some(*batch.present.values()).nonzero()[:, 0]  # without rows of padding
+    part = batch.select(real_N[torch.arange(rows) % len(real_N)])
     times = layout.world * layout.micro
     return replace(part, step={name: mask_B.repeat(times) for name, mask_B in part.present.items()})
 
