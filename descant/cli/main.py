@@ -28,7 +28,7 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, run_name, with_maker
 from descant.cli.check import Check, Checked
 from descant.cli.document import shown
-from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, Unavailable, disk_fault, fail, printable, say
 from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
@@ -47,6 +47,7 @@ from descant.cli.trainer_parts import (
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
+from descant.modules.core.errors import Outage, one_line
 from descant.modules.io import hub
 from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
@@ -326,6 +327,10 @@ def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
     """The line for a disk that is full or read-only, with the resume point; None for other errors."""
     if place is None or (line := disk_fault(error, place.folder)) is None:
         return None
+    return _with_point(line, place)
+
+
+def _with_point(line: str, place: runs.Run) -> str:
     point, _ = runs.newest_point(place.folder)
     return line if point is None else f"{line}; --resume auto goes on from {point.name}"
 
@@ -414,6 +419,8 @@ def _answered(cli: DescantCLI, request: Request) -> int:
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
+        if isinstance(error, Outage) and not request.debug:
+            raise Unavailable(_with_point(one_line(error), cli.place)) from error
         line = disk_line(error, getattr(cli, "place", None))
         if trainer is None and Parser.failed is not None:
             line = line or unbuilt(*Parser.failed, request.trust)
