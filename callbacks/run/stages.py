@@ -25,7 +25,7 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.adaptation.stage_changes import AVERAGE
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
-from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
+from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe, StagedStrategy
 from descant.modules.training_setup.trainer import datamodule_of
 
 
@@ -103,7 +103,7 @@ class Stages(Ordered):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
             trainer.fit_loop._combined_loader = None
-            if not getattr(trainer.strategy, "returns_to_stage", False):
+            if not has(trainer.strategy, StagedStrategy):
                 trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
