@@ -42,6 +42,7 @@ from descant.cli.trainer_parts import (
     require_plain,
     require_port,
     with_store,
+    without_bar,
     without_enums,
 )
 from descant.cli.trust import enforce, writes
@@ -243,7 +244,8 @@ class DescantCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
-        config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        given = without_bar(config.get("enable_progress_bar"), once(given if isinstance(given, list) else [given]))
+        config["callbacks"] = [self.folder, *given]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
             require_exact(config["callbacks"], resumed)
