@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from descant.callbacks import Watch
 from descant.slurm.submit import grid
 from tests.conftest import Result
 from tests.rotation import quick
@@ -109,6 +110,19 @@ def test_scripts_and_job_files_are_written_and_jobs_chained(
     names = {line.partition("=")[0] for line in (tools / "env").read_text().splitlines()}
     assert "SLURM_CONF" in names
     assert not names & {"SLURM_NTASKS", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK", "PYTEST_CURRENT_TEST"}
+
+
+@pytest.mark.parametrize(("overlay", "hang_after"), [(None, 300.0), ("mine.yaml", 60.0), ("with/train/watch", 300.0)])
+def test_a_job_has_one_watch_whose_numbers_a_later_overlay_sets(
+    toy: Cli, monkeypatch: pytest.MonkeyPatch, overlay: str | None, hang_after: float
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(Watch, "on_fit_start", lambda self, *_: seen.append(self.hang_after))
+    Path("mine.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: Watch, init_args: {hang_after: 60, long_after: 600}}]}\n"
+    )
+    result = toy("fit", "--config", "on/slurm", *(("--config", overlay) if overlay else ()), "--trainer.max_steps", "1")
+    assert result.rc == 0 and seen == [hang_after], result.err
 
 
 def test_a_grid_is_all_combinations() -> None:
