@@ -41,7 +41,7 @@ MARK = "DESCANT_HUNG"
 
 
 def mark() -> None:
-    """Tell a launcher that names a file (:data:`MARK`) to end all ranks with this one, which saves nothing more."""
+    """Have a launcher that names a file (:data:`MARK`) end all ranks with this one, which saves nothing more."""
     with contextlib.suppress(OSError):
         if MARK in os.environ:
             Path(os.environ[MARK]).touch()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -25,8 +26,18 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.adaptation.stage_changes import AVERAGE
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
-from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe, StagedStrategy
+from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 from descant.modules.training_setup.trainer import datamodule_of
+
+
+@runtime_checkable
+class StagedStrategy(Protocol):
+    """A strategy that builds the optimizers of a checkpoint's stage, before it reads their state.
+
+    ``restore_stage(read)``, where ``read()`` is the checkpoint.
+    """
+
+    def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None: ...
 
 
 class Stages(Ordered):

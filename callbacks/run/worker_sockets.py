@@ -14,7 +14,7 @@ _MOST, _ADDED = 107, len("/pymp-12345678/listener-12345678")
 
 
 def workers_of(data: Any) -> int:
-    """Worker processes of the loaders of a data module, as far as it tells."""
+    """Worker processes of a loader, or of those of a data module; 0 where it has no such attribute."""
     return int(getattr(data, "workers", getattr(data, "num_workers", 0)) or 0)
 
 

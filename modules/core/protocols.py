@@ -425,16 +425,6 @@ class StagedRecipe(Protocol):
 
 
 @runtime_checkable
-class StagedStrategy(Protocol):
-    """A strategy that builds the optimizers of a checkpoint's stage before it reads their state.
-
-    ``restore_stage(read)``, where ``read()`` is the checkpoint.
-    """
-
-    def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None: ...
-
-
-@runtime_checkable
 class QuestionPoolData(Protocol):
     """Data whose training set is a pool of problems with answers, which is renewed.
 
