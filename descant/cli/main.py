@@ -95,9 +95,9 @@ def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
 class DescantCLI(LightningCLI):
     """One command, parsed, built and run by the constructor, as in LightningCLI."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, checking: Check | None = None) -> None:
         self.request = request
-        self.checking = Check() if request.command == "check" else None
+        self.checking = checking or (Check() if request.command == "check" else None)
         self.lines: list[str] = []  # printed once everything is built
         self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
@@ -165,6 +165,8 @@ class DescantCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name
+        if self.checking is not None:
+            self.checking.prepare(self.options)
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
@@ -234,7 +236,7 @@ class DescantCLI(LightningCLI):
         Parser.failed = None
         folder, start = self.place.folder, self.place.checkpoint
         known = folder if start is None or (folder / hub.RECORD).is_file() else Path(start).parent.parent
-        with hub.pinned(known):
+        with hub.pinned(known), self.checking.building() if self.checking is not None else contextlib.nullcontext():
             super().instantiate_classes()
         if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
             write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
@@ -265,8 +267,7 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and self.checking is None:
             mirror(config["plugins"], self.options.checkpoint_mirror, f"{self.name}/{self.place.folder.name}")
         if self.checking is not None:
-            # one process, up to the first step
-            config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
+            config |= self.checking.trainer(config)
         trainer = super()._instantiate_trainer(config, callbacks)
         assert isinstance(trainer, precision.Trainer)
         trainer.data_policy = DataPolicy(self.options.changed == "allow", bool(self.options.verify))
@@ -353,8 +354,8 @@ def _quiet_writer_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def run(request: Request) -> int:
-    """Run one command; returns its exit code.
+def run(request: Request, checking: Check | None = None) -> int:
+    """Run one command; returns its exit code. ``checking``: what a check does at the first batch.
 
     Raises:
         Refusal: with one line, for whatever the user can put right.
@@ -368,7 +369,7 @@ def run(request: Request) -> int:
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
-        code = _answered(cli, request)
+        code = _answered(cli, request, checking)
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
         release(cli)
@@ -398,11 +399,11 @@ def _exit_code(fault: Ended) -> int:
     return fault.code
 
 
-def _answered(cli: DescantCLI, request: Request) -> int:
+def _answered(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
     """Build and run one command; returns its exit code."""
     try:
         with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():
-            cli.__init__(request)  # type: ignore[misc]  # in two steps: release() needs what is half built
+            cli.__init__(request, checking)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise
     except Ended as fault:
