@@ -28,7 +28,7 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, run_name, with_maker
 from descant.cli.check import Check, Checked
 from descant.cli.document import shown
-from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, Unavailable, disk_fault, fail, printable, say
 from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
@@ -42,11 +42,13 @@ from descant.cli.trainer_parts import (
     require_plain,
     require_port,
     with_store,
+    without_bar,
     without_enums,
 )
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
+from descant.modules.core.errors import Outage, one_line
 from descant.modules.io import hub
 from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
@@ -244,7 +246,8 @@ class DescantCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
-        config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        given = without_bar(config.get("enable_progress_bar"), once(given if isinstance(given, list) else [given]))
+        config["callbacks"] = [self.folder, *given]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
             require_exact(config["callbacks"], resumed)
@@ -327,6 +330,10 @@ def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
     """The line for a disk that is full or read-only, with the resume point; None for other errors."""
     if place is None or (line := disk_fault(error, place.folder)) is None:
         return None
+    return _with_point(line, place)
+
+
+def _with_point(line: str, place: runs.Run) -> str:
     point, _ = runs.newest_point(place.folder)
     return line if point is None else f"{line}; --resume auto goes on from {point.name}"
 
@@ -415,6 +422,8 @@ def _answered(cli: DescantCLI, request: Request, checking: Check | None = None) 
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
+        if isinstance(error, Outage) and not request.debug:
+            raise Unavailable(_with_point(one_line(error), cli.place)) from error
         line = disk_line(error, getattr(cli, "place", None))
         if trainer is None and Parser.failed is not None:
             line = line or unbuilt(*Parser.failed, request.trust)
