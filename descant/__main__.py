@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "evaluate a run on its test sets",
     "predict": "embed the test sets with a run",
     "check": "validate a configuration: build everything, train nothing",
+    "plan": "what a run needs on N accelerators: memory, messages, time and cost",
     "list": "the experiments and overlays that ship with Descant",
     "data": "make shards from your own files, or view a data set",
     "sweep": "run an experiment over a grid of settings and seeds, then compare",
@@ -31,6 +32,7 @@ COMMANDS = {
 #: Commands with their own parser -> the module that has ``main(args) -> exit code``.
 TOOLS = {
     "data": "descant.data",
+    "plan": "descant.plan.plan",
     "claims": "descant.claims",
     "sweep": "descant.slurm.sweep",
     "submit": "descant.slurm.submit",

@@ -101,16 +101,18 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Fused attention, which keeps its inputs, its output and one number a row for backward, and no matrix of weights."""
+    """Fused attention, which keeps inputs, output and one number a row for backward, and no matrix of weights."""
     if enable_gqa and q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     fused = q.ndim == 4 and not (attn_mask is not None and attn_mask.requires_grad)
     aten: Any = torch.ops.aten
-    if not fused:
-        options = {"scale": scale}
-        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, **options)[0]  # type: ignore[no-any-return]
-    options = {"attn_mask": attn_mask, "scale": scale}
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, **options)[0]  # type: ignore[no-any-return]
+    if fused:
+        out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+        return out
+    out = aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 class Simulated(TorchDispatchMode):
@@ -176,10 +178,11 @@ class _Chunks(Sequence[Tensor]):
 def adapted() -> Iterator[None]:
     """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, and
     FSDP2 makes the part of one rank and not, of each parameter, those of a thousand."""
-    kept = Tensor.record_stream, _fsdp_param._chunk_with_empty
+    part: Any = _fsdp_param
+    kept = Tensor.record_stream, part._chunk_with_empty
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
-    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    part._chunk_with_empty = _Chunks
     try:
         yield
     finally:
-        Tensor.record_stream, _fsdp_param._chunk_with_empty = kept  # type: ignore[method-assign]
+        Tensor.record_stream, part._chunk_with_empty = kept  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,8 +19,9 @@ from descant.callbacks.run.stages import Stages
 from descant.cli.check import Check, Checked
 from descant.cli.precision import AUTO
 from descant.modules.core.batch import Batch
+from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
-from descant.modules.training_setup.trainer import data_parts
+from descant.modules.training_setup.trainer import data_parts, trained_samples
 from descant.recipes.base.recipe import Recipe
 
 #: Real samples that a planned batch repeats.
@@ -43,7 +45,7 @@ class LargeOnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _device_constructors() and kwargs.get("device") is None and func not in _OF_VALUES:
-            like = func(*args, **kwargs, device="meta") if "device" not in kwargs else func(*args, **{**kwargs, "device": "meta"})
+            like = func(*args, **kwargs | {"device": "meta"})
             if like.numel() >= LARGE:
                 return like
         return func(*args, **kwargs)
@@ -62,15 +64,16 @@ class Unmoved(SingleDeviceStrategy):
         pass
 
 
-class Planned(Check):
-    """Builds the recipe without storage, takes sharding and compilation from it, and plans at the first batch.
+class Building(Check):
+    """Builds the recipe without storage, takes recomputation, sharding and compilation from it, and plans at the first batch.
 
     Args:
-        planning: of a recipe in training, some samples, the rows of a whole step, and the parts that were taken.
+        planning: of a recipe in training, some samples, the rows of a whole step, the steps of the run, and
+            the parts that were taken.
         precision: for ``trainer.precision: auto``.
     """
 
-    def __init__(self, planning: Callable[[Recipe, Batch, int, list[Any]], None], precision: str) -> None:
+    def __init__(self, planning: Callable[[Recipe, Batch, int, float, list[Any]], None], precision: str) -> None:
         super().__init__()
         self.planning, self.precision = planning, precision
         self.rows, self.parts = 0, list[Any]()
@@ -83,14 +86,15 @@ class Planned(Check):
 
     def trainer(self, config: dict[str, Any]) -> dict[str, Any]:
         kept = [callback for callback in config["callbacks"] if isinstance(callback, NEEDED)]
-        return {"strategy": Unmoved(), "devices": 1, "num_nodes": 1, "callbacks": [*kept, self], "logger": False, "enable_progress_bar": False}
+        quiet = {"logger": False, "enable_progress_bar": False}
+        return {"strategy": Unmoved(), "devices": 1, "num_nodes": 1, "callbacks": [*kept, self], **quiet}
 
     def building(self) -> AbstractContextManager[Any]:
         return LargeOnMeta()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Recipe)
-        self.parts = [part for part in pl_module._parts if isinstance(part, Shard | Compile)]
+        self.parts = [part for part in pl_module._parts if isinstance(part, Checkpointing | Shard | Compile)]
         pl_module._parts = [part for part in pl_module._parts if part not in self.parts]
         for data in data_parts(trainer):
             self.rows = self.rows or data.batch_size
@@ -103,5 +107,12 @@ class Planned(Check):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Recipe)
-        self.planning(pl_module, batch, self.rows, self.parts)
+        self.planning(pl_module, batch, self.rows, self.steps(trainer), self.parts)
         raise Checked
+
+    def steps(self, trainer: L.Trainer) -> float:
+        """Of the run, as it is configured; infinity for one without end."""
+        if trainer.max_steps > 0:
+            return float(trainer.max_steps)
+        epochs, samples = trainer.max_epochs or -1, trained_samples(trainer)
+        return epochs * math.ceil(samples / self.rows) if epochs > 0 and math.isfinite(samples) else math.inf

@@ -64,25 +64,27 @@ class Layout:
         strategy: ddp, fsdp (parameters freed between forward and backward), kept (FSDP2 that keeps them), or hsdp
             (split within groups of ``shard`` ranks, replicated over them).
         world: W. shard: ranks of a shard group, of hsdp.
-        checkpointing: whether blocks are recomputed in backward.
+        checkpointing: of which blocks are recomputed in backward.
         chunks: pieces of a batch with in-batch negatives (GradCache). micro: micro-batches of a step.
         exchange: how samples of all ranks meet in losses that have a choice; None is their own.
+        dtype: of parameters in compute under FSDP2; None is the trainer's.
     """
 
     strategy: Literal["ddp", "fsdp", "kept", "hsdp"] = "ddp"
     world: int = 1
     shard: int = 1
-    checkpointing: bool = False
+    checkpointing: Checkpointing | None = None
     chunks: int = 1
     micro: int = 1
     exchange: Exchange | None = None
+    dtype: Any = None
 
     @property
     def sharding(self) -> Shard | None:
         """As a recipe is given it."""
         if self.strategy == "ddp":
             return None
-        return Shard(self.strategy != "kept", shard=self.shard if self.strategy == "hsdp" else None)
+        return Shard(self.strategy != "kept", self.dtype, shard=self.shard if self.strategy == "hsdp" else None)
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,9 @@ class Simulation:
         with self._context(recipe.trainer):
             self.twin = _twin(recipe, layout, self.precision)
             self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
+        for group in self.optimizer.param_groups:
+            if group.get("foreach") is None and not group.get("fused"):  # torch's choice goes by the device's name
+                group["foreach"] = not gloo
         self._warm = False
 
     @contextmanager
@@ -291,7 +296,9 @@ class Simulation:
 
     def _one(self, rows: int) -> int:
         """One optimizer step; returns the tokens in it."""
-        made = [_repeated(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)]
+        made = [
+            _repeated(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)
+        ]
         there = [batch.to(register()) for batch in made]
         self.record.again()
         _step(self.twin, self.optimizer, there, self.precision, self.record)
@@ -309,8 +316,8 @@ def _twin(recipe: Any, layout: Layout, precision: Precision) -> Any:
     if layout.world > 1:
         synchronize(twin)
     _to_device(twin, precision.whole)
-    if layout.checkpointing:
-        Checkpointing().apply(twin)
+    if layout.checkpointing is not None:
+        layout.checkpointing.apply(twin)
     for part in twin.modules() if layout.exchange is not None else ():
         if hasattr(part, "exchange"):
             part.exchange = layout.exchange
