@@ -1,4 +1,4 @@
-"""Measure the present machine: kernels by class and size, what a step costs beside them, processes on its cores, messages.
+"""Measure the present machine: kernels by class and size, what a step costs beside them, contention, messages.
 
 On one thread times are those of the processor, which other programs on the machine change little; on several, and on
 CUDA, those of the clock. Every time is a median over turns with inputs that are in no cache and outputs that are kept,
@@ -14,9 +14,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +24,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from descant.plan.contention import measured_ranks
-from descant.plan.hardware import Calibration, Card, Curve, Hardware, Link
+from descant.plan.hardware import Calibration, Card, Hardware, Link
 from descant.plan.kernels import Kernel, kernels
-from descant.plan.operators import BY_FLOPS, curve_keys, size_of
-from descant.plan.reference import references
+from descant.plan.operators import curve_keys, size_of
+from descant.plan.quantities import Curve
+from descant.plan.reference import empty_steps, references
 from descant.plan.trace import PHASES, Operation
 
 #: Bytes of arguments that a turn goes through: more than the caches of one core hold.
 POOL = 24 << 20
+#: Bytes between two modules of a tiny step.
+OTHER = 2 << 20
 
 
 def calibrate(
@@ -47,10 +50,10 @@ def calibrate(
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settle_allocator()
-    curves = {}
+    curves: dict[str, Curve] = {}
     for dtype in (torch.float32, torch.bfloat16):
         curves |= measured_curves(kernels(dtype, where, most), turns, where)
-    overhead, factor, once = measured_overhead(curves, turns, where)
+    overhead, once = measured_overhead(curves, turns, where)
     ranks = measured_ranks(sorted({*processes, 1}), turns) if where.type == "cpu" else None
     within = ranks.link if ranks is not None else Link(16e9, 10e-6)
     card = _card(curves, overhead, where)
@@ -62,7 +65,9 @@ def calibrate(
         store=200e6,
         contention=ranks.contention if ranks is not None else {1: 1.0},
         overlap=0.0 if where.type == "cpu" else 1.0,
-        calibration=Calibration(_machine(where), curves, overhead, factor, once + measured_host(turns)),
+        calibration=Calibration(
+            _machine(where), curves, overhead, once + measured_host(turns), measured_fresh(turns, where)
+        ),
     )
 
 
@@ -116,12 +121,12 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
             groups.append([point])
     means = [tuple(statistics.geometric_mean(values) for values in zip(*group, strict=True)) for group in groups]
     sizes, seconds = zip(*means, strict=True)
-    rising = np.maximum.accumulate(seconds)  # more is never faster: what says so is noise
+    rising = accumulate(seconds, max)  # more is never faster: what measures so is noise
     return Curve(tuple(map(float, sizes)), tuple(map(float, rising)))
 
 
 def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
-    """The median over turns of one call's time, on arguments that the call before did not have, with what they gave kept."""
+    """The median over turns of one call's time, on arguments that the call before did not have; results are kept."""
     count = int(min(32, max(2, POOL // max(1, kernel.nbytes))))
     pool = [kernel.make() for _ in range(count)]
     call, spent = kernel.call, []
@@ -144,6 +149,23 @@ def settle_allocator() -> None:
     Source: mallopt(3), dynamic M_MMAP_THRESHOLD.
     """
     del [torch.ones(31 << 18) for _ in range(2)][:]
+
+
+def measured_fresh(turns: int, device: torch.device) -> float:
+    """Seconds of a byte of memory that the system gives and clears, on the CPU: a tensor too large to be kept."""
+    if device.type != "cpu":
+        return 0.0
+    count, first, again = 1 << 24, [], []
+    for _ in range(turns):
+        start = clock(device)
+        x = torch.empty(count)
+        x.fill_(1.0)
+        middle = clock(device)
+        x.fill_(1.0)
+        first.append(middle - start)
+        again.append(clock(device) - middle)
+        del x
+    return max(0.0, statistics.median(first) - statistics.median(again)) / (4 * count)
 
 
 # what a step costs beside its kernels -------------------------------------------------------------------------------
@@ -195,13 +217,14 @@ class Measured:
 
 
 def measured_step(
-    forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer, turns: int, device: torch.device
+    model: Any, batch: Any, optimizer: torch.optim.Optimizer, turns: int, device: torch.device
 ) -> Measured:
-    """Operations of a step, and the medians of its times."""
+    """Operations of a step of a recipe, and the medians of its times, when caches hold nothing of it."""
 
     def step(phase: Callable[[str], None]) -> None:
         phase("forward")
-        loss = forward()
+        loss = model.objective_of(batch).total
+        model.output = None
         phase("backward")
         optimizer.zero_grad()
         loss.backward()
@@ -215,80 +238,86 @@ def measured_step(
         step(lambda name: setattr(record, "phase", name))
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     began = time.perf_counter()
-    for _ in range(max(3, 4 * turns)):
-        marks: list[float] = []
-        step(lambda name, marks=marks: marks.append(clock(device)))  # type: ignore[misc]
-        for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
-            times[phase].append(end - start)
-        if time.perf_counter() - began > turns:
-            break
+    with _Cold(model, device) as cold:
+        for _ in range(max(3, 4 * turns)):
+            marks: list[float] = []
+            step(lambda name, marks=marks: marks.append(clock(device) - cold.spent))  # type: ignore[misc]
+            for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
+                times[phase].append(end - start)
+            if time.perf_counter() - began > turns:
+                break
     return Measured(record.made, {phase: statistics.median(spent) for phase, spent in times.items()})
 
 
-def measured_overhead(
-    curves: dict[str, Curve], turns: int, device: torch.device
-) -> tuple[dict[str, float], dict[str, float], float]:
-    """Seconds of an operation beside its kernel, by phase, a factor of kernels that are no products, and seconds of an optimizer beside
-    its operations, from small steps of real recipes.
+class _Cold:
+    """Goes through other memory after every module of a tiny step, forward and backward, as the kernels of a real one
+    do, and adds up how long that took."""
 
-    Forward and backward: the least squares of ``(products + factor x others + overhead x operations) / measured - 1``.
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self.model, self.device, self.spent = model, device, 0.0
+        self.other = torch.ones(OTHER // 4, device=device)
+
+    def __enter__(self) -> _Cold:
+        leaves = [part for part in self.model.modules() if not any(part.children())]
+        self.handles = [part.register_forward_hook(self._after) for part in leaves]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _after(self, module: Any, args: Any, out: Any) -> None:
+        self._pass()
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.register_hook(self._pass)
+
+    def _pass(self, *args: Any) -> None:
+        start = clock(self.device)
+        with torch.no_grad():
+            self.other.mul_(1.0)
+        self.spent += clock(self.device) - start
+
+
+def measured_overhead(curves: dict[str, Curve], turns: int, device: torch.device) -> tuple[dict[str, float], float]:
+    """Seconds of an operation beside its kernel, by phase, and of an optimizer beside its operations.
+
+    From tiny steps of real recipes: the median over steps of ``(measured - kernels) / operations``.
     """
-    steps = [(fused, measured_step(*made, turns, device)) for fused, *made in references(device)]
-    forward, backward = ([_row(step, phase, curves) for _, step in steps] for phase in PHASES[:2])
-    *each_phase, kernels_factor = fitted(forward, backward)
-    overhead = dict(zip(PHASES[:2], each_phase, strict=True))
-    factor = dict.fromkeys(PHASES[:2], kernels_factor) | {"optimizer": 1.0}
-    fused, looped = ([_row(one, "optimizer", curves) for kind, one in steps if kind == wanted] for wanted in (True, False))
-    once = max(0.0, statistics.median(row.seconds - row.others for row in fused))
-    each = [(row.seconds - row.others - once) / row.count for row in looped]
-    overhead["optimizer"] = max(0.0, statistics.median(each))
-    return overhead, factor, once
+    rows: dict[tuple[bool, str], list[Row]] = defaultdict(list)
+    for fused, model, batch, optimizer in references(device):
+        step = measured_step(model, batch, optimizer, turns, device)
+        for phase in PHASES:
+            rows[fused, phase].append(_row(step, phase, curves))
+    overhead = {phase: each(rows[True, phase] + rows[False, phase]) for phase in PHASES[:2]}
+    once = max(0.0, statistics.median(row.seconds - row.kernels for row in rows[True, "optimizer"]))
+    overhead["optimizer"] = each([row._replace(seconds=row.seconds - once) for row in rows[False, "optimizer"]])
+    return overhead, once
 
 
 class Row(NamedTuple):
-    """Of a phase of a step: seconds of products and of other kernels on their own, operations, and seconds as measured."""
+    """Of a phase of a step: seconds of its kernels on their own, its operations, and its seconds as measured."""
 
-    products: float
-    others: float
-    count: int
+    kernels: float
+    operations: int
     seconds: float
 
 
-def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
-    products = others = 0.0
-    some = [one for one in step.operations if one.phase == phase]
-    for one in some:
-        kind, size = size_of(one)
-        seconds = next(curves[key](size) for key in curve_keys(kind, one.dtype) if key in curves)
-        products, others = (products + seconds, others) if kind in BY_FLOPS else (products, others + seconds)
-    return Row(products, others, len(some), step.seconds[phase])
+def each(rows: list[Row]) -> float:
+    """Seconds of an operation beside its kernel, at least 0.
 
-
-def fitted(forward: list[Row], backward: list[Row]) -> tuple[float, float, float]:
-    """(overhead in forward, in backward, factor of the other kernels); none below what can be.
-
-    >>> rows = [Row(0.0, 1e-3, 100, 2.2e-3), Row(1e-3, 4e-3, 100, 6.8e-3)]
-    >>> forward, backward, factor = fitted(rows, [row._replace(seconds=row.seconds - 5e-4) for row in rows])
-    >>> f"{forward * 1e6:.0f} us, {backward * 1e6:.0f} us, {factor:.2f}"
-    '10 us, 5 us, 1.20'
+    >>> f"{each([Row(1e-3, 100, 2e-3), Row(1e-3, 200, 3e-3), Row(2e-3, 100, 3e-3)]) * 1e6:.0f} us"
+    '10 us'
     """
-    products, others, count, seconds = np.array([*forward, *backward], dtype=float).T
-    first = np.arange(len(seconds)) < len(forward)
-    columns = np.stack([count * first, count * ~first, others]) / seconds
-    found, *_ = np.linalg.lstsq(columns.T, 1 - products / seconds, rcond=None)
-    factor = float(np.clip(found[2], 0.7, 3.0))
-    if factor != found[2] or min(found[:2]) < 0:
-        rest = (seconds - products - factor * others) / np.maximum(count, 1)
-        found[:2] = np.median(rest[first]), np.median(rest[~first])
-    return max(0.0, float(found[0])), max(0.0, float(found[1])), factor
+    return max(0.0, statistics.median((row.seconds - row.kernels) / row.operations for row in rows))
+
+
+def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
+    some = [one for one in step.operations if one.phase == phase]
+    sizes = [(*size_of(one), one.dtype) for one in some]
+    kernels = sum(next(curves[k](size) for k in curve_keys(kind, dtype) if k in curves) for kind, size, dtype in sizes)
+    return Row(kernels, len(some), step.seconds[phase])
 
 
 def measured_host(turns: int) -> float:
-    """Seconds of a step of Lightning's trainer around a model of one number, without those of the model."""
-    from descant.plan.reference import empty_steps
-
-    spent = empty_steps(20 * turns)
-    return max(0.0, statistics.median(spent))
-
-
-__all__ = ["BY_FLOPS", "calibrate", "clock", "fitted", "measured_curves", "measured_overhead", "seconds_of"]
+    """Seconds of a step of Lightning's trainer around a model of one number."""
+    return statistics.median(empty_steps(20 * turns))

@@ -1,7 +1,7 @@
 """Processes that share a machine's cores: how much longer they compute, and what messages between them (gloo) take.
 
-More processes than cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``. The first
-is of caches and memory, and is measured; the second would be, too, but for other programs on the machine.
+More processes than cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``. The
+first is of caches and memory, and is measured; the second would be, too, but for other programs on the machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
-from descant.plan.hardware import Curve, Link
+from descant.plan.hardware import Link
+from descant.plan.quantities import Curve
 
+#: Seconds after which one message is measured no more.
+LONGEST = 0.2
 #: Bytes of messages.
 SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 
@@ -43,7 +46,7 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
     if world == 1:
         return Ranks({1: 1.0}, Link(1e9, 1e-4))
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, folder, processes, turns, sizes), nprocs=world)
+        spawn(_rank, (world, folder, processes, turns, sizes), nprocs=world)
         found = json.loads((Path(folder) / "times.json").read_text())
     alone, cores = found["work"]["1"], len(os.sched_getaffinity(0))
     contention = {n: max(1.0, found["work"][str(n)] / alone) * max(1.0, n / cores) for n in processes}
@@ -70,9 +73,13 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
         for size in sizes:
             for name, call in _messages(rank, n, size, groups[n]).items():
                 call()
-                few = max(3, min(20, (1 << 22) // size))
-                spent = min(_together(call, groups[n], few) / few for _ in range(turns))
-                messages.setdefault(f"{name}/{n}", []).append((float(size), spent))
+                few = max(2, min(20, (1 << 22) // size))
+                spent: list[float] = []
+                while (
+                    len(spent) < turns and sum(spent) * few < LONGEST
+                ):  # the slowest rank's times: all ranks stop alike
+                    spent.append(_together(call, groups[n], few) / few)
+                messages.setdefault(f"{name}/{n}", []).append((float(size), min(spent)))
     for points in messages.values():  # a larger message is not faster: what says so is noise
         for at in range(1, len(points)):
             points[at] = (points[at][0], max(points[at][1], points[at - 1][1]))

@@ -1,106 +1,25 @@
 """Cards, links and nodes as data, read from YAML: those that ship, by name, and a user's own file.
 
-Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth a second and direction (3.35 TB/s, or 400 Gb/s in
-bits), arithmetic (989 TFLOP/s, dense), times (5 us); a number without a unit is of bytes, FLOP and seconds.
+Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth a second and direction (3.35 TB/s, or
+400 Gb/s in bits), arithmetic (989 TFLOP/s, dense), times (5 us); a number without a unit is of bytes, FLOP and seconds.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import yaml
 
 from descant.cli.errors import fail
-from descant.modules.core.errors import hint, no_such, one_line
+from descant.modules.core.errors import no_such, one_line
+from descant.plan.quantities import Curve, quantity, rounded
 
 #: The files that ship.
 FOLDER = Path(__file__).parent / "hardware"
-_PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-UNITS: dict[str, dict[str, float]] = {
-    "bytes": {f"{p}B": size for p, size in _PREFIX.items()} | {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
-    "bandwidth": {
-        **{f"{p}B/s": size for p, size in _PREFIX.items()},
-        **{f"{p}b/s": size / 8 for p, size in _PREFIX.items()},
-    },
-    "arithmetic": {f"{p}FLOP/s": size for p, size in _PREFIX.items()},
-    "time": _TIMES,
-    "share": {"": 1.0, "%": 0.01},
-    "part": {"": 1.0, "%": 0.01},
-    "number": {"": 1.0},
-}
-
-
-def quantity(value: Any, kind: str) -> float:
-    """A number with or without a unit of its kind, in bytes, bytes a second, FLOP a second, seconds or parts of one.
-
-    >>> quantity("80 GB", "bytes"), quantity("400 Gb/s", "bandwidth"), quantity("5 us", "time"), quantity("60 %", "share")
-    (80000000000.0, 50000000000.0, 5e-06, 0.6)
-
-    Raises:
-        ValueError: for what is no number above 0 (a time or a part may be 0), has no unit of the kind, or is a share above 1.
-    """
-    units = UNITS[kind]
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r}: a number{_with(kind)}")
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*", str(value))
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    least = 0.0 if kind in ("time", "part") else math.ulp(0.0)
-    if match is None or not least <= number < math.inf:
-        raise ValueError(f"{value!r}: a number above 0{_with(kind)}")
-    if match[2] and match[2] not in units:
-        raise ValueError(f"{value!r}: no unit of {kind}{hint(match[2], [u for u in units if u], most=20)}")
-    number = rounded(number * (units[match[2]] if match[2] else 1.0), 12)
-    if kind in ("share", "part") and number > 1:
-        raise ValueError(f"{value!r}: a share of at most 1")
-    return number
-
-
-def _with(kind: str) -> str:
-    examples = {"bytes": "80 GB", "bandwidth": "400 Gb/s", "arithmetic": "312 TFLOP/s", "time": "5 us", "share": "60 %"}
-    return f", such as {examples[kind]}" if kind in examples else ""
-
-
-def _of(kind: str, **more: Any) -> Any:
-    return field(metadata={"kind": kind}, **more)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Measured seconds by size (FLOPs of products, bytes of all else): log-log between points, in proportion beyond
-    the last one, and never less than at the first.
-
-    >>> curve = Curve((1e3, 1e5), (1e-6, 1e-4))
-    >>> f"{curve(1e4):.1e} {curve(1e6):.1e} {curve(1.0):.1e}"
-    '1.0e-05 1.0e-03 1.0e-06'
-    """
-
-    sizes: tuple[float, ...]
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.sizes or len(self.sizes) != len(self.seconds):
-            raise ValueError(f"{len(self.sizes)} sizes and {len(self.seconds)} times: as many of both, and some")
-        if any(a >= b for a, b in zip(self.sizes, self.sizes[1:], strict=False)):
-            raise ValueError("sizes in rising order")
-
-    def __call__(self, size: float) -> float:
-        if size <= self.sizes[0]:
-            return self.seconds[0]
-        if size >= self.sizes[-1]:
-            return self.seconds[-1] * size / self.sizes[-1]
-        high = next(n for n, known in enumerate(self.sizes) if known > size)
-        (x0, x1), (y0, y1) = self.sizes[high - 1 : high + 1], self.seconds[high - 1 : high + 1]
-        share = math.log(size / x0) / math.log(x1 / x0)
-        return math.exp(math.log(y0) + share * math.log(y1 / y0))
 
 
 @dataclass(frozen=True)
@@ -116,12 +35,12 @@ class Card:
 
     name: str
     source: str
-    memory: float = _of("bytes")
-    bandwidth: float = _of("bandwidth")
-    peak: dict[str, float] = _of("arithmetic")
-    launch: float = _of("time")
-    product_share: float = _of("share")
-    bandwidth_share: float = _of("share")
+    memory: Annotated[float, "bytes"]
+    bandwidth: Annotated[float, "bandwidth"]
+    peak: Annotated[dict[str, float], "arithmetic"]
+    launch: Annotated[float, "time"]
+    product_share: Annotated[float, "share"]
+    bandwidth_share: Annotated[float, "share"]
 
     def flop_rate(self, dtype: str) -> float:
         """FLOP/s that large products of a dtype reach; of one without a peak of its own, as of float32."""
@@ -132,12 +51,13 @@ class Card:
 class Link:
     """From one rank to the next: ``bandwidth`` in bytes/s a rank and direction, ``latency`` in seconds a message.
 
-    ``share`` is what large messages reach of the bandwidth. ``curves``, where measured: seconds of a collective of so many ranks by its bytes, such as ``all_reduce/2``.
+    ``share`` is what large messages reach of the bandwidth. ``curves``, where measured: seconds of a collective of so
+    many ranks by its bytes, such as ``all_reduce/2``.
     """
 
-    bandwidth: float = _of("bandwidth")
-    latency: float = _of("time")
-    share: float = _of("share", default=1.0)
+    bandwidth: Annotated[float, "bandwidth"]
+    latency: Annotated[float, "time"]
+    share: Annotated[float, "share"] = 1.0
     curves: dict[str, Curve] = field(default_factory=dict)
 
     @property
@@ -154,15 +74,17 @@ class Calibration:
         machine: processor, threads and torch.
         curves: seconds of an operation by its size, by class and dtype, such as ``product/float32``.
         overhead: seconds of an operation beside its kernel (modules, dispatch, autograd), by phase.
-        factor: of kernels that are no products inside a step, against the same ones on their own, by phase.
         step: seconds of a step without operations (trainer, hooks, optimizer).
+        fresh: seconds of a byte that the system gives and clears anew in each step: of activations beyond ``kept`` bytes,
+            which glibc's allocator holds on to at most (mallopt(3), twice the largest M_MMAP_THRESHOLD).
     """
 
     machine: str
     curves: dict[str, Curve] = field(default_factory=dict)
-    overhead: dict[str, float] = _of("time", default_factory=dict)
-    factor: dict[str, float] = _of("number", default_factory=dict)
-    step: float = _of("time", default=0.0)
+    overhead: Annotated[dict[str, float], "time"] = field(default_factory=dict)
+    step: Annotated[float, "time"] = 0.0
+    fresh: Annotated[float, "time"] = 0.0
+    kept: Annotated[float, "bytes"] = 64 * 2.0**20
 
 
 @dataclass(frozen=True)
@@ -181,8 +103,8 @@ class Hardware:
     card: Card
     within: Link
     between: Link
-    node: int = _of("count")
-    store: float = _of("bandwidth")
+    node: int
+    store: float
     contention: dict[int, float] = field(default_factory=lambda: {1: 1.0})
     overlap: float = 1.0
     calibration: Calibration | None = None
@@ -248,12 +170,14 @@ def _content(name_or_file: str | Path, above: tuple[str, ...]) -> dict[str, Any]
     base = content.pop("extends", None)
     if base is None:
         return content
-    if not isinstance(base, str) or base in above or base == text:
+    if not isinstance(base, str):
         fail(f"{text}: extends: {base!r}: the name of hardware that ships, or another file")
+    if str(file.resolve()) in above:
+        fail(f"{text}: extends: {base!r}: in a circle")
     if base not in names() and not Path(base).is_absolute():
         beside = file.parent / base
         base = str(beside) if beside.is_file() else base
-    return _merged(_content(base, (*above, text)), content)
+    return _merged(_content(base, (*above, str(file.resolve()))), content)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -285,13 +209,15 @@ def _part(part: Any, content: Any, place: str, file: str) -> Any:
     needed = [f.name for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
     content = _require(content, _keys(part), needed, place, file)
     made: dict[str, Any] = {}
+    hints = get_type_hints(part, include_extras=True)
     for one in fields(part):
         if one.name not in content:
             continue
-        value, where, kind = content[one.name], f"{place}.{one.name}", one.metadata.get("kind")
+        value, where = content[one.name], f"{place}.{one.name}"
+        kind = next(iter(getattr(hints[one.name], "__metadata__", ())), None)
         if kind is None:
             made[one.name] = _curves(value, where, file) if one.name == "curves" else str(value)
-        elif str(one.type).startswith("dict"):
+        elif get_origin(hints[one.name].__origin__) is dict:
             inner = _require(value, list(map(str, value)) if isinstance(value, dict) else [], [], where, file)
             made[one.name] = {str(k): _quantity(v, kind, f"{where}.{k}", file) for k, v in inner.items()}
         else:
@@ -357,13 +283,3 @@ def to_yaml(hardware: Hardware) -> str:
         return rounded(value) if isinstance(value, float) else value
 
     return yaml.safe_dump(plain(hardware), sort_keys=False, default_flow_style=None, width=120)
-
-
-def rounded(number: float, digits: int = 6) -> float:
-    """To so many digits.
-
-    >>> rounded(0.123456789), rounded(5 * 1e-6, 12)
-    (0.123457, 5e-06)
-    """
-    return float(f"{number:.{digits}g}")
-

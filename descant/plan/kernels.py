@@ -1,4 +1,4 @@
-"""Operators of every class at some sizes, which a calibration times. Letters: B rows, D features, S positions, H heads."""
+"""Operators of every class at some sizes, which a calibration times."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ BATCHED = ((4, 8, 8, 8), (64, 16, 16, 16), (128, 32, 16, 32), (512, 64, 16, 64),
 ATTENTION = ((1, 2, 8, 16), (16, 4, 16, 16), (32, 4, 32, 32), (64, 4, 64, 16), (32, 4, 128, 32), (64, 4, 128, 32))
 #: Rows, channels in, channels out, side of the image, side of the kernel.
 CONVOLUTIONS = (
-    (2, 8, 8, 4, 3), (32, 32, 64, 4, 1), (32, 96, 192, 2, 1), (32, 32, 32, 8, 3), (32, 96, 96, 4, 3), (32, 192, 192, 2, 3),
-    (32, 64, 128, 4, 3), (128, 48, 96, 4, 1), (128, 96, 192, 2, 1), (128, 48, 48, 8, 3), (128, 96, 96, 4, 3),
-    (128, 192, 192, 2, 3), (128, 64, 128, 8, 3), (64, 64, 64, 16, 3),
+    (2, 8, 8, 4, 3), (32, 32, 64, 4, 1), (32, 96, 192, 2, 1), (32, 32, 32, 8, 3), (32, 96, 96, 4, 3),
+    (32, 192, 192, 2, 3), (32, 64, 128, 4, 3), (128, 48, 96, 4, 1), (128, 96, 192, 2, 1), (128, 48, 48, 8, 3),
+    (128, 96, 96, 4, 3), (128, 192, 192, 2, 3), (128, 64, 128, 8, 3), (64, 64, 64, 16, 3),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator at one size: ``make`` gives new arguments for ``call``; ``size`` is of its class, in FLOPs or bytes."""
+    """One operator at one size, of its class in FLOPs or bytes: ``make`` gives new arguments for ``call``."""
 
     kind: str
     dtype: torch.dtype
@@ -146,7 +146,6 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
             x, g, w = _random(dtype, device, b, d), _random(dtype, device, b, d), torch.ones(d, device=device).to(dtype)
             return g, x, [d], *torch.native_layer_norm(x, [d], w, w, 1e-5)[1:], w, w, [True] * 3
 
-        norm = (torch.ones(d, device=device).to(dtype), torch.zeros(d, device=device).to(dtype))
         yield Kernel("elementwise", dtype, 3 * size, 3 * size, new(2), torch.add)
         yield Kernel("elementwise", dtype, 2 * size, 2 * size, new(1), _doubled)
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), F.gelu)
@@ -154,9 +153,7 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _log_softmax)
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _short_softmax)
         yield Kernel("random", dtype, 2 * size, 2 * size, new(1), _drawn)
-        yield Kernel(
-            "normalisation", dtype, 2 * size, 2 * size, new(1), lambda x, n=norm: torch.native_layer_norm(x, [d], *n, 1e-5)
-        )
+        yield Kernel("normalisation", dtype, 2 * size, 2 * size, new(1), _normed)
         yield Kernel("normalisation_backward", dtype, 3 * size, 3 * size, normed, aten.native_layer_norm_backward)
         yield Kernel("reduction", dtype, size, size, new(1), _sum_rows)
         yield Kernel("reduction", dtype, size, size, new(1), _sum_columns)
@@ -166,6 +163,10 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         yield Kernel("scatter", dtype, 3 * size + 8 * b, 3 * size, onto, torch.Tensor.index_add_)
         if dtype == torch.float32:
             yield Kernel("optimizer", dtype, 4 * size, 4 * size, _states(b, d, device), _adamw)
+
+
+def _normed(x: Tensor) -> Any:
+    return torch.native_layer_norm(x, [x.shape[-1]], x[0], x[0], 1e-5)
 
 
 def _doubled(x: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _selected(x: Tensor, index: Tensor) -> Tensor:
 
 def _short_softmax(x: Tensor) -> Tensor:
     softmax: Any = torch.ops.aten._safe_softmax
-    return softmax(x.view(-1, 16), -1)  # type: ignore[no-any-return]
+    return softmax(x.view(-1, 16), -1)
 
 
 def _drawn(x: Tensor) -> Tensor:
@@ -203,12 +204,12 @@ def _drawn(x: Tensor) -> Tensor:
 
 def _states(b: int, d: int, device: torch.device) -> Callable[[], tuple[Any, ...]]:
     def make() -> tuple[Any, ...]:
-        return tuple([torch.rand(b, d, device=device)] for _ in range(4)) + ([torch.ones((), device=device)],)
+        return *([torch.rand(b, d, device=device)] for _ in range(4)), [torch.ones((), device=device)]
 
     return make
 
 
 def _adamw(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], steps: list[Tensor]) -> None:
     options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
-    fused: Any = torch._fused_adamw_  # type: ignore[attr-defined]
+    fused: Any = torch._fused_adamw_
     fused(p, g, m, v, [], steps, maximize=False, **options)

@@ -1,4 +1,4 @@
-"""Classes of aten's operators that cost alike on one machine: what a calibration measures, and what times are looked up by."""
+"""Classes of aten's operators that cost alike on one machine: those that a calibration measures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "convolution": ("convolution", "cudnn_convolution", "mkldnn_convolution"),
     "convolution_backward": ("convolution_backward",),
-    "normalisation": ("native_layer_norm", "native_batch_norm", "cudnn_batch_norm", "_fused_rms_norm", "native_group_norm"),
+    "normalisation": (
+        "native_layer_norm", "native_batch_norm", "cudnn_batch_norm", "_fused_rms_norm", "native_group_norm",
+    ),
     "normalisation_backward": (
         "native_layer_norm_backward",
         "native_batch_norm_backward",
@@ -38,9 +40,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "random": ("bernoulli", "normal", "uniform", "native_dropout", "rand", "exponential"),
     "reduction": (
         "sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "_foreach_norm", "var", "std",
-        "cumsum", "argmax", "any", "all", "sort", "topk", "nll_loss", "avg_pool2d", "max_pool2d", "_adaptive_avg_pool2d",
+        "cumsum", "argmax", "any", "all", "sort", "topk", "nll_loss", "avg_pool2d", "max_pool2d",
+        "_adaptive_avg_pool2d",
     ),
-    "copy": ("clone", "copy_", "_to_copy", "cat", "stack", "constant_pad_nd", "repeat", "_reshape_copy", "split_with_sizes_copy"),
+    "copy": (
+        "clone", "copy_", "_to_copy", "cat", "stack", "constant_pad_nd", "repeat", "_reshape_copy",
+        "split_with_sizes_copy",
+    ),
     "gather": ("index", "gather", "embedding", "_embedding_bag", "nonzero", "masked_select", "select_scatter", "take"),
     "scatter": (
         "index_add", "index_copy", "index_put", "_index_put", "_unsafe_index_put", "scatter", "masked_scatter",
@@ -55,8 +61,8 @@ _STARTS = sorted(((start, kind) for kind, starts in CLASSES.items() for start in
 def operator_class(name: str) -> str:
     """Of an operator of aten; what is in no list is element by element.
 
-    >>> operator_class("addmm"), operator_class("native_layer_norm_backward"), operator_class("add"), operator_class("all")
-    ('product', 'normalisation_backward', 'elementwise', 'reduction')
+    >>> [operator_class(name) for name in ("addmm", "native_layer_norm_backward", "add", "all")]
+    ['product', 'normalisation_backward', 'elementwise', 'reduction']
     """
     for start, kind in _STARTS:
         if name == start or (name.startswith(start) and (len(start) > 4 or name[len(start)] == "_")):
@@ -70,8 +76,10 @@ def size_of(operation: Operation) -> tuple[str, int]:
 
     A product without counted FLOPs goes as what is element by element.
 
-    >>> size_of(Operation("mm", "forward", 60, 84, 40, "float32")), size_of(Operation("add", "forward", 0, 80, 40, "float32"))
-    (('product', 60), ('elementwise', 120))
+    >>> size_of(Operation("mm", "forward", 60, 84, 40, "float32"))
+    ('product', 60)
+    >>> size_of(Operation("add", "forward", 0, 80, 40, "float32"))
+    ('elementwise', 120)
     """
     kind = operator_class(operation.name)
     if kind == "gather":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,31 +24,20 @@ from descant.modules.training_setup.optim import make_optimizer
 from descant.recipes.contrastive import Contrastive
 from descant.recipes.masked import Masked
 
-#: Rows of the steps, and width of the recipes: from steps that are all overhead to such that are mostly kernels.
-STEPS = ((4, 32), (32, 32), (64, 64))
+#: Rows and width.
+ROWS, WIDTH = 4, 32
 _LENGTH, _SIDE = 16, 16
 
 
-def references(device: torch.device) -> Iterator[tuple[bool, Callable[[], Tensor], Any]]:
-    """(whether the optimizer is fused, forward pass that gives a loss, optimizer): convolutions with batch norm,
-    attention, masked tokens."""
+def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.optim.Optimizer]]:
+    """(whether the optimizer is fused, recipe, batch, optimizer): convolutions with batch norm, attention, masked tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for rows, width in STEPS:
-            for recipe, batch in ((_contrastive(width), _pairs(rows)), (_masked(width), _images(rows))):
-                model, there = recipe.to(device).train(), batch.to(device)
-                for fused in (True, False):
-                    options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
-                    if not fused and rows > STEPS[0][0]:
-                        continue
-                    optimizer: Any = make_optimizer(partial(torch.optim.AdamW, **options), model)
-                    yield fused, partial(_loss, model, there), optimizer
-
-
-def _loss(model: Any, batch: Batch) -> Tensor:
-    total: Tensor = model.objective_of(batch).total
-    model.output = None
-    return total
+        for recipe, batch in ((_contrastive(WIDTH), _pairs(ROWS)), (_masked(WIDTH), _images(ROWS))):
+            model, there = recipe.to(device).train(), batch.to(device)
+            for fused in (True, False):
+                options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+                yield fused, model, there, make_optimizer(partial(torch.optim.AdamW, **options), model)
 
 
 def _contrastive(width: int) -> Contrastive:

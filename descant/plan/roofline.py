@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from descant.plan.hardware import Hardware, Link
-from descant.plan.operators import BY_FLOPS, curve_keys, size_of
+from descant.plan.operators import curve_keys, size_of
 from descant.plan.trace import PHASES, Collective, Operation, Trace
 
 #: What a step may be bound by.
@@ -46,7 +46,6 @@ def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str]:
     curves, phase = measured.curves, operation.phase
     curve = next((curves[key] for key in curve_keys(kind, operation.dtype) if key in curves), None)
     kernel = max(compute, memory) if curve is None else curve(size)
-    kernel *= 1.0 if kind in BY_FLOPS else measured.factor.get(phase, 1.0)
     overhead = measured.overhead.get(phase, card.launch)
     least = overhead + (curve.seconds[0] if curve is not None else 0.0)
     name = "launches" if kernel < least else "compute" if operation.flops else "memory"
@@ -119,7 +118,7 @@ class StepTime:
     """Seconds of one optimizer step of a rank.
 
     Attributes:
-        forward, backward, optimizer: computation by phase. host: of the trainer, beside operations.
+        forward, backward, optimizer: computation by phase. host: of the trainer and of memory from the system, beside operations.
         communication: of all messages. exposed: what of it the rank waits for.
         parts: seconds by :data:`BOUNDS`; they add up to the total without ``host``.
     """
@@ -181,5 +180,8 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     hidden = sum(hardware.overlap * min(beside[phase], computed[phase]) for phase in PHASES)
     communication = waited + sum(beside.values())
     parts["links"] = communication - hidden
-    host = hardware.calibration.step * slowdown if hardware.calibration is not None else 0.0
-    return StepTime(*(computed[phase] for phase in PHASES), host, communication, communication - hidden, parts)
+    host, measured, held = 0.0, hardware.calibration, trace.memory.activations
+    if measured is not None:
+        host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
+    forward, backward, optimizer = (computed[phase] for phase in PHASES)
+    return StepTime(forward, backward, optimizer, host, communication, communication - hidden, parts)
