@@ -46,8 +46,8 @@ TOOLS = {
 def main(args: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 1: a bug. 2: a wrong request, or a file or disk that prevents it.
-    130: interrupted.
+    0: done. 1: a bug. 2: a wrong request, or a file or disk that prevents it. 75: saved for USR1, a rank that hangs, or
+    a store that does not answer: run it again. 130: interrupted.
     """
     # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
         return _dispatch(words)
     except Refusal as refusal:
         say(str(refusal))
-        return WRONG
+        return refusal.code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has closed; the interpreter must not flush again at exit
@@ -138,7 +138,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
     except Refusal as refusal:
         if not ranks.hand_over(str(refusal)):
             say(str(refusal))
-        code = WRONG
+        code = refusal.code
     if known is None and (command == "check" or code == WRONG):
         dump.write()  # once: the next mistake is found without torch
     return code
