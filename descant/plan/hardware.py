@@ -75,8 +75,8 @@ class Calibration:
         curves: seconds of an operation by its size, by class and dtype, such as ``product/float32``.
         overhead: seconds of an operation beside its kernel (modules, dispatch, autograd), by phase.
         step: seconds of a step without operations (trainer, hooks, optimizer).
-        fresh: seconds of a byte that the system gives and clears anew in each step: of activations beyond ``kept`` bytes,
-            which glibc's allocator holds on to at most (mallopt(3), twice the largest M_MMAP_THRESHOLD).
+        fresh: seconds of a byte that the system gives and clears anew in each step: of activations beyond ``kept``
+            bytes, which glibc's allocator holds on to at most (mallopt(3), twice the largest M_MMAP_THRESHOLD).
     """
 
     machine: str
@@ -84,7 +84,7 @@ class Calibration:
     overhead: Annotated[dict[str, float], "time"] = field(default_factory=dict)
     step: Annotated[float, "time"] = 0.0
     fresh: Annotated[float, "time"] = 0.0
-    kept: Annotated[float, "bytes"] = 64 * 2.0**20
+    kept: Annotated[float, "bytes"] = 67e6
 
 
 @dataclass(frozen=True)

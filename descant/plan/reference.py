@@ -30,7 +30,7 @@ _LENGTH, _SIDE = 16, 16
 
 
 def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.optim.Optimizer]]:
-    """(whether the optimizer is fused, recipe, batch, optimizer): convolutions with batch norm, attention, masked tokens."""
+    """(whether the optimizer is fused, recipe, batch, optimizer): convolutions, attention, masked tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for recipe, batch in ((_contrastive(WIDTH), _pairs(ROWS)), (_masked(WIDTH), _images(ROWS))):

@@ -19,8 +19,9 @@ BOUNDS = ("compute", "memory", "launches", "links")
 def time_of(operation: Operation, hardware: Hardware) -> float:
     """Seconds of one operation alone on its card.
 
-    By the data sheet the largest of three: ``FLOPs / (peak of the dtype x share)``, ``bytes / (bandwidth x share)``, and
-    the least an operation takes. Calibrated: what was measured of its class at its size, and the overhead of its phase.
+    By the data sheet the largest of three: ``FLOPs / (peak of the dtype x share)``, ``bytes / (bandwidth x share)``,
+    and the least an operation takes. Calibrated: what was measured of its class at its size, and the overhead of its
+    phase.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline".
 
@@ -58,15 +59,16 @@ def time_of_collective(collective: Collective, hardware: Hardware) -> float:
     In a ring over one link: ``all_reduce 2 (n-1) (S/(n B) + a)``; all_gather, reduce_scatter and all_to_all
     ``(n-1) (S/(n B) + a)``; broadcast ``S/B + (n-1) a``; send and recv ``S/B + a``.
 
-    Of a group with L > 1 ranks on each of M > 1 nodes, each rank with a network card of its own, in levels: all_reduce is a
-    reduce_scatter of S within the node, an all_reduce of S/L between nodes, and an all_gather of S within; all_gather is
-    one of S/L between and one of S within, reduce_scatter the same; all_to_all sends ``S (L-1)/n`` within and
-    ``S (n-L)/n`` between, broadcast S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, of double trees.
+    Of a group with L > 1 ranks on each of M > 1 nodes, each rank with a network card of its own, in levels: all_reduce
+    is a reduce_scatter of S within the node, an all_reduce of S/L between nodes, and an all_gather of S within;
+    all_gather is one of S/L between and one of S within, reduce_scatter the same; all_to_all sends ``S (L-1)/n`` within
+    and ``S (n-L)/n`` between, broadcast S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, of
+    double trees.
 
     Where a group of so many ranks was measured, its curve is taken.
 
-    Source: NCCL's tests, doc/PERFORMANCE.md (bus bandwidth); Thakur 2005 (rings); Sanders 2009 (double trees, as in NCCL
-    since 2.4).
+    Source: NCCL's tests, doc/PERFORMANCE.md (bus bandwidth); Thakur 2005 (rings); Sanders 2009 (double trees, as in
+    NCCL since 2.4).
 
     >>> from descant.plan.hardware import load
     >>> h100 = load("h100")
@@ -118,7 +120,8 @@ class StepTime:
     """Seconds of one optimizer step of a rank.
 
     Attributes:
-        forward, backward, optimizer: computation by phase. host: of the trainer and of memory from the system, beside operations.
+        forward, backward, optimizer: computation by phase.
+        host: of the trainer, and of memory from the system, beside operations.
         communication: of all messages. exposed: what of it the rank waits for.
         parts: seconds by :data:`BOUNDS`; they add up to the total without ``host``.
     """
@@ -150,8 +153,8 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
 
     Overlap: messages that are sent beside the computation (``overlapped``) hide behind that of their own phase, as long
     as it lasts, by the hardware's ``overlap`` (0 where the cores that compute also send); what is longer, and all other
-    messages, the rank waits for: ``exposed = sum of the others + sum over phases of max(0, m - overlap min(m, compute))``
-    with m the overlapped messages of a phase.
+    messages, the rank waits for: ``exposed = sum of the others + sum over phases of m - overlap min(m, compute)`` with
+    m the overlapped messages of a phase.
 
     Args:
         processes: of this node that share its cores; 1 for accelerators.
