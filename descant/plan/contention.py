@@ -80,7 +80,7 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
                 ):  # the slowest rank's times: all ranks stop alike
                     spent.append(_together(call, groups[n], few) / few)
                 messages.setdefault(f"{name}/{n}", []).append((float(size), min(spent)))
-    for points in messages.values():  # a larger message is not faster: what says so is noise
+    for points in messages.values():  # a larger message is not faster: what measures so is noise
         for at in range(1, len(points)):
             points[at] = (points[at][0], max(points[at][1], points[at - 1][1]))
     dist.barrier()
