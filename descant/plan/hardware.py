@@ -84,7 +84,7 @@ class Calibration:
     overhead: Annotated[dict[str, float], "time"] = field(default_factory=dict)
     step: Annotated[float, "time"] = 0.0
     fresh: Annotated[float, "time"] = 0.0
-    kept: Annotated[float, "bytes"] = 64 * 2.0**20
+    kept: Annotated[float, "bytes"] = 67e6
 
 
 @dataclass(frozen=True)
