@@ -1,6 +1,6 @@
 """What a real step does, for ``benchmarks.plan``: a callback that counts its messages, its memory or its time.
 
-    descant fit ... --trust benchmarks.planned --trainer.callbacks+='{"class_path": "benchmarks.planned.Measure", ...}'
+descant fit ... --trust benchmarks.planned --trainer.callbacks+='{"class_path": "benchmarks.planned.Measure", ...}'
 """
 
 from __future__ import annotations

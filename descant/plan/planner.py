@@ -65,7 +65,7 @@ class Unmoved(SingleDeviceStrategy):
 
 
 class Building(Check):
-    """Builds the recipe without storage, takes recomputation, sharding and compilation from it, and plans at the first batch.
+    """Builds the recipe without storage, takes what a plan decides from it, and plans at the first batch.
 
     Args:
         planning: of a recipe in training, some samples, the rows of a whole step, the steps of the run, and

@@ -280,8 +280,9 @@ class Simulation:
         """
         with self._context(self.twin.trainer):
             if not self._warm:  # the first step makes the states of the optimizer, whatever its rows
+                self.simulated.once = True
                 self._one(min(rows, len(self.batch)))
-                self._warm = True
+                self.simulated.once, self._warm = False, True
             tokens = self._one(rows)
         twin, record, layout = self.twin, self.record, self.layout
         held = {id(x): x for state in self.optimizer.state.values() for x in tree_leaves(state)}
