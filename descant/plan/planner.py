@@ -25,7 +25,7 @@ from descant.modules.training_setup.trainer import data_parts, trained_samples
 from descant.recipes.base.recipe import Recipe
 
 #: Real samples that a planned batch repeats.
-SAMPLES = 64
+SAMPLES = 256
 #: Numbers in a tensor from which on it is made without storage.
 LARGE = 1 << 20
 #: Callbacks that choose what trains and on what data; a step is planned without all others.
