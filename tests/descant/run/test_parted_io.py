@@ -30,6 +30,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from descant.callbacks import EMA, Resume
+from descant.modules.core.dtensor import local, reshard
 from descant.modules.io import manifest, parts, plain_json
 from descant.modules.io.manifest import SUFFIX, fault, fault_of_size, known
 from descant.modules.io.parts import Parted, Piece
@@ -499,7 +500,8 @@ def _weights(rank: int, folder: Path, store: str, begin: Path | None, early: boo
     settings["plugins"] = [PartedIO() if store == "parts" else AtomicIO()]
     trainer = quiet_trainer(folder, *([Again()] if early else []), **settings)
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=begin, weights_only=True)
-    return {name: parameter.full_tensor() for name, parameter in recipe.named_parameters()}  # type: ignore[operator]
+    reshard(recipe)
+    return {name: local(parameter.detach()) for name, parameter in recipe.named_parameters()}
 
 
 @pytest.mark.ddp
