@@ -102,9 +102,9 @@ def attention_of_2021(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: 
 
 def _kernels(in_parts: str) -> AbstractContextManager[Any]:
     """``attention``: :func:`attention_of_2021`. ``norms``: RMSNorm of several kernels, keys copied for each query."""
-    from descant.plan import simulate
+    from descant.plan import fake_device, simulate
 
-    of_parts = simulate.adapted
+    of_parts = fake_device.adapted
     if in_parts == "attention":
         return mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_of_2021)
     if in_parts == "norms":
