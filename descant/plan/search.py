@@ -51,7 +51,7 @@ class Planned:
         parts += [f"chunks {layout.chunks}"] * (layout.chunks > 1)
         parts += [f"micro-batches {layout.micro}"] * (layout.micro > 1)
         if layout.exchange is not None:
-            parts.append(type(layout.exchange).__name__.lower())
+            parts.append(f"exchange {type(layout.exchange).__name__}")
         return " ".join(parts)
 
 
