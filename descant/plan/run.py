@@ -24,6 +24,7 @@ from descant.plan.roofline import BOUNDS, time_of_collective
 from descant.plan.search import Planned, Search, best
 from descant.plan.trace import Collective
 from descant.recipes.base.recipe import Recipe
+from descant.recipes.staged import Staged
 
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
@@ -48,6 +49,8 @@ def _plan(
     print(f"on         {ranks} of {hardware.card.name}, {_size(hardware.card.memory)} each")
     length = f", {steps:,.0f} steps" if math.isfinite(steps) else ""
     print(f"step       {rows:,} samples, {search.rows:,} a rank{length}")
+    if isinstance(recipe, Staged):
+        print(f"stage      {recipe.stage}, the first; steps of the others are not planned")
     if any(isinstance(part, Compile) for part in parts):
         print("compile    is not simulated: times are those of separate kernels")
     report = Report(search, steps)
