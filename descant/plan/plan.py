@@ -23,7 +23,8 @@ usage: descant plan [options] -- fit --config NAME ...
 For DDP, FSDP2 and hybrid shards, with and without activation checkpointing, and in chunks or micro-batches
 where a step does not fit whole: memory of a rank, messages, time of a step (roofline of compute, memory,
 launches and links; messages of parameters and gradients hide behind the computation of their phase), MFU,
-hours of the run, the largest batch that fits, and the best three. Nothing is trained, no accelerator is needed.
+hours of the run, the largest batch that fits, and the best three. Nothing is trained, and no accelerator
+is needed. docs/guides/scale.md explains each column.
 
 Options:
   --nodes N                    (1)

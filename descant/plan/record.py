@@ -61,6 +61,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it asks again for its part
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for ten thousand times a step
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "prim":

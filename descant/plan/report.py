@@ -43,7 +43,7 @@ class Report:
         times = ["-", "-"] if hours is None else [number_text(hours), number_text(hours * line.layout.world)]
         return (
             f"{line.name:32s} {size_text(line.trace.memory.peak):>8s} {line.most:>7,d} {time_text(total):>9s} {shares} "
-            f"{self.mfu(line):6.1%} {self.samples(line):>10,.0f} {times[0]:>7s} {times[1]:>9s}"
+            f"{self.mfu(line):6.1%} {number_text(self.samples(line)):>10s} {times[0]:>7s} {times[1]:>9s}"
             f"{'' if line.fits else '  does not fit'}"
         )
 

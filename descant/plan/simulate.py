@@ -77,11 +77,8 @@ class Simulation:
             Refusal: where a step reads a value of the device that has no host copy, or a shape depends on one.
         """
         with self._context(self.twin.trainer), _refused_reads(self.twin):
-            if not self._warm:  # the first step makes the states of the optimizer, whatever its rows
-                self.simulated.once = True
-                self._one(min(rows, len(self.batch)))
-                self.simulated.once, self._warm = False, True
-            tokens = self._one(rows)
+            tokens = self._one(rows) if self._warm else self._first(rows)
+            self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
         held = {id(x): x for state in self.optimizer.state.values() for x in tree_leaves(state)}
         states = sum(nbytes(_local(x)) for x in held.values() if on_device(_local(x)))
@@ -92,6 +89,29 @@ class Simulation:
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
         return Trace(rows * layout.micro, memory, record.operations, collectives, tokens)
+
+    def _first(self, rows: int) -> int:
+        """A step after what the first one of a run makes: gradients, and states of the optimizer.
+
+        They are those of gradients of zeros; of a real step, where recipes make sure of something in it, or where
+        parameters have no part in one.
+        """
+        trained = [p for p in self.twin.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        try:
+            tokens = self._one(rows)
+            if all(p.grad is not None for p in trained):
+                return tokens
+        except DataDependentOutputException:
+            self.twin.output = None
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad()
+        self.simulated.once = True
+        self._one(min(rows, len(self.batch)))
+        self.simulated.once = False
+        return self._one(rows)
 
     def _one(self, rows: int) -> int:
         """One optimizer step; returns the tokens in it."""
