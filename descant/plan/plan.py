@@ -117,6 +117,10 @@ def _read(options: Sequence[str], command: list[str]) -> Given:
         fail("plan: no command: it comes after --: descant plan --gpu h100 -- fit --config NAME")
     if command[0] != "fit":
         fail(f"plan: {command[0]}: only fit is planned: descant plan ... -- fit {' '.join(command[1:])}".rstrip())
+    for key in ("save", "picture", "json"):
+        folder = Path(getattr(given, key) or "x").parent
+        if not folder.is_dir():
+            fail(f"plan: --{key} {getattr(given, key)}: no folder {folder}")
     if given.picture and Path(given.picture).suffix not in _PICTURES:
         fail(f"plan: --picture {given.picture}: its name ends in {', '.join(_PICTURES)}")
     return given
