@@ -33,6 +33,8 @@ MESSAGES = {
 }
 #: Those that ranks wait for each other in, without a byte.
 _EMPTY = ("barrier", "monitored_barrier_")
+#: Messages whose larger side gloo holds twice, once flat.
+_COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 #: Messages that FSDP2 sends beside the computation, and a ring's.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
 
@@ -40,7 +42,7 @@ _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
 class Recorder(TorchDispatchMode):
     """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
 
-    ``copies``: whether a backend copies what it reduces and scatters, as gloo does.
+    ``copies``: whether a backend copies what it gathers and scatters, as gloo does.
     """
 
     def __init__(self, copies: bool = False) -> None:
@@ -92,7 +94,7 @@ class Recorder(TorchDispatchMode):
         sides = [sum(map(nbytes, tree_leaves(arg))) for arg in args]
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        if self.copies and name == "_reduce_scatter_base_":
+        if self.copies and name in _COPIED:
             self.peak = max(self.peak, self.live + max(sides))
         beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
         stride = members[1] - members[0] if len(members) > 1 else 1

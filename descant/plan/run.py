@@ -22,6 +22,7 @@ from descant.plan.report import Report, overlay, size_text
 from descant.plan.roofline import BOUNDS
 from descant.plan.search import Search
 from descant.recipes.base.recipe import Recipe
+from descant.recipes.staged import Staged
 
 
 def planned(request: Request, given: Given, hardware: Hardware) -> int:
@@ -47,6 +48,8 @@ def _show(report: Report, parts: list[Any]) -> None:
     print(f"on         {on}, {size_text(card.memory)} each")
     length = f", {steps:,.0f} steps" if math.isfinite(steps) else ""
     print(f"step       {rows:,} samples, {search.rows:,} a rank{length}")
+    if isinstance(recipe, Staged):
+        print(f"stage      {recipe.stage}, the first; steps of the others are not planned")
     if any(isinstance(part, Compile) for part in parts):
         print("compile    is not simulated: times are those of separate kernels")
     print("\n" + report.head(), flush=True)

@@ -130,7 +130,7 @@ def _refused_reads(recipe: nn.Module) -> Iterator[None]:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        place = next(f for f in reversed(frames) if not f.filename.startswith((_TORCH, _HERE)))
+        place = next((f for f in reversed(frames) if not f.filename.startswith((_TORCH, _HERE))), frames[-1])
         fail(
             f"plan: {type(recipe).__name__}: {place.name} ({Path(place.filename).name}:{place.lineno}) reads a value "
             f"of the accelerator ({error.func}), of which a plan has none: use its host copy (modules/core/host.py)"
