@@ -115,9 +115,10 @@ def main(words: list[str]) -> int:
     from descant.cli.main import run
     from descant.plan.fake_device import ranks
     from descant.plan.hardware import load
+    from descant.plan.layout import Layout
     from descant.plan.planner import Building
     from descant.plan.roofline import step_time
-    from descant.plan.simulate import Layout, Simulation
+    from descant.plan.simulate import Simulation
 
     machine, found = load(hardware), list[dict[str, Any]]()
 

@@ -47,6 +47,7 @@ GROUPS = {
             "hub",
             "exchange",
             "devices",
+            "scale",
             "slurm",
             "docker",
             "watching",

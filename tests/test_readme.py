@@ -19,6 +19,7 @@ from descant.cli.arguments import read
 from descant.cli.catalogue import experiments
 from descant.cli.dump import Written
 from descant.cli.precheck import precheck, wanted
+from descant.plan import plan
 from descant.slurm import submit, sweep
 from tests.conftest import Result
 
@@ -79,6 +80,11 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
         assert all(word.partition("=")[0] in _help("sweep", "--help") for word in mine if word.startswith("--"))
         _checked(["fit", *theirs], cli, content)
         assert any(word.startswith("--vary") for word in mine)
+    elif command == "plan":
+        mine, theirs = plan._split(rest)
+        if theirs:
+            plan._read(mine, theirs)
+            _checked(theirs, cli, content)
     elif command == "submit":
         *_, (name, *theirs) = submit._split(rest)
         _checked([name, *theirs], cli, content)

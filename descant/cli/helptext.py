@@ -46,7 +46,20 @@ _ONLY = {
     "--checkpoint_mirror PATH": ("fit", "check"),
 }
 #: Commands that run no experiment.
-_BESIDE = ("list", "data", "sweep", "compare", "claims", "report", "export", "new", "completion", "schema", "submit")
+_BESIDE = (
+    "list",
+    "data",
+    "plan",
+    "sweep",
+    "compare",
+    "claims",
+    "report",
+    "export",
+    "new",
+    "completion",
+    "schema",
+    "submit",
+)
 _LIST = """\
 descant list: what ships with Descant, one line each
 

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from descant.plan.contention import measured_ranks
 from descant.plan.hardware import Calibration, Card, Hardware, Link
 from descant.plan.kernels import Kernel, kernels
 from descant.plan.operators import curve_keys, size_of
 from descant.plan.quantities import Curve
+from descant.plan.record import operation_of
 from descant.plan.reference import empty_steps, references
 from descant.plan.trace import PHASES, Operation
 
@@ -181,31 +180,10 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        returns = [r.alias_info for r in func._schema.returns]
-        if returns and all(alias is not None and not alias.is_write for alias in returns):
-            return out
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        floats = [x.dtype for x in given if x.is_floating_point()] or [x.dtype for x in (*made, *given)]
-        if floats:
-            read, written = sum(map(_bytes, given)), sum(map(_bytes, made))
-            dtype = str(floats[0]).removeprefix("torch.")
-            flops = _flops(func, args, kwargs, out)
-            self.made.append(Operation(func._schema.name.partition("::")[2], self.phase, flops, read, written, dtype))
+        operation = operation_of(func, args, kwargs, out, self.phase)
+        if operation is not None:
+            self.made.append(operation)
         return out
-
-
-def _bytes(x: Tensor) -> int:
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    packet, aten = func._overloadpacket, torch.ops.aten
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
-    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 @dataclass

@@ -27,10 +27,12 @@ def is_view(func: Any) -> bool:
 
 
 @cache
-def writes(func: Any) -> tuple[int, ...]:
-    """Places of the arguments that an operator changes."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple(n for n, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+def writes(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of arguments that an operator changes; of fused optimizers not gradients, which only scaling
+    changes."""
+    fused = func._schema.name.startswith("aten::_fused_")
+    changed = [(n, a.name) for n, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    return tuple((n, name) for n, name in changed if not (fused and name == "grads"))
 
 
 def nbytes(x: Any) -> int:

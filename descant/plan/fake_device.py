@@ -216,15 +216,17 @@ _of_cpu: list[bool] = []
 
 @contextmanager
 def adapted(cpu: bool = False) -> Iterator[None]:
-    """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, and
+    """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, its
+    current stream is one of these (torch.accelerator's own has no device that is set, and waiting on it fails), and
     FSDP2 makes the part of one rank and not, of each parameter, those of a thousand. ``cpu``: of whose kernels."""
     part: Any = _fsdp_param
     _of_cpu[:] = [True] * cpu
-    kept = Tensor.record_stream, part._chunk_with_empty
+    kept = Tensor.record_stream, part._chunk_with_empty, torch.accelerator.current_stream
+    torch.accelerator.current_stream = lambda device=None: _Stream()  # type: ignore[assignment, return-value]
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
     part._chunk_with_empty = _Chunks
     try:
         yield
     finally:
-        Tensor.record_stream, part._chunk_with_empty = kept  # type: ignore[method-assign]
+        Tensor.record_stream, part._chunk_with_empty, torch.accelerator.current_stream = kept  # type: ignore[method-assign]
         _of_cpu.clear()

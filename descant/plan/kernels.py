@@ -162,7 +162,7 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         yield Kernel("gather", dtype, 2 * size, 2 * size, rows, _selected)
         yield Kernel("scatter", dtype, 3 * size + 8 * b, 3 * size, onto, torch.Tensor.index_add_)
         if dtype == torch.float32:
-            yield Kernel("optimizer", dtype, 4 * size, 4 * size, _states(b, d, device), _adamw)
+            yield Kernel("optimizer", dtype, 7 * size, 4 * size, _states(b, d, device), _adamw)
 
 
 def _normed(x: Tensor) -> Any:

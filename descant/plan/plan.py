@@ -23,7 +23,8 @@ usage: descant plan [options] -- fit --config NAME ...
 For DDP, FSDP2 and hybrid shards, with and without activation checkpointing, and in chunks or micro-batches
 where a step does not fit whole: memory of a rank, messages, time of a step (roofline of compute, memory,
 launches and links; messages of parameters and gradients hide behind the computation of their phase), MFU,
-hours of the run, the largest batch that fits, and the best three. Nothing is trained, no accelerator is needed.
+hours of the run, the largest batch that fits, and the best three. Nothing is trained, and no accelerator
+is needed. docs/guides/scale.md explains each column.
 
 Options:
   --nodes N                    (1)
@@ -116,6 +117,10 @@ def _read(options: Sequence[str], command: list[str]) -> Given:
         fail("plan: no command: it comes after --: descant plan --gpu h100 -- fit --config NAME")
     if command[0] != "fit":
         fail(f"plan: {command[0]}: only fit is planned: descant plan ... -- fit {' '.join(command[1:])}".rstrip())
+    for key in ("save", "picture", "json"):
+        folder = Path(getattr(given, key) or "x").parent
+        if not folder.is_dir():
+            fail(f"plan: --{key} {getattr(given, key)}: no folder {folder}")
     if given.picture and Path(given.picture).suffix not in _PICTURES:
         fail(f"plan: --picture {given.picture}: its name ends in {', '.join(_PICTURES)}")
     return given

@@ -99,7 +99,7 @@ class Building(Check):
         self.parts = [part for part in pl_module._parts if isinstance(part, Checkpointing | Shard | Compile)]
         pl_module._parts = [part for part in pl_module._parts if part not in self.parts]
         for data in data_parts(trainer):
-            self.rows = self.rows or data.batch_size
+            self.rows = self.rows or data.batch_size * trainer.accumulate_grad_batches
             data.batch_size = min(data.batch_size, SAMPLES)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -21,8 +21,9 @@ from descant.modules.training_setup.activation_checkpointing import Checkpointin
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.plan.fake_device import ranks
 from descant.plan.hardware import Hardware
+from descant.plan.layout import Layout
 from descant.plan.roofline import StepTime, step_time
-from descant.plan.simulate import Layout, Simulation
+from descant.plan.simulate import Simulation
 from descant.plan.trace import Trace
 
 #: Share of a card's memory that a run may fill: the rest is of the driver, libraries and fragments.
@@ -178,7 +179,8 @@ class Search:
     def exchanges(self, best: Planned) -> Iterator[Planned]:
         """The best layout with the other ways in which samples of all ranks can meet, where its losses have a choice
         and logits of all pairs are much of the memory; of :data:`MOST` ranks at most, since each hop is made."""
-        if self.world == 1 or not any(hasattr(part, "exchange") for part in self.recipe.modules()):
+        losses = getattr(self.recipe, "losses", {}).values()  # of recipes that are given a loss
+        if self.world == 1 or not all(hasattr(loss, "exchange") for loss in losses):
             return
         logits = 2 * 4 * self.rows * self.rows * self.world  # in both directions, as they are without a block
         if logits < WORTH * self.hardware.card.memory or self.world > MOST:

@@ -8,206 +8,35 @@ Letters: B rows of a micro-batch on a rank, W ranks.
 from __future__ import annotations
 
 import copy
-import weakref
+import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from descant.cli.errors import fail
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.hooks import GradientHooks
-from descant.modules.losses.exchange import Exchange
-from descant.modules.training_setup.activation_checkpointing import Checkpointing
-from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.optim import make_optimizer
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
+from descant.plan.costs import nbytes
 from descant.plan.fake_device import NAME, Simulated, adapted, on_device, register
-from descant.plan.trace import Collective, Memory, Operation, Trace
+from descant.plan.layout import Layout, Precision
+from descant.plan.record import Recorder
+from descant.plan.trace import Collective, Memory, Trace
 
-#: Operators of torch's dispatcher -> names here.
-MESSAGES = {
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allreduce_": "all_reduce",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "alltoall_base_": "all_to_all",
-    "send": "send",
-    "recv_": "recv",
-    "broadcast_": "broadcast",
-}
-#: Those that ranks wait for each other in, without a byte.
-_EMPTY = ("barrier", "monitored_barrier_")
-#: Messages whose larger side gloo holds twice, once flat.
-_COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
-#: Messages that FSDP2 sends beside the computation, and a ring's.
-_BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
 #: Bytes of DDP's first bucket and of the others, as torch has them.
 BUCKETS = (1 << 20, 25 << 20)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a step is laid over ranks and in time.
-
-    Attributes:
-        strategy: ddp, fsdp (parameters freed between forward and backward), kept (FSDP2 that keeps them), or hsdp
-            (split within groups of ``shard`` ranks, replicated over them).
-        world: W. shard: ranks of a shard group, of hsdp.
-        checkpointing: of which blocks are recomputed in backward.
-        chunks: pieces of a batch with in-batch negatives (GradCache). micro: micro-batches of a step.
-        exchange: how samples of all ranks meet in losses that have a choice; None is their own.
-        dtype: of parameters in compute under FSDP2; None is the trainer's.
-    """
-
-    strategy: Literal["ddp", "fsdp", "kept", "hsdp"] = "ddp"
-    world: int = 1
-    shard: int = 1
-    checkpointing: Checkpointing | None = None
-    chunks: int = 1
-    micro: int = 1
-    exchange: Exchange | None = None
-    dtype: Any = None
-
-    @property
-    def sharding(self) -> Shard | None:
-        """As a recipe is given it."""
-        if self.strategy == "ddp":
-            return None
-        return Shard(self.strategy != "kept", self.dtype, shard=self.shard if self.strategy == "hsdp" else None)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Of Lightning's names: autocast in a type, or everything in one.
-
-    >>> Precision.of("bf16-mixed"), Precision.of("32-true")
-    (Precision(autocast=torch.bfloat16, whole=None), Precision(autocast=None, whole=None))
-    """
-
-    autocast: torch.dtype | None = None
-    whole: torch.dtype | None = None
-
-    @staticmethod
-    def of(name: str | int | None) -> Precision:
-        text = str(name or "32-true")
-        dtype = torch.bfloat16 if text.startswith("bf16") else torch.float16 if text.startswith("16") else None
-        return Precision(dtype, None) if text.endswith("mixed") or text in ("16", "bf16") else Precision(None, dtype)
-
-    def context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(NAME, self.autocast) if self.autocast is not None else nullcontext()
-
-
-class Recorder(TorchDispatchMode):
-    """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
-
-    ``copies``: whether a backend copies what it gathers and scatters, as gloo does.
-    """
-
-    def __init__(self, copies: bool = False) -> None:
-        super().__init__()
-        self.copies = copies
-        self.operations: list[Operation] = []
-        self.collectives: list[Collective] = []
-        self.phase = "forward"
-        self.live = self.peak = self.largest = 0
-        self._sizes: dict[int, int] = {}
-        self._gathered: dict[int, weakref.ref[Any]] = {}  # storages that FSDP2 frees by their size
-
-    def again(self) -> None:
-        """Forget what was recorded; what is live remains so."""
-        self.operations, self.collectives = [], []
-        self.peak, self.largest = self.live, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it asks again for its part
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for ten thousand times a step
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.namespace == "prim":
-            return out
-        if func.namespace == "c10d":
-            self._message(func, args)
-            return out
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, FakeTensor) and x.device.type == NAME]
-        if not given and not made:
-            return out
-        if self._gathered:
-            self._look()
-        for tensor in made:
-            self._hold(tensor.untyped_storage())
-        if func.namespace == "fsdp" and "out" in kwargs:
-            for tensor in kwargs["out"]:
-                storage = tensor.untyped_storage()
-                self._hold(storage)
-                self._gathered[storage._cdata] = weakref.ref(storage)
-        if not is_view(func) and func._schema.name.partition("::")[2] not in WITHOUT_KERNEL:
-            self._operation(func, args, kwargs, out, given, made)
-        return out
-
-    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Any], made: list[Any]) -> None:
-        floats = [x.dtype for x in given if x.is_floating_point()] or [x.dtype for x in (*made, *given)]
-        written = sum(map(moved, made)) or sum(moved(given[n]) for n in writes(func) if n < len(given))
-        record = Operation(
-            name=func._schema.name.partition("::")[2],
-            phase=self.phase,
-            flops=flops(func, args, kwargs, out),
-            read=sum(map(moved, given)),
-            written=written,
-            dtype=str(floats[0]).removeprefix("torch."),
-            done=done(func, args),
-        )
-        self.operations.append(record)
-
-    def _message(self, func: Any, args: Any) -> None:
-        name = func._schema.name.partition("::")[2]
-        if name in _EMPTY:
-            return
-        sides = [sum(map(nbytes, tree_leaves(arg))) for arg in args]
-        group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
-        members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        if self.copies and name in _COPIED:
-            self.peak = max(self.peak, self.live + max(sides))
-        beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
-        stride = members[1] - members[0] if len(members) > 1 else 1
-        message = Collective(MESSAGES.get(name, name), self.phase, max(sides), len(members), stride, beside)
-        self.collectives.append(message)
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        before = self._sizes.get(key)
-        if before is None:
-            weakref.finalize(storage, self._drop, key)
-        if size != (before or 0) or before is None:
-            self._sizes[key] = size
-            self.live += size - (before or 0)
-            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-        self._gathered.pop(key, None)
-
-    def _look(self) -> None:
-        for reference in list(self._gathered.values()):
-            storage = reference()
-            if storage is not None:
-                self._hold(storage)
-
-
-# steps --------------------------------------------------------------------------------------------------------------
+#: Where no reader of a value is looked for.
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 
 class Simulation:
@@ -222,16 +51,19 @@ class Simulation:
     """
 
     def __init__(self, recipe: Any, batch: Batch, layout: Layout, gloo: bool = False) -> None:
-        self.batch, self.layout = batch, layout
+        self.recipe, self.batch, self.layout = recipe, batch, layout
         self.precision = Precision.of(recipe.trainer.precision)
         self.simulated, self.record = Simulated(), Recorder(copies=gloo)
         with self._context(recipe.trainer):
-            self.twin = _twin(recipe, layout, self.precision)
-            self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
+            self._build(recipe)
+        self._warm = False
+
+    def _build(self, recipe: Any) -> None:
+        self.twin = _twin(recipe, self.layout, self.precision)
+        self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
         for group in self.optimizer.param_groups:
             if group.get("foreach") is None and not group.get("fused"):  # torch's choice goes by the device's name
-                group["foreach"] = not gloo
-        self._warm = False
+                group["foreach"] = not self.record.copies
 
     @contextmanager
     def _context(self, trainer: Any) -> Iterator[None]:
@@ -246,9 +78,9 @@ class Simulation:
         """A step with ``rows`` samples in each micro-batch of this rank; the optimizer has its states.
 
         Raises:
-            RuntimeError: where a step reads a value of the device that has no host copy.
+            Refusal: where a step reads a value of the device that has no host copy, or a shape depends on one.
         """
-        with self._context(self.twin.trainer):
+        with self._context(self.twin.trainer), _refused_reads(self.twin):
             tokens = self._one(rows) if self._warm else self._first(rows)
             self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
@@ -276,10 +108,10 @@ class Simulation:
             tokens = self._one(rows)
             if all(p.grad is not None for p in trained):
                 return tokens
-        except DataDependentOutputException:
-            self.twin.output = None
-        self.optimizer.state.clear()
-        self.optimizer.zero_grad()
+            self.optimizer.state.clear()
+            self.optimizer.zero_grad()
+        except DataDependentOutputException:  # a copy in the middle of a forward is of no use
+            self._build(self.recipe)
         self.simulated.once = True
         self._one(min(rows, len(self.batch)))
         self.simulated.once = False
@@ -294,6 +126,19 @@ class Simulation:
         self.record.again()
         _step(self.twin, self.optimizer, there, self.precision, self.record)
         return sum(map(_tokens, made))
+
+
+@contextmanager
+def _refused_reads(recipe: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f for f in reversed(frames) if not f.filename.startswith((_TORCH, _HERE))), frames[-1])
+        fail(
+            f"plan: {type(recipe).__name__}: {place.name} ({Path(place.filename).name}:{place.lineno}) reads a value "
+            f"of the accelerator ({error.func}), of which a plan has none: use its host copy (modules/core/host.py)"
+        )
 
 
 def _twin(recipe: Any, layout: Layout, precision: Precision) -> Any:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from descant.plan.fake_device import Simulated, adapted, register
-from descant.plan.simulate import Recorder
+from descant.plan.record import Recorder
 from descant.plan.trace import Operation
 
 B, HEADS, KEYS, T, WIDTH = 2, 4, 2, 16, 8

@@ -1,0 +1,159 @@
+"""What a step does, as torch's dispatcher sees it: operations, messages and live bytes."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
+from descant.plan.fake_device import NAME
+from descant.plan.trace import Collective, Operation
+
+#: Operators of torch's dispatcher -> names here.
+MESSAGES = {
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "allreduce_": "all_reduce",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+    "recv_": "recv",
+    "broadcast_": "broadcast",
+}
+#: Those that ranks wait for each other in, without a byte.
+_EMPTY = ("barrier", "monitored_barrier_")
+#: Messages whose larger side gloo holds twice, once flat.
+_COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
+#: Messages that FSDP2 sends beside the computation, and a ring's.
+_BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
+
+
+class Recorder(TorchDispatchMode):
+    """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
+
+    ``copies``: whether a backend copies what it gathers and scatters, as gloo does.
+    """
+
+    def __init__(self, copies: bool = False) -> None:
+        super().__init__()
+        self.copies = copies
+        self.operations: list[Operation] = []
+        self.collectives: list[Collective] = []
+        self.phase = "forward"
+        self.live = self.peak = self.largest = 0
+        self._sizes: dict[int, int] = {}
+        self._gathered: dict[int, weakref.ref[Any]] = {}  # storages that FSDP2 frees by their size
+
+    def again(self) -> None:
+        """Forget what was recorded; what is live remains so."""
+        self.operations, self.collectives = [], []
+        self.peak, self.largest = self.live, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it asks again for its part
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for ten thousand times a step
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return out
+        if func.namespace == "c10d":
+            self._message(func, args)
+            return out
+        operation = operation_of(func, args, kwargs, out, self.phase, FakeTensor)
+        if operation is not None:
+            self.operations.append(operation)
+        if self._gathered:
+            self._look()
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, FakeTensor) and tensor.device.type == NAME:
+                self._hold(tensor.untyped_storage())
+        if func.namespace == "fsdp" and "out" in kwargs:
+            for tensor in kwargs["out"]:
+                storage = tensor.untyped_storage()
+                self._hold(storage)
+                self._gathered[storage._cdata] = weakref.ref(storage)
+        return out
+
+    def _message(self, func: Any, args: Any) -> None:
+        name = func._schema.name.partition("::")[2]
+        if name in _EMPTY:
+            return
+        sides = [sum(map(nbytes, tree_leaves(arg))) for arg in args]
+        group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
+        members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+        if self.copies and name in _COPIED:
+            self.peak = max(self.peak, self.live + max(sides))
+        beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
+        stride = members[1] - members[0] if len(members) > 1 else 1
+        message = Collective(MESSAGES.get(name, name), self.phase, max(sides), len(members), stride, beside)
+        self.collectives.append(message)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        before = self._sizes.get(key)
+        if before is None:
+            weakref.finalize(storage, self._drop, key)
+        if size != (before or 0) or before is None:
+            self._sizes[key] = size
+            self.live += size - (before or 0)
+            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+        self._gathered.pop(key, None)
+
+    def _look(self) -> None:
+        for reference in list(self._gathered.values()):
+            storage = reference()
+            if storage is not None:
+                self._hold(storage)
+
+
+def operation_of(
+    func: Any, args: Any, kwargs: dict[str, Any], out: Any, phase: str, kind: type[Tensor] = Tensor
+) -> Operation | None:
+    """What a call of an operator is for a plan; None for what launches nothing, or has no tensor of ``kind``.
+
+    Bytes written are those of what comes out, or of all arguments that are changed in place.
+
+    >>> aten, x = torch.ops.aten, torch.zeros(6)
+    >>> operation_of(aten._foreach_mul_.Scalar, ([x, x[:2]], 2.0), {}, (), "optimizer")
+    Operation(name='_foreach_mul_', phase='optimizer', flops=0, read=32, written=32, dtype='float32')
+    >>> operation_of(aten.view.default, (x, [2, 3]), {}, x.view(2, 3), "forward") is None
+    True
+    """
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, kind)]
+    made = [x for x in tree_leaves(out) if isinstance(x, kind)]
+    name = func._schema.name.partition("::")[2]
+    if is_view(func) or name in WITHOUT_KERNEL or not (given or made):
+        return None
+    floats = [x.dtype for x in given if x.is_floating_point()] or [x.dtype for x in (*made, *given)]
+    return Operation(
+        name=name,
+        phase=phase,
+        flops=flops(func, args, kwargs, out),
+        read=sum(map(moved, given)),
+        written=sum(map(moved, made or _changed(func, args, kwargs, kind))),
+        dtype=str(floats[0]).removeprefix("torch."),
+        done=done(func, args),
+    )
+
+
+def _changed(func: Any, args: Any, kwargs: dict[str, Any], kind: type[Tensor]) -> list[Tensor]:
+    """Tensors that an operator writes to, of a call that returns none, such as those of optimizers."""
+    found: list[Tensor] = []
+    for place, name in writes(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        found += [x for x in tree_leaves(value) if isinstance(x, kind)]
+    return found
