@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from descant.plan.fake_device import Simulated, adapted, register
 from descant.plan.record import Recorder
 from descant.plan.trace import Operation
+from tests.ranks import run_ranks
 
 B, HEADS, KEYS, T, WIDTH = 2, 4, 2, 16, 8
 
@@ -42,33 +44,50 @@ def attended(device: torch.device) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def without_kernels(device: torch.device) -> Tensor:
+    x = torch.empty(4, 4, device=device)
+    return torch.ops.aten._unsafe_view(torch.empty_like(x) + x.new_empty(4, 4), [16])
+
+
+def in_place(device: torch.device) -> Tensor:
+    return torch.empty(2, 5, device=device).addmm_(torch.empty(2, 3, device=device), torch.empty(3, 5, device=device))
+
+
+def in_parts(device: torch.device) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return attended(device)
+
+
+def every(rank: int) -> dict[str, list[Operation]]:
+    made = {step.__name__: recorded(step) for step in (gated, attended, without_kernels, in_place, in_parts)}
+    return made | {"gated on a processor": recorded(gated, cpu=True)}
+
+
+@cache
+def operations() -> dict[str, list[Operation]]:
+    """In a process of its own: a device that is registered is there for all that runs in it."""
+    found: dict[str, list[Operation]] = run_ranks(1, every)[0]
+    return found
+
+
 def test_single_kernels_of_cuda() -> None:
-    on_cuda, on_cpu = recorded(gated), recorded(gated, cpu=True)
+    on_cuda, on_cpu = operations()["gated"], operations()["gated on a processor"]
     assert names(on_cuda, "forward")[-2:] == ["_fused_rms_norm", "silu"]
     assert names(on_cuda, "backward") == ["silu_backward", "_fused_rms_norm_backward"]
     assert {"pow", "mean", "rsqrt"} <= set(names(on_cpu, "forward")) and "silu_backward" in names(on_cpu, "backward")
 
 
 def test_what_launches_nothing_is_no_operation() -> None:
-    def step(device: torch.device) -> Tensor:
-        x = torch.empty(4, 4, device=device)
-        return torch.ops.aten._unsafe_view(torch.empty_like(x) + x.new_empty(4, 4), [16])
-
-    assert names(recorded(step), "forward") == ["add"]
+    assert names(operations()["without_kernels"], "forward") == ["add"]
 
 
 def test_a_product_in_place_is_counted() -> None:
-    def step(device: torch.device) -> Tensor:
-        return torch.empty(2, 5, device=device).addmm_(
-            torch.empty(2, 3, device=device), torch.empty(3, 5, device=device)
-        )
-
-    assert [one.flops for one in recorded(step)] == [2 * 2 * 3 * 5]
+    assert [one.flops for one in operations()["in_place"]] == [2 * 2 * 3 * 5]
 
 
 def test_causal_attention_does_what_is_not_masked() -> None:
     """Two products of T x T weights forward and five backward, of every head of the queries; keys are not copied."""
-    forward, backward = [one for one in recorded(attended) if "scaled_dot_product" in one.name]
+    forward, backward = [one for one in operations()["attended"] if "scaled_dot_product" in one.name]
     pairs = B * HEADS * T * T
     assert (forward.flops, backward.flops) == (2 * 2 * pairs * WIDTH, 2 * 5 * pairs * WIDTH)
     assert forward.done == backward.done == (T + 1) / (2 * T)
@@ -76,7 +95,6 @@ def test_causal_attention_does_what_is_not_masked() -> None:
 
 
 def test_attention_of_parts_writes_its_weights() -> None:
-    with sdpa_kernel(SDPBackend.MATH):
-        operations = recorded(attended)
-    assert {"bmm"} < set(names(operations, "forward")) and not any("scaled_dot" in one.name for one in operations)
-    assert max(one.written for one in operations) >= 4 * B * HEADS * T * T
+    found = operations()["in_parts"]
+    assert {"bmm"} < set(names(found, "forward")) and not any("scaled_dot" in one.name for one in found)
+    assert max(one.written for one in found) >= 4 * B * HEADS * T * T
