@@ -1,6 +1,8 @@
-"""Parameters that are split over ranks (DTensor, FSDP2): a rank's own part, a whole tensor split alike, freeing."""
+"""Parameters that are split over ranks (DTensor, FSDP2): a rank's part, a tensor split alike, norms, freeing."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,39 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of tensors as one vector, over ranks where they are split, also over several meshes. Collective then.
+
+    Raises:
+        RuntimeError: by torch, for no tensor.
+
+    >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    by_mesh: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        by_mesh.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale gradients by ``min(1, most / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does on one mesh.
+
+    >>> x = nn.Parameter(torch.zeros(2))
+    >>> x.grad = torch.tensor([3.0, 4.0])
+    >>> clip_by_norm([x], 1.0)
+    >>> x.grad
+    tensor([0.6000, 0.8000])
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads:
+        factor = (most / (total_norm(grads) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(grad) for grad in grads], factor)
 
 
 def reshard(module: nn.Module) -> None:
