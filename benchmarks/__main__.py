@@ -61,6 +61,8 @@ BENCHMARKS = {
     "tokens/step": "benchmarks.tokens:step",
     "tokens/decode": "benchmarks.tokens:decode",
     "tokens/compute": "benchmarks.tokens:compute",
+    "plan/counts": "benchmarks.plan:counts",
+    "plan/times": "benchmarks.plan:times",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

@@ -22,6 +22,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from benchmarks.wheels import listed
 
@@ -32,8 +33,6 @@ COMPARED = ("bitsandbytes", "gguf", "peft", "timm", "tokenizers", "torchmetrics"
 HELD = ("torch", "torchvision")
 #: Where a package is imported by another name than its own.
 MODULES = {"open-clip-torch": "open_clip", "scikit-image": "skimage"}
-#: Operators of a bound whose release is the lowest that it allows.
-_LOWER = (">=", "==", "~=")
 
 
 def requirements(project: Mapping[str, Any], extras: Iterable[str] = ()) -> dict[str, Requirement]:
@@ -71,15 +70,6 @@ def requirements(project: Mapping[str, Any], extras: Iterable[str] = ()) -> dict
         else:
             found[name] = one
     return found
-
-
-def lowest(one: Requirement) -> str | None:
-    """The lowest release that a bound allows; None where it has no lower end.
-
-    >>> lowest(Requirement("trl>=1.16,<1.17")), lowest(Requirement("trl<2"))
-    ('1.16', None)
-    """
-    return next((one.version for one in one.specifier if one.operator in _LOWER), None)
 
 
 def compares(file: Path, modules: Iterable[str]) -> bool:
@@ -146,15 +136,34 @@ def available(names: Iterable[str]) -> dict[str, str]:
     return {str(canonicalize_name(item["metadata"]["name"])): str(item["metadata"]["version"]) for item in items}
 
 
+def lowest(found: Mapping[str, Requirement], here: Mapping[str, str]) -> dict[str, str]:
+    """Name -> the lowest release that its bound and those of the others allow, as uv resolves them in seconds.
+
+    The lower ends themselves do not go together (those of datasets, pyarrow, rich and tokenizers are too low for what
+    others ask for), and on them pip tries one release after another for minutes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        bounds, held, lock = (Path(folder) / name for name in ("bounds.txt", "held.txt", "lock.txt"))
+        bounds.write_text("".join(f"{one}\n" for name, one in found.items() if name not in HELD), encoding="utf-8")
+        kept = {name: Version(here[name]).public for name in HELD if name in here}  # an index has no build of a machine
+        held.write_text("".join(f"{name}=={release}\n" for name, release in kept.items()), encoding="utf-8")
+        how = ("--resolution", "lowest-direct", "--python", sys.executable, "--no-annotate", "--no-header")
+        files = ("--constraint", str(held), "--output-file", str(lock), str(bounds))
+        subprocess.run([sys.executable, "-m", "uv", "--quiet", "pip", "compile", *how, *files], check=True)
+        lines = [line.partition("==") for line in lock.read_text(encoding="utf-8").splitlines()]
+    releases = {str(canonicalize_name(name.partition("[")[0])): release for name, _, release in lines}
+    return {name: releases[name] for name in found if name not in HELD}
+
+
 def install(found: Mapping[str, Requirement], low: bool) -> None:
-    """The newest releases, as far as they go together, or exactly the lowest that are allowed."""
+    """The newest releases, or the lowest that are allowed, as far as they go together."""
+    here = installed()
+    least = lowest(found, here) if low else {}
     wanted = []
     for name, one in found.items():
         extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
-        least = lowest(one) if low else None
         if name not in HELD:
-            wanted.append(f"{name}{extras}" + (f"=={least}" if least else ""))
-    here = installed()
+            wanted.append(f"{name}{extras}" + (f"=={least[name]}" if low else ""))
     with tempfile.TemporaryDirectory() as folder:
         held = Path(folder) / "held.txt"
         held.write_text("".join(f"{name}=={here[name]}\n" for name in HELD if name in here), encoding="utf-8")
@@ -164,7 +173,8 @@ def install(found: Mapping[str, Requirement], low: bool) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.newest", description=__doc__, allow_abbrev=False)
     parser.add_argument("--have", type=Path, help="what was installed before, as pip list --format=freeze printed it")
-    parser.add_argument("--lowest", action="store_true", help="the lowest releases that the bounds allow, instead")
+    least = "the lowest releases that the bounds allow together, instead; uv resolves them"
+    parser.add_argument("--lowest", action="store_true", help=least)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these packages alone are changed")
     parser.add_argument("--table", action="store_true", help="the table alone: nothing is installed, no test is run")
     parser.add_argument("pytest", nargs="*", help="behind --: options of pytest")

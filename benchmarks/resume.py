@@ -31,6 +31,7 @@ from descant.recipes.contrastive import Contrastive
 from descant.run.parted_io import PartedIO
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 
 #: What a block of steps begins with: no save, one in the thread, one that training waits for.
 ARMS = ("none", "asynchronous", "in_line")
@@ -125,21 +126,8 @@ def _fit(
     """A real fit on data in memory, on one rank, in a folder that is then removed; ``options`` of the trainer."""
     quieten()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False,
-            callbacks=callbacks,
-            plugins=[io],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-            **options,
-        )
+        given: dict[str, Any] = {"devices": 1, "max_steps": steps, "max_epochs": -1, "plugins": [io], **options}
+        trainer = quiet_trainer(folder, *callbacks, **given)
         trainer.fit(recipe, datamodule=Memory(batch, steps=steps))
 
 

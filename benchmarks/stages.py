@@ -23,7 +23,7 @@ from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.recipes import Stage, Staged
 from descant.recipes.contrastive import Contrastive
-from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 
 GROUPS = [
     *("smileys-emotion", "people-body", "animals-nature", "food-drink"),
@@ -67,20 +67,7 @@ def _fit(stream: bool, folder: Path) -> float:
     each = Stage(end=[TaskMerge()] if stream else [])
     net = Staged(Contrastive(towers, 128), each=each, optimizer=adamw_callable)
     clock = _Clock()
-    trainer = L.Trainer(
-        max_epochs=-1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        plugins=[AtomicIO()],
-        callbacks=[Resume(), Stages(), clock],
-    )
+    trainer = quiet_trainer(folder, Resume(), Stages(), clock, max_epochs=-1, limit_val_batches=0)
     trainer.fit(net, datamodule=data)
     return clock.seconds
 

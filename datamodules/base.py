@@ -6,6 +6,7 @@ Letters: B samples of a batch, N samples of a set.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
 from descant.datamodules.table_selection import TableSelection
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import Outage
 from descant.modules.core.rng import global_seed
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -57,7 +59,7 @@ class _Batches(Iterator[Any]):
         try:
             batch = next(self.batches)
         except ValueError as error:
-            raise ValueError(_last_line(error)) from error
+            raise (Outage if isinstance(error, Outage) else ValueError)(_last_line(error)) from error
         self.data.arrived(batch)
         self.left -= 1
         if self.left == 0 and self.ended is not None:  # a trainer knows the length and requests no batch beyond it
@@ -98,7 +100,8 @@ def _last_line(error: ValueError) -> str:
     text = str(error)
     if not text.startswith("Caught "):
         return text
-    return text.strip().splitlines()[-1].removeprefix("ValueError: ")
+    kind = type(error)
+    return re.sub(rf"^({kind.__module__}\.)?{kind.__qualname__}: ", "", text.strip().splitlines()[-1])
 
 
 class DataModule(L.LightningDataModule):

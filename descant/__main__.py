@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "evaluate a run on its test sets",
     "predict": "embed the test sets with a run",
     "check": "validate a configuration: build everything, train nothing",
+    "plan": "what a run needs on N accelerators: memory, messages, time and cost",
     "list": "the experiments and overlays that ship with Descant",
     "data": "make shards from your own files, or view a data set",
     "sweep": "run an experiment over a grid of settings and seeds, then compare",
@@ -31,6 +32,7 @@ COMMANDS = {
 #: Commands with their own parser -> the module that has ``main(args) -> exit code``.
 TOOLS = {
     "data": "descant.data",
+    "plan": "descant.plan.plan",
     "claims": "descant.claims",
     "sweep": "descant.slurm.sweep",
     "submit": "descant.slurm.submit",
@@ -46,8 +48,8 @@ TOOLS = {
 def main(args: list[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 1: a bug. 2: a wrong request, or a file or disk that prevents it.
-    130: interrupted.
+    0: done. 1: a bug. 2: a wrong request, or a file or disk that prevents it. 75: saved for USR1, a rank that hangs, or
+    a store that does not answer: run it again. 130: interrupted.
     """
     # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,7 +62,7 @@ def main(args: list[str] | None = None) -> int:
         return _dispatch(words)
     except Refusal as refusal:
         say(str(refusal))
-        return WRONG
+        return refusal.code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has closed; the interpreter must not flush again at exit
@@ -138,7 +140,7 @@ def _run(command: str, rest: Sequence[str]) -> int:
     except Refusal as refusal:
         if not ranks.hand_over(str(refusal)):
             say(str(refusal))
-        code = WRONG
+        code = refusal.code
     if known is None and (command == "check" or code == WRONG):
         dump.write()  # once: the next mistake is found without torch
     return code

@@ -22,17 +22,10 @@ from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.towers.base import Tokens, Tower
 from descant.recipes.base.recipe import Recipe
+from tests.quiet import SILENT
 
 #: A trainer that writes nothing, on the CPU, without validation; the data's sampler cuts the batch over ranks.
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-    "limit_val_batches": 0,
-}
+QUIET: dict[str, Any] = {**SILENT, "limit_val_batches": 0}
 MIX = {"a": 0.5, "b": 2.0}
 N, D = 12, 6
 

@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 from descant.claims.effect import WORDS
+from tests.rotation import turn
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/tutorials"
@@ -125,7 +126,7 @@ def test_a_page_shows_outputs_of_the_same_cells_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("name", turn(NAMES, len(NAMES)))
 def test_it_runs_and_leaves_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

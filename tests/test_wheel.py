@@ -43,6 +43,7 @@ def test_the_wheel_holds_real_files_packs_and_experiments(installed: Path) -> No
         "templates/recipe/my_recipe.py",
         "templates/recipe/my_recipe.yaml",
         "templates/recipe/test_my_recipe.py",
+        "plan/hardware/h100.yaml",
     ):
         assert (installed / "descant" / part).is_file()
         assert not (installed / "descant" / part).is_symlink()

@@ -49,6 +49,13 @@ def require_exact(callbacks: Iterable[L.Callback], resumed: bool = True) -> None
                 raise ValueError(f"trainer.callbacks: {type(callback).__name__}: {why}")
 
 
+def between_steps(trainer: L.Trainer) -> bool:
+    """Whether training waits for the batch that opens a step: all of the step before is over."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    opens = batches.completed % trainer.accumulate_grad_batches == 0
+    return trainer.training and opens and batches.ready == batches.completed
+
+
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Make DDP rebuild its gradient buckets before the first step, in an order that depends on the model only.
 

@@ -35,8 +35,16 @@ CLOCKS, SAVE = 5.0, 3.0
 #: Beats that a rank waits for the others to have seen the verdict, before its end breaks their connections; and after
 #: which it takes it that itself was stopped.
 MEET, GAP = 2, 3
-#: The file that a rank touches when it ends so, if its launcher names one: a job script has a stopped rank killed then.
+#: The variable that names a file by which a rank ends the others, if its launcher has one: a job script has a stopped
+#: rank killed then.
 MARK = "DESCANT_HUNG"
+
+
+def mark() -> None:
+    """Have a launcher that names a file (:data:`MARK`) end all ranks with this one, which saves nothing more."""
+    with contextlib.suppress(OSError):
+        if MARK in os.environ:
+            Path(os.environ[MARK]).touch()
 
 
 @dataclass
@@ -305,9 +313,7 @@ class Heartbeat:
             write_stacks(settings.folder, where, ", hangs" if self.rank in verdict.standing else "")
         finish_saves(settings.io, self.main, SAVE)
         time.sleep(MEET * settings.beat)
-        with contextlib.suppress(OSError):
-            if MARK in os.environ:
-                Path(os.environ[MARK]).touch()
+        mark()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         self.ended.set()

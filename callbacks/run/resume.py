@@ -23,10 +23,11 @@ from torch.utils.data import RandomSampler
 
 from descant.callbacks.run import epoch_log
 from descant.callbacks.run.callback_order import Ordered
-from descant.callbacks.run.exact_resume import evaluate_at, loop_progress, seed_all, settle_buckets
+from descant.callbacks.run.exact_resume import between_steps, evaluate_at, loop_progress, seed_all, settle_buckets
 from descant.callbacks.run.exact_resume import require_exact as require_exact
+from descant.callbacks.run.heartbeat import mark
 from descant.callbacks.run.stop_signals import Signals
-from descant.modules.core.errors import say, warn
+from descant.modules.core.errors import Outage, say, warn
 from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due
 
@@ -56,7 +57,8 @@ class Resume(Ordered):
     """Saves resume points and resumes from them; turns signals into a save and an exit code.
 
     ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, at most ``minutes`` after the last one,
-    at the end, and on INT, TERM or USR1; the newest ``keep`` stay. A run that is killed at any moment and resumed on
+    at the end, on INT, TERM or USR1, and on one rank where data end the run by an ``Outage``; the newest ``keep`` stay.
+    A run that is killed at any moment and resumed on
     the same number of ranks ends bit-identical: weights, optimizers, schedules, averages and the state of callbacks and
     recipe. On another number of ranks it sees the same samples in the same order, and gradients differ by rounding.
 
@@ -194,6 +196,8 @@ class Resume(Ordered):
             pl_module.cpu()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Outage):
+            self._save_before(trainer)
         self.signals.remove()
         step, saved = trainer.global_step, self._saved
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and step > max(saved, 0):
@@ -202,6 +206,14 @@ class Resume(Ordered):
                 say(f"interrupted before the first resume point ({when}): {step} step(s) are lost")
             else:
                 say(f"interrupted: {step - saved} step(s) since step {saved} are lost; --resume auto continues there")
+
+    def _save_before(self, trainer: L.Trainer) -> None:
+        """Save before a batch that does not come, if it opens a step; other ranks would know of it too late."""
+        if trainer.world_size > 1:
+            mark()
+        elif between_steps(trainer) and self._loaded is None and trainer.global_step not in (0, self._saved):
+            self.save(trainer)
+            _wait_for_saves(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write a resume point now. Collective."""

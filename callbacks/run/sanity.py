@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
+from descant.callbacks.run.worker_sockets import require_sockets, workers_of
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
@@ -30,7 +31,7 @@ _ADAPTIVE, _PLAIN = 1.0, 100.0
 
 
 class Sanity(L.Callback):
-    """Warns of settings that have no effect or cannot work, one line each on stderr; it stops nothing.
+    """Warns of settings that have no effect or cannot work, one line each on stderr.
 
     Before the first step: a warm-up longer than the run, a learning rate of zero or far too high, a modality without a
     tower or a tower without its modality, a run without a step, a log interval longer than the run, a batch larger than
@@ -44,6 +45,10 @@ class Sanity(L.Callback):
     Args:
         late: steps after which a run should have learned something.
         meant: checks to skip, where the experiment intends it.
+
+    Raises:
+        ValueError: for the one setting by which a run would wait forever without a word: a TMPDIR whose path is too
+            long for the sockets of workers of data loaders.
     """
 
     once = True
@@ -55,13 +60,22 @@ class Sanity(L.Callback):
         self._first, self._last = list[torch.Tensor](), list[torch.Tensor]()
         self._flat = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" and workers_of(getattr(trainer, "datamodule", None)):
+            require_sockets()
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if workers_of(getattr(trainer, "datamodule", None)):  # now, as mined negatives leave no workers
+            require_sockets()
         for name in ("max_steps", "max_epochs"):
             if getattr(trainer, name) == 0:  # then on_train_start is not called
                 _warn(trainer, f"trainer.{name} 0: the run has no step to take, and nothing will change")
                 return
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loaders = trainer.fit_loop._combined_loader
+        if loaders is not None and any(map(workers_of, loaders.flattened)):
+            require_sockets()
         # findings() runs on every rank, since counting steps may load data
         for line in self.findings(trainer, pl_module):
             _warn(trainer, line)

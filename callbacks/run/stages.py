@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -27,6 +28,16 @@ from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
 from descant.modules.training_setup.trainer import datamodule_of
+
+
+@runtime_checkable
+class StagedStrategy(Protocol):
+    """A strategy that builds the optimizers of a checkpoint's stage, before it reads their state.
+
+    ``restore_stage(read)``, where ``read()`` is the checkpoint.
+    """
+
+    def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None: ...
 
 
 class Stages(Ordered):
@@ -103,7 +114,7 @@ class Stages(Ordered):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.training and trainer.strategy.optimizers:  # built before the checkpoint was read
             trainer.fit_loop._combined_loader = None
-            if not getattr(trainer.strategy, "returns_to_stage", False):
+            if not has(trainer.strategy, StagedStrategy):
                 trainer.strategy.setup_optimizers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

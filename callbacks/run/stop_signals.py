@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from descant.modules.core.errors import AGAIN
 from descant.modules.core.ranks import world
 
-#: Signal -> exit code of a run that saved and stopped for it. 75 is EX_TEMPFAIL: run again.
-CODES = {signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGTERM: 143}
+#: Signal -> exit code of a run that saved and stopped for it.
+CODES = {signal.SIGUSR1: AGAIN, signal.SIGINT: 130, signal.SIGTERM: 143}
 #: Ranks exchange their flags at least once in so many steps, or in so many seconds if that is sooner.
 AGREE_STEPS, AGREE_SECONDS = 8, 1.0
 

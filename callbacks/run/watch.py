@@ -18,11 +18,11 @@ from descant.callbacks.run.callback_order import Ordered
 from descant.callbacks.run.heartbeat import Heartbeat, Settings
 from descant.callbacks.run.phases import ROWS, Phases, Split, shares_line, straggler_table
 from descant.modules.core import ranks
-from descant.modules.core.errors import say
+from descant.modules.core.errors import AGAIN, say
 from descant.modules.training_setup.boards import boards
 
-#: The exit code of all ranks: EX_TEMPFAIL, run again, as of a run that saved and stopped for USR1.
-CODE = 75
+#: The exit code of all ranks, as of a run that saved and stopped for USR1.
+CODE = AGAIN
 #: Heartbeats that must fit into ``hang_after``: one may be late.
 LEAST = 3
 #: Seconds that the line at the end waits for the times of other ranks; an exception, for a verdict that explains it.

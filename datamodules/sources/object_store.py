@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from descant.datamodules.sources.shard_cache import CopyWriter, ShardCache, ShardCopy
-from descant.modules.core.errors import warn
+from descant.modules.core.errors import Outage, warn
 
 #: Most bytes of one request; of the first one, so that the first sample need not wait for many of them; and blocks that
 #: are fetched while the last one is decoded.
@@ -63,6 +63,10 @@ class StoreError(ValueError):
     """An object that cannot be read: why, the status, the attempts, in one line without its address."""
 
 
+class StoreOutage(StoreError, Outage):
+    """The same where a later attempt may succeed: the store is not there, or overloaded."""
+
+
 class _Changed(Exception):
     """Another object has the name now."""
 
@@ -87,7 +91,7 @@ def open_object(url: str, remote: Remote) -> StoreObject | ShardCopy:
     """An object of a store, or its copy in the cache where length and tag are still the same.
 
     Raises:
-        StoreError: for one that is not there, not readable, or does not answer after all attempts.
+        StoreError: for one that is not there or not readable. StoreOutage: where the store fails in all attempts.
     """
     object = StoreObject(url, remote)
     if not remote.cache or object.tag is None or object.size is None:
@@ -132,7 +136,7 @@ class StoreObject:
         """Up to ``size`` bytes, fewer only at the end, as of a file.
 
         Raises:
-            StoreError: where they do not come after all attempts, or the object has changed.
+            StoreError: where the object has changed. StoreOutage: where they do not come in all attempts.
         """
         parts = []
         while size != 0 and self._rest is not None:
@@ -264,7 +268,8 @@ class StoreObject:
                 why, passing, remedy = self._why(error)
                 if not passing or number >= self.remote.attempts or self._stop.is_set():
                     took = f" in {time.monotonic() - began:.0f} s" if number > 1 else ""
-                    raise StoreError(f"{why}, {number} attempt{'s' if number > 1 else ''}{took}{remedy}") from None
+                    kind = StoreOutage if passing else StoreError
+                    raise kind(f"{why}, {number} attempt{'s' if number > 1 else ''}{took}{remedy}") from None
                 # not of the generators that a run is seeded with
                 wait = min(_WAIT * 2 ** (number - 1), _LONGEST_WAIT) * random.SystemRandom().uniform(0.5, 1)
                 if number == self.remote.attempts // 2:

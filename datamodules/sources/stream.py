@@ -27,7 +27,7 @@ from descant.datamodules.sources.addresses import (
     scheme_of,
 )
 from descant.datamodules.sources.base import LIMIT, REMEDY, Raw, and_more, flat, text_of, too_large
-from descant.datamodules.sources.object_store import PACKAGES, Remote, StoreError, StoreObject
+from descant.datamodules.sources.object_store import PACKAGES, Remote, StoreError, StoreObject, StoreOutage
 from descant.datamodules.sources.shard_cache import ShardCache, ShardCopy
 from descant.datamodules.sources.shard_manifest import Written, manifest
 from descant.datamodules.sources.shards import MEMBERS, is_json, is_text, json_fields
@@ -145,7 +145,8 @@ class Stream:
     def require_whole(self) -> None:
         """Raises ValueError for the first local shard that is missing or cut off, by its size and last bytes.
 
-        Of the objects of stores the first is asked for, so that a wrong name or credential is known before step 1.
+        Of the objects of stores the first is asked for, so that a wrong name or credential is known before step 1; a
+        store that does not answer is a StoreOutage.
         Damage in the middle of a shard, and any of another object, is detected when it is read.
         """
         for url, path in self.files.items():
@@ -158,6 +159,8 @@ class Stream:
         for url in [url for url in self.urls if scheme_of(url) in PACKAGES][:1]:
             try:
                 StoreObject(url, self.remote).close()
+            except StoreOutage as error:
+                raise StoreOutage(f"{url}: {error}") from None
             except StoreError as error:
                 raise ValueError(f"{url}: {error}") from None
 
@@ -192,9 +195,11 @@ class Stream:
 
         Raises:
             ValueError: where a whole pass yields nothing.
+            StoreOutage: in its place, and for what ``skip`` raises, where a store does not answer after all attempts.
         """
         turn, whole, first, taken = mark
         yielded, count, fault_line = mark != BEGINNING, 0, ""  # any later mark follows a sample of its pass
+        refusal: type[ValueError] = ValueError
 
         def skip_shard(place: str, why: str) -> None:
             nonlocal fault_line
@@ -202,14 +207,21 @@ class Stream:
             skip(place, why)
 
         def complete(url: str, step: int, start: int) -> Iterator[Sample]:
-            nonlocal count
-            for number, sample in enumerate(read_samples(url, skip_shard, self.remote)):
-                if number % step == start:
-                    count += 1
-                    if sample.faults and fault is not None:
-                        fault(url, sample.name, "; ".join(sample.faults))
-                    if wanted(sample.raw):
-                        yield sample
+            nonlocal count, refusal
+            try:
+                for number, sample in enumerate(read_samples(url, skip_shard, self.remote)):
+                    if number % step == start:
+                        count += 1
+                        if sample.faults and fault is not None:
+                            fault(url, sample.name, "; ".join(sample.faults))
+                        if wanted(sample.raw):
+                            yield sample
+            except StoreOutage as outage:
+                refusal = StoreOutage
+                try:
+                    skip_shard(url, str(outage))
+                except ValueError as error:
+                    raise StoreOutage(str(error)) from outage
 
         while True:
             share = self.share(seed, epoch, turn, *((0, 1) if whole else (reader, readers)))
@@ -223,7 +235,7 @@ class Stream:
                 taken = 0
             if not yielded and whole:
                 why = f"none of {count} samples has all fields" if count else fault_line or "no samples"
-                raise ValueError(f"{and_more(self.urls)}: the stream yields nothing ({why})")
+                raise refusal(f"{and_more(self.urls)}: the stream yields nothing ({why})")
             # a share may be empty where the whole is not (a shard of one sample, shared by two readers): then the
             # reader's next pass is of the whole
             turn, whole, first, yielded, count, fault_line = turn + 1, int(not yielded), 0, False, 0, ""
@@ -283,7 +295,11 @@ def _cut(path: Path, written: Written | None) -> str | None:
 
 
 def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _DEFAULT) -> Iterator[Sample]:
-    """The samples of one shard; ``skip(shard, why)`` is called where it is damaged, with the loss where it is known."""
+    """The samples of one shard; ``skip(shard, why)`` is called where it is damaged, with the loss where it is known.
+
+    Raises:
+        StoreOutage: where its store does not answer after all attempts.
+    """
     faults: list[str] = []
     stream: Any = None
     written: Written | None = None
@@ -315,6 +331,8 @@ def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _D
             if sample is not None and sample.raw:
                 count += 1
                 yield _decoded(sample)
+        except StoreOutage:
+            raise
         except (OSError, ValueError) as error:
             faults.append(one_line(error, url))
         if written is not None and count != written.samples:
@@ -336,6 +354,8 @@ def _members(tape: StreamTape, url: str, faults: list[str]) -> Iterator[tuple[st
                 raise ValueError(f"cut off in {member.name}, of which {len(data):,} of {member.size:,} bytes are there")
             if not _META.match(member.name):
                 yield member.name, data
+    except StoreOutage:
+        raise
     except (OSError, ValueError) as error:
         faults.append(one_line(error, url))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,17 @@ class Check(L.Callback):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+
+    def prepare(self, options: Any) -> None:
+        """Change the parsed options of the command before anything is built; here none."""
+
+    def trainer(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What the trainer is given in place of its configuration: one process, up to the first step."""
+        return {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self]}
+
+    def building(self) -> AbstractContextManager[Any]:
+        """Context in which model and data are built."""
+        return nullcontext()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from descant.modules.core.errors import AGAIN
 from descant.modules.core.errors import hint as hint
 from descant.modules.core.errors import nearest as nearest
 from descant.modules.core.errors import one_line as one_line
@@ -19,6 +20,14 @@ WRONG, INTERRUPTED, TERMINATED = 2, 130, 143
 
 class Refusal(Exception):
     """A request that cannot be served, with a one-line reason. Ends the command with exit code 2."""
+
+    code = WRONG
+
+
+class Unavailable(Refusal):
+    """A command that something outside of it ended, and that may go on later. Exit code 75: a job is queued again."""
+
+    code = AGAIN
 
 
 def fail(line: str) -> NoReturn:

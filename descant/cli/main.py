@@ -28,7 +28,7 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, run_name, with_maker
 from descant.cli.check import Check, Checked
 from descant.cli.document import shown
-from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, disk_fault, fail, printable, say
+from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, Unavailable, disk_fault, fail, printable, say
 from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
 from descant.cli.precheck import precheck, wanted
@@ -42,11 +42,13 @@ from descant.cli.trainer_parts import (
     require_plain,
     require_port,
     with_store,
+    without_bar,
     without_enums,
 )
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
+from descant.modules.core.errors import Outage, one_line
 from descant.modules.io import hub
 from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
@@ -93,9 +95,9 @@ def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
 class DescantCLI(LightningCLI):
     """One command, parsed, built and run by the constructor, as in LightningCLI."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, checking: Check | None = None) -> None:
         self.request = request
-        self.checking = Check() if request.command == "check" else None
+        self.checking = checking or (Check() if request.command == "check" else None)
         self.lines: list[str] = []  # printed once everything is built
         self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
@@ -163,6 +165,8 @@ class DescantCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.options["name"] = self.name
+        if self.checking is not None:
+            self.checking.prepare(self.options)
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
@@ -232,7 +236,7 @@ class DescantCLI(LightningCLI):
         Parser.failed = None
         folder, start = self.place.folder, self.place.checkpoint
         known = folder if start is None or (folder / hub.RECORD).is_file() else Path(start).parent.parent
-        with hub.pinned(known):
+        with hub.pinned(known), self.checking.building() if self.checking is not None else contextlib.nullcontext():
             super().instantiate_classes()
         if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
             write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
@@ -242,7 +246,8 @@ class DescantCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
-        config["callbacks"] = [self.folder, *once(given if isinstance(given, list) else [given])]
+        given = without_bar(config.get("enable_progress_bar"), once(given if isinstance(given, list) else [given]))
+        config["callbacks"] = [self.folder, *given]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
             require_exact(config["callbacks"], resumed)
@@ -262,8 +267,7 @@ class DescantCLI(LightningCLI):
         if self.command == "fit" and self.checking is None:
             mirror(config["plugins"], self.options.checkpoint_mirror, f"{self.name}/{self.place.folder.name}")
         if self.checking is not None:
-            # one process, up to the first step
-            config |= {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self.checking]}
+            config |= self.checking.trainer(config)
         trainer = super()._instantiate_trainer(config, callbacks)
         assert isinstance(trainer, precision.Trainer)
         trainer.data_policy = DataPolicy(self.options.changed == "allow", bool(self.options.verify))
@@ -326,6 +330,10 @@ def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
     """The line for a disk that is full or read-only, with the resume point; None for other errors."""
     if place is None or (line := disk_fault(error, place.folder)) is None:
         return None
+    return _with_point(line, place)
+
+
+def _with_point(line: str, place: runs.Run) -> str:
     point, _ = runs.newest_point(place.folder)
     return line if point is None else f"{line}; --resume auto goes on from {point.name}"
 
@@ -346,8 +354,8 @@ def _quiet_writer_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def run(request: Request) -> int:
-    """Run one command; returns its exit code.
+def run(request: Request, checking: Check | None = None) -> int:
+    """Run one command; returns its exit code. ``checking``: what a check does at the first batch.
 
     Raises:
         Refusal: with one line, for whatever the user can put right.
@@ -361,7 +369,7 @@ def run(request: Request) -> int:
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
-        code = _answered(cli, request)
+        code = _answered(cli, request, checking)
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
         release(cli)
@@ -391,11 +399,11 @@ def _exit_code(fault: Ended) -> int:
     return fault.code
 
 
-def _answered(cli: DescantCLI, request: Request) -> int:
+def _answered(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
     """Build and run one command; returns its exit code."""
     try:
         with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():
-            cli.__init__(request)  # type: ignore[misc]  # in two steps: release() needs what is half built
+            cli.__init__(request, checking)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise
     except Ended as fault:
@@ -414,6 +422,8 @@ def _answered(cli: DescantCLI, request: Request) -> int:
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
         trainer = getattr(cli, "trainer", None)
+        if isinstance(error, Outage) and not request.debug:
+            raise Unavailable(_with_point(one_line(error), cli.place)) from error
         line = disk_line(error, getattr(cli, "place", None))
         if trainer is None and Parser.failed is not None:
             line = line or unbuilt(*Parser.failed, request.trust)

@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
+from descant.callbacks.run.progress import Progress
 from descant.cli.errors import fail, one_line
 from descant.modules.io import manifest
 from descant.modules.io.plain import load_plain
@@ -30,6 +31,11 @@ def once(callbacks: list[L.Callback]) -> list[L.Callback]:
     """Of callbacks with the class attribute ``once = True``, the last of each class: overlays override."""
     last = {type(callback): callback for callback in callbacks}
     return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
+
+
+def without_bar(given: Any, callbacks: list[L.Callback]) -> list[L.Callback]:
+    """The callbacks of a trainer without Progress, where its option ``enable_progress_bar`` is false."""
+    return [c for c in callbacks if not isinstance(c, Progress)] if given is False else callbacks
 
 
 def with_store(given: Any) -> list[Any]:

@@ -226,7 +226,7 @@ class Ranks:
         except OSError:
             left = ""
         if left:
-            return left, WRONG
+            return left, code if code > 0 else WRONG
         if code < 0:
             try:
                 name = signal.Signals(-code).name

@@ -49,9 +49,6 @@ class Sharded(ModelParallelStrategy):
         process_group_backend: gloo or nccl; by default chosen by the device.
     """
 
-    #: Whether optimizers are those of a checkpoint's stage before their state is read.
-    returns_to_stage = True
-
     def __init__(self, process_group_backend: str | None = None) -> None:
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
@@ -111,7 +108,7 @@ class Sharded(ModelParallelStrategy):
         if path.is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
         if not in_parts(path):
-            self._return_to_stage(partial(load_plain, path, map_location="cpu", mmap=True))
+            self.restore_stage(partial(load_plain, path, map_location="cpu", mmap=True))
             return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
         getattr(self.checkpoint_io, "wait", lambda: None)()
         why = fault_of_share(path, self.global_rank, self.world_size)
@@ -124,10 +121,10 @@ class Sharded(ModelParallelStrategy):
             if why is not None:
                 raise ValueError(f"{path}: {why}")
         parted = Parted(path)
-        self._return_to_stage(lambda: parted.content)
+        self.restore_stage(lambda: parted.content)
         return renamed.checkpoint(self._load_parts(parted))
 
-    def _return_to_stage(self, read: Callable[[], Mapping[str, Any]]) -> None:
+    def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Build the optimizer of the stage that a checkpoint is of, whose state is then read into it."""
         module: Any = self.lightning_module
         if hasattr(module, "return_to_stage"):

@@ -17,7 +17,8 @@ unset ${!MASTER_@} ${!TORCHELASTIC_@} RANK LOCAL_RANK WORLD_SIZE DESCANT_RUN_DIR
 export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
 export ended="$folder/.ended-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-export DESCANT_HUNG="$folder/.hung-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"  # made when a rank hangs (Watch)
+# made when a rank hangs (Watch), or has no more data as a store does not answer
+export DESCANT_HUNG="$folder/.hung-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 
 # One rank. The first to end records its exit code: srun reports the highest, which may be of a rank that srun killed.
 # A rank that saved (75, 130, 143) exits with 0, or srun would kill the others while they save; not where one stands
@@ -35,6 +36,7 @@ export -f rank
 _END = r"""
 code=$?
 if [ -s "$ended" ]; then code=$(cat "$ended"); elif [ $code -ne 0 ]; then code=137; fi  # no rank could record a code
+[ ! -e "$DESCANT_HUNG" ] || code=75  # also where another rank was the first to end, as it lost that one
 rm -f "$ended" "$DESCANT_HUNG"
 # A rank may end with 1 because the node of another is gone: do all nodes answer?
 [ $code -ne 1 ] || timeout 60 srun --overlap --ntasks-per-node=1 true || code=137

@@ -6,6 +6,13 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+#: EX_TEMPFAIL, run again: the exit code by which a job of a cluster is queued again.
+AGAIN = 75
+
+
+class Outage(ValueError):
+    """What a run depends on does not answer, after all attempts; the same run may go on later."""
+
 
 def closest(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5) -> list[str]:
     """The known names most similar to ``name``, the best first, whatever their case.

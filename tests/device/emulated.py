@@ -31,7 +31,7 @@ from torch._ops import OpOverload
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import descant
-from tests.device import autocast
+from descant.plan import autocast
 
 NAME = "acc"
 DEVICE = torch.device("privateuseone", 0)  # called by NAME once it is registered

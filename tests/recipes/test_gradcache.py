@@ -19,6 +19,7 @@ from descant.modules.training_setup.activation_checkpointing import Checkpointin
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks
+from tests.rotation import by_turns
 from tests.step_toy import KeepGradients, ToyRecipe, largest_gap
 from tests.tolerance import F32, ulps
 
@@ -84,6 +85,7 @@ def test_bfloat16_is_as_near_as_without_chunks() -> None:
 
 
 @pytest.mark.slow
+@by_turns(1, 2)
 def test_compiled_towers() -> None:
     assert largest_gap(gradients(compile=Compile()), gradients(chunks=1)) < ulps(84, F32)
 

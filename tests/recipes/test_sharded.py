@@ -24,6 +24,7 @@ from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData
 from tests.recipes.test_staged import model as staged
 from tests.recipes.test_staged import run as run_staged
+from tests.rotation import by_turns
 from tests.step_toy import QUIET
 
 #: Of the largest gradient, as asked; sums of float32 over ranks differ by about a hundredth of it.
@@ -102,6 +103,7 @@ def gap(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.ddp
 @pytest.mark.slow
+@by_turns(0, 2)
 def test_a_step_of_each_kind_of_recipe_on_four_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     """Also where a rank has no sample of what others adapt, and with a teacher that is a copy of the student."""
     before, names = prepare(tmp_path), tuple(KINDS)

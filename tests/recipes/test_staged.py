@@ -37,7 +37,7 @@ from tests.callbacks.policy.test_rollouts import G, N
 from tests.callbacks.policy.test_rounds import Given
 from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
-from tests.rotation import quick
+from tests.rotation import by_turns, quick
 from tests.small import small_chat
 from tests.step_toy import QUIET
 from tests.tolerance import F32, F64, ulps
@@ -350,6 +350,7 @@ def test_of_other_stages_or_lengths_it_does_not_go_on(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@by_turns(1, 2)
 def test_ranks_change_nothing(tmp_path: Path) -> None:
     one = _on_ranks(0, 1, tmp_path / "one")
     two = run_ranks(2, _on_ranks, 2, tmp_path / "two")

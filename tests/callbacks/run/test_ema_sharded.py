@@ -13,7 +13,7 @@ from torch import Tensor
 from descant.callbacks import EMA, Resume
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.run.sharded import Sharded
-from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
 from tests.tolerance import F32, ulps
 from tests.toys import ToyData, ToyRecipe, ToyTower
@@ -36,21 +36,9 @@ def _on_rank(rank: int, folder: Path, sharded: bool, averaged: bool, path: Path 
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.05),
         shard=Shard() if sharded else None,
     )
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        callbacks=[Resume(every=4, keep=9), *([EMA(0.7, warmup=False)] if averaged else []), Seen()],
-        plugins=[AtomicIO()],
-        strategy=Sharded("gloo") if sharded else "ddp",
-        devices=2,
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
+    callbacks = [Resume(every=4, keep=9), *([EMA(0.7, warmup=False)] if averaged else []), Seen()]
+    strategy = Sharded("gloo") if sharded else "ddp"
+    trainer = quiet_trainer(folder, *callbacks, strategy=strategy, devices=2, max_epochs=3)
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=path, weights_only=True)
     return {"seen": seen}
 

@@ -35,6 +35,7 @@ from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes.base.recipe import Recipe
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
 
 N, STEPS = 44, 6  # samples, and steps of an epoch of batches of 8
@@ -108,18 +109,9 @@ class Act(L.Callback):
 def fit(folder: Path, *callbacks: L.Callback, path: str | Path | None = None, **options: Any) -> tuple[L.Trainer, Net]:
     data = options.pop("data", None) or NumberData()
     net = options.pop("net", None) or Net()
-    io = options.pop("io", None) or AtomicIO()
-    defaults: dict[str, Any] = dict(max_epochs=3, accelerator="cpu", devices=1, num_sanity_val_steps=0, logger=False)
-    trainer = L.Trainer(
-        **(defaults | options),
-        callbacks=list(callbacks),
-        plugins=[io],
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        use_distributed_sampler=False,
-    )
+    defaults: dict[str, Any] = {"max_epochs": 3, "devices": 1, "plugins": [options.pop("io", None) or AtomicIO()]}
+    defaults["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    trainer = quiet_trainer(folder, *callbacks, **defaults | options)
     trainer.fit(net, datamodule=data, ckpt_path=path, weights_only=True)
     return trainer, net
 

@@ -17,7 +17,7 @@ from descant.callbacks import EMA, Resume, ScheduleFree
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.optim import Member, OptimizerGroup
 from descant.run.sharded import Sharded
-from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
 from tests.tolerance import F32, ulps
 from tests.toys import ToyData, ToyRecipe, ToyTower
@@ -60,19 +60,8 @@ def fit(
 ) -> ToyRecipe:
     torch.manual_seed(0)
     recipe = ToyRecipe(ToyTower(depth=2, width=5), ToyTower(width=5), optimizer=make, shard=shard)
-    settings: dict[str, Any] = {"max_epochs": 3, "devices": 1, "enable_checkpointing": False, **options}
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        callbacks=[Resume(every=4, keep=9), *callbacks],
-        plugins=[AtomicIO()],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        **settings,
-    )
+    settings: dict[str, Any] = {"max_epochs": 3, "devices": 1, **options}
+    trainer = quiet_trainer(folder, Resume(every=4, keep=9), *callbacks, **settings)
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=path, weights_only=True)
     return recipe
 

@@ -484,7 +484,7 @@ def test_a_run_reads_from_a_store_and_no_credential_is_in_its_folder(
     # the store goes down after the run has begun
     store.fault = lambda method, path, at, number: 500 if method == "GET" else None
     down = fit(cli, url, "down", *workers_are)
-    assert re.search(rf"{re.escape(url)}: status 500.*, 2 attempts in 0 s", down.refusal)
+    assert down.rc == 75 and re.search(rf"{re.escape(url)}: status 500.*, 2 attempts in 0 s", down.err.splitlines()[-1])
     printed = "".join(result.out + result.err for result in (done, refused, down))
     written = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 5

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 
 import descant
 from tests.conftest import Result
@@ -139,3 +140,12 @@ def test_names_are_resolved_when_first_used() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert descant.Contrastive.__module__ == "descant.recipes.contrastive" and descant.EMA.__name__ == "EMA"
     assert {"Contrastive", "fit", "load", "KNN"} <= set(dir(descant)) and not hasattr(descant, "Nothing")
+
+
+def test_the_bar_can_be_left_out(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = descant.fit(*built(), max_steps=1, enable_progress_bar=False, **QUICK)
+    assert trainer.global_step == 1 and not any(isinstance(c, ProgressBar) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    assert "step 1/1" not in capsys.readouterr().out
+    trainer = descant.fit(*built(), max_steps=1, **QUICK)
+    assert any(isinstance(c, ProgressBar) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    assert "step 1/1" in capsys.readouterr().out

@@ -39,6 +39,7 @@ from descant.run.parted_io import PartedIO
 from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 from tests.descant.run.test_store import fit, names
+from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
 from tests.toys import ToyData, ToyRecipe, ToyTower
 
@@ -167,6 +168,8 @@ def test_a_box_is_put_together_of_several_parts(tmp_path: Path) -> None:
 
 def _pieces_of(rank: int, whole: Tensor) -> dict[str, Piece]:
     """What rank ``rank`` of 2 replicas x 2 shards writes of a tensor, and of one that is whole on every rank."""
+    if dist.is_initialized():  # of a fit in this process, by a test before
+        dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
     try:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -459,21 +462,10 @@ def _train(rank: int, folder: Path, store: str, begin: Path | None, world: int, 
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.05),
         shard=Shard(),
     )
-    trainer = L.Trainer(
-        plugins=[PartedIO() if store == "parts" else AtomicIO()],
-        callbacks=[Resume(every=2, keep=9), EMA(0.7, warmup=False), Again()],
-        strategy=Sharded("gloo"),
-        devices=world,
-        max_epochs=epochs,
-        default_root_dir=folder,
-        accelerator="cpu",
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    callbacks = [Resume(every=2, keep=9), EMA(0.7, warmup=False), Again()]
+    settings: dict[str, Any] = {"strategy": Sharded("gloo"), "devices": world, "max_epochs": epochs}
+    settings["plugins"] = [PartedIO() if store == "parts" else AtomicIO()]
+    trainer = quiet_trainer(folder, *callbacks, **settings)
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=begin, weights_only=True)
 
 

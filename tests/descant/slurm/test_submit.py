@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from descant.callbacks import Watch
 from descant.slurm.submit import grid
 from tests.conftest import Result
 from tests.rotation import quick
@@ -111,6 +112,19 @@ def test_scripts_and_job_files_are_written_and_jobs_chained(
     assert not names & {"SLURM_NTASKS", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK", "PYTEST_CURRENT_TEST"}
 
 
+@pytest.mark.parametrize(("overlay", "hang_after"), [(None, 300.0), ("mine.yaml", 60.0), ("with/train/watch", 300.0)])
+def test_a_job_has_one_watch_whose_numbers_a_later_overlay_sets(
+    toy: Cli, monkeypatch: pytest.MonkeyPatch, overlay: str | None, hang_after: float
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(Watch, "on_fit_start", lambda self, *_: seen.append(self.hang_after))
+    Path("mine.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: Watch, init_args: {hang_after: 60, long_after: 600}}]}\n"
+    )
+    result = toy("fit", "--config", "on/slurm", *(("--config", overlay) if overlay else ()), "--trainer.max_steps", "1")
+    assert result.rc == 0 and seen == [hang_after], result.err
+
+
 def test_a_grid_is_all_combinations() -> None:
     tasks = grid(["seed_everything=0..4", "model.optimizer.lr=0.1,0.2,1e-3"])
     assert len(tasks) == 15 == len({tuple(task.items()) for task in tasks})
@@ -130,6 +144,7 @@ def test_a_grid_is_all_combinations() -> None:
         ((137, 1), True, 137, True),  # the second lost the first
         ((75, 75), True, 75, True),
         ((1075, 1075), True, 75, True),  # a rank hangs, and these say so
+        ((1, 1075), True, 75, True),  # a store does not answer the second, and the first lost it
         ((143, 0), True, 143, True),
         ((138, 138), True, 138, True),
         ((130, 130), True, 130, False),
@@ -164,7 +179,7 @@ def test_requeueing_by_exit_code(
     assert len(done.stdout.splitlines()) == (0 if ended == 0 else 1)
     assert not list((workplace / "runs/toy").iterdir())
     if ended == 75:  # else srun would wait for the rank that hangs
-        assert int((workplace / "worst").read_text()) == (75 if codes[0] > 1000 else 0)
+        assert int((workplace / "worst").read_text()) == (75 if max(codes) > 1000 else 0)
 
 
 # what is refused ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from descant.recipes.contrastive import Contrastive
 from descant.run.sharded import Sharded
 from tests.modules.towers import _asserts
 from tests.ranks import run_ranks
+from tests.rotation import by_turns, turn
 from tests.tolerance import F32, ulps
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -222,7 +223,7 @@ def test_checkpointing_over_adapters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saving", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("saving", turn([False, True], 2), ids=lambda saving: "checkpointed" if saving else "plain")
 def test_compile_gives_the_same_gradients(saving):
     plain, fast = recipe_of(), recipe_of()
     if saving:
@@ -313,6 +314,7 @@ def compiled_and_sharded(rank):
 
 @pytest.mark.ddp
 @pytest.mark.slow
+@by_turns(1, 2)
 def test_blocks_are_compiled_between_gathers_and_train_as_whole_ones():
     """Without a break in the graph of a block; those of one kind share it: one for each tower, forward with gradients
     and without."""

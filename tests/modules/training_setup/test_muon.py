@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from descant.modules.training_setup.optim import Member, OptimizerGroup, paramet
 from descant.modules.training_setup.parameter_rules import HiddenMatrices
 from descant.modules.training_setup.schedule import WarmupCosine
 from descant.run.sharded import Sharded
-from descant.run.store import AtomicIO
+from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
 from tests.tolerance import BF16, F32, rounding, ulps
 from tests.toys import ToyData, ToyRecipe, ToyTower
@@ -217,20 +216,14 @@ def _fit(rank: int, folder: Path, sharded: bool, path: Path | None) -> dict[str,
         schedule=WarmupCosine(0.2),
         shard=Shard() if sharded else None,
     )
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        callbacks=[Resume(every=4, keep=9), Report()],
-        plugins=[AtomicIO()],
+    trainer = quiet_trainer(
+        folder,
+        Resume(every=4, keep=9),
+        Report(),
         strategy="auto" if rank < 0 else Sharded("gloo") if sharded else "ddp",
         devices=1 if rank < 0 else 2,
         max_steps=8,
         gradient_clip_val=0.5,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
         limit_val_batches=0,
     )
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Autocast on the emulated accelerator, by the lists that CUDA goes by.
+"""Autocast on a device that torch has no kernels for, by the lists that CUDA goes by.
 
 Source: torch, aten/src/ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, _FP32, _FP32_SET_OPT_DTYPE, _PROMOTE).
 """

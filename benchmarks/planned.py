@@ -1,0 +1,136 @@
+"""Two sides of ``benchmarks.plan``: a callback that measures real steps, and a program that plans the same ones.
+
+descant fit ... --trust benchmarks.planned --trainer.callbacks '[{class_path: benchmarks.planned.Measure, ...}]'
+python -m benchmarks.planned OUT HARDWARE CASES -- --config NAME ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from descant.modules.core.batch import Batch
+from descant.modules.core.ranks import rank
+from descant.recipes.base.recipe import Recipe
+from tests.collectives import Collectives
+
+#: Steps that are left out, since they make what is made once; and those whose memory is averaged.
+FIRST, STEPS = 2, 4
+#: The ranges of the profile that are the measured steps.
+WINDOW = "measured step"
+
+
+class Measure(L.Callback):
+    """Writes ``FILE.RANK``: what steps send and hold, or how long they take.
+
+    Args:
+        file: where to.
+        what: ``counts`` of steps after the first ones: bytes by kind of message of one, and the most bytes at once of
+            what torch's allocator has given out, the mean of :data:`STEPS`; or ``seconds``, from one batch's end to the
+            next, of the clock and of this process.
+    """
+
+    def __init__(self, file: str, what: Literal["counts", "seconds"]) -> None:
+        self.file, self.what = file, what
+        self.found: dict[str, Any] = {"clock": [], "process": []}
+        self._messages: Collectives | None = None
+        self._profile: Any = None
+        self._window: Any = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.what == "counts":
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.what == "counts" and trainer.global_step >= FIRST:
+            self._messages, self._window = Collectives(), record_function(WINDOW)
+            self._messages.__enter__()
+            self._window.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.what == "seconds":
+            self.found["clock"].append(time.perf_counter())
+            self.found["process"].append(time.process_time())
+        elif self._messages is not None:
+            self._window.__exit__(None, None, None)
+            self._messages.__exit__(None, None, None)
+            self.found |= {"bytes": dict(self._messages.bytes), "calls": dict(self._messages.calls)}
+            self._messages = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            events = list(self._profile.profiler.kineto_results.events())
+            windows = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == WINDOW]
+            memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+            self.found |= {"resident": _resident(trainer, pl_module), "beside": _beside(memory, windows)}
+        Path(f"{self.file}.{rank()}").write_text(json.dumps(self.found))
+
+
+def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> float:
+    """The most bytes beyond those at the start of a window, the mean of windows."""
+    peaks = []
+    for first, last in windows:
+        live = peak = 0
+        for at, size in memory:
+            if first <= at <= last:
+                live += size
+                peak = max(peak, live)
+        peaks.append(peak)
+    return sum(peaks) / len(peaks)
+
+
+def _resident(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """Bytes on this rank of weights, buffers, gradients and states of optimizers, and of DDP's buckets."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    states = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
+    local = [getattr(x, "_local_tensor", x) for x in (*module.parameters(), *module.buffers(), *gradients, *states)]
+    return sum(x.numel() * x.element_size() for x in local if isinstance(x, Tensor)) + _buckets(trainer)
+
+
+def _buckets(trainer: L.Trainer) -> int:
+    wrapped: Any = trainer.strategy.model
+    if not hasattr(wrapped, "_get_ddp_logging_data") or wrapped.gradient_as_bucket_view:
+        return 0
+    sizes = wrapped._get_ddp_logging_data().get("bucket_sizes", "")
+    return sum(int(size) for size in str(sizes).replace(",", " ").split())
+
+
+def main(words: list[str]) -> int:
+    """Plan the cases ``[[strategy, ranks, shard, rows], ...]`` of one experiment, rows of a whole step or null."""
+    out, hardware, cases = words[:3]
+    from descant.cli.arguments import read
+    from descant.cli.main import run
+    from descant.plan.fake_device import ranks
+    from descant.plan.hardware import load
+    from descant.plan.planner import Building
+    from descant.plan.roofline import step_time
+    from descant.plan.simulate import Layout, Simulation
+
+    machine, found = load(hardware), list[dict[str, Any]]()
+
+    def plan(recipe: Recipe, batch: Batch, whole: int, steps: float, parts: list[Any]) -> None:
+        for strategy, world, shard, rows in json.loads(cases):
+            with ranks(world) if world > 1 else nullcontext():
+                trace = Simulation(recipe, batch, Layout(strategy, world, shard), gloo=True).step(
+                    (rows or whole) // world
+                )
+            seconds = step_time(trace, machine, world).total
+            found.append({"bytes": dict(trace.moved()), "peak": trace.memory.peak, "seconds": seconds})
+
+    code = run(read("check", words[words.index("--") + 1 :]), Building(plan, "32-true"))
+    Path(out).write_text(json.dumps(found))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

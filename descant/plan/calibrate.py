@@ -1,0 +1,323 @@
+"""Measure the present machine: kernels by class and size, what a step costs beside them, contention, messages.
+
+On one thread times are those of the processor, which other programs on the machine change little; on several, and on
+CUDA, those of the clock. Every time is a median over turns with inputs that are in no cache and outputs that are kept,
+as in a training step.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from descant.plan.contention import measured_ranks
+from descant.plan.hardware import Calibration, Card, Hardware, Link
+from descant.plan.kernels import Kernel, kernels
+from descant.plan.operators import curve_keys, size_of
+from descant.plan.quantities import Curve
+from descant.plan.reference import empty_steps, references
+from descant.plan.trace import PHASES, Operation
+
+#: Bytes of arguments that a turn goes through: more than the caches of one core hold.
+POOL = 24 << 20
+#: Bytes between two modules of a tiny step.
+OTHER = 2 << 20
+
+
+def calibrate(
+    processes: Iterable[int] = (1, 2, 4), turns: int = 5, most: float = float("inf"), device: str | None = None
+) -> Hardware:
+    """Hardware of the present machine, with curves in place of a data sheet: under a minute on a quiet machine.
+
+    Args:
+        processes: numbers of processes that share the cores, whose contention and messages (gloo) are measured.
+        turns: of each measurement, whose median is taken.
+        most: bytes of the largest operator that is timed (of products, a hundredth of the FLOPs).
+        device: ``cpu`` or ``cuda``; CUDA where there is one.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settle_allocator()
+    curves: dict[str, Curve] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        curves |= measured_curves(kernels(dtype, where, most), turns, where)
+    overhead, once = measured_overhead(curves, turns, where)
+    ranks = measured_ranks(sorted({*processes, 1}), turns) if where.type == "cpu" else None
+    within = ranks.link if ranks is not None else Link(16e9, 10e-6)
+    card = _card(curves, overhead, where)
+    return Hardware(
+        card,
+        within,
+        Link(min(within.bandwidth, 125e6), within.latency),
+        node=os.cpu_count() or 1 if where.type == "cpu" else torch.cuda.device_count(),
+        store=200e6,
+        contention=ranks.contention if ranks is not None else {1: 1.0},
+        overlap=0.0 if where.type == "cpu" else 1.0,
+        calibration=Calibration(
+            _machine(where), curves, overhead, once + measured_host(turns), measured_fresh(turns, where)
+        ),
+    )
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _card(curves: dict[str, Curve], overhead: dict[str, float], device: torch.device) -> Card:
+    """The best that was reached, as a data sheet would have it, for what has no curve."""
+
+    def best(key: str) -> float:
+        curve = curves[key]
+        return max(x / y for x, y in zip(curve.sizes, curve.seconds, strict=True))
+
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peak = {key.partition("/")[2]: best(key) for key in curves if key.startswith("product/")}
+    rate = best("elementwise/float32")
+    return Card(_machine(device), "measured", float(memory), rate, peak, overhead["forward"], 1.0, 1.0)
+
+
+# kernels ------------------------------------------------------------------------------------------------------------
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of the processor on one thread, else of the clock when the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
+    return time.perf_counter()
+
+
+def measured_curves(some: Iterable[Kernel], turns: int, device: torch.device) -> dict[str, Curve]:
+    """Seconds by size of each class and dtype; operators of nearly one size are averaged geometrically."""
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for kernel in some:
+        times[kernel.key].append((kernel.size, seconds_of(kernel, turns, device)))
+    return {key: _curve(points) for key, points in times.items()}
+
+
+def _curve(points: list[tuple[float, float]]) -> Curve:
+    groups: list[list[tuple[float, float]]] = []
+    for point in sorted(points):
+        if groups and point[0] <= 1.3 * groups[-1][0][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    means = [tuple(statistics.geometric_mean(values) for values in zip(*group, strict=True)) for group in groups]
+    sizes, seconds = zip(*means, strict=True)
+    rising = accumulate(seconds, max)  # more is never faster: what measures so is noise
+    return Curve(tuple(map(float, sizes)), tuple(map(float, rising)))
+
+
+def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
+    """The median over turns of one call's time, on arguments that the call before did not have; results are kept."""
+    count = int(min(32, max(2, POOL // max(1, kernel.nbytes))))
+    pool = [kernel.make() for _ in range(count)]
+    call, spent = kernel.call, []
+    began = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(turns + 1):
+            start = clock(device)
+            kept = [call(*arguments) for arguments in pool]
+            spent.append((clock(device) - start) / count)
+            del kept
+            if turn > 1 and time.perf_counter() - began > 0.3:
+                break
+    return max(statistics.median(spent[1:]), 1e-8)  # the first finds no memory of the allocator
+
+
+def settle_allocator() -> None:
+    """As after the first steps of a run: glibc gives memory back to the system only from here on in large pieces, and
+    what was given back has to be cleared at its next use, which takes longer than most operators.
+
+    Source: mallopt(3), dynamic M_MMAP_THRESHOLD.
+    """
+    del [torch.ones(31 << 18) for _ in range(2)][:]
+
+
+def measured_fresh(turns: int, device: torch.device) -> float:
+    """Seconds of a byte of memory that the system gives and clears, on the CPU: a tensor too large to be kept."""
+    if device.type != "cpu":
+        return 0.0
+    count, first, again = 1 << 24, [], []
+    for _ in range(turns):
+        start = clock(device)
+        x = torch.empty(count)
+        x.fill_(1.0)
+        middle = clock(device)
+        x.fill_(1.0)
+        first.append(middle - start)
+        again.append(clock(device) - middle)
+        del x
+    return max(0.0, statistics.median(first) - statistics.median(again)) / (4 * count)
+
+
+# what a step costs beside its kernels -------------------------------------------------------------------------------
+
+
+class _Operations(TorchDispatchMode):
+    """The operations of a step on real tensors, as descant.plan.simulate records those on tensors without data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase, self.made = "forward", list[Operation]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        returns = [r.alias_info for r in func._schema.returns]
+        if returns and all(alias is not None and not alias.is_write for alias in returns):
+            return out
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        floats = [x.dtype for x in given if x.is_floating_point()] or [x.dtype for x in (*made, *given)]
+        if floats:
+            read, written = sum(map(_bytes, given)), sum(map(_bytes, made))
+            dtype = str(floats[0]).removeprefix("torch.")
+            flops = _flops(func, args, kwargs, out)
+            self.made.append(Operation(func._schema.name.partition("::")[2], self.phase, flops, read, written, dtype))
+        return out
+
+
+def _bytes(x: Tensor) -> int:
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet, aten = func._overloadpacket, torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
+
+
+@dataclass
+class Measured:
+    """A reference step: its operations, and seconds by phase."""
+
+    operations: list[Operation]
+    seconds: dict[str, float]
+
+
+def measured_step(
+    model: Any, batch: Any, optimizer: torch.optim.Optimizer, turns: int, device: torch.device
+) -> Measured:
+    """Operations of a step of a recipe, and the medians of its times, when caches hold nothing of it."""
+
+    def step(phase: Callable[[str], None]) -> None:
+        phase("forward")
+        loss = model.objective_of(batch).total
+        model.output = None
+        phase("backward")
+        optimizer.zero_grad()
+        loss.backward()
+        phase("optimizer")
+        optimizer.step()
+        phase("")
+
+    for _ in range(2):
+        step(lambda name: None)
+    with _Operations() as record:
+        step(lambda name: setattr(record, "phase", name))
+    times: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    began = time.perf_counter()
+    with _Cold(model, device) as cold:
+        for _ in range(max(3, 4 * turns)):
+            marks: list[float] = []
+            step(lambda name, marks=marks: marks.append(clock(device) - cold.spent))  # type: ignore[misc]
+            for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
+                times[phase].append(end - start)
+            if time.perf_counter() - began > turns:
+                break
+    return Measured(record.made, {phase: statistics.median(spent) for phase, spent in times.items()})
+
+
+class _Cold:
+    """Goes through other memory after every module of a tiny step, forward and backward, as the kernels of a real one
+    do, and adds up how long that took."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self.model, self.device, self.spent = model, device, 0.0
+        self.other = torch.ones(OTHER // 4, device=device)
+
+    def __enter__(self) -> _Cold:
+        leaves = [part for part in self.model.modules() if not any(part.children())]
+        self.handles = [part.register_forward_hook(self._after) for part in leaves]
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _after(self, module: Any, args: Any, out: Any) -> None:
+        self._pass()
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.register_hook(self._pass)
+
+    def _pass(self, *args: Any) -> None:
+        start = clock(self.device)
+        with torch.no_grad():
+            self.other.mul_(1.0)
+        self.spent += clock(self.device) - start
+
+
+def measured_overhead(curves: dict[str, Curve], turns: int, device: torch.device) -> tuple[dict[str, float], float]:
+    """Seconds of an operation beside its kernel, by phase, and of an optimizer beside its operations.
+
+    From tiny steps of real recipes: the median over steps of ``(measured - kernels) / operations``.
+    """
+    rows: dict[tuple[bool, str], list[Row]] = defaultdict(list)
+    for fused, model, batch, optimizer in references(device):
+        step = measured_step(model, batch, optimizer, turns, device)
+        for phase in PHASES:
+            rows[fused, phase].append(_row(step, phase, curves))
+    overhead = {phase: each(rows[True, phase] + rows[False, phase]) for phase in PHASES[:2]}
+    once = max(0.0, statistics.median(row.seconds - row.kernels for row in rows[True, "optimizer"]))
+    overhead["optimizer"] = each([row._replace(seconds=row.seconds - once) for row in rows[False, "optimizer"]])
+    return overhead, once
+
+
+class Row(NamedTuple):
+    """Of a phase of a step: seconds of its kernels on their own, its operations, and its seconds as measured."""
+
+    kernels: float
+    operations: int
+    seconds: float
+
+
+def each(rows: list[Row]) -> float:
+    """Seconds of an operation beside its kernel, at least 0.
+
+    >>> f"{each([Row(1e-3, 100, 2e-3), Row(1e-3, 200, 3e-3), Row(2e-3, 100, 3e-3)]) * 1e6:.0f} us"
+    '10 us'
+    """
+    return max(0.0, statistics.median((row.seconds - row.kernels) / row.operations for row in rows))
+
+
+def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
+    some = [one for one in step.operations if one.phase == phase]
+    sizes = [(*size_of(one), one.dtype) for one in some]
+    kernels = sum(next(curves[k](size) for k in curve_keys(kind, dtype) if k in curves) for kind, size, dtype in sizes)
+    return Row(kernels, len(some), step.seconds[phase])
+
+
+def measured_host(turns: int) -> float:
+    """Seconds of a step of Lightning's trainer around a model of one number."""
+    return statistics.median(empty_steps(20 * turns))

@@ -1,0 +1,195 @@
+"""A device of tensors without data, for steps of real recipes whose sizes matter and whose numbers do not.
+
+Tensors on ``plan:0`` are torch's FakeTensors: shapes, types and strides, no storage. What is on the CPU stays real, so
+that a step reads its host copies (:mod:`descant.modules.core.host`) as on an accelerator; a value of the device itself
+cannot be read. FSDP2, DTensor, autocast (by the lists of CUDA) and process groups of any number of ranks run on it.
+
+torch lets a process register one such device, from Python without kernels: :func:`register`, which is not undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from descant.plan import autocast
+
+NAME = "plan"
+#: torch's fake process group, for collectives of tensors on the device.
+GROUP = "plan"
+
+
+class _Stream:
+    """A queue on which nothing is ever late; also an event, and its own context."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or self
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    wait = wait_stream = wait_event = record = synchronize = _nothing
+
+
+class _Backend(_DummyBackendModule):
+    """What is found as ``torch.plan``, by the names of ``torch.cuda`` that FSDP2 asks for."""
+
+    Stream = Event = _Stream
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        return _Stream()
+
+    def stream(self, stream: _Stream) -> _Stream:
+        return stream
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+
+@cache
+def register() -> torch.device:
+    """The device, registered in this process once."""
+    backend = _Backend()
+    _setup_privateuseone_for_python_backend(NAME, backend_module=backend)
+    for name in ("Stream", "Event", "current_stream", "stream", "set_device"):
+        setattr(torch.get_device_module(NAME), name, getattr(backend, name))
+    library = torch.library.Library("aten", "IMPL")
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        library.impl("scaled_dot_product_attention", _attention, key)
+    _kept.extend([*autocast.register(NAME), library])
+    from torch.testing._internal.distributed.fake_pg import _create_fake_pg
+
+    dist.Backend.register_backend(GROUP, _create_fake_pg, extended_api=True, devices=[NAME])
+    return torch.device(NAME, 0)
+
+
+_kept: list[torch.library.Library] = []  # what they register goes with them
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Fused attention, which keeps inputs, output and one number a row for backward, and no matrix of weights."""
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    fused = q.ndim == 4 and not (attn_mask is not None and attn_mask.requires_grad)
+    aten: Any = torch.ops.aten
+    if fused:
+        out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+        return out
+    plain: Tensor = aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    return plain
+
+
+class Simulated(TorchDispatchMode):
+    """Operators of tensors on the device, or that make one, give such tensors; all others run as they are.
+
+    A number of the device that is read is 1 while ``once`` is set, for what recipes make sure of in their first step;
+    else torch's error says that it depends on data.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        register()
+        self.once = False
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it asks again for its part
+        kwargs = kwargs or {}
+        if not on_device((args, kwargs)):
+            return func(*args, **kwargs)
+        if self.once and func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+
+        def known(x: Any) -> Any:
+            return self.fake.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+        args, kwargs = tree_map(known, (args, kwargs))
+        with self.fake:
+            return func(*args, **kwargs)
+
+
+def on_device(values: Any) -> bool:
+    """Whether a tensor of the device is among values, or the device itself."""
+    return any(
+        isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == NAME) for x in tree_leaves(values)
+    )
+
+
+@contextmanager
+def ranks(world: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this is the first, and the only one that there is."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    register()
+    dist.init_process_group(f"cpu:fake,{NAME}:{GROUP}", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Chunks(Sequence[Tensor]):
+    """The parts of a tensor along a dimension, empty ones at the end, each made when it is asked for."""
+
+    def __init__(self, x: Tensor, number: int, dim: int) -> None:
+        self.x, self.number, self.dim = x, number, dim
+        self.size = -(-x.shape[dim] // number)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, n: Any) -> Any:
+        first = min(n * self.size, self.x.shape[self.dim])
+        size = min(self.size, self.x.shape[self.dim] - first)
+        return self.x.narrow(self.dim, first, size) if size else self.x.new_empty(0)
+
+
+@contextmanager
+def adapted() -> Iterator[None]:
+    """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, and
+    FSDP2 makes the part of one rank and not, of each parameter, those of a thousand."""
+    part: Any = _fsdp_param
+    kept = Tensor.record_stream, part._chunk_with_empty
+    Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
+    part._chunk_with_empty = _Chunks
+    try:
+        yield
+    finally:
+        Tensor.record_stream, part._chunk_with_empty = kept  # type: ignore[method-assign]

@@ -1,0 +1,285 @@
+"""Cards, links and nodes as data, read from YAML: those that ship, by name, and a user's own file.
+
+Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth a second and direction (3.35 TB/s, or
+400 Gb/s in bits), arithmetic (989 TFLOP/s, dense), times (5 us); a number without a unit is of bytes, FLOP and seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+import yaml
+
+from descant.cli.errors import fail
+from descant.modules.core.errors import no_such, one_line
+from descant.plan.quantities import Curve, quantity, rounded
+
+#: The files that ship.
+FOLDER = Path(__file__).parent / "hardware"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One accelerator, or one processor.
+
+    Attributes:
+        name: as in its data sheet. source: where the numbers are from.
+        memory: bytes. bandwidth: of memory, bytes/s. peak: dense FLOP/s of products, by dtype.
+        launch: seconds that an operation takes at least, whatever its size.
+        product_share, bandwidth_share: what large products reach of ``peak``, and what streams reach of ``bandwidth``.
+    """
+
+    name: str
+    source: str
+    memory: Annotated[float, "bytes"]
+    bandwidth: Annotated[float, "bandwidth"]
+    peak: Annotated[dict[str, float], "arithmetic"]
+    launch: Annotated[float, "time"]
+    product_share: Annotated[float, "share"]
+    bandwidth_share: Annotated[float, "share"]
+
+    def flop_rate(self, dtype: str) -> float:
+        """FLOP/s that large products of a dtype reach; of one without a peak of its own, as of float32."""
+        return self.product_share * self.peak.get(dtype, self.peak["float32"])
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one rank to the next: ``bandwidth`` in bytes/s a rank and direction, ``latency`` in seconds a message.
+
+    ``share`` is what large messages reach of the bandwidth. ``curves``, where measured: seconds of a collective of so
+    many ranks by its bytes, such as ``all_reduce/2``.
+    """
+
+    bandwidth: Annotated[float, "bandwidth"]
+    latency: Annotated[float, "time"]
+    share: Annotated[float, "share"] = 1.0
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s that large messages reach."""
+        return self.bandwidth * self.share
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on a machine, in place of the data sheet.
+
+    Attributes:
+        machine: processor, threads and torch.
+        curves: seconds of an operation by its size, by class and dtype, such as ``product/float32``.
+        overhead: seconds of an operation beside its kernel (modules, dispatch, autograd), by phase.
+        step: seconds of a step without operations (trainer, hooks, optimizer).
+        fresh: seconds of a byte that the system gives and clears anew in each step: of activations beyond ``kept``
+            bytes, which glibc's allocator holds on to at most (mallopt(3), twice the largest M_MMAP_THRESHOLD).
+    """
+
+    machine: str
+    curves: dict[str, Curve] = field(default_factory=dict)
+    overhead: Annotated[dict[str, float], "time"] = field(default_factory=dict)
+    step: Annotated[float, "time"] = 0.0
+    fresh: Annotated[float, "time"] = 0.0
+    kept: Annotated[float, "bytes"] = 67e6
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A card, and the machine around it.
+
+    Attributes:
+        within, between: the link between two ranks of a node, and of two nodes.
+        node: ranks of a node. store: bytes/s that a node writes to where checkpoints lie.
+        contention: how many times longer computation takes with so many processes on the cores of a node, by their
+            number; 1 for accelerators.
+        overlap: share of a message beside the computation that costs the rank nothing; 0 where its cores send it.
+        calibration: what was measured, if it was.
+    """
+
+    card: Card
+    within: Link
+    between: Link
+    node: int
+    store: float
+    contention: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+    overlap: float = 1.0
+    calibration: Calibration | None = None
+
+    def slowdown(self, processes: int) -> float:
+        """Of ``processes`` on the cores of a node: between measured numbers in proportion, beyond the last one too.
+
+        >>> from dataclasses import replace
+        >>> cpu = replace(load("cpu"), contention={1: 1.0, 2: 1.1, 4: 2.2})
+        >>> cpu.slowdown(1), round(cpu.slowdown(3), 3), round(cpu.slowdown(8), 3)
+        (1.0, 1.65, 4.4)
+        """
+        known = sorted(self.contention)
+        if not known or processes <= known[0]:
+            return self.contention.get(processes, 1.0)
+        if processes >= known[-1]:
+            return self.contention[known[-1]] * (1 if len(known) == 1 else processes / known[-1])
+        high = next(n for n in known if n >= processes)
+        low = max(n for n in known if n < processes)
+        share = (processes - low) / (high - low)
+        return self.contention[low] + share * (self.contention[high] - self.contention[low])
+
+
+# reading ------------------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Of the hardware that ships, in alphabetical order.
+
+    >>> "h100" in names(), "cpu" in names()
+    (True, True)
+    """
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load(name_or_file: str | Path) -> Hardware:
+    """Hardware that ships, by its name, or of a YAML file of one's own, which may begin with ``extends: h100``.
+
+    >>> card = load("h100").card
+    >>> card.memory, card.peak["bfloat16"]
+    (80000000000.0, 989400000000000.0)
+
+    Raises:
+        Refusal: one line for a name that does not ship, a file that cannot be read, a key or a unit that is none.
+    """
+    return _hardware(_content(name_or_file, ()), str(name_or_file))
+
+
+def _content(name_or_file: str | Path, above: tuple[str, ...]) -> dict[str, Any]:
+    text = str(name_or_file)
+    shipped = FOLDER / f"{text}.yaml"
+    file = shipped if re.fullmatch(r"[\w.-]+", text) and shipped.is_file() else Path(text)
+    if not file.is_file():
+        if file.suffix not in (".yaml", ".yml") and "/" not in text:
+            fail(f"hardware {text!r}: {no_such(text, names())}; or a YAML file")
+        fail(f"hardware {text!r}: no such file, and none of those that ship ({', '.join(names())})")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"{text}: {one_line(error, 200)}")
+    if not isinstance(content, dict):
+        fail(f"{text}: keys and values, such as {', '.join(_keys(Hardware))}")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        fail(f"{text}: extends: {base!r}: the name of hardware that ships, or another file")
+    if str(file.resolve()) in above:
+        fail(f"{text}: extends: {base!r}: in a circle")
+    if base not in names() and not Path(base).is_absolute():
+        beside = file.parent / base
+        base = str(beside) if beside.is_file() else base
+    return _merged(_content(base, (*above, str(file.resolve()))), content)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _keys(part: type) -> list[str]:
+    return [f.name for f in fields(part)]
+
+
+def _require(content: Any, known: list[str], needed: list[str], place: str, file: str) -> Mapping[str, Any]:
+    if not isinstance(content, dict):
+        fail(f"{file}: {place or 'content'}: keys and values, such as {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            fail(f"{file}: {place}{'.' if place else ''}{key}: {no_such(str(key), known)}")
+    for key in needed:
+        if key not in content:
+            fail(f"{file}: {place}{'.' if place else ''}{key} is missing")
+    return content
+
+
+def _part(part: Any, content: Any, place: str, file: str) -> Any:
+    """A dataclass of texts, quantities, and quantities by name."""
+    needed = [f.name for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
+    content = _require(content, _keys(part), needed, place, file)
+    made: dict[str, Any] = {}
+    hints = get_type_hints(part, include_extras=True)
+    for one in fields(part):
+        if one.name not in content:
+            continue
+        value, where = content[one.name], f"{place}.{one.name}"
+        kind = next(iter(getattr(hints[one.name], "__metadata__", ())), None)
+        if kind is None:
+            made[one.name] = _curves(value, where, file) if one.name == "curves" else str(value)
+        elif get_origin(hints[one.name].__origin__) is dict:
+            inner = _require(value, list(map(str, value)) if isinstance(value, dict) else [], [], where, file)
+            made[one.name] = {str(k): _quantity(v, kind, f"{where}.{k}", file) for k, v in inner.items()}
+        else:
+            made[one.name] = _quantity(value, kind, where, file)
+    return part(**made)
+
+
+def _quantity(value: Any, kind: str, place: str, file: str) -> float:
+    try:
+        return quantity(value, kind)
+    except ValueError as error:
+        fail(f"{file}: {place}: {error}")
+
+
+def _curves(content: Any, place: str, file: str) -> dict[str, Curve]:
+    curves = {}
+    for name, points in _require(content, list(content) if isinstance(content, dict) else [], [], place, file).items():
+        try:
+            curves[str(name)] = Curve(*zip(*(map(float, point) for point in points), strict=True))
+        except (TypeError, ValueError) as error:
+            fail(f"{file}: {place}.{name}: pairs of size and seconds, rising: {one_line(error)}")
+    return curves
+
+
+def _hardware(content: dict[str, Any], file: str) -> Hardware:
+    _require(content, _keys(Hardware), ["card", "within", "between", "node", "store"], "", file)
+    card = _part(Card, content["card"], "card", file)
+    if "float32" not in card.peak:
+        fail(f"{file}: card.peak.float32 is missing")
+    node = content["node"]
+    if not isinstance(node, int) or isinstance(node, bool) or node < 1:
+        fail(f"{file}: node: {node!r}: a number of ranks, at least 1")
+    contention = content.get("contention", {1: 1.0})
+    if not isinstance(contention, dict) or not all(isinstance(n, int) and n > 0 for n in contention):
+        fail(f"{file}: contention: how many times longer by the number of processes, such as {{1: 1, 2: 1.1}}")
+    measured = content.get("calibration")
+    return Hardware(
+        card,
+        _part(Link, content["within"], "within", file),
+        _part(Link, content["between"], "between", file),
+        node,
+        _quantity(content["store"], "bandwidth", "store", file),
+        {n: _quantity(times, "number", f"contention.{n}", file) for n, times in contention.items()},
+        _quantity(content.get("overlap", 1.0), "part", "overlap", file),
+        None if measured is None else _part(Calibration, measured, "calibration", file),
+    )
+
+
+# writing ------------------------------------------------------------------------------------------------------------
+
+
+def to_yaml(hardware: Hardware) -> str:
+    """The content of a file from which :func:`load` reads the same hardware, to six digits."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Curve):
+            return [[rounded(x), rounded(y)] for x, y in zip(value.sizes, value.seconds, strict=True)]
+        if hasattr(value, "__dataclass_fields__"):
+            items = ((f.name, getattr(value, f.name)) for f in fields(value))
+            return {name: plain(inner) for name, inner in items if inner is not None and inner != {}}
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return rounded(value) if isinstance(value, float) else value
+
+    return yaml.safe_dump(plain(hardware), sort_keys=False, default_flow_style=None, width=120)

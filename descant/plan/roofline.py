@@ -1,0 +1,190 @@
+"""Seconds of operations, of messages and of a step, from what they are (trace.py) and what they run on (hardware.py).
+
+Letters: n ranks of a group, L of them on a node, M nodes, S bytes, B bandwidth of a link, a its latency.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from descant.plan.hardware import Hardware, Link
+from descant.plan.operators import curve_keys, size_of
+from descant.plan.trace import PHASES, Collective, Operation, Trace
+
+#: What a step may be bound by.
+BOUNDS = ("compute", "memory", "launches", "links")
+
+
+def time_of(operation: Operation, hardware: Hardware) -> float:
+    """Seconds of one operation alone on its card.
+
+    By the data sheet the largest of three: ``FLOPs / (peak of the dtype x share)``, ``bytes / (bandwidth x share)``,
+    and the least an operation takes. Calibrated: what was measured of its class at its size, and the overhead of its
+    phase.
+
+    Source: Williams, Waterman and Patterson 2009, "Roofline".
+
+    >>> from descant.plan.hardware import load
+    >>> h100 = load("h100")
+    >>> big = Operation("mm", "forward", 2 * 8192**3, 2 * 2 * 8192**2, 2 * 8192**2, "bfloat16")
+    >>> f"{time_of(big, h100) * 1e3:.3f} ms"  # 2 x 8192^3 / (989.4e12 x 0.8)
+    '1.389 ms'
+    >>> f"{time_of(Operation('add', 'forward', 0, 8, 4, 'float32'), h100) * 1e6:.0f} us"
+    '6 us'
+    """
+    return _bound(operation, hardware)[0]
+
+
+def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str]:
+    """Seconds, and which of :data:`BOUNDS` they are."""
+    kind, size = size_of(operation)
+    card, measured = hardware.card, hardware.calibration
+    compute = operation.flops / card.flop_rate(operation.dtype)
+    memory = (operation.read + operation.written) / (card.bandwidth * card.bandwidth_share)
+    if measured is None:
+        return max((compute, "compute"), (memory, "memory"), (card.launch, "launches"))
+    curves, phase = measured.curves, operation.phase
+    curve = next((curves[key] for key in curve_keys(kind, operation.dtype) if key in curves), None)
+    kernel = max(compute, memory) if curve is None else curve(size)
+    overhead = measured.overhead.get(phase, card.launch)
+    least = overhead + (curve.seconds[0] if curve is not None else 0.0)
+    name = "launches" if kernel < least else "compute" if operation.flops else "memory"
+    return kernel + overhead, name
+
+
+def time_of_collective(collective: Collective, hardware: Hardware) -> float:
+    """Seconds of one message of a group of ``n`` ranks.
+
+    In a ring over one link: ``all_reduce 2 (n-1) (S/(n B) + a)``; all_gather, reduce_scatter and all_to_all
+    ``(n-1) (S/(n B) + a)``; broadcast ``S/B + (n-1) a``; send and recv ``S/B + a``.
+
+    Of a group with L > 1 ranks on each of M > 1 nodes, each rank with a network card of its own, in levels: all_reduce
+    is a reduce_scatter of S within the node, an all_reduce of S/L between nodes, and an all_gather of S within;
+    all_gather is one of S/L between and one of S within, reduce_scatter the same; all_to_all sends ``S (L-1)/n`` within
+    and ``S (n-L)/n`` between, broadcast S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, of
+    double trees.
+
+    Where a group of so many ranks was measured, its curve is taken.
+
+    Source: NCCL's tests, doc/PERFORMANCE.md (bus bandwidth); Thakur 2005 (rings); Sanders 2009 (double trees, as in
+    NCCL since 2.4).
+
+    >>> from descant.plan.hardware import load
+    >>> h100 = load("h100")
+    >>> f"{time_of_collective(Collective('all_reduce', 'backward', 1 << 30, 8), h100) * 1e3:.2f} ms"
+    '5.25 ms'
+    >>> f"{time_of_collective(Collective('all_gather', 'forward', 1 << 30, 16), h100) * 1e3:.2f} ms"
+    '4.12 ms'
+    """
+    n, name, size = collective.ranks, collective.name, float(collective.bytes)
+    if n <= 1:
+        return 0.0
+    inside = min(n, max(1, hardware.node // max(1, collective.stride)))
+    nodes = -(-n // inside)
+    for link, alone in ((hardware.within, nodes == 1), (hardware.between, inside == 1)):
+        if alone:
+            return _ring(name, size, n, link, trees=link is hardware.between)
+    within, between = hardware.within, hardware.between
+    if name == "all_to_all":
+        return (
+            size * (inside - 1) / n / within.rate
+            + (inside - 1) * within.latency
+            + size * (n - inside) / n / between.rate
+            + (n - inside) * between.latency
+        )
+    if name == "all_reduce":
+        middle = _ring(name, size / inside, nodes, between, trees=True)
+        return 2 * _ring("all_gather", size, inside, within) + middle
+    if name in ("all_gather", "reduce_scatter"):
+        return _ring(name, size, inside, within) + _ring(name, size / inside, nodes, between)
+    if name == "broadcast":
+        return _ring(name, size, inside, within) + _ring(name, size, nodes, between)
+    return _ring(name, size, n, between)
+
+
+def _ring(name: str, size: float, n: int, link: Link, trees: bool = False) -> float:
+    if (curve := link.curves.get(f"{name}/{n}")) is not None:
+        return curve(size)
+    if name in ("send", "recv"):
+        return size / link.rate + link.latency
+    if name == "broadcast":
+        return size / link.rate + (n - 1) * link.latency
+    times = 2 if name == "all_reduce" else 1
+    steps = min(n - 1, math.ceil(math.log2(n))) if trees and name == "all_reduce" else n - 1
+    return times * (size * (n - 1) / n / link.rate + steps * link.latency)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of a rank.
+
+    Attributes:
+        forward, backward, optimizer: computation by phase.
+        host: of the trainer, and of memory from the system, beside operations.
+        communication: of all messages. exposed: what of it the rank waits for.
+        parts: seconds by :data:`BOUNDS`; they add up to the total without ``host``.
+    """
+
+    forward: float
+    backward: float
+    optimizer: float
+    host: float
+    communication: float
+    exposed: float
+    parts: dict[str, float]
+
+    @property
+    def compute(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.host + self.exposed
+
+    @property
+    def bound(self) -> str:
+        """Which of :data:`BOUNDS` most of the step is."""
+        return max(BOUNDS, key=lambda name: self.parts[name])
+
+
+def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
+    """Seconds of a step: computation, and the messages that it does not hide.
+
+    Overlap: messages that are sent beside the computation (``overlapped``) hide behind that of their own phase, as long
+    as it lasts, by the hardware's ``overlap`` (0 where the cores that compute also send); what is longer, and all other
+    messages, the rank waits for: ``exposed = sum of the others + sum over phases of m - overlap min(m, compute)`` with
+    m the overlapped messages of a phase.
+
+    Args:
+        processes: of this node that share its cores; 1 for accelerators.
+
+    >>> from descant.plan.hardware import load
+    >>> from descant.plan.trace import Memory
+    >>> product = Operation("mm", "backward", 2 * 8192**3, 2 * 2 * 8192**2, 2 * 8192**2, "bfloat16")
+    >>> sends = [Collective("all_reduce", "backward", 1 << 30, 8, overlapped=True)]
+    >>> time = step_time(Trace(1, Memory(0, 0, 0, 0, 0), [product] * 3, sends), load("h100"))
+    >>> f"{time.backward * 1e3:.2f} {time.communication * 1e3:.2f} {time.exposed * 1e3:.2f} ms", time.bound
+    ('4.17 5.25 1.08 ms', 'compute')
+    """
+    slowdown = hardware.slowdown(processes)
+    computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
+    for operation in trace.operations:
+        seconds, bound = _bound(operation, hardware)
+        computed[operation.phase] += seconds * slowdown
+        parts[bound] += seconds * slowdown
+    waited, beside = 0.0, dict.fromkeys(PHASES, 0.0)
+    for message in trace.collectives:
+        seconds = time_of_collective(message, hardware)
+        if message.overlapped:
+            beside[message.phase] += seconds
+        else:
+            waited += seconds
+    hidden = sum(hardware.overlap * min(beside[phase], computed[phase]) for phase in PHASES)
+    communication = waited + sum(beside.values())
+    parts["links"] = communication - hidden
+    host, measured, held = 0.0, hardware.calibration, trace.memory.activations
+    if measured is not None:
+        host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
+    forward, backward, optimizer = (computed[phase] for phase in PHASES)
+    return StepTime(forward, backward, optimizer, host, communication, communication - hidden, parts)

@@ -1,0 +1,228 @@
+"""All layouts of a run on some ranks, each with its memory and time, and the best of them.
+
+Letters: W ranks, B rows of a rank in a step, P pieces of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from descant.cli.errors import fail
+from descant.modules.adaptation.base import LM, chosen
+from descant.modules.core.batch import Batch
+from descant.modules.losses.exchange import Chunks, Exchange, Ring
+from descant.modules.training_setup.activation_checkpointing import Checkpointing, blocks_of
+from descant.modules.training_setup.compile_and_shard import Shard
+from descant.plan.fake_device import ranks
+from descant.plan.hardware import Hardware
+from descant.plan.roofline import StepTime, step_time
+from descant.plan.simulate import Layout, Simulation
+from descant.plan.trace import Trace
+
+#: Share of a card's memory that a run may fill: the rest is of the driver, libraries and fragments.
+USABLE = 0.92
+#: Pieces of a batch that are tried, where it does not fit whole.
+PIECES = (2, 4, 8, 16, 32)
+#: Share of a card's memory that logits fill where other exchanges are worth a look; ranks up to which one is simulated.
+WORTH, MOST = 0.02, 128
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One layout: what a step does and how long it takes; ``most`` rows of a rank fit at once, in all micro-batches."""
+
+    layout: Layout
+    trace: Trace
+    time: StepTime
+    most: int
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        layout = self.layout
+        parts: list[str] = [layout.strategy if layout.world > 1 else "one"]
+        parts += ["checkpointing"] * (layout.checkpointing is not None)
+        parts += [f"chunks {layout.chunks}"] * (layout.chunks > 1)
+        parts += [f"micro-batches {layout.micro}"] * (layout.micro > 1)
+        if layout.exchange is not None:
+            parts.append(type(layout.exchange).__name__.lower())
+        return " ".join(parts)
+
+
+class Search:
+    """The layouts of one recipe on some hardware.
+
+    Args:
+        recipe: see :class:`~descant.plan.simulate.Simulation`; without sharding. batch: some real samples.
+        rows: of a whole step, on all ranks. ranks: nodes, and ranks of each.
+        parts: Shard and Checkpointing of the configuration, of which dtype and towers are kept.
+
+    Raises:
+        Refusal: for rows that the ranks do not divide, and where not even one sample fits.
+    """
+
+    def __init__(
+        self,
+        recipe: Any,
+        batch: Batch,
+        rows: int,
+        hardware: Hardware,
+        ranks: tuple[int, int],
+        parts: Sequence[object] = (),
+    ) -> None:
+        self.recipe, self.batch, self.hardware = recipe, batch, hardware
+        self.nodes, self.per_node = ranks
+        self.world = self.nodes * self.per_node
+        self.shard = next((part for part in parts if isinstance(part, Shard)), None)
+        given = next((part for part in parts if isinstance(part, Checkpointing)), Checkpointing())
+        blocks = any(blocks_of(tower) for _, tower in chosen(recipe, given.towers, LM))
+        #: Of which blocks are recomputed: none, and those that the configuration names, or all.
+        self.checkpointing = [None, given] if blocks else [None]
+        if rows % self.world:
+            low = rows // self.world * self.world
+            near = " or ".join(f"{n:,}" for n in (low, low + self.world) if n)
+            fail(f"data.batch_size {rows:,}: {self.world:,} ranks do not divide it; nearest: {near}")
+        self.rows = rows // self.world
+        self.on_cpu = len(hardware.contention) > 1
+
+    @cached_property
+    def strategies(self) -> list[str]:
+        if self.world == 1:
+            return ["ddp"]
+        return ["ddp", "fsdp", *(["hsdp"] if self.nodes > 1 and self.per_node > 1 else [])]
+
+    def room(self) -> float:
+        return USABLE * self.hardware.card.memory
+
+    @contextmanager
+    def simulation(self, layout: Layout) -> Iterator[Simulation]:
+        with ranks(layout.world) if layout.world > 1 else nullcontext():
+            yield Simulation(self.recipe, self.batch, layout, gloo=self.on_cpu)
+
+    def simulated(self, layout: Layout, rows: int) -> Trace:
+        """A step of a layout with so many rows a micro-batch."""
+        with self.simulation(layout) as simulation:
+            return simulation.step(rows)
+
+    def lines(self) -> Iterator[Planned]:
+        """Each layout in turn: strategies, with and without checkpointing, then in pieces where that is needed."""
+        least: list[float] = []
+        for again in self.checkpointing:
+            curve: np.ndarray | None = None
+            for strategy in self.strategies:
+                layout = self.layout(strategy, again)
+                with self.simulation(layout) as simulation:
+                    trace = simulation.step(self.rows)
+                    if curve is None:
+                        sizes = self.sizes(trace)
+                        curve = _curve(sizes, [float(simulation.step(n).memory.activations) for n in sizes])
+                one = self.planned(layout, trace, curve)
+                least.append(one.trace.memory.peak - self.rise(curve, self.rows) + self.rise(curve, 1))
+                yield one
+                if not one.fits and (smaller := self.pieces(one, curve)) is not None:
+                    yield smaller
+        if min(least) > self.room():
+            fail(
+                f"{self.hardware.card.name}: {self.hardware.card.memory / 1e9:.4g} GB, and a step of one sample "
+                f"on each of {self.world:,} ranks needs at least {min(least) / USABLE / 1e9:.4g} GB"
+            )
+
+    def layout(self, strategy: Any, again: Checkpointing | None) -> Layout:
+        dtype = None if self.shard is None else self.shard.dtype
+        return Layout(strategy, self.world, self.per_node, again, dtype=dtype)
+
+    def sizes(self, trace: Trace) -> list[int]:
+        """Rows to measure activations at: where they are most of the memory, and not far from what fits.
+
+        The quadratic part is of losses over all pairs.
+        """
+        powers = range(3 if self.recipe.in_batch_negatives else 2)
+        if trace.memory.activations < self.room() / 4:
+            times = max(int((self.room() / 4 / max(trace.memory.activations, 1)) ** (1 / len(powers))), 2)
+            return [self.rows * times**power for power in powers]
+        return sorted({max(self.rows >> power, 1) for power in powers})
+
+    def rise(self, curve: np.ndarray, rows: int) -> float:
+        return float(np.polyval(curve, rows))
+
+    def planned(self, layout: Layout, trace: Trace, curve: np.ndarray) -> Planned:
+        processes = self.per_node if self.on_cpu else 1
+        constant = trace.memory.peak - self.rise(curve, self.rows // layout.micro)
+        most = _most(lambda n: constant + self.rise(curve, n) <= self.room()) * layout.micro
+        fits = trace.memory.peak <= self.room()
+        return Planned(layout, trace, step_time(trace, self.hardware, processes), most, fits)
+
+    def pieces(self, one: Planned, curve: np.ndarray) -> Planned | None:
+        """The layout in the fewest pieces that fit, if any do."""
+        rest = one.trace.memory.peak - self.rise(curve, self.rows)
+        for pieces in PIECES:
+            if self.rows % pieces == 0 and rest + self.rise(curve, self.rows // pieces) <= self.room():
+                return self.cut(one.layout, pieces, curve)
+        return None
+
+    def cut(self, layout: Layout, pieces: int, curve: np.ndarray) -> Planned:
+        """A layout in pieces: GradCache where samples are each other's negatives, else micro-batches."""
+        if self.recipe.in_batch_negatives:
+            layout = replace(layout, chunks=pieces)
+            return self.planned(layout, self.simulated(layout, self.rows), curve)
+        layout = replace(layout, micro=pieces)
+        return self.planned(layout, self.simulated(layout, self.rows // pieces), curve)
+
+    def exchanges(self, best: Planned) -> Iterator[Planned]:
+        """The best layout with the other ways in which samples of all ranks can meet, where its losses have a choice
+        and logits of all pairs are much of the memory; of :data:`MOST` ranks at most, since each hop is made."""
+        if self.world == 1 or not any(hasattr(part, "exchange") for part in self.recipe.modules()):
+            return
+        logits = 2 * 4 * self.rows * self.rows * self.world  # in both directions, as they are without a block
+        if logits < WORTH * self.hardware.card.memory or self.world > MOST:
+            return
+        ways: list[Exchange] = [Chunks(), Ring()]
+        for way in ways:
+            layout = replace(best.layout, exchange=way)
+            trace = self.simulated(layout, self.rows)
+            curve = np.array([0.0, float(trace.memory.activations)])
+            yield replace(self.planned(layout, trace, curve), most=best.most)
+
+    def by_number(self, best: Planned) -> Iterator[tuple[int, Planned]]:
+        """The best layout of the same step on fewer ranks, by their number, down to one node."""
+        nodes = self.nodes
+        while nodes >= 1:
+            world = nodes * self.per_node
+            rows = self.rows * self.world // world
+            strategy: Any = best.layout.strategy if nodes > 1 or best.layout.strategy != "hsdp" else "fsdp"
+            layout = replace(best.layout, strategy=strategy, world=world)
+            trace = self.simulated(layout, rows // layout.micro)
+            curve = np.array([float(trace.memory.activations)])
+            yield world, self.planned(layout, trace, curve)
+            nodes //= 2
+
+
+def best(lines: list[Planned], number: int = 3) -> list[Planned]:
+    """The fastest that fit; of equally fast ones (to 1 %), the one in less memory."""
+    fitting = [one for one in lines if one.fits]
+    return sorted(fitting, key=lambda one: (float(f"{one.time.total:.2g}"), one.trace.memory.peak))[:number]
+
+
+def _curve(sizes: list[int], values: list[float]) -> np.ndarray:
+    """Coefficients, the highest first; nothing falls off as a batch grows, so a curve that bends down is a line."""
+    curve = np.polyfit(sizes, values, len(sizes) - 1)
+    return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """The most rows that fit; 0 where not one does.
+
+    >>> _most(lambda n: n <= 77)
+    77
+    """
+    low, high = 0, 1 << 24
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

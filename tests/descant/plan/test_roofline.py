@@ -1,0 +1,145 @@
+"""Times by formulas, against numbers worked by hand on hardware of round numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from descant.plan.hardware import Calibration, Card, Hardware, Link
+from descant.plan.operators import CLASSES, operator_class
+from descant.plan.quantities import Curve
+from descant.plan.roofline import BOUNDS, step_time, time_of, time_of_collective
+from descant.plan.trace import Collective, Memory, Operation, Trace
+from tests.tolerance import F64, ulps
+
+#: 1 TFLOP/s of float32 and 2 of bfloat16, 100 GB/s, 10 us; 100 GB/s within nodes of 4, 10 GB/s between them.
+CARD = Card("round", "none", 1e9, 100e9, {"float32": 1e12, "bfloat16": 2e12}, 1e-5, 1.0, 1.0)
+ROUND = Hardware(CARD, Link(100e9, 1e-6), Link(10e9, 1e-5), node=4, store=1e9)
+NOTHING = Memory(0, 0, 0, 0, 0)
+GB = 1_000_000_000
+
+
+def operation(
+    flops: int = 0, moved: int = 0, dtype: str = "float32", phase: str = "forward", name: str = "mm"
+) -> Operation:
+    return Operation(name, phase, flops, moved, 0, dtype)
+
+
+def exactly(seconds: float) -> object:
+    return pytest.approx(seconds, rel=ulps(32, F64))
+
+
+def test_an_operation_takes_the_largest_of_three() -> None:
+    assert time_of(operation(10**10, 8), ROUND) == exactly(0.01)
+    assert time_of(operation(10**10, 8, "bfloat16"), ROUND) == exactly(0.005)
+    assert time_of(operation(10**10, 8, "float16"), ROUND) == exactly(0.01)  # without a peak of its own
+    assert time_of(operation(8, 10**9), ROUND) == exactly(0.01)
+    assert time_of(operation(8, 8), ROUND) == exactly(1e-5)
+    half = replace(ROUND, card=replace(CARD, product_share=0.5, bandwidth_share=0.25))
+    assert time_of(operation(10**10, 8), half) == exactly(0.02) and time_of(operation(8, 10**9), half) == exactly(0.04)
+
+
+MESSAGES = {
+    # name, ranks, stride -> seconds of a GB
+    ("all_reduce", 4, 1): 2 * (0.75 * 0.01 + 3e-6),
+    ("all_gather", 4, 1): 0.75 * 0.01 + 3e-6,
+    ("reduce_scatter", 2, 2): 0.5 * 0.01 + 1e-6,
+    ("all_to_all", 4, 1): 0.75 * 0.01 + 3e-6,
+    ("broadcast", 4, 1): 0.01 + 3e-6,
+    ("send", 2, 1): 0.01 + 1e-6,
+    ("recv", 2, 4): 0.1 + 1e-5,
+    ("all_gather", 4, 4): 0.75 * 0.1 + 3e-5,  # each on another node
+    ("all_reduce", 8, 8): 2 * (7 / 8 * 0.1 + 3e-5),  # trees: log2 8 latencies
+    # 16 ranks on 4 nodes: a quarter of it between nodes
+    ("all_gather", 16, 1): (0.75 * 0.01 + 3e-6) + (0.75 * 0.025 + 3e-5),
+    ("reduce_scatter", 16, 1): (0.75 * 0.01 + 3e-6) + (0.75 * 0.025 + 3e-5),
+    ("all_reduce", 16, 1): 2 * (0.75 * 0.01 + 3e-6) + 2 * (0.75 * 0.025 + 2e-5),
+    ("all_to_all", 16, 1): 0.01 * 3 / 16 + 3e-6 + 0.1 * 12 / 16 + 12e-5,
+    ("broadcast", 8, 1): 0.01 + 3e-6 + 0.1 + 1e-5,
+    ("all_reduce", 4, 2): 2 * (0.5 * 0.01 + 1e-6) + 2 * (0.5 * 0.05 + 1e-5),  # two on a node
+    ("all_reduce", 1, 1): 0.0,
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES, ids=str)
+def test_messages_by_hand(case: tuple[str, int, int]) -> None:
+    name, ranks, stride = case
+    assert time_of_collective(Collective(name, "backward", GB, ranks, stride), ROUND) == exactly(MESSAGES[case])
+
+
+def test_what_was_measured_of_a_group_is_taken() -> None:
+    link = replace(ROUND.within, curves={"all_reduce/4": Curve((1e3, 1e9), (1e-4, 1.0))})
+    measured = replace(ROUND, within=link)
+    assert time_of_collective(Collective("all_reduce", "backward", GB, 4), measured) == 1.0
+    assert time_of_collective(Collective("all_reduce", "backward", GB, 2), measured) == exactly(0.01 + 2e-6)
+
+
+def test_a_step_hides_what_is_beside_the_computation_of_its_phase() -> None:
+    operations = [
+        operation(10**10, 8),
+        operation(10**10, 8, phase="backward"),
+        operation(0, 8, phase="optimizer", name="add"),
+    ]
+    messages = [
+        Collective("send", "forward", 100_000_000, 2),  # 1 ms and a latency, waited for
+        Collective("send", "forward", 100_000_000, 2, overlapped=True),  # behind 10 ms
+        Collective("send", "backward", 3 * GB, 2, overlapped=True),  # 30 ms, of which 10 are hidden
+    ]
+    time = step_time(Trace(1, NOTHING, operations, messages), ROUND)
+    assert (time.forward, time.backward, time.optimizer) == (exactly(0.01), exactly(0.01), exactly(1e-5))
+    assert time.communication == exactly(0.032 + 3e-6)
+    assert time.exposed == exactly(0.032 + 3e-6 - 0.001 - 1e-6 - 0.01)
+    assert time.total == exactly(time.compute + time.exposed) and time.host == 0.0
+    assert time.bound == "links" and sum(time.parts.values()) == exactly(time.total)
+    assert set(time.parts) == set(BOUNDS)
+    busy = step_time(Trace(1, NOTHING, operations, messages), replace(ROUND, overlap=0.0))
+    assert busy.exposed == busy.communication == exactly(time.communication)
+
+
+def test_processes_that_share_cores_compute_longer() -> None:
+    shared = replace(ROUND, contention={1: 1.0, 2: 1.5})
+    trace = Trace(1, NOTHING, [operation(10**10, 8)])
+    assert step_time(trace, shared, processes=2).total == exactly(0.015)
+    assert step_time(trace, shared).bound == "compute"
+    assert step_time(Trace(1, NOTHING, [operation(8, 10**9)]), shared).bound == "memory"
+    assert step_time(Trace(1, NOTHING, [operation(8, 8)]), shared).bound == "launches"
+
+
+def test_a_calibrated_machine_goes_by_its_curves() -> None:
+    curves = {
+        "product/float32": Curve((100.0, 10_000.0), (1e-6, 1e-4)),
+        "elementwise/float32": Curve((10.0, 1000.0), (1e-6, 1e-4)),
+    }
+    overhead = {"forward": 1e-5, "backward": 2e-5, "optimizer": 0.0}
+    calibration = Calibration("here", curves, overhead, step=1e-3)
+    measured = replace(ROUND, calibration=calibration)
+    assert time_of(operation(1000, 8), measured) == exactly(1e-5 + 1e-5)
+    assert time_of(operation(0, 100, name="add"), measured) == exactly(1e-5 + 1e-5)
+    assert time_of(operation(0, 100, phase="backward", name="gelu"), measured) == exactly(
+        2e-5 + 1e-5
+    )  # of another class
+    assert time_of(operation(1000, 8, "bfloat16"), measured) == exactly(2e-5)
+    step = step_time(Trace(1, NOTHING, [operation(1000, 8)]), measured)
+    assert step.host == 1e-3 and step.total == exactly(1e-3 + 2e-5)
+    large = replace(measured, calibration=replace(calibration, fresh=1e-9, kept=64e6))
+    some, more = (Trace(1, replace(NOTHING, activations=held), []) for held in (64_000_000, 100_000_000))
+    assert step_time(some, large).host == 1e-3 and step_time(more, large).host == exactly(1e-3 + 0.036)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    {
+        "mm": "product", "addmm": "product", "bmm": "batched", "mul": "elementwise", "minimum": "elementwise",
+        "convolution_backward": "convolution_backward", "_log_softmax_backward_data": "softmax",
+        "native_batch_norm_backward": "normalisation_backward", "index_put_": "scatter", "index_select": "gather",
+        "_fused_adamw_": "optimizer", "max": "reduction", "any": "reduction", "all": "reduction",
+        "allclose": "elementwise",
+        "_scaled_dot_product_flash_attention_for_cpu_backward": "attention_backward", "bernoulli_": "random",
+        "_scaled_dot_product_flash_attention_for_cpu": "attention", "_to_copy": "copy", "exp": "transcendental",
+        "expand_copy": "elementwise",
+    }.items(),
+)  # fmt: skip
+def test_classes_of_operators(name: str, kind: str) -> None:
+    assert operator_class(name) == kind
+    assert kind in CLASSES or kind == "elementwise"
