@@ -34,8 +34,8 @@ class Measure(L.Callback):
     Args:
         file: where to.
         what: ``counts`` of steps after the first ones: bytes by kind of message of one, and the most bytes at once of
-            what torch's allocator has given out, the mean of :data:`STEPS`; or ``seconds``, from one batch's end to the
-            next, of the clock and of this process.
+            what torch's allocator has given out, the mean of :data:`STEPS`; or ``seconds``, from a batch's start to its
+            end, by the clock and of this process: a plan has no data to wait for.
     """
 
     def __init__(self, file: str, what: Literal["counts", "seconds"]) -> None:
@@ -44,6 +44,7 @@ class Measure(L.Callback):
         self._messages: Collectives | None = None
         self._profile: Any = None
         self._window: Any = None
+        self._began = 0.0, 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.what == "counts":
@@ -51,15 +52,17 @@ class Measure(L.Callback):
             self._profile.__enter__()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.what == "counts" and trainer.global_step >= FIRST:
+        if self.what == "seconds":
+            self._began = time.perf_counter(), time.process_time()
+        elif trainer.global_step >= FIRST:
             self._messages, self._window = Collectives(), record_function(WINDOW)
             self._messages.__enter__()
             self._window.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.what == "seconds":
-            self.found["clock"].append(time.perf_counter())
-            self.found["process"].append(time.process_time())
+            self.found["clock"].append(time.perf_counter() - self._began[0])
+            self.found["process"].append(time.process_time() - self._began[1])
         elif self._messages is not None:
             self._window.__exit__(None, None, None)
             self._messages.__exit__(None, None, None)
