@@ -34,16 +34,15 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of tensors as one vector, over ranks where they are split, also over several meshes. Collective then.
 
-    Raises:
-        RuntimeError: by torch, for no tensor.
+    ``torch.nn.utils.get_total_norm`` takes the tensors of one mesh; this is it where there is one. 0 of no tensor.
 
-    >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
-    tensor(5.)
+    >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])]), total_norm([])
+    (tensor(5.), tensor(0.))
     """
     by_mesh: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         by_mesh.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh.values()]
+    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh.values() or [[]]]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
@@ -51,6 +50,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
     """Scale gradients by ``min(1, most / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does on one mesh.
+
+    The norm is :func:`total_norm` of all gradients; a parameter without one has no part in it.
 
     >>> x = nn.Parameter(torch.zeros(2))
     >>> x.grad = torch.tensor([3.0, 4.0])

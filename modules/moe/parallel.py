@@ -110,14 +110,21 @@ def parallelize(network: nn.Module, group: Any = None) -> None:
     network._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]  # as DDP reads it
 
 
-def require_divided(network: nn.Module, ranks: int, place: str) -> None:
-    """Raises ValueError, naming the first layer, for experts that so many ranks cannot share."""
+def require_divided(network: nn.Module, ranks: int, place: str, others: Sequence[int] = ()) -> None:
+    """Raises ValueError, naming the first layer, for experts that so many ranks cannot share.
+
+    Args:
+        network: with layers of experts.
+        ranks: how many share them.
+        place: what the message begins with.
+        others: numbers of ranks that it may name instead, with 1; all where empty.
+    """
     for name, layer in expert_layers(network).items():
         E = layer.router.experts
         if layer.experts.separate:
             raise ValueError(f"{place}: {name or 'layer'}: experts of {type(layer.router).__name__} are not split")
         if E % ranks:
-            best = next(n for n in range(ranks, 0, -1) if E % n == 0)
+            best = max(n for n in others or range(1, ranks) if n < ranks and E % n == 0)
             raise ValueError(f"{place}: {name or 'layer'}: {ranks} ranks do not divide {E} experts; {best} do")
 
 

@@ -135,7 +135,7 @@ class Shard:
         shape = self.shape(over_all.size(), getattr(trainer, "num_devices", None))
         if self.expert_ranks is not None:
             experts = sharding.expert_shape(*shape, self.expert_ranks)
-            sharding.require_experts(recipe, self.expert_ranks)
+            sharding.require_experts(recipe, self.expert_ranks, sharding.expert_numbers(*shape))
         mesh = sharding.data_mesh(over_all, *shape)
         policy = MixedPrecisionPolicy()
         if self.dtype is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal, cast
@@ -91,15 +91,24 @@ def expert_shape(replicate: int, shard: int, experts: int) -> tuple[int, int, in
     Traceback (most recent call last):
     ValueError: shard: expert_ranks 3 do not fit the 4 ranks of a copy of the rest; nearest: 2
     """
-    world = replicate * shard
-    fits = [n for n in range(1, world + 1) if shard % n == 0 or (n % shard == 0 and world % n == 0)]
+    fits = expert_numbers(replicate, shard)
     if experts not in fits:
         near = min(fits, key=lambda n: (abs(n - experts), n))
         raise ValueError(
             f"shard: expert_ranks {experts} do not fit the {shard} ranks of a copy of the rest; nearest: {near}"
         )
     parts = shard // experts if shard % experts == 0 else 1
-    return world // (experts * parts), experts, parts
+    return replicate * shard // (experts * parts), experts, parts
+
+
+def expert_numbers(replicate: int, shard: int) -> list[int]:
+    """The X that fit R replicas of S ranks, ascending: those that divide S, and its multiples that divide W.
+
+    >>> expert_numbers(1, 6), expert_numbers(4, 2)
+    ([1, 2, 3, 6], [1, 2, 4, 8])
+    """
+    world = replicate * shard
+    return [n for n in range(1, world + 1) if shard % n == 0 or (n % shard == 0 and world % n == 0)]
 
 
 def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> DeviceMesh:
@@ -117,11 +126,14 @@ def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> Dev
     return DeviceMesh(whole.device_type, ranks, mesh_dim_names=names)
 
 
-def require_experts(recipe: nn.Module, ranks: int) -> None:
-    """Raises ValueError for a recipe whose experts so many ranks cannot share, or which has none."""
+def require_experts(recipe: nn.Module, ranks: int, fits: Sequence[int] = ()) -> None:
+    """Raises ValueError for a recipe whose experts so many ranks cannot share, or which has none.
+
+    ``fits``: the numbers that the message may name instead (:func:`expert_numbers`); all where empty.
+    """
     if not expert_layers(recipe):
         raise ValueError(f"shard: expert_ranks {ranks}: {type(recipe).__name__} has no layer of experts; leave it out")
-    require_divided(recipe, ranks, f"shard: expert_ranks {ranks}")
+    require_divided(recipe, ranks, f"shard: expert_ranks {ranks}", fits)
     if DataParallelMeshDims is None:
         raise ValueError(f"shard: expert_ranks {ranks}: torch {torch.__version__} has no dp_mesh_dims; 2.13 has")
 
@@ -137,7 +149,8 @@ def split_experts(recipe: nn.Module, mesh: DeviceMesh, **how: Any) -> None:
     so that no factor is left to set, as FSDP2 needs where the exchange sums (``set_gradient_divide_factor``, as
     torchtitan does; Megatron-LM #5956). Parameters are DTensors on all axes: a checkpoint has whole experts.
     """
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # would have axes flattened
+    # torch advises, at each gather of whole experts, to flatten the axes, which :func:`expert_mesh` says why not
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     parallelize(recipe, mesh["expert"].get_group())
     names = mesh.mesh_dim_names or ()
     placements: list[Placement] = [Split(0) if name == "expert" else Replicate() for name in names]

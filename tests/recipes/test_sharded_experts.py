@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
-from descant.callbacks import EMA, Resume
+from descant.callbacks import EMA, Harmonize, Resume
 from descant.modules.io.parts import Parted
 from descant.modules.io.plain import load_plain
 from descant.modules.masking.adapters import Adapters
 from descant.modules.masking.decoders import JointDecoder
 from descant.modules.masking.discrete_adapters import TableAdapter
 from descant.modules.moe import ExpertLayers, Router, StaticSkill, TopKRouter, whole_experts
+from descant.modules.multitask import PCGrad
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup import sharding
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
@@ -30,6 +31,7 @@ from descant.run.store import AtomicIO
 from tests._suites.data import SampleData
 from tests.descant.run.test_parted_io import STATES, Again, content, equal, point, require_same_states
 from tests.ranks import run_ranks
+from tests.rotation import by_turns, turn
 from tests.step_toy import QUIET
 
 #: Asked for are 1e-5 of the largest; sums of float64 over ranks differ by far less.
@@ -76,6 +78,8 @@ def test_recipes_whose_experts_cannot_be_shared_are_refused() -> None:
     layer = r"towers\.encoder\.layers\.1\.moe"
     with pytest.raises(ValueError, match=rf"^shard: expert_ranks 4: {layer}: 4 ranks do not divide 6 experts; 3 do"):
         sharding.require_experts(recipe(6), 4)
+    with pytest.raises(ValueError, match=r"4 ranks do not divide 6 experts; 2 do$"):  # 3 do not fit 8 ranks
+        sharding.require_experts(recipe(6), 4, sharding.expert_numbers(1, 8))
     with pytest.raises(ValueError, match=rf"^shard: expert_ranks 2: {layer}: experts of StaticSkill are not split"):
         sharding.require_experts(recipe(3, StaticSkill([[0, 1]]), None), 2)
 
@@ -146,6 +150,12 @@ CASES: tuple[Case, ...] = (
     ("HSDP, accumulated", {"replicate": 2, "expert_ranks": 2}, {"accumulate": 2, "balance": None}),
     ("FSDP2, split", {"expert_ranks": 2, "accumulated": "split"}, {"accumulate": 2, "balance": None}),
 )
+#: How many experts each of the four ranks has.
+HELD: dict[str, list[int]] = {
+    **{name: [1, 1, 1, 1] for name in ("FSDP2, 2", "FSDP2, 4", "HSDP, 4", "FSDP2, recomputed", "FSDP2, split")},
+    **{name: [2, 2, 2, 2] for name in ("HSDP, 2", "replicas, 2", "HSDP, accumulated")},
+    "FSDP2, uneven": [2, 2, 1, 1],
+}
 
 
 def on_ranks(rank: int, world: int, cases: tuple[Case, ...]) -> dict[str, Found]:
@@ -162,6 +172,26 @@ def require_steps_of_one_process(world: int, cases: tuple[Case, ...]) -> list[di
     return ranks
 
 
+def harmonized(rank: int) -> str:
+    """What a rule of gradients is refused with, also where parameters stay gathered."""
+    net = recipe(optimizer=adamw, shard=Shard(reshard_after_forward=False, expert_ranks=2))
+    harmonize, strategy = Harmonize(PCGrad()), Sharded("gloo")
+    trainer = L.Trainer(**QUIET, strategy=strategy, devices=2, num_sanity_val_steps=0, callbacks=[harmonize])
+    with pytest.raises(ValueError) as refused:
+        trainer.fit(net, datamodule=SampleData(modalities=NAMES))
+    assert trainer.global_step == 0
+    return str(refused.value)
+
+
+@needs_axes
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_harmonizers_of_gradients_are_refused() -> None:
+    line = "Harmonize: ranks share the experts of towers.encoder.layers.1.moe, and each has gradients of other ones"
+    for message in run_ranks(2, harmonized):
+        assert message == f"{line}; leave model.shard.init_args.expert_ranks (parallelize) out"
+
+
 @needs_axes
 @pytest.mark.ddp
 def test_two_ranks_share_experts_and_step_as_one_process() -> None:
@@ -174,17 +204,13 @@ def test_two_ranks_share_experts_and_step_as_one_process() -> None:
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_four_ranks_share_experts_and_step_as_one_process() -> None:
-    """Gradients of three clipped steps of AdamW, and weights after them."""
-    ranks = require_steps_of_one_process(4, CASES)
-    size = {name: 8 * 16 for name in ("inward", "outward")}  # of an expert
-    held = {case: [found[case][1] for found in ranks] for case, _, _ in CASES}
-
-    def experts(case: str) -> list[float]:
-        return [one[f"towers.encoder.layers.1.moe.experts.{name}"] / size[name] for one in held[case] for name in size]
-
-    assert experts("FSDP2, 2") == experts("FSDP2, 4") == experts("HSDP, 4") == [1.0] * 8
-    assert experts("HSDP, 2") == experts("replicas, 2") == [2.0] * 8
-    assert experts("FSDP2, uneven") == [2.0] * 4 + [1.0] * 4
+    """Gradients of three clipped steps of AdamW, and weights after them; a third of the cases at a commit."""
+    cases = tuple(turn(CASES, 3))
+    ranks = require_steps_of_one_process(4, cases)
+    for case, _, _ in cases:
+        for name in ("inward", "outward"):
+            place, size = f"towers.encoder.layers.1.moe.experts.{name}", 8 * 16  # of an expert
+            assert [found[case][1][place] / size for found in ranks] == HELD[case], (case, name)
 
 
 # runs ---------------------------------------------------------------------------------------------------------------
@@ -194,7 +220,7 @@ def train(
     rank: int, folder: Path, world: int, shape: dict[str, Any] | None, begin: Path | None = None, store: str = "parts"
 ) -> None:
     """Six steps, averaged, clipped; a point every two."""
-    net = recipe(optimizer=adamw, shard=None if shape is None else Shard(**shape))
+    net = recipe(6, optimizer=adamw, shard=None if shape is None else Shard(**shape))
     trainer = L.Trainer(
         **QUIET,
         strategy="auto" if shape is None else Sharded("gloo"),
@@ -223,6 +249,8 @@ def require_near(found: Any, wanted: Any) -> None:
 
 
 Shape = dict[str, Any] | None
+#: Three experts on each of two ranks, split over two more: two and one.
+UNEVEN: Shape = {"expert_ranks": 2}
 HYBRID: Shape = {"replicate": 2, "shard": 2, "expert_ranks": 2}
 
 
@@ -230,15 +258,16 @@ def on_four(rank: int, folder: Path) -> None:
     """All runs of four ranks, each of which begins from what those before have left."""
     middle = {store: point(folder / store, 4) for store in ("parts", "file")}
     for store in middle:
-        train(rank, folder / store, 4, HYBRID, None, store)
-        train(rank, folder / f"again-{store}", 4, HYBRID, middle[store], store)
-    train(rank, folder / "all", 4, {"expert_ranks": 4}, middle["parts"])
+        train(rank, folder / store, 4, UNEVEN, None, store)
+        train(rank, folder / f"again-{store}", 4, UNEVEN, middle[store], store)
+    train(rank, folder / "hybrid", 4, HYBRID, middle["parts"])
     train(rank, folder / "none", 4, {}, middle["parts"])
 
 
 @needs_axes
 @pytest.mark.ddp
 @pytest.mark.slow
+@by_turns(0, 2)
 def test_checkpoints_hold_whole_experts_and_are_read_by_any_ranks(tmp_path: Path) -> None:
     """In parts and as one file: the same; resumed to the bit; read with experts shared otherwise, or by one rank."""
     run_ranks(4, on_four, tmp_path)
@@ -255,6 +284,6 @@ def test_checkpoints_hold_whole_experts_and_are_read_by_any_ranks(tmp_path: Path
     equal(content(point(tmp_path / "again-parts", 6)), content(last))
     run_ranks(2, train, tmp_path / "two", 2, {"expert_ranks": 2}, middle)
     run_ranks(1, train, tmp_path / "one", 1, {}, middle)
-    for other in ("all", "none", "two", "one"):
+    for other in ("hybrid", "none", "two", "one"):
         require_same_states(content(tmp_path / other / "again.ckpt"), content(middle))
         require_near(load_plain(point(tmp_path / other, 6)), load_plain(last))
