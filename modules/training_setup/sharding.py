@@ -149,7 +149,7 @@ def split_experts(recipe: nn.Module, mesh: DeviceMesh, **how: Any) -> None:
     so that no factor is left to set, as FSDP2 needs where the exchange sums (``set_gradient_divide_factor``, as
     torchtitan does; Megatron-LM #5956). Parameters are DTensors on all axes: a checkpoint has whole experts.
     """
-    # torch advises, at each gather of whole experts, to flatten the axes, which :func:`expert_mesh` says why not
+    # torch warns at each gather of whole experts that the axes are not flattened: see expert_mesh
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     parallelize(recipe, mesh["expert"].get_group())
     names = mesh.mesh_dim_names or ()
