@@ -119,7 +119,7 @@ class Simulated(TorchDispatchMode):
     """Operators of tensors on the device, or that make one, give such tensors; all others run as they are.
 
     A number of the device that is read is 1 while ``once`` is set, for what recipes make sure of in their first step;
-    else torch's error says that it depends on data.
+    else torch raises an error, that it depends on data.
     """
 
     def __init__(self) -> None:

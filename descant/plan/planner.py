@@ -19,9 +19,11 @@ from descant.callbacks.run.stages import Stages
 from descant.cli.check import Check, Checked
 from descant.cli.precision import AUTO
 from descant.modules.core.batch import Batch
+from descant.modules.core.capabilities import has
+from descant.modules.core.protocols import StagedDataModule
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
-from descant.modules.training_setup.trainer import data_parts, trained_samples
+from descant.modules.training_setup.trainer import data_parts, datamodule_of, trained_samples
 from descant.recipes.base.recipe import Recipe
 
 #: Real samples that a planned batch repeats.
@@ -112,6 +114,9 @@ class Building(Check):
 
     def steps(self, trainer: L.Trainer) -> float:
         """Of the run, as it is configured; infinity for one without end."""
+        data: Any = datamodule_of(trainer)
+        if has(data, StagedDataModule):
+            return float(data.steps[data.stage])
         if trainer.max_steps > 0:
             return float(trainer.max_steps)
         epochs, samples = trainer.max_epochs or -1, trained_samples(trainer)

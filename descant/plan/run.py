@@ -24,6 +24,7 @@ from descant.plan.roofline import BOUNDS, time_of_collective
 from descant.plan.search import Planned, Search, best
 from descant.plan.trace import Collective
 from descant.recipes.base.recipe import Recipe
+from descant.recipes.staged import Staged
 
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
@@ -48,6 +49,8 @@ def _plan(
     print(f"on         {ranks} of {hardware.card.name}, {_size(hardware.card.memory)} each")
     length = f", {steps:,.0f} steps" if math.isfinite(steps) else ""
     print(f"step       {rows:,} samples, {search.rows:,} a rank{length}")
+    if isinstance(recipe, Staged):
+        print(f"stage      {recipe.stage}, the first; steps of the others are not planned")
     if any(isinstance(part, Compile) for part in parts):
         print("compile    is not simulated: times are those of separate kernels")
     report = Report(search, steps)
@@ -64,7 +67,7 @@ def _plan(
     chosen = report.chosen
     print("\n" + "\n".join(report.details(chosen[0])))
     for n, one in enumerate(chosen, 1):
-        text = yaml.safe_dump(overlay(one, given, steps), sort_keys=False)
+        text = yaml.safe_dump(overlay(one, given, type(getattr(recipe, "loss", None)).__name__), sort_keys=False)
         print(f"{'best' if n == 1 else '':10s} {n}. {one.name}" + (f": {given.save}-{n}.yaml" if given.save else ""))
         if given.save:
             write_text(Path(f"{given.save}-{n}.yaml"), f"# {report.summary(one)}\n{text}")
@@ -114,7 +117,7 @@ class Report:
         known = math.isfinite(hours)
         return (
             f"{line.name:32s} {_size(line.trace.memory.peak):>8s} {line.most:>7,d} "
-            f"{_time(total):>9s} {shares} {self.mfu(line):6.1%} {self.samples(line):>10,.0f} "
+            f"{_time(total):>9s} {shares} {self.mfu(line):6.1%} {_number(self.samples(line)):>10s} "
             f"{_number(hours) if known else '-':>7s} {_number(hours * self.search.world) if known else '-':>9s}"
             f"{'' if line.fits else '  does not fit'}"
         )
@@ -188,8 +191,8 @@ class Report:
         }
 
 
-def overlay(line: Planned, given: Given, steps: float) -> dict[str, Any]:
-    """Configuration of a layout, to be laid over the experiment."""
+def overlay(line: Planned, given: Given, loss: str) -> dict[str, Any]:
+    """Configuration of a layout, to be laid over the experiment; ``loss``: the class of its loss."""
     layout = line.layout
     trainer: dict[str, Any] = {"num_nodes": given.nodes, "devices": given.gpus_per_node}
     arguments: dict[str, Any] = {}
@@ -206,7 +209,8 @@ def overlay(line: Planned, given: Given, steps: float) -> dict[str, Any]:
     if layout.micro > 1:
         trainer["accumulate_grad_batches"] = layout.micro
     if layout.exchange is not None:
-        arguments["loss"] = {"init_args": {"exchange": {"class_path": type(layout.exchange).__name__}}}
+        exchange = {"class_path": type(layout.exchange).__name__}
+        arguments["loss"] = {"class_path": loss, "init_args": {"exchange": exchange}}
     made: dict[str, Any] = {"trainer": trainer}
     if arguments:
         made["model"] = {"init_args": arguments}

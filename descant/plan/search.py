@@ -51,7 +51,7 @@ class Planned:
         parts += [f"chunks {layout.chunks}"] * (layout.chunks > 1)
         parts += [f"micro-batches {layout.micro}"] * (layout.micro > 1)
         if layout.exchange is not None:
-            parts.append(type(layout.exchange).__name__.lower())
+            parts.append(f"exchange {type(layout.exchange).__name__}")
         return " ".join(parts)
 
 
@@ -121,7 +121,8 @@ class Search:
                     trace = simulation.step(self.rows)
                     if curve is None:
                         sizes = self.sizes(trace)
-                        curve = _curve(sizes, [float(simulation.step(n).memory.activations) for n in sizes])
+                        traces = [trace if n == self.rows else simulation.step(n) for n in sizes]
+                        curve = _curve(sizes, [float(one.memory.activations) for one in traces])
                 one = self.planned(layout, trace, curve)
                 least.append(one.trace.memory.peak - self.rise(curve, self.rows) + self.rise(curve, 1))
                 yield one

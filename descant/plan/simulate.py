@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +50,8 @@ MESSAGES = {
 }
 #: Those that ranks wait for each other in, without a byte.
 _EMPTY = ("barrier", "monitored_barrier_")
+#: Messages whose larger side gloo holds twice, once flat.
+_COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 #: Messages that FSDP2 sends beside the computation, and a ring's.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
 #: Bytes of DDP's first bucket and of the others, as torch has them.
@@ -111,7 +113,7 @@ class Precision:
 class Recorder(TorchDispatchMode):
     """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
 
-    ``copies``: whether a backend copies what it reduces and scatters, as gloo does.
+    ``copies``: whether a backend copies what it gathers and scatters, as gloo does.
     """
 
     def __init__(self, copies: bool = False) -> None:
@@ -132,6 +134,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it asks again for its part
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for ten thousand times a step
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "prim":
@@ -176,7 +180,7 @@ class Recorder(TorchDispatchMode):
         sides = [sum(map(_size, tree_leaves(arg))) for arg in args]
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        if self.copies and name == "_reduce_scatter_base_":
+        if self.copies and name in _COPIED:
             self.peak = max(self.peak, self.live + max(sides))
         beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
         stride = members[1] - members[0] if len(members) > 1 else 1
@@ -279,11 +283,8 @@ class Simulation:
             RuntimeError: where a step reads a value of the device that has no host copy.
         """
         with self._context(self.twin.trainer):
-            if not self._warm:  # the first step makes the states of the optimizer, whatever its rows
-                self.simulated.once = True
-                self._one(min(rows, len(self.batch)))
-                self.simulated.once, self._warm = False, True
-            tokens = self._one(rows)
+            tokens = self._one(rows) if self._warm else self._first(rows)
+            self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
         held = {id(x): x for state in self.optimizer.state.values() for x in tree_leaves(state)}
         states = sum(_size(_local(x)) for x in held.values() if on_device(_local(x)))
@@ -294,6 +295,29 @@ class Simulation:
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
         return Trace(rows * layout.micro, memory, record.operations, collectives, tokens)
+
+    def _first(self, rows: int) -> int:
+        """A step after what the first one of a run makes: gradients, and states of the optimizer.
+
+        They are those of gradients of zeros; of a real step, where recipes make sure of something in it, or where
+        parameters have no part in one.
+        """
+        trained = [p for p in self.twin.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        try:
+            tokens = self._one(rows)
+            if all(p.grad is not None for p in trained):
+                return tokens
+        except DataDependentOutputException:
+            self.twin.output = None
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad()
+        self.simulated.once = True
+        self._one(min(rows, len(self.batch)))
+        self.simulated.once = False
+        return self._one(rows)
 
     def _one(self, rows: int) -> int:
         """One optimizer step; returns the tokens in it."""

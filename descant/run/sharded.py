@@ -78,10 +78,23 @@ class Sharded(ModelParallelStrategy):
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        begun = bool(optimizer.state)
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        state = self._optimizer_state(optimizer)
+        if begun:
+            return state
+        # torch has made a state to read by a step without gradients, which counts: Adam would correct its moments, and
+        # a schedule-free optimizer weigh its average, as in a later step than the next one
+        optimizer.state.clear()
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        return state | {"state": {}} if state else state
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if not isinstance(self.checkpoint_io, PartedIO):
             return super().optimizer_state(optimizer)
         assert self.model is not None
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = _align_compiled_param_names_with_module(get_optimizer_state_dict(self.model, optimizer), self.model)
         by_id = OptimStateKeyType.PARAM_ID
         return FullyShardedDataParallel.rekey_optim_state_dict(state, by_id, self.model)
@@ -108,8 +121,15 @@ class Sharded(ModelParallelStrategy):
         if path.is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
         if not in_parts(path):
-            self.restore_stage(partial(load_plain, path, map_location="cpu", mmap=True))
-            return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
+            content = load_plain(path, map_location="cpu", mmap=True)
+            self.restore_stage(lambda: content)
+            kept = self._optimizers
+            if not any(state["state"] for state in content.get("optimizer_states", ())):
+                self._optimizers = []  # saved before the first step: there is nothing to read
+            try:
+                return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
+            finally:
+                self._optimizers = kept
         getattr(self.checkpoint_io, "wait", lambda: None)()
         why = fault_of_share(path, self.global_rank, self.world_size)
         if why == NONE:
@@ -149,7 +169,8 @@ class Sharded(ModelParallelStrategy):
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=strict))
         states = content.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
-            self._load_optimizer(parted, optimizer, state)
+            if state["state"]:  # it was saved before its first step, otherwise
+                self._load_optimizer(parted, optimizer, state)
         content.pop("optimizer_states", None)
         rest: dict[str, Any] = parted.fill(content)
         return rest

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections import Counter, OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.distributed.tensor import Shard as Split
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from descant.callbacks import EMA, Resume
+from descant.modules.core.dtensor import local, reshard
 from descant.modules.io import manifest, parts, plain_json
 from descant.modules.io.manifest import SUFFIX, fault, fault_of_size, known
 from descant.modules.io.parts import Parted, Piece
@@ -487,6 +489,30 @@ STATES = ("state_dict", "current_model_state", "averaging_state", "optimizer_sta
 def require_same_states(a: dict[str, Any], b: dict[str, Any]) -> None:
     for key in STATES:
         equal(a[key], b[key], key)
+
+
+def _weights(rank: int, folder: Path, store: str, begin: Path | None, early: bool) -> dict[str, Tensor]:
+    """Those of a sharded toy after an epoch; ``early``: with a checkpoint before its first step."""
+    torch.manual_seed(0)
+    make = partial(torch.optim.AdamW, lr=0.05)
+    recipe = ToyRecipe(ToyTower(width=5), ToyTower(width=5), optimizer=make, shard=Shard())
+    settings: dict[str, Any] = {"strategy": Sharded("gloo"), "devices": 1, "max_epochs": 1}
+    settings["plugins"] = [PartedIO() if store == "parts" else AtomicIO()]
+    trainer = quiet_trainer(folder, *([Again()] if early else []), **settings)
+    trainer.fit(recipe, datamodule=ToyData(), ckpt_path=begin, weights_only=True)
+    reshard(recipe)
+    return {name: local(parameter.detach()) for name, parameter in recipe.named_parameters()}
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("store", ["parts", "one"])
+def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path: Path, store: str) -> None:
+    """torch makes the state of an optimizer that it saves or loads by a step, which would count."""
+    [plain] = run_ranks(1, _weights, tmp_path / "plain", store, None, False)
+    [saved] = run_ranks(1, _weights, tmp_path / "saved", store, None, True)
+    [resumed] = run_ranks(1, _weights, tmp_path / "resumed", store, tmp_path / "saved" / "again.ckpt", False)
+    equal(saved, plain)
+    equal(resumed, plain)
 
 
 @pytest.mark.ddp
