@@ -31,6 +31,18 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors in lists of one mesh, for operators that take several, such as ``torch.stack``; those without in another.
+
+    >>> by_mesh([torch.zeros(1), torch.ones(1)])
+    [[tensor([0.]), tensor([1.])]]
+    """
+    found: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(found.values())
+
+
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of tensors as one vector, over ranks where they are split, also over several meshes. Collective then.
 
@@ -39,10 +51,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])]), total_norm([])
     (tensor(5.), tensor(0.))
     """
-    by_mesh: dict[object, list[Tensor]] = {}
-    for tensor in tensors:
-        by_mesh.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh.values() or [[]]]
+    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh(tensors) or [[]]]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 

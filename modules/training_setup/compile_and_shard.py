@@ -25,6 +25,8 @@ _ENTRY_POINTS = (
 )
 #: Those that decode: they read the weights of a language model's blocks past the blocks' forward.
 _DECODERS = ("generate", "roll_out")
+#: Those that callbacks call between steps, on each rank, and recipes within one.
+_READERS = ("scores", "losses")
 
 
 class Compile:
@@ -162,6 +164,11 @@ class Shard:
                     plain = getattr(recipe, method)
                     setattr(recipe, method, sharding.gathering(recipe, plain, self.reshard_after_forward))
                 register_fsdp_forward_method(recipe, method)
+        for method in _READERS:
+            if hasattr(recipe, method):
+                within = getattr(recipe, method)
+                register_fsdp_forward_method(recipe, method)
+                setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
 
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
         """Context of a micro-batch that no optimizer step follows: see :func:`accumulating`."""

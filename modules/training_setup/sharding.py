@@ -204,6 +204,17 @@ def gathering(module: nn.Module, method: Callable[..., Any], freed: bool) -> Cal
     return gathered
 
 
+def anywhere(root: nn.Module, within: Callable[..., Any], outside: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is called while FSDP2 has gathered the root's parameters, as ``within``, or freed them."""
+
+    @wraps(within)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        freed = all(isinstance(p, DTensor) for p in root.parameters() if p.is_floating_point())
+        return (outside if freed else within)(*args, **kwargs)
+
+    return called
+
+
 def reach_outputs(blocks: Iterable[nn.Module]) -> None:
     """Let backward pass through all of these blocks on each rank, also where none of its samples needs that.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
+from descant.__main__ import main
 from descant.callbacks import EMA, Harmonize, Resume
 from descant.modules.io.parts import Parted
 from descant.modules.io.plain import load_plain
@@ -214,6 +216,24 @@ def test_four_ranks_share_experts_and_step_as_one_process() -> None:
 
 
 # runs ---------------------------------------------------------------------------------------------------------------
+
+
+def command(rank: int, folder: Path) -> int:
+    """Two steps and a test, with the callbacks that every run has and those of the experiment."""
+    os.chdir(folder)
+    words = "fit --config masked/experts --config on/fsdp --config on/tiny --model.shard.expert_ranks 2"
+    words += " --trainer.devices 2 --trainer.gradient_clip_val 1 --name shared"
+    return main(words.split())
+
+
+@needs_axes
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_a_run_of_the_command_shares_experts(tmp_path: Path) -> None:
+    assert run_ranks(2, command, tmp_path) == [0, 0]
+    saved = tmp_path / "runs" / "shared" / "001" / "resume" / "step-0000002.ckpt"
+    experts = {name: x for name, x in load_plain(saved)["state_dict"].items() if name.endswith("experts.inward")}
+    assert experts and all(len(x) == 4 for x in experts.values())
 
 
 def train(
