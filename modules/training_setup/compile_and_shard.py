@@ -5,6 +5,7 @@ Each is a typed object from YAML with one method, ``apply(recipe)``, which chang
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ _ENTRY_POINTS = (
 #: Those that decode: they read the weights of a language model's blocks past the blocks' forward.
 _DECODERS = ("generate", "roll_out")
 #: Those that callbacks call between steps, on each rank, and recipes within one.
-_READERS = ("scores", "losses")
+_READERS = ("scores",)
 
 
 class Compile:
@@ -165,8 +166,7 @@ class Shard:
                     setattr(recipe, method, sharding.gathering(recipe, plain, self.reshard_after_forward))
                 register_fsdp_forward_method(recipe, method)
         for method in _READERS:
-            if hasattr(recipe, method):
-                within = getattr(recipe, method)
+            if inspect.ismethod(within := getattr(recipe, method, None)):
                 register_fsdp_forward_method(recipe, method)
                 setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
 
