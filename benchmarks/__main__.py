@@ -63,6 +63,7 @@ BENCHMARKS = {
     "tokens/compute": "benchmarks.tokens:compute",
     "plan/counts": "benchmarks.plan:counts",
     "plan/times": "benchmarks.plan:times",
+    "plan/published": "benchmarks.published:published",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

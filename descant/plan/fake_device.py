@@ -80,6 +80,9 @@ def register() -> torch.device:
     library = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
         library.impl("scaled_dot_product_attention", _attention, key)
+        library.impl("rms_norm", _rms_norm, key)
+    for name, kernel in KERNELS.items():
+        library.impl(name, kernel, "PrivateUse1")
     _kept.extend([*autocast.register(NAME), library])
     from torch.testing._internal.distributed.fake_pg import _create_fake_pg
 
@@ -101,11 +104,15 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Fused attention, which keeps inputs, output and one number a row for backward, and no matrix of weights."""
-    if enable_gqa and q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    fused = q.ndim == 4 and not (attn_mask is not None and attn_mask.requires_grad)
+    """Fused attention, which keeps inputs, output and one number a row for backward, and no matrix of weights; queries
+    may share keys, which CUDA's does not copy. Where ``torch.nn.attention.sdpa_kernel`` allows none, that of parts.
+    """
+    cuda = torch.backends.cuda
+    chosen = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
+    fused = chosen and q.ndim == 4 and not (attn_mask is not None and attn_mask.requires_grad)
     aten: Any = torch.ops.aten
+    if enable_gqa and q.shape[1] != k.shape[1] and (_of_cpu or not fused):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if fused:
         out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -113,6 +120,28 @@ def _attention(
         return out
     plain: Tensor = aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
     return plain
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """One kernel on CUDA where the types agree, several on the CPU."""
+    one: Any = torch.ops.aten._fused_rms_norm.default
+    alike = weight is None or weight.dtype == x.dtype
+    made = one(x, shape, weight, eps) if alike and not _of_cpu else one.decompose(x, shape, weight, eps)
+    out: Tensor = made[0]
+    return out
+
+
+def _fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    rows = [*x.shape[: x.ndim - len(shape)], *[1] * len(shape)]
+    return torch.empty_like(x), x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+#: Single kernels of CUDA, which torch makes of several on a device that has none of its own.
+KERNELS: dict[str, Any] = {"_fused_rms_norm": _fused_rms_norm, "silu_backward": _silu_backward}
 
 
 class Simulated(TorchDispatchMode):
@@ -181,11 +210,16 @@ class _Chunks(Sequence[Tensor]):
         return self.x.narrow(self.dim, first, size) if size else self.x.new_empty(0)
 
 
+#: Not empty while a step is that of processors, which have fewer kernels that do several operations than CUDA.
+_of_cpu: list[bool] = []
+
+
 @contextmanager
-def adapted() -> Iterator[None]:
+def adapted(cpu: bool = False) -> Iterator[None]:
     """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, and
-    FSDP2 makes the part of one rank and not, of each parameter, those of a thousand."""
+    FSDP2 makes the part of one rank and not, of each parameter, those of a thousand. ``cpu``: of whose kernels."""
     part: Any = _fsdp_param
+    _of_cpu[:] = [True] * cpu
     kept = Tensor.record_stream, part._chunk_with_empty
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
     part._chunk_with_empty = _Chunks
@@ -193,3 +227,4 @@ def adapted() -> Iterator[None]:
         yield
     finally:
         Tensor.record_stream, part._chunk_with_empty = kept  # type: ignore[method-assign]
+        _of_cpu.clear()

@@ -29,8 +29,12 @@ class Card:
     Attributes:
         name: as in its data sheet. source: where the numbers are from.
         memory: bytes. bandwidth: of memory, bytes/s. peak: dense FLOP/s of products, by dtype.
-        launch: seconds that an operation takes at least, whatever its size.
+        launch: seconds of the host for an operation, while the accelerator computes earlier ones.
         product_share, bandwidth_share: what large products reach of ``peak``, and what streams reach of ``bandwidth``.
+        attention_share: what fused attention reaches of ``peak``: on an A100 0.73 forward and 0.63 backward at most,
+            of 0.5 and more (FlashAttention-2, Dao 2023, arXiv 2307.08691).
+        kernel: seconds that a kernel takes at least, whatever its size: a judgement, near the 2.9 us of one of 500,000
+            numbers on a V100 (Gray 2019, "Getting Started with CUDA Graphs", NVIDIA).
     """
 
     name: str
@@ -41,10 +45,13 @@ class Card:
     launch: Annotated[float, "time"]
     product_share: Annotated[float, "share"]
     bandwidth_share: Annotated[float, "share"]
+    attention_share: Annotated[float, "share"] = 0.6
+    kernel: Annotated[float, "time"] = 2.5e-6
 
-    def flop_rate(self, dtype: str) -> float:
-        """FLOP/s that large products of a dtype reach; of one without a peak of its own, as of float32."""
-        return self.product_share * self.peak.get(dtype, self.peak["float32"])
+    def flop_rate(self, dtype: str, share: float | None = None) -> float:
+        """FLOP/s at a share of the peak, by default that of large products; of a dtype without a peak of its own, as of
+        float32."""
+        return (self.product_share if share is None else share) * self.peak.get(dtype, self.peak["float32"])
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ def time_of(operation: Operation, hardware: Hardware) -> float:
     """Seconds of one operation alone on its card.
 
     By the data sheet the largest of three: ``FLOPs / (peak of the dtype x share)``, ``bytes / (bandwidth x share)``,
-    and the least an operation takes. Calibrated: what was measured of its class at its size, and the overhead of its
-    phase.
+    and the least a kernel takes; FLOPs are those that the kernel does (``Operation.done``), the share that of products
+    or of fused attention. Calibrated: what was measured of its class at its size, and the overhead of its phase.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline".
 
@@ -30,8 +30,8 @@ def time_of(operation: Operation, hardware: Hardware) -> float:
     >>> big = Operation("mm", "forward", 2 * 8192**3, 2 * 2 * 8192**2, 2 * 8192**2, "bfloat16")
     >>> f"{time_of(big, h100) * 1e3:.3f} ms"  # 2 x 8192^3 / (989.4e12 x 0.8)
     '1.389 ms'
-    >>> f"{time_of(Operation('add', 'forward', 0, 8, 4, 'float32'), h100) * 1e6:.0f} us"
-    '6 us'
+    >>> f"{time_of(Operation('add', 'forward', 0, 8, 4, 'float32'), h100) * 1e6:.1f} us"
+    '2.5 us'
     """
     return _bound(operation, hardware)[0]
 
@@ -40,10 +40,11 @@ def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str]:
     """Seconds, and which of :data:`BOUNDS` they are."""
     kind, size = size_of(operation)
     card, measured = hardware.card, hardware.calibration
-    compute = operation.flops / card.flop_rate(operation.dtype)
+    share = card.attention_share if kind.startswith("attention") else card.product_share
+    compute = operation.flops / card.flop_rate(operation.dtype, share)
     memory = (operation.read + operation.written) / (card.bandwidth * card.bandwidth_share)
     if measured is None:
-        return max((compute, "compute"), (memory, "memory"), (card.launch, "launches"))
+        return max((compute * operation.done, "compute"), (memory, "memory"), (card.kernel, "launches"))
     curves, phase = measured.curves, operation.phase
     curve = next((curves[key] for key in curve_keys(kind, operation.dtype) if key in curves), None)
     kernel = max(compute, memory) if curve is None else curve(size)
@@ -120,7 +121,7 @@ class StepTime:
     """Seconds of one optimizer step of a rank.
 
     Attributes:
-        forward, backward, optimizer: computation by phase.
+        forward, backward, optimizer: computation by phase, and waiting for the host that launches it.
         host: of the trainer, and of memory from the system, beside operations.
         communication: of all messages. exposed: what of it the rank waits for.
         parts: seconds by :data:`BOUNDS`; they add up to the total without ``host``.
@@ -151,6 +152,10 @@ class StepTime:
 def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     """Seconds of a step: computation, and the messages that it does not hide.
 
+    Launches: the host of an accelerator runs ahead of it, by ``launch`` seconds an operation, so that computation takes
+    ``max(sum of kernels, operations x launch)``; what the host takes longer goes to the phases by their operations. Of
+    a calibrated machine each operation takes its own overhead.
+
     Overlap: messages that are sent beside the computation (``overlapped``) hide behind that of their own phase, as long
     as it lasts, by the hardware's ``overlap`` (0 where the cores that compute also send); what is longer, and all other
     messages, the rank waits for: ``exposed = sum of the others + sum over phases of m - overlap min(m, compute)`` with
@@ -169,10 +174,17 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     """
     slowdown = hardware.slowdown(processes)
     computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
+    launched = dict.fromkeys(PHASES, 0.0)
     for operation in trace.operations:
         seconds, bound = _bound(operation, hardware)
         computed[operation.phase] += seconds * slowdown
+        launched[operation.phase] += hardware.card.launch * slowdown
         parts[bound] += seconds * slowdown
+    late = sum(launched.values()) - sum(computed.values())
+    if late > 0 and hardware.calibration is None:
+        parts["launches"] += late
+        for phase in PHASES:
+            computed[phase] += late * launched[phase] / sum(launched.values())
     waited, beside = 0.0, dict.fromkeys(PHASES, 0.0)
     for message in trace.collectives:
         seconds = time_of_collective(message, hardware)

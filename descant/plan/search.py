@@ -76,8 +76,8 @@ class Search:
         ranks: tuple[int, int],
         parts: Sequence[object] = (),
     ) -> None:
-        self.recipe, self.batch, self.hardware = recipe, batch, hardware
         self.nodes, self.per_node = ranks
+        self.recipe, self.batch, self.hardware = recipe, batch, replace(hardware, node=self.per_node)
         self.world = self.nodes * self.per_node
         self.shard = next((part for part in parts if isinstance(part, Shard)), None)
         given = next((part for part in parts if isinstance(part, Checkpointing)), Checkpointing())

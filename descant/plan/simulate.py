@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -23,16 +22,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.losses.exchange import Exchange
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Shard
-from descant.modules.training_setup.flops import grouped_flops
 from descant.modules.training_setup.optim import make_optimizer
 from descant.modules.training_setup.sync_batch_norm import synchronize
+from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
 from descant.plan.fake_device import NAME, Simulated, adapted, on_device, register
 from descant.plan.trace import Collective, Memory, Operation, Trace
 
@@ -156,20 +154,21 @@ class Recorder(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._hold(storage)
                 self._gathered[storage._cdata] = weakref.ref(storage)
-        if not _view(func):
+        if not is_view(func) and func._schema.name.partition("::")[2] not in WITHOUT_KERNEL:
             self._operation(func, args, kwargs, out, given, made)
         return out
 
     def _operation(self, func: Any, args: Any, kwargs: Any, out: Any, given: list[Any], made: list[Any]) -> None:
         floats = [x.dtype for x in given if x.is_floating_point()] or [x.dtype for x in (*made, *given)]
-        written = sum(map(_bytes, made)) or sum(_bytes(given[n]) for n in _writes(func) if n < len(given))
+        written = sum(map(moved, made)) or sum(moved(given[n]) for n in writes(func) if n < len(given))
         record = Operation(
             name=func._schema.name.partition("::")[2],
             phase=self.phase,
-            flops=_flops(func, args, kwargs, out),
-            read=sum(map(_bytes, given)),
+            flops=flops(func, args, kwargs, out),
+            read=sum(map(moved, given)),
             written=written,
             dtype=str(floats[0]).removeprefix("torch."),
+            done=done(func, args),
         )
         self.operations.append(record)
 
@@ -177,7 +176,7 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in _EMPTY:
             return
-        sides = [sum(map(_size, tree_leaves(arg))) for arg in args]
+        sides = [sum(map(nbytes, tree_leaves(arg))) for arg in args]
         group = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
         if self.copies and name in _COPIED:
@@ -206,39 +205,6 @@ class Recorder(TorchDispatchMode):
             storage = reference()
             if storage is not None:
                 self._hold(storage)
-
-
-@cache
-def _view(func: Any) -> bool:
-    returns = [r.alias_info for r in func._schema.returns]
-    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
-
-
-@cache
-def _writes(func: Any) -> tuple[int, ...]:
-    arguments = enumerate(func._schema.arguments)
-    return tuple(n for n, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-
-
-def _size(x: Any) -> int:
-    return x.numel() * x.element_size() if isinstance(x, Tensor) else 0
-
-
-def _bytes(x: Tensor) -> int:
-    """Bytes that a kernel moves for a tensor: rows that are expanded are read once."""
-    return min(_size(x), x.untyped_storage().nbytes())
-
-
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    packet = func._overloadpacket
-    aten: Any = torch.ops.aten
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
-    if packet is aten._grouped_mm:  # as if every row were of a group
-        return grouped_flops(args[0], args[1]) if args[0].ndim != 2 else 2 * args[0].numel() * args[1].shape[-1]
-    return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 # steps --------------------------------------------------------------------------------------------------------------
@@ -271,7 +237,7 @@ class Simulation:
     def _context(self, trainer: Any) -> Iterator[None]:
         kept, trainer.log_every_n_steps = trainer.log_every_n_steps, 0
         try:
-            with self.simulated, adapted(), self.record:
+            with self.simulated, adapted(cpu=self.record.copies), self.record:
                 yield
         finally:
             trainer.log_every_n_steps = kept
@@ -287,9 +253,9 @@ class Simulation:
             self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
         held = {id(x): x for state in self.optimizer.state.values() for x in tree_leaves(state)}
-        states = sum(_size(_local(x)) for x in held.values() if on_device(_local(x)))
-        weights = sum(_size(_local(x)) for x in (*twin.parameters(), *twin.buffers()))
-        gradients = sum(_size(_local(p.grad)) for p in twin.parameters() if p.grad is not None)
+        states = sum(nbytes(_local(x)) for x in held.values() if on_device(_local(x)))
+        weights = sum(nbytes(_local(x)) for x in (*twin.parameters(), *twin.buffers()))
+        gradients = sum(nbytes(_local(p.grad)) for p in twin.parameters() if p.grad is not None)
         reduced = layout.strategy == "ddp" and layout.world > 1
         collectives = record.collectives + (list(_reducing(twin, layout)) if reduced else [])
         beside = record.peak - weights - states - gradients
@@ -409,12 +375,12 @@ def _reducing(twin: nn.Module, layout: Layout) -> Iterator[Collective]:
     """What DDP sends: buffers from the first rank before a forward, and gradients in buckets, the last ones first."""
     buffers: dict[torch.dtype, int] = {}
     for buffer in twin.buffers():
-        buffers[buffer.dtype] = buffers.get(buffer.dtype, 0) + _size(buffer)
+        buffers[buffer.dtype] = buffers.get(buffer.dtype, 0) + nbytes(buffer)
     for size in buffers.values():
         yield Collective("broadcast", "forward", size, layout.world)
     limit, held = BUCKETS[0], 0
     for parameter in reversed([p for p in twin.parameters() if p.requires_grad]):
-        held += _size(parameter)
+        held += nbytes(parameter)
         if held >= limit:
             yield Collective("all_reduce", "backward", held, layout.world, overlapped=True)
             limit, held = BUCKETS[1], 0
@@ -427,5 +393,6 @@ def _local(x: Any) -> Any:
 
 
 def _tokens(batch: Batch) -> int:
-    """Of inputs that are sequences of codes, padding among them."""
-    return sum(x.numel() for x in batch.inputs.values() if x.ndim == 2 and not x.is_floating_point())
+    """Of inputs that are sequences of codes, padding among them; a mask of them is none."""
+    codes = [x for x in batch.inputs.values() if x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool]
+    return sum(x.numel() for x in codes)

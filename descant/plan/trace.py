@@ -18,6 +18,8 @@ class Operation:
         flops: of products, convolutions and attention; 0 of others.
         read, written: bytes of the tensors that go in and come out; a view that comes out is none.
         dtype: in which it computes, such as ``bfloat16``.
+        done: share of ``flops`` that the kernel does: causal attention skips what is masked, and is counted in full,
+            as MFU has it (Chowdhery 2022, PaLM, appendix B).
     """
 
     name: str
@@ -26,6 +28,7 @@ class Operation:
     read: int
     written: int
     dtype: str
+    done: float = 1.0
 
 
 @dataclass(frozen=True)

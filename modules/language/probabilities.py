@@ -11,13 +11,16 @@ from descant.modules.core.dtype import promote
 
 #: Logits computed at once.
 CELLS = 1 << 22
+#: Rows of a block at least. Each block reads W whole: with fewer rows than an accelerator has FLOPs for a byte of its
+#: memory (some 300 of an H100 in bfloat16) it would wait for W, not compute.
+ROWS = 512
 
 
 def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
     """``log softmax(h_n W^T / temperature)[token_n]``: float32 ``[N]`` (float64 of float64), gradients to h and W.
 
-    Logits are computed for about four million numbers at a time, and recomputed in backward: memory does not grow with
-    the vocabulary.
+    Logits are computed for about four million numbers at a time, or 512 tokens, and recomputed in backward: memory does
+    not grow with N.
 
     >>> h_ND, w_VD = torch.randn(5, 4), torch.randn(9, 4)
     >>> wanted = (h_ND @ w_VD.T).log_softmax(dim=1)[:, 3]
@@ -35,7 +38,7 @@ def _scaled(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float) -> Tensor:
-        rows = max(CELLS // len(w_VD), 1)
+        rows = max(CELLS // len(w_VD), ROWS)
         parts, totals = [], []
         for h_nD, token_n in zip(h_ND.split(rows), token_N.split(rows), strict=True):
             x_nV = _scaled(h_nD, w_VD, temperature)
@@ -49,7 +52,7 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_ND, w_VD, token_N, total_N = ctx.saved_tensors
-        rows = max(CELLS // len(w_VD), 1)
+        rows = max(CELLS // len(w_VD), ROWS)
         needs_h, needs_w = ctx.needs_input_grad[:2]
         grad_h = torch.empty_like(h_ND) if needs_h else None
         grad_w = torch.zeros_like(w_VD) if needs_w else None

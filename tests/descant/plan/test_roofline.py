@@ -35,7 +35,7 @@ def test_an_operation_takes_the_largest_of_three() -> None:
     assert time_of(operation(10**10, 8, "bfloat16"), ROUND) == exactly(0.005)
     assert time_of(operation(10**10, 8, "float16"), ROUND) == exactly(0.01)  # without a peak of its own
     assert time_of(operation(8, 10**9), ROUND) == exactly(0.01)
-    assert time_of(operation(8, 8), ROUND) == exactly(1e-5)
+    assert time_of(operation(8, 8), ROUND) == exactly(2.5e-6)  # of any kernel
     half = replace(ROUND, card=replace(CARD, product_share=0.5, bandwidth_share=0.25))
     assert time_of(operation(10**10, 8), half) == exactly(0.02) and time_of(operation(8, 10**9), half) == exactly(0.04)
 
@@ -87,7 +87,7 @@ def test_a_step_hides_what_is_beside_the_computation_of_its_phase() -> None:
         Collective("send", "backward", 3 * GB, 2, overlapped=True),  # 30 ms, of which 10 are hidden
     ]
     time = step_time(Trace(1, NOTHING, operations, messages), ROUND)
-    assert (time.forward, time.backward, time.optimizer) == (exactly(0.01), exactly(0.01), exactly(1e-5))
+    assert (time.forward, time.backward, time.optimizer) == (exactly(0.01), exactly(0.01), exactly(2.5e-6))
     assert time.communication == exactly(0.032 + 3e-6)
     assert time.exposed == exactly(0.032 + 3e-6 - 0.001 - 1e-6 - 0.01)
     assert time.total == exactly(time.compute + time.exposed) and time.host == 0.0
@@ -104,6 +104,23 @@ def test_processes_that_share_cores_compute_longer() -> None:
     assert step_time(trace, shared).bound == "compute"
     assert step_time(Trace(1, NOTHING, [operation(8, 10**9)]), shared).bound == "memory"
     assert step_time(Trace(1, NOTHING, [operation(8, 8)]), shared).bound == "launches"
+
+
+def test_attention_has_a_share_of_its_own_and_skips_what_is_masked() -> None:
+    card = replace(CARD, attention_share=0.5)
+    attention = operation(10**10, 8, name="_scaled_dot_product_flash_attention_for_cpu_backward")
+    assert time_of(attention, replace(ROUND, card=card)) == exactly(0.02)
+    assert time_of(replace(attention, done=0.75), replace(ROUND, card=card)) == exactly(0.015)
+
+
+def test_the_host_launches_ahead_of_what_computes() -> None:
+    """Kernels of 2.5 us of which each takes the host 10 us, before and beside one that takes long."""
+    small = [operation(0, 8), operation(0, 8, phase="backward"), operation(0, 8, phase="backward")]
+    waits = step_time(Trace(1, NOTHING, small), ROUND)
+    assert (waits.forward, waits.backward, waits.total) == (exactly(1e-5), exactly(2e-5), exactly(3e-5))
+    assert waits.bound == "launches" and sum(waits.parts.values()) == exactly(waits.total)
+    hidden = step_time(Trace(1, NOTHING, [*small, operation(10**10, 8)]), ROUND)
+    assert hidden.total == exactly(0.01 + 7.5e-6) and hidden.parts["launches"] == exactly(7.5e-6)
 
 
 def test_a_calibrated_machine_goes_by_its_curves() -> None:

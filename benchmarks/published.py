@@ -1,0 +1,159 @@
+"""Plans of published runs at their own settings, beside their throughput: ``python -m benchmarks plan/published``.
+
+Facts and settings are in ``plans/published.yaml``. A run of which a plan leaves something out says what, and informs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import yaml
+
+from benchmarks import Row
+
+FOLDER = Path(__file__).parent / "plans"
+#: As published -> hardware that ships, or a file.
+CARDS = {
+    "A100 40 GB": "a100-40gb",
+    "A100": "a100-40gb",  # JUWELS Booster, where the scaling laws were measured (Cherti 2022)
+    "A100 80 GB": "a100-80gb",
+    "H100 96 GB HBM2e, 500 W": str(FOLDER / "hardware" / "h100-96gb-500w.yaml"),
+}
+BAR = (0.75, 1.25)
+#: Other ways in which some of the runs are planned, for what a difference costs.
+OTHERS: dict[str, tuple[Literal["today", "kept"], ...]] = {
+    "clip-b32-laion400m": ("today",),
+    "clip-l14-laion400m": ("today",),
+    "llama3-8b-fsdp-8": ("today", "kept"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One run as it was published; keys are those of ``published.yaml``."""
+
+    name: str
+    facts: dict[str, Any]
+
+    @property
+    def rate(self) -> float:
+        """Samples a second and GPU, or tokens."""
+        return float(self.facts["tokens_per_second_per_gpu" if self.tokens else "samples_per_second_per_gpu"])
+
+    @property
+    def tokens(self) -> int:
+        """Of a row; 0 where rates are of samples."""
+        return int(self.facts.get("tokens", 0))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Nodes, and GPUs of each."""
+        per_node = int(self.facts["gpus_per_node"])
+        return int(self.facts["gpus"]) // per_node, per_node
+
+    @property
+    def tf32(self) -> bool:
+        return "TF32" in str(self.facts.get("precision"))
+
+    @property
+    def checkpointing(self) -> bool | None:
+        """Whether blocks are recomputed; None where it is not stated."""
+        stated = self.facts.get("checkpointing")
+        return None if stated is None else bool(stated)
+
+    @property
+    def in_parts(self) -> str:
+        """What torch had no single kernel for at the time: ``attention``, ``norms`` or nothing."""
+        return str(self.facts.get("in_parts", ""))
+
+    @property
+    def reason(self) -> str:
+        """Why a plan is not expected to tell the rate within the bar; empty where it is."""
+        return str(self.facts.get("beside_the_plan", ""))
+
+
+@cache
+def runs() -> dict[str, Published]:
+    facts = yaml.safe_load((FOLDER / "published.yaml").read_text(encoding="utf-8"))["runs"]
+    return {name: Published(name, content) for name, content in facts.items()}
+
+
+def attention_of_2021(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Any:
+    """As nn.MultiheadAttention had it before torch 2.0: product, mask added, softmax (autocast: of float32), product.
+
+    Source: torch 1.10, torch/nn/functional.py, _scaled_dot_product_attention.
+    """
+    import torch
+
+    w = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(w.shape[-2:], dtype=torch.bool, device=w.device).tril()
+    if attn_mask is not None:
+        w = w + torch.zeros_like(attn_mask, dtype=w.dtype).masked_fill(attn_mask.logical_not(), float("-inf"))
+    return w.softmax(dim=-1) @ v
+
+
+def _kernels(in_parts: str) -> AbstractContextManager[Any]:
+    """``attention``: :func:`attention_of_2021`. ``norms``: RMSNorm of several kernels, keys copied for each query."""
+    from descant.plan import fake_device, simulate
+
+    of_parts = fake_device.adapted
+    if in_parts == "attention":
+        return mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_of_2021)
+    if in_parts == "norms":
+        return mock.patch.object(simulate, "adapted", lambda cpu: of_parts(cpu=True))
+    return nullcontext()
+
+
+def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
+    """Samples or tokens a second and GPU, of the layout that was published: DDP for samples, FSDP2 for tokens.
+
+    Blocks are recomputed as stated, else where a step does not fit without. Kernels are those of the time; ``today``:
+    of this torch. ``kept``: nothing is recomputed, whether it fits or not.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a group without ranks warns at each message
+    from descant.cli.arguments import read
+    from descant.cli.main import run as build
+    from descant.plan.hardware import load
+    from descant.plan.planner import Building
+    from descant.plan.roofline import step_time
+    from descant.plan.search import USABLE, Search
+
+    hardware, rates = load(CARDS[run.facts["gpu"]]), list[float]()
+    words = ["--config", str(FOLDER / f"{run.facts['plan']}.yaml")]
+    if run.tf32:
+        peak = hardware.card.peak
+        hardware = replace(hardware, card=replace(hardware.card, peak=peak | {"float32": peak["tf32"]}))
+        words += ["--trainer.precision", "32-true"]
+
+    def plan(recipe: Any, batch: Any, rows: int, steps: float, parts: list[Any]) -> None:
+        search = Search(recipe, batch, run.facts["batch"], hardware, run.ranks, parts)
+        strategy, (without, again) = "fsdp" if run.tokens else "ddp", search.checkpointing
+        recomputed = run.checkpointing if way != "kept" else False
+        trace = search.simulated(search.layout(strategy, again if recomputed else without), search.rows)
+        if recomputed is None and trace.memory.peak > USABLE * hardware.card.memory:
+            trace = search.simulated(search.layout(strategy, again), search.rows)
+        rates.append(search.rows * max(run.tokens, 1) / step_time(trace, search.hardware).total)
+
+    request = read("fit", words)
+    request.command = "check"
+    with _kernels("" if way == "today" else run.in_parts):
+        build(request, Building(plan, "bf16-mixed"))
+    return rates[0]
+
+
+def published() -> Iterator[Row]:
+    """Planned throughput over the published one, within 25 %; a row that informs says what is beside the plan."""
+    for name, run in runs().items():
+        ratio = planned(run) / run.rate
+        row = Row.within(f"plan/published {name}", ratio, BAR)
+        yield replace(row, bar=None, ok=True, rule=run.reason) if run.reason else row
+        for way in OTHERS.get(name, ()):
+            yield Row.informs(f"plan/published {name} {way}", planned(run, way) / run.rate)

@@ -1,0 +1,82 @@
+"""Which kernels a step launches, and what they do, as CUDA and processors have them. Letters: B rows, T positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from descant.plan.fake_device import Simulated, adapted, register
+from descant.plan.simulate import Recorder
+from descant.plan.trace import Operation
+
+B, HEADS, KEYS, T, WIDTH = 2, 4, 2, 16, 8
+
+
+def recorded(step: Callable[[torch.device], Tensor], cpu: bool = False) -> list[Operation]:
+    """Operations of a function of the device, and of its backward."""
+    record = Recorder(copies=cpu)
+    with Simulated(), adapted(cpu), record:
+        out = step(register())
+        record.phase = "backward"
+        if out.requires_grad:
+            out.backward(torch.empty_like(out))
+    return record.operations
+
+
+def names(operations: list[Operation], phase: str) -> list[str]:
+    return [one.name for one in operations if one.phase == phase]
+
+
+def gated(device: torch.device) -> Tensor:
+    norm = nn.RMSNorm(WIDTH, device=device)
+    return F.silu(norm(torch.empty(B, WIDTH, device=device)))
+
+
+def attended(device: torch.device) -> Tensor:
+    q = torch.empty(B, HEADS, T, WIDTH, device=device, requires_grad=True)
+    k, v = (torch.empty(B, KEYS, T, WIDTH, device=device) for _ in range(2))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_single_kernels_of_cuda() -> None:
+    on_cuda, on_cpu = recorded(gated), recorded(gated, cpu=True)
+    assert names(on_cuda, "forward")[-2:] == ["_fused_rms_norm", "silu"]
+    assert names(on_cuda, "backward") == ["silu_backward", "_fused_rms_norm_backward"]
+    assert {"pow", "mean", "rsqrt"} <= set(names(on_cpu, "forward")) and "silu_backward" in names(on_cpu, "backward")
+
+
+def test_what_launches_nothing_is_no_operation() -> None:
+    def step(device: torch.device) -> Tensor:
+        x = torch.empty(4, 4, device=device)
+        return torch.ops.aten._unsafe_view(torch.empty_like(x) + x.new_empty(4, 4), [16])
+
+    assert names(recorded(step), "forward") == ["add"]
+
+
+def test_a_product_in_place_is_counted() -> None:
+    def step(device: torch.device) -> Tensor:
+        return torch.empty(2, 5, device=device).addmm_(
+            torch.empty(2, 3, device=device), torch.empty(3, 5, device=device)
+        )
+
+    assert [one.flops for one in recorded(step)] == [2 * 2 * 3 * 5]
+
+
+def test_causal_attention_does_what_is_not_masked() -> None:
+    """Two products of T x T weights forward and five backward, of every head of the queries; keys are not copied."""
+    forward, backward = [one for one in recorded(attended) if "scaled_dot_product" in one.name]
+    pairs = B * HEADS * T * T
+    assert (forward.flops, backward.flops) == (2 * 2 * pairs * WIDTH, 2 * 5 * pairs * WIDTH)
+    assert forward.done == backward.done == (T + 1) / (2 * T)
+    assert forward.read == 4 * B * (HEADS + 2 * KEYS) * T * WIDTH
+
+
+def test_attention_of_parts_writes_its_weights() -> None:
+    with sdpa_kernel(SDPBackend.MATH):
+        operations = recorded(attended)
+    assert {"bmm"} < set(names(operations, "forward")) and not any("scaled_dot" in one.name for one in operations)
+    assert max(one.written for one in operations) >= 4 * B * HEADS * T * T
