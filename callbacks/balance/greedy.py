@@ -10,12 +10,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
 from descant.callbacks.run.callback_order import Ordered
 from descant.modules.balance.conditional_speed import ConditionalSpeed
+from descant.modules.core.dtensor import total_norm
 from descant.modules.core.host import read_together
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.sham import Sham
@@ -122,6 +122,5 @@ def _ratio(parameters: list[nn.Parameter]) -> Tensor:
     """``|g|^2 / |theta|^2`` in float64, over ranks where they are sharded."""
     trained = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in trained if p.grad is not None]
-    norms = [torch.nn.utils.get_total_norm(part) for part in (gradients, [p.detach() for p in trained])]
-    gradient, size = (norm.full_tensor().double() if isinstance(norm, DTensor) else norm.double() for norm in norms)
+    gradient, size = (total_norm(part).double() for part in (gradients, [p.detach() for p in trained]))
     return (gradient / size).square()

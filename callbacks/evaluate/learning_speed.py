@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtensor import total_norm
 from descant.modules.core.faults import UNREAD
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.training_setup.trainer import log_interval
@@ -94,5 +94,4 @@ def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """The norm of all tensors together, over ranks where they are sharded."""
     if not tensors:
         return torch.zeros((), device=device)
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return total_norm(tensors)

@@ -57,7 +57,7 @@ class WithoutExperts(ForwardEvaluator):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        most = max((layer.experts.experts for layer in _layers(pl_module)), default=0)
+        most = max((layer.router.experts for layer in _layers(pl_module)), default=0)
         for name, number in ((name, max(numbers)) for name, numbers in self.experts.items()):
             if number >= most and stage != "fit":  # a later stage of training may bring experts
                 raise ValueError(f"WithoutExperts: experts: {name}: no expert {number}; the model has {most} a layer")

@@ -28,6 +28,7 @@ from descant.modules.core.protocols import HasObjective
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
+from descant.modules.moe.active import expert_layers
 from descant.modules.multitask import Rule
 from descant.modules.multitask.mix import gram, grams, mix_of, mixed, stacked, term_gradients
 from descant.modules.training_setup.trainer import log_interval
@@ -235,6 +236,12 @@ class Harmonize(L.Callback):
 @contextmanager
 def _unsharded(pl_module: nn.Module) -> Iterator[None]:
     """Context: backward passes do not free the gathered parameters (FSDP2), which the step's own backward needs."""
+    shared = next((name for name, layer in expert_layers(pl_module).items() if layer.group is not None), None)
+    if shared is not None:
+        raise ValueError(
+            f"Harmonize: ranks share the experts of {shared}, and each has gradients of other ones; leave "
+            "model.shard.init_args.expert_ranks (parallelize) out"
+        )
     split = next((name for name, p in pl_module.named_parameters() if isinstance(p, DTensor)), None)
     if split is not None:
         raise ValueError(
@@ -273,7 +280,8 @@ def gradients(
     and rules at forked features are not applied.
 
     Raises:
-        ValueError: naming a parameter that is sharded between forward and backward: no rank has its whole gradient.
+        ValueError: naming a parameter that is sharded between forward and backward: no rank has its whole gradient;
+            or a layer whose experts ranks share.
     """
     hooks, objective = hooks_of(pl_module), pl_module.step.objective
     assert objective is not None

@@ -16,6 +16,7 @@ from descant.callbacks.run.worker_sockets import require_sockets, workers_of
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
+from descant.modules.core.dtensor import by_mesh
 from descant.modules.core.errors import warn
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, RolloutData
@@ -96,8 +97,8 @@ class Sanity(L.Callback):
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
         if norms and has(data_now(trainer), RolloutData):
             return  # answers of equal rewards, as an untrained policy may give, have zero gradients: Rollouts warns
-        # one device read for the whole model; a NaN is not "no gradient"
-        if trainable and (not norms or float(torch.stack(norms).max()) == 0):
+        # one device read for the whole model, two where ranks share experts; a NaN is not "no gradient"
+        if trainable and all(float(torch.stack(part).max()) == 0 for part in by_mesh(norms)):
             _warn(trainer, "no parameter got a gradient from the first batch: its loss does not depend on the model")
 
     def on_train_batch_end(

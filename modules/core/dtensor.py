@@ -1,6 +1,8 @@
-"""Parameters that are split over ranks (DTensor, FSDP2): a rank's own part, a whole tensor split alike, freeing."""
+"""Parameters that are split over ranks (DTensor, FSDP2): a rank's part, a tensor split alike, norms, freeing."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,49 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors in lists of one mesh, for operators that take several, such as ``torch.stack``; those without in another.
+
+    >>> by_mesh([torch.zeros(1), torch.ones(1)])
+    [[tensor([0.]), tensor([1.])]]
+    """
+    found: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(found.values())
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of tensors as one vector, over ranks where they are split, also over several meshes. Collective then.
+
+    ``torch.nn.utils.get_total_norm`` takes the tensors of one mesh; this is it where there is one. 0 of no tensor.
+
+    >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])]), total_norm([])
+    (tensor(5.), tensor(0.))
+    """
+    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh(tensors) or [[]]]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale gradients by ``min(1, most / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does on one mesh.
+
+    The norm is :func:`total_norm` of all gradients; a parameter without one has no part in it.
+
+    >>> x = nn.Parameter(torch.zeros(2))
+    >>> x.grad = torch.tensor([3.0, 4.0])
+    >>> clip_by_norm([x], 1.0)
+    >>> x.grad
+    tensor([0.6000, 0.8000])
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if grads:
+        factor = (most / (total_norm(grads) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(grad) for grad in grads], factor)
 
 
 def reshard(module: nn.Module) -> None:

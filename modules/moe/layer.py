@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.dtensor import local
 from descant.modules.core.host import derived
 from descant.modules.core.objective import counted
 from descant.modules.moe.capacity import Capacity
@@ -40,7 +41,7 @@ class Experts(nn.Module):
 
         def chosen(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
             if isinstance(weights, Tensor):
-                return [weights.to(x_MD.dtype)]
+                return [local(weights).to(x_MD.dtype)]
             return [weights[e].to(x_MD.dtype) for e in (range(len(weights)) if only is None else only)]
 
         return expert_mlp(x_MD, self.weights(chosen), self.activation, segments)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from descant.modules.core.host import to_device
 from descant.modules.moe.active import expert_layers
@@ -97,13 +98,9 @@ def parallelize(network: nn.Module, group: Any = None) -> None:
         ValueError: for experts that the ranks do not divide, or that are parameters of their own (StaticSkill).
     """
     ranks, names = ExpertGroup(group), list[str]()
+    require_divided(network, ranks.size, "parallelize")
     for name, layer in expert_layers(network).items():
         E, R = layer.router.experts, ranks.size
-        if layer.experts.separate:
-            raise ValueError(f"parallelize: {name or 'layer'}: experts of {type(layer.router).__name__} are not split")
-        if E % R:
-            best = next(n for n in range(R, 0, -1) if E % n == 0)
-            raise ValueError(f"parallelize: {name or 'layer'}: {R} ranks do not divide {E} experts; {best} do")
         for part, parameter in list(layer.experts.named_parameters(recurse=False)):
             own = parameter.detach().chunk(R)[ranks.rank].clone()
             setattr(layer.experts, part, nn.Parameter(own, parameter.requires_grad))
@@ -113,13 +110,32 @@ def parallelize(network: nn.Module, group: Any = None) -> None:
     network._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]  # as DDP reads it
 
 
+def require_divided(network: nn.Module, ranks: int, place: str, others: Sequence[int] = ()) -> None:
+    """Raises ValueError, naming the first layer, for experts that so many ranks cannot share.
+
+    Args:
+        network: with layers of experts.
+        ranks: how many share them.
+        place: what the message begins with.
+        others: numbers of ranks that it may name instead, with 1; all where empty.
+    """
+    for name, layer in expert_layers(network).items():
+        E = layer.router.experts
+        if layer.experts.separate:
+            raise ValueError(f"{place}: {name or 'layer'}: experts of {type(layer.router).__name__} are not split")
+        if E % ranks:
+            best = max(n for n in others or range(1, ranks) if n < ranks and E % n == 0)
+            raise ValueError(f"{place}: {name or 'layer'}: {ranks} ranks do not divide {E} experts; {best} do")
+
+
 def whole_experts(network: nn.Module) -> dict[str, Tensor]:
     """The network's state with the experts of all ranks, as one process has it, on every rank. Collective."""
-    state = dict(network.state_dict())
+    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in network.state_dict().items()}
     for name, layer in expert_layers(network).items():
         ranks = layer.group
-        for part, own in layer.experts.named_parameters(recurse=False) if ranks is not None else ():
-            assert ranks is not None
+        for part, own in layer.experts.named_parameters(recurse=False):
+            if ranks is None or isinstance(own, DTensor):  # as Shard splits them: put together above
+                continue
             slices = [torch.empty_like(own) for _ in range(ranks.size)]
             dist.all_gather(slices, own.detach().contiguous(), group=ranks.group)
             state[f"{name}.experts.{part}".lstrip(".")] = torch.cat(slices)

@@ -5,6 +5,7 @@ Each is a typed object from YAML with one method, ``apply(recipe)``, which chang
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ _ENTRY_POINTS = (
 )
 #: Those that decode: they read the weights of a language model's blocks past the blocks' forward.
 _DECODERS = ("generate", "roll_out")
+#: Those that callbacks call between steps, on each rank, and recipes within one.
+_READERS = ("scores",)
 
 
 class Compile:
@@ -77,6 +80,10 @@ class Shard:
 
     of P bytes, so that with ``shard: node`` only 1 / S of the gradients go from node to node.
 
+    With ``expert_ranks`` X neighbours share the experts of each layer, E / X whole ones each, to which tokens are sent
+    (:class:`ExpertGroup`); each rank's experts are split over the ranks that have the same, in a shard group where X
+    divides S. All else lies as without. Generation needs whole experts.
+
     Parameters outside the blocks of towers and language models (embeddings, norms, heads, losses) are gathered once for
     a whole step, so that any method of a tower may use them. Needs ``trainer.strategy: Sharded``, on GPUs or CPUs. A
     parameter without dimensions becomes one of shape [1], which can be split; quantized weights stay whole.
@@ -89,10 +96,12 @@ class Shard:
         shard: S, or ``node`` for the ranks of each node; by default what ``replicate`` leaves.
         accumulated: gradients of micro-batches that share a step stay whole on each rank and are exchanged once, as
             under DDP (P more in memory), or are ``split`` after each micro-batch, and exchanged by replicas once.
+        expert_ranks: X; each rank has parts of all experts where None.
 
     Raises:
         ValueError: if ``dtype`` is unknown, or a number below 1; in ``apply``, if there is no device mesh, for numbers
-            that are not those of the ranks (with the nearest that are), and for experts that ranks share already.
+            that are not those of the ranks (with the nearest that are), for experts that so many ranks cannot share,
+            and for those that ranks share already.
     """
 
     def __init__(
@@ -102,14 +111,16 @@ class Shard:
         replicate: int | None = None,
         shard: int | Literal["node"] | None = None,
         accumulated: Literal["whole", "split"] = "whole",
+        expert_ranks: int | None = None,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: {no_such(dtype, DTYPES)}")
-        for name, number in (("replicate", replicate), ("shard", shard)):
+        for name, number in (("replicate", replicate), ("shard", shard), ("expert_ranks", expert_ranks)):
             if isinstance(number, int) and number < 1:
                 raise ValueError(f"{name} {number}: at least 1")
         self.reshard_after_forward, self.dtype = reshard_after_forward, dtype
         self.replicate, self.shard, self.accumulated = replicate, shard, accumulated
+        self.expert_ranks = expert_ranks
 
     def shape(self, world: int, node: int | None = None) -> tuple[int, int]:
         """``(R, S)`` of W ranks, ``node`` on each node: see :func:`mesh_shape`."""
@@ -124,7 +135,11 @@ class Shard:
         sharding.require_shardable(recipe)
         trainer: Any = getattr(recipe, "_trainer", None)
         over_all = whole_mesh["data_parallel"]
-        mesh = sharding.data_mesh(over_all, *self.shape(over_all.size(), getattr(trainer, "num_devices", None)))
+        shape = self.shape(over_all.size(), getattr(trainer, "num_devices", None))
+        if self.expert_ranks is not None:
+            experts = sharding.expert_shape(*shape, self.expert_ranks)
+            sharding.require_experts(recipe, self.expert_ranks, sharding.expert_numbers(*shape))
+        mesh = sharding.data_mesh(over_all, *shape)
         policy = MixedPrecisionPolicy()
         if self.dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.dtype], reduce_dtype=torch.float32)
@@ -137,6 +152,9 @@ class Shard:
                 elif not parameter.is_contiguous():
                     parameter.data = parameter.data.contiguous()
         whole = {p for p in recipe.parameters() if not p.is_floating_point()}
+        if self.expert_ranks is not None:
+            axes = sharding.expert_mesh(over_all, *experts)
+            sharding.split_experts(recipe, axes, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
         common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
         for block in sharding.units(recipe):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
@@ -147,6 +165,10 @@ class Shard:
                     plain = getattr(recipe, method)
                     setattr(recipe, method, sharding.gathering(recipe, plain, self.reshard_after_forward))
                 register_fsdp_forward_method(recipe, method)
+        for method in _READERS:
+            if inspect.ismethod(within := getattr(recipe, method, None)):
+                register_fsdp_forward_method(recipe, method)
+                setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
 
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
         """Context of a micro-batch that no optimizer step follows: see :func:`accumulating`."""

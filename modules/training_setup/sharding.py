@@ -1,12 +1,14 @@
 """Meshes of FSDP2 and hybrid shards (HSDP), the units that are sharded, and what they keep while gradients accumulate.
 
-Letters: R replicas, S ranks of a shard group, W = R S ranks.
+Letters: R replicas, S ranks of a shard group, W = R S ranks, X ranks that share the experts of a layer.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal, cast
@@ -14,11 +16,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Shard as Split
 from torch.utils._pytree import tree_map
+
+try:
+    from torch.distributed.fsdp import DataParallelMeshDims
+except ImportError:  # of torch before 2.13
+    DataParallelMeshDims = None  # type: ignore[assignment,misc]
 
 from descant.modules.missing_modalities.modulation import touch_parameters
 from descant.modules.moe.active import expert_layers
+from descant.modules.moe.parallel import parallelize, require_divided
+
+_MADE = itertools.count()
 
 
 def mesh_shape(
@@ -64,6 +76,92 @@ def data_mesh(whole: DeviceMesh, replicate: int, shard: int) -> DeviceMesh:
     return init_device_mesh(whole.device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
+def expert_shape(replicate: int, shard: int, experts: int) -> tuple[int, int, int]:
+    """``(copies, X, ranks of a part)`` of the experts of R replicas of S ranks: their product is W.
+
+    A copy of all experts lies in X neighbours times as many as share the parts of one rank's experts: in a shard group
+    where X divides S, and else in the X / S groups that it takes.
+
+    Raises:
+        ValueError: with the nearest that does, where X neither divides S, nor is a multiple of it that divides W.
+
+    >>> expert_shape(1, 8, 2), expert_shape(2, 4, 2), expert_shape(2, 4, 8)
+    ((1, 2, 4), (2, 2, 2), (1, 8, 1))
+    >>> expert_shape(1, 4, 3)
+    Traceback (most recent call last):
+    ValueError: shard: expert_ranks 3 do not fit the 4 ranks of a copy of the rest; nearest: 2
+    """
+    fits = expert_numbers(replicate, shard)
+    if experts not in fits:
+        near = min(fits, key=lambda n: (abs(n - experts), n))
+        raise ValueError(
+            f"shard: expert_ranks {experts} do not fit the {shard} ranks of a copy of the rest; nearest: {near}"
+        )
+    parts = shard // experts if shard % experts == 0 else 1
+    return replicate * shard // (experts * parts), experts, parts
+
+
+def expert_numbers(replicate: int, shard: int) -> list[int]:
+    """The X that fit R replicas of S ranks, ascending: those that divide S, and its multiples that divide W.
+
+    >>> expert_numbers(1, 6), expert_numbers(4, 2)
+    ([1, 2, 3, 6], [1, 2, 4, 8])
+    """
+    world = replicate * shard
+    return [n for n in range(1, world + 1) if shard % n == 0 or (n % shard == 0 and world % n == 0)]
+
+
+def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> DeviceMesh:
+    """``[X, parts]`` of all ranks, or ``[copies, X, parts]``, of which X neighbours share experts. Collective.
+
+    The axis of experts is before that of parts, so that a rank has one box of a whole tensor: FSDP2 splits what a rank
+    has of the experts, and placements are read from the first axis to the last. Its axes stay apart: torch 2.13 gathers
+    over flattened ones in the order of ranks, which is another one than the mesh's.
+    """
+    ranks = whole.mesh.reshape(copies, parts, experts).transpose(1, 2).contiguous()
+    # a number: torch keeps placements by meshes that are equal, and FSDP2 wants this very one, also in a second fit
+    names: tuple[str, ...] = ("replicate", "expert", f"shard_{next(_MADE)}")
+    if copies == 1:
+        ranks, names = ranks[0], names[1:]
+    return DeviceMesh(whole.device_type, ranks, mesh_dim_names=names)
+
+
+def require_experts(recipe: nn.Module, ranks: int, fits: Sequence[int] = ()) -> None:
+    """Raises ValueError for a recipe whose experts so many ranks cannot share, or which has none.
+
+    ``fits``: the numbers that the message may name instead (:func:`expert_numbers`); all where empty.
+    """
+    if not expert_layers(recipe):
+        raise ValueError(f"shard: expert_ranks {ranks}: {type(recipe).__name__} has no layer of experts; leave it out")
+    require_divided(recipe, ranks, f"shard: expert_ranks {ranks}", fits)
+    if DataParallelMeshDims is None:
+        raise ValueError(f"shard: expert_ranks {ranks}: torch {torch.__version__} has no dp_mesh_dims; 2.13 has")
+
+
+def split_experts(recipe: nn.Module, mesh: DeviceMesh, **how: Any) -> None:
+    """Split the experts of all layers over the axis ``expert`` of a mesh, and what a rank has of them by FSDP2.
+
+    Of the gradient of an expert, with the loss L_r of rank r, W = (groups) X ranks:
+
+        each group: 1 / X sum over its ranks of dL_r (:class:`ExpertGroup`),    FSDP2: the mean over groups
+        = 1 / W sum over all ranks of dL_r,    as of any other parameter
+
+    so that no factor is left to set, as FSDP2 needs where the exchange sums (``set_gradient_divide_factor``, as
+    torchtitan does; Megatron-LM #5956). Parameters are DTensors on all axes: a checkpoint has whole experts.
+    """
+    # torch warns at each gather of whole experts that the axes are not flattened: see expert_mesh
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    parallelize(recipe, mesh["expert"].get_group())
+    names = mesh.mesh_dim_names or ()
+    placements: list[Placement] = [Split(0) if name == "expert" else Replicate() for name in names]
+    dims = DataParallelMeshDims(shard=names[-1], replicate="replicate" if "replicate" in names else None)
+    for layer in expert_layers(recipe).values():
+        for part, own in list(layer.experts.named_parameters(recurse=False)):
+            split = DTensor.from_local(own.detach(), mesh, placements, run_check=False)
+            setattr(layer.experts, part, nn.Parameter(split, own.requires_grad))
+        fully_shard(layer.experts, mesh=mesh, dp_mesh_dims=dims, **how)
+
+
 def units(recipe: nn.Module) -> list[nn.Module]:
     """Blocks of all towers and language models in a module, inner ones first: each is gathered and freed as one."""
     found: dict[nn.Module, None] = {}
@@ -80,7 +178,7 @@ def require_shardable(recipe: nn.Module) -> None:
         if layer.group is not None:
             raise ValueError(
                 f"shard: the experts of {name} are split over ranks (parallelize), and would be averaged with those of "
-                "other ranks; one of the two"
+                "other ranks; shard.expert_ranks splits them"
             )
 
 
@@ -104,6 +202,17 @@ def gathering(module: nn.Module, method: Callable[..., Any], freed: bool) -> Cal
                 block.reshard()
 
     return gathered
+
+
+def anywhere(root: nn.Module, within: Callable[..., Any], outside: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is called while FSDP2 has gathered the root's parameters, as ``within``, or freed them."""
+
+    @wraps(within)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        freed = all(isinstance(p, DTensor) for p in root.parameters() if p.is_floating_point())
+        return (outside if freed else within)(*args, **kwargs)
+
+    return called
 
 
 def reach_outputs(blocks: Iterable[nn.Module]) -> None:

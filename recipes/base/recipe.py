@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from descant.modules.adaptation.base import Adapt
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtensor import clip_by_norm
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Objective, Term
@@ -49,7 +50,7 @@ class Recipe(L.LightningModule):
         adapt: changes to the model before training, in order: LoRA, quantised layers.
         checkpointing: recompute activations in backward instead of keeping them.
         compile: compile the towers.
-        shard: split parameters over ranks (FSDP2, HSDP).
+        shard: split parameters over ranks (FSDP2, HSDP), and experts.
         distill: what is learned of another network beside the recipe's own terms; of no use after training.
     """
 
@@ -228,6 +229,19 @@ class Recipe(L.LightningModule):
             self.log_dict(values, sync_dist=world > 1, batch_size=len(batch))
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch))
         return objective.total
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; the norm of experts that ranks share too, which torch does not take on two meshes."""
+        on_two = self.sharding is not None and self.sharding.expert_ranks is not None
+        if on_two and gradient_clip_val and gradient_clip_algorithm != "value":
+            clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         move_biases(self)  # after the last backward, which may route again, and before the step is saved
