@@ -31,7 +31,7 @@ from descant.plan.costs import nbytes
 from descant.plan.fake_device import NAME, Simulated, adapted, on_device, register
 from descant.plan.layout import Layout, Precision
 from descant.plan.record import Recorder
-from descant.plan.trace import Collective, Memory, Trace
+from descant.plan.trace import Collective, Memory, Operation, Trace
 
 #: Bytes of DDP's first bucket and of the others, as torch has them.
 BUCKETS = (1 << 20, 25 << 20)
@@ -90,9 +90,10 @@ class Simulation:
         gradients = sum(nbytes(_local(p.grad)) for p in twin.parameters() if p.grad is not None)
         reduced = layout.strategy == "ddp" and layout.world > 1
         collectives = record.collectives + (list(_reducing(twin, layout)) if reduced else [])
+        operations = record.operations + (list(_copied(twin)) if reduced else [])
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
-        return Trace(rows * layout.micro, memory, record.operations, collectives, tokens)
+        return Trace(rows * layout.micro, memory, operations, collectives, tokens)
 
     def _first(self, rows: int) -> int:
         """A step after what the first one of a run makes: gradients, and states of the optimizer.
@@ -231,6 +232,14 @@ def _reducing(twin: nn.Module, layout: Layout) -> Iterator[Collective]:
             limit, held = BUCKETS[1], 0
     if held:
         yield Collective("all_reduce", "backward", held, layout.world, overlapped=True)
+
+
+def _copied(twin: nn.Module) -> Iterator[Operation]:
+    """Each gradient goes into a bucket, divided by the ranks, and back when it has been reduced."""
+    for parameter in (p for p in twin.parameters() if p.requires_grad):
+        for name in ("mul", "copy_"):
+            size, dtype = nbytes(parameter), str(parameter.dtype).removeprefix("torch.")
+            yield Operation(name, "backward", 0, size, size, dtype)
 
 
 def _local(x: Any) -> Any:
