@@ -16,12 +16,14 @@ BAR, GAP, WIDTH = 22, 14, 720  # pixels
 
 
 @styled
-def rank_times(title: str, ranks: Sequence[str], milliseconds: Mapping[str, Sequence[float]]) -> Figure:
+def rank_times(
+    title: str, ranks: Sequence[str], milliseconds: Mapping[str, Sequence[float]], unit: str = "milliseconds a step"
+) -> Figure:
     """A bar a rank, from top to bottom: the milliseconds of its parts, one after another; waiting is grey.
 
     Args:
         title: the first line. ranks: their names.
-        milliseconds: part -> ``[R]``, in the order of a step.
+        milliseconds: part -> ``[R]``, in the order of a step. unit: what the axis is.
 
     >>> made = rank_times("title", ["0", "1"], {"data": [1.0, 9.0], "waiting": [8.0, 0.0]})
     >>> [float(patch.get_width()) for patch in made.axes[0].patches]
@@ -41,7 +43,7 @@ def rank_times(title: str, ranks: Sequence[str], milliseconds: Mapping[str, Sequ
         begun_R = begun_R + np.asarray(values_R)
     axes.set(ylim=(len(ranks) - 0.5, -0.5))
     axes.set_yticks(range(len(ranks)), ranks)
-    axes.set_xlabel("milliseconds a step", color=FAINT)
+    axes.set_xlabel(unit, color=FAINT)
     axes.tick_params(length=0)
     made.legend(loc="lower left", ncols=len(milliseconds), fontsize=SMALL, bbox_to_anchor=(GAP / width, 4 / height))
     return made

@@ -108,8 +108,8 @@ def _read(options: Sequence[str], command: list[str]) -> Given:
                 fail(f"plan: {word}: its value is missing")
             value = rest.pop(0)
         if _OPTIONS[key]:
-            if not value.isdecimal() or int(value) < 1:
-                fail(f"plan: {word} {value}: a number of at least 1")
+            if not (value.isascii() and value.isdecimal() and len(value) <= 9) or int(value) < 1:
+                fail(f"plan: {word} {value[:20]}: a number of at least 1, and of nine digits at most")
             setattr(given, key.replace("-", "_"), int(value))
         else:
             setattr(given, key, value)

@@ -80,12 +80,15 @@ def _write(report: Report, given: Given, rows: int, parts: list[Any]) -> None:
 
 
 def _draw(file: Path, report: Report) -> None:
-    """Milliseconds of the best layout's step on fewer and on all ranks, by what bounds them."""
+    """Milliseconds of all ranks together in the best layout's step, on fewer and on all, by what bounds them.
+
+    Without losses as many on any number: what longer bars have more is the price of being fast.
+    """
     search, best = report.search, report.chosen[0]
     names, parts = list[str](), {name: list[float]() for name in BOUNDS}
     for world, line in search.by_number(best):
-        names.append(f"{world:,} ranks, {report.samples(line):,.0f} samples/s")
+        names.append(f"{world:,} ranks, {1e3 * line.time.total:,.3g} ms")
         for name in BOUNDS:
-            parts[name].append(1e3 * line.time.parts[name])
+            parts[name].append(1e3 * line.time.parts[name] * world)
     title = f"{best.name}, {search.rows * search.world:,} samples a step, {search.hardware.card.name}"
-    rank_times(title, names, parts).savefig(file)
+    rank_times(title, names, parts, "milliseconds a step, of all ranks together").savefig(file)

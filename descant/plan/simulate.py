@@ -89,8 +89,8 @@ class Simulation:
         weights = sum(nbytes(_local(x)) for x in (*twin.parameters(), *twin.buffers()))
         gradients = sum(nbytes(_local(p.grad)) for p in twin.parameters() if p.grad is not None)
         reduced = layout.strategy == "ddp" and layout.world > 1
-        collectives = record.collectives + (list(_reducing(twin, layout)) if reduced else [])
-        operations = record.operations + (list(_copied(twin)) if reduced else [])
+        messages = list(_reducing(twin, layout)) if reduced else []
+        operations, collectives = record.operations + list(_copied(messages)), record.collectives + messages
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
         return Trace(rows * layout.micro, memory, operations, collectives, tokens)
@@ -234,12 +234,14 @@ def _reducing(twin: nn.Module, layout: Layout) -> Iterator[Collective]:
         yield Collective("all_reduce", "backward", held, layout.world, overlapped=True)
 
 
-def _copied(twin: nn.Module) -> Iterator[Operation]:
-    """Each gradient goes into a bucket, divided by the ranks, and back when it has been reduced."""
-    for parameter in (p for p in twin.parameters() if p.requires_grad):
+def _copied(reduced: list[Collective]) -> Iterator[Operation]:
+    """What DDP does to each bucket: gradients go in, divided by the ranks, and back when they have been reduced.
+
+    As one kernel each: those of single gradients are launched from C++, several in the time of one from Python.
+    """
+    for bucket in (message for message in reduced if message.name == "all_reduce"):
         for name in ("mul", "copy_"):
-            size, dtype = nbytes(parameter), str(parameter.dtype).removeprefix("torch.")
-            yield Operation(name, "backward", 0, size, size, dtype)
+            yield Operation(name, "backward", 0, bucket.bytes, bucket.bytes, "float32")
 
 
 def _local(x: Any) -> Any:

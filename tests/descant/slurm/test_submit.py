@@ -119,7 +119,7 @@ def test_a_job_has_one_watch_whose_numbers_a_later_overlay_sets(
     seen: list[float] = []
     monkeypatch.setattr(Watch, "on_fit_start", lambda self, *_: seen.append(self.hang_after))
     Path("mine.yaml").write_text(
-        "trainer: {callbacks+: [{class_path: Watch, init_args: {hang_after: 60, long_after: 600}}]}\n"
+        "trainer: {callbacks+: [{class_path: descant.callbacks.Watch, init_args: {hang_after: 60, long_after: 600}}]}\n"
     )
     result = toy("fit", "--config", "on/slurm", *(("--config", overlay) if overlay else ()), "--trainer.max_steps", "1")
     assert result.rc == 0 and seen == [hang_after], result.err
