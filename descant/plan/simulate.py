@@ -8,6 +8,7 @@ Letters: B rows of a micro-batch on a rank, W ranks.
 from __future__ import annotations
 
 import copy
+import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,7 +81,7 @@ class Simulation:
         Raises:
             Refusal: where a step reads a value of the device that has no host copy, or a shape depends on one.
         """
-        with self._context(self.twin.trainer), _refused_reads(self.twin):
+        with self._context(self.twin.trainer), _refused_reads(type(self.twin).__name__):
             tokens = self._one(rows) if self._warm else self._first(rows)
             self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
@@ -101,22 +102,27 @@ class Simulation:
         They are those of gradients of zeros; of a real step, where recipes make sure of something in it, or where
         parameters have no part in one.
         """
+        if (tokens := self._after_zeros(rows)) is not None:
+            return tokens
+        del self.twin, self.optimizer  # broken off in the middle of a forward, a copy is of no use
+        gc.collect()  # modules refer to themselves, and what they hold would be counted
+        self._build(self.recipe)
+        self.simulated.once = True
+        self._one(min(rows, len(self.batch)))
+        self.simulated.once = False
+        return self._one(rows)
+
+    def _after_zeros(self, rows: int) -> int | None:
+        """Tokens of a step after one with gradients of zeros; None where that does not do."""
         trained = [p for p in self.twin.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         try:
             tokens = self._one(rows)
-            if all(p.grad is not None for p in trained):
-                return tokens
-            self.optimizer.state.clear()
-            self.optimizer.zero_grad()
-        except DataDependentOutputException:  # a copy in the middle of a forward is of no use
-            self._build(self.recipe)
-        self.simulated.once = True
-        self._one(min(rows, len(self.batch)))
-        self.simulated.once = False
-        return self._one(rows)
+        except DataDependentOutputException:
+            return None
+        return tokens if all(p.grad is not None for p in trained) else None
 
     def _one(self, rows: int) -> int:
         """One optimizer step; returns the tokens in it."""
@@ -130,14 +136,14 @@ class Simulation:
 
 
 @contextmanager
-def _refused_reads(recipe: nn.Module) -> Iterator[None]:
+def _refused_reads(recipe: str) -> Iterator[None]:
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         frames = traceback.extract_tb(error.__traceback__)
         place = next((f for f in reversed(frames) if not f.filename.startswith((_TORCH, _HERE))), frames[-1])
         fail(
-            f"plan: {type(recipe).__name__}: {place.name} ({Path(place.filename).name}:{place.lineno}) reads a value "
+            f"plan: {recipe}: {place.name} ({Path(place.filename).name}:{place.lineno}) reads a value "
             f"of the accelerator ({error.func}), of which a plan has none: use its host copy (modules/core/host.py)"
         )
 
