@@ -242,7 +242,7 @@ class Asked(BatchDataset):
         return {m: mask_B[index_N] for m, mask_B in asked().present.items()}
 
 
-class Questions(DataModule):
+class AspectQuestions(DataModule):
     modalities: Sequence[str] = ("image", "text")  # type: ignore[assignment]  # a property of the base
 
     def training_set(self) -> BatchDataset:
@@ -252,6 +252,6 @@ class Questions(DataModule):
 def test_a_language_model_trains_on_images_of_any_size(tmp_path: Path) -> None:
     made = seeing().float()
     before = [p.detach().clone() for p in made.towers["image"].parameters()]
-    fitted(made, Questions(batch_size=4), tmp_path)
+    fitted(made, AspectQuestions(batch_size=4), tmp_path)
     assert isinstance(made.towers["image"], nn.Module)
     assert all(not torch.equal(p, q) for p, q in zip(made.towers["image"].parameters(), before, strict=True))

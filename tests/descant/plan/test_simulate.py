@@ -46,12 +46,12 @@ class Wide(ToyRecipe):
         self._optimizer = partial(torch.optim.AdamW, fused=True) if fused else torch.optim.AdamW
 
 
-class Fused(Wide):
+class FusedStep(Wide):
     def __init__(self) -> None:
         super().__init__(fused=True)
 
 
-class Frozen(Wide):
+class HalfFrozen(Wide):
     def __init__(self) -> None:
         super().__init__()
         self.towers.requires_grad_(False)
@@ -95,8 +95,8 @@ LAYOUTS: dict[type[Wide], dict[str, Layout]] = {
         "micro": Layout("fsdp", 4, micro=3),
         "thousand": Layout("fsdp", 1024),
     },
-    Fused: {"fused": Layout()},
-    Frozen: {"frozen": Layout("ddp", 4), "frozen, fsdp": Layout("fsdp", 4)},
+    FusedStep: {"fused": Layout()},
+    HalfFrozen: {"frozen": Layout("ddp", 4), "frozen, fsdp": Layout("fsdp", 4)},
     Reads: {"reads": Layout()},
 }
 
