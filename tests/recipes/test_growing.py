@@ -163,7 +163,7 @@ def test_a_trial_is_a_short_training_of_a_copy(tmp_path: Path) -> None:
     """As the same steps written out; weights, buffers and random numbers of the run stay."""
     found, written = [], []
 
-    class Watch(L.Callback):
+    class Watching(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, net: Any, batch: Any, i: int) -> None:
             if trainer.global_step != STEPS:
                 return
@@ -183,7 +183,7 @@ def test_a_trial_is_a_short_training_of_a_copy(tmp_path: Path) -> None:
                 optimizer.step()
             written.append(-torch.stack([twin.objective_of(one).total.detach() for one in batches[3:]]).mean())
 
-    run(tmp_path, Watch(), size=4, grown={"small": [], "grown": []})
+    run(tmp_path, Watching(), size=4, grown={"small": [], "grown": []})
     (trial,), (score,) = found, written
     assert trial.flops > 0
     assert trial.score == float(score)

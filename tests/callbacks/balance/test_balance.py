@@ -36,7 +36,7 @@ PACINGS: dict[str, Callable[[], Pacing]] = {
 }
 
 
-class Watch(L.Callback):
+class Watching(L.Callback):
     """Weights and gradients just before each optimizer step."""
 
     def __init__(self) -> None:
@@ -61,12 +61,12 @@ def fitted(
     accumulate: int = 1,
     world: int = 1,
     steps: int = STEPS,
-    watch: Watch | None = None,
+    watch: Watching | None = None,
     data: SignData | None = None,
     **options: Any,
 ) -> Steps:
     """Steps of the same 20 samples each; some lack a modality or a label."""
-    watch = watch or Watch()
+    watch = watch or Watching()
     trainer = L.Trainer(
         max_steps=steps,
         devices=world,
@@ -199,7 +199,7 @@ def planted(gains: tuple[float, float], callback: L.Callback | None) -> dict[str
                     direction_D = torch.linalg.pinv(z_BD) @ (2.0 * data.label.double().clamp(min=0) - 1)
                     pl_module.fusion.maps[m].weight.copy_(torch.stack([-direction_D, direction_D]) * gain)
 
-    watch = Watch()
+    watch = Watching()
     callbacks: list[L.Callback] = [Plant(), watch] if callback is None else [Plant(), callback, watch]
     L.Trainer(max_steps=1, callbacks=callbacks, **QUIET).fit(model(), datamodule=SignData(24, whole=False))
     at = model()
@@ -302,7 +302,7 @@ def test_a_step_without_a_labelled_sample_of_a_modality_is_left_as_it_is_and_cou
 
     found = []
     for callback in (None, Balance(AGM())):
-        watch = Watch()
+        watch = Watching()
         callbacks: list[L.Callback] = [watch] if callback is None else [callback, watch]
         L.Trainer(max_steps=2, callbacks=callbacks, **QUIET).fit(model(), datamodule=Blind(24, whole=False))
         found.append(watch)

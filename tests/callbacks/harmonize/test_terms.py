@@ -88,7 +88,7 @@ ACROSS = [name for name, make in RULES.items() if make().across_batches]
 STEPS = 3
 
 
-class Watch(KeepGradients):
+class Watching(KeepGradients):
     """Gradients and weights of every step, and which samples each of its micro-batches had."""
 
     def __init__(self) -> None:
@@ -117,8 +117,8 @@ def fitted(
     strategy: Any = None,
     parts: dict[str, Any] | None = None,
     **options: Any,
-) -> Watch:
-    watch, recipe = Watch(), ToyRecipe(harmonize=False, **(parts or {}))
+) -> Watching:
+    watch, recipe = Watching(), ToyRecipe(harmonize=False, **(parts or {}))
     trainer = L.Trainer(
         devices=devices,
         strategy=strategy or ("ddp" if devices > 1 else "auto"),
@@ -380,7 +380,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_plain_sum_and_is_counted() -> 
                 output.terms["a"].value.register_hook(lambda g: g * torch.nan if self.hooks.probing else g)
             return output
 
-    watch, harmonize = Watch(), Harmonize(PCGrad())
+    watch, harmonize = Watching(), Harmonize(PCGrad())
     trainer = L.Trainer(max_steps=STEPS, callbacks=[harmonize, watch], **QUIET)
     trainer.fit(Broken(harmonize=False).double(), datamodule=ToyData(torch.float64))
     assert harmonize.fallbacks == 1

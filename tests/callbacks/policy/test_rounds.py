@@ -66,7 +66,7 @@ def data() -> QuestionPool:
     return QuestionPool(tiny=True, batch_size=16, items=N, size=24, length=64)
 
 
-class Watch(L.Callback):
+class Watching(L.Callback):
     """The pool of every epoch, and what was thought of it."""
 
     def __init__(self, rounds: Rounds) -> None:
@@ -86,8 +86,8 @@ class Watch(L.Callback):
 
 def run(
     folder: Path, rounds: Rounds, epochs: int = 4, net: VisionLanguage | None = None
-) -> tuple[Watch, VisionLanguage]:
-    watch = Watch(rounds)
+) -> tuple[Watching, VisionLanguage]:
+    watch = Watching(rounds)
     _, model = fit(folder, rounds, watch, net=net or chat(), data=data(), max_epochs=epochs)
     return watch, model  # type: ignore[return-value]
 

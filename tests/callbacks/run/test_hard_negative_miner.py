@@ -80,7 +80,7 @@ class Counted(HardNegativeMiner):
         return super()._mine(trainer, pl_module, version)
 
 
-class Watch(L.Callback):
+class Watching(L.Callback):
     def __init__(self) -> None:
         self.batches, self.ages, self.tables = list[Batch](), list[float](), list[Tensor]()
 
@@ -107,7 +107,7 @@ def data(**options: Any) -> PairData:
 
 @pytest.mark.parametrize("threshold", ["f1", None])
 def test_batches_have_negatives_of_the_table(tmp_path: Path, threshold: Literal["f1"] | None) -> None:
-    watch, pairs, net = Watch(), data(num_workers=2), recipe(rate=0.0)
+    watch, pairs, net = Watching(), data(num_workers=2), recipe(rate=0.0)
     miner = HardNegativeMiner(k=3, every=2, threshold=threshold, label="group")
     trainer, _ = fit(tmp_path, miner, watch, net=net, data=pairs, max_epochs=2)
     slots = [Slot(0, n, True) for n in range(N)]
@@ -149,7 +149,7 @@ def _text(id: int, draw_B: np.ndarray) -> Tensor:
 
 
 def test_they_are_mined_again_every_few_epochs_and_the_age_is_logged(tmp_path: Path) -> None:
-    watch, miner = Watch(), Counted(every=2)
+    watch, miner = Watching(), Counted(every=2)
     fit(tmp_path, miner, watch, net=recipe(0.5), data=data(), max_epochs=5)
     assert watch.ages == [0, 1, 0, 1, 0] and miner.mined == [0, 1, 2]
     same = [torch.equal(a, b) for a, b in zip(watch.tables, watch.tables[1:], strict=False)]
@@ -159,7 +159,7 @@ def test_they_are_mined_again_every_few_epochs_and_the_age_is_logged(tmp_path: P
 def test_they_are_mined_from_images_that_are_not_augmented(tmp_path: Path) -> None:
     tables = []
     for n, pairs in enumerate((data(), Augmented(batch_size=8, eval_batch_size=16))):
-        watch = Watch()
+        watch = Watching()
         fit(tmp_path / str(n), HardNegativeMiner(k=3), watch, net=recipe(rate=0.0), data=pairs, max_epochs=1)
         tables.append(watch.tables[0])
     assert torch.equal(*tables)

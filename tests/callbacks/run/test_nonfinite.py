@@ -47,7 +47,7 @@ class Spoiled(Net):
         return Output({"fit": Term(value_B, valid=batch.present["image"], given=("image",))})
 
 
-class Watch(L.Callback):
+class Watching(L.Callback):
     """The state before and after each step: weights, buffers and optimizer."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("where", ["loss", "input", "gradient"])
 def test_a_skipped_step_changes_nothing(tmp_path: Path, where: str) -> None:
-    watch = Watch()
+    watch = Watching()
     trainer, net = fit(tmp_path, NonFinite("skip"), watch, net=Spoiled(where))
     assert trainer.global_step == 18 and all(torch.isfinite(v).all() for v in state(net).values())
     spoilt = [BAD in ids for ids in watch.index]
@@ -99,7 +99,7 @@ def test_without_it_the_step_would_ruin_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_raise_names_step_and_sample_and_changes_no_weight(tmp_path: Path, where: str) -> None:
-    watch, net = Watch(), Spoiled(where)
+    watch, net = Watching(), Spoiled(where)
     says = f"step [0-9]+: loss term 'fit' is nan: not finite, first in sample {BAD}$"
     if where == "gradient":
         says = "step [0-9]+: its losses are finite, but a gradient is not"
@@ -111,7 +111,7 @@ def test_raise_names_step_and_sample_and_changes_no_weight(tmp_path: Path, where
 
 
 def test_accumulated_gradients_are_skipped_together(tmp_path: Path) -> None:
-    watch = Watch()
+    watch = Watching()
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 1}
     fit(tmp_path, NonFinite("skip"), watch, net=Spoiled(), **options)
     step = next(i for i, ids in enumerate(watch.index) if BAD in ids) // 2
