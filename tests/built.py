@@ -53,7 +53,7 @@ class Built:
     def fit(self, cli: Cli, *names: str) -> tuple[Result, dict[str, Any]]:
         """Fit a copy with these callbacks beside the base's own; what the command came to, and its metrics."""
 
-        def begin(again: DescantCLI, request: Request) -> None:
+        def begin(again: DescantCLI, request: Request, checking: object = None) -> None:
             data = self.parts["datamodule"]  # the samples are shared
             vars(again).update(self.parts, config_init=copy.deepcopy(self.parts["config_init"], {id(data): data}))
             trainer = again.config_init["fit"]["trainer"]
