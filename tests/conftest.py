@@ -114,7 +114,8 @@ class Result:
 
 @pytest.fixture(autouse=True)
 def no_seed_of_another() -> Iterator[None]:
-    """Lightning keeps a seed in the environment, and data modules draw by it: none is handed on to the next test."""
+    """Lightning keeps a seed in the environment, and data modules draw by it, and a port: none is handed on to the
+    next test."""
     _forget()
     yield
     _forget()
@@ -130,7 +131,7 @@ def memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "DESCANT_RUN_DIR"):
+    for key in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "DESCANT_RUN_DIR", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(key, None)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import yaml
 import benchmarks
 from descant.modules.io.build import build
 from descant.recipes.base.recipe import Recipe
+from tests.conftest import Result, captured
+from tests.ranks import run_ranks
 
 FOLDER = Path(benchmarks.__file__).parent / "plans"
 RUNS: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "published.yaml").read_text())["runs"]
@@ -51,13 +55,22 @@ def test_size(name: str, cli: Callable[..., Any]) -> None:
     )  # as rounded there
 
 
+def _typed(rank: int, *words: str) -> Result:
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(key, None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        return captured(*words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
-def test_narrow_twin_takes_a_step(name: str, cli: Callable[..., Any]) -> None:
+def test_narrow_twin_takes_a_step(name: str) -> None:
+    """In a process of its own: a strategy leaves its process group and its port behind."""
     _, options, rows = PLANS[name]
     options = (*options, f"data.batch_size {rows}", "trainer.max_steps 1", "trainer.limit_val_batches 0")
     given = [word for option in options for word in f"--{option}".split()]
-    result = cli("fit", "--config", str(FOLDER / f"{name}.yaml"), "--config", "on/tiny", *given)
+    [result] = run_ranks(1, _typed, "fit", "--config", str(FOLDER / f"{name}.yaml"), "--config", "on/tiny", *given)
     assert result.rc == 0, result.err
     shown = re.search(r"step 1/1 .*loss ([\d.]+)", result.out + result.err)
     assert shown is not None and math.isfinite(float(shown[1]))
