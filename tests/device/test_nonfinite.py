@@ -15,7 +15,7 @@ from descant.modules.core.faults import Faults
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.io import plain
-from tests.callbacks.run.test_nonfinite import BAD, Spoiled, Watch, ledger
+from tests.callbacks.run.test_nonfinite import BAD, Spoiled, Watching, ledger
 from tests.callbacks.run.test_resume import fit
 
 
@@ -45,7 +45,7 @@ def close(mine: torch.nn.Module, reference: torch.nn.Module, device: Any) -> Non
 
 def spoilt_step(folder: Path) -> int:
     """The step that the sample is in, by a run on the CPU that leaves it out."""
-    watch = Watch()
+    watch = Watching()
     fit(folder, NonFinite("skip"), watch, net=net(), max_epochs=1)
     (step,) = (i for i, ids in enumerate(watch.index) if BAD in ids)
     return step

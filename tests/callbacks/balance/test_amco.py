@@ -16,7 +16,7 @@ from descant.callbacks.balance.amco import AMCo
 from descant.callbacks.run.resume import Resume
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix
-from tests.callbacks.balance.test_balance import Watch, fit, model, one, whole
+from tests.callbacks.balance.test_balance import Watching, fit, model, one, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
 from tests.callbacks.run import test_resume as resumed
 from tests.ranks import run_ranks
@@ -28,7 +28,7 @@ STEPS, RAMP, GROWTH = 8, 0.3, 0.2
 SIGMA = 0.5  # of two modalities one is depended on
 
 
-class Rows(Watch):
+class Rows(Watching):
     """And the ids of each step's samples."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from descant.datamodules.base import BatchDataset
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Objective
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import Watch, model, whole
+from tests.callbacks.balance.test_balance import Watching, model, whole
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import SignData, Signs, double, gradients, recipe
 from tests.step_toy import QUIET, largest_gap
@@ -39,7 +39,7 @@ class AdvantageOutput(SignData):
 
 def fitted(accumulate: int = 1, world: int = 1, sham: Any = None) -> Seen:
     """Epochs of one step each, and a validation after each."""
-    watch, blend = Watch(), GradientBlending(sham=sham)
+    watch, blend = Watching(), GradientBlending(sham=sham)
     options = {name: value for name, value in QUIET.items() if name != "limit_val_batches"}
     trainer = L.Trainer(
         max_epochs=EPOCHS,

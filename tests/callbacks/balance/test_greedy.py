@@ -18,7 +18,7 @@ from descant.modules.balance.conditional_speed import ConditionalSpeed
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import Watch, fit, model, one, whole
+from tests.callbacks.balance.test_balance import Watching, fit, model, one, whole
 from tests.callbacks.run import test_resume as resumed
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, Line, SignData
@@ -40,7 +40,7 @@ def rule(**options: Any) -> GreedyRebalancing:
 
 
 def fitted(callback: GreedyRebalancing, accumulate: int = 1, world: int = 1) -> Any:
-    watch = Watch()
+    watch = Watching()
     trainer = L.Trainer(
         max_steps=STEPS,
         devices=world,

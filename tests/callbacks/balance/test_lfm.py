@@ -18,7 +18,7 @@ from descant.callbacks.balance.lfm import fitted as polynomial
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
 from descant.modules.core.batch import Batch
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import STEPS, Steps, Watch, fitted, model, one, said, whole
+from tests.callbacks.balance.test_balance import STEPS, Steps, Watching, fitted, model, one, said, whole
 from tests.modules.balance.test_mcr import asked, full
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, gradients
@@ -93,7 +93,7 @@ def test_two_ranks_equal_the_loop() -> None:
 
 def test_a_learned_weight_goes_on_where_it_was_to_the_bit(tmp_path: Path) -> None:
     def fit(steps: int, ckpt: str | None = None) -> tuple[L.Trainer, Steps]:
-        watch = Watch()
+        watch = Watching()
         parts = [LearnedLFM(rate=RATE, every=2), watch]
         trainer = L.Trainer(max_steps=steps, callbacks=parts, **QUIET)
         data = SignData(batch_size=24, whole=False)

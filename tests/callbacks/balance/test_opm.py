@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from descant.callbacks.balance.opm import OPM
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
-from tests.callbacks.balance.test_balance import Steps, Watch, model, one, scores, whole
+from tests.callbacks.balance.test_balance import Steps, Watching, model, one, scores, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData, gradients
@@ -22,7 +22,7 @@ from tests.step_toy import QUIET, largest_gap
 from tests.tolerance import F64, ulps
 
 
-class Draws(Watch):
+class Draws(Watching):
     """And the draw keys of each step's samples, by their ids."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from descant.datamodules.base import BatchDataset
 from descant.modules.balance.purity import separability
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix
-from tests.callbacks.balance.test_balance import Watch, fitted, model, one, whole
+from tests.callbacks.balance.test_balance import Watching, fitted, model, one, whole
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData, Signs, double, gradients
 from tests.step_toy import QUIET, largest_gap
@@ -102,7 +102,7 @@ def test_two_ranks_equal_the_loop() -> None:
 
 def test_it_goes_on_where_it_was_to_the_bit(tmp_path: Path) -> None:
     def fit(steps: int, ckpt: str | None = None) -> tuple[L.Trainer, Steps]:
-        watch = Watch()
+        watch = Watching()
         trainer = L.Trainer(max_steps=steps, callbacks=[Relearning(every=2, times=2), watch], **QUIET)
         trainer.fit(model(), datamodule=Banked(batch_size=24, whole=False), ckpt_path=ckpt)
         return trainer, watch.steps

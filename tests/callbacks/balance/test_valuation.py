@@ -20,7 +20,7 @@ from descant.modules.balance.regularizer import FusionContext
 from descant.modules.core.output import FusionInputs
 from descant.modules.core.rng import uniform_N
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import Steps, Watch, model, one, said, whole
+from tests.callbacks.balance.test_balance import Steps, Watching, model, one, said, whole
 from tests.callbacks.balance.test_opm import fitted
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import FUSIONS, WIDTHS, SignData, gradients
@@ -119,7 +119,7 @@ def test_nothing_is_resampled_before_its_time_and_a_control_permutes() -> None:
 
 def test_it_goes_on_where_it_was_to_the_bit_and_nothing_is_left_behind(tmp_path: Path) -> None:
     def fit(steps: int, ckpt: str | None = None) -> tuple[L.Trainer, Steps]:
-        watch, at = Watch(), model()
+        watch, at = Watching(), model()
         trainer = L.Trainer(max_steps=steps, callbacks=[ModalityResampling(alpha=9, warmup=0), watch], **QUIET)
         trainer.fit(at, datamodule=SignData(24, whole=False), ckpt_path=ckpt)
         assert len(at.regularizers) == 0

@@ -32,7 +32,7 @@ from descant.modules.towers import Towers, VectorTower
 from descant.recipes import Fusion
 from descant.recipes.base.recipe import Recipe
 from tests.callbacks.balance.test_balance import model, one
-from tests.callbacks.harmonize.test_terms import Watch, of_terms
+from tests.callbacks.harmonize.test_terms import Watching, of_terms
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import SignData
 from tests.step_toy import MIX, QUIET, ToyData, ToyRecipe
@@ -134,8 +134,8 @@ def test_planted_runs_are_called(name: str) -> None:
 # numbers by hand -----------------------------------------------------------------------------------------------------
 
 
-def probed(accumulate: int = 1, devices: int = 1, every: int = 1) -> tuple[Diagnose, Watch]:
-    seen, watch = Diagnose(every), Watch()
+def probed(accumulate: int = 1, devices: int = 1, every: int = 1) -> tuple[Diagnose, Watching]:
+    seen, watch = Diagnose(every), Watching()
     trainer = L.Trainer(
         max_steps=3,
         devices=devices,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from descant.callbacks import Balance, LearningSpeed
 from descant.modules.balance.ogm import OGM
-from tests.callbacks.balance.test_balance import Watch, model, one
+from tests.callbacks.balance.test_balance import Watching, model, one
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData
 from tests.step_toy import QUIET
@@ -20,7 +20,7 @@ from tests.tolerance import F32, ulps
 
 
 def fitted(*callbacks: L.Callback, world: int = 1) -> tuple[dict[str, float], Any]:
-    watch, strategy = Watch(), "ddp" if world > 1 else "auto"
+    watch, strategy = Watching(), "ddp" if world > 1 else "auto"
     trainer = L.Trainer(
         max_steps=4, devices=world, strategy=strategy, log_every_n_steps=4, callbacks=[*callbacks, watch], **QUIET
     )

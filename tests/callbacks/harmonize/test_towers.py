@@ -22,7 +22,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix
 from descant.modules.multitask import DWA, MGDA, GradDrop, GradVac, MMPareto, PCGrad, Rule
 from descant.recipes import Fusion
-from tests.callbacks.balance.test_balance import Steps, Watch, model, whole
+from tests.callbacks.balance.test_balance import Steps, Watching, model, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
 from tests.callbacks.harmonize.test_terms import Counts
 from tests.ranks import run_ranks
@@ -34,7 +34,7 @@ RULES: dict[str, Callable[[], Rule]] = {"pareto": lambda: MMPareto(gamma=1.5), "
 UNEVEN = {"fused": 0.5, "image": 2.0}  # the recipe's own mix
 
 
-class Rows(Watch):
+class Rows(Watching):
     """And which rows each micro-batch had."""
 
     def __init__(self) -> None:
