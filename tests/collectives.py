@@ -10,19 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from descant.plan.record import MESSAGES
+
 #: Operators of torch's dispatcher -> names here.
-NAMES = {
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allreduce_": "all_reduce",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "alltoall_base_": "all_to_all",
-    "send": "send",
-    "recv_": "recv",
-    "broadcast_": "broadcast",
-    "barrier": "barrier",
-}
+NAMES = MESSAGES | {"barrier": "barrier"}
 
 
 class Collectives(TorchDispatchMode):

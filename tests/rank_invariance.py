@@ -33,7 +33,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import by_rank, drawn_by_rank
 from descant.modules.io.checkpoints import followed
 from descant.modules.policy.rewards import Rewards
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, stand_alone
 from tests.torture_parts import Letters
 
 STEPS = 20
@@ -81,8 +81,7 @@ def fit(rank: int, folder: str, words: Sequence[str], world: int) -> int:
     """One rank of a command of ``descant``; its exit code."""
     os.chdir(folder)
     if world == 1:  # no launcher's environment: a run by itself
-        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
-            os.environ.pop(key, None)
+        stand_alone()
     return descant([*words])
 
 

@@ -53,6 +53,12 @@ def _serve() -> None:
         forkserver.ensure_running()
 
 
+def stand_alone() -> None:
+    """Take from this process what makes it one of several ranks, for a command that it runs by itself."""
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(key, None)
+
+
 def _free_port() -> int:
     """Below those that connections are given: a rank that asks for the first one too early would be given its port."""
     for port in random.SystemRandom().sample(range(10_000, 15_000), 100):

@@ -69,19 +69,19 @@ def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
         peak, count = _measured(trainer, model, batch, n)
         peaks.append(peak)
         flops.append(count)
-    curve = _fitted(sizes, peaks)
+    curve = fitted(sizes, peaks)
     total = _memory(model.device)
     return Need(
         rows,
         resident,
         resident + max(float(np.polyval(curve, rows)), peaks[-1]),
-        max(float(np.polyval(_fitted(sizes, flops), rows)), flops[-1]),
-        _most(curve, USABLE * total - resident),
+        max(float(np.polyval(fitted(sizes, flops), rows)), flops[-1]),
+        most_rows(curve, USABLE * total - resident),
         total,
     )
 
 
-def _fitted(sizes: list[int], values: list[float]) -> np.ndarray:
+def fitted(sizes: list[int], values: list[float]) -> np.ndarray:
     """Coefficients, the highest first; nothing falls off as a batch grows, so a curve that bends down is a line."""
     curve = np.polyfit(sizes, values, len(sizes) - 1)
     return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
@@ -130,8 +130,12 @@ def _once(some: Iterable[Any]) -> Iterator[Tensor]:
             yield tensor
 
 
-def _most(curve: np.ndarray, room: float) -> int:
-    """The most rows whose peak is within ``room``."""
+def most_rows(curve: np.ndarray, room: float) -> int:
+    """The most rows whose peak is within ``room``; 0 where not one is.
+
+    >>> most_rows(np.array([1.0, 0.0]), room=77.5)
+    77
+    """
     low, high = 0, 1 << 24
     while low < high:
         middle = (low + high + 1) // 2

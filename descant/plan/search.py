@@ -5,7 +5,7 @@ Letters: W ranks, B rows of a rank in a step, P pieces of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from descant.cli.errors import fail
+from descant.cli.estimate import fitted, most_rows
 from descant.modules.adaptation.base import LM, chosen
 from descant.modules.core.batch import Batch
 from descant.modules.losses.exchange import Chunks, Exchange, Ring
@@ -123,7 +124,7 @@ class Search:
                     if curve is None:
                         sizes = self.sizes(trace)
                         traces = [trace if n == self.rows else simulation.step(n) for n in sizes]
-                        curve = _curve(sizes, [float(one.memory.activations) for one in traces])
+                        curve = fitted(sizes, [float(one.memory.activations) for one in traces])
                 one = self.planned(layout, trace, curve)
                 least.append(one.trace.memory.peak - self.rise(curve, self.rows) + self.rise(curve, 1))
                 yield one
@@ -156,7 +157,7 @@ class Search:
     def planned(self, layout: Layout, trace: Trace, curve: np.ndarray) -> Planned:
         processes = self.per_node if self.on_cpu else 1
         constant = trace.memory.peak - self.rise(curve, self.rows // layout.micro)
-        most = _most(lambda n: constant + self.rise(curve, n) <= self.room()) * layout.micro
+        most = most_rows(curve, self.room() - constant) * layout.micro
         fits = trace.memory.peak <= self.room()
         return Planned(layout, trace, step_time(trace, self.hardware, processes), most, fits)
 
@@ -207,25 +208,6 @@ class Search:
 
 
 def best(lines: list[Planned], number: int = 3) -> list[Planned]:
-    """The fastest that fit; of equally fast ones (to 1 %), the one in less memory."""
+    """The fastest that fit; of equally fast ones (to two digits), the one in less memory."""
     fitting = [one for one in lines if one.fits]
     return sorted(fitting, key=lambda one: (float(f"{one.time.total:.2g}"), one.trace.memory.peak))[:number]
-
-
-def _curve(sizes: list[int], values: list[float]) -> np.ndarray:
-    """Coefficients, the highest first; nothing falls off as a batch grows, so a curve that bends down is a line."""
-    curve = np.polyfit(sizes, values, len(sizes) - 1)
-    return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
-
-
-def _most(fits: Callable[[int], bool]) -> int:
-    """The most rows that fit; 0 where not one does.
-
-    >>> _most(lambda n: n <= 77)
-    77
-    """
-    low, high = 0, 1 << 24
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -18,7 +18,7 @@ import benchmarks
 from descant.modules.io.build import build
 from descant.recipes.base.recipe import Recipe
 from tests.conftest import Result, captured
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, stand_alone
 
 FOLDER = Path(benchmarks.__file__).parent / "plans"
 RUNS: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "published.yaml").read_text())["runs"]
@@ -56,8 +56,7 @@ def test_size(name: str, cli: Callable[..., Any]) -> None:
 
 
 def _typed(rank: int, *words: str) -> Result:
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
-        os.environ.pop(key, None)
+    stand_alone()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         return captured(*words)

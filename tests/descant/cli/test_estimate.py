@@ -118,8 +118,8 @@ def test_gradients_count_in_a_ledger() -> None:
 
 
 def test_the_most_rows_is_where_the_curve_meets_the_room() -> None:
-    assert estimate._most(np.array([2.0, 3.0, 5.0]), room=2 * 40.0**2 + 3 * 40 + 5) == 40
-    assert estimate._most(np.array([1.0, 100.0]), room=50.0) == 0
+    assert estimate.most_rows(np.array([2.0, 3.0, 5.0]), room=2 * 40.0**2 + 3 * 40 + 5) == 40
+    assert estimate.most_rows(np.array([1.0, 100.0]), room=50.0) == 0
     assert "more than 25,600 rows fit" in Need(256, 1, 2.0, 1e9, 10**6, 10**9).lines()[0]
     assert "about 300 rows fit in 1.0 GB" in Need(256, 1, 2.0, 1e9, 300, 10**9).lines()[0]
     lines = Need(256, 54_000_000, 102e6, 19.2e9, 0, 16_000_000_000).lines()

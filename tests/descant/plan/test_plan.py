@@ -26,7 +26,7 @@ from descant.plan.roofline import StepTime
 from descant.plan.search import Planned, best
 from descant.plan.trace import Memory, Trace
 from tests.conftest import Result, captured
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, stand_alone
 
 FIT = ["--", "fit", "--config", "contrastive/emoji", "--config", "on/tiny"]
 #: Name -> words before ``FIT``, and what the line has.
@@ -72,8 +72,7 @@ def test_numbers_are_read() -> None:
 
 
 def typed(rank: int, folder: str) -> dict[str, Result]:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
-        os.environ.pop(name, None)
+    stand_alone()
     os.chdir(folder)
     Path("small.yaml").write_text("extends: h100\ncard: {memory: 1 MB}\n")
     files = ["--save", "tiny", "--json", "tiny.json", "--picture", "tiny.png"]
