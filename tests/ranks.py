@@ -26,6 +26,8 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.multiprocessing.spawn import start_processes
 
+from descant.modules.core.ranks import as_batch_work
+
 #: How a rank is started. A fork of the tests' own process would have its threads' locks and its random state.
 START = "forkserver" if sys.platform == "linux" else "spawn"
 #: What the server imports before the first rank. What is imported with a single thread forks safely.
@@ -93,6 +95,7 @@ def _entry(
         "TORCHELASTIC_RUN_ID": "test",
     }
     torch.set_num_threads(1)
+    as_batch_work()
     _keep_groups()
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
     for stream in (sys.stdout, sys.stderr):

@@ -281,7 +281,8 @@ class DescantCLI(LightningCLI):
             cluster.auto_requeue = False  # it saves inside the signal handler, and a slow rank then waits for ever
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
-            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
+            gloo = trainer.strategy.root_device.type == "cpu"
+            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self), gloo)
             launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # Lightning's leaves ranks running
         return trainer
 

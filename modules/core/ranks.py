@@ -5,6 +5,8 @@ Letters: B samples on this rank, G samples on all ranks.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -29,6 +31,23 @@ def world() -> int:
 def rank() -> int:
     """Global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def as_batch_work() -> bool:
+    """Schedule this thread and those it starts from here on as batch work (Linux); whether that was done.
+
+    For ranks that meet over gloo. Its TCP thread polls while another thread of the process holds the connection's lock,
+    and where it has interrupted that thread, it keeps the core for a whole time slice: an all_reduce of 4 KiB took 1.7
+    ms between two ranks and 5.3 ms between four on two cores, and takes 0.24 and 1.04 ms where a thread that wakes does
+    not interrupt one that runs, as is the rule of batch work.
+
+    Source: pytorch/gloo#246, "Don't busy-spin in tcp transport's event loop"; sched(7), SCHED_BATCH.
+    """
+    with contextlib.suppress(OSError):  # a container may forbid it
+        if hasattr(os, "SCHED_BATCH"):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            return True
+    return False
 
 
 def total_of_ranks(x: Tensor) -> Tensor:

@@ -144,6 +144,25 @@ def test_slow_ranks_are_awaited(started: Callable[..., Ranks]) -> None:
     assert fault is not None and fault.code == 5
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="of Linux")
+@pytest.mark.parametrize("gloo", [True, False])
+def test_threads_that_gloo_starts_do_not_interrupt_others(started: Callable[..., Ranks], gloo: bool) -> None:
+    """The policy of the rank's thread, and of one that it starts, as gloo does for its connections."""
+    one, found = started("sys.exit(0)", gloo=gloo), list[int]()
+
+    def policies() -> None:
+        inner = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
+        inner.start()
+        inner.join()
+        found.append(os.sched_getscheduler(0))
+
+    apart = threading.Thread(target=one.launch, args=(policies,))  # so that the tests' own thread stays as it is
+    apart.start()
+    apart.join()
+    assert found == [os.SCHED_BATCH if gloo else os.sched_getscheduler(0)] * 2
+    assert one.join() is None
+
+
 def test_an_agreed_stop_kills_no_rank(started: Callable[..., Ranks], tmp_path: Path) -> None:
     one = started("time.sleep(0.5)")
 
@@ -226,6 +245,7 @@ def test_a_real_rank_is_killed(tmp_path: Path, rank: int) -> None:
         waits(lambda: first.poll() is not None or (metrics.is_file() and metrics.stat().st_size > 100), 240)
         started = below(first.pid)
         assert first.poll() is None and len(started) == 1, (tmp_path / "log").read_text()
+        assert [os.sched_getscheduler(pid) for pid in (first.pid, *started)] == [os.SCHED_BATCH] * 2
         os.kill([first.pid, *started][rank], signal.SIGKILL)
         assert first.wait(SOON) != 0
         waits(lambda: not any(alive(pid) for pid in started))
