@@ -126,10 +126,11 @@ def counts() -> Iterator[Row]:
 
 def times() -> Iterator[Row]:
     """Seconds of a step under DDP, planned by this machine's calibration over measured, six recipes x 1, 2, 4 ranks x
-    three batch sizes; by the clock, the median of steps."""
-    here = _folder() / "here.yaml"
-    _descant("plan", "--calibrate", str(here), folder=_folder())
+    three batch sizes; by the clock, the median of steps. Calibrated before each recipe: the speed of a shared machine
+    changes by a tenth within minutes."""
     for name in EXPERIMENTS:
+        here = _folder() / f"here-{name}.yaml"
+        _descant("plan", "--calibrate", str(here), folder=_folder())
         cases = [("ddp", ranks, 1, rows) for ranks in RANKS for rows in ROWS]
         for (_, ranks, _, rows), plan in zip(cases, planned(name, cases, str(here)), strict=True):
             step = statistics.median(measured(name, "seconds", "ddp", ranks, 1, rows, 24)["clock"][4:])

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,13 +27,15 @@ from descant.plan.kernels import Kernel, kernels
 from descant.plan.operators import curve_keys, size_of
 from descant.plan.quantities import Curve
 from descant.plan.record import operation_of
-from descant.plan.reference import empty_steps, references
+from descant.plan.reference import references, settle_allocator, trained_steps
 from descant.plan.trace import PHASES, Operation
 
 #: Bytes of arguments that a turn goes through: more than the caches of one core hold.
 POOL = 24 << 20
-#: Bytes between two modules of a tiny step.
-OTHER = 2 << 20
+#: Bytes of the largest operator of a tiny step (of products, a hundredth of the FLOPs).
+SMALL = 1 << 18
+#: Bytes between two modules of a tiny step, and those of a whole step, which leave nothing else in a core's caches.
+OTHER, EVICTING = 2 << 20, 40 << 20
 
 
 def calibrate(
@@ -52,7 +54,8 @@ def calibrate(
     curves: dict[str, Curve] = {}
     for dtype in (torch.float32, torch.bfloat16):
         curves |= measured_curves(kernels(dtype, where, most), turns, where)
-    overhead, once = measured_overhead(curves, turns, where)
+    small = (replace(kernel, fresh=None) for kernel in kernels(torch.float32, where, min(most, SMALL)))
+    overhead, once = measured_overhead(measured_curves(small, turns, where), turns, where)
     ranks = measured_ranks(sorted({*processes, 1}), turns) if where.type == "cpu" else None
     within = ranks.link if ranks is not None else Link(16e9, 10e-6)
     card = _card(curves, overhead, where)
@@ -126,6 +129,8 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
 
 def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
     """The median over turns of one call's time, on arguments that the call before did not have; results are kept."""
+    if kernel.fresh is not None and device.type == "cpu":
+        return _seconds_from_memory(kernel, kernel.fresh, turns, device)
     count = int(min(32, max(2, POOL // max(1, kernel.nbytes))))
     pool = [kernel.make() for _ in range(count)]
     call, spent = kernel.call, []
@@ -141,13 +146,23 @@ def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
     return max(statistics.median(spent[1:]), 1e-8)  # the first finds no memory of the allocator
 
 
-def settle_allocator() -> None:
-    """As after the first steps of a run: glibc gives memory back to the system only from here on in large pieces, and
-    what was given back has to be cleared at its next use, which takes longer than most operators.
-
-    Source: mallopt(3), dynamic M_MMAP_THRESHOLD.
-    """
-    del [torch.ones(31 << 18) for _ in range(2)][:]
+def _seconds_from_memory(kernel: Kernel, fresh: tuple[int, ...], turns: int, device: torch.device) -> float:
+    """The same where nothing is in a cache, neither weights nor what the library keeps of the operator, but for what
+    the operator before has just made."""
+    pool, other, spent = [kernel.make() for _ in range(3)], torch.ones(EVICTING // 4), []
+    began = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(3 * turns + 1):
+            arguments = pool[turn % 3]
+            other.sum()
+            for place in fresh:
+                arguments[place].sum()
+            start = clock(device)
+            kernel.call(*arguments)
+            spent.append(clock(device) - start)
+            if turn > 2 and time.perf_counter() - began > 0.3:
+                break
+    return max(statistics.median(spent[1:]), 1e-8)
 
 
 def measured_fresh(turns: int, device: torch.device) -> float:
@@ -259,7 +274,8 @@ class _Cold:
 def measured_overhead(curves: dict[str, Curve], turns: int, device: torch.device) -> tuple[dict[str, float], float]:
     """Seconds of an operation beside its kernel, by phase, and of an optimizer beside its operations.
 
-    From tiny steps of real recipes: the median over steps of ``(measured - kernels) / operations``.
+    From tiny steps of real recipes: the median over steps of ``(measured - kernels) / operations``, with ``curves`` of
+    kernels whose arguments are in the caches, as those of tiny steps are.
     """
     rows: dict[tuple[bool, str], list[Row]] = defaultdict(list)
     for fused, model, batch, optimizer in references(device):
@@ -297,5 +313,6 @@ def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
 
 
 def measured_host(turns: int) -> float:
-    """Seconds of a step of Lightning's trainer around a model of one number."""
-    return statistics.median(empty_steps(20 * turns))
+    """Seconds of a step of Lightning's trainer beside the recipe's own."""
+    beside = [statistics.median(there) - statistics.median(alone) for there, alone in trained_steps(10 * turns)]
+    return max(0.0, statistics.mean(beside))

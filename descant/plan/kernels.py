@@ -33,7 +33,11 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator at one size, of its class in FLOPs or bytes: ``make`` gives new arguments for ``call``."""
+    """One operator at one size, of its class in FLOPs or bytes: ``make`` gives new arguments for ``call``.
+
+    ``fresh``: of an operator with weights, the places of the arguments that the one before it in a step has just made;
+    the others come from memory, which a step has gone through since it used them.
+    """
 
     kind: str
     dtype: torch.dtype
@@ -41,6 +45,7 @@ class Kernel:
     nbytes: int
     make: Callable[[], tuple[Any, ...]]
     call: Callable[..., Any]
+    fresh: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -66,9 +71,9 @@ def _by_flops(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
 
     for n, k, m in PRODUCTS:
         nbytes = width * (n * k + k * m + n * m)
-        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (k, m)), torch.mm)
-        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((m,), (n, k), (m, k)), _linear)
-        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (n, m)), _weight_gradient)
+        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (k, m)), torch.mm, (0,))
+        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((m,), (n, k), (m, k)), _linear, (1,))
+        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (n, m)), _weight_gradient, (1,))
     for b, n, k, m in BATCHED:
         nbytes = width * b * (n * k + k * m + n * m)
         yield Kernel("batched", dtype, 2 * b * n * k * m, nbytes, new((b, n, k), (b, k, m)), torch.bmm)
@@ -88,8 +93,8 @@ def _by_flops(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
             g = _random(dtype, device, b, o, s, s)
             return tuple(t.to(memory_format=torch.channels_last) for t in (x, w, g))  # type: ignore[return-value]
 
-        yield Kernel("convolution", dtype, flops, nbytes, images, _convolution)
-        yield Kernel("convolution_backward", dtype, 2 * flops, 2 * nbytes, images, _convolution_backward)
+        yield Kernel("convolution", dtype, flops, nbytes, images, _convolution, (0,))
+        yield Kernel("convolution_backward", dtype, 2 * flops, 2 * nbytes, images, _convolution_backward, (2,))
 
 
 def _linear(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.masking.adapters import Adapters, PatchAdapter
@@ -29,6 +28,15 @@ ROWS, WIDTH = 4, 32
 _LENGTH, _SIDE = 16, 16
 
 
+def settle_allocator() -> None:
+    """As after the first steps of a run: glibc gives memory back to the system only from here on in large pieces, and
+    what was given back has to be cleared at its next use, which takes longer than most operators.
+
+    Source: mallopt(3), dynamic M_MMAP_THRESHOLD.
+    """
+    del [torch.ones(31 << 18) for _ in range(2)][:]
+
+
 def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.optim.Optimizer]]:
     """(whether the optimizer is fused, recipe, batch, optimizer): convolutions, attention, masked tokens."""
     with torch.random.fork_rng(devices=[]):
@@ -40,8 +48,24 @@ def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.o
                 yield fused, model, there, make_optimizer(partial(torch.optim.AdamW, **options), model)
 
 
+class TowerStep:
+    """A millisecond of a step: forward and backward of a small tower, and a pass over memory."""
+
+    def __init__(self) -> None:
+        self.tower, self.x = _tower(WIDTH), torch.ones(1 << 20)
+        self.images = torch.rand(ROWS, 3, _SIDE, _SIDE)
+
+    def __call__(self) -> None:
+        self.tower(self.images).h_BTD.sum().backward()
+        self.x.mul_(1.0)
+
+
+def _tower(width: int) -> ConvTower:
+    return ConvTower(widths=[width, 2 * width], stem=4)
+
+
 def _contrastive(width: int) -> Contrastive:
-    image = ConvTower(widths=[width, 2 * width], stem=4)
+    image = _tower(width)
     text = TextTower(vocab=1024, width=width, depth=2, heads=2, length=_LENGTH)
     return Contrastive(Towers(image=image, text=text), width=width)
 
@@ -60,36 +84,45 @@ def _images(rows: int) -> Batch:
     return Batch({"image": torch.rand(rows, 3, _SIDE, _SIDE)}, {"image": torch.ones(rows, dtype=torch.bool)})
 
 
-class _Empty(L.LightningModule):
-    """One number that moves towards 0; notes what a step takes beside its own computation."""
+class _Clock(L.Callback):
+    """Processor seconds of each step, from a batch's start to its end."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.number = nn.Parameter(torch.ones(()))
         self.spent: list[float] = []
-        self._last = 0.0
+        self._began = 0.0
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.number * 1.0
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._began = time.thread_time()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        now = time.thread_time()
-        if batch_idx:
-            self.spent.append(now - self._last)
-        self._last = now
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.spent.append(time.thread_time() - self._began)
 
 
-def empty_steps(count: int) -> list[float]:
-    """Processor seconds of each of so many steps of a trainer on the CPU whose model is one number."""
-    model = _Empty()
+def trained_steps(count: int) -> Iterator[tuple[list[float], list[float]]]:
+    """Of each recipe on the CPU: processor seconds of so many steps by a trainer, and of the same without one."""
+    for fused, model, batch, optimizer in references(torch.device("cpu")):
+        if not fused:
+            continue
+        alone = []
+        for _ in range(count):
+            start = time.thread_time()
+            loss = model.objective_of(batch).total
+            model.output = None
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            alone.append(time.thread_time() - start)
+        model._optimizer = partial(torch.optim.AdamW, fused=True)
+        yield _trained(model, batch, count), alone
+
+
+def _trained(model: Any, batch: Batch, count: int) -> list[float]:
+    clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
             accelerator="cpu", devices=1, max_steps=count, max_epochs=-1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[clock],
         )  # fmt: skip
-        trainer.fit(model, torch.utils.data.DataLoader([0.0] * (count + 1)))  # type: ignore[arg-type]
-    return model.spent
+        trainer.fit(model, torch.utils.data.DataLoader([batch] * count, batch_size=None))  # type: ignore[arg-type]
+    return clock.spent

@@ -13,7 +13,7 @@ from descant.plan.contention import measured_ranks
 from descant.plan.hardware import Hardware, Link, load, to_yaml
 from descant.plan.kernels import kernels
 from descant.plan.operators import CLASSES, size_of
-from descant.plan.reference import empty_steps, references
+from descant.plan.reference import references, trained_steps
 from descant.plan.roofline import step_time
 from descant.plan.trace import PHASES, Memory, Trace
 
@@ -101,7 +101,10 @@ def test_what_goes_through_other_memory_is_not_counted_and_leaves_no_hook() -> N
 
 
 def test_a_trainer_is_timed_step_by_step() -> None:
-    assert len(empty_steps(5)) == 4 and min(empty_steps(5)) > 0
+    found = list(trained_steps(5))
+    assert len(found) == 2
+    for there, alone in found:
+        assert len(there) == len(alone) == 5 and min(*there, *alone) > 0
 
 
 @pytest.mark.ddp
