@@ -49,6 +49,7 @@ from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
 from descant.modules.core.errors import Outage, one_line
+from descant.modules.core.ranks import as_batch_work
 from descant.modules.io import hub
 from descant.modules.io.files import write_json
 from descant.modules.io.saved import policy
@@ -279,10 +280,11 @@ class DescantCLI(LightningCLI):
             require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves inside the signal handler, and a slow rank then waits for ever
+        if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            as_batch_work()
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
-            gloo = trainer.strategy.root_device.type == "cpu"
-            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self), gloo)
+            self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
             launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # Lightning's leaves ranks running
         return trainer
 

@@ -109,7 +109,6 @@ class Ranks:
         folder: of the run, where a started rank writes its error line.
         agreed: exceptions that all ranks raise together and that are no failure.
         clear: called before this process is ended.
-        gloo: whether the ranks meet over gloo, for which they are scheduled as batch work.
     """
 
     def __init__(
@@ -118,9 +117,8 @@ class Ranks:
         folder: Path,
         agreed: tuple[type[BaseException], ...] = (),
         clear: Callable[[], None] = lambda: None,
-        gloo: bool = False,
     ) -> None:
-        self.launcher, self.folder, self.agreed, self.clear, self.gloo = launcher, folder, agreed, clear, gloo
+        self.launcher, self.folder, self.agreed, self.clear = launcher, folder, agreed, clear
         self.fault: Ended | None = None
         self._failed, self._over = threading.Event(), threading.Event()
 
@@ -132,8 +130,6 @@ class Ranks:
         """
         from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 
-        from descant.modules.core.ranks import as_batch_work
-
         launcher = self.launcher
         environment = launcher.cluster_environment
         environment.validate_settings(num_devices=launcher.num_processes, num_nodes=launcher.num_nodes)
@@ -142,8 +138,6 @@ class Ranks:
             launcher._call_children_scripts()
             threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
         _set_num_threads_if_needed(num_processes=launcher.num_processes)
-        if self.gloo:
-            as_batch_work()
         try:
             return function(*args, **kwargs)
         except self.agreed:

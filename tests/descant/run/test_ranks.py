@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script
 
 from descant.callbacks.run.resume import Stopped
+from descant.modules.core.ranks import as_batch_work
 from descant.run import ranks
 from descant.run.ranks import Ended, Ranks
 from tests.conftest import TOY, TRUST
@@ -145,22 +146,21 @@ def test_slow_ranks_are_awaited(started: Callable[..., Ranks]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="of Linux")
-@pytest.mark.parametrize("gloo", [True, False])
-def test_threads_that_gloo_starts_do_not_interrupt_others(started: Callable[..., Ranks], gloo: bool) -> None:
-    """The policy of the rank's thread, and of one that it starts, as gloo does for its connections."""
-    one, found = started("sys.exit(0)", gloo=gloo), list[int]()
+def test_threads_that_a_rank_starts_are_batch_work() -> None:
+    """As those of gloo are, whose polling one would take the core of the one it waits for; no other thread is."""
+    before, found = os.sched_getscheduler(0), list[int]()
 
-    def policies() -> None:
+    def rank() -> None:
+        assert as_batch_work()
         inner = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
         inner.start()
         inner.join()
         found.append(os.sched_getscheduler(0))
 
-    apart = threading.Thread(target=one.launch, args=(policies,))  # so that the tests' own thread stays as it is
-    apart.start()
-    apart.join()
-    assert found == [os.SCHED_BATCH if gloo else os.sched_getscheduler(0)] * 2
-    assert one.join() is None
+    outer = threading.Thread(target=rank)
+    outer.start()
+    outer.join()
+    assert found == [os.SCHED_BATCH] * 2 and os.sched_getscheduler(0) == before
 
 
 def test_an_agreed_stop_kills_no_rank(started: Callable[..., Ranks], tmp_path: Path) -> None:
