@@ -64,6 +64,7 @@ BENCHMARKS = {
     "plan/counts": "benchmarks.plan:counts",
     "plan/times": "benchmarks.plan:times",
     "plan/published": "benchmarks.published:published",
+    "ranks/batch": "benchmarks.ranks:batch",
     "packing/plan": "benchmarks.packing:plan",
     "packing/emoji": "benchmarks.packing:emoji",
     "packing/speed": "benchmarks.packing:speed",

@@ -75,18 +75,19 @@ def _python(words: list[str], folder: Path) -> None:
 
 
 def measured(
-    name: str, what: str, strategy: str, ranks: int, shard: int, rows: int | None, steps: int
+    name: str, what: str, strategy: str, ranks: int, shard: int, rows: int | None, steps: int, beside: str | None = None
 ) -> dict[str, Any]:
-    """Of rank 0: what Measure found in one run."""
+    """Of rank 0: what Measure found in one run. ``beside``: the class of another callback."""
     configs, callbacks = EXPERIMENTS[name]
     file = _folder() / f"{name}-{what}-{strategy}{ranks}-{rows}"
     measure = json.dumps({"class_path": "benchmarks.planned.Measure", "init_args": {"file": str(file), "what": what}})
+    some = [measure, *callbacks, *([json.dumps({"class_path": beside})] if beside else [])]
     words = [word for config in configs for word in ("--config", config)]
     words += [*_strategy(strategy, ranks, shard), "--trust", "benchmarks.planned", "--name", file.name]
     words += ["--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--trainer.precision", "32-true"]
     words += ["--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.logger", "false"]
     words += ["--trainer.log_every_n_steps", "0", "--trainer.enable_progress_bar", "false", "--test", "false"]
-    words += ["--trainer.callbacks", f"[{', '.join([measure, *callbacks])}]", *_rows(name, rows)]
+    words += ["--trainer.callbacks", f"[{', '.join(some)}]", *_rows(name, rows)]
     _descant("fit", *words, folder=_folder())
     found: dict[str, Any] = json.loads(Path(f"{file}.0").read_text())
     return found

@@ -7,6 +7,7 @@ python -m benchmarks.planned OUT HARDWARE CASES -- --config NAME ...
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -77,6 +78,14 @@ class Measure(L.Callback):
             memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
             self.found |= {"resident": _resident(trainer, pl_module), "beside": _beside(memory, windows)}
         Path(f"{self.file}.{rank()}").write_text(json.dumps(self.found))
+
+
+class Interrupting(L.Callback):
+    """Threads of a rank as the system has them by default, in place of batch work: those that wake interrupt others."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
 
 
 def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> float:

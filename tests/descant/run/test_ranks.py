@@ -145,9 +145,19 @@ def test_slow_ranks_are_awaited(started: Callable[..., Ranks]) -> None:
     assert fault is not None and fault.code == 5
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="of Linux")
+def batch_allowed() -> bool:
+    """Whether this system lets a thread become batch work: some containers do not."""
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(as_batch_work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def test_threads_that_a_rank_starts_are_batch_work() -> None:
     """As those of gloo are, whose polling one would take the core of the one it waits for; no other thread is."""
+    if not batch_allowed():
+        pytest.skip("this system has no batch work")
     before, found = os.sched_getscheduler(0), list[int]()
 
     def rank() -> None:
@@ -245,7 +255,8 @@ def test_a_real_rank_is_killed(tmp_path: Path, rank: int) -> None:
         waits(lambda: first.poll() is not None or (metrics.is_file() and metrics.stat().st_size > 100), 240)
         started = below(first.pid)
         assert first.poll() is None and len(started) == 1, (tmp_path / "log").read_text()
-        assert [os.sched_getscheduler(pid) for pid in (first.pid, *started)] == [os.SCHED_BATCH] * 2
+        policies = {os.sched_getscheduler(pid) for pid in (first.pid, *started)}
+        assert policies == {os.SCHED_BATCH} or not batch_allowed()
         os.kill([first.pid, *started][rank], signal.SIGKILL)
         assert first.wait(SOON) != 0
         waits(lambda: not any(alive(pid) for pid in started))
