@@ -94,7 +94,8 @@ class Recorder(TorchDispatchMode):
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
         if self.copies and name in _COPIED:
             self.peak = max(self.peak, self.live + max(sides))
-        beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and bool(self._gathered))
+        of_copies = bool(self._gathered) and len(members) < dist.get_world_size()  # gradients, among copies of a shard
+        beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and of_copies)
         stride = members[1] - members[0] if len(members) > 1 else 1
         message = Collective(MESSAGES.get(name, name), self.phase, max(sides), len(members), stride, beside)
         self.collectives.append(message)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from descant.modules.core.batch_norm import FrozenBatchNormStats
-from descant.modules.core.ranks import gather, rank, world
+from descant.modules.core.ranks import gather, rank, total_of_ranks, world
 
 
 def synchronize(module: nn.Module) -> int:
@@ -77,35 +78,72 @@ def batch_norm(
     [[-1.0], [1.0]]
     """
     axes = [0, *range(2, x.ndim)]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean_C = wide.mean(axes)
-    squares_C = (wide - _over(mean_C, x)).square().sum(axes)
-    rows = torch.full_like(mean_C[:1], x.numel() // x.shape[1] if counted else 0)
-    gathered = gather(torch.cat([rows, mean_C, squares_C])[None])
-    rows_R1, mean_RC, squares_RC = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
-    moved = momentum * (rows_R1.sum() > 0).to(mean_C.dtype)
-    if not counted:  # where no rank counts, each uses its own
-        alone_R1 = torch.zeros_like(rows_R1)
-        alone_R1[rank()] = x.numel() // x.shape[1]
-        rows_R1 = torch.where(rows_R1.sum() > 0, rows_R1, alone_R1)
-    total = rows_R1.sum()
-    mean_C = (rows_R1 * mean_RC).sum(0) / total
-    squares_C = (squares_RC * (rows_R1 > 0)).sum(0) + (rows_R1 * (mean_RC - mean_C).square()).sum(0)
-    var_C = squares_C / total
     with torch.no_grad():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_C = wide.mean(axes)
+        squares_C = (wide - _over(mean_C, x)).square_().sum(axes)
+        rows = torch.full_like(mean_C[:1], x.numel() // x.shape[1] if counted else 0)
+        gathered = gather(torch.cat([rows, mean_C, squares_C])[None])
+        rows_R1, mean_RC, squares_RC = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
+        seen = (rows_R1.sum() > 0).to(mean_C.dtype)
+        if not counted:  # where no rank counts, each uses its own
+            alone_R1 = torch.zeros_like(rows_R1)
+            alone_R1[rank()] = x.numel() // x.shape[1]
+            rows_R1 = torch.where(seen > 0, rows_R1, alone_R1)
+        total = rows_R1.sum()
+        mean_C = (rows_R1 * mean_RC).sum(0) / total
+        squares_C = (squares_RC * (rows_R1 > 0)).sum(0) + (rows_R1 * (mean_RC - mean_C).square()).sum(0)
         if running_mean_C is not None and running_var_C is not None:
-            var_C1 = squares_C / (total - 1).clamp(min=1)
-            running_mean_C.lerp_(mean_C.to(running_mean_C.dtype), moved.to(running_mean_C.dtype))
-            running_var_C.lerp_(var_C1.to(running_var_C.dtype), moved.to(running_var_C.dtype))
-    scale_C = torch.rsqrt(var_C + eps)
-    if weight_C is not None:
-        scale_C = scale_C * weight_C
-    y = (wide - _over(mean_C, x)) * _over(scale_C, x)
-    return (y if bias_C is None else y + _over(bias_C, x)).to(x.dtype)
+            var_C = squares_C / (total - 1).clamp(min=1)
+            running_mean_C.lerp_(mean_C.to(running_mean_C.dtype), (momentum * seen).to(running_mean_C.dtype))
+            running_var_C.lerp_(var_C.to(running_var_C.dtype), (momentum * seen).to(running_var_C.dtype))
+    weight_C = torch.ones_like(mean_C) if weight_C is None else weight_C.to(mean_C.dtype)
+    bias_C = torch.zeros_like(mean_C) if bias_C is None else bias_C.to(mean_C.dtype)
+    share = (1 if counted else 1 - seen) / total  # of one of these rows in the statistics
+    y: Tensor = _Normalize.apply(x, weight_C, bias_C, mean_C, squares_C / total, share, seen, eps)
+    return y
 
 
 def _over(a_C: Tensor, x: Tensor) -> Tensor:
     return a_C.view(1, -1, *[1] * (x.ndim - 2))
+
+
+class _Normalize(torch.autograd.Function):
+    """``y = z w_C + b_C`` with ``z = (x - mean_C) s_C``, ``s_C = 1 / sqrt(var_C + eps)``, by torch's kernels.
+
+    Mean and variance are functions of x, too: ``dx = w_C s_C (dy - share (sum dy + z sum (dy z)))``, with the sums over
+    all ranks, or over this one where each uses its own statistics (``seen`` 0).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        mean_C: Tensor,
+        var_C: Tensor,
+        share: Tensor,
+        seen: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_C, mean_C, var_C, share, seen)
+        ctx.eps = eps
+        return F.batch_norm(x, mean_C, var_C, weight_C, bias_C, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_C, mean_C, var_C, share, seen = ctx.saved_tensors
+        backward: Any = torch.ops.aten.native_batch_norm_backward
+        none = (weight_C, mean_C, var_C, None, None, False, ctx.eps, [True] * 3)
+        grad_x, grad_weight_C, grad_bias_C = backward(grad, x, *none)
+        sums = torch.cat([grad_weight_C, grad_bias_C]).to(mean_C.dtype)
+        weighted_C, plain_C = torch.where(seen > 0, total_of_ranks(sums.clone()), sums).chunk(2)
+        scale_C = torch.rsqrt(var_C + ctx.eps)
+        factor_C = -share * scale_C * weight_C
+        grad_x += F.batch_norm(x, mean_C, var_C, factor_C * weighted_C, factor_C * plain_C, False, 0.0, ctx.eps)
+        return grad_x, grad_weight_C, grad_bias_C, None, None, None, None, None
 
 
 _SIGNATURE = inspect.signature(F.batch_norm)

@@ -108,6 +108,45 @@ def test_where_no_rank_counts_running_statistics_stay() -> None:
                 assert torch.equal(told[name], value), name
 
 
+def apart(rank: int) -> dict[str, Tensor]:
+    dist.init_process_group("gloo")
+    model = net()
+    synchronize(model)
+    with unseen(model):
+        return step(model, *(t.tensor_split(2)[rank] for t in batch()))
+
+
+def test_where_no_rank_counts_each_learns_from_its_own_rows() -> None:
+    for rank, told in enumerate(run_ranks(2, apart)):
+        alone = step(net(), *(t.tensor_split(2)[rank] for t in batch()))
+        for name in alone:
+            if name == "y" or name.endswith("grad"):
+                torch.testing.assert_close(told[name], alone[name], rtol=EXACT, atol=EXACT, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_are_those_of_the_formula(dtype: torch.dtype, affine: bool) -> None:
+    """Through mean and variance as autograd has them of their definitions; inputs far from 0, as after a ReLU."""
+    x = (batch()[0] + 8).to(dtype).requires_grad_()
+    torch.manual_seed(2)
+    g = torch.randn(x.shape, dtype=torch.float64).to(dtype)
+    norm = nn.BatchNorm2d(C, affine=affine).to(dtype if dtype is torch.float64 else torch.float32)
+    ours = batch_norm(x, None, None, norm.weight, norm.bias, 0.1, norm.eps)
+    found = torch.autograd.grad(ours, (x, *norm.parameters()), g)
+    wide = x.detach().double().requires_grad_()
+    mean, var = wide.mean((0, 2, 3), keepdim=True), wide.var((0, 2, 3), correction=0, keepdim=True)
+    z = (wide - mean) / (var + norm.eps).sqrt()
+    sums = [(g.double() * z).sum((0, 2, 3)), g.double().sum((0, 2, 3))] if affine else []
+    expected = [*torch.autograd.grad(z, wide, g.double()), *sums]
+    close = {torch.float64: EXACT, torch.float32: ulps(64, F32), torch.bfloat16: 2.0**-6}[dtype]
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.detach().double(), z.detach(), rtol=close, atol=close)
+    for one, other in zip(found, expected, strict=True):
+        scale = float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other.detach().double(), rtol=0, atol=close * max(scale, 1))
+
+
 def test_it_is_torchs_own_on_one_rank() -> None:
     x = batch()[0]
     norm: Any = nn.BatchNorm2d(C).double()
