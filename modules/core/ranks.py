@@ -57,6 +57,12 @@ def total_of_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def awaited_total(x: Tensor) -> Tensor:
+    """:func:`total_of_ranks` inside a step, which waits for it."""
+    with waiting():
+        return total_of_ranks(x)
+
+
 def mean_of_ranks(x: Tensor) -> Tensor:
     """The mean over ranks, in place."""
     return total_of_ranks(x).div_(world()) if world() > 1 else x

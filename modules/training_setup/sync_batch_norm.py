@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from descant.modules.core.batch_norm import FrozenBatchNormStats
-from descant.modules.core.ranks import gather, rank, total_of_ranks, world
+from descant.modules.core.ranks import awaited_total, gather, rank, world
 
 
 def synchronize(module: nn.Module) -> int:
@@ -136,10 +136,10 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_C, mean_C, var_C, share, seen = ctx.saved_tensors
         backward: Any = torch.ops.aten.native_batch_norm_backward
-        none = (weight_C, mean_C, var_C, None, None, False, ctx.eps, [True] * 3)
-        grad_x, grad_weight_C, grad_bias_C = backward(grad, x, *none)
+        fixed = (weight_C, mean_C, var_C, None, None, False, ctx.eps, [True] * 3)  # as if statistics were constants
+        grad_x, grad_weight_C, grad_bias_C = backward(grad, x, *fixed)
         sums = torch.cat([grad_weight_C, grad_bias_C]).to(mean_C.dtype)
-        weighted_C, plain_C = torch.where(seen > 0, total_of_ranks(sums.clone()), sums).chunk(2)
+        weighted_C, plain_C = torch.where(seen > 0, awaited_total(sums.clone()), sums).chunk(2)
         scale_C = torch.rsqrt(var_C + ctx.eps)
         factor_C = -share * scale_C * weight_C
         grad_x += F.batch_norm(x, mean_C, var_C, factor_C * weighted_C, factor_C * plain_C, False, 0.0, ctx.eps)
