@@ -181,7 +181,7 @@ class DepthLayer(nn.Module):
         )
         most = max(int(host_copy(number_BT.sum(dim=1)).max()), 1)
         index_BK, used_BK = slots(chosen_BT, most)
-        some = marks.map(lambda x_BT: x_BT.gather(1, index_BK))._replace(valid=used_BK)
+        some = marks.map(lambda x_BT, at_BK: x_BT.gather(1, at_BK), index_BK)._replace(valid=used_BK)
         rope = rope.gather(2, index_BK[:, None, :, None].expand(-1, -1, -1, rope.shape[3]))
         if mask is not None:
             mask_BTT = mask[:, 0].expand(B, T, T)

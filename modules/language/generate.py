@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -197,7 +196,7 @@ def generate(
                 slots, state = state.without(ended_R[row_S])
                 row_S, token_S = row_S[slots], token_S[slots]
         if n + 1 < new:
-            marks_S = of_new if lm.experts is None and lm.visual is None else of_new.map(partial(_rows, row_S))
+            marks_S = of_new if lm.experts is None and lm.visual is None else of_new.map(_rows, row_S)
             if lm.kinds is not None:
                 marks_S = marks_S._replace(kind=lm.kind_of(token_S))
             logits = head(state.step(layers, lm.embed(token_S), rope_RNE[row_S, n, None], marks_S))
@@ -228,14 +227,14 @@ def generate_some(
         longest = int(mask_PT.sum(dim=1).max())
         prompt, mask = h_PTD[some_P, :longest], mask_PT[some_P, :longest]
         position = None if position_PT is None else position_PT[some_P, : longest + 1]
-        some_marks = marks.map(lambda x: torch.cat([x[some_P, :longest], x[some_P, -1:]], dim=1))
+        some_marks = marks.map(lambda x, at_P: torch.cat([x[at_P, :longest], x[at_P, -1:]], dim=1), some_P)
         some = generate(lm, prompt, mask, new, group, stop, sampling, seed_R[some_R], position, prefix, some_marks)
         for all_R, part_R in zip(result, some, strict=True):
             all_R[some_R] = part_R
     return result
 
 
-def _rows(row_S: Tensor, x_R: Tensor) -> Tensor:
+def _rows(x_R: Tensor, row_S: Tensor) -> Tensor:
     return x_R[row_S]
 
 

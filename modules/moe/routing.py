@@ -50,9 +50,9 @@ class Marks(NamedTuple):
     order: KindOrder | None = None
     key: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Marks:
-        """The same of other tokens: ``function`` of each tensor and of its host copy."""
-        kind, task, valid, key = (None if x is None else derived(function, x) for x in (*self[:3], self.key))
+    def map(self, function: Callable[..., Tensor], *at: Tensor) -> Marks:
+        """The same of other tokens: ``function(x, *at)`` of each tensor x; of the host copies, where all have one."""
+        kind, task, valid, key = (None if x is None else derived(function, x, *at) for x in (*self[:3], self.key))
         return Marks(kind, task, valid, self.tasks, key=key)
 
     def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:

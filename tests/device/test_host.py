@@ -9,6 +9,7 @@ import torch
 
 from descant.modules.core import host
 from descant.modules.core.batch import Batch
+from descant.modules.moe.routing import Marks
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,17 @@ def test_in_inference_mode_it_is_the_same(device: Any) -> None:
 def test_of_what_is_not_known_nothing_derived_is_known(device: Any) -> None:
     x, known = torch.arange(3).to(device.device), host.to_device(torch.arange(3), device.device)
     assert not host.has_host_copy(host.derived(torch.eq, x, known))
+
+
+def test_marks_of_chosen_tokens_are_on_one_device(device: Any) -> None:
+    """Of a choice that is known on the CPU without a read; of one that was made on the device, read when asked for."""
+    kind_B, at = torch.tensor([3, 1, 2]), torch.tensor([2, 0])
+    marks = Marks(kind=host.to_device(kind_B, device.device))
+    for known in (True, False):
+        chosen = host.to_device(at, device.device) if known else at.to(device.device)
+        kind = marks.map(lambda x_B, at: x_B[at], chosen).kind
+        assert kind is not None and host.has_host_copy(kind) == known
+        assert host.host_copy(kind).tolist() == [2, 3]
 
 
 def test_finite_numbers_may_be_known_where_the_numbers_are_not(device: Any) -> None:
