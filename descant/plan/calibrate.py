@@ -12,8 +12,9 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ from descant.plan.kernels import Kernel, kernels
 from descant.plan.operators import curve_keys, size_of
 from descant.plan.quantities import Curve
 from descant.plan.record import operation_of
-from descant.plan.reference import references, settle_allocator, trained_steps
+from descant.plan.reference import references, settle_allocator, take_step, trained_steps
 from descant.plan.trace import PHASES, Operation
 
 #: Bytes of arguments that a turn goes through: more than the caches of one core hold.
 POOL = 24 << 20
+#: Seconds that a trainer takes of a step at least.
+LEAST = 1e-5
 #: Bytes of the largest operator of a tiny step (of products, a hundredth of the FLOPs).
 SMALL = 1 << 18
 #: Bytes between two modules of a tiny step, and those of a whole step, which leave nothing else in a core's caches.
@@ -213,20 +216,9 @@ def measured_step(
     model: Any, batch: Any, optimizer: torch.optim.Optimizer, turns: int, device: torch.device
 ) -> Measured:
     """Operations of a step of a recipe, and the medians of its times, when caches hold nothing of it."""
-
-    def step(phase: Callable[[str], None]) -> None:
-        phase("forward")
-        loss = model.objective_of(batch).total
-        model.output = None
-        phase("backward")
-        optimizer.zero_grad()
-        loss.backward()
-        phase("optimizer")
-        optimizer.step()
-        phase("")
-
+    step = partial(take_step, model, batch, optimizer)
     for _ in range(2):
-        step(lambda name: None)
+        step()
     with _Operations() as record:
         step(lambda name: setattr(record, "phase", name))
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -315,4 +307,4 @@ def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
 def measured_host(turns: int) -> float:
     """Seconds of a step of Lightning's trainer beside the recipe's own."""
     beside = [statistics.median(there) - statistics.median(alone) for there, alone in trained_steps(10 * turns)]
-    return max(0.0, statistics.mean(beside))
+    return max(LEAST, statistics.mean(beside))  # a difference of two measurements, which may be noise

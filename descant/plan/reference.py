@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,21 @@ def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.o
             for fused in (True, False):
                 options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
                 yield fused, model, there, make_optimizer(partial(torch.optim.AdamW, **options), model)
+
+
+def take_step(
+    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, phase: Callable[[str], None] = lambda name: None
+) -> None:
+    """A step of a recipe without a trainer. ``phase`` is called with the name of each as it begins, ``""`` last."""
+    phase("forward")
+    loss = model.objective_of(batch).total
+    model.output = None
+    phase("backward")
+    optimizer.zero_grad()
+    loss.backward()
+    phase("optimizer")
+    optimizer.step()
+    phase("")
 
 
 class TowerStep:
@@ -106,11 +121,7 @@ def trained_steps(count: int) -> Iterator[tuple[list[float], list[float]]]:
         alone = []
         for _ in range(count):
             start = time.thread_time()
-            loss = model.objective_of(batch).total
-            model.output = None
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            take_step(model, batch, optimizer)
             alone.append(time.thread_time() - start)
         model._optimizer = partial(torch.optim.AdamW, fused=True)
         yield _trained(model, batch, count), alone
