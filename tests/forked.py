@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 from typing import IO
 
 import pytest
 
 from descant.run import processes
+from tests.conftest import Result
 from tests.torture import forked
 
 
@@ -38,6 +40,15 @@ class Forked:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+
+def alone(words: Sequence[str]) -> Result:
+    """``descant WORDS`` in this folder, in a process of its own; what it printed is all in ``err``."""
+    with NamedTemporaryFile() as log:
+        _, poll = forked(Path.cwd(), Path(log.name), dict(os.environ), list(words))
+        while (code := poll()) is None:
+            time.sleep(0.05)
+        return Result(code, "", Path(log.name).read_text(encoding="utf-8"))
 
 
 def fork_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from descant.cli.errors import fail
 from descant.plan import autocast
 
 NAME = "plan"
@@ -90,6 +91,22 @@ def register() -> torch.device:
     return torch.device(NAME, 0)
 
 
+@cache
+def _differentiates() -> None:
+    """Autograd makes a queue for each device in the first backward of a process; for one that comes later it has none.
+
+    Raises:
+        Refusal: where this process ran a backward before the device was registered, and has no accelerator.
+    """
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device=register(), requires_grad=True).sum().backward()
+    except RuntimeError as error:
+        if "device_ready_queues_" not in str(error):
+            raise
+        fail("plan: this process computed gradients before: plan in a process of its own")
+
+
 _kept: list[torch.library.Library] = []  # what they register goes with them
 
 
@@ -153,7 +170,7 @@ class Simulated(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        register()
+        _differentiates()
         self.once = False
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from descant.cli.errors import Refusal
 from descant.plan.fake_device import Simulated, adapted, register
 from descant.plan.record import Recorder
 from descant.plan.trace import Operation
@@ -68,6 +70,18 @@ def operations() -> dict[str, list[Operation]]:
     """In a process of its own: a device that is registered is there for all that runs in it."""
     found: dict[str, list[Operation]] = run_ranks(1, every)[0]
     return found
+
+
+def late(rank: int) -> str:
+    torch.ones(1, requires_grad=True).sum().backward()
+    with pytest.raises(Refusal) as refused:
+        Simulated()
+    return str(refused.value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="its device has a queue, which the plan's is given")
+def test_a_process_that_trained_before_is_refused() -> None:
+    assert run_ranks(1, late) == ["plan: this process computed gradients before: plan in a process of its own"]
 
 
 def test_single_kernels_of_cuda() -> None:
