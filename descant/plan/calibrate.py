@@ -69,6 +69,7 @@ def calibrate(
         node=os.cpu_count() or 1 if where.type == "cpu" else torch.cuda.device_count(),
         store=200e6,
         contention=ranks.contention if ranks is not None else {1: 1.0},
+        streams=ranks.streams if ranks is not None else {},
         overlap=0.0 if where.type == "cpu" else 1.0,
         calibration=Calibration(
             _machine(where), curves, overhead, once + measured_host(turns), measured_fresh(turns, where)

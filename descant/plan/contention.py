@@ -1,11 +1,13 @@
 """Processes that share a machine's cores: how much longer they compute, and what messages between them (gloo) take.
 
 More processes than cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``. The
-first is of caches and memory, and is measured; the second would be, too, but for other programs on the machine.
+first is of caches and memory, and is measured, of steps of two towers (work of few instructions and tensors loses less
+when another process had the core), and of passes over memory. The second would be measured, too, but for other programs
+on the machine.
 
-A message is timed between the forward and backward passes of a small tower, as in a step, where each rank waits for the
-slowest, for a core, and for what the message took from its caches: there a small one between two ranks takes three to
-five times as long as right after another one.
+A message is timed right after another one, and between the forward and backward passes of a small tower, as in a step,
+where each rank waits for the slowest, for a core, and for what the message took from its caches: there a small one
+takes two to five times as long. After longer computation it takes no longer.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,9 +31,9 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from descant.modules.core.ranks import as_batch_work
-from descant.plan.hardware import Link
+from descant.plan.hardware import STREAMED, Link
 from descant.plan.quantities import Curve
-from descant.plan.reference import TowerStep, settle_allocator
+from descant.plan.reference import TextStep, TowerStep, settle_allocator
 
 #: Seconds after which one message is measured no more.
 LONGEST = 0.8
@@ -40,9 +43,10 @@ SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Contention by the number of processes, and the link between them."""
+    """Contention by the number of processes, of steps and of passes over memory, and the link between them."""
 
     contention: dict[int, float]
+    streams: dict[int, float]
     link: Link
 
 
@@ -50,15 +54,25 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
     """Each number of processes, of one thread each, on the same work at once; then messages in groups of 2 and more."""
     world = max(processes)
     if world == 1:
-        return Ranks({1: 1.0}, Link(1e9, 1e-4))
+        return Ranks({1: 1.0}, {}, Link(1e9, 1e-4))
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (world, folder, processes, turns, sizes), nprocs=world)
         found = json.loads((Path(folder) / "times.json").read_text())
-    alone, cores = found["work"]["1"], len(os.sched_getaffinity(0))
-    contention = {n: max(1.0, found["work"][str(n)] / alone) * max(1.0, n / cores) for n in processes}
-    curves = {key: Curve(tuple(map(float, sizes)), rising(seconds)) for key, seconds in found["messages"].items()}
-    reduce = curves[f"all_reduce/{min(n for n in processes if n > 1)}"]
-    return Ranks(contention, Link(reduce.sizes[-1] / reduce.seconds[-1], reduce.seconds[0] / 2, 1.0, curves))
+    cores = len(os.sched_getaffinity(0))
+    contention, streams = (
+        {
+            n: max(1.0, statistics.median(turn[str(n)] / turn["1"] for turn in found[which])) * max(1.0, n / cores)
+            for n in processes
+        }
+        for which in ("work", "streams")
+    )
+    near, apart = (
+        {key: Curve(tuple(map(float, sizes)), rising(seconds)) for key, seconds in found[which].items()}
+        for which in ("near", "apart")
+    )
+    reduce = near[f"all_reduce/{min(n for n in processes if n > 1)}"]
+    rate, latency = reduce.sizes[-1] / reduce.seconds[-1], reduce.seconds[0] / 2
+    return Ranks(contention, streams, Link(rate, latency, 1.0, near, apart, found["alone"]))
 
 
 def rising(seconds: list[float]) -> tuple[float, ...]:
@@ -86,41 +100,73 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
     dist.init_process_group("gloo", f"file://{folder}/ranks", limit, world, rank)
     groups = {n: dist.new_group(list(range(n)), limit) for n in processes}
     settle_allocator()
-    work, compute = _Work(), TowerStep()
-    worked: dict[str, float] = {}
-    messages: dict[str, list[float]] = {}
-    for n in processes:
+    compute, text = TowerStep(), TextStep()
+
+    def work() -> None:
+        compute()
+        text()
+
+    near, apart = (defaultdict[str, list[float]](list) for _ in range(2))
+    worked = [
+        {n: _shared(work, rank, group, time.thread_time) for n, group in groups.items()} for _ in range(2 * turns)
+    ]
+    stream = _Stream()
+    streamed = [
+        {n: _shared(stream, rank, group, time.thread_time, 2) for n, group in groups.items()} for _ in range(2 * turns)
+    ]
+    alone = statistics.median(_shared(compute, rank, groups[1]) for _ in range(turns))
+    for n, group in groups.items():
         dist.barrier()
-        if rank >= n:
-            continue
-        group = groups[n]
-        worked[str(n)] = statistics.median(_together(work, group, 100, time.thread_time) for _ in range(2 * turns))
-        if n == 1:
+        if rank >= n or n == 1:
             continue
         for size in sizes:
             for name, call in _messages(rank, n, size, group).items():
-                took = _in_a_step(call, compute, group, turns, max(2, min(10, (1 << 22) // size)))
-                messages.setdefault(f"{name}/{n}", []).append(max(1e-6, took))
+                took = _message(call, compute, group, turns, max(2, min(10, (1 << 22) // size)))
+                for curve, seconds in zip((near, apart), took, strict=True):
+                    curve[f"{name}/{n}"].append(max(1e-6, seconds))
     dist.barrier()
     if rank == 0:
-        (Path(folder) / "times.json").write_text(json.dumps({"work": worked, "messages": messages}))
+        (Path(folder) / "times.json").write_text(
+            json.dumps({"work": worked, "streams": streamed, "near": near, "apart": apart, "alone": alone})
+        )
     dist.destroy_process_group()
 
 
-def _in_a_step(call: Callable[[], object], compute: Callable[[], object], group: Any, turns: int, times: int) -> float:
-    """Seconds of a message after a computation beyond those of the computation: the median of turns."""
+class _Stream:
+    """A pass over more than the caches of all cores hold, as that of an optimizer."""
+
+    def __init__(self) -> None:
+        self.x, self.y = torch.ones(STREAMED // 4), torch.ones(STREAMED // 4)
+
+    def __call__(self) -> None:
+        torch.add(self.x, 1.0, out=self.y)
+
+
+def _shared(
+    call: Callable[[], object], rank: int, group: Any, clock: Callable[[], float] = time.perf_counter, times: int = 50
+) -> float:
+    """Seconds of a call in the first rank while the others of its group do the same, and all others wait."""
+    dist.barrier()
+    return _together(call, group, times, clock) if rank < dist.get_world_size(group) else 0.0
+
+
+def _message(
+    call: Callable[[], object], compute: Callable[[], object], group: Any, turns: int, times: int
+) -> tuple[float, float]:
+    """Seconds of a message right after another one, and after a computation beyond its own: medians of turns."""
 
     def both() -> None:
         compute()
         call()
 
     both()
-    took, spent = list[float](), 0.0
-    while len(took) < turns and spent < LONGEST:  # by the slowest rank's times, so that all stop alike
+    near, apart, spent = list[float](), list[float](), 0.0
+    while len(apart) < turns and spent < LONGEST:  # by the slowest rank's times, so that all stop alike
+        near.append(_together(call, group, times))
         alone, there = _together(compute, group, times), _together(both, group, times)
-        took.append(there - alone)
-        spent += times * (there + alone)
-    return statistics.median(took)
+        apart.append(there - alone)
+        spent += times * (near[-1] + alone + there)
+    return statistics.median(near), statistics.median(apart)
 
 
 def _together(
@@ -134,19 +180,6 @@ def _together(
     spent = torch.tensor((clock() - start) / times, dtype=torch.float64)
     dist.all_reduce(spent, dist.ReduceOp.MAX, group)
     return float(spent)
-
-
-class _Work:
-    """Half a millisecond of products and passes over memory."""
-
-    def __init__(self) -> None:
-        self.a, self.c, self.x = torch.ones(192, 192), torch.ones(192, 192), torch.ones(1 << 20)
-        self.small = [torch.ones(64, 64) for _ in range(8)]
-
-    def __call__(self) -> None:
-        torch.mm(self.a, self.a, out=self.c)
-        for x in (self.x, *self.small):
-            x.mul_(1.0)
 
 
 def _messages(rank: int, n: int, size: int, group: Any) -> dict[str, Callable[[], object]]:

@@ -6,6 +6,7 @@ Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth a seco
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,6 +21,8 @@ from descant.plan.quantities import Curve, quantity, rounded
 
 #: The files that ship.
 FOLDER = Path(__file__).parent / "hardware"
+#: Bytes that an operation moves: caches hold them, and hold them no more when several processes do the same.
+CACHED, STREAMED = 8 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,32 @@ class Link:
     """From one rank to the next: ``bandwidth`` in bytes/s a rank and direction, ``latency`` in seconds a message.
 
     ``share`` is what large messages reach of the bandwidth. ``curves``, where measured: seconds of a collective of so
-    many ranks by its bytes, such as ``all_reduce/2``.
+    many ranks by its bytes, such as ``all_reduce/2``, right after another one; ``apart``: the same after so many
+    ``seconds`` of computation, in which ranks drift apart and lose what they had in their caches.
     """
 
     bandwidth: Annotated[float, "bandwidth"]
     latency: Annotated[float, "time"]
     share: Annotated[float, "share"] = 1.0
     curves: dict[str, Curve] = field(default_factory=dict)
+    apart: dict[str, Curve] = field(default_factory=dict)
+    seconds: Annotated[float, "time"] = 0.0
+
+    def measured(self, key: str, size: float, computed: float) -> float | None:
+        """Seconds of a message after so many seconds of computation: between both curves in proportion, and never more
+        than the second; None where it was not measured.
+
+        >>> near, apart = ({"all_reduce/2": Curve((8.0,), (seconds,))} for seconds in (1.0, 3.0))
+        >>> link = Link(1e9, 1e-4, 1.0, near, apart, seconds=0.5)
+        >>> [link.measured("all_reduce/2", 8, seconds) for seconds in (0, 0.25, 9)], link.measured("send/2", 8, 0)
+        ([1.0, 2.0, 3.0], None)
+        """
+        if key not in self.curves:
+            return None
+        near = self.curves[key](size)
+        if key not in self.apart or not self.seconds:
+            return near
+        return near + (self.apart[key](size) - near) * min(1.0, computed / self.seconds)
 
     @property
     def rate(self) -> float:
@@ -102,7 +124,7 @@ class Hardware:
         within, between: the link between two ranks of a node, and of two nodes.
         node: ranks of a node. store: bytes/s that a node writes to where checkpoints lie.
         contention: how many times longer computation takes with so many processes on the cores of a node, by their
-            number; 1 for accelerators.
+            number; 1 for accelerators. streams: the same of passes over more than caches hold, where it was measured.
         overlap: share of a message beside the computation that costs the rank nothing; 0 where its cores send it.
         calibration: what was measured, if it was.
     """
@@ -113,26 +135,35 @@ class Hardware:
     node: int
     store: float
     contention: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+    streams: dict[int, float] = field(default_factory=dict)
     overlap: float = 1.0
     calibration: Calibration | None = None
 
-    def slowdown(self, processes: int) -> float:
-        """Of ``processes`` on the cores of a node: between measured numbers in proportion, beyond the last one too.
+    def slowdown(self, processes: int, moved: float = 0.0) -> float:
+        """Of ``processes`` on the cores of a node, for an operation that moves so many bytes: between measured numbers
+        in proportion, beyond the last one too; between :data:`CACHED` and :data:`STREAMED` by the logarithm.
 
         >>> from dataclasses import replace
-        >>> cpu = replace(load("cpu"), contention={1: 1.0, 2: 1.1, 4: 2.2})
+        >>> cpu = replace(load("cpu"), contention={1: 1.0, 2: 1.1, 4: 2.2}, streams={1: 1.0, 2: 1.7, 4: 3.0})
         >>> cpu.slowdown(1), round(cpu.slowdown(3), 3), round(cpu.slowdown(8), 3)
         (1.0, 1.65, 4.4)
+        >>> [round(cpu.slowdown(2, megabytes * 2**20), 3) for megabytes in (1, 8, 16, 64)]
+        [1.1, 1.1, 1.4, 1.7]
         """
-        known = sorted(self.contention)
-        if not known or processes <= known[0]:
-            return self.contention.get(processes, 1.0)
-        if processes >= known[-1]:
-            return self.contention[known[-1]] * (1 if len(known) == 1 else processes / known[-1])
-        high = next(n for n in known if n >= processes)
-        low = max(n for n in known if n < processes)
-        share = (processes - low) / (high - low)
-        return self.contention[low] + share * (self.contention[high] - self.contention[low])
+        cached = _among(self.contention, processes)
+        share = math.log(max(1.0, moved / CACHED)) / math.log(STREAMED / CACHED)
+        return cached + min(1.0, share) * (_among(self.streams or self.contention, processes) - cached)
+
+
+def _among(known: dict[int, float], processes: int) -> float:
+    numbers = sorted(known)
+    if not numbers or processes <= numbers[0]:
+        return known.get(processes, 1.0)
+    if processes >= numbers[-1]:
+        return known[numbers[-1]] * (1 if len(numbers) == 1 else processes / numbers[-1])
+    high = next(n for n in numbers if n >= processes)
+    low = max(n for n in numbers if n < processes)
+    return known[low] + (processes - low) / (high - low) * (known[high] - known[low])
 
 
 # reading ------------------------------------------------------------------------------------------------------------
@@ -223,7 +254,7 @@ def _part(part: Any, content: Any, place: str, file: str) -> Any:
         value, where = content[one.name], f"{place}.{one.name}"
         kind = next(iter(getattr(hints[one.name], "__metadata__", ())), None)
         if kind is None:
-            made[one.name] = _curves(value, where, file) if one.name == "curves" else str(value)
+            made[one.name] = _curves(value, where, file) if one.name in ("curves", "apart") else str(value)
         elif get_origin(hints[one.name].__origin__) is dict:
             inner = _require(value, list(map(str, value)) if isinstance(value, dict) else [], [], where, file)
             made[one.name] = {str(k): _quantity(v, kind, f"{where}.{k}", file) for k, v in inner.items()}
@@ -249,6 +280,12 @@ def _curves(content: Any, place: str, file: str) -> dict[str, Curve]:
     return curves
 
 
+def _times(key: str, content: Any, file: str) -> dict[int, float]:
+    if not isinstance(content, dict) or not all(isinstance(n, int) and n > 0 for n in content):
+        fail(f"{file}: {key}: how many times longer by the number of processes, such as {{1: 1, 2: 1.1}}")
+    return {n: _quantity(times, "number", f"{key}.{n}", file) for n, times in content.items()}
+
+
 def _hardware(content: dict[str, Any], file: str) -> Hardware:
     _require(content, _keys(Hardware), ["card", "within", "between", "node", "store"], "", file)
     card = _part(Card, content["card"], "card", file)
@@ -257,9 +294,6 @@ def _hardware(content: dict[str, Any], file: str) -> Hardware:
     node = content["node"]
     if not isinstance(node, int) or isinstance(node, bool) or node < 1:
         fail(f"{file}: node: {node!r}: a number of ranks, at least 1")
-    contention = content.get("contention", {1: 1.0})
-    if not isinstance(contention, dict) or not all(isinstance(n, int) and n > 0 for n in contention):
-        fail(f"{file}: contention: how many times longer by the number of processes, such as {{1: 1, 2: 1.1}}")
     measured = content.get("calibration")
     return Hardware(
         card,
@@ -267,7 +301,8 @@ def _hardware(content: dict[str, Any], file: str) -> Hardware:
         _part(Link, content["between"], "between", file),
         node,
         _quantity(content["store"], "bandwidth", "store", file),
-        {n: _quantity(times, "number", f"contention.{n}", file) for n, times in contention.items()},
+        _times("contention", content.get("contention", {1: 1.0}), file),
+        _times("streams", content.get("streams", {}), file),
         _quantity(content.get("overlap", 1.0), "part", "overlap", file),
         None if measured is None else _part(Calibration, measured, "calibration", file),
     )

@@ -97,7 +97,8 @@ class Recorder(TorchDispatchMode):
         of_copies = bool(self._gathered) and len(members) < dist.get_world_size()  # gradients, among copies of a shard
         beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and of_copies)
         stride = members[1] - members[0] if len(members) > 1 else 1
-        message = Collective(MESSAGES.get(name, name), self.phase, max(sides), len(members), stride, beside)
+        name, done = MESSAGES.get(name, name), len(self.operations)
+        message = Collective(name, self.phase, max(sides), len(members), stride, beside, done)
         self.collectives.append(message)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:

@@ -75,6 +75,16 @@ class TowerStep:
         self.x.mul_(1.0)
 
 
+class TextStep:
+    """A millisecond of attention and products, forward and backward."""
+
+    def __init__(self) -> None:
+        self.tower, self.tokens = TextTower(vocab=1024, width=WIDTH, depth=2, heads=2, length=_LENGTH), _pairs(2 * ROWS)
+
+    def __call__(self) -> None:
+        self.tower(self.tokens.inputs["text"]).h_BTD.sum().backward()
+
+
 def _tower(width: int) -> ConvTower:
     return ConvTower(widths=[width, 2 * width], stem=4)
 

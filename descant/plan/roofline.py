@@ -54,7 +54,7 @@ def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str]:
     return kernel + overhead, name
 
 
-def time_of_collective(collective: Collective, hardware: Hardware) -> float:
+def time_of_collective(collective: Collective, hardware: Hardware, computed: float = 0.0) -> float:
     """Seconds of one message of a group of ``n`` ranks.
 
     In a ring over one link: ``all_reduce 2 (n-1) (S/(n B) + a)``; all_gather, reduce_scatter and all_to_all
@@ -66,7 +66,8 @@ def time_of_collective(collective: Collective, hardware: Hardware) -> float:
     and ``S (n-L)/n`` between, broadcast S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, of
     double trees.
 
-    Where a group of so many ranks was measured, its curve is taken.
+    Where a group of so many ranks was measured, that is taken, after so many seconds that were ``computed`` since the
+    message before.
 
     Source: NCCL's tests, doc/PERFORMANCE.md (bus bandwidth); Thakur 2005 (rings); Sanders 2009 (double trees, as in
     NCCL since 2.4).
@@ -85,7 +86,8 @@ def time_of_collective(collective: Collective, hardware: Hardware) -> float:
     nodes = -(-n // inside)
     for link, alone in ((hardware.within, nodes == 1), (hardware.between, inside == 1)):
         if alone:
-            return _ring(name, size, n, link, trees=link is hardware.between)
+            known = link.measured(f"{name}/{n}", size, computed)
+            return _ring(name, size, n, link, trees=link is hardware.between) if known is None else known
     within, between = hardware.within, hardware.between
     if name == "all_to_all":
         return (
@@ -105,8 +107,6 @@ def time_of_collective(collective: Collective, hardware: Hardware) -> float:
 
 
 def _ring(name: str, size: float, n: int, link: Link, trees: bool = False) -> float:
-    if (curve := link.curves.get(f"{name}/{n}")) is not None:
-        return curve(size)
     if name in ("send", "recv"):
         return size / link.rate + link.latency
     if name == "broadcast":
@@ -172,22 +172,31 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     >>> f"{time.backward * 1e3:.2f} {time.communication * 1e3:.2f} {time.exposed * 1e3:.2f} ms", time.bound
     ('4.17 5.25 1.08 ms', 'compute')
     """
-    slowdown = hardware.slowdown(processes)
+    slowdown = hardware.slowdown(processes)  # of what moves little
     computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
-    launched = dict.fromkeys(PHASES, 0.0)
+    launched, done = dict.fromkeys(PHASES, 0.0), [0.0]  # of a rank alone, before each operation and at the end
     for operation in trace.operations:
         seconds, bound = _bound(operation, hardware)
-        computed[operation.phase] += seconds * slowdown
+        longer = hardware.slowdown(processes, operation.read + operation.written)
+        computed[operation.phase] += seconds * longer
         launched[operation.phase] += hardware.card.launch * slowdown
-        parts[bound] += seconds * slowdown
+        parts[bound] += seconds * longer
+        done.append(done[-1] + seconds)
     late = sum(launched.values()) - sum(computed.values())
     if late > 0 and hardware.calibration is None:
         parts["launches"] += late
         for phase in PHASES:
             computed[phase] += late * launched[phase] / sum(launched.values())
+    host, measured, held = 0.0, hardware.calibration, trace.memory.activations
+    if measured is not None:
+        host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
     waited, beside = 0.0, dict.fromkeys(PHASES, 0.0)
+    begun = (
+        done[trace.collectives[-1].after] - done[-1] - host / slowdown if trace.collectives else 0.0
+    )  # in the step before
     for message in trace.collectives:
-        seconds = time_of_collective(message, hardware)
+        seconds = time_of_collective(message, hardware, done[message.after] - begun)
+        begun = done[message.after]
         if message.overlapped:
             beside[message.phase] += seconds
         else:
@@ -195,8 +204,5 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     hidden = sum(hardware.overlap * min(beside[phase], computed[phase]) for phase in PHASES)
     communication = waited + sum(beside.values())
     parts["links"] = communication - hidden
-    host, measured, held = 0.0, hardware.calibration, trace.memory.activations
-    if measured is not None:
-        host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
     forward, backward, optimizer = (computed[phase] for phase in PHASES)
     return StepTime(forward, backward, optimizer, host, communication, communication - hidden, parts)

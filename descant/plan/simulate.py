@@ -90,8 +90,10 @@ class Simulation:
         weights = sum(nbytes(_local(x)) for x in (*twin.parameters(), *twin.buffers()))
         gradients = sum(nbytes(_local(p.grad)) for p in twin.parameters() if p.grad is not None)
         reduced = layout.strategy == "ddp" and layout.world > 1
-        messages = list(_reducing(twin, layout)) if reduced else []
-        operations, collectives = record.operations + list(_copied(messages)), record.collectives + messages
+        backward = sum(one.phase != "optimizer" for one in record.operations)
+        messages = list(_reducing(twin, layout, backward)) if reduced else []
+        operations = [*record.operations[:backward], *_copied(messages), *record.operations[backward:]]
+        collectives = sorted(record.collectives + messages, key=lambda message: message.after)
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
         return Trace(rows * layout.micro, memory, operations, collectives, tokens)
@@ -223,8 +225,11 @@ def _step(twin: Any, optimizer: Any, batches: list[Batch], precision: Precision,
     optimizer.step()
 
 
-def _reducing(twin: nn.Module, layout: Layout) -> Iterator[Collective]:
-    """What DDP sends: buffers from the first rank before a forward, and gradients in buckets, the last ones first."""
+def _reducing(twin: nn.Module, layout: Layout, backward: int) -> Iterator[Collective]:
+    """What DDP sends: buffers from the first rank before a forward, and gradients in buckets, the last ones first.
+
+    ``backward``: how many operations of a step come before the end of its backward, where all buckets are put.
+    """
     buffers: dict[torch.dtype, int] = {}
     for buffer in twin.buffers():
         buffers[buffer.dtype] = buffers.get(buffer.dtype, 0) + nbytes(buffer)
@@ -234,10 +239,10 @@ def _reducing(twin: nn.Module, layout: Layout) -> Iterator[Collective]:
     for parameter in reversed([p for p in twin.parameters() if p.requires_grad]):
         held += nbytes(parameter)
         if held >= limit:
-            yield Collective("all_reduce", "backward", held, layout.world, overlapped=True)
+            yield Collective("all_reduce", "backward", held, layout.world, overlapped=True, after=backward)
             limit, held = BUCKETS[1], 0
     if held:
-        yield Collective("all_reduce", "backward", held, layout.world, overlapped=True)
+        yield Collective("all_reduce", "backward", held, layout.world, overlapped=True, after=backward)
 
 
 def _copied(reduced: list[Collective]) -> Iterator[Operation]:

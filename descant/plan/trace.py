@@ -41,6 +41,7 @@ class Collective:
         ranks: of its group. stride: from one rank of the group to the next; at ``gpus_per_node`` or more each is on
             another node.
         overlapped: whether the rank computes meanwhile, as with parameters and gradients; else it waits.
+        after: how many operations of the step come before it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Collective:
     ranks: int
     stride: int = 1
     overlapped: bool = False
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class Memory:
 
 @dataclass
 class Trace:
-    """One optimizer step of a rank, with ``rows`` samples (and ``tokens``) in all of its micro-batches."""
+    """One optimizer step of a rank, with ``rows`` samples (and ``tokens``) in all of its micro-batches.
+
+    Operations and collectives are in the order of the step.
+    """
 
     rows: int
     memory: Memory

@@ -112,6 +112,8 @@ def test_processes_and_messages() -> None:
     found = measured_ranks([1, 2], 1, sizes=(1 << 10, 1 << 12))
     assert found.contention[1] == 1.0 <= found.contention[2]
     names = ("all_gather", "all_reduce", "all_to_all", "broadcast", "recv", "reduce_scatter", "send")
-    assert sorted(found.link.curves) == [f"{name}/2" for name in names]
-    assert all(curve.sizes == (1024.0, 4096.0) for curve in found.link.curves.values())
+    assert found.streams[1] == 1.0 <= found.streams[2] and found.link.seconds > 0
+    for curves in (found.link.curves, found.link.apart):
+        assert sorted(curves) == [f"{name}/2" for name in names]
+        assert all(curve.sizes == (1024.0, 4096.0) for curve in curves.values())
     assert found.link.bandwidth > 0 and measured_ranks([1], 1).link == Link(1e9, 1e-4)

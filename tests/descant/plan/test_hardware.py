@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from descant.cli.errors import Refusal
-from descant.plan.hardware import Calibration, Hardware, load, names, to_yaml
+from descant.plan.hardware import CACHED, Calibration, Hardware, load, names, to_yaml
 from descant.plan.quantities import Curve, quantity
 from tests.tolerance import F64, ulps
 
@@ -56,8 +56,10 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     curves = {"product/float32": Curve((1e3, 1e6), (1.5e-6, 2e-4))}
     calibration = Calibration("a machine", curves, {"forward": 1e-5, "optimizer": 0.0}, 3e-4)
     cpu = load("cpu")
-    link = replace(cpu.within, curves={"all_reduce/2": Curve((4096.0, 65536.0), (1e-4, 3e-4))})
-    measured = replace(cpu, calibration=calibration, within=link, contention={1: 1.0, 4: 2.5}, overlap=0.0)
+    near, apart = ({"all_reduce/2": Curve((4096.0, 65536.0), (least, 3e-4))} for least in (1e-4, 2e-4))
+    link = replace(cpu.within, curves=near, apart=apart, seconds=1e-3)
+    times = {"contention": {1: 1.0, 4: 2.5}, "streams": {1: 1.0, 4: 3.5}}
+    measured = replace(cpu, calibration=calibration, within=link, overlap=0.0, **times)  # type: ignore[arg-type]
     file = tmp_path / "here.yaml"
     file.write_text(to_yaml(measured))
     assert load(file) == measured
@@ -76,6 +78,7 @@ BAD = {
     "between: {latency: 5 minutes}\n": "between.latency: '5 minutes': no unit of time",
     "node: 0\n": "node: 0: a number of ranks, at least 1",
     "contention: {two: 2}\n": "contention: how many times longer",
+    "streams: {2: fast}\n": "streams.2: 'fast': a number above 0",
     "overlap: 2\n": "overlap: 2: a share of at most 1",
     "within: {curves: {all_reduce/2: [[2, 1], [1, 1]]}}\n": "within.curves.all_reduce/2: pairs of size and seconds",
     "calibration: {curves: {}}\n": "calibration.machine is missing",
@@ -129,3 +132,7 @@ def test_a_curve_passes_its_points_and_goes_on_in_proportion() -> None:
 def test_slowdown_rises_between_and_beyond_what_was_measured() -> None:
     cpu: Hardware = replace(load("cpu"), contention={1: 1.0, 2: 1.5, 4: 3.0})
     assert [cpu.slowdown(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 2.25, 3.0, 6.0]
+    assert cpu.slowdown(2, 1e12) == 1.5  # of passes over memory nothing is known
+    measured = replace(cpu, streams={1: 1.0, 2: 2.5})
+    assert [measured.slowdown(2, x * CACHED) for x in (0.5, 1, 2, 4, 8)] == [1.5, 1.5, 2.0, 2.5, 2.5]
+    assert measured.slowdown(1, 1e12) == 1.0

@@ -75,6 +75,24 @@ def test_what_was_measured_of_a_group_is_taken() -> None:
     assert time_of_collective(Collective("all_reduce", "backward", GB, 2), measured) == exactly(0.01 + 2e-6)
 
 
+def test_a_message_takes_longer_the_more_was_computed_since_the_one_before() -> None:
+    near, apart = ({"all_reduce/2": Curve((8.0,), (seconds,))} for seconds in (0.001, 0.005))
+    busy = {1: 1.0, 2: 2.0}
+    hardware = replace(ROUND, within=Link(1e9, 1e-6, 1.0, near, apart, seconds=0.02), contention=busy, overlap=0.0)
+    operations = [operation(10**10, 8), operation(5 * 10**9, 8), operation(10**10, 8, phase="optimizer")]
+    messages = [Collective("all_reduce", "forward", 8, 2, after=after) for after in (1, 1, 2)]
+    time = step_time(Trace(1, NOTHING, operations, messages), hardware, processes=2)
+    assert time.compute == exactly(0.05)  # 25 ms of a rank alone
+    # after 20 ms, 10 of them in the step before; after nothing; after 5 ms
+    assert time.exposed == exactly(0.005 + 0.001 + 0.002)
+
+
+def test_operations_that_stream_share_memory_and_not_only_cores() -> None:
+    shared = replace(ROUND, contention={1: 1.0, 2: 1.5}, streams={1: 1.0, 2: 2.0})
+    assert step_time(Trace(1, NOTHING, [operation(8, GB)]), shared, processes=2).total == exactly(0.02)
+    assert step_time(Trace(1, NOTHING, [operation(10**10, 8)]), shared, processes=2).total == exactly(0.015)
+
+
 def test_a_step_hides_what_is_beside_the_computation_of_its_phase() -> None:
     operations = [
         operation(10**10, 8),

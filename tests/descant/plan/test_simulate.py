@@ -24,7 +24,7 @@ from descant.modules.training_setup.activation_checkpointing import Checkpointin
 from descant.plan.fake_device import ranks
 from descant.plan.layout import Layout
 from descant.plan.simulate import Simulation
-from descant.plan.trace import Trace
+from descant.plan.trace import PHASES, Trace
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET, D, N, ToyData, ToyRecipe
 
@@ -136,6 +136,9 @@ def test_ddp_sends_each_gradient_once_beside_the_computation() -> None:
     assert trace.moved() == {"all_reduce": WHOLE} and len(trace.collectives) == 1
     message = trace.collectives[0]
     assert (message.phase, message.ranks, message.stride, message.overlapped) == ("backward", 4, 1, True)
+    phases = [operation.phase for operation in trace.operations]
+    assert phases == sorted(phases, key=PHASES.index)  # in the order of the step
+    assert message.after == phases.index("optimizer") - 2  # into the bucket and out of it
 
 
 @pytest.mark.parametrize(("name", "world"), [("fsdp", 4), ("thousand", 1024)])
@@ -145,6 +148,8 @@ def test_fsdp_gathers_blocks_twice_and_the_rest_once(name: str, world: int) -> N
     assert counts(trace) == {("all_gather", world): 5, ("reduce_scatter", world): 3}
     assert trace.moved() == {"all_gather": 4 * block + rest, "reduce_scatter": 2 * block + rest}
     assert all(message.overlapped for message in trace.collectives)
+    places = [message.after for message in trace.collectives]
+    assert places == sorted(places) and len(set(places)) > 3 and places[-1] <= len(trace.operations)
 
 
 def test_hsdp_gathers_in_a_group_and_reduces_parts_between_groups() -> None:
