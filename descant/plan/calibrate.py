@@ -62,6 +62,8 @@ def calibrate(
     ranks = measured_ranks(sorted({*processes, 1}), turns) if where.type == "cpu" else None
     within = ranks.link if ranks is not None else Link(16e9, 10e-6)
     card = _card(curves, overhead, where)
+    if ranks is not None and ranks.bandwidth:
+        card = replace(card, bandwidth=ranks.bandwidth)
     return Hardware(
         card,
         within,

@@ -1,9 +1,9 @@
 """Processes that share a machine's cores: how much longer they compute, and what messages between them (gloo) take.
 
 More processes than cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``. The
-first is of caches and memory, and is measured, of steps of two towers (work of few instructions and tensors loses less
-when another process had the core), and of passes over memory. The second would be measured, too, but for other programs
-on the machine.
+first is of caches and memory, and is measured: of kernels on a small working set and of steps of two towers on larger
+ones, as their geometric mean; and of passes over memory. The second would be measured, too, but for other programs on
+the machine.
 
 A message is timed right after another one, and between the forward and backward passes of a small tower, as in a step,
 where each rank waits for the slowest, for a core, and for what the message took from its caches: there a small one
@@ -43,11 +43,13 @@ SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Contention by the number of processes, of steps and of passes over memory, and the link between them."""
+    """Contention by the number of processes, of steps and of passes over memory; the link between them; bytes/s of
+    passes over memory of one process, 0 where there is but one."""
 
     contention: dict[int, float]
     streams: dict[int, float]
     link: Link
+    bandwidth: float = 0.0
 
 
 def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SIZES) -> Ranks:
@@ -60,11 +62,8 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
         found = json.loads((Path(folder) / "times.json").read_text())
     cores = len(os.sched_getaffinity(0))
     contention, streams = (
-        {
-            n: max(1.0, statistics.median(turn[str(n)] / turn["1"] for turn in found[which])) * max(1.0, n / cores)
-            for n in processes
-        }
-        for which in ("work", "streams")
+        {n: max(1.0, _ratio(found["shared"], kinds, str(n))) * max(1.0, n / cores) for n in processes}
+        for kinds in (("kernels", "tower", "text"), ("streams",))
     )
     near, apart = (
         {key: Curve(tuple(map(float, sizes)), rising(seconds)) for key, seconds in found[which].items()}
@@ -72,7 +71,14 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
     )
     reduce = near[f"all_reduce/{min(n for n in processes if n > 1)}"]
     rate, latency = reduce.sizes[-1] / reduce.seconds[-1], reduce.seconds[0] / 2
-    return Ranks(contention, streams, Link(rate, latency, 1.0, near, apart, found["alone"]))
+    link = Link(rate, latency, 1.0, near, apart, found["alone"])
+    passes = statistics.median(turn["1"] for turn in found["shared"]["streams"])
+    return Ranks(contention, streams, link, 2 * STREAMED / passes)
+
+
+def _ratio(shared: dict[str, list[dict[str, float]]], kinds: tuple[str, ...], n: str) -> float:
+    """Of times among ``n`` processes to those alone: medians over turns, the geometric mean over kinds of work."""
+    return statistics.geometric_mean(statistics.median(turn[n] / turn["1"] for turn in shared[kind]) for kind in kinds)
 
 
 def rising(seconds: list[float]) -> tuple[float, ...]:
@@ -100,21 +106,22 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
     dist.init_process_group("gloo", f"file://{folder}/ranks", limit, world, rank)
     groups = {n: dist.new_group(list(range(n)), limit) for n in processes}
     settle_allocator()
-    compute, text = TowerStep(), TextStep()
-
-    def work() -> None:
-        compute()
-        text()
-
+    compute = TowerStep()
     near, apart = (defaultdict[str, list[float]](list) for _ in range(2))
-    worked = [
-        {n: _shared(work, rank, group, time.thread_time) for n, group in groups.items()} for _ in range(2 * turns)
-    ]
-    stream = _Stream()
-    streamed = [
-        {n: _shared(stream, rank, group, time.thread_time, 2) for n, group in groups.items()} for _ in range(2 * turns)
-    ]
-    alone = statistics.median(_shared(compute, rank, groups[1]) for _ in range(turns))
+    kinds: dict[str, tuple[Callable[[], object], int]] = {
+        "kernels": (_Kernels(), 100),
+        "tower": (compute, 20),
+        "text": (TextStep(), 20),
+        "streams": (_Stream(), 2),
+    }
+    shared = {
+        name: [
+            {n: _shared(call, rank, group, times, time.thread_time) for n, group in groups.items()}
+            for _ in range(2 * turns)
+        ]
+        for name, (call, times) in kinds.items()
+    }
+    alone = statistics.median(_shared(compute, rank, groups[1], 50) for _ in range(turns))
     for n, group in groups.items():
         dist.barrier()
         if rank >= n or n == 1:
@@ -127,9 +134,20 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
     dist.barrier()
     if rank == 0:
         (Path(folder) / "times.json").write_text(
-            json.dumps({"work": worked, "streams": streamed, "near": near, "apart": apart, "alone": alone})
+            json.dumps({"shared": shared, "near": near, "apart": apart, "alone": alone})
         )
     dist.destroy_process_group()
+
+
+class _Kernels:
+    """A fifth of a millisecond of products and passes over what caches hold, and no memory from the system."""
+
+    def __init__(self) -> None:
+        self.a, self.c, self.x = torch.ones(192, 192), torch.ones(192, 192), torch.ones(1 << 20)
+
+    def __call__(self) -> None:
+        torch.mm(self.a, self.a, out=self.c)
+        self.x.mul_(1.0)
 
 
 class _Stream:
@@ -143,7 +161,7 @@ class _Stream:
 
 
 def _shared(
-    call: Callable[[], object], rank: int, group: Any, clock: Callable[[], float] = time.perf_counter, times: int = 50
+    call: Callable[[], object], rank: int, group: Any, times: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of a call in the first rank while the others of its group do the same, and all others wait."""
     dist.barrier()

@@ -129,9 +129,11 @@ def _read(options: Sequence[str], command: list[str]) -> Given:
 def _calibrated(rest: list[str], command: list[str]) -> int:
     if command or len(rest) > 1 or any(word.startswith("-") for word in rest):
         fail("plan: --calibrate takes a file for what it measures, and no command: descant plan --calibrate here.yaml")
+    from descant.cli.quiet import quieten
     from descant.plan.calibrate import calibrate
     from descant.plan.hardware import to_yaml
 
+    quieten()  # it trains a few steps
     text = to_yaml(calibrate())
     if not rest:
         print(text, end="")

@@ -35,12 +35,14 @@ _EMPTY = ("barrier", "monitored_barrier_")
 _COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 #: Messages that FSDP2 sends beside the computation, and a ring's.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
+#: Convolutions, whose weights oneDNN copies into a layout of its own, or their gradients out of it -> which argument.
+_WEIGHTS = {"aten::convolution": 1, "aten::convolution_backward": 2}
 
 
 class Recorder(TorchDispatchMode):
     """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
 
-    ``copies``: whether a backend copies what it gathers and scatters, as gloo does.
+    ``copies``: whether backends copy what they gather and scatter, and weights of convolutions, as gloo and oneDNN do.
     """
 
     def __init__(self, copies: bool = False) -> None:
@@ -78,6 +80,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor) and tensor.device.type == NAME:
                 self._hold(tensor.untyped_storage())
+        if self.copies and (place := _WEIGHTS.get(func._overloadpacket._qualified_op_name)) is not None:
+            self.peak = max(self.peak, self.live + nbytes(args[place]))
         if func.namespace == "fsdp" and "out" in kwargs:
             for tensor in kwargs["out"]:
                 storage = tensor.untyped_storage()

@@ -36,22 +36,24 @@ def time_of(operation: Operation, hardware: Hardware) -> float:
     return _bound(operation, hardware)[0]
 
 
-def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str]:
-    """Seconds, and which of :data:`BOUNDS` they are."""
+def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str, float]:
+    """Seconds, which of :data:`BOUNDS` they are, and the share of them that memory alone would take."""
     kind, size = size_of(operation)
     card, measured = hardware.card, hardware.calibration
     share = card.attention_share if kind.startswith("attention") else card.product_share
     compute = operation.flops / card.flop_rate(operation.dtype, share)
     memory = (operation.read + operation.written) / (card.bandwidth * card.bandwidth_share)
     if measured is None:
-        return max((compute * operation.done, "compute"), (memory, "memory"), (card.kernel, "launches"))
+        seconds, name = max((compute * operation.done, "compute"), (memory, "memory"), (card.kernel, "launches"))
+        return seconds, name, min(1.0, memory / seconds)
     curves, phase = measured.curves, operation.phase
     curve = next((curves[key] for key in curve_keys(kind, operation.dtype) if key in curves), None)
     kernel = max(compute, memory) if curve is None else curve(size)
     overhead = measured.overhead.get(phase, card.launch)
     least = overhead + (curve.seconds[0] if curve is not None else 0.0)
     name = "launches" if kernel < least else "compute" if operation.flops else "memory"
-    return kernel + overhead, name
+    seconds = kernel + overhead
+    return seconds, name, min(1.0, memory / seconds) if seconds else 0.0
 
 
 def time_of_collective(collective: Collective, hardware: Hardware, computed: float = 0.0) -> float:
@@ -172,16 +174,17 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     >>> f"{time.backward * 1e3:.2f} {time.communication * 1e3:.2f} {time.exposed * 1e3:.2f} ms", time.bound
     ('4.17 5.25 1.08 ms', 'compute')
     """
-    slowdown = hardware.slowdown(processes)  # of what moves little
+    slowdown = hardware.slowdown(processes)
     computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
     launched, done = dict.fromkeys(PHASES, 0.0), [0.0]  # of a rank alone, before each operation and at the end
     for operation in trace.operations:
-        seconds, bound = _bound(operation, hardware)
-        longer = hardware.slowdown(processes, operation.read + operation.written)
-        computed[operation.phase] += seconds * longer
+        alone, bound, memory = _bound(operation, hardware)
+        streams = hardware.slowdown(processes, operation.read + operation.written)
+        seconds = alone * (slowdown + memory * (streams - slowdown))
+        computed[operation.phase] += seconds
         launched[operation.phase] += hardware.card.launch * slowdown
-        parts[bound] += seconds * longer
-        done.append(done[-1] + seconds)
+        parts[bound] += seconds
+        done.append(done[-1] + alone)
     late = sum(launched.values()) - sum(computed.values())
     if late > 0 and hardware.calibration is None:
         parts["launches"] += late

@@ -72,6 +72,20 @@ def operations() -> dict[str, list[Operation]]:
     return found
 
 
+def convolved(rank: int) -> list[int]:
+    peaks = []
+    for copies in (False, True):
+        with Simulated(), adapted(copies), Recorder(copies) as record:
+            F.conv2d(torch.empty(1, 2, 4, 4, device=register()), torch.empty(3, 2, 3, 3, device=register()))
+            peaks.append(record.peak)
+    return peaks
+
+
+def test_a_convolution_of_a_processor_holds_a_copy_of_its_weight() -> None:
+    (peaks,) = run_ranks(1, convolved)
+    assert peaks[1] - peaks[0] == 4 * 3 * 2 * 3 * 3
+
+
 def late(rank: int) -> str:
     torch.ones(1, requires_grad=True).sum().backward()
     with pytest.raises(Refusal) as refused:
