@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def read_batches(path: Path) -> Batches:
             raise ValueError("its batches are compressed; `datasets` writes them as they are")
         reader = pa.BufferReader(content)
         stream = ipc.open_stream(reader)
+        _require_names(stream.schema)
     except UNREADABLE as error:
         raise ValueError(f"not a readable stream of Arrow ({first_line(error)})") from None
     batches: list[pa.RecordBatch] = []
@@ -63,6 +65,13 @@ def read_batches(path: Path) -> Batches:
     whole = content.slice(max(end - len(_END), 0), len(_END)).to_pybytes() == _END
     why = None if whole else f"cut off after batch {len(batches) - 1}: the end of the stream is not marked"
     return Batches(stream.schema, batches, why)
+
+
+def _require_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError for names that are no UTF-8, which Arrow reads, and Python not."""
+    for field in fields:
+        _ = field.name
+        _require_names(field.type.field(n) for n in range(field.type.num_fields))
 
 
 def _compressed(content: pa.Buffer) -> bool:

@@ -157,6 +157,19 @@ def test_files_by_their_names_and_both_forms_of_arrow(tmp_path: Path) -> None:
     assert find(tmp_path / "b.arrow")[""].texts("text") == table["text"].to_pylist()
 
 
+def test_names_of_columns_that_are_no_text(tmp_path: Path) -> None:
+    table = pa.table({"caption": ["a"], "of": [{"inside": 1}]})
+    for name in (b"caption", b"inside"):
+        file = tmp_path / "a.arrow"
+        with ipc.new_stream(str(file), table.schema) as out:
+            out.write_table(table)
+        content = file.read_bytes()
+        assert name in content
+        file.write_bytes(content.replace(name, b"\xe8" * len(name)))
+        with pytest.raises(ValueError, match=r"a\.arrow: not a readable stream of Arrow \('utf-8' codec"):
+            find(file)
+
+
 def test_an_order_that_early_releases_saved(tmp_path: Path) -> None:
     folder, order = small(tmp_path / "a"), [7, 3, 3, 11, 0]
     table = pa.table({"indices": pa.array(order, pa.uint64())})
