@@ -42,8 +42,10 @@ class _LogProbabilities(torch.autograd.Function):
         parts, totals = [], []
         for h_nD, token_n in zip(h_ND.split(rows), token_N.split(rows), strict=True):
             x_nV = _scaled(h_nD, w_VD, temperature)
-            total_n = x_nV.logsumexp(dim=1)
-            parts.append(x_nV.gather(1, token_n[:, None])[:, 0] - total_n)
+            own_n1, max_n1 = x_nV.gather(1, token_n[:, None]), x_nV.amax(dim=1, keepdim=True)
+            # logsumexp, which would make a second matrix as large
+            total_n = x_nV.sub_(max_n1).exp_().sum(dim=1).log_().add_(max_n1[:, 0])
+            parts.append(own_n1[:, 0] - total_n)
             totals.append(total_n)
         ctx.save_for_backward(h_ND, w_VD, token_N, torch.cat(totals))
         ctx.temperature = temperature
