@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -33,9 +33,7 @@ class Forked:
         return self.poll()
 
     def wait(self) -> int:
-        while (code := self.poll()) is None:
-            time.sleep(0.05)
-        return code
+        return _ended(self.poll)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -46,9 +44,13 @@ def alone(words: Sequence[str]) -> Result:
     """``descant WORDS`` in this folder, in a process of its own; what it printed is all in ``err``."""
     with NamedTemporaryFile() as log:
         _, poll = forked(Path.cwd(), Path(log.name), dict(os.environ), list(words))
-        while (code := poll()) is None:
-            time.sleep(0.05)
-        return Result(code, "", Path(log.name).read_text(encoding="utf-8"))
+        return Result(_ended(poll), "", Path(log.name).read_text(encoding="utf-8"))
+
+
+def _ended(poll: Callable[[], int | None]) -> int:
+    while (code := poll()) is None:
+        time.sleep(0.05)
+    return code
 
 
 def fork_runs(monkeypatch: pytest.MonkeyPatch) -> None:

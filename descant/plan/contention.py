@@ -77,7 +77,12 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
 
 
 def _ratio(shared: dict[str, list[dict[str, float]]], kinds: tuple[str, ...], n: str) -> float:
-    """Of times among ``n`` processes to those alone: medians over turns, the geometric mean over kinds of work."""
+    """Of times among ``n`` processes to those alone: medians over turns, the geometric mean over kinds of work.
+
+    >>> turns = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "2": 16.0}, {"1": 4.0, "2": 4.0}]  # 2, 8 and 1 times as long
+    >>> round(_ratio({"kernels": turns, "tower": [{"1": 1.0, "2": 8.0}]}, ("kernels", "tower"), "2"), 6)
+    4.0
+    """
     return statistics.geometric_mean(statistics.median(turn[n] / turn["1"] for turn in shared[kind]) for kind in kinds)
 
 

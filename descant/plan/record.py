@@ -35,6 +35,8 @@ _EMPTY = ("barrier", "monitored_barrier_")
 _COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 #: Messages that FSDP2 sends beside the computation, and a ring's.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
+#: Operators that make a copy of an argument while they run -> which argument: logsumexp of what it exponentiates.
+_WITHIN = {"aten::logsumexp": 0}
 #: Convolutions, whose weights oneDNN copies into a layout of its own, or their gradients out of it -> which argument.
 _WEIGHTS = {"aten::convolution": 1, "aten::convolution_backward": 2}
 
@@ -80,7 +82,9 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor) and tensor.device.type == NAME:
                 self._hold(tensor.untyped_storage())
-        if self.copies and (place := _WEIGHTS.get(func._overloadpacket._qualified_op_name)) is not None:
+        name = func._overloadpacket._qualified_op_name
+        place = _WITHIN.get(name, _WEIGHTS.get(name) if self.copies else None)
+        if place is not None:
             self.peak = max(self.peak, self.live + nbytes(args[place]))
         if func.namespace == "fsdp" and "out" in kwargs:
             for tensor in kwargs["out"]:

@@ -86,11 +86,11 @@ def time_of_collective(collective: Collective, hardware: Hardware, computed: flo
         return 0.0
     inside = min(n, max(1, hardware.node // max(1, collective.stride)))
     nodes = -(-n // inside)
-    for link, alone in ((hardware.within, nodes == 1), (hardware.between, inside == 1)):
-        if alone:
-            known = link.measured(f"{name}/{n}", size, computed)
-            return _ring(name, size, n, link, trees=link is hardware.between) if known is None else known
     within, between = hardware.within, hardware.between
+    if nodes == 1:
+        return _ring(name, size, n, within, computed)
+    if inside == 1:
+        return _ring(name, size, n, between, computed, trees=True)
     if name == "all_to_all":
         return (
             size * (inside - 1) / n / within.rate
@@ -99,16 +99,22 @@ def time_of_collective(collective: Collective, hardware: Hardware, computed: flo
             + (n - inside) * between.latency
         )
     if name == "all_reduce":
+        scattered = _ring("reduce_scatter", size, inside, within, computed)
         middle = _ring(name, size / inside, nodes, between, trees=True)
-        return 2 * _ring("all_gather", size, inside, within) + middle
-    if name in ("all_gather", "reduce_scatter"):
-        return _ring(name, size, inside, within) + _ring(name, size / inside, nodes, between)
-    if name == "broadcast":
-        return _ring(name, size, inside, within) + _ring(name, size, nodes, between)
-    return _ring(name, size, n, between)
+        return scattered + middle + _ring("all_gather", size, inside, within)
+    if name == "reduce_scatter":
+        return _ring(name, size, inside, within, computed) + _ring(name, size / inside, nodes, between)
+    if name in ("all_gather", "broadcast"):
+        part = size / inside if name == "all_gather" else size
+        return _ring(name, part, nodes, between, computed) + _ring(name, size, inside, within)
+    return _ring(name, size, n, between, computed)
 
 
-def _ring(name: str, size: float, n: int, link: Link, trees: bool = False) -> float:
+def _ring(name: str, size: float, n: int, link: Link, computed: float = 0.0, trees: bool = False) -> float:
+    """Of a group on one link; levels of a message after its first come right after another message."""
+    known = link.measured(f"{name}/{n}", size, computed)
+    if known is not None:
+        return known
     if name in ("send", "recv"):
         return size / link.rate + link.latency
     if name == "broadcast":

@@ -72,18 +72,30 @@ def operations() -> dict[str, list[Operation]]:
     return found
 
 
-def convolved(rank: int) -> list[int]:
-    peaks = []
-    for copies in (False, True):
-        with Simulated(), adapted(copies), Recorder(copies) as record:
-            F.conv2d(torch.empty(1, 2, 4, 4, device=register()), torch.empty(3, 2, 3, 3, device=register()))
-            peaks.append(record.peak)
-    return peaks
+def convolved(device: torch.device) -> Tensor:
+    return F.conv2d(torch.empty(1, 2, 4, 4, device=device), torch.empty(3, 2, 3, 3, device=device))
 
 
-def test_a_convolution_of_a_processor_holds_a_copy_of_its_weight() -> None:
-    (peaks,) = run_ranks(1, convolved)
-    assert peaks[1] - peaks[0] == 4 * 3 * 2 * 3 * 3
+def normalizer(device: torch.device) -> Tensor:
+    return torch.empty(B, 64, device=device).logsumexp(dim=1)
+
+
+def peaks(rank: int) -> dict[str, list[int]]:
+    """Bytes on an accelerator and on a processor."""
+    found: dict[str, list[int]] = {}
+    for step in (convolved, normalizer):
+        for copies in (False, True):
+            with Simulated(), adapted(copies), Recorder(copies) as record:
+                step(register())
+                found.setdefault(step.__name__, []).append(record.peak)
+    return found
+
+
+def test_operators_that_copy_an_argument_hold_it_twice() -> None:
+    """Convolutions of a processor their weight; logsumexp what it exponentiates, before it adds up."""
+    (found,) = run_ranks(1, peaks)
+    assert found["convolved"][1] - found["convolved"][0] == 4 * 3 * 2 * 3 * 3
+    assert found["normalizer"] == [4 * (2 * B * 64 + B)] * 2
 
 
 def late(rank: int) -> str:

@@ -58,8 +58,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     cpu = load("cpu")
     near, apart = ({"all_reduce/2": Curve((4096.0, 65536.0), (least, 3e-4))} for least in (1e-4, 2e-4))
     link = replace(cpu.within, curves=near, apart=apart, seconds=1e-3)
-    times = {"contention": {1: 1.0, 4: 2.5}, "streams": {1: 1.0, 4: 3.5}}
-    measured = replace(cpu, calibration=calibration, within=link, overlap=0.0, **times)  # type: ignore[arg-type]
+    shared, streams = {1: 1.0, 4: 2.5}, {1: 1.0, 4: 3.5}
+    measured = replace(cpu, calibration=calibration, within=link, overlap=0.0, contention=shared, streams=streams)
     file = tmp_path / "here.yaml"
     file.write_text(to_yaml(measured))
     assert load(file) == measured

@@ -75,6 +75,21 @@ def test_what_was_measured_of_a_group_is_taken() -> None:
     assert time_of_collective(Collective("all_reduce", "backward", GB, 2), measured) == exactly(0.01 + 2e-6)
 
 
+def test_of_a_group_on_several_nodes_the_part_within_them_is_taken_as_measured() -> None:
+    """4 nodes of 4; only the first level of a message comes after computation."""
+    names = ("all_gather", "reduce_scatter", "broadcast")
+    near, apart = ({f"{name}/4": Curve((1e9,), (seconds,)) for name in names} for seconds in (0.5, 0.75))
+    measured = replace(ROUND, within=Link(100e9, 1e-6, 1.0, near, apart, seconds=1e-3))
+    between = 0.75 * 0.025 + 3e-5
+    for name, seconds in (
+        ("all_reduce", 0.75 + 2 * (0.75 * 0.025 + 2e-5) + 0.5),
+        ("reduce_scatter", 0.75 + between),
+        ("all_gather", between + 0.5),
+        ("broadcast", 0.1 + 3e-5 + 0.5),
+    ):
+        assert time_of_collective(Collective(name, "backward", GB, 16), measured, computed=1.0) == exactly(seconds)
+
+
 def test_a_message_takes_longer_the_more_was_computed_since_the_one_before() -> None:
     near, apart = ({"all_reduce/2": Curve((8.0,), (seconds,))} for seconds in (0.001, 0.005))
     busy = {1: 1.0, 2: 2.0}
