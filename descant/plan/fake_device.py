@@ -188,7 +188,17 @@ class Simulated(TorchDispatchMode):
 
         args, kwargs = tree_map(known, (args, kwargs))
         with self.fake:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func is torch.ops.aten.convolution.default and any(map(channels_last, args[:2])):
+                out = out.contiguous(
+                    memory_format=torch.channels_last
+                )  # as kernels do; torch knows none of this device
+            return out
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether images or weights have their channels last in memory, and not their columns."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def on_device(values: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
-from descant.plan.fake_device import NAME
+from descant.plan.fake_device import NAME, channels_last
 from descant.plan.trace import Collective, Operation
 
 #: Operators of torch's dispatcher -> names here.
@@ -35,9 +35,7 @@ _EMPTY = ("barrier", "monitored_barrier_")
 _COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
 #: Messages that FSDP2 sends beside the computation, and a ring's.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
-#: Operators that make a copy of an argument while they run -> which argument: logsumexp of what it exponentiates.
-_WITHIN = {"aten::logsumexp": 0}
-#: Convolutions, whose weights oneDNN copies into a layout of its own, or their gradients out of it -> which argument.
+#: Convolutions -> which argument their weight is; the one before it is the input.
 _WEIGHTS = {"aten::convolution": 1, "aten::convolution_backward": 2}
 
 
@@ -82,10 +80,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor) and tensor.device.type == NAME:
                 self._hold(tensor.untyped_storage())
-        name = func._overloadpacket._qualified_op_name
-        place = _WITHIN.get(name, _WEIGHTS.get(name) if self.copies else None)
-        if place is not None:
-            self.peak = max(self.peak, self.live + nbytes(args[place]))
+        self.peak = max(self.peak, self.live + _within(func, args, self.copies))
         if func.namespace == "fsdp" and "out" in kwargs:
             for tensor in kwargs["out"]:
                 storage = tensor.untyped_storage()
@@ -128,6 +123,20 @@ class Recorder(TorchDispatchMode):
             storage = reference()
             if storage is not None:
                 self._hold(storage)
+
+
+def _within(func: Any, args: Any, copies: bool) -> int:
+    """Bytes that an operator holds while it runs: logsumexp what it exponentiates; a convolution of oneDNN its weight,
+    or the gradient of that, in a layout of its own, and the weight once more where only the images are channels last.
+    """
+    name = func._overloadpacket._qualified_op_name
+    if name == "aten::logsumexp":
+        return nbytes(args[0])
+    if not copies or name not in _WEIGHTS:
+        return 0
+    x, weight = args[_WEIGHTS[name] - 1 : _WEIGHTS[name] + 1]
+    mixed = channels_last(x) and not weight.is_contiguous(memory_format=torch.channels_last)
+    return nbytes(weight) * (2 if mixed else 1)
 
 
 def operation_of(

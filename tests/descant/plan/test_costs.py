@@ -72,8 +72,15 @@ def operations() -> dict[str, list[Operation]]:
     return found
 
 
-def convolved(device: torch.device) -> Tensor:
-    return F.conv2d(torch.empty(1, 2, 4, 4, device=device), torch.empty(3, 2, 3, 3, device=device))
+def convolved(device: torch.device, last: bool = False) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(1, 2, 4, 4, device=device, memory_format=layout)
+    once = F.conv2d(x, torch.empty(2, 2, 1, 1, device=device))  # has the layout of its input
+    return F.conv2d(once, torch.empty(3, 2, 3, 3, device=device))
+
+
+def convolved_last(device: torch.device) -> Tensor:
+    return convolved(device, last=True)
 
 
 def normalizer(device: torch.device) -> Tensor:
@@ -83,7 +90,7 @@ def normalizer(device: torch.device) -> Tensor:
 def peaks(rank: int) -> dict[str, list[int]]:
     """Bytes on an accelerator and on a processor."""
     found: dict[str, list[int]] = {}
-    for step in (convolved, normalizer):
+    for step in (convolved, convolved_last, normalizer):
         for copies in (False, True):
             with Simulated(), adapted(copies), Recorder(copies) as record:
                 step(register())
@@ -94,7 +101,9 @@ def peaks(rank: int) -> dict[str, list[int]]:
 def test_operators_that_copy_an_argument_hold_it_twice() -> None:
     """Convolutions of a processor their weight; logsumexp what it exponentiates, before it adds up."""
     (found,) = run_ranks(1, peaks)
-    assert found["convolved"][1] - found["convolved"][0] == 4 * 3 * 2 * 3 * 3
+    weight = 4 * 3 * 2 * 3 * 3
+    assert found["convolved"][1] - found["convolved"][0] == weight
+    assert found["convolved_last"][1] - found["convolved_last"][0] == 2 * weight
     assert found["normalizer"] == [4 * (2 * B * 64 + B)] * 2
 
 
