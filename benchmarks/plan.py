@@ -121,7 +121,7 @@ def counts() -> Iterator[Row]:
             case = f"{name}/{strategy}{ranks}"
             if ranks > 1:
                 yield Row.within(f"plan/bytes/{case}", float(plan["bytes"] == real["bytes"]), (1.0, 1.0))
-            ratio = plan["peak"] / (real["resident"] + real["beside"])
+            ratio = plan["peak"] / (real["resident"] + real["inputs"] + real["beside"])
             yield Row.within(f"plan/memory/{case}", ratio, (1 - MEMORY, 1 + MEMORY))
 
 

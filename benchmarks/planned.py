@@ -11,13 +11,14 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import rank
@@ -53,13 +54,14 @@ class Measure(L.Callback):
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
         if self.what == "seconds":
             self._began = time.perf_counter(), time.process_time()
         elif trainer.global_step >= FIRST:
             self._messages, self._window = Collectives(), record_function(WINDOW)
             self._messages.__enter__()
             self._window.__enter__()
+            self.found["inputs"] = _inputs(batch)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.what == "seconds":
@@ -100,6 +102,12 @@ def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> fl
                 peak = max(peak, live)
         peaks.append(peak)
     return sum(peaks) / len(peaks)
+
+
+def _inputs(batch: Batch) -> int:
+    """Bytes of a batch, which is there before its step begins."""
+    tensors = {id(x): x for field in fields(batch) for x in tree_leaves(getattr(batch, field.name))}.values()
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
 def _resident(trainer: L.Trainer, module: L.LightningModule) -> int:
