@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.ranks import rank
+from descant.plan.costs import nbytes
 from descant.recipes.base.recipe import Recipe
 from tests.collectives import Collectives
 
@@ -106,8 +106,8 @@ def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> fl
 
 def _inputs(batch: Batch) -> int:
     """Bytes of a batch, which is there before its step begins."""
-    tensors = {id(x): x for field in fields(batch) for x in tree_leaves(getattr(batch, field.name))}.values()
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+    leaves = {id(x): x for field in fields(batch) for x in tree_leaves(getattr(batch, field.name))}
+    return sum(map(nbytes, leaves.values()))
 
 
 def _resident(trainer: L.Trainer, module: L.LightningModule) -> int:
@@ -115,7 +115,7 @@ def _resident(trainer: L.Trainer, module: L.LightningModule) -> int:
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     states = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
     local = [getattr(x, "_local_tensor", x) for x in (*module.parameters(), *module.buffers(), *gradients, *states)]
-    return sum(x.numel() * x.element_size() for x in local if isinstance(x, Tensor)) + _buckets(trainer)
+    return sum(map(nbytes, local)) + _buckets(trainer)
 
 
 def _buckets(trainer: L.Trainer) -> int:

@@ -190,9 +190,8 @@ class Simulated(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
             if func is torch.ops.aten.convolution.default and any(map(channels_last, args[:2])):
-                out = out.contiguous(
-                    memory_format=torch.channels_last
-                )  # as kernels do; torch knows none of this device
+                # as kernels do, of which torch knows none on this device
+                out = out.contiguous(memory_format=torch.channels_last)
             return out
 
 

@@ -200,9 +200,8 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     if measured is not None:
         host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
     waited, beside = 0.0, dict.fromkeys(PHASES, 0.0)
-    begun = (
-        done[trace.collectives[-1].after] - done[-1] - host / slowdown if trace.collectives else 0.0
-    )  # in the step before
+    # the message before the first one is the last of the step before
+    begun = done[trace.collectives[-1].after] - done[-1] - host / slowdown if trace.collectives else 0.0
     for message in trace.collectives:
         seconds = time_of_collective(message, hardware, done[message.after] - begun)
         begun = done[message.after]

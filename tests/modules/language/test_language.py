@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.contrastive import peak_bytes
 from descant.modules.language import CausalLM, log_probabilities
 from descant.modules.language import probabilities as module
 from descant.modules.language.model import positions, visible
@@ -132,11 +133,8 @@ def test_chunked_log_probabilities_equal_full_ones(temperature: float, monkeypat
 def test_log_probabilities_hold_one_matrix_of_logits() -> None:
     """Of a block, forward and backward: by torch's own allocator, also within an operator."""
     cells, h, w = 512 * 2048, torch.randn(512, 8), torch.randn(2048, 8, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        log_probabilities(h, w, torch.arange(512)).sum().backward()
-    memory = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = torch.tensor([event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]).cumsum(0)
-    assert 4 * cells < held.max() < 1.5 * 4 * cells
+    held = peak_bytes(lambda: log_probabilities(h, w, torch.arange(512)).sum().backward())
+    assert 4 * cells < held < 1.5 * 4 * cells
 
 
 @pytest.mark.parametrize(
