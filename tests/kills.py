@@ -1,7 +1,8 @@
 """Kills every experiment that ships at random moments, resumes it, and compares it with one that nothing happened to.
 
 ``python -m tests.kills`` ends with ``120 kills of 40 experiments, 0 differences`` and exit code 0, or says what differs
-and exits with 1. ``--overlays`` takes the overlays too, each on its base. What is compared: weights, optimizers and all
+and exits with 1. ``--overlays`` takes the overlays too, each on its base; ``--sharded`` saves in parts on two ranks,
+kills once, and resumes on two, on one and unsharded. What is compared: weights, optimizers and all
 else in the last resume point and in the checkpoints, every batch and validation, metrics.csv, metrics.json, what the
 event files hold, and which files there are. Runs and kills are those of ``tests/torture.py``, of eight steps each.
 """
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import random
 import re
@@ -24,11 +26,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from descant.modules.io.plain import load_plain
 from tests.rotation import turn
 from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
-from tests.torture import HERE, Case, _timed, differences, torture
+from tests.torture import HERE, Case, Moment, _timed, differences, kill, leaves, records, torture
 
 #: What each experiment trains with: two ends of epochs, validations at both, a point every other step.
 SMALL: dict[str, Any] = {
@@ -45,10 +49,26 @@ PARTS: list[dict[str, Any]] = [
 ]
 #: Files of a run that tell of processes, not of what was trained; the last one is what a kill leaves of a file that was
 #: being written (modules/io/files.py), which no reader takes for the file.
+NEAR = 1e-6
 _OWN = re.compile(
     r"records-\d+\.jsonl|held-\d+|events\.out\.tfevents.*|config\.\d+\.yaml|versions\.json|\.lock|.*\.manifest|.*\.ckpt"
-    r"|\..+\.json\.\d+"
+    r"|\..+\.json\.\d+|rank-\d+\.safetensors"
 )
+
+
+#: Overlays of a sharded run, and what such a run trains with: float64, whose rounding hides no fault, and a point each
+#: step, of which one is lost or two.
+SHARDED = ("on/fsdp", "with/train/sharded-save")
+EACH_STEP = {"class_path": "Resume", "init_args": {"every": 1}}
+SMALL_SHARDED: dict[str, Any] = {
+    **SMALL,
+    "max_steps": 4,
+    "callbacks+": [EACH_STEP, *PARTS[1:], {"class_path": "tests.torture_parts.Double"}],
+    "precision": None,
+    "plugins+": [{"class_path": "lightning.pytorch.plugins.DoublePrecision"}],
+}
+#: The line of a run whose recipe or layers draw or pair by rank: other ranks then train on something else.
+BY_RANK = "losses differ from those on another number of ranks"
 
 
 class Shipped(Case):
@@ -56,17 +76,25 @@ class Shipped(Case):
 
     Args:
         root: the folder. path: the YAML. begun: a folder for the runs that others begin from, each made once.
+        trainer: what it trains with.
     """
 
-    def __init__(self, root: Path, path: Path, begun: Path, cold: bool = False) -> None:
+    def __init__(
+        self, root: Path, path: Path, begun: Path, cold: bool = False, trainer: dict[str, Any] = SMALL
+    ) -> None:
         self.root, self.name, self.ranks, self.workers = root, name(path), 1, 0
         self.runs = "killed"  # apart from those that its header asks for, one of which may be called as these are
         self.options, self.cold = ["--runs", self.runs], cold
         self.path, self.begun = path, begun
         root.mkdir(parents=True, exist_ok=True)
         self.configs = [*configs_of(path), "on/tiny", "kills.yaml"]
-        content = {"trainer": {**SMALL, "callbacks+": PARTS}}
+        content = {"trainer": {"callbacks+": PARTS, **trainer}}
         (root / "kills.yaml").write_text("# Eight steps.\n" + yaml.safe_dump(content, sort_keys=False))
+
+    def split_over(self, ranks: int, sharded: bool = True) -> None:
+        """Set how many ranks a run has from here on, and whether they share one copy of the parameters."""
+        self.ranks = ranks
+        self.configs = [*configs_of(self.path), *(SHARDED if sharded else ()), "on/tiny", "kills.yaml"]
 
     def begin(self) -> None:
         """Make the runs that its header asks for, or take those of an earlier experiment."""
@@ -138,6 +166,76 @@ def killed(path: Path, root: Path, begun: Path, kills: int, seed: int, cold: boo
     return len(hits), found
 
 
+class Refused(Exception):
+    """FSDP2 does not take an experiment: the line that says so."""
+
+
+#: States of a resume point that hang on no rank's own part of a step.
+_COMMON = ("/state_dict/", "/current_model_state/", "/optimizer_states/", "/lr_schedulers/", "/averaging_state/")
+
+
+def distance(file: Path, reference: Path) -> float:
+    """The largest difference of the weights, averages, optimizer states and rates of two resume points.
+
+    Infinite where one has a value that the other does not have, or not in this shape.
+    """
+    a, b = (
+        {key: torch.as_tensor(x) for key, x in leaves(load_plain(f), "RUN") if key.startswith(_COMMON) and is_number(x)}
+        for f in (file, reference)
+    )
+    if any(key not in b or a[key].shape != b[key].shape for key in a) or a.keys() != b.keys():
+        return math.inf
+    gaps = ((a[key].double() - b[key].double()).nan_to_num().abs().reshape(-1) for key in a)
+    return max(float(gap.max()) for gap in gaps if gap.numel())
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float | torch.Tensor)
+
+
+def killed_sharded(path: Path, root: Path, begun: Path, seed: int) -> tuple[list[str], dict[str, float]]:
+    """What differs after a sharded run of two ranks is killed once and resumed on two, on one, and unsharded.
+
+    The second: by how much one rank ends elsewhere than two, and the unsharded one than the sharded one. Two ranks may
+    end elsewhere only where the run has warned that something is drawn, paired or normalized by rank.
+
+    Raises:
+        Refused: if FSDP2 does not take it.
+    """
+    case = Shipped(root, path, begun, trainer=SMALL_SHARDED)
+    case.begin()
+    case.split_over(2)
+    with case.start("whole", resume="never") as run:
+        if run.ended() == 2:
+            raise Refused((root / "whole.log").read_text(encoding="utf-8").strip().splitlines()[-1])
+        case.require("whole", run.ended())
+    lines = [line for line in records(case.folder("whole")) if "samples" in line]
+    last = lines[-2]["at"] - lines[-3]["at"]
+    kill(case, "killed", Moment(lines[-2], after=random.Random(seed).uniform(0, last)))
+    point = max((case.folder("killed") / "resume").glob("*.manifest"), default=None)
+    left, runs = root / "left", root / case.runs
+    shutil.copytree(runs / "killed", left, symlinks=True)
+    found = [] if point else ["it was killed before its first point"]
+    ends = dict[str, Path]()
+    for ranks, sharded in ((2, True), (1, True), (1, False)):
+        case.split_over(ranks, sharded)
+        case.finish("killed")
+        if ranks == 2:
+            found += all_differences(case, "killed")
+        name = f"{ranks}{'' if sharded else ', unsharded'}"
+        ends[name] = (runs / "killed").rename(root / name)
+        shutil.copytree(left, runs / "killed", symlinks=True)
+    final = f"001/resume/step-{SMALL_SHARDED['max_steps']:07d}.ckpt"
+    far = {
+        "one rank": distance(ends["1"] / final, runs / "whole" / final),
+        "unsharded": distance(ends["1, unsharded"] / final, ends["1"] / final),
+    }
+    by_rank = BY_RANK in (root / "whole.log").read_text(encoding="utf-8")
+    bars = {"one rank": math.inf if by_rank else NEAR, "unsharded": NEAR}
+    found += [f"{key}: {value:.1e}" for key, value in far.items() if value > bars[key]]
+    return found, {f"{key}{' (drawn by rank)' * (key == 'one rank' and by_rank)}": value for key, value in far.items()}
+
+
 def cases(overlays: bool = False) -> Iterator[Path]:
     """Those whose packages are there; pretrained ones, which take minutes each, come last."""
     from importlib.util import find_spec
@@ -155,6 +253,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=3, help="of each experiment")
     parser.add_argument("--only", action="append", default=[], help="such as chat/emoji or with/balance/mla")
     parser.add_argument("--overlays", action="store_true", help="and the overlays, each on its base")
+    parser.add_argument("--sharded", action="store_true", help="saved in parts by two ranks, and killed once")
     parser.add_argument("--of", type=int, default=1, help="an n-th part of them, by the rotation of the tests")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn where not given")
     parser.add_argument("--keep", type=Path, help="a folder for the runs; a temporary one where not given")
@@ -170,14 +269,20 @@ def main(args: Sequence[str] | None = None) -> int:
                 continue
             began, root = time.monotonic(), top / name(path).replace("/", "-")
             try:
-                kills, wrong = killed(path, root, top / "begun", options.kills, seed)
+                if options.sharded:
+                    wrong, far = killed_sharded(path, root, top / "begun", seed)
+                    kills, tail = 1, "".join(f", {key} {value:.1e}" for key, value in far.items())
+                else:
+                    (kills, wrong), tail = killed(path, root, top / "begun", options.kills, seed), ""
+            except Refused as refused:
+                print(f"{name(path)}: refused: {refused}", flush=True)
+                continue
             except (RuntimeError, TimeoutError) as error:
-                kills, wrong = 0, [f"it did not run: {str(error)[-600:]}"]
+                kills, wrong, tail = 0, [f"it did not run: {str(error)[-600:]}"], ""
             found += [f"{name(path)}: {line}" for line in wrong]
             total, count = total + kills, count + 1
-            print(
-                f"{name(path)}: {kills} kills, {len(wrong)} differences, {time.monotonic() - began:.0f} s", flush=True
-            )
+            took = f"{time.monotonic() - began:.0f} s{tail}"
+            print(f"{name(path)}: {kills} kills, {len(wrong)} differences, {took}", flush=True)
             print("".join(f"  {line}\n" for line in wrong), end="", flush=True)
             if options.keep is None:
                 shutil.rmtree(root, ignore_errors=True)

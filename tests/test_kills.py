@@ -13,7 +13,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.kills import SMALL, Shipped, cases, events, files, killed, main
+from tests.kills import SMALL, Refused, Shipped, cases, events, files, killed, killed_sharded, main
 from tests.rotation import turn
 from tests.test_experiments import OVERLAYS, RUNNABLE, configs_of, name, need
 from tests.torture import logged
@@ -26,10 +26,23 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 24), ids=name)
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 60), ids=name)
 def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(tmp_path: Path, begun: Path, path: Path) -> None:
     kills, found = killed(path, tmp_path, begun, kills=1, seed=random.randrange(2**32))
     assert kills == 1 and found == []
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("path", turn([path for path in RUNNABLE if not need(path)], 120), ids=name)
+def test_killed_in_parts_it_is_resumed_on_two_ranks_on_one_and_unsharded(
+    tmp_path: Path, begun: Path, path: Path
+) -> None:
+    try:
+        found, _ = killed_sharded(path, tmp_path, begun, seed=random.randrange(2**32))
+    except Refused as refused:
+        pytest.skip(str(refused))
+    assert found == []
 
 
 #: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: callbacks/run/test_resume.py.

@@ -59,14 +59,14 @@ def test_a_run_killed_twice_is_bit_identical(tmp_path: Path) -> None:
     assert len(hits) == 2 and found == []
 
 
-#: Of each kind of run one, all numbers of ranks, and ranks and readers in all four ways: half of them at a commit.
+#: Of each kind of run one, all numbers of ranks, and ranks and readers in all four ways: a quarter of them at a commit.
 ALWAYS = (("gradcache", 2, 2), ("steps", 1, 0), ("plateau", 1, 2), ("adam8bit", 2, 0), ("accumulate", 4, 0))
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize(
-    ("name", "ranks", "workers"), [*turn(ALWAYS, 2), *turn([kind for kind in EVERY if kind not in ALWAYS], 6)]
+    ("name", "ranks", "workers"), [*turn(ALWAYS, 4), *turn([kind for kind in EVERY if kind not in ALWAYS], 6)]
 )
 def test_every_kind_of_run(tmp_path: Path, name: str, ranks: int, workers: int) -> None:
     hits, found = torture(Case(tmp_path, name, ranks, workers), kills=3, seed=random.randrange(2**32))

@@ -34,6 +34,7 @@ import torch
 import yaml
 
 from descant.__main__ import main as descant
+from descant.modules.io.plain import load_plain
 
 HERE = Path(__file__).resolve().parent
 #: Seconds that a run may take to come to a moment; a shared machine is slow.
@@ -263,7 +264,7 @@ class Case:
 
     def words(self, name: str, resume: str) -> list[str]:
         """The arguments of ``descant``."""
-        strategy = ["--trainer.strategy", "ddp"] if self.ranks > 1 else []
+        strategy = ["--trainer.strategy", "ddp"] if self.ranks > 1 and "on/fsdp" not in self.configs else []
         return [
             *("fit", *(word for config in self.configs for word in ("--config", config))),
             *("--trust", "tests.torture_parts", "--test", "false", "--name", name, "--resume", resume),
@@ -525,10 +526,7 @@ def not_once(lines: Sequence[Mapping[str, Any]], samples: int) -> list[str]:
 def leaves_that_differ(file: Path, reference: Path, ours: Path, other: Path) -> list[str]:
     if not reference.is_file():
         return [f"{file.name} is not there in the uninterrupted run"]
-    a, b = (
-        dict(leaves(torch.load(f, map_location="cpu", weights_only=True), str(folder)))
-        for f, folder in ((file, ours), (reference, other))
-    )
+    a, b = (dict(leaves(load_plain(f), str(folder))) for f, folder in ((file, ours), (reference, other)))
     wrong = [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key)) and not _timed(key)]
     return [
         f"{file.parent.name}/{file.name}: {len(wrong)} of {len(a)} leaves differ: {', '.join(sorted(wrong)[:4])}"

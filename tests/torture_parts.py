@@ -136,3 +136,18 @@ class Hold(L.Callback):
             file.touch()
             while file.exists():
                 time.sleep(0.01)
+
+
+class Double(L.Callback):
+    """Makes batches float64, for a trainer with Lightning's DoublePrecision: what data modules prepare is float32."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        prepared = pl_module._apply_batch_transfer_handler
+
+        def doubled(*args: Any, **kwargs: Any) -> Batch:
+            batch: Batch = prepared(*args, **kwargs)
+            for values in (batch.inputs, batch.targets):
+                values |= {name: x.double() for name, x in values.items() if x.is_floating_point()}
+            return batch
+
+        pl_module._apply_batch_transfer_handler = doubled

@@ -6,15 +6,26 @@ turns, a rule that is solved every tenth step), and the row of an epoch holds me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
 
 #: Arguments of ``log`` that Lightning compares with those of the next call.
 _ARGUMENTS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
+
+
+class _OtherRanksMetadata(_Metadata):
+    """Arguments of ``log`` in a run of another number of ranks; whether it averages ranks is the next call's."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Metadata):
+            return NotImplemented
+        self.sync = other.sync
+        return all(getattr(self, name) == getattr(other, name) for name in _ARGUMENTS)
 
 
 def snapshot(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
@@ -36,13 +47,32 @@ def snapshot(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
     return values
 
 
-def restore(trainer: L.Trainer, values: Mapping[str, Mapping[str, Any]], within: bool) -> None:
-    """Restore them at the start of the first batch; ``within``: it is not the first batch of its epoch."""
-    results = trainer.fit_loop.epoch_loop._results
-    for key, saved in values.items():
+def share(by_rank: Sequence[Mapping[str, Any]], rank: int, world: int) -> Mapping[str, Any]:
+    """The values of this rank, of those that the ranks of a run had; on another number of ranks the same on each."""
+    if len(by_rank) == world:
+        return by_rank[rank]
+    return {key: _merge([values[key] for values in by_rank if key in values], world) for key in by_rank[0]}
+
+
+def _merge(each: Sequence[Mapping[str, Any]], world: int) -> dict[str, Any]:
+    """One value of several ranks: a new rank's share of sums, the mean of what was logged last."""
+    merged, reduce = dict(each[0]), each[0]["reduce_fx"]
+    for key, by in (("value", world), ("rows", world), ("last", len(each))):
+        if merged[key] is not None:
+            x_R = torch.stack([one[key] for one in each])
+            extreme = key == "value" and reduce in ("max", "min")
+            merged[key] = getattr(x_R, f"a{reduce}")(0) if extreme else x_R.sum(0) / by
+    return merged
+
+
+def restore(trainer: L.Trainer, by_rank: Sequence[Mapping[str, Any]], within: bool) -> None:
+    """Restore those of all ranks at the start of the first batch; ``within``: it is not the first of its epoch."""
+    results, world = trainer.fit_loop.epoch_loop._results, trainer.world_size
+    kind = _Metadata if len(by_rank) == world else _OtherRanksMetadata
+    for key, saved in share(by_rank, trainer.global_rank, world).items():
         if key in results and not results[key].has_reset:
             continue  # logged in this process already
-        meta = _Metadata(**{name: saved[name] for name in _ARGUMENTS}, reduce_fx=saved["reduce_fx"])
+        meta = kind(**{name: saved[name] for name in _ARGUMENTS}, reduce_fx=saved["reduce_fx"])
         meta.sync = _Sync(fn=trainer.strategy.reduce, _should=saved["sync"], rank_zero_only=saved["rank_zero_only"])
         result = _ResultMetric(meta, is_tensor=True)
         result.value, result._forward_cache = saved["value"], saved["last"]

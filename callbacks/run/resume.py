@@ -27,6 +27,7 @@ from descant.callbacks.run.exact_resume import between_steps, evaluate_at, loop_
 from descant.callbacks.run.exact_resume import require_exact as require_exact
 from descant.callbacks.run.heartbeat import mark
 from descant.callbacks.run.stop_signals import Signals
+from descant.modules.core.dtensor import unsharded_class
 from descant.modules.core.errors import Outage, say, warn
 from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due
@@ -64,8 +65,8 @@ class Resume(Ordered):
 
     Checkpoints of ModelCheckpoint are for evaluation: they are saved within a step and cannot be resumed from.
 
-    A run must take its sample order from the data module (``trainer.use_distributed_sampler: false``), and validate
-    inside an epoch only at the end of an optimizer step.
+    A run must take its sample order from the data module, and validate inside an epoch only at the end of an optimizer
+    step.
 
     Args:
         every: optimizer steps between two resume points.
@@ -147,8 +148,7 @@ class Resume(Ordered):
             # else plateau schedules miss the end of the epoch
             trainer.fit_loop._restarting = False
             if "logged" in self._loaded:  # earlier versions had none
-                by_rank = self._loaded["logged"]
-                epoch_log.restore(trainer, by_rank[trainer.global_rank % len(by_rank)], bool(self._loaded["batch"]))
+                epoch_log.restore(trainer, self._loaded["logged"], bool(self._loaded["batch"]))
             self._saved, self._loaded = trainer.global_step, None
         micro = loop.batch_progress.current.completed % accumulate
         step = trainer.global_step
@@ -268,7 +268,7 @@ class Resume(Ordered):
         checkpoint[ENTRY] = {
             "format": FORMAT,
             "safe": self._saving,
-            "recipe": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+            "recipe": _recipe_name(pl_module),
             "epoch": epoch,
             "begun": not whole,  # whether on_train_epoch_start was called
             "batch": batches // accumulate,
@@ -303,7 +303,7 @@ class Resume(Ordered):
             )
         if entry["format"] > FORMAT:
             raise ValueError(f"{_source(trainer)}: of a newer version (layout {entry['format']}; here {FORMAT})")
-        recipe = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
+        recipe = _recipe_name(pl_module)
         if entry["recipe"] != recipe:
             raise ValueError(
                 f"{_source(trainer)}: a resume point of {entry['recipe']}, and the recipe here is {recipe}"
@@ -338,6 +338,11 @@ def _wait_for_saves(trainer: L.Trainer) -> None:
     """Wait until asynchronous saves are on disk on all ranks: a rank that ends has the others killed. Collective."""
     getattr(trainer.strategy.checkpoint_io, "wait", lambda: None)()
     trainer.strategy.barrier("Resume.settled")
+
+
+def _recipe_name(module: L.LightningModule) -> str:
+    cls = unsharded_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _step(path: Path) -> int:

@@ -18,6 +18,8 @@ FREE = (
     *("name", *(f"data.init_args.{key}" for key in ("num_workers", "eval_batch_size", "damaged", "outside"))),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "logger", "plugins")),
     *(f"trainer.{key}" for key in ("default_root_dir", "profiler", "log_every_n_steps", "enable_progress_bar")),
+    *(f"model.init_args.shard.init_args.{key}" for key in ("reshard_after_forward", "replicate", "shard")),
+    *(f"model.init_args.shard.{key}" for key in ("class_path", "init_args.accumulated", "init_args.expert_ranks")),
     *("trainer.enable_model_summary", "trainer.detect_anomaly", "trainer.limit_test_batches"),
 )
 #: When and where resume points are saved.
@@ -121,7 +123,7 @@ def _of_callbacks(then: Sequence[Any], now: Sequence[Any]) -> list[str]:
     >>> _of_callbacks([{"class_path": "a.KNN", "init_args": {"k": 1}}, "EMA"], [{"class_path": "KNN"}])
     ['without EMA here', 'KNN.k 1 -> not set']
     """
-    first, second = _by_class(then), _by_class(now)
+    first, second = ({k: v for k, v in _by_class(these).items() if k != "Watch"} for these in (then, now))
     lines = [f"without {name} here" for name in first if name not in second]
     lines += [f"{name} only here" for name in second if name not in first]
     for name in (name for name in first if name in second):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from descant.cli.document import load, shown
 from descant.cli.errors import Refusal, fail, say
 from descant.modules.io import manifest
 from descant.modules.io.checkpoints import due, followed, judged, of_run
+from descant.modules.io.files import real_path
 from descant.report.curves import scalars
 from descant.run import elastic, lock, runs
 from descant.run.runs import Run
@@ -25,17 +26,19 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         Refusal: if the named run or resume point does not exist or is damaged, the run exists and is not resumed,
             another process writes it, or it cannot be written.
     """
+    runs.require_below(root, root / name, trust)
     if resume not in ("never", "auto"):
         start = _point(root, resume).resolve()
         _compare_versions(start.parent.parent)
         return _locked(runs.allocate(root / name, checkpoint=str(start)))
     before = elastic.begun(root / name)
-    folder = runs.existing(root, run) if run else before or runs.latest(root, name)
+    folder = runs.existing(root, run, trust) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: the run exists: --resume auto continues it, and without --run a new one starts")
         return _locked(runs.allocate(root / name))
     if folder is not None:
+        runs.require_below(root, folder, trust)
         require_contained(folder, trust)
     if folder is not None and runs.rank() == 0 and os.access(folder, os.W_OK):
         lock.take(folder)  # before reading it: another writer would add to it
@@ -97,7 +100,7 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
     for place, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = Path(place, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not real_path(path).is_relative_to(root):
                 fail(f"{shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
 
@@ -128,8 +131,18 @@ def _point(root: Path, resume: str) -> Path:
     return path
 
 
-def for_evaluation(command: str, root: Path, name: str, source: Path | None, wanted: str | None) -> Run:
+def for_evaluation(
+    command: str,
+    root: Path,
+    name: str,
+    source: Path | None,
+    wanted: str | None,
+    trust: Sequence[str] = (),
+    report: Callable[[str], None] = say,
+) -> Run:
     """A folder ``validate-001`` inside the evaluated run, and its checkpoint ``best``, ``last`` or a path.
+
+    What it takes is one line to ``report``.
 
     Raises:
         Refusal: if the checkpoint does not exist, or is ``best`` or ``last`` without a run.
@@ -142,19 +155,20 @@ def for_evaluation(command: str, root: Path, name: str, source: Path | None, wan
         from descant.modules.io.saved import changed
 
         if (line := changed(source)) is not None:
-            say(f"warning: {line}")
+            report(f"warning: {line}")
     if checkpoint is None:
-        say(f"no --ckpt_path: {command} uses untrained weights")
+        report(f"no --ckpt_path: {command} uses untrained weights")
     elif wanted is None:
-        say(f"{command} uses the best checkpoint of {shown(source or checkpoint)}: {checkpoint.name}")
+        report(f"{command} uses the best checkpoint of {shown(source or checkpoint)}: {checkpoint.name}")
     parent = source if source is not None else root / name
+    runs.require_below(root, parent, trust)
     return runs.allocate(parent, f"{command}-", str(checkpoint) if checkpoint else None)
 
 
-def source_of(root: Path, run: str | None, configs: Sequence[Path]) -> Path | None:
+def source_of(root: Path, run: str | None, configs: Sequence[Path], trust: Sequence[str] = ()) -> Path | None:
     """The run to evaluate: of --run, or the folder of a run's own config.yaml."""
     if run:
-        return runs.existing(root, run)
+        return runs.existing(root, run, trust)
     of_runs = (f.parent for f in configs if f.name == "config.yaml" and (f.parent / "versions.json").is_file())
     return next(of_runs, None)
 

@@ -24,8 +24,9 @@ def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | N
     if _alone(environment):  # run ids repeat; the agent of this launch is the parent process
         notes = [note for note in notes if note.name.endswith(f"-{os.getppid()}")]
     newest = max(notes, key=lambda note: note.stat().st_mtime_ns, default=None)
-    folder = Path(json_of(newest)[0]) if newest is not None else None
-    return folder if folder is not None and folder.is_dir() else None
+    note = json_of(newest) if newest is not None else None
+    folder = Path(str(note[0])) if isinstance(note, list) and note else parent
+    return folder if folder.is_dir() and folder.resolve().parent == parent.resolve() else None
 
 
 def own_store(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -32,7 +32,7 @@ from descant.run.changes import FREE
 #: Callbacks that change neither training nor metrics.
 _WATCHERS = (
     *("Report", "Progress", "Sanity", "Resume", "ModelCheckpoint", "LeanCheckpoint", "Throughput"),
-    *("TrainFlops", "RetrievalPictures", "Projector"),
+    *("TrainFlops", "RetrievalPictures", "Projector", "Watch"),
 )
 _CALLBACKS = "trainer.callbacks"
 _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACKS}.{name}" for name in _WATCHERS))
@@ -96,7 +96,7 @@ class Group:
 
 
 def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
-    """The runs of ``words``: a folder, NAME (all runs of that name), NAME/001, or a pattern of these.
+    """The runs of ``words``: a run's folder, NAME (all its runs), NAME/001, a folder of names, or a pattern of these.
 
     Raises:
         Refusal: for a word that matches no run, a single run without metrics, or a folder that cannot be read.
@@ -133,7 +133,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
     matches = [root / match for match in glob.glob(word, root_dir=root)] or [Path(match) for match in glob.glob(word)]
     folders: list[Path] = []
     for path in sorted(map(followed, matches)):
-        folders += [path] if runs.is_run(path) else runs.runs_of(path.parent, path.name)
+        folders += runs.runs_below(path)
     if not folders:
         known = [path for path in root.glob("*/*") if runs.is_run(path) and not path.is_symlink()]
         names = {path.parent.name for path in known} | {_name(path) for path in known}
@@ -156,7 +156,7 @@ def _read(command: str, folder: Path) -> Run:
         settings, monitored = _configuration(_OWN.sub("", text))
         file = folder / "metrics.json"
         metrics = numbers(json_of(file, folder))
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
     return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored, stopped(settings, metrics))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,24 +12,24 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.model_parallel import _align_compiled_param_names_with_module
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from descant.modules.io import renamed
 from descant.modules.io.manifest import NONE, fault_of_share
-from descant.modules.io.parts import Name, Parted, filled
+from descant.modules.io.parts import Name, Parted, PartTable, filled
 from descant.modules.io.plain import in_parts, load_plain
+from descant.modules.training_setup.compile_and_shard import SCALARS
 from descant.run.parted_io import PartedIO
 
 #: Weights in a checkpoint, by the names of parameters: those that are evaluated, and where an average is, the raw ones.
@@ -78,30 +79,41 @@ class Sharded(ModelParallelStrategy):
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        begun = bool(optimizer.state)
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        state = self._optimizer_state(optimizer)
-        if begun:
-            return state
-        # torch has made a state to read by a step without gradients, which counts: Adam would correct its moments, and
-        # a schedule-free optimizer weigh its average, as in a later step than the next one
-        optimizer.state.clear()
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)
-        return state | {"state": {}} if state else state
+        """State of an optimizer, numbered and shaped as in an unsharded run; whole on rank 0 alone. Collective.
 
-    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not isinstance(self.checkpoint_io, PartedIO):
-            return super().optimizer_state(optimizer)
+        With :class:`PartedIO` each rank has its own parts.
+        """
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        parted, scalars = isinstance(self.checkpoint_io, PartedIO), {id(p) for p in self._scalars().values()}
+        state, own = optimizer.state_dict(), _parameters(optimizer)
+
+        def convert(scalar: bool, value: Any) -> Any:
+            if not isinstance(value, DTensor) or (parted and not scalar):
+                return value
+            whole = value.full_tensor()
+            whole = whole.reshape(()) if scalar and whole.shape == (1,) else whole
+            return whole.cpu() if parted or self.is_global_zero else None
+
+        states = {
+            number: tree_map(partial(convert, id(own[number]) in scalars), state["state"][number])
+            for number in sorted(state["state"])  # on all ranks in one order
+        }
+        return state | {"state": states} if parted or self.is_global_zero else {}
+
+    def _scalars(self) -> dict[str, Tensor]:
+        """Key in a state dict -> parameter, of those without dimensions, to which ``Shard`` gave one."""
         assert self.model is not None
-        state = _align_compiled_param_names_with_module(get_optimizer_state_dict(self.model, optimizer), self.model)
-        by_id = OptimStateKeyType.PARAM_ID
-        return FullyShardedDataParallel.rekey_optim_state_dict(state, by_id, self.model)
+        modules = self.model.named_modules(remove_duplicate=False)
+        found = ((path, module, name) for path, module in modules for name in getattr(module, SCALARS, ()))
+        return {f"{path}.{name}" if path else name: getattr(module, name) for path, module, name in found}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
+        for state, key in itertools.product(_WEIGHTS, self._scalars()):
+            if isinstance(value := checkpoint.get(state, {}).get(key), Tensor):
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                checkpoint[state][key] = value.reshape(())
         io = self.checkpoint_io
         if not isinstance(io, PartedIO):
             return super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -120,16 +132,17 @@ class Sharded(ModelParallelStrategy):
         path = Path(checkpoint_path)
         if path.is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")
-        if not in_parts(path):
+        table: PartTable | None = None
+        if in_parts(path):
+            parted = self._open_parts(path)
+            content, table = parted.content, parted.table
+        else:
             content = load_plain(path, map_location="cpu", mmap=True)
-            self.restore_stage(lambda: content)
-            kept = self._optimizers
-            if not any(state["state"] for state in content.get("optimizer_states", ())):
-                self._optimizers = []  # saved before the first step: there is nothing to read
-            try:
-                return renamed.checkpoint(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
-            finally:
-                self._optimizers = kept
+        self.restore_stage(lambda: content)
+        return renamed.checkpoint(self._load(path, dict(content), partial(_read, table)))
+
+    def _open_parts(self, path: Path) -> Parted:
+        """Open a checkpoint of several parts. The ranks share the verification of the parts. Collective."""
         getattr(self.checkpoint_io, "wait", lambda: None)()
         why = fault_of_share(path, self.global_rank, self.world_size)
         if why == NONE:
@@ -140,9 +153,7 @@ class Sharded(ModelParallelStrategy):
         for why in faults:
             if why is not None:
                 raise ValueError(f"{path}: {why}")
-        parted = Parted(path)
-        self.restore_stage(lambda: parted.content)
-        return renamed.checkpoint(self._load_parts(parted))
+        return Parted(path)
 
     def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None:
         """Build the optimizer of the stage that a checkpoint is of, whose state is then read into it."""
@@ -156,57 +167,80 @@ class Sharded(ModelParallelStrategy):
         super().teardown()
         self.checkpoint_io.teardown()  # Lightning forgets it, and an asynchronous save with it
 
-    def _load_parts(self, parted: Parted) -> dict[str, Any]:
+    def _load(self, path: Path, content: dict[str, Any], read: Callable[..., Any]) -> dict[str, Any]:
+        """Read weights and optimizer states of a checkpoint's content into place, and return the rest.
+
+        Args:
+            read: of a value and of what this rank has in its place.
+        """
         assert self.model is not None and self.lightning_module is not None
-        content, strict = dict(parted.content), self.lightning_module.strict_loading
-        like = get_model_state_dict(self.model)
+        strict, like = self.lightning_module.strict_loading, get_model_state_dict(self.model)
         for key in _WEIGHTS:
             if key in content:
-                saved = content[key].items()
-                content[key] = {name: self._read(parted, value, like.get(name)) for name, value in saved}
+                content[key] = {name: read(value, like.get(name)) for name, value in content[key].items()}
         weights = content.pop("state_dict")
-        _require_keys(parted.path, like, weights, strict)
+        _require_keys(path, like, weights, strict)
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=strict))
-        states = content.get("optimizer_states", [])
+        states = content.pop("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
-            if state["state"]:  # it was saved before its first step, otherwise
-                self._load_optimizer(parted, optimizer, state)
-        content.pop("optimizer_states", None)
-        rest: dict[str, Any] = parted.fill(content)
+            self._load_optimizer(path, optimizer, state, read)
+        rest: dict[str, Any] = filled(content, read)
         return rest
 
-    def _load_optimizer(self, parted: Parted, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """The state of an optimizer, whose parameters are numbered in the order of its groups."""
+    def _load_optimizer(
+        self, path: Path, optimizer: Optimizer, state: dict[str, Any], read: Callable[..., Any]
+    ) -> None:
+        """Read the state of an optimizer, whose parameters are numbered in the order of its groups."""
         assert self.model is not None
-        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        own, numbers = _parameters(optimizer), [n for group in state["param_groups"] for n in group["params"]]
         if len(own) != len(numbers):
-            raise ValueError(f"{parted.path}: an optimizer of {len(numbers)} parameters, and here it has {len(own)}")
-        names = {id(p): name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
-        named = {number: names[id(parameter)] for number, parameter in zip(numbers, own, strict=True)}
-        like = dict(zip(numbers, own, strict=True))
-        read = {
-            named[number]: filled(value, partial(self._read, parted, like=like[number]))
-            for number, value in state["state"].items()
-        }
-        groups = [{**group, "params": [named[n] for n in group["params"]]} for group in state["param_groups"]]
-        whole = {"state": read, "param_groups": parted.fill(groups)}
-        set_optimizer_state_dict(self.model, optimizer, whole, options=StateDictOptions())
+            raise ValueError(f"{path}: an optimizer of {len(numbers)} parameters, and here it has {len(own)}")
+        if state["state"]:
+            # a step of zero gradients, by which the optimizer shows which states it splits like parameters: the shape
+            # is no sign, as Adam's count of steps has the shape of a scalar parameter
+            get_optimizer_state_dict(self.model, optimizer)
+        held = {number: dict(optimizer.state.get(p, {})) for number, p in zip(numbers, own, strict=True)}
+        states = {number: _read_states(values, held[number], read) for number, values in state["state"].items()}
+        optimizer.load_state_dict({"state": states, "param_groups": filled(state["param_groups"], read)})
 
-    def _read(self, parted: Parted, name: Any, like: Any) -> Any:
-        """What this rank will hold of a tensor: a box, where ``like`` is split and of the same shape; else all."""
-        if not isinstance(name, Name):
-            return name
-        table, shape = parted.table, parted.table.shape(name)
-        row = shape == () and tuple(like.shape) == (1,) if isinstance(like, DTensor) else False  # of whole parameters
-        if not isinstance(like, DTensor) or not (row or shape == tuple(like.shape)):
-            return table.whole(name)
-        mesh, placements = like.device_mesh, like.placements
-        size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
-        local = table.whole(name).reshape(1)[: size[0]] if row else table.box(name, offset, size)
-        how: dict[str, Any] = {"run_check": False, "shape": like.shape, "stride": like.stride()}
-        split: DTensor = DTensor.from_local(local.to(like.device), mesh, placements, **how)
-        return split
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _read_states(saved: Mapping[str, Any], held: Mapping[str, Any], read: Callable[..., Any]) -> dict[str, Any]:
+    """States of a parameter, at any depth, each read like the one that this rank holds in its place."""
+    return {
+        key: _read_states(value, held.get(key) or {}, read) if isinstance(value, dict) else read(value, held.get(key))
+        for key, value in saved.items()
+    }
+
+
+def _read(table: PartTable | None, value: Any, like: Any = None) -> Any:
+    """What this rank will hold of a tensor: a box, where ``like`` is split and of the same shape; else all.
+
+    Args:
+        table: of the parts where ``value`` is a name in it.
+    """
+    if isinstance(value, Name) and table is not None:
+        shape, box = table.shape(value), partial(table.box, value)
+    elif isinstance(value, Tensor):
+        shape, box = tuple(value.shape), partial(_box, value)
+    else:
+        return value
+    if not isinstance(like, DTensor) or (shape or (1,)) != tuple(like.shape):
+        return box((0,) * len(shape), shape)
+    mesh, placements = like.device_mesh, like.placements
+    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    local = box(offset, size) if shape else box((), ()).reshape(1)[: size[0]]
+    how: dict[str, Any] = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    split: DTensor = DTensor.from_local(local.to(like.device), mesh, placements, **how)
+    return split
+
+
+def _box(whole: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Copy a box of a tensor, which may lie in a mapped file."""
+    return whole[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))].clone()
 
 
 def _require_keys(path: Path, here: Mapping[str, Any], saved: Mapping[str, Any], strict: bool) -> None:

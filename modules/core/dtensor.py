@@ -1,4 +1,4 @@
-"""Parameters that are split over ranks (DTensor, FSDP2): a rank's part, a tensor split alike, norms, freeing."""
+"""Parameters that are split over ranks (DTensor, FSDP2): a rank's part, a tensor split alike, norms, freeing, class."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def local(tensor: Tensor) -> Tensor:
     [1.0, 1.0]
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def unsharded_class(module: nn.Module) -> type:
+    """The class that a module was built of: ``fully_shard`` makes it one of a class ``FSDPName`` of its own.
+
+    >>> unsharded_class(nn.Linear(1, 1)).__name__
+    'Linear'
+    """
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from descant.modules.training_setup import sharding
 from descant.modules.training_setup.activation_checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Attribute of a module that names its parameters without dimensions, which have one while they are sharded.
+SCALARS = "sharded_scalars"
 #: Methods that Lightning and callbacks call on a recipe, which gather and free the root's parameters.
 _ENTRY_POINTS = (
     *("training_step", "validation_step", "test_step", "predict_step"),
@@ -148,6 +150,7 @@ class Shard:
                 if parameter.ndim == 0:
                     row = nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad)
                     setattr(module, name, row)
+                    setattr(module, SCALARS, (*getattr(module, SCALARS, ()), name))
                     module.register_load_state_dict_pre_hook(_load_scalars)
                 elif not parameter.is_contiguous():
                     parameter.data = parameter.data.contiguous()

@@ -74,7 +74,7 @@ def batch_norm(
         counted: whether this rank's rows are part of the statistics; they are always normalized.
 
     >>> x_BC = torch.tensor([[1.0], [3.0]])
-    >>> batch_norm(x_BC, None, None, None, None, 0.1, 0.0).tolist()
+    >>> batch_norm(x_BC, None, None, None, None, 0.1, 1e-12).tolist()
     [[-1.0], [1.0]]
     """
     axes = [0, *range(2, x.ndim)]

@@ -43,6 +43,7 @@ def recipe_of(adapt: str = "lora", seed: int = 0) -> Contrastive:
     torch.manual_seed(seed)
     # most of its weights are the base's, as in a pretrained tower
     towers = Towers(image=ConvTower(widths=[8, 16]), text=TextTower(vocab=200, width=64, depth=2, heads=2, length=6))
+    towers["text"].load_state_dict(towers["text"].state_dict())
     torch.manual_seed(7)
     return Contrastive(towers, width=16, adapt=ADAPT[adapt], optimizer=lambda p: torch.optim.AdamW(p, lr=0.01))
 

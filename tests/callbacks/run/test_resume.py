@@ -135,10 +135,15 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 17], ids=lambda s: f"step{s}")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_from_any_step_is_bit_identical(tmp_path: Path, step: int, accumulate: int) -> None:
-    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+AFTER = [1, 5, 6, 7, 12, 17]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "precision", "step"),
+    [*((accumulate, "32-true", step) for accumulate in (1, 2) for step in AFTER), (1, "64-true", 5)],
+)
+def test_resuming_from_any_step_is_bit_identical(tmp_path: Path, accumulate: int, precision: str, step: int) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "precision": precision}
     whole, resumed = Act(), Act()
     _, net = fit(tmp_path / "a", Resume(every=1, keep=100), EMA(0.8), whole, **options)
     _, again = fit(tmp_path / "b", Resume(every=1), EMA(0.8), resumed, path=point(tmp_path / "a", step), **options)

@@ -314,7 +314,7 @@ def compiled_and_sharded(rank):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@by_turns(1, 2)
+@by_turns(1, 4)
 def test_blocks_are_compiled_between_gathers_and_train_as_whole_ones():
     """Without a break in the graph of a block; those of one kind share it: one for each tower, forward with gradients
     and without."""

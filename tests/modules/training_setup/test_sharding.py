@@ -180,9 +180,10 @@ def test_four_ranks_have_the_gradients_of_the_loop_and_exchange_them_once() -> N
                 assert calls[name, 1]["all_reduce"] == calls[name, CUT]["all_reduce"] == 3
         assert "all_reduce" not in calls["FSDP2", 1] | calls["FSDP2", CUT]
         assert calls["DDP", 1]["all_reduce"] == calls["DDP", CUT]["all_reduce"] == 1
-        # each unit is gathered forward, and the two blocks again backward; the rest stays for all micro-batches
-        assert [calls["FSDP2", n]["all_gather"] for n in (1, CUT)] == [5, 1 + 4 * CUT]
-        assert [calls["HSDP, kept", n]["all_gather"] for n in (1, CUT)] == [3, 3]
+        # each unit is gathered forward, and the two blocks again backward; the rest stays for all micro-batches. The
+        # first batch also compares the samples of the ranks, in two messages
+        assert [calls["FSDP2", n]["all_gather"] for n in (1, CUT)] == [7, 3 + 4 * CUT]
+        assert [calls["HSDP, kept", n]["all_gather"] for n in (1, CUT)] == [5, 5]
         # replicas exchange half of what they have after the sum in a group of two
         whole = found["HSDP", 1]["bytes"]
         assert whole["all_reduce"] == whole["reduce_scatter"] // 2
