@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from descant.datamodules.mined import MinedNegatives, MinedSet
 from descant.datamodules.resumable_sampler import Order, Window
 from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
 from descant.datamodules.table_selection import TableSelection
+from descant.modules.core import ranks
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import Outage
 from descant.modules.core.rng import global_seed
@@ -39,13 +40,18 @@ from descant.modules.tokenizers.text import Tokenizer
 class Loader(DataLoader[Any]):
     """A DataLoader that raises a worker's ValueError as one line, without the worker's traceback.
 
-    It calls ``arrived`` of its data set with each batch, and ``ended`` after the last one of an epoch.
+    It calls ``arrived`` of its data set with each batch, and ``ended`` after the last one of an epoch. Several ranks
+    cannot use a loader that was made without a trainer (``alone``): each would read all samples.
     """
 
     ended: Callable[[], None] | None = None
+    alone = False
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, BatchDataset)
+        if self.alone and ranks.world() > 1:
+            what = f"this loader knows no trainer and would give all samples to each of {ranks.world()} ranks"
+            raise ValueError(f"{what}; use trainer.fit(model, datamodule=data), not the data module's loaders")
         return _Batches(super().__iter__(), self.dataset, len(self), self.ended)
 
 
@@ -215,7 +221,8 @@ class DataModule(L.LightningDataModule):
     def class_names(self, target: str) -> list[str] | None:
         """Class names of a target as ``prompts`` has them, without writing the prompts; None: it has no such names."""
         try:
-            return self.prompts(target)[1]
+            known: Mapping[str, list[str]] = getattr(self, "classes", {})
+            return list(known[target]) if target in known else self.prompts(target)[1]
         except (NotImplementedError, ValueError):
             return None
 
@@ -307,6 +314,8 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return 0, 1, 1
+        if getattr(trainer, "overfit_batches", 0):
+            raise ValueError("trainer.overfit_batches: it replaces the order of samples; use limit_train_batches")
         return trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
 
     @property
@@ -315,7 +324,7 @@ class DataModule(L.LightningDataModule):
         return self.num_workers if self.mined is None else 0
 
     def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
-        return Loader(
+        loader = Loader(
             data,
             sampler=order,
             batch_size=None,
@@ -324,6 +333,8 @@ class DataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_steady,
         )
+        loader.alone = self.trainer is None
+        return loader
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
         """The order of training; ``cut``: rank, world, accumulate, and the epoch and first to start from."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from descant.datamodules.permutation import Permutation
 from descant.modules.core.budget import whole_steps
@@ -34,13 +35,13 @@ class Window(NamedTuple):
     number: int = 0
 
 
-class Order:
+class Order(DistributedSampler[Window]):
     """A batch sampler over ``n`` samples. Global batch g of epoch e is a slice of ``perm(seed, e)``.
 
     The epoch is cut into ``ceil(n / batch_size)`` global batches of nearly equal size (n/G rounded up or down), so
     every sample is seen exactly once an epoch; the rows missing to ``batch_size`` are padding slots
     (``real=False``), so every cut on every rank has the same shape. A global batch is cut into ``accumulate * world``
-    equal pieces.
+    equal pieces. Lightning splits no ``DistributedSampler`` over ranks a second time; nothing else is inherited.
 
     Args:
         n: samples in the data set.

@@ -130,5 +130,5 @@ def train_flops(run: Path) -> float:
     file = run / "metrics.json"
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["train_flops"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"like {run}: no train_flops in its metrics.json; the callback TrainFlops writes it") from None

@@ -31,7 +31,7 @@ class ScheduleFree(EMA):
 
     Raises:
         ValueError: in setup, beside Stages, and for parameters that are split over ranks; before the first step, for an
-            optimizer without an average.
+            optimizer without an average, and for a schedule of the learning rate.
     """
 
     #: Recipes refuse an optimizer that averages where no callback evaluates its average.
@@ -60,6 +60,10 @@ class ScheduleFree(EMA):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             hint = "use schedulefree.AdamWScheduleFree (with/train/schedule-free)"
             raise ValueError(f"ScheduleFree: model.optimizer {names} keeps no average of the weights; {hint}")
+        if trainer.lr_scheduler_configs:
+            name = type(getattr(pl_module, "schedule_now", None) or trainer.lr_scheduler_configs[0].scheduler).__name__
+            hint = "model.schedule null, and warmup_steps of the optimizer (with/train/schedule-free)"
+            raise ValueError(f"model.schedule {name}: a schedule-free optimizer takes no schedule; nearest: {hint}")
         self._forget()
         self._bind(pl_module)
         if self._statistics and trainer.is_global_zero:

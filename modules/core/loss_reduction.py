@@ -6,16 +6,31 @@ Letters: B samples, K terms.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, some
 from descant.modules.core.chunks import chunked, nearest_divisor
 from descant.modules.core.faults import Faults
+from descant.modules.core.host import host_copy
 from descant.modules.core.objective import Objective, Term
+from descant.modules.core.ranks import gather, gather_objects, world
+
+
+def require_split(batch: Batch) -> None:
+    """Raises ValueError where every rank has the same samples, or batches that do not say which. Collective."""
+    if world() == 1:
+        return
+    read_B = host_copy(batch.rng_seed)[host_copy(some(*batch.present.values()))]
+    by_rank = gather_objects(read_B.tolist())
+    if by_rank[0] and by_rank.count(by_rank[0]) == len(by_rank):
+        raise ValueError(
+            f"{len(by_rank)} ranks read the same samples: split the loader (use_distributed_sampler=True or a "
+            "DistributedSampler), and give each Batch its index= of the whole data"
+        )
 
 
 @dataclass
@@ -50,6 +65,23 @@ class Step:
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
         self.objective = Objective(self.faults.checked(terms, scalars, batch.index), self.mix)
         return self.objective
+
+    def with_counts(self, batch: Batch) -> Batch:
+        """The batch with presence in the whole step, gathered over ranks where its loader did not count it. Collective.
+
+        Raises:
+            ValueError: for micro-batches of one step, since no one has read the later ones yet.
+        """
+        # every rank decides alike, however many rows it has: counts of a whole step are of more rows than its own
+        if self.world * self.accumulate == 1 or not batch.present or len(next(iter(batch.step.values()))) > len(batch):
+            return batch
+        if self.accumulate > 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches {self.accumulate}: losses are divided by counts of the whole step, "
+                "which these batches lack; give the trainer datamodule=, each Batch its step=, or accumulate 1"
+            )
+        mask_GM = gather(torch.stack(list(batch.present.values()), dim=1))
+        return replace(batch, step=dict(zip(batch.present, mask_GM.unbind(1), strict=True)))
 
     def _require_samples(self, terms: Mapping[str, Term], batch: Batch) -> None:
         """Raises ValueError for a loss of a batch that would be one of each rank's or micro-batch's part of it."""

@@ -92,6 +92,8 @@ class LanguageRecipe(Recipe):
         counts = self.packing if self.training else None
         prefix_BS = self.prompt(row) if self.prefix_sight else None
         marks = self.marks_of(batch, row.ids_BS)
+        if self.lm.experts is not None and self.lm.experts.answers != 1:
+            marks = marks._replace(weight=torch.where(row.loss_mask_BS, self.lm.experts.answers, 1.0))
         rows = (self.lm, embedded_BSW, row.real_BS, self.row, place_BS, alone, counts, prefix_BS, marks, routings)
         return embedded_BSW, through(*rows), row
 

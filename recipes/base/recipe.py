@@ -8,16 +8,19 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from descant.modules.adaptation.base import Adapt
+from descant.modules.adaptation.quantize import require_trained
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtensor import clip_by_norm
 from descant.modules.core.hooks import GradientHooks
-from descant.modules.core.loss_reduction import Step
+from descant.modules.core.loss_reduction import Step, require_split
 from descant.modules.core.objective import Objective, Term
 from descant.modules.core.output import Output
 from descant.modules.core.protocols import Embeds
@@ -133,6 +136,8 @@ class Recipe(L.LightningModule):
         if self._configured:
             return
         self._configured = True
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so only after it has read a checkpoint, whose weights it would round
         with torch.random.fork_rng(devices=[]):
             # adapters begin alike on any number of ranks: several have begun their generators anew, one has not
             torch.default_generator.manual_seed(mix(global_seed(), "adapt"))
@@ -169,6 +174,11 @@ class Recipe(L.LightningModule):
                 "samples of one batch, and accumulated small batches have fewer negatives; use "
                 f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
             )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "trainer.callbacks: GradientAccumulationScheduler: losses are divided by counts of a whole step, whose "
+                "micro-batches are counted once; trainer.accumulate_grad_batches is one number"
+            )
         data, towers = datamodule_of(trainer), getattr(self, "towers", {})
         tokenizer = getattr(data, "tokenizer", None)
         if isinstance(tokenizer, Tokenizer) and "text" in towers:
@@ -193,6 +203,7 @@ class Recipe(L.LightningModule):
     def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
         """An optimizer of what trains now, and its schedule over the steps that there are for it."""
         optimizer = make_optimizer(make, self)
+        require_trained(self)
         require_evaluated(optimizer, self.trainer.callbacks if self._trainer is not None else [])  # type: ignore[attr-defined]
         if schedule is None:
             return optimizer
@@ -212,11 +223,16 @@ class Recipe(L.LightningModule):
     def objective_of(self, batch: Batch) -> Objective:
         """The weighted terms of a micro-batch, those of distillation among them."""
         self.step.require_chunks(len(batch))
+        batch = self.step.with_counts(batch)
         self.output = self.forward(batch)
         terms = self.output.all_terms()
         if self.distill is not None:
             terms |= self.distill(self, batch, self.output)
         return self.step(self.hooks.watch(terms), batch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 0:
+            require_split(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.objective_of(batch)

@@ -85,7 +85,7 @@ def test_bfloat16_is_as_near_as_without_chunks() -> None:
 
 
 @pytest.mark.slow
-@by_turns(1, 2)
+@by_turns(2, 4)
 def test_compiled_towers() -> None:
     assert largest_gap(gradients(compile=Compile()), gradients(chunks=1)) < ulps(84, F32)
 

@@ -287,7 +287,7 @@ def on_four(rank: int, folder: Path) -> None:
 @needs_axes
 @pytest.mark.ddp
 @pytest.mark.slow
-@by_turns(0, 2)
+@by_turns(0, 4)
 def test_checkpoints_hold_whole_experts_and_are_read_by_any_ranks(tmp_path: Path) -> None:
     """In parts and as one file: the same; resumed to the bit; read with experts shared otherwise, or by one rank."""
     run_ranks(4, on_four, tmp_path)

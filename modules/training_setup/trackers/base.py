@@ -9,7 +9,6 @@ steps anew in each process; neither can return to a step.
 
 from __future__ import annotations
 
-import json
 import re
 import sqlite3
 import time
@@ -29,6 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from descant.modules.core.errors import warn
 from descant.modules.io.files import write_json
+from descant.modules.io.jsonl import loads
 from descant.modules.training_setup.boards import Table
 
 #: What a run is called there: class of the logger -> id of the run, in the run's folder.
@@ -228,8 +228,8 @@ class Tracker(Logger):
 
     def _ids(self) -> dict[str, str]:
         file = self._folder / IDS
-        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return found
+        found = loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found if isinstance(found, dict) else {}
 
     def _own_id(self) -> str | None:
         kept = self._ids().get(type(self).__name__)

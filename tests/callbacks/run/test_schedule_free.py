@@ -12,10 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from schedulefree import AdamWScheduleFree
 from torch import Tensor
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from descant.callbacks import EMA, Resume, ScheduleFree
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.optim import Member, OptimizerGroup
+from descant.modules.training_setup.schedule import REX, Schedule, TorchSchedule, WarmupStableDecay
 from descant.run.sharded import Sharded
 from tests.quiet import quiet_trainer
 from tests.ranks import run_ranks
@@ -56,10 +58,11 @@ def fit(
     make: Any = averaging,
     path: Path | None = None,
     shard: Shard | None = None,
+    schedule: Schedule | None = None,
     **options: Any,
 ) -> ToyRecipe:
     torch.manual_seed(0)
-    recipe = ToyRecipe(ToyTower(depth=2, width=5), ToyTower(width=5), optimizer=make, shard=shard)
+    recipe = ToyRecipe(ToyTower(depth=2, width=5), ToyTower(width=5), optimizer=make, shard=shard, schedule=schedule)
     settings: dict[str, Any] = {"max_epochs": 3, "devices": 1, **options}
     trainer = quiet_trainer(folder, Resume(every=4, keep=9), *callbacks, **settings)
     trainer.fit(recipe, datamodule=ToyData(), ckpt_path=path, weights_only=True)
@@ -131,6 +134,34 @@ def test_what_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, ScheduleFree(), Stages())
     with pytest.raises(ValueError, match=r"split over ranks \(on/fsdp\) are not averaged; use on/ddp"):
         fit(tmp_path, ScheduleFree(), strategy=Sharded("gloo"), shard=Shard())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [WarmupStableDecay(), REX(), TorchSchedule(lambda o: ReduceLROnPlateau(o), "epoch", "val/gap")],
+    ids=lambda schedule: type(schedule).__name__,
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_any_schedule_of_the_rate_is_refused(tmp_path: Path, schedule: Schedule, grouped: bool) -> None:
+    def group(groups: Any) -> OptimizerGroup:
+        return OptimizerGroup(groups, [Member(averaging, "bias"), Member(lambda rest: AdamW(rest, lr=0.1))])
+
+    line = f"model.schedule {type(schedule).__name__}: .* takes no schedule; nearest: model.schedule null"
+    with pytest.raises(ValueError, match=line):
+        fit(tmp_path, ScheduleFree(), make=group if grouped else averaging, schedule=schedule)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_schedule_of_a_module_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    class Own(ToyRecipe):
+        def configure_optimizers(self) -> Any:
+            optimizer = averaging(self.parameters())
+            optimizer.train()
+            return [optimizer], [LambdaLR(optimizer, lambda step: 0.5**step)]
+
+    trainer = quiet_trainer(tmp_path, ScheduleFree(), max_epochs=1, devices=1)
+    with pytest.raises(ValueError, match=r"model\.schedule LambdaLR: a schedule-free optimizer takes no schedule"):
+        trainer.fit(Own(ToyTower(width=5), ToyTower(width=5)), datamodule=ToyData())
 
 
 def _on_rank(rank: int, folder: Path, path: Path | None) -> dict[str, Any]:
