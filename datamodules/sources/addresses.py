@@ -58,7 +58,7 @@ def require_allowed(url: str, allow_pipes: bool) -> None:
     if scheme and scheme not in SCHEMES:
         raise ValueError(f"urls: {url!r}: no way to read {scheme}:{nearest(scheme, SCHEMES)}")
     if scheme in PACKAGES:
-        if not _ADDRESS.fullmatch(url):
+        if not _ADDRESS.fullmatch(url) or not urlsplit(url).netloc:
             raise ValueError(f"urls: {url!r} is no plain address")
         if _SECRET.search(url):
             shown = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url)[0])

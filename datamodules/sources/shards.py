@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
@@ -38,6 +37,7 @@ from descant.datamodules.sources.base import (
 )
 from descant.datamodules.sources.shard_manifest import NAME, Written, manifest, missing
 from descant.datamodules.sources.tar import FileTape, Member, members
+from descant.modules.io.addresses import expand as expand_braces
 
 #: Last part of an extension whose members are texts; a blank one counts as absent.
 TEXTS = ("txt", "text", "caption", "transcript", "title", "alt", "label", "cls", "cls2", "split", "lang")
@@ -237,7 +237,7 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
     """Files of braces and patterns, in order. Raises ValueError naming a missing one, and the nearest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
-    for text in (t for p in given for t in braceexpand.braceexpand(str(p))):
+    for text in (t for p in given for t in expand_braces(str(p))):
         matches = sorted(glob.glob(text)) if glob.has_magic(text) and not os.path.exists(text) else [text]
         some = [p for m in matches for p in (sorted(Path(m).glob(f"*{kind}")) if os.path.isdir(m) else [Path(m)])]
         absent = [file for file in some if not file.is_file()]
@@ -261,7 +261,7 @@ def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fau
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     try:
-        absent = missing(t for p in given for t in braceexpand.braceexpand(str(p)))
+        absent = missing(t for p in given for t in expand_braces(str(p)))
     except ValueError:
         return []  # a manifest that cannot be read is reported when the shards are read
     faults = [

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import braceexpand
 import numpy as np
 from webdataset.gopen import Pipe
 from webdataset.tariterators import base_plus_ext
@@ -34,6 +33,7 @@ from descant.datamodules.sources.shards import MEMBERS, is_json, is_text, json_f
 from descant.datamodules.sources.stream_tape import UNPACK, StreamTape
 from descant.datamodules.sources.tar import BLOCK, members
 from descant.modules.core.rng import mix
+from descant.modules.io.addresses import expand
 
 #: Names of members that describe the shard and belong to no sample.
 _META = re.compile(r"__[^/]*__($|/)")
@@ -113,7 +113,7 @@ class Stream:
         cache_gb: float = 0.0,
     ) -> None:
         given = [urls] if isinstance(urls, str) else list(urls)
-        self.urls = [u for text in given for u in (braceexpand.braceexpand(text) if "{" in text else [text])]
+        self.urls = [url for text in given for url in expand(text)]
         if not self.urls:
             raise ValueError("urls: none given")
         if samples < 1 or buffer < 1:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from descant.cli.arguments import pass_on
+
 #: Arms that every claim compares; it may have more, such as an oracle.
 ARMS = ("baseline", "method", "sham")
 BUDGETS = ("pilot", "full")
@@ -264,13 +266,13 @@ class Claim:
         if place is not None:
             options = [(key, _filled(value, lambda text: _placed(text, place))) for key, value in options]
         words = [word for config in configs for word in ("--config", config)]
-        return [*words, *(f"--{key}={_text(value)}" for key, value in options), f"--seed_everything={seed}"]
+        return [*words, *(pass_on(key, _text(value)) for key, value in options), f"--seed_everything={seed}"]
 
     def predicting(self) -> list[str]:
         """The arguments of ``descant predict`` after the run ``before``, without its folder; none where not wanted."""
         if self.before is None or self.before.predict is None:
             return []
-        return ["--sets=train", *(f"--{key}={_text(value)}" for key, value in self.before.predict.items())]
+        return ["--sets=train", *(pass_on(key, _text(value)) for key, value in self.before.predict.items())]
 
     # settings -----------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from descant.claims import plots, run, spec, store
 from descant.claims.claim import TUNE, Claim, Metric, Tuning
 from descant.claims.digest import digest
@@ -26,6 +24,7 @@ from descant.claims.registration import register
 from descant.claims.run import Place
 from descant.cli.catalogue import ROOT
 from descant.cli.errors import fail, hint, one_line, say
+from descant.cli.untrusted import yaml_of
 from descant.modules.io.renamed import CLASSES
 from descant.run.runs import write_text
 
@@ -73,8 +72,8 @@ def load(name: str) -> Comparison:
         fail(f"claims {name}: no such comparison{hint(name, names())}")
     where = file.name
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml_of(file)
+    except (OSError, ValueError) as error:
         fail(f"{where}: {one_line(error)}")
     for key in content:
         if key not in KEYS:

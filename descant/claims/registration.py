@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from descant.claims.claim import BEFORE, Arm, Claim, texts
 from descant.cli.catalogue import find, layers
+from descant.cli.untrusted import yaml_of
 from descant.modules.io.names import PACKAGE, full
+
+#: A configuration of a claim, read once.
+_content = cache(yaml_of)
 
 
 def register(claim: Claim) -> dict[str, Any]:
@@ -92,11 +94,6 @@ def _named(claim: Claim, arm: Arm) -> list[str]:
     """All texts in what the runs of an arm compose to."""
     files = layers(map(find, (claim.experiment, *arm.configs)))
     return texts([[_content(file) for file in files], dict(arm.options), dict(arm.predict or {})])
-
-
-@cache
-def _content(file: Path) -> Any:
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 @cache

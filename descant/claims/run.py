@@ -12,7 +12,10 @@ from pathlib import Path
 from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.judge import Runs
 from descant.claims.registration import shared
-from descant.cli.errors import INTERRUPTED, fail, say
+from descant.cli import dump
+from descant.cli.arguments import read
+from descant.cli.errors import INTERRUPTED, Refusal, fail, say
+from descant.cli.precheck import precheck
 from descant.cli.untrusted import json_of, text_of
 from descant.datamodules.names import TABLE
 from descant.run import runs as folders
@@ -158,8 +161,10 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     """
     todo = place.missing(arms, seeds)
     total = len(place.every(arms, seeds))
+    _check(place, todo)
     say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
     for folder in {place.folder, *(place.home(arm) for arm, _ in todo)}:
+        folders.require_below(place.root, folder, place.trust)
         folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
@@ -180,6 +185,18 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
             folders.write_text(place.folder / "seconds", f"{place.seconds + lost + time.monotonic() - began:.1f}\n")
         (place.folder / _BEGAN).unlink(missing_ok=True)
     return 0
+
+
+def _check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
+    """Refuse what an arm may not say before any run begins; each run checks itself, too."""
+    if (known := dump.read("fit")) is None:
+        return
+    for arm, seed in dict(todo).items():
+        try:
+            request = read("fit", command(place, arm, seed)[1:])
+            precheck(known, request.files, request.options, request.trust)
+        except Refusal as refusal:
+            fail(f"claims {place.claim.name}: {arm}: {refusal}")
 
 
 def _killed(place: Place) -> float:
@@ -241,6 +258,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     if place.claim.predicting():
         fail(f"claims {place.claim.name}: --slurm: before.predict is a process of this command; run it without --slurm")
     todo = place.missing(arms, seeds)
+    _check(place, todo)
     first = [one for one in todo if not place.waits(*one, todo)]
     arrays: dict[tuple[str, int | None], list[int]] = {}
     for arm, seed in first:

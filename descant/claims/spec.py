@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from descant.claims.claim import ARMS as ARMS
 from descant.claims.claim import BEFORE as BEFORE
@@ -20,7 +19,8 @@ from descant.claims.claim import Claim as Claim
 from descant.claims.digest import Contents, composed, digest
 from descant.claims.effect import FIRST, LAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
-from descant.cli.errors import Refusal, fail, hint, one_line
+from descant.cli.errors import Refusal, fail, hint, one_line, printable
+from descant.cli.untrusted import yaml_of
 from descant.modules.io.renamed import CLASSES
 
 #: The keys of a claim, of its arms, and of all else in it that has keys; the first seven are needed.
@@ -30,6 +30,8 @@ KEYS = (
     *("alone", "tuning", "note", "oracle", "setting", "signal", "lockbox"),
 )
 NEEDED = KEYS[:7]
+#: What an arm may be called: its runs' folders and logs are called after it.
+ARM = re.compile(r"\w[\w.+=-]{0,99}")
 ARM_KEYS = ("configs", "config", "options", "settings")
 #: Keys of ``before`` beside ``experiment``, ``seed`` and those of an arm.
 BEFORE_KEYS = ("predict", "lockbox")
@@ -59,14 +61,15 @@ def load(name: str) -> Claim:
     if not file.is_file():
         fail(f"claims {name}: no such claim{hint(name, names())}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml_of(file)
+    except (OSError, ValueError) as error:
         fail(f"{file.name}: {one_line(error)}")
     if not isinstance(content, dict):
         fail(f"{file.name}: a claim is an object with arms, seeds and a metric")
     try:
         return _read(file, content)
-    except (ValueError, TypeError, AttributeError) as error:  # a value of another type than the checks below expect
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # a value of another type than the checks below expect
         fail(f"{file.name}: {one_line(error)}")
 
 
@@ -147,12 +150,15 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
 
 def contents() -> Contents:
     """Names of configurations -> what their files contain, in the order in which they count; each is read once."""
-    found, read = cache(find), cache(lambda file: yaml.safe_load(file.read_text(encoding="utf-8")))
+    found, read = cache(find), cache(yaml_of)
     return lambda configs: [read(file) for file in layers(map(found, configs))]
 
 
 def read_arms(where: str, content: Mapping[str, Any], own: str) -> dict[str, Arm]:
     """Arms by name; ``own``: the name under which the ``config`` of one is found."""
+    for name in content:
+        if not isinstance(name, str) or not ARM.fullmatch(name):
+            fail(f"{where}: arms: {printable(name)[:40]!r}: a name of letters, digits and . + = - is expected")
     return {name: _arm(f"{where}: arms.{name}", arm or {}, f"{own}:{name}") for name, arm in content.items()}
 
 

@@ -39,6 +39,10 @@ def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
         content["runs"] = {arm: {int(s): _metrics(m) for s, m in of.items()} for arm, of in content["runs"].items()}
         if not isinstance(content["digest"], str) or not isinstance(content["seconds"], int | float):
             raise ValueError("no digest or seconds")
+        if not isinstance(content["machine"].get("cores") or 1, int) or not all(
+            isinstance(content.get(key, 0), int | float) for key in ("stage", "margin", "headroom")
+        ):
+            raise ValueError("a number that is none")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, OverflowError, KeyError, AttributeError, TypeError):

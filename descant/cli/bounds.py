@@ -53,7 +53,7 @@ def wrong(name: str, value: Any, table: Mapping[str, tuple[float, float]] = OF_N
     for number in _numbers(value):
         if not least <= number <= most:
             bound = f"at least {least:g}" if most == _INFINITE else f"between {least:g} and {most:.10g}"
-            return f"{bound}, got {number:.10g}"
+            return f"{bound}, got {number:.10g}" if abs(number) < 1e300 else bound
     return None
 
 

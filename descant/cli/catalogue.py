@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from descant.cli.errors import Refusal, hint, say
-from descant.cli.untrusted import text_of
+from descant.cli.errors import Refusal, hint, one_line, say
+from descant.cli.untrusted import text_of, yaml_of
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.checkpoints import followed
 from descant.modules.io.files import write_text
@@ -108,9 +108,10 @@ def papers() -> tuple[dict[str, Any], ...]:
 
 
 def _yaml(file: Path) -> Any:
-    import yaml  # a completion needs neither table, and no YAML
-
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        return yaml_of(file)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{file.name}: {one_line(error)}") from None
 
 
 def find(name: str) -> Path:
@@ -163,7 +164,8 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
     import yaml
 
     content = _yaml(claim)
-    arms = {**content.get("arms", {}), "before": content.get("before")} if isinstance(content, dict) else {}
+    given = content.get("arms") if isinstance(content, dict) else None
+    arms = {**given, "before": content.get("before")} if isinstance(given, dict) else {}
     configs = {key: value["config"] for key, value in arms.items() if isinstance(value, dict) and value.get("config")}
     if arm not in configs:
         raise Refusal(f"--config {name}: {claim.name} has no arm {arm!r} with a `config`{hint(arm, configs, most=0)}")
@@ -191,12 +193,9 @@ def layers(files: Iterable[Path]) -> list[Path]:
 
 def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     """What ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
-    import yaml
-
     try:
-        text = text_of(file)
-        content = yaml.safe_load(text) if "extends" in text else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        content = yaml_of(file) if "extends" in text_of(file) else None
+    except (OSError, ValueError):
         return []  # reported when it is loaded
     value = content.get("extends") if isinstance(content, dict) else None
     names = [value] if isinstance(value, str) else value or []

@@ -14,10 +14,10 @@ from descant.cli.catalogue import ROOT
 from descant.cli.errors import Refusal
 from descant.cli.untrusted import text_of
 from descant.modules.io import renamed
+from descant.modules.io.files import real_path
+from descant.modules.io.plain_yaml import BITS, MOST
 from descant.modules.io.upgrade import upgrade
 
-#: Most values in one file, aliases included (aliases of aliases expand exponentially).
-MOST = 100_000
 #: Bytes of one file.
 MOST_BYTES = 10_000_000
 _MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
@@ -31,7 +31,7 @@ class Node:
         content: a dict of nodes, a list of nodes, or a plain value.
         where: file and line, or the option, that set it. folder: which relative files in it are of.
         raw: the text of a value from the command line, else None. typed: whether it is from there.
-        text: of a file, its whole content.
+        text: of a file, its whole content. from_file: whether a file gave the option, and not the user.
     """
 
     content: Any
@@ -40,6 +40,12 @@ class Node:
     raw: str | None = None
     typed: bool = False
     text: str = ""
+    from_file: bool = False
+
+    @property
+    def is_of_user(self) -> bool:
+        """Whether the user typed it: an option that a file gives is not trusted."""
+        return self.typed and not self.from_file
 
     @property
     def plain(self) -> Any:
@@ -69,7 +75,7 @@ def load(file: Path) -> Node:
     """
     name = shown(file)
     try:
-        text = text_of(file, file.resolve().parent, MOST_BYTES)
+        text = text_of(file, real_path(file).parent, MOST_BYTES)
     except (OSError, ValueError) as error:
         raise Refusal(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     node = _parse(text, name, file.parent)
@@ -153,15 +159,19 @@ def rename(name: str, where: str) -> str:
         raise Refusal(f"{where}: {error}") from None
 
 
+class FileKey(str):
+    """Key of an option that a file gives, such as an arm of a claim. It may set what a file may set, and no more."""
+
+
 def option(key: str, text: str) -> Node:
     """An option of the command line as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
-    where, here = f"--{key}", Path.cwd()
+    where, here = f"option {key}" if isinstance(key, FileKey) else f"--{key}", Path.cwd()
     node = _parse_option(text, where)
     node.raw = text
     for part in reversed(key.split(".")):
         node = Node({part: node}, where, here)
     for child in (node, *(child for _, child in node.walk())):
-        child.typed = True
+        child.typed, child.from_file = True, isinstance(key, FileKey)
     _renamed(node)
     return node
 
@@ -179,9 +189,10 @@ def retyped(key: str, text: str, root: Node) -> tuple[str, str]:
     for _ in key.split("."):
         ((part, node),) = node.content.items()
         keys.append(part)
+    name = type(key)(".".join(keys))
     if node.plain == _parse_option(text).plain:
-        return ".".join(keys), text
-    return ".".join(keys), node.content if isinstance(node.content, str) else json.dumps(node.plain)
+        return name, text
+    return name, node.content if isinstance(node.content, str) else json.dumps(node.plain)
 
 
 def shown(file: Path) -> str:
@@ -223,7 +234,10 @@ def _convert(node: yaml.Node, loader: Any, name: str, folder: Path, lines: bool,
     if isinstance(node, yaml.SequenceNode):
         return Node([_convert(item, loader, name, folder, lines, left) for item in node.value], where, folder)
     if not isinstance(node, yaml.MappingNode):
-        return Node(loader.construct_object(node), where, folder)
+        value = loader.construct_object(node)
+        if isinstance(value, int) and value.bit_length() > BITS:  # neither a float nor a text can hold it
+            raise Refusal(f"{where}: a number of more than {BITS} bits")
+        return Node(value, where, folder)
     seen: set[str] = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):

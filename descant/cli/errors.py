@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import sys
@@ -65,10 +66,16 @@ def disk_fault(error: BaseException, folder: Path) -> str | None:
     The folder is named, since writers in threads and in C++ lose the file's name.
     """
     cause: BaseException | None = error
+    seen = set[int]()  # an error that was raised again may be the context of its own context
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in (*_FULL, errno.EROFS, errno.EIO)):
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
+        cause = None if id(cause) in seen else cause
     if not isinstance(cause, OSError):
-        return None
+        code = re.search(r"(?:\(os error|\bOs \{ code:) (\d+)", str(error))  # of a library in Rust
+        if code is None or int(code[1]) not in (*_FULL, errno.EROFS, errno.EIO):
+            return None
+        cause = OSError(int(code[1]), os.strerror(int(code[1])))
     why = " ".join((cause.strerror or str(cause)).split())
     if "free there" in why:  # already in the message
         return why

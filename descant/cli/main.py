@@ -31,6 +31,7 @@ from descant.cli.document import shown
 from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, Unavailable, disk_fault, fail, printable, say
 from descant.cli.explain import composed, inert
 from descant.cli.explain import explain as explained
+from descant.cli.judged import judged_data
 from descant.cli.precheck import precheck, wanted
 from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
@@ -62,6 +63,7 @@ from descant.run.changes import of_another, require_unchanged
 from descant.run.checkpoint_resolver import for_evaluation, for_fit, source_of
 from descant.run.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.run.folder import Folder
+from descant.run.garbage import long_lived_objects_frozen
 from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 
@@ -171,20 +173,20 @@ class DescantCLI(LightningCLI):
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
-        if self.options.trainer.use_distributed_sampler:
-            fail("trainer.use_distributed_sampler: true: the data module itself cuts the batch over ranks")
         if self.command == "fit" and self.request.configs and not runs.launched():
             for file in inert(self.request.files, self.walk.default):
                 say(f"warning: --config {shown(file)} changes nothing")
             for line in composed(self.request.files, self.request.options):
                 say(f"warning: {line}")
+        if "://" in self.options.runs:
+            fail(f"--runs {self.options.runs}: a folder of this machine; --checkpoint_mirror takes an address")
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
         text = self._saved()
         if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
-            source = source_of(Path(self.options.runs), self.options.run, self.request.configs)
+            source = source_of(Path(self.options.runs), self.options.run, self.request.configs, self.request.trust)
             other = of_another(Path(self.place.checkpoint), source, text)
             if other is not None:
                 say(f"warning: {other}")
@@ -230,8 +232,9 @@ class DescantCLI(LightningCLI):
             return runs.allocate(Path(tempfile.mkdtemp(prefix="descant-")))
         if command == "fit":
             return for_fit(root, self.name, options.run, options.resume, self.request.trust)
-        source = source_of(root, options.run, self.request.configs)
-        return for_evaluation(command, root, self.name, source, options.get("ckpt_path"))
+        source = source_of(root, options.run, self.request.configs, self.request.trust)
+        start = options.get("ckpt_path")
+        return for_evaluation(command, root, self.name, source, start, self.request.trust, self.lines.append)
 
     def instantiate_classes(self) -> None:
         Parser.failed = None
@@ -239,6 +242,8 @@ class DescantCLI(LightningCLI):
         known = folder if start is None or (folder / hub.RECORD).is_file() else Path(start).parent.parent
         with hub.pinned(known), self.checking.building() if self.checking is not None else contextlib.nullcontext():
             super().instantiate_classes()
+            if self.subcommand != "fit" and self.options.run:
+                self.datamodule = judged_data(self.request, self.datamodule, self.trainer)
         if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
             write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
         for line in self.lines:  # only now: a failed build prints its own line alone
@@ -261,7 +266,7 @@ class DescantCLI(LightningCLI):
             given = config.get("logger")
             config["logger"] = [x for x in given if not isinstance(x, Tracker)] if isinstance(given, list) else given
         config["plugins"] = with_store(config.get("plugins"))
-        if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.options)):
+        if not ("writes" in self.request.trust or any(writes(*option) for option in self.request.typed_options)):
             for plugin in config["plugins"]:
                 if isinstance(plugin, AtomicIO):
                     plugin.inside = self.place.folder
@@ -299,7 +304,8 @@ class DescantCLI(LightningCLI):
         """``Trainer.fit``, repeated from an earlier resume point when a callback raises RollBack."""
         while True:
             try:
-                return self.trainer.fit(**kwargs)
+                with long_lived_objects_frozen():
+                    return self.trainer.fit(**kwargs)
             except RollBack as back:
                 kwargs["ckpt_path"] = str(back.path)
                 for logger in self.trainer.loggers:

@@ -16,7 +16,7 @@ from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
 from descant.cli.document import Node, load, option, rename, replaced, retyped
 from descant.cli.errors import Refusal, hint, nearest
-from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown
+from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
 from descant.modules.io import names, renamed
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
@@ -228,6 +228,9 @@ class Walk:
             self._class(node, kind, classes, path)
         elif isinstance(node.content, dict) and (values := schema.values(kind)) is not None:
             for key, child in node.content.items():
+                if child.content is None and schema.classes(values) and not schema.fits(values, None):
+                    stay = f"nearest: name all that stay, each as {{}}, under {path[-1]}"
+                    raise Refusal(f"{_at(child, (*path, key))}: null does not remove {key}; {stay}")
                 self._typed(child, values, (*path, key))
 
     def _item(self, node: Node, items: Type, base: Path_, name: str) -> None:
@@ -307,16 +310,22 @@ class Walk:
     def _unseen(self, node: Node, path: Path_) -> None:
         """dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
         cls = self.classes[path]
-        if node.content and not (node.typed or trust.named(cls.path, self.trusted)):
+        if node.content and not (node.is_of_user or trust.named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
             where = _at(node, (*path, "dict_kwargs", first))
             raise Refusal(f"{where}: a file may not set them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
-        """The nearest key, else the class that has exactly this one."""
+        """The key of nearly this name, else one that takes a class called so, else the class with exactly this key."""
+        if nearest(key, known, cutoff=0.75) is not None:
+            return hint(key, known)
+        for name, taken in known.items():
+            for kind in (part["class"].rpartition(".")[2] for part in nested_classes(taken.type)):
+                if kind.lower().endswith(key.lower().replace("_", "")):
+                    return f"; nearest: {name}, a {kind}"
         homes = [_dots(path) for path, cls in self.classes.items() if key in cls.keys]
         homes += ["trainer"] if f"trainer.{key}" in self.schema.command else []
-        if homes and nearest(key, known, cutoff=0.75) is None:
+        if homes:
             return f"; {homes[0]} has it: {homes[0]}.{key}"
         return hint(key, known)
 
@@ -415,7 +424,9 @@ def _placed(where: str) -> Iterator[None]:
 
 def _ours(node: Node) -> bool:
     """Whether a node is of the command line or of a file that ships: these may set what other files may not."""
-    return node.typed or node.folder.resolve().is_relative_to(ROOT.resolve())  # in a checkout by a link
+    if node.typed:
+        return node.is_of_user
+    return node.folder.resolve().is_relative_to(ROOT.resolve())  # in a checkout by a link
 
 
 def _dots(path: Path_) -> str:

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from descant.cli.errors import Refusal
+from descant.modules.io.addresses import expand
 
 #: Where classes may be from that a configuration builds. What is wanted at a place narrows it further: see PERMITTED.
 ALLOWED = (
@@ -84,7 +85,7 @@ _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "net
 #: Classes whose purpose is another machine.
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
 #: An address, unless it is that of a file; of a pipe its own key has to allow it.
-_ADDRESS = re.compile(r"\s*(?!file:|pipe:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*((?!file:/|pipe:)([a-z][a-z0-9+.-]+:+)+/|(https?|s3|gs):\S)", re.IGNORECASE)
 #: Keys of places to write to: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
@@ -210,8 +211,17 @@ def _remote(key: str, value: Any) -> str | None:
     if key == "class_path":
         name = str(value).rpartition(".")[2]
         return f"what {name} writes to" if name in _REMOTE else None
-    texts = value if isinstance(value, list) else [value]
-    return next((text for text in texts if isinstance(text, str) and _ADDRESS.match(text)), None)
+    if isinstance(value, list):
+        return next((found for item in value if (found := _remote("", item)) is not None), None)
+    return next(filter(_ADDRESS.match, _expand_addresses(value)), None) if isinstance(value, str) else None
+
+
+def _expand_addresses(text: str) -> list[str]:
+    """The addresses that a reader would open; a text whose braces no reader expands stands for itself."""
+    try:
+        return expand(text) if ":" in text else [text]
+    except ValueError:
+        return [text]
 
 
 def _defined(name: str) -> str:

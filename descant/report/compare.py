@@ -36,7 +36,8 @@ few seeds is too narrow), and how many seeds are better. Metrics of which lower 
 and so are runs that stopped before their last step. The last row is chance level, where the runs measured it.
 
 Options:
-  RUN                  a run such as demo/001, its folder, NAME (all its runs), or a pattern of these
+  RUN                  a run such as demo/001, its folder, NAME (all its runs), a folder of such names as
+                       runs/sweeps/NAME-DIGEST, or a pattern of these
   --metrics A,B        names or patterns; '*' for all (default: what ModelCheckpoint monitors, on every set
                        that all runs have)
   --baseline NAME      name of a row, or of a run in it (default: the first row)

@@ -13,6 +13,7 @@ from descant import __version__
 from descant.cli.errors import fail, one_line, say
 from descant.cli.errors import printable as clean
 from descant.cli.untrusted import json_of, opened, text_of
+from descant.modules.io.files import real_path
 from descant.report.compare import Table, by_chance, every, options, read
 from descant.report.curves import Curve, chart, scalars
 from descant.report.page import render as render_template
@@ -82,7 +83,7 @@ def _require_report(file: Path) -> None:
     except OSError as error:  # such as a name that is too long
         fail(f"report: --output {file}: cannot be written: {error.strerror}")
     try:
-        with opened(file, file.resolve().parent) as stream:
+        with opened(file, real_path(file).parent) as stream:
             if _MARK.encode() in stream.read(2000):
                 return
     except (OSError, ValueError):

@@ -88,7 +88,8 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
             return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
     if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or within(cls.__module__, trust):
         return None
-    if not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
+    ours = within(_raiser(error), ("descant",))  # there another error is a bug, and keeps its traceback
+    if ours and not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
         return None
     return f"{cls.__name__}: it cannot be built: {_worded(error)}; --debug shows more"
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from descant.cli.document import shown
 from descant.cli.errors import fail
+from descant.modules.io.jsonl import loads
 from descant.run.runs import identity
 
 try:
@@ -126,7 +127,7 @@ def _holder() -> bytes:
 
 def _note(folder: Path) -> dict[str, Any]:
     try:
-        note = json.loads((folder / FILE).read_bytes())
+        note = loads((folder / FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}

@@ -38,6 +38,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def real_path(path: Path) -> Path:
+    """Follow all links of a path. In a circle of links it stops at one of them, where ``Path.resolve`` would fail."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(file: Path | str) -> BufferedReader:
     """Open a regular file to read; it never waits for the writer of a named pipe or for a device.
 

@@ -22,7 +22,7 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
-from descant.modules.io.files import open_regular, sha256_of
+from descant.modules.io.files import open_regular, real_path, sha256_of
 from descant.modules.io.part_files import (
     CHANGED,
     PARTS,
@@ -307,7 +307,7 @@ def _crc(entry: Facts) -> int:
 def _entries(path: Path) -> list[Facts] | str:
     """The entries of a file's manifest, newest first, or what is wrong with the manifest."""
     try:
-        with open_regular(_manifest(path.resolve())) as stream:
+        with open_regular(_manifest(real_path(path))) as stream:
             content = json.loads(stream.read(_LIMIT))
         entries = [{"sha256": str(e["sha256"]), "size": int(e["size"]), "facts": dict(e["facts"])} for e in content]
         for entry, read in zip(entries, content, strict=True):  # earlier versions wrote no checksum

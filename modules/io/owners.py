@@ -95,12 +95,12 @@ def _of_transformers(place: Place) -> ImageInput | None:
     final = _sides(getattr(made, "crop_size", None)) if crop else size
     shortest = "shortest_edge" in dict(getattr(made, "size", None) or {})
     fit = "squash" if not shortest else "crop" if size == final else f"crop of {final[0]} from {size[0]}"
-    return _checked(place, final, mean, std, filter, fit)
+    return make_image_input(place, final, mean, std, filter, fit)
 
 
 def _any(place: Place, size: int, mean: Any, std: Any, filter: str) -> ImageInput:
     """Of a model of images of any size, whose aspect its owner keeps."""
-    return _checked(place, (max(size, 1),) * 2, mean, std, filter, "its aspect kept")._replace(size=size)
+    return make_image_input(place, (max(size, 1),) * 2, mean, std, filter, "its aspect kept")._replace(size=size)
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def _of_timm(place: Place) -> ImageInput:
     data = resolve_data_config({}, pretrained_cfg=given)
     share, mode = data["crop_pct"], data["crop_mode"]
     fit = mode if mode != "center" else "crop" if share == 1 else f"crop of {share:g} of the shorter side"
-    return _checked(place, tuple(data["input_size"][1:]), data["mean"], data["std"], data["interpolation"], fit)
+    return make_image_input(place, tuple(data["input_size"][1:]), data["mean"], data["std"], data["interpolation"], fit)
 
 
 def _of_open_clip(place: Place) -> ImageInput:
@@ -137,10 +137,11 @@ def _of_open_clip(place: Place) -> ImageInput:
         raise ValueError(f"{place.label}: {OPEN_CLIP}: {one_line(error, 200)}") from None
     sides = (size, size) if isinstance(size, int) else tuple(size)
     fit = "crop" if made.resize_mode == "shortest" else made.resize_mode
-    return _checked(place, sides, made.mean, made.std, made.interpolation, fit)
+    return make_image_input(place, sides, made.mean, made.std, made.interpolation, fit)
 
 
-def _checked(place: Place, sides: Any, mean: Any, std: Any, filter: str, fit: str) -> ImageInput:
+def make_image_input(place: Place, sides: Any, mean: Any, std: Any, filter: str, fit: str) -> ImageInput:
+    """Build how a model takes its images. Raises ValueError for images that are not square, and for wrong colours."""
     if len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
         raise ValueError(f"{place.label}: its images are {list(sides)} pixels; squares are read here")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:

@@ -6,7 +6,6 @@ imported: only its files are read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 
 from descant.modules.core.errors import hint, one_line
 from descant.modules.io import hub
+from descant.modules.io.files import open_regular
+from descant.modules.io.jsonl import loads
 
 #: What looks like a model of a hub.
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -143,9 +144,12 @@ def require_inside(place: Place) -> None:
             f"{place.label}: an adapter (adapter_config.json), whose model may be elsewhere; merge both first"
         )
     for index in sorted(place.folder.glob("*.index.json")):
-        names = (json_of(index) or {}).get("weight_map", {})
+        names = object_of(index).get("weight_map", {})
         for name in names.values() if isinstance(names, dict) else ():
             inside(place, name)
+    for file in place.folder.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError(f"{place.label}: {file.name} is neither a file nor a folder; its reader may wait for ever")
 
 
 def inside(place: Place, name: object) -> Path:
@@ -157,15 +161,37 @@ def inside(place: Place, name: object) -> Path:
     path = PurePosixPath(str(name))
     if not isinstance(name, str) or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"{place.label}: {name!r} leads out of the folder")
-    return place.folder / path
+    found = place.folder / path
+    if found.is_dir() and not found.resolve().is_relative_to(place.folder.resolve()):
+        raise ValueError(f"{place.label}: {name!r} is a link out of the folder")
+    return found
 
 
 def json_of(file: Path) -> Any:
     """Content of a JSON file; None if it cannot be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # its loader reports what is wrong
+        with open_regular(file) as stream:
+            return loads(stream.read())
+    except (OSError, ValueError):  # its loader reports what is wrong
         return None
+
+
+def object_of(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if it holds anything else."""
+    content = json_of(file)
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def reading(place: Place | None) -> Iterator[None]:
+    """Raise ValueError for whatever a value of an odd type brings about in a file of the place."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        label = "config" if place is None else place.label
+        raise ValueError(f"{label}: cannot be read ({type(error).__name__}: {one_line(error, 200)})") from None
 
 
 def tokenizer_of(place: Place) -> Any:

@@ -14,25 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from descant.modules.core import errors
 from descant.modules.core.dtensor import split_like
 from descant.modules.core.errors import one_line, warn
-from descant.modules.io import manifest, renamed
+from descant.modules.io import manifest, plain_yaml, renamed
 from descant.modules.io.build import Node as Node
 from descant.modules.io.build import build as build
 from descant.modules.io.build import class_paths as class_paths
 from descant.modules.io.build import policy as policy
 from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
-from descant.modules.io.files import sha256_of
+from descant.modules.io.files import real_path, sha256_of
 from descant.modules.io.lean import BASE
 from descant.modules.io.plain import load_values, load_weights, require_sums
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-#: Values in a configuration file at most, as in descant.cli.document.
-MOST = 100_000
 #: Placeholder for the export's own folder, at the start of a text in its files.
 PLACE = "EXPORT"
 
@@ -150,27 +147,14 @@ def read_yaml(file: Path, folder: Path) -> Node:
         ValueError: if the file is no mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        _require_few(content, file)
-    except RecursionError:
-        raise ValueError(f"{file}: nested too deeply") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = plain_yaml.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not readable as YAML ({one_line(error, 200)})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
     return cast(Node, _placed(renamed.config(content, str(file)), str(folder)))
-
-
-def _require_few(content: Any, file: Path) -> None:
-    """Raise ValueError for too many values: nested aliases make millions out of a few lines."""
-    left, todo = MOST, [content]
-    while todo:
-        value = todo.pop()
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        left -= 1 + len(inner)
-        if left < 0:
-            raise ValueError(f"{file}: more than {MOST:,} values, aliases included")
-        todo += [item for item in inner if isinstance(item, dict | list)]
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
@@ -308,7 +292,7 @@ def _require_same_files(folder: Path) -> None:
     files = manifest.known(folder / WEIGHTS).get(FILES)
     for name, digest in files.items() if isinstance(files, dict) else ():
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if not real_path(file).is_relative_to(folder.resolve()):
             raise ValueError(f"{folder / WEIGHTS}: its manifest lists {name}, which is outside the export")
         if not file.is_file():
             raise ValueError(f"{file}: missing; it was part of the export")

@@ -301,7 +301,7 @@ def _on_rank(rank: int, folder: Path, urls: list[str], world: int, path: Path | 
     return {"seen": act.seen, "losses": act.losses, "state": state(net), "refused": refused}
 
 
-@by_turns(1, 2)
+@by_turns(2, 4)
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_resume_and_one_is_refused(tmp_path: Path) -> None:

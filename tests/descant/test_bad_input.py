@@ -101,6 +101,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("check", *T, "--model.scale", "[" * 5000), "--model.scale: expected a number"),
     (("check", *T, "--model.scale", "inf"), "--model.scale: expected a number"),
     (("check", *T, "--=1"), "--: no such key"),
+    (("check", *E, "--data.tokenizer", "x"), "--data.tokenizer: Emoji has no such key; nearest: text, a Tokenizer"),
+    (("check", *E, "--data.token_dropuot", "1"), "Emoji has no such key; nearest: token_dropout"),
     (("check", *T, "--name", "a\0b"), "holds a NUL character"),
     (("check", *T, "--name", "a\udc80b"), "--name a?b: not printable"),
     (("check", *E, "--data", "3"), "--data: expected a class of kind LightningDataModule"),

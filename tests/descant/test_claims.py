@@ -206,7 +206,7 @@ def test_arms_that_are_equal_in_flops_spend_those_of_the_reference(
     arms = CONTENT["arms"] | {"more": {"options": {"model.path": "ARM/method"}}}
     claim = made(arms=arms, budget={"equal": "flops"}, options={"trainer.max_steps": 8})
     place = run.Place(claim, "full", workplace / "runs")
-    like = f"--trainer.callbacks+={{class_path: Budget, init_args: {{like: {place.folder}/method-1}}}}"
+    like = f"--of-file=trainer.callbacks+={{class_path: Budget, init_args: {{like: {place.folder}/method-1}}}}"
     assert {arm: like in run.command(place, arm, 1) for arm in claim.arms} == {
         "baseline": True,
         "method": False,
@@ -404,9 +404,16 @@ def test_auto_has_the_digest_of_what_it_replaced_and_results_say_what_it_was(
 
 def test_options_reach_the_command_in_their_order(made: Callable[..., Claim]) -> None:
     claim = made(options={"trainer.max_steps": 5}, budget={"pilot": {"trainer.max_steps": 2, "model.scale": 2.0}})
-    lr = "--model.optimizer.init_args.lr=0.0"
+    lr = "--of-file=model.optimizer.init_args.lr=0.0"
     assert claim.command("baseline", 7, "pilot") == [
-        *("--config", "toy.yaml", "--trainer.max_steps=2", "--model.scale=2.0", lr, "--seed_everything=7")
+        *(
+            "--config",
+            "toy.yaml",
+            "--of-file=trainer.max_steps=2",
+            "--of-file=model.scale=2.0",
+            lr,
+            "--seed_everything=7",
+        )
     ]
 
 
@@ -417,11 +424,11 @@ def test_arms_begin_from_the_run_of_their_seed(made: Callable[..., Claim], workp
     place = run.Place(claim, "full", workplace / "runs")
     assert place.missing(["method"], [0, 1]) == [("before", 0), ("method", 0), ("before", 1), ("method", 1)]
     words = run.command(place, "method", 1)
-    assert f"--data.folder={place.folder}/before-1/checkpoints" in words
+    assert f"--of-file=data.folder={place.folder}/before-1/checkpoints" in words
     assert f"{{note: BEFOREHAND, path: {place.folder}/before-1}}" in next(
-        w for w in words if w.startswith("--model.image")
+        w for w in words if w.startswith("--of-file=model.image")
     )
-    assert run.command(place, "before", 1)[1:4] == ["--config", "toy.yaml", "--model.scale=3.0"]
+    assert run.command(place, "before", 1)[1:4] == ["--config", "toy.yaml", "--of-file=model.scale=3.0"]
     # of an array on a cluster, the run with its seed
     folder = place.folder / "before/001"
     folder.mkdir(parents=True)
@@ -444,7 +451,7 @@ def test_one_run_before_serves_all_seeds(made: Callable[..., Claim], workplace: 
     assert place.missing(["method"], [0, 1]) == place.every(["method"], [0, 1]) == runs
     assert place.waits("method", 1, [("before", 7)]) and not place.waits("method", 1, [("method", 0)])
     assert f"{place.folder}/before-7" in next(
-        w for w in run.command(place, "method", 1) if w.startswith("--model.image")
+        w for w in run.command(place, "method", 1) if w.startswith("--of-file=model.image")
     )
     folder = place.folder / "before-7/001"
     folder.mkdir(parents=True)
@@ -458,7 +465,7 @@ def test_predictions_follow_the_run_before(made: Callable[..., Claim], workplace
     claim = made(before=wanted, arms=arms)
     assert claim.digest != made(before=plain, arms=arms).digest
     place = run.Place(claim, "full", workplace / "runs", ("tests.toys",))
-    predict = ["--sets=train", "--data.wrong=0.4", "--trust=tests.toys", f"--runs={place.folder}"]
+    predict = ["--sets=train", "--of-file=data.wrong=0.4", "--trust=tests.toys", f"--runs={place.folder}"]
     assert run.predicting(place, "before", 1) == ["predict", "--run=before-1/latest", *predict]
     assert run.predicting(place, "method", 1) == []
     folder = place.folder / "before-1/001"
@@ -491,7 +498,7 @@ def test_arms_begin_from_the_runs_of_others(made: Callable[..., Claim], workplac
     assert [one for one in wanted if place.waits(*one, wanted)] == [("method", 0)]
     assert not place.waits("method", 0, [("sham", 1), ("baseline", 0)]), "of its own seed, and no more than it needs"
     paths = f"{{a: {place.folder}/alone-0/checkpoints/x, b: {place.folder}/sham-0}}"
-    assert f"--model.paths={paths}" in run.command(place, "method", 0)
+    assert f"--of-file=model.paths={paths}" in run.command(place, "method", 0)
 
 
 TUNED: dict[str, Any] = {
@@ -510,14 +517,16 @@ def test_settings_are_chosen_by_runs_of_their_own(made: Callable[..., Claim], re
     candidates = claim.candidates()
     assert list(candidates.arms) == ["baseline.0", "baseline.1", "method.0", "method.1", "method.2"]
     words = candidates.command("method.1", 200, spec.TUNE)
-    assert {"--model.optimizer.init_args.lr=0.1", "--model.scale=1.0", "--seed_everything=200"} <= set(words)
+    assert {"--of-file=model.optimizer.init_args.lr=0.1", "--of-file=model.scale=1.0", "--seed_everything=200"} <= set(
+        words
+    )
     assert "--test=false" in run.command(run.Place(candidates, spec.TUNE, results), "method.1", 200)
     gaps = {"baseline.0": 0.5, "baseline.1": 0.5, "method.0": 0.4, "method.1": 0.1, "method.2": 0.3}
     runs = {name: {200: {"val/gap": gap}} for name, gap in gaps.items()}
     chosen = claim.chosen(runs)
     assert chosen == {"baseline": 0, "method": 1}, "less is better here, and of equals the first"
     settled = claim.settled(chosen)
-    assert "--model.optimizer.init_args.lr=0.1" in settled.command("method", 0, "full")
+    assert "--of-file=model.optimizer.init_args.lr=0.1" in settled.command("method", 0, "full")
     assert not settled.is_tuned and settled.digest == claim.digest and settled.arms["sham"] == claim.arms["sham"]
 
 
@@ -935,7 +944,7 @@ def test_what_comes_before_is_kept_from_the_lock_box_too(made: Callable[..., Cla
     claim = made(**STAGES, before={"experiment": "toy.yaml"}, lockbox={"data.batches": 5})
     for arm in ("before", "baseline"):
         pilot, full = (run.command(run.Place(claim, of, workplace), arm, 1) for of in ("pilot", "full"))
-        assert ("--data.batches=5" in full, "--data.batches=5" in pilot) == (True, False)
+        assert ("--of-file=data.batches=5" in full, "--of-file=data.batches=5" in pilot) == (True, False)
 
 
 def test_equal_baselines_have_one_folder(made: Callable[..., Claim], workplace: Path) -> None:

@@ -52,8 +52,8 @@ def test_each_value_has_its_origin(toy: Cli, workplace: Path) -> None:
     assert said["model.optimizer.momentum"][1] == "default"
     assert said["trainer.max_epochs"] == ("3", "over.yaml:6") and said["trainer.min_epochs"] == ("null", "default")
     assert said["trainer.callbacks[0]"] == ("descant.callbacks.run.report.Report", "experiments/base.yaml:11")
-    assert said["trainer.callbacks[7].monitor"] == ("val/loss", "over.yaml:9")
-    assert said["trainer.callbacks[7].patience"] == ("7", "--trainer.callbacks.patience")
+    assert said["trainer.callbacks[8].monitor"] == ("val/loss", "over.yaml:9")
+    assert said["trainer.callbacks[8].patience"] == ("7", "--trainer.callbacks.patience")
     assert said["seed_everything"] == ("1", "--seed_everything")
     assert "recipe     ToyRecipe" in result.out
 

@@ -241,9 +241,10 @@ def test_shipped_overlay_by_name_from_another_folder(toy: Cli, workplace: Path) 
     assert saved["trainer"]["max_steps"] == 2 and saved["data"]["init_args"]["tiny"] is True
 
 
-def test_own_sampler_stays(toy: Cli, workplace: Path) -> None:
-    assert "use_distributed_sampler" in toy("fit", "--trainer.use_distributed_sampler", "true").refusal
-    assert not (workplace / "runs").exists() or not any((workplace / "runs").iterdir())
+def test_a_folder_of_runs_is_no_address(toy: Cli, workplace: Path) -> None:
+    line = toy("fit", "--runs", "file:///tmp/runs").refusal
+    assert line == "--runs file:///tmp/runs: a folder of this machine; --checkpoint_mirror takes an address"
+    assert not (workplace / "file:").exists()
 
 
 # replay ---------------------------------------------------------------------------------------------------------

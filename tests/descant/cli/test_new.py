@@ -299,7 +299,7 @@ FAULTS = [
 
 
 @pytest.mark.slow
-@by_turns(0, 2)
+@by_turns(3, 4)
 def test_every_fault_fails_its_test(tmp_path: Path) -> None:
     for number, (kind, whole, broken) in enumerate(FAULTS):
         name = f"broken_{number}"

@@ -205,6 +205,16 @@ def test_runs_by_folder_name_and_pattern(two: None, words: list[str], names: lis
     assert [run.name for run in load("compare", words, Path("runs"))] == names
 
 
+@pytest.mark.parametrize("word", ["runs/sweeps/*", "runs/sweeps", "runs/sweeps/toy-1a", "sweeps/toy-1a", "sweeps"])
+def test_runs_of_a_sweep_or_of_all_sweeps(two: None, word: str) -> None:
+    names = [f"lr={lr},seed={seed}/001" for lr in ("0.1", "0.2") for seed in (0, 1)]
+    for n, name in enumerate(names):
+        make(f"sweeps/toy-1a/{name}", n % 2)
+    Path("runs/sweeps/toy-1a/again").symlink_to("lr=0.1,seed=0")
+    Path("runs/sweeps/toy-1a/lr=0.1,seed=0.log").touch()
+    assert [run.name for run in load("compare", [word], Path("runs"))] == names
+
+
 def test_runs_that_another_folder_holds(cli: Cli, two: None, tmp_path: Path) -> None:
     Path("runs").rename("elsewhere")
     assert cli("compare", "a", "b", "--runs", "elsewhere").rc == 0
