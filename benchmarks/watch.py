@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import spawn
 
@@ -30,6 +31,8 @@ from descant.callbacks.run.watch import Watch
 MANY = 1024
 #: Steps in which the threads are measured: 30 seconds.
 LONG = 1500
+#: Calls that Lightning has its profiler around in a step of a run with 12 callbacks.
+CALLS = 100
 
 
 def overhead(ranks: int = 2, steps: int = 8_000, milliseconds: float = 20.0) -> Iterator[Row]:
@@ -37,9 +40,10 @@ def overhead(ranks: int = 2, steps: int = 8_000, milliseconds: float = 20.0) -> 
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
 
-    Hooks: what a backward of one product takes longer with all of them around it, the median of pairs of 100 steps, one
-    of which ends a window, that alternate. Threads: at a beat a second, the median of spans of two seconds. All are CPU
-    times: the most that they can take from training, without what other programs take. The last row is rank 0's share
+    Hooks: what a backward of one product, and 100 calls around which Lightning has its profiler, take longer with all
+    of them, the median of pairs of 100 steps, one of which ends a window, that alternate. Threads: at a beat a second,
+    the median of spans of two seconds. All are CPU times: the most that they can take from training, without what other
+    programs take. The last row is rank 0's share
     with 1,024 ranks, whose heartbeats are in a store of this machine.
     """
     port = _free_port()
@@ -72,6 +76,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
         loggers=[],
         default_root_dir=folder,
         strategy=SimpleNamespace(checkpoint_io=None, launcher=None),
+        profiler=PassThroughProfiler(),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()),
     )
     module: Any = SimpleNamespace(device=torch.device("cpu"))
@@ -81,14 +86,21 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     weight = torch.ones(8, requires_grad=True)
 
     def plain() -> None:
+        for n in range(CALLS):
+            with PassThroughProfiler.profile(trainer.profiler, f"[Callback]Watch.{n}"):
+                pass
         (weight * 2).sum().backward()
 
     def watched() -> None:
+        for n in range(CALLS):
+            with trainer.profiler.profile(f"[Callback]Watch.{n}"):
+                pass
         watch.on_train_batch_start(trainer, module, None)
         loss = (weight * 2).sum()
         watch.on_before_backward(trainer, module, loss)
         loss.backward()
-        watch.on_after_backward(trainer, module)
+        with trainer.profiler.profile("[Callback]Watch.on_after_backward"):
+            pass
         trainer.global_step += 1
         watch.on_train_batch_end(trainer, module, None, None, 0)
 
@@ -141,7 +153,7 @@ def _many(beats: int = 30) -> float:
     for rank in range(MANY):
         store.set(f"at/{rank}", Head(1, (5, 2), False, time.time()).dumps())
         store.set(f"where/{rank}", "")
-    settings = Settings(600.0, 3600.0, 1.0, 75, Path(tempfile.gettempdir()))
+    settings = Settings(600.0, 3600.0, 60.0, 1.0, 75, Path(tempfile.gettempdir()))
     heartbeat = Heartbeat(store, 0, MANY, Phases(), settings)
     heartbeat.expect_all()
     heartbeat._beat()

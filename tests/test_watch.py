@@ -21,15 +21,13 @@ from tests.torture import Case, Fit, differences, wait
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
 
 #: Seconds of the watch here; a loaded machine takes some for a step.
-HANG_AFTER, BEAT = 10.0, 0.5
-#: Seconds within which the others have ended, beyond ``hang_after``.
-WITHIN = 10.0
+HANG_AFTER, STOPPED_AFTER, BEAT = 30.0, 5.0, 0.5
 
 
 def case(root: Path, ranks: int, cold: bool = False) -> Case:
     options = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "17")
     made = Case(root, "gradcache", ranks, options=options, cold=cold)
-    arguments = {"hang_after": HANG_AFTER, "long_after": 300, "beat": BEAT, "window": 5}
+    arguments = {"hang_after": HANG_AFTER, "stopped_after": STOPPED_AFTER, "long_after": 300, "beat": BEAT, "window": 5}
     watch = {"class_path": "Watch", "init_args": arguments}
     (root / "watch.yaml").write_text(
         "# A watch of seconds.\n" + yaml.safe_dump({"trainer": {"callbacks+": [watch]}}), encoding="utf-8"
@@ -69,7 +67,7 @@ def test_of_four_ranks_one_is_stopped(four: Case, rank: int) -> None:
         codes = [poll() for poll in others.values()]
     log = (four.root / f"{name}.log").read_text(encoding="utf-8")
     assert codes == [75, 75, 75], log[-3000:]
-    assert HANG_AFTER < took < HANG_AFTER + WITHIN
+    assert STOPPED_AFTER < took < HANG_AFTER, "its machine tells that it is stopped"
     (line,) = [line for line in log.splitlines() if "hangs" in line]
     assert f"descant: rank {rank} (" in line and f"process {process}) hangs" in line
     assert "at step 7 in backward" in line and "no heartbeat, stopped by a signal" in line

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import functools
 import json
+import math
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ MISSED = 5
 _EXCHANGES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
 #: Functions there that only call another.
 _INNER = frozenset({"wrapper", "_new_process_group_helper", "all_gather_object", "wait"})
+#: Files whose functions with ``compile`` in their name compile a model, by the end of their path.
+_COMPILERS = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")
 
 
 @dataclass
@@ -89,40 +92,52 @@ class Head:
 
 @dataclass
 class Seen:
-    """A rank's heartbeat as a reader saw it, and when, by the reader's own clock, it last changed."""
+    """A rank's heartbeat as a reader saw it, and when, by the reader's own clock, it last changed.
+
+    ``stopped``: what :func:`is_stopped` returns for a rank without a heartbeat, on its machine.
+    """
 
     head: Head = field(default_factory=Head)
     beat_at: float = 0.0
     moved_at: float = 0.0
+    stopped: bool | None = None
 
     def update(self, head: Head, now: float) -> None:
         if head.beat != self.head.beat:
-            self.beat_at = now
+            self.beat_at, self.stopped = now, None
         if head.position != self.head.position:
             self.moved_at = now
         self.head = head
 
 
 def find_hung(
-    ranks: Mapping[int, Seen], now: float, hang_after: float, long_after: float, beat: float = 1.0
+    ranks: Mapping[int, Seen],
+    now: float,
+    hang_after: float,
+    long_after: float,
+    beat: float = 1.0,
+    stopped_after: float = math.inf,
 ) -> tuple[list[int], list[int]]:
     """The ranks without a heartbeat, and those that hang: both empty while training goes on.
 
-    Without a heartbeat: nothing from it for ``hang_after`` seconds. Standing: of the others, those that are furthest
-    behind, when they have not moved for ``hang_after`` seconds, or ``long_after`` at a place that may be long. Ranks
-    ahead of these wait for them. One that is behind and has missed five beats counts as without a heartbeat.
+    Without a heartbeat: nothing from it for ``stopped_after`` seconds where its process is stopped, for ``hang_after``
+    where no rank can read that. Standing: of the others, those that are furthest behind, when they have not moved for
+    ``hang_after`` seconds, or ``long_after`` at a place that may be long, or where a process goes on without a
+    heartbeat: a call in C that keeps Python's lock hides where it is. Ranks ahead of these wait for them. One
+    that is behind and has missed five beats counts as without a heartbeat.
 
     >>> seen = {0: Seen(Head(9, (4, 2)), 99.0, 70.0), 1: Seen(Head(9, (4, 1), False), 99.0, 69.0)}
     >>> find_hung(seen, 100.0, 40.0, 60.0), find_hung(seen, 100.0, 30.0, 60.0)
     (([], []), ([], [1]))
     """
     watched = {rank: seen for rank, seen in ranks.items() if not seen.head.over}
-    silent = [rank for rank, seen in watched.items() if seen.head.beat and now - seen.beat_at > hang_after]
+    limits = {True: min(stopped_after, hang_after), None: hang_after, False: math.inf}
+    silent = [rank for rank, seen in watched.items() if seen.head.beat and now - seen.beat_at > limits[seen.stopped]]
     if silent or not watched:
         return silent, []
     behind = min(seen.head.position for seen in watched.values())
     last = {rank: seen for rank, seen in watched.items() if seen.head.position == behind}
-    allowed = long_after if any(seen.head.long for seen in last.values()) else hang_after
+    allowed = long_after if any(seen.head.long or seen.stopped is False for seen in last.values()) else hang_after
     standing = [rank for rank, seen in last.items() if now - seen.moved_at > allowed]
     if len(standing) < len(last):
         return [], []
@@ -234,6 +249,24 @@ def state_of(process: int) -> str:
     return known.get(fields[0], "") if fields else ""
 
 
+def is_stopped(where: Where) -> bool | None:
+    """Return whether a signal has stopped a rank's process, or it is dead; None where this machine cannot read it."""
+    if where.host != _host() or not where.born or born(where.process) != where.born:
+        return None
+    return state_of(where.process) in ("stopped by a signal", "dead")
+
+
+def is_compiling() -> bool:
+    """Whether a thread of this process compiles a model."""
+    at: FrameType | None
+    for at in sys._current_frames().values():
+        while at is not None:
+            if "compile" in at.f_code.co_name and at.f_code.co_filename.endswith(_COMPILERS):
+                return True
+            at = at.f_back
+    return False
+
+
 def _stat(process: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -248,7 +281,7 @@ def hang_line(where: Where, seconds: float, silent: bool, folder: Path, code: in
     state = state_of(where.process) if where.host == socket.gethostname() and born(where.process) == where.born else ""
     how = f"no heartbeat{f', {state}' if state else ''}" if silent else "its heartbeat goes on"
     place = f"in {where.exchange}, " if where.exchange else ""
-    frames = [frame for frame in where.frames if "/threading.py:" not in frame][:3]
+    frames = [frame for frame in where.frames if "/threading.py:" not in frame and "/run/watch.py:" not in frame][:3]
     return (
         f"{where} hangs: no progress for {seconds:.0f} s at step {where.step} in {where.phase}, {place}{how}; "
         f"{' < '.join(frames) or 'no stack is known'}; stacks are in {folder}; all ranks end with {code}, and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.callbacks.run.hangs import (
+    MISSED,
     Head,
     Seen,
     Where,
@@ -23,6 +25,8 @@ from descant.callbacks.run.hangs import (
     finish_saves,
     hang_line,
     here,
+    is_compiling,
+    is_stopped,
     named,
     write_last,
     write_stacks,
@@ -57,6 +61,7 @@ class Settings:
 
     hang_after: float
     long_after: float
+    stopped_after: float
     beat: float
     code: int
     folder: Path
@@ -94,8 +99,11 @@ class Heartbeat:
     and rank 0 O(ranks). The other thread judges by what it has and never waits for the store, which a stopped host
     would not answer. Times are differences of the reader's own clock.
 
+    A rank without a heartbeat may be in a long call in C that keeps Python's lock, such as a pickle of gigabytes. So a
+    rank of its machine asks the kernel for the state of that process, and reports it to the others.
+
     Args:
-        store: of this attempt at training, a connection of its own; None on one rank.
+        store: of this attempt at training, a connection of its own.
         rank, world: of this process, and how many there are.
         phases: of the main thread, which calls :meth:`start`.
     """
@@ -112,7 +120,9 @@ class Heartbeat:
         self.latest: tuple[int, int, list[Split]] | None = None
         self._seen: dict[int, Seen] = {}
         self._first = Where()  # rank 0
-        self._beats, self._exchanged, self._checked = 0, time.monotonic(), world == 1
+        self._beats, self._exchanged, self._checked = 0, time.monotonic(), False
+        self._at = (-1, 0)  # the position of the last heartbeat
+        self._silent: dict[int, Where] = {}  # rank 0's: where ranks without a heartbeat were
         self._begun = False  # whether rank 0 has sent a heartbeat
         self._wake, self._outbox, self._windows = threading.Event(), list[tuple[int, int, Window]](), 0
         self._collected = 0
@@ -120,8 +130,7 @@ class Heartbeat:
 
     def start(self) -> None:
         self.expect_all()
-        if self.store is not None:
-            self._threads.append(threading.Thread(target=self._exchange, name="watch-store", daemon=True))
+        self._threads.append(threading.Thread(target=self._exchange, name="watch-store", daemon=True))
         self._threads.append(threading.Thread(target=self._judge, name="watch", daemon=True))
         for thread in self._threads:
             thread.start()
@@ -141,23 +150,22 @@ class Heartbeat:
 
     def suspects(self) -> bool:
         """Whether some rank has been standing for half of what is allowed: an exception may only be its consequence."""
-        now, half = time.monotonic(), self.settings.hang_after / 2
+        now, settings = time.monotonic(), self.settings
+        watched = [seen for seen in list(self._seen.values()) if not seen.head.over]
         return self.verdict is not None or any(
-            now - min(seen.beat_at, seen.moved_at) > half for seen in list(self._seen.values()) if not seen.head.over
+            now - seen.beat_at > settings.stopped_after / 2 or now - seen.moved_at > settings.hang_after / 2
+            for seen in watched
         )
 
     def post(self, window: Window, step: int, steps: int) -> None:
         """Send a window that ends at a step to rank 0; the same number of times on every rank."""
-        if self.store is None:
-            self._collect([window], step, steps)
-        else:
-            self._outbox.append((step, steps, window))
-            self._wake.set()
+        self._outbox.append((step, steps, window))
+        self._wake.set()
 
     def settle(self, seconds: float) -> None:
         """Wait until all windows are sent and, on rank 0, those of all ranks are there."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and self.store is not None:
+        while time.monotonic() < end:
             if not self._outbox and (self.rank or self._collected == self._windows):
                 return
             self._wake.set()
@@ -168,7 +176,7 @@ class Heartbeat:
     def _exchange(self) -> None:
         try:
             if self.rank == 0:
-                self.store.set("verdict", "")
+                self.store.multi_set(["verdict", "silent"], ["", ""])
             while not self.over.is_set():
                 self._beat()
                 self._wake.wait(self.settings.beat)
@@ -184,7 +192,8 @@ class Heartbeat:
         store, phases = self.store, self.phases
         self._beats += 1
         where = here(self.rank, phases.step, phases.name, self.main)
-        head = Head(self._beats, phases.position, phases.long, time.time())
+        where.exchange = where.exchange or ("an exchange in C++" if phases.exchanging else "")
+        head = Head(self._beats, phases.position, self._is_long(), time.time())
         store.multi_set([f"where/{self.rank}", f"at/{self.rank}"], [where.dumps(), head.dumps()])
         while self._outbox:
             step, steps, window = self._outbox[0]
@@ -203,15 +212,43 @@ class Heartbeat:
             if not self._checked and len(there) == self.world and self._beats > 1:
                 self._check_clocks(walls)
             self._gather_windows()
-        elif self._begun or store.check(["at/0", "where/0", "verdict"]):
+            before, late = self._silent, [rank for rank, seen in self._seen.items() if self._misses(seen, now)]
+            self._silent = {rank: before.get(rank) or self._where(rank) for rank in late}
+            if before != self._silent:
+                store.set("silent", "\n".join(where.dumps() for where in self._silent.values()))
+            for where in self._silent.values():
+                self._ask_state(where)
+        elif self._begun or store.check(["at/0", "where/0", "verdict", "silent"]):
             self._begun = True
-            head, first, verdict = store.multi_get(["at/0", "where/0", "verdict"])
+            head, first, verdict, silent = store.multi_get(["at/0", "where/0", "verdict", "silent"])
             now = time.monotonic()
             self._first = Where.loads(first)
             self._seen[0].update(Head.loads(head), now)
+            for where in map(Where.loads, silent.splitlines()):
+                self._ask_state(where)
+            if self._misses(self._seen[0], now):
+                self._ask_state(self._first)
             if verdict and self.verdict is None:
                 self.verdict = Verdict.loads(verdict)
         self._exchanged = now
+
+    def _is_long(self) -> bool:
+        """Whether the main thread may be here for long; where it has not moved, its threads show that."""
+        before, self._at = self._at, self.phases.position
+        return self.phases.long or (before == self._at and is_compiling())
+
+    def _ask_state(self, where: Where) -> None:
+        """Of a rank without a heartbeat: read the state of its process, or what a rank of its machine has read."""
+        key, stopped = f"stopped/{where.rank}", is_stopped(where)
+        if stopped is not None:
+            self.store.set(key, str(int(stopped)))
+        elif self.store.check([key]):
+            stopped = bool(int(self.store.get(key)))
+        if where.rank in self._seen:
+            self._seen[where.rank].stopped = stopped
+
+    def _misses(self, seen: Seen, now: float) -> bool:
+        return seen.head.beat > 0 and not seen.head.over and now - seen.beat_at > MISSED * self.settings.beat
 
     def _check_clocks(self, walls: dict[int, float]) -> None:
         self._checked = True
@@ -249,8 +286,8 @@ class Heartbeat:
                 for seen in list(self._seen.values()):
                     seen.beat_at, seen.moved_at = seen.beat_at + gap, seen.moved_at + gap
             own = self._seen[self.rank]
-            if self.store is None or self.rank:  # rank 0's own comes back from the store, with the others'
-                own.update(Head(own.head.beat + 1, self.phases.position, self.phases.long), now)
+            if self.rank:  # rank 0's own comes back from the store, with the others'
+                own.update(Head(own.head.beat + 1, self.phases.position, self._is_long()), now)
             verdict = self.verdict or self._found(now)
             if verdict is not None and not self.over.is_set():
                 self.verdict = verdict
@@ -259,23 +296,24 @@ class Heartbeat:
 
     def _found(self, now: float) -> Verdict | None:
         settings = self.settings
-        if self.store is not None and now - self._exchanged > settings.hang_after:
-            if self.rank and 0 in self._seen:  # the store is rank 0's, or rank 0 is silent as well
-                return self._named([], [0], now)
-            if not self.rank:
+        limits = settings.hang_after, settings.long_after, settings.beat, settings.stopped_after
+        answers, first = now - self._exchanged <= settings.hang_after, self._seen.get(0)
+        if self.rank == 0:
+            if not answers:
                 return None  # its own store: ranks that receive nothing end by themselves
-        elif self.store is None or self.rank == 0:
-            silent, standing = find_hung(self._seen, now, settings.hang_after, settings.long_after, settings.beat)
+            silent, standing = find_hung(self._seen, now, *limits)
             return self._named(standing, silent, now) if silent or standing else None
-        elif 0 in self._seen:
-            silent, _ = find_hung({0: self._seen[0]}, now, settings.hang_after, float("inf"))
-            return self._named([], silent, now) if silent else None
-        _, standing = find_hung({self.rank: self._seen[self.rank]}, now, settings.hang_after, settings.long_after)
-        return self._named(standing, [], now) if standing and 0 not in self._seen else None
+        if first is not None:
+            if self._misses(first, now) and (stopped := is_stopped(self._first)) is not None:
+                first.stopped = stopped  # here too, as the store is rank 0's and may not answer
+            silent, _ = find_hung({0: first}, now, settings.hang_after, math.inf, settings.beat, limits[-1])
+            return self._named([], [0], now) if silent or not answers else None
+        _, standing = find_hung({self.rank: self._seen[self.rank]}, now, *limits)
+        return self._named(standing, [], now) if standing else None
 
     def _named(self, standing: list[int], silent: list[int], now: float) -> Verdict:
         ranks = silent or standing
-        if self.store is None or ranks == [self.rank]:
+        if ranks == [self.rank]:
             places = [here(self.rank, self.phases.step, self.phases.name, self.main)]
         elif self.rank:
             places = [self._first]
@@ -292,7 +330,7 @@ class Heartbeat:
                     write_last(settings.folder, where)
         more = f" ({len(lines) - 1} more ranks hang)" if len(lines) > 1 else ""
         verdict = Verdict(lines[0] + more, *(([], places) if silent else ([where.rank for where in places], [])))
-        if self.store is not None and self.rank == 0:
+        if self.rank == 0:
             with contextlib.suppress(Exception):  # without the store the others judge for themselves
                 self.store.set("verdict", verdict.dumps())
         return verdict

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from descant.modules.training_setup.boards import Table
 
@@ -23,8 +26,14 @@ from descant.modules.training_setup.boards import Table
 PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "validation", "saving", "end")
 #: Phases that may be long without a sign of progress.
 LONG = frozenset({"start", "validation", "saving", "end"})
-#: Phase -> the row of its exchanges in a window.
-_ROW = {"data": 0, "forward": 1, "backward": 2, "reduce": 2}
+#: Phase -> the row of its exchanges in a window. In saving all ranks wait for what is written: that is saving.
+_ROW = {"data": 0, "forward": 1, "backward": 2, "reduce": 2, "optimizer": 0, "validation": 0}
+#: Calls of Lightning that are no part of a step: what a user does there may be long.
+_HOOKS = ("[Callback]", "[LightningModule]", "[LightningDataModule]")
+#: Phases that some calls end.
+_SHIFTS = ("backward", "reduce", "saving")
+#: The least share of a window for a call to be sent with it.
+LEAST_SHARE = 0.01
 #: Rows of a table: with more ranks, the slowest.
 ROWS = 32
 #: A rank is called slow when its own work takes so many times the median.
@@ -39,11 +48,13 @@ class Window:
         rank: whose.
         seconds: phase -> seconds, without exchanges.
         exchanges_3B: of each micro-batch, seconds in exchanges after it (row 0), in its forward and in its backward.
+        calls: what Lightning called -> seconds in it, without inner calls and exchanges.
     """
 
     rank: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     exchanges_3B: list[list[float]] = field(default_factory=lambda: [[], [], []])
+    calls: dict[str, float] = field(default_factory=dict)
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -69,6 +80,7 @@ class Phases:
     Args:
         device: of the model.
         stamp, elapsed: a clock, and the seconds between two of its stamps; by default those of the device.
+        profiler: of the Trainer, for :meth:`profile`.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class Phases:
         device: torch.device | None = None,
         stamp: Callable[[], Any] | None = None,
         elapsed: Callable[[Any, Any], float] | None = None,
+        profiler: Any = None,
     ) -> None:
         on_device = device is not None and device.type == "cuda" and stamp is None
         self._stamp: Callable[[], Any] = stamp or (_event if on_device else time.perf_counter)
@@ -85,6 +98,11 @@ class Phases:
         self._marks: list[tuple[int, str, Any]] = []
         self._exchanges: list[tuple[int, str, Any, Any]] = []
         self._held: tuple[Any, ...] | None = None  # a window whose events may be under way
+        self._profiler = None if isinstance(profiler, PassThroughProfiler) else profiler
+        self.exchanging = False
+        self._open, self._charged = [""], time.perf_counter()  # calls under way; an exchange is one without a name
+        self._calls: dict[str, float] = defaultdict(float)
+        self._saves_in = ""  # the phase in which a save began
 
     @property
     def position(self) -> tuple[int, int]:
@@ -93,8 +111,10 @@ class Phases:
 
     @property
     def long(self) -> bool:
-        """Whether this place may take long: it is of :data:`LONG`, or in the first step, which compiles."""
-        return self.name in LONG or self.batch <= 1
+        """Whether this place may take long: it is of :data:`LONG`, a hook, or in the first step, which compiles."""
+        call = self._open[-1]
+        hook = call.startswith(_HOOKS) and not call.endswith(".optimizer_step")
+        return self.name in LONG or self.batch <= 1 or hook
 
     def enter(self, name: str) -> None:
         self.name = name
@@ -114,18 +134,71 @@ class Phases:
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around an exchange between ranks that the step waits for."""
-        name, begun = self.name, self._stamp()
+        """Around an exchange between ranks that the step waits for; one inside another is a part of it."""
+        if self.exchanging:
+            yield
+            return
+        name, begun, self.exchanging = self.name, self._stamp(), True
+        self._charge()
+        self._open.append("")
         try:
             yield
         finally:
+            self._charge()
+            self._open.pop()
+            self.exchanging = False
             self._exchanges.append((self.batch, name, begun, self._stamp()))
+
+    def profile(self, action: str) -> Phases:
+        """Measure a call, in the place of the profiler's method of this name, which Lightning has around each hook."""
+        self._action = action
+        return self
+
+    def __enter__(self) -> None:
+        self._charge()
+        action, name = self._action, self.name
+        if action == "save_checkpoint":
+            self._saves_in = name
+            self.enter("saving")
+        elif name in _SHIFTS:
+            if name == "saving" and action.endswith(".on_save_checkpoint"):
+                self.enter(self._saves_in)  # what a callback does there is its own: ranks differ in it
+            elif name != "saving" and action.endswith(".on_after_backward"):
+                self.enter("optimizer")  # before any of these hooks, which would count as the reduction
+        self._open.append(action)
+        if self._profiler is not None:
+            self._profiler.start(action)
+
+    def __exit__(self, *_: object) -> None:
+        self._charge()
+        action = self._open.pop()
+        if self._profiler is not None:
+            self._profiler.stop(action)
+        if self._saves_in and action == "save_checkpoint":
+            self.enter(self._saves_in)
+            self._saves_in = ""
+        elif self._saves_in and action.endswith(".on_save_checkpoint"):
+            self.enter("saving")
+
+    def _charge(self) -> None:
+        """Add the time since the last charge to the innermost open call."""
+        before, self._charged = self._charged, time.perf_counter()
+        if self.name != "saving":
+            self._calls[self._open[-1]] += self._charged - before
 
     def take(self, rank: int = 0, last: bool = False) -> Window:
         """The window up to now, and begin another; on a device, the window before, whose events are over.
 
         With ``last`` all that is left, for which a device is waited for.
         """
+        self._charge()
+        window, least = self._take(rank, last), LEAST_SHARE * sum(self._calls.values())
+        self._calls.pop("", None)
+        window.calls = {_short(call): round(value, 4) for call, value in self._calls.items() if value > least}
+        self._calls.clear()
+        return window
+
+    def _take(self, rank: int, last: bool) -> Window:
         name, end = self.name, self._stamp()
         now = (*self._marks, (self.batch, name, end)), tuple(self._exchanges)
         self._marks, self._exchanges = [(self.batch, name, end)], []
@@ -162,6 +235,16 @@ class Phases:
         return Window(rank, {name: round(v, 7) for name, v in seconds.items() if v}, spent_3B.round(7).tolist())
 
 
+def _short(call: str) -> str:
+    """Lightning's name of a call, as a line shows it.
+
+    >>> _short("[Callback]EMA{'decay': 0.9}.on_train_start"), _short("run_training_epoch")
+    ('on_train_start of EMA', 'the loader')
+    """
+    owner, _, name = re.sub(r"^\[\w+\]|\{.*\}", "", call).rpartition(".")
+    return f"{name} of {owner}" if owner else {"run_training_epoch": "the loader"}.get(name, name)
+
+
 def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -184,6 +267,7 @@ class Split:
     waiting: float = 0.0
     saving: float = 0.0
     validation: float = 0.0
+    calls: Counter[str] = field(default_factory=Counter)
 
     @property
     def compute(self) -> float:
@@ -192,10 +276,10 @@ class Split:
     @property
     def work(self) -> float:
         """What it takes until it meets the others."""
-        return self.data + self.compute
+        return self.data + self.compute + self.validation
 
     def __add__(self, other: Split) -> Split:
-        return Split(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Split(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 def split(windows: Sequence[Window]) -> list[Split]:
@@ -218,12 +302,15 @@ def split(windows: Sequence[Window]) -> list[Split]:
     found = []
     for window, spent_3B in zip(windows, spent_R3B, strict=True):
         own = {name: window.seconds.get(name, 0.0) for name in names}
-        found.append(Split(**own, communication=least, waiting=float(spent_3B.sum()) - least))
+        waiting = float(spent_3B.sum()) - least
+        found.append(Split(**own, communication=least, waiting=waiting, calls=Counter(window.calls)))
     return found
 
 
 def slowest(splits: Sequence[Split]) -> tuple[int, float, str]:
     """The rank with the most work of its own, how many times the median it is, and the phase that adds most to it.
+
+    With the call of Lightning that adds most, such as a hook, where it explains half of the difference.
 
     >>> slowest([Split(data=1.0, forward=1.0), Split(data=1.0, forward=1.0), Split(data=2.0, forward=1.5)])
     (2, 1.75, 'data')
@@ -232,9 +319,13 @@ def slowest(splits: Sequence[Split]) -> tuple[int, float, str]:
     rank, median = int(np.argmax(work)), statistics.median(work)
     over = {
         name: getattr(splits[rank], name) - statistics.median(getattr(each, name) for each in splits)
-        for name in ("data", "forward", "backward", "optimizer")
+        for name in ("data", "forward", "backward", "optimizer", "validation")
     }
-    return rank, work[rank] / median if median else 1.0, max(over, key=lambda name: over[name])
+    most, calls = max(over, key=lambda name: over[name]), splits[rank].calls
+    by = {call: value - statistics.median(each.calls[call] for each in splits) for call, value in calls.items()}
+    call = max(by, key=lambda name: by[name], default="")
+    most += f", {call}" if call and by[call] > (work[rank] - median) / 2 else ""
+    return rank, work[rank] / median if median else 1.0, most
 
 
 def straggler_table(splits: Sequence[Split], steps: int, hosts: Sequence[str]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from descant.modules.core.errors import say
 from descant.modules.core.metric_names import CHANCE, order
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.items import FILE, save_items
-from descant.modules.io import files
+from descant.modules.io import files, jsonl
 from descant.modules.moe.active import active_parameters, expert_layers
 from descant.modules.training_setup.optim import Share
 
@@ -257,9 +256,10 @@ def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none."""
+    """A JSON object from a file; empty where there is none. Raises OSError for what cannot be read, such as a pipe."""
     try:
-        content = json.loads(path.read_text())
+        with files.open_regular(path) as stream:
+            content = jsonl.loads(stream.read())
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -13,14 +13,17 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from descant.callbacks.run.worker_sockets import require_sockets, workers_of
+from descant.modules.adaptation.base import LM, chosen
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.dtensor import by_mesh
 from descant.modules.core.errors import warn
+from descant.modules.core.loaded import was_loaded
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, RolloutData
 from descant.modules.core.rng import by_rank, drawn_by_rank
+from descant.modules.towers.base import Frozen
 from descant.modules.training_setup.trainer import data_now, first_validation, log_interval, run_steps
 
 #: Checks before the first step.
@@ -36,10 +39,10 @@ class Sanity(L.Callback):
 
     Before the first step: a warm-up longer than the run, a learning rate of zero or far too high, a modality without a
     tower or a tower without its modality, a run without a step, a log interval longer than the run, a batch larger than
-    the data set, a model that is frozen or has trainable parameters in no optimizer, a validation that is never
-    reached, batch norms that see a chunk of the batch, frozen parameters with a learning rate, a term that is
-    multiplied by zero, no logger, dropout that depends on the number of ranks, and a first backward without gradients
-    (of rollouts only without a graph: answers of equal rewards have zero gradients).
+    the data set, a model that is frozen or has trainable parameters in no optimizer, a tower that Freeze or Lora keeps
+    at random weights, a validation that is never reached, batch norms that see a chunk of the batch, frozen parameters
+    with a learning rate, a term that is multiplied by zero, no logger, dropout that depends on the number of ranks, and
+    a first backward without gradients (of rollouts only without a graph: answers of equal rewards have zero gradients).
     Once, after ``late`` steps: a loss that has not fallen, embeddings of different samples that are all alike, and
     rewards that are all equal.
 
@@ -133,7 +136,7 @@ class Sanity(L.Callback):
             "rate": _learning_rate(trainer, total),
             "interval": [_log_interval(trainer, total)],
             "batch": [_batch_size(trainer)],
-            "frozen": _frozen(trainer, pl_module),
+            "frozen": [*_frozen(trainer, pl_module), *_never_trained(pl_module)],
             "chunks": chunked_norms(pl_module),
             "validation": [_validation(trainer, total)],
             "logger": [_nothing_logged(trainer)],
@@ -240,6 +243,17 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
             f"{lost:,} of {sum(trainable.values()):,} trainable parameters are in no optimizer: they will not change"
         ]
     return []
+
+
+def _never_trained(pl_module: L.LightningModule) -> list[str]:
+    """Towers that Freeze, Frozen or Lora keep as they were made: no weights were loaded, and the run trains none."""
+    lines = []
+    for name, tower in chosen(pl_module, None, LM) if has(pl_module, HasTowers) else ():
+        own = [p for key, p in tower.named_parameters() if "lora_" not in key]
+        adapted = name == LM or isinstance(tower, Frozen) or len(own) < len([*tower.parameters()])
+        if adapted and own and not any(p.requires_grad for p in own) and not was_loaded(tower):
+            lines.append(f"tower {name} is frozen with random weights: nothing has trained them, and this run does not")
+    return lines
 
 
 def chunked_norms(pl_module: L.LightningModule) -> list[str]:

@@ -85,6 +85,7 @@ def run_beside(
 
 
 def _start(task: Task, jobs: int) -> _Job:
+    task.log.unlink(missing_ok=True)  # a link there would be followed
     log = task.log.open("wb")
     return _Job(task, _process(task.words, log, jobs), log, task.then)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch._C._distributed_c10d import HashStore, Work
 
 from descant.callbacks.run.hangs import (
     Head,
@@ -32,9 +36,10 @@ from descant.callbacks.run.hangs import (
 )
 from descant.callbacks.run.heartbeat import Heartbeat, Settings, Verdict
 from descant.callbacks.run.phases import Phases, Split, Window, shares_line, slowest, split, straggler_table
+from descant.callbacks.run.resume import Resume
 from descant.callbacks.run.watch import Watch
 from descant.modules.core import ranks
-from tests.callbacks.run.test_resume import Act, equal, fit, state
+from tests.callbacks.run.test_resume import Act, NumberData, equal, fit, state
 from tests.ranks import run_ranks
 
 
@@ -51,8 +56,16 @@ class Clock:
 # who hangs ------------------------------------------------------------------------------------------------
 
 
-def seen(batch: int, part: int, moved: float, beat: float = 100.0, long: bool = False, over: bool = False) -> Seen:
-    return Seen(Head(7, (batch, part), long, 0.0, over), beat, moved)
+def seen(
+    batch: int,
+    part: int,
+    moved: float,
+    beat: float = 100.0,
+    long: bool = False,
+    over: bool = False,
+    stopped: bool | None = None,
+) -> Seen:
+    return Seen(Head(7, (batch, part), long, 0.0, over), beat, moved, stopped)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +82,14 @@ def seen(batch: int, part: int, moved: float, beat: float = 100.0, long: bool = 
         pytest.param({0: seen(5, 2, 99.0), 1: seen(9, 0, 9.0, beat=9.0, over=True)}, ([], []), id="one-is-done"),
         pytest.param({0: seen(5, 2, 50.0), 1: Seen(Head(), 50.0, 50.0)}, ([], []), id="not-begun"),
         pytest.param({0: seen(5, 2, 9.0), 1: Seen(Head(), 9.0, 9.0)}, ([], [1]), id="never-begun"),
+        pytest.param({0: seen(5, 2, 99.0), 1: seen(5, 1, 88.0, 88.0, True, stopped=True)}, ([1], []), id="stopped"),
+        pytest.param({0: seen(5, 2, 99.0), 1: seen(5, 1, 91.0, 91.0, stopped=True)}, ([], []), id="stopped-just-now"),
+        pytest.param({0: seen(5, 2, 15.0), 1: seen(5, 1, 15.0, 15.0, stopped=False)}, ([], []), id="in-a-long-call"),
+        pytest.param({0: seen(5, 2, 9.0), 1: seen(5, 1, 9.0, 9.0, stopped=False)}, ([1], []), id="in-a-longer-call"),
     ],
 )
 def test_who_stands_still(given: dict[int, Seen], found: tuple[list[int], list[int]]) -> None:
-    assert find_hung(given, 100.0, hang_after=30.0, long_after=90.0) == found
+    assert find_hung(given, 100.0, hang_after=30.0, long_after=90.0, stopped_after=10.0) == found
 
 
 def test_times_are_the_readers_own() -> None:
@@ -147,8 +164,10 @@ class Ended(list[int]):
     """Exit codes, instead of the end of the process."""
 
 
-def beating(store: Any, rank: int, world: int, folder: Path, ended: Ended, hang_after: float = 0.6) -> Heartbeat:
-    settings = Settings(hang_after, 60.0, 0.05, 75, folder / "hang", exit=ended.append)
+def beating(
+    store: Any, rank: int, world: int, folder: Path, ended: Ended, hang_after: float = 0.6, stopped_after: float = 60.0
+) -> Heartbeat:
+    settings = Settings(hang_after, 60.0, stopped_after, 0.05, 75, folder / "hang", exit=ended.append)
     phases = Phases()
     phases.batch = 5  # its first step is over
     made = Heartbeat(store, rank, world, phases, settings)
@@ -205,6 +224,82 @@ def test_a_rank_without_heartbeat_is_named_by_its_last_one(
     assert "model.py:3 in attend" in (tmp_path / "hang" / "rank-1.txt").read_text()
 
 
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that goes on, and sends no heartbeat."""
+    with subprocess.Popen(["sleep", "600"]) as running:
+        yield running
+        running.kill()
+
+
+def placed(store: Any, rank: int, process: int, host: str) -> None:
+    """One heartbeat of a rank."""
+    store.set(f"where/{rank}", Where(rank, host, process, born(process), 17, "forward").dumps())
+    store.set(f"at/{rank}", Head(9, (5, 1), False).dumps())
+
+
+@pytest.mark.skipif(not born(os.getpid()), reason="no /proc")
+def test_a_rank_without_heartbeat_is_ended_where_its_process_is_stopped(
+    tmp_path: Path, process: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call in C may keep Python's threads waiting for minutes; a stopped process is known to be."""
+    store, ended = HashStore(), Ended()
+    placed(store, 1, process.pid, here(1, 0, "", 0).host)
+    beat = beating(store, 0, 2, tmp_path, ended, stopped_after=0.3)
+    beat.start()
+    until(lambda: beat._seen[1].stopped is False)
+    time.sleep(1.0)  # beyond both limits
+    assert ended == [] and process.poll() is None
+    os.kill(process.pid, signal.SIGSTOP)
+    until(lambda: ended)
+    beat.stop()
+    assert ended == [75] and process.wait() == -signal.SIGKILL
+    assert "no heartbeat, stopped by a signal" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not born(os.getpid()), reason="no /proc")
+@pytest.mark.parametrize("silent", [0, 1])
+def test_ranks_of_other_machines_tell_what_they_read(
+    tmp_path: Path, process: subprocess.Popen[bytes], silent: int
+) -> None:
+    """Of three ranks one is silent; a rank of its machine reads its process for the third, which cannot."""
+    store, ended, reads = HashStore(), Ended(), 2
+    for name in ("verdict", "silent"):
+        store.set(name, "")
+    placed(store, silent, process.pid, "elsewhere")
+    judge, reader = (beating(store, rank, 3, tmp_path, ended, 60.0, stopped_after=0.5) for rank in (1 - silent, reads))
+    if silent:
+        placed(store, 2, os.getpid(), "elsewhere")
+    with pytest.MonkeyPatch.context() as patch:
+        # only the reader is there
+        told = "descant.callbacks.run.heartbeat.is_stopped"
+        patch.setattr(told, lambda where: threading.current_thread() in reader._threads or None)
+        judge.start()
+        reader.start()
+        until(lambda: ended)
+    for beat in (judge, reader):
+        beat.stop()
+    assert store.get(f"stopped/{silent}") == b"1" and ended[0] == 75
+
+
+def test_a_place_that_compiles_may_take_long(tmp_path: Path) -> None:
+    """A function of torch's compiler that calls back, after the first step."""
+    file, found = tmp_path / "torch" / "_inductor" / "compile_fx.py", list[bool]()
+    beat = beating(HashStore(), 0, 1, tmp_path, Ended())
+    scope: dict[str, Any] = {"call": lambda: found.append(beat._is_long())}
+    exec(compile("def compile_inner():\n    call()\n", str(file), "exec"), scope)
+    beat.phases.name = "forward"
+    for _ in range(2):
+        scope["compile_inner"]()
+    assert found == [False, True] and not beat._is_long()
+
+
 class Frozen:
     """A store whose host is stopped: nothing is answered."""
 
@@ -247,7 +342,7 @@ def test_training_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 def test_a_process_that_was_stopped_itself_judges_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock has jumped when it goes on: it has heard nothing of those that trained meanwhile."""
     ended, ahead = Ended(), [0.0]
-    beat = beating(None, 0, 1, tmp_path, ended, hang_after=1.0)
+    beat = beating(HashStore(), 0, 1, tmp_path, ended, hang_after=1.0)
     real = time.monotonic
     monkeypatch.setattr("descant.callbacks.run.heartbeat.time.monotonic", lambda: real() + ahead[0])
     beat.start()
@@ -312,6 +407,59 @@ def test_exchanges_inside_a_phase_are_taken_out_of_it() -> None:
     assert phases.take().seconds == {}, "a window begins where the last one ended"
 
 
+def test_exchanges_of_any_phase_but_saving_are_waited_for() -> None:
+    clock = Clock()
+    phases = clock.phases()
+    phases.begin_batch(0)
+    for name in ("optimizer", "validation", "saving"):
+        phases.enter(name)
+        with phases.exchange(), phases.exchange():  # one inside another is the same
+            clock.now += 2.0
+        clock.now += 1.0
+    window = phases.take()
+    assert window.seconds == {"optimizer": 1.0, "validation": 1.0, "saving": 3.0}
+    assert window.exchanges_3B == [[4.0], [0.0], [0.0]]
+
+
+def test_the_hook_that_makes_a_rank_slow_is_named() -> None:
+    fast = Split(data=1.0, forward=4.0, calls=Counter({"training_step": 4.0}))
+    slow = Split(data=3.0, forward=4.0, calls=Counter({"training_step": 4.0, "on_train_start of Sleep": 1.5}))
+    assert slowest([fast, slow])[2] == "data, on_train_start of Sleep"
+    assert slowest([fast, Split(data=3.0, forward=4.0, calls=Counter({"training_step": 4.5}))])[2] == "data"
+    assert slowest([fast, Split(validation=9.0)])[2] == "validation"
+
+
+def test_a_hook_may_take_long_and_what_is_inside_it_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("descant.callbacks.run.phases.time.perf_counter", lambda: clock.now)
+    phases = Phases(stamp=lambda: clock.now, elapsed=lambda a, b: b - a, profiler=PassThroughProfiler())
+    phases.batch = 5
+    phases.enter("reduce")
+    assert not phases.long
+    with phases.profile("run_training_batch"):
+        with phases.profile("[Callback]Sleep{'n': 1}.on_after_backward"):
+            assert phases.long and phases.name == "optimizer", "the reduction is over before any hook"
+            clock.now += 3.0
+            with phases.exchange():
+                clock.now += 8.0
+        with phases.profile("[LightningModule]Net.optimizer_step"):
+            assert not phases.long
+            clock.now += 2.0
+        clock.now += 0.001
+        with phases.profile("save_checkpoint"):
+            assert phases.name == "saving"
+            clock.now += 5.0
+            with phases.profile("[Callback]Sleep{'n': 1}.on_save_checkpoint"):
+                clock.now += 1.0
+            assert phases.name == "saving"
+        assert phases.name == "optimizer"
+        window = phases.take()
+    calls = {"on_after_backward of Sleep": 3.0, "optimizer_step of Net": 2.0, "on_save_checkpoint of Sleep": 1.0}
+    assert window.calls == calls, "what takes nothing is left out"
+    assert window.seconds == {"optimizer": 6.001, "saving": 5.0}
+    assert phases.take().calls == {}
+
+
 def test_times_of_a_device_are_read_a_window_later() -> None:
     """Stamps of events that are not over must not be asked for a time."""
     clock, asked = Clock(), list[float]()
@@ -343,6 +491,7 @@ def test_times_of_a_device_are_read_a_window_later() -> None:
         ({"hang_after": float("nan")}, "hang_after nan: at least 3 beats of 1 s, 3 s"),
         ({"long_after": 60.0}, "long_after 60: at least hang_after, 300 s"),
         ({"window": 0}, "window 0: at least 1 step"),
+        ({"stopped_after": 2.0}, "stopped_after 2: at least 3 beats of 1 s, 3 s"),
     ],
 )
 def test_bad_values_are_named(given: dict[str, Any], line: str) -> None:
@@ -351,49 +500,84 @@ def test_bad_values_are_named(given: dict[str, Any], line: str) -> None:
     assert str(error.value) == line
 
 
-def test_a_fit_of_one_rank_is_the_same_and_says_where_time_went(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, net = fit(tmp_path / "a")
-    _, again = fit(tmp_path / "b", Watch(), Act("on_train_batch_start", 3, lambda trainer: time.sleep(0.3)))
-    assert equal(state(net), state(again))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("descant: time of 1 rank")]
-    assert " compute" in line and " validation" in line and "0 % waiting" in line
+@pytest.mark.parametrize("setting", [{}, {"hang_after": None}])
+def test_one_rank_or_null_watches_nothing(tmp_path: Path, setting: dict[str, Any]) -> None:
+    trainer, _ = fit(tmp_path, Watch(**setting), Act(), max_epochs=1)
+    assert [type(callback) for callback in trainer.callbacks] == [Act]  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("watch")]
 
 
-def test_a_fit_of_one_rank_that_stands_still_ends_itself(
+def test_one_rank_is_watched_alone_where_that_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = Ended()
     monkeypatch.setattr(os, "_exit", ended.append)
 
-    def hang(trainer: L.Trainer) -> None:
+    def hang(trainer: Any) -> None:
         end = time.monotonic() + 30
         while not ended and time.monotonic() < end:
             time.sleep(0.02)
 
-    watch = Watch(hang_after=0.5, long_after=60.0, beat=0.05)
+    watch = Watch(hang_after=0.5, long_after=0.5, stopped_after=0.5, alone=True, beat=0.05)
     fit(tmp_path, watch, Act("on_before_backward", 4, hang))
     assert ended == [75]
-    assert "in forward" in (err := capsys.readouterr().err) or "in backward" in err
-    assert "in hang <" in err and (tmp_path / "hang" / "rank-0.txt").exists()
+    assert "in hang <" in capsys.readouterr().err and (tmp_path / "hang" / "rank-0.txt").exists()
 
 
-def _on_rank(rank: int, folder: Path, watched: bool) -> dict[str, Any]:
-    """Rank 1 is slow to get its data."""
-    slow = Act()
-    slow.on_train_batch_start = lambda *_: time.sleep(0.05 * rank)  # type: ignore[method-assign]
-    boards = Boards(folder)
-    extra = [Watch(window=4, beat=0.1)] if watched else []
-    options: dict[str, Any] = dict(strategy="ddp", devices=2, max_epochs=-1, max_steps=10, limit_val_batches=0)
-    found: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("descant.callbacks.run.watch.say", found.append)
-        patch.setattr("descant.callbacks.run.watch.boards", lambda loggers: [boards] if rank == 0 else [])
-        _, net = fit(folder, slow, *extra, **options)
-    assert ranks.waiting is ranks.unmeasured
-    return {"state": state(net), "lines": found, "tables": boards.tables, "images": boards.images}
+#: Hooks in which rank 1 sleeps -> where its time goes, and what is named.
+HOOKS = {
+    "on_train_batch_start": "data, on_train_batch_start of Act",
+    "on_before_backward": "forward, on_before_backward of Act",
+    "on_after_backward": "optimizer, on_after_backward of Act",
+    "on_before_optimizer_step": "optimizer, on_before_optimizer_step of Act",
+    "on_before_zero_grad": "forward, on_before_zero_grad of Act",
+    "on_train_batch_end": "optimizer, on_train_batch_end of Act",
+    "on_train_epoch_start": "data, on_train_epoch_start of Act",
+    "on_validation_batch_start": "validation, on_validation_batch_start of Act",
+    "on_validation_epoch_end": "validation, on_validation_epoch_end of Act",
+    "on_save_checkpoint": "data, on_save_checkpoint of Act",
+    "loader": "data, the loader",
+}
+
+
+class SlowData(NumberData):
+    """Rank 1 waits for its batches."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        collate = loader.collate_fn
+
+        def slowly(rows: Any) -> Any:
+            time.sleep(self.seconds)
+            return collate(rows)
+
+        loader.collate_fn = slowly
+        return loader
+
+
+def _on_rank(rank: int, folder: Path, hooks: list[str]) -> list[dict[str, Any]]:
+    """Rank 1 sleeps in a few calls of each hook; of the empty one nobody watches."""
+    found, before = [], Work.wait
+    for hook in hooks:
+        slow, lines, boards = Act(), list[str](), Boards(folder)
+        asleep = iter([0.0, 0.4, 0.4] if rank else [])
+        if hook not in ("", "loader"):
+            setattr(slow, hook, lambda *_, asleep=asleep, **__: time.sleep(next(asleep, 0.0)))
+        extra = [Watch(window=4, beat=0.1), Resume(every=4)] if hook else [Resume(every=4)]
+        options: dict[str, Any] = dict(strategy="ddp", devices=2, max_epochs=3, limit_val_batches=2)
+        options["data"] = SlowData(0.1 * rank) if hook == "loader" else NumberData()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("descant.callbacks.run.watch.say", lines.append)
+            patch.setattr("descant.callbacks.run.watch.boards", lambda _, boards=boards: [boards] if rank == 0 else [])
+            trainer, net = fit(folder / (hook or "alone"), slow, *extra, **options)
+        found.append({"state": state(net), "lines": lines, "tables": boards.tables, "images": boards.images})
+        assert ranks.waiting is ranks.unmeasured and Work.wait is before
+        assert "profile" not in vars(trainer.profiler)  # type: ignore[attr-defined]
+    return found
 
 
 class Boards:
@@ -409,17 +593,17 @@ class Boards:
 
 
 @pytest.mark.ddp
-def test_two_ranks_are_watched_and_the_slow_one_is_shown(tmp_path: Path) -> None:
-    first, second = run_ranks(2, _on_rank, tmp_path / "watched", True)
-    alone, _ = run_ranks(2, _on_rank, tmp_path / "alone", False)
-    assert equal(first["state"], alone["state"]), "weights are the same to the bit"
-    (line,) = first["lines"]
-    assert line.startswith("time of 2 ranks, ") and "slowest: rank 1" in line and "most in data" in line
-    tag, step, table = first["tables"][-1]
-    assert (tag, step) == ("speed/ranks", 10) and first["images"] == [("speed/ranks", 10)]
-    waited = [float(row[6]) for row in table.rows]
-    assert waited[0] > waited[1] and "slow, most in data" in table.rows[1][-1]
-    assert second["lines"] == [] and second["tables"] == []
+@pytest.mark.parametrize("hooks", [list(HOOKS)[:1], pytest.param(list(HOOKS)[1:], marks=pytest.mark.slow)])
+def test_two_ranks_are_watched_and_the_slow_one_is_named_with_its_hook(tmp_path: Path, hooks: list[str]) -> None:
+    first, second = run_ranks(2, _on_rank, tmp_path, [*hooks, ""])
+    for hook, one, other in zip(hooks, first, second, strict=False):
+        assert equal(one["state"], first[-1]["state"]) or hook == "loader", "weights are the same to the bit"
+        (line,) = one["lines"]
+        assert line.startswith("time of 2 ranks, ") and "slowest: rank 1" in line and line.endswith(HOOKS[hook]), line
+        tag, step, table = one["tables"][-1]
+        assert (tag, step) == ("speed/ranks", 18) and one["images"] == [("speed/ranks", 18)]
+        assert f"slow, most in {HOOKS[hook]}" in table.rows[1][-1]
+        assert other["lines"] == [] and other["tables"] == []
 
 
 def _blocked(rank: int) -> list[str]:
