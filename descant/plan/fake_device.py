@@ -70,6 +70,19 @@ class _Backend(_DummyBackendModule):
     def set_device(self, device: Any) -> None:
         pass
 
+    # nothing is drawn there, and a process that has planned may train next: torch asks each device for its generators
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        pass
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
 
 @cache
 def register() -> torch.device:

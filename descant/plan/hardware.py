@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import yaml
 
 from descant.cli.errors import fail
+from descant.cli.untrusted import yaml_of
 from descant.modules.core.errors import no_such, one_line
 from descant.plan.quantities import Curve, quantity, rounded
 
@@ -200,8 +201,8 @@ def _content(name_or_file: str | Path, above: tuple[str, ...]) -> dict[str, Any]
             fail(f"hardware {text!r}: {no_such(text, names())}; or a YAML file")
         fail(f"hardware {text!r}: no such file, and none of those that ship ({', '.join(names())})")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml_of(file)
+    except (OSError, ValueError) as error:
         fail(f"{text}: {one_line(error, 200)}")
     if not isinstance(content, dict):
         fail(f"{text}: keys and values, such as {', '.join(_keys(Hardware))}")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from descant.modules.training_setup.flops import repeated_share
 from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
 from descant.plan.fake_device import NAME, channels_last
 from descant.plan.trace import Collective, Operation
@@ -167,6 +168,7 @@ def operation_of(
         written=sum(map(moved, made or _changed(func, args, kwargs, kind))),
         dtype=str(floats[0]).removeprefix("torch."),
         done=done(func, args),
+        repeated=repeated_share(func),
     )
 
 

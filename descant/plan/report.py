@@ -54,7 +54,8 @@ class Report:
     def mfu(self, line: Planned) -> float:
         """FLOPs of the model over what its card could do meanwhile: ``flops / (seconds x peak)``.
 
-        FLOPs are those of the first layout, which recomputes nothing; the peak is that of the type of most of them.
+        FLOPs are those of the first layout without what backward repeats (``Trace.model_flops``); causal attention
+        counts in full. The peak is that of the type of most of them.
         Source: PaLM, Chowdhery 2022, appendix B (model FLOPs utilisation).
         """
         by_type: Counter[str] = Counter()
@@ -62,7 +63,7 @@ class Report:
             by_type[operation.dtype] += operation.flops
         peak = self.search.hardware.card.peak
         dtype = by_type.most_common(1)[0][0]
-        return self.lines[0].trace.flops / (line.time.total * peak.get(dtype, peak["float32"]))
+        return self.lines[0].trace.model_flops / (line.time.total * peak.get(dtype, peak["float32"]))
 
     def samples(self, line: Planned) -> float:
         """A second, of all ranks."""
@@ -82,7 +83,8 @@ class Report:
             tokens = line.trace.tokens * world / time.total
             yield f"tokens     {tokens:,.0f} a second, {tokens / world:,.0f} a rank"
         card = hardware.card
-        yield f"compute    {line.trace.flops / 1e12:.4g} TFLOP a rank and step; {card.name}: {card.source}"
+        done, model = line.trace.flops / 1e12, self.lines[0].trace.model_flops / 1e12
+        yield f"compute    {model:.4g} TFLOP of the model a rank and step, {done:.4g} done; {card.name}: {card.source}"
         yield (
             f"time       forward {time_text(time.forward)}, backward {time_text(time.backward)}, optimizer "
             f"{time_text(time.optimizer)}, messages {time_text(time.communication)}, of which "
@@ -124,6 +126,7 @@ class Report:
             "most_rows": line.most,
             "memory": {**asdict(line.trace.memory), "peak": line.trace.memory.peak},
             "flops": line.trace.flops,
+            "model_flops": self.lines[0].trace.model_flops,
             "bytes": dict(line.trace.moved()),
             "seconds": {**asdict(line.time), "total": line.time.total},
             "mfu": self.mfu(line),

@@ -20,6 +20,8 @@ class Operation:
         dtype: in which it computes, such as ``bfloat16``.
         done: share of ``flops`` that the kernel does: causal attention skips what is masked, and is counted in full,
             as MFU has it (Chowdhery 2022, PaLM, appendix B).
+        repeated: share of ``flops`` that the forward pass has done before: the kernel belongs to a block or to logits
+            that backward computes again, or it is the backward of fused attention, which makes its weights again.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Operation:
     written: int
     dtype: str
     done: float = 1.0
+    repeated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class Trace:
     @property
     def flops(self) -> int:
         return sum(operation.flops for operation in self.operations)
+
+    @property
+    def model_flops(self) -> int:
+        """FLOPs of the forward pass and of its gradients, without those that backward repeats.
+
+        >>> again = Operation("mm", "backward", 8, 0, 0, "float32", repeated=1.0)
+        >>> Trace(1, Memory(0, 0, 0, 0, 0), [Operation("mm", "forward", 8, 0, 0, "float32"), again]).model_flops
+        8
+        """
+        return sum(round(operation.flops * (1 - operation.repeated)) for operation in self.operations)
 
     def moved(self) -> Counter[str]:
         """Bytes by kind of collective.

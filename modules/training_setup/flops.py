@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from descant.modules.core.batch import Batch
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.ranks import total_of_ranks
+from descant.modules.core.recomputation import is_recomputing
 
 #: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,20 +40,23 @@ class FlopCount(TorchDispatchMode):
     FlopCounterMode it decomposes no operator and hooks no module, so results stay bit-identical. Kernels without a
     formula (custom, Triton, bitsandbytes) count nothing.
 
+    ``model_flops`` leaves out what backward repeats (:func:`repeated_share`), as MFU does.
+
     >>> with FlopCount() as count:
     ...     _ = torch.zeros(5, 3) @ torch.zeros(3, 2)
-    >>> count.flops
-    60
+    >>> count.flops, count.model_flops
+    (60, 60)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.model_flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
+        before = self.flops
         if packet is _ATTENTION_CPU:
             count: Any = sdpa_flop_count
             self.flops += count(*(x.shape for x in args[:3]))
@@ -63,7 +67,26 @@ class FlopCount(TorchDispatchMode):
             self.flops += grouped_flops(*args, **kwargs)
         elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
+        if self.flops > before:
+            self.model_flops += round((self.flops - before) * (1 - repeated_share(func)))
         return out
+
+
+def repeated_share(func: Any) -> float:
+    """Share of an operator's FLOPs that the forward pass has done before.
+
+    It is 1 while backward computes a block or logits again, 1/5 in the backward of fused attention, where one of five
+    products makes the weights again, and otherwise 0.
+
+    >>> repeated_share(torch.ops.aten.mm.default)
+    0.0
+    >>> repeated_share(torch.ops.aten._scaled_dot_product_flash_attention_backward.default)
+    0.2
+    """
+    if is_recomputing():
+        return 1.0
+    name = func._schema.name
+    return 0.2 if "_attention" in name and name.endswith("_backward") else 0.0
 
 
 def grouped_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from descant.cli.errors import Refusal
+from descant.modules.language import CausalLM, log_probabilities
+from descant.modules.losses.blockwise import sigmoid_sums
+from descant.modules.losses.exchange import Ring
+from descant.modules.towers.image import PatchTower
+from descant.modules.training_setup.activation_checkpointing import blocks_of, recompute
 from descant.plan.fake_device import Simulated, adapted, register
 from descant.plan.record import Recorder
-from descant.plan.trace import Operation
+from descant.plan.trace import Memory, Operation, Trace
 from tests.ranks import run_ranks
 
 B, HEADS, KEYS, T, WIDTH = 2, 4, 2, 16, 8
@@ -61,8 +67,41 @@ def in_parts(device: torch.device) -> Tensor:
 
 
 def every(rank: int) -> dict[str, list[Operation]]:
-    made = {step.__name__: recorded(step) for step in (gated, attended, without_kernels, in_place, in_parts)}
-    return made | {"gated on a processor": recorded(gated, cpu=True)}
+    made = {step.__name__: recorded(step) for step in (gated, attended, without_kernels, in_place, in_parts, siglip)}
+    models = {model.__name__: recorded(model) for model in (llama, vit)}
+    again = {f"{model.__name__} again": recorded(partial(model, again=True)) for model in (llama, vit)}
+    return made | models | again | {"gated on a processor": recorded(gated, cpu=True)}
+
+
+VOCAB, HIDDEN, DEPTH, PATCH, SIZE = 48, 24, 3, 4, 16
+D = HEADS * WIDTH  # of a model
+
+
+def built(model: nn.Module, device: torch.device, again: bool) -> nn.Module:
+    """Move a model's shapes to the device; ``again``: backward computes each block again."""
+    for block in blocks_of(model) if again else ():
+        recompute(block, preserve_rng=False)
+    return model.to_empty(device=device)
+
+
+def llama(device: torch.device, again: bool = False) -> Tensor:
+    """Log-probabilities of all tokens but the first of each row."""
+    model: Any = built(CausalLM(VOCAB, D, DEPTH, HEADS, key_heads=KEYS, hidden=HIDDEN, length=T), device, again)
+    id_BT = torch.zeros(B, T, dtype=torch.int64, device=device)
+    h_ND = model(model.embed(id_BT))[:, :-1].flatten(0, 1)
+    return log_probabilities(h_ND, model.head.weight, id_BT[:, 1:].flatten())
+
+
+def vit(device: torch.device, again: bool = False) -> Tensor:
+    model = built(PatchTower(SIZE, PATCH, D, DEPTH, HEADS), device, again)
+    return model(torch.empty(B, 3, SIZE, SIZE, device=device)).h_BTD
+
+
+def siglip(device: torch.device) -> Tensor:
+    """Products of B rows with B others, in blocks of one row, which backward computes again."""
+    a_BD, b_BD = (torch.empty(B, D, device=device, requires_grad=True) for _ in range(2))
+    one, key_B = torch.ones((), device=device), torch.empty(B, dtype=torch.int64, device=device)
+    return sigmoid_sums(a_BD, b_BD, one, one, key_B, torch.empty(B, dtype=torch.bool, device=device), Ring(rows=1))
 
 
 @cache
@@ -70,6 +109,50 @@ def operations() -> dict[str, list[Operation]]:
     """In a process of its own: a device that is registered is there for all that runs in it."""
     found: dict[str, list[Operation]] = run_ranks(1, every)[0]
     return found
+
+
+#: Products of one forward pass, by hand: 2 FLOPs for each number that a weight multiplies, and for each pair of tokens
+#: 2 WIDTH of the attention's weights and as many of its values, in every head. A Llama's layer has q, k, v, o and three
+#: matrices of the MLP; a ViT's q, k, v, o and two of four times the width.
+PAIRS = 2 * 2 * B * T * T * D * DEPTH
+LLAMA = 2 * B * T * (2 * D * D + 2 * D * KEYS * WIDTH + 3 * D * HIDDEN) * DEPTH + PAIRS
+HEAD = 2 * B * (T - 1) * D * VOCAB
+VIT = 2 * B * T * (4 * D * D + 2 * 4 * D * D) * DEPTH + PAIRS
+PATCHES = 2 * B * T * 3 * PATCH**2 * D
+
+
+def flops_of(name: str) -> tuple[int, int]:
+    """FLOPs that the model has, and those that are done."""
+    trace = Trace(B, Memory(0, 0, 0, 0, 0), operations()[name])
+    return trace.model_flops, trace.flops
+
+
+@pytest.mark.parametrize("name", ["llama", "llama again"])
+def test_the_flops_of_a_llama_are_three_forward_passes(name: str) -> None:
+    """Backward is two forward passes; the repeated logits and weights of the attention are not the model's."""
+    model, done = flops_of(name)
+    assert model == 3 * (LLAMA + HEAD)
+    repeated = PAIRS // 2 + HEAD
+    if name == "llama":
+        assert done == model + repeated
+    else:
+        assert model + repeated + LLAMA // 2 < done <= model + repeated + LLAMA
+
+
+@pytest.mark.parametrize("name", ["vit", "vit again"])
+def test_the_flops_of_a_vit_are_three_forward_passes(name: str) -> None:
+    """Images ask for no gradient, so that the patches are two."""
+    model, done = flops_of(name)
+    assert model == 3 * VIT + 2 * PATCHES
+    if name == "vit":
+        assert done == model + PAIRS // 2
+    else:
+        assert model + PAIRS // 2 + VIT // 2 < done <= model + PAIRS // 2 + VIT
+
+
+def test_logits_in_blocks_repeat_one_product_of_four() -> None:
+    product = 2 * B * B * D
+    assert flops_of("siglip") == (3 * product, 4 * product)
 
 
 def convolved(device: torch.device, last: bool = False) -> Tensor:
@@ -139,6 +222,7 @@ def test_causal_attention_does_what_is_not_masked() -> None:
     forward, backward = [one for one in operations()["attended"] if "scaled_dot_product" in one.name]
     pairs = B * HEADS * T * T
     assert (forward.flops, backward.flops) == (2 * 2 * pairs * WIDTH, 2 * 5 * pairs * WIDTH)
+    assert (forward.repeated, backward.repeated) == (0.0, 0.2)  # backward makes the weights again
     assert forward.done == backward.done == (T + 1) / (2 * T)
     assert forward.read == 4 * B * (HEADS + 2 * KEYS) * T * WIDTH
 

@@ -21,6 +21,7 @@ from descant.cli.errors import Refusal
 from descant.modules.core.batch import Batch
 from descant.modules.core.output import Output
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
+from descant.plan import fake_device
 from descant.plan.fake_device import ranks
 from descant.plan.layout import Layout
 from descant.plan.simulate import Simulation
@@ -216,3 +217,15 @@ def test_a_read_of_a_value_is_refused_in_one_line_with_its_place() -> None:
     line = planned()["reads"]
     assert isinstance(line, str) and line.startswith("plan: Reads: forward (test_simulate.py:")
     assert "host copy" in line and "\n" not in line
+
+
+def _seeded(rank: int) -> float:
+    fake_device.register()
+    with torch.random.fork_rng():
+        torch.get_device_module(fake_device.NAME).manual_seed(1)
+        return float(torch.manual_seed(0).initial_seed())
+
+
+@pytest.mark.ddp
+def test_a_process_that_has_planned_may_seed_and_train() -> None:
+    assert run_ranks(1, _seeded) == [0.0]

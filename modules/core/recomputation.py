@@ -1,0 +1,37 @@
+"""Where a backward pass computes a part of the forward pass again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_open = 0
+
+
+@contextmanager
+def forward_arithmetic() -> Iterator[None]:
+    """Mark arithmetic of the forward pass that an ``autograd.Function`` also runs in its backward pass.
+
+    The mark changes no number. A count of FLOPs finds by it what a backward pass repeats.
+    """
+    global _open
+    _open += 1
+    try:
+        yield
+    finally:
+        _open -= 1
+
+
+def is_recomputing() -> bool:
+    """Return whether a backward pass is running that repeats a part of the forward pass now.
+
+    Either :func:`forward_arithmetic` marks the part, or autograd records it: a checkpoint does so while it computes a
+    block again. A backward pass that keeps a graph for second derivatives records everything, and must not be asked.
+
+    >>> is_recomputing()
+    False
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and (_open > 0 or torch.is_grad_enabled())
