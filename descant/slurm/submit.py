@@ -21,10 +21,11 @@ from typing import Any
 
 from descant.cli.catalogue import run_name
 from descant.cli.dump import COMMANDS
-from descant.cli.errors import Refusal, fail, hint, one_line
+from descant.cli.errors import Refusal, fail, hint, one_line, say
 from descant.cli.options import Options
 from descant.cli.untrusted import json_of
 from descant.modules.io.files import write_json
+from descant.run.runs import require_below
 from descant.slurm.sbatch import script
 
 _HELP = """\
@@ -45,7 +46,9 @@ Options:
   --nodes N                    (1)
   --gpus-per-node N            or TYPE:N; without it ranks are on CPUs
   --tasks-per-node N           ranks of a node (one per GPU; else 1)
-  --cpus-per-task N, --mem SIZE, --time TIME, --partition NAME, --account NAME, --qos NAME
+  --cpus-per-task N            cores of a rank (without GPUs: the threads of OMP_NUM_THREADS, or 1, and one
+                               for each of the data's num_workers)
+  --mem SIZE, --time TIME, --partition NAME, --account NAME, --qos NAME
                                as sbatch takes them
   --array KEY=0..4             one job per value, or KEY=a,b,c; repeated: a grid (of the first command only)
   --at-once N                  jobs of the array that may run at once
@@ -54,7 +57,8 @@ Options:
   --requeues N                 give up after so many restarts (20)
   --setup LINE                 a line for the script, such as 'module load cuda'; may be repeated
   --sbatch OPTION=VALUE        any other option of sbatch; may be repeated
-  --dry-run                    print the script, write nothing, submit nothing"""
+  --dry-run                    print the script, write nothing, submit nothing; stderr names the folder of the
+                               log, which has to be there before sbatch"""
 #: sbatch options that the script sets itself -> the option of submit, if any.
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
@@ -87,12 +91,12 @@ def main(args: Sequence[str]) -> int:
     head = f"descant submit {shlex.join(args)}"
     jobs: list[tuple[str, Path, list[dict[str, str]]]] = []
     for stage, tasks in zip(stages, grids, strict=True):
-        folder = _folder(stage, given, tasks, first=not jobs)
-        jobs.append((script(given, stage, folder, tasks, head), folder, tasks))
+        folder, of_stage = _folder(stage, given, tasks, first=not jobs)
+        jobs.append((script(of_stage, stage, folder, tasks, head), folder, tasks))
     after = given.after
     for text, folder, tasks in jobs:
         if given.dry_run:
-            print(text)
+            _show(text, folder)
         else:
             after = _submit(text, folder, tasks, after, environment)
     return 0
@@ -110,10 +114,11 @@ def array(options: Sequence[str], stage: Sequence[str], tasks: list[dict[str, st
         Refusal: as ``main``.
     """
     environment, given = _environment(), _read(options)
-    _folder(stage, given, [{k: v for k, v in task.items() if k not in ("name", "run")} for task in tasks], first=True)
+    settings = [{k: v for k, v in task.items() if k not in ("name", "run")} for task in tasks]
+    _, given = _folder(stage, given, settings, first=True)
     text = script(given, stage, folder, tasks, head, [folder / f"{name_of(task)}.done" for task in tasks])
     if given.dry_run:
-        print(text)
+        _show(text, folder)
     else:
         _submit(text, folder, tasks, given.after, environment)
 
@@ -141,9 +146,10 @@ def waiting(folder: Path) -> set[str]:
     for file in files:
         try:
             content = json_of(file)
-            if not re.fullmatch(r"\d+", content["job"]) or not isinstance(content["tasks"], dict):
+            if not re.fullmatch(r"\d+", content["job"]):
                 raise ValueError("no job number in it")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            tasks = {f"{content['job']}_{n}": name_of(task) for n, task in content["tasks"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"submit: {file}: not written by submit: {one_line(error)}; remove it if its jobs have ended")
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={content['job']}"]
         command += [f"--clusters={content['cluster']}"] if content.get("cluster") else []
@@ -151,7 +157,7 @@ def waiting(folder: Path) -> set[str]:
         if done.returncode and "Invalid job id" not in done.stderr:  # ended some time ago
             fail(f"submit: squeue fails for job {content['job']}: {' '.join(done.stderr.split())}")
         queued = set(done.stdout.split())
-        names |= {name_of(task) for n, task in content["tasks"].items() if f"{content['job']}_{n}" in queued}
+        names |= {name for task, name in tasks.items() if task in queued}
     return names
 
 
@@ -253,8 +259,18 @@ def _seconds(time: str) -> int:
     return ((int(days or 0) * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
 
 
-def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[str, str]], first: bool) -> Path:
-    """Folder of the runs of a command, whose configuration is checked as far as possible without data.
+def _show(text: str, folder: Path) -> None:
+    """Print a script, and what has to be there before it: sbatch fails without a word where its log has no folder."""
+    print(text)
+    say(f"its log needs a folder before sbatch: mkdir -p {shlex.quote(str(folder.absolute()))}")
+
+
+def _folder(
+    stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[str, str]], first: bool
+) -> tuple[Path, argparse.Namespace]:
+    """Check the configuration of a command as far as possible without data.
+
+    Returns the folder of its runs, and its options with the cores that a rank without a GPU uses.
 
     Each value of an array is tried once, with the first values of the other keys.
     """
@@ -270,13 +286,32 @@ def _folder(stage: Sequence[str], given: argparse.Namespace, tasks: list[dict[st
     request = read(command, args)
     run = request.option("run")
     if not first and run and not request.configs and not (Path(request.option("runs") or "runs") / run).exists():
-        return Path(request.option("runs") or "runs") / run.split("/")[0]  # made by the command before it
+        return Path(request.option("runs") or "runs") / run.split("/")[0], given  # made by the command before it
     tried = {tuple((tasks[0] | {key: task[key]}).items()): None for task in tasks for key in task} or {(): None}
+    cores = 0
     for values in tried:
         more = [part for key, value in values for part in (f"--{key}", value)]
         config, name = _composed(command, [*args, *more])
         _divides(config, given.nodes * given.tasks_per_node)
-    return Path(config["runs"]) / name
+        cores = max(cores, _cores(config["data"]))
+    if given.gpus_per_node or any(option.removeprefix("--").startswith("exclusive") for option in given.sbatch):
+        cores = 0  # what the cluster gives each GPU, or the whole node
+    of_rank = {"cpus_per_task": given.cpus_per_task or cores}
+    root = Path(config["runs"])
+    require_below(root, root / name, request.trust)
+    return root / name, argparse.Namespace(**vars(given) | of_rank)
+
+
+def _cores(data: Mapping[str, Any]) -> int:
+    """Cores of a rank: its threads, and the most processes that read for one of its data modules."""
+    threads, workers = os.environ.get("OMP_NUM_THREADS", ""), [0]
+    parts: list[Any] = [data]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict) and isinstance(part.get("num_workers"), int):
+            workers.append(part["num_workers"])
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return max(int(threads) if threads.isdecimal() else 1, 1) + max(workers)
 
 
 def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:

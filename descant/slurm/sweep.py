@@ -76,6 +76,7 @@ def main(args: Sequence[str]) -> int:
         _check(request, point)
     words = _words(fit_args)
     folder = Path(request.option("runs") or "runs") / "sweeps" / f"{run_name(request.configs[0])}-{_digest(request)}"
+    runs.require_below(folder.parents[1], folder, request.trust)
     every = {
         f"{_label(point)},seed={seed}": point | {"seed_everything": str(seed)} for seed in seeds for point in points
     }
@@ -98,7 +99,13 @@ def main(args: Sequence[str]) -> int:
         say("sweep: interrupted; the same command continues")
         return INTERRUPTED
     metrics = ["--metrics", given.metrics] if given.metrics else []
-    return compare.main([f"{name}/*" for name in sorted(every)] + [*metrics, "--runs", str(folder)])
+    code = compare.main([f"{name}/*" for name in sorted(every)] + [*metrics, "--runs", str(folder)])
+    say(f"sweep: the table again: {_table(folder)}")
+    return code
+
+
+def _table(folder: Path) -> str:
+    return f"descant compare {shlex.quote(str(folder))}"
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -211,6 +218,7 @@ def _submit(
         tasks = [{**_where(folder, name), **settings} for name, settings in todo.items()]
         submit.array(given, ("fit", *words, f"--runs={folder}"), tasks, folder, f"descant sweep --slurm {options!r}")
     say("sweep: the same command resubmits lost runs, and shows the table when all have ended")
+    say(f"sweep: the table of those that have ended: {_table(folder)}")
     return 0
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,36 @@ def test_dry_run_prints_the_script_and_writes_nothing(cli: Cli, workplace: Path)
         '  "$@"',
     ]
     assert subprocess.run(["bash", "-n"], input=result.out, text=True).returncode == 0
+    make = result.err.splitlines()[-1].partition(" before sbatch: ")[2]
+    assert subprocess.run(["bash", "-c", make]).returncode == 0 and (workplace / "runs/my run").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "threads", "asked"),
+    [
+        ((), (), None, "1"),
+        ((), ("--data.num_workers", "3"), None, "4"),
+        ((), ("--data.num_workers", "3"), "2", "5"),
+        (("--array", "data.num_workers=0,2"), (), "many", "3"),
+        (("--cpus-per-task", "6"), ("--data.num_workers", "3"), "2", "6"),
+        (("--gpus-per-node", "2"), ("--data.num_workers", "3"), None, None),
+        (("--sbatch", "exclusive"), ("--data.num_workers", "3"), None, None),
+    ],
+)
+def test_a_rank_on_processors_asks_for_its_threads_and_workers(
+    cli: Cli,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    stage: tuple[str, ...],
+    threads: str | None,
+    asked: str | None,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    text = cli("submit", *options, "--dry-run", "--", "fit", "--config", "contrastive/emoji", *stage).out
+    assert re.findall(r"^#SBATCH --cpus-per-task=(.+)$", text, re.MULTILINE) == ([asked] if asked else [])
 
 
 def test_scripts_and_job_files_are_written_and_jobs_chained(
@@ -112,17 +143,43 @@ def test_scripts_and_job_files_are_written_and_jobs_chained(
     assert not names & {"SLURM_NTASKS", "MASTER_PORT", "PYTEST_XDIST", "LOCAL_RANK", "PYTEST_CURRENT_TEST"}
 
 
-@pytest.mark.parametrize(("overlay", "hang_after"), [(None, 300.0), ("mine.yaml", 60.0), ("with/train/watch", 300.0)])
-def test_a_job_has_one_watch_whose_numbers_a_later_overlay_sets(
-    toy: Cli, monkeypatch: pytest.MonkeyPatch, overlay: str | None, hang_after: float
+NO_WATCH = ("--trainer.callbacks+=Watch", "--trainer.callbacks.hang_after=null")
+
+
+@pytest.mark.parametrize(
+    ("options", "hang_after"),
+    [((), 300.0), (("--config", "on/slurm"), 300.0), (("--config", "mine.yaml"), 60.0), (NO_WATCH, None)],
+)
+def test_every_run_has_one_watch_whose_numbers_an_overlay_sets(
+    toy: Cli, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], hang_after: float | None
 ) -> None:
-    seen: list[float] = []
-    monkeypatch.setattr(Watch, "on_fit_start", lambda self, *_: seen.append(self.hang_after))
+    seen: list[float | None] = []
+    real = Watch.setup
+
+    def setup(self: Watch, *args: Any, **of: Any) -> None:
+        seen.append(self.hang_after)
+        real(self, *args, **of)
+
+    monkeypatch.setattr(Watch, "setup", setup)
     Path("mine.yaml").write_text(
         "trainer: {callbacks+: [{class_path: descant.callbacks.Watch, init_args: {hang_after: 60, long_after: 600}}]}\n"
     )
-    result = toy("fit", "--config", "on/slurm", *(("--config", overlay) if overlay else ()), "--trainer.max_steps", "1")
+    result = toy("fit", *options, "--test", "false", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
     assert result.rc == 0 and seen == [hang_after], result.err
+
+
+def test_a_job_that_is_queued_again_has_the_trust_that_was_typed_and_no_more(cli: Cli, workplace: Path) -> None:
+    """The script is all that a requeued job reads, and it has the typed words of each command, as typed."""
+    for text in ("trust: tests.others\n", "trust: [tests.others]\n"):  # a file cannot give any
+        (workplace / "gives.yaml").write_text(text)
+        assert cli("submit", "--dry-run", "--", *FIT, "--config", "gives.yaml").rc == 2
+    words = ("--trust", "tests.toys", "--trust=tests.fuzz", "--array", "model.scale=1,2")
+    fit, again = ("fit", "--config", "toy.yaml", *words[:3]), ("test", "--run", "toy/latest")
+    result = cli("submit", *words[3:], "--dry-run", "--", *fit, "--", *again)
+    assert result.rc == 0, result.err
+    first, second = (text.split("srun --kill", 1)[1] for text in result.out.split("#!/bin/bash")[1:])
+    assert re.findall(r"--trust[ =](\S+)", first) == ["tests.toys", "tests.fuzz"] and "trust" not in second
+    assert result.out.count("scontrol requeue") == 2 and not re.findall(r"^sbatch", result.out, re.MULTILINE)
 
 
 def test_a_grid_is_all_combinations() -> None:

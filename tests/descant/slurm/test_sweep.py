@@ -28,6 +28,8 @@ def test_a_sweep_runs_missing_combinations_and_prints_the_table(
     assert "2 runs, 0 done, 2 at a time" in first.err and first.err.count(": done (") == 2
     table = [line for line in first.out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and "val/gap" in table[0] and "| scale=2 " in first.out
+    last = first.err.splitlines()[-1].partition("the table again: descant ")[2]
+    assert [line for line in cli(*last.split(), "--metrics", "val/gap").out.splitlines() if line[:1] == "|"] == table
     again = cli(*TOYS, "--vary", "model.scale=0.5,2.0,4.0", "--seeds", "0,3", "--metrics", "val/gap")
     assert again.rc == 0, again.err
     assert "6 runs, 2 done, 1 at a time" in again.err and again.err.count(": done (") == 4
@@ -90,6 +92,7 @@ def test_missing_runs_are_submitted_as_an_array(
     result = cli(*words)
     assert result.rc == 0 and "4 runs, 0 done, 0 queued, 4 to submit" in result.err, result.err
     (folder,) = (workplace / "runs/sweeps").iterdir()
+    assert result.err.splitlines()[-1].endswith(f"descant compare runs/sweeps/{folder.name}")
     text = (folder / "submit-001.sh").read_text()
     name = "model.scale=2.0,seed=0"
     mark = (folder / f"{name}.done").relative_to(workplace)
