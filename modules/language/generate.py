@@ -167,7 +167,7 @@ def generate(
     R = P * group
     seed_R = torch.arange(R, device=device) if seed_R is None else seed_R
     token_RN = torch.zeros(R, new, dtype=torch.long, device=device)
-    log_RN = torch.zeros(R, new, device=device)
+    log_RN = torch.zeros(R, new, dtype=torch.float32, device=device)
     length_R, ended_R = torch.full((R,), new, device=device), torch.zeros(R, dtype=torch.bool, device=device)
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import derived, host_copy
+from descant.modules.core.loaded import Loadable
 from descant.modules.core.objects import recorded
 from descant.modules.language.axis_rope import AxisRoPE, axis_factors
 from descant.modules.language.depths import DepthLayer, DepthRouting, MixtureOfDepths
@@ -94,7 +95,7 @@ class Layer(nn.Module):
         return F.linear(F.silu(gate) * up, outward)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Loadable):
     """Causal language model (Llama): ``h = norm(layer_n(... layer_1(embed(ids))))``, ``logits = h W^T``.
 
     W are the embeddings, or weights of its own. A row may pack several documents: tokens attend within their segment,

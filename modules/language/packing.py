@@ -211,9 +211,7 @@ def through(
     prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
     if lm.routes:
         marks = marks._replace(valid=to_device(real_BS, device))
-        given = (*marks[:3], marks.key)
-        kind, task, valid, key = (None if x is None else derived(partial(_put, shape), *to, *of, x) for x in given)
-        marks = Marks(kind, task, valid, marks.tasks, key=key)
+        marks = marks.map(lambda x_BS, row, at, sample, place: _put(shape, row, at, sample, place, x_BS), *to, *of)
     h_RTW = lm(packed, segment, position, prefix, marks, routings)
     return torch.zeros_like(h_BSW, dtype=h_RTW.dtype).index_put(of, h_RTW[to])
 

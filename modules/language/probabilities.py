@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.dtype import promote
+from descant.modules.core.recomputation import forward_arithmetic
 
 #: Logits computed at once.
 CELLS = 1 << 22
@@ -31,7 +32,8 @@ def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: 
 
 
 def _scaled(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
-    x_nV = promote(h_nD @ w_VD.T)
+    with forward_arithmetic():
+        x_nV = promote(h_nD @ w_VD.T)
     return x_nV.div_(temperature) if temperature != 1 else x_nV
 
 

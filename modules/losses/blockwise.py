@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from descant.modules.core.recomputation import forward_arithmetic
 from descant.modules.losses.exchange import Blocks, excluded
 
 
@@ -35,7 +36,8 @@ def _blocks(
 ) -> Iterator[_Block]:
     (key_B, valid_B), (other_key_B, other_valid_B) = marks_B2.unbind(1), other_B2.unbind(1)
     for rows in exchange.slices(len(a_BD)):
-        dot_RB = a_BD[rows] @ other_BD.T
+        with forward_arithmetic():
+            dot_RB = a_BD[rows] @ other_BD.T
         diagonal = rows.start if is_own else None
         out_RB = excluded(key_B[rows], valid_B[rows].bool(), other_key_B, other_valid_B.bool(), diagonal)
         yield _Block(rows, dot_RB, out_RB, diagonal)

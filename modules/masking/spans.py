@@ -52,6 +52,31 @@ def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
     >>> target_run(hidden_BT, torch.tensor([4]), torch.tensor([0.4])).int().tolist()
     [[0, 0, 0, 1, 0, 0]]
     """
+    before_BT, cost_BT = _from_begin(hidden_BT, budget_B, u_B)
+    return hidden_BT & (before_BT >= 0) & (before_BT + cost_BT <= budget_B[:, None])
+
+
+def target_window(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and those that count, bool ``[B, T]`` each: as :func:`target_run`, but the sequence of targets is cut.
+
+    Sentinels and tokens fill the budget. Where it ends after the last token of a span, that span's tokens are the last
+    targets; where it ends one later, the next sentinel is predicted too. The last place is no token: a target there
+    marks a window, which counts there if its end is a sentinel. Source: apple/ml-4m, ``UnifiedMasking.sequence_mask``.
+
+    >>> hidden_BT, u_1 = torch.tensor([[True, True, False, True, False, True, False]]), torch.tensor([0.4])
+    >>> [target_window(hidden_BT, torch.tensor([n]), u_1)[1].int().tolist() for n in (2, 3)]
+    [[[0, 0, 0, 1, 0, 0, 0]], [[0, 0, 0, 1, 0, 0, 1]]]
+    """
+    before_BT, _ = _from_begin(hidden_BT, budget_B, u_B)
+    target_BT = hidden_BT & (before_BT >= 0) & (before_BT + starts(hidden_BT) < budget_B[:, None])
+    used_B = (target_BT.long() + (target_BT & starts(hidden_BT))).sum(dim=1)
+    some_B = target_BT.any(dim=1)
+    ends = [torch.cat([target_BT[:, :-1], last_B[:, None]], dim=1) for last_B in (some_B, some_B & (used_B < budget_B))]
+    return ends[0], ends[1]
+
+
+def _from_begin(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Int64 ``[B, T]`` each: what the tokens from the first target to before each one cost, and what it costs."""
     start_BT, cost_BT = starts(hidden_BT), cost(hidden_BT)
     through_BT = cost_BT.cumsum(dim=1)
     before_BT, total_B, budget_B1 = through_BT - cost_BT, through_BT[:, -1], budget_B[:, None]
@@ -60,8 +85,7 @@ def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
     fits_BT = start_BT & (total_B[:, None] - before_BT <= budget_B1)
     early_B = torch.where(fits_BT, before_BT, total_B[:, None]).amin(dim=1)
     begin_B = torch.where(total_B - chosen_B >= budget_B, chosen_B, early_B)
-    begin_B1 = torch.where(total_B <= budget_B, 0, begin_B)[:, None]
-    return hidden_BT & (before_BT >= begin_B1) & (through_BT - begin_B1 <= budget_B1)
+    return before_BT - torch.where(total_B <= budget_B, 0, begin_B)[:, None], cost_BT
 
 
 class Spans(NamedTuple):
@@ -85,8 +109,9 @@ def with_sentinels(
     """Span corruption of 4M and T5: ``a b c d`` without b and d is ``a <0> c <1>``, with targets ``<0> b <1> d <2>``.
 
     The first sentinel of the targets is given and not predicted. Of a text without a visible token nothing is an input,
-    not even a sentinel. Hidden tokens that are no targets are left out of the targets. T is one more than the tokens of
-    a text at most, since targets may be one longer than it.
+    not even a sentinel. Hidden tokens that are no targets are left out of the targets. The sentinel at the end comes
+    with the last hidden token; in a window, as :func:`target_window` has it. T is one more than the tokens of a text at
+    most, since targets may be one longer than it.
 
     Args:
         first: id of sentinel <0>.
@@ -98,6 +123,7 @@ def with_sentinels(
     ([1, 90, 3, 91], [90, 2, 91, 4], [2, 91, 4, 92])
     """
     T, hidden_BT = x_BT.shape[1], real_BT & ~visible_BT
+    window_B1, target_BT = (target_BT & ~hidden_BT)[:, -1:], target_BT & hidden_BT
     start_BT = starts(hidden_BT)
     number_BT = start_BT.cumsum(dim=1)  # of the span, from 1
     sentinel_BT, place = first - 1 + number_BT, torch.arange(T, device=x_BT.device)
@@ -107,6 +133,8 @@ def with_sentinels(
     at_BT = torch.where(target_BT, number_BT, 0)
     head_BT = target_BT & (number_BT > F.pad(at_BT.cummax(dim=1).values[:, :-1], (1, 0)))
     last_BT = target_BT & (hidden_BT.cumsum(dim=1) == hidden_BT.sum(dim=1, keepdim=True))
+    end_BT = target_BT & (target_BT.cumsum(dim=1) == target_BT.sum(dim=1, keepdim=True))
+    last_BT = torch.where(window_B1, end_BT & loss_BT[:, -1:], last_BT)
     size_BT = target_BT.long() + head_BT + last_BT
     offset_BT = size_BT.cumsum(dim=1) - size_BT
     parts = (

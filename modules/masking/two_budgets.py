@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from descant.modules.core.host import host_copy
 from descant.modules.core.objects import require_objects
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.masking.corruptions import Corruption, Grid, Masks, noise, ranks
-from descant.modules.masking.spans import cost, lengths, target_run
+from descant.modules.masking.spans import cost, lengths, target_run, target_window
 
 
 def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
@@ -108,6 +109,10 @@ class TwoBudgets(Corruption):
         sequences: modalities of which spans are hidden: those with a SequenceAdapter.
         refill: what the minimum cuts off goes to modalities of the component with tokens left. By default it is lost,
             as in the release (113.5 of 128 inputs in the mean where its ``all2all`` was run).
+        cut: what a budget cuts of a sequence: its ``tokens``, each with the sentinels that it needs, as in the claims
+            that are stored; or its ``targets``, sentinels among them, as in the release: it predicts the next sentinel
+            too where the budget ends there, and may end before the last one
+            (:func:`descant.modules.masking.spans.target_window`).
 
     Raises:
         ValueError: for a budget below 1 or without a component; in ``check``, for a modality that is not there, and for
@@ -127,6 +132,7 @@ class TwoBudgets(Corruption):
         mixture: list[DirichletPair],
         sequences: list[str] | None = None,
         refill: bool = False,
+        cut: Literal["tokens", "targets"] = "tokens",
     ) -> None:
         for name, tokens in (("visible", visible), ("targets", targets)):
             if tokens < 1:
@@ -136,7 +142,7 @@ class TwoBudgets(Corruption):
         for pair in mixture:
             require_objects(self, mixture=(pair, DirichletPair))
         self.budget, self.targets, self.mixture = visible, targets, list(mixture)
-        self.sequences, self.refill = list(sequences or []), refill
+        self.sequences, self.refill, self.cut = list(sequences or []), refill, cut
 
     def __call__(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
         device = draw_B.device
@@ -149,7 +155,7 @@ class TwoBudgets(Corruption):
         alpha_2BM = torch.tensor(alphas, dtype=torch.float64)[component_B].transpose(0, 1) * (most_BM > 0)
         visible_B1 = torch.tensor([pair.visible or self.budget for pair in self.mixture])[component_B, None]
         input_BM = self._counts(alpha_2BM[0], visible_B1, most_BM, draw_B, "inputs")
-        visible, target = dict[str, Tensor](), dict[str, Tensor]()
+        visible, target, windows = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         left_BM = most_BM - input_BM
         for k, (m, real_BT) in enumerate(real.items()):
             if m in self.sequences:  # targets are hidden tokens and their sentinels
@@ -159,14 +165,17 @@ class TwoBudgets(Corruption):
         for k, (m, real_BT) in enumerate(real.items()):
             if m in self.sequences:
                 hidden_BT, u_B = real_BT & ~visible[m], uniform_N(draw_B, f"mask/{m}/span")
-                target[m] = target_run(hidden_BT, target_BM[:, k], u_B)
+                if self.cut == "tokens":
+                    target[m] = target_run(hidden_BT, target_BM[:, k], u_B)
+                else:
+                    target[m], windows[m] = target_window(hidden_BT, target_BM[:, k], u_B)
                 continue
             u_BT = noise(draw_B, f"mask/{m}", real_BT.shape[1])
             rank_BT = ranks(u_BT.masked_fill(~real_BT, -1.0), descending=True)
             n_B1, k_B1 = input_BM[:, k, None], target_BM[:, k, None]
             visible[m], target[m] = rank_BT < n_B1, (rank_BT >= n_B1) & (rank_BT < n_B1 + k_B1)
-        visible, target = ({m: x.to(device) for m, x in masks.items()} for masks in (visible, target))
-        return Masks(visible, target, dict(target))
+        visible, target, windows = ({m: x.to(device) for m, x in part.items()} for part in (visible, target, windows))
+        return Masks(visible, target, target | windows)
 
     def predicts(self, modality: str) -> bool:
         return any(modality in pair.targets for pair in self.mixture)

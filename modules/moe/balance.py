@@ -26,8 +26,24 @@ class Usage(NamedTuple):
     token_M: Tensor
 
 
+def probability_of_chosen(routing: Routing) -> Tensor:
+    """``[N, E]``: softmax of the logits of the experts that a token has chosen, 0 for all others.
+
+    Source: the release of Uni-MoE-2.0-Omni (HITsz-TMG/Uni-MoE, ``DCMoE``, ``load_balancing_loss_func``).
+
+    >>> routing = Routing(torch.tensor([[2, 0]]), torch.ones(1, 2), torch.ones(1, 2).bool(), logit=torch.zeros(1, 3))
+    >>> probability_of_chosen(routing).tolist()
+    [[0.5, 0.0, 0.5]]
+    """
+    assert routing.logit is not None
+    chosen_NE = torch.zeros_like(routing.logit, dtype=torch.bool).scatter(1, routing.expert, routing.used)
+    return routing.logit.masked_fill(~chosen_NE, torch.finfo(routing.logit.dtype).min).softmax(dim=1)
+
+
 def usage(routing: Routing, kinds: int = 1) -> Usage:
-    """How experts, null ones too, are used by kinds of tokens; only the mass has a gradient.
+    """Sum what each kind of token uses of each expert, null ones too, by the weights of tokens.
+
+    Only the mass has a gradient.
 
     >>> routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), torch.ones(2, 1).bool())
     >>> usage(routing._replace(probability=torch.tensor([[0.75, 0.25], [0.25, 0.75]]))).mass_ME.tolist()
@@ -38,8 +54,9 @@ def usage(routing: Routing, kinds: int = 1) -> Usage:
     E, dtype = probability_NE.shape[1], probability_NE.dtype
     kind_N = torch.zeros_like(index_NK[:, 0]) if kinds == 1 or marks.kind is None else marks.kind
     valid_N = torch.ones_like(kind_N, dtype=dtype) if marks.valid is None else marks.valid.to(dtype)
+    valid_N = valid_N if marks.weight is None else valid_N * marks.weight.to(dtype)
     cell_M = (kind_N[:, None] * E + index_NK).flatten()
-    count_M = valid_N.new_zeros(kinds * E).index_add(0, cell_M, used_NK.to(dtype).flatten())
+    count_M = valid_N.new_zeros(kinds * E).index_add(0, cell_M, (used_NK * valid_N[:, None]).flatten())
     mass_ME = valid_N.new_zeros(kinds, E).index_add(0, kind_N, probability_NE * valid_N[:, None])
     return Usage(count_M.view(kinds, E), mass_ME, valid_N.new_zeros(kinds).index_add(0, kind_N, valid_N))
 
@@ -82,6 +99,8 @@ def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> d
     sums: dict[str, list[list[Tensor]]] = {}
     for routing in routings:
         if experts.balance is not None and routing.probability is not None:
+            if experts.balance_over == "chosen":
+                routing = routing._replace(probability=probability_of_chosen(routing))
             sums.setdefault("balance", []).append(list(usage(routing, experts.router.kinds)))
         if experts.z is not None and routing.logit is not None:
             sums.setdefault("z", []).append(sum_and_count(z_loss(routing.logit), routing))

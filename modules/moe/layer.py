@@ -225,6 +225,9 @@ class ExpertLayers:
         every: 1 for all layers, 2 for every second one (MoIIE).
         balance: weight of the balance loss, the mean over layers; none where None.
         z: weight of the z-loss, as balance.
+        balance_over: P of the balance loss is the softmax over ``all`` experts (Switch), or over the ``chosen`` ones of
+            each token, as in the release of Uni-MoE-2.0-Omni, whose ``balance`` is .025.
+        answers: what a token of an answer counts in the balance loss, where others count 1; that release has 10.
 
     Raises:
         ValueError: for counts below 1 or weights not above 0; when built, what the router does not fit, or where no
@@ -247,15 +250,17 @@ class ExpertLayers:
         capacity: Capacity | None = None,
         balance: float | None = 0.01,
         z: float | None = None,
+        balance_over: Literal["all", "chosen"] = "all",
+        answers: float = 1.0,
     ) -> None:
         if every < 1:
             raise ValueError(f"every {every}: at least 1")
-        for name, weight in (("balance", balance), ("z", z)):
+        for name, weight in (("balance", balance), ("z", z), ("answers", answers)):
             if weight is not None and not weight > 0:
                 raise ValueError(f"{name} {weight:g}: above 0, or none")
         self.experts, self.router, self.hidden, self.every = experts, router, hidden, every
         self.shared, self.shared_hidden, self.capacity = shared, shared_hidden, capacity
-        self.balance, self.z = balance, z
+        self.balance, self.z, self.balance_over, self.answers = balance, z, balance_over, answers
 
     def at(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts."""

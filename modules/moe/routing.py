@@ -41,6 +41,7 @@ class Marks(NamedTuple):
         tasks: those of the whole optimizer step (all ranks and micro-batches), on the host; those of ``task`` if None.
         order: the tokens by kind, for all layers that need it; made where it is needed if None.
         key: int64 ``[N]``, a random number of each token, of which its draws are made.
+        weight: float ``[N]``, what a token counts in the balance loss; 1 if None.
     """
 
     kind: Tensor | None = None
@@ -49,11 +50,13 @@ class Marks(NamedTuple):
     tasks: tuple[int, ...] | None = None
     order: KindOrder | None = None
     key: Tensor | None = None
+    weight: Tensor | None = None
 
     def map(self, function: Callable[..., Tensor], *at: Tensor) -> Marks:
         """The same of other tokens: ``function(x, *at)`` of each tensor x; of the host copies, where all have one."""
-        kind, task, valid, key = (None if x is None else derived(function, x, *at) for x in (*self[:3], self.key))
-        return Marks(kind, task, valid, self.tasks, key=key)
+        every = (*self[:3], self.key, self.weight)
+        kind, task, valid, key, weight = (None if x is None else derived(function, x, *at) for x in every)
+        return Marks(kind, task, valid, self.tasks, key=key, weight=weight)
 
     def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:
         """Raises ValueError naming the router where the caller did not give this mark."""
@@ -110,13 +113,13 @@ def joined(routings: Sequence[Routing]) -> Routing:
         return derived(lambda *x: torch.cat(x), *given) if len(given) == len(parts) else None
 
     each = [routing.marks for routing in routings]
-    kind, task, valid, key = (
-        cat(*(getattr(marks, name) for marks in each)) for name in ("kind", "task", "valid", "key")
+    kind, task, valid, key, weight = (
+        cat(*(getattr(marks, name) for marks in each)) for name in ("kind", "task", "valid", "key", "weight")
     )
     others = {
         name: cat(*(getattr(routing, name) for routing in routings)) for name in Routing._fields if name != "marks"
     }
-    return Routing(**others, marks=Marks(kind, task, valid, each[0].tasks, key=key))  # type: ignore[arg-type]
+    return Routing(**others, marks=Marks(kind, task, valid, each[0].tasks, key=key, weight=weight))  # type: ignore[arg-type]
 
 
 def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:

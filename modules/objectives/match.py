@@ -24,6 +24,9 @@ from descant.modules.evaluation.metrics import wide
 from descant.modules.objectives.base import Facts, TaskObjective, scattered
 from descant.modules.objectives.streams import Streams
 
+#: What TIP's release adds to each probability of a negative.
+FLOOR = 1e-4
+
 
 def matching_negatives(
     s_BG: Tensor,
@@ -34,13 +37,15 @@ def matching_negatives(
     valid_G: Tensor | None = None,
     kind_B: Tensor | None = None,
     kind_G: Tensor | None = None,
+    floor: float | None = None,
 ) -> Tensor:
     """Int64 ``[B]``: a negative of each row, drawn by similarity; -1 where there is none.
 
         P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, other content than b, its kind
 
-    by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where the
-    device has it.
+    With ``floor`` each probability is that among all columns that are present, own content included, plus the floor.
+    Drawn by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where
+    the device has it.
 
     Args:
         s_BG: similarities of rows to columns, over the temperature.
@@ -48,6 +53,7 @@ def matching_negatives(
         valid_B, valid_G: bool, as ``key``: which samples there are.
         kind_B, kind_G: a class that negatives share with their sample, as ``key``; all are of one where not given.
         u_B: draws in [0, 1).
+        floor: such as 1e-4 in TIP's release (siyi-wind/TIP, ``cal_image_tabular_matching_loss``).
 
     >>> s_BG, key_B = torch.zeros(3, 3), torch.tensor([5, 6, 5])
     >>> valid_B, u_B = torch.ones(3, dtype=torch.bool), torch.tensor([0.9, 0.6, 0.1])
@@ -60,8 +66,9 @@ def matching_negatives(
         allowed_BG &= kind_B[:, None] == (kind_B if kind_G is None else kind_G)
     # a row without any is uniform here, and -1 below; the lowest finite number, as minus infinity would be nan
     dtype = wide(s_BG.device)
-    s_BG = s_BG.to(dtype).masked_fill(~allowed_BG, torch.finfo(dtype).min)
-    share_BG = s_BG.softmax(dim=1).masked_fill(~allowed_BG, 0.0)
+    among_BG = allowed_BG if floor is None else valid_B[:, None] & valid_G
+    s_BG = s_BG.to(dtype).masked_fill(~among_BG, torch.finfo(dtype).min)
+    share_BG = (s_BG.softmax(dim=1) + (floor or 0.0)).masked_fill(~allowed_BG, 0.0)
     total_BG = share_BG.cumsum(dim=1)
     above_BG = (total_BG > u_B.to(dtype)[:, None] * total_BG[:, -1:]) & allowed_BG
     return torch.where(allowed_BG.any(dim=1), above_BG.int().argmax(dim=1), -1)
@@ -81,7 +88,8 @@ class Match(TaskObjective):
 
     Args:
         pair: two modalities, such as [image, text].
-        negatives: by similarity, or any as likely.
+        negatives: by similarity (ALBEF); ``floored``, by similarity with 1e-4 added to each probability, as in TIP's
+            release; or any as likely.
         temperature: of the similarities.
         form: of the loss.
         sham: ``permute`` takes any of the three pairs of a sample for its own, each as likely, so that nothing is to be
@@ -98,7 +106,7 @@ class Match(TaskObjective):
     def __init__(
         self,
         pair: list[str],
-        negatives: Literal["similarity", "random"] = "similarity",
+        negatives: Literal["similarity", "floored", "random"] = "similarity",
         temperature: float = 0.07,
         form: Literal["binary", "list"] = "binary",
         sham: Literal["permute"] | None = None,
@@ -132,11 +140,12 @@ class Match(TaskObjective):
         for mine, other in ((a, b), (b, a)):
             dtype = wide(batch.device)
             s_BG = valid_B.new_zeros(len(batch), len(key_G), dtype=dtype)
-            if self.negatives == "similarity":
+            if self.negatives != "random":
                 z_BD, z_GD = (streams.latent(m).detach().to(dtype) for m in (mine, other))
                 s_BG = z_BD @ gather_rows(z_GD)[order_G].T / self.temperature
             u_B = to_device(uniform_N(batch.rng_seed, f"match/{other}"), batch.device)
-            at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns, kind_B, kind_G[order_G])
+            floor = FLOOR if self.negatives == "floored" else None
+            at_B = matching_negatives(s_BG, batch.content_id, valid_B, u_B, *columns, kind_B, kind_G[order_G], floor)
             rows.append(torch.where(at_B >= 0, order_G[at_B.clamp(min=0)], -1))
         return rows[0], rows[1]
 

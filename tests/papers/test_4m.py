@@ -13,10 +13,11 @@ from descant.modules.core.batch import Batch
 from descant.modules.masking import reductions
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
+from descant.modules.masking.corruptions import corrupted
 from descant.modules.masking.decoders import At, Encoded
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
 from descant.modules.masking.sequence_adapter import SequenceAdapter
-from descant.modules.masking.spans import starts, target_run, with_sentinels
+from descant.modules.masking.spans import starts, target_run, target_window, with_sentinels
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Masked
@@ -152,6 +153,49 @@ def test_targets_of_a_text_are_cut_to_their_budget_from_a_random_span_on() -> No
             begin = 0 if sum(cost) <= budget else chosen if sum(cost[chosen:]) >= budget else fit[0]
             wanted = [bool(hidden_BT[b, t]) and t >= begin and sum(cost[begin : t + 1]) <= budget for t in range(12)]
             assert run_BT[b].tolist() == wanted
+
+
+def released_window(targets: list[int], budget: int, sentinels: list[int], u: float) -> list[int]:
+    """Of a sequence of targets what the release keeps: from a random sentinel on, as many as the budget."""
+    if len(targets) <= budget:
+        return targets
+    begins = [n for n, token in enumerate(targets) if token in sentinels]
+    begin = begins[int(u * max(1, len(begins) - 1))]
+    if len(targets) - begin >= budget:
+        return targets[begin : begin + budget]
+    return targets[next(n for n in begins if len(targets) - n <= budget) :]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 3, 4, 5, 8, 20])
+def test_a_window_of_the_targets_is_that_of_the_released_loop(budget: int) -> None:
+    g, rows = torch.Generator().manual_seed(2), 200
+    x_BT, u_B = torch.randint(1, 90, (rows, 10), generator=g), torch.rand(rows, generator=g, dtype=F64)
+    real_BT = torch.arange(10) < torch.randint(1, 10, (rows, 1), generator=g)
+    seen_BT = real_BT & (torch.rand(rows, 10, generator=g) < torch.rand(rows, 1, generator=g))
+    target_BT, loss_BT = target_window(real_BT & ~seen_BT, torch.full((rows,), budget), u_B)
+    spans = with_sentinels(x_BT, real_BT, seen_BT, target_BT, loss_BT, first=90)
+    ends = 0
+    for b in range(rows):
+        n = int(real_BT[b].sum())
+        _, targets = released_spans(x_BT[b, :n].tolist(), (~seen_BT[b, :n]).tolist(), 90)
+        kept = released_window(targets, budget, list(range(90, 100)), float(u_B[b]))
+        assert spans.given_BS[b][spans.target_BS[b]].tolist() == kept[:-1]
+        assert spans.wanted_BS[b][spans.target_BS[b]].tolist() == kept[1:]
+        ends += len(kept) < len(targets) and len(kept) > 1 and kept[-1] >= 90
+    assert torch.equal(spans.loss_BS, spans.target_BS) and (ends > 0) == (2 < budget < 20)
+
+
+def test_the_released_cut_is_chosen_by_name() -> None:
+    b = batch()
+    tokens = {}
+    for cut in ("tokens", "targets"):
+        model = recipe(corruption=TwoBudgets(8, 6, [ALL2ALL], ["text"], cut=cut)).double()
+        raw, real = model.raw(b)
+        tokens[cut] = model.arranged(raw, real, corrupted(model.corruption, real, model.grids, b.rng_seed))["text"]
+        assert model.step(model.terms(b), b).total.isfinite()
+    counts = {cut: part.loss_BT.sum(dim=1) for cut, part in tokens.items()}
+    assert (counts["targets"] >= counts["tokens"]).all() and (counts["targets"] > counts["tokens"]).any()
+    assert int(counts["targets"].max()) <= 5 and not counts["targets"][-1].any(), "a sentinel is given, not predicted"
 
 
 def test_a_later_target_changes_no_earlier_prediction_and_another_modality_none() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -241,7 +242,10 @@ def test_the_average_has_buffers_and_moves_once_an_optimizer_step() -> None:
     watched, kind = Watched(), Classify("label", 4, ["sketch"])  # the sketch has batch norms
     student = multitask("words", more={"kind": kind}, distill=distill, mix={"words": 0.6}, optimizer=torch.optim.SGD)
     trainer = L.Trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[watched], **QUIET)
-    trainer.fit(student, Data())
+    data = Data()
+    step = {m: torch.cat([b.step[m] for b in data.batches]) for m in data.batches[0].step}  # of both micro-batches
+    data.batches = [replace(b, step=step) for b in data.batches]
+    trainer.fit(student, data)
     first, *after = zip(watched.student, watched.average, strict=True)
     buffers, wanted = {name for name, _ in student.named_buffers()}, first[0]
     assert len(after) == 6 and all(torch.equal(first[1][n], x) for n, x in wanted.items())

@@ -5,6 +5,7 @@ Letters: B samples, C columns.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ from descant.datamodules.base import BatchDataset
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.masking.discrete_adapters import TableAdapter
+from descant.modules.objectives import match as matching
 from descant.modules.objectives.base import TaskObjective
 from descant.modules.objectives.classify import Classify
 from descant.modules.objectives.columns import MaskedColumns, cell_losses, own_codes
 from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.masked import MaskedTokens
-from descant.modules.objectives.match import Match
+from descant.modules.objectives.match import FLOOR, Match, matching_negatives
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers import TableTower, Towers
 from descant.recipes import MultiTask
@@ -257,6 +259,36 @@ def test_negatives_are_never_the_own_pair() -> None:
         b.rng_seed = b.rng_seed + seed
         for row_B in match.negative_rows(Streams(model, b), b, across=False):
             assert (row_B != torch.arange(16)).all() and both_B[row_B[both_B]].all() and (row_B[both_B] >= 0).all()
+
+
+@pytest.mark.parametrize("floor", [None, FLOOR, 0.2])
+def test_negatives_are_drawn_by_the_probabilities_of_a_loop(floor: float | None) -> None:
+    g, rows = torch.Generator().manual_seed(0), 9
+    s_BG = 8 * torch.randn(rows, rows, generator=g, dtype=F64)
+    key_B, valid_B = torch.tensor([0, 1, 2, 3, 4, 5, 0, 7, 8]), torch.arange(rows) != 4
+    for u in torch.rand(200, generator=g, dtype=F64).tolist():
+        drawn_B = matching_negatives(s_BG, key_B, valid_B, torch.full((rows,), u, dtype=F64), floor=floor)
+        for b in range(rows):
+            there = [j for j in range(rows) if valid_B[b] and valid_B[j]]
+            other = [j for j in there if key_B[j] != key_B[b]]
+            whole = sum(math.exp(float(s_BG[b, j])) for j in there)
+            weight = {j: math.exp(float(s_BG[b, j])) / whole + (floor or 0.0) for j in other}
+            left, wanted = u * sum(weight.values()), -1
+            for j in other:  # as torch.multinomial: a point of the line of all weights
+                wanted, left = (j if wanted < 0 and left < weight[j] else wanted), left - weight[j]
+            assert int(drawn_B[b]) == wanted
+
+
+def test_the_released_negatives_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(negatives: Any) -> torch.Tensor:
+        b, model = batch(), multitask(contrast=Contrast([PAIR]), match=Match(PAIR, negatives)).double()
+        match: Any = model.objectives["match"]
+        return torch.stack(match.negative_rows(Streams(model, b), b, False))
+
+    for floor, same in ((0.0, "similarity"), (1e9, "random")):
+        monkeypatch.setattr(matching, "FLOOR", floor)
+        assert torch.equal(rows("floored"), rows(same))
+    assert not torch.equal(rows("similarity"), rows("random"))
 
 
 def test_pairs_are_embedded_by_both_sides_and_the_fused_token() -> None:

@@ -5,6 +5,7 @@ Letters: B rows, T tokens of a row, N tokens or questions, E experts, G answers 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from descant.modules.language import CausalLM
 from descant.modules.language.axis_rope import AxisRoPE
 from descant.modules.language.positions import VisualAxes
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, TopPRouter
+from descant.modules.moe.balance import expert_terms, usage
 from descant.modules.policy import AnswerRatio, Clipped, PolicyLoss, SequenceMean
 from descant.modules.policy.rewards import ExactAnswer, Rewards
 from descant.modules.towers import Towers
@@ -36,7 +38,7 @@ from tests._suites import MissingModalities, Ranks, ShamNeutral
 from tests.callbacks.run.test_resume import fit
 from tests.recipes.test_vision_language import Patches, batch, sees
 from tests.small import small_chat
-from tests.tolerance import F64, rounding
+from tests.tolerance import F32, F64, rounding, ulps
 
 SEEN: dict[str, Any] = {"size": 24, "length": 64, "tiny": True, "kinds": ["colour", "count"]}
 N, G = 4, 4
@@ -74,6 +76,45 @@ def test_null_experts_cost_no_flops() -> None:
     gate_ED.data[:4], gate_ED.data[4] = -9, 9  # all to the null expert
     assert flops() == (gate, 0)
     assert float(layer(x_ND)[0].detach().abs().max()) == 0
+
+
+@pytest.mark.parametrize(("over", "answers"), [("all", 1.0), ("all", 10.0), ("chosen", 1.0), ("chosen", 10.0)])
+def test_the_balance_loss_is_that_of_a_loop(over: Any, answers: float) -> None:
+    torch.manual_seed(0)
+    experts = ExpertLayers(4, TopPRouter(p=0.7, null_experts=1), shared=2, balance=0.025, balance_over=over)
+    router, h_ND = TopPRouter(p=0.7, null_experts=1).build(8, 4, 2).double(), 30 * torch.randn(50, 8).double()
+    valid_N, weight_N = torch.arange(50) % 7 != 0, torch.where(torch.arange(50) % 3 == 0, answers, 1.0)
+    routing = router(h_ND, Marks(valid=valid_N, weight=weight_N))
+    share, mass, whole = [0.0] * 5, [0.0] * 5, float(weight_N[valid_N].sum())
+    for n in valid_N.nonzero().flatten().tolist():
+        chosen = [int(e) for e, used in zip(routing.expert[n], routing.used[n], strict=True) if used]
+        among = chosen if over == "chosen" else list(range(5))
+        score = {e: math.exp(float(h_ND[n] @ router.gate_ED[e])) for e in among}
+        for e in among:
+            share[e] += float(weight_N[n]) * (e in chosen) / whole
+            mass[e] += float(weight_N[n]) * score[e] / sum(score.values()) / whole
+    wanted = 0.025 * 5 * sum(f * p for f, p in zip(share, mass, strict=True))
+    (term,) = expert_terms(experts, [routing]).values()
+    torch.testing.assert_close(term.value[0].detach(), torch.tensor(wanted, dtype=F64), **rounding(256, F64))
+
+
+@pytest.mark.parametrize("over", ["all", "chosen"])
+def test_tokens_of_answers_weigh_more_in_the_balance_loss(over: Any) -> None:
+    values = []
+    for answers in (1.0, 10.0):
+        made, some = recipe().double().train(), batch()
+        made.lm.experts.balance_over, made.lm.experts.answers = over, answers  # type: ignore[union-attr]
+        routings: list[Any] = []
+        _, _, row = made.read(some, routings)
+        weight = sum(float(usage(routing).token_M) for routing in routings) / len(routings)
+        ends = int(row.real_BS.sum()) + (answers - 1) * int((row.loss_mask_BS & row.real_BS).sum())
+        assert weight == pytest.approx(ends, rel=ulps(64, F32))
+        (term,) = expert_terms(made.lm.experts, routings).values()
+        term.value.sum().backward()
+        gate: Any = made.lm.blocks()[0].moe.router.gate_ED  # type: ignore[union-attr]
+        assert gate.grad.isfinite().all() and bool(gate.grad.any())
+        values.append(float(term.value.detach()))
+    assert values[0] != values[1]
 
 
 def recipe(sham: Literal["permute"] | None = None, plain: bool = False) -> VisionLanguage:
