@@ -45,6 +45,7 @@ BENCHMARKS = {
     "resume/parts": "benchmarks.resume:parts",
     "resume/signals": "benchmarks.resume:signals",
     "resume/first_batch": "benchmarks.resume:first_batch",
+    "memory/validations": "benchmarks.memory:validations",
     "watch": "benchmarks.watch:overhead",
     "start": "benchmarks.start:start",
     "control": "benchmarks.control:control",

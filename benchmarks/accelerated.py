@@ -321,8 +321,9 @@ class Suite:
         if self.device == "cuda" and (stated := STATED.get(torch.cuda.get_device_name())):
             of["-stated"] = stated
         for (name, time_R), (end, rate) in ((a, b) for a in zip(runs, times_R2.T, strict=True) for b in of.items()):
-            what = f"FLOPs of the {name} step / its time, over {'what the maker states' if end else 'that rate'}"
-            yield self.median(f"mfu/{name}{end}", what, count.flops / (time_R * rate))
+            over = "what the maker states" if end else "that rate"
+            what = f"FLOPs of the model in the {name} step / its time, over {over}"
+            yield self.median(f"mfu/{name}{end}", what, count.model_flops / (time_R * rate))
 
 
 @contextmanager

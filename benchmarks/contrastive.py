@@ -550,14 +550,15 @@ def resident_bytes(size: Size, chunks: int) -> int:
 
 def _resident(size: Size, chunks: int) -> int:
     torch.set_num_threads(1)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     run = gradcache_step(size, chunks)
     run()
     run()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of this process by a field of the kernel's status, such as ``VmRSS`` (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -85,7 +85,8 @@ def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
     """A figure that shows an image pixel by pixel, and axes to write on it: in pixels from the upper left corner.
 
     >>> made, axes = page(np.full((20, 30, 3), 7, dtype=np.uint8))
-    >>> pixels(made).shape, int(pixels(made).max())
+    >>> image_HW3 = pixels(made)
+    >>> image_HW3.shape, int(image_HW3.max())
     ((20, 30, 3), 7)
     """
     from matplotlib.transforms import IdentityTransform
@@ -104,9 +105,20 @@ def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
 
 @styled
 def pixels(made: Figure) -> np.ndarray:
-    """The figure as uint8 ``[H, W, 3]``."""
+    """Draw the figure into uint8 ``[H, W, 3]``, and empty it.
+
+    The parts of a figure refer to each other. Python would keep their pixels, 10 MB a figure, until it next collects
+    all garbage, which comes after a hundred figures beside a model's objects.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     made.canvas.draw()
-    return np.asarray(made.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    image_HW3 = np.asarray(made.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    for background in list(made.images):
+        background.remove()  # clear() leaves each background in a cycle with the list of all
+    made.clear()
+    FigureCanvasAgg(made)
+    return image_HW3
 
 
 def resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,21 @@ def test_a_page_shows_its_image_pixel_by_pixel() -> None:
     assert np.array_equal(pixels(page(image)[0]), image)
 
 
+def test_a_figure_that_was_drawn_keeps_no_pixels_though_its_parts_refer_to_each_other() -> None:
+    made, axes = page(np.zeros((40, 61, 3), dtype=np.uint8))
+    axes.text(3, 3, "some text")
+    made.canvas.draw()
+    parts = [made.canvas, made.canvas.get_renderer(), made.images[0], made.images[0].get_array()]  # type: ignore[attr-defined]
+    kept = {type(part).__name__: weakref.ref(part) for part in parts}
+    del parts
+    gc.disable()  # the collector would free a cycle at some later figure
+    try:
+        pixels(made)
+        assert [name for name, part in kept.items() if part() is not None] == []
+    finally:
+        gc.enable()
+
+
 def test_text_is_at_least_eleven_pixels_and_colours_differ_without_red_and_green() -> None:
     sizes = [value for name, value in RC.items() if name.endswith("size")]
     assert min([*sizes, style.SMALL, style.TEXT, style.TITLE]) >= 11
@@ -82,8 +99,8 @@ def test_curves_of_one_step_or_of_nothing_finite_are_drawn() -> None:
 
 def test_conflicts_are_red_and_agreements_blue() -> None:
     made = cosine_map("title", [("a", "b"), ("a", "c")], [0, 9], np.array([[-1.0, 0.5], [1.0, 0.0]]))
-    image = pixels(made)
     box = made.axes[0].get_window_extent()
+    image = pixels(made)
     row = image[len(image) - int(box.y1) + 10, int(box.x0) : int(box.x1)].astype(int)
     left, right = row[20 : len(row) // 2 - 20].mean(0), row[len(row) // 2 + 20 : -20].mean(0)
     assert left[0] > left[2] + 50 and right[2] > right[0] + 50
