@@ -35,7 +35,7 @@ KILLS ?= 20
 torture: .venv/.ready  ## Kill a real fit at random moments, resume it each time, compare with one left alone: bit by bit.
 	$(BIN)/python -m tests.torture --kills $(KILLS) $(TORTURE)
 
-kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: an hour. OF='--only chat/emoji'
+kills: .venv/.ready  ## Kill every experiment that ships three times, resume it each time, compare with one left alone: an hour. OF='--only chat/emoji', OF=--sharded (on two ranks, then on one)
 	$(BIN)/python -m tests.kills $(OF)
 
 # 220 MB of packages, and an older Pillow: in an environment of their own, over that of the checks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,3 +72,22 @@ def test_what_is_asked_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [words[-1] for words in asked] == ["trl[x]", "trl[x]==1.2.1"] and "--upgrade" in asked[0]
     assert held == ["torch==2.13.0+cpu\n", "torch==2.13.0\n", "torch==2.13.0+cpu\n"]
     assert resolved == ["trl[x]<2,>=1.2\n"] and not any("torch" in words[3:] for words in asked)
+
+
+def test_all_quick_tests_are_run_on_the_lowest_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, codes = list[list[str]](), iter([0, 1])
+
+    def run(command: list[str], cwd: Path) -> SimpleNamespace:
+        asked.append(command[3:])
+        return SimpleNamespace(returncode=next(codes))
+
+    monkeypatch.setattr("benchmarks.newest.subprocess.run", run)
+    monkeypatch.setattr(newest, "available", lambda found: {})
+    monkeypatch.setattr(newest, "install", lambda found, low: None)
+    assert newest.main(["--lowest", "--", "-m", "not gpu"]) == 1
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(DEVICE)", "tests/device")
+    for words, where in zip(
+        asked, ("--doctest-modules --ignore tests/device tests descant", "tests/device"), strict=True
+    ):
+        assert words == ["-m", "not gpu", "-m", "not slow and not gpu", *where.split()]
+        assert f"-m 'not slow and not gpu' $(MANY) {where}\n" in makefile  # what `make test` runs

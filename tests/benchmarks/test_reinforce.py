@@ -8,7 +8,7 @@ from benchmarks.reinforce import NEW, Gate, Ours, Theirs, even, model
 from tests.rotation import by_turns
 
 
-@by_turns(1, 2)
+@by_turns(1, 4)
 @pytest.mark.slow
 def test_both_trainers_step_when_told_and_answer_at_the_same_length() -> None:
     pytest.importorskip("trl")
