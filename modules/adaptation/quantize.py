@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from descant.modules.adaptation.base import LM, Adapt, chosen, ends_with, keep_norms_in_eval
+from descant.modules.core.loaded import was_loaded
 
 # bitsandbytes logs that it found no faster kernel to download (nothing here downloads any), and at every 8-bit layer
 # of every step that it casts the inputs
@@ -90,6 +91,18 @@ class Quantize(Adapt):
         new.train(layer.training)
         # the first move quantizes, and to 8 bits only from the CPU
         return cast(nn.Module, new.to("cpu").to(device))
+
+
+def require_trained(recipe: nn.Module) -> None:
+    """Raises ValueError for a quantized tower whose weights were never loaded: in 4 or 8 bits nothing trains them."""
+    for name, part in recipe.named_modules():
+        for bits in (4, 8):
+            if getattr(part, f"is_loaded_in_{bits}bit", False) and not was_loaded(part):
+                nearest = "PretrainedLM" if name.endswith(LM) else "PretrainedTower"
+                raise ValueError(
+                    f"model.adapt: Quantize: {name} is a {type(part).__name__} of random weights, which {bits} bits "
+                    f"would freeze; nearest: {nearest}, or Begin before Quantize, which loads those of a run"
+                )
 
 
 def bitsandbytes() -> Any:

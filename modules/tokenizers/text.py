@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.errors import hint
 from descant.modules.core.rng import salt
-from descant.modules.io.pretrained import locate, padding_of, tokenizer_of
+from descant.modules.io.pretrained import locate, padding_of, reading, tokenizer_of
 
 PAD, BOS, EOS = 0, 1, 2
 #: Special ids before those of text: padding, begin, end, mask, and reserved ones.
@@ -189,8 +189,9 @@ class PretrainedTokenizer(Tokenizer):
     ) -> None:
         super().__init__(length)
         place = locate(folder, gguf, package, "tokenizer_config.json")
-        whole = tokenizer_of(place)
-        backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
+        with reading(place):
+            whole = tokenizer_of(place)
+            backend, pad = getattr(whole, "backend_tokenizer", None), padding_of(whole)
         if backend is None or pad is None:
             raise ValueError(f"{place.label}: its tokenizer has no {'padding' if backend else 'tokenizer.json'}")
         self.tokenizer: tokenizers.Tokenizer = backend
@@ -198,12 +199,14 @@ class PretrainedTokenizer(Tokenizer):
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.pad, self.vocabulary = pad, 1 + max(self.tokenizer.get_vocab().values())
-        self.begin, self.end = self._ends()
+        with reading(place):
+            self.begin, self.end = self._ends()
         if len(self.begin) + len(self.end) >= length:
             raise ValueError(f"length {length}: {place.label} adds {len(self.begin) + len(self.end)} ids to a text")
-        #: a piece has the same ids alone and behind a comma
-        self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
-        self.comma = self.encode(",") if self.joins else []
+        with reading(place):
+            #: a piece has the same ids alone and behind a comma
+            self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
+            self.comma = self.encode(",") if self.joins else []
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids that the tokenizer adds before and after a text."""

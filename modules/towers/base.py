@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.loaded import Loadable
 from descant.modules.core.modalities import given, with_others
 
 
@@ -17,7 +18,7 @@ class Tokens(NamedTuple):
     mask_BT: Tensor
 
 
-class Tower(nn.Module):
+class Tower(Loadable):
     """Encoder of one modality: ``forward(x, mask=None) -> Tokens``; pooling and projection are separate parts.
 
     A subclass sets ``width`` (D). ``mask`` is bool ``[B, T_in]``, True at the real positions of a sequence.

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.errors import warn
-from descant.modules.io.owners import CONFIG, OPEN_CLIP, SENTENCE, Colour, ImageInput, image_input, owner_of
-from descant.modules.io.pretrained import Place, locate
+from descant.modules.core.errors import no_such, one_line, warn
+from descant.modules.io.owners import (
+    CONFIG,
+    OPEN_CLIP,
+    SENTENCE,
+    Colour,
+    ImageInput,
+    image_input,
+    make_image_input,
+    owner_of,
+)
+from descant.modules.io.pretrained import Place, locate, reading
 from descant.modules.towers.base import Tokens, Tower
-from descant.modules.towers.encoders import Output, Part, encoder_of
+from descant.modules.towers.encoders import Encoder, Output, Part, encoder_of
 from descant.modules.towers.transformers import misfit
 
 #: Mean and deviation of pixels in -1..1, as data modules give them by default.
@@ -66,20 +75,32 @@ class PretrainedTower(Tower):
         std: Colour | None = None,
     ) -> None:
         super().__init__()
+        for name, given, names in (("part", part or "image", get_args(Part)), ("output", output, get_args(Output))):
+            if given not in names:
+                raise ValueError(f"{name} {given!r}: {no_such(str(given), names)}")
         place = locate(folder, None, None, CONFIG, OPEN_CLIP, SENTENCE)
         owner = owner_of(place)
         self.folder, self.owner, self.label = place.folder, owner, place.label
-        with torch.random.fork_rng(devices=[]):  # what is overwritten should not shift other draws
+        with reading(place), torch.random.fork_rng(devices=[]):  # what is overwritten should not shift other draws
             self.encoder = encoder = encoder_of(place, owner, part, output, weights)
+            known = image_input(place, owner) if encoder.reads == "image" else None
         if part is not None and part != encoder.reads:
             raise ValueError(f"{place.label}: part {part}: {encoder.kind} reads {encoder.reads} alone")
         self.reads, self.width, self.projected = encoder.reads, encoder.width, output == "embedding"
         self.vocabulary, self.pad, self.end = encoder.vocabulary, encoder.pad, encoder.end
-        self.pretrained = encoder.reads == "text"
+        self.pretrained, self.loaded = encoder.reads == "text", weights
+        if self.reads == "text" and (size, mean, std) != (None, None, None):
+            raise ValueError(
+                f"{place.label}: size, mean, std: of images, and {encoder.kind} reads text here; leave them out"
+            )
         #: How the owner prepares images; None of a tower of texts.
-        self.input = _input(place, size, mean, std, image_input(place, owner)) if self.reads == "image" else None
-        if self.input is not None:
+        self.input = None
+        if self.reads == "image":
+            self.input = _input(place, size, mean, std, known)
             _require_multiple(place, encoder.kind, self.input.size, encoder.multiple)
+            own = known.size if known is not None else 0
+            if size not in (None, own):
+                _require_size(place, encoder, self.input.size, own)
             # (x / 2 + 1/2 - mean) / std of pixels in -1..1
             mean_3, std_3 = torch.tensor(self.input.mean), torch.tensor(self.input.std)
             self.register_buffer("scale_311", (0.5 / std_3).view(3, 1, 1), persistent=False)
@@ -142,9 +163,11 @@ def _input(
     if known is None:
         if size is None or mean is None or std is None:
             raise ValueError(f"{place.label}: no preprocessor_config.json in it: give size, mean and std of its images")
-        return ImageInput(size, mean, std, "", "")
+        return make_image_input(place, (size, size), mean, std, "", "")
     for name, given, own in (("mean", mean, known.mean), ("std", std, known.std)):
-        if given is not None and any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True)):  # as they are printed
+        if given is not None and (
+            len(given) != 3 or any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True))  # as they are printed
+        ):
             raise ValueError(f"{place.label}: {name} {list(given)}, and its folder has {list(own)}; leave it out")
     if not known.size and size is None:
         raise ValueError(f"{place.label}: its images have no one size: give size, pixels of a side")
@@ -155,6 +178,20 @@ def _require_multiple(place: Place, kind: str, size: int, multiple: int) -> None
     if size < 1 or size % multiple:
         near = max(round(size / multiple), 1) * multiple
         raise ValueError(f"{place.label}: size {size}: {kind} reads multiples of {multiple}; the nearest is {near}")
+
+
+def _require_size(place: Place, encoder: Encoder, size: int, own: int) -> None:
+    """Refuse a size at which the model fails, or at which its patches would leave out a margin of the image."""
+    try:
+        with torch.no_grad():
+            encoder.eval().encode(torch.zeros(1, 3, size, size), None)
+    except Exception as error:  # models raise any type of error
+        why = f"images of {own} pixels; leave size out" if own else f"none of this size ({one_line(error, 200)})"
+        raise ValueError(f"{place.label}: size {size}: {encoder.kind} reads {why}") from None
+    cuts = (
+        part.stride[0] for part in encoder.modules() if isinstance(part, nn.Conv2d) and part.kernel_size == part.stride
+    )
+    _require_multiple(place, encoder.kind, size, next(cuts, 1))
 
 
 def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bool = False) -> None:

@@ -71,6 +71,7 @@ class TimmTower(Tower):
             drop = (classifier,) if isinstance(classifier, str) else tuple(classifier)
             state = {k: v for k, v in read_weights(weights).items() if not k.startswith(tuple(f"{d}." for d in drop))}
             load_exactly(self.model, state, weights, name)
+            self.loaded = True
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         if mask is not None:

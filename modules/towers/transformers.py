@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.errors import closest, nearest, one_line
-from descant.modules.io.pretrained import Place, locate, padding_of, read, require_no_kernels, tokenizer_of
+from descant.modules.io.pretrained import (
+    Place,
+    locate,
+    padding_of,
+    read,
+    reading,
+    require_no_kernels,
+    tokenizer_of,
+)
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import all_real
 
@@ -60,7 +68,9 @@ class TransformersTower(Tower):
                 "folder, gguf, package, config: give one of them: local weights, or a config for random ones"
             )
         place = locate(folder, gguf, package) if local else None
-        model: Any = from_place(place) if place is not None else _from_config(dict(config or {}))
+        self.loaded = local
+        with reading(place):
+            model: Any = from_place(place) if place is not None else _from_config(dict(config or {}))
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
         if getattr(model, "pooler", None) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from descant.modules.io.owners import Owner, content
 from descant.modules.io.pretrained import Place
-from descant.modules.towers.encoders.base import Encoder
+from descant.modules.towers.encoders.base import Encoder as Encoder
 from descant.modules.towers.encoders.base import Output as Output
 from descant.modules.towers.encoders.base import Part as Part
 from descant.modules.towers.encoders.open_clip import _OpenClipEncoder

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.errors import no_such, one_line, warn
 from descant.modules.io.owners import SENTENCE, content
-from descant.modules.io.pretrained import Place, inside, json_of
+from descant.modules.io.pretrained import Place, inside, json_of, object_of
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.encoders.base import Encoder, Output, one_token, weights_of
 from descant.modules.towers.encoders.transformers import _TransformersEncoder
@@ -67,16 +67,16 @@ class _SentenceEncoder(Encoder):
     @staticmethod
     def _length(place: Place, positions: int | None) -> int | None:
         """Ids of the longest text that is not cut; warns of what is put before each text."""
-        own = json_of(place.folder / "sentence_bert_config.json") or {}
+        own = object_of(place.folder / "sentence_bert_config.json")
         if own.get("do_lower_case"):
             raise ValueError(f"{place.label}: do_lower_case: its texts are lowered before its tokenizer, and not here")
-        prompts = json_of(place.folder / "config_sentence_transformers.json") or {}
+        prompts = object_of(place.folder / "config_sentence_transformers.json")
         default = prompts.get("default_prompt_name")
         if default is not None and (prompt := prompts.get("prompts", {}).get(default)):
             warn(
                 f"{place.label}: its owner puts {prompt!r} before each text; here the data's texts are read as they are"
             )
-        limit = (json_of(place.folder / "tokenizer_config.json") or {}).get("model_max_length")
+        limit = object_of(place.folder / "tokenizer_config.json").get("model_max_length")
         lengths = (own.get("max_seq_length"), limit, positions)
         return min((int(n) for n in lengths if isinstance(n, int) and n > 0), default=None)
 

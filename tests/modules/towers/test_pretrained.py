@@ -465,6 +465,52 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     assert made.input is not None and made.input.mean == MEAN
 
 
+#: Folder -> the sizes that it takes (of 12, 16, 20, 24, 64), and its part.
+TAKEN: dict[str, tuple[Callable[[Path], Any], str | None, set[int]]] = {
+    "clip": (folders.clip, "image", {16}),
+    "siglip": (folders.siglip, "image", {16}),
+    "dinov2": (folders.dino, None, {16, 24, 64}),
+    "dinov3": (lambda at: folders.dino(at, 3), None, {16, 24, 64}),
+    "timm": (lambda at: folders.timm(at, img_size=SIDE, **VIT), None, {16}),
+    "timm-conv": (lambda at: folders.timm(at, "resnet10t", **CONV), None, {12, 16, 20, 24, 64}),
+    "open_clip": (folders.open_clip, "image", {16}),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_size_that_the_model_does_not_take_is_refused_at_construction(name: str, tmp_path: Path) -> None:
+    make, part, taken = TAKEN[name]
+    make(tmp_path)
+    for size in (0, 12, 16, 20, 24, 64):
+        if size in taken:
+            x = torch.zeros(2, 3, size, size)
+            assert PretrainedTower(tmp_path, part, size=size)(x).h_BTD.isfinite().all()  # type: ignore[arg-type]
+            continue
+        with pytest.raises(ValueError, match=rf"size {size}: .* reads (images of 16|multiples of)") as caught:
+            PretrainedTower(tmp_path, part, size=size)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+def test_options_of_no_such_name_or_of_the_other_part_are_refused(tmp_path: Path) -> None:
+    folders.clip(tmp_path / "clip")
+    folders.dino(tmp_path / "bare")
+    (tmp_path / "bare/preprocessor_config.json").unlink()
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("clip", {"part": "audio"}, r"part 'audio': no such name \(known: image, text\)"),
+        ("clip", {"part": "imgae"}, "part 'imgae': no such name; did you mean image"),
+        ("clip", {"part": "image", "output": "pooled"}, r"output 'pooled': no such name \(known: embedding, tokens\)"),
+        ("clip", {"part": "text", "size": 16}, "size, mean, std: of images, and clip reads text here"),
+        ("clip", {"part": "image", "mean": (0.4, 0.5)}, "mean .* and its folder has .*; leave it out"),
+        ("bare", {"size": 16, "mean": (0.4, 0.5), "std": STD}, "three numbers each, std above 0"),
+        ("bare", {"size": 16, "mean": MEAN, "std": (0.0, 1.0, 1.0)}, "three numbers each, std above 0"),
+        ("bare", {"size": 20, "mean": MEAN, "std": STD}, "size 20: dinov2 reads multiples of 8; the nearest is 16"),
+    ]
+    for folder, options, line in cases:
+        with pytest.raises(ValueError, match=line) as caught:
+            PretrainedTower(tmp_path / folder, **options)
+        assert "\n" not in str(caught.value)
+
+
 def test_inputs_of_another_kind_are_refused(tmp_path: Path) -> None:
     folders.siglip(tmp_path)
     image, text = PretrainedTower(tmp_path, "image"), PretrainedTower(tmp_path, "text")

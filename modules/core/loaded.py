@@ -1,0 +1,28 @@
+"""Whether a part of a model has weights that were loaded, or still those that it was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Loadable(nn.Module):
+    """Base of towers and language models: remembers that weights were loaded, by itself or with its recipe.
+
+    >>> class Part(Loadable): ...
+    >>> part = Part()
+    >>> was_loaded(part), str(part.load_state_dict({})), was_loaded(part)
+    (False, '<All keys matched successfully>', True)
+    """
+
+    loaded = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.loaded = True
+
+
+def was_loaded(module: nn.Module) -> bool:
+    """Return whether weights were loaded into a module or a part of it. Otherwise this run alone trains them."""
+    return any(getattr(part, "loaded", False) is True for part in module.modules())
