@@ -36,7 +36,7 @@ from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
 #: Columns that are used as the split where none is named.
-_SPLIT = ("split", "json.split")
+SPLITS = ("split", "json.split")
 #: Most workers of one rank: beyond that, disks and memory are the limit.
 _WORKERS = 12
 
@@ -220,20 +220,18 @@ class UserData(UserSizes):
         rows = {word: np.flatnonzero(word_N == word) for word in ("train", "val", "test")}
         splits |= {word: ("train", rows[word]) for word in ("val", "test") if word not in splits and len(rows[word])}
         train_N = rows["train"]
-        if "val" not in splits and self.holdout > 0:
+        if "val" not in splits and self.holdout > 0 and len(train_N):
             held_N = hold_out([source.name(row) for row in train_N.tolist()], self.holdout)
             splits["val"] = ("train", train_N[held_N])
             train_N = train_N[~held_N]
-        if not len(train_N):
-            raise ValueError(f"{source.place(0)}: no sample is left for training")
-        return {"train": ("train", train_N), **splits}
+        return ({"train": ("train", train_N)} if len(train_N) else {}) | splits
 
     def _split_column(self, source: Source) -> np.ndarray:
         """``train``, ``val`` or ``test`` for each sample."""
         column = self.split
         given = {name for name, source in (("val", self.validate), ("test", self.test)) if source is not None}
         if column is None and not {"val", "test"} & set(self.sources) - given:  # no files named val-*
-            column = next((name for name in _SPLIT if name in source.fields), None)
+            column = next((name for name in SPLITS if name in source.fields), None)
         if column is None or self.tiny:
             return np.full(len(source), "train")
         words = source.texts(column)
@@ -250,6 +248,8 @@ class UserData(UserSizes):
         return Ledger(Path(self.trainer.default_root_dir) if self.trainer is not None else None)
 
     def _set(self, split: str, training: bool) -> UserDataset:
+        if split not in self.splits:
+            raise ValueError(f"{next(iter(self.sources.values())).place(0)}: no sample is left for training")
         name, row_N = self.splits[split]
         self.require_budget(name, row_N)
         dataset = UserDataset(
@@ -282,7 +282,7 @@ class UserData(UserSizes):
 
     def bank_set(self) -> BatchDataset:
         if "train" not in self.splits:
-            raise ValueError("a stream has no bank set: k-NN and probes need random access to training samples")
+            raise ValueError("no bank set: k-NN and probes need random access to training samples")
         return self._set("train", training=False)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:

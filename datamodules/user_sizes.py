@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from descant.datamodules.fields.any_size import AnySizeField
@@ -90,7 +91,11 @@ class UserSizes(UserTable):
         return TokenOrder(order, count_N, self.batch_tokens)
 
     def shown(self, x_CHW: Tensor) -> Tensor:
-        """An image as uint8 ``[3, H, W]``, without what is beside it."""
+        """An image as uint8 ``[3, H, W]``, without what is beside it; a tower's input from its least to its most."""
+        if x_CHW.is_floating_point():
+            least, most = x_CHW.amin(), x_CHW.amax()
+            x_CHW = (x_CHW - least) / (most - least).clamp(min=1e-6)
+            return x_CHW.mul(255).round().to(torch.uint8)
         if len(x_CHW) == 3:
             return x_CHW
         high, wide = int((x_CHW[3, :, 0] > 0).sum()), int((x_CHW[3, 0] > 0).sum())

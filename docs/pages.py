@@ -44,6 +44,7 @@ GROUPS = {
             "python",
             "plain-lightning",
             "own-data",
+            "other-data",
             "hub",
             "exchange",
             "devices",

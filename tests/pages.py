@@ -38,12 +38,16 @@ MOST = 5
 
 @dataclass(frozen=True)
 class Section:
-    """Commands between two headings of a page; of many, a part. ``python`` is what the reader has written there."""
+    """Commands between two headings of a page; of many, a part.
+
+    ``python`` is what the reader has written there, ``files`` the configurations that begin with their name.
+    """
 
     page: str
     title: str
     commands: tuple[str, ...]
     python: str
+    files: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.page}:{self.title}" if self.title else self.page
@@ -57,10 +61,12 @@ def sections(page: Path) -> list[Section]:
         blocks = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
         shell = "".join(block for _, language, block in blocks if not language).replace("\\\n", " ")
         python = "\n".join(block for _, language, block in blocks if language == "python")
+        yaml = [(re.match(r"# (\S+\.yaml)\n", block), block) for _, language, block in blocks if language == "yaml"]
+        files = tuple((name[1], block) for name, block in yaml if name)
         commands = tuple(_lines(shell))
         for at in range(0, len(commands), MOST):
             part = f"{title}/{at // MOST}" if len(commands) > MOST else title
-            found.append(Section(page.name, part, commands[at : at + MOST], python))
+            found.append(Section(page.name, part, commands[at : at + MOST], python, files))
     return found
 
 

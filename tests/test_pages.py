@@ -68,6 +68,8 @@ def test_all_commands_of_a_section_in_order(
     (workplace / "benchmarks").symlink_to(ROOT / "benchmarks")  # a plan's experiment is of a checkout
     if section.python:
         (workplace / "shortest.py").write_text(section.python)
+    for name, text in section.files:
+        (workplace / name).write_text(text)
     for command in dict.fromkeys(whole(section)):
         # a plan registers a device, which a process can do only before its first backward
         done = alone(words(command)) if command.startswith("descant plan ") else cli(*words(command))

@@ -69,8 +69,8 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
     command, *rest = words
     assert command in COMMANDS or command.startswith("--"), command
     if command in CONFIGURED:
-        if any(word.startswith("runs/") or word == "my_method.yaml" for word in rest):
-            return  # of a run, or of what `descant new` writes, which are not here
+        if any(word.startswith("runs/") or word in ("my_method.yaml", "clip.yaml", "siglip.yaml") for word in rest):
+            return  # of a run, or of a file that the reader or `descant new` writes
         request = read(command, rest)
         if wanted(request) and request.configs:
             known = Written(content, "fit" if command == "check" else command)

@@ -179,9 +179,6 @@ class Digits(DataModule):
     def spoken(self) -> SpokenNamesSource:
         return self.speech.source(NAMES, self.tiny)
 
-    def class_names(self, target: str) -> list[str] | None:
-        return self.classes.get(target)
-
     def describe(self, index: int) -> str:
         return NAMES[int(uniform_N(np.array([index]), "digits/digit") * len(NAMES))]
 

@@ -416,9 +416,6 @@ class Emoji(ImageViews):
         forms = ("{}", "a picture of {}", "{}, emoji")
         return class_prompts(target, self.classes, {"-": " "}, forms, self.tokenizer)
 
-    def class_names(self, target: str) -> list[str] | None:
-        return self.classes.get(target)
-
     def describe(self, index: int) -> str:
         return self.pack.names[index // len(VENDORS)]
 

@@ -295,9 +295,6 @@ class MovingEmoji(ImageViews):
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
         return class_prompts(target, self.classes, {"-": " "}, ("{}", "a clip of {}"), self.tokenizer)
 
-    def class_names(self, target: str) -> list[str] | None:
-        return self.classes.get(target)
-
     def _clip(self, index: int) -> Motion:
         """The clip of an id, as in evaluation."""
         return motions(fixed(np.array([index])), self.frames)

@@ -213,9 +213,6 @@ class Snippets(DataModule):
 
     # what evaluation reads -----------------------------------------------------------------------------------------
 
-    def class_names(self, target: str) -> list[str] | None:
-        return self.classes.get(target)
-
     def sample_name(self, index: int) -> str:
         return self.snippets[index].name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.catalogue import find, layers, shipped_data
-from descant.cli.document import option, rename
+from descant.cli.document import FileKey, option, rename
 from descant.cli.errors import Refusal, fail, nearest
 from descant.modules.io.names import full
 from descant.run import runs
@@ -18,6 +18,9 @@ from descant.run import runs
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
 _FLAGS = ("print_config", "help", "explain", "debug")
+#: Option that passes on an option of a file, ``--of-file KEY=VALUE``; and what no file may say in it.
+OF_FILE = "of-file"
+_TYPED = ("config", "extends", "trust", OF_FILE, *_FLAGS)
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Request:
         options: (key, value) pairs as typed, keys without dashes; value None for a flag.
         trust: modules that this call allows in class paths beside the allow-list.
         debug: whether errors show their tracebacks.
+        judged: path and split of other data that a run is judged on, its ``--data.path`` and ``--data.split``.
     """
 
     command: str
@@ -39,6 +43,12 @@ class Request:
     trust: list[str] = field(default_factory=list)
     explain: bool = False
     debug: bool = False
+    judged: tuple[str, str | None] | None = None
+
+    @property
+    def typed_options(self) -> list[tuple[str, str | None]]:
+        """The options that the user typed."""
+        return [option for option in self.options if not isinstance(option[0], FileKey)]
 
     def option(self, key: str) -> str | None:
         """The last value of an option, or None."""
@@ -107,6 +117,11 @@ def _full(key: str, value: str) -> str:
     return full(value) or value if key.endswith(".help") else value
 
 
+def pass_on(key: str, text: str) -> str:
+    """The word for an option that a file gives: the only way from the content of a file into a command line."""
+    return f"--{OF_FILE}={key}={text}"
+
+
 def read(command: str, args: Sequence[str]) -> Request:
     """Split the arguments that follow the command word.
 
@@ -137,6 +152,11 @@ def with_run_config(request: Request) -> Request:
     if request.command != "check" and request.option("run") and not request.configs:
         folder = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
         request.configs.append(folder / "config.yaml")
+        typed = dict(request.typed_options)
+        if request.command != "fit" and "data" not in typed and typed.get("data.path"):
+            request.judged = str(typed["data.path"]), typed.get("data.split")
+            taken = ("data.path", "data.split")
+            request.options = [option for option in request.options if option[0] not in taken]
     return request
 
 
@@ -148,6 +168,11 @@ def _take(request: Request, key: str, value: str | None) -> None:
         request.configs.append(find(value or ""))
     elif key == "extends":
         fail("--extends: a key of files; on the command line it is one more --config before the others")
+    elif key == OF_FILE:
+        name, _, text = (value or "").partition("=")
+        if name.partition(".")[0] in _TYPED or name.endswith(_FLAGS):
+            fail(f"--{OF_FILE} {name}: only a user may type that; a file cannot trust itself")
+        _take(request, FileKey(name), text)
     elif key == "trust":
         if not all(part.isidentifier() for part in (value or "").split(".")):
             fail(f"--trust {value}: not the name of a module")

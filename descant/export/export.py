@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from descant.cli.errors import Refusal, fail, hint, one_line, printable
+from descant.cli.errors import Refusal, disk_fault, fail, hint, one_line, printable
 from descant.cli.options import Options
 from descant.modules.core.errors import warn
 
@@ -65,10 +65,12 @@ def main(args: Sequence[str]) -> int:
         fail(f"--out {request.out}: it exists, and an export never overwrites")
     try:
         lines = _export(request)
-    except (ValueError, OSError, ImportError) as error:
-        if request.debug:
+    except Exception as error:
+        line = disk_fault(error, request.out.absolute().parent)
+        line = line or (one_line(error) if isinstance(error, ValueError | OSError | ImportError) else None)
+        if line is None or request.debug:
             raise
-        raise Refusal(one_line(error)) from error
+        raise Refusal(line) from error
     print("\n".join(lines))
     return 0
 
@@ -101,15 +103,13 @@ def _export(request: argparse.Namespace) -> list[str]:
     from descant.cli.quiet import quieten
     from descant.export import loading
     from descant.modules.io import saved
-    from descant.modules.io.checkpoints import followed
     from descant.run import runs
 
     quieten()
     out: Path = request.out
-    path = followed(Path(request.run))
-    if not path.exists():  # demo/001, or a checkpoint below it
-        path = followed(request.runs / request.run)
-        path = path if path.is_file() else runs.existing(request.runs, request.run)
+    path = runs.model_path(request.runs, request.run)
+    if not path.exists():
+        path = runs.existing(request.runs, request.run)
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     scratch.parent.mkdir(parents=True, exist_ok=True)
     scratch.mkdir()
@@ -136,11 +136,13 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     import torch
     from safetensors.torch import save_file
 
+    from descant.callbacks.run.report import read_json, write_json
     from descant.export import loading
     from descant.modules.io import merge, saved
     from descant.recipes.base.rebuild import build, rebuild
     from descant.report import card
     from descant.run import portable
+    from descant.run.folder import CLASSES
 
     keep = [name.strip() for name in request.towers.split(",") if name.strip()]
     selected, recipe = source, rebuild(source)
@@ -166,6 +168,8 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     _yaml(folder / loading.PREPROCESS, "How raw data becomes what the towers read", nodes)
     about = card.About(source, request.out.name, recipe, parts, changed and not request.merge, left)
     _copy_notice(source, prepared, folder)
+    if names := read_json(source.folder / CLASSES):
+        write_json(folder / CLASSES, names)
     digest = _confirm(folder, about)
     card.write(about, prepared, folder, {saved.WEIGHTS: digest})
     again = loading.load(folder, trust=request.trust).state_dict()
@@ -221,10 +225,11 @@ def _warn_of_texts(name: str, changed: Sequence[tuple[str, str]], of: int) -> No
 
 def _preprocessing(source: Saved) -> tuple[Any, dict[str, list[Any]]]:
     """The data module, of a run whose data is here, and the preprocessing of each modality."""
+    from descant.datamodules.prepared import parts
     from descant.export import loading
 
     prepared = None if source.exported else loading.datamodule(source)
-    return prepared, loading.parts(prepared) if prepared is not None else loading.preprocess(source)
+    return prepared, parts(prepared) if prepared is not None else loading.preprocess(source)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ Letters: N inputs, D width.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 
 from descant.cli.errors import Refusal, hint
 from descant.cli.trust import enforce, require
-from descant.datamodules.fields.fields import AudioField, ImageField
+from descant.datamodules.fields.fields import AudioField
 from descant.datamodules.fields.images import Images
+from descant.datamodules.prepared import parts, prepare_image
 from descant.modules.core.batch import Batch
 from descant.modules.io import hub, saved
 from descant.modules.io.saved import Node, Saved
 from descant.modules.tokenizers.text import Tokenizer
-from descant.modules.transforms.audio import LogMel
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
+from descant.run.runs import model_path
 
 #: File of an export with the preprocessing of its modalities.
 PREPROCESS = "preprocess.yaml"
@@ -39,7 +39,8 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), 
     unless the caller casts or autocasts; a run trained in another precision validated in that one.
 
     Args:
-        path: a run folder (``runs/demo/001``), a checkpoint in one, or a folder that ``descant export`` wrote.
+        path: a run folder (``runs/demo/001``), its name below ``runs`` (``demo/001``), a checkpoint in one, or a folder
+            that ``descant export`` wrote.
         checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last or a file in it.
         trust: modules that its configuration may name beside Descant's own.
         into: a recipe built as the trained one was, which gets the weights: of runs of ``descant.fit``, whose
@@ -50,7 +51,7 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), 
             fit the model.
     """
     with trusting(trust):
-        source = saved.find(path, checkpoint)
+        source = saved.find(model_path(Path("runs"), path), checkpoint)
         if into is None and "init_args" not in source.model:
             raise ValueError(f"{path}: trained in Python: load(..., into=recipe), of a recipe built as that one was")
         return rebuild(source, into)
@@ -80,7 +81,7 @@ class Embedder:
         batch_size: int = 256,
     ) -> None:
         with trusting(trust):
-            source = saved.find(path, checkpoint)
+            source = saved.find(model_path(Path("runs"), path), checkpoint)
             self.recipe = rebuild(source).to(device)
             self.preprocess = preprocess(source)
         self.path, self.device, self.batch_size = source.folder, torch.device(device), batch_size
@@ -99,7 +100,7 @@ class Embedder:
         parts = self._parts("image")
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
             images = [images]
-        return self._embed("image", images, lambda some: torch.cat([_pixels(parts, image) for image in some]))
+        return self._embed("image", images, lambda some: torch.cat([prepare_image(parts, image) for image in some]))
 
     def sounds(self, files: Path | str | Sequence[Path | str]) -> Tensor:
         """Sound files (or one) -> ``z_ND``."""
@@ -177,77 +178,8 @@ def datamodule(source: Saved) -> L.LightningDataModule | None:
         return None
 
 
-def parts(data: Any) -> dict[str, list[Any]]:
-    """A data module's evaluation preprocessing for each modality, by its attributes.
-
-    ``tokenizer`` of texts; ``pixels``: ``nn.Module`` from uint8 images to the tower's input; ``features`` and
-    ``seconds`` of sound; ``fields`` where it decodes files; ``parts`` of a mixture, the first that has each.
-    """
-    if isinstance(inner := getattr(data, "parts", None), Mapping):
-        several = [parts(part) for part in reversed(list(inner.values()))]
-        return {modality: steps for part in several for modality, steps in part.items()}
-    steps: dict[str, list[Any]] = {"text": [_attribute(data, "tokenizer")], "image": [_attribute(data, "pixels")]}
-    features, fields = _attribute(data, "features"), _attribute(data, "fields")
-    if isinstance(features, LogMel):
-        steps["audio"] = [AudioField(rate=features.rate, seconds=data.seconds, log_mel=features)]
-    for field in fields.values() if isinstance(fields, Mapping) else ():
-        if isinstance(field, ImageField):
-            steps["image"] = [field.images, field.pixels]
-        elif isinstance(field, AudioField):
-            steps["audio"] = [field]
-    return {modality: some for modality, some in steps.items() if None not in some}
-
-
-def _attribute(data: Any, name: str) -> Any:
-    """An attribute, or None where there is none or the files that it reads are missing."""
-    try:
-        return getattr(data, name, None)
-    except (ValueError, OSError):
-        return None
-
-
 #: Classes of preprocessing steps in an export.
 _STEPS = (Tokenizer, Images, AudioField, nn.Module)
-
-
-def _pixels(parts: Sequence[Any], image: Any) -> Tensor:
-    """One image as the tower's input, ``[1, 3, S, S]``."""
-    *decoder, view = parts
-    if decoder:  # the run read files: crop and resampling are the decoder's
-        x_B3SS, (error,) = decoder[0]([_encoded(image)])
-        if error is not None:
-            raise ValueError(f"{image if isinstance(image, str | Path) else 'an image'}: {error}")
-    else:
-        x_B3SS = _uint8(image)[None]
-    return cast(Tensor, view(x_B3SS, torch.zeros(1, dtype=torch.long)))
-
-
-def _uint8(image: Any) -> Tensor:
-    if isinstance(image, str | Path):
-        with Image.open(image) as opened:
-            return _uint8(opened.convert("RGBA" if opened.has_transparency_data else "RGB"))
-    if not isinstance(image, Tensor):
-        from torchvision.transforms.v2.functional import pil_to_tensor
-
-        image = pil_to_tensor(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
-    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (3, 4):
-        raise ValueError(f"an image is uint8 [3 or 4, H, W], not {image.dtype} {list(image.shape)}")
-    return cast(Tensor, image)
-
-
-def _encoded(image: Any) -> bytes:
-    """A file's bytes, else a lossless PNG."""
-    if isinstance(image, str | Path):
-        return Path(image).read_bytes()
-    from torchvision.io import encode_png
-    from torchvision.transforms.v2.functional import to_pil_image
-
-    x_CHW = _uint8(image)
-    if len(x_CHW) == 3:
-        return bytes(encode_png(x_CHW).numpy())
-    with io.BytesIO() as file:
-        to_pil_image(x_CHW).save(file, "PNG")
-        return file.getvalue()
 
 
 def _features(field: AudioField, file: Path) -> Tensor:

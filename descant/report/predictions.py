@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,8 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from descant import __version__
+from descant.callbacks.run.report import read_json
 from descant.cli.errors import fail, hint
 from descant.datamodules.base import BatchDataset, DataModule
+from descant.modules.core.dtensor import unsharded_class
+from descant.run.folder import CLASSES
 from descant.run.runs import Run
 
 #: Rows of a parquet row group: small groups are slow to read.
@@ -36,10 +40,11 @@ class Predictions(L.Callback):
     Columns: ``index`` (int64, the sample's stable id); ``name`` (a description of the sample, such as its caption);
     ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); for each
     modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality; and each target that is one
-    number a sample (int64 or float64), such as ``group``. Padding rows, which
-    have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers
-    open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set and
-    widths.
+    number a sample (int64 or float64), such as ``group``. Of a classifier also ``TARGET_class``, the name of the most
+    probable class (its number, where none is known), and ``TARGET_probability``, C float32. Padding rows, which have no
+    modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers open as
+    one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set, widths and names
+    of classes.
 
     Args:
         run: the folder to write to, and the checkpoint that is read.
@@ -125,12 +130,16 @@ class Predictions(L.Callback):
         source = self.run.folder.parent if self.run.folder.parent.joinpath("config.yaml").is_file() else None
         about = {
             "version": __version__,
-            "recipe": type(pl_module).__name__,
+            "recipe": unsharded_class(pl_module).__name__,
             "run": "/".join(source.parts[-2:]) if source else None,
             "checkpoint": Path(self.run.checkpoint).name if self.run.checkpoint else None,
             "step": self.step,
             "set": name,
             "width": widths,
+            "classes": {
+                target: known_names(source, data, target, logits_BC.shape[1])
+                for target, logits_BC in outputs.get("logits", {}).items()
+            },
         }
         rank = trainer.global_rank if trainer.world_size > 1 else None
         return _Table(self.run.folder, name, widths, targets, about, data, rank)
@@ -153,10 +162,14 @@ class _Table:
         target = folder / f"embeddings-{name.replace('/', '-')}.parquet"
         self.target = target if rank is None else target / f"part-{rank:05d}.parquet"
         self.scratch = folder / f".{target.name}.{0 if rank is None else rank}"
-        columns = {f"z_{m}": pa.list_(pa.float32(), width) for m, width in widths.items()}
+        columns = {f"z_{m}": pa.list_(pa.float32()) for m in widths}
         fields = {"index": pa.int64(), "name": pa.string(), "sample": pa.string(), **columns}
         self.numbers = {name: _kind(x_B) for name, x_B in targets.items() if name not in fields}
         fields |= self.numbers
+        self.classes: dict[str, list[str] | None] = about["classes"]
+        for target, names in self.classes.items():
+            fields[f"{target}_class"] = pa.int64() if names is None else pa.string()
+            fields[f"{target}_probability"] = pa.list_(pa.float32())
         self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
         self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
         self.batches: list[pa.RecordBatch] = []
@@ -175,12 +188,18 @@ class _Table:
         for modality, width in self.widths.items():
             z_BD = outputs["z"].get(modality)
             if z_BD is None:
-                columns.append(pa.nulls(len(index), pa.list_(pa.float32(), width)))
+                columns.append(pa.nulls(len(index), pa.list_(pa.float32())))
             else:
                 columns.append(_vectors(z_BD.detach().float().cpu()[rows], present[modality][rows], width))
         for name, kind in self.numbers.items():
             x_B = targets[name].cpu()[rows]
             columns.append(pa.array((x_B.double() if x_B.is_floating_point() else x_B.long()).numpy(), kind))
+        for target, names in self.classes.items():
+            probability_BC = outputs["logits"][target].detach().double().softmax(dim=1).float().cpu()[rows]
+            best = probability_BC.argmax(dim=1).tolist()
+            columns.append(pa.array(best if names is None else [names[k] for k in best]))
+            everywhere = torch.ones(len(index), dtype=torch.bool)
+            columns.append(_vectors(probability_BC, everywhere, probability_BC.shape[1]))
         self.rows += len(index)
         self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
         if sum(len(batch) for batch in self.batches) >= GROUP:
@@ -204,6 +223,14 @@ class _Table:
         self.scratch.unlink(missing_ok=True)
 
 
+def known_names(run: Path | None, data: Any, target: str, count: int) -> list[str] | None:
+    """Names of a target's classes: those that a run has noted, else the data's; None where neither knows so many."""
+    noted = read_json(run / CLASSES).get(target) if run is not None else None
+    known = data.class_names(target) if noted is None and isinstance(data, DataModule) else noted
+    good = isinstance(known, list) and len(known) == count and all(isinstance(name, str) for name in known)
+    return known if good else None
+
+
 def _numbers(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those that are one number a sample."""
     return {name: x_B for name, x_B in targets.items() if x_B.ndim == 1}
@@ -223,11 +250,15 @@ def _utf8(name: str) -> str:
 
 
 def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
-    """Embeddings as lists of D float32, null where absent."""
+    """Vectors as lists of D float32, null where absent.
+
+    Their type has no fixed size: Arrow 24 and earlier read no null among lists of a fixed size.
+    """
     if z_BD.shape[1] != width:
         raise ValueError(f"embeddings of width {z_BD.shape[1]} after embeddings of width {width} in one set")
-    flat = pa.array(z_BD.contiguous().view(-1).numpy(), pa.float32())
-    return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array((~present_B).numpy()))
+    flat = pa.array(z_BD[present_B].contiguous().view(-1).numpy(), pa.float32())
+    ends_B = np.concatenate([[0], present_B.numpy().cumsum() * width]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends_B), flat, mask=pa.array((~present_B).numpy()))
 
 
 def _chosen(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:

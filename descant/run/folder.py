@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from itertools import count
+from typing import Any
 
 import lightning as L
 import yaml
 
+from descant.datamodules.base import DataModule
 from descant.modules.io.files import write_json, write_text
 from descant.modules.io.saved import CONFIG_SUM
 from descant.modules.training_setup.trackers.base import Tracker
 from descant.run import runs
 from descant.run.versions import versions
 
+#: File of a run with the names of its classes: target -> names in the order of their numbers.
+CLASSES = "classes.json"
+
 
 class Folder(L.Callback):
-    """Writes ``config.yaml`` and ``versions.json``, and points ``latest`` and ``metrics.json`` beside the run at it.
+    """Writes a run's own files, and points ``latest`` and ``metrics.json`` beside the run at it.
+
+    These are ``config.yaml``, ``versions.json`` and, of a classifier whose data name their classes, ``classes.json``.
 
     Args:
         run: the run.
@@ -40,6 +47,13 @@ class Folder(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, Tracker):
                 logger.describe(yaml.safe_load(self.config))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        target: Any = getattr(pl_module, "target", None)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names = data.class_names(target) if isinstance(target, str) and isinstance(data, DataModule) else None
+        if names is not None and trainer.is_global_zero:
+            write_json(self.run.folder / CLASSES, {target: names})
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         # from the first step on it counts as a run: one refused before leaves no folder and moves no link

@@ -12,17 +12,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import yaml
-
 from descant.cli.catalogue import made_by
 from descant.cli.errors import Refusal, fail, hint, printable
 from descant.cli.untrusted import json_of, text_of
-from descant.modules.io import manifest
+from descant.modules.io import manifest, plain_yaml
 from descant.modules.io.checkpoints import LATEST, followed
 from descant.modules.io.files import write_text as write_text
 from descant.modules.io.jsonl import loads
@@ -128,6 +126,16 @@ def runs_of(root: Path, name: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
+def runs_below(folder: Path, depth: int = 4) -> list[Path]:
+    """The run itself, the runs of a name, or those of all names in a folder, such as of a sweep or of all sweeps."""
+    if is_run(folder):
+        return [folder]
+    if several := runs_of(folder.parent, folder.name):
+        return several
+    inner = sorted(folder.glob("[!.]*")) if depth else []
+    return [run for path in inner if not path.is_symlink() for run in runs_below(path, depth - 1)]
+
+
 def agree(parent: Path, decide: Callable[[], Run]) -> Run:
     """The run that rank 0 decides on, on every rank. ``parent`` is the same folder on all ranks.
 
@@ -186,19 +194,37 @@ def latest(root: Path, name: str) -> Path | None:
     return folders[-1] if folders else None
 
 
-def existing(root: Path, run: str) -> Path:
-    """The folder of ``--run NAME/002``: under ``root``, or a path.
+def require_below(root: Path, folder: Path, trust: Sequence[str] = ()) -> None:
+    """Refuse a folder of ``root`` that is a link out of it, or lies behind one. The user may type a path elsewhere.
 
     Raises:
-        Refusal: if there is none.
+        Refusal: for such a link, unless ``trust`` has "writes".
+    """
+    below = Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root))
+    if below and "writes" not in trust and not folder.resolve().is_relative_to(root.resolve()):
+        fail(f"{printable(folder)}: a link out of {root}; --trust writes lets a run write there")
+
+
+def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
+    """The folder of ``--run NAME/002``: under ``root``, or a path. A command that writes there passes its ``trust``.
+
+    Raises:
+        Refusal: if there is none, or a link leads out of ``root``.
     """
     for folder in (followed(root / run), followed(Path(run))):
         if is_run(folder):
+            require_below(root, folder, trust)
             return folder.resolve()
     if run in ("", "."):
         fail("--run: a run is missing: NAME/001, or NAME/latest")
     known = [path.relative_to(root).as_posix() for path in root.glob("*/*") if _NUMBER.fullmatch(path.name)]
     raise Refusal(f"--run {run}: no such run under {root}{hint(run, known) or made_by(run)}")
+
+
+def model_path(root: Path, name: Path | str) -> Path:
+    """A run, checkpoint or export by its path, or by its name below ``root``; as given where neither exists."""
+    given = followed(Path(name).expanduser())
+    return next((path for path in (given, followed(root / name)) if path.exists()), given)
 
 
 def is_run(folder: Path) -> bool:
@@ -213,9 +239,8 @@ def is_run(folder: Path) -> bool:
 def precision_of(folder: Path) -> str | None:
     """``trainer.precision`` in a run's configuration; None where it is not known."""
     try:
-        content = yaml.safe_load(text_of(folder / "config.yaml"))
-        precision = content["trainer"]["precision"]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+        precision = plain_yaml.loads(text_of(folder / "config.yaml"))["trainer"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if precision in (None, "auto") else str(precision)
 

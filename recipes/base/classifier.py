@@ -68,7 +68,7 @@ class Classifier(SharedSpace):
         super().setup(stage)
         data = datamodule_of(self.trainer)
         classes = getattr(data, "classes", None)
-        if isinstance(classes, Mapping):
+        if isinstance(classes, Mapping) and (stage != "predict" or self.target in classes):
             require_classes(classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
     def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
@@ -133,5 +133,15 @@ class Classifier(SharedSpace):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
         z = self.latents(batch)
-        unit = {m: F.normalize(z_BD, dim=-1) for m, z_BD in z.items()}
-        return {"z": unit, "scores": self.scores(batch, z)}
+        return {"z": _unit(z), "scores": self.scores(batch, z)}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings and ``logits_BC``, of samples with or without a label."""
+        z = self.latents(batch)
+        present = {**batch.present, **{m: batch.there(m) for m in z}}
+        logits = {self.target: self.fuse(z, batch.present)}
+        return {"index": batch.index, "present": present, "z": _unit(z), "logits": logits}
+
+
+def _unit(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {m: F.normalize(z_BD, dim=-1) for m, z_BD in z.items()}

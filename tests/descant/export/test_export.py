@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 import descant
 from descant.__main__ import main
 from descant.callbacks.run.report import read_json
+from descant.datamodules import prepared
+from descant.datamodules.prepared import prepare_image
 from descant.export import loading
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.core.batch import Batch
@@ -149,10 +151,11 @@ def test_loading_restores_global_settings(here: Path) -> None:
     assert torch.equal(torch.randn(3), wanted) and _common.parsing_settings == before
 
 
+@pytest.mark.parametrize("root", ["runs/emoji", "emoji"])
 @pytest.mark.parametrize("path", ["", "latest", "001", "001/resume/step-0000002.ckpt"])
-def test_every_way_to_name_a_run(here: Path, path: str) -> None:
+def test_every_way_to_name_a_run(here: Path, path: str, root: str) -> None:
     average = torch.load(here / "runs/emoji/001/resume/step-0000002.ckpt", weights_only=True)
-    state = descant.load(Path("runs/emoji") / path).state_dict()
+    state = descant.load(Path(root) / path).state_dict()
     assert all(torch.equal(state[key], value) for key, value in average["state_dict"].items())
     assert any(not torch.equal(state[key], value) for key, value in average["current_model_state"].items())
 
@@ -460,7 +463,7 @@ def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
         "own": lambda: UserData(batch_size=2, path=str(pictures(tmp_path / "mine"))),
         "stamps": lambda: Stamps(tiny=True),
     }[kind]()
-    parts = loading.parts(data)
+    parts = prepared.parts(data)
     (tmp_path / "export").mkdir()
     nodes, left = portable.preprocess(parts, {}, tmp_path / "export")
     assert sorted(nodes) == ["audio"] * (kind == "stamps") + ["image", "text"] and not left
@@ -475,7 +478,7 @@ def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
         if modality == "text":
             assert torch.equal(ours[0](["a red apple"]), theirs[0](["a red apple"]))
         elif modality == "image":
-            assert torch.equal(loading._pixels(ours, picture), loading._pixels(theirs, picture))
+            assert torch.equal(prepare_image(ours, picture), prepare_image(theirs, picture))
         else:
             assert torch.equal(loading._features(ours[0], sound), loading._features(theirs[0], sound))
 

@@ -1,0 +1,37 @@
+"""The data that a run is judged on: its own, others prepared as its own, or others of which that is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from descant.cli.arguments import Request
+from descant.cli.errors import say
+from descant.datamodules.prepared import OtherData, require_alike
+from descant.export import loading
+from descant.modules.io import saved
+from descant.run import runs
+
+
+def judged_data(request: Request, built: L.LightningDataModule, trainer: L.Trainer) -> L.LightningDataModule:
+    """The data module of ``validate``, ``test`` or ``predict --run``: of ``--data.path``, or as it was built.
+
+    Callbacks that fit something on training samples are left out where there are none.
+
+    Raises:
+        ValueError: where options or another data module prepare a modality in another way than the run's own.
+    """
+    if request.judged is None:
+        if any(key.partition(".")[0] == "data" for key, _ in request.typed_options):
+            folder = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
+            trained = loading.datamodule(saved.find(folder, "last"))
+            if trained is not None:
+                require_alike(built, trained)
+        return built
+    fits = [one for one in trainer.callbacks if "bank_dataloader" in getattr(one, "needs_of_data", ())]  # type: ignore[attr-defined]
+    if fits:
+        names = ", ".join(sorted({type(one).__name__ for one in fits}))
+        say(f"left out, since it is fitted on training samples: {names}")
+        trainer.callbacks = [one for one in trainer.callbacks if one not in fits]  # type: ignore[attr-defined]
+    return OtherData(request.judged[0], built, request.judged[1])
