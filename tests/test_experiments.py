@@ -75,7 +75,7 @@ def kind(path: Path) -> tuple[str, ...]:
 
 
 def trained() -> list[Any]:
-    """Of each class of experiments one and a third of the overlays, all but a twentieth of all YAMLs in `make slow`.
+    """Of each class of experiments one and a sixth of the overlays, all but a twentieth of all YAMLs in `make slow`.
 
     Of those with pretrained models it is one in all; tests/recipes/test_smollm.py trains such a one, too.
     """
@@ -86,7 +86,7 @@ def trained() -> list[Any]:
     once = [path for like in kinds.values() for path in turn(like, len(like)) if not need(path)]
     heavy = [path for path in RUNNABLE if need(path)]  # pretrained models: one of them
     once += turn(heavy, len(heavy))
-    rest = [path for path in [*once, *turn(OVERLAYS, 3)] if path not in quick]
+    rest = [path for path in [*once, *turn(OVERLAYS, 6)] if path not in quick]
     return [case(path) for path in quick] + [case(path, slow=True) for path in rest]
 
 
@@ -205,7 +205,7 @@ def test_machines_of_one_process(machine: str, cli: Any) -> None:
 
 
 @pytest.mark.slow
-@by_turns(0, 2)
+@by_turns(1, 4)
 @pytest.mark.ddp
 def test_machines_of_several_ranks_train_alike_and_are_evaluated_on_one(cli: Any, workplace: Path) -> None:
     losses = []

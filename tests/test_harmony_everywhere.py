@@ -1,4 +1,4 @@
-"""Every harmonizer with every recipe: two steps, or one line at once. `make slow` tries a third of them at a commit."""
+"""Every harmonizer with every recipe: two steps, or one line at once. `make slow` tries a sixth of them at a commit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def holds(done: tuple[Result, dict[str, Any]], refusal: str | None) -> None:
 
 def cases(rules: tuple[str, ...]) -> list[Any]:
     each = [(base, rule) for base in WHERE for rule in rules]
-    rest = [case for case in turn(each, 3) if case not in QUICK]
+    rest = [case for case in turn(each, 6) if case not in QUICK]
     later = [pytest.param(*case, marks=pytest.mark.slow, id="-".join(case)) for case in rest]
     return [pytest.param(*case, id="-".join(case)) for case in each if case in QUICK] + later
 

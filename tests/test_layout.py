@@ -31,6 +31,7 @@ MAY = {
                 "selection",
                 "tokenizers",
                 "transforms",
+                "io.addresses",
                 "io.cache",
                 "io.files",
                 "io.jsonl",

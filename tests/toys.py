@@ -112,7 +112,10 @@ class ToyData(L.LightningDataModule):
         generator = torch.Generator().manual_seed(mix(0, "toy", number) % 2**31)
         x_BD = torch.randn(self.batch_size, FEATURES, generator=generator)
         present_B = torch.ones(self.batch_size, dtype=torch.bool)
-        return Batch({"image": x_BD, "text": x_BD.flip(1)}, {"image": present_B, "text": present_B})
+        index_B = number * self.batch_size + torch.arange(self.batch_size)
+        whole = Batch({"image": x_BD, "text": x_BD.flip(1)}, {"image": present_B, "text": present_B}, index=index_B)
+        trainer: Any = self.trainer  # ranks share the rows of a batch, so that any number of them trains on the same
+        return whole if trainer is None else whole.select(slice(trainer.global_rank, None, trainer.world_size))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader([self._batch(n) for n in range(self.batches)], batch_size=None)  # type: ignore[arg-type]

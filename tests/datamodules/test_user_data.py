@@ -603,7 +603,7 @@ def test_a_stream_gives_every_rank_the_same_number_of_steps(tmp_path: Path, worl
         seen += [i for b in found for i in b.index[b.present["image"]].tolist()]
     assert len(seen) == 36
     assert data.evaluation_sets("validate") == {}
-    with pytest.raises(ValueError, match="a stream has no bank"):
+    with pytest.raises(ValueError, match="no bank set: k-NN and probes"):
         data.bank_set()
 
 
