@@ -41,6 +41,8 @@ from descant.callbacks.evaluate.projector import Projector as Projector
 from descant.callbacks.evaluate.readout import Readout as Readout
 from descant.callbacks.evaluate.reconstruction import Reconstruction as Reconstruction
 from descant.callbacks.evaluate.reconstruction import ReconstructionPictures as ReconstructionPictures
+from descant.callbacks.evaluate.regression import NumberErrors as NumberErrors
+from descant.callbacks.evaluate.regression import NumberProbe as NumberProbe
 from descant.callbacks.evaluate.retrieval import EmergentRetrieval as EmergentRetrieval
 from descant.callbacks.evaluate.retrieval import Retrieval as Retrieval
 from descant.callbacks.evaluate.retrieval_pictures import RetrievalPictures as RetrievalPictures

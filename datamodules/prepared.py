@@ -28,6 +28,7 @@ from descant.datamodules.fields.fields import (
     Fields,
     ImageField,
     LabelField,
+    NumberField,
     Row,
     TextField,
     filled,
@@ -152,7 +153,7 @@ class OtherData(UserData):
 
     Args:
         path: as of :class:`UserData`.
-        trained: the data module of the run.
+        trained: the data module of the run; of a table, with the codes of its checkpoint.
         split: train, val or test: the rows of this split alone, by a column ``split`` or by files of these names.
 
     Raises:
@@ -168,6 +169,9 @@ class OtherData(UserData):
             batch_size=getattr(trained, "batch_size", 256),
             eval_batch_size=getattr(trained, "eval_batch_size", 512),
         )
+        if self.columns is not None:
+            assert isinstance(trained, UserData)
+            self._codes = trained.codes
         _ = self.splits
 
     @cached_property
@@ -223,17 +227,21 @@ def _choose_fields(source: Source, trained: L.LightningDataModule, path: str) ->
     found = {modality: _find_reader(field, source) for modality, field in ways.items()}
     usual = ("image", "text", "audio")
     others = {modality: field for modality, field in found.items() if field and modality not in usual}
-    if not any(found.values()):
+    table = given.table if given is not None else None
+    table = table if table is not None and set(table.columns) <= set(source.fields) else None
+    if not any(found.values()) and table is None:
         has = ", ".join(f"{name} ({kind})" for name, kind in kinds(source).items())
         raise ValueError(f"{path}: none of {', '.join(ways) or 'the modalities'} of the run; it has {has}")
     targets = {name: LabelField(name) for name in source.fields}
     targets |= {name: field for name, field in (given.labels if given is not None else {}).items()}
     classes = {name: _classes(trained, name) for name, field in targets.items() if field.field in source.fields}
-    labels = {
+    labels: dict[str, LabelField | NumberField] = {
         name: LabelField(targets[name].field, names, targets[name].prompts) for name, names in classes.items() if names
     }
+    numbers = given.numbers if given is not None else {}
+    labels |= {name: number for name, number in numbers.items() if number.field in source.fields}
     made: dict[str, Any] = {modality: found.get(modality) for modality in usual}
-    return Fields(**made, labels=labels, others=others)
+    return Fields(**made, table=table, labels=labels, others=others)
 
 
 def _find_reader(field: Field, source: Source) -> Field | None:

@@ -1,6 +1,6 @@
 """User data: a folder with a CSV, parquet files, shards, a saved dataset or a stream, as batches of several modalities.
 
-Letters: B samples of a batch, N of a source, C classes, P prompts a class, T tokens.
+Letters: B samples of a batch, N of a source.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -107,7 +106,7 @@ class UserData(UserSizes):
         whole: dict[str, Any] = {
             "key": key,
             "split": split,
-            "fields.labels": fields.labels if fields is not None else None,
+            "fields.labels": {**fields.labels, **fields.numbers} if fields is not None else None,
         }
         whole |= {"table": table, "fields.table": fields.table if fields is not None else None}
         whole |= self.needs_shapes()
@@ -258,7 +257,7 @@ class UserData(UserSizes):
             seed=self.seed,
             random=training,
             ledger=self.ledger,
-            label={target: label[name] for target, label in self.labels.items()},
+            label={target: value[name] for target, value in self.target_values.items()},
             key=self._content[name] if self.key is not None else None,
             first=self.firsts[name],
             drop=self.drop if training else None,
@@ -352,28 +351,7 @@ class UserData(UserSizes):
                 )
         self._marks = state_dict["marks"]
 
-    # labels and keys -------------------------------------------------------------------------------------------
-
-    @cached_property
-    def classes(self) -> dict[str, list[str]]:
-        """Target -> its classes in the order of their numbers."""
-        classes = {}
-        for target, field in (self.given.labels if self.given is not None else {}).items():
-            names = {text.strip() for source in self.sources.values() for text in source.texts(field.field) if text}
-            classes[target] = field.classes or sorted(names)
-        return classes
-
-    @cached_property
-    def labels(self) -> dict[str, dict[str, np.ndarray]]:
-        """Target -> source -> class number of each of its samples."""
-        fields = self.given.labels if self.given is not None else {}
-        return {
-            target: {
-                name: field.numbers(source.texts(field.field), self.classes[target], source.place(0))
-                for name, source in self.sources.items()
-            }
-            for target, field in fields.items()
-        }
+    # keys ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _content(self) -> Mapping[str, np.ndarray]:
@@ -387,17 +365,6 @@ class UserData(UserSizes):
         }
 
     # evaluation ------------------------------------------------------------------------------------------------
-
-    def prompts(self, target: str) -> tuple[Tensor, list[str]]:
-        fields = self.given.labels if self.given is not None else {}
-        if target not in fields:
-            raise ValueError(f"target: {target!r} is not one of {', '.join(fields) or 'the labels: there are none'}")
-        if self.tokenizer is None:
-            raise ValueError(f"target: {target!r}: prompts are texts, and this data has no text field")
-        forms = fields[target].prompts
-        names = self.classes[target]
-        words = [name.replace("_", " ").replace("-", " ") for name in names]
-        return torch.stack([self.tokenizer([form.format(name) for form in forms]) for name in words]), names
 
     def _at(self, index: int) -> tuple[str, int] | None:
         """The source of a sample, and its row there; None for samples of a stream."""

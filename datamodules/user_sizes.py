@@ -14,11 +14,11 @@ from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.sources.image_shapes import image_shapes
 from descant.datamodules.sources.reading import Reader
 from descant.datamodules.token_order import TokenOrder
-from descant.datamodules.user_table import UserTable
+from descant.datamodules.user_targets import UserTargets
 from descant.modules.transforms.image import Augment
 
 
-class UserSizes(UserTable):
+class UserSizes(UserTargets):
     """Base of :class:`UserData`: what images of any size need of it."""
 
     batch_tokens: int | None

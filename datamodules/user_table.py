@@ -89,6 +89,7 @@ def synthetic(given: Fields | None, key: str | None) -> Synthetic:
     names = {n: f.synthetic for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
     names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
     names |= {field.field: "label" for field in given.labels.values()} | ({key: "text"} if key else {})
+    names |= {field.field: "bit" for field in given.numbers.values()}
     return Synthetic(fields=names)
 
 

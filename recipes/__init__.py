@@ -17,6 +17,7 @@ from descant.recipes.multitask import MultiTask
 from descant.recipes.mutual_information import MutualInformation
 from descant.recipes.peers import Peers
 from descant.recipes.reconboost import ReconBoost
+from descant.recipes.regression import Regression
 from descant.recipes.self_supervised import SelfSupervised
 from descant.recipes.staged import Staged
 from descant.recipes.vision_language import VisionLanguage
@@ -39,6 +40,7 @@ __all__ = [
     "Peers",
     "Recipe",
     "ReconBoost",
+    "Regression",
     "SelfSupervised",
     "Stage",
     "Staged",

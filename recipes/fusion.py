@@ -16,7 +16,7 @@ Letters: B samples, G samples of the whole optimizer step, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,11 +30,10 @@ from descant.modules.fusion.classifiers import FusionHead, LateFusion, only
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.classifier import Classifier
+from descant.recipes.base.fused_space import FUSED, OwnHeads
 
-FUSED = "fused"
 
-
-class Fusion(Classifier):
+class Fusion(OwnHeads, Classifier):
     """Multimodal classifier: late, mid or attention fusion.
 
     Args:
@@ -62,19 +61,13 @@ class Fusion(Classifier):
     ) -> None:
         self.in_batch_negatives = any(part.in_batch_negatives for part in regularizers or ())
         super().__init__(towers, target, classes, width, pool, fusion or LateFusion(), smoothing, **kwargs)
-        self.own = nn.ModuleDict({m: nn.Linear(width, classes) for m in towers} if unimodal else {})
+        self.make_own(classes, unimodal)
         widths = dict.fromkeys(towers, width)
         self.regularizers = nn.ModuleList(part.build(widths, classes) for part in regularizers or ())
         #: Of a training batch: the presence masks that the fusion gets; all that are present where None.
         self.modality_mask: Callable[[Batch], Mapping[str, Tensor]] | None = None
 
     # logits by modality -----------------------------------------------------------------------------------------------
-
-    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``logits_BC`` of it alone: its own head's, or the fusion's as if there were no other."""
-        if not self.own:
-            return super().unimodal(z, present)
-        return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.checked(z, present)[0].items()}
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Modality -> its part of ``logits_BC``, by Shapley; logits of no modality are shared equally."""
@@ -84,26 +77,13 @@ class Fusion(Classifier):
 
     # training -------------------------------------------------------------------------------------------------
 
-    @property
-    def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Modality -> the terms that share its latents."""
-        return {m: (FUSED, m) if self.own else (FUSED,) for m in self.towers}
-
-    def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Of towers, pools and heads: all that comes before the latents."""
-        parts = (self.towers, self.pools, self.heads)
-        return (p for part in parts for p in part.parameters() if p.requires_grad)
-
     def forward(self, batch: Batch) -> Output:
         label_B, z = self.labels(batch), self.latents(batch)
-        copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         mask = self.modality_mask if self.training else None
         fused_present = batch.present if mask is None else mask(batch)
-        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, fused_present)
+        fused_BC, own = self.outputs(z, batch, fused_present)
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
-        if self.own:
-            own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present)
-            terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
+        terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
         inputs = FusionInputs(z, batch.present, label_B)
         context = FusionContext(inputs, fused_present, fused_BC, self.fuse, self.fusion, batch, self.rows(batch))
         aux = self.regularized(context, terms)

@@ -96,7 +96,7 @@ class MultiTask(StreamSpace):
         super().setup(stage)
         for name, objective in self.tasks.items():
             with naming(name):
-                objective.require_data(datamodule_of(self.trainer))
+                objective.require_data(datamodule_of(self.trainer), stage == "fit")
         for line in differently_hidden(self.tasks) if stage == "fit" else ():
             rank_zero_info(f"objectives: {line}")
 

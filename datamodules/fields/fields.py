@@ -32,6 +32,8 @@ from descant.modules.transforms.image import HALF, Colour, Pixels
 
 #: The int16 after the end of a recording; the lowest real sample is one above it.
 ENDED = -32768
+#: Most different numbers, not all whole, that may be names of classes.
+MANY = 20
 #: Most decoded bytes of one recording.
 SOUND = 1 << 28
 #: A tensor ``[B, ...]``, and for each row why it could not be read, or None.
@@ -298,11 +300,63 @@ class LabelField:
 
     def numbers(self, texts: Sequence[str | None], classes: Sequence[str], place: str) -> np.ndarray:
         """int64 ``[N]``. Raises ValueError for a label that is none of the ``classes``."""
+        self.require_classes(classes, place)
         known = {name: k for k, name in enumerate(classes)}
         other = next((text for text in texts if text is not None and text.strip() not in known), None)
         if other is not None:
             raise ValueError(f"{place}: {self.field}: {other!r} is no class{nearest(other, known)}")
         return np.array([-1 if text is None else known[text.strip()] for text in texts], dtype=np.int64)
+
+    def require_classes(self, classes: Sequence[str], place: str) -> None:
+        """Raises ValueError where the classes that were found are numbers, not all of them whole, and many."""
+        if self.classes is not None or len(classes) <= MANY:
+            return
+        numbers = [number_of(name) for name in classes]
+        if None not in numbers and any(number != round(number) for number in numbers if number is not None):
+            raise ValueError(
+                f"{place}: {self.field}: {len(classes):,} different numbers, such as {classes[0]}: a NumberField reads "
+                "them to predict a number; a LabelField with classes: [...] takes them as names"
+            )
+
+
+class NumberField:
+    """Numbers to predict, in their own unit -> float32; nan where a sample has none.
+
+    Args:
+        field: of the numbers.
+
+    >>> NumberField("age").numbers(["31", None, "4.5e1"], "row {}".format).tolist()
+    [31.0, nan, 45.0]
+    """
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def numbers(self, texts: Sequence[str | None], place: Callable[[int], str]) -> np.ndarray:
+        """float32 ``[N]``; empty cells are none. Raises ValueError, with its place, for what is no finite number."""
+        y_N = np.full(len(texts), np.nan, dtype=np.float32)
+        for row, text in enumerate(texts):
+            if text is not None and text.strip():
+                number = number_of(text)
+                if number is None:
+                    raise ValueError(
+                        f"{place(row)}: {self.field}: {text!r} is no number; a LabelField reads class names"
+                    )
+                y_N[row] = number
+        return y_N
+
+
+def number_of(text: str) -> float | None:
+    """The finite float32 that a text is, else None.
+
+    >>> number_of("4.5"), number_of("nan"), number_of("four")
+    (4.5, None, None)
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) <= np.finfo(np.float32).max else None
 
 
 class Fields:
@@ -313,7 +367,7 @@ class Fields:
         text: captions.
         audio: recordings.
         table: columns of numbers and categories.
-        labels: name of a target -> its field.
+        labels: name of a target -> its field: a LabelField of classes, or a NumberField.
         others: modality of any other name -> its field: a VideoField, or an ArrayField of features or points.
     """
 
@@ -322,11 +376,13 @@ class Fields:
         image: ImageField | None = None,
         text: TextField | None = None,
         audio: AudioField | None = None,
-        labels: dict[str, LabelField] | None = None,
+        labels: dict[str, LabelField | NumberField] | None = None,
         table: TableField | None = None,
         others: dict[str, Field] | None = None,
     ) -> None:
-        self.image, self.text, self.audio, self.table, self.labels = image, text, audio, table, labels or {}
+        self.image, self.text, self.audio, self.table = image, text, audio, table
+        self.labels = {name: field for name, field in (labels or {}).items() if isinstance(field, LabelField)}
+        self.numbers = {name: field for name, field in (labels or {}).items() if isinstance(field, NumberField)}
         given: dict[str, Field | None] = {"image": image, "text": text, "audio": audio}
         if "table" in (others or {}):
             raise ValueError("others: table has its own name")

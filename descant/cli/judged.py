@@ -9,15 +9,20 @@ import lightning as L
 from descant.cli.arguments import Request
 from descant.cli.errors import say
 from descant.datamodules.prepared import OtherData, require_alike
+from descant.datamodules.user_data import UserData
 from descant.export import loading
 from descant.modules.io import saved
+from descant.modules.io.plain import load_values
 from descant.run import runs
 
 
-def judged_data(request: Request, built: L.LightningDataModule, trainer: L.Trainer) -> L.LightningDataModule:
+def judged_data(
+    request: Request, built: L.LightningDataModule, trainer: L.Trainer, checkpoint: str | None
+) -> L.LightningDataModule:
     """The data module of ``validate``, ``test`` or ``predict --run``: of ``--data.path``, or as it was built.
 
-    Callbacks that fit something on training samples are left out where there are none.
+    Columns of a table are read by the codes of the ``checkpoint``. Callbacks that fit something on training samples are
+    left out where there are none.
 
     Raises:
         ValueError: where options or another data module prepare a modality in another way than the run's own.
@@ -34,4 +39,6 @@ def judged_data(request: Request, built: L.LightningDataModule, trainer: L.Train
         names = ", ".join(sorted({type(one).__name__ for one in fits}))
         say(f"left out, since it is fitted on training samples: {names}")
         trainer.callbacks = [one for one in trainer.callbacks if one not in fits]  # type: ignore[attr-defined]
+    if isinstance(built, UserData) and built.columns is not None and checkpoint is not None:
+        built.load_codes(load_values(Path(checkpoint)).get(type(built).__qualname__, {}))
     return OtherData(request.judged[0], built, request.judged[1])

@@ -243,7 +243,7 @@ class DescantCLI(LightningCLI):
         with hub.pinned(known), self.checking.building() if self.checking is not None else contextlib.nullcontext():
             super().instantiate_classes()
             if self.subcommand != "fit" and self.options.run:
-                self.datamodule = judged_data(self.request, self.datamodule, self.trainer)
+                self.datamodule = judged_data(self.request, self.datamodule, self.trainer, start)
         if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
             write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
         for line in self.lines:  # only now: a failed build prints its own line alone

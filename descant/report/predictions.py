@@ -41,10 +41,11 @@ class Predictions(L.Callback):
     ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); for each
     modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality; and each target that is one
     number a sample (int64 or float64), such as ``group``. Of a classifier also ``TARGET_class``, the name of the most
-    probable class (its number, where none is known), and ``TARGET_probability``, C float32. Padding rows, which have no
-    modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers open as
-    one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set, widths and names
-    of classes.
+    probable class (its number, where none is known), and ``TARGET_probability``, C float32; of a regression
+    ``TARGET_predicted`` (float64, in the unit of the target); null where there is no prediction. Padding rows, which
+    have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers
+    open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set, widths
+    and names of classes.
 
     Args:
         run: the folder to write to, and the checkpoint that is read.
@@ -140,6 +141,7 @@ class Predictions(L.Callback):
                 target: known_names(source, data, target, logits_BC.shape[1])
                 for target, logits_BC in outputs.get("logits", {}).items()
             },
+            "predicted": list(outputs.get("numbers", {})),
         }
         rank = trainer.global_rank if trainer.world_size > 1 else None
         return _Table(self.run.folder, name, widths, targets, about, data, rank)
@@ -170,6 +172,8 @@ class _Table:
         for target, names in self.classes.items():
             fields[f"{target}_class"] = pa.int64() if names is None else pa.string()
             fields[f"{target}_probability"] = pa.list_(pa.float32())
+        self.predicted: list[str] = about["predicted"]
+        fields |= {f"{target}_predicted": pa.float64() for target in self.predicted}
         self.schema = pa.schema(list(fields.items()), metadata={"descant": json.dumps(about)})
         self.writer = pq.ParquetWriter(self.scratch, self.schema, compression="zstd")
         self.batches: list[pa.RecordBatch] = []
@@ -196,10 +200,14 @@ class _Table:
             columns.append(pa.array((x_B.double() if x_B.is_floating_point() else x_B.long()).numpy(), kind))
         for target, names in self.classes.items():
             probability_BC = outputs["logits"][target].detach().double().softmax(dim=1).float().cpu()[rows]
-            best = probability_BC.argmax(dim=1).tolist()
-            columns.append(pa.array(best if names is None else [names[k] for k in best]))
-            everywhere = torch.ones(len(index), dtype=torch.bool)
-            columns.append(_vectors(probability_BC, everywhere, probability_BC.shape[1]))
+            known_B = probability_BC.isfinite().all(dim=1)
+            best = [k if known else None for k, known in zip(probability_BC.argmax(1).tolist(), known_B, strict=True)]
+            named = best if names is None else [None if k is None else names[k] for k in best]
+            columns.append(pa.array(named, pa.int64() if names is None else pa.string()))
+            columns.append(_vectors(probability_BC, known_B, probability_BC.shape[1]))
+        for target in self.predicted:
+            y_B = outputs["numbers"][target].detach().double().cpu()[rows].numpy()
+            columns.append(pa.array(y_B, pa.float64(), mask=np.isnan(y_B)))
         self.rows += len(index)
         self.batches.append(pa.RecordBatch.from_arrays(columns, schema=self.schema))
         if sum(len(batch) for batch in self.batches) >= GROUP:

@@ -23,6 +23,7 @@ HAD_BY = {
     "MultimodalClassifier": "Fusion",
     "PacksDocuments": "VisionLanguage",
     "Predicts": "Masked",
+    "PredictsNumbers": "Regression and MultiTask",
     "Reconstructs": "Masked and MultiTask",
     "RolloutPolicy": "VisionLanguage",
     "RoutesTokens": "VisionLanguage",

@@ -176,6 +176,13 @@ class Scores(Protocol):
     def scores(self, batch: Batch) -> dict[str, Term]: ...
 
 
+@runtime_checkable
+class PredictsNumbers(Protocol):
+    """``numbers(batch)``: target of the data -> its prediction ``[B]`` in its own unit; nan where there is none."""
+
+    def numbers(self, batch: Batch) -> dict[str, Tensor]: ...
+
+
 class ReconstructionOutput(NamedTuple):
     """Reconstruction of a modality that was masked in whole or part; all in the shape and units of its input.
 

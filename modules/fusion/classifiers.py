@@ -42,15 +42,15 @@ class FusionHead(nn.Module):
         self._detached: tuple[str, ...] = ()
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
-        """Makes the layers for modality -> width of its latents, and this number of classes; returns itself.
+        """Makes the layers for modality -> width of its latents, and C outputs, one a class; returns itself.
 
         Raises:
-            ValueError: without a modality, or for fewer than two classes.
+            ValueError: without a modality, or for no output.
         """
         if not widths:
             raise ValueError("widths: a fusion needs at least one modality")
-        if classes < 2:
-            raise ValueError(f"classes {classes}: at least 2")
+        if classes < 1:
+            raise ValueError(f"classes {classes}: at least 1")
         self.widths = dict(widths)
         self.made(self.widths, classes)
         return self

@@ -97,8 +97,8 @@ class TaskObjective(nn.Module):
         """Raises ValueError for an unknown modality, or a stream that is not made."""
         raise NotImplementedError
 
-    def require_data(self, data: Any) -> None:
-        """Raises ValueError for data that it cannot be trained on."""
+    def require_data(self, data: Any, training: bool) -> None:
+        """Raises ValueError for data that it cannot be trained, or judged, on."""
 
     def require_samples(self, samples: float) -> None:
         """Raises ValueError for a number of training samples that it cannot be trained on."""
@@ -112,6 +112,11 @@ class TaskObjective(nn.Module):
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """Quality numbers in evaluation by name; those of losses begin with ``loss``."""
+        return {}
+
+    def answers(self, streams: Streams, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """What it predicts of a target of the data: ``logits``, target -> ``[B, C]``, or ``numbers``, target -> ``[B]``
+        in its own unit; nan in rows without what it reads."""
         return {}
 
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:

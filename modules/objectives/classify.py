@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtype import promote
@@ -14,6 +14,40 @@ from descant.modules.fusion.classifiers import class_labels, cross_entropy, requ
 from descant.modules.objectives.base import Facts, TaskObjective
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers.heads import Projection
+
+
+class SampleHead(nn.Module):
+    """``[B, K]`` of each sample: a projection of the embedding of one modality, or of the first token of two, fused.
+
+    Raises:
+        ValueError: for other than one or two modalities.
+    """
+
+    def __init__(self, modalities: list[str]) -> None:
+        super().__init__()
+        if len(modalities) not in (1, 2):
+            raise ValueError(f"modalities: {modalities}: one, or two that are fused")
+        self.reads = tuple(modalities)
+
+    def build(self, facts: Facts, outputs: int) -> tuple[tuple[tuple[str, str], ...], dict[str, tuple[str, ...]]]:
+        """Make the layers; returns ``fuses`` and ``latents`` of the objective."""
+        facts.require(self.reads)
+        if len(self.reads) == 2:
+            a, b = self.reads
+            self.projection = Projection(facts.fused(a, b), outputs)
+            return ((a, b),), {}
+        self.projection = Projection(facts.width, outputs)
+        return (), {"": self.reads}
+
+    def forward(self, streams: Streams) -> Tensor:
+        """Rows without the modalities hold anything finite."""
+        if len(self.reads) == 1:
+            return promote(self.projection(streams.z(self.reads[0])))
+        a, b = self.reads
+        fused, row_V = streams.own(a, b)
+        with streams.rows(row_V):
+            raw_VK = promote(self.projection(fused.first_ND))
+        return raw_VK.new_zeros(len(streams.batch), raw_VK.shape[1]).index_put((row_V,), raw_VK)
 
 
 class Classify(TaskObjective):
@@ -35,46 +69,33 @@ class Classify(TaskObjective):
 
     def __init__(self, target: str, classes: int, modalities: list[str], smoothing: float = 0.0) -> None:
         super().__init__()
-        if len(modalities) not in (1, 2):
-            raise ValueError(f"modalities: {modalities}: one, or two that are fused")
         if classes < 2 or not 0 <= smoothing < 1:
             raise ValueError(f"classes {classes}, smoothing {smoothing:g}: at least 2, and in [0, 1)")
         self.target, self.classes, self.smoothing = target, classes, smoothing
-        self.reads = tuple(modalities)
+        self.head = SampleHead(modalities)
+        self.reads = self.head.reads
 
     def build(self, facts: Facts) -> Self:
-        facts.require(self.reads)
-        width = facts.width
-        if len(self.reads) == 2:
-            a, b = self.reads
-            width, self.fuses = facts.fused(a, b), ((a, b),)
-        else:
-            self.latents = {"": self.reads}
-        self.head = Projection(width, self.classes)
+        self.fuses, self.latents = self.head.build(facts, self.classes)
         return self
 
-    def require_data(self, data: Any) -> None:
+    def require_data(self, data: Any, training: bool) -> None:
         known = getattr(data, "classes", None)
         if isinstance(known, Mapping):
             require_classes(known, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
-    def logits(self, streams: Streams) -> Tensor:
-        """``[B, C]``; rows without the modalities hold anything finite."""
-        if not self.fuses:
-            return promote(self.head(streams.z(self.reads[0])))
-        fused, row_V = streams.own(*self.fuses[0])
-        with streams.rows(row_V):
-            logits_VC = promote(self.head(fused.first_ND))
-        return logits_VC.new_zeros(len(streams.batch), self.classes).index_put((row_V,), logits_VC)
-
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         label_B = class_labels(batch.targets, self.target, self.classes)
-        value_B = cross_entropy(self.logits(streams), label_B, self.smoothing if self.training else 0.0)
+        value_B = cross_entropy(self.head(streams), label_B, self.smoothing if self.training else 0.0)
         valid_B = batch.both(*self.reads) & (label_B >= 0)
         return {"": Term(value_B, valid=valid_B, norm=batch.count(*self.reads).clamp(min=1))}
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """``accuracy``, 1 or 0, of the rows with a label."""
-        label_B, logits_BC = class_labels(batch.targets, self.target, self.classes), self.logits(streams)
+        label_B, logits_BC = class_labels(batch.targets, self.target, self.classes), self.head(streams)
         right_B = (logits_BC.argmax(dim=1) == label_B).to(logits_BC.dtype)
         return {"accuracy": Term(right_B, valid=batch.both(*self.reads) & (label_B >= 0))}
+
+    def answers(self, streams: Streams, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        absent_B = ~batch.both(*self.reads)
+        return {"logits": {self.target: self.head(streams).masked_fill(absent_B[:, None], float("nan"))}}

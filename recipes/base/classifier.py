@@ -3,9 +3,9 @@
     z_m = head_m(pool(tower_m(x_m)))        for every modality m that is present
     logits = fusion({z_m})
 
-The fusion gets z as it is; judges of embeddings get it at unit length. A loss is divided by the rows of the whole
-optimizer step that have a modality, with or without a label: presence is known beforehand and labels are not, so
-gradients are the same however a step is cut, and a row without a label adds zero.
+A loss is divided by the rows of the whole optimizer step that have a modality, with or without a label: presence is
+known beforehand and labels are not, so gradients are the same however a step is cut, and a row without a label adds
+zero.
 Letters: B samples, G samples of the whole optimizer step, D width, C classes.
 """
 
@@ -14,23 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from descant.modules.core.batch import Batch, some
-from descant.modules.core.dtype import promote
+from descant.modules.core.batch import Batch
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Decisions
-from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, only, require_classes
+from descant.modules.fusion.classifiers import FusionHead, class_labels, cross_entropy, require_classes
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.fused_space import FusedSpace
 
 
-class Classifier(SharedSpace):
+class Classifier(FusedSpace):
     """Base of classifiers: latents of towers, fused to logits. A recipe on top brings the terms.
 
     Args:
@@ -58,11 +55,12 @@ class Classifier(SharedSpace):
         smoothing: float,
         **kwargs: Any,
     ) -> None:
-        super().__init__(towers, width, pool, **kwargs)
+        if classes < 2:
+            raise ValueError(f"classes {classes}: at least 2")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing {smoothing}: at least 0 and below 1, such as 0.1")
+        super().__init__(towers, classes, width, pool, fusion, **kwargs)
         self.target, self.classes, self.smoothing = target, classes, smoothing
-        self.fusion = fusion.build(dict.fromkeys(towers, width), classes)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -71,34 +69,10 @@ class Classifier(SharedSpace):
         if isinstance(classes, Mapping) and (stage != "predict" or self.target in classes):
             require_classes(classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
-    def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
-        """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.
-
-        Of all modalities where none are named.
-        """
-        missing = [m for m in self.towers if m not in batch.inputs]
-        if missing:
-            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        z = {m: promote(self.heads[m](self.present_features(batch, m))) for m in modalities or self.towers}
-        return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
-
-    def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``logits_BC`` of latents, whose samples may stand in another order in each modality."""
-        return promote(self.fusion(z, present))
-
-    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``logits_BC`` of it alone: the fusion's as if there were no other."""
-        z, present = self.fusion.checked(z, present)
-        return {m: self.fuse(z, only(present, m)) for m in z}
-
     def term(self, logits_BC: Tensor, label_B: Tensor, here_B: Tensor, step_G: Tensor) -> Term:
         """Of the rows that are here and have a label, over those that are there in the whole step."""
         value_B = cross_entropy(logits_BC, label_B, self.smoothing)
         return Term(value_B, valid=here_B & (label_B >= 0), norm=step_G.sum().clamp(min=1))
-
-    def some(self, present: Mapping[str, Tensor]) -> Tensor:
-        """Bool: the rows that have a modality which this recipe has a tower for."""
-        return some(*(present[m] for m in self.towers))
 
     def labels(self, batch: Batch) -> Tensor:
         return class_labels(batch.targets, self.target, self.classes)
@@ -130,18 +104,5 @@ class Classifier(SharedSpace):
             "loss": Term(cross_entropy(logits_BC, label_B), valid=valid_B),
         }
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and scores, from one run of the towers."""
-        z = self.latents(batch)
-        return {"z": _unit(z), "scores": self.scores(batch, z)}
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and ``logits_BC``, of samples with or without a label."""
-        z = self.latents(batch)
-        present = {**batch.present, **{m: batch.there(m) for m in z}}
-        logits = {self.target: self.fuse(z, batch.present)}
-        return {"index": batch.index, "present": present, "z": _unit(z), "logits": logits}
-
-
-def _unit(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {m: F.normalize(z_BD, dim=-1) for m, z_BD in z.items()}
+    def answers(self, outputs_BC: Tensor) -> dict[str, Any]:
+        return {"logits": {self.target: outputs_BC}}

@@ -133,6 +133,26 @@ class StreamSpace(SharedSpace):
         each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
         return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
+    def _answers(self, batch: Batch, streams: Streams) -> dict[str, dict[str, Tensor]]:
+        """``logits`` and ``numbers`` by target, of the first objective that predicts it from what the batch has."""
+        found: dict[str, dict[str, Tensor]] = {"logits": {}, "numbers": {}}
+        views = self._views(streams)
+        for name, task in self.tasks.items():
+            if set(task.reads) <= batch.inputs.keys():
+                for kind, each in task.answers(views[name], batch).items():
+                    found[kind] = each | found[kind]
+        return found
+
+    def numbers(self, batch: Batch) -> dict[str, Tensor]:
+        return self._answers(batch, Streams(cast(Any, self), batch))["numbers"]
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings, and what objectives predict of targets."""
+        streams = Streams(cast(Any, self), batch)
+        z = self.embeddings(streams)
+        present = {**batch.present, **{m: batch.there(m) for m in z}}
+        return {"index": batch.index, "present": present, "z": z, **self._answers(batch, streams)}
+
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         return self.embeddings(Streams(cast(Any, self), batch))
 

@@ -177,10 +177,10 @@ def test_labels_have_the_classes_of_the_run(tmp_path: Path) -> None:
     other = folder(tmp_path / "two", kind=["owl", "cat"])
     data = OtherData(str(other), trained)
     assert data.classes == {"kind": ["cat", "dog", "owl"]}
-    assert data.labels["kind"]["test"].tolist() == [2, 0] * 10
+    assert data.target_values["kind"]["test"].tolist() == [2, 0] * 10
     wrong = folder(tmp_path / "three", kind=["owls", "cat"])
     with pytest.raises(ValueError, match=r"kind: 'owls' is no class; nearest: owl"):
-        _ = OtherData(str(wrong), trained).labels
+        _ = OtherData(str(wrong), trained).target_values
 
 
 def test_a_picture_that_cannot_be_read_is_listed(tmp_path: Path) -> None:

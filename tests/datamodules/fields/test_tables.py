@@ -306,3 +306,6 @@ trainer: {accelerator: cpu, devices: 1, max_steps: 2, max_epochs: -1, precision:
     (file,) = (workplace / f"runs/t/{run}/predict-001").glob("*.parquet")
     z_ND = np.stack(pq.read_table(file)["z_table"].to_pylist())
     assert len(z_ND) == 40 and len(np.unique(z_ND.round(4), axis=0)) == 2  # kiel, and a missing city
+    assert cli("predict", "--run", f"t/{run}", "--data.path", "new").rc == 0
+    (file,) = (workplace / f"runs/t/{run}/predict-002").glob("*.parquet")
+    np.testing.assert_array_equal(np.stack(pq.read_table(file)["z_table"].to_pylist()), z_ND)

@@ -1,0 +1,77 @@
+"""Targets of user data: classes by their names, and numbers in their own unit.
+
+Letters: N samples of a source, C classes, P prompts a class, T tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.fields.fields import LabelField, NumberField
+from descant.datamodules.user_table import UserTable
+
+
+class UserTargets(UserTable):
+    """Base of :class:`UserData`: what its fields call labels."""
+
+    @property
+    def _labels(self) -> dict[str, LabelField]:
+        return self.given.labels if self.given is not None else {}
+
+    @property
+    def _numbers(self) -> dict[str, NumberField]:
+        return self.given.numbers if self.given is not None else {}
+
+    @cached_property
+    def classes(self) -> dict[str, list[str]]:
+        """Target -> its classes in the order of their numbers."""
+        classes = {}
+        for target, field in self._labels.items():
+            names = {text.strip() for source in self.sources.values() for text in source.texts(field.field) if text}
+            classes[target] = field.classes or sorted(names)
+        return classes
+
+    @cached_property
+    def target_values(self) -> dict[str, dict[str, np.ndarray]]:
+        """Target -> source -> class number (int64, -1 for none) or number (float32, nan for none) of each sample."""
+        values: dict[str, dict[str, np.ndarray]] = {}
+        for name, source in self.sources.items():
+            for target, label in self._labels.items():
+                texts = source.texts(label.field)
+                values.setdefault(target, {})[name] = label.numbers(texts, self.classes[target], source.place(0))
+            for target, number in self._numbers.items():
+                values.setdefault(target, {})[name] = number.numbers(source.texts(number.field), source.place)
+        return values
+
+    def number_scale(self, target: str) -> tuple[float, float] | None:
+        """Mean and standard deviation of a number over the training split; None where there is no such number or split.
+
+        Raises:
+            ValueError: where fewer than two training samples have one, or all have the same.
+        """
+        if target not in self._numbers or "train" not in self.splits:
+            return None
+        name, row_N = self.splits["train"]
+        y_N = self.target_values[target][name][row_N].astype(np.float64)
+        y_N = y_N[np.isfinite(y_N)]
+        if len(y_N) < 2 or float(y_N.std()) == 0.0:
+            seen = f"all {len(y_N):,} training samples have {y_N[0]:g}" if len(y_N) else "no training sample has one"
+            raise ValueError(
+                f"{self.sources[name].place(0)}: {self._numbers[target].field}: {seen}: nothing to predict"
+            )
+        return float(y_N.mean()), float(y_N.std())
+
+    def prompts(self, target: str) -> tuple[Tensor, list[str]]:
+        if target not in self._labels:
+            raise ValueError(
+                f"target: {target!r} is not one of {', '.join(self._labels) or 'the labels: there are none'}"
+            )
+        if self.tokenizer is None:
+            raise ValueError(f"target: {target!r}: prompts are texts, and this data has no text field")
+        forms, names = self._labels[target].prompts, self.classes[target]
+        words = [name.replace("_", " ").replace("-", " ") for name in names]
+        return torch.stack([self.tokenizer([form.format(name) for form in forms]) for name in words]), names

@@ -1,0 +1,168 @@
+"""Losses of a predicted number, and the scale that they see it on.
+
+    t = (y - mean) / scale          mean and scale of the training samples
+    loss = l(f(x), t)               prediction in the units of y:  mean + scale * f(x)
+
+So losses, learning rates and their sums with other terms hang on no unit, and predictions have that of the data.
+Letters: B samples, K outputs of the network (1, or 2 of a likelihood).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.objective import Term
+
+
+class NumberLoss:
+    """Base of losses of a number: ``loss(raw_BK, t_B) -> value_B``, for targets of mean 0 and standard deviation 1.
+
+    The first output predicts the number. ``outputs``: K.
+    """
+
+    outputs: ClassVar[int] = 1
+
+    def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SquaredError(NumberLoss):
+    """``value_b = (f_b - t_b)^2``, which the mean minimizes.
+
+    >>> SquaredError()(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 0.0])).tolist()
+    [1.0, 9.0]
+    """
+
+    def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
+        return (raw_BK[:, 0] - t_B).square()
+
+
+class AbsoluteError(NumberLoss):
+    """``value_b = |f_b - t_b|``, which the median minimizes.
+
+    >>> AbsoluteError()(torch.tensor([[1.0], [-3.0]]), torch.tensor([0.0, 0.0])).tolist()
+    [1.0, 3.0]
+    """
+
+    def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
+        return (raw_BK[:, 0] - t_B).abs()
+
+
+class Huber(NumberLoss):
+    """``value_b = e^2 / 2`` where ``|e| <= delta``, else ``delta (|e| - delta / 2)``, with ``e = f_b - t_b`` (Huber
+    1964).
+
+    Args:
+        delta: in standard deviations of the training targets.
+
+    Raises:
+        ValueError: for a delta that is not positive.
+
+    >>> Huber(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.tensor([0.0, 0.0])).tolist()
+    [0.125, 2.5]
+    """
+
+    def __init__(self, delta: float = 1.0) -> None:
+        if not 0 < delta < math.inf:
+            raise ValueError(f"delta {delta:g}: above 0, such as 1.0")
+        self.delta = delta
+
+    def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
+        return F.huber_loss(raw_BK[:, 0], t_B, reduction="none", delta=self.delta)
+
+
+class GaussianLikelihood(NumberLoss):
+    """``value_b = (log v_b + (f_b - t_b)^2 / v_b) / 2``, ``v_b = exp(s_b)``: each sample's variance is learned, too.
+
+    Up to a constant the negative log-likelihood (Nix and Weigend 1994; with the log-variance, Kendall and Gal 2017,
+    arXiv 1703.04977).
+
+    Args:
+        floor: least standard deviation, in those of the training targets; below it s has no gradient.
+
+    Raises:
+        ValueError: for a floor that is not positive.
+
+    >>> raw_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    >>> [round(float(x), 3) for x in GaussianLikelihood()(raw_BK, torch.zeros(2))]
+    [0.5, 0.684]
+    """
+
+    outputs = 2
+
+    def __init__(self, floor: float = 1e-3) -> None:
+        if not 0 < floor < math.inf:
+            raise ValueError(f"floor {floor:g}: above 0, such as 0.001")
+        self.floor = floor
+
+    def log_variance(self, raw_BK: Tensor) -> Tensor:
+        return raw_BK[:, 1].clamp(min=2 * math.log(self.floor))
+
+    def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
+        s_B = self.log_variance(raw_BK)
+        return (s_B + (raw_BK[:, 0] - t_B).square() * (-s_B).exp()) / 2
+
+
+class NumberScale(nn.Module):
+    """A target that is a number: its loss, and the mean and scale of its training samples, kept with the weights.
+
+    Args:
+        target: of the data, float ``[B]`` in its own unit; nan where a sample has none.
+        loss: of the number on the scale of mean 0 and standard deviation 1.
+
+    >>> number = NumberScale("age", SquaredError()).set(mean=40.0, scale=10.0)
+    >>> number.predictions(torch.tensor([[0.0], [1.5]])).tolist()
+    [40.0, 55.0]
+    >>> term = number.term(torch.tensor([[0.0], [1.5]]), {"age": torch.tensor([50.0, torch.nan])}, torch.ones(2) > 0, 1)
+    >>> float(term.sum())
+    1.0
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, target: str, loss: NumberLoss) -> None:
+        super().__init__()
+        self.target, self.loss = target, loss
+        self.register_buffer("mean", torch.tensor(torch.nan))
+        self.register_buffer("scale", torch.tensor(torch.nan))
+
+    def set(self, mean: float, scale: float) -> NumberScale:
+        self.mean.fill_(mean)
+        self.scale.fill_(scale)
+        return self
+
+    def read(self, data: Any) -> None:
+        """Take mean and scale of the training samples. Raises ValueError for data without such a number."""
+        found = data.number_scale(self.target) if hasattr(data, "number_scale") else None
+        if found is None:
+            raise ValueError(
+                f"target: {self.target!r} is no number of this data; in its fields, "
+                f"labels: {{{self.target}: {{class_path: NumberField, init_args: {{field: ...}}}}}}"
+            )
+        self.set(*found)
+
+    def truth(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """``y_B`` in its own unit. Raises ValueError for a target that is absent, or holds classes."""
+        if self.target not in targets:
+            raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(targets) or 'none'}")
+        y_B = targets[self.target]
+        if y_B.ndim != 1 or not y_B.is_floating_point():
+            raise ValueError(f"target: {self.target!r} is not one number a sample")
+        return y_B
+
+    def predictions(self, raw_BK: Tensor) -> Tensor:
+        """``[B]`` in the unit of the target."""
+        return self.mean + self.scale * raw_BK[:, 0]
+
+    def term(self, raw_BK: Tensor, targets: Mapping[str, Tensor], here_B: Tensor, norm: Any) -> Term:
+        """The loss of the rows that are here and have a number."""
+        y_B = self.truth(targets)
+        t_B = torch.where(y_B.isfinite(), (y_B - self.mean) / self.scale, torch.zeros_like(y_B)).to(raw_BK.dtype)
+        return Term(self.loss(raw_BK, t_B), valid=here_B & y_B.isfinite(), norm=norm)

@@ -1,0 +1,129 @@
+"""Latents of several modalities and what a fusion makes of them: what classifiers and regressions have in common.
+
+    z_m = head_m(pool(tower_m(x_m)))        for every modality m that is present
+    outputs = fusion({z_m})
+
+The fusion gets z as it is; judges of embeddings get it at unit length.
+Letters: B samples, D width, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from descant.modules.core.batch import Batch, some
+from descant.modules.core.dtype import promote
+from descant.modules.core.objective import Term
+from descant.modules.fusion.classifiers import FusionHead, only
+from descant.modules.towers import Towers
+from descant.modules.towers.heads import Pool, Pools
+from descant.recipes.base.shared_space import SharedSpace
+
+FUSED = "fused"
+
+
+class FusedSpace(SharedSpace):
+    """Base of recipes that fuse latents to outputs. A recipe on top brings terms and scores.
+
+    Args:
+        towers: one tower a modality.
+        outputs: C of the fusion.
+        width: D of each modality's latents.
+        pool: tokens to one vector, a copy for each modality; or one a modality.
+        fusion: of the latents.
+    """
+
+    def __init__(
+        self, towers: Towers, outputs: int, width: int, pool: Pool | Pools | None, fusion: FusionHead, **kwargs: Any
+    ) -> None:
+        super().__init__(towers, width, pool, **kwargs)
+        self.fusion = fusion.build(dict.fromkeys(towers, width), outputs)
+
+    def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
+        """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.
+
+        Of all modalities where none are named.
+        """
+        missing = [m for m in self.towers if m not in batch.inputs]
+        if missing:
+            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
+        z = {m: promote(self.heads[m](self.present_features(batch, m))) for m in modalities or self.towers}
+        return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
+
+    def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``outputs_BC`` of latents, whose samples may stand in another order in each modality."""
+        return promote(self.fusion(z, present))
+
+    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> ``outputs_BC`` of it alone: the fusion's as if there were no other."""
+        z, present = self.fusion.checked(z, present)
+        return {m: self.fuse(z, only(present, m)) for m in z}
+
+    def some(self, present: Mapping[str, Tensor]) -> Tensor:
+        """Bool: the rows that have a modality which this recipe has a tower for."""
+        return some(*(present[m] for m in self.towers))
+
+    # evaluation -----------------------------------------------------------------------------------------------
+
+    def scores(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Term]:
+        """Quality numbers, a value a sample; ``z``: the batch's latents, where they are known already."""
+        raise NotImplementedError
+
+    def answers(self, outputs_BC: Tensor) -> dict[str, Any]:
+        """What a prediction writes of the outputs: ``logits`` or ``numbers``, by target."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings and scores, from one run of the towers."""
+        z = self.latents(batch)
+        return {"z": _unit(z), "scores": self.scores(batch, z)}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings and answers, of samples with or without a label."""
+        z = self.latents(batch)
+        present = {**batch.present, **{m: batch.there(m) for m in z}}
+        answers = self.answers(self.fuse(z, batch.present))
+        return {"index": batch.index, "present": present, "z": _unit(z), **answers}
+
+
+class OwnHeads(FusedSpace):
+    """With a linear head for each modality alone, where asked for, and features that terms share by ``hooks.fork``."""
+
+    own: nn.ModuleDict
+
+    def make_own(self, outputs: int, asked: bool) -> None:
+        self.own = nn.ModuleDict({m: nn.Linear(self.width, outputs) for m in self.towers} if asked else {})
+
+    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> ``outputs_BC`` of it alone: its own head's, or the fusion's as if there were no other."""
+        if not self.own:
+            return super().unimodal(z, present)
+        return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.checked(z, present)[0].items()}
+
+    @property
+    def forks(self) -> Mapping[str, tuple[str, ...]]:
+        """Modality -> the terms that share its latents."""
+        return {m: (FUSED, m) if self.own else (FUSED,) for m in self.towers}
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Of towers, pools and heads: all that comes before the latents."""
+        parts = (self.towers, self.pools, self.heads)
+        return (p for part in parts for p in part.parameters() if p.requires_grad)
+
+    def outputs(
+        self, z: dict[str, Tensor], batch: Batch, fused_present: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fusion's ``outputs_BC`` and those of own heads, each of its own fork of the latents."""
+        copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
+        fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, fused_present)
+        own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present) if self.own else {}
+        return fused_BC, own
+
+
+def _unit(z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {m: F.normalize(z_BD, dim=-1) for m, z_BD in z.items()}
