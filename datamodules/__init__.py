@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from descant.datamodules.corpora.moving_emoji import MovingEmoji as MovingEmoji
     from descant.datamodules.corpora.partial_information import PartialInformation as PartialInformation
     from descant.datamodules.corpora.scenes import Scenes as Scenes
+    from descant.datamodules.corpora.series import Series as Series
     from descant.datamodules.corpora.snippets import Snippets as Snippets
     from descant.datamodules.corpora.stamps import Stamps as Stamps
     from descant.datamodules.corpora.volumes import Volumes as Volumes

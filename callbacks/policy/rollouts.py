@@ -20,8 +20,8 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import RolloutData, RolloutPolicy
 from descant.modules.core.rng import global_seed, mix_N
+from descant.modules.core.rollouts import RolloutData, RolloutPolicy
 from descant.modules.core.sham import Sham
 from descant.modules.language import Generated
 from descant.modules.policy import Advantage, GroupScaled
@@ -31,7 +31,7 @@ from descant.modules.training_setup.trainer import bank_batches, data_now, data_
 
 
 class Rollouts(Callback):
-    """Policy rollouts: replaces the answers of a :class:`descant.modules.core.protocols.RolloutData` data module at
+    """Policy rollouts: replaces the answers of a :class:`descant.modules.core.rollouts.RolloutData` data module at
     epoch starts.
 
     The current model, in eval mode, generates G answers to each question; verifiers reward them; advantages are

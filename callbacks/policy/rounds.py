@@ -19,9 +19,10 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import AnswersQuestions, QuestionPoolData
+from descant.modules.core.protocols import AnswersQuestions
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import global_seed, mix_N
+from descant.modules.core.rollouts import QuestionPoolData
 from descant.modules.core.sham import Sham
 from descant.modules.language.answer_scores import Answers, AnswerScorer, ExactMatchScorer
 from descant.modules.training_setup.trainer import bank_batches, data_now, data_parts, epoch_now
@@ -29,7 +30,7 @@ from descant.modules.training_setup.trainer import bank_batches, data_now, data_
 
 class Rounds(ResumableMetrics):
     """Competitive distillation rounds (CoMD): renews the pool of a
-    :class:`descant.modules.core.protocols.QuestionPoolData` data module.
+    :class:`descant.modules.core.rollouts.QuestionPoolData` data module.
 
     At the first epoch the teacher answers the pool (imitation). At the first epoch of each later round teacher and
     student answer all of it, and a scorer compares them (assessment):

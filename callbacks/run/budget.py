@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from descant.modules.core.budget import COUNTED, whole_steps
 from descant.modules.core.capabilities import has
-from descant.modules.core.protocols import BudgetData, QuestionPoolData, RolloutData, StagedDataModule
+from descant.modules.core.protocols import BudgetData, StagedDataModule
+from descant.modules.core.rollouts import QuestionPoolData, RolloutData
 from descant.modules.training_setup.memory import step_cost
 from descant.modules.training_setup.trainer import datamodule_of
 

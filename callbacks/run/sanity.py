@@ -21,8 +21,9 @@ from descant.modules.core.dtensor import by_mesh
 from descant.modules.core.errors import warn
 from descant.modules.core.loaded import was_loaded
 from descant.modules.core.modes import eval_mode
-from descant.modules.core.protocols import Embeds, HasObjective, HasTowers, RolloutData
+from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.core.rng import by_rank, drawn_by_rank
+from descant.modules.core.rollouts import RolloutData
 from descant.modules.towers.base import Frozen
 from descant.modules.training_setup.trainer import data_now, first_validation, log_interval, run_steps
 

@@ -26,7 +26,8 @@ from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.adaptation.stage_changes import AVERAGE
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
-from descant.modules.core.protocols import RolloutData, StagedDataModule, StagedRecipe
+from descant.modules.core.protocols import StagedDataModule, StagedRecipe
+from descant.modules.core.rollouts import RolloutData
 from descant.modules.training_setup.trainer import datamodule_of
 
 

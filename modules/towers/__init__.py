@@ -15,6 +15,7 @@ from descant.modules.towers.image import PatchEmbed as PatchEmbed
 from descant.modules.towers.image import PatchTower as PatchTower
 from descant.modules.towers.pretrained import PretrainedTower as PretrainedTower
 from descant.modules.towers.regions import RegionTower as RegionTower
+from descant.modules.towers.series import SeriesTower as SeriesTower
 from descant.modules.towers.table import TableTower as TableTower
 from descant.modules.towers.text import BagTower as BagTower
 from descant.modules.towers.text import TextTower as TextTower

