@@ -28,8 +28,8 @@ from descant.datamodules.fields.fields import (
     Fields,
     ImageField,
     LabelField,
-    NumberField,
     Row,
+    TargetField,
     TextField,
     filled,
 )
@@ -235,7 +235,7 @@ def _choose_fields(source: Source, trained: L.LightningDataModule, path: str) ->
     targets = {name: LabelField(name) for name in source.fields}
     targets |= {name: field for name, field in (given.labels if given is not None else {}).items()}
     classes = {name: _classes(trained, name) for name, field in targets.items() if field.field in source.fields}
-    labels: dict[str, LabelField | NumberField] = {
+    labels: dict[str, TargetField] = {
         name: LabelField(targets[name].field, names, targets[name].prompts) for name, names in classes.items() if names
     }
     numbers = given.numbers if given is not None else {}

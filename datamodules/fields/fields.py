@@ -282,7 +282,13 @@ class TextField(Field):
         return sum(len(self.tokenizer.ids(text)) > room for text in texts)
 
 
-class LabelField:
+class TargetField:
+    """A target of the samples: the column ``field`` of the corpus."""
+
+    field: str
+
+
+class LabelField(TargetField):
     """Class names -> integers, for classifiers and metrics; -1 where a sample has none.
 
     Args:
@@ -319,8 +325,8 @@ class LabelField:
             )
 
 
-class NumberField:
-    """Numbers to predict, in their own unit -> float32; nan where a sample has none.
+class NumberField(TargetField):
+    """A number to predict, in its own unit -> float32; nan where a sample has none.
 
     Args:
         field: of the numbers.
@@ -376,7 +382,7 @@ class Fields:
         image: ImageField | None = None,
         text: TextField | None = None,
         audio: AudioField | None = None,
-        labels: dict[str, LabelField | NumberField] | None = None,
+        labels: dict[str, TargetField] | None = None,
         table: TableField | None = None,
         others: dict[str, Field] | None = None,
     ) -> None:

@@ -66,7 +66,8 @@ descant list: what ships with Descant, one line each
 usage: descant list [GROUP] [WORD ...]
 
   descant list              experiments, overlays and data sets
-  descant list GROUP        of recipes, callbacks, datamodules, experiments, overlays, data, claims, papers
+  descant list GROUP        of recipes, towers, fusions, objectives, losses, adapters, corruptions, callbacks,
+                            metrics, datamodules, fields, experiments, overlays, data, claims, papers
   descant list emoji        of all groups those with "emoji" in their name or line; of several words, with all"""
 #: Columns of what is printed.
 _WIDTH = 110
@@ -102,8 +103,38 @@ _GROUPS = {
     "recipes": "Recipes (--model NAME):",
     "datamodules": "Data modules (--data NAME):",
     "callbacks": "Callbacks (--trainer.callbacks+ NAME):",
+    "metrics": "Callbacks that measure (--trainer.callbacks+ NAME):",
+    "towers": "Towers (--model.towers.MODALITY NAME):",
+    "fields": "Fields of your own data (--data.fields.MODALITY NAME, --data.fields.labels.TARGET NAME):",
+    "fusions": "Fusions (--model.fusion NAME):",
+    "objectives": "Objectives (--model.objectives.ANY NAME):",
+    "losses": "Losses (--model.loss NAME and such):",
+    "adapters": "Adapters of modalities and of weights (--model.adapters.MODALITY NAME, --model.adapt+ NAME):",
+    "corruptions": "Corruptions (--model.corruption NAME):",
     "claims": "Claims (descant claims run NAME):",
     "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
+}
+#: Group of classes -> the bases that they have, and the folder that they are in.
+_KINDS = {
+    "recipes": (("Recipe",), "recipes"),
+    "datamodules": (("LightningDataModule",), "datamodules"),
+    "fields": (("Field", "TargetField"), "datamodules"),
+    "callbacks": (("Callback",), "callbacks"),
+    "metrics": (("EmbeddingEvaluator",), "callbacks"),
+    "towers": (("Tower",), "modules"),
+    "fusions": (("FusionHead", "FusionLayers"), "modules"),
+    "objectives": (("TaskObjective",), "modules"),
+    "losses": (("ContrastiveLoss", "NumberLoss", "PixelLoss", "ViewObjective", "Regularizer", "Surrogate"), "modules"),
+    "adapters": (("Adapter", "Adapt"), "modules"),
+    "corruptions": (("Corruption",), "modules.masking"),
+}
+#: Everyday words -> a word that docstrings have.
+_MEANS = {
+    **dict.fromkeys(("sensor", "signal", "sequence", "spectrum", "spectra", "ecg", "eeg"), "series"),
+    **dict.fromkeys(("regression", "continuous"), "a number"),
+    **dict.fromkeys(("photo", "picture"), "image"),
+    **dict.fromkeys(("sound", "speech", "voice"), "audio"),
+    **dict.fromkeys(("tabular", "csv", "columns"), "table"),
 }
 #: Groups of a listing without arguments.
 _FIRST = ("experiments", "overlays", "data")
@@ -122,11 +153,12 @@ def listing(args: Sequence[str] = ()) -> str:
             fail(f"{word}: list takes a group and words to look for, and no options")
     chosen, words = ([args[0]], args[1:]) if args and args[0] in _GROUPS else ([], args)
     blocks = []
-    for group in chosen or (_GROUPS if words else _FIRST):
+    searched = [group for group in _GROUPS if group != "metrics"]  # which are callbacks, too
+    for group in chosen or (searched if words else _FIRST):
         rows = {
             name: about
             for name, about in _rows(group).items()
-            if all(word.lower() in f"{name} {about}".lower() for word in words)
+            if all(_about(word.lower(), f"{name} {about}".lower()) for word in words)
         }
         if rows:
             lines = _table(rows) if group == "papers" else _cut(rows, _WIDTH)
@@ -139,11 +171,16 @@ def listing(args: Sequence[str] = ()) -> str:
     return "\n\n".join(blocks)
 
 
+def _about(word: str, line: str) -> bool:
+    """Whether a line has a word, or the one that means the same here."""
+    return word in line or _MEANS.get(word, word) in line
+
+
 def _rows(group: str) -> dict[str, str]:
     """Name -> line of all that is in a group."""
-    kinds = {"recipes": "Recipe", "datamodules": "LightningDataModule", "callbacks": "Callback"}
-    if group in kinds:
-        rows = of_kind(kinds[group], group)
+    if group in _KINDS:
+        roots, part = _KINDS[group]
+        rows = {name: about for root in roots for name, about in of_kind(root, part).items()}
         names = [name for name in rows if ".recipes.base." not in (full(name) or "")]
         names = [*(name for name in _FIVE if name in names), *(name for name in names if name not in _FIVE)]
         return {name: rows[name] for name in names if not rows[name].startswith(_BASES)}

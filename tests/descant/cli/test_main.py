@@ -120,7 +120,7 @@ def test_list_shows_all_that_ships_one_line_each(cli: Cli) -> None:
 
 
 def test_list_looks_for_words(cli: Cli) -> None:
-    listed = cli("list", "SigLIP", "ring").out.splitlines()[1:]
+    listed = cli("list", "overlays", "SigLIP", "ring").out.splitlines()[1:]
     assert [line.split()[0] for line in listed] == ["with/train/siglip-ring"]
     assert "Experiments" not in cli("list", "with/train/siglip").out
     assert cli("list", "callbacks", "EMA").out.splitlines()[1].startswith("  EMA ")
@@ -129,6 +129,30 @@ def test_list_looks_for_words(cli: Cli) -> None:
     assert len(cli("list", "--help").out.splitlines()) < 10
     assert cli("list", "sigl1p").refusal == "list sigl1p: nothing that ships has that in its name or its line"
     assert cli("list", "--config").refusal == "--config: list takes a group and words to look for, and no options"
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        ("towers", "SeriesTower"),
+        ("fields", "NumberField"),
+        ("fields", "ArrayField"),
+        ("fusions", "LateFusion"),
+        ("objectives", "Regress"),
+        ("losses", "Huber"),
+        ("adapters", "PatchAdapter"),
+        ("corruptions", "UniformMask"),
+        ("metrics", "NumberErrors"),
+    ],
+)
+def test_list_has_every_kind_of_part(cli: Cli, group: str, name: str) -> None:
+    lines = cli("list", group).out.splitlines()
+    assert any(line.startswith(f"  {name} ") for line in lines) and len({*lines}) == len(lines) > 4
+
+
+def test_list_knows_everyday_words(cli: Cli) -> None:
+    for word, name in {"sensor": "SeriesTower", "spectrum": "SeriesField", "regression": "NumberField"}.items():
+        assert f"\n  {name} " in cli("list", word).out
 
 
 def test_list_has_recipes_data_modules_and_claims(cli: Cli) -> None:
