@@ -201,19 +201,29 @@ def _known(groups: Sequence[Group]) -> list[str]:
 def _shared(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
     """Metrics that every run has, without chance levels, which are a row of their own."""
     runs = [run for one in groups for run in one.runs.values()]
-    return [name for name in known if all(name in run.metrics for run in runs) and not _chance(name)]
+    return [name for name in known if all(name in run.metrics for run in runs) and not is_chance(name)]
 
 
-def _chance(name: str) -> bool:
+def is_chance(name: str) -> bool:
+    """Whether a metric is the level that a guess reaches."""
     return CHANCE in name.split("/")[1:-1]
+
+
+def chance_of(metric: str) -> str:
+    """The metric that has the level of chance of this one.
+
+    >>> chance_of("val/i2t_r1")
+    'val/chance/i2t_r1'
+    """
+    of, _, last = metric.rpartition("/")
+    return f"{of}/{CHANCE}/{last}"
 
 
 def by_chance(table: Table) -> list[str]:
     """Chance level of each metric: a number, or the range over groups; empty where no run measured it."""
     levels = []
     for metric in table.metrics:
-        of, _, last = metric.rpartition("/")
-        values = [value for one in table.groups for value in _values(one, f"{of}/{CHANCE}/{last}").values()]
+        values = [value for one in table.groups for value in _values(one, chance_of(metric)).values()]
         texts = dict.fromkeys(number(value) for value in sorted({min(values), max(values)} if values else ()))
         levels.append(" to ".join(texts))
     return levels

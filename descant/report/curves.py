@@ -88,7 +88,9 @@ def thin(curve: Curve, points: int) -> Curve:
     return {step: curve[step] for step in sorted(kept)}
 
 
-def chart(groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points: int) -> str:
+def chart(
+    groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points: int, chance: Sequence[float] = ()
+) -> str:
     """One scalar as an SVG chart: a thin line a seed, and the mean of each group as a thick one.
 
     Lines have the classes ``seed`` or ``mean`` and :func:`colour`, and their group in ``data-g``; ``data-step`` and
@@ -98,13 +100,14 @@ def chart(groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points
         groups: in the order of their colours.
         curves: for each group, name of a run -> its curve; empty where it logged none.
         points: of one line, at most about.
+        chance: levels that a guess reaches, as dashed lines.
     """
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     every = [curve for runs in curves for curve in runs.values()]
     steps, values = [s for curve in every for s in curve], [v for curve in every for v in curve.values()]
     x0, x1 = min(steps), max(max(steps), min(steps) + 1)
-    y0, y1 = _padded(min(values), max(values))
+    y0, y1 = _padded(min(*values, *chance), max(*values, *chance)) if chance else _padded(min(values), max(values))
     seeds = [(n, name, curve) for n, runs in enumerate(curves) if len(runs) > 1 for name, curve in runs.items()]
     means = [(n, groups[n].name, mean(list(runs.values()))) for n, runs in enumerate(curves) if runs]
     marks: dict[str, dict[str, str]] = {}
@@ -122,6 +125,9 @@ def chart(groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
         axes.set_xlabel("step", color=figures.FAINT, labelpad=2)
+        for number, level in enumerate(chance):
+            axes.plot([x0, x1], [level, level], "--", color=figures.FAINT, gid=f"chance{number}")
+            marks[f"chance{number}"] = {"class": "chance", "title": f"by chance {level:.4g}"}
         for kind, lines in (("seed", seeds), ("mean", means)):  # means lie over seeds
             for n, name, curve in filter(itemgetter(2), lines):
                 some = thin(curve, points)

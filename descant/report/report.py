@@ -14,7 +14,7 @@ from descant.cli.errors import fail, one_line, say
 from descant.cli.errors import printable as clean
 from descant.cli.untrusted import json_of, opened, text_of
 from descant.modules.io.files import real_path
-from descant.report.compare import Table, by_chance, every, options, read
+from descant.report.compare import Table, by_chance, chance_of, every, is_chance, options, read
 from descant.report.curves import Curve, chart, scalars
 from descant.report.page import render as render_template
 from descant.run.events import pictures
@@ -137,6 +137,7 @@ def _curves(groups: Sequence[Group]) -> tuple[dict[str, list[tuple[str, str]]], 
     """Section -> (name, SVG chart) of each scalar that some run logged at two steps or more, and notes."""
     logged = [{run.name: _scalars(run) for run in one.runs.values()} for one in groups]
     names = {name for runs in logged for curves in runs.values() for name, curve in curves.items() if len(curve) > 1}
+    names = {name for name in names if not is_chance(name)}
     order = sorted(names, key=lambda name: (name.startswith("speed/"), not name.startswith("train/"), name))
     lines = sum(name in curves for runs in logged for curves in runs.values() for name in order)
     points = min(max(_CURVES // _BYTES // max(1, lines), _POINTS[0]), _POINTS[1])
@@ -144,7 +145,10 @@ def _curves(groups: Sequence[Group]) -> tuple[dict[str, list[tuple[str, str]]], 
     size, dropped = 0, []
     for name in order:
         if size < _CURVES:
-            svg = chart(groups, [{run: c[name] for run, c in runs.items() if name in c} for runs in logged], points)
+            guessed = [c[level] for runs in logged for c in runs.values() if (level := chance_of(name)) in c]
+            levels = sorted({value for curve in guessed for value in curve.values()})
+            drawn = [{run: c[name] for run, c in runs.items() if name in c} for runs in logged]
+            svg = chart(groups, drawn, points, levels[:1] + levels[1:][-1:])
             size += len(svg)
         if size >= _CURVES:
             dropped.append(name)

@@ -108,6 +108,22 @@ def test_mean_is_over_common_steps() -> None:
     assert mean([{0: 1.0, 1: 2.0, 2: 3.0}, {1: 4.0, 2: 5.0, 3: 0.0}]) == {1: 3.0, 2: 4.0}
 
 
+def test_chance_is_a_dashed_line_in_the_chart_of_its_metric(cli: Cli, workplace: Path) -> None:
+    make("a/001", 0, {"val/i2t_r1": 0.5, "val/chance/i2t_r1": 0.125})
+    rows = ["step,val/i2t_r1,val/chance/i2t_r1,val/loss", "1,0.25,0.125,2.0", "5,0.5,0.125,1.0"]
+    Path("runs/a/001/metrics.csv").write_text("\n".join(rows))
+    assert cli("report", "a", "--output", "r.html").rc == 0
+    charts = Path("r.html").read_text().split("<figcaption>")[1:]
+    recall, loss = ([one for one in charts if one.startswith(name)] for name in ("val/i2t_r1", "val/loss"))
+    assert len(recall) == len(loss) == 1 and not any(one.startswith("val/chance") for one in charts)
+    assert recall[0].count('class="chance"') == 1 and "<title>by chance 0.125</title>" in recall[0]
+    assert (
+        "stroke-dasharray"
+        in recall[0].partition('class="chance"')[0][-300:] + recall[0].partition('class="chance"')[2][:200]
+    )
+    assert 'class="chance"' not in loss[0]
+
+
 def test_thinning_keeps_ends_and_spikes() -> None:
     curve = {step: float(step % 7) for step in range(1000)} | {503: 99.0, 700: -99.0}
     thinned = thin(curve, 50)
