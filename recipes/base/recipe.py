@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -128,6 +128,21 @@ class Recipe(L.LightningModule):
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that several terms share: what a parameter-level harmonizer looks at."""
         return (p for p in self.parameters() if p.requires_grad)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, for a recipe whose arguments are given; a run has them, and :func:`descant.load` takes them.
+
+        Raises:
+            TypeError: where arguments are missing.
+        """
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{cls.__name__}.load_from_checkpoint: {error}: give towers and whatever else it was made of, or take "
+                f"them from its run: descant.load({str(checkpoint_path)!r})"
+            ) from None
 
     # what the base owns ----------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from descant.datamodules.fields.fields import Fields, ImageField, LabelField, Te
 from descant.datamodules.prepared import OtherData, prepare_image, require_alike
 from descant.datamodules.user_data import UserData
 from descant.modules.tokenizers.text import NgramTokenizer
+from descant.recipes import Contrastive
 from tests.conftest import Result
 from tests.files import shapes
 
@@ -148,6 +149,13 @@ def test_a_classifier_predicts_classes_by_name_with_probabilities(cli: Cli, work
     assert cli("test", "--run", "f/001", "--data.path", "two").rc == 0
     newest = max((workplace / "runs/f/001").glob("test-*"))
     assert 0 <= metrics(newest / "metrics.json")["test/accuracy"] <= 1
+
+
+def test_lightnings_own_loader_says_what_loads_a_checkpoint(run: Path) -> None:
+    (file, *_) = sorted((run / "runs/a/001").glob("*/*.ckpt"))
+    with pytest.raises(TypeError, match=r"Contrastive.load_from_checkpoint: .*'towers'.*: descant.load\('.*\.ckpt'\)"):
+        Contrastive.load_from_checkpoint(file)
+    assert type(descant.load(file)) is Contrastive
 
 
 # the data module -----------------------------------------------------------------------------------------------------
