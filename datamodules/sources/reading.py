@@ -214,7 +214,7 @@ class UserDataset(NumberedDataset):
                 continue
             self._note(int(index_B[b]), faults[b])
             if self.random:
-                index_B[b] = self._replace(read, b, int(index_B[b]), draw_B[b : b + 1])
+                index_B[b] = self._replace(read, b, int(index_B[b]), draw_B[b : b + 1], faults[b])
             else:
                 for m in (m for m, row in read.errors if row == b):
                     readable[m][b] = False
@@ -227,8 +227,8 @@ class UserDataset(NumberedDataset):
         row, source = int(self.row_N[index]), self.reader.source
         self.ledger.skip(source.place(row), source.name(row), why)
 
-    def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray) -> int:
-        """Put another sample at row ``b``; returns its index."""
+    def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray, why: str) -> int:
+        """Put another sample at row ``b``, whose own cannot be read, and ``why``; returns its index."""
         for other in self._others(index):
             one = self.reader.read(self.row_N[[other]], draw_1)
             # modalities that the replaced sample lacks stay absent, so their faults do not matter
@@ -242,7 +242,8 @@ class UserDataset(NumberedDataset):
             self._note(other, faults[0])
         row, source = int(self.row_N[index]), self.reader.source
         had = " and ".join(m for m, has_N in self.has.items() if has_N[index])
-        raise ValueError(f"{source.place(row)}: {source.name(row)} cannot be read, and no other sample has {had}")
+        line = f"{source.name(row)} cannot be read ({why}), and no other sample has {had}"
+        raise ValueError(f"{source.place(row)}: {line}")
 
     def _others(self, index: int) -> Iterator[int]:
         """The samples after this one, cyclically, that have the same modalities; then those that have more."""

@@ -256,7 +256,7 @@ def test_a_rare_sample_is_replaced_by_one_with_more_modalities(tmp_path: Path) -
     alone = own(
         tmp_path, source=Taken([("0", {"image": b"broken"}), ("1", {"caption": "a b"})]), holdout=0.0, fields=small()
     )
-    with pytest.raises(ValueError, match="0 cannot be read, and no other sample has image"):
+    with pytest.raises(ValueError, match=r"0 cannot be read \(.*\), and no other sample has image"):
         batches(alone.training_set(), 2)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from descant.datamodules.sources.arrays import array_bytes
 from descant.modules.towers import SeriesTower
 from descant.modules.towers.image import sincos
 from descant.modules.transforms.series import SeriesAugment
+from tests.conftest import Result
 from tests.tolerance import F64, rounding
 
 CLOSE = rounding(64, F64)  # a block over at most 16 tokens of 8 numbers
@@ -151,3 +154,58 @@ def test_bad_corpora_are_named() -> None:
         parsed("@data\n1,2:3,4:up\n1,2:up", "a.ts")
     with pytest.raises(ValueError, match=r"a.ts: no series behind a line @data"):
         parsed("1,2:3,4:up", "a.ts")
+
+
+# from files -----------------------------------------------------------------------------------------------------------
+
+OWN = """# Series of a sensor and captions.
+model:
+  class_path: Contrastive
+  init_args:
+    width: 8
+    towers:
+      class_path: Towers
+      init_args:
+        text: {class_path: BagTower, init_args: {vocab: 8192, width: 8}}
+        others: {pulse: {class_path: SeriesTower, init_args: {channels: 2, patch: 5, width: 8, depth: 1, heads: 2}}}
+data:
+  class_path: UserData
+  init_args:
+    path: own
+    batch_size: 8
+    fields:
+      class_path: Fields
+      init_args:
+        text: {class_path: TextField}
+        others: {pulse: {class_path: SeriesField, init_args: {field: file, channels: 2, steps: 20}}}
+        labels: {rate: {class_path: NumberField, init_args: {field: rate}}}
+trainer:
+  max_steps: 2
+  max_epochs: -1
+  accelerator: cpu
+  precision: 32-true
+  callbacks+: [{class_path: NumberProbe, init_args: {target: rate, modality: pulse}}]
+"""
+
+
+def test_from_npy_files_and_a_csv_to_parquet(cli: Callable[..., Result], workplace: Path) -> None:
+    """Series of several lengths, one with a gap; arrays that lie the other way are refused with what to do."""
+    (workplace / "own.yaml").write_text(OWN)
+    (workplace / "own").mkdir()
+    random, rows = np.random.default_rng(0), ["file,caption,rate,split"]
+    for n in range(24):
+        x_TW = random.normal(size=(int(random.integers(5, 40)), 2)).astype(np.float32)
+        x_TW[2, 1] = np.nan
+        np.save(workplace / f"own/{n}.npy", x_TW)
+        rows.append(f"{n}.npy,wave {n},{n}.5,{'val' if n % 3 == 0 else 'train'}")
+    (workplace / "own/table.csv").write_text("\n".join(rows))
+    done = cli("fit", "--config", "own.yaml", "--name", "s")
+    assert done.rc == 0, done.err
+    done = cli("predict", "--run", "s/001", "--data.path", "own")
+    assert done.rc == 0 and "left out, since it is fitted on training samples: NumberProbe" in done.err
+    (file,) = (workplace / "runs/s/001/predict-001").glob("*.parquet")
+    assert len(pq.read_table(file).column("z_pulse").drop_null()) == 24
+    for n in range(24):
+        np.save(workplace / f"own/{n}.npy", np.load(workplace / f"own/{n}.npy").T)
+    refused = cli("fit", "--config", "own.yaml").refusal
+    assert refused.startswith("own/") and "[steps, 2] is wanted; turn it: [" in refused
