@@ -48,6 +48,7 @@ from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarge
 from descant.modules.evaluation import attacks as attack
 from descant.modules.evaluation import metrics
 from descant.modules.evaluation.items import ItemStore, mean_of, per_group
+from descant.modules.evaluation.numbers import number_errors
 from descant.modules.evaluation.out_of_distribution import Mahalanobis, NearestNeighbours, auroc_shares
 from descant.modules.evaluation.readout import ModelContrast, Products, RidgeReadout
 from descant.modules.evaluation.shares import share_rows
@@ -75,6 +76,7 @@ from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
 from descant.modules.losses.exchange import Chunks, Ring
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
+from descant.modules.losses.numbers import AbsoluteError, GaussianLikelihood, Huber, NumberScale, SquaredError
 from descant.modules.losses.ring import RingSigLIP
 from descant.modules.losses.views import (
     BYOL,
@@ -118,6 +120,7 @@ from descant.modules.towers import (
     LogMelTower,
     PatchEmbed,
     PatchTower,
+    SeriesTower,
     TableTower,
     TextTower,
     Tokens,
@@ -141,6 +144,7 @@ from descant.modules.transforms.crops import LocalCrops
 from descant.modules.transforms.image import Augment, Crop, Pixels
 from descant.modules.transforms.palette import dominant_colours
 from descant.modules.transforms.regions import Regions
+from descant.modules.transforms.series import SeriesAugment
 from descant.recipes import Contrastive, Fusion
 from tests._suites.discovery import concrete
 
@@ -326,6 +330,12 @@ def sound() -> Tensor:
     return x_BFT
 
 
+def series() -> Tensor:
+    x_BWT = torch.randn(3, 2, 10)
+    x_BWT[0, :, 6:] = torch.nan
+    return x_BWT
+
+
 part("ConvTower", "Residual")(_tower(lambda: ConvTower([8, 8], stem=2), lambda: torch.randn(IMAGE)))
 part("PatchTower")(_tower(lambda: PatchTower(16, 8, 8, 1, 2), lambda: torch.randn(IMAGE)))
 part("AnySizeTower")(_tower(lambda: AnySizeTower(16, 8, 8, 1, 2), of_sizes))
@@ -337,6 +347,7 @@ part("TextTower", "Block")(_tower(lambda: TextTower(20, 8, 1, 2, 5), words))
 part("BagTower")(_tower(lambda: BagTower(20, 8), words))
 part("TableTower")(_tower(lambda: TableTower([0, 3], 8, 1, 2), lambda: torch.tensor([[0.5, 2.0], [torch.nan, 1.0]])))
 part("VectorTower")(_tower(lambda: VectorTower(6, 8), lambda: torch.randn(3, 6)))
+part("SeriesTower")(_tower(lambda: SeriesTower(2, 4, 8, 1, 2, mix="none", scale=True), series))
 part("LogMelTower", "ConvBlock")(_tower(lambda: LogMelTower(mels=8, width=8, depth=1, kernel=3), sound))
 part("Frozen")(_tower(lambda: Frozen(ConvTower([8], stem=4)), lambda: torch.randn(IMAGE)))
 part("Trunk")(_tower(lambda: Trunk(width=8, depth=1, heads=2), lambda: torch.randn(3, 5, 8)))
@@ -944,6 +955,27 @@ def _of_any_size(at: Place) -> Any:
 def _pictures(at: Place) -> Any:
     x_BCHW, draw_B = at(torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)), at(torch.arange(3))
     return [make(8)(x_BCHW, draw_B) for make in (Augment, Crop, Pixels)]
+
+
+@part("SquaredError", "AbsoluteError", "Huber", "GaussianLikelihood", "NumberScale")
+def _predicted_numbers(at: Place) -> Any:
+    raw_BK, y_B = at(torch.randn(B, 2)), at(torch.tensor([1.0, 2.0, torch.nan, 4.0, 5.0, 6.0]))
+    losses = [SquaredError(), AbsoluteError(), Huber(), GaussianLikelihood()]
+    scales = [at(NumberScale("y", loss).set(3.0, 2.0)) for loss in losses]
+    here_B = at(torch.ones(B, dtype=torch.bool))
+    return [scale.term(raw_BK, {"y": y_B}, here_B, "valid").sum() for scale in scales], scales[0].predictions(raw_BK)
+
+
+@part("number_errors")
+def _number_errors(at: Place) -> Any:
+    f_N, y_N = at(torch.randn(2, 20))
+    errors: Any = number_errors(f_N, y_N, at(torch.arange(20)))
+    return [errors["rmse"].float(), errors["r2"].float(), errors["mae"].mean().float()]
+
+
+@part("SeriesAugment")
+def _series_augment(at: Place) -> Any:
+    return SeriesAugment(0.1, 0.1, 0.5)(at(torch.ones(3, 2, 40)), at(torch.arange(3)))
 
 
 @part("LogMel", "AudioAugment")

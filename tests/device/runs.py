@@ -34,6 +34,7 @@ from descant.modules.adaptation.visual_experts import BeginText
 from descant.modules.balance import mcr as games
 from descant.modules.balance.agm import AGM
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
+from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftLabels, SoftTarget
 from descant.modules.distill.ranking import RankTarget, TeacherConfidence
 from descant.modules.evaluation.inversion import ModalityInversion
@@ -51,6 +52,7 @@ from descant.modules.language.projectors import PooledGrid
 from descant.modules.losses import InfoNCE, Intra
 from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.information import Boltzmann, Normal
+from descant.modules.losses.numbers import GaussianLikelihood
 from descant.modules.losses.views import BYOL, DINO
 from descant.modules.masking.adapters import Adapter, Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
@@ -80,6 +82,7 @@ from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
 from descant.modules.objectives.quantized import QuantizedTokens
 from descant.modules.objectives.regions import MaskedRegions
+from descant.modules.objectives.regress import Regress
 from descant.modules.objectives.two_views import TwoViews
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import ExactAnswer, Rewards
@@ -109,6 +112,7 @@ from descant.recipes import (
     Peers,
     Recipe,
     ReconBoost,
+    Regression,
     SelfSupervised,
     Stage,
     Staged,
@@ -440,6 +444,31 @@ def balanced_as_learned(before: Path) -> Run:
     recipe = patterns(fusion=LateFusion(), unimodal=True, regularizers=[LatentAlignment()])
     seen = [c.Harmonize(MIMO()), c.ModalityResampling(warmup=0), c.LearnedLFM(every=1), c.Accuracy()]
     return Run(recipe, Banked(), seen)
+
+
+class NumberedPatterns(Banked):
+    """The label as a number, too."""
+
+    def number_scale(self, target: str) -> tuple[float, float]:
+        return 6.0, 3.0
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        label_B = batch.targets["label"]
+        batch.targets["size"] = (3 * label_B.float()).masked_fill(label_B < 0, torch.nan)
+        return batch
+
+
+@run
+def regression(before: Path) -> Run:
+    recipe = Regression(pattern_towers(), "size", GaussianLikelihood(), width=8, unimodal=True, optimizer=adamw)
+    return Run(recipe, NumberedPatterns(), [c.NumberErrors(), c.NumberProbe("size"), c.Accuracy()])
+
+
+@run
+def regression_among_others(before: Path) -> Run:
+    objectives: dict[str, TaskObjective] = {"size": Regress("size", ["image"]), "kind": Classify("label", 4, ["text"])}
+    recipe = MultiTask(pattern_towers("image", "text"), objectives, 8, optimizer=adamw)
+    return Run(recipe, NumberedPatterns(), [c.NumberErrors(), c.Accuracy()])
 
 
 @run

@@ -38,6 +38,7 @@ from tests.small import small_chat
 #: Recipes without a case of their own: why.
 ELSEWHERE = {
     "Recipe": "the base",
+    "Regression": "fuses as Fusion does; tests/device/runs.py trains it",
     "CompetitiveDistillation": "distill of the cases of other recipes",
 }
 

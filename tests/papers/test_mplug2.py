@@ -195,7 +195,7 @@ class TestMPLUG2(GradientExact, MissingModalities, Ranks, Resume):
                 z[m][b] = F.normalize(recipe.heads[m](h_D[None]), dim=1)[0]
         terms, label = {}, batch.targets["label"]
         for name, m in (("name", "text"), ("drawing", "image")):
-            head = recipe.objectives[name].head
+            head = recipe.objectives[name].head.projection
             losses = [F.cross_entropy(head(z_D[None]), label[b : b + 1]) for b, z_D in z[m].items()]
             terms[name] = torch.stack(losses).sum() / int(batch.present[m].sum())
         both = [b for b in z["image"] if b in z["text"]]

@@ -88,7 +88,7 @@ class TestSkillNet(GradientExact, MissingModalities, Ranks, Resume):
                     h_TD = with_skills(block, h_TD, int(batch.source[b]))
                 h_D = torch.stack([norm(recipe.universal.norm, h_D) for h_D in h_TD]).mean(dim=0)
                 z_D = F.normalize(recipe.heads[m](h_D[None]), dim=1)
-                losses.append(F.cross_entropy(recipe.objectives[m].head(z_D), label[b : b + 1]))
+                losses.append(F.cross_entropy(recipe.objectives[m].head.projection(z_D), label[b : b + 1]))
             terms[m] = torch.stack(losses).sum() / len(losses)
         return terms
 

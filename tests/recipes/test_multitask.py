@@ -121,7 +121,7 @@ def test_terms_are_those_of_separate_forwards() -> None:
     kind, both, match = (model.objectives[name] for name in ("kind", "both", "match"))
     wanted = {
         "contrast": InfoNCE().double()(z["image"], z["text"], b.content_id, everyone),
-        "kind": F.cross_entropy(kind.head(z["image"]), b.targets["label"], reduction="none"),
+        "kind": F.cross_entropy(kind.head.projection(z["image"]), b.targets["label"], reduction="none"),
     }
     firsts, scores, negatives = [], {}, match.negative_rows(Streams(model, b), b, across=False)
 
@@ -139,7 +139,7 @@ def test_terms_are_those_of_separate_forwards() -> None:
         firsts.append(own)
         s = [match.score(h)[0, 0] for h in (own, first(i, j), first(k, i))]
         scores[i] = -(F.logsigmoid(s[0]) + F.logsigmoid(-s[1]) + F.logsigmoid(-s[2])) / 3
-    wanted["both"] = F.cross_entropy(both.head(torch.cat(firsts)), b.targets["label"], reduction="none")
+    wanted["both"] = F.cross_entropy(both.head.projection(torch.cat(firsts)), b.targets["label"], reduction="none")
     wanted["match"] = torch.stack(list(scores.values()))
     for name, value_B in wanted.items():
         torch.testing.assert_close(terms[name], value_B, **rounding(512, F64))

@@ -14,7 +14,7 @@ from torch import nn
 import descant.recipes as recipes
 from descant.callbacks import Stages
 from descant.datamodules.stages import StageData, StagedData
-from descant.modules.core import protocols
+from descant.modules.core import protocols, rollouts
 from descant.modules.core.capabilities import HAD_BY, has, require
 from descant.modules.core.protocols import Embeds, HasObjective, Reconstructs
 from descant.modules.distill.distill import Distill, FeatureTarget, Teacher
@@ -103,7 +103,7 @@ def test_a_refusal_names_the_callback_the_module_and_who_has_it() -> None:
     with pytest.raises(ValueError, match=message):
         require("Retrieval", BoringModel(), Embeds)
     for name, having in HAD_BY.items():
-        protocol = getattr(protocols, name)
+        protocol = getattr(rollouts if hasattr(rollouts, name) else protocols, name)
         for recipe in having.replace(" and ", ", ").split(", "):
             kind = getattr(recipes, recipe)
             assert issubclass(kind, Recipe)

@@ -199,8 +199,8 @@ def test_bad_input_is_one_line() -> None:
         fusion({m: z[m] for m in ("image", "text")})
     with pytest.raises(ValueError, match=r"^present: no modality 'text', only image$"):
         fusion(z, {"image": present["image"]})
-    with pytest.raises(ValueError, match="classes 1: at least 2"):
-        LateFusion().build(WIDTHS, classes=1)
+    with pytest.raises(ValueError, match="classes 0: at least 1"):
+        LateFusion().build(WIDTHS, classes=0)
     with pytest.raises(ValueError, match="widths: a fusion needs at least one modality"):
         LateFusion().build({}, classes=2)
     with pytest.raises(ValueError, match=r"layers 1: at least 2; .* LateFusion"):
