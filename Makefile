@@ -60,6 +60,7 @@ newest: .venv/.ready  ## The comparisons with other packages against their newes
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(BIN)/pip list --format=freeze > $(NEWEST)/have.txt
 	$(if $(findstring --lowest,$(NEW)),$(NEWEST)/bin/pip install --quiet 'uv>=0.9')
+	PATH="$(CURDIR)/$(BIN):$$PATH" JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter" \
 	$(NEWEST)/bin/python -m benchmarks.newest --have $(NEWEST)/have.txt $(NEW) -- -rsfE -m 'not gpu' $(MANY)
 
 # Not SECONDS, which bash sets itself.

@@ -76,7 +76,9 @@ def test_a_real_shell_offers_them(shell: str, tab: Callable[..., list[str]], tmp
     }
     before = "compdef() { :; }\n" if shell == "zsh" else ""
     (tmp_path / "script").write_text(f"{before}{SHELLS[shell]}\n{asks[shell]}\n")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / "descant").write_text(f'#!/bin/sh\nexec {sys.executable} -m descant "$@"\n')  # of these packages
+    (tmp_path / "descant").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
         [shell, tmp_path / "script"], capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
