@@ -285,7 +285,7 @@ def _measure_shape(steps: Sequence[Any]) -> list[int]:
 
 
 def _measure_range(steps: Sequence[Any]) -> list[float]:
-    """Black and white as the tower sees them: what mean and std do, whatever crops and filters do."""
+    """Measure the numbers that a tower gets for black and for white: they show mean and std, and no crop or filter."""
     ends = (prepare_image(steps, torch.full((3, 8, 8), level, dtype=torch.uint8)) for level in (0, 255))
     return [round(float(x_CHW.mean()), 4) for x_CHW in ends]
 

@@ -48,7 +48,7 @@ class UserTargets(UserTable):
         return values
 
     def number_scale(self, target: str) -> tuple[float, float] | None:
-        """Mean and standard deviation of a number over the training split; None where there is no such number or split.
+        """Measure the mean and standard deviation of a number over the training split; None without number or split.
 
         Raises:
             ValueError: where fewer than two training samples have one, or all have the same.

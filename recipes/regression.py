@@ -79,14 +79,19 @@ class Regression(OwnHeads):
 
     # evaluation -----------------------------------------------------------------------------------------------
 
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Embeddings, scores and numbers, from one run of the towers."""
+        z = self.latents(batch)
+        return self.evaluate(batch, z) | {"numbers": self.numbers(batch, z)}
+
     def scores(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Term]:
         """``loss`` of the rows with a number and a modality, on the scale of training."""
         raw_BK = self.fuse(self.latents(batch) if z is None else z, batch.present)
         return {"loss": self.number.term(raw_BK, batch.targets, self.some(batch.present), "valid")}
 
-    def numbers(self, batch: Batch) -> dict[str, Tensor]:
+    def numbers(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Target -> its prediction ``[B]`` in its own unit; nan for rows without a modality."""
-        y_B = self.number.predictions(self.fuse(self.latents(batch), batch.present))
+        y_B = self.number.predictions(self.fuse(self.latents(batch) if z is None else z, batch.present))
         return {self.number.target: y_B.masked_fill(~self.some(batch.present), float("nan"))}
 
     def answers(self, outputs_BC: Tensor) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor
@@ -98,22 +95,14 @@ class Accuracy(ForwardEvaluator):
     def __init__(self) -> None:
         super().__init__()
         self._means = Means()
-        self._outputs: Any = None  # of the validation step
 
     def _forget(self) -> None:
         super()._forget()
-        self._means, self._outputs = Means(), None
-
-    def _collect(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
-    ) -> None:
-        self._outputs = outputs
-        super()._collect(trainer, pl_module, outputs, batch, dataloader_idx)
+        self._means = Means()
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        if isinstance(self._outputs, Mapping) and "scores" in self._outputs:
-            scores = self._outputs["scores"]
-        else:
+        scores = self.of_step("scores")
+        if scores is None:
             assert has(pl_module, Scores)
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 scores = pl_module.scores(batch)

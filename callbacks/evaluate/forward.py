@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -37,6 +38,7 @@ class ForwardEvaluator(ScheduledEvaluator):
         if limit is not None and limit < 1:
             raise ValueError(f"{type(self).__name__}: limit {limit} is no number of samples; 1 is the least")
         self.limit = limit
+        self._outputs: Any = None  # of the validation step, for the batch of ``run``
         self._shares: dict[str, dict[str, float]] = {}  # stage -> set -> share of its samples
 
     # what a subclass implements -------------------------------------------------------------------------------------
@@ -54,7 +56,15 @@ class ForwardEvaluator(ScheduledEvaluator):
         """``{set}/{key}`` -> scalar, or items, over all batches of ``run``; on every rank the same."""
         raise NotImplementedError
 
+    def of_step(self, key: str) -> Any:
+        """What the validation step returned by this name for the batch of ``run``; None where it returned none."""
+        return self._outputs.get(key) if isinstance(self._outputs, Mapping) else None
+
     # the hooks ------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._outputs = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -68,6 +78,7 @@ class ForwardEvaluator(ScheduledEvaluator):
     def _collect(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int
     ) -> None:
+        self._outputs = outputs
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         evaluators = [c for c in callbacks if isinstance(c, EmbeddingEvaluator)]
         if any(not isinstance(c, ForwardEvaluator) or (c.reads_rows and c._active) for c in evaluators):

@@ -24,7 +24,8 @@ from descant.modules.evaluation.numbers import number_errors
 class NumberErrors(ForwardEvaluator):
     """How far a recipe's numbers are off: ``{set}/rmse_{target}``, ``mae_`` in their unit, and ``r2_``.
 
-    Rows without a prediction or a number do not count; a set without one that does has no metric.
+    Uses the ``numbers`` that the validation step returns, or else computes them. Rows without a prediction or a number
+    do not count; a set without one that does has no metric.
 
     Raises:
         ValueError: at setup, if the recipe lacks the protocol PredictsNumbers.
@@ -37,9 +38,11 @@ class NumberErrors(ForwardEvaluator):
         self._pairs: dict[tuple[str, str], tuple[ItemStore, ItemStore]] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        assert has(pl_module, PredictsNumbers)
-        with torch.no_grad(), trainer.precision_plugin.val_step_context():
-            numbers = pl_module.numbers(batch)
+        numbers = self.of_step("numbers")
+        if numbers is None:
+            assert has(pl_module, PredictsNumbers)
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                numbers = pl_module.numbers(batch)
         for target, predicted_B in numbers.items():
             if (name, target) not in self._pairs:
                 self._pairs[name, target] = ItemStore().to(predicted_B.device), ItemStore().to(predicted_B.device)
@@ -93,18 +96,18 @@ class NumberProbe(ScheduledEvaluator):
         for rows in sets.values():
             self.require_embedding(rows, self.modality)
         self.require_target(self.target, (name for rows in sets.values() for name in rows.targets))
-        z_ND, y_N, _ = self._known(self.bank(trainer, pl_module))
+        z_ND, y_N, _ = self._select_known(self.bank(trainer, pl_module))
         row_NR = torch.cat([torch.ones_like(y_N)[:, None], z_ND, y_N[:, None]], dim=1)
         w_P1 = ridge_weights(row_NR.T @ row_NR, z_ND.shape[1], self.l2)
         suffix = "" if self.modality == "image" else f"_{self.modality}"
         values: Any = {}
         for name in (name for name, rows in sets.items() if self.target in rows.targets):
-            z_ND, y_N, key_N = self._known(sets[name])
+            z_ND, y_N, key_N = self._select_known(sets[name])
             errors = number_errors(w_P1[0, 0] + z_ND @ w_P1[1:, 0], y_N, key_N)
             values |= {f"{name}/probe_{key}_{self.target}{suffix}": value for key, value in errors.items()}
         return values
 
-    def _known(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def _select_known(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """``z_ND``, ``y_N`` in float64 and ``key_N`` of the rows that have both."""
         y_N = rows.targets[self.target]
         if not y_N.is_floating_point() or y_N.ndim != 1:

@@ -48,7 +48,7 @@ def snapshot(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
 
 
 def share(by_rank: Sequence[Mapping[str, Any]], rank: int, world: int) -> Mapping[str, Any]:
-    """The values of this rank, of those that the ranks of a run had; on another number of ranks the same on each."""
+    """Return the logged values that this rank goes on with: its own, or, on another number of ranks, an equal share."""
     if len(by_rank) == world:
         return by_rank[rank]
     return {key: _merge([values[key] for values in by_rank if key in values], world) for key in by_rank[0]}

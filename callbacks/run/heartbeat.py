@@ -238,7 +238,7 @@ class Heartbeat:
         return self.phases.long or (before == self._at and is_compiling())
 
     def _ask_state(self, where: Where) -> None:
-        """Of a rank without a heartbeat: read the state of its process, or what a rank of its machine has read."""
+        """Read whether the process of a silent rank is stopped: on its machine itself, elsewhere from a rank of it."""
         key, stopped = f"stopped/{where.rank}", is_stopped(where)
         if stopped is not None:
             self.store.set(key, str(int(stopped)))

@@ -247,7 +247,7 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
 
 
 def _never_trained(pl_module: L.LightningModule) -> list[str]:
-    """Towers that Freeze, Frozen or Lora keep as they were made: no weights were loaded, and the run trains none."""
+    """Find towers with random weights that the run does not train, since Freeze, Frozen or Lora keeps them."""
     lines = []
     for name, tower in chosen(pl_module, None, LM) if has(pl_module, HasTowers) else ():
         own = [p for key, p in tower.named_parameters() if "lora_" not in key]

@@ -1,4 +1,4 @@
-"""Sets of labelled time series: ``.ts`` files of the aeon wheel, as the archive of time series classification has them.
+"""Read sets of labelled time series from the aeon wheel, in the ``.ts`` format of the archive of such sets.
 
 A line is a series: its channels, divided by colons, each a list of numbers, then its class. Letters: W channels, T
 steps.
@@ -34,13 +34,13 @@ def load(folder: Path, name: str, part: str) -> tuple[list[np.ndarray], list[str
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.name}: cannot be read ({error})") from None
-    return parsed(text, file.name)
+    return parse(text, file.name)
 
 
-def parsed(text: str, place: str) -> tuple[list[np.ndarray], list[str]]:
+def parse(text: str, place: str) -> tuple[list[np.ndarray], list[str]]:
     """Series float32 ``[T, W]`` and classes of the text of a ``.ts`` file; ``?`` and ``NaN`` are gaps.
 
-    >>> series, classes = parsed("@data\\n1,2,3:4,?,6:up", "a.ts")
+    >>> series, classes = parse("@data\\n1,2,3:4,?,6:up", "a.ts")
     >>> series[0].tolist(), classes
     ([[1.0, 4.0], [2.0, nan], [3.0, 6.0]], ['up'])
     """

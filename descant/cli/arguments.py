@@ -20,6 +20,7 @@ OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 _FLAGS = ("print_config", "help", "explain", "debug")
 #: Option that passes on an option of a file, ``--of-file KEY=VALUE``; and what no file may say in it.
 OF_FILE = "of-file"
+#: Options that choose each set of the run's own data module.
 _OWN_SETS = ("data.source", "data.stream", "data.validate", "data.test")
 _TYPED = ("config", "extends", "trust", OF_FILE, *_FLAGS)
 
@@ -154,9 +155,7 @@ def with_run_config(request: Request) -> Request:
         folder = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
         request.configs.append(folder / "config.yaml")
         typed = dict(request.typed_options)
-        own = "data" in typed or any(
-            key.startswith(_OWN_SETS) for key in typed
-        )  # they choose each set of the run's own data module
+        own = "data" in typed or any(key.startswith(_OWN_SETS) for key in typed)
         if request.command != "fit" and not own and typed.get("data.path"):
             request.judged = str(typed["data.path"]), typed.get("data.split")
             taken = ("data.path", "data.split")

@@ -158,7 +158,7 @@ def listing(args: Sequence[str] = ()) -> str:
         rows = {
             name: about
             for name, about in _rows(group).items()
-            if all(_about(word.lower(), f"{name} {about}".lower()) for word in words)
+            if all(_is_about(word.lower(), f"{name} {about}".lower()) for word in words)
         }
         if rows:
             lines = _table(rows) if group == "papers" else _cut(rows, _WIDTH)
@@ -171,7 +171,7 @@ def listing(args: Sequence[str] = ()) -> str:
     return "\n\n".join(blocks)
 
 
-def _about(word: str, line: str) -> bool:
+def _is_about(word: str, line: str) -> bool:
     """Whether a line has a word, or the one that means the same here."""
     return word in line or _MEANS.get(word, word) in line
 

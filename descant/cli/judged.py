@@ -1,4 +1,4 @@
-"""The data that a run is judged on: its own, others prepared as its own, or others of which that is checked."""
+"""Choose the data that a run is judged on, and refuse data that are prepared in another way than its own."""
 
 from __future__ import annotations
 

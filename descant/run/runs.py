@@ -127,7 +127,7 @@ def runs_of(root: Path, name: str) -> list[Path]:
 
 
 def runs_below(folder: Path, depth: int = 4) -> list[Path]:
-    """The run itself, the runs of a name, or those of all names in a folder, such as of a sweep or of all sweeps."""
+    """Find the runs in a folder: it is a run, has the runs of one name, or has names below it, such as a sweep."""
     if is_run(folder):
         return [folder]
     if several := runs_of(folder.parent, folder.name):

@@ -103,9 +103,9 @@ class SeriesTower(Tower):
 
     def embed(self, x_BWT: Tensor) -> Tensor:
         """Patches with their places in time, ``[B, W, T] -> [B, T', D]``."""
-        return self._embedded(self.patches(x_BWT)[0])
+        return self._embed_numbers(self.patches(x_BWT)[0])
 
-    def _embedded(self, numbers_BTF: Tensor) -> Tensor:
+    def _embed_numbers(self, numbers_BTF: Tensor) -> Tensor:
         h_BTD = self.inward(numbers_BTF)
         rows = self.channels if self.mix == "none" else 1
         h_BWND = h_BTD.unflatten(1, (rows, -1))
@@ -127,4 +127,4 @@ class SeriesTower(Tower):
         """``mask``: bool ``[B, T]``, real steps; by default all numbers that are finite are real."""
         x_BWT = x if mask is None else x.masked_fill(~mask[:, None], torch.nan)
         numbers_BTF, mask_BT = self.patches(x_BWT)
-        return Tokens(self.encode(self._embedded(numbers_BTF), mask_BT), mask_BT)
+        return Tokens(self.encode(self._embed_numbers(numbers_BTF), mask_BT), mask_BT)

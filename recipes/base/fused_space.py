@@ -80,7 +80,10 @@ class FusedSpace(SharedSpace):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Embeddings and scores, from one run of the towers."""
-        z = self.latents(batch)
+        return self.evaluate(batch, self.latents(batch))
+
+    def evaluate(self, batch: Batch, z: dict[str, Tensor]) -> dict[str, Any]:
+        """What a validation returns of a batch's latents."""
         return {"z": _unit(z), "scores": self.scores(batch, z)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from descant.datamodules.corpora.series import Series
 from descant.datamodules.fields.fields import Fields, TextField
 from descant.datamodules.fields.series import SeriesField
 from descant.datamodules.prepare.package import sha256_of
-from descant.datamodules.prepare.series import parsed
+from descant.datamodules.prepare.series import parse
 from descant.datamodules.sources.arrays import array_bytes
 from descant.modules.towers import SeriesTower
 from descant.modules.towers.image import sincos
@@ -149,11 +149,11 @@ def test_bad_corpora_are_named() -> None:
     with pytest.raises(ValueError, match=r"groups: a \[6\]: BasicMotions has channels 0 to 5"):
         Series("BasicMotions", {"a": [6]})
     with pytest.raises(ValueError, match=r"a.ts:3: no series of numbers, with channels of one length"):
-        parsed("@data\n1,2:3,4:up\n1,2:3:up", "a.ts")
+        parse("@data\n1,2:3,4:up\n1,2:3:up", "a.ts")
     with pytest.raises(ValueError, match=r"a.ts:3: 1 channels, where the first series has another number"):
-        parsed("@data\n1,2:3,4:up\n1,2:up", "a.ts")
+        parse("@data\n1,2:3,4:up\n1,2:up", "a.ts")
     with pytest.raises(ValueError, match=r"a.ts: no series behind a line @data"):
-        parsed("1,2:3,4:up", "a.ts")
+        parse("1,2:3,4:up", "a.ts")
 
 
 # from files -----------------------------------------------------------------------------------------------------------
