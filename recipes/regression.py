@@ -27,10 +27,10 @@ from descant.modules.losses.numbers import NumberLoss, NumberScale, SquaredError
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.fused_space import FUSED, OwnHeads
+from descant.recipes.base.fused_space import FUSED, FusedSpace, OwnHeads
 
 
-class Regression(OwnHeads):
+class Regression(OwnHeads, FusedSpace):
     """Regression on several modalities: late, mid or attention fusion to one number.
 
     Args:

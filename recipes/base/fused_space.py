@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.dtype import promote
+from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.objective import Term
 from descant.modules.fusion.classifiers import FusionHead, only
 from descant.modules.towers import Towers
@@ -27,7 +28,22 @@ from descant.recipes.base.shared_space import SharedSpace
 FUSED = "fused"
 
 
-class FusedSpace(SharedSpace):
+class LatentFusion:
+    """Mixin of what a fusion makes of latents."""
+
+    fusion: FusionHead
+
+    def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``outputs_BC`` of latents, whose samples may stand in another order in each modality."""
+        return promote(self.fusion(z, present))
+
+    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Modality -> ``outputs_BC`` of it alone: the fusion's as if there were no other."""
+        z, present = self.fusion.checked(z, present)
+        return {m: self.fuse(z, only(present, m)) for m in z}
+
+
+class FusedSpace(LatentFusion, SharedSpace):
     """Base of recipes that fuse latents to outputs. A recipe on top brings terms and scores.
 
     Args:
@@ -55,14 +71,10 @@ class FusedSpace(SharedSpace):
         z = {m: promote(self.heads[m](self.present_features(batch, m))) for m in modalities or self.towers}
         return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
 
-    def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``outputs_BC`` of latents, whose samples may stand in another order in each modality."""
-        return promote(self.fusion(z, present))
-
-    def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``outputs_BC`` of it alone: the fusion's as if there were no other."""
-        z, present = self.fusion.checked(z, present)
-        return {m: self.fuse(z, only(present, m)) for m in z}
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Of towers, pools and heads: all that comes before the latents."""
+        parts = (self.towers, self.pools, self.heads)
+        return (p for part in parts for p in part.parameters() if p.requires_grad)
 
     def some(self, present: Mapping[str, Tensor]) -> Tensor:
         """Bool: the rows that have a modality which this recipe has a tower for."""
@@ -94,13 +106,15 @@ class FusedSpace(SharedSpace):
         return {"index": batch.index, "present": present, "z": _unit(z), **answers}
 
 
-class OwnHeads(FusedSpace):
-    """With a linear head for each modality alone, where asked for, and features that terms share by ``hooks.fork``."""
+class OwnHeads(LatentFusion):
+    """Mixin of a linear head for each modality alone, where asked for; terms share latents by ``hooks.fork``."""
 
     own: nn.ModuleDict
+    hooks: GradientHooks
 
     def make_own(self, outputs: int, asked: bool) -> None:
-        self.own = nn.ModuleDict({m: nn.Linear(self.width, outputs) for m in self.towers} if asked else {})
+        widths = self.fusion.widths.items() if asked else ()
+        self.own = nn.ModuleDict({m: nn.Linear(width, outputs) for m, width in widths})
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Modality -> ``outputs_BC`` of it alone: its own head's, or the fusion's as if there were no other."""
@@ -111,12 +125,7 @@ class OwnHeads(FusedSpace):
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
         """Modality -> the terms that share its latents."""
-        return {m: (FUSED, m) if self.own else (FUSED,) for m in self.towers}
-
-    def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Of towers, pools and heads: all that comes before the latents."""
-        parts = (self.towers, self.pools, self.heads)
-        return (p for part in parts for p in part.parameters() if p.requires_grad)
+        return {m: (FUSED, m) if self.own else (FUSED,) for m in self.fusion.widths}
 
     def outputs(
         self, z: dict[str, Tensor], batch: Batch, fused_present: Mapping[str, Tensor]

@@ -200,8 +200,9 @@ class Recipe(L.LightningModule):
             require_fit(tokenizer, towers["text"])
         for name, tower in towers.items():
             require_input(name, tower, image_steps(data), quiet=stage != "fit" or not trainer.is_global_zero)
-        if stage == "fit" and "table" in towers:  # else those of the checkpoint, not read yet
-            require_columns(getattr(data, "table_columns", None), towers["table"])
+        # of a run that is judged they are those of the checkpoint, which is read later
+        for name, columns in getattr(data, "table_columns", {}).items() if stage == "fit" else ():
+            require_columns(name, columns, towers.get(name))
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self.optimizer_now, self.schedule_now)
