@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from descant.datamodules.base import DataModule
+from descant.datamodules.base import DataModule, NumberedDataset, Rows
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.package import DataPackage, unpacked
 from descant.datamodules.sources.ledger import Ledger
@@ -59,6 +59,30 @@ class DebianPackaged(Packaged):
     def __init__(self, deb: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.file = deb
+
+
+class TensorSet(NumberedDataset):
+    """Some samples of a corpus that is in memory as tensors; a sample's place in the whole corpus is its id.
+
+    Args:
+        inputs: modality -> ``[N, ...]``. targets: name -> ``[N]``. id_N: which of them are in this set.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        id_N: np.ndarray,
+        seed: int,
+        drop: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(seed, drop)
+        self.inputs, self.targets, self.id_N, self.modalities = inputs, targets, id_N, tuple(inputs)
+
+    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
+        id_B = torch.from_numpy(self.id_N[index_B])
+        inputs, targets = ({name: x[id_B] for name, x in of.items()} for of in (self.inputs, self.targets))
+        return Rows(inputs, targets, id_B)
 
 
 class ImageViews(DataModule):

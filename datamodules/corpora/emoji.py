@@ -172,8 +172,8 @@ class Emoji(ImageViews):
         return ("image", "text", *self.derived, *audio, *table, *regions)
 
     @property
-    def table_columns(self) -> list[int] | None:
-        return COLUMNS if self.table else None
+    def table_columns(self) -> dict[str, list[int]]:
+        return {"table": COLUMNS} if self.table else {}
 
     # the pack and its splits -----------------------------------------------------------------------------------
 

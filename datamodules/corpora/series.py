@@ -14,37 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.corpora.base import Packaged
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.corpora.base import Packaged, TensorSet
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.series import SETS, WHEEL, load
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
 from descant.modules.transforms.series import SeriesAugment
-
-
-class SeriesSet(NumberedDataset):
-    """Some series of a set; a series' place in the whole set is its id.
-
-    Args:
-        inputs: modality -> float32 ``[N, W, T]``, nan behind the end of a series. label: int64 ``[N]``.
-        id_N: which of them are in this set.
-    """
-
-    def __init__(
-        self,
-        inputs: Mapping[str, Tensor],
-        label: Tensor,
-        id_N: np.ndarray,
-        seed: int,
-        drop: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(seed, drop)
-        self.inputs, self.label, self.id_N, self.modalities = inputs, label, id_N, tuple(inputs)
-
-    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        id_B = torch.from_numpy(self.id_N[index_B])
-        return Rows({m: x[id_B] for m, x in self.inputs.items()}, {"label": self.label[id_B]}, id_B)
 
 
 class Series(Packaged):
@@ -136,13 +112,13 @@ class Series(Packaged):
         rest_N = np.arange(training, len(self.label))
         return {"train": np.flatnonzero(~held_N), "val": np.flatnonzero(held_N), "test": rest_N}
 
-    def _set(self, split: str, drop: Mapping[str, float] | None = None) -> SeriesSet:
-        return SeriesSet(self.inputs, self.label, self.splits[split], self.seed, drop)
+    def _set(self, split: str, drop: Mapping[str, float] | None = None) -> TensorSet:
+        return TensorSet(self.inputs, {"label": self.label}, self.splits[split], self.seed, drop)
 
-    def training_set(self) -> SeriesSet:
+    def training_set(self) -> TensorSet:
         return self._set("train", self.drop)
 
-    def bank_set(self) -> SeriesSet:
+    def bank_set(self) -> TensorSet:
         return self._set("train")
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
