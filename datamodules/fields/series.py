@@ -12,6 +12,9 @@ from descant.datamodules.fields.fields import Decoded, Field, Row, filled
 from descant.datamodules.sources.arrays import array_of
 from descant.modules.core.rng import uniform_N
 
+#: Most steps of a series on a grid of times.
+_LONGEST = 1 << 22
+
 
 class SeriesField(Field):
     """Time series -> float32 ``[B, W, T]``; nan is a gap, or behind the end of a series.
@@ -19,30 +22,49 @@ class SeriesField(Field):
     Of ``.npy`` files and of parquet columns that are lists, ``[steps, W]``, or ``[steps]`` of one channel. Of a longer
     series training takes a random stretch, evaluation the beginning, as of a recording.
 
+    With ``time``, steps lie at uneven times: step ``round((t - t_1) / period)`` has the values of time t, and steps
+    without any are gaps.
+
     Args:
-        channels: W.
+        channels: W, without the one of times.
         steps: T.
         field: name of the field; several as ``npy;series``. The only field with arrays by default.
+        time: which column of an array has the times, such as 0; they ascend.
+        period: time between two steps, in the unit of ``time``.
 
     Raises:
-        ValueError: for channels or steps below 1.
+        ValueError: for channels or steps below 1; for one of ``time`` and ``period`` without the other.
 
     >>> from descant.datamodules.sources.arrays import array_bytes
     >>> SeriesField(channels=1, steps=4).decode([array_bytes([5.0, 6.0])], None)[0].tolist()
     [[[5.0, 6.0, nan, nan]]]
+    >>> timed = SeriesField(channels=1, steps=4, time=0, period=0.5)
+    >>> timed.decode([array_bytes([[7.0, 5.0], [8.1, 6.0]])], None)[0].tolist()
+    [[[5.0, nan, 6.0, nan]]]
     """
 
     kind, usual = "array", ("npy",)
 
-    def __init__(self, channels: int, steps: int, field: str | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        steps: int,
+        field: str | None = None,
+        time: int | None = None,
+        period: float | None = None,
+    ) -> None:
         for name, value in (("channels", channels), ("steps", steps)):
             if value < 1:
                 raise ValueError(f"{name} {value}: 1 is the least")
-        self.channels, self.steps, self.field = channels, steps, field
+        if (time is None) != (period is None):
+            raise ValueError("time, period: the column of times, and the time between two steps in the same unit: both")
+        if time is not None and not 0 <= time <= channels or period is not None and not 0 < period < np.inf:
+            raise ValueError(f"time {time}, period {period}: a column from 0 to {channels}, and more than 0")
+        self.channels, self.steps, self.field, self.time, self.period = channels, steps, field, time, period
 
     @property
     def synthetic(self) -> str:
-        return f"array {self.steps} {self.channels}"
+        return f"array {self.steps} {self.channels + (self.time is not None)}"
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         u_B = None if draw_B is None else uniform_N(draw_B, "series/start").tolist()
@@ -54,10 +76,12 @@ class SeriesField(Field):
 
     def _read(self, array: np.ndarray, start: float) -> Tensor:
         """A stretch of a series, ``start`` in 0..1 of its possible beginnings."""
-        x = array[:, None] if array.ndim == 1 and self.channels == 1 else array
-        if x.ndim != 2 or x.shape[1] != self.channels or not len(x):
-            turned = f"; turn it: {list(x.shape[::-1])}" if x.ndim == 2 and x.shape[0] == self.channels else ""
-            raise ValueError(f"an array {list(array.shape)}: [steps, {self.channels}] is wanted{turned}")
+        columns = self.channels + (self.time is not None)
+        x = array[:, None] if array.ndim == 1 and columns == 1 else array
+        if x.ndim != 2 or x.shape[1] != columns or not len(x):
+            turned = f"; turn it: {list(x.shape[::-1])}" if x.ndim == 2 and x.shape[0] == columns else ""
+            raise ValueError(f"an array {list(array.shape)}: [steps, {columns}] is wanted{turned}")
+        x = x if self.time is None else self._on_grid(x)
         first = int(start * (max(len(x) - self.steps, 0) + 1))
         x_TW = torch.from_numpy(x[first : first + self.steps].astype(np.float32))
         if bool(x_TW.isinf().any()):
@@ -65,3 +89,19 @@ class SeriesField(Field):
         if not bool(x_TW.isfinite().any()):
             raise ValueError("no number, only gaps")
         return x_TW
+
+    def _on_grid(self, x_RW: np.ndarray) -> np.ndarray:
+        """Put R rows at their times on a grid of one step a ``period``; the last of several rows at one step counts."""
+        assert self.time is not None and self.period is not None
+        t_R = x_RW[:, self.time].astype(np.float64)
+        if not np.isfinite(t_R).all():
+            raise ValueError(f"column {self.time} of times: row {int(np.flatnonzero(~np.isfinite(t_R))[0])} is no time")
+        if len(back := np.flatnonzero(np.diff(t_R) < 0)):
+            row = int(back[0]) + 1
+            raise ValueError(f"column {self.time} of times: row {row} is earlier ({t_R[row]:g}) than the one before")
+        step_R = np.round((t_R - t_R[0]) / self.period)
+        if step_R[-1] >= _LONGEST:
+            raise ValueError(f"{step_R[-1] + 1:,.0f} steps of {self.period:g}: more than {_LONGEST:,}; raise period")
+        grid_TW = np.full((int(step_R[-1]) + 1, self.channels), np.nan)
+        grid_TW[step_R.astype(np.int64)] = np.delete(x_RW, self.time, axis=1)
+        return grid_TW
