@@ -247,9 +247,9 @@ class DataModule(L.LightningDataModule):
         return None
 
     @property
-    def table_columns(self) -> list[int] | None:
-        """Of the modality ``table``: 0 for a number, else how many categories a column has; None where not known."""
-        return None
+    def table_columns(self) -> dict[str, list[int]]:
+        """Modality that is a table -> of each column 0 for a number, else its categories; where this is known."""
+        return {}
 
     def describe(self, index: int) -> str:
         """One line on a sample by its id, for image grids and ledgers."""

@@ -34,6 +34,7 @@ from descant.datamodules.fields.fields import (
     filled,
 )
 from descant.datamodules.fields.images import FORMATS, LIMIT
+from descant.datamodules.fields.tables import TableField
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import IMAGE_ENDINGS, Source
 from descant.datamodules.user_data import SPLITS, UserData
@@ -169,7 +170,7 @@ class OtherData(UserData):
             batch_size=getattr(trained, "batch_size", 256),
             eval_batch_size=getattr(trained, "eval_batch_size", 512),
         )
-        if self.columns is not None:
+        if self.tables:
             assert isinstance(trained, UserData)
             self._codes = trained.codes
         _ = self.splits
@@ -226,10 +227,10 @@ def _choose_fields(source: Source, trained: L.LightningDataModule, path: str) ->
     ways |= given.of if given is not None else {}
     found = {modality: _find_reader(field, source) for modality, field in ways.items()}
     usual = ("image", "text", "audio")
-    others = {modality: field for modality, field in found.items() if field and modality not in usual}
-    table = given.table if given is not None else None
-    table = table if table is not None and set(table.columns) <= set(source.fields) else None
-    if not any(found.values()) and table is None:
+    others: dict[str, Field | TableField] = {m: field for m, field in found.items() if field and m not in usual}
+    tables = given.tables if given is not None else {}
+    tables = {modality: table for modality, table in tables.items() if set(table.columns) <= set(source.fields)}
+    if not any(found.values()) and not tables:
         has = ", ".join(f"{name} ({kind})" for name, kind in kinds(source).items())
         raise ValueError(f"{path}: none of {', '.join(ways) or 'the modalities'} of the run; it has {has}")
     targets = {name: LabelField(name) for name in source.fields}
@@ -241,7 +242,7 @@ def _choose_fields(source: Source, trained: L.LightningDataModule, path: str) ->
     numbers = given.numbers if given is not None else {}
     labels |= {name: number for name, number in numbers.items() if number.field in source.fields}
     made: dict[str, Any] = {modality: found.get(modality) for modality in usual}
-    return Fields(**made, table=table, labels=labels, others=others)
+    return Fields(**made, labels=labels, others={**others, **tables})
 
 
 def _find_reader(field: Field, source: Source) -> Field | None:

@@ -108,7 +108,7 @@ class UserData(UserSizes):
             "split": split,
             "fields.labels": {**fields.labels, **fields.numbers} if fields is not None else None,
         }
-        whole |= {"table": table, "fields.table": fields.table if fields is not None else None}
+        whole |= {"table": table, "fields.table": fields.tables if fields is not None else None}
         whole |= self.needs_shapes()
         unknown = next((name for name, value in whole.items() if value), None) if stream is not None else None
         if unknown is not None:
@@ -126,7 +126,7 @@ class UserData(UserSizes):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return (*self.fields, *(["table"] if self.columns is not None else []))
+        return (*self.fields, *self.tables)
 
     @property
     def workers(self) -> int:
@@ -363,6 +363,10 @@ class UserData(UserSizes):
             )
             for name, source in self.sources.items()
         }
+
+    def drawn_faults(self) -> list[str]:
+        """Read some samples of each set; see :meth:`DataReport.drawn_faults`."""
+        return [] if self.tiny or self.stream is not None else self._report.drawn_faults()
 
     # evaluation ------------------------------------------------------------------------------------------------
 

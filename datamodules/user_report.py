@@ -38,7 +38,47 @@ class DataReport:
             self._rows()
         if first:
             self._truncated(training)
+            self._unseen_classes()
             self._losses()
+
+    def drawn_faults(self, rows: int = 32) -> list[str]:
+        """Read some samples of each set, evenly spaced, and describe those that cannot be read: one line a set.
+
+        Raises:
+            ValueError: where no drawn training sample of a modality can be read.
+        """
+        lines = []
+        for split, (name, row_N) in self.data.splits.items():
+            reader = self.data.readers[name]
+            for m in self.data.fields:
+                has_N = row_N[reader.present[m][row_N]]
+                row_B = has_N[np.linspace(0, len(has_N) - 1, min(rows, len(has_N))).round().astype(int)]
+                faults = list(reader.read(row_B, None).faults([m]).values()) if len(row_B) else []
+                line = f"{len(faults)} of {len(row_B)} drawn samples of {split} cannot be read"
+                lines += [f"{line}: {faults[0][0]}: {faults[0][1]}"] if faults else []
+                if faults and len(faults) == len(row_B) and split == "train":
+                    raise ValueError(f"{faults[0][0]}: {faults[0][1]}; so are all {len(row_B)} drawn samples with {m}")
+        return lines
+
+    def _unseen_classes(self) -> None:
+        """Warn of classes that validation or test has and training lacks."""
+        data = self.data
+        if data.tiny or "train" not in data.splits:
+            return
+        seen = {target: self._count_classes(target, "train") for target in data.classes}
+        for target, count_C in seen.items():
+            for split in (split for split in data.splits if split != "train"):
+                unseen_C = np.where(count_C > 0, 0, self._count_classes(target, split))
+                if unseen_C.any():
+                    name, rows = data.classes[target][int(unseen_C.argmax())], int(unseen_C.max())
+                    many = f"{int((unseen_C > 0).sum()):,} classes of {target} are in {split} and not in train"
+                    warn(f"{many}, such as {name!r} ({rows:,} samples): they cannot be predicted")
+
+    def _count_classes(self, target: str, split: str) -> np.ndarray:
+        """Samples of each class in a split."""
+        name, row_N = self.data.splits[split]
+        label_N = self.data.target_values[target][name][row_N]
+        return np.bincount(label_N[label_N >= 0], minlength=len(self.data.classes[target]))
 
     def _rows(self) -> None:
         data = self.data

@@ -20,7 +20,7 @@ from descant.modules.core.errors import warn
 
 
 class UserTable(DataModule):
-    """Base of :class:`UserData`: the modality ``table``, columns of its sources by the codes of training."""
+    """Base of :class:`UserData`: modalities that are tables, columns of its sources by the codes of training."""
 
     given: Fields | None
     table: str | None
@@ -37,29 +37,33 @@ class UserTable(DataModule):
         raise NotImplementedError
 
     @property
-    def columns(self) -> TableField | None:
-        return self.given.table if self.given is not None else None
+    def tables(self) -> dict[str, TableField]:
+        """Modality -> its columns."""
+        return self.given.tables if self.given is not None else {}
 
     @property
-    def table_columns(self) -> list[int] | None:
-        return None if self.columns is None or self.tiny else [code.categories for code in self.codes.values()]
+    def table_columns(self) -> dict[str, list[int]]:
+        tables = {} if self.tiny else self.tables
+        return {m: [self.codes[name].categories for name in field.columns] for m, field in tables.items()}
 
     @cached_property
     def codes(self) -> dict[str, Code]:
-        """Column of the table -> its code: of the checkpoint, if one was loaded, else of the training split."""
-        assert self.columns is not None
+        """Column of a table -> its code: of the checkpoint, if one was loaded, else of the training split."""
         if self._codes is not None and not self.tiny:
             return self._codes
         name, row_N = self.splits["train"]
-        return self.columns.codes(self.sources[name], row_N)
+        codes: dict[str, Code] = {}
+        for field in self.tables.values():
+            codes |= field.codes(self.sources[name], row_N)
+        return codes
 
     def _warn(self, line: str) -> None:
         if not self._world()[0]:
             warn(line)
 
     def cells(self, source: Source) -> dict[str, Cells]:
-        """The modality -> the table of a source, if there is one."""
-        return {} if self.columns is None else {"table": self.columns.cells(source, self.codes, self._warn)}
+        """Modality -> the table of a source."""
+        return {m: field.cells(source, self.codes, self._warn) for m, field in self.tables.items()}
 
     def with_table(self, source: Source) -> Source:
         """A source with the columns of ``table``, where that is given and it has none."""
@@ -72,11 +76,11 @@ class UserTable(DataModule):
         return {f"{name} table": source.table_corpus for name, source in joined.items()}
 
     def codes_state(self) -> dict[str, Any]:
-        return {} if self.columns is None else {"codes": {name: state_of(code) for name, code in self.codes.items()}}
+        return {"codes": {name: state_of(code) for name, code in self.codes.items()}} if self.tables else {}
 
     def load_codes(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the codes of a checkpoint, so that other files are read as its training was."""
-        if self.columns is not None and "codes" in state_dict:
+        if self.tables and "codes" in state_dict:
             self._codes = {name: from_state(code) for name, code in state_dict["codes"].items()}
             for cached in ("codes", "readers"):
                 self.__dict__.pop(cached, None)
@@ -87,7 +91,7 @@ def synthetic(given: Fields | None, key: str | None) -> Synthetic:
     if given is None:
         return Synthetic(fields={"image": "image", "caption": "text"})
     names = {n: f.synthetic for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
-    names |= dict.fromkeys(given.table.columns if given.table is not None else (), "bit")
+    names |= {name: "bit" for table in given.tables.values() for name in table.columns}
     names |= {field.field: "label" for field in given.labels.values()} | ({key: "text"} if key else {})
     names |= {field.field: "bit" for field in given.numbers.values()}
     return Synthetic(fields=names)

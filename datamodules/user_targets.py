@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.fields.fields import LabelField, NumberField
+from descant.datamodules.fields.fields import LabelField, NumberField, mean_and_deviation
 from descant.datamodules.user_table import UserTable
 
 
@@ -56,14 +56,8 @@ class UserTargets(UserTable):
         if target not in self._numbers or "train" not in self.splits:
             return None
         name, row_N = self.splits["train"]
-        y_N = self.target_values[target][name][row_N].astype(np.float64)
-        y_N = y_N[np.isfinite(y_N)]
-        if len(y_N) < 2 or float(y_N.std()) == 0.0:
-            seen = f"all {len(y_N):,} training samples have {y_N[0]:g}" if len(y_N) else "no training sample has one"
-            raise ValueError(
-                f"{self.sources[name].place(0)}: {self._numbers[target].field}: {seen}: nothing to predict"
-            )
-        return float(y_N.mean()), float(y_N.std())
+        place = f"{self.sources[name].place(0)}: {self._numbers[target].field}"
+        return mean_and_deviation(self.target_values[target][name][row_N], place)
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
         if target not in self._labels:

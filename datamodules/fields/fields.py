@@ -365,6 +365,19 @@ def number_of(text: str) -> float | None:
     return number if abs(number) <= np.finfo(np.float32).max else None
 
 
+def mean_and_deviation(y_N: np.ndarray, place: str) -> tuple[float, float]:
+    """Measure a number over training samples; nan is none. Raises ValueError, with its place, where it does not vary.
+
+    >>> mean_and_deviation(np.array([1.0, 3.0, np.nan]), "age")
+    (2.0, 1.0)
+    """
+    y_N = y_N[np.isfinite(y_N)].astype(np.float64)
+    if len(y_N) < 2 or float(y_N.std()) == 0.0:
+        seen = f"all {len(y_N):,} training samples have {y_N[0]:g}" if len(y_N) else "no training sample has one"
+        raise ValueError(f"{place}: {seen}: nothing to predict")
+    return float(y_N.mean()), float(y_N.std())
+
+
 class Fields:
     """One optional field a modality. A class, not a dict, so that a second YAML can override one of them.
 
@@ -374,7 +387,8 @@ class Fields:
         audio: recordings.
         table: columns of numbers and categories.
         labels: name of a target -> its field: a LabelField of classes, or a NumberField.
-        others: modality of any other name -> its field: a VideoField, or an ArrayField of features or points.
+        others: modality of any other name -> its field: a VideoField, an ArrayField of features or points, a
+            SeriesField, or the TableField of a second table.
     """
 
     def __init__(
@@ -384,14 +398,21 @@ class Fields:
         audio: AudioField | None = None,
         labels: dict[str, TargetField] | None = None,
         table: TableField | None = None,
-        others: dict[str, Field] | None = None,
+        others: dict[str, Field | TableField] | None = None,
     ) -> None:
-        self.image, self.text, self.audio, self.table = image, text, audio, table
+        self.image, self.text, self.audio = image, text, audio
         self.labels = {name: field for name, field in (labels or {}).items() if isinstance(field, LabelField)}
         self.numbers = {name: field for name, field in (labels or {}).items() if isinstance(field, NumberField)}
         given: dict[str, Field | None] = {"image": image, "text": text, "audio": audio}
-        if "table" in (others or {}):
-            raise ValueError("others: table has its own name")
-        self.of: dict[str, Field] = with_others(given, others)
-        if not self.of and table is None:
+        second = {name: field for name, field in (others or {}).items() if isinstance(field, TableField)}
+        self.tables: dict[str, TableField] = with_others({"table": table}, second)
+        rest = {name: field for name, field in (others or {}).items() if not isinstance(field, TableField)}
+        if "table" in rest:
+            raise ValueError("others: table is the name of a TableField")
+        columns = [name for field in self.tables.values() for name in field.columns]
+        twice = next((name for k, name in enumerate(columns) if name in columns[:k]), None)
+        if twice is not None:
+            raise ValueError(f"others: column {twice} is in two tables; name it in one of them")
+        self.of: dict[str, Field] = with_others(given, rest)
+        if not self.of and not self.tables:
             raise ValueError("fields: none given; image, text, audio, table and others are possible")

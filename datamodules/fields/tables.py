@@ -105,7 +105,7 @@ def _placed(source: Source, name: str, make: Callable[[], T]) -> T:
         sample = source.name(error.row)
         raise ValueError(
             f"{source.origin(name)}: column {name}: {error.text!r} of {sample} is text where numbers were: correct it, "
-            f"or name {name} in data.fields.table.categories and train anew"
+            f"or name {name} in the table's categories and train anew"
         ) from None
     except ValueError as error:
         raise ValueError(f"{source.origin(name)}: column {name}: {error}") from None

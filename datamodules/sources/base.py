@@ -98,6 +98,10 @@ class Source:
         """The file that holds the sample, for ledgers and messages."""
         raise NotImplementedError
 
+    def file_of(self, index: int, field: str) -> str:
+        """The file that holds one field of the sample, where each may have a file of its own."""
+        return self.place(index)
+
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
         """Those of ``fields`` that the sample has. Raises OSError or ValueError where one is unreadable."""
         raise NotImplementedError

@@ -58,9 +58,10 @@ class Folder(Source):
     With a table (``csv``), a sample is a file of its first file column; every other column is a field: a column of
     file names is read as bytes, all others are texts. Rows of one file are one sample: a column in which they differ
     (five captions of one image) becomes ``caption.0``, ``caption.1``, ...; ``merged`` counts the rows beyond the first
-    of a file. Where the sub-folders hold tables instead (``train/metadata.jsonl``, the layout of data hubs), all of
-    them are read, each relative to its own folder. Without a table, a sample is an image or a recording at any depth,
-    with the files of the same name beside it: fields ``image``, ``audio``, ``caption`` (from ``name.txt``), ``json.*``.
+    of a file. In a folder without media, each row of a table without names of files is a sample. Where the
+    sub-folders hold tables instead (``train/metadata.jsonl``, the layout of data hubs), all of them are read, each
+    relative to its own folder. Without a table, a sample is an image or a recording at any depth, with the files of the
+    same name beside it: fields ``image``, ``audio``, ``caption`` (from ``name.txt``), ``json.*``.
     Where files lie in sub-folders, ``folder`` is the name of the innermost, and ``split`` that of the first, if it is
     a split (train, val, test).
 
@@ -74,7 +75,7 @@ class Folder(Source):
 
     Raises:
         ValueError: if the folder or table is missing, has no sample, has a row that cannot be read, or names a file
-            outside ``root``; if no column has file names.
+            outside ``root``; if no column has file names, and media lie in the folder.
     """
 
     def __init__(
@@ -135,7 +136,8 @@ class Folder(Source):
             ValueError: for a file outside the folder, unless that is allowed.
         """
         shape, root = (len(columns), len(self.names)), f"{self.root}/"
-        self.given_FN = np.array([[name is not None for name in column] for column in columns], dtype=bool)
+        given = [[name is not None for name in column] for column in columns]
+        self.given_FN = np.array(given, dtype=bool).reshape(shape)
         names = [name for column in columns for name in column if name is not None]
         self._require_inside(names)
         facts: list[tuple[int, int]] = []
@@ -216,8 +218,11 @@ class Folder(Source):
             part = read_table(table, self._bad_row)
             files = [name for name, values in part.items() if holds_files(values)]
             if not files:
-                has = short(", ".join(part))
-                raise ValueError(f"{table}: no column holds names of files (such as a.jpg); the columns are {has}")
+                if inner or self._holds_media():
+                    has = short(", ".join(part))
+                    raise ValueError(f"{table}: no column holds names of files (such as a.jpg); the columns are {has}")
+                self.columns, self.names = part, [f"{table.name}#{i}" for i in range(len(next(iter(part.values()))))]
+                return
             for name in files if inner else ():  # an absolute name stays one, and is refused as such
                 part[name] = [v if v is None or v.startswith("/") else f"{inner}/{v}" for v in part[name]]
             first = [v for v in part[files[0]][:1000] if v][:20]
@@ -238,6 +243,10 @@ class Folder(Source):
         self.merged = rows - len(named)
         whole = None not in named
         self.names = cast(list[str], named) if whole else [v or f"{table.name}#{i}" for i, v in enumerate(named)]
+
+    def _holds_media(self) -> bool:
+        """Whether any image, recording or video lies in the folder."""
+        return any(_kind(path.rpartition(".")[2]) in _KINDS for path in _files(self.root))
 
     def _bad_row(self, line: int, why: str) -> None:
         """Note a row that cannot be read, or refuse it."""
@@ -320,6 +329,10 @@ class Folder(Source):
 
     def place(self, index: int) -> str:
         return str(self.root / self.names[index])
+
+    def file_of(self, index: int, field: str) -> str:
+        value = self.columns[field][index] if field in self.files else None
+        return self.place(index) if value is None else str(self.root / value)
 
     def origin(self, field: str) -> str:
         return str(self.table or self.root)

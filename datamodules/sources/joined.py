@@ -124,6 +124,9 @@ class Joined(Source):
     def place(self, index: int) -> str:
         return self.source.place(index)
 
+    def file_of(self, index: int, field: str) -> str:
+        return str(self.path) if field in self.columns else self.source.file_of(index, field)
+
     def origin(self, field: str) -> str:
         return str(self.path) if field in self.columns else self.source.origin(field)
 

@@ -6,7 +6,7 @@ Letters: B samples of a batch, N of a set or source.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,25 @@ from descant.modules.core.rng import salt
 
 @dataclass
 class Read:
-    """Some samples as read: inputs ``[B, ...]``, content keys ``[B]``, and (modality, row) -> why it is unreadable."""
+    """Some samples as read.
+
+    Attributes:
+        inputs: modality -> ``[B, ...]``. key_B: content keys.
+        errors: (modality, row) -> why it is unreadable. files: the same -> the file at fault.
+    """
 
     inputs: dict[str, Tensor]
     key_B: np.ndarray
     errors: dict[tuple[str, int], str]
+    files: dict[tuple[str, int], str]
+
+    def faults(self, modalities: Container[str]) -> dict[int, tuple[str, str]]:
+        """Row -> the file at fault and why, for the first of some modalities that cannot be read."""
+        faults: dict[int, tuple[str, str]] = {}
+        for (m, b), why in self.errors.items():
+            if m in modalities:
+                faults.setdefault(b, (self.files[m, b], f"{m}: {why}"))
+        return faults
 
 
 class Reader:
@@ -93,7 +107,9 @@ class Reader:
             inputs[m], why_B = field.decode(raws[m], draw_B)
             errors |= {(m, b): why for b, why in enumerate(why_B) if why is not None}
         inputs |= {m: cells.rows(row_B, draw_B) for m, cells in self.cells.items()}
-        return Read(inputs, key_B, errors)
+        fields = {(m, b): self.columns[m].names[picks[m][b]] for m, b in errors}
+        files = {(m, b): self.source.file_of(int(row_B[b]), field) for (m, b), field in fields.items()}
+        return Read(inputs, key_B, errors, files)
 
     def _cached(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
         """The reduced image, cached; ``raw`` where it cannot be read, or the next read may pick another field."""
@@ -204,17 +220,15 @@ class UserDataset(NumberedDataset):
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         index_B = index_B.copy()
         read = self.reader.read(self.row_N[index_B], draw_B if self.random else None)
-        faults: dict[int, str] = {}
-        for (m, b), why in read.errors.items():
-            faults.setdefault(b, f"{m}: {why}")
+        faults = read.faults(self.has)
         readable = {m: torch.ones(len(index_B), dtype=torch.bool) for m in self.has}
         for b in range(len(index_B)):
             if b not in faults:
                 self.ledger.read()
                 continue
-            self._note(int(index_B[b]), faults[b])
+            self._note(int(index_B[b]), *faults[b])
             if self.random:
-                index_B[b] = self._replace(read, b, int(index_B[b]), draw_B[b : b + 1], faults[b])
+                index_B[b] = self._replace(read, b, int(index_B[b]), draw_B[b : b + 1], *faults[b])
             else:
                 for m in (m for m, row in read.errors if row == b):
                     readable[m][b] = False
@@ -223,27 +237,25 @@ class UserDataset(NumberedDataset):
         key_B = read.key_B if self.key is None else self.key[source_B]
         return Rows(read.inputs, targets, torch.from_numpy(key_B), index_B, {} if self.random else readable)
 
-    def _note(self, index: int, why: str) -> None:
-        row, source = int(self.row_N[index]), self.reader.source
-        self.ledger.skip(source.place(row), source.name(row), why)
+    def _note(self, index: int, file: str, why: str) -> None:
+        self.ledger.skip(file, self.reader.source.name(int(self.row_N[index])), why)
 
-    def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray, why: str) -> int:
+    def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray, file: str, why: str) -> int:
         """Put another sample at row ``b``, whose own cannot be read, and ``why``; returns its index."""
         for other in self._others(index):
             one = self.reader.read(self.row_N[[other]], draw_1)
             # modalities that the replaced sample lacks stay absent, so their faults do not matter
-            faults = [f"{m}: {why}" for (m, _), why in one.errors.items() if self.has[m][index]]
-            if not faults:
+            fault = one.faults([m for m, has_N in self.has.items() if has_N[index]]).get(0)
+            if fault is None:
                 self.ledger.read()
                 for m, x in one.inputs.items():
                     read.inputs[m] = replaced(read.inputs[m], b, x[0])
                 read.key_B[b] = one.key_B[0]
                 return other
-            self._note(other, faults[0])
-        row, source = int(self.row_N[index]), self.reader.source
+            self._note(other, *fault)
+        name = self.reader.source.name(int(self.row_N[index]))
         had = " and ".join(m for m, has_N in self.has.items() if has_N[index])
-        line = f"{source.name(row)} cannot be read ({why}), and no other sample has {had}"
-        raise ValueError(f"{source.place(row)}: {line}")
+        raise ValueError(f"{file}: {name} cannot be read ({why}), and no other sample has {had}")
 
     def _others(self, index: int) -> Iterator[int]:
         """The samples after this one, cyclically, that have the same modalities; then those that have more."""

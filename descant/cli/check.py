@@ -11,6 +11,7 @@ from torch import nn
 
 from descant.cli.estimate import estimate
 from descant.modules.core.batch import Batch, count_rows
+from descant.modules.core.errors import no_such
 from descant.modules.core.modes import eval_mode
 from descant.modules.training_setup.trainer import data_now, run_steps
 from descant.recipes.base.recipe import Recipe
@@ -36,6 +37,15 @@ class Check(L.Callback):
     def building(self) -> AbstractContextManager[Any]:
         """Context in which model and data are built."""
         return nullcontext()
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare what callbacks watch with what the first evaluation has logged."""
+        known = sorted(name for name in trainer.callback_metrics if "/" in name)
+        sets = {name.partition("/")[0] for name in known}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            watched = getattr(callback, "monitor", None)
+            if isinstance(watched, str) and watched.partition("/")[0] in sets and watched not in known:
+                raise ValueError(f"{type(callback).__name__}: monitor {watched!r}: {no_such(watched, known)}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
@@ -78,6 +88,12 @@ def _data(trainer: L.Trainer) -> list[str]:
             for name, s in data.evaluation_sets(stage).items()
         }
         lines += [f"set        {name}: {size:,} samples" for name, size in sets.items()]
+        watching = [type(c).__name__ for c in trainer.callbacks if getattr(c, "monitor", None)]  # type: ignore[attr-defined]
+        if not any(name.startswith("validate/") for name in sets):
+            needed = f": {' and '.join(watching)} would wait for ever" if watching else ""
+            lines.append(f"set        validate: none{needed}")
+    if hasattr(data, "drawn_faults"):
+        lines += [f"unread     {line}" for line in data.drawn_faults()]
     return lines
 
 

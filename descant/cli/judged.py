@@ -39,6 +39,6 @@ def judged_data(
         names = ", ".join(sorted({type(one).__name__ for one in fits}))
         say(f"left out, since it is fitted on training samples: {names}")
         trainer.callbacks = [one for one in trainer.callbacks if one not in fits]  # type: ignore[attr-defined]
-    if isinstance(built, UserData) and built.columns is not None and checkpoint is not None:
+    if isinstance(built, UserData) and built.tables and checkpoint is not None:
         built.load_codes(load_values(Path(checkpoint)).get(type(built).__qualname__, {}))
     return OtherData(request.judged[0], built, request.judged[1])

@@ -141,23 +141,23 @@ def _with_class(mask_BC: Tensor) -> Tensor:
     return torch.cat([everyone((len(mask_BC), 1), mask_BC.device), mask_BC], dim=1)
 
 
-def require_columns(columns: Sequence[int] | None, tower: nn.Module) -> None:
-    """Checks that the columns of a data module's table fit a tower; a module without ``columns`` is not checked.
+def require_columns(modality: str, columns: Sequence[int], tower: nn.Module | None) -> None:
+    """Check that the columns of a data module's table fit a tower; one without ``columns`` is not checked.
 
     Args:
-        columns: of the data, 0 for a number, else its number of categories; None where not known.
+        columns: of the data, 0 for a number, else its number of categories.
 
     Raises:
         ValueError: for another number of columns, a number in place of a category or the reverse, or more categories
             than the tower has.
 
-    >>> require_columns([0, 3], TableTower([0, 8], width=8, depth=1))
+    >>> require_columns("table", [0, 3], TableTower([0, 8], width=8, depth=1))
     """
     known = getattr(tower, "columns", None)
-    if known is None or columns is None:
+    if known is None:
         return
     same = len(known) == len(columns) and all(
         bool(a) == bool(b) and a <= b for a, b in zip(columns, known, strict=True)
     )
     if not same:
-        raise ValueError(f"model.towers.table.columns {list(known)}: the data's table has {list(columns)}")
+        raise ValueError(f"model.towers: {modality}: columns {list(known)}: the data's table has {list(columns)}")

@@ -136,5 +136,5 @@ def test_tiny_data_and_names(decoder: None) -> None:
         "points": (5, 3),
         "features": (4,),
     }
-    with pytest.raises(ValueError, match="others: table has its own name"):
+    with pytest.raises(ValueError, match="others: table is the name of a TableField"):
         Fields(others={"table": ArrayField(3)})
