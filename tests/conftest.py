@@ -18,6 +18,8 @@ from typing import Any
 
 # numpy's threads wait in a loop for each other, and it reads this when it is imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# by default a run has as many threads as the load of the machine leaves it, and other numbers of them give other bits
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # graphs that other tests compiled are not what is tested: cached ones were seen to give other gradients
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")

@@ -32,7 +32,7 @@ class Check(L.Callback):
 
     def trainer(self, config: dict[str, Any]) -> dict[str, Any]:
         """What the trainer is given in place of its configuration: one process, up to the first step."""
-        return {"devices": 1, "num_nodes": 1, "callbacks": [*config["callbacks"], self]}
+        return {"devices": 1, "num_nodes": 1, "num_sanity_val_steps": 1, "callbacks": [*config["callbacks"], self]}
 
     def building(self) -> AbstractContextManager[Any]:
         """Context in which model and data are built."""

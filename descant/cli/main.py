@@ -66,11 +66,12 @@ from descant.run.folder import Folder
 from descant.run.garbage import long_lived_objects_frozen
 from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
+from descant.run.threads import AUTO, Others, set_threads, trials
 
 #: Options of one call, which config.yaml does not hold.
 CALL = (
     *("config", "extends", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path"),
-    "checkpoint_mirror",
+    *("checkpoint_mirror", "threads"),
 )
 
 
@@ -102,6 +103,7 @@ class DescantCLI(LightningCLI):
         self.request = request
         self.checking = checking or (Check() if request.command == "check" else None)
         self.lines: list[str] = []  # printed once everything is built
+        self.others = Others()
         self.ranks: Ranks | None = None
         self.command = "fit" if request.command == "check" else request.command
         super().__init__(
@@ -141,6 +143,7 @@ class DescantCLI(LightningCLI):
         parser.add_argument("--test", type=bool, default=False, help="Test the final weights after fit.")
         second = "A second place for the newest resume point: a folder or an fsspec URL."
         parser.add_argument("--checkpoint_mirror", type=str | None, default=None, help=second)
+        parser.add_argument("--threads", type=str, default=AUTO, help="Threads on the CPU: auto, measure or a number.")
         if self.command == "predict":
             parser.add_argument("--sets", type=str | None, default=None, help="Of what, such as val,vendor or train.")
 
@@ -184,6 +187,7 @@ class DescantCLI(LightningCLI):
             runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
+        set_threads(self.options.threads, self.place, self.options.trainer.devices, self.others, self.lines.append)
         text = self._saved()
         if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
             source = source_of(Path(self.options.runs), self.options.run, self.request.configs, self.request.trust)
@@ -253,7 +257,7 @@ class DescantCLI(LightningCLI):
         # Folder first: config.yaml is written before anything else
         given = config.get("callbacks") or []
         given = without_bar(config.get("enable_progress_bar"), once(given if isinstance(given, list) else [given]))
-        config["callbacks"] = [self.folder, *given]
+        config["callbacks"] = [self.folder, *trials(self.options.threads, self.place.folder, say), *given]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
             require_exact(config["callbacks"], resumed)
