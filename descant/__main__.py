@@ -86,8 +86,11 @@ def _dispatch(args: Sequence[str]) -> int:
         return 0
     from descant.cli import helptext
 
-    if not args or args[0] in ("--help", "-h", "help"):
+    if not args or (args[0] in ("--help", "-h", "help") and len(args) != 2):
         print(helptext.top(COMMANDS))
+        return 0
+    if args[0] in ("--help", "-h", "help") and len(args) == 2:
+        print(helptext.about(args[1]))
         return 0
     command, *rest = args
     if command == "--version":
@@ -104,6 +107,9 @@ def _dispatch(args: Sequence[str]) -> int:
         if "--debug" in rest and command != "export":  # only main() reads it
             rest.remove("--debug")
         return int(importlib.import_module(TOOLS[command]).main(rest))
+    if len(rest) > 1 and rest[-2] in ("--help", "-h") and rest[-1] != "all" and not rest[-1].startswith("-"):
+        print(helptext.about(rest[-1]))
+        return 0
     if rest and rest[-1] in ("--help", "-h"):
         print(helptext.command(command, COMMANDS[command]))
         return 0

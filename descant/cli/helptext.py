@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from descant.cli.catalogue import ROOT, experiments, header, overlays, papers, s
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
-from descant.modules.io.names import full, of_kind
+from descant.modules.io.names import full, of_kind, table
 
 _OPTIONS = {
     "--config NAME": "a file, or the name of what ships; later ones win, options win over all",
@@ -226,7 +228,7 @@ def command(name: str, about: str, most: int = 60) -> str:
     lines += [*_table(options)]
     tail = [
         f"One more --config adds an overlay (descant list: all {len(_rows('overlays'))}); papers: descant list papers.",
-        f"descant {name} --help all lists every option; --model.help NAME those of one class.",
+        f"descant {name} --help all lists every option; --help CLASS explains any class.",
     ]
     rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
     room = most - len(lines) - len(tail) - 1
@@ -266,6 +268,30 @@ def of_class(known: Schema, request: Request) -> str | None:
         lines += textwrap.wrap(head, _WIDTH, subsequent_indent="    ")
         lines += textwrap.wrap(what.about, _WIDTH, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def about(name: str) -> str:
+    """Signature, path and docstring of one of our classes, for ``descant fit --help SeriesTower``.
+
+    Raises:
+        Refusal: for another name, with the nearest.
+    """
+    path = full(name.rpartition(".")[2])
+    if path is None or ("." in name and not path.endswith(name)):
+        same = " and ".join(table().get(name, ()))
+        fail(
+            f"--help {name}: {same}: give the path of one"
+            if same
+            else f"--help {name}: no such class{hint(name, table())}"
+        )
+    cls = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
+    keys = [
+        str(key).replace("'", "").replace('"', "")
+        for key in inspect.signature(cls.__init__).parameters.values()
+        if key.name not in ("self", "args", "kwargs")
+    ]
+    head = textwrap.fill(f"{cls.__name__}({', '.join(keys)})", _WIDTH, subsequent_indent="    ")
+    return f"{head}\n\nclass_path: {path}\n\n{inspect.getdoc(cls) or ''}".rstrip()
 
 
 def _table(rows: Mapping[str, str]) -> list[str]:

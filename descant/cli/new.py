@@ -1,4 +1,4 @@
-"""``descant new``: write a recipe, callback or data module of your own, with its YAML and its test."""
+"""``descant new``: write a recipe, callback, data module, tower or field of your own, with its YAML and its test."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from descant.modules.io.names import table
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 #: Kind -> name of its template.
-KINDS = {"recipe": "my_recipe", "callback": "my_callback", "datamodule": "my_data"}
+KINDS = {
+    "recipe": "my_recipe",
+    "callback": "my_callback",
+    "datamodule": "my_data",
+    "tower": "my_tower",
+    "field": "my_field",
+}
 
 _HELP = """\
-descant new: a recipe, callback or data module of your own to begin from
+descant new: a recipe, callback, data module, tower or field of your own to begin from
 
-usage: descant new recipe|callback|datamodule NAME [--into DIR]
+usage: descant new recipe|callback|datamodule|tower|field NAME [--into DIR]
 
   descant new recipe my_recipe
 
@@ -34,6 +40,8 @@ on data that ships with Descant. The class is NAME in CamelCase. Nothing is ever
   recipe      two towers, two terms that stay per sample, and what proves both; trains on the emoji pack
   callback    measures a recipe through a protocol, refuses one that lacks it; an overlay of experiments
   datamodule  images and texts from a file, with real missingness, splits and evaluation sets
+  tower       from the inputs of one modality to tokens; an overlay of experiments
+  field       from a file or a cell of your own data to the inputs of one modality
 
 Options:
   NAME        in snake_case, such as my_recipe

@@ -18,7 +18,13 @@ from tests.rotation import by_turns, quick
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parents[3]
 #: A name for each kind; their lengths differ, since lines and imports must stay in order whatever is written in them.
-NAMES = {"recipe": "a_pair", "callback": "zz", "datamodule": "corpus_of_many_coloured_squares"}
+NAMES = {
+    "recipe": "a_pair",
+    "callback": "zz",
+    "datamodule": "corpus_of_many_coloured_squares",
+    "tower": "patches_with_an_mlp",
+    "field": "a_cell_of_numbers",
+}
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -168,10 +174,10 @@ def test_a_module_of_the_users_own_folder_is_not_an_installed_one(
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ([], "new: of which kind? descant new recipe|callback|datamodule NAME"),
+        ([], "new: of which kind? descant new recipe|callback|datamodule|tower|field NAME"),
         (["recip", "x"], "new recip: no such kind; nearest: recipe"),
         (["data", "x"], "new data: no such kind; nearest: datamodule"),
-        (["zzz", "x"], "new zzz: no such kind; known: callback, datamodule, recipe"),
+        (["zzz", "x"], "new zzz: no such kind; known: callback, datamodule, field, recipe, tower"),
         (["recipe"], "new recipe: its name is missing, such as my_recipe"),
         (["recipe", "a_b", "--in", "x"], "new: --in: unexpected; nearest: --into"),
         (["recipe", "a_b", "--into"], "new: argument --into: expected one argument"),
