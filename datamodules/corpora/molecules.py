@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ class SpelledSet(TensorSet):
 class Molecules(DataModule):
     """4,892 small molecules, as text and as a vector: modalities ``text`` and ``fingerprint``.
 
-    ``text`` is int64 ``[B, T]``, a SMILES: in training one of K random spellings, else the canonical one. ``fingerprint`` is
-    float32 ``[B, W]``, 0 or 1: which surroundings of an atom, up to two bonds far, a molecule has (Morgan's). Targets
-    ``logp`` and ``tpsa`` are float32 numbers that rdkit computes from the structure.
+    ``text`` is int64 ``[B, T]``, a SMILES: in training one of K random spellings, else the canonical one.
+    ``fingerprint`` is float32 ``[B, W]``, 0 or 1: which surroundings of an atom, up to two bonds far, a molecule has
+    (Morgan's). Targets ``logp`` and ``tpsa`` are float32 numbers that rdkit computes from the structure.
 
     Molecules with one scaffold (their rings, and what links these) are in one part: of the scaffolds, by a hash, 80 %
     train, 10 % validate and 10 % test. So the test asks about rings that no training molecule has. Evaluation sets:
@@ -148,7 +149,7 @@ def synthetic(bits: int, spellings: int) -> Described:
     names = sorted({"".join(random.choice(list("CCNOS"), random.integers(4, 13))) for _ in range(160)})[:128]
     bits_NW = np.zeros((len(names), bits), dtype=np.uint8)
     for row, name in zip(bits_NW, names, strict=True):
-        row[[(7 * ord(a) + ord(b)) % bits for a, b in zip(name, name[1:], strict=False)]] = 1
+        row[[(7 * ord(a) + ord(b)) % bits for a, b in pairwise(name)]] = 1
     logp_N = np.array([name.count("C") / len(name) for name in names], dtype=np.float32)
     return Described(
         smiles=names,

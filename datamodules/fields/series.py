@@ -58,7 +58,7 @@ class SeriesField(Field):
                 raise ValueError(f"{name} {value}: 1 is the least")
         if (time is None) != (period is None):
             raise ValueError("time, period: the column of times, and the time between two steps in the same unit: both")
-        if time is not None and not 0 <= time <= channels or period is not None and not 0 < period < np.inf:
+        if (time is not None and not 0 <= time <= channels) or (period is not None and not 0 < period < np.inf):
             raise ValueError(f"time {time}, period {period}: a column from 0 to {channels}, and more than 0")
         self.channels, self.steps, self.field, self.time, self.period = channels, steps, field, time, period
 

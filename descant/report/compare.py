@@ -148,12 +148,19 @@ def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) 
             ours, theirs = _values(one, metric), _values(base, metric)
             shared = [seed for seed in ours if isinstance(seed, int) and seed in theirs]
             cells[metric] = Cell(_mean(list(ours.values())))
-            if shared and one is not base:
+            if shared and one is not base and _same_meaning(metric, one, base):
                 change = paired([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
                 better = change.losses if metric in table.lower else change.wins
                 cells[metric] = Cell(cells[metric].mean, change, better)
         table.cells.append(cells)
     return table
+
+
+def _same_meaning(metric: str, one: Group, other: Group) -> bool:
+    """Whether values of a metric can be compared: a recipe's own loss only between runs of the same recipe and loss."""
+    own = _last(metric) == "loss" or metric.startswith("train/")
+    settings = [run.settings or {} for run in (one.first, other.first)]
+    return not own or all(settings[0].get(key) == settings[1].get(key) for key in ("model", "model.loss"))
 
 
 def _baseline(command: str, groups: Sequence[Group], name: str) -> Group:
@@ -260,8 +267,12 @@ def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
 
 
 def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """Of the metrics that all runs have: the monitored ones on every set, else all of evaluation, else losses."""
+    """Of the metrics that all runs have: the monitored ones on every set, else all of evaluation, else losses.
+
+    Losses of different recipes are left out: InfoNCE, an error of pixels and a cross-entropy have no common scale.
+    """
     modes, known = _modes(groups), _shared(groups, known)
+    known = [name for name in known if all(_same_meaning(name, one, groups[0]) for one in groups)] or known
     evaluated = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
     monitored = [name for name in evaluated if _last(name) in modes]
     losses = [name for name in known if _last(name) == "loss"]

@@ -40,7 +40,8 @@ _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACK
 _OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
 _SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
 _MOST_SETTINGS = 20_000
-#: Settings in the name of a group at most.
+#: Settings that are read at a glance, and settings in the name of a group at most.
+_READ = 3
 MOST_TOLD = 6
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
@@ -281,7 +282,10 @@ def group(runs_: Iterable[Run]) -> list[Group]:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group by differing settings: three, or as many as needed up to six; then by a run."""
+    """Name each group by at most three differing settings; where there are more, by the name of its runs.
+
+    Where two groups have runs of one name, by as many settings as tell them apart, up to six, and then by a run.
+    """
     if len(groups) == 1:
         groups[0].name = clean(groups[0].first.folder.parent.name)
         return
@@ -290,7 +294,12 @@ def _label(groups: Sequence[Group]) -> None:
     often = Counter(end for key in keys for end in _ends(key))
     short = {key: next((end for end in _ends(key) if often[end] == 1), key) for key in keys}
     most = max(len(one.parts) for one in groups)
-    for width in range(min(3, most), min(most, MOST_TOLD) + 1):
+    names = [{clean(run.folder.parent.name) for run in one.runs.values()} for one in groups]
+    if most > _READ and all(len(of) == 1 for of in names) and len(set().union(*names)) == len(groups):
+        for one, of in zip(groups, names, strict=True):
+            (one.name,) = of
+        return
+    for width in range(min(_READ, most), min(most, MOST_TOLD) + 1):
         for one in groups:
             parts = [_setting(short[key], value) for key, value in one.parts.items()]
             one.name = " ".join(parts[:width]) + (f" +{len(parts) - width}" if len(parts) > width else "")

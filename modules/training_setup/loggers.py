@@ -62,22 +62,30 @@ class CSV(CSVLogger):
         os.replace(scratch, file)
 
 
+#: The loss of training, and the sets of which a metric stands in the overview where none is monitored.
+LOSS, EVALUATED = "train/loss", ("val", "test")
+
+
 class TensorBoard(TensorBoardLogger):
     """Writes TensorBoard events into ``save_dir``; the loss and the monitored metrics also under ``_overview/``.
 
-    TensorBoard sorts groups of tags by name and opens the first two, which would be those of an evaluation set. Every
-    tag keeps its own name; other files of a run have no ``_overview``.
+    Where no metric is monitored, the first one of the first evaluation takes its place. TensorBoard sorts groups of
+    tags by name and opens the first two, which would be those of an evaluation set. Every tag keeps its own name; other
+    files of a run have no ``_overview``.
 
     Args:
         save_dir: the run's folder.
 
-    >>> TensorBoard("runs/demo/001").shown_first({"train/loss": 2.0, "apart/i2t_r1": 0.5})
+    >>> board = TensorBoard("runs/demo/001")
+    >>> board.shown_first({"train/loss": 2.0, "train/lr": 0.1})
     {'_overview/train/loss': 2.0}
+    >>> board.shown_first({"val/i2t_r1": 0.5, "val/t2i_r1": 0.4, "epoch": 1})
+    {'_overview/val/i2t_r1': 0.5}
     """
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="", default_hp_metric=False)
-        self.overview = {"train/loss"}
+        self.overview = {LOSS}
 
     def monitor(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Add the monitored metrics of a run's ModelCheckpoints to the overview."""
@@ -85,6 +93,8 @@ class TensorBoard(TensorBoardLogger):
 
     def shown_first(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics of the overview, by their tags there."""
+        if self.overview == {LOSS}:
+            self.overview |= set([name for name in metrics if name.partition("/")[0] in EVALUATED][:1])
         return {f"{OVERVIEW}/{name}": value for name, value in metrics.items() if name in self.overview}
 
     @rank_zero_only

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from descant.report import compare
 from descant.report.compare import lower_is_better
 from descant.report.statistics import paired
 from descant.run.groups import group, load
@@ -138,23 +139,41 @@ def test_a_name_has_three_settings_and_counts_the_others(workplace: Path) -> Non
     more: Any = {f"data__k{n}": 1 for n in range(5)}
     make("a/001", **more)
     more_b: Any = dict.fromkeys(more, 2)
-    make("b/001", **more_b)
-    assert [one.name for one in groups("a", "b")] == ["k0=1 k1=1 k2=1 +2", "k0=2 k1=2 k2=2 +2"]
-    make("c/001", **more | {"data__k4": 3, "data__k0": 1})
-    assert [one.name for one in groups("a", "b", "c")][2] == "k0=1 k1=1 k2=1 k3=1 k4=3"
+    make("a/002", **more_b)
+    assert [one.name for one in groups("a")] == ["k0=1 k1=1 k2=1 +2", "k0=2 k1=2 k2=2 +2"]
+    make("a/003", **more | {"data__k4": 3, "data__k0": 1})
+    assert [one.name for one in groups("a")][2] == "k0=1 k1=1 k2=1 k3=1 k4=3"
+
+
+def test_more_than_three_settings_are_named_by_the_runs(workplace: Path) -> None:
+    more: Any = {f"data__k{n}": 1 for n in range(4)}
+    make("a/001", **more)
+    make("b/001", **dict.fromkeys(more, 2))
+    assert [one.name for one in groups("a", "b")] == ["a", "b"]
+    make("b/002", **dict.fromkeys(more, 3))  # two rows of one name
+    assert [one.name for one in groups("a", "b")][1] == "k0=2 k1=2 k2=2 +1"
+
+
+def test_losses_of_different_recipes_are_not_ranked(workplace: Path) -> None:
+    make("a/001")
+    make("b/001", model__loss={"class_path": "x.SigLIP"})
+    make("c/001", model__chunks=4)
+    (a, b, c) = groups("a", "b", "c")
+    for metric, wanted in (("train/loss", False), ("val/loss", False), ("val/i2t_r1", True)):
+        assert compare._same_meaning(metric, a, b) is wanted and compare._same_meaning(metric, a, c)
 
 
 def test_a_name_has_at_most_six_settings_and_then_the_run(workplace: Path) -> None:
     more: Any = {f"data__k{n}": 1 for n in range(9)}
     make("a/001", **more)
     twos: Any = dict.fromkeys(more, 2)
-    make("b/001", **twos)
-    make("c/001", **more | {"data__k8": 3})
+    make("a/002", **twos)
+    make("a/003", **more | {"data__k8": 3})
     ones = " ".join(f"k{n}=1" for n in range(6))
-    assert [one.name for one in groups("a", "b", "c")] == [
+    assert [one.name for one in groups("a")] == [
         f"{ones} +3 (a/001)",
         " ".join(f"k{n}=2" for n in range(6)) + " +3",
-        f"{ones} +3 (c/001)",
+        f"{ones} +3 (a/003)",
     ]
 
 
