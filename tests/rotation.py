@@ -50,13 +50,13 @@ def by_turns(part: int, of: int) -> pytest.MarkDecorator:
 
 
 def quick(cases: Iterable[Any], of: int, ids: Sequence[str] | None = None) -> list[Any]:
-    """Cases as parameters of a test: one of ``of`` parts runs in `make test`, an eighth of the others in `make slow`.
+    """Cases as parameters of a test: one of ``of`` parts runs in `make test`, a sixteenth of the others in `make slow`.
 
-    Every case has its turn within a few commits. ``ids``: of the cases.
+    Every case has its turn at some commit. ``ids``: of the cases.
     """
     each = list(cases)
     now = range(0, len(each), of) if rotation() == ALL else turn(range(len(each)), of)
-    later = turn([n for n in range(len(each)) if n not in now], 8)
+    later = turn([n for n in range(len(each)) if n not in now], 16)
     names: Sequence[str | None] = ids or [None] * len(each)
     return [_parameter(case, names[n], n in later) for n, case in enumerate(each) if n in now or n in later]
 

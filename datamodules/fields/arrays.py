@@ -37,7 +37,7 @@ class ArrayField(Field):
     def __init__(self, width: int, rows: int | None = None, field: str | None = None) -> None:
         for name, value in (("width", width), ("rows", rows)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: 1 is the least")
+                raise ValueError(f"ArrayField: {name} {value}: 1 is the least")
         self.width, self.rows, self.field = width, rows, field
 
     @property

@@ -55,11 +55,15 @@ class SeriesField(Field):
     ) -> None:
         for name, value in (("channels", channels), ("steps", steps)):
             if value < 1:
-                raise ValueError(f"{name} {value}: 1 is the least")
+                raise ValueError(f"SeriesField: {name} {value}: 1 is the least")
         if (time is None) != (period is None):
-            raise ValueError("time, period: the column of times, and the time between two steps in the same unit: both")
+            raise ValueError(
+                "SeriesField: time, period: the column of times, and the time between two steps in the same unit: both"
+            )
         if (time is not None and not 0 <= time <= channels) or (period is not None and not 0 < period < np.inf):
-            raise ValueError(f"time {time}, period {period}: a column from 0 to {channels}, and more than 0")
+            raise ValueError(
+                f"SeriesField: time {time}, period {period}: a column from 0 to {channels}, and more than 0"
+            )
         self.channels, self.steps, self.field, self.time, self.period = channels, steps, field, time, period
 
     @property

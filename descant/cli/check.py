@@ -26,6 +26,7 @@ class Check(L.Callback):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.unread: list[str] = []
 
     def prepare(self, options: Any) -> None:
         """Change the parsed options of the command before anything is built; here none."""
@@ -38,6 +39,11 @@ class Check(L.Callback):
         """Context in which model and data are built."""
         return nullcontext()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "drawn_faults"):  # before anything is trained or judged on them
+            self.unread = [f"unread     {line}" for line in data.drawn_faults()]
+
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare what callbacks watch with what the first evaluation has logged."""
         known = sorted(name for name in trainer.callback_metrics if "/" in name)
@@ -49,7 +55,13 @@ class Check(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Recipe)
-        self.lines = [*_model(pl_module), *_data(trainer), *_terms(trainer, pl_module), *_optimizers(trainer)]
+        self.lines = [
+            *_model(pl_module),
+            *_data(trainer),
+            *self.unread,
+            *_terms(trainer, pl_module),
+            *_optimizers(trainer),
+        ]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -92,8 +104,6 @@ def _data(trainer: L.Trainer) -> list[str]:
         if not any(name.startswith("validate/") for name in sets):
             needed = f": {' and '.join(watching)} would wait for ever" if watching else ""
             lines.append(f"set        validate: none{needed}")
-    if hasattr(data, "drawn_faults"):
-        lines += [f"unread     {line}" for line in data.drawn_faults()]
     return lines
 
 

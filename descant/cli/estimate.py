@@ -61,7 +61,8 @@ class Need:
 def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
     """Measured on slices of ``batch``; the model has taken some steps afterwards."""
     rows = count_rows(batch)
-    sizes = sorted({max(rows // part, 1) for part in PARTS})
+    # two rows at least: one alone has no negatives, and then a contrastive loss has no gradient
+    sizes = sorted({max(rows // part, min(rows, 2)) for part in PARTS})
     _step(trainer, batch, sizes[0])  # what is made once is made now
     resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
     peaks, flops = [], []

@@ -87,11 +87,11 @@ class Tokenizer:
 
 
 def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> None:
-    """Checks that a tokenizer's ids fit a tower's embeddings.
+    """Check that a tokenizer's ids and rows fit a tower.
 
     Raises:
-        ValueError: if the tokenizer has more ids than the tower, another padding or another end of texts, or the tower
-            is pretrained and the tokenizer is not.
+        ValueError: if the tokenizer has more ids or longer rows than the tower, another padding or another end of
+            texts, or the tower is pretrained and the tokenizer is not.
 
     >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # a module without ``vocabulary`` is not checked
     """
@@ -102,6 +102,10 @@ def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> N
     kind = type(tokenizer).__name__
     if tokenizer.vocabulary > known:
         raise ValueError(f"data.text: {kind} has {tokenizer.vocabulary} ids, and tower {name} embeds {known}{hint}")
+    length = getattr(tower, "length", None)
+    if name == "text" and isinstance(length, int) and length < tokenizer.length:
+        rows = f"rows of {kind} have {tokenizer.length} tokens (its length)"
+        raise ValueError(f"model.towers.text.length {length}: {rows}; make one of them the other")
     if getattr(tower, "pretrained", False) and isinstance(tokenizer, (BPETokenizer, ByteTokenizer, NgramTokenizer)):
         raise ValueError(f"data.text: tower {name} is pretrained on other ids than those of {kind}{hint}")
     if tokenizer.pad != getattr(tower, "pad", PAD):

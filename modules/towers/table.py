@@ -141,7 +141,7 @@ def _with_class(mask_BC: Tensor) -> Tensor:
     return torch.cat([everyone((len(mask_BC), 1), mask_BC.device), mask_BC], dim=1)
 
 
-def require_columns(modality: str, columns: Sequence[int], tower: nn.Module | None) -> None:
+def require_columns(modality: str, columns: Sequence[int], tower: nn.Module) -> None:
     """Check that the columns of a data module's table fit a tower; one without ``columns`` is not checked.
 
     Args:

@@ -60,6 +60,11 @@ class FusedSpace(LatentFusion, SharedSpace):
         super().__init__(towers, width, pool, **kwargs)
         self.fusion = fusion.build(dict.fromkeys(towers, width), outputs)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The inputs that the terms need."""
+        return tuple(self.towers)
+
     def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
         """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.
 

@@ -202,7 +202,8 @@ class Recipe(L.LightningModule):
             require_input(name, tower, image_steps(data), quiet=stage != "fit" or not trainer.is_global_zero)
         # of a run that is judged they are those of the checkpoint, which is read later
         for name, columns in getattr(data, "table_columns", {}).items() if stage == "fit" else ():
-            require_columns(name, columns, towers.get(name))
+            if name in towers:
+                require_columns(name, columns, towers[name])
 
     def configure_optimizers(self) -> Any:
         return self.optimized(self.optimizer_now, self.schedule_now)

@@ -19,6 +19,7 @@ def test_tokens_are_the_formula_by_hand(tower: MyTower) -> None:
     h_BTD, mask_BT = tower(x)
     assert h_BTD.shape == (3, 4, tower.width) and bool(mask_BT.all())
     patch = x[1, :, 4:, :4].flatten()  # of the third token: row 1, column 0
+    assert tower.patches.bias is not None
     inner = torch.nn.functional.gelu(tower.patches.weight.flatten(1) @ patch + tower.patches.bias)
     torch.testing.assert_close(h_BTD[1, 2], tower.out(inner) + tower.place_TD[2], rtol=1e-12, atol=1e-12)
 

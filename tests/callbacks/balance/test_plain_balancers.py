@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -91,7 +91,7 @@ class Data(SignData):
 class Plain(BalancedClassifier):
     """Ten lines of anybody's: towers of torch layers, labels, a step and an optimizer."""
 
-    def __init__(self, towers: dict[str, nn.Module], fusion: FusionHead, more: list[Regularizer]) -> None:
+    def __init__(self, towers: Mapping[str, nn.Module], fusion: FusionHead, more: list[Regularizer]) -> None:
         super().__init__(fusion, unimodal=True, regularizers=more)
         self.towers.update(towers)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from descant.datamodules.fields import videos
 from descant.datamodules.fields.arrays import ArrayField
 from descant.datamodules.fields.fields import Field, Fields
+from descant.datamodules.fields.tables import TableField
 from descant.datamodules.fields.videos import ENDED, VideoField
 from descant.datamodules.sources.arrays import array_bytes, array_of
 from descant.datamodules.sources.ledger import Ledger
@@ -73,7 +74,7 @@ def test_features_and_points_of_parquet_lists(tmp_path: Path) -> None:
     }
     kinds = {"features": pa.list_(pa.float32()), "points": pa.list_(pa.list_(pa.float64()))}
     pq.write_table(pa.table({k: pa.array(x, kinds.get(k)) for k, x in rows.items()}), tmp_path / "train.parquet")
-    others: dict[str, Field] = {
+    others: dict[str, Field | TableField] = {
         "features": ArrayField(2, field="features"),
         "points": ArrayField(3, rows=4, field="points"),
     }
@@ -125,7 +126,7 @@ def test_without_torchcodec_one_line_names_the_extra(monkeypatch: pytest.MonkeyP
 
 
 def test_tiny_data_and_names(decoder: None) -> None:
-    others: dict[str, Field] = {
+    others: dict[str, Field | TableField] = {
         "video": VideoField("mp4", frames=3, size=8),
         "points": ArrayField(3, rows=5, field="xyz"),
     }

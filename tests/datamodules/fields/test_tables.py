@@ -57,8 +57,8 @@ def data_of(
     path: Path, columns: tuple[str, ...] = ("age", "city"), table: Path | None = None, **options: Any
 ) -> UserData:
     field = TableField(list(columns), **options)
-    fields = Fields(ImageField(size=8, field="file" if table is None else "image"), labels={"ill": LabelField("ill")})
-    fields.table = field
+    image = ImageField(size=8, field="file" if table is None else "image")
+    fields = Fields(image, labels={"ill": LabelField("ill")}, table=field)
     more: dict[str, Any] = {} if table is None else {"table": str(table)}
     return UserData(path=str(path), fields=fields, batch_size=8, num_workers=0, **more)
 
@@ -78,7 +78,7 @@ def test_numbers_and_categories_are_those_of_training(tmp_path: Path) -> None:
         torch.testing.assert_close(z_N, expected[part], rtol=0, atol=ulps(4, F32), equal_nan=True)
     codes = [{"bonn": 0.0, "kiel": 1.0, "ulm": 2.0}.get(city, NAN) for city in CITIES]
     torch.testing.assert_close(x_NC[:, 1], torch.tensor(codes[:28]), rtol=0, atol=0, equal_nan=True)
-    assert data.table_columns == [0, 3] and data.modalities == ("image", "table")
+    assert data.table_columns == {"table": [0, 3]} and data.modalities == ("image", "table")
     batch = next(iter(data.train_dataloader()))
     at_B = batch.index[batch.present["image"]]
     assert torch.equal(batch.inputs["table"][batch.present["image"]].isnan(), x_NC[at_B].isnan())
@@ -125,7 +125,7 @@ def test_codes_of_a_checkpoint_serve_other_files(tmp_path: Path, capsys: pytest.
     assert bool((x_NC[:, 0] == x_NC[0, 0]).all()) and x_NC[:4, 1].nan_to_num(-1).tolist() == [1.0, -1.0, -1.0, -1.0]
     err = capsys.readouterr().err
     line = "column city: 10 cells have categories that training lacks, such as 'mainz': they count as missing"
-    assert err.count(line) == 1 and other.table_columns == [0, 3]
+    assert err.count(line) == 1 and other.table_columns == {"table": [0, 3]}
     assert cells(other, "val") is not x_NC and "mainz" not in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_the_emoji_table_has_holes_and_standardised_numbers() -> None:
         codes = x_NC[:, c][~x_NC[:, c].isnan()]
         assert not categories or (bool((codes == codes.long()).all()) and codes.min() >= 0 and codes.max() < categories)
     share = float(x_NC.isnan().double().mean())
-    assert 0.02 < share < 0.15 and data.table_columns == COLUMNS
+    assert 0.02 < share < 0.15 and data.table_columns == {"table": COLUMNS}
     sets = data.evaluation_sets("test")
     both = sets["both"][next(iter(Order(len(sets["both"]), 8, 0, shuffle=False)))]
     assert both.inputs["table"].shape[1] == 21 and torch.equal(both.present["table"], both.present["image"])

@@ -147,10 +147,12 @@ def test_a_name_has_three_settings_and_counts_the_others(workplace: Path) -> Non
 
 def test_more_than_three_settings_are_named_by_the_runs(workplace: Path) -> None:
     more: Any = {f"data__k{n}": 1 for n in range(4)}
+    twos: Any = dict.fromkeys(more, 2)
+    threes: Any = dict.fromkeys(more, 3)
     make("a/001", **more)
-    make("b/001", **dict.fromkeys(more, 2))
+    make("b/001", **twos)
     assert [one.name for one in groups("a", "b")] == ["a", "b"]
-    make("b/002", **dict.fromkeys(more, 3))  # two rows of one name
+    make("b/002", **threes)  # two rows of one name
     assert [one.name for one in groups("a", "b")][1] == "k0=2 k1=2 k2=2 +1"
 
 

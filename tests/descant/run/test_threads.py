@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Lines, on a machine of 8 cores of which others use 5; no variable decides."""
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(threads, "cores", lambda: 8)
     yield []
     torch.set_num_threads(before)
@@ -49,10 +51,10 @@ def test_a_quota_counts_as_cores(tmp_path: Path) -> None:
 
 def test_others_do_not_include_this_process() -> None:
     others, x = Others(), 0
-    end = threads.time.monotonic() + 0.3
-    while threads.time.monotonic() < end:
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
         x += 1
-    assert (others.busy() >= 0 and threads._used() is None) or others.busy() < (threads.os.cpu_count() or 1)
+    assert (others.busy() >= 0 and threads._used() is None) or others.busy() < (os.cpu_count() or 1)
 
 
 def test_auto_leaves_others_their_cores_and_says_so(told: list[str], tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_auto_leaves_others_their_cores_and_says_so(told: list[str], tmp_path: P
     assert told == ["threads 3: others keep 5.0 of 8 cores busy; --threads 8 takes all"]
     told.clear()
     set_threads("auto", Run(tmp_path, fresh=True), 2, busy(0.1), told.append)
-    assert torch.get_num_threads() == 4 and not told and threads.os.environ.pop("OMP_NUM_THREADS") == "4"
+    assert torch.get_num_threads() == 4 and not told and os.environ.pop("OMP_NUM_THREADS") == "4"
 
 
 def test_a_resume_takes_the_number_of_its_run(told: list[str], tmp_path: Path) -> None:
@@ -70,6 +72,7 @@ def test_a_resume_takes_the_number_of_its_run(told: list[str], tmp_path: Path) -
     assert torch.get_num_threads() == 2 and told == ["threads 2: as the run had"]
     set_threads("3", Run(tmp_path, fresh=False), "auto", busy(0.0), told.append)
     assert torch.get_num_threads() == 3 and len(told) == 1
+    odd: Any
     for odd in ({}, {"threads": "2"}, {"threads": 0}, []):
         (tmp_path / "versions.json").write_text(json.dumps(odd))
         assert threads.threads_of(tmp_path) is None
@@ -92,7 +95,7 @@ def test_another_word_is_refused(told: list[str], tmp_path: Path, word: str) -> 
 
 def test_measuring_keeps_the_fastest(told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     (tmp_path / "versions.json").write_text(json.dumps({"threads": 8, "python": "3"}))
     assert trials("auto", tmp_path, told.append) == []
     (trial,) = trials("measure", tmp_path, told.append)

@@ -105,7 +105,6 @@ def test_what_does_not_fit_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"torch.bfloat16 rounds codes above 256; use bf16-mixed"):
         TableTower([300], width=8).bfloat16()(torch.zeros(2, 1, dtype=torch.bfloat16))
     for columns in ([0, 3, 0], [3, 3, 0, 2], [0, 0, 0, 2], [0, 4, 0, 2]):
-        with pytest.raises(ValueError, match=r"^model.towers.table.columns \[0, 3, 0, 2\]: the data's table has \["):
-            require_columns(columns, tower())
-    require_columns([0, 2, 0, 2], tower())  # a code that the data never has
-    require_columns(None, tower())
+        with pytest.raises(ValueError, match=r"^model.towers: table: columns \[0, 3, 0, 2\]: the data's table has \["):
+            require_columns("table", columns, tower())
+    require_columns("table", [0, 2, 0, 2], tower())  # a code that the data never has
