@@ -48,6 +48,7 @@ BENCHMARKS = {
     "memory/validations": "benchmarks.memory:validations",
     "watch": "benchmarks.watch:overhead",
     "start": "benchmarks.start:start",
+    "threads": "benchmarks.threads:busy",
     "control": "benchmarks.control:control",
     "claims": "benchmarks.claims:claims",
     "front": "benchmarks.front:front",
