@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
 from descant.datamodules.fields.images import LIMIT, rgb_of
 from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sources.arrays import array_of
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.user_data import UserData
@@ -29,6 +30,8 @@ PIXELS = "pixels"
 #: Rows of a data module that are read in one batch.
 _ROWS = 256
 _SPLITS = ("train", "val", "test")
+#: Colours of the lines of a series, which differ in lightness too (Okabe and Ito 2008).
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 class View:
@@ -130,9 +133,16 @@ class SourceView(View):
         return content
 
     def image(self, i: int) -> Image.Image | None:
+        """The sample's image, else a line plot of its first array."""
+        part, row = self._at(i)
+        source = self.sources[part]
         try:
-            data = self.raw(i).get("image")
-            return None if data is None else thumbnail(data)
+            if (data := self.raw(i).get("image")) is not None:
+                return thumbnail(data)
+            arrays = (name for name, (kind, _) in self.fields.items() if kind == "array" and name in source.fields)
+            name = next((name for name in arrays if source.has(name)[row]), None)
+            raw = None if name is None else source.read(row, [name])[name]
+            return line_plot(array_of(raw)) if isinstance(raw, bytes) else None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
 
@@ -208,6 +218,31 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
         small = Image.fromarray(rgb_of(ImageOps.exif_transpose(image)))
         small.thumbnail((side, side))
         return small
+
+
+def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
+    """The columns of numbers ``[T]`` or ``[T, W]`` as lines from left to right, the first 8 of them, from the least
+    number below to the greatest above; gaps are left out. None for arrays of other dimensions, or without a number.
+
+    >>> plot = line_plot(np.array([0.0, 1.0, np.nan, 1.0]))
+    >>> plot.size, plot.getpixel((0, 319)) != (255, 255, 255)
+    ((320, 320), True)
+    """
+    x_TW = array[:, None] if array.ndim == 1 else array
+    if x_TW.ndim != 2 or not np.isfinite(x_TW).any():
+        return None
+    x_TW = x_TW[:, : len(_LINES)].astype(np.float64)
+    finite = np.isfinite(x_TW)
+    low, high = x_TW[finite].min(), x_TW[finite].max()
+    y_TW = (1 - (np.where(finite, x_TW, low) - low) / max(high - low, 1e-300)) * (side - 1)
+    across_T = np.linspace(0, side - 1, len(x_TW))
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    for w in range(x_TW.shape[1]):
+        for piece in np.split(np.arange(len(x_TW)), np.flatnonzero(~finite[:, w])):
+            points = [(across_T[t], y_TW[t, w]) for t in piece if finite[t, w]]
+            draw.line(points, _LINES[w], 2) if len(points) > 1 else draw.point(points, _LINES[w])
+    return image
 
 
 # opening --------------------------------------------------------------------------------------------------------
