@@ -49,6 +49,7 @@ BENCHMARKS = {
     "watch": "benchmarks.watch:overhead",
     "start": "benchmarks.start:start",
     "threads": "benchmarks.threads:busy",
+    "series": "benchmarks.series:rocket",
     "control": "benchmarks.control:control",
     "claims": "benchmarks.claims:claims",
     "front": "benchmarks.front:front",
