@@ -309,3 +309,24 @@ trainer: {accelerator: cpu, devices: 1, max_steps: 2, max_epochs: -1, precision:
     assert cli("predict", "--run", f"t/{run}", "--data.path", "new").rc == 0
     (file,) = (workplace / f"runs/t/{run}/predict-002").glob("*.parquet")
     np.testing.assert_array_equal(np.stack(pq.read_table(file)["z_table"].to_pylist()), z_ND)
+
+
+def test_a_sample_has_two_tables(tmp_path: Path) -> None:
+    place = folder(tmp_path / "d", rows(), "data.csv")
+    ages = TableField(["age"])
+    fields = Fields(ImageField(size=8, field="file"), table=TableField(["city"]), others={"ages": ages})
+    data = UserData(path=str(place), fields=fields, batch_size=8, num_workers=0)
+    assert data.modalities == ("image", "table", "ages") and data.table_columns == {"table": [3], "ages": [0]}
+    one = data_of(place, columns=("age",))
+    assert torch.equal(
+        data.readers["train"].cells["ages"].x_NC.nan_to_num(9), one.readers["train"].cells["table"].x_NC.nan_to_num(9)
+    )
+    batch = next(iter(data.train_dataloader()))
+    for m in ("table", "ages"):
+        here_B = ~batch.inputs[m].isnan().all(dim=1) & batch.present["image"]
+        assert torch.equal(batch.present[m], here_B) and batch.inputs[m].shape == (8, 1)
+    state, other = data.state_dict(), UserData(path=str(place), fields=fields, batch_size=8, num_workers=0)
+    other.load_state_dict(state)
+    assert {name: str(code) for name, code in other.codes.items()} and list(other.codes) == ["city", "age"]
+    with pytest.raises(ValueError, match="column age is in two tables; name it in one of them"):
+        Fields(table=TableField(["city", "age"]), others={"ages": ages})

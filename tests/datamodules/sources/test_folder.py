@@ -165,3 +165,24 @@ def test_find_knows_a_folder_and_its_table(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.zip: data is a folder, or files that end in \.csv"):
         find(tmp_path / "x.zip")
+
+
+def test_rows_of_a_table_alone_are_samples(tmp_path: Path) -> None:
+    source = Folder(table(tmp_path / "a", "smiles,logp\nCCO,-0.1\nC,\nCCO,-0.1\n", images=0))
+    assert [source.name(i) for i in range(len(source))] == ["captions.csv#0", "captions.csv#1", "captions.csv#2"]
+    assert source.read(0, ["smiles", "logp"]) == {"smiles": "CCO", "logp": "-0.1"} and source.merged == 0
+    assert source.has("logp").tolist() == [True, False, True] and source.file_of(0, "logp") == source.place(0)
+    changed = Folder(table(tmp_path / "b", "smiles,logp\nCCO,-0.1\nC,\nCCO,-0.2\n", images=0))
+    digests = [one.corpus().parts["texts of logp"].state()["digest"] for one in (source, changed)]
+    assert digests[0] != digests[1]
+    sample = tmp_path / "c" / "inner"
+    sample.mkdir(parents=True)
+    (sample / "0.jpg").write_bytes(jpeg())
+    with pytest.raises(ValueError, match="no column holds names of files"):  # images that no row names
+        Folder(table(tmp_path / "c", "smiles\nCCO\n", images=0))
+
+
+def test_a_field_is_in_its_own_file(tmp_path: Path) -> None:
+    source = Folder(table(tmp_path, "image,other,caption\n0.jpg,1.jpg,a\n2.jpg,,b\n"))
+    assert source.file_of(0, "other") == str(tmp_path / "1.jpg") and source.file_of(0, "image") == source.place(0)
+    assert source.file_of(1, "other") == source.file_of(1, "caption") == str(tmp_path / "2.jpg")

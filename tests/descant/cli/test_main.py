@@ -96,6 +96,20 @@ def test_help_of_a_class_needs_no_torch(tmp_path: Path, written_content: dict[st
     assert wrong.returncode == 2 and wrong.stderr.endswith("of kind Recipe; nearest: Contrastive\n")
 
 
+@pytest.mark.parametrize(
+    "words", [("help", "SeriesTower"), ("--help", "SeriesTower"), ("fit", "--help", "SeriesTower")]
+)
+def test_help_of_any_class(cli: Cli, words: tuple[str, ...]) -> None:
+    result = cli(*words)
+    assert result.rc == 0 and result.out.startswith("SeriesTower(channels: int, patch: int, width: int = 128")
+    assert "class_path: descant.modules.towers.series.SeriesTower" in result.out
+    assert "    patch: P." in result.out and "ValueError: for a patch below 1" in result.out
+
+
+def test_help_of_an_unknown_class_names_the_nearest(cli: Cli) -> None:
+    assert cli("fit", "--help", "SeriesTowre").refusal == "--help SeriesTowre: no such class; nearest: SeriesTower"
+
+
 def test_full_help_is_the_parsers_own(cli: Cli) -> None:
     result = cli("fit", "--help", "all")
     assert result.rc == 0 and "--trainer.gradient_clip_val" in result.out and "--resume" in result.out
