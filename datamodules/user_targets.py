@@ -42,7 +42,7 @@ class UserTargets(UserTable):
         for name, source in self.sources.items():
             for target, label in self._labels.items():
                 texts = source.texts(label.field)
-                values.setdefault(target, {})[name] = label.numbers(texts, self.classes[target], source.place(0))
+                values.setdefault(target, {})[name] = label.numbers(texts, self.classes[target], source.place)
             for target, number in self._numbers.items():
                 values.setdefault(target, {})[name] = number.numbers(source.texts(number.field), source.place)
         return values

@@ -304,14 +304,17 @@ class LabelField(TargetField):
         if plain is not None:
             raise ValueError(f"prompts: {plain!r} has no {{}} for the class name")
 
-    def numbers(self, texts: Sequence[str | None], classes: Sequence[str], place: str) -> np.ndarray:
-        """int64 ``[N]``. Raises ValueError for a label that is none of the ``classes``."""
-        self.require_classes(classes, place)
+    def numbers(self, texts: Sequence[str | None], classes: Sequence[str], place: Callable[[int], str]) -> np.ndarray:
+        """int64 ``[N]``. Raises ValueError, with its place, for a label that is none of the ``classes``."""
+        self.require_classes(classes, place(0))
         known = {name: k for k, name in enumerate(classes)}
-        other = next((text for text in texts if text is not None and text.strip() not in known), None)
-        if other is not None:
-            raise ValueError(f"{place}: {self.field}: {other!r} is no class{nearest(other, known)}")
-        return np.array([-1 if text is None else known[text.strip()] for text in texts], dtype=np.int64)
+        label_N = np.full(len(texts), -1, dtype=np.int64)
+        for row, text in enumerate(texts):
+            if text is not None:
+                if (label := known.get(text.strip())) is None:
+                    raise ValueError(f"{place(row)}: {self.field}: {text!r} is no class{nearest(text, known)}")
+                label_N[row] = label
+        return label_N
 
     def require_classes(self, classes: Sequence[str], place: str) -> None:
         """Raises ValueError where the classes that were found are numbers, not all of them whole, and many."""

@@ -356,7 +356,7 @@ CASES = [
     Case(
         "column",
         "classes",
-        "'walk ing' is no class",
+        "good/m3.npy: kind: 'walk ing' is no class",
         cells(kind=lambda k, text: "walk ing" if k == 3 else text),
         ("--data.fields.labels.kind.init_args.classes=[walk,run,rest]",),
     ),

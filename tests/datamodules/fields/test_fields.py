@@ -148,9 +148,9 @@ def test_excerpts_are_random_in_training_and_the_beginning_in_evaluation() -> No
 
 def test_labels() -> None:
     field = LabelField("cls")
-    assert field.numbers(["b", None, "a "], ["a", "b"], "x.csv").tolist() == [1, -1, 0]
-    with pytest.raises(ValueError, match=r"x\.csv: cls: 'c' is no class; there are a, b"):
-        field.numbers(["c"], ["a", "b"], "x.csv")
+    assert field.numbers(["b", None, "a "], ["a", "b"], "x.csv#{}".format).tolist() == [1, -1, 0]
+    with pytest.raises(ValueError, match=r"x\.csv#0: cls: 'c' is no class; there are a, b"):
+        field.numbers(["c"], ["a", "b"], "x.csv#{}".format)
     with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
         LabelField("cls", prompts=["a photo"])
 
