@@ -32,7 +32,7 @@ _OPTIONS = {
     "--sets val,train,NAME": "which sets to embed (all test sets)",
     "--trust MODULE": "allow a package of yours; or shell, packages, writes, reads, hub (SECURITY.md)",
     "--seed_everything N": "seed of weights, order and augmentation (0)",
-    "--threads auto|measure|N": "threads on the CPU: cores that no other process keeps busy, the fastest, or a number",
+    "--threads auto|measure|N": "threads on the CPU: those that others leave free, the fastest, or N",
     "--trainer.max_steps N": "length of training; trainer.* are Lightning's own options",
     "--model.KEY, --data.KEY": "any argument of the recipe or of the data",
     "--trainer.callbacks+=NAME": "add a callback",

@@ -284,7 +284,7 @@ def group(runs_: Iterable[Run]) -> list[Group]:
 def _label(groups: Sequence[Group]) -> None:
     """Name each group by at most three differing settings; where there are more, by the name of its runs.
 
-    Where two groups have runs of one name, by as many settings as tell them apart, up to six, and then by a run.
+    Where two groups have runs of one name, by as many settings as set them apart, up to six, and then by a run.
     """
     if len(groups) == 1:
         groups[0].name = clean(groups[0].first.folder.parent.name)

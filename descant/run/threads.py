@@ -65,7 +65,7 @@ class Others:
         self.began, self.before = time.monotonic(), _used()
 
     def busy(self) -> float:
-        """Cores that others have used on average; 0 where the system does not tell."""
+        """Cores that others have used on average; 0 where the system does not report it."""
         if self.before is None:
             return 0.0
         time.sleep(max(0.0, self.began + _SHORT - time.monotonic()))
@@ -85,14 +85,14 @@ def _used() -> float | None:
     return (user + nice + system + irq + soft + steal) / ticks - (own.user + own.system)
 
 
-def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, tell: Callable[[str], None]) -> None:
+def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report: Callable[[str], None]) -> None:
     """Set the threads of this process, and of the ranks that it launches.
 
     Args:
         wanted: auto, measure, or a number.
         run: one that is resumed has a number already, which auto takes.
         devices: ``trainer.devices``: a number of ranks on this machine, or a word.
-        tell: prints a line.
+        report: prints a line.
 
     Raises:
         Refusal: for another word, a number below 1, or a measurement where OMP_NUM_THREADS decides.
@@ -120,7 +120,7 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, tell: 
         os.environ[GIVEN] = str(number)  # they begin with it
     torch.set_num_threads(number)
     if why:
-        tell(f"threads {number}: {why}")
+        report(f"threads {number}: {why}")
 
 
 def threads_of(folder: Path) -> int | None:
@@ -129,19 +129,19 @@ def threads_of(folder: Path) -> int | None:
     return number if isinstance(number, int) and number > 0 else None
 
 
-def trials(wanted: str, folder: Path, tell: Callable[[str], None]) -> list[L.Callback]:
+def trials(wanted: str, folder: Path, report: Callable[[str], None]) -> list[L.Callback]:
     """The callback that measures, where that is asked for."""
-    return [MeasureThreads(folder, tell)] if wanted == MEASURE else []
+    return [_Trial(folder, report)] if wanted == MEASURE else []
 
 
-class MeasureThreads(L.Callback):
+class _Trial(L.Callback):
     """Times the first steps with 1 thread, with half of the cores and with all, and keeps the fastest number.
 
     It writes the number into the run, and then does nothing.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
-        self.folder, self.tell = folder, tell
+    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+        self.folder, self.report = folder, report
         self.left = sorted({1, max(1, cores() // 2), cores()})
         self.seconds: dict[int, list[float]] = {}
         self._began = 0.0
@@ -164,4 +164,4 @@ class MeasureThreads(L.Callback):
             torch.set_num_threads(best)
             write_json(self.folder / "versions.json", {**runs.versions_of(self.folder), "threads": best})
             measured = ", ".join(f"{number}: {1000 * seconds:.1f} ms" for number, seconds in median.items())
-            self.tell(f"threads {best}, the fastest of the first steps ({measured} a step)")
+            self.report(f"threads {best}, the fastest of the first steps ({measured} a step)")

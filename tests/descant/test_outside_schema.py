@@ -143,7 +143,7 @@ CASES = [
     Case("header", (*OWN, "--data.path", "headless"), "captions.csv: line 1 is a sample (0.png) and no header"),
     Case("header", (*OWN, "--data.path", "tabs"), "captions.tsv: line 1 is a sample (0.png) and no header"),
     Case("header", (*OWN, "--data.path", "header/captions.csv"), "captions.csv: no rows below the header"),
-    Case("header", (*OWN, "--data.path", "words"), "no column holds names of files"),
+    Case("header", (*OWN, "--data.path", "words"), "no image field: fields are title (text), caption (text)"),
     Case("header", (*OWN, "--data.path", "good", "--data.fields.text.captions", "x"), "no column 'x'; there are file"),
     Case("header", (*OWN, "--data.path", "good", "--data.split", "part"), "no column 'part'; there are file"),
     # saved datasets

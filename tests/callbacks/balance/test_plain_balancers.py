@@ -167,7 +167,7 @@ def test_gradients_are_those_of_the_recipe(name: str) -> None:
     untouched = copy.deepcopy(plain)
     wanted, found = fit(recipe, callback()), fit(plain, callback())
     assert len(wanted) == len(found) > 1
-    for one, other in zip(wanted, found, strict=True):
+    for one, other in zip(wanted, found, strict=True):  # the bar: 1e-9 in float64
         assert one.keys() == other.keys() and largest_gap(other, one) < 1e-9
     if callback() is not None:
         assert largest_gap(fit(untouched, None)[-1], found[-1]) > 1e-9  # it does something

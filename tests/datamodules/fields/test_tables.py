@@ -137,7 +137,7 @@ BAD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     (
         {"age": [*map(str, range(39)), "old"]},
         {},
-        r"column age: 'old' of 039.jpg is text where numbers were: correct it, or name age in data.fields.table.categ",
+        r"column age: 'old' of 039.jpg is text where numbers were: correct it, or name age in the table's categ",
     ),
     ({}, {"columns": ("age", "citty")}, r"no column 'citty'; nearest: city; an empty column of this name is read as"),
 ]
@@ -297,7 +297,7 @@ trainer: {accelerator: cpu, devices: 1, max_steps: 2, max_epochs: -1, precision:
 """
     )
     wrong = cli("fit", "--config", "own.yaml", "--name", "t", "--model.towers.table.columns", "[0,0]")
-    assert "model.towers.table.columns [0, 0]: the data's table has [0, 3]" in wrong.err
+    assert "model.towers: table: columns [0, 0]: the data's table has [0, 3]" in wrong.err
     done = cli("fit", "--config", "own.yaml", "--name", "t")
     assert done.rc == 0, done.err
     run = sorted(path.name for path in (workplace / "runs/t").iterdir() if path.is_dir() and path.name.isdigit())[-1]

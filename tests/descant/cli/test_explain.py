@@ -26,7 +26,7 @@ trainer:
   max_epochs: 3
   callbacks+:
     - class_path: EarlyStopping
-      init_args: {monitor: val/loss}
+      init_args: {monitor: val/gap}
 """
 
 
@@ -52,7 +52,7 @@ def test_each_value_has_its_origin(toy: Cli, workplace: Path) -> None:
     assert said["model.optimizer.momentum"][1] == "default"
     assert said["trainer.max_epochs"] == ("3", "over.yaml:6") and said["trainer.min_epochs"] == ("null", "default")
     assert said["trainer.callbacks[0]"] == ("descant.callbacks.run.report.Report", "experiments/base.yaml:11")
-    assert said["trainer.callbacks[8].monitor"] == ("val/loss", "over.yaml:9")
+    assert said["trainer.callbacks[8].monitor"] == ("val/gap", "over.yaml:9")
     assert said["trainer.callbacks[8].patience"] == ("7", "--trainer.callbacks.patience")
     assert said["seed_everything"] == ("1", "--seed_everything")
     assert "recipe     ToyRecipe" in result.out

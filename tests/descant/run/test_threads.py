@@ -16,7 +16,7 @@ import torch
 from descant.cli.errors import Refusal
 from descant.run import threads
 from descant.run.runs import Run
-from descant.run.threads import MeasureThreads, Others, cores, free_threads, set_threads, trials
+from descant.run.threads import Others, _Trial, cores, free_threads, set_threads, trials
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_measuring_keeps_the_fastest(told: list[str], tmp_path: Path, monkeypatc
     (tmp_path / "versions.json").write_text(json.dumps({"threads": 8, "python": "3"}))
     assert trials("auto", tmp_path, told.append) == []
     (trial,) = trials("measure", tmp_path, told.append)
-    assert isinstance(trial, MeasureThreads) and trial.left == [1, 4, 8]
+    assert isinstance(trial, _Trial) and trial.left == [1, 4, 8]
     trainer: Any = None
     for _ in range(40):
         trial.on_train_batch_start(trainer)
