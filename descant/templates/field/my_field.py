@@ -7,8 +7,8 @@ What every field does:
 ``raw_B`` has one entry a sample: bytes of a file, the text of a cell, or None where the sample lacks the modality; a
 row of None becomes padding and has no error. A row that cannot be read becomes padding too, and ``errors_B`` has the
 reason at its place: the run notes it in its ledger with the file's name, and goes on. ``draw_B`` has a seed a sample
-in training, and is None in evaluation, when nothing may be random. ``kind`` determines which columns are found when none is
-named, and ``synthetic`` what `data.tiny` and tests put into them.
+in training, and is None in evaluation, when nothing may be random. ``kind`` determines which columns are found when
+none is named, and ``synthetic`` what `data.tiny` and tests put into them.
 """
 
 from __future__ import annotations
