@@ -33,6 +33,7 @@ from descant.callbacks.evaluate.forgetting import Forgetting as Forgetting
 from descant.callbacks.evaluate.generation import GenerationPictures as GenerationPictures
 from descant.callbacks.evaluate.generation_accuracy import GenerationAccuracy as GenerationAccuracy
 from descant.callbacks.evaluate.geometry import Geometry as Geometry
+from descant.callbacks.evaluate.held_out_loss import HeldOutLoss as HeldOutLoss
 from descant.callbacks.evaluate.inversion import IntraModal as IntraModal
 from descant.callbacks.evaluate.inversion import Inversion as Inversion
 from descant.callbacks.evaluate.learning_speed import LearningSpeed as LearningSpeed

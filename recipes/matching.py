@@ -22,7 +22,7 @@ from torch import Tensor
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, host_copy, to_device
-from descant.modules.core.objective import Term
+from descant.modules.core.objective import Term, held_out_losses
 from descant.modules.core.output import Output, Scorer
 from descant.modules.core.rng import mix_N
 from descant.modules.core.rows import running_rows, zeroed
@@ -102,7 +102,10 @@ class Matching(Recipe):
 
     def forward(self, batch: Batch) -> Output:
         pairs = self.scorers(batch)
-        s_VK, circle_V = self.lists(batch, pairs)
+        return Output({self.name: self._term(*self.lists(batch, pairs), batch)}, pairs=pairs)
+
+    def _term(self, s_VK: Tensor, circle_V: Tensor, batch: Batch) -> Term:
+        """The loss of the lists of each picture and of each text."""
         V, K = s_VK.shape
         place_K = torch.arange(K, device=s_VK.device)
         row_VK = (torch.arange(V, device=s_VK.device)[:, None] - place_K) % max(V, 1)
@@ -110,18 +113,19 @@ class Matching(Recipe):
         log_VK = s_VK.log_softmax(dim=1) + of_text_VK.log_softmax(dim=1)
         loss_V = -log_VK[:, 0] / 2 if K else s_VK.sum(dim=1)
         value_B = s_VK.new_zeros(len(batch)).index_put((circle_V,), loss_V)
-        return Output({self.name: Term(value_B, valid=batch.both(*self.pair), given=self.pair)}, pairs=pairs)
+        return Term(value_B, valid=batch.both(*self.pair), given=self.pair)
 
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``accuracy``: whether a picture's own text fits best of its list; half if another fits as well."""
+        """``loss``; and ``accuracy``: whether a picture's own text fits best of its list; half where others do too."""
         s_VK, circle_V = self.lists(batch, self.scorers(batch))
         above_V = (s_VK[:, 1:] > s_VK[:, :1]).any(dim=1)
         equal_V = (s_VK[:, 1:] == s_VK[:, :1]).any(dim=1)
         right_V = torch.where(above_V, 0.0, torch.where(equal_V, 0.5, 1.0))
         value_B = right_V.new_zeros(len(batch)).index_put((circle_V,), right_V)
-        return {"accuracy": Term(value_B, valid=batch.both(*self.pair))}
+        accuracy = Term(value_B, valid=batch.both(*self.pair))
+        return {"accuracy": accuracy, **held_out_losses({self.name: self._term(s_VK, circle_V, batch)})}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return {"scores": self.scores(batch)}

@@ -37,13 +37,12 @@ from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
 from descant.cli.trainer_parts import (
     mirror,
-    once,
     placed,
     purge_after,
     require_plain,
     require_port,
+    with_defaults,
     with_store,
-    without_bar,
     without_enums,
 )
 from descant.cli.trust import enforce, writes
@@ -255,8 +254,7 @@ class DescantCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # Folder first: config.yaml is written before anything else
-        given = config.get("callbacks") or []
-        given = without_bar(config.get("enable_progress_bar"), once(given if isinstance(given, list) else [given]))
+        given = with_defaults(config.get("callbacks"), self.model, config.get("enable_progress_bar"))
         config["callbacks"] = [self.folder, *trials(self.options.threads, self.place.folder, say), *given]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])

@@ -16,8 +16,12 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
+from descant.callbacks.evaluate.accuracy import Accuracy
+from descant.callbacks.evaluate.held_out_loss import HeldOutLoss
 from descant.callbacks.run.progress import Progress
 from descant.cli.errors import fail, one_line
+from descant.modules.core.capabilities import has
+from descant.modules.core.protocols import ContrastsPairs, Scores
 from descant.modules.io import manifest
 from descant.modules.io.plain import load_plain
 from descant.run.mirror import Mirror
@@ -33,9 +37,19 @@ def once(callbacks: list[L.Callback]) -> list[L.Callback]:
     return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
 
 
-def without_bar(given: Any, callbacks: list[L.Callback]) -> list[L.Callback]:
-    """The callbacks of a trainer without Progress, where its option ``enable_progress_bar`` is false."""
-    return [c for c in callbacks if not isinstance(c, Progress)] if given is False else callbacks
+def with_defaults(given: Any, recipe: object, bar: Any = None) -> list[L.Callback]:
+    """The callbacks of a trainer, of its option or options ``given``.
+
+    Overlays override: see :func:`once`. Without a bar (``enable_progress_bar`` is false) there is no Progress. A recipe
+    with scores, or with losses of pairs, has the callback that logs them, ``val/loss`` among them.
+    """
+    callbacks: list[L.Callback] = once(given if isinstance(given, list) else [given] if given else [])
+    if bar is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Progress)]
+    for protocol, kind in ((Scores, Accuracy), (ContrastsPairs, HeldOutLoss)):
+        if has(recipe, protocol) and not any(isinstance(callback, kind) for callback in callbacks):
+            callbacks.append(kind())
+    return callbacks
 
 
 def with_store(given: Any) -> list[Any]:

@@ -14,6 +14,7 @@ P = TypeVar("P")
 HAD_BY = {
     "AnswersQuestions": "VisionLanguage",
     "Classifies": "Fusion",
+    "ContrastsPairs": "Contrastive",
     "Embeds": "Contrastive, Masked, MultiTask and Fusion",
     "Features": "Contrastive and Fusion",
     "ForksFeatures": "Contrastive, MultiTask and Fusion",

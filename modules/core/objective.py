@@ -58,6 +58,26 @@ class Term:
         return self.valid.sum()
 
 
+def held_out_losses(terms: Mapping[str, Term], mix: Mapping[str, float] | None = None) -> dict[str, Term]:
+    """Return ``loss``, the mixed sum of the terms of each sample, and ``loss_{term}`` of each where there are several.
+
+    A sample counts if one of its terms is valid; a term that is not valid adds zero. Weights have no effect.
+
+    >>> a = Term(torch.tensor([1.0, 2.0]), valid=torch.tensor([True, False]))
+    >>> losses = held_out_losses({"a": a, "b": Term(torch.tensor([3.0, 4.0]))}, {"b": 0.5})
+    >>> losses["loss"].value.tolist(), list(losses)
+    ([2.5, 2.0], ['loss', 'loss_a', 'loss_b'])
+    """
+    device = next(iter(terms.values())).value.device
+    total_N, any_N = torch.zeros((), device=device), torch.zeros((), dtype=torch.bool, device=device)
+    for name, term in terms.items():
+        valid_N = torch.ones_like(term.value, dtype=torch.bool) if term.valid is None else term.valid
+        total_N = total_N + (mix or {}).get(name, 1.0) * torch.where(valid_N, term.value, 0.0)
+        any_N = any_N | valid_N
+    each = {f"loss_{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
+    return {"loss": Term(total_N, valid=any_N), **each}
+
+
 class _Mix(torch.autograd.Function):
     """``sum_k mix_k * term_k`` whose coefficients are read at backward time, from the live tensor."""
 

@@ -112,6 +112,14 @@ class Matches(Protocol):
 
 
 @runtime_checkable
+class ContrastsPairs(Protocol):
+    """``pairs``: name -> two modalities; ``losses[name]``: ``(z_a, z_b, key_B, valid_B) -> value_B`` of that pair."""
+
+    pairs: Mapping[str, tuple[str, str]]
+    losses: nn.ModuleDict
+
+
+@runtime_checkable
 class Features(Protocol):
     """``present_features(batch, modality)``: pooled features of a tower ``h_BD``; rows of absent samples are zero."""
 

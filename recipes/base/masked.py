@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
-from descant.modules.core.objective import Term
+from descant.modules.core.objective import Term, held_out_losses
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.masking.adapters import Adapters, Arranged, require_ids
 from descant.modules.masking.alignment import Alignment
@@ -127,11 +127,9 @@ class MaskedRecipe(Recipe):
         return z
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``loss`` of all terms, and ``loss_{term}`` of each."""
-        terms = self.terms(batch)
-        each = {f"loss_{name.removeprefix('mask/')}": term for name, term in terms.items()}
-        valid_B = torch.stack([term.valid for term in terms.values() if term.valid is not None]).any(dim=0)
-        return {"loss": Term(torch.stack([term.value for term in terms.values()]).sum(dim=0), valid=valid_B), **each}
+        """``loss`` of all terms, and ``loss_{term}`` of each where there are several."""
+        terms = {name.removeprefix("mask/"): term for name, term in self.terms(batch).items()}
+        return held_out_losses(terms, {name.removeprefix("mask/"): x for name, x in self.step.mix.items()})
 
     def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
         """What is seen stays as it is, what is masked is predicted; padding stays what it is.

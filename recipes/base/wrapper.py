@@ -147,6 +147,10 @@ class Wrapper(Recipe):
         return self._inner.pairs
 
     @property
+    def losses(self) -> nn.ModuleDict:
+        return self._inner.losses
+
+    @property
     def width(self) -> int:
         return self._inner.width
 
