@@ -92,12 +92,10 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.ready)  ## The device tes
 wheels: .venv/.ready  ## What `make gpu` needs on a machine without network: build/wheels. FOR='--python 3.12 --have FILE'
 	$(BIN)/python -m benchmarks.wheels $(FOR)
 
-TUTORIALS := $(patsubst docs/%,build/%,$(wildcard docs/tutorials/*.ipynb))
-build/tutorials/%.ipynb: docs/tutorials/%.ipynb | .venv/.ready
-	$(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --ExecutePreprocessor.startup_timeout=300 --output-dir $(@D) $<
-tutorials: $(TUTORIALS)  ## Run the notebooks of docs/tutorials, a minute or two each: build/tutorials, with their outputs.
+tutorials: .venv/.ready  ## Run the notebooks of docs/tutorials, a minute or two each, and store their outputs in them. OF=docs/tutorials/NAME.ipynb
+	PATH=$(CURDIR)/$(BIN):$$PATH OMP_NUM_THREADS=1 $(BIN)/python docs/notebook.py $(or $(OF),$(wildcard docs/tutorials/*.ipynb))
 
-docs: .venv/.ready tutorials  ## Notebooks with their outputs, guides, gallery of experiments, claims and reference as a site: build/site.
+docs: .venv/.ready  ## Notebooks with their outputs, guides, gallery of experiments, claims and reference as a site: build/site.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

@@ -20,7 +20,7 @@ _LOOP = "while True: pass"
 _STEPS = 120
 
 
-def busy(repeats: int = 3) -> Iterator[Row]:
+def busy(repeats: int = 7) -> Iterator[Row]:
     """Samples a second of contrastive/emoji by default / with the better of 1 and all threads, median of repeats.
 
     Once with one other process that keeps a core busy, and once alone. The settings take turns.

@@ -1,46 +1,75 @@
-"""Notebooks as pages of the site: Markdown, with outputs where the notebook was run, and pictures as files."""
+"""Notebooks that keep their outputs: run them where they stand, and turn them into pages of the site.
+
+``python docs/notebook.py FILE...`` runs notebooks and stores their outputs in them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
+from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+#: Key of a notebook's metadata: the digest of the code that made its outputs.
+DIGEST = "code_sha256"
+
 
 class Page(NamedTuple):
-    """A notebook's title, a line on its outputs, the Markdown below, and its pictures by file name."""
+    """A notebook's title, the Markdown below it, and its pictures by file name."""
 
     title: str
-    note: str
     text: str
     pictures: dict[str, bytes]
 
 
-def page(file: Path, run: Path) -> Page:
-    """The page of a notebook whose outputs are stripped.
+def code_digest(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of the code cells: outputs of other code are stale."""
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
 
-    ``run``: the folder in which ``make tutorials`` leaves it with its outputs. They are shown only where its cells are
-    those of ``file``, so that no output is of other code.
-    """
+
+def execute(file: Path) -> None:
+    """Run a notebook in an empty folder and write it back with its outputs, without what differs between two runs."""
     notebook = nbformat.read(file, as_version=4)
-    note = f"[The notebook]({file.name}); `make tutorials` computes its outputs, which are not shown here."
-    if (run / file.name).is_file():
-        executed = nbformat.read(run / file.name, as_version=4)
-        if _sources(executed) == _sources(notebook):
-            notebook, note = executed, f"[The notebook]({file.name}), with the outputs of a run."
-    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
-    text, resources = exporter.from_notebook_node(notebook, {"unique_key": file.stem})
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, startup_timeout=300, resources={"metadata": {"path": folder}}).execute()
+    for cell in notebook.cells:
+        cell.metadata = {}
+        for output in cell.get("outputs", ()):
+            if "metadata" in output:
+                output.metadata = {}
+            if "execution_count" in output:
+                output.execution_count = None
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}, DIGEST: code_digest(notebook)}
+    nbformat.write(notebook, file)
+
+
+def page(file: Path) -> Page:
+    """The page of a notebook with the outputs that it stores."""
+    text, resources = MarkdownExporter().from_notebook_node(
+        nbformat.read(file, as_version=4), {"unique_key": file.stem}
+    )
     # cells of commands, and of files that are written
     text = re.sub(r"^```bash\n%%bash\n", "```bash\n", text, flags=re.MULTILINE)
     text = re.sub(r"^```python\n%%writefile (\S+)\n", r'```python title="\1"\n', text, flags=re.MULTILINE)
     heading, _, rest = text.partition("\n")
     pictures = {name: content for name, content in resources["outputs"].items() if f"]({name})" in rest}
-    return Page(heading.removeprefix("# "), note, rest, pictures)
+    return Page(heading.removeprefix("# "), rest, pictures)
 
 
-def _sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(name)
+        execute(Path(name))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "docs"))  # this file is run by its path
 from notebook import page as page_of_notebook  # noqa: E402
 
 #: Notebooks in docs/tutorials, in the order in which they are read.
-TUTORIALS = ("own-pictures", "compare-methods", "add-a-method")
+TUTORIALS = ("own-pictures", "own-sensor", "own-table", "compare-methods", "add-a-method")
 #: Files of the repository -> pages of the site.
 TEXTS = {
     "README.md": "index.md",
@@ -112,13 +112,15 @@ def _own(page: str) -> str:
 
 
 def _tutorial(name: str) -> str:
-    """A page of a notebook, with the outputs that `make tutorials` left; returns its line of the navigation."""
+    """Write a page of a notebook with its stored outputs. Returns its line of the navigation."""
     file = ROOT / "docs/tutorials" / f"{name}.ipynb"
-    page = page_of_notebook(file, ROOT / "build/tutorials")
+    page = page_of_notebook(file)
     for picture, content in page.pictures.items():
         with mkdocs_gen_files.open(f"tutorials/{picture}", "wb") as out:
             out.write(content)
-    _write(f"tutorials/{name}.md", f"# {page.title}\n\n{page.note}\n{_linked(page.text, file, depth=1)}")
+    _write(
+        f"tutorials/{name}.md", f"# {page.title}\n\n[The notebook]({file.name})\n{_linked(page.text, file, depth=1)}"
+    )
     return f"    * [{page.title}](tutorials/{name}.md)"
 
 
