@@ -23,6 +23,7 @@ from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, join
 from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
 from descant.datamodules.source_balance import TransportBalance
 from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import SeriesAxes, SeriesData
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -276,6 +277,10 @@ class Mixture(CompositeDataModule):
     def picture(self, index: int) -> Tensor | None:
         part, local = self._part(index)
         return part.picture(local)
+
+    def series_axes(self, index: int, modality: str) -> SeriesAxes | None:
+        part, local = self._part(index)
+        return part.series_axes(local, modality) if isinstance(part, SeriesData) else None
 
     def _part(self, index: int) -> tuple[DataModule, int]:
         return list(self.parts.values())[index >> BITS], index & (1 << BITS) - 1

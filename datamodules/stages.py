@@ -18,7 +18,7 @@ from descant.datamodules.tasks.rollout_pairs import RolloutPairs
 from descant.modules.core.batch import Batch
 from descant.modules.core.budget import COUNTED, whole_steps
 from descant.modules.core.capabilities import has
-from descant.modules.core.protocols import StagedRecipe
+from descant.modules.core.protocols import SeriesAxes, SeriesData, StagedRecipe
 from descant.modules.tokenizers.text import Tokenizer
 
 
@@ -342,3 +342,7 @@ class StagedData(CompositeDataModule):
 
     def picture(self, index: int) -> Tensor | None:
         return self.evaluated.picture(index)
+
+    def series_axes(self, index: int, modality: str) -> SeriesAxes | None:
+        data = self.evaluated
+        return data.series_axes(index, modality) if isinstance(data, SeriesData) else None

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from descant.datamodules.base import BatchDataset, Loader, available_cores
 from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
+from descant.datamodules.fields.series import SeriesField
 from descant.datamodules.fields.videos import VideoField
 from descant.datamodules.resumable_sampler import BlockShuffle, Order
 from descant.datamodules.selected import parted
@@ -31,6 +32,7 @@ from descant.datamodules.user_report import DataReport
 from descant.datamodules.user_sizes import UserSizes
 from descant.datamodules.user_table import synthetic
 from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import SeriesAxes
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
@@ -405,6 +407,10 @@ class UserData(UserSizes):
         only = Reader(reader.source, {"image": self.fields["image"]}, {"image": reader.columns["image"]})
         read = only.read(np.array([at[1]]), None)
         return None if read.errors else self.shown(read.inputs["image"][0])
+
+    def series_axes(self, index: int, modality: str) -> SeriesAxes | None:
+        field = self.fields.get(modality)
+        return field.axes if isinstance(field, SeriesField) else None
 
     # on the device ---------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from descant.datamodules.corpora.base import Packaged, TensorSet
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.series import SETS, WHEEL, load
 from descant.modules.core.batch import Batch
+from descant.modules.core.protocols import SeriesAxes
 from descant.modules.core.rng import uniform_N
 from descant.modules.transforms.series import SeriesAugment
 
@@ -96,13 +97,25 @@ class Series(Packaged):
         return torch.tensor([number[name] for name in self.parts[1]])
 
     @cached_property
-    def inputs(self) -> dict[str, Tensor]:
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each channel over the training series, float32 ``[W]`` each."""
         series, _, training = self.parts
-        first_W = np.concatenate(series[:training])
-        mean_W, std_W = np.nanmean(first_W, axis=0), np.nanstd(first_W, axis=0)
+        x_RW = np.concatenate(series[:training])
+        return np.nanmean(x_RW, axis=0), np.maximum(np.nanstd(x_RW, axis=0), 1e-6)
+
+    def series_axes(self, index: int, modality: str) -> SeriesAxes | None:
+        if modality not in self.groups:
+            return None
+        channels, (mean_W, std_W) = self.groups[modality], self.scale
+        names = [f"channel {w}" for w in channels]
+        return SeriesAxes(names, mean=mean_W[channels].tolist(), std=std_W[channels].tolist())
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        series, (mean_W, std_W) = self.parts[0], self.scale
         x_NWT = np.full((len(series), len(mean_W), max(map(len, series))), np.nan, dtype=np.float32)
         for n, x_TW in enumerate(series):
-            x_NWT[n, :, : len(x_TW)] = ((x_TW - mean_W) / np.maximum(std_W, 1e-6)).T
+            x_NWT[n, :, : len(x_TW)] = ((x_TW - mean_W) / std_W).T
         return {m: torch.from_numpy(x_NWT[:, channels]) for m, channels in self.groups.items()}
 
     @cached_property

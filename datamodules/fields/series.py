@@ -10,6 +10,7 @@ from torch import Tensor
 
 from descant.datamodules.fields.fields import Decoded, Field, Row, filled
 from descant.datamodules.sources.arrays import array_of
+from descant.modules.core.protocols import SeriesAxes
 from descant.modules.core.rng import uniform_N
 
 #: Most steps of a series on a grid of times.
@@ -69,6 +70,16 @@ class SeriesField(Field):
     @property
     def synthetic(self) -> str:
         return f"array {self.steps} {self.channels + (self.time is not None)}"
+
+    @property
+    def axes(self) -> SeriesAxes:
+        """Names of the channels, by their columns in the array, and the time between two steps.
+
+        >>> SeriesField(channels=2, steps=4, time=0, period=0.5).axes[:2]
+        (['column 1', 'column 2'], 0.5)
+        """
+        columns = range(self.channels + (self.time is not None))
+        return SeriesAxes([f"column {k}" for k in columns if k != self.time], self.period)
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         u_B = None if draw_B is None else uniform_N(draw_B, "series/start").tolist()

@@ -5,7 +5,7 @@ Letters: B samples, T tokens, D width, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -338,6 +338,28 @@ class MixedData(Protocol):
     """Data of several parts. ``shares``: of the training samples by the name of the part; None where sizes decide."""
 
     shares: Any
+
+
+class SeriesAxes(NamedTuple):
+    """Units of a time series ``x_WT``: a number is ``mean + std x`` in the data's unit, at the time ``period t``.
+
+    Attributes:
+        channels: names of all W.
+        period: time between two steps, in the data's unit; None where only steps are known.
+        mean, std: by which the data module standardised each channel, ``[W]``, or one number for all.
+    """
+
+    channels: Sequence[str]
+    period: float | None = None
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
+
+
+@runtime_checkable
+class SeriesData(Protocol):
+    """``series_axes(index, modality)``: units of a sample's time series by its id; None for other modalities."""
+
+    def series_axes(self, index: int, modality: str) -> SeriesAxes | None: ...
 
 
 @runtime_checkable
