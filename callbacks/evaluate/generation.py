@@ -66,7 +66,7 @@ class GenerationPictures(ReconstructionPictures):
 
     def draw(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, names: list[str], title: str
-    ) -> Figure | None:
+    ) -> dict[str, Figure | None]:
         assert has(pl_module, DecodesTokens)
         made = dict[tuple[str, str], list[Shown | None]]()
         for given in self.given:
@@ -81,11 +81,11 @@ class GenerationPictures(ReconstructionPictures):
         everyone = torch.arange(len(batch), device=batch.device)
         truth = {m: self._shown(trainer, batch.inputs[m], everyone, len(batch)) for m in self.modalities or []}
         if trainer.sanity_checking or not trainer.is_global_zero:
-            return None
+            return {}
         for m, row in truth.items():
             for k, here in enumerate(batch.present[m].tolist()):
                 row[k] = row[k] if here else None
-        return grid(truth, made, self.given, self.targets, names, title)
+        return {"": grid(truth, made, self.given, self.targets, names, title)}
 
     @staticmethod
     def _shown(trainer: L.Trainer, x: Tensor, rows: Tensor, samples: int) -> list[Shown | None]:

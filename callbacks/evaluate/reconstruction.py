@@ -18,16 +18,18 @@ from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.images import sample_line
 from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.reconstruction import gallery
+from descant.callbacks.plots.series import series_gallery
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objects import require_objects
-from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
+from descant.modules.core.protocols import ReconstructionOutput, Reconstructs, SeriesAxes, SeriesData
 from descant.modules.core.rng import mix_N
 from descant.modules.evaluation.inversion import rows_of_other_keys
 from descant.modules.evaluation.metrics import wide
 from descant.modules.evaluation.reconstruction import NullFit, Nulls, deciles, row_means
 from descant.modules.masking.corruptions import Corruption, Hide
+from descant.modules.training_setup.trainer import datamodule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -291,7 +293,8 @@ class ReconstructionPictures(ForwardEvaluator):
     1; the middle slice of volumes ``[B, C, D, H, W]`` and spectrograms ``[B, F, T]``, low bins at the bottom, from the
     least to the largest number of the truth; category maps (int64 ``[B, H, W]``) in fixed colours; other shapes are
     left out. Goes to every TensorBoard logger as ``pictures/{set}-reconstruction`` and to ``{run folder}/pictures/``.
-    The sanity check draws nothing.
+    Time series ``[B, W, T]`` of data with :class:`SeriesData` are line plots in the data's units, in a figure of their
+    own, ``pictures/{set}-reconstruction-series``. The sanity check draws nothing.
 
     Args:
         count: samples of a set, selected by their ids.
@@ -359,24 +362,37 @@ class ReconstructionPictures(ForwardEvaluator):
             batch = self._select(inputs.batch(rows, dict.fromkeys(inputs.modalities, at), real, at))
             names = [sample_line(trainer.datamodule, i) for i in batch.index.tolist()]  # type: ignore[attr-defined]
             # on all ranks, since a recipe may use collectives
-            figure = self.draw(trainer, pl_module, batch, names, f"{name}: {self.name}, step {trainer.global_step}")
-            if figure is not None:
-                tag = f"{name}-{self.name}"
-                save_figure(trainer, figure, tag, f"pictures/{tag}")
+            figures = self.draw(trainer, pl_module, batch, names, f"{name}: {self.name}, step {trainer.global_step}")
+            for end, figure in figures.items():
+                if figure is not None:
+                    tag = f"{name}-{self.name}{end}"
+                    save_figure(trainer, figure, tag, f"pictures/{tag}")
         return {}
 
     def draw(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, names: list[str], title: str
-    ) -> Figure | None:
-        """The figure of a set, on the first rank outside the sanity check; None elsewhere, or without images."""
+    ) -> dict[str, Figure | None]:
+        """Draw a set on the first rank, outside the sanity check: the end of a name -> the figure, None if empty."""
         rebuilt = reconstruct(trainer, pl_module, batch, self.corruption)
         for m in self.modalities or []:
             if m not in rebuilt:
                 raise ValueError(f"ReconstructionPictures: modality {m!r}: {no_such(m, rebuilt)}")
         if trainer.sanity_checking or not trainer.is_global_zero:
-            return None
+            return {}
         shown = {m: _as_input(rebuilt[m], batch.inputs[m]) or rebuilt[m] for m in self.modalities or rebuilt}
-        return gallery(shown, batch.present, names, title)
+        units = {m: self._series_axes(trainer, batch, m) for m in shown}
+        series = {m: shown.pop(m) for m, axes in units.items() if any(axes) and shown[m].truth.ndim == 3}
+        images = gallery(shown, batch.present, names, title)
+        return {"": images, "-series": series_gallery(series, units, names, title)}
+
+    @staticmethod
+    def _series_axes(trainer: L.Trainer, batch: Batch, modality: str) -> list[SeriesAxes | None]:
+        """The axes of a time series in each sample; None where a sample lacks it, or it is no series."""
+        data = datamodule_of(trainer)
+        if not isinstance(data, SeriesData):
+            return [None] * len(batch)
+        samples = zip(batch.index.tolist(), batch.present[modality].tolist(), strict=True)
+        return [data.series_axes(index, modality) if present else None for index, present in samples]
 
 
 def reconstruct(

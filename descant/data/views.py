@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from descant.callbacks.plots.series import trace
+from descant.callbacks.plots.style import figure, pixels, styled
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
 from descant.datamodules.fields.images import LIMIT, rgb_of
@@ -220,6 +222,7 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
         return small
 
 
+@styled
 def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
     """The columns of numbers ``[T]`` or ``[T, W]`` as lines from left to right, the first 8 of them, from the least
     number below to the greatest above; gaps are left out. None for arrays of other dimensions, or without a number.
@@ -232,17 +235,13 @@ def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
     if x_TW.ndim != 2 or not np.isfinite(x_TW).any():
         return None
     x_TW = x_TW[:, : len(_LINES)].astype(np.float64)
-    finite = np.isfinite(x_TW)
-    low, high = x_TW[finite].min(), x_TW[finite].max()
-    y_TW = (1 - (np.where(finite, x_TW, low) - low) / max(high - low, 1e-300)) * (side - 1)
-    across_T = np.linspace(0, side - 1, len(x_TW))
-    image = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(image)
-    for w in range(x_TW.shape[1]):
-        for piece in np.split(np.arange(len(x_TW)), np.flatnonzero(~finite[:, w])):
-            points = [(across_T[t], y_TW[t, w]) for t in piece if finite[t, w]]
-            draw.line(points, _LINES[w], 2) if len(points) > 1 else draw.point(points, _LINES[w])
-    return image
+    low, high = (float(limit(x_TW[np.isfinite(x_TW)])) for limit in (np.min, np.max))
+    made = figure(side, side)
+    axes = made.add_axes((0, 0, 1, 1), xlim=(0, max(len(x_TW) - 1, 1)), ylim=(low, high if high > low else low + 1))
+    axes.axis("off")
+    for x_T, colour in zip(x_TW.T, _LINES, strict=False):
+        trace(axes, np.arange(len(x_T)), x_T, colour)
+    return Image.fromarray(pixels(made))
 
 
 # opening --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_pictures_have_a_row_a_given_modality_and_a_column_a_generated_one() -> 
     plugin = SimpleNamespace(val_step_context=nullcontext)
     trainer: Any = SimpleNamespace(datamodule=data, precision_plugin=plugin, sanity_checking=False, is_global_zero=True)
     callback = GenerationPictures(["image", "text"], ["palette", "codes"], Sampler(3))
-    figure = callback.draw(trainer, model, b, ["first", "second"], "title")
+    figure = callback.draw(trainer, model, b, ["first", "second"], "title")[""]
     assert figure is not None
     texts, drawn = [text.get_text() for text in figure.axes[0].texts], pixels(figure)
     assert [t for t in texts if t.startswith("from")] == ["from image", "from text"] * 2 and "first" in texts
@@ -83,7 +83,7 @@ def test_pictures_have_a_row_a_given_modality_and_a_column_a_generated_one() -> 
             empty = [bool((tile == 255).all()) for tile in tiles]
             assert empty == {0: [True, False, False], 1: [False] * 3, 2: [k == lack] * 3}[r]
     trainer.is_global_zero = False
-    assert callback.draw(trainer, model, b, ["first", "second"], "title") is None
+    assert callback.draw(trainer, model, b, ["first", "second"], "title") == {}
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(36, 8), (36, 36), (9, 1), (256, 12), (5, 4)])
