@@ -81,7 +81,9 @@ def _tiles(sample: ReconstructionOutput) -> list[np.ndarray]:
     truth, visible, prediction = (_plane(t, x) for t in (x, sample.visible, sample.prediction.to(x.dtype)))
     assert truth is not None and visible is not None and prediction is not None
     low, high = _scale(x)
-    seen, predicted, whole = (_pixels(t, low, high) for t in (truth, torch.where(visible, truth, prediction), truth))
+    # what was seen stands as it is; where nothing was hidden, as in a tokenizer, all of it was predicted
+    shown = prediction if bool(visible.all()) else torch.where(visible, truth, prediction)
+    seen, predicted, whole = (_pixels(t, low, high) for t in (truth, shown, truth))
     seen_HW1 = visible.reshape(-1, *visible.shape[-2:]).all(0).numpy()[..., None]
     seen = np.where(seen_HW1, seen, np.array(HIDDEN, dtype=np.uint8))
     return [_tile(Image.fromarray(t)) for t in (seen, predicted, whole)]

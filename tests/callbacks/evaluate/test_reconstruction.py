@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from descant.callbacks import Reconstruction, ReconstructionPictures
-from descant.callbacks.plots.reconstruction import HIDDEN, PALETTE, TILE, gallery
+from descant.callbacks.plots.reconstruction import HIDDEN, PALETTE, TILE, _tiles, gallery
 from descant.callbacks.plots.style import pixels
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs
@@ -498,3 +498,12 @@ def test_wrong_arguments_of_pictures_are_one_line() -> None:
         evaluate(data, ReconstructionPictures(modalities=["imgae"]), recipe=Linear())
     with pytest.raises(ValueError, match="count 0; 1 is the least"):
         ReconstructionPictures(count=0)
+
+
+def test_of_what_was_seen_whole_the_picture_shows_the_prediction() -> None:
+    truth, prediction = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    hidden = torch.ones(3, 8, 8, dtype=torch.bool)
+    hidden[:, :4] = False
+    for visible, black in ((torch.ones_like(hidden), False), (hidden, True)):
+        _, predicted, whole = _tiles(ReconstructionOutput(truth, visible, prediction))
+        assert np.array_equal(predicted[-1], whole[-1]) is black
