@@ -43,6 +43,8 @@ def execute(file: Path) -> None:
     for cell in notebook.cells:
         cell.metadata = {}
         for output in cell.get("outputs", ()):
+            if "text" in output:  # a path without the temporary folder that it begins with
+                output.text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/", "", output.text)
             if "metadata" in output:
                 output.metadata = {}
             if "execution_count" in output:
