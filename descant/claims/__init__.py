@@ -1,4 +1,4 @@
-"""``descant claims``: test each paper's claim by paired runs with a sham control, judged by a rule fixed beforehand."""
+"""``descant claims``: test each paper's claim by paired runs with a placebo, judged by a rule fixed beforehand."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from typing import Any
 
 from descant.claims import comparison, plan, run, spec, store
 from descant.claims.claim import BUDGETS, EQUAL, TUNE, Claim
-from descant.claims.judge import judge, lines, require_flops
+from descant.claims.judge import require_flops
 from descant.claims.registration import changed
-from descant.claims.stages import Staged, listed
+from descant.claims.stages import Course, listed
 from descant.cli.errors import Refusal, fail, hint, say
 from descant.cli.options import Options
 
 _HELP = """\
-descant claims: does each mechanism do what its paper claims? Paired runs, a sham, and a rule fixed beforehand
+descant claims: does each mechanism do what its paper claims? Paired runs, a placebo, and a rule fixed beforehand
 
 usage: descant claims list [--json]
        descant claims plan [NAME ...]
        descant claims tune NAME
-       descant claims run NAME [--budget pilot|full] [--seeds 0,1] [--arms A,B] [--ablations] [--redesign]
+       descant claims run NAME [--budget pilot|full] [--ablations] [--redesign]
        descant claims table | verify [NAME ...]
 
   plan    lists the runs of each stage that are still to be trained, in core-minutes
-  tune    trains every setting of the arms that have some once, and stores which is best by validation
-  run     trains every arm from the same seeds, stores the result, prints the verdict; an interrupted run
-          is resumed. full needs a pilot of the same configuration: margins are fixed on pilot seeds,
-          never on those that count. A claim whose margin is `least` goes by stages, and stops at the
-          first that decides: exact (its test), signal, room (the oracle's gain on pilot seeds), effect
-          (3 seeds, then 5), extension (5 more). --ablations: its other arms, one seed, no verdict.
-          --redesign: sets the result of an earlier design aside, once a claim; its row stays
+  tune    trains every setting of the arms that have some, and stores which is best by validation
+  run     tests the equation, registers the claim by its commit, trains the pilot (3 seeds of baseline,
+          method, placebo and oracle), computes from it how many seeds show a gain of one margin, and
+          trains these; or says that there is no room, or that it is not testable here. An interrupted
+          command goes on. --budget pilot: ends after the pilot. --ablations: the other arms, one seed,
+          no word. --redesign: sets the result of an earlier design aside, once a claim; its row stays
           NAME may be a comparison, such as harmonizers: all its rules in the settings of its claims
-  table   writes CLAIMS.md and its figures from the stored results
+  table   writes CLAIMS.md, docs/claims and their figures from the stored results
   verify  repeats one pilot seed of every stored result and compares all but times; names the code that
           changed since a claim was registered (--code: only that)
 
@@ -83,8 +82,6 @@ def main(args: Sequence[str]) -> int:
     if command == "tune":
         return _tune(parser.parse_args(rest))
     parser.add_argument("--budget", choices=BUDGETS, default="full")
-    parser.add_argument("--seeds")
-    parser.add_argument("--arms")
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--redesign", action="store_true")
     return _run(parser.parse_args(rest))
@@ -134,123 +131,56 @@ def _settled(claim: Claim, results: Path) -> Claim:
     if not claim.is_tuned:
         return claim
     tuned = store.read(results, claim.name, TUNE)
-    if tuned is None or tuned["digest"] != claim.digest:
-        what = "no settings were chosen" if tuned is None else f"settings were chosen for {tuned['digest']}"
-        fail(f"claims {claim.name}: {what}, and the claim is now {claim.digest}: first descant claims tune")
+    if tuned is None or any(f"{arm}.0" not in tuned["runs"] for arm, of in claim.arms.items() if of.settings):
+        fail(f"claims {claim.name}: no settings were chosen: first descant claims tune")
     return claim.settled(claim.chosen(tuned["runs"]))
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.jobs < 1:
+        fail(f"--jobs {given.jobs}: at least 1")
     if given.name in comparison.names():
         return _compare(given)
     claim = spec.load(given.name)
-    if claim.staged:
-        return _run_staged(claim, given)
-    if given.ablations:
-        fail(f"--ablations: claims {claim.name} goes by no stages; --arms ARM --seeds 0")
-    arms = _chosen("--arms", given.arms, tuple(claim.arms))
-    seeds = tuple(map(int, _chosen("--seeds", given.seeds, tuple(map(str, claim.seeds[given.budget])))))
-    _require_place(claim, given, given.budget)
-    if given.budget == "full":
-        pilot = store.read(given.results, claim.name, "pilot")
-        if pilot is None or pilot["digest"] != claim.digest:
-            what = "there is no pilot" if pilot is None else f"its pilot was of configuration {pilot['digest']}"
-            fail(f"claims {claim.name}: {what}, and the claim is now {claim.digest}: first --budget pilot")
+    if given.redesign:
+        store.supersede(given.results, claim)
+    store.require_free(given.results, claim, "full")
     claim = _settled(claim, given.results)
-    place = run.Place(claim, given.budget, given.runs.absolute(), tuple(given.trust))
-    if given.slurm is not None:
-        return run.submit(place, arms, seeds, given.slurm)
-    code = run.run(place, arms, seeds, given.jobs)
-    if code or (arms, seeds) != (tuple(claim.arms), claim.seeds[given.budget]):
-        return code
-    runs = place.collect(arms, seeds)
-    store.write(given.results, claim, given.budget, runs, place.seconds, place.precisions())
-    judgement = judge(claim, runs)
-    verdict = judgement.verdict if given.budget == "full" else f"a pilot (by the rule: {judgement.verdict})"
-    print("\n".join(lines(claim, judgement, f"{verdict}; effect: {judgement.effect.word}")))
-    return 0
+    course = Course(claim, given.results, given.runs, tuple(given.trust), given.jobs, given.slurm)
+    return course.ablations() if given.ablations else course.run(only_pilot=given.budget == "pilot")
 
 
 def _compare(given: argparse.Namespace) -> int:
-    for option in ("arms", "seeds"):
-        if getattr(given, option) is not None:
-            fail(f"--{option}: claims {given.name} is a comparison, which has all rules with the seeds of its claims")
     for option in ("ablations", "redesign"):
         if getattr(given, option):
             fail(f"--{option}: claims {given.name} is a comparison, which has none")
     if given.budget != "full":
         fail(f"--budget {given.budget}: claims {given.name} is a comparison, whose claims have had their pilots")
-    if given.jobs < 1:
-        fail(f"--jobs {given.jobs}: at least 1")
     of = comparison.load(given.name)
     return comparison.execute(of, given.results, given.runs, given.jobs, given.trust, given.slurm)
 
 
-def _require_place(claim: Claim, given: argparse.Namespace, budget: str) -> None:
-    """Check the rest of a request, set an earlier design aside where that is asked for, and see that a result fits."""
-    if given.jobs < 1:
-        fail(f"--jobs {given.jobs}: at least 1")
-    if given.redesign:
-        store.supersede(given.results, claim)
-    store.require_free(given.results, claim, budget)
-
-
-def _run_staged(claim: Claim, given: argparse.Namespace) -> int:
-    for option in ("arms", "seeds"):
-        if getattr(given, option) is not None:
-            fail(f"--{option}: claims {claim.name} goes by stages, which choose both; --ablations: other arms")
-    _require_place(claim, given, "full")
-    claim = _settled(claim, given.results)
-    staged = Staged(claim, given.results, given.runs, tuple(given.trust), given.jobs, given.slurm)
-    return staged.ablations() if given.ablations else staged.run(only_pilot=given.budget == "pilot")
-
-
-def _chosen(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    if text is None:
-        return known
-    chosen = tuple(text.split(","))
-    for name in chosen:
-        if name not in known:
-            fail(f"{option} {name}: the claim has {', '.join(known)}{hint(name, known, most=0)}")
-    return chosen
-
-
-#: Keys of a summary that need a full result.
-_JUDGED = (
-    *("verdict", "difference", "interval", "sham_difference", "seconds", "effect", "over_baseline", "over_placebo"),
-    *("share_of_headroom", "placebo", "placebo_valid", "items"),
-)
-
-
 def summary(claim: Claim, results: Path) -> dict[str, Any]:
-    """One object of ``descant claims list --json``; verdict and numbers are null without a result of this design."""
+    """One object of ``descant claims list --json``; numbers are null where the effect was not measured."""
     from descant.claims import table
 
-    stored, pilot = (store.of_design(results, claim, budget) for budget in ("full", "pilot"))
-    stage = stored.get("stage", store.EFFECT_STAGE) if stored is not None else 2 if pilot is not None else 0
-    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "status": claim.status, "stage": stage}
-    line |= {"family": table.family(claim), "exact": table.exact(claim)}
-    if stored is None:
-        return line | dict.fromkeys(_JUDGED)
-    judgement = store.judged(claim, stored)
-    if judgement is None:
-        ended = {key: stored[key] for key in ("verdict", "effect", "seconds", "stage")}
-        return line | dict.fromkeys(_JUDGED) | ended
-    effect = judgement.effect
-    return line | {
-        "verdict": judgement.verdict,
-        "difference": judgement.method.mean,
-        "interval": [judgement.method.low, judgement.method.high],
-        "sham_difference": judgement.sham.mean,
-        "seconds": stored["seconds"],
-        "effect": effect.word,
-        "over_baseline": [effect.over_baseline.low, effect.over_baseline.high],
-        "over_placebo": [effect.over_placebo.low, effect.over_placebo.high],
-        "share_of_headroom": effect.share_of_headroom,
-        "placebo": effect.placebo.mean,
-        "placebo_valid": effect.placebo_valid,
-        "items": None if judgement.items is None else judgement.items.stored(),
+    one = table.verdict(claim, results)
+    line: dict[str, Any] = {"name": claim.name, "seed": claim.seed, "family": table.family(claim)}
+    line |= {"exact": table.exact(claim), "metric": claim.metric.name, "unit": claim.metric.unit}
+    line |= {"margin": claim.metric.margin, "effect": None if one is None else one.word}
+    line |= {
+        "ended": None if one is None else one.stored.get("ended"),
+        "seconds": None if one is None else one.stored["seconds"],
     }
+    line["exploratory"] = None if one is None else one.exploratory
+    effect = None if one is None or one.judgement is None else one.judgement.effect
+    intervals = ("over_baseline", "over_placebo", "over_simple", "placebo", "oracle")
+    for key in intervals:
+        of = None if effect is None else getattr(effect, key)
+        line[key] = None if of is None else of.stored()
+    line["seeds"] = None if effect is None else effect.seeds
+    items = None if one is None or one.judgement is None else one.judgement.items
+    return line | {"items": None if items is None else items.stored()}
 
 
 def _list(given: argparse.Namespace) -> int:
@@ -259,9 +189,9 @@ def _list(given: argparse.Namespace) -> int:
         print(json.dumps(lines, indent=1))
         return 0
     for line in lines:
-        gain = f"{line['difference']:+.4f}" if line["difference"] is not None else ""
-        valid = "" if line["placebo_valid"] in (True, None) else "  placebo not neutral"
-        print(f"{line['name']:20} {line['family']:20} {line['effect'] or 'not run yet':22} {gain}{valid}")
+        gain = f"{line['over_baseline'][0]:+.4f}" if line["over_baseline"] is not None else ""
+        why = "  exploratory" if line["exploratory"] is not None else ""
+        print(f"{line['name']:20} {line['family']:20} {line['effect'] or 'not run yet':26} {gain}{why}")
     for of in map(comparison.load, comparison.names()):
         print(f"{of.name:20} {'comparison':20} {len(of.rules)} arms in {', '.join(claim.name for claim in of.claims)}")
     return 0
@@ -274,7 +204,7 @@ def _table(given: argparse.Namespace) -> int:
     without = table.write(list(claims), given.results, given.page, list(compared))
     print(given.page)
     if without:
-        say(f"not run yet: {', '.join(without)}")
+        say(f"without a result: {'; '.join(without)}")
     return 0
 
 
@@ -287,13 +217,13 @@ def _verify(given: argparse.Namespace) -> int:
         if pilot is None:
             say(f"{name}: no pilot is stored")
             continue
-        if pilot["digest"] != claim.digest:
-            say(f"{name}: its pilot was of configuration {pilot['digest']}, and the claim is now {claim.digest}")
+        if not store.is_of_design(pilot, claim):
+            say(f"{name}: its pilot was of another design")
             differ += 1
             continue
-        registered = pilot.get("registered")
-        if registered is not None and (files := changed(registered, claim)):
-            print(f"{name}: changed since it was registered ({registered['commit']}): {listed(files, most=9)}")
+        registered = store.registration_of(given.results, claim.name)
+        if registered and (files := changed(registered, claim)):
+            print(f"{name}: changed since it was registered ({registered.get('commit')}): {listed(files, most=9)}")
         if given.code:
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(arm for arm in pilot["runs"] if arm in claim.arms)

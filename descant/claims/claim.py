@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,8 +15,8 @@ from descant.cli.arguments import pass_on
 #: Arms that every claim compares; it may have more, such as an oracle.
 ARMS = ("baseline", "method", "sham")
 BUDGETS = ("pilot", "full")
-#: Seeds of the one extension of a claim by stages, and its runs of other arms with one seed.
-EXTENSION, ABLATIONS = "extension", "ablations"
+#: Runs of other arms with one seed.
+ABLATIONS = "ablations"
 #: Name of the runs that choose settings.
 TUNE = "tune"
 #: Budget in which the arms of a claim are equal -> key of ``metrics.json``.
@@ -35,12 +36,16 @@ class Metric:
     """A number in ``metrics.json``, which way is better, and which difference counts.
 
     Attributes:
-        name: such as ``vendor/i2t_r1``. higher: whether more is better. margin: of method over baseline, in its units.
+        name: such as ``vendor/i2t_r1``. higher: whether more is better. margin: smallest gain of the method over the
+            baseline that counts, in units of the metric. unit: of the metric, such as "share of the queries". reason:
+            why a user cares for a gain of one margin.
     """
 
     name: str
     higher: bool
     margin: float
+    unit: str = ""
+    reason: str = ""
 
     def gain(self, value: float, against: float) -> float:
         """How much better ``value`` is: positive is better, whichever way the metric goes."""
@@ -118,12 +123,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How settings are chosen: one run each with this seed, at the full budget, by a metric of its last validation.
+    """How settings are chosen: a run each with these seeds, by the mean of a metric of the last validation.
 
     ``options``: further options of these runs, such as data whose validation set is not the test set.
     """
 
-    seed: int
+    seeds: tuple[int, ...]
     metric: Metric
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,15 +140,18 @@ class Claim:
     Attributes:
         seed: number of its paper. before: a run that is trained once a seed, from which all arms of the seed begin.
             before_seed: of one such run for all seeds, such as one teacher; intervals are then given that run.
-        also: further conditions. secondary: metrics that are reported. calls: a counter that has to be equal in the
-            method and in the sham. equal: key of the budget in ``metrics.json``. digest: of all that its runs are made
-            of and of the rule. alone: arms that are shown by the metrics of their conditions and no others. note: what
-            a reader of its numbers has to know. oracle: the arm that shows how much can be gained. setting: it shows
-            what a setting leaves to gain, and judges no paper. least: the smallest margin of a claim by stages, whose
-            margin is a quarter of what the oracle gains. signal: what has to be there before the effect is measured.
-            lockbox: options under which its effect is measured on samples that nothing else has read. reference: the
-            arm whose FLOPs the others spend, where arms are equal in FLOPs. apart: arms with another budget, such as an
-            oracle that has more. in_stages: data come in stages, which have their budgets.
+        also: further conditions, which decide no word. secondary: metrics that are reported. calls: a counter that has
+            to be equal in the method and in the placebo. seeds: of the pilot, and of the claim in their order; how many
+            of them are run is computed from the pilot.
+        equal: key of the budget in ``metrics.json``. reference: the arm whose FLOPs the others spend, where arms are
+            equal in FLOPs. apart: arms with another budget, such as an oracle that has more. in_stages: data come in
+            stages, which have their budgets.
+        oracle: the arm that shows how much can be gained. simple: the arm that a sensible practitioner would try first
+            for the same compute. no_simple: why there is none. removes: the one component that the placebo lacks.
+        signal: what has to be there before the effect is measured. lockbox: options under which its effect is measured
+            on samples that nothing else has read.
+        digests: of each arm, and of the rule that judges them. exploratory: why its row is no test of a claim that was
+            fixed beforehand. note: what a reader of its numbers has to know. file: its YAML.
     """
 
     name: str
@@ -154,22 +162,22 @@ class Claim:
     arms: Mapping[str, Arm]
     before: Arm | None
     metric: Metric
-    sham_margin: float
     also: tuple[Condition, ...]
     secondary: tuple[str, ...]
     calls: str | None
     seeds: Mapping[str, tuple[int, ...]]
     equal: str
     budgets: Mapping[str, Mapping[str, Any]]
-    status: str
     baseline_tuning: str | None
-    digest: str
-    alone: tuple[str, ...] = ()
+    digests: Mapping[str, str]
+    file: Path
     tuning: Tuning | None = None
     note: str | None = None
     oracle: str | None = None
-    setting: bool = False
-    least: float | None = None
+    simple: str | None = None
+    no_simple: str | None = None
+    removes: str | None = None
+    exploratory: str | None = None
     signal: Condition | None = None
     lockbox: Mapping[str, Any] = field(default_factory=dict)
     before_seed: int | None = None
@@ -183,18 +191,15 @@ class Claim:
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
     @property
-    def staged(self) -> bool:
-        """Whether it goes by stages, and its margin comes from its pilot."""
-        return self.least is not None
-
-    def with_margin(self, margin: float) -> Claim:
-        return replace(self, metric=replace(self.metric, margin=margin), sham_margin=margin / 2)
+    def judged(self) -> tuple[str, ...]:
+        """The arms that the word and the conditions need; others are ablations."""
+        read = {arm for condition in self.also for arm in condition.arms}
+        return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle, self.simple) or arm in read)
 
     @property
-    def judged(self) -> tuple[str, ...]:
-        """The arms that the verdict of a claim by stages needs; others are ablations."""
-        read = {arm for condition in self.also for arm in condition.arms}
-        return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle) or arm in read)
+    def piloted(self) -> tuple[str, ...]:
+        """The arms of the pilot, by which seeds and room are computed."""
+        return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle))
 
     @property
     def first(self) -> set[str]:
@@ -293,7 +298,7 @@ class Claim:
             also=(),
             secondary=(),
             calls=None,
-            seeds={TUNE: (self.tuning.seed,)},
+            seeds={TUNE: self.tuning.seeds},
             budgets={TUNE: {**self.budgets["full"], **self.tuning.options}},
         )
 
@@ -304,11 +309,14 @@ class Claim:
         return {name: values.index(best(values)) for name, values in self.tried(runs).items()}
 
     def tried(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, list[float]]:
-        """Arm -> the metric of each of its settings in the runs of its candidates."""
+        """Arm -> the metric of each of its settings in the runs of its candidates, mean over seeds."""
         assert self.tuning is not None
-        seed, metric = self.tuning.seed, self.tuning.metric.name
+        seeds, metric = self.tuning.seeds, self.tuning.metric.name
         tuned = {name: len(arm.settings) for name, arm in self.arms.items() if arm.settings}
-        return {name: [runs[f"{name}.{i}"][seed][metric] for i in range(n)] for name, n in tuned.items()}
+        return {
+            name: [math.fsum(runs[f"{name}.{i}"][seed][metric] for seed in seeds) / len(seeds) for i in range(n)]
+            for name, n in tuned.items()
+        }
 
     def settled(self, chosen: Mapping[str, int]) -> Claim:
         """The claim with these settings."""

@@ -5,8 +5,6 @@ Letters: S paired seeds.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,22 +12,36 @@ from typing import Any
 
 from descant.claims import plots, run, spec, store
 from descant.claims.claim import TUNE, Claim, Metric, Tuning
-from descant.claims.digest import digest
-from descant.claims.effect import NO_ROOM, Effect, effect
+from descant.claims.digest import digests
+from descant.claims.effect import (
+    HELPS,
+    HURTS,
+    INVALID,
+    LITTLE,
+    NO_ROOM,
+    PLACEBO,
+    SIMPLER,
+    UNCLEAR,
+    WORDS,
+    WORSE,
+    Effect,
+    effect,
+    over_seeds,
+    room,
+)
 from descant.claims.items import gains as items_of
 from descant.claims.items import of_stored
-from descant.claims.judge import gains
-from descant.claims.ranks import mean_ranks, rank_lines
+from descant.claims.judge import Runs, gains
 from descant.claims.registration import register
 from descant.claims.run import Place
 from descant.cli.catalogue import ROOT
 from descant.cli.errors import fail, hint, one_line, say
 from descant.cli.untrusted import yaml_of
-from descant.modules.io.renamed import CLASSES
+from descant.report.statistics import holm, p_value
 from descant.run.runs import write_text
 
-KEYS = ("title", "claims", "placebo", "arms", "tuning", "extension", "ranks")
-_NEEDED = KEYS[:4]
+KEYS = ("title", "claims", "placebo", "arms", "answer", "simple", "tuning")
+_NEEDED = KEYS[:5]
 
 
 @dataclass(frozen=True)
@@ -37,10 +49,10 @@ class Comparison:
     """Rules that are run by their defaults in the settings of some claims, and judged as their methods are.
 
     Attributes:
-        claims: by stages; each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the same
-            with the arms of the comparison, some of which may be tuned by the claim's metric on its validation set, as
-            a strong baseline is. placebo: one of these arms, which none of the others needs to beat by
-            chance alone, such as random weights.
+        claims: each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the same with the
+            arms of the comparison, some of which may be tuned by the claim's metric on its validation set, as a strong
+            baseline is. placebo: one of these arms that is neutral, such as random weights. simple: one of them, or an
+            arm of the claims, that one would try first. answer: what a reader should do, in three lines at most.
     """
 
     name: str
@@ -49,7 +61,8 @@ class Comparison:
     settings: tuple[Claim, ...]
     rules: tuple[str, ...]
     placebo: str
-    ranks: tuple[str, ...] = ()
+    answer: str
+    simple: str | None = None
 
 
 def folder() -> Path:
@@ -62,11 +75,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Comparison:
-    """The comparison of that name.
-
-    Raises:
-        Refusal: naming the key, for what is missing, unknown or impossible.
-    """
+    """The comparison of that name."""
     file = folder() / f"{name}.yaml"
     if not file.is_file():
         fail(f"claims {name}: no such comparison{hint(name, names())}")
@@ -85,34 +94,34 @@ def load(name: str) -> Comparison:
     rules = spec.read_arms(where, content["arms"], own)
     if content["placebo"] not in rules:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
-    seed = spec.tuning_seed(where, content, rules)
+    seeds, simple = spec.tuning_seeds(where, content, rules), content.get("simple")
     claims = tuple(map(spec.load, content["claims"]))
-    ranked, settings = tuple(content.get("ranks") or ()), []
+    settings = []
     for claim in claims:
-        for metric in ranked:
-            if metric not in claim.metrics():
-                fail(f"{where}: ranks: {metric}: no metric of claims {claim.name}{hint(metric, claim.metrics())}")
-        if not claim.staged or claim.oracle is None:
-            fail(f"{where}: claims {claim.name}: it has no stages, whose pilot gives margin and room")
-        needed = {"baseline", claim.oracle}
+        if simple is not None and simple not in {*rules, *claim.arms}:
+            fail(f"{where}: simple {simple}: no arm of the comparison or of claims {claim.name}{hint(simple, rules)}")
+        needed = {arm for arm in ("baseline", claim.oracle, simple) if arm is not None and arm not in rules}
         needed |= {other for arm in needed for other in claim.arms[arm].needs()}
-        if both := needed & set(rules):
+        if both := {"baseline", claim.oracle} & set(rules):
             fail(
-                f"{where}: arms.{min(both)}: claims {claim.name} has an arm of that name, which they are compared with"
+                f"{where}: arms.{min(map(str, both))}: claims {claim.name} has an arm of that name, which they are "
+                "compared with"
             )
         kept = {arm: of for arm, of in claim.arms.items() if arm in needed}
         spec.check_needs(where, {**kept, **rules})
-        marked = {"experiment": claim.experiment, "arms": content["arms"], "claim": claim.digest}
-        marked |= {key: content[key] for key in ("tuning", "extension") if key in content}
-        what = digest(marked, spec.contents(), CLASSES)
-        tuning = None if seed is None else Tuning(seed, _on_validation(claim.metric))
-        seeds = claim.seeds
-        if content.get("extension", False):
-            seeds = {**seeds, "full": (*seeds["full"], *seeds["extension"])}
-        own_arms = {**kept, **rules}
-        settings.append(replace(claim, arms=own_arms, also=(), calls=None, digest=what, tuning=tuning, seeds=seeds))
+        tuning = None if seeds is None else Tuning(seeds, _on_validation(claim.metric))
+        setting = replace(claim, arms={**kept, **rules}, also=(), calls=None, tuning=tuning, simple=simple)
+        settings.append(replace(setting, digests=digests(setting, spec.contents())))
+    answer = str(content["answer"])
     return Comparison(
-        name, str(content["title"]), claims, tuple(settings), tuple(rules), str(content["placebo"]), ranked
+        name,
+        str(content["title"]),
+        claims,
+        tuple(settings),
+        tuple(rules),
+        str(content["placebo"]),
+        answer,
+        simple,
     )
 
 
@@ -124,17 +133,16 @@ def _on_validation(metric: Metric) -> Metric:
 def execute(
     of: Comparison, results: Path, runs: Path, jobs: int = 1, trust: Sequence[str] = (), slurm: str | None = None
 ) -> int:
-    """Run what is missing of all settings, store and print what it comes to. Returns an exit code.
-
-    Raises:
-        Refusal: for a claim that has no result of its own yet, whose pilot shows how much there is to gain.
-    """
+    """Register, run what is missing of all settings, store and print what it comes to. Returns an exit code."""
     for claim, setting in zip(of.claims, of.settings, strict=True):
-        known = _known(of, claim, results)
-        if known["effect"] == NO_ROOM:
+        known = store.of_design(results, claim, "full")
+        if known is not None and known.get("effect") == NO_ROOM:
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
-        store.require_free(results, setting, of.name)
+        store.require_free(results, setting, of.name, _judging(of))
+        file = store.path(results, setting.name, f"{of.name}-registered")
+        registered = store.registration_in(file) or register(setting)
+        store.write_registration(file, registered)
         if setting.is_tuned:
             candidates = setting.candidates()
             place, arms = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
@@ -154,11 +162,20 @@ def execute(
         for rule in of.rules:
             found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
             items |= {rule: found.stored()} if found is not None else {}
-        outcome = {"margin": known["margin"], "headroom": known["headroom"], "items": items}
-        outcome["registered"] = register(setting)
+        outcome = {"items": items, "registered": registered}
         store.write(results, setting, of.name, made, place.seconds, place.precisions(), outcome)
     print(section(of, results))
     return 0
+
+
+def _judging(of: Comparison) -> tuple[str, ...]:
+    """The arms that a stored result has to have as they are now."""
+    return ("baseline", of.placebo)
+
+
+def stored_of(of: Comparison, setting: Claim, results: Path) -> dict[str, Any] | None:
+    """The stored runs of a comparison in one setting, of the rules that are as they were."""
+    return store.of_design(results, setting, of.name, _judging(of))
 
 
 def tuning(name: str) -> str:
@@ -175,112 +192,161 @@ def _train(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int, s
     return run.run(place, arms, seeds, jobs) or None
 
 
-def _known(of: Comparison, claim: Claim, results: Path) -> Mapping[str, Any]:
-    known = store.of_design(results, claim, "full")
-    if known is None or "margin" not in known:
-        fail(f"claims {of.name}: claims {claim.name} has no margin yet: first descant claims run {claim.name}")
-    return known
-
-
 def _seeds(setting: Claim) -> tuple[int, ...]:
     return setting.seeds["full"]
 
 
 def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[str, Effect]:
-    """Rule -> its effect in one setting, against baseline and placebo; the oracle is that of the pilot."""
-    runs, seeds, found = stored["runs"], _seeds(setting), {}
-    placebo_S = gains(setting, runs, of.placebo, seeds)
-    for rule in of.rules:
+    """Rule -> its effect in one setting; its word is corrected for the number of rules (Holm).
+
+    A word that says that a difference is not 0 needs the p values of all differences that it names to be rejected among
+    those of all rules that are not identical; else the row cannot tell.
+    """
+    runs, found, p_values = stored["runs"], dict[str, Effect](), list[float]()
+    seeds = sorted(runs["baseline"])
+    margin = setting.metric.margin
+    oracle_S = gains(setting, runs, setting.oracle, seeds) if setting.oracle and setting.oracle in runs else []
+    gain = {arm: gains(setting, runs, arm, seeds) for arm in (*of.rules, of.simple or "") if arm in runs}
+    oracle = room(oracle_S) if len(oracle_S) > 1 else None
+    for rule in (rule for rule in of.rules if rule in runs):
         items = of_stored({"items": stored["items"].get(rule)})
-        both = None if items is None else items.intervals
-        found[rule] = effect(gains(setting, runs, rule, seeds), placebo_S, stored["margin"], stored["headroom"], both)
+        simple_S = gain.get(of.simple or "") if rule not in (of.simple, of.placebo) else None
+        both = items.intervals if items is not None else ()
+        found[rule] = effect(gain[rule], gain[of.placebo], margin, simple_S, oracle, both)
+    distinct = [rules[0] for rules in identical(of, runs) if rules[0] != of.placebo]
+    for rule in distinct:
+        over = [p_value([a - b for a, b in zip(gain[rule], gain[of.placebo], strict=True)])]
+        p_values.append(max([p_value(gain[rule]), *(over if found[rule].word in (HELPS, LITTLE, SIMPLER) else [])]))
+    kept = {rule for rule, rejected in zip(distinct, holm(p_values), strict=True) if rejected}
+    for rules in identical(of, runs):
+        for rule in rules:
+            if found[rule].word in (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, HURTS) and rules[0] not in kept:
+                found[rule] = replace(found[rule], word=UNCLEAR)
     return found
 
 
-def cost(stored: Mapping[str, Any], rule: str) -> float:
-    """Median over seeds of the seconds of training, over those of the baseline."""
-    seconds = {arm: {s: m.get("train_seconds", math.nan) for s, m in stored["runs"][arm].items()} for arm in
-               (rule, "baseline")}  # fmt: skip
-    return statistics.median(seconds[rule][seed] / seconds["baseline"][seed] for seed in seconds["baseline"])
+def identical(of: Comparison, runs: Runs) -> list[list[str]]:
+    """The rules in groups whose runs have the same metrics in every seed: they are one rule in this setting."""
+    groups: dict[str, list[str]] = {}
+    for rule in (rule for rule in of.rules if rule in runs):
+        same = {s: {k: v for k, v in m.items() if not _is_cost(k)} for s, m in sorted(runs[rule].items())}
+        groups.setdefault(str({s: sorted(m.items()) for s, m in same.items()}), []).append(rule)
+    return list(groups.values())
 
 
-def section(of: Comparison, results: Path, figure: Path | None = None, page: Path | None = None) -> str:
-    """Markdown of a comparison: a row a rule, and two columns a setting, its effect and its cost.
+def _is_cost(metric: str) -> bool:
+    """Whether a metric is about the computation, which may differ where the model does not."""
+    return "/" not in metric or metric.split("/")[0] in ("speed", "harmony", "train", "balance", "sham")
 
-    ``figure``: where its gains are drawn; the text shows it relative to the folder of ``page``.
+
+def summary(of: Comparison, results: Path) -> str:
+    """Markdown of a comparison in short: what to do, and a row a word, with the rules that it is said of."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for claim, setting in zip(of.claims, of.settings, strict=True):
+        stored = stored_of(of, setting, results)
+        found = effects(of, setting, stored) if stored is not None else {}
+        for rules in identical(of, stored["runs"]) if stored is not None else ():
+            one = found[rules[0]]
+            word = "placebo" if of.placebo in rules else one.word
+            rows.setdefault(word, {}).setdefault(claim.name, []).append(
+                f"{' = '.join(rules)} {one.over_baseline.mean:+.3f}"
+            )
+    words = [word for word in ("placebo", *WORDS) if word in rows]
+    lines = [f"\n## {of.name}\n", f"{of.title}: [the whole table](docs/claims/{of.name}.md).\n", of.answer.strip()]
+    lines += ["", f"| word | {' | '.join(claim.name for claim in of.claims)} |", "|---" * (1 + len(of.claims)) + "|"]
+    for word in words:
+        cells = ["; ".join(rows[word].get(claim.name, ())) for claim in of.claims]
+        lines.append(f"| {word} | {' | '.join(cells)} |")
+    return "\n".join(lines if words else [*lines[:3], "\nNot run yet."]) + "\n"
+
+
+def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
+    """The page of a comparison: what to do, its settings, a row a rule, and ranks.
+
+    ``folder``: where its figures and its earlier tables are written.
     """
     found: dict[str, dict[str, Effect]] = {}
-    counts = sorted({len(_seeds(setting)) for setting in of.settings})
-    head, rows = [], {rule: [rule] for rule in of.rules}
+    lines, tables = [f"# {of.name}\n", f"{of.title}.\n", f"{of.answer.strip()}\n"], list[str]()
     for claim, setting in zip(of.claims, of.settings, strict=True):
-        stored, known = store.of_design(results, setting, of.name), store.of_design(results, claim, "full")
-        head += [f"{claim.name}: effect", "time"]
+        metric = setting.metric
+        what = f"{metric.name} of {setting.experiment}; a margin is {metric.margin:.3g} {metric.unit}"
+        lines += [f"- [{claim.name}]({claim.name}.md): {what}.", *_tuned(of, setting, results)]
+        stored = stored_of(of, setting, results)
         if stored is None:
-            word = known["effect"] if known is not None and known["effect"] == NO_ROOM else "not run yet"
-            for row in rows.values():
-                row += [word, ""]
+            tables.append(f"\n{claim.name}: not run yet.")
             continue
         found[claim.name] = effects(of, setting, stored)
-        for rule, one in found[claim.name].items():
-            word = "placebo" if rule == of.placebo else one.word
-            rows[rule] += [f"**{word}** {one.over_baseline}", f"{cost(stored, rule):.2f}"]
-    lines = [f"\n## {of.name}\n", f"{of.title}.\n"]
-    for claim, setting in zip(of.claims, of.settings, strict=True):
-        lines += [_setting(claim, results), *_tuned(of, setting, results)]
-    if figure is not None and page is not None and found:
+        tables += _table(of, setting, stored["runs"], found[claim.name])
+        if not found[claim.name][of.placebo].placebo_valid:
+            tables.append(f"\nThe placebo is a margin or more away from the baseline, so every row is {INVALID}.")
+    if folder is not None and found:
         drawn = {claim: list(rules.items()) for claim, rules in found.items()}
-        write_text(figure, plots.overview(drawn))
-        lines.append(f"\n![Gains of all rules in margins]({figure.relative_to(page.parent).as_posix()})")
-    lines += ["", f"| rule | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows.values()]
-    if of.ranks:
-        lines += _ranks(of, results, figure, page)
-    judged = sum(len(rules) - 1 for rules in found.values())
+        write_text(folder / f"{of.name}.svg", plots.overview(drawn))
+        lines.append(f"\n![Gains of all rules in margins]({of.name}.svg)")
+    lines += tables
+    if folder is not None and (links := _write_superseded(of, results, folder)):
+        lines.append(f"\nEarlier tables, by another metric or of another setting: {', '.join(links)}.")
+    counts = sorted({effect.seeds for rules in found.values() for effect in rules.values()})
     lines.append(
-        f"\nGains over the baseline of the claim, {' or '.join(map(str, counts))} seeds, 95 % intervals of each rule "
-        f"alone: of {judged} that do nothing, {0.025 * judged:.1f} would seem to help by chance. The placebo is "
-        f"{of.placebo}. Time is the median of the training's over the baseline's, with other runs beside it."
+        f"\nGains over the baseline, {' or '.join(map(str, counts))} seeds, 95 % intervals of each row alone; words "
+        f"are corrected for the number of rows (Holm). The placebo is {of.placebo}. Benchmarks measure costs."
     )
     return "\n".join(lines) + "\n"
 
 
-def _ranks(of: Comparison, results: Path, figure: Path | None, page: Path | None) -> list[str]:
-    """Metrics of each rule and its mean rank over them: a table and a figure a setting."""
-    lines = []
-    for setting in of.settings:
-        stored = store.of_design(results, setting, of.name)
-        if stored is None:
-            continue
-        ranked = [rule for rule in of.rules if rule != of.placebo]
-        ranks = mean_ranks(stored["runs"], ranked, of.ranks, _seeds(setting))
-        lines += ["", *rank_lines(stored["runs"], ranks, ["baseline", setting.oracle or "", of.placebo])]
-        lines.append(
-            f"\n{setting.name}: mean and deviation over seeds. Ranks among {len(ranked)} rules, 1 is best: "
-            "their mean over all metrics, with its 95 % interval. Rules whose intervals overlap have no order."
-        )
-        if figure is not None and page is not None:
-            drawn = figure.with_name(f"{of.name}-{setting.name}.svg")
-            write_text(drawn, plots.rank_table(ranks))
-            lines.append(f"\n![Mean ranks and their intervals]({drawn.relative_to(page.parent).as_posix()})")
+def _table(of: Comparison, setting: Claim, runs: Runs, found: Mapping[str, Effect]) -> list[str]:
+    """A row a rule, or one for all rules that are identical."""
+    others = [
+        metric for metric in setting.secondary if "/" in metric and all(metric in m for m in runs["baseline"].values())
+    ]
+    others = [metric for metric in others if not _is_cost(metric)][:2]
+    seeds = sorted(runs["baseline"])
+    lines = [f"\n| {setting.name} | {' | '.join([setting.metric.name, *others])} |", "|---" * (2 + len(others)) + "|"]
+    for rules in identical(of, runs):
+        one = found[rules[0]]
+        word = "placebo" if of.placebo in rules else one.word
+        cells = [f"**{word}** {one.over_baseline}"]
+        for metric in others:
+            other = replace(setting, metric=replace(setting.metric, name=metric))
+            there = all(metric in m for m in runs[rules[0]].values())
+            cells.append(f"{_mean(gains(other, runs, rules[0], seeds)):+.3f}" if there else "")
+        lines.append(f"| {', '.join(rules)} | {' | '.join(cells)} |")
     return lines
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
+    """Write a page of each earlier table, whose setting or metric was another. Returns links to them."""
+    links = []
+    for file in sorted(results.glob(f"*.{of.name}-superseded.json")):
+        claim = spec.load(file.name.split(".")[0])
+        stored = store.read(results, claim.name, f"{of.name}-superseded")
+        assert stored is not None
+        runs, metric = stored["runs"], claim.metric.name
+        seeds = sorted(runs["baseline"])
+        rows = [
+            f"| {rule} | {over_seeds(gains(claim, runs, rule, seeds))} |"
+            for rule in runs
+            if rule != "baseline" and all(metric in m for m in runs[rule].values())
+        ]
+        page = folder / f"{of.name}-{claim.name}.md"
+        text = f"# {of.name} in {claim.name}, superseded\n\nGains in {metric} over the baseline, {len(seeds)} seeds.\n"
+        write_text(page, "\n".join([text, "| rule | gain |", "|---|---|", *rows]) + "\n")
+        links.append(f"[{metric} of {claim.name}]({page.name})")
+    return links
 
 
 def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
     """What validation chose, a line an arm."""
-    tuned = store.of_design(results, setting, tuning(of.name)) if setting.is_tuned else None
+    tuned = store.read(results, setting.name, tuning(of.name)) if setting.is_tuned else None
     if tuned is None or setting.tuning is None:
         return []
     lines, by, got = [], setting.tuning.metric.name, setting.tried(tuned["runs"])
     for rule, k in setting.chosen(tuned["runs"]).items():
         values = setting.arms[rule].settings
         tried = ", ".join(f"{x}: {y:.3f}" for x, y in zip(values, got[rule], strict=True))
-        lines.append(f"    - {rule}: {values[k]}, by {by} of one run each ({tried}).")
+        lines.append(f"    - {rule}: {values[k]}, by {by} ({tried}).")
     return lines
-
-
-def _setting(claim: Claim, results: Path) -> str:
-    known = store.of_design(results, claim, "full")
-    if known is None or "margin" not in known:
-        return f"- [{claim.name}](#{claim.name}): not run yet."
-    what = f"{claim.metric.name} of {claim.experiment}"
-    return f"- [{claim.name}](#{claim.name}): {what}; oracle {known['headroom']:+.3f}, margin {known['margin']:.3g}."

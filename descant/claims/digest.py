@@ -1,4 +1,4 @@
-"""Digest of a claim: what its runs compose to and the rule that judges them, whatever files and names they stand in."""
+"""Digests of a claim: of what the runs of each arm compose to, and of the rule that judges them."""
 
 from __future__ import annotations
 
@@ -7,52 +7,54 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from descant.modules.io.upgrade import upgrade
+from descant.claims.claim import BEFORE, Claim
 
-#: What only changes how a claim is shown.
-LOOKS = ("title", "source", "baseline_tuning", "alone", "note", "setting")
 #: Contents of the configurations that a name stands for, in the order in which they count.
 Contents = Callable[[Iterable[str]], list[Any]]
+#: Key of the digest of the rule beside those of the arms.
+RULE = "rule"
 
 
-def digest(claim: Mapping[str, Any], contents: Contents, renamed: Mapping[str, str]) -> str:
-    """SHA-256 of a claim in its canonical form; the first 16 digits.
+def digests(claim: Claim, contents: Contents) -> dict[str, str]:
+    """Arm -> digest of its runs, whatever files and names they stand in; ``RULE`` -> digest of what judges them.
 
-    The canonical form has, in place of the names of configurations, what they compose to: an overlay may become part
-    of an arm, or an experiment move, and the digest stays. A class has its oldest name, without its module. Comments,
-    layout, the order of keys, the form that classes had before they were merged, texts that only a reader sees and the
-    callback ``Sanity``, which changes no number, do not count. ``trainer.precision: auto`` counts as bf16-mixed, what
-    it is on machines that compute bfloat16: what it was in a result is stored with the result.
-
-    Args:
-        claim: the content of its file. contents: of names of configurations. renamed: old name of a class -> new name.
+    In place of the names of configurations stands what they compose to: an overlay may become part of an arm, or an
+    experiment move, and the digest stays. So a new arm changes no other. Comments, layout and the order of keys do not
+    count, nor do the module of a class and the callback ``Sanity``, which changes no number.
     """
-    oldest = {new: old for old, new in renamed.items()}
-    form = {key: value for key, value in claim.items() if key not in LOOKS}
-    experiment = form.pop("experiment")
-    form["arms"] = {name: composed(experiment, arm or {}, contents) for name, arm in claim["arms"].items()}
-    if claim.get("before") is not None:
-        form["before"] = composed(claim["before"]["experiment"], claim["before"], contents)
-        if "seed" in claim["before"]:
-            form["before"]["seed"] = claim["before"]["seed"]
-    return hashlib.sha256(json.dumps(_plain(form, oldest), default=str).encode()).hexdigest()[:16]
+    found: dict[str, str] = {}
+    for arm in ([BEFORE] if claim.before is not None else []) + list(claim.arms):
+        found[arm] = _of_arm(claim, arm, contents, found)
+    metric = claim.metric
+    rule: list[Any] = [metric.name, metric.higher, metric.margin, claim.oracle, claim.equal, claim.reference]
+    rule += [{key: list(some) for key, some in claim.seeds.items()}, [str(condition) for condition in claim.also]]
+    return found | {RULE: sha([*rule, str(claim.signal), claim.calls])}
 
 
-def composed(experiment: str, arm: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
-    """What the runs of an arm compose to (``config``), and its options and settings."""
-    parts = [*contents([experiment, *(arm.get("configs") or ())])]
-    own = dict(arm.get("config") or {})
-    below = own.pop("extends", ())
-    parts += [*contents([below] if isinstance(below, str) else below), own]
+def _of_arm(claim: Claim, arm: str, contents: Contents, known: dict[str, str]) -> str:
+    if arm in known:
+        return known[arm]
+    added = claim.before if arm == BEFORE else claim.arms[arm]
+    assert added is not None
+    names = added.configs if arm == BEFORE else (claim.experiment, *added.configs)
+    begins = {other: _of_arm(claim, other, contents, known) for other in sorted(claim.begins_from(arm))}
+    what: list[Any] = [composed(contents(names)), claim.options(arm, "full"), list(added.settings), begins]
+    what += [added.predict, claim.before_seed] if arm == BEFORE else []
+    return sha(what)
+
+
+def composed(parts: Iterable[Any]) -> dict[str, Any]:
+    """What the contents of configurations compose to. ``trainer.precision: auto`` counts as bf16-mixed.
+
+    That is what it is on machines that compute bfloat16; what it was in a result is stored with the result.
+    """
     config: Any = {}
     for part in parts:
         config = merged(config, {key: value for key, value in (part or {}).items() if key != "extends"})
-    config = upgrade(config)
     trainer = config.get("trainer") or {}
     if trainer.get("precision") == "auto":
         config["trainer"] = {**trainer, "precision": "bf16-mixed"}
-    rest = {key: value for key, value in arm.items() if key not in ("experiment", "configs", "config")}
-    return {"config": config, **rest}
+    return dict(config)
 
 
 def merged(first: Any, over: Any) -> Any:
@@ -71,14 +73,18 @@ def merged(first: Any, over: Any) -> Any:
     return result
 
 
-def _plain(value: Any, oldest: Mapping[str, str]) -> Any:
-    """With sorted keys and the oldest names of classes, and without ``Sanity``."""
+def sha(value: Any) -> str:
+    """SHA-256 of a value of plain types, whatever the order of its keys; the first 16 digits."""
+    return hashlib.sha256(json.dumps(_plain(value), default=str).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """With sorted keys and classes without their modules, and without ``Sanity``."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, oldest) for key, item in sorted(value.items(), key=lambda of: str(of[0]))}
+        return {str(key): _plain(item) for key, item in sorted(value.items(), key=lambda of: str(of[0]))}
     if isinstance(value, list | tuple):
         kept = (item for item in value if not (isinstance(item, Mapping) and item.get("class_path") == "Sanity"))
-        return [_plain(item, oldest) for item in kept]
+        return [_plain(item) for item in kept]
     if isinstance(value, str):
-        short = value.rpartition(".")[2] if value.startswith("descant.") else value
-        return oldest.get(short, short)
+        return value.rpartition(".")[2] if value.startswith("descant.") else value
     return value

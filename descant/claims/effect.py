@@ -1,4 +1,4 @@
-"""The effect of a mechanism in one word, by confidence intervals over seeds and over test items; and when to stop.
+"""The effect of a mechanism in one word, by confidence intervals over seeds and over test items.
 
 Letters: S paired seeds, N test items.
 """
@@ -6,29 +6,26 @@ Letters: S paired seeds, N test items.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
+from descant.claims.power import LEVEL
 from descant.report.statistics import paired
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: Words for an effect, best first; the last two end a claim before its effect is measured.
-HELPS, LITTLE, PLACEBO = "helps", "helps a little", "placebo does as well"
+#: Words for an effect, best first; the last two may end a claim before its effect is measured.
+HELPS, LITTLE = "helps", "helps a little"
+SIMPLER, PLACEBO, WORSE = "a simpler way does as well", "placebo does as well", "worse than placebo"
 INVALID, NONE, UNCLEAR, HURTS = "placebo invalid", "no effect", "cannot tell", "hurts"
 NO_ROOM, NOT_TESTABLE = "no room", "not testable here"
-WORDS = (HELPS, LITTLE, PLACEBO, INVALID, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TESTABLE)
-#: Coverage of the interval of one look at the data. There are two looks at most, after 5 and after 10 seeds, and each
-#: is one-sided: a method without effect is above zero in at most 2 x 2.5 % of claims (Bonferroni).
-LEVEL = 0.95
-#: Seeds of the oracle's pilot, after which a futile claim stops, of a first look, and after its one extension.
-PILOT, FUTILE, FIRST, LAST = 2, 3, 5, 10
-#: Share of the margin below which the mean of the first seeds is futile; share of the headroom that is the margin.
-FUTILE_SHARE, MARGIN_SHARE = 0.25, 0.25
+WORDS = (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, INVALID, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TESTABLE)
+#: Coverage of the interval of the oracle's gain, whose upper end decides whether there is room.
+ROOM_LEVEL = 0.90
 #: Resamples of a bootstrap.
 RESAMPLES = 2000
 
@@ -72,9 +69,10 @@ class Effect:
     """What a claim comes to.
 
     Attributes:
-        word: one of ``WORDS``. over_baseline, over_placebo: gains of the method. placebo: gain of the placebo over the
-            baseline. margin: smallest gain that counts. headroom: gain of the oracle over the baseline, if one ran.
-        seeds: number of paired seeds. futile: stopped after ``FUTILE`` seeds.
+        word: one of ``WORDS``. over_baseline, over_placebo, over_simple: gains of the method; the last is None where no
+            simple alternative ran. placebo: gain of the placebo over the baseline. oracle: gain of the oracle over the
+            baseline, with an interval of ``ROOM_LEVEL``, if one ran. margin: smallest gain that counts. seeds: number
+            of paired seeds.
     """
 
     word: str
@@ -82,9 +80,9 @@ class Effect:
     over_placebo: Interval
     placebo: Interval
     margin: float
-    headroom: float | None
     seeds: int
-    futile: bool = False
+    over_simple: Interval | None = None
+    oracle: Interval | None = None
 
     @property
     def placebo_valid(self) -> bool:
@@ -94,7 +92,9 @@ class Effect:
     @property
     def share_of_headroom(self) -> float | None:
         """Gain of the method as a share of the oracle's; None without an oracle that is above the baseline."""
-        return self.over_baseline.mean / self.headroom if self.headroom is not None and self.headroom > 0 else None
+        if self.oracle is None or self.oracle.mean <= 0:
+            return None
+        return self.over_baseline.mean / self.oracle.mean
 
 
 def over_seeds(gain_S: Sequence[float], level: float = LEVEL) -> Interval:
@@ -136,20 +136,6 @@ def over_items(
     return Interval(float(weight_N @ gain_N / weight_N.sum()), float(low), float(high))
 
 
-def margin_of(headroom: float, least: float) -> float:
-    """Smallest gain that counts: a quarter of what the oracle gains on pilot seeds, and never below ``least``.
-
-    >>> margin_of(0.2, least=0.01), margin_of(0.02, least=0.01)
-    (0.05, 0.01)
-    """
-    return max(MARGIN_SHARE * headroom, least)
-
-
-def has_room(headroom_S: Sequence[float], margin: float) -> bool:
-    """Whether the oracle's mean gain over the baseline on pilot seeds is at least two margins (stage 2)."""
-    return math.fsum(headroom_S) / len(headroom_S) >= 2 * margin
-
-
 def items_needed(margin: float, sd: float, level: float = LEVEL) -> int:
     """Test items that a gain of ``margin`` needs to lie outside the interval of no gain: ``(z sd / margin)^2``.
 
@@ -171,106 +157,87 @@ def effect(
     method_S: Sequence[float],
     placebo_S: Sequence[float],
     margin: float,
-    headroom: float | None = None,
-    items: tuple[Interval, Interval] | None = None,
-    futile: bool = False,
-    room: bool = True,
+    simple_S: Sequence[float] | None = None,
+    oracle: Interval | None = None,
+    items: Sequence[Interval | None] = (),
 ) -> Effect:
-    """The word for an effect, from paired gains over the baseline.
+    """Decide the word for an effect, from paired gains over the baseline. The first row that applies counts.
 
-    ========================  ==================================================================================
-    helps                     over baseline and over placebo above 0, mean over baseline at least the margin
-    helps a little            both above 0, mean below the margin
-    placebo does as well      over baseline above 0, over placebo not
-    placebo invalid           both above 0, and the placebo is at least a margin away from the baseline
-    hurts                     over baseline wholly below 0
-    no effect                 over baseline wholly within the margin around 0
-    no room                   the oracle gained less than two margins in the pilot (:func:`has_room`)
-    cannot tell               the rest
-    ========================  ==================================================================================
-
-    A claim that stopped as futile is never above zero: that would be one more look at the data.
+    ==========================  ================================================================================
+    placebo invalid             the placebo is at least a margin away from the baseline, whatever the method gains
+    no room                     the upper end of the oracle's gain is below the margin
+    hurts                       over baseline wholly below 0
+    worse than placebo          over placebo wholly below 0
+    placebo does as well        over baseline above 0, over placebo not
+    a simpler way does as well  over baseline and over placebo above 0, over the simple alternative not
+    helps                       over all of them above 0, mean over baseline at least the margin
+    helps a little              over all of them above 0, mean below the margin
+    no effect                   over baseline wholly within the margin around 0
+    cannot tell                 the rest
+    ==========================  ================================================================================
 
     Args:
-        method_S, placebo_S: gains over the baseline, one a seed, in the same order.
-        margin: smallest gain that counts. headroom: gain of the oracle over the baseline.
-        items: intervals over test items of the gains over baseline and over placebo; each is joined to that over seeds.
-        futile: stopped by :func:`is_futile`. room: whether there is any.
+        method_S, placebo_S, simple_S: gains over the baseline, one a seed, in the same order.
+        margin: smallest gain that counts.
+        oracle: gain of the oracle over the baseline (:func:`room`).
+        items: intervals over test items of the gains over baseline, placebo and simple alternative; each is joined to
+            that over seeds.
 
     Raises:
-        ValueError: for different numbers of seeds, or a margin below zero.
+        ValueError: for different numbers of seeds, or a margin that is not above zero.
 
     >>> effect([0.09, 0.08, 0.1], [0.0, 0.01, -0.01], margin=0.05).word
     'helps'
-    >>> effect([0.09, 0.08, 0.1], [0.08, 0.1, 0.09], margin=0.05).word
-    'placebo does as well'
+    >>> effect([0.09, 0.08, 0.1], [0.0, 0.01, -0.01], margin=0.05, simple_S=[0.1, 0.09, 0.1]).word
+    'a simpler way does as well'
     """
-    if len(method_S) != len(placebo_S):
-        raise ValueError(f"effect: {len(method_S)} seeds of the method and {len(placebo_S)} of the placebo")
-    if not margin >= 0:
-        raise ValueError(f"effect: margin {margin}: not below 0")
-    of_items = items or (None, None)
-    base = over_seeds(method_S).joined(of_items[0])
-    over = over_seeds([a - b for a, b in zip(method_S, placebo_S, strict=True)]).joined(of_items[1])
-    result = Effect(UNCLEAR, base, over, over_seeds(placebo_S), margin, headroom, len(method_S), futile)
-    return replace(result, word=_word(result) if room else NO_ROOM)
+    others = [placebo_S, *([simple_S] if simple_S is not None else [])]
+    if any(len(of) != len(method_S) for of in others):
+        raise ValueError(f"effect: {len(method_S)} seeds of the method and {[len(of) for of in others]} of other arms")
+    if not margin > 0:
+        raise ValueError(f"effect: margin {margin}: above 0")
+    base, over, *simple = (
+        over_seeds(gain_S).joined(items[k] if k < len(items) else None)
+        for k, gain_S in enumerate([method_S, *(_less(method_S, of) for of in others)])
+    )
+    result = Effect(
+        UNCLEAR, base, over, over_seeds(placebo_S), margin, len(method_S), simple[0] if simple else None, oracle
+    )
+    return replace(result, word=_word(result))
+
+
+def room(oracle_S: Sequence[float]) -> Interval:
+    """Gain of the oracle over the baseline, on pilot seeds and others together, with an interval of ``ROOM_LEVEL``.
+
+    >>> round(room([0.1, 0.2, 0.3]).high, 3)
+    0.369
+    """
+    return over_seeds(oracle_S, ROOM_LEVEL)
+
+
+def has_room(oracle: Interval | None, margin: float) -> bool:
+    """Whether the oracle may gain as much as a margin; True without an oracle."""
+    return oracle is None or not oracle.high < margin
+
+
+def _less(a_S: Sequence[float], b_S: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(a_S, b_S, strict=True)]
 
 
 def _word(of: Effect) -> str:
     gain = of.over_baseline
-    if gain.low > 0 and not of.futile:
-        if not of.over_placebo.low > 0:
-            return PLACEBO
-        if not of.placebo_valid:
-            return INVALID
-        return HELPS if gain.mean >= of.margin else LITTLE
+    if not of.placebo_valid:
+        return INVALID
+    if not has_room(of.oracle, of.margin):
+        return NO_ROOM
     if gain.high < 0:
         return HURTS
+    if of.over_placebo.high < 0:
+        return WORSE
+    if gain.low > 0:
+        if not of.over_placebo.low > 0:
+            return PLACEBO
+        if of.over_simple is not None and not of.over_simple.low > 0:
+            return SIMPLER
+        return HELPS if gain.mean >= of.margin else LITTLE
     return NONE if gain.within(of.margin) else UNCLEAR
-
-
-def is_futile(of: Effect) -> bool:
-    """Whether a claim stops after its first ``FUTILE`` seeds: their mean gain is below a quarter of the margin."""
-    return of.over_baseline.mean < FUTILE_SHARE * of.margin
-
-
-def is_extended(of: Effect) -> bool:
-    """Whether a claim gets its one extension to ``LAST`` seeds (stage 4): its first look cannot tell.
-
-    A placebo that seems to do as well is looked at again too, where the interval over it holds the margin.
-    """
-    open_placebo = of.word == PLACEBO and of.over_placebo.high >= of.margin
-    return of.seeds == FIRST and not of.futile and (of.word == UNCLEAR or open_placebo)
-
-
-def looks(look: Callable[[int], Effect]) -> Effect:
-    """The effect of a claim after 3, 5 and at most 10 seeds (stages 3 and 4): it stops once its word is found.
-
-    ``look``: a number of seeds -> their effect. It is asked for more seeds only where they decide.
-    """
-    first = look(FUTILE)
-    if is_futile(first):
-        futile = replace(first, futile=True)
-        return replace(futile, word=_word(futile))
-    second = look(FIRST)
-    return look(LAST) if is_extended(second) else second
-
-
-def staged(method_S: Sequence[float], placebo_S: Sequence[float], margin: float, headroom_S: Sequence[float]) -> Effect:
-    """The effect of a claim that goes through stages 2 to 4 with the gains that its seeds would give.
-
-    Two pilot seeds of the oracle, then 3 seeds, 5 and at most 10: a claim stops without room, when it is futile, or
-    when its word is found.
-
-    Args:
-        method_S, placebo_S: gains over the baseline of ``LAST`` seeds. headroom_S: gains of the oracle on pilot seeds.
-
-    >>> staged([0.1, 0.11] * 5, [0.0, 0.01] * 5, margin=0.05, headroom_S=[0.2, 0.2]).seeds
-    5
-    """
-    headroom = math.fsum(headroom_S) / len(headroom_S)
-
-    def look(seeds: int, room: bool = True) -> Effect:
-        return effect(method_S[:seeds], placebo_S[:seeds], margin, headroom, room=room)
-
-    return looks(look) if has_room(headroom_S, margin) else look(FUTILE, room=False)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     Parts = Mapping[str, NDArray[Any]]
 
-#: Arms whose gains are compared by item: the method's over each.
+#: Arms whose gains are compared by item, the method's over each, beside the simple alternative.
 OVER = ("baseline", "sham")
+_STORED = ("over_baseline", "over_placebo", "over_simple")
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,23 @@ class ItemGains:
     """Intervals over test items of the method's gains, and the number of items.
 
     Attributes:
-        over_baseline, over_placebo: see :func:`descant.claims.effect.over_items`. number: distinct test items.
+        over_baseline, over_placebo, over_simple: see :func:`descant.claims.effect.over_items`; the last is None without
+            a simple alternative. number: distinct test items.
     """
 
     over_baseline: Interval
     over_placebo: Interval
     number: int
+    over_simple: Interval | None = None
 
     @property
-    def intervals(self) -> tuple[Interval, Interval]:
-        return self.over_baseline, self.over_placebo
+    def intervals(self) -> tuple[Interval | None, ...]:
+        return self.over_baseline, self.over_placebo, self.over_simple
 
     def stored(self) -> dict[str, Any]:
         """As it is stored in a result."""
-        base, placebo = (of.stored() for of in self.intervals)
-        return {"number": self.number, "over_baseline": base, "over_placebo": placebo}
+        intervals = zip(_STORED, self.intervals, strict=True)
+        return {"number": self.number, **{key: of.stored() for key, of in intervals if of is not None}}
 
 
 def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
@@ -52,8 +55,8 @@ def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
     items = stored.get("items")
     if items is None:
         return None
-    base, placebo = (Interval.of_stored(items[over]) for over in ("over_baseline", "over_placebo"))
-    return ItemGains(base, placebo, int(items["number"]))
+    base, placebo, *simple = (Interval.of_stored(items[over]) for over in _STORED if over in items)
+    return ItemGains(base, placebo, int(items["number"]), *simple)
 
 
 def read(folder: Path, metric: str) -> Parts | None:
@@ -80,15 +83,16 @@ def gains(claim: Claim, arms: Mapping[str, Mapping[int, Path]], seeds: Sequence[
     """
     method = [read(arms["method"][seed], claim.metric.name) for seed in seeds]
     found = []
-    for other in OVER:
+    for other in (*OVER, *([claim.simple] if claim.simple in arms else [])):
+        assert other is not None
         against = [read(arms[other][seed], claim.metric.name) for seed in seeds]
         gain = _gain(claim, other, method, against)
         if gain is None:
             return None
         found.append(gain)
     weight_K = found[0][1]
-    base, placebo = (over_items(gain_SK, weight_K) for gain_SK, _ in found)
-    return ItemGains(base, placebo, len(weight_K))
+    base, placebo, *simple = (over_items(gain_SK, weight_K) for gain_SK, _ in found)
+    return ItemGains(base, placebo, len(weight_K), *simple)
 
 
 def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None:
@@ -96,9 +100,6 @@ def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None
 
     A gain of m in hits or misses changes a share m of the items at least, so that an item's gain has a standard
     deviation of ``sqrt(m (1 - m))`` or more.
-
-    Raises:
-        Refusal: naming both numbers. Metrics that are no shares of items always pass.
     """
     for parts in (read(folder, claim.metric.name) for folder in folders):
         if parts is None or not _hits(parts):
@@ -106,7 +107,7 @@ def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None
         needed, number = items_needed(margin, math.sqrt(margin * (1 - margin))), len(parts["id"])
         if number < needed:
             what = f"{number} test items, and a margin of {margin:.3g} needs {needed}"
-            fail(f"claims {claim.name}: {claim.metric.name}: {what}; a larger metric.least, or more test data")
+            fail(f"claims {claim.name}: {claim.metric.name}: {what}; a larger metric.margin, or more test data")
 
 
 def _hits(parts: Parts) -> bool:

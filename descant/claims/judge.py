@@ -1,124 +1,87 @@
-"""Judge a claim by its runs: margin, sign, confidence interval, sham, and further conditions."""
+"""Judge a claim by its runs: the word for its effect, and whether further conditions hold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from descant.claims.claim import ARMS, EQUAL, LEAST_TIME, WITHIN, Claim, Condition
-from descant.claims.effect import HELPS, Effect, Interval, effect, has_room, over_seeds
+from descant.claims.claim import ARMS, BEFORE, EQUAL, LEAST_TIME, WITHIN, Claim, Condition
+from descant.claims.effect import NOT_TESTABLE, UNCLEAR, Effect, Interval, effect, over_seeds, room
 from descant.claims.items import ItemGains
+from descant.claims.power import LEAST, seeds_needed, upper_deviation
 from descant.cli.errors import fail, hint
-from descant.report.statistics import Paired, paired
 
-#: Verdicts; the second for a claim that has to pass, the third for one that is reported.
-PASSED, FAILED, NOT = "passed", "failed", "not reproduced at this scale"
-#: Of the interval of the difference: the lower end is below 0 in 95 of 100 claims of a method without effect.
-LEVEL = 0.90
 #: arm -> seed -> metric -> value.
 Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdict and numbers of a claim. Differences are gains: above zero is better, whichever way the metric goes.
+    """Word and numbers of a claim. Differences are gains: above zero is better, whichever way the metric goes.
 
     Attributes:
-        verdict: passed; failed, for a claim that has to pass; or not reproduced at this scale.
-        method: the method against the baseline. sham: the sham against the baseline. over_sham: the method's mean gain
-            over the sham. lacks: reasons why the gains do not pass. asked: every further condition, its value, and
-            whether it is met. effect: the word by intervals, where the sham is the placebo. items: gains by test item,
-            where there are any.
+        effect: the word, by intervals. needed: seeds that would show a gain of one margin, by these runs. asked: every
+            further condition, its value, and whether it is met. items: gains by test item, where there are any.
     """
 
-    verdict: str
-    method: Paired
-    sham: Paired
-    over_sham: float
-    lacks: tuple[str, ...]
-    asked: tuple[tuple[Condition, float, bool], ...]
     effect: Effect
+    needed: int
+    asked: tuple[tuple[Condition, float, bool], ...]
     items: ItemGains | None = None
 
     @property
-    def held(self) -> tuple[int, int]:
-        """How many of the claim's conditions hold, of how many: the margin and the further ones."""
-        return int(self.method.mean >= self.effect.margin) + sum(met for *_, met in self.asked), 1 + len(self.asked)
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """All reasons why the claim did not pass."""
-        return (*self.lacks, *(f"{condition}: it is {value:.4g}" for condition, value, met in self.asked if not met))
+    def word(self) -> str:
+        return self.effect.word
 
 
-def judge(claim: Claim, runs: Runs, futile: bool = False, items: ItemGains | None = None) -> Judgement:
-    """The effect of a claim, and whether it passes.
+def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs | None = None) -> Judgement:
+    """The effect of a claim, in one word.
 
-    A claim by stages passes where it helps and every further condition holds; any other where all of
-
-        mean gain >= margin,   a gain in at least S - 1 of S seeds,   lower end of its 90 % interval > 0,
-        mean gain over the sham >= sham_margin,   and every further condition of the claim.
+    Where its intervals leave it open, and more seeds than the claim has would be needed to show a gain of one margin,
+    it is not testable.
 
     Args:
-        futile: a claim by stages stopped after its first seeds. items: gains by test item, whose intervals are joined
-            to those over seeds.
-
-    Raises:
-        Refusal: naming arm and seed, for a metric that a run lacks, or a budget that differs.
+        items: gains by test item, whose intervals are joined to those over seeds. pilot: the runs of its pilot, whose
+            oracle counts towards the room that there is.
     """
     for arm in ARMS:
         if not runs.get(arm) or set(runs[arm]) != set(runs["method"]):
             fail(f"claims {claim.name}: {arm}: no runs, or of other seeds than the method's")
     require_equal(claim, runs)
     seeds = sorted(runs["method"])
-    method_S, sham_S = (gains(claim, runs, arm, seeds) for arm in ("method", "sham"))
-    method, sham = (paired(gain_S, [0.0] * len(gain_S), LEVEL) for gain_S in (method_S, sham_S))
-    over = method.mean - sham.mean
-    found = _effect(claim, runs, method_S, sham_S, futile, items)
-    if claim.staged:
-        lacks = [] if found.word == HELPS else [f"the effect: {found.word}"]
-    else:
-        lacks = decide(method, over, claim.metric.margin, claim.sham_margin)
-    asked = tuple(_asked(claim, runs, condition, seeds) for condition in claim.also)
-    passed = not lacks and all(met for _, _, met in asked)
-    verdict = PASSED if passed else FAILED if claim.status == "gate" else NOT
-    return Judgement(verdict, method, sham, over, tuple(lacks), asked, found, items)
+    gain = {arm: gains(claim, runs, arm, seeds) for arm in ("method", "sham", claim.simple or "") if arm in runs}
+    oracle_S = [
+        gain
+        for of in (pilot or {}, runs)
+        if claim.oracle is not None and claim.oracle in of and "baseline" in of
+        for gain in gains(claim, of, claim.oracle, sorted(of[claim.oracle]))
+    ]
+    found = effect(
+        gain["method"],
+        gain["sham"],
+        claim.metric.margin,
+        gain.get(claim.simple or ""),
+        room(oracle_S) if len(oracle_S) > 1 else None,
+        items.intervals if items is not None else (),
+    )
+    needed = needed_seeds(claim, runs) if len(seeds) > 1 else LEAST
+    if found.word == UNCLEAR and needed > max(len(seeds), len(claim.seeds["full"])):
+        found = replace(found, word=NOT_TESTABLE)
+    return Judgement(found, needed, tuple(_asked(claim, runs, condition, seeds) for condition in claim.also), items)
+
+
+def needed_seeds(claim: Claim, runs: Runs) -> int:
+    """Seeds that would show a gain of one margin over baseline and placebo, by what these runs differ."""
+    seeds = sorted(runs["method"])
+    columns = [column(claim, runs, arm, claim.metric.name, seeds) for arm in ARMS]
+    return seeds_needed(claim.metric.margin, upper_deviation(columns))
 
 
 def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:
     """Gains of an arm over the baseline, one a seed."""
     pairs = (column(claim, runs, of, claim.metric.name, seeds) for of in (arm, "baseline"))
     return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
-
-
-def _effect(
-    claim: Claim,
-    runs: Runs,
-    method_S: Sequence[float],
-    placebo_S: Sequence[float],
-    futile: bool,
-    items: ItemGains | None,
-) -> Effect:
-    oracle = gains(claim, runs, claim.oracle, sorted(runs["method"])) if claim.oracle is not None else None
-    headroom, margin = math.fsum(oracle) / len(oracle) if oracle else None, claim.metric.margin
-    room = claim.staged or oracle is None or has_room(oracle, margin)  # stages: decided by the pilot
-    both = None if items is None else items.intervals
-    return effect(method_S, placebo_S, margin, headroom, both, futile, room)
-
-
-def decide(method: Paired, over_sham: float, margin: float, sham_margin: float) -> list[str]:
-    """Reasons why the gains do not pass; empty if they do."""
-    reasons = []
-    if method.mean < margin:
-        reasons.append(f"the gain of {method.mean:.4g} is below the margin of {margin:g}")
-    if method.wins < method.n - 1:
-        reasons.append(f"better in {method.wins} of {method.n} seeds only")
-    if method.n > 1 and not method.low > 0:  # one seed, of a pilot, has no interval
-        reasons.append(f"the interval of the gain reaches down to {method.low:.4g}")
-    if over_sham < sham_margin:
-        reasons.append(f"only {over_sham:.4g} better than its sham (asked: {sham_margin:g})")
-    return reasons
 
 
 def require_equal(claim: Claim, runs: Runs) -> None:
@@ -128,15 +91,13 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     compared with each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of
     seconds, each run needs about as many as the method's of its seed; the sham, which runs the method's code, needs as
     many steps, in whatever time.
-
-    Raises:
-        Refusal: if not.
     """
     arms = [arm for arm in runs if arm not in claim.uncompared]
     beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
     require = require_flops if claim.equal == EQUAL["flops"] else _require_equal
     for compared in ([arm for arm in arms if arm not in beyond], beyond):
         require(claim, {arm: runs[arm] for arm in compared})
+    _require_simple(claim, runs)
     if claim.calls is None:
         return
     for seed in runs["method"]:
@@ -145,12 +106,22 @@ def require_equal(claim: Claim, runs: Runs) -> None:
             fail(f"claims {claim.name}: seed {seed}: {claim.calls} is {ours} in the method and {shams} in the sham")
 
 
-def require_flops(claim: Claim, arms: Runs) -> None:
-    """Check that arms spent the FLOPs of the reference arm (of the first one, where that is not among them).
+def _require_simple(claim: Claim, runs: Runs) -> None:
+    """Check that the simple alternative spends no more FLOPs than the method; a run may be without the number.
 
-    Raises:
-        Refusal: naming arm and seed, if not.
+    The run from which the method begins has been paid by both.
     """
+    if claim.simple == BEFORE:
+        return
+    for seed, metrics in runs.get(claim.simple or "", {}).items():
+        spent, most = (of.get(EQUAL["flops"]) for of in (metrics, runs["method"].get(seed, {})))
+        if spent and most and spent > most * (1 + WITHIN):
+            its = f"claims {claim.name}: simple {claim.simple}, seed {seed}"
+            fail(f"{its}: {spent:.4g} FLOPs of training, and the method had {most:.4g}: a simple way costs no more")
+
+
+def require_flops(claim: Claim, arms: Runs) -> None:
+    """Check that arms spent the FLOPs of the reference arm (of the first one, where that is not among them)."""
     reference = claim.reference if claim.reference in arms else next(iter(arms), "")
     for arm, of in arms.items():
         for seed, metrics in of.items():
@@ -185,11 +156,7 @@ def _require_equal(claim: Claim, arms: Runs) -> None:
 
 
 def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]) -> list[float]:
-    """One metric of one arm, a value a seed.
-
-    Raises:
-        Refusal: where a run lacks it.
-    """
+    """One metric of one arm, a value a seed."""
     for seed in seeds:
         found = runs[arm][seed]
         if not math.isfinite(found.get(metric, math.nan)):
@@ -203,10 +170,7 @@ def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int])
 
 
 def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:
-    """Value of a condition, with its interval over seeds, and whether it is met.
-
-    The mean has to lie within the bounds; in a claim by stages, the whole interval, where there are several seeds.
-    """
+    """Value of a condition, with its interval over seeds, and whether that lies within the bounds."""
 
     def values(arm: str, metric: str) -> list[float]:
         found = column(claim, runs, arm, metric, seeds)
@@ -219,18 +183,18 @@ def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int
         other = values(condition.against, condition.minus)
         value = [a - condition.times * b for a, b in zip(value, other, strict=True)]
     of = over_seeds(value)
-    least, most = (of.low, of.high) if claim.staged and len(value) > 1 else (of.mean, of.mean)
+    least, most = (of.low, of.high) if len(value) > 1 else (of.mean, of.mean)
     low, high = condition.low, condition.high
     return of, (low is None or least >= low) and (high is None or most <= high)
 
 
-def lines(claim: Claim, judgement: Judgement, of: str) -> list[str]:
-    """A judgement as text; ``of``: such as a pilot."""
-    method = judgement.method
-    gain = f"{method.mean:+.4f}" + (f" [{method.low:+.4f}, {method.high:+.4f}]" if method.n > 1 else "")
+def lines(claim: Claim, judgement: Judgement, why: str) -> list[str]:
+    """A judgement as text; ``why``: the claim ended with these seeds."""
+    found = judgement.effect
+    simple = [] if found.over_simple is None else [f"over {claim.simple}, which is simpler: {found.over_simple}"]
     return [
-        f"{claim.name}: {of}",
-        f"  {claim.metric.name}: gain {gain}, better in {method.wins} of {method.n} seeds",
-        f"  sham: gain {judgement.sham.mean:+.4f}; method over sham: {judgement.over_sham:+.4f}",
-        *(f"  not met: {reason}" for reason in judgement.reasons),
+        f"{claim.name}: {found.word} ({found.seeds} seeds: {why})",
+        f"  {claim.metric.name}: gain {found.over_baseline} {claim.metric.unit}; a margin is {found.margin:g}",
+        *(f"  {line}" for line in (f"over the placebo: {found.over_placebo}", *simple)),
+        *(f"  {'met' if met else 'not met'}: {what}: it is {value:.4g}" for what, value, met in judgement.asked),
     ]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from descant.claims import store
-from descant.claims.claim import EXTENSION, TUNE, Claim
+from descant.claims.claim import TUNE, Claim
 from descant.claims.comparison import Comparison
+from descant.claims.power import MOST
 from descant.claims.run import Place
 
 
@@ -29,24 +30,15 @@ class Part:
 
 
 def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
-    """The stages of a claim with their runs; of a claim without stages: settings, pilot and full."""
-    each = minutes_a_run(claim, results)
-    if claim.staged:
-        assert claim.oracle is not None
-        seeds = claim.seeds
-        parts: list[tuple[str, str, tuple[str, ...], tuple[int, ...]]]
-        parts = [("room", "pilot", ("baseline", claim.oracle), seeds["pilot"])]
-        if claim.signal is not None:
-            parts.insert(0, ("signal", "pilot", claim.signal.arms, seeds["pilot"][:1]))
-        parts += [
-            ("effect", "full", claim.judged, seeds["full"]),
-            ("extension", "full", claim.judged, seeds[EXTENSION]),
-        ]
-    else:
-        parts = [(budget, budget, tuple(claim.arms), claim.seeds[budget]) for budget in ("pilot", "full")]
-    if claim.is_tuned:
-        return [_tuning(claim, runs, each, "tuning"), *(_of(claim, runs, each, *part) for part in parts)]
-    return [_of(claim, runs, each, *part) for part in parts]
+    """The stages of a claim with their runs; how many seeds are needed is known once its pilot is stored."""
+    each, seeds = minutes_a_run(claim, results), claim.seeds
+    pilot = store.of_design(results, claim, "pilot")
+    needed = min(pilot["needed"] if pilot is not None and "needed" in pilot else MOST, len(seeds["full"]))
+    parts = [_of(claim, runs, each, "pilot", "pilot", claim.piloted, seeds["pilot"])]
+    parts.append(_of(claim, runs, each, "effect", "full", claim.judged, seeds["full"][:needed]))
+    if claim.signal is not None:
+        parts.insert(0, _of(claim, runs, each, "signal", "pilot", claim.signal.arms, seeds["pilot"][:1]))
+    return [_tuning(claim, runs, each, "tuning"), *parts] if claim.is_tuned else parts
 
 
 def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:

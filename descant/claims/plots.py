@@ -21,7 +21,7 @@ def svg(claim: Claim, runs: Runs) -> str:
     It has 640 x 300 pixels, more in height where long names of arms are rotated; arms without the metric are left out.
     """
     name = claim.metric.name
-    arms = [a for a in runs if a != BEFORE and name in measured(claim, a) and all(name in m for m in runs[a].values())]
+    arms = [a for a in runs if a != BEFORE and all(name in m for m in runs[a].values())]
     seeds = sorted(runs[arms[0]])
     values = [column(claim, runs, arm, name, seeds) for arm in arms]
     longest = max(map(len, arms))
@@ -48,11 +48,6 @@ def svg(claim: Claim, runs: Runs) -> str:
                 axes.plot([n], [value], "o", color=colour, alpha=0.75, markersize=7, markeredgewidth=0, gid=gid)
                 tooltips[gid] = {"title": f"{arm}, seed {seed}: {value:.4g}"}
         return figures.to_svg(made, tooltips)
-
-
-def measured(claim: Claim, arm: str) -> list[str]:
-    """The metrics that an arm reports."""
-    return claim.needed(arm) if arm in claim.alone else claim.metrics()
 
 
 def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
@@ -98,31 +93,6 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
             axes.plot([], [], "o-", color=colour, markersize=6, label=label)
         axes.plot([], [], "o-", color=colours["over placebo"], markerfacecolor="white", label="placebo not neutral")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.1)
-        return figures.to_svg(made, tooltips)
-
-
-def rank_table(ranks: Mapping[str, Mapping[str, Interval]]) -> str:
-    """SVG figure of mean ranks: a row a rule, in the order given, a column a metric, with intervals over seeds."""
-    names, metrics = list(ranks), list(next(iter(ranks.values())))
-    wide, height, tooltips = 110, 78 + 19 * len(names), {}
-    with figures.style():
-        made = figures.figure(120 + wide * len(metrics), height)
-        for n, metric in enumerate(metrics):
-            whole = 120 + wide * len(metrics)
-            axes = made.add_axes(((115 + wide * n) / whole, 34 / height, (wide - 15) / whole, (height - 78) / height))
-            axes.set_xlim(len(names) + 0.5, 0.5)  # the best on the right
-            axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_xticks([len(names), 1])
-            axes.set_yticks(range(len(names)), names if n == 0 else [""] * len(names), color=figures.INK)
-            axes.set_title(metric.replace("/", "/\n").replace("@", "\n@"), fontsize=9)
-            for row, name in enumerate(names):
-                of = ranks[name][metric]
-                ends = [min(max(x, 0.5), len(names) + 0.5) for x in (of.low, of.high)]
-                axes.plot(ends, [row, row], color=figures.BLUE, linewidth=2, alpha=0.6)
-                axes.plot([of.mean], [row], "o", color=figures.BLUE, markersize=6, gid=f"{n}-{row}")
-                tooltips[f"{n}-{row}"] = {
-                    "title": f"{name}, {metric}: rank {of.mean:.1f} [{of.low:.1f}, {of.high:.1f}]"
-                }
         return figures.to_svg(made, tooltips)
 
 

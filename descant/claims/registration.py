@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,8 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from descant.claims.claim import BEFORE, Arm, Claim, texts
+from descant.claims.claim import ARMS, BEFORE, Arm, Claim, texts
+from descant.claims.digest import RULE, sha
 from descant.cli.catalogue import find, layers
+from descant.cli.errors import fail
 from descant.cli.untrusted import yaml_of
 from descant.modules.io.names import PACKAGE, full
 
@@ -26,20 +27,47 @@ def register(claim: Claim) -> dict[str, Any]:
     """What a claim was when it was registered.
 
     Returns:
-        ``digest`` of its YAML, ``commit`` of the checkout (None outside of one), ``time`` (UTC, ISO 8601) and ``code``,
-        the digest of each source file by its path below the package.
+        ``digests`` of its arms and rule, ``commit`` of the checkout that its YAML lies in (None outside of one),
+        ``time`` (UTC, ISO 8601) and ``code``, the digest of each source file by its path below the package.
     """
+    commit = _git(claim.file.parent, "rev-parse", "HEAD")
+    if commit is not None and (files := uncommitted(claim)):
+        fail(f"claims {claim.name}: not committed: {', '.join(files)}; a claim is registered by a commit")
     return {
-        "digest": claim.digest,
-        "commit": _commit(),
+        "digests": dict(claim.digests),
+        "commit": commit.strip() if commit is not None else None,
         "time": now(),
         "code": code(claim),
     }
 
 
+def uncommitted(claim: Claim) -> list[str]:
+    """Files of a claim that are changed and not committed: its YAML, what it composes, and the code that it imports."""
+    configs = [name for arm in (*claim.arms.values(), *filter(None, [claim.before])) for name in arm.configs]
+    files = {claim.file, *layers(map(find, (claim.experiment, *configs))), *(PACKAGE / file for file in code(claim))}
+    found = []
+    for folder in {file.resolve().parent for file in files}:
+        here = [file.resolve().name for file in files if file.resolve().parent == folder]
+        found += (_git(folder, "status", "--porcelain", "--", *here) or "").splitlines()
+    return sorted(line[3:] for line in found)
+
+
+def exploratory(claim: Claim, registered: Mapping[str, Any] | None) -> str | None:
+    """Why a result is no test of a claim that was fixed beforehand; None where it is one."""
+    if claim.exploratory is not None:
+        return claim.exploratory
+    if not registered or "digests" not in registered:
+        return "it was not registered before it ran"
+    if registered.get("commit") is None:
+        return "it was registered outside of a checkout"
+    then = registered["digests"]
+    other = [key for key in (RULE, *ARMS) if then.get(key) != claim.digests.get(key)]
+    return f"registered with another {' and '.join(other)}" if other else None
+
+
 def changed(registered: Mapping[str, Any], claim: Claim) -> list[str]:
     """Source files of a claim whose code is not what was registered, such as ``modules/losses/hinge.py``."""
-    then, now = registered["code"], code(claim)
+    then, now = registered.get("code", {}), code(claim)
     return sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
 
 
@@ -56,23 +84,13 @@ def code(claim: Claim) -> dict[str, str]:
 
 
 def shared(claim: Claim, arm: str, budget: str) -> str:
-    """Digest of the runs of an arm: what they compose to, their options, and the code that they import.
+    """Digest of the runs of an arm, and of the code that they import.
 
     Arms of two claims with the same digest are the same runs, whatever their names are.
     """
-    added = claim.before if arm == BEFORE else claim.arms[arm]
-    assert added is not None
-    experiment = () if arm == BEFORE else (claim.experiment,)
-    files = layers(map(find, (*experiment, *added.configs)))
-    options = claim.options(arm, budget)
-    needs = sorted(added.needs()) if arm != BEFORE else []
-    begins = [shared(claim, other, budget) for other in needs]
-    if claim.before is not None and arm != BEFORE:
-        begins.append(shared(claim, BEFORE, budget))
-    alone = replace(claim, arms={arm: added}, before=None)
-    what: list[Any] = [[_content(file) for file in files], options, begins, code(alone)]
-    what += [] if added.predict is None else [added.predict]  # runs without it keep their digests
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    needs = claim.begins_from(arm) if arm != BEFORE else set()
+    alone = replace(claim, arms={name: of for name, of in claim.arms.items() if name in {arm, *needs}})
+    return sha([claim.digests[arm], claim.options(arm, budget), code(alone)])
 
 
 def imported(modules: Iterable[str]) -> set[str]:
@@ -133,11 +151,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _commit() -> str | None:
-    """Commit of the checkout that the package lies in."""
-    command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+def _git(folder: Path, *words: str) -> str | None:
+    """What git prints; None outside of a checkout, or without git."""
+    command = ["git", "-C", str(folder.resolve()), *words]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from descant.claims.claim import BEFORE, TUNE, Claim
+from descant.claims.digest import sha
 from descant.claims.judge import Runs
 from descant.claims.registration import shared
 from descant.cli import dump
@@ -38,19 +39,20 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        return self.root / "claims" / self.claim.name / f"{self.budget}-{self.claim.digest}"
+        return self.root / "claims" / self.claim.name / self.budget
 
     def home(self, arm: str) -> Path:
-        """Folder of the runs of an arm. Claims by stages share the runs of equal baselines and oracles."""
-        if self.claim.staged and arm in (BEFORE, "baseline", self.claim.oracle) and not self.claim.limited(arm):
+        """Folder of the runs of an arm, by its digest. Claims share the runs of equal baselines and oracles."""
+        if self.budget != TUNE and arm in (BEFORE, "baseline", self.claim.oracle) and not self.claim.limited(arm):
             if arm not in self._shared:  # it reads and parses the code of the arm
                 self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
             return self._shared[arm]
-        return self.folder
+        of_arm = self.claim.digests.get(arm, "")  # a candidate of a tuned arm has none: its options are its own
+        return self.folder / sha([of_arm, self.claim.options(arm, self.budget)])[:8]
 
     def name(self, arm: str) -> str:
         """Name of the runs of an arm in that folder."""
-        return arm if self.home(arm) == self.folder else "run"
+        return "run" if self.home(arm).parent.name == "shared" else arm
 
     def seed(self, arm: str, seed: int) -> int:
         """The seed of a run of an arm: that of the claim's seed, or the one that ``before`` has for all."""
@@ -155,9 +157,6 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     """Train the missing runs, ``jobs`` processes at a time, each with its share of the cores. Returns an exit code.
 
     An interrupted run is resumed; the log of each is beside its folder.
-
-    Raises:
-        Refusal: with the last line of its log, for the first run that fails; those beside it end first.
     """
     todo = place.missing(arms, seeds)
     total = len(place.every(arms, seeds))

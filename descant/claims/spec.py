@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from descant.claims.claim import ARMS as ARMS
-from descant.claims.claim import BEFORE as BEFORE
-from descant.claims.claim import BUDGETS as BUDGETS
-from descant.claims.claim import EQUAL as EQUAL
-from descant.claims.claim import EXTENSION as EXTENSION
-from descant.claims.claim import OF_ARM, SETTING, Arm, Condition, Metric, Tuning, texts
-from descant.claims.claim import TUNE as TUNE
-from descant.claims.claim import Claim as Claim
-from descant.claims.digest import Contents, composed, digest
-from descant.claims.effect import FIRST, LAST, PILOT
+from descant.claims.claim import (
+    ARMS,
+    BEFORE,
+    BUDGETS,
+    EQUAL,
+    OF_ARM,
+    SETTING,
+    Arm,
+    Claim,
+    Condition,
+    Metric,
+    Tuning,
+    texts,
+)
+from descant.claims.digest import Contents, composed, digests
+from descant.claims.power import ASKED, LEAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line, printable
 from descant.cli.untrusted import yaml_of
-from descant.modules.io.renamed import CLASSES
 
-#: The keys of a claim, of its arms, and of all else in it that has keys; the first seven are needed.
+#: The keys of a claim, of its arms, and of all else in it that has keys; the first eight are needed.
 KEYS = (
-    *("title", "seed", "source", "experiment", "arms", "metric", "seeds"),
-    *("options", "before", "sham_margin", "also", "secondary", "calls", "budget", "status", "baseline_tuning"),
-    *("alone", "tuning", "note", "oracle", "setting", "signal", "lockbox"),
+    *("title", "seed", "source", "experiment", "arms", "metric", "seeds", "removes"),
+    *("simple", "no_simple", "oracle", "options", "before", "also", "secondary", "calls", "budget", "baseline_tuning"),
+    *("tuning", "note", "signal", "lockbox", "exploratory"),
 )
-NEEDED = KEYS[:7]
+NEEDED = KEYS[:8]
 #: What an arm may be called: its runs' folders and logs are called after it.
 ARM = re.compile(r"\w[\w.+=-]{0,99}")
 ARM_KEYS = ("configs", "config", "options", "settings")
 #: Keys of ``before`` beside ``experiment``, ``seed`` and those of an arm.
 BEFORE_KEYS = ("predict", "lockbox")
-METRIC_KEYS = ("name", "better", "margin", "least")
+METRIC_KEYS = ("name", "better", "margin", "unit", "reason")
 CONDITION_KEYS = ("metric", "arm", "minus", "against", "times", "above", "at_least", "at_most")
-BUDGET_KEYS = ("equal", "reference", "apart", *BUDGETS)
-TUNING_KEYS = ("seed", "metric", "better", "options")
-WAYS, STATUS = ("higher", "lower"), ("gate", "report")
+BUDGET_KEYS = ("equal", "reference", "apart")
+TUNING_KEYS = ("seeds", "options")
+WAYS = ("higher", "lower")
 
 
 def folder() -> Path:
@@ -52,11 +59,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Claim:
-    """The claim of that name, or of a file.
-
-    Raises:
-        Refusal: naming the key, for what is missing, unknown or impossible.
-    """
+    """The claim of that name, or of a file."""
     file = Path(name) if name.endswith(".yaml") and Path(name).is_file() else folder() / f"{name}.yaml"
     if not file.is_file():
         fail(f"claims {name}: no such claim{hint(name, names())}")
@@ -92,29 +95,22 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
     composing = contents()
-    least = metric.margin if "least" in content["metric"] else None
-    signal = content.get("signal")
-    if least is not None:
-        _staged(where, content, also, composing)
-    elif signal is not None or content.get("lockbox"):
-        key = "lockbox" if signal is None else "signal"
-        fail(f"{where}: {key}: a claim by stages has one: metric.least in place of metric.margin")
+    simple = _beside(where, content, "simple", known)
+    if (simple is None) == (content.get("no_simple") is None):
+        fail(f"{where}: simple: the arm that one would try first for the same compute, or no_simple: why there is none")
     lockbox = dict(content.get("lockbox") or {})
     budget = dict(content.get("budget") or {})
     _known(f"{where}: budget", budget, BUDGET_KEYS)
-    equal = _choice(f"{where}: budget.equal", budget.get("equal", "steps"), EQUAL)
-    reference = _reference(where, budget, equal, arms, least is not None, tuning is not None)
-    apart = _named(where, "budget.apart", budget.get("apart"), arms)
-    status = content.get("status", "report")
-    if status not in STATUS:
-        fail(f"{where}: status {status}: gate (must pass) or report")
-    options = dict(content.get("options") or {})
-    seeds = _all_seeds(where, content, tuning)
+    equal = _choice(f"{where}: budget.equal", budget.get("equal", "flops"), EQUAL)
+    reference = _reference(where, budget, equal, arms, tuning is not None)
+    options, signal = dict(content.get("options") or {}), content.get("signal")
     try:
-        marked = digest(content, composing, CLASSES)
+        if content.get("exploratory") is None:
+            _require_one_component(where, content, composing)
+        in_stages = _in_stages(content, composing)
     except Refusal as refusal:
-        fail(f"{where}: {str(refusal).removeprefix('--config ')}")
-    return Claim(
+        fail(f"{where}: {str(refusal).removeprefix(f'{where}: ').removeprefix('--config ')}")
+    claim = Claim(
         name=file.stem,
         title=str(content["title"]),
         seed=_whole(f"{where}: seed", content["seed"]),
@@ -124,28 +120,29 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         before=before,
         before_seed=before_seed,
         metric=metric,
-        sham_margin=float(content.get("sham_margin", metric.margin / 2)),
         also=also,
         secondary=secondary,
         calls=content.get("calls"),
-        seeds=seeds,
+        seeds=_all_seeds(where, content, tuning),
         equal=EQUAL[equal],
-        budgets=_budgets(options, budget, lockbox, least is not None),
+        budgets={"pilot": options, "full": {**options, **lockbox}},
         lockbox=lockbox,
-        status=status,
         baseline_tuning=content.get("baseline_tuning"),
-        digest=marked,
-        alone=_named(where, "alone", content.get("alone"), arms),
+        digests={},
+        file=file,
         tuning=tuning,
         note=content.get("note"),
-        oracle=_oracle(where, content, arms),
-        setting=bool(content.get("setting", False)),
-        least=least,
+        oracle=_beside(where, content, "oracle", arms),
+        simple=simple,
+        no_simple=content.get("no_simple"),
+        removes=str(content["removes"]),
+        exploratory=content.get("exploratory"),
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
-        apart=apart,
-        in_stages=_in_stages(content, composing),
+        apart=_named(where, "budget.apart", budget.get("apart"), arms),
+        in_stages=in_stages,
     )
+    return replace(claim, digests=digests(claim, composing))
 
 
 def contents() -> Contents:
@@ -179,11 +176,7 @@ def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
 
 
 def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
-    """Check that the arms from whose runs others begin are there.
-
-    Raises:
-        Refusal: for one that is not, that begins from another itself, or that is tuned.
-    """
+    """Check that the arms from whose runs others begin are there."""
     for name, arm in arms.items():
         for other in sorted(arm.needs()):
             if other not in arms:
@@ -192,10 +185,10 @@ def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
                 fail(f"{where}: arms.{name}: {OF_ARM}/{other}: an arm that needs no other and has no settings")
 
 
-def tuning_seed(
-    where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], keys: Iterable[str] = ("seed",)
-) -> int | None:
-    """The seed of the runs that choose settings, which stands beside other ``keys``; None where no arm has any."""
+def tuning_seeds(
+    where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], keys: Iterable[str] = ("seeds",)
+) -> tuple[int, ...] | None:
+    """The seeds of the runs that choose settings, which stand beside other ``keys``; None where no arm has any."""
     tuned = [name for name, arm in arms.items() if arm.settings]
     if content.get("tuning") is None:
         if tuned:
@@ -203,10 +196,10 @@ def tuning_seed(
         return None
     given = _mapping(where, content, "tuning")
     _known(f"{where}: tuning", given, keys)
-    _need(f"{where}: tuning", given, ("seed",))
+    _need(f"{where}: tuning", given, ("seeds",))
     if not tuned:
         fail(f"{where}: tuning: no arm has settings")
-    return _whole(f"{where}: tuning.seed", given["seed"])
+    return _seeds(f"{where}: tuning.seeds", given["seeds"])
 
 
 def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> tuple[Arm | None, int | None]:
@@ -230,20 +223,14 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
     check_needs(where, arms)
-    seed = tuning_seed(where, content, arms, TUNING_KEYS)
-    if seed is None:
+    seeds = tuning_seeds(where, content, arms, TUNING_KEYS)
+    if seeds is None:
         return None
     given = content["tuning"]
-    way = given.get("better", "higher" if metric.higher else "lower")
-    if way not in WAYS:
-        fail(f"{where}: tuning.better {way}: higher or lower")
-    by = Metric(str(given.get("metric", metric.name)), way == "higher", 0.0)
-    return Tuning(seed, by, dict(given.get("options") or {}))
+    return Tuning(seeds, metric, dict(given.get("options") or {}))
 
 
-def _reference(
-    where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], staged: bool, tuned: bool
-) -> str:
+def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], tuned: bool) -> str:
     """The arm whose FLOPs the others spend."""
     name = str(budget.get("reference", "method"))
     if "reference" in budget and equal != "flops":
@@ -252,8 +239,6 @@ def _reference(
         fail(f"{where}: budget.reference: no arm {name!r}{hint(name, arms)}")
     if equal == "flops" and arms[name].needs():
         fail(f"{where}: budget.reference {name}: it begins from another arm; one that needs no other has a length")
-    if equal == "flops" and staged and name != "baseline":
-        fail(f"{where}: budget.reference {name}: a claim by stages trains its baseline first: reference: baseline")
     if equal == "flops" and tuned:
         fail(f"{where}: tuning: settings are chosen before the reference arm is trained; not with budget.equal flops")
     return name
@@ -269,75 +254,72 @@ def _named(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str
 
 
 def _in_stages(content: Mapping[str, Any], contents: Contents) -> bool:
-    data = composed(content["experiment"], {}, contents)["config"].get("data") or {}
+    data = composed(contents([content["experiment"]])).get("data") or {}
     return str(data.get("class_path")).rpartition(".")[2] in _STAGED
 
 
-def _budgets(
-    options: Mapping[str, Any], budget: Mapping[str, Any], lockbox: Mapping[str, Any], staged: bool
-) -> dict[str, dict[str, Any]]:
-    """Options of each budget; the pilot of a claim by stages has the full budget, outside of the lock-box."""
-    own = {key: dict(budget.get("full" if staged else key) or {}) for key in BUDGETS}
-    return {key: {**options, **own[key], **(lockbox if key == "full" else {})} for key in BUDGETS}
-
-
-#: Options of data that permute a signal, by which a placebo may differ from the method.
+#: Options that permute a signal, by which a placebo may differ from the method in its data.
 _CONTROLS = (".sham", ".shuffle_captions")
 #: Data modules whose stages have budgets of their own.
 _STAGED = ("StagedData", "TaskStream")
-#: Most side conditions of a claim by stages.
-_SIDE = 2
 
 
-def _staged(where: str, content: Mapping[str, Any], also: Sequence[Condition], contents: Contents) -> None:
-    """What a claim by stages needs besides."""
-    if content.get("oracle") is None:
-        fail(f"{where}: metric.least: a margin from headroom needs `oracle`, the arm that shows how much can be gained")
-    if len(also) > _SIDE:
-        fail(f"{where}: also: {len(also)} side conditions, and a claim by stages has at most {_SIDE}")
-    if dict(content.get("budget") or {}).get("pilot"):
-        fail(f"{where}: budget.pilot: the pilot of a claim by stages has the full budget")
-    method, sham = (_data(content, arm, contents) for arm in ("method", "sham"))
-    other = sorted(key for key in {*method, *sham} if method.get(key) != sham.get(key))
+def _require_one_component(where: str, content: Mapping[str, Any], contents: Contents) -> None:
+    """Check that the placebo lacks one component of the method, and is trained on the same data."""
+    method, sham = (_settings(content, arm, contents) for arm in ("method", "sham"))
+    differ = sorted(key for key in {*method, *sham} if method.get(key) != sham.get(key))
+    other = [key for key in differ if key.startswith("data.") and not key.endswith(_CONTROLS)]
     if other:
         fail(f"{where}: arms.sham: it trains on other data than the method: {other[0]}; a placebo permutes a signal")
+    # callbacks that only evaluate may differ
+    parts = {key.split(".")[0]: key for key in differ if not key.startswith("trainer.") or key.endswith(_CONTROLS)}
+    if len(parts) > 1:
+        fail(f"{where}: arms.sham: it differs from the method in {' and '.join(parts.values())}; remove one component")
 
 
-def _data(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[str, Any]:
-    """Key -> value of the data that an arm trains on, without those that permute a signal of it."""
-    made = composed(content["experiment"], content["arms"][arm] or {}, contents)
-    values = dict(_leaves("data", made["config"].get("data")))
-    values |= {key: value for key, value in (made.get("options") or {}).items() if key.startswith("data.")}
-    return {key: value for key, value in values.items() if not key.endswith(_CONTROLS)}
+def _settings(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[str, Any]:
+    """Key -> value of all that an arm composes to."""
+    given = content["arms"][arm] or {}
+    own = dict(given.get("config") or {})
+    below = own.pop("extends", ())
+    parts = contents([content["experiment"], *(given.get("configs") or ())])
+    parts += [*contents([below] if isinstance(below, str) else below), own]
+    values = dict(_leaves("", composed(parts)))
+    for key, value in (given.get("options") or {}).items():
+        values |= dict(_leaves(str(key), value))
+    return values
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
-            yield from _leaves(f"{key}.{name}", item)
+            yield from _leaves(f"{key}.{name}".removeprefix("."), item)
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(f"{key}[{number}]", item)
     else:
         yield key, value
 
 
-def _oracle(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> str | None:
-    name = content.get("oracle")
+def _beside(where: str, content: Mapping[str, Any], key: str, arms: Iterable[str]) -> str | None:
+    """An arm beside the three that every claim has."""
+    name = content.get(key)
     if name is not None and (name in ARMS or name not in arms):
         others = [arm for arm in arms if arm not in ARMS]
-        fail(f"{where}: oracle: no arm {name!r} beside {', '.join(ARMS)}{hint(str(name), others)}")
+        fail(f"{where}: {key}: no arm {name!r} beside {', '.join(ARMS)}{hint(str(name), others)}")
     return name
 
 
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:
     _known(f"{where}: metric", content, METRIC_KEYS)
-    _need(f"{where}: metric", content, ("name", "better", "least" if "least" in content else "margin"))
-    if "least" in content and "margin" in content:
-        fail(f"{where}: metric: margin, or least: the margin is then a quarter of what the oracle gains, at least that")
+    _need(f"{where}: metric", content, METRIC_KEYS)
     if content["better"] not in WAYS:
         fail(f"{where}: metric.better {content['better']}: higher or lower")
-    key = "least" if "least" in content else "margin"
-    if not float(content[key]) >= 0 or (key == "least" and not float(content[key]) > 0):
-        fail(f"{where}: metric.{key} {content[key]}: not below 0; its direction is in `better`")
-    return Metric(str(content["name"]), content["better"] == "higher", float(content[key]))
+    margin = float(content["margin"])
+    if not 0 < margin < math.inf:
+        fail(f"{where}: metric.margin {content['margin']}: above 0; its direction is in `better`")
+    higher = content["better"] == "higher"
+    return Metric(str(content["name"]), higher, margin, str(content["unit"]), str(content["reason"]))
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
@@ -363,29 +345,28 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
 
 def _all_seeds(where: str, content: Mapping[str, Any], tuning: Tuning | None) -> dict[str, tuple[int, ...]]:
     """Budget -> seeds, of which no two budgets share one."""
-    given, staged = _mapping(where, content, "seeds"), "least" in content["metric"]
-    keys = (*BUDGETS, EXTENSION) if staged else BUDGETS
-    _known(f"{where}: seeds", given, keys)
-    _need(f"{where}: seeds", given, keys)
-    seeds = {key: _seeds(f"{where}: seeds.{key}", given[key]) for key in keys}
+    given = _mapping(where, content, "seeds")
+    _known(f"{where}: seeds", given, BUDGETS)
+    _need(f"{where}: seeds", given, BUDGETS)
+    seeds = {key: _seeds(f"{where}: seeds.{key}", given[key]) for key in BUDGETS}
+    if len(seeds["pilot"]) != PILOT:
+        fail(f"{where}: seeds.pilot: {len(seeds['pilot'])} seeds; {PILOT} show how much a difference varies")
+    if not LEAST <= len(seeds["full"]) <= ASKED:
+        fail(f"{where}: seeds.full: {len(seeds['full'])} seeds; {LEAST} to {ASKED}, of which the pilot takes the first")
     every = [seed for some in seeds.values() for seed in some]
-    if staged and tuple(map(len, seeds.values())) != (numbers := (PILOT, FIRST, LAST - FIRST)):
-        needed = ", ".join(f"{number} in {key}" for key, number in zip(seeds, numbers, strict=True))
-        fail(f"{where}: seeds: a claim by stages has {needed}")
-    if staged and len(set(every)) < len(every):
-        fail(f"{where}: seeds: {max(every, key=every.count)} is there twice")
     both = set(seeds["pilot"]) & set(seeds["full"])
     if both:
-        fail(f"{where}: seeds: {min(both)} is in pilot and in full: a seed that chose the margin cannot count")
-    if tuning is not None and tuning.seed in {*seeds["pilot"], *seeds["full"]}:
-        fail(f"{where}: tuning.seed {tuning.seed}: in pilot or full too: a seed that chose a setting cannot count")
-    if len(seeds["full"]) < 3 or not seeds["pilot"]:
-        fail(f"{where}: seeds: at least 3 in full (5 are the rule) and 1 in pilot")
+        fail(f"{where}: seeds: {min(both)} is in pilot and in full: a seed that chose the number cannot count")
+    if len(set(every)) < len(every):
+        fail(f"{where}: seeds: {max(every, key=every.count)} is there twice")
+    for seed in tuning.seeds if tuning is not None else ():
+        if seed in every:
+            fail(f"{where}: tuning.seeds {seed}: in pilot or full too: a seed that chose a setting cannot count")
     return seeds
 
 
 def _seeds(where: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         fail(f"{where} {value!r}: a list of seeds is expected, such as [0, 1, 2]")
     return tuple(_whole(where, seed) for seed in value)
 

@@ -1,4 +1,4 @@
-"""Run a claim by stages, cheapest first, and stop where one decides: exact, signal, room, effect, extension."""
+"""Run a claim: test its equation, look for its signal, compute the seeds that it needs from a pilot, and run these."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import run, store
-from descant.claims.claim import ABLATIONS, EQUAL, EXTENSION, Claim
-from descant.claims.effect import FIRST, LAST, NO_ROOM, NOT_TESTABLE, Effect, has_room, looks, margin_of
+from descant.claims.claim import ABLATIONS, Claim
+from descant.claims.effect import NO_ROOM, NOT_TESTABLE, has_room, room
 from descant.claims.items import OVER, ItemGains, require_enough
 from descant.claims.items import gains as items_of
-from descant.claims.judge import Runs, gains, judge, lines, measured, require_flops
+from descant.claims.judge import Runs, gains, judge, lines, measured, needed_seeds, require_equal
+from descant.claims.power import ASKED
 from descant.claims.registration import changed, now, register
 from descant.claims.run import Place
 from descant.claims.table import paper_of
 from descant.cli.errors import fail, say
 from descant.modules.io.names import PACKAGE
-
-#: What each stage asks.
-STAGES = ("exact", "signal", "room", "effect", "extension")
 
 
 class Unfinished(Exception):
@@ -35,12 +33,12 @@ class Unfinished(Exception):
 
 
 @dataclass
-class Staged:
-    """A claim on its way through the stages.
+class Course:
+    """A claim on its way from its test to its word.
 
     Args:
-        claim: with a metric that has ``least``. results, runs: folders. jobs: runs at a time. slurm: options of
-            ``descant submit``; the missing runs of a stage are then submitted, and the same command goes on.
+        claim: what is judged. results, runs: folders. jobs: runs at a time. slurm: options of ``descant submit``; the
+            missing runs of a stage are then submitted, and the same command goes on.
     """
 
     claim: Claim
@@ -52,61 +50,52 @@ class Staged:
     precisions: set[str] = field(default_factory=set)
 
     def run(self, only_pilot: bool = False) -> int:
-        """Go through the stages; stores and prints what it comes to. Returns an exit code."""
+        """Run what is missing; store and print what it comes to. Returns an exit code."""
         try:
-            self._exact()
+            self._require_exact()
             registered = self._registered()
-            return self._stages(registered, only_pilot)
+            return self._run(registered, only_pilot)
         except Unfinished as stop:
             return stop.code
 
-    def _stages(self, registered: Mapping[str, Any], only_pilot: bool) -> int:
+    def _run(self, registered: dict[str, Any], only_pilot: bool) -> int:
         claim, seeds = self.claim, self.claim.seeds
-        assert claim.least is not None and claim.oracle is not None
         if claim.signal is not None:
             value, met = self._signal()
-            say(f"claims {claim.name}: stage 1, signal: {claim.signal}: it is {value:.4g}")
+            say(f"claims {claim.name}: signal: {claim.signal}: it is {value:.4g}")
             if not met:
-                return self._stop(1, NOT_TESTABLE, registered, {"signal": value})
-        pilot = self._collect("pilot", ("baseline", claim.oracle), seeds["pilot"])
-        if claim.equal == EQUAL["flops"]:
-            require_flops(claim, {arm: of for arm, of in pilot.items() if arm not in claim.uncompared})
-        gain_S = gains(claim, pilot, claim.oracle, seeds["pilot"])
-        headroom = math.fsum(gain_S) / len(gain_S)
-        margin = margin_of(headroom, claim.least)
-        say(f"claims {claim.name}: stage 2, room: the oracle gains {headroom:+.4g}, the margin is {margin:.4g}")
-        found = {"margin": margin, "headroom": headroom}
-        self._write("pilot", pilot, {**found, "registered": registered})
-        if not has_room(gain_S, margin):
-            return self._stop(2, NO_ROOM, registered, found, pilot)
+                return self._stop(NOT_TESTABLE, f"its signal is {value:.4g}", registered, {})
+        pilot = self._collect("pilot", claim.piloted, seeds["pilot"])
+        require_equal(claim, pilot)
+        needed = needed_seeds(claim, pilot)
+        registered = self._looked(registered)
+        found: dict[str, Any] = {"needed": needed, "registered": registered}
+        say(f"claims {claim.name}: pilot: {needed} seeds show a gain of {claim.metric.margin:g} {claim.metric.unit}")
+        self._write("pilot", pilot, found)
+        if claim.oracle is not None:
+            oracle = room(gains(claim, pilot, claim.oracle, seeds["pilot"]))
+            say(f"claims {claim.name}: pilot: the oracle gains {oracle}, and a margin is {claim.metric.margin:g}")
+            if not has_room(oracle, claim.metric.margin):
+                return self._stop(NO_ROOM, f"by {len(seeds['pilot'])} seeds of the oracle", registered, found, pilot)
+        if needed > len(seeds["full"]):
+            asked = f"its YAML asks for {len(seeds['full'])}" if needed <= ASKED else f"the most is {ASKED}"
+            return self._stop(NOT_TESTABLE, f"it needs {needed} seeds, and {asked}", registered, found, pilot)
         if only_pilot:
             return 0
         place = self._place("pilot")
-        require_enough(claim, [place.run_of("baseline", seed) for seed in seeds["pilot"]], margin)
-        return self._effect(claim.with_margin(margin), registered, found)
-
-    def _effect(self, claim: Claim, registered: Mapping[str, Any], found: dict[str, Any]) -> int:
-        seeds = (*claim.seeds["full"], *claim.seeds[EXTENSION])
+        require_enough(claim, [place.run_of("baseline", seed) for seed in seeds["pilot"]], claim.metric.margin)
         if claim.lockbox:
             registered = self._opened(registered)
-
-        def look(number: int) -> Effect:
-            if number == LAST:
-                say(f"claims {claim.name}: stage 4, extension: {FIRST} seeds cannot tell, {EXTENSION} follows")
-            runs, items = self._judged(claim, seeds[:number])
-            return judge(claim, runs, items=items).effect
-
-        effect = looks(look)
-        runs, items = self._judged(claim, seeds[: effect.seeds])
-        stage = 4 if effect.seeds == LAST else store.EFFECT_STAGE
-        judgement = judge(claim, runs, effect.futile, items)
-        outcome = store.outcome_of(judgement) | {"stage": stage, "futile": effect.futile}
-        self._write("full", runs, {**outcome, **found, "registered": registered})
-        print("\n".join(lines(claim, judgement, f"stage {stage}")))
+        chosen = seeds["full"][:needed]
+        runs, items = self._judged(claim, chosen)
+        judgement, why = judge(claim, runs, items, pilot), f"{needed} needed by the pilot"
+        outcome = store.outcome_of(judgement) | {"ended": why, "registered": registered, "needed": needed}
+        self._write("full", runs, outcome)
+        print("\n".join(lines(claim, judgement, why)))
         return 0
 
     def ablations(self) -> int:
-        """Run the arms that no verdict needs, each with the first seed, and store them."""
+        """Run the arms that no word needs, each with the first seed, and store them."""
         arms = tuple(arm for arm in self.claim.arms if arm not in self.claim.judged)
         if not arms:
             fail(f"claims {self.claim.name}: no arm beside {', '.join(self.claim.judged)}")
@@ -120,26 +109,22 @@ class Staged:
             print(f"{arm}: {self.claim.metric.name} {values.get(self.claim.metric.name, math.nan):.4g}")
         return 0
 
-    # stages 0 and 1 -----------------------------------------------------------------------------------------------
+    # before the pilot -----------------------------------------------------------------------------------------------
 
-    def _exact(self) -> None:
-        """Run the test that holds the equation of the paper, where there is a checkout with tests.
-
-        Raises:
-            Refusal: if it fails.
-        """
+    def _require_exact(self) -> None:
+        """Run the test that holds the equation of the paper, where there is a checkout with tests."""
         paper = paper_of(self.claim)
         if paper is None or not (PACKAGE.parent / paper["test"]).is_file():
-            say(f"claims {self.claim.name}: stage 0, exact: no test of its equation is in this installation")
+            say(f"claims {self.claim.name}: exact: no test of its equation is in this installation")
             return
         tests = paper["exact"] or [paper["test"]]
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-x", *tests]
         result = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
         if result.returncode:
             last = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))][:1]
-            fail(f"claims {self.claim.name}: stage 0, exact: {' '.join(last)}")
+            fail(f"claims {self.claim.name}: exact: {' '.join(last)}")
         what = "its equation holds" if paper["exact"] else "our reading; its test holds"
-        say(f"claims {self.claim.name}: stage 0, exact: {what}")
+        say(f"claims {self.claim.name}: exact: {what}")
 
     def _registered(self) -> dict[str, Any]:
         """What the claim was before its first run; registers it where it is not. Names the code that changed since."""
@@ -151,11 +136,20 @@ class Staged:
             say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
         return kept
 
+    def _looked(self, registered: Mapping[str, Any]) -> dict[str, Any]:
+        """Count that the gains of a pilot have been seen: once for each method and rule."""
+        looks = dict(registered.get("looks", {}))
+        looks.setdefault(f"{self.claim.digests['method']} {self.claim.digests['rule']}", now())
+        return self._registered_as({**registered, "looks": looks})
+
+    def _registered_as(self, registered: dict[str, Any]) -> dict[str, Any]:
+        store.write_registered(self.results, self.claim, registered)
+        return registered
+
     def _opened(self, registered: Mapping[str, Any]) -> dict[str, Any]:
         """Note that the claim opens the lock-box, before a run reads it; it does so once."""
         if "opened" not in registered:
-            registered = {**registered, "opened": now()}
-            store.write_registered(self.results, self.claim, registered)
+            registered = self._registered_as({**registered, "opened": now()})
         say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
         return dict(registered)
 
@@ -174,7 +168,8 @@ class Staged:
     def _judged(self, claim: Claim, seeds: Sequence[int]) -> tuple[Runs, ItemGains | None]:
         """The runs of the arms that the verdict needs, and the method's gains by test item."""
         runs, place = self._collect("full", claim.judged, seeds), self._place("full")
-        folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in ("method", *OVER)}
+        arms = ("method", *OVER, *([claim.simple] if claim.simple is not None else []))
+        folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
         return runs, items_of(claim, folders, seeds)
 
     def _collect(self, budget: str, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
@@ -193,12 +188,11 @@ class Staged:
         store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
 
     def _stop(
-        self, stage: int, word: str, registered: Mapping[str, Any], found: Mapping[str, Any], runs: Runs | None = None
+        self, word: str, why: str, registered: Mapping[str, Any], found: Mapping[str, Any], pilot: Runs | None = None
     ) -> int:
         """Store a claim that ends before its effect is measured."""
-        outcome = {"verdict": word, "effect": word, "stage": stage, **found, "registered": registered}
-        self._write("full", runs or {}, outcome)
-        print(f"{self.claim.name}: {word} (stage {stage}, {STAGES[stage]})")
+        self._write("full", {}, {**found, "effect": word, "ended": why, "registered": dict(registered)})
+        print(f"{self.claim.name}: {word}: {why}")
         return 0
 
 

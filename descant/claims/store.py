@@ -1,7 +1,9 @@
-"""Store results of claims as JSON: written atomically, never over another configuration's, with all versions."""
+"""Store results of claims as JSON: written atomically, never over another design's, with versions and a checksum."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from descant.claims.claim import ABLATIONS, BUDGETS, TUNE, Claim
+from descant.claims.claim import ABLATIONS, ARMS, BUDGETS, TUNE, Claim
+from descant.claims.digest import RULE
 from descant.claims.items import of_stored
 from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
@@ -18,8 +21,8 @@ from descant.modules.io.files import write_json
 
 #: Largest size of a result, in bytes.
 _MOST = 20_000_000
-#: The stage from which on the method runs, and that of a claim without stages.
-EFFECT_STAGE = 3
+#: Version of the rules by which a result was made; what is stored of an earlier one is read, and exploratory.
+VERSION = 3
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
 
@@ -28,32 +31,48 @@ def path(folder: Path, name: str, budget: str) -> Path:
 
 
 def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
-    """The stored result of a claim at a budget, or None.
-
-    Raises:
-        Refusal: if the file cannot be read.
-    """
+    """The stored result of a claim at a budget, or None."""
     file = path(folder, name, budget)
     try:
-        content: dict[str, Any] = json_of(file, most=_MOST)
+        stored = json_of(file, most=_MOST)
+        content: dict[str, Any] = dict(stored)
         content["runs"] = {arm: {int(s): _metrics(m) for s, m in of.items()} for arm, of in content["runs"].items()}
-        if not isinstance(content["digest"], str) or not isinstance(content["seconds"], int | float):
-            raise ValueError("no digest or seconds")
-        if not isinstance(content["machine"].get("cores") or 1, int) or not all(
-            isinstance(content.get(key, 0), int | float) for key in ("stage", "margin", "headroom")
-        ):
+        if not isinstance(content["seconds"], int | float):
+            raise ValueError("no seconds")
+        if not isinstance(content["machine"].get("cores") or 1, int) or not isinstance(content.get("needed", 0), int):
             raise ValueError("a number that is none")
+        content["digests"] = dict(content.get("digests") or {})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, OverflowError, KeyError, AttributeError, TypeError):
         fail(f"{file}: no result of a claim; move it away, and run the claim again")
+    if "checksum" in stored and stored["checksum"] != checksum(stored):
+        fail(f"{file}: edited by hand: its checksum is another; restore it from the history")
     return content
 
 
-def of_design(folder: Path, claim: Claim, budget: str) -> dict[str, Any] | None:
-    """The stored result of a claim as it is now; None where there is none, or one of another configuration."""
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a result, whatever the order of its keys."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def of_design(folder: Path, claim: Claim, budget: str, judging: Sequence[str] = (RULE, *ARMS)) -> dict[str, Any] | None:
+    """The stored result of a claim as it is now; None where there is none, or one of another design.
+
+    An arm that is now another one, or is no longer there, is left out. By another rule, or without one of the arms that
+    are ``judging``, it is of another design.
+    """
     stored = read(folder, claim.name, budget)
-    return None if stored is None or stored["digest"] != claim.digest else stored
+    if stored is None or not is_of_design(stored, claim, judging):
+        return None
+    same = {arm for arm in stored["runs"] if stored["digests"].get(arm) == claim.digests.get(arm)}
+    return stored | {"runs": {arm: of for arm, of in stored["runs"].items() if arm in same}}
+
+
+def is_of_design(stored: Mapping[str, Any], claim: Claim, judging: Sequence[str] = (RULE, *ARMS)) -> bool:
+    """Whether a result is of the rule of the claim, and of its baseline, method and placebo."""
+    return all(stored["digests"].get(key) == claim.digests.get(key) for key in judging)
 
 
 def _metrics(content: Any) -> dict[str, float]:
@@ -62,17 +81,13 @@ def _metrics(content: Any) -> dict[str, float]:
     return dict(content)
 
 
-def require_free(folder: Path, claim: Claim, budget: str) -> None:
-    """Check that no result of another configuration would be overwritten.
-
-    Raises:
-        Refusal: if one would, or nothing can be written there.
-    """
+def require_free(folder: Path, claim: Claim, budget: str, judging: Sequence[str] = (RULE, *ARMS)) -> None:
+    """Check that no result of another design would be overwritten."""
     stored = read(folder, claim.name, budget)
-    if stored is not None and stored["digest"] != claim.digest:
+    if stored is not None and not is_of_design(stored, claim, judging):
         fail(
-            f"{path(folder, claim.name, budget)}: of configuration {stored['digest']}, and the claim is now "
-            f"{claim.digest}; move the file away to run the claim again"
+            f"{path(folder, claim.name, budget)}: of another design of the claim; --redesign sets it aside, "
+            "and its row stays"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,84 +109,91 @@ def write(
     """Store all runs of a claim.
 
     Args:
-        seconds: their wall time. precisions: those of the runs. outcome: what they came to (``verdict``, ``effect``,
-            ...); default: judged, where they are full.
+        seconds: their wall time. precisions: those of the runs. outcome: what they came to
+            (``effect``, ``ended``, ...).
     """
-    if outcome is None:
-        outcome = outcome_of(judge(claim, runs)) if budget == "full" else {}
     content = {
         "claim": claim.name,
+        "version": VERSION,
         "seed": claim.seed,
-        "digest": claim.digest,
+        "digests": {key: claim.digests[key] for key in (RULE, *runs) if key in claim.digests},
         "budget": budget,
         "seconds": round(seconds, 1),
-        **outcome,
+        **(outcome or {}),
         "machine": machine(),
         "precision": list(precisions),
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
-    write_json(path(folder, claim.name, budget), content)
+    content["digests"] |= {arm: claim.digests[arm] for arm in ARMS if budget in BUDGETS}  # it may end before they run
+    plain = json.loads(json.dumps(content))
+    write_json(path(folder, claim.name, budget), {**plain, "checksum": checksum(plain)})
 
 
 def outcome_of(judgement: Judgement) -> dict[str, Any]:
-    """Verdict, word and gains of a full result, for readers that do not judge it themselves."""
+    """Word and gains of a full result, for readers that do not judge it themselves."""
     effect = judgement.effect
     numbers: dict[str, Any] = {"gain": effect.over_baseline.stored(), "placebo": effect.placebo.mean}
     if judgement.items is not None:
         numbers["items"] = judgement.items.stored()
-    return {"verdict": judgement.verdict, "effect": effect.word, **numbers}
+    return {"effect": effect.word, **numbers}
 
 
 def supersede(folder: Path, claim: Claim) -> None:
     """Set the results of the claim's earlier design aside, where its row stays; once a claim.
 
     Where that was done and no result of the new design is there yet, the command was interrupted and goes on.
-
-    Raises:
-        Refusal: where there is no result of an earlier design, or one was set aside before.
     """
     result, aside = path(folder, claim.name, "full"), path(folder, claim.name, "superseded")
     stored = read(folder, claim.name, "full")
     if stored is None and aside.exists():
         return
-    if stored is None or stored["digest"] == claim.digest:
+    if stored is None or is_of_design(stored, claim):
         fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
     if aside.exists():
         fail(f"--redesign: claims {claim.name}: it was redesigned before ({aside.name}), and a claim is once")
     if "opened" in stored.get("registered", {}):
         fail(f"--redesign: claims {claim.name}: it opened the lock-box, which a claim does once: its row is final")
     os.replace(result, aside)
-    for budget in (*BUDGETS, TUNE, ABLATIONS, "registered"):
+    looks = registration_of(folder, claim.name).get("looks", {})
+    for budget in (*BUDGETS, TUNE, ABLATIONS):
         path(folder, claim.name, budget).unlink(missing_ok=True)
+    write_registered(folder, claim, {"looks": looks})  # gains of an earlier design were looks, too
 
 
-def judged(claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
-    """The judgement of a full result as it was stored; None where the claim stopped before its effect was measured."""
-    if stored.get("stage", EFFECT_STAGE) < EFFECT_STAGE:
+def judged(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
+    """The judgement of a full result as it was stored; None where the claim ended before its effect was measured."""
+    if not stored["runs"]:
         return None
-    if claim.staged:
-        claim = claim.with_margin(stored["margin"])
-    return judge(claim, stored["runs"], stored.get("futile", False), of_stored(stored))
+    pilot = of_design(folder, claim, "pilot")
+    return judge(claim, stored["runs"], of_stored(stored), None if pilot is None else pilot["runs"])
+
+
+def registration_of(folder: Path, name: str) -> dict[str, Any]:
+    """What a claim was when it was registered; empty where it was not."""
+    return registration_in(path(folder, name, "registered"))
+
+
+def registration_in(file: Path) -> dict[str, Any]:
+    """A registration that is stored in a file; empty where there is none."""
+    try:
+        content = json_of(file, most=_MOST)
+        return dict(content) | {key: dict(content[key]) for key in ("code", "digests", "looks") if key in content}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{file}: no registration of a claim; move it away to register the claim again")
 
 
 def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
-    """What a claim was when it was registered, or None.
-
-    Raises:
-        Refusal: if another configuration of it was registered.
-    """
-    file = path(folder, claim.name, "registered")
-    try:
-        content: dict[str, Any] = json_of(file, most=_MOST)
-        digest, code = content["digest"], dict(content["code"])
-    except FileNotFoundError:
+    """What a claim was when it was registered, or None."""
+    content = registration_of(folder, claim.name)
+    if "digests" not in content:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{file}: no registration of a claim; move it away to register the claim again")
-    if digest != claim.digest:
-        fail(f"{file}: registered as {digest}, and the claim is now {claim.digest}; move it away to register it again")
-    return content | {"code": code}
+    if other := [key for key in (RULE, *ARMS) if content["digests"].get(key) != claim.digests.get(key)]:
+        file, what = path(folder, claim.name, "registered"), " and ".join(other)
+        fail(f"{file}: registered with another {what}; --redesign registers the claim again")
+    return content
 
 
 def openings(folder: Path) -> int:
@@ -180,8 +202,12 @@ def openings(folder: Path) -> int:
 
 
 def write_registered(folder: Path, claim: Claim, content: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path(folder, claim.name, "registered"), dict(content))
+    write_registration(path(folder, claim.name, "registered"), content)
+
+
+def write_registration(file: Path, content: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(content))
 
 
 def machine() -> dict[str, object]:

@@ -1,97 +1,135 @@
-"""``descant claims table``: writes CLAIMS.md and its SVG figures from stored results; runs nothing."""
+"""``descant claims table``: writes CLAIMS.md, a page a claim and their figures from stored results; runs nothing."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from descant.claims import comparison, plots, store
-from descant.claims.claim import ABLATIONS, WITHIN
+from descant.claims.claim import ABLATIONS, EQUAL, TUNE, WITHIN, Claim
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
-from descant.claims.plots import measured
-from descant.claims.spec import EQUAL, TUNE, Claim
+from descant.claims.registration import exploratory
 from descant.cli.catalogue import papers
 from descant.run.runs import write_text
 
 #: Most arms that a table shows as columns.
 _MAX_COLUMNS = 8
-
 _HEAD = """\
 # Claims
 
-Each mechanism tested against the claim of its paper, at the scale of two cores, by `descant claims run NAME`. A row
-comes from paired runs: every arm has the same initial weights and the same batches. The *placebo* (the arm `sham`) runs
-the same code with its signal permuted. Margins were fixed on other seeds than those reported.
+Mechanisms tested against the claims of their papers, at the scale of two cores, by `descant claims run NAME`. Every arm
+has the same initial weights and the same batches. [Judge a method of your own](docs/guides/claims.md) has the rules.
 
-- **exact?** *yes*: the equation equals an explicit loop or a closed form in a test; *our reading*: the paper leaves it
-  open.
-- **effect here** is the gain over the baseline (above zero is better) with its 95 % interval, in one word: Student's
-  over seeds, joined to a bootstrap over test items where a claim's section has one.
-  *helps*: over baseline and over placebo above 0, and at least the margin; *helps a little*: both above 0, below the
-  margin; *placebo does as well*: over baseline above 0, over placebo not; *placebo invalid*: both above 0, but the
-  placebo is a margin or more away from the baseline, so it shows nothing; *no effect*: within the margin around 0;
-  *hurts*: below 0; *no room*: the oracle gains less than two margins; *cannot tell*: the rest.
-- **possible** is the share of the oracle's gain over the baseline; *?* where no oracle was run.
-- **placebo** is its gain over the baseline.
-- **headline**: how many of the paper's conditions hold, the margin among them; each section lists them.
+- **effect** is the gain over the baseline, in units of the metric; above zero is better. Its 95 % interval is Student's
+  over seeds, joined to a bootstrap over test items where the metric is a mean over items.
+- *helps*: over baseline, placebo and simple alternative above 0, and at least a margin. *helps a little*: the same
+  below a margin. *a simpler way does as well*: over the simple alternative not above 0. *placebo does as well*: over
+  the placebo not above 0. *worse than placebo*: over the placebo below 0. *placebo invalid*: the placebo is a margin or
+  more away from the baseline, so the row says nothing else. *hurts*: below 0. *no effect*: within a margin around 0.
+  *no room*: the oracle gains less than a margin (upper end, 90 %). *not testable here*: a gain of one margin would need
+  more seeds than the claim has. *cannot tell*: the rest.
+- **margin** is the smallest gain that counts. That of a row which was registered before 2 December 2026 is a quarter of
+  what the oracle gained on two pilot seeds, as the rules were then.
+- **simple** is the method's gain over what one would try first for the same compute; its page names it, or says why
+  there is none. **placebo** is its gain over the baseline.
+- **seeds**: how many, and how many a gain of one margin needs by these runs. **FLOPs** are of a run of the method;
+  **cost** is in core-minutes, of all runs and both cores.
 
 ![Gains of all claims over baseline and over placebo, in margins](docs/claims/overview.svg)
 
 """
-_COLUMNS = (
-    "| family | {} | exact? | effect here | margin | possible | placebo | headline | cost |\n" + "|---" * 9 + "|\n"
-)
-#: Family of claims that only show a setting, and of those that belong to no paper in the list.
-SETTINGS, OTHERS = "settings", "others"
-_BESIDE = (SETTINGS, OTHERS)
+_COLUMNS = "| claim | effect | margin | simple | placebo | seeds | FLOPs | cost |\n" + "|---" * 8 + "|\n"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The stored result of a claim with its one word, from which its row and its page are written.
+
+    Attributes:
+        judgement: None where it ended before its effect was measured. exploratory: why it is no test of a claim that
+            was fixed beforehand; None where it is one.
+    """
+
+    claim: Claim
+    stored: Mapping[str, Any]
+    judgement: Judgement | None
+    exploratory: str | None
+
+    @property
+    def word(self) -> str:
+        return str(self.stored["effect"]) if self.judgement is None else self.judgement.word
+
+
+def verdict(claim: Claim, results: Path) -> Verdict | None:
+    """The result of a claim as it is now; None where there is none."""
+    stored = store.of_design(results, claim, "full")
+    if stored is None:
+        return None
+    registered = store.registration_of(results, claim.name)
+    version = stored.get("version", 0)
+    why = exploratory(claim, registered) if version == store.VERSION else "its result is of an earlier version"
+    return Verdict(claim, stored, store.judged(results, claim, stored), why)
 
 
 def write(
     claims: Sequence[Claim], results: Path, page: Path, compared: Sequence[comparison.Comparison] = ()
 ) -> list[str]:
-    """Write the page, and beside it ``docs/claims`` with an overview and a figure a claim and a comparison.
+    """Write the page, and beside it ``docs/claims`` with an overview, and a page and a figure a claim and a comparison.
 
-    Returns the names of the claims without a full result.
+    Returns:
+        A line for each claim that lacks a result: it was never run, or its result was deleted.
     """
-    rows: dict[str, list[str]] = {}
-    effects: dict[str, list[tuple[str, Effect]]] = {}
-    sections, without = [], []
     folder = page.parent / "docs" / "claims"
     folder.mkdir(parents=True, exist_ok=True)
-    for claim in sorted(claims, key=lambda claim: (family(claim) in _BESIDE, family(claim))):
-        of_family = rows.setdefault(family(claim), [])
-        stored = store.of_design(results, claim, "full")
-        if stored is None:
-            without.append(claim.name)
-            of_family.append(f"| {family(claim)} | {claim.name}, {_paper(claim)} | | not run yet | | | | | |")
-            continue
-        judgement = store.judged(claim, stored)
-        if judgement is None:
-            of_family.append(_ended(claim, stored))
-            sections.append(_ended_section(claim, stored))
-            continue
-        of_family.append(_row(claim, judgement, stored))
-        effects.setdefault(family(claim), []).append((claim.name, judgement.effect))
-        figure = folder / f"{claim.name}.svg"
-        write_text(figure, plots.svg(claim, stored["runs"]))
-        beside = {kind: store.of_design(results, claim, kind) for kind in (TUNE, ABLATIONS)}
-        sections.append(_section(claim, judgement, stored, figure.relative_to(page.parent).as_posix(), beside))
-    settings, drawn = rows.pop(SETTINGS, []), {name: of for name, of in effects.items() if name != SETTINGS}
-    parts = [_HEAD, _COLUMNS.format("paper, mechanism"), *(f"{row}\n" for of in rows.values() for row in of)]
-    if settings:
-        parts += ["\n", _COLUMNS.format("what a setting leaves to gain"), *(f"{row}\n" for row in settings)]
-    old = [row for claim in claims for row in _superseded(claim, results)]
-    if old:
-        parts += ["\n", _COLUMNS.format("superseded by a new design"), *(f"{row}\n" for row in old)]
+    found = {claim.name: verdict(claim, results) for claim in claims}
+    lacking = [_lacks(claim, results) for claim in claims if found[claim.name] is None]
+    tested, explored = (
+        sorted((one for one in found.values() if one and (one.exploratory is None) is sure), key=_order)
+        for sure in (True, False)
+    )
+    for one in (*tested, *explored):
+        write_text(folder / f"{one.claim.name}.md", _page(one, results, folder))
+        if one.judgement is not None:
+            write_text(folder / f"{one.claim.name}.svg", plots.svg(one.claim, one.stored["runs"]))
+    drawn: dict[str, list[tuple[str, Effect]]] = {}
+    for one in tested:
+        if one.judgement is not None:
+            drawn.setdefault(family(one.claim), []).append((one.claim.name, one.judgement.effect))
     if drawn:
         write_text(folder / "overview.svg", plots.overview(drawn))
-    parts += [comparison.section(of, results, folder / f"{of.name}.svg", page) for of in compared]
-    write_text(page, "".join([*parts, *sections]))
-    return without
+    parts = [_HEAD]
+    for title, rows in (
+        ("Registered before they ran", [_row(one) for one in tested]),
+        ("Exploratory: not registered, or designed after gains had been seen", [_row(one) for one in explored]),
+    ):
+        parts += [f"## {title}\n\n", _COLUMNS, *(f"{row}\n" for row in rows), "\n"] if rows else []
+    earlier = [claim.name for claim in claims if list(_superseded(claim, results))]
+    if earlier:
+        parts.append(f"Earlier designs, superseded, are on the pages of {', '.join(earlier)}.\n")
+    parts += [f"Without a result: {'; '.join(lacking)}.\n"] if lacking else []
+    for of in compared:
+        parts.append(comparison.summary(of, results))
+        write_text(folder / f"{of.name}.md", comparison.section(of, results, folder))
+    write_text(page, "".join(parts).rstrip("\n") + "\n")
+    return lacking
+
+
+def _lacks(claim: Claim, results: Path) -> str:
+    registered = store.registration_of(results, claim.name)
+    if store.read(results, claim.name, "full") is not None:
+        return f"{claim.name} (its result is of another design)"
+    if "digests" in registered:
+        return f"{claim.name} (registered {registered.get('time', '')[:10]}; its result is missing)"
+    return f"{claim.name} (not run yet)"
+
+
+def _order(one: Verdict) -> tuple[str, str]:
+    return family(one.claim), one.claim.name
 
 
 def paper_of(claim: Claim) -> Mapping[str, Any] | None:
@@ -100,9 +138,9 @@ def paper_of(claim: Claim) -> Mapping[str, Any] | None:
 
 
 def family(claim: Claim) -> str:
-    """Family of its paper, under which it is sorted."""
+    """Family of its paper, under which it is sorted; ``others`` of no paper."""
     paper = paper_of(claim)
-    return SETTINGS if claim.setting else OTHERS if paper is None else str(paper["family"])
+    return "others" if paper is None else str(paper["family"])
 
 
 def exact(claim: Claim) -> str | None:
@@ -117,127 +155,140 @@ def _paper(claim: Claim) -> str:
     return f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else claim.source.split(";")[0]
 
 
-def _row(claim: Claim, judgement: Judgement, stored: Mapping[str, Any]) -> str:
-    found, (held, of) = judgement.effect, judgement.held
-    share = found.share_of_headroom
-    word = "" if claim.setting else f"**{found.word}** "  # a setting has no method that could help
-    return _line(
-        claim,
-        f"{word}{found.over_baseline}",
-        f"{found.margin:.3g}",
-        "?" if share is None else f"{share:.0%}",
-        f"{found.placebo.mean:+.3f}",
-        f"{held} of {of}",
-        stored=stored,
-        name=f"[{claim.name}](#{claim.name})",
-    )
+# rows ---------------------------------------------------------------------------------------------------------------
 
 
-def _line(claim: Claim, *cells: str, stored: Mapping[str, Any], name: str = "") -> str:
-    """Row of the table: of ``cells``, the effect, margin, share, placebo and headline."""
-    minutes = f"{stored['seconds'] / 60:.0f} min"
-    first = (family(claim), f"{name or claim.name}, {_paper(claim)}", exact(claim) or "")
-    return f"| {' | '.join((*first, *cells, minutes))} |"
-
-
-def _ended(claim: Claim, stored: Mapping[str, Any]) -> str:
-    """Row of a claim that stopped before its effect was measured."""
-    headroom = f" (oracle {stored['headroom']:+.3f})" if "headroom" in stored else f" ({stored['signal']:.3g})"
-    margin = f"{stored['margin']:.3g}" if "margin" in stored else ""
-    word, name = f"**{stored['effect']}**{headroom}", f"[{claim.name}](#{claim.name})"
-    return _line(claim, word, margin, "", "", "", stored=stored, name=name)
-
-
-def _ended_section(claim: Claim, stored: Mapping[str, Any]) -> str:
-    runs: Runs = stored["runs"]
-    if "headroom" in stored:
-        what = (
-            f"on pilot seeds the oracle gains {stored['headroom']:+.3g}, and two margins are {2 * stored['margin']:.3g}"
-        )
-    else:
-        what = f"{claim.signal}: it is {stored['signal']:.3g}"
-    lines = [
-        f"\n## {claim.name}\n",
-        f"{claim.title} ({claim.source})\n",
-        f"**{stored['effect']}**: {what}. So its effect was not measured, and the lock-box stays closed.\n",
-        *(_means(claim, runs) if runs else ()),
+def _row(one: Verdict) -> str:
+    claim, stored = one.claim, one.stored
+    name = f"[{claim.name}](docs/claims/{claim.name}.md), {_paper(claim)}"
+    needed = stored.get("needed") if one.judgement is None else one.judgement.needed
+    of = one.judgement.effect if one.judgement is not None else None
+    cells = [
+        f"**{one.word}**" + (f" {of.over_baseline}" if of is not None else ""),
+        f"{claim.metric.margin:.3g}",
+        "" if of is None or of.over_simple is None else f"{of.over_simple}",
+        "" if of is None else f"{of.placebo.mean:+.3f}",
+        f"{of.seeds if of is not None else 0} of {needed or '?'}",
+        _flops(stored["runs"]),
+        _cost(stored),
     ]
-    return "\n".join(lines) + "\n"
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _flops(runs: Runs) -> str:
+    spent = [metrics[EQUAL["flops"]] for metrics in runs.get("method", {}).values() if EQUAL["flops"] in metrics]
+    return f"{max(spent):.1e}" if spent else ""
+
+
+def _cost(stored: Mapping[str, Any]) -> str:
+    return f"{stored['seconds'] / 60 * (stored['machine'].get('cores') or 1):.0f}"
 
 
 def _superseded(claim: Claim, results: Path) -> Iterator[str]:
-    """Rows of the earlier designs of a claim: set aside by a redesign, or of another configuration than it has now."""
+    """Lines on the earlier designs of a claim: set aside by a redesign, or of another design than it has now."""
     for kind in ("superseded", "full"):
         stored = store.read(results, claim.name, kind)
-        if stored is None or stored["digest"] == claim.digest:
+        if stored is None or (kind == "full" and store.is_of_design(stored, claim)):
             continue
-        effect = stored.get("effect") or stored.get("verdict", "")
-        if "gain" in stored:
-            effect = f"**{effect}** {Interval.of_stored(stored['gain'])}"
+        gain = f" {Interval.of_stored(stored['gain'])}" if "gain" in stored else ""
         placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
-        yield _line(claim, effect, "", "", placebo, "", stored=stored)
+        seeds = len(next(iter(stored["runs"].values()), ()))
+        effect = f"{stored.get('effect') or stored.get('verdict', '')}{gain}"
+        placebo = f", placebo {placebo}" if placebo else ""
+        yield f"- An earlier design, superseded: {effect}{placebo}; {seeds} seeds, {_cost(stored)} core-minutes."
+
+
+# the page of a claim ------------------------------------------------------------------------------------------------
+
+
+def _page(one: Verdict, results: Path, folder: Path) -> str:
+    claim, stored, metric = one.claim, one.stored, one.claim.metric
+    registered = store.registration_of(results, claim.name)
+    looks = len(registered.get("looks", {}))
+    simple = f"the arm `{claim.simple}`" if claim.simple is not None else f"none: {claim.no_simple}"
+    if claim.simple is not None and (one.judgement is None or one.judgement.effect.over_simple is None):
+        simple += ", which has not been trained yet"
+    lines = [
+        f"# {claim.name}\n",
+        f"{claim.title} ({claim.source})\n",
+        f"**{one.word}**: {one.stored.get('ended', '')}.\n",
+        f"- The metric is {metric.name}, {'more' if metric.higher else 'less'} is better.",
+        f"- A margin is {metric.margin:.3g} {metric.unit}: {metric.reason}.",
+        f"- The placebo lacks one component: {claim.removes}.",
+        f"- The simplest alternative: {simple}.",
+        f"- Exact: {exact(claim) or 'no equation of a paper'}.",
+    ]
+    if one.exploratory is not None:
+        lines.append(f"- Exploratory: {one.exploratory}.")
+    elif registered:
+        at = f"{registered['time'][:10]}, commit {str(registered.get('commit'))[:12]}"
+        lines.append(f"- Registered {at}" + (f"; its pilot was looked at {looks} times." if looks > 1 else "."))
+    lines += _superseded(claim, results)
+    if one.judgement is not None:
+        lines += _numbers(one, results, one.judgement)
+    elif (pilot := store.of_design(results, claim, "pilot")) is not None and pilot["runs"]:
+        lines += ["\nThe runs of its pilot:\n", *_means(claim, pilot["runs"])]
+    if claim.note is not None:
+        lines.append(f"\n{claim.note}")
+    versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
+    lines.append(f"\n{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(one: Verdict, results: Path, judgement: Judgement) -> list[str]:
+    claim, effect, runs = one.claim, judgement.effect, one.stored["runs"]
+    oracle = f"; the oracle's: {effect.oracle} (90 %)" if effect.oracle is not None else ""
+    share = f", of which it is {effect.share_of_headroom:.0%}" if effect.share_of_headroom is not None else ""
+    lines = [
+        f"- Gain over the baseline: {effect.over_baseline}{oracle}{share}.",
+        f"- Over the placebo: {effect.over_placebo}. The placebo over the baseline: {effect.placebo}.",
+    ]
+    if effect.over_simple is not None:
+        lines.append(f"- Over the simple alternative: {effect.over_simple}.")
+    if judgement.items is not None:
+        of = judgement.items
+        lines.append(f"- Over {of.number:,} test items alone: {of.over_baseline}; over the placebo {of.over_placebo}.")
+    lines += [f"\n![{claim.metric.name} of each seed]({claim.name}.svg)\n", *_means(claim, runs), _budget(claim, runs)]
+    if judgement.asked:
+        lines.append("\n| asked as well | it is | |\n|---|---|---|")
+        lines += [
+            f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in judgement.asked
+        ]
+    ablations, tuned = (store.of_design(results, claim, kind) for kind in (ABLATIONS, TUNE))
+    if ablations is not None:
+        lines += _ablations(claim, ablations)
+    if claim.tuning is not None and tuned is not None:
+        best = claim.chosen(tuned["runs"])
+        each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
+        what = f"by {claim.tuning.metric.name} of validation, seeds {list(claim.tuning.seeds)}"
+        lines.append(f"\nSettings, chosen {what}: {'; '.join(each)}.")
+    how = claim.baseline_tuning or ("as above" if claim.is_tuned else "**none**, it is untuned")
+    return [*lines, f"\nTuning of the baseline: {how}."]
+
+
+def _budget(claim: Claim, runs: Runs) -> str:
+    """How much the arms were trained."""
+    clock = claim.equal == EQUAL["seconds"]
+    timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
+    spent = f"{max(metrics[claim.equal] for metrics in runs['method'].values()):,.0f} {timed}"
+    if claim.equal == EQUAL["flops"]:
+        spent = f"FLOPs of training within {WITHIN:.0%} ({_spent(claim, runs)})"
+    where = "in every arm but the placebo, which takes the method's steps" if clock else "in every arm"
+    if not clock and claim.beyond:
+        where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
+    where += f"; {' and '.join(claim.apart)} not compared, with a budget apart" if claim.apart else ""
+    return f"\nMean and standard deviation over seeds {sorted(runs['method'])}; {spent} {where}."
 
 
 def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
-    """Table of the arms that no verdict needs, with one seed each."""
+    """Table of the arms that no word needs, with one seed each."""
     runs: Runs = stored["runs"]
     seed = next(iter(next(iter(runs.values()))))
     metrics = [m for m in claim.metrics() if any(m in of[seed] for of in runs.values())]
     rows = ["| arm | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics)]
     for arm, of in runs.items():
         rows.append(f"| {arm} | " + " | ".join(_number(of[seed][m]) if m in of[seed] else "" for m in metrics) + " |")
-    return [f"\nOther arms, seed {seed} alone, no part of the verdict:\n", *rows]
-
-
-def _section(
-    claim: Claim, judgement: Judgement, stored: Mapping[str, Any], figure: str, beside: Mapping[str, Any]
-) -> str:
-    runs: Runs = stored["runs"]
-    by_item = ""
-    if judgement.items is not None:
-        of = judgement.items
-        by_item = f" Over {of.number:,} test items alone {of.over_baseline}, over the placebo {of.over_placebo}."
-    lines = [
-        f"\n## {claim.name}\n",
-        f"{claim.title} ({claim.source})\n",
-        f"All conditions: **{judgement.verdict}**; over the placebo {judgement.effect.over_placebo}.{by_item}\n",
-        f"![{claim.metric.name} of each seed]({figure})\n",
-    ]
-    lines += _means(claim, runs)
-    clock = claim.equal == EQUAL["seconds"]
-    timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
-    spent = f"{max(metrics[claim.equal] for metrics in runs['method'].values()):,.0f} {timed}"
-    if claim.equal == EQUAL["flops"]:
-        spent = f"FLOPs of training within {WITHIN:.0%} ({_spent(claim, runs)})"
-    where = "in every arm but the sham, which takes the method's steps" if clock else "in every arm"
-    if not clock and claim.beyond:
-        where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
-    where += f"; {' and '.join(claim.apart)} not compared, with a budget apart" if claim.apart else ""
-    lines.append(
-        f"\nMean and standard deviation over seeds {', '.join(map(str, sorted(runs['method'])))}; {spent} {where}."
-    )
-    if claim.note is not None:
-        lines.append(f"\n{claim.note}")
-    if judgement.asked:
-        lines.append("\n| asked as well | it is | |\n|---|---|---|")
-        lines += [
-            f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in judgement.asked
-        ]
-    if judgement.lacks:
-        lines += ["", *(f"- Not met: {reason}." for reason in judgement.lacks)]
-    ablations, tuned = beside[ABLATIONS], beside[TUNE]
-    if ablations is not None:
-        lines += _ablations(claim, ablations)
-    if claim.tuning is not None and tuned is not None:
-        best = claim.chosen(tuned["runs"])
-        each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
-        what = f"by {claim.tuning.metric.name} of validation, seed {claim.tuning.seed}"
-        lines.append(f"\nSettings, chosen {what}: {'; '.join(each)}.")
-    how = claim.baseline_tuning or ("as above" if claim.is_tuned else "**none**, it is untuned")
-    versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-    lines.append(f"\nTuning of the baseline: {how}.")
-    lines.append(f"{stored['machine']['cores']} cores of {stored['machine']['processor']}; {versions}.")
-    return "\n".join(lines) + "\n"
+    return [f"\nOther arms, seed {seed} alone, no part of the word:\n", *rows]
 
 
 def _spent(claim: Claim, runs: Runs) -> str:
@@ -252,7 +303,7 @@ def _mean(seeds: Mapping[int, Mapping[str, float]], metric: str) -> float:
 
 def _means(claim: Claim, runs: Runs) -> list[str]:
     """Table of mean and standard deviation of each arm: a column an arm, or a row where there are many."""
-    cells = {arm: {metric: _cell(runs[arm], metric) for metric in measured(claim, arm)} for arm in runs}
+    cells = {arm: {metric: _cell(runs[arm], metric) for metric in claim.metrics()} for arm in runs}
     metrics = claim.metrics()
     if len(runs) > _MAX_COLUMNS:
         rows = [f"| {arm} | " + " | ".join(values.get(m, "") for m in metrics) + " |" for arm, values in cells.items()]

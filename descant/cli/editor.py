@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from descant.claims import spec
+from descant.claims.claim import ARMS, BUDGETS, EQUAL
 from descant.cli import dump, schema
 from descant.cli.dump import Written
 from descant.cli.errors import fail
@@ -86,9 +87,7 @@ def claim() -> dict[str, Any]:
         **dict.fromkeys(spec.BEFORE_KEYS, options),
         **arm,
     }
-    margins = {key: {**number, "minimum": 0} for key in ("margin", "least")}
-    metric = an_object(spec.METRIC_KEYS, {"better": way, **margins}, ("name", "better"))
-    metric["oneOf"] = [{"required": [key]} for key in margins]
+    metric = an_object(spec.METRIC_KEYS, {"better": way, "margin": {**number, "exclusiveMinimum": 0}}, spec.METRIC_KEYS)
     bound = {key: number for key in ("times", "at_least", "at_most")}
     condition = an_object(spec.CONDITION_KEYS, bound, ("metric", "arm"))
     condition["anyOf"] = [{"required": ["at_least"]}, {"required": ["at_most"]}]
@@ -96,34 +95,20 @@ def claim() -> dict[str, Any]:
     kinds = {
         "seed": {"type": "integer", "description": "of the paper, in the list of papers"},
         "options": options,
-        "arms": {"type": "object", "required": list(spec.ARMS), "additionalProperties": an_arm},
+        "arms": {"type": "object", "required": list(ARMS), "additionalProperties": an_arm},
         "before": an_object(("experiment", "seed", *spec.BEFORE_KEYS, *spec.ARM_KEYS), before, ("experiment",)),
         "metric": metric,
-        "sham_margin": number,
         "also": {"type": "array", "items": condition},
         "secondary": texts,
-        "alone": texts,
-        "setting": {"type": "boolean"},
         "signal": condition,
         "lockbox": options,
-        "seeds": an_object(
-            (*spec.BUDGETS, spec.EXTENSION), dict.fromkeys((*spec.BUDGETS, spec.EXTENSION), seeds), spec.BUDGETS
-        ),
-        "budget": an_object(
-            spec.BUDGET_KEYS,
-            {
-                "equal": {"enum": list(spec.EQUAL)},
-                "reference": text,
-                "apart": texts,
-                **dict.fromkeys(spec.BUDGETS, options),
-            },
-        ),
-        "status": {"enum": list(spec.STATUS)},
-        "tuning": an_object(
-            spec.TUNING_KEYS, {"seed": {"type": "integer"}, "better": way, "options": options}, ("seed",)
-        ),
+        "seeds": an_object(BUDGETS, dict.fromkeys(BUDGETS, seeds), BUDGETS),
+        "budget": an_object(spec.BUDGET_KEYS, {"equal": {"enum": list(EQUAL)}, "reference": text, "apart": texts}),
+        "tuning": an_object(spec.TUNING_KEYS, {"seeds": seeds, "options": options}, ("seeds",)),
     }
-    return {"$schema": DRAFT, "title": "Descant: a claim", **an_object(spec.KEYS, kinds, spec.NEEDED)}
+    whole = an_object(spec.KEYS, kinds, spec.NEEDED)
+    whole["oneOf"] = [{"required": ["simple"]}, {"required": ["no_simple"]}]
+    return {"$schema": DRAFT, "title": "Descant: a claim", **whole}
 
 
 class _Schema:

@@ -254,8 +254,8 @@ class DescantCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         # Folder first: config.yaml is written before anything else
-        given = with_defaults(config.get("callbacks"), self.model, config.get("enable_progress_bar"))
-        config["callbacks"] = [self.folder, *trials(self.options.threads, self.place.folder, say), *given]
+        ours = with_defaults(config.get("callbacks"), self.model, config.get("enable_progress_bar"))
+        config["callbacks"] = [self.folder, *trials(self.options.threads, self.place.folder, say), *ours]
         if self.subcommand == "fit":
             resumed = any(isinstance(callback, Resume) for callback in config["callbacks"])
             require_exact(config["callbacks"], resumed)

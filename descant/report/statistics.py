@@ -88,32 +88,46 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
 def t_quantile(level: float, freedom: int) -> float:
     """Two-sided quantile of Student's t: the ``t`` with ``P(|T| <= t) = level`` for ``freedom`` degrees of freedom.
 
-    Bisection of the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-
     Raises:
         ValueError: for a level outside (0, 1) or less than one degree of freedom.
 
     >>> round(t_quantile(0.95, 4), 4)
     2.7764
     """
+    from scipy.special import stdtrit  # late: `descant list` imports this file
+
     if not 0 < level < 1 or freedom < 1:
         raise ValueError(f"t_quantile: level {level} and {freedom} degrees of freedom")
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        if _within(angle, freedom) < level:
-            low = angle
-        else:
-            high = angle
-    return math.sqrt(freedom) * math.tan(low)
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
-def _within(angle: float, freedom: int) -> float:
-    """``P(|T| <= sqrt(freedom) tan(angle))``."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = cosine if odd else 1.0, 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine * cosine * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+def holm(p_values: Sequence[float], share: float = 0.05) -> list[bool]:
+    """Whether each hypothesis is rejected, where all of them together may be falsely rejected with ``share`` (Holm).
+
+    The k-th smallest of m values has to be at most ``share / (m - k + 1)``, as have all smaller ones.
+
+    >>> holm([0.01, 0.04, 0.03]), holm([0.01, 0.02, 0.03])
+    ([True, False, False], [True, True, True])
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    rejected = [False] * len(p_values)
+    for k, n in enumerate(order):
+        if p_values[n] > share / (len(order) - k):
+            break
+        rejected[n] = True
+    return rejected
+
+
+def p_value(d: Sequence[float]) -> float:
+    """Two-sided p of the paired t test that the mean of ``d`` is 0; 1 for one value, 0 for equal ones that are not 0.
+
+    >>> round(p_value([0.25, 0.5, 0.75]), 4)
+    0.0742
+    """
+    from scipy.special import stdtr
+
+    change = paired(d, [0.0] * len(d))
+    if change.n < 2 or change.mean == 0:
+        return 1.0
+    half = (change.high - change.low) / 2 / t_quantile(0.95, change.n - 1)
+    return 2 * float(stdtr(change.n - 1, -abs(change.mean) / half)) if half > 0 else 0.0
