@@ -95,7 +95,7 @@ def main() -> None:
     for name, page in TEXTS.items():
         text = _linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name)
         _write(page, _coloured(text) if name == "CLAIMS.md" else text)
-    nav += ["* Papers", *_papers(), "* Experiments", *_gallery(), "* [Claims](claims.md)", "* Reference", *_reference()]
+    nav += ["* Papers", *_papers(), "* Experiments", *_gallery(), "* Claims", *_claims(), "* Reference", *_reference()]
     for page in ("measured.md", "gpu.md"):
         if (ROOT / "docs" / page).exists():  # the second once a run on a GPU is published
             nav.append(f"* [{_own(page)}]({page})")
@@ -160,6 +160,13 @@ def _pictures() -> dict[str, str]:
     return found | PICTURES
 
 
+def _claims() -> Iterator[str]:
+    """The table of claims, and the page of each claim and comparison."""
+    yield "    * [All claims](claims.md)"
+    for file in sorted((ROOT / "docs" / "claims").glob("*.md")):
+        yield f"    * [{_own(f'claims/{file.name}')}](claims/{file.name})"
+
+
 def _claim_files() -> list[Path]:
     return sorted((EXPERIMENTS / "claims").glob("*.yaml"))
 
@@ -214,7 +221,7 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
     pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
     effect = _coloured(f"**{stored['effect']}**")
     seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
-    where = f"[claim {claim}](../claims.md#{claim}), {seconds}" if stored["seconds"] else f"claim {claim} is designed"
+    where = f"[claim {claim}](../claims/{claim}.md), {seconds}" if stored["seconds"] else f"claim {claim} is designed"
     measured = [f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:", "\n".join(table)]
     parts = [
         f"# {paper['title']}",
