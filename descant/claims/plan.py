@@ -30,8 +30,15 @@ class Part:
 
 
 def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
-    """The stages of a claim with their runs; how many seeds are needed is known once its pilot is stored."""
+    """The stages of a claim with their runs; how many seeds are needed is known once its pilot is stored.
+
+    Of a claim that has a result only the arms are trained that this lacks.
+    """
     each, seeds = minutes_a_run(claim, results), claim.seeds
+    if (stored := store.of_design(results, claim, "full")) is not None:
+        lacking = [arm for arm in claim.judged if arm not in stored["runs"]] if stored["runs"] else []
+        seeds = sorted(stored["runs"].get("method", ()))
+        return [_of(claim, runs, each, "new arms", "full", lacking, seeds)] if lacking else []
     pilot = store.of_design(results, claim, "pilot")
     needed = min(pilot["needed"] if pilot is not None and "needed" in pilot else MOST, len(seeds["full"]))
     parts = [_of(claim, runs, each, "pilot", "pilot", claim.piloted, seeds["pilot"])]
@@ -46,9 +53,11 @@ def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
     parts = []
     for claim, setting in zip(of.claims, of.settings, strict=True):
         each, name = minutes_a_run(claim, results), claim.name
-        if setting.is_tuned:
+        stored = store.of_design(results, setting, of.name, ("baseline", of.placebo))
+        arms = [arm for arm in setting.arms if stored is None or arm not in stored["runs"]]
+        if setting.is_tuned and arms:
             parts.append(_tuning(setting, runs, each, f"{name}, tuning"))
-        parts.append(_of(setting, runs, each, name, "full", tuple(setting.arms), setting.seeds["full"]))
+        parts.append(_of(setting, runs, each, name, "full", arms, setting.seeds["full"]))
     return parts
 
 

@@ -51,7 +51,10 @@ class Course:
 
     def run(self, only_pilot: bool = False) -> int:
         """Run what is missing; store and print what it comes to. Returns an exit code."""
+        stored = store.of_design(self.results, self.claim, "full")
         try:
+            if stored is not None and not only_pilot:
+                return self._complete(stored)
             self._require_exact()
             registered = self._registered()
             return self._run(registered, only_pilot)
@@ -92,6 +95,30 @@ class Course:
         outcome = store.outcome_of(judgement) | {"ended": why, "registered": registered, "needed": needed}
         self._write("full", runs, outcome)
         print("\n".join(lines(claim, judgement, why)))
+        return 0
+
+    def _complete(self, stored: dict[str, Any]) -> int:
+        """Train the arms that a stored result lacks, such as a simple alternative, with its seeds; print the word."""
+        runs: dict[str, Any] = dict(stored["runs"])
+        if not runs:
+            print(f"{self.claim.name}: {stored['effect']}: {stored.get('ended', '')}")
+            return 0
+        lacking = tuple(arm for arm in self.claim.judged if arm not in runs)
+        if lacking:
+            new = {"commit": register(self.claim)["commit"], "time": now()}
+            registered = store.registration_of(self.results, self.claim.name)
+            added_at = {**registered.get("added", {}), **{arm: new for arm in lacking}}
+            self._registered_as({**registered, "added": added_at})
+            added = self._collect("full", lacking, sorted(runs["method"]))
+            runs |= {arm: added[arm] for arm in lacking}
+        judgement = store.judged(self.results, self.claim, stored | {"runs": runs})
+        assert judgement is not None
+        if lacking:
+            kept = {key: stored[key] for key in ("ended", "needed", "registered") if key in stored}
+            seconds = stored["seconds"] + self._place("full").seconds
+            outcome = kept | store.outcome_of(judgement)
+            store.write(self.results, self.claim, "full", runs, seconds, stored["precision"], outcome)
+        print("\n".join(lines(self.claim, judgement, str(stored.get("ended", "")))))
         return 0
 
     def ablations(self) -> int:
