@@ -37,8 +37,8 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
     each, seeds = minutes_a_run(claim, results), claim.seeds
     if (stored := store.of_design(results, claim, "full")) is not None:
         lacking = [arm for arm in claim.judged if arm not in stored["runs"]] if stored["runs"] else []
-        seeds = sorted(stored["runs"].get("method", ()))
-        return [_of(claim, runs, each, "new arms", "full", lacking, seeds)] if lacking else []
+        of = sorted(stored["runs"].get("method", ()))
+        return [_of(claim, runs, each, "new arms", "full", lacking, of)] if lacking else []
     pilot = store.of_design(results, claim, "pilot")
     needed = min(pilot["needed"] if pilot is not None and "needed" in pilot else MOST, len(seeds["full"]))
     parts = [_of(claim, runs, each, "pilot", "pilot", claim.piloted, seeds["pilot"])]
@@ -92,7 +92,7 @@ def minutes_a_run(claim: Claim, results: Path) -> float | None:
 def lines(name: str, parts: Sequence[Part]) -> list[str]:
     """A plan as text, of a claim or comparison of this name."""
     rows = [f"{name}: {sum(part.missing for part in parts)} runs to train, {_minutes(parts)}"]
-    width = max(10, *(len(part.name) for part in parts))
+    width = max([10, *(len(part.name) for part in parts)])
     rows += [f"  {part.name:{width}} {part.missing:3} of {part.runs:3} runs   {_minutes([part])}" for part in parts]
     return rows
 
