@@ -34,7 +34,7 @@ from descant.cli.untrusted import yaml_of
 KEYS = (
     *("title", "seed", "source", "experiment", "arms", "metric", "seeds", "removes"),
     *("simple", "no_simple", "oracle", "options", "before", "also", "secondary", "calls", "budget", "baseline_tuning"),
-    *("tuning", "note", "signal", "lockbox", "exploratory"),
+    *("tuning", "note", "signal", "lockbox", "exploratory", "like"),
 )
 NEEDED = KEYS[:8]
 #: What an arm may be called: its runs' folders and logs are called after it.
@@ -79,8 +79,10 @@ def load(name: str) -> Claim:
 def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     where = file.name
     _known(where, content, KEYS)
-    _need(where, content, NEEDED)
     own = f"claims/{file.stem}" if file.parent == folder() else str(file)
+    if "like" in content:  # the keys of another claim, but for its own
+        content, own = _like(where, content), f"claims/{content['like']}"
+    _need(where, content, NEEDED)
     arms = read_arms(where, _mapping(where, content, "arms"), own)
     for name in ARMS:
         if name not in arms:
@@ -143,6 +145,21 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         in_stages=in_stages,
     )
     return replace(claim, digests=digests(claim, composing))
+
+
+def _like(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim with the keys of another one that ships beside its own, such as other seeds, another budget or metric."""
+    name, arms = str(content["like"]), dict(content.get("arms") or {})
+    if name not in names():
+        fail(f"{where}: like {name}: no such claim{hint(name, names())}")
+    for arm, of in arms.items():
+        if "config" in (of or {}):
+            fail(
+                f"{where}: arms.{arm}: config: of a claim that is like another one, arms have configs and options alone"
+            )
+    base: dict[str, Any] = yaml_of(folder() / f"{name}.yaml")
+    base = {key: value for key, value in base.items() if key not in ("note", "exploratory")}
+    return {**base, **content, "arms": {**base["arms"], **arms}}
 
 
 def contents() -> Contents:
@@ -227,7 +244,9 @@ def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], met
     if seeds is None:
         return None
     given = content["tuning"]
-    return Tuning(seeds, metric, dict(given.get("options") or {}))
+    chosen = str(metric.name)  # of development data, or of validation in place of the test
+    by = replace(metric, name=f"val/{chosen.removeprefix('test/')}") if chosen.startswith("test/") else metric
+    return Tuning(seeds, by, dict(given.get("options") or {}))
 
 
 def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], tuned: bool) -> str:

@@ -106,8 +106,9 @@ def claim() -> dict[str, Any]:
         "budget": an_object(spec.BUDGET_KEYS, {"equal": {"enum": list(EQUAL)}, "reference": text, "apart": texts}),
         "tuning": an_object(spec.TUNING_KEYS, {"seeds": seeds, "options": options}, ("seeds",)),
     }
-    whole = an_object(spec.KEYS, kinds, spec.NEEDED)
-    whole["oneOf"] = [{"required": ["simple"]}, {"required": ["no_simple"]}]
+    whole = an_object(spec.KEYS, kinds)
+    ways = [["like"], [*spec.NEEDED, "simple"], [*spec.NEEDED, "no_simple"]]
+    whole["anyOf"] = [{"required": needed} for needed in ways]
     return {"$schema": DRAFT, "title": "Descant: a claim", **whole}
 
 
