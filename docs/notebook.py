@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import re
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from PIL import Image
 
 #: Key of a notebook's metadata: the digest of the code that made its outputs.
 DIGEST = "code_sha256"
@@ -35,6 +38,13 @@ def code_digest(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256(code.encode()).hexdigest()
 
 
+def with_few_colours(png: str) -> str:
+    """A PNG in base64 with 64 colours: a third of the bytes, and figures look the same."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(64)
+    picture.save(smaller := io.BytesIO(), "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
+
+
 def execute(file: Path) -> None:
     """Run a notebook in an empty folder and write it back with its outputs, without what differs between two runs."""
     notebook = nbformat.read(file, as_version=4)
@@ -45,6 +55,8 @@ def execute(file: Path) -> None:
         for output in cell.get("outputs", ()):
             if "text" in output:  # a path without the temporary folder that it begins with
                 output.text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/", "", output.text)
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = with_few_colours(output.data["image/png"])
             if "metadata" in output:
                 output.metadata = {}
             if "execution_count" in output:

@@ -20,7 +20,7 @@ from descant.cli.errors import Refusal, fail, hint, say
 from descant.cli.options import Options
 
 _HELP = """\
-descant claims: does each mechanism do what its paper claims? Paired runs, a placebo, and a rule fixed beforehand
+descant claims: does a mechanism do what its paper claims? Paired runs, a placebo, and a rule fixed before
 
 usage: descant claims list [--json]
        descant claims plan [NAME ...]
@@ -32,7 +32,7 @@ usage: descant claims list [--json]
   tune    trains every setting of the arms that have some, and stores which is best by validation
   run     tests the equation, registers the claim by its commit, trains the pilot (3 seeds of baseline,
           method, placebo and oracle), computes from it how many seeds show a gain of one margin, and
-          trains these; or says that there is no room, or that it is not testable here. An interrupted
+          trains these; or ends as "no room" or "not testable here". An interrupted
           command goes on. --budget pilot: ends after the pilot. --ablations: the other arms, one seed,
           no word. --redesign: sets the result of an earlier design aside, once a claim; its row stays
           NAME may be a comparison, such as harmonizers: all its rules in the settings of its claims

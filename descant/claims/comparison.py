@@ -199,8 +199,8 @@ def _seeds(setting: Claim) -> tuple[int, ...]:
 def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[str, Effect]:
     """Rule -> its effect in one setting; its word is corrected for the number of rules (Holm).
 
-    A word that says that a difference is not 0 needs the p values of all differences that it names to be rejected among
-    those of all rules that are not identical; else the row cannot tell.
+    A word that takes a difference for other than 0 needs the p values of all differences that it names to be rejected
+    among those of all rules that are not identical; else the row cannot tell.
     """
     runs, found, p_values = stored["runs"], dict[str, Effect](), list[float]()
     seeds = sorted(runs["baseline"])
@@ -215,8 +215,10 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
         found[rule] = effect(gain[rule], gain[of.placebo], margin, simple_S, oracle, both)
     distinct = [rules[0] for rules in identical(of, runs) if rules[0] != of.placebo]
     for rule in distinct:
+        word = found[rule].word
         over = [p_value([a - b for a, b in zip(gain[rule], gain[of.placebo], strict=True)])]
-        p_values.append(max([p_value(gain[rule]), *(over if found[rule].word in (HELPS, LITTLE, SIMPLER) else [])]))
+        over = over if word in (HELPS, LITTLE, SIMPLER, WORSE) else []
+        p_values.append(max([*([] if word == WORSE else [p_value(gain[rule])]), *over]))
     kept = {rule for rule, rejected in zip(distinct, holm(p_values), strict=True) if rejected}
     for rules in identical(of, runs):
         for rule in rules:
@@ -240,7 +242,7 @@ def _is_cost(metric: str) -> bool:
 
 
 def summary(of: Comparison, results: Path) -> str:
-    """Markdown of a comparison in short: what to do, and a row a word, with the rules that it is said of."""
+    """Markdown of a comparison in short: what to do, and a row a word, with its rules."""
     rows: dict[str, dict[str, list[str]]] = {}
     for claim, setting in zip(of.claims, of.settings, strict=True):
         stored = stored_of(of, setting, results)

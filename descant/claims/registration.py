@@ -97,7 +97,7 @@ def imported(modules: Iterable[str]) -> set[str]:
     """The modules and all modules of this package that they import, at any depth.
 
     >>> sorted(imported(["descant.claims.effect"]))
-    ['descant.claims.effect', 'descant.report.statistics']
+    ['descant.claims.effect', 'descant.claims.power', 'descant.report.statistics']
     """
     known, todo = set[str](), list(modules)
     while todo:

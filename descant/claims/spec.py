@@ -71,6 +71,8 @@ def load(name: str) -> Claim:
         fail(f"{file.name}: a claim is an object with arms, seeds and a metric")
     try:
         return _read(file, content)
+    except Refusal as refusal:
+        fail(f"{file.name}: {str(refusal).removeprefix(f'{file.name}: ').removeprefix('--config ')}")
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         # a value of another type than the checks below expect
         fail(f"{file.name}: {one_line(error)}")
@@ -106,12 +108,8 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "flops"), EQUAL)
     reference = _reference(where, budget, equal, arms, tuning is not None)
     options, signal = dict(content.get("options") or {}), content.get("signal")
-    try:
-        if content.get("exploratory") is None:
-            _require_one_component(where, content, composing)
-        in_stages = _in_stages(content, composing)
-    except Refusal as refusal:
-        fail(f"{where}: {str(refusal).removeprefix(f'{where}: ').removeprefix('--config ')}")
+    if content.get("exploratory") is None:
+        _require_one_component(where, content, composing)
     claim = Claim(
         name=file.stem,
         title=str(content["title"]),
@@ -142,7 +140,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
         apart=_named(where, "budget.apart", budget.get("apart"), arms),
-        in_stages=in_stages,
+        in_stages=_in_stages(content, composing),
     )
     return replace(claim, digests=digests(claim, composing))
 

@@ -125,7 +125,7 @@ def write(
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
-    content["digests"] |= {arm: claim.digests[arm] for arm in ARMS if budget in BUDGETS}  # it may end before they run
+    content["digests"] |= {arm: claim.digests[arm] for arm in ARMS if arm in claim.digests}  # it may lack runs of them
     plain = json.loads(json.dumps(content))
     write_json(path(folder, claim.name, budget), {**plain, "checksum": checksum(plain)})
 
@@ -148,14 +148,17 @@ def supersede(folder: Path, claim: Claim) -> None:
     stored = read(folder, claim.name, "full")
     if stored is None and aside.exists():
         return
-    if stored is None or is_of_design(stored, claim):
+    registered = registration_of(folder, claim.name)
+    earlier = registered if stored is None else stored  # the pilot alone may have run
+    if "digests" not in earlier or is_of_design(earlier, claim):
         fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
     if aside.exists():
         fail(f"--redesign: claims {claim.name}: it was redesigned before ({aside.name}), and a claim is once")
-    if "opened" in stored.get("registered", {}):
+    if "opened" in registered:
         fail(f"--redesign: claims {claim.name}: it opened the lock-box, which a claim does once: its row is final")
-    os.replace(result, aside)
-    looks = registration_of(folder, claim.name).get("looks", {})
+    if stored is not None:
+        os.replace(result, aside)
+    looks = registered.get("looks", {})
     for budget in (*BUDGETS, TUNE, ABLATIONS):
         path(folder, claim.name, budget).unlink(missing_ok=True)
     write_registered(folder, claim, {"looks": looks})  # gains of an earlier design were looks, too

@@ -11,6 +11,7 @@ from typing import Any
 
 from descant.claims import comparison, plots, store
 from descant.claims.claim import ABLATIONS, EQUAL, TUNE, WITHIN, Claim
+from descant.claims.digest import RULE
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
 from descant.claims.registration import exploratory
@@ -30,13 +31,13 @@ has the same initial weights and the same batches. [Judge a method of your own](
 - *helps*: over baseline, placebo and simple alternative above 0, and at least a margin. *helps a little*: the same
   below a margin. *a simpler way does as well*: over the simple alternative not above 0. *placebo does as well*: over
   the placebo not above 0. *worse than placebo*: over the placebo below 0. *placebo invalid*: the placebo is a margin or
-  more away from the baseline, so the row says nothing else. *hurts*: below 0. *no effect*: within a margin around 0.
+  more away from the baseline, so the row has no other word. *hurts*: below 0. *no effect*: within a margin around 0.
   *no room*: the oracle gains less than a margin (upper end, 90 %). *not testable here*: a gain of one margin would need
   more seeds than the claim has. *cannot tell*: the rest.
 - **margin** is the smallest gain that counts. That of a row which was registered before 2 December 2026 is a quarter of
   what the oracle gained on two pilot seeds, as the rules were then.
-- **simple** is the method's gain over what one would try first for the same compute; its page names it, or says why
-  there is none. **placebo** is its gain over the baseline.
+- **simple** is the method's gain over what one would try first for the same compute; its page names it, or gives the
+  reason for none. **placebo** is its gain over the baseline.
 - **seeds**: how many, and how many a gain of one margin needs by these runs. **FLOPs** are of a run of the method;
   **cost** is in core-minutes, of all runs and both cores.
 
@@ -254,7 +255,8 @@ def _numbers(one: Verdict, results: Path, judgement: Judgement) -> list[str]:
         lines += [
             f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in judgement.asked
         ]
-    ablations, tuned = (store.of_design(results, claim, kind) for kind in (ABLATIONS, TUNE))
+    ablations = store.of_design(results, claim, ABLATIONS, (RULE, "baseline"))
+    tuned = store.of_design(results, claim, TUNE, (RULE,))
     if ablations is not None:
         lines += _ablations(claim, ablations)
     if claim.tuning is not None and tuned is not None:

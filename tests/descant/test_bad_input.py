@@ -529,7 +529,7 @@ NEAR = {
     "claims run harmony-fuson": "harmony-fusion",
     "claims run bm-mae --budgt pilot": "--budget",
     "claims run bm-mae --budget pilto": "pilot",
-    "claims run headroom-names --arms mehtod": "method",
+    "claims run headroom-naems": "headroom-names",
     "new recip x": "recipe",
     "data mke x": "make",
     "data make x --outt y": "--out",
