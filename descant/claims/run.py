@@ -160,7 +160,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     """
     todo = place.missing(arms, seeds)
     total = len(place.every(arms, seeds))
-    _check(place, todo)
+    check(place, todo)
     say(f"claims {place.claim.name}: {total} runs, {total - len(todo)} done, {jobs} at a time")
     for folder in {place.folder, *(place.home(arm) for arm, _ in todo)}:
         folders.require_below(place.root, folder, place.trust)
@@ -186,7 +186,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
     return 0
 
 
-def _check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
+def check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
     """Refuse what an arm may not say before any run begins; each run checks itself, too."""
     if (known := dump.read("fit")) is None:
         return
@@ -257,7 +257,7 @@ def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str
     if place.claim.predicting():
         fail(f"claims {place.claim.name}: --slurm: before.predict is a process of this command; run it without --slurm")
     todo = place.missing(arms, seeds)
-    _check(place, todo)
+    check(place, todo)
     first = [one for one in todo if not place.waits(*one, todo)]
     arrays: dict[tuple[str, int | None], list[int]] = {}
     for arm, seed in first:

@@ -55,6 +55,8 @@ class Course:
         try:
             if stored is not None and not only_pilot:
                 return self._complete(stored)
+            place = self._place("full")  # with the options of the lock-box
+            run.check(place, place.missing(self.claim.judged, self.claim.seeds["full"][:1]))
             self._require_exact()
             registered = self._registered()
             return self._run(registered, only_pilot)
@@ -79,10 +81,10 @@ class Course:
             oracle = room(gains(claim, pilot, claim.oracle, seeds["pilot"]))
             say(f"claims {claim.name}: pilot: the oracle gains {oracle}, and a margin is {claim.metric.margin:g}")
             if not has_room(oracle, claim.metric.margin):
-                return self._stop(NO_ROOM, f"by {len(seeds['pilot'])} seeds of the oracle", registered, found, pilot)
+                return self._stop(NO_ROOM, f"by {len(seeds['pilot'])} seeds of the oracle", registered, found)
         if needed > len(seeds["full"]):
             asked = f"its YAML asks for {len(seeds['full'])}" if needed <= ASKED else f"the most is {ASKED}"
-            return self._stop(NOT_TESTABLE, f"it needs {needed} seeds, and {asked}", registered, found, pilot)
+            return self._stop(NOT_TESTABLE, f"it needs {needed} seeds, and {asked}", registered, found)
         if only_pilot:
             return 0
         place = self._place("pilot")
@@ -215,9 +217,7 @@ class Course:
         seconds = places[0].seconds if budget == "pilot" else sum(place.seconds for place in places)
         store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
 
-    def _stop(
-        self, word: str, why: str, registered: Mapping[str, Any], found: Mapping[str, Any], pilot: Runs | None = None
-    ) -> int:
+    def _stop(self, word: str, why: str, registered: Mapping[str, Any], found: Mapping[str, Any]) -> int:
         """Store a claim that ends before its effect is measured."""
         self._write("full", {}, {**found, "effect": word, "ended": why, "registered": dict(registered)})
         print(f"{self.claim.name}: {word}: {why}")
