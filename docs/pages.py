@@ -152,7 +152,8 @@ def _gallery() -> Iterator[str]:
 def _pictures() -> dict[str, str]:
     """Experiment -> its picture, by its place below docs/: of what it came to, else the figure of the first claim."""
     found: dict[str, str] = {}
-    claims = [(yaml.safe_load(f.read_text(encoding="utf-8"))["experiment"], f.stem) for f in _claim_files()]
+    contents = [(yaml.safe_load(f.read_text(encoding="utf-8")), f.stem) for f in _claim_files()]
+    claims = [(content["experiment"], name) for content, name in contents if "like" not in content]
     claims += [(paper["experiment"], paper["claim"]) for paper in papers() if paper["status"] == "built"]
     for name, claim in claims:
         if (ROOT / "docs" / "claims" / f"{claim}.svg").is_file():
