@@ -21,7 +21,7 @@ COMMANDS = {
     "data": "make shards from your own files, or view a data set",
     "sweep": "run an experiment over a grid of settings and seeds, then compare",
     "compare": "a table of runs, a row a configuration, paired by seed",
-    "claims": "test what each mechanism's paper claims: paired runs, shams and verdicts",
+    "claims": "judge what a mechanism's paper claims: paired runs, placebos, a word",
     "report": "curves, table, images and configurations of runs in one HTML file",
     "export": "a run's weights, configuration and card in one folder",
     "new": "write a recipe, callback or data module of your own to begin from",
