@@ -115,8 +115,8 @@ def _inside(name: str, roots: list[Path]) -> bool:
 
 
 #: Lines that a command prints on its way.
-_TOLD = ("warning", "skipped", "resuming", "claims evil: 3 runs", "claims evil: 4 runs", "sweep: 2 runs",
-         "validate uses", "predict uses", "no --ckpt_path",
+_TOLD = ("warning", "skipped", "resuming", "claims evil: exact: no test", "claims evil: 9 runs", "claims evil: 12 runs",
+         "sweep: 2 runs", "validate uses", "predict uses", "no --ckpt_path",
          "saved by", "--resume auto: ")  # fmt: skip
 
 
@@ -325,8 +325,9 @@ OVER = ("--config", "toy.yaml", "--config")
 CLAIM: dict[str, Any] = {
     "title": "a claim of somebody", "seed": 99, "source": "a planted effect", "experiment": "toy.yaml",
     "arms": {"baseline": {"options": {"model.init_args.optimizer.init_args.lr": 0.0}}, "method": None, "sham": None},
-    "metric": {"name": "test/gap", "better": "lower", "margin": 0.01},
-    "seeds": {"pilot": [100], "full": [0, 1, 2]},
+    "metric": {"name": "test/gap", "better": "lower", "margin": 0.01, "unit": "of it", "reason": "a toy"},
+    "seeds": {"pilot": [100, 101, 102], "full": [0, 1, 2, 3, 4]}, "budget": {"equal": "steps"}, "removes": "a rate",
+    "no_simple": "none is", "exploratory": "somebody else's",
 }  # fmt: skip
 
 
@@ -431,7 +432,7 @@ WAYS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "arm": of_claim("arms", "method", "options"),
     "arm config": of_claim("arms", "method", "config"),
     "claim options": of_claim("options"),
-    "claim budget": of_claim("budget", "pilot"),
+    "claim lock-box": of_claim("lockbox"),
     "before": of_claim("before", "options", before={"experiment": "toy.yaml"}),
     "before config": of_claim("before", "config", before={"experiment": "toy.yaml"}),
     "arm on a cluster": of_slurm_claim,
@@ -461,9 +462,9 @@ def claim_cases() -> Iterator[Case]:
     whole = {
         **CLAIM, "options": {"trainer.max_steps": 4}, "before": {"experiment": "toy.yaml", "seed": 1, "options": {}},
         "also": [{"metric": "test/gap", "arm": "method", "at_most": 1, "minus": "test/x", "times": 2}],
-        "secondary": ["test/x"], "calls": "sham/calls", "alone": [], "note": "x", "status": "report",
-        "budget": {"equal": "steps", "pilot": {}, "full": {}, "apart": []}, "sham_margin": 0.1,
-        "baseline_tuning": "none",
+        "secondary": ["test/x"], "calls": "sham/calls", "note": "x", "oracle": None, "simple": None,
+        "signal": {"metric": "test/gap", "arm": "method", "against": "before", "at_most": 1}, "lockbox": {"a": 1},
+        "budget": {"equal": "steps", "apart": []}, "baseline_tuning": "none",
     }  # fmt: skip
     for path in paths(whole):
         for kind, value in ODD.items():

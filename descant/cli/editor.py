@@ -95,10 +95,11 @@ def claim() -> dict[str, Any]:
     kinds = {
         "seed": {"type": "integer", "description": "of the paper, in the list of papers"},
         "options": options,
-        "arms": {"type": "object", "required": list(ARMS), "additionalProperties": an_arm},
+        "arms": {"type": "object", "additionalProperties": an_arm},
         "before": an_object(("experiment", "seed", *spec.BEFORE_KEYS, *spec.ARM_KEYS), before, ("experiment",)),
         "metric": metric,
-        "also": {"type": "array", "items": condition},
+        "also": {"anyOf": [{"type": "null"}, {"type": "array", "items": condition}]},
+        "oracle": {"type": ["string", "null"]},
         "secondary": texts,
         "signal": condition,
         "lockbox": options,
@@ -108,7 +109,8 @@ def claim() -> dict[str, Any]:
     }
     whole = an_object(spec.KEYS, kinds)
     ways = [["like"], [*spec.NEEDED, "simple"], [*spec.NEEDED, "no_simple"]]
-    whole["anyOf"] = [{"required": needed} for needed in ways]
+    of_ways = [{}, *[{"arms": {"required": list(ARMS)}}] * 2]  # a claim that is like another one has its arms
+    whole["anyOf"] = [{"required": keys, "properties": of} for keys, of in zip(ways, of_ways, strict=True)]
     return {"$schema": DRAFT, "title": "Descant: a claim", **whole}
 
 

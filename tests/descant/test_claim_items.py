@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from descant.claims import items, spec, store
 from descant.claims.claim import Claim
-from descant.claims.effect import HELPS, UNCLEAR, over_items
+from descant.claims.effect import HELPS, UNCLEAR, Interval, over_items
 from descant.claims.judge import judge
 from descant.cli.errors import Refusal
 from descant.modules.evaluation.items import FILE, Items, save_items
@@ -25,7 +26,7 @@ METRIC = "test/hit"
 
 @pytest.fixture
 def claim(workplace: Path) -> Claim:
-    content = CONTENT | {"metric": {"name": METRIC, "better": "higher", "margin": 0.05}}
+    content = CONTENT | {"metric": CONTENT["metric"] | {"name": METRIC, "better": "higher", "margin": 0.05}}
     (workplace / "toy-claim.yaml").write_text(yaml.safe_dump(content))
     return spec.load("toy-claim.yaml")
 
@@ -53,10 +54,14 @@ def test_gains_by_item_are_a_bootstrap_over_distinct_contents(claim: Claim, work
     assert found is not None and found.number == N // 2  # rows of equal content are one item
     gain_K = np.array([float(6 <= k < 9) for k in range(N // 2)])  # the method alone hits both of their rows
     expected = over_items(np.stack([gain_K] * 3), np.full(N // 2, 2.0))
-    for interval in found.intervals:
+    assert found.over_simple is None
+    for interval in (found.over_baseline, found.over_placebo):
         assert interval.mean == pytest.approx(0.1, abs=ulps(8, F64))
         assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=ulps(8, F64))
     assert items.of_stored({"items": found.stored()}) == found and items.of_stored({}) is None
+    simple = items.gains(replace(claim, simple="small"), arms_of(workplace / "s", **share, small=0.3), SEEDS)
+    assert simple is not None and simple.over_simple == Interval(0.0, 0.0, 0.0)
+    assert items.of_stored({"items": simple.stored()}) == simple
 
 
 def test_the_wider_interval_decides(claim: Claim, workplace: Path) -> None:

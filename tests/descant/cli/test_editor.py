@@ -96,7 +96,8 @@ def test_a_claim_that_ships_is_valid(name: str) -> None:
     [
         (("titel",), "x"),
         (("seed",), "23"),
-        (("metric", "margin"), -1),
+        (("metric", "margin"), 0),
+        (("removes",), None),
         (("metric", "margin"), "small"),
         (("metric", "better"), "up"),
         (("arms", "method", "option"), {}),
