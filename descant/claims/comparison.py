@@ -199,8 +199,9 @@ def _seeds(setting: Claim) -> tuple[int, ...]:
 def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[str, Effect]:
     """Rule -> its effect in one setting; its word is corrected for the number of rules (Holm).
 
-    A word that takes a difference for other than 0 needs the p values of all differences that it names to be rejected
-    among those of all rules that are not identical; else the row cannot tell.
+    A word that takes the gain over baseline or placebo for other than 0 needs their p values to be rejected among those
+    of all rules that are not identical; else the row cannot tell. A rule that helps needs the same of its gain over the
+    simple alternative; else that does as well.
     """
     runs, found, p_values = stored["runs"], dict[str, Effect](), list[float]()
     seeds = sorted(runs["baseline"])
@@ -210,9 +211,9 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
     oracle = room(oracle_S) if len(oracle_S) > 1 else None
     for rule in (rule for rule in of.rules if rule in runs):
         items = of_stored({"items": stored["items"].get(rule)})
-        simple_S = gain.get(of.simple or "") if rule not in (of.simple, of.placebo) else None
+        rival_S = gain.get(of.simple or "") if rule not in (of.simple, of.placebo) else None
         both = items.intervals if items is not None else ()
-        found[rule] = effect(gain[rule], gain[of.placebo], margin, simple_S, oracle, both)
+        found[rule] = effect(gain[rule], gain[of.placebo], margin, rival_S, oracle, both)
     distinct = [rules[0] for rules in identical(of, runs) if rules[0] != of.placebo]
     for rule in distinct:
         word = found[rule].word
@@ -220,8 +221,14 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
         over = over if word in (HELPS, LITTLE, SIMPLER, WORSE) else []
         p_values.append(max([*([] if word == WORSE else [p_value(gain[rule])]), *over]))
     kept = {rule for rule, rejected in zip(distinct, holm(p_values), strict=True) if rejected}
+    simple_S = gain.get(of.simple or "")
+    rivals = [rule for rule in distinct if simple_S is not None and rule != of.simple]
+    over_simple = [p_value([a - b for a, b in zip(gain[rule], simple_S or (), strict=True)]) for rule in rivals]
+    beaten = {rule for rule, rejected in zip(rivals, holm(over_simple), strict=True) if not rejected}
     for rules in identical(of, runs):
         for rule in rules:
+            if found[rule].word in (HELPS, LITTLE) and rules[0] in beaten:
+                found[rule] = replace(found[rule], word=SIMPLER)
             if found[rule].word in (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, HURTS) and rules[0] not in kept:
                 found[rule] = replace(found[rule], word=UNCLEAR)
     return found
@@ -286,6 +293,9 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
         write_text(folder / f"{of.name}.svg", plots.overview(drawn))
         lines.append(f"\n![Gains of all rules in margins]({of.name}.svg)")
     lines += tables
+    files = [store.path(results, setting.name, f"{of.name}-registered") for setting in of.settings]
+    if not all(map(store.registration_in, files)):
+        lines.append("\nExploratory: it was not registered before it ran.")
     if folder is not None and (links := _write_superseded(of, results, folder)):
         lines.append(f"\nEarlier tables, by another metric or of another setting: {', '.join(links)}.")
     counts = sorted({effect.seeds for rules in found.values() for effect in rules.values()})

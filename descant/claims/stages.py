@@ -57,8 +57,8 @@ class Course:
                 return self._complete(stored)
             place = self._place("full")  # with the options of the lock-box
             run.check(place, place.missing(self.claim.judged, self.claim.seeds["full"][:1]))
-            self._require_exact()
             registered = self._registered()
+            self._require_exact()
             return self._run(registered, only_pilot)
         except Unfinished as stop:
             return stop.code
