@@ -400,7 +400,8 @@ def clear(cli: DescantCLI) -> None:
     runs.forget()
     lock.release()
     started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
-    if started is not None and not started.began and folder is not None:
+    checked = getattr(cli, "checking", None) is not None  # its folder is a temporary one
+    if started is not None and folder is not None and (checked or not started.began):
         folder.discard()
 
 

@@ -204,6 +204,7 @@ def contrastive(before: Path) -> Run:
         [
             c.EMA(0.9),
             c.Retrieval(),
+            c.HeldOutLoss(),
             c.ZeroShot("group"),
             c.KNN("group"),
             c.LinearProbe("group"),
