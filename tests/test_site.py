@@ -113,6 +113,6 @@ def test_every_paper_is_a_row_and_a_built_one_a_page(site: Path) -> None:
         # a claim without room for an effect has no figure of it, and one that was not run yet neither
         stored = store.read(spec.folder() / "results", paper["claim"], "full")
         assert stored is not None or "not run yet" in page
-        measured = stored is not None and store.judged(spec.load(paper["claim"]), stored) is not None
+        measured = stored is not None and bool(stored["runs"])
         assert (f"claims/{paper['claim']}.svg" in page) == measured
         assert f'href="../../papers/{paper["name"]}/"' in gallery
