@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -37,9 +38,9 @@ def written(written_content: dict[str, Any]) -> Written:
 
 
 def _class(path: str) -> Any:
-    from descant.cli.signatures import find_class
-
-    return find_class(path)
+    # not find_class: a command that ran before in this process may have left its policy of imports
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def test_every_key_is_the_parsers(written_content: dict[str, Any], live: Live, written: Written) -> None:
