@@ -1,4 +1,4 @@
-"""The contrastive loss of held-out pairs. Letters: N rows of a set, K pairs, D width."""
+"""The contrastive loss of held-out pairs. Letters: K pairs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from descant.modules.core.protocols import ContrastsPairs, Embeds
 
 
 def matched_rows(rows: Rows, a: str, b: str) -> tuple[Tensor, Tensor]:
-    """Rows ``[K]`` of modality ``a`` and of ``b`` with the same content: the first row of each content that has both.
+    """Match rows of two modalities by content. A content that has both gives one pair, of its first row in each.
+
+    Returns rows of ``a`` and rows of ``b``, int64 ``[K]``.
 
     >>> present = {"a": torch.tensor([True, True, False]), "b": torch.tensor([False, False, True])}
     >>> rows = Rows({}, present, key=torch.tensor([7, 5, 5]), index=torch.arange(3), targets={})

@@ -36,7 +36,7 @@ def trace(axes: Axes, at_T: np.ndarray, x_T: np.ndarray, colour: str, width: flo
 
 
 class _Sample(NamedTuple):
-    """A series in the data's units; ``truth_WT`` and ``rebuilt_WT`` are nan where they are not drawn."""
+    """A series in the data's units. nan in ``truth_WT`` and ``rebuilt_WT`` marks steps that are not drawn."""
 
     period: float
     at_T: np.ndarray

@@ -123,7 +123,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How settings are chosen: a run each with these seeds, by the mean of a metric of the last validation.
+    """How one of several settings is chosen. Each setting is trained with these seeds; the best mean metric wins.
+
+    The metric is that of the last validation.
 
     ``options``: further options of these runs, such as data whose validation set is not the test set.
     """
@@ -191,13 +193,13 @@ class Claim:
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
     @property
-    def judged(self) -> tuple[str, ...]:
+    def judged_arms(self) -> tuple[str, ...]:
         """The arms that the word and the conditions need; others are ablations."""
         read = {arm for condition in self.also for arm in condition.arms}
         return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle, self.simple) or arm in read)
 
     @property
-    def piloted(self) -> tuple[str, ...]:
+    def pilot_arms(self) -> tuple[str, ...]:
         """The arms of the pilot, by which seeds and room are computed."""
         return tuple(arm for arm in self.arms if arm in (*ARMS, self.oracle))
 

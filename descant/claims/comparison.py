@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import plots, run, spec, store
-from descant.claims.claim import TUNE, Claim, Metric, Tuning
+from descant.claims.claim import TUNE, Claim, Tuning
 from descant.claims.digest import digests
 from descant.claims.effect import (
     HELPS,
@@ -109,7 +109,7 @@ def load(name: str) -> Comparison:
             )
         kept = {arm: of for arm, of in claim.arms.items() if arm in needed}
         spec.check_needs(where, {**kept, **rules})
-        tuning = None if seeds is None else Tuning(seeds, _on_validation(claim.metric))
+        tuning = None if seeds is None else Tuning(seeds, spec.on_validation(claim.metric))
         setting = replace(claim, arms={**kept, **rules}, also=(), calls=None, tuning=tuning, simple=simple)
         settings.append(replace(setting, digests=digests(setting, spec.contents())))
     answer = str(content["answer"])
@@ -125,11 +125,6 @@ def load(name: str) -> Comparison:
     )
 
 
-def _on_validation(metric: Metric) -> Metric:
-    """The metric of a claim on the validation set, which chooses settings."""
-    return replace(metric, name=f"val/{metric.name.partition('/')[2]}")
-
-
 def execute(
     of: Comparison, results: Path, runs: Path, jobs: int = 1, trust: Sequence[str] = (), slurm: str | None = None
 ) -> int:
@@ -139,10 +134,9 @@ def execute(
         if known is not None and known.get("effect") == NO_ROOM:
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
-        store.require_free(results, setting, of.name, _judging(of))
+        store.require_free(results, setting, of.name, _required_arms(of))
         file = store.path(results, setting.name, f"{of.name}-registered")
-        registered = store.registration_in(file) or register(setting)
-        store.write_registration(file, registered)
+        store.write_registration(file, store.registration_in(file) or register(setting))
         if setting.is_tuned:
             candidates = setting.candidates()
             place, arms = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
@@ -152,7 +146,8 @@ def execute(
             tuned = place.collect(arms, candidates.seeds[TUNE])
             store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
             setting = setting.settled(setting.chosen(tuned))
-        place, arms, seeds = Place(setting, "full", runs.absolute(), tuple(trust)), tuple(setting.arms), _seeds(setting)
+        place, arms = Place(setting, "full", runs.absolute(), tuple(trust)), tuple(setting.arms)
+        seeds = setting.seeds["full"]
         code = _train(place, arms, seeds, jobs, slurm)
         if code is not None:
             return code
@@ -162,20 +157,19 @@ def execute(
         for rule in of.rules:
             found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
             items |= {rule: found.stored()} if found is not None else {}
-        outcome = {"items": items, "registered": registered}
-        store.write(results, setting, of.name, made, place.seconds, place.precisions(), outcome)
+        store.write(results, setting, of.name, made, place.seconds, place.precisions(), {"items": items})
     print(section(of, results))
     return 0
 
 
-def _judging(of: Comparison) -> tuple[str, ...]:
-    """The arms that a stored result has to have as they are now."""
+def _required_arms(of: Comparison) -> tuple[str, ...]:
+    """The arms without which a stored result is of another design."""
     return ("baseline", of.placebo)
 
 
-def stored_of(of: Comparison, setting: Claim, results: Path) -> dict[str, Any] | None:
-    """The stored runs of a comparison in one setting, of the rules that are as they were."""
-    return store.of_design(results, setting, of.name, _judging(of))
+def read_stored(of: Comparison, setting: Claim, results: Path) -> dict[str, Any] | None:
+    """Read the runs of a comparison in one setting, without rules whose configuration has changed since."""
+    return store.of_design(results, setting, of.name, _required_arms(of))
 
 
 def tuning(name: str) -> str:
@@ -192,10 +186,6 @@ def _train(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int, s
     return run.run(place, arms, seeds, jobs) or None
 
 
-def _seeds(setting: Claim) -> tuple[int, ...]:
-    return setting.seeds["full"]
-
-
 def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[str, Effect]:
     """Rule -> its effect in one setting; its word is corrected for the number of rules (Holm).
 
@@ -204,28 +194,27 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
     simple alternative; else that does as well.
     """
     runs, found, p_values = stored["runs"], dict[str, Effect](), list[float]()
-    seeds = sorted(runs["baseline"])
-    margin = setting.metric.margin
+    seeds, margin = sorted(runs["baseline"]), setting.metric.margin
     oracle_S = gains(setting, runs, setting.oracle, seeds) if setting.oracle and setting.oracle in runs else []
     gain = {arm: gains(setting, runs, arm, seeds) for arm in (*of.rules, of.simple or "") if arm in runs}
-    oracle = room(oracle_S) if len(oracle_S) > 1 else None
+    oracle, simple_S = room(oracle_S) if len(oracle_S) > 1 else None, gain.get(of.simple or "")
     for rule in (rule for rule in of.rules if rule in runs):
         items = of_stored({"items": stored["items"].get(rule)})
-        rival_S = gain.get(of.simple or "") if rule not in (of.simple, of.placebo) else None
+        rival_S = simple_S if rule not in (of.simple, of.placebo) else None
         both = items.intervals if items is not None else ()
         found[rule] = effect(gain[rule], gain[of.placebo], margin, rival_S, oracle, both)
-    distinct = [rules[0] for rules in identical(of, runs) if rules[0] != of.placebo]
+    groups = group_identical(of, runs)
+    distinct = [rules[0] for rules in groups if rules[0] != of.placebo]
     for rule in distinct:
         word = found[rule].word
         over = [p_value([a - b for a, b in zip(gain[rule], gain[of.placebo], strict=True)])]
         over = over if word in (HELPS, LITTLE, SIMPLER, WORSE) else []
         p_values.append(max([*([] if word == WORSE else [p_value(gain[rule])]), *over]))
     kept = {rule for rule, rejected in zip(distinct, holm(p_values), strict=True) if rejected}
-    simple_S = gain.get(of.simple or "")
     rivals = [rule for rule in distinct if simple_S is not None and rule != of.simple]
     over_simple = [p_value([a - b for a, b in zip(gain[rule], simple_S or (), strict=True)]) for rule in rivals]
     beaten = {rule for rule, rejected in zip(rivals, holm(over_simple), strict=True) if not rejected}
-    for rules in identical(of, runs):
+    for rules in groups:
         for rule in rules:
             if found[rule].word in (HELPS, LITTLE) and rules[0] in beaten:
                 found[rule] = replace(found[rule], word=SIMPLER)
@@ -234,8 +223,8 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
     return found
 
 
-def identical(of: Comparison, runs: Runs) -> list[list[str]]:
-    """The rules in groups whose runs have the same metrics in every seed: they are one rule in this setting."""
+def group_identical(of: Comparison, runs: Runs) -> list[list[str]]:
+    """Group the rules whose runs have the same metrics in every seed: they are one rule in this setting."""
     groups: dict[str, list[str]] = {}
     for rule in (rule for rule in of.rules if rule in runs):
         same = {s: {k: v for k, v in m.items() if not _is_cost(k)} for s, m in sorted(runs[rule].items())}
@@ -252,9 +241,9 @@ def summary(of: Comparison, results: Path) -> str:
     """Markdown of a comparison in short: what to do, and a row a word, with its rules."""
     rows: dict[str, dict[str, list[str]]] = {}
     for claim, setting in zip(of.claims, of.settings, strict=True):
-        stored = stored_of(of, setting, results)
+        stored = read_stored(of, setting, results)
         found = effects(of, setting, stored) if stored is not None else {}
-        for rules in identical(of, stored["runs"]) if stored is not None else ():
+        for rules in group_identical(of, stored["runs"]) if stored is not None else ():
             one = found[rules[0]]
             word = "placebo" if of.placebo in rules else one.word
             rows.setdefault(word, {}).setdefault(claim.name, []).append(
@@ -270,7 +259,7 @@ def summary(of: Comparison, results: Path) -> str:
 
 
 def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
-    """The page of a comparison: what to do, its settings, a row a rule, and ranks.
+    """The page of a comparison: what to do, its settings, and a row a rule.
 
     ``folder``: where its figures and its earlier tables are written.
     """
@@ -280,7 +269,7 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
         metric = setting.metric
         what = f"{metric.name} of {setting.experiment}; a margin is {metric.margin:.3g} {metric.unit}"
         lines += [f"- [{claim.name}]({claim.name}.md): {what}.", *_tuned(of, setting, results)]
-        stored = stored_of(of, setting, results)
+        stored = read_stored(of, setting, results)
         if stored is None:
             tables.append(f"\n{claim.name}: not run yet.")
             continue
@@ -314,7 +303,7 @@ def _table(of: Comparison, setting: Claim, runs: Runs, found: Mapping[str, Effec
     others = [metric for metric in others if not _is_cost(metric)][:2]
     seeds = sorted(runs["baseline"])
     lines = [f"\n| {setting.name} | {' | '.join([setting.metric.name, *others])} |", "|---" * (2 + len(others)) + "|"]
-    for rules in identical(of, runs):
+    for rules in group_identical(of, runs):
         one = found[rules[0]]
         word = "placebo" if of.placebo in rules else one.word
         cells = [f"**{word}** {one.over_baseline}"]
@@ -331,7 +320,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
-    """Write a page of each earlier table, whose setting or metric was another. Returns links to them."""
+    """Write a page for each earlier table, which had another setting or metric. Returns links to the pages."""
     links = []
     for file in sorted(results.glob(f"*.{of.name}-superseded.json")):
         claim = spec.load(file.name.split(".")[0])

@@ -38,13 +38,13 @@ def _of_arm(claim: Claim, arm: str, contents: Contents, known: dict[str, str]) -
     assert added is not None
     names = added.configs if arm == BEFORE else (claim.experiment, *added.configs)
     begins = {other: _of_arm(claim, other, contents, known) for other in sorted(claim.begins_from(arm))}
-    what: list[Any] = [composed(contents(names)), claim.options(arm, "full"), list(added.settings), begins]
+    what: list[Any] = [compose(contents(names)), claim.options(arm, "full"), list(added.settings), begins]
     what += [added.predict, claim.before_seed] if arm == BEFORE else []
     return sha(what)
 
 
-def composed(parts: Iterable[Any]) -> dict[str, Any]:
-    """What the contents of configurations compose to. ``trainer.precision: auto`` counts as bf16-mixed.
+def compose(parts: Iterable[Any]) -> dict[str, Any]:
+    """Compose the contents of configurations to one. ``trainer.precision: auto`` counts as bf16-mixed.
 
     That is what it is on machines that compute bfloat16; what it was in a result is stored with the result.
     """

@@ -161,7 +161,7 @@ def effect(
     oracle: Interval | None = None,
     items: Sequence[Interval | None] = (),
 ) -> Effect:
-    """Decide the word for an effect, from paired gains over the baseline. The first row that applies counts.
+    """Decide the word for an effect from paired gains over the baseline. The first row of the table that applies wins.
 
     ==========================  ================================================================================
     placebo invalid             the placebo is at least a margin away from the baseline, whatever the method gains

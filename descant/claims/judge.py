@@ -52,10 +52,10 @@ def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs 
     seeds = sorted(runs["method"])
     gain = {arm: gains(claim, runs, arm, seeds) for arm in ("method", "sham", claim.simple or "") if arm in runs}
     oracle_S = [
-        gain
+        one
         for of in (pilot or {}, runs)
         if claim.oracle is not None and claim.oracle in of and "baseline" in of
-        for gain in gains(claim, of, claim.oracle, sorted(of[claim.oracle]))
+        for one in gains(claim, of, claim.oracle, sorted(of[claim.oracle]))
     ]
     found = effect(
         gain["method"],
@@ -107,7 +107,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
 
 
 def _require_simple(claim: Claim, runs: Runs) -> None:
-    """Check that the simple alternative spends no more FLOPs than the method; a run may be without the number.
+    """Check that the simple alternative spends no more FLOPs than the method. Runs without the number pass.
 
     The run from which the method begins has been paid by both.
     """

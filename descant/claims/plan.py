@@ -9,7 +9,7 @@ from pathlib import Path
 
 from descant.claims import store
 from descant.claims.claim import TUNE, Claim
-from descant.claims.comparison import Comparison
+from descant.claims.comparison import Comparison, read_stored
 from descant.claims.power import MOST
 from descant.claims.run import Place
 
@@ -36,13 +36,13 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
     """
     each, seeds = minutes_a_run(claim, results), claim.seeds
     if (stored := store.of_design(results, claim, "full")) is not None:
-        lacking = [arm for arm in claim.judged if arm not in stored["runs"]] if stored["runs"] else []
+        lacking = [arm for arm in claim.judged_arms if arm not in stored["runs"]] if stored["runs"] else []
         of = sorted(stored["runs"].get("method", ()))
         return [_of(claim, runs, each, "new arms", "full", lacking, of)] if lacking else []
     pilot = store.of_design(results, claim, "pilot")
     needed = min(pilot["needed"] if pilot is not None and "needed" in pilot else MOST, len(seeds["full"]))
-    parts = [_of(claim, runs, each, "pilot", "pilot", claim.piloted, seeds["pilot"])]
-    parts.append(_of(claim, runs, each, "effect", "full", claim.judged, seeds["full"][:needed]))
+    parts = [_of(claim, runs, each, "pilot", "pilot", claim.pilot_arms, seeds["pilot"])]
+    parts.append(_of(claim, runs, each, "effect", "full", claim.judged_arms, seeds["full"][:needed]))
     if claim.signal is not None:
         parts.insert(0, _of(claim, runs, each, "signal", "pilot", claim.signal.arms, seeds["pilot"][:1]))
     return [_tuning(claim, runs, each, "tuning"), *parts] if claim.is_tuned else parts
@@ -53,7 +53,7 @@ def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
     parts = []
     for claim, setting in zip(of.claims, of.settings, strict=True):
         each, name = minutes_a_run(claim, results), claim.name
-        stored = store.of_design(results, setting, of.name, ("baseline", of.placebo))
+        stored = read_stored(of, setting, results)
         arms = [arm for arm in setting.arms if stored is None or arm not in stored["runs"]]
         if setting.is_tuned and arms:
             parts.append(_tuning(setting, runs, each, f"{name}, tuning"))

@@ -14,7 +14,7 @@ PILOT, LEAST, MOST, ASKED = 3, 5, 10, 20
 
 
 def upper_deviation(value_AS: Sequence[Sequence[float]]) -> float:
-    """Upper limit of the deviation of a paired difference of two arms, from a few seeds of several arms.
+    """Estimate from a pilot how much a paired difference of two arms varies, as an upper limit.
 
         r_as = x_as - mean_s x_a - mean_a x_s + mean x,    limit = sqrt(2 sum r^2 / chi2(1 - LIMIT, (A - 1) (S - 1)))
 

@@ -31,7 +31,7 @@ def register(claim: Claim) -> dict[str, Any]:
         ``time`` (UTC, ISO 8601) and ``code``, the digest of each source file by its path below the package.
     """
     commit = _git(claim.file.parent, "rev-parse", "HEAD")
-    if commit is not None and (files := uncommitted(claim)):
+    if commit is not None and (files := find_uncommitted_files(claim)):
         fail(f"claims {claim.name}: not committed: {', '.join(files)}; a claim is registered by a commit")
     return {
         "digests": dict(claim.digests),
@@ -41,8 +41,8 @@ def register(claim: Claim) -> dict[str, Any]:
     }
 
 
-def uncommitted(claim: Claim) -> list[str]:
-    """Files of a claim that are changed and not committed: its YAML, what it composes, and the code that it imports."""
+def find_uncommitted_files(claim: Claim) -> list[str]:
+    """List the files of a claim that are changed and not committed: its YAML, what it composes, and imported code."""
     configs = [name for arm in (*claim.arms.values(), *filter(None, [claim.before])) for name in arm.configs]
     files = {claim.file, *layers(map(find, (claim.experiment, *configs))), *(PACKAGE / file for file in code(claim))}
     found = []

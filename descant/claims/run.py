@@ -43,16 +43,21 @@ class Place:
 
     def home(self, arm: str) -> Path:
         """Folder of the runs of an arm, by its digest. Claims share the runs of equal baselines and oracles."""
-        if self.budget != TUNE and arm in (BEFORE, "baseline", self.claim.oracle) and not self.claim.limited(arm):
+        if self.is_shared(arm):
             if arm not in self._shared:  # it reads and parses the code of the arm
                 self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
             return self._shared[arm]
         of_arm = self.claim.digests.get(arm, "")  # a candidate of a tuned arm has none: its options are its own
         return self.folder / sha([of_arm, self.claim.options(arm, self.budget)])[:8]
 
+    def is_shared(self, arm: str) -> bool:
+        """Whether all claims with the same arm have its runs."""
+        begins = arm in (BEFORE, "baseline", self.claim.oracle)
+        return self.budget != TUNE and begins and not self.claim.limited(arm)
+
     def name(self, arm: str) -> str:
         """Name of the runs of an arm in that folder."""
-        return "run" if self.home(arm).parent.name == "shared" else arm
+        return "run" if self.is_shared(arm) else arm
 
     def seed(self, arm: str, seed: int) -> int:
         """The seed of a run of an arm: that of the claim's seed, or the one that ``before`` has for all."""

@@ -24,7 +24,7 @@ from descant.claims.claim import (
     Tuning,
     texts,
 )
-from descant.claims.digest import Contents, composed, digests
+from descant.claims.digest import Contents, compose, digests
 from descant.claims.power import ASKED, LEAST, PILOT
 from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line, printable
@@ -59,7 +59,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Claim:
-    """The claim of that name, or of a file."""
+    """Read a claim that ships, by its name, or one from a YAML file, by its path."""
     file = Path(name) if name.endswith(".yaml") and Path(name).is_file() else folder() / f"{name}.yaml"
     if not file.is_file():
         fail(f"claims {name}: no such claim{hint(name, names())}")
@@ -99,7 +99,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
     composing = contents()
-    simple = _beside(where, content, "simple", known)
+    simple = _read_extra_arm(where, content, "simple", known)
     if (simple is None) == (content.get("no_simple") is None):
         fail(f"{where}: simple: the arm that one would try first for the same compute, or no_simple: why there is none")
     lockbox = dict(content.get("lockbox") or {})
@@ -132,7 +132,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         file=file,
         tuning=tuning,
         note=content.get("note"),
-        oracle=_beside(where, content, "oracle", arms),
+        oracle=_read_extra_arm(where, content, "oracle", arms),
         simple=simple,
         no_simple=content.get("no_simple"),
         removes=str(content["removes"]),
@@ -242,9 +242,13 @@ def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], met
     if seeds is None:
         return None
     given = content["tuning"]
-    chosen = str(metric.name)  # of development data, or of validation in place of the test
-    by = replace(metric, name=f"val/{chosen.removeprefix('test/')}") if chosen.startswith("test/") else metric
+    by = on_validation(metric) if metric.name.startswith("test/") else metric  # else of development data
     return Tuning(seeds, by, dict(given.get("options") or {}))
+
+
+def on_validation(metric: Metric) -> Metric:
+    """The same metric of the validation set, by which settings are chosen."""
+    return replace(metric, name=f"val/{metric.name.partition('/')[2]}")
 
 
 def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], tuned: bool) -> str:
@@ -271,7 +275,7 @@ def _named(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str
 
 
 def _in_stages(content: Mapping[str, Any], contents: Contents) -> bool:
-    data = composed(contents([content["experiment"]])).get("data") or {}
+    data = compose(contents([content["experiment"]])).get("data") or {}
     return str(data.get("class_path")).rpartition(".")[2] in _STAGED
 
 
@@ -301,7 +305,7 @@ def _settings(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[
     below = own.pop("extends", ())
     parts = contents([content["experiment"], *(given.get("configs") or ())])
     parts += [*contents([below] if isinstance(below, str) else below), own]
-    values = dict(_leaves("", composed(parts)))
+    values = dict(_leaves("", compose(parts)))
     for key, value in (given.get("options") or {}).items():
         values |= dict(_leaves(str(key), value))
     return values
@@ -318,8 +322,8 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _beside(where: str, content: Mapping[str, Any], key: str, arms: Iterable[str]) -> str | None:
-    """An arm beside the three that every claim has."""
+def _read_extra_arm(where: str, content: Mapping[str, Any], key: str, arms: Iterable[str]) -> str | None:
+    """Read the name of an arm beside the three that every claim has."""
     name = content.get(key)
     if name is not None and (name in ARMS or name not in arms):
         others = [arm for arm in arms if arm not in ARMS]

@@ -1,4 +1,4 @@
-"""Run a claim: test its equation, look for its signal, compute the seeds that it needs from a pilot, and run these."""
+"""Run a claim from the test of its equation to its word. A pilot decides how many seeds it needs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from descant.claims import run, store
 from descant.claims.claim import ABLATIONS, Claim
+from descant.claims.digest import RULE
 from descant.claims.effect import NO_ROOM, NOT_TESTABLE, has_room, room
 from descant.claims.items import OVER, ItemGains, require_enough
 from descant.claims.items import gains as items_of
@@ -56,46 +57,44 @@ class Course:
             if stored is not None and not only_pilot:
                 return self._complete(stored)
             place = self._place("full")  # with the options of the lock-box
-            run.check(place, place.missing(self.claim.judged, self.claim.seeds["full"][:1]))
-            registered = self._registered()
+            run.check(place, place.missing(self.claim.judged_arms, self.claim.seeds["full"][:1]))
+            self._register()
             self._require_exact()
-            return self._run(registered, only_pilot)
+            return self._run(only_pilot)
         except Unfinished as stop:
             return stop.code
 
-    def _run(self, registered: dict[str, Any], only_pilot: bool) -> int:
+    def _run(self, only_pilot: bool) -> int:
         claim, seeds = self.claim, self.claim.seeds
         if claim.signal is not None:
             value, met = self._signal()
             say(f"claims {claim.name}: signal: {claim.signal}: it is {value:.4g}")
             if not met:
-                return self._stop(NOT_TESTABLE, f"its signal is {value:.4g}", registered, {})
-        pilot = self._collect("pilot", claim.piloted, seeds["pilot"])
+                return self._stop(NOT_TESTABLE, f"its signal is {value:.4g}", {})
+        pilot = self._collect("pilot", claim.pilot_arms, seeds["pilot"])
         require_equal(claim, pilot)
         needed = needed_seeds(claim, pilot)
-        registered = self._looked(registered)
-        found: dict[str, Any] = {"needed": needed, "registered": registered}
+        self._count_look()
+        found = {"needed": needed}
         say(f"claims {claim.name}: pilot: {needed} seeds show a gain of {claim.metric.margin:g} {claim.metric.unit}")
         self._write("pilot", pilot, found)
         if claim.oracle is not None:
             oracle = room(gains(claim, pilot, claim.oracle, seeds["pilot"]))
             say(f"claims {claim.name}: pilot: the oracle gains {oracle}, and a margin is {claim.metric.margin:g}")
             if not has_room(oracle, claim.metric.margin):
-                return self._stop(NO_ROOM, f"by {len(seeds['pilot'])} seeds of the oracle", registered, found)
+                return self._stop(NO_ROOM, f"by {len(seeds['pilot'])} seeds of the oracle", found)
         if needed > len(seeds["full"]):
             asked = f"its YAML asks for {len(seeds['full'])}" if needed <= ASKED else f"the most is {ASKED}"
-            return self._stop(NOT_TESTABLE, f"it needs {needed} seeds, and {asked}", registered, found)
+            return self._stop(NOT_TESTABLE, f"it needs {needed} seeds, and {asked}", found)
         if only_pilot:
             return 0
         place = self._place("pilot")
         require_enough(claim, [place.run_of("baseline", seed) for seed in seeds["pilot"]], claim.metric.margin)
         if claim.lockbox:
-            registered = self._opened(registered)
-        chosen = seeds["full"][:needed]
-        runs, items = self._judged(claim, chosen)
+            self._open_lockbox()
+        runs, items = self._collect_judged(seeds["full"][:needed])
         judgement, why = judge(claim, runs, items, pilot), f"{needed} needed by the pilot"
-        outcome = store.outcome_of(judgement) | {"ended": why, "registered": registered, "needed": needed}
-        self._write("full", runs, outcome)
+        self._write("full", runs, store.outcome_of(judgement) | {"ended": why, **found})
         print("\n".join(lines(claim, judgement, why)))
         return 0
 
@@ -105,18 +104,16 @@ class Course:
         if not runs:
             print(f"{self.claim.name}: {stored['effect']}: {stored.get('ended', '')}")
             return 0
-        lacking = tuple(arm for arm in self.claim.judged if arm not in runs)
+        lacking = tuple(arm for arm in self.claim.judged_arms if arm not in runs)
         if lacking:
             new = {"commit": register(self.claim)["commit"], "time": now()}
-            registered = store.registration_of(self.results, self.claim.name)
-            added_at = {**registered.get("added", {}), **{arm: new for arm in lacking}}
-            self._registered_as({**registered, "added": added_at})
+            self._update_registration(added={**self._registration.get("added", {}), **dict.fromkeys(lacking, new)})
             added = self._collect("full", lacking, sorted(runs["method"]))
             runs |= {arm: added[arm] for arm in lacking}
-        judgement = store.judged(self.results, self.claim, stored | {"runs": runs})
+        judgement = store.judge_stored(self.results, self.claim, stored | {"runs": runs})
         assert judgement is not None
         if lacking:
-            kept = {key: stored[key] for key in ("ended", "needed", "registered") if key in stored}
+            kept = {key: stored[key] for key in ("ended", "needed") if key in stored}
             seconds = stored["seconds"] + self._place("full").seconds
             outcome = kept | store.outcome_of(judgement)
             store.write(self.results, self.claim, "full", runs, seconds, stored["precision"], outcome)
@@ -125,9 +122,9 @@ class Course:
 
     def ablations(self) -> int:
         """Run the arms that no word needs, each with the first seed, and store them."""
-        arms = tuple(arm for arm in self.claim.arms if arm not in self.claim.judged)
+        arms = tuple(arm for arm in self.claim.arms if arm not in self.claim.judged_arms)
         if not arms:
-            fail(f"claims {self.claim.name}: no arm beside {', '.join(self.claim.judged)}")
+            fail(f"claims {self.claim.name}: no arm beside {', '.join(self.claim.judged_arms)}")
         try:
             runs = self._collect("full", ("baseline", *arms), self.claim.seeds["full"][:1])
         except Unfinished as stop:
@@ -155,33 +152,32 @@ class Course:
         what = "its equation holds" if paper["exact"] else "our reading; its test holds"
         say(f"claims {self.claim.name}: exact: {what}")
 
-    def _registered(self) -> dict[str, Any]:
-        """What the claim was before its first run; registers it where it is not. Names the code that changed since."""
+    def _register(self) -> None:
+        """Register the claim before its first run. Of a registered claim, name the code that changed since."""
         kept = store.read_registered(self.results, self.claim)
         if kept is None:
-            looks = store.registration_of(self.results, self.claim.name).get("looks", {})  # of an earlier design
-            kept = {**register(self.claim), **({"looks": looks} if looks else {})}
-            store.write_registered(self.results, self.claim, kept)
+            looks = self._registration.get("looks", {})  # of an earlier design
+            store.write_registered(self.results, self.claim, {**register(self.claim), "looks": looks})
         elif files := changed(kept, self.claim):
             say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
-        return kept
 
-    def _looked(self, registered: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def _registration(self) -> dict[str, Any]:
+        """What the registration of the claim holds now."""
+        return store.registration_of(self.results, self.claim.name)
+
+    def _update_registration(self, **more: Any) -> None:
+        store.write_registered(self.results, self.claim, {**self._registration, **more})
+
+    def _count_look(self) -> None:
         """Count that the gains of a pilot have been seen: once for each method and rule."""
-        looks = dict(registered.get("looks", {}))
-        looks.setdefault(f"{self.claim.digests['method']} {self.claim.digests['rule']}", now())
-        return self._registered_as({**registered, "looks": looks})
+        look = f"{self.claim.digests['method']} {self.claim.digests[RULE]}"
+        self._update_registration(looks={look: now(), **self._registration.get("looks", {})})
 
-    def _registered_as(self, registered: dict[str, Any]) -> dict[str, Any]:
-        store.write_registered(self.results, self.claim, registered)
-        return registered
-
-    def _opened(self, registered: Mapping[str, Any]) -> dict[str, Any]:
+    def _open_lockbox(self) -> None:
         """Note that the claim opens the lock-box, before a run reads it; it does so once."""
-        if "opened" not in registered:
-            registered = self._registered_as({**registered, "opened": now()})
+        self._update_registration(opened=self._registration.get("opened", now()))
         say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
-        return dict(registered)
 
     def _signal(self) -> tuple[float, bool]:
         signal, seed = self.claim.signal, self.claim.seeds["pilot"][:1]
@@ -195,9 +191,10 @@ class Course:
     def _place(self, budget: str) -> Place:
         return Place(self.claim, budget, self.runs.absolute(), self.trust)
 
-    def _judged(self, claim: Claim, seeds: Sequence[int]) -> tuple[Runs, ItemGains | None]:
-        """The runs of the arms that the verdict needs, and the method's gains by test item."""
-        runs, place = self._collect("full", claim.judged, seeds), self._place("full")
+    def _collect_judged(self, seeds: Sequence[int]) -> tuple[Runs, ItemGains | None]:
+        """Collect the runs of the arms that the word needs, and the method's gains by test item."""
+        claim, place = self.claim, self._place("full")
+        runs = self._collect("full", claim.judged_arms, seeds)
         arms = ("method", *OVER, *([claim.simple] if claim.simple is not None else []))
         folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
         return runs, items_of(claim, folders, seeds)
@@ -217,9 +214,9 @@ class Course:
         seconds = places[0].seconds if budget == "pilot" else sum(place.seconds for place in places)
         store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
 
-    def _stop(self, word: str, why: str, registered: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+    def _stop(self, word: str, why: str, found: Mapping[str, Any]) -> int:
         """Store a claim that ends before its effect is measured."""
-        self._write("full", {}, {**found, "effect": word, "ended": why, "registered": dict(registered)})
+        self._write("full", {}, {**found, "effect": word, "ended": why})
         print(f"{self.claim.name}: {word}: {why}")
         return 0
 

@@ -1,4 +1,4 @@
-"""Store results of claims as JSON: written atomically, never over another design's, with versions and a checksum."""
+"""Store results of claims as JSON, atomically and with a checksum. A result of another design is never overwritten."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ def write(
         "claim": claim.name,
         "version": VERSION,
         "seed": claim.seed,
-        "digests": {key: claim.digests[key] for key in (RULE, *runs) if key in claim.digests},
+        # also of arms that it has no runs of, since it may end before they run
+        "digests": {key: claim.digests[key] for key in dict.fromkeys((RULE, *ARMS, *runs)) if key in claim.digests},
         "budget": budget,
         "seconds": round(seconds, 1),
         **(outcome or {}),
@@ -125,7 +126,6 @@ def write(
         "versions": versions(),
         "runs": {arm: {str(seed): dict(m) for seed, m in sorted(of.items())} for arm, of in runs.items()},
     }
-    content["digests"] |= {arm: claim.digests[arm] for arm in ARMS if arm in claim.digests}  # it may lack runs of them
     plain = json.loads(json.dumps(content))
     write_json(path(folder, claim.name, budget), {**plain, "checksum": checksum(plain)})
 
@@ -164,8 +164,8 @@ def supersede(folder: Path, claim: Claim) -> None:
     write_registered(folder, claim, {"looks": looks})  # gains of an earlier design were looks, too
 
 
-def judged(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
-    """The judgement of a full result as it was stored; None where the claim ended before its effect was measured."""
+def judge_stored(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
+    """Judge the stored runs of a claim. None where the claim ended before its effect was measured."""
     if not stored["runs"]:
         return None
     pilot = of_design(folder, claim, "pilot")
@@ -213,7 +213,7 @@ def write_registration(file: Path, content: Mapping[str, Any]) -> None:
     write_json(file, dict(content))
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Name of the processor and number of its cores."""
     name = platform.processor() or platform.machine()
     try:

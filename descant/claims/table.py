@@ -53,13 +53,14 @@ class Verdict:
 
     Attributes:
         judgement: None where it ended before its effect was measured. exploratory: why it is no test of a claim that
-            was fixed beforehand; None where it is one.
+            was fixed beforehand; None where it is one. registered: what the claim was then; empty where it was not.
     """
 
     claim: Claim
     stored: Mapping[str, Any]
     judgement: Judgement | None
     exploratory: str | None
+    registered: Mapping[str, Any]
 
     @property
     def word(self) -> str:
@@ -74,7 +75,7 @@ def verdict(claim: Claim, results: Path) -> Verdict | None:
     registered = store.registration_of(results, claim.name)
     version = stored.get("version", 0)
     why = exploratory(claim, registered) if version == store.VERSION else "its result is of an earlier version"
-    return Verdict(claim, stored, store.judged(results, claim, stored), why)
+    return Verdict(claim, stored, store.judge_stored(results, claim, stored), why, registered)
 
 
 def write(
@@ -94,7 +95,7 @@ def write(
         for sure in (True, False)
     )
     for one in (*tested, *explored):
-        write_text(folder / f"{one.claim.name}.md", _page(one, results, folder))
+        write_text(folder / f"{one.claim.name}.md", _page(one, results))
         if one.judgement is not None:
             write_text(folder / f"{one.claim.name}.svg", plots.svg(one.claim, one.stored["runs"]))
     drawn: dict[str, list[tuple[str, Effect]]] = {}
@@ -192,19 +193,17 @@ def _superseded(claim: Claim, results: Path) -> Iterator[str]:
         if stored is None or (kind == "full" and store.is_of_design(stored, claim)):
             continue
         gain = f" {Interval.of_stored(stored['gain'])}" if "gain" in stored else ""
-        placebo = f"{stored['placebo']:+.3f}" if "placebo" in stored else ""
+        placebo = f", placebo {stored['placebo']:+.3f}" if "placebo" in stored else ""
         seeds = len(next(iter(stored["runs"].values()), ()))
         effect = f"{stored.get('effect') or stored.get('verdict', '')}{gain}"
-        placebo = f", placebo {placebo}" if placebo else ""
         yield f"- An earlier design, superseded: {effect}{placebo}; {seeds} seeds, {_cost(stored)} core-minutes."
 
 
 # the page of a claim ------------------------------------------------------------------------------------------------
 
 
-def _page(one: Verdict, results: Path, folder: Path) -> str:
-    claim, stored, metric = one.claim, one.stored, one.claim.metric
-    registered = store.registration_of(results, claim.name)
+def _page(one: Verdict, results: Path) -> str:
+    claim, stored, metric, registered = one.claim, one.stored, one.claim.metric, one.registered
     looks = len(registered.get("looks", {}))
     simple = f"the arm `{claim.simple}`" if claim.simple is not None else f"none: {claim.no_simple}"
     if claim.simple is not None and (one.judgement is None or one.judgement.effect.over_simple is None):

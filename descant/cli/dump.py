@@ -159,8 +159,7 @@ def make() -> dict[str, Any]:
         if kind in of_kind:
             continue
         paths = known.paths([{"class": kind}])
-        found = known.entries([{"class": kind}], PACKAGES)
-        entries = [entry for entry in found if not entry.path.startswith("descant.cli.")]  # no file may name these
+        entries = list(known.entries([{"class": kind}], PACKAGES))
         within = sorted({entry.path for entry in entries} & paths)
         of_kind[kind] = {"paths": within, "open": any(not path.startswith(PACKAGES) for path in paths)}
         for entry in entries:

@@ -21,7 +21,6 @@ from descant.callbacks.evaluate.held_out_loss import HeldOutLoss
 from descant.callbacks.run.progress import Progress
 from descant.cli.errors import fail, one_line
 from descant.modules.core.capabilities import has
-from descant.modules.core.protocols import ContrastsPairs, Scores
 from descant.modules.io import manifest
 from descant.modules.io.plain import load_plain
 from descant.run.mirror import Mirror
@@ -38,16 +37,18 @@ def once(callbacks: list[L.Callback]) -> list[L.Callback]:
 
 
 def with_defaults(given: Any, recipe: object, bar: Any = None) -> list[L.Callback]:
-    """The callbacks of a trainer, of its option or options ``given``.
+    """Complete the callbacks that the option ``trainer.callbacks`` gives.
 
-    Overlays override: see :func:`once`. Without a bar (``enable_progress_bar`` is false) there is no Progress. A recipe
-    with scores, or with losses of pairs, has the callback that logs them, ``val/loss`` among them.
+    Of a class that makes sense once the last one stays (:func:`once`). ``bar``, the option ``enable_progress_bar``,
+    removes Progress if it is False. A recipe with scores, or with losses of pairs, gets the callback that logs them,
+    ``val/loss`` among them.
     """
     callbacks: list[L.Callback] = once(given if isinstance(given, list) else [given] if given else [])
     if bar is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Progress)]
-    for protocol, kind in ((Scores, Accuracy), (ContrastsPairs, HeldOutLoss)):
-        if has(recipe, protocol) and not any(isinstance(callback, kind) for callback in callbacks):
+    for kind in (Accuracy, HeldOutLoss):
+        can_run = all(has(recipe, protocol) for protocol in kind.needs)
+        if can_run and not any(isinstance(callback, kind) for callback in callbacks):
             callbacks.append(kind())
     return callbacks
 

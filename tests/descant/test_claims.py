@@ -97,7 +97,7 @@ def test_the_simple_alternative_is_an_arm_or_the_run_before(made: Made) -> None:
     for metrics in runs["method"].values():
         metrics["train_flops"] = 2.98e12
     small, before = (made(**keys, simple=simple) for simple in ("small", "before"))
-    assert set(small.judged) == {*ARMS, "small"} and "small" not in small.piloted
+    assert set(small.judged_arms) == {*ARMS, "small"} and "small" not in small.pilot_arms
     assert judge(small, runs).word == SIMPLER and judge(before, runs).word == HELPS
     for metrics in runs["method"].values():
         metrics["train_flops"] = 2e12
@@ -108,7 +108,7 @@ def test_the_simple_alternative_is_an_arm_or_the_run_before(made: Made) -> None:
 
 def test_the_pilot_counts_towards_the_room(made: Made) -> None:
     claim, runs, pilot = made(arms=ARMS | {"best": None}, oracle="best"), runs_of(), runs_of([0.6] * 3, [0.0] * 3)
-    assert set(claim.piloted) == {*ARMS, "best"}
+    assert set(claim.pilot_arms) == {*ARMS, "best"}
     for of, gain in ((runs, 0.05), (pilot, 0.8)):
         of["best"] = {seed: {"test/gap": 1 - gain - 0.001 * seed, "steps": 8} for seed in of["method"]}
     assert judge(claim, runs).word == NO_ROOM
@@ -325,7 +325,7 @@ def test_the_claim_of_the_guide_is_one(workplace: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guides/claims.md").read_text(), re.DOTALL)
     (workplace / "mine.yaml").write_text(text)
     claim = spec.load("mine.yaml")
-    assert claim.lockbox and claim.judged == ("baseline", "method", "sham", "oracle", "warm")
+    assert claim.lockbox and claim.judged_arms == ("baseline", "method", "sham", "oracle", "warm")
 
 
 def test_each_arm_has_a_digest_and_the_rule_one(made: Made, workplace: Path) -> None:
@@ -714,7 +714,7 @@ def test_a_claim_is_registered_by_a_commit(
     monkeypatch.setattr(registration, "PACKAGE", workplace)
     monkeypatch.setattr(registration, "code", lambda _: {"hinge.py": "the digest of what a class imports"})
     (workplace / "hinge.py").touch()
-    assert "hinge.py" in registration.uncommitted(claim)
+    assert "hinge.py" in registration.find_uncommitted_files(claim)
 
 
 def test_outside_of_a_checkout_a_claim_is_exploratory(made: Made) -> None:
@@ -876,7 +876,7 @@ def test_a_plan_counts_what_is_missing_and_what_it_takes(made: Made, cli: Cli, r
     runs = {arm: {seed: {"test/gap": 1.0, "steps": 8.0} for seed in (100, 101)} for arm in ("baseline", "best")}
     store.write(results, claim, "pilot", runs, 60.0)
     cores = store.machine()["cores"]
-    assert plan()[3] == f"effect 20 of 20 runs {20 * cores / 4:.1f} core-minutes"  # type: ignore[operator]
+    assert plan()[3] == f"effect 20 of 20 runs {20 * cores / 4:.1f} core-minutes"
     put_run(run.Place(claim, "full", workplace / "runs").home("method") / "method-0/001")
     assert plan()[3].startswith("effect 19 of 20 runs")
     store.write(results, claim, "full", {**runs_of(), "best": runs_of()["method"]}, 60.0)
@@ -940,7 +940,7 @@ def test_a_planted_effect_helps_with_the_seeds_it_needs(
     assert stored["needed"] >= 5 and f"pilot: {stored['needed']} seeds show a gain of 0.1 of the gap" in whole.err
     seeds = set(range(stored["needed"]))
     assert (stored["effect"], stored["ended"]) == (HELPS, f"{stored['needed']} needed by the pilot")
-    assert {arm: set(of) for arm, of in stored["runs"].items()} == dict.fromkeys(claim.judged, seeds)
+    assert {arm: set(of) for arm, of in stored["runs"].items()} == dict.fromkeys(claim.judged_arms, seeds)
     assert stored["runs"]["method"][2]["steps"] == 8 and stored["seconds"] > 1
     again = planted("run", "toy-claim.yaml")
     assert again.out == whole.out and "runs," not in again.err, "nothing is trained again"
@@ -987,7 +987,7 @@ def test_a_claim_ends_without_room_signal_or_seeds(planted: Cli, made: Made, res
     frozen = STAGES["arms"] | {"best": {"options": {RATE: 0.0, "model.optimizer.init_args.weight_decay": 0.0}}}
     ends(NO_ROOM, "by 3 seeds of the oracle", arms=frozen)
     place = run.Place(spec.load("toy-claim.yaml"), "full", workplace / "runs")
-    assert len(place.missing(list(place.claim.judged), range(5))) == 20, "nothing is trained after the pilot"
+    assert len(place.missing(list(place.claim.judged_arms), range(5))) == 20, "nothing is trained after the pilot"
     err = ends(NOT_TESTABLE, r"it needs \d+ seeds, and the most is 20", metric=METRIC | {"margin": 0.001})
     assert "9 done" in err, "only the other oracle is trained"
     narrow = ends(NOT_TESTABLE, r"it needs \d+ seeds, and its YAML asks for 5", metric=METRIC | {"margin": 0.03})

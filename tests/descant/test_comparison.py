@@ -195,7 +195,7 @@ def test_what_ships_has_a_neutral_placebo_an_answer_and_a_row_a_rule(name: str) 
     of, folder = comparison.load(name), spec.folder() / "results"
     page = (ROOT / f"docs/claims/{name}.md").read_text(encoding="utf-8")
     for claim, setting in zip(of.claims, of.settings, strict=True):
-        kept = comparison.stored_of(of, setting, folder)
+        kept = comparison.read_stored(of, setting, folder)
         assert kept is not None and set(of.rules) <= set(kept["runs"]), f"{name}: {claim.name} is not run"
         assert comparison.effects(of, setting, kept)[of.placebo].placebo_valid, f"{name}: {claim.name}"
     assert all(re.search(rf"^\| (.+, )?{rule}(, .+)? \| \*\*", page, re.M) for rule in of.rules)
