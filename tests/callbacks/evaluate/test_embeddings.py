@@ -32,7 +32,7 @@ class Recipe(L.LightningModule):
         assert not self.training and not torch.is_grad_enabled()
         present = batch.present
         self.embedded += len(batch)
-        z = {m: F.normalize(x.float() @ self.turn, dim=-1) for m, x in batch.inputs.items()}
+        z = {m: F.normalize(x.to(self.turn) @ self.turn, dim=-1) for m, x in batch.inputs.items()}
         return {m: torch.where(present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

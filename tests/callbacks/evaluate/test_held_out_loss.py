@@ -57,6 +57,14 @@ def test_it_is_the_loss_of_one_batch_of_all_contents_that_have_both() -> None:
         assert values[f"{name}/loss"] == pytest.approx(by_hand(rows), rel=ulps(256, F32))
 
 
+def test_a_sharded_run_in_float64_has_it_though_its_scale_is_one_element() -> None:
+    recipe, data = Paired().double(), Data({"one": make()})
+    loss = recipe.losses["image-text"]
+    loss.log_scale = nn.Parameter(loss.log_scale.detach()[None])
+    found = evaluate(data, HeldOutLoss(), recipe=recipe)["one/loss"]
+    assert found == pytest.approx(by_hand(data.sets["one"]), rel=ulps(256, F32))
+
+
 def test_a_set_without_two_pairs_has_none() -> None:
     rows = make()
     rows.present["text"][:] = False
