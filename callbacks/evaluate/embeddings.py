@@ -20,7 +20,6 @@ from torchmetrics.utilities import dim_zero_cat
 from descant.callbacks.run.callback_order import callbacks_of
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.capabilities import has, require
-from descant.modules.core.dtype import promote
 from descant.modules.core.protocols import Embeds
 from descant.modules.evaluation.items import Items
 from descant.modules.training_setup.trainer import bank_batches
@@ -82,7 +81,7 @@ class Store(Metric):
             for state in self._states():
                 self.add_state(state, default=[], dist_reduce_fx="cat")
         keep = torch.stack(list(batch.present.values())).any(0)
-        values = [promote(z[m].detach())[keep] for m in self.modalities]
+        values = [z[m].detach().float()[keep] for m in self.modalities]
         values += [batch.there(m)[keep] for m in self.modalities]
         values += [batch.targets[name][keep] for name in self.names]
         for state, value in zip(self._states(), [*values, batch.content_id[keep], batch.index[keep]], strict=True):

@@ -1,4 +1,4 @@
-"""The contrastive loss of held-out pairs. Letters: K pairs."""
+"""The contrastive loss of held-out pairs. Letters: K pairs, D width."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Values
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ContrastsPairs, Embeds
 
@@ -82,6 +83,9 @@ def _term(loss: nn.Module, rows: Rows, pair: tuple[str, str], row: tuple[Tensor,
     (a, b), (row_a, row_b), K = pair, row, len(row[0])
     part_K = torch.arange(-(-K // trainer.world_size), device=row_a.device) * trainer.world_size + trainer.global_rank
     valid_K, part_K = part_K < K, part_K.clamp(max=K - 1)
+    # embeddings are stored in float32, and sharding makes a scale of one element, which promotes the side it multiplies
+    kind = next((promote(p).dtype for p in loss.parameters()), torch.float32)
+    z_a_KD, z_b_KD = (rows.z[m][row_K[part_K]].to(kind) for m, row_K in ((a, row_a), (b, row_b)))
     with torch.no_grad():
-        value_K = loss(rows.z[a][row_a[part_K]], rows.z[b][row_b[part_K]], rows.key[row_a[part_K]], valid_K)
+        value_K = loss(z_a_KD, z_b_KD, rows.key[row_a[part_K]], valid_K)
     return Term(value_K, valid=valid_K)
