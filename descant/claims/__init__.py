@@ -130,8 +130,8 @@ def _settled(claim: Claim, results: Path) -> Claim:
     """The claim with the settings that were chosen. Raises Refusal where none were."""
     if not claim.is_tuned:
         return claim
-    tuned = store.read(results, claim.name, TUNE)
-    if tuned is None or any(f"{arm}.0" not in tuned["runs"] for arm, of in claim.arms.items() if of.settings):
+    candidates = claim.candidates()
+    if (tuned := store.of_design(results, candidates, TUNE, tuple(candidates.arms))) is None:
         fail(f"claims {claim.name}: no settings were chosen: first descant claims tune")
     return claim.settled(claim.chosen(tuned["runs"]))
 

@@ -302,6 +302,7 @@ class Claim:
             calls=None,
             seeds={TUNE: self.tuning.seeds},
             budgets={TUNE: {**self.budgets["full"], **self.tuning.options}},
+            digests={**self.digests, **{name: self.digests.get(name.rpartition(".")[0], "") for name in arms}},
         )
 
     def chosen(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:

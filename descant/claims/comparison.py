@@ -40,7 +40,7 @@ from descant.cli.untrusted import yaml_of
 from descant.report.statistics import holm, p_value
 from descant.run.runs import write_text
 
-KEYS = ("title", "claims", "placebo", "arms", "answer", "simple", "tuning")
+KEYS = ("title", "claims", "placebo", "arms", "answer", "simple", "tuning", "own")
 _NEEDED = KEYS[:5]
 
 
@@ -51,8 +51,9 @@ class Comparison:
     Attributes:
         claims: each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the same with the
             arms of the comparison, some of which may be tuned by the claim's metric on its validation set, as a strong
-            baseline is. placebo: one of these arms that is neutral, such as random weights. simple: one of them, or an
-            arm of the claims, that one would try first. answer: what a reader should do, in three lines at most.
+            baseline is. rules: these arms, and those that each claim has of its own, such as a plain run of as many
+            FLOPs. placebo: one of the arms that is neutral, such as random weights. simple: one of them, or an arm of
+            the claims, that one would try first. answer: what a reader should do, in three lines at most.
     """
 
     name: str
@@ -95,9 +96,11 @@ def load(name: str) -> Comparison:
     if content["placebo"] not in rules:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
     seeds, simple = spec.tuning_seeds(where, content, rules), content.get("simple")
-    claims = tuple(map(spec.load, content["claims"]))
+    claims, own_arms = tuple(map(spec.load, content["claims"])), [str(arm) for arm in content.get("own") or ()]
     settings = []
     for claim in claims:
+        if lacking := [arm for arm in own_arms if arm not in claim.arms]:
+            fail(f"{where}: own {lacking[0]}: claims {claim.name} has no such arm{hint(lacking[0], claim.arms)}")
         if simple is not None and simple not in {*rules, *claim.arms}:
             fail(f"{where}: simple {simple}: no arm of the comparison or of claims {claim.name}{hint(simple, rules)}")
         needed = {arm for arm in ("baseline", claim.oracle, simple) if arm is not None and arm not in rules}
@@ -107,7 +110,7 @@ def load(name: str) -> Comparison:
                 f"{where}: arms.{min(map(str, both))}: claims {claim.name} has an arm of that name, which they are "
                 "compared with"
             )
-        kept = {arm: of for arm, of in claim.arms.items() if arm in needed}
+        kept = {arm: of for arm, of in claim.arms.items() if arm in {*needed, *own_arms}}
         spec.check_needs(where, {**kept, **rules})
         tuning = None if seeds is None else Tuning(seeds, spec.on_validation(claim.metric))
         setting = replace(claim, arms={**kept, **rules}, also=(), calls=None, tuning=tuning, simple=simple)
@@ -118,7 +121,7 @@ def load(name: str) -> Comparison:
         str(content["title"]),
         claims,
         tuple(settings),
-        tuple(rules),
+        (*rules, *own_arms),
         str(content["placebo"]),
         answer,
         simple,
@@ -146,18 +149,27 @@ def execute(
             tuned = place.collect(arms, candidates.seeds[TUNE])
             store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
             setting = setting.settled(setting.chosen(tuned))
-        place, arms = Place(setting, "full", runs.absolute(), tuple(trust)), tuple(setting.arms)
-        seeds = setting.seeds["full"]
+        place, seeds = Place(setting, "full", runs.absolute(), tuple(trust)), setting.seeds["full"]
+        stored, arms = read_stored(of, setting, results), lacking_arms(of, setting, results)
         code = _train(place, arms, seeds, jobs, slurm)
         if code is not None:
             return code
-        made = place.collect(arms, seeds)
+        made = {**(stored or {}).get("runs", {}), **place.collect(arms, seeds)}
         folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
-        items = dict[str, Any]()
-        for rule in of.rules:
-            found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
-            items |= {rule: found.stored()} if found is not None else {}
-        store.write(results, setting, of.name, made, place.seconds, place.precisions(), {"items": items})
+        items = dict((stored or {}).get("items", {}))
+        if {"baseline", of.placebo} <= folders.keys():  # else they were trained elsewhere, and have left no files
+            for rule in (rule for rule in of.rules if rule in folders):
+                found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
+                items |= {rule: found.stored()} if found is not None else {}
+        store.write(
+            results,
+            setting,
+            of.name,
+            {arm: made[arm] for arm in setting.arms},
+            place.seconds + (stored or {}).get("seconds", 0.0),
+            sorted({*place.precisions(), *(stored or {}).get("precision", ())}),
+            {"items": {rule: of for rule, of in items.items() if rule in setting.arms}},
+        )
     print(section(of, results))
     return 0
 
@@ -170,6 +182,12 @@ def _required_arms(of: Comparison) -> tuple[str, ...]:
 def read_stored(of: Comparison, setting: Claim, results: Path) -> dict[str, Any] | None:
     """Read the runs of a comparison in one setting, without rules whose configuration has changed since."""
     return store.of_design(results, setting, of.name, _required_arms(of))
+
+
+def lacking_arms(of: Comparison, setting: Claim, results: Path) -> tuple[str, ...]:
+    """The arms of a setting of which a stored result lacks a seed, or which were others then."""
+    stored = (read_stored(of, setting, results) or {"runs": {}})["runs"]
+    return tuple(arm for arm in setting.arms if not {*setting.seeds["full"]} <= stored.get(arm, {}).keys())
 
 
 def tuning(name: str) -> str:
@@ -218,6 +236,8 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
         for rule in rules:
             if found[rule].word in (HELPS, LITTLE) and rules[0] in beaten:
                 found[rule] = replace(found[rule], word=SIMPLER)
+            if found[rule].word in (HELPS, LITTLE) and of.simple is not None and simple_S is None:
+                found[rule] = replace(found[rule], word=UNCLEAR)  # until the simple alternative has run
             if found[rule].word in (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, HURTS) and rules[0] not in kept:
                 found[rule] = replace(found[rule], word=UNCLEAR)
     return found
@@ -275,6 +295,8 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
             continue
         found[claim.name] = effects(of, setting, stored)
         tables += _table(of, setting, stored["runs"], found[claim.name])
+        if lacking := [arm for arm in of.rules if arm not in stored["runs"]]:
+            tables.append(f"\n{claim.name}: not run yet: {', '.join(lacking)}.")
         if not found[claim.name][of.placebo].placebo_valid:
             tables.append(f"\nThe placebo is a margin or more away from the baseline, so every row is {INVALID}.")
     if folder is not None and found:
@@ -342,8 +364,11 @@ def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
 
 def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
     """What validation chose, a line an arm."""
-    tuned = store.read(results, setting.name, tuning(of.name)) if setting.is_tuned else None
-    if tuned is None or setting.tuning is None:
+    if setting.tuning is None:
+        return []
+    candidates = setting.candidates()
+    tuned = store.of_design(results, candidates, tuning(of.name), tuple(candidates.arms))
+    if tuned is None:
         return []
     lines, by, got = [], setting.tuning.metric.name, setting.tried(tuned["runs"])
     for rule, k in setting.chosen(tuned["runs"]).items():

@@ -47,8 +47,7 @@ class Place:
             if arm not in self._shared:  # it reads and parses the code of the arm
                 self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
             return self._shared[arm]
-        of_arm = self.claim.digests.get(arm, "")  # a candidate of a tuned arm has none: its options are its own
-        return self.folder / sha([of_arm, self.claim.options(arm, self.budget)])[:8]
+        return self.folder / sha([self.claim.digests.get(arm, ""), self.claim.options(arm, self.budget)])[:8]
 
     def is_shared(self, arm: str) -> bool:
         """Whether all claims with the same arm have its runs."""
