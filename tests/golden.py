@@ -1,8 +1,7 @@
 """Golden runs: short fits whose losses and final weights are the same to the bit in two versions of the package.
 
-``python -m tests.golden [--against REVISION] [NAME ...]`` runs each fit in a checkout of the revision (once a machine:
-what it gave is kept in ``build/golden``) and here, and compares. Names of classes and files are those of the older
-version, so that its configurations are read, too.
+``python -m tests.golden [--against REVISION] [NAME ...]`` trains each in a checkout of the revision (once a machine:
+what it gave is kept in ``build/golden``) and here, and compares. ``tests.golden_arms`` does so with all claims' arms.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 TOP = Path(__file__).resolve().parent.parent
-#: What is compared against where nothing is given: the last commit before the package was rebuilt.
-BASE = "b7c1c5b"
+#: What is compared against where nothing is given: the last commit before the second rebuild of the package.
+BASE = "87c23605"
 SHORT = "--config on/tiny --test false --trainer.limit_val_batches 0 --data.num_workers 0"
 TWO = "--trainer.devices 2 --trainer.strategy ddp"
 
@@ -33,7 +33,7 @@ TWO = "--trainer.devices 2 --trainer.strategy ddp"
 class Golden(NamedTuple):
     """Commands of ``descant``, in order; the last run is compared. ``overlay``: laid over it, as ``over.yaml``.
 
-    ``now``: in its place in this version, where a default changed: names the variant that was the default.
+    ``now``: in its place in this version, where a name or a default changed.
     """
 
     commands: tuple[str, ...]
@@ -50,22 +50,21 @@ FEATURES = """
 trainer:
   callbacks+:
     class_path: HarmonizeFeatures
-    init_args: {rule: {class_path: Realign}, curriculum: {class_path: Curriculum}}
+    init_args: {rule: {class_path: CMGH}, curriculum: {class_path: Curriculum}}
 """
-TOWERS = "{trainer: {callbacks+: {class_path: HarmonizeTowers, init_args: {rule: {class_path: Pareto}}}}}"
+TOWERS = "{trainer: {callbacks+: {class_path: HarmonizeTowers, init_args: {rule: {class_path: MMPareto}}}}}"
 BALANCE = """
 model: {init_args: {regularizers: [{class_path: GreedyGame}, {class_path: Bottleneck}]}}
 trainer:
   callbacks+:
     - {class_path: Balance, init_args: {pacing: {class_path: OGM}, noise: true}}
-    - {class_path: Prototypes, init_args: {every: 2}}
-    - {class_path: DropAhead, init_args: {q: 0.5}}
+    - {class_path: PMR, init_args: {every: 2}}
+    - {class_path: OPM, init_args: {q: 0.5}}
 """
-BALANCE_NOW = BALANCE.replace("GreedyGame", "GreedyGame, init_args: {detach: latents}")
 BLEND = """
 trainer:
   limit_val_batches: 1
-  callbacks+: {class_path: Blend, init_args: {every: 4}}
+  callbacks+: {class_path: GradientBlending, init_args: {every: 4}}
 """
 EMA = "{trainer: {callbacks+: {class_path: EMA, init_args: {decay: 0.9}}}}"
 AVERAGE = """
@@ -84,7 +83,11 @@ model:
       init_args:
         targets:
           - class_path: RankTarget
-            init_args: {drawn: 15, kept: 7, weigh: {class_path: Sure}, weigh_truth: {class_path: Unsure}}
+            init_args:
+              drawn: 15
+              kept: 7
+              weigh: {class_path: TeacherConfidence}
+              weigh_truth: {class_path: TeacherUncertainty}
 """
 STAGES = """
 data:
@@ -99,9 +102,7 @@ RUNS = {
     "contrastive": Golden((fit("--config contrastive/emoji-slip --config over.yaml"),), HARMONIZE),
     "gradcache": Golden((fit(f"--config contrastive/emoji --config with/gradcache {TWO}"),)),
     "features": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), FEATURES),
-    "balance": Golden(
-        (fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE, BALANCE_NOW
-    ),
+    "balance": Golden((fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE),
     "towers": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), TOWERS),
     "blend": Golden((fit("--config fusion/emoji --config over.yaml --trainer.check_val_every_n_epoch 1"),), BLEND),
     "masked": Golden(
@@ -116,7 +117,7 @@ RUNS = {
     "peers": Golden((fit("--config distill/emoji-peers"),)),
     "rank": Golden(
         (fit("--config distill/emoji-teacher", 2, "teacher"), fit("--config distill/emoji-rank --config over.yaml")),
-        *(RANK, RANK.replace("kept: 7", "kept: 7, imitation: {class_path: ListKL}, truth_form: softmax")),
+        RANK,
     ),
     "missing": Golden(
         (fit("--config fusion/emoji --config with/mid-fusion", 2, "whole"), fit("--config missing/emoji"))
@@ -139,14 +140,16 @@ def made(tree: Path, golden: Golden) -> dict[str, Any]:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"descant {words}: {done.stderr[-2000:]}")
-        run = max(Path(folder, "runs/golden").glob("[0-9]*"))
-        with (run / "metrics.csv").open(newline="") as rows:
-            table = [row for row in csv.DictReader(rows) if row.get("train/loss")]
-        losses = {k: [row[k] for row in table if row[k]] for k in table[0] if re.match(r"train/(?!lr)", k)}
-        state = torch.load(max(run.glob("resume/*.ckpt")), weights_only=True, map_location="cpu")["state_dict"]
-        digests = [
-            hashlib.sha256(repr((x.dtype, *x.shape)).encode() + _bytes(x)).hexdigest()[:16] for x in state.values()
-        ]
+        return read_run(max(Path(folder, "runs/golden").glob("[0-9]*")))
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Losses of a run's steps, and digests of the tensors in its last checkpoint."""
+    with (run / "metrics.csv").open(newline="") as rows:
+        table = [row for row in csv.DictReader(rows) if row.get("train/loss")]
+    losses = {k: [row[k] for row in table if row[k]] for k in table[0] if re.match(r"train/(?!lr)", k)}
+    state = torch.load(max(run.glob("resume/*.ckpt")), weights_only=True, map_location="cpu")["state_dict"]
+    digests = [hashlib.sha256(repr((x.dtype, *x.shape)).encode() + _bytes(x)).hexdigest()[:16] for x in state.values()]
     return {"losses": {k: v for k, v in losses.items() if v}, "weights": sorted(digests)}
 
 
@@ -154,26 +157,42 @@ def _bytes(x: torch.Tensor) -> bytes:
     return x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""
 
 
-def recorded(revision: str, names: Sequence[str]) -> dict[str, Any]:
-    """What the revision gives on this machine, kept in a file of its commit and of the processor's features."""
+def record_of(revision: str, kind: str) -> tuple[str, Path]:
+    """The commit of a revision, and the file that keeps what it gives on this kind of processor."""
     sha = subprocess.check_output(["git", "rev-parse", revision], cwd=TOP, text=True).strip()
-    kind = hashlib.sha256(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode()).hexdigest()[:8]
-    file = TOP / "build" / "golden" / f"{sha[:12]}-{kind}.json"
+    key = hashlib.sha256(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode()).hexdigest()[:8]
+    return sha, TOP / "build" / kind / f"{sha[:12]}-{key}.json"
+
+
+@contextmanager
+def checking_out(sha: str) -> Iterator[Path]:
+    """Check a commit out into a temporary folder within the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        subprocess.check_call(["git", "worktree", "add", "-q", "--detach", str(tree), sha], cwd=TOP)
+        try:
+            yield tree
+        finally:
+            subprocess.call(["git", "worktree", "remove", "--force", str(tree)], cwd=TOP)
+            shutil.rmtree(tree, ignore_errors=True)
+
+
+def record(revision: str, names: Sequence[str]) -> dict[str, Any]:
+    """What the revision gives on this machine; runs that are recorded already are not repeated."""
+    sha, file = record_of(revision, "golden")
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if missing := [name for name in names if known.get(name, {}).get("of") != repr(RUNS[name])]:
-        with tempfile.TemporaryDirectory() as folder:
-            tree = Path(folder, "tree")
-            subprocess.check_call(["git", "worktree", "add", "-q", "--detach", str(tree), sha], cwd=TOP)
-            try:
-                for name in missing:
-                    print(f"{name}: recorded at {sha[:7]}", flush=True)
-                    known[name] = {"of": repr(RUNS[name]), **made(tree, RUNS[name])}
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text(json.dumps(known))
-            finally:
-                subprocess.call(["git", "worktree", "remove", "--force", str(tree)], cwd=TOP)
-                shutil.rmtree(tree, ignore_errors=True)
+        with checking_out(sha) as tree:
+            for name in missing:
+                print(f"{name}: recorded at {sha[:7]}", flush=True)
+                known[name] = {"of": repr(RUNS[name]), **made(tree, RUNS[name])}
+                write_json(file, known)
     return known
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -193,7 +212,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", default=BASE, help="a revision of this repository")
     given = parser.parse_args(words)
     names = given.names or list(RUNS)
-    before, wrong = recorded(given.against, names), 0
+    before, wrong = record(given.against, names), 0
     for name in names:
         try:
             off = difference(before[name], made(TOP, RUNS[name]))
