@@ -133,8 +133,7 @@ def execute(
 ) -> int:
     """Register, run what is missing of all settings, store and print what it comes to. Returns an exit code."""
     for claim, setting in zip(of.claims, of.settings, strict=True):
-        known = store.of_design(results, claim, "full")
-        if known is not None and known.get("effect") == NO_ROOM:
+        if _is_without_room(claim, results):
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
         store.require_free(results, setting, of.name, _required_arms(of))
@@ -172,6 +171,12 @@ def execute(
         )
     print(section(of, results))
     return 0
+
+
+def _is_without_room(claim: Claim, results: Path) -> bool:
+    """Whether the claim ended since its oracle gains too little, so that no rule can be told from another."""
+    known = store.of_design(results, claim, "full")
+    return known is not None and known.get("effect") == NO_ROOM
 
 
 def _required_arms(of: Comparison) -> tuple[str, ...]:
@@ -291,7 +296,8 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
         lines += [f"- [{claim.name}]({claim.name}.md): {what}.", *_tuned(of, setting, results)]
         stored = read_stored(of, setting, results)
         if stored is None:
-            tables.append(f"\n{claim.name}: not run yet.")
+            without = f"{NO_ROOM}, so its rules were not run" if _is_without_room(claim, results) else "not run yet"
+            tables.append(f"\n{claim.name}: {without}.")
             continue
         found[claim.name] = effects(of, setting, stored)
         tables += _table(of, setting, stored["runs"], found[claim.name])
@@ -304,7 +310,7 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
         write_text(folder / f"{of.name}.svg", plots.overview(drawn))
         lines.append(f"\n![Gains of all rules in margins]({of.name}.svg)")
     lines += tables
-    files = [store.path(results, setting.name, f"{of.name}-registered") for setting in of.settings]
+    files = [store.path(results, name, f"{of.name}-registered") for name in found]
     if not all(map(store.registration_in, files)):
         lines.append("\nExploratory: it was not registered before it ran.")
     if folder is not None and (links := _write_superseded(of, results, folder)):
