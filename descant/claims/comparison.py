@@ -174,7 +174,7 @@ def execute(
 
 
 def _is_without_room(claim: Claim, results: Path) -> bool:
-    """Whether the claim ended since its oracle gains too little, so that no rule can be told from another."""
+    """Whether the claim ended since its oracle gains too little, so that its rules cannot be compared."""
     known = store.of_design(results, claim, "full")
     return known is not None and known.get("effect") == NO_ROOM
 

@@ -166,7 +166,7 @@ def test_without_room_no_rule_is_run(written: Written, results: Path, workplace:
         and "toy-claim: no room, so its rules are not run" in shown.err
         and not (workplace / "runs").exists()
     )
-    assert "toy-claim: not run yet." in shown.out
+    assert "toy-claim: no room, so its rules were not run." in shown.out
 
 
 def test_it_is_registered_before_its_first_run(written: Written, results: Path, workplace: Path) -> None:
