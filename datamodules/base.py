@@ -355,11 +355,7 @@ class DataModule(L.LightningDataModule):
         return data, self.order(data, rank=rank, world=world, accumulate=accumulate)
 
     def steps_for(self, samples: int) -> int:
-        """The fewest optimizer steps that see so many training samples, padding rows not counted.
-
-        Raises:
-            ValueError: for fewer samples than a step has.
-        """
+        """The fewest optimizer steps that see so many training samples, padding rows not counted."""
         _, order = self._budget_order()
         if samples < (one := order.n // order.global_batches):
             raise ValueError(f"samples {samples}: less than one step, which has {one}")
@@ -368,9 +364,6 @@ class DataModule(L.LightningDataModule):
     def first_batches(self, steps: int) -> tuple[int, Iterator[Batch]]:
         """The first ``steps`` of a pass, or all where it has fewer: their number, and this rank's micro-batches of them
         as training gets them.
-
-        Raises:
-            ValueError: for a stream.
         """
         data, order = self._budget_order()
         data = self.with_mined(data)
@@ -404,11 +397,7 @@ class DataModule(L.LightningDataModule):
         return self.evaluation_loader(self.bank_set())
 
     def sample_dataloader(self, count: int) -> DataLoader[Any]:
-        """Up to ``count`` training samples as evaluation sees them, evenly spaced, the same ones on every rank.
-
-        Raises:
-            ValueError: for a stream.
-        """
+        """Up to ``count`` training samples as evaluation sees them, evenly spaced, the same ones on every rank."""
         data = self.plain_set()
         if not data.by_position:
             raise ValueError("no sample of a stream is read before training; use a folder or shards on disk")

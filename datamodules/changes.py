@@ -242,11 +242,7 @@ def _content(file: Path) -> str:
 
 
 def require(corpora: Mapping[str, Corpus], then: Mapping[str, Any], policy: DataPolicy) -> None:
-    """Compare corpora with the states of a resume point.
-
-    Raises:
-        ValueError: in one line, where the data has changed, unless the policy allows that.
-    """
+    """Compare corpora with the states of a resume point."""
     for name, corpus in corpora.items():
         differences = corpus.changes(then[name], policy.verify) if name in then else []
         if not differences:

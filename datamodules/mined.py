@@ -68,9 +68,6 @@ class MinedSet(BatchDataset):
     Args:
         whole: the samples.
         mined: the table, which may change between epochs.
-
-    Raises:
-        ValueError: for data whose samples cannot be read by their numbers, such as a stream or a mixture.
     """
 
     def __init__(self, whole: BatchDataset, mined: MinedNegatives) -> None:

@@ -56,10 +56,6 @@ class Mixture(CompositeDataModule):
         bank: the part for k-NN, probes and prompts; the first by default.
         num_workers: processes that read ahead; by default the most of all parts.
         kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
-
-    Raises:
-        ValueError: for weights out of range; on first reading, for parts with different shapes of a modality, token
-            ids or classes of a target.
     """
 
     def __init__(

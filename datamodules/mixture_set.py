@@ -145,11 +145,7 @@ class MixtureSet(BatchDataset):
 
 
 def joint(layouts: Mapping[str, Layout], kind: str, equal: bool = False) -> dict[str, Spec]:
-    """Name -> dtype and a shape that is large enough for all parts, of ``inputs`` or ``targets``.
-
-    Raises:
-        ValueError: for other dtypes or numbers of axes; with ``equal``, for other shapes.
-    """
+    """Name -> dtype and a shape that is large enough for all parts, of ``inputs`` or ``targets``."""
     specs: dict[str, Spec] = {}
     for part, layout in layouts.items():
         for name, (shape, dtype) in getattr(layout, kind).items():

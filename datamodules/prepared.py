@@ -76,9 +76,6 @@ def prepare_image(steps: Sequence[Any], image: Any) -> Tensor:
 
     Args:
         steps: of :func:`parts`. image: a file, its bytes, a PIL image, or uint8 ``[3 or 4, H, W]``.
-
-    Raises:
-        ValueError: for what is no image.
     """
     *decoder, view = steps
     if decoder:  # the run read files: crop and resampling are the decoder's
@@ -156,9 +153,6 @@ class OtherData(UserData):
         path: as of :class:`UserData`.
         trained: the data module of the run; of a table, with the codes of its checkpoint.
         split: train, val or test: the rows of this split alone, by a column ``split`` or by files of these names.
-
-    Raises:
-        ValueError: for data without any modality of the run, without this split, or with other classes.
     """
 
     def __init__(self, path: str, trained: L.LightningDataModule, split: str | None = None) -> None:

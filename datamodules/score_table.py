@@ -24,11 +24,7 @@ from descant.modules.selection.scorers import RichScorer, Styler
 
 
 def read(file: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a parquet file, or of a folder of its parts.
-
-    Raises:
-        ValueError: for a file that cannot be read, or lacks a column.
-    """
+    """Columns of a parquet file, or of a folder of its parts."""
     if not file.exists():
         raise ValueError(f"{file}: no such file")
     try:
@@ -52,9 +48,6 @@ def score(rows: pa.Table, name: str) -> Tensor:
 
     Returns:
         float64 ``[N]``; nan where a row has none.
-
-    Raises:
-        ValueError: for a column of something else, or not two embeddings.
     """
     if "," not in name:
         if not pa.types.is_floating(kind := rows.schema.field(name).type) and not pa.types.is_integer(kind):
@@ -71,11 +64,7 @@ def score(rows: pa.Table, name: str) -> Tensor:
 
 
 def groups(rows: pa.Table, column: str) -> tuple[list[str], Tensor]:
-    """Names of the groups in a column, and int64 ``[N]``, the number of each row's.
-
-    Raises:
-        ValueError: where a row has none.
-    """
+    """Names of the groups in a column, and int64 ``[N]``, the number of each row's."""
     if rows[column].null_count:
         raise ValueError(f"group {column}: {rows[column].null_count} rows have no group")
     coded = rows[column].combine_chunks().dictionary_encode()
@@ -111,11 +100,7 @@ def features_ND(rows: pa.Table, features: Sequence[str]) -> Tensor:
 
 
 def few_of(rows: pa.Table, columns: Sequence[str], share: float, seed: int) -> pa.Table:
-    """A random share of the rows, of those that have these columns; the id of a row and the seed decide.
-
-    Raises:
-        ValueError: for a share with no such row.
-    """
+    """A random share of the rows, of those that have these columns; the id of a row and the seed decide."""
     has_N = reduce(pc.and_, (rows[name].is_valid() for name in columns)).to_numpy()
     draw_N = mix_N(rows[COLUMN].to_numpy(), "graded", seed)
     few_L = np.flatnonzero(has_N)[np.argsort(draw_N[has_N], kind="stable")][: int(share * len(rows) + 0.5)]
@@ -125,11 +110,7 @@ def few_of(rows: pa.Table, columns: Sequence[str], share: float, seed: int) -> p
 
 
 def read_few(file: Path, columns: Sequence[str]) -> pa.Table:
-    """The graded rows of a file, none of which lacks a column.
-
-    Raises:
-        ValueError: for what :func:`read` raises, or a row without a grade.
-    """
+    """The graded rows of a file, none of which lacks a column."""
     few = read(file, [COLUMN, *columns])
     for name in (COLUMN, *columns):
         if few[name].null_count:
@@ -145,9 +126,6 @@ def graded(
     Args:
         rows: with ``index`` and all features. few: ``index``, and grades 0, 1, ... in a column for each of ``scores``,
             and styles in that of ``group``. where: the place of the grades, for errors.
-
-    Raises:
-        ValueError: for grades that are no whole numbers from 0 on, or graded rows that are not among the rows.
     """
     x_ND = features_ND(rows, features)
     at = {index: n for n, index in enumerate(rows[COLUMN].to_pylist())}

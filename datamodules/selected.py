@@ -71,9 +71,6 @@ def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray | slice]:
 def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarray:
     """Numbers of the samples that have these ids, in the order of the set.
 
-    Raises:
-        ValueError: naming ``where`` the ids are from, for a stream, for ids that no sample has, or none at all.
-
     >>> class Numbers(BatchDataset):
     ...     def __len__(self): return 4
     ...     def identity(self, index_B): return 10 * index_B
@@ -96,11 +93,7 @@ def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarra
 
 
 def read_ids(file: Path) -> np.ndarray:
-    """int64 ``[N]``: the column ``index`` of a parquet file.
-
-    Raises:
-        ValueError: for a file that cannot be read, or has no such column of whole numbers.
-    """
+    """int64 ``[N]``: the column ``index`` of a parquet file."""
     import pyarrow as pa  # late: it takes long to import
     import pyarrow.parquet as pq
 

@@ -39,10 +39,6 @@ class TransportBalance:
         k: centroids of each part.
         sham: ``permute`` for the control: the rows of all sources are permuted among these before they are measured, by
             the run's seed, so that all sources are alike.
-
-    Raises:
-        ValueError: for a temperature that is not positive; where the table is read, for a reference that is no part, or
-            a part without rows in the table.
     """
 
     def __init__(

@@ -38,10 +38,6 @@ class StageData:
             so none of absent modalities.
         memory_adjusted: FLOPs count times the memory of a step relative to full fine-tuning
             (:func:`descant.modules.training_setup.memory.step_cost`), so that a method of less memory gets more steps.
-
-    Raises:
-        ValueError: for less than 0 epochs, or no step, sample or FLOP; for several budgets; for samples or flops with
-            data that the model's answers renew every epoch.
     """
 
     def __init__(
@@ -125,10 +121,6 @@ class StagedData(CompositeDataModule):
             of each stage's data.
         tiny: of the data of all stages.
         sham: a control: the data of the stages in reverse order, each for the length of the stage whose place it takes.
-
-    Raises:
-        ValueError: for no stage, or an unknown one to evaluate; for a sham with rollouts, which belong to their stage;
-            at setup, for other epochs of the trainer.
     """
 
     def __init__(

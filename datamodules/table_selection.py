@@ -50,10 +50,6 @@ class TableSelection:
         features: what grades are learned from, by default ``[image, text]``: embeddings, or ``image*text`` for the
             elementwise product of two.
         seed: of draws, such as the order of rows with equal scores; by default the run's.
-
-    Raises:
-        ValueError: for no score, or both ``graded`` and ``graded_share``; where the table is read, for files and
-            columns that are missing or of another type, and what the selector raises.
     """
 
     def __init__(
@@ -128,11 +124,7 @@ class TableSelection:
 
 
 def newest_table(place: str | Path, name: str = TABLE) -> Path:
-    """The newest table of a run's predictions, where ``place`` is its folder; else ``place`` itself.
-
-    Raises:
-        ValueError: for a run without one.
-    """
+    """The newest table of a run's predictions, where ``place`` is its folder; else ``place`` itself."""
     place = Path(place)
     if not place.exists():
         raise ValueError(

@@ -34,10 +34,6 @@ class TaskStream(StagedData):
         sealed: of all data, which have to have a lock-box, such as Emoji.
         steps, samples, flops: the budget of each task, one of the three (see StageData).
         batch_size, eval_batch_size, num_workers, tiny: of all data.
-
-    Raises:
-        ValueError: for no task or no budget, tasks that share no modality, an order that is not one of the tasks, no
-            share of the current task, an unknown or negative share, or one of original data that is not given.
     """
 
     def __init__(

@@ -29,9 +29,6 @@ class TokenOrder(Order):
         count_N: int64, tokens of each sample; one without any counts as 1.
         budget: most tokens of one whole optimizer step, over all ranks and micro-batches.
 
-    Raises:
-        ValueError: for a budget of less than 4 of the longest samples: steps could be of one sample.
-
     >>> order = TokenOrder(Order(n=6, batch_size=2, seed=0, shuffle=False), np.array([4, 1, 1, 3, 4, 3]), budget=16)
     >>> [[slot.sample for slot in window.slots] for window in order]
     [[0, 3, 1, 2], [4, 5]]

@@ -72,9 +72,6 @@ class UserData(UserSizes):
         batch_tokens: in place of ``batch_size``: most tokens of the images of a step, for an ``AnySizeField``; see
             :class:`descant.datamodules.token_order.TokenOrder`.
         kwargs: of every data module.
-
-    Raises:
-        ValueError: in one line, for data that is missing, ambiguous, unreadable or damaged.
     """
 
     def __init__(

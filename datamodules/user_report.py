@@ -42,11 +42,7 @@ class DataReport:
             self._losses()
 
     def drawn_faults(self, rows: int = 32) -> list[str]:
-        """Read some samples of each set, evenly spaced, and describe those that cannot be read: one line a set.
-
-        Raises:
-            ValueError: where no drawn training sample of a modality can be read.
-        """
+        """Read some samples of each set, evenly spaced, and describe those that cannot be read: one line a set."""
         lines = []
         for split, (name, row_N) in self.data.splits.items():
             reader = self.data.readers[name]

@@ -48,11 +48,7 @@ class UserTargets(UserTable):
         return values
 
     def number_scale(self, target: str) -> tuple[float, float] | None:
-        """Measure the mean and standard deviation of a number over the training split; None without number or split.
-
-        Raises:
-            ValueError: where fewer than two training samples have one, or all have the same.
-        """
+        """Measure the mean and standard deviation of a number over the training split; None without number or split."""
         if target not in self._numbers or "train" not in self.splits:
             return None
         name, row_N = self.splits["train"]

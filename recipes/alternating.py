@@ -44,9 +44,6 @@ class Alternating(Classifier):
     Args:
         towers, target, classes, width, pool, smoothing: as of Classifier.
         alpha: of P: the smaller, the more of earlier turns is kept; none keeps nothing (P = I).
-
-    Raises:
-        ValueError: for an alpha not above 0, or what Classifier raises.
     """
 
     P_DD: Tensor

@@ -46,10 +46,6 @@ class Certified(Classifier):
         checkpoint: of a run folder: best, last or a file in it.
         rows: training samples whose slopes are measured, a backward pass a class and modality each batch.
         sham: ``permute`` hands slopes on: each modality is trained by those of the one before it.
-
-    Raises:
-        ValueError: for a count below 1, no such run, or one of another recipe or fusion; when training begins, for data
-            without a bank of training samples, or parameters that are split over ranks.
     """
 
     slope_MC: Tensor

@@ -29,10 +29,6 @@ class CompetitiveDistillation(Wrapper):
         student: any recipe; its training options (optimizer, schedule ...) are given here, not there.
         teacher: a run, the student's own average, or what it was before.
         targets: what is learned from it; none for a teacher that only a callback asks, such as Rounds of CoMD.
-
-    Raises:
-        ValueError: for a student with a teacher of its own; before training, if one of the two lacks what a target
-            compares.
     """
 
     def __init__(self, student: Recipe, teacher: Teacher, targets: list[Target] | None = None, **kwargs: Any) -> None:

@@ -31,9 +31,6 @@ class Ensemble(Classifier):
     Args:
         paths: modality -> a run folder, a checkpoint in one, or an export, of a classifier of that modality.
         checkpoint: of run folders: best, last or a file in it.
-
-    Raises:
-        ValueError: for no path, no such run, or one of another recipe, modality, target or number of classes.
     """
 
     def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: Any) -> None:

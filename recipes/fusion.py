@@ -37,9 +37,6 @@ class Fusion(Balanced, OwnHeads, Classifier):
         fusion: of the latents; LateFusion where not given.
         unimodal: also a linear head and a cross-entropy for each modality alone.
         regularizers: more terms, of the latents and what is decided by them.
-
-    Raises:
-        ValueError: what Classifier raises.
     """
 
     def __init__(

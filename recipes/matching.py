@@ -39,9 +39,6 @@ class Matching(Recipe):
         towers: two.
         cross: over the tokens of both.
         negatives: K - 1, others of a list; fewer where fewer samples have both.
-
-    Raises:
-        ValueError: for another number of towers, no negative, or chunks.
     """
 
     in_batch_negatives = True

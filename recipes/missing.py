@@ -55,11 +55,6 @@ class MissingModality(AdaptedRecipe):
         fill: imputes features of absent modalities, which the recipe then takes for present; its own masks without.
         available: which modalities are left of training samples; any set, as often, where not given.
         frozen: keep all of the recipe, running statistics included, as it was.
-
-    Raises:
-        ValueError: if there is no such run, a set is sampled that the bank lacks, or a bank meets what computes a
-            second time outside of it; at setup, for micro-batches or data that the recipe has no tower for; in the
-            first step, if the recipe learns nothing from some set.
     """
 
     def __init__(

@@ -50,11 +50,6 @@ class MultiTask(StreamSpace):
         universal: layers that modalities share, between towers and all else.
         graph: objective -> the modules above its towers, such as {words: [fusion], kind: [universal]}; all that it can
             use for one that is not named.
-
-    Raises:
-        ValueError: without an objective, for one with a modality that has no tower, a stream that is not made or a
-            graph that does not fit it, and for two teachers; in training, for data without a modality that some
-            objective reads.
     """
 
     def __init__(

@@ -54,9 +54,6 @@ class MutualInformation(SharedSpace):
         target, classes: of the data, whose C classes are predicted, if any.
         scale: least and largest area of crops.
         momentum: of the teacher.
-
-    Raises:
-        ValueError: without a term, or a text tower for its term; for ``distill``, as the teacher is its own.
     """
 
     in_batch_negatives = True  # mixed with others of the batch, whatever the terms

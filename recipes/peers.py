@@ -35,10 +35,6 @@ class Peers(Recipe):
     Args:
         students: P recipes, at least two; their training options are given here, not there.
         targets: of each student and the others; SoftTarget where not given.
-
-    Raises:
-        ValueError: for fewer than two students, one with a teacher of its own, or students that decide nothing or
-            between other choices.
     """
 
     def __init__(self, students: list[Recipe], targets: list[DecisionTarget] | None = None, **kwargs: Any) -> None:

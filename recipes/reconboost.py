@@ -52,9 +52,6 @@ class ReconBoost(Classifier):
         label_weight, reconcile: w and r.
         over: what of q counts: at the ``label``, as in the release, or of all ``classes``.
         memory_weight: of the squared difference of the probabilities from those of the learner before.
-
-    Raises:
-        ValueError: without a step of boosting, for a negative number, or what Classifier raises.
     """
 
     fusion: BoostedSum

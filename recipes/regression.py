@@ -41,9 +41,6 @@ class Regression(OwnHeads, FusedSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
         fusion: of the latents; LateFusion where not given.
         unimodal: also a linear head and a loss for each modality alone.
-
-    Raises:
-        ValueError: at setup, if the data has no such number; in training, for a target of another kind.
     """
 
     def __init__(

@@ -48,9 +48,6 @@ class SelfSupervised(SharedSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
         crops: further small views, for DINO and SwAV; none where not given.
         sham: ``permute`` pairs each sample with the second view of another one.
-
-    Raises:
-        ValueError: for crops of an objective of two views; for ``distill`` beside an objective with a teacher.
     """
 
     in_batch_negatives = True  # or batch norms, a centre, a queue: accumulated small batches are another method

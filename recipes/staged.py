@@ -38,11 +38,6 @@ class Staged(Changing):
         recipe: what is trained; its training options (optimizer, distill ...) are given here, not there.
         stages: name -> what it trains and how, in this order.
         each: in place of stages: one for every stage of the data, such as the tasks of a TaskStream.
-
-    Raises:
-        ValueError: for no stage, or both stages and each; before training, for one that trains no parameter, needs a
-            reference policy without ``distill``, or data whose documents do not fit a row with its image tokens, and
-            for stages that merge or grow a model that is split over ranks.
     """
 
     def __init__(

@@ -52,11 +52,6 @@ class VisionLanguage(LanguageRecipe):
         objective: SFT where not given; GRPO of sampled answers (callback Rollouts), or DPO of pairs. Its reference
             policy, where it has one, is the teacher of ``distill``, without targets.
         sampling: how answers are sampled for GRPO. new: most tokens of a sampled answer.
-
-    Raises:
-        ValueError: for another tower, a tower, image_token or projector without the others, ids that the model has no
-            embedding for, rows longer than the model's length without a document mask, or what the objective raises; at
-            setup, for ids other than the data's; in training, for a document that is longer than a row.
     """
 
     def __init__(

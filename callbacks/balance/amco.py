@@ -69,10 +69,6 @@ class AMCo(L.Callback):
         sigma: dependence above which a modality is masked. ramp, growth: how fast the masks grow.
         over: what is masked.
         sham: ``permute`` for the control: each modality is masked where the one before it is depended on.
-
-    Raises:
-        ValueError: for a sigma outside (0, 1), a ramp not above 0 or a growth below 0; at setup, for a recipe without
-            the protocol MultimodalClassifier, with one modality, or with another fusion than LateFusion.
     """
 
     once = True

@@ -75,10 +75,6 @@ class Balance(Ordered):
         noise: add normal noise of the deviation of its gradient to each matrix (OGM-GE), equal on all ranks.
         until: share of the run after which nothing is scaled.
         sham: ``permute`` for the control: each modality gets the factor of the one before it.
-
-    Raises:
-        ValueError: for an ``until`` outside (0, 1]; at setup, for a recipe without the protocol MultimodalClassifier,
-            one modality, or one without trained parameters; in training, for noise where parameters are sharded.
     """
 
     once = True

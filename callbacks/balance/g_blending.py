@@ -34,10 +34,6 @@ class GradientBlending(L.Callback):
     Args:
         every: validations from one weighing to the next.
         sham: ``permute`` for the control: each term gets the weight of the one before it.
-
-    Raises:
-        ValueError: for a number below 1; at setup, for a recipe without the protocol HasTerms; in training, for a
-            single term, or for terms that change.
     """
 
     once = True

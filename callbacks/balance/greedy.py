@@ -42,10 +42,6 @@ class GreedyRebalancing(Ordered):
     Args:
         epsilon: difference of the speeds. window: steps of a re-balancing. start: share of the run before the first.
         sham: ``permute`` for the control: the modality after the fastest one learns alone.
-
-    Raises:
-        ValueError: for an epsilon below 0, a window below 1 or a start outside [0, 1]; at setup, for a recipe without
-            the protocol MultimodalClassifier, with one modality, or with another fusion than MMTMFusion.
     """
 
     once = True

@@ -41,10 +41,6 @@ class LFM(L.Callback):
 
     Args:
         sham: ``permute`` for the control: the alignment gets the weight of the other terms, and they its.
-
-    Raises:
-        ValueError: at setup, for a recipe without the protocol MultimodalClassifier or with one modality; in training,
-            without a term "alignment".
     """
 
     once = True
@@ -100,9 +96,6 @@ class LearnedLFM(LFM):
         every: the gradients are computed in one of so many optimizer steps.
         start: the first a. least: bound of a from 0 and from 1.
         sham: as of LFM.
-
-    Raises:
-        ValueError: for a rate below 0, an ``every`` below 1, or a start outside its bounds; and what LFM raises.
     """
 
     def __init__(

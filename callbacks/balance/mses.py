@@ -25,10 +25,6 @@ class MSES(TowerRates):
         patience: validations without an improvement. smoothing: weight of the validation before, in [0, 1).
         sham: as of TowerRates.
 
-    Raises:
-        ValueError: for a patience below 1 or a smoothing outside [0, 1); at setup, for a recipe without the protocols
-            MultimodalClassifier, Fuses and Unimodal, or with one modality.
-
     >>> import torch
     >>> rule = MSES(patience=1, smoothing=0.5)
     >>> losses = [3.0, 3.0], [1.0, 4.0], [1.0, 4.0], [9.0, 0.0]  # of the second modality, u is 3, 3.5, 4 and 2

@@ -30,11 +30,6 @@ class MSLR(TowerRates):
         smooth: 0 for rates as they are, 1 for the run's own.
         window: validations of the mean; 0 for none.
         sham: as of TowerRates; each modality also gets the r of the one before it.
-
-    Raises:
-        ValueError: for a rate below 0, a smooth outside [0, 1] or a window below 0; at setup, for rates of a modality
-            that the recipe lacks, for a recipe without the protocols MultimodalClassifier, Fuses and Unimodal, or with
-            one modality.
     """
 
     def __init__(

@@ -39,10 +39,6 @@ class OPM(L.Callback):
     Args:
         q: drop probability of a modality that is barely ahead. alpha: how it grows with the lead, up to q (1 + alpha).
         sham: ``permute`` for the control: each modality gets the probability of the one before it.
-
-    Raises:
-        ValueError: for a q (1 + alpha) that is not below 1; at setup, for a recipe without the protocol
-            MultimodalClassifier or with one modality.
     """
 
     once = True

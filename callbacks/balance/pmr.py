@@ -43,10 +43,6 @@ class PMR(L.Callback):
         alpha: weight of the loss.
         beta: weight of the old prototypes in the new ones.
         every: optimizer steps between two updates of the prototypes.
-
-    Raises:
-        ValueError: for numbers out of range; at setup, for a recipe without the protocol MultimodalClassifier or with
-            one modality.
     """
 
     once = True

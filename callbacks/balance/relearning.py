@@ -47,10 +47,6 @@ class Relearning(L.Callback):
         times: how often, at most.
         strength: lambda of the paper.
         sham: ``permute`` for the control: each modality gets the a of the one before it.
-
-    Raises:
-        ValueError: for numbers out of range; at setup, for a recipe without the protocols MultimodalClassifier and
-            Fuses, one modality, parameters that are split over ranks, or data without the protocol BankData.
     """
 
     once = True

@@ -63,10 +63,6 @@ class SampleResampling(L.Callback):
         warmup: share of the run before which there is no such loss (5 of 60 epochs in the release).
         thresholds: of phi.
         sham: ``permute`` for the control: each sample gets the numbers of another one.
-
-    Raises:
-        ValueError: for a warm-up outside [0, 1); at setup, for a recipe without the protocol MultimodalClassifier or
-            with one modality.
     """
 
     once = True

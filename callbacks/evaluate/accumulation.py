@@ -25,9 +25,6 @@ class Accumulation(PartMetrics):
     Args:
         metrics: names after the set, such as i2t_r5; larger is better.
         retained: name of the part that is to be kept.
-
-    Raises:
-        ValueError: for no metric.
     """
 
     such_as, always, missing = "i2t_r5", "accumulated", "no set of two tasks has"

@@ -84,9 +84,6 @@ class Accuracy(ForwardEvaluator):
 
     Uses the ``scores`` that the validation step returns, or else computes them. Padding has no modality, so its rows
     are not valid; a set without a valid row has no metric.
-
-    Raises:
-        ValueError: at setup, if the recipe lacks the protocol Scores.
     """
 
     once = True

@@ -60,10 +60,6 @@ class Answering(ForwardEvaluator):
         controls: compute ``answered_other`` and ``answered_blind``, if there are images.
         table: rows of the table, the same in every evaluation; 0 for no table.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: for no token; at setup, for a recipe that generates no answers or data without a tokenizer; at
-            evaluation, for a target that the data does not have.
     """
 
     once = True

@@ -49,10 +49,6 @@ class Attacks(ForwardEvaluator):
         certify: a radius to certify, or none for no certificates.
         rows: training samples of the slopes, measured at every evaluation.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: for a count below 1 or a radius not above 0; at setup, for a recipe without the protocols Classifies
-            and Fuses, an unknown modality, or certificates of another fusion or without a bank of training samples.
     """
 
     once = True

@@ -16,9 +16,6 @@ class CaptionStatistics(L.Callback):
 
     Once an epoch, over the whole epoch and all ranks, even if a run stops before its end: which captions are sampled is
     computed in advance, so a resume counts nothing twice.
-
-    Raises:
-        ValueError: at setup, if the data module has no such statistics or no mixer of captions.
     """
 
     once = True

@@ -71,9 +71,6 @@ class ZeroShot(_Labelled):
     Args:
         prompts: the modality of the prompts.
 
-    Raises:
-        ValueError: at setup, if the data module has no prompts for it; at evaluation, an unknown modality.
-
     >>> ZeroShot("group").target
     'group'
     """
@@ -146,10 +143,6 @@ class KNN(Banked):
         k: neighbours that vote.
         temperature: of their weights.
 
-    Raises:
-        ValueError: k or every below 1, a temperature that is not positive; at setup, a data module without a
-            bank; at evaluation, an unknown target or modality.
-
     >>> KNN("group", k=0)
     Traceback (most recent call last):
     ValueError: KNN: k 0 is no number of neighbours; 1 is the least
@@ -190,10 +183,6 @@ class LinearProbe(Banked):
     Args:
         l2: strength of the penalty on the weights.
         shares: of the labels; all of them where not given.
-
-    Raises:
-        ValueError: every below 1, a negative l2, shares outside (0, 1]; at setup, a data module without a bank; at
-            evaluation, an unknown target or modality.
 
     >>> LinearProbe("group", shares=[0.1, 10])
     Traceback (most recent call last):

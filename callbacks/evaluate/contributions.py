@@ -42,10 +42,6 @@ class Contributions(ForwardEvaluator):
     Args:
         circles: random permutations of the importance.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: for a count below 1; at setup, for a recipe without the protocols Classifies, Fuses and Unimodal, or
-            with one modality.
     """
 
     once = True

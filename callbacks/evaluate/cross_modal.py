@@ -38,10 +38,6 @@ class CrossModalLoss(ForwardEvaluator):
         batch: samples at once.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
-    Raises:
-        ValueError: for fewer than two modalities, a margin outside [0, 1) or a batch below 1; at setup, for a recipe
-            that lacks the protocol Predicts; at evaluation, for an unknown modality or set.
-
     >>> CrossModalLoss(["image"])
     Traceback (most recent call last):
     ValueError: CrossModalLoss: modalities ['image']: at least two, such as [image, text]

@@ -73,10 +73,6 @@ class Diagnose(L.Callback):
         room: of accuracy; what probes of a tower deviate by between seeds.
         limit: about so many rows, selected by their ids.
         level: of the intervals, of all pairs of terms or of all modalities together.
-
-    Raises:
-        ValueError: for an ``every`` or ``limit`` out of range, or another number outside (0, 1); at setup, for a recipe
-            without the protocol HasObjective; in training, for one term and no classifier of several modalities.
     """
 
     once = True

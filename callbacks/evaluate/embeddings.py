@@ -116,10 +116,6 @@ class EmbeddingEvaluator(Callback):
     Args:
         sets: names of evaluation sets; all of them where not given.
         validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
-
-    Raises:
-        ValueError: at setup, if the recipe lacks a protocol of ``needs``, or the data module a method of
-            ``needs_of_data``.
     """
 
     #: Protocols of the recipe, and methods or attributes of the data module, without which it cannot run.
@@ -281,9 +277,6 @@ class ScheduledEvaluator(EmbeddingEvaluator):
     Args:
         every: runs in one of so many evaluations of a fit.
         sets, validate: see :class:`EmbeddingEvaluator`.
-
-    Raises:
-        ValueError: for an ``every`` below 1.
     """
 
     def __init__(self, sets: list[str] | None = None, every: int = 1, validate: bool = True) -> None:
@@ -313,9 +306,6 @@ class PairEvaluator(EmbeddingEvaluator):
 
     Args:
         pairs: such as [[image, text]]; all pairs where not given.
-
-    Raises:
-        ValueError: for a pair that is not two modalities; at evaluation, for an unknown modality.
     """
 
     def __init__(self, pairs: list[list[str]] | None = None) -> None:

@@ -46,9 +46,6 @@ class ExpertUsage(ForwardEvaluator):
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: at setup, for a recipe without the protocol Scores, or a model without experts.
     """
 
     once = True

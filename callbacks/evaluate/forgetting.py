@@ -34,9 +34,6 @@ class Forgetting(ResumableMetrics):
 
     Args:
         metric: its name after the set; lower is better.
-
-    Raises:
-        ValueError: at setup, for a recipe without stages; at a validation, for a metric that no set has.
     """
 
     once = True

@@ -24,9 +24,6 @@ class ForwardEvaluator(ScheduledEvaluator):
     Args:
         limit: about so many samples of a set, selected by their ids; all of them where not given.
         sets, every, validate: see :class:`ScheduledEvaluator`.
-
-    Raises:
-        ValueError: for a limit or every below 1; at evaluation, for an unknown set.
     """
 
     needs: ClassVar[tuple[type, ...]] = ()  # a recipe without embeddings can be evaluated too

@@ -36,10 +36,6 @@ class GenerationPictures(ReconstructionPictures):
         count: samples of a set, selected by their ids.
         sets, every, validate: see :class:`ForwardEvaluator`.
 
-    Raises:
-        ValueError: for no given modality or no target; at setup, for a recipe that lacks the protocol DecodesTokens; at
-            evaluation, for what :class:`Sampler` refuses.
-
     >>> GenerationPictures(given=[], targets=["palette"])
     Traceback (most recent call last):
     ValueError: GenerationPictures: given: none; such as given [image] targets [palette]

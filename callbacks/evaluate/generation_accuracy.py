@@ -31,10 +31,6 @@ class GenerationAccuracy(ForwardEvaluator):
         sampler: how; where not given, greedily: the most probable tokens.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
-    Raises:
-        ValueError: for no given modality; at setup, for a recipe that lacks the protocol DecodesTokens; at evaluation,
-            for an unknown modality, and for what :class:`Sampler` refuses.
-
     >>> GenerationAccuracy(given=[], target="text")
     Traceback (most recent call last):
     ValueError: GenerationAccuracy: given: none; such as given [image] target text

@@ -30,9 +30,6 @@ class Geometry(PairEvaluator):
     Args:
         limit: rows, evenly spaced over the set, of uniformity (whose cost is their square).
 
-    Raises:
-        ValueError: a pair that is not two modalities, a limit below 2; at evaluation, an unknown modality.
-
     >>> Geometry(limit=1)
     Traceback (most recent call last):
     ValueError: Geometry: limit 1 makes no pair; 2 is the least

@@ -43,9 +43,6 @@ class HeldOutLoss(EmbeddingEvaluator):
 
     Args:
         most: pairs of a set, the first ones by their content; memory grows with its square.
-
-    Raises:
-        ValueError: at setup, if the recipe contrasts no pairs; for fewer than two pairs.
     """
 
     once = True

@@ -78,9 +78,6 @@ class IntraModal(_BankRetrieval):
         modality: of queries and gallery.
         target: a target of the data whose equality is a match as well, or none.
 
-    Raises:
-        ValueError: at setup, for a data module without a bank; at evaluation, for an unknown modality, target or set.
-
     >>> IntraModal(target="subgroup").modality
     'image'
     """
@@ -141,11 +138,6 @@ class Inversion(_BankRetrieval):
         limit: queries of a set, evenly spaced over it.
         oti: the optimization; 150 steps where not given.
         ovi: that of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
-
-    Raises:
-        ValueError: for a template without its place, or a limit below 2; at setup, for a recipe that lacks the protocol
-            Inverts, a tower without ``embed`` and ``encode``, a data module without a bank, a ``tokenizer`` or
-            prompts of the target; at evaluation, for an unknown modality, target or set.
 
     Source: arXiv 2502.04263.
 

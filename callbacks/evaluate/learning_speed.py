@@ -30,10 +30,6 @@ class LearningSpeed(L.Callback):
 
     Args:
         every: optimizer steps between two measurements, each of which counts for all steps up to the next.
-
-    Raises:
-        ValueError: for a number below 1; at setup, for a recipe without the protocol MultimodalClassifier or with one
-            modality.
     """
 
     once = True

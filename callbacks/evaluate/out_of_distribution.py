@@ -34,10 +34,6 @@ class OutOfDistribution(ScheduledEvaluator):
         sets: names of evaluation sets; all of them where not given.
         every, validate: see ScheduledEvaluator; tests alone by default.
 
-    Raises:
-        ValueError: for no other data, or two detectors of one name; at setup, for data modules without bank or sets; at
-            evaluation, for an unknown set or modality, or images of another size than the run's.
-
     >>> OutOfDistribution(others={})
     Traceback (most recent call last):
     ValueError: OutOfDistribution: others: none given; such as {digits: {class_path: Digits}}

@@ -21,9 +21,6 @@ class PartMetrics(Ordered):
 
     Args:
         metrics: names after the set.
-
-    Raises:
-        ValueError: for no metric.
     """
 
     #: Other callbacks read its metrics when an evaluation ends.

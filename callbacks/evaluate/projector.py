@@ -32,9 +32,6 @@ class Projector(EmbeddingEvaluator):
         limit: points of one set, evenly spaced by sample id.
         size: pixels of a point's image.
 
-    Raises:
-        ValueError: limit or size below 2, or a sheet of images wider than the projector shows.
-
     >>> Projector(limit=40000)
     Traceback (most recent call last):
     ValueError: Projector: 40000 images of 48 pixels make a sheet of 9600; the projector shows up to 8192

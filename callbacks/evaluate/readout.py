@@ -52,10 +52,6 @@ class Readout(EmbeddingEvaluator):
         components: principal components of each modality in products.
         shuffle: a sham: the features are permuted among rows.
 
-    Raises:
-        ValueError: for no targets or equal modalities; at setup, if the recipe lacks the protocol Features or splits
-            its parameters over ranks; at evaluation, for an unknown set, target or modality.
-
     >>> Readout(targets=[])
     Traceback (most recent call last):
     ValueError: Readout: targets: none given; such as [visual]

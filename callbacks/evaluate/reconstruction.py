@@ -130,12 +130,6 @@ class Reconstruction(ForwardEvaluator):
         l2: strength of its penalty, as a share of the mean variance of its features.
         batch: samples reconstructed at once.
 
-    Raises:
-        ValueError: for no targets or no given modalities, a target that is given, a count below 1 or a negative l2; at
-            setup, for a recipe that lacks the protocol Reconstructs, or a data module without a bank; at evaluation,
-            for an unknown modality or set, a target of categories, a patch that does not divide it, and for a recipe
-            that leaves the target visible, or whose truth is not the input.
-
     >>> Reconstruction(targets=["image"], given=["image"])
     Traceback (most recent call last):
     ValueError: Reconstruction: 'image' from itself; such as targets [image] given [edges]
@@ -302,10 +296,6 @@ class ReconstructionPictures(ForwardEvaluator):
         corruption: what is hidden, such as Hide; the recipe's own where not given.
         name: in the names of the figures, where there are several such callbacks.
         sets, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: for a count below 1; at setup, if the recipe lacks the protocol Reconstructs; at evaluation, for an
-            unknown modality or set.
 
     >>> ReconstructionPictures(count=0)
     Traceback (most recent call last):

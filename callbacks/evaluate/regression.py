@@ -26,9 +26,6 @@ class NumberErrors(ForwardEvaluator):
 
     Uses the ``numbers`` that the validation step returns, or else computes them. Rows without a prediction or a number
     do not count; a set without one that does has no metric.
-
-    Raises:
-        ValueError: at setup, if the recipe lacks the protocol PredictsNumbers.
     """
 
     needs = (PredictsNumbers,)
@@ -73,10 +70,6 @@ class NumberProbe(ScheduledEvaluator):
         modality: whose embeddings predict.
         l2: strength of the penalty.
         every: run in every n-th validation of a fit.
-
-    Raises:
-        ValueError: for a negative l2 or every below 1; at setup, a data module without a bank; at evaluation, for an
-            unknown target or modality, or a target of classes.
 
     >>> NumberProbe("age", l2=-1.0)
     Traceback (most recent call last):

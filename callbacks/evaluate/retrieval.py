@@ -27,9 +27,6 @@ class Retrieval(PairEvaluator):
     Args:
         at: the k of recall at k.
 
-    Raises:
-        ValueError: a pair that is not two modalities, a k below 1; at evaluation, an unknown modality.
-
     >>> Retrieval(pairs=[["image", "image"]])
     Traceback (most recent call last):
     ValueError: Retrieval: pairs: ['image', 'image'] is not two modalities
@@ -86,9 +83,6 @@ class EmergentRetrieval(Retrieval):
         pairs: such as [[sketch, text]].
         target: of the data, the distance of a row from the training data; None leaves ``_apart`` out.
         least: the least distance of ``_apart``.
-
-    Raises:
-        ValueError: no sets; at evaluation, a set or a target that is not there.
 
     >>> EmergentRetrieval(sets=[], pairs=[["sketch", "text"]])
     Traceback (most recent call last):

@@ -33,9 +33,6 @@ class RetrievalPictures(EmbeddingEvaluator):
         top: candidates per query.
         pair: the two modalities.
 
-    Raises:
-        ValueError: a pair that is not two modalities, queries or top below 1; at evaluation, an unknown modality.
-
     >>> RetrievalPictures(top=0)
     Traceback (most recent call last):
     ValueError: RetrievalPictures: queries 8 and top 0: 1 is the least

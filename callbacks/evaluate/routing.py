@@ -46,9 +46,6 @@ class CausalGap(ForwardEvaluator):
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: at setup, for a recipe without the protocol Scores.
     """
 
     once = True
@@ -100,9 +97,6 @@ class ExpertsByEntropy(ForwardEvaluator):
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: at setup, for a recipe without the protocol RoutesTokens.
     """
 
     once = True

@@ -36,11 +36,6 @@ class Steering(ForwardEvaluator):
         batch: samples at once.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
-    Raises:
-        ValueError: for nothing given, a palette or target that is given, or a batch below 1; at setup, for a recipe
-            that lacks the protocol DecodesTokens; at evaluation, for an unknown modality or set, and for what
-            :class:`Sampler` refuses.
-
     >>> Steering(given=["text", "image"])
     Traceback (most recent call last):
     ValueError: Steering: given ['text', 'image'], target image, palette dominant: each once, such as given [text]

@@ -57,10 +57,6 @@ class ModalitySubsetEval(ForwardEvaluator):
         k: neighbours that vote.
         temperature: of their weights.
 
-    Raises:
-        ValueError: for a count below 1; at setup, for a recipe that has neither protocol, Scores or Embeds, or no
-            scores where no target is given, or for an unknown modality; at evaluation, for an unknown target or set.
-
     >>> ModalitySubsetEval(subsets=0)
     Traceback (most recent call last):
     ValueError: ModalitySubsetEval: subsets 0; 1 is the least

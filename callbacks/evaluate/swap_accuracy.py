@@ -29,10 +29,6 @@ class SwapAccuracy(EmbeddingEvaluator):
         target: which of the data's targets holds the type of a negative; a type below 0 is left out.
         tolerance: difference up to which scores are equal: the rounding of float32.
 
-    Raises:
-        ValueError: for equal modalities or a negative tolerance; at evaluation, if nothing has hard negatives, or
-            there is no such embedding or target.
-
     >>> SwapAccuracy(against="text")
     Traceback (most recent call last):
     ValueError: SwapAccuracy: 'text' against itself; such as modality text against image

@@ -32,10 +32,6 @@ class WithoutExperts(ForwardEvaluator):
     Args:
         experts: name -> numbers of the experts that are silent together, such as {sound: [3]}.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
-
-    Raises:
-        ValueError: without a name, or an expert for one; at setup, for a recipe without the protocol Scores, or an
-            expert that no layer of the model has.
     """
 
     once = True

@@ -20,9 +20,6 @@ class WorstGroup(PartMetrics):
 
     Args:
         metrics: names after the set, such as answered or accuracy; needs a set that two parts have.
-
-    Raises:
-        ValueError: for no metric.
     """
 
     such_as, always, missing = "answered", "worst", "no two parts have"

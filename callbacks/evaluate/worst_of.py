@@ -20,9 +20,6 @@ class WorstOf(Ordered):
 
     Args:
         metrics: at least two names after the set, such as [probe_shape_top1, probe_colour_top1]; more is better.
-
-    Raises:
-        ValueError: for fewer than two metrics, one that is named twice, or names both with sets and without.
     """
 
     once = True
@@ -66,9 +63,6 @@ class MeanOf(WorstOf):
 
     Args:
         metrics: at least two names after the set; more is better.
-
-    Raises:
-        ValueError: for fewer than two metrics, one that is named twice, or names both with sets and without.
     """
 
     name = "mean"
@@ -84,9 +78,6 @@ class SpreadOf(WorstOf):
 
     Args:
         metrics: at least two names after the set.
-
-    Raises:
-        ValueError: for fewer than two metrics, or one that is named twice.
     """
 
     name = "spread"

@@ -54,10 +54,6 @@ class HarmonizeFeatures(Ordered):
         feature: the modality of the feature; by default all that several terms share, and the first of them for a
             curriculum.
         audit: a target of the data that is true where a sample is noise; for ``harmony/auc`` alone.
-
-    Raises:
-        ValueError: for neither rule nor curriculum, or a rule that cannot be applied to single samples; at setup, for a
-            recipe without the protocol ForksFeatures, a feature that no two terms share, or another harmonizer.
     """
 
     once = True

@@ -54,11 +54,6 @@ class Harmonize(L.Callback):
         window: the gradients are those of each micro-batch, or with ``step`` of all micro-batches of the optimizer
             step together, as of one large batch, for which K gradients are stored.
         sham: ``permute`` for the control: each term gets the mix of the one before it.
-
-    Raises:
-        ValueError: for a rule of features, an ``every`` below 1, or above 1 with a rule that uses no gradients; at
-            setup, for a recipe without the protocol HasObjective, or with a rule at its features; in training, for a
-            single term, for terms that change, or for a single micro-batch with a rule across them.
     """
 
     once = True
@@ -278,10 +273,6 @@ def gradients(
 
     Of all terms where no names are given; zeros where a term does not depend on the parameter. The graph is retained,
     and rules at forked features are not applied.
-
-    Raises:
-        ValueError: naming a parameter that is sharded between forward and backward: no rank has its whole gradient;
-            or a layer whose experts ranks share.
     """
     hooks, objective = hooks_of(pl_module), pl_module.step.objective
     assert objective is not None

@@ -39,11 +39,6 @@ class HarmonizeTowers(Ordered):
     Args:
         rule: from gradients to the mix; it has no state.
         every: the gradients are computed in one of so many optimizer steps; the mix stays in between.
-
-    Raises:
-        ValueError: for an ``every`` below 1, or a rule that uses no gradients or has a state; at setup, for a recipe
-            without the protocols MultimodalClassifier and ForksFeatures, latents that no two terms share, or another
-            harmonizer.
     """
 
     once = True

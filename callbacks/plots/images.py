@@ -54,9 +54,6 @@ class Cell(NamedTuple):
 def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
     """Rows of cells under a header line; the first cell of a row, the query, stands a little apart.
 
-    Raises:
-        ValueError: without a row.
-
     >>> pixels(sheet([[Cell(None, "a caption", GRID)] * 3] * 2, "title", "note")).shape
     (509, 480, 3)
     """

@@ -54,10 +54,6 @@ class Rollouts(Callback):
         cut: the same of truncated answers (DAPO's overlong filtering).
         show: questions of each rollout that TensorBoard shows with all answers.
         sham: ``permute`` for the control: permutes rewards over the answers to each question.
-
-    Raises:
-        ValueError: for counts below 1, or below 0 to resample; at setup, for data without rollouts, or a recipe that
-            generates no answers, or longer ones than the data holds.
     """
 
     once = True

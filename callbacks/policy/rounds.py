@@ -51,10 +51,6 @@ class Rounds(ResumableMetrics):
         hard: share of variants of difficult problems.
         mine: the next problems: by the ``gap``; or ``random`` ones of the training split.
         sham: ``permute`` for the control: permutes gaps over problems.
-
-    Raises:
-        ValueError: for no epoch, or a share outside [0, 1]; at setup, for data without a pool, a recipe that answers no
-            questions, or without a teacher that does (model.distill).
     """
 
     once = True

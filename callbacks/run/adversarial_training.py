@@ -36,10 +36,6 @@ class AdversarialTraining(Ordered):
     Args:
         radius: modality -> radius relative to the size of its input; others are never perturbed.
         steps: of the ascent.
-
-    Raises:
-        ValueError: without a modality, for a radius not above 0 or a number of steps below 1; at setup, for a recipe
-            without the protocols Classifies and Fuses, or an unknown modality; in training, for inputs that are ids.
     """
 
     once = True

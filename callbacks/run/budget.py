@@ -34,10 +34,6 @@ class Budget(L.Callback):
         memory_adjusted: FLOPs count times the memory of a step relative to full fine-tuning
             (:func:`descant.modules.training_setup.memory.step_cost`): a method of less memory gets more steps. Source:
             FoMo-in-Flux (Roth 2024, arXiv 2408.14471).
-
-    Raises:
-        ValueError: for no budget or several; before training, for one smaller than a step, data in stages, of rollouts
-            or streams, ``like`` without a total, and a resume point of another budget.
     """
 
     once = True
@@ -123,11 +119,7 @@ class Budget(L.Callback):
 
 
 def train_flops(run: Path) -> float:
-    """``train_flops`` of a run's folder.
-
-    Raises:
-        ValueError: where it has none.
-    """
+    """``train_flops`` of a run's folder."""
     file = run / "metrics.json"
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["train_flops"])

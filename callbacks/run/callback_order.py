@@ -31,11 +31,7 @@ class Ordered(L.Callback):
 
 
 def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
-    """The callbacks sorted by ``front`` and ``after``; apart from these the order is kept.
-
-    Raises:
-        ValueError: for two callbacks that exclude each other, or that each come after the other.
-    """
+    """The callbacks sorted by ``front`` and ``after``; apart from these the order is kept."""
     placed: list[L.Callback] = []
 
     def place(callback: L.Callback, before: tuple[L.Callback, ...] = ()) -> None:

@@ -17,9 +17,6 @@ class CodeUsage(Ordered):
 
     * ``codes/{objective}/perplexity``: as a share of the codes, the mean over layers; 1 if all are used alike.
     * ``codes/{objective}/dead``: codes used less than a tenth of even use, of all layers.
-
-    Raises:
-        ValueError: at setup, for a recipe without a quantizer.
     """
 
     once = True

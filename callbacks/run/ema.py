@@ -55,10 +55,6 @@ class EMA(L.Callback):
         warmup: a smaller decay at first, so that the average follows the first steps of a run.
         start: optimizer steps before the first update.
 
-    Raises:
-        ValueError: if ``decay`` is outside 0..1; in setup, if a strategy shards parameters other than by FSDP2 with
-            whole checkpoints, or a ModelCheckpoint saves weights only.
-
     >>> [round(EMA(decay=0.5).rate(n), 3) for n in (1, 2, 8, 100)]
     [0.182, 0.25, 0.5, 0.5]
     """

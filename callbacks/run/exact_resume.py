@@ -38,11 +38,7 @@ _USELESS: dict[type[L.Callback], str] = {
 
 
 def require_exact(callbacks: Iterable[L.Callback], resumed: bool = True) -> None:
-    """Refuse callbacks that no recipe can use and, for a run that may be ``resumed``, those that break exact resuming.
-
-    Raises:
-        ValueError: naming the first and what to use instead.
-    """
+    """Refuse callbacks that no recipe can use. With ``resumed``, also refuse those that break exact resuming."""
     for callback in callbacks:
         for cls, why in (_USELESS | _INEXACT if resumed else _USELESS).items():
             if isinstance(callback, cls):

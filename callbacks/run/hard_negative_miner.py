@@ -46,10 +46,6 @@ class HardNegativeMiner(ResumableMetrics):
         label: a target of the data by which ``mining/false`` is counted.
         exclude: a target of the data, such as ``family`` of Emoji: samples that share it with a are no negatives of a
             either. It is what an oracle knows, which the threshold has to guess.
-
-    Raises:
-        ValueError: for k, every or pairs below 1; at setup, for data that cannot have mined negatives, or a recipe
-            without embeddings; when mining, for a modality or label that the data lacks.
     """
 
     once = True

@@ -20,9 +20,6 @@ class LeanCheckpoint(L.Callback):
     digest is saved in its place. Such a checkpoint loads into the model that the configuration builds if the digests
     agree; everything else loads strictly. Full checkpoints load too. Hashing at the start and at every save takes about
     a second per gigabyte.
-
-    Raises:
-        ValueError: in setup, if parameters are sharded; when a checkpoint of another base is loaded.
     """
 
     once = True

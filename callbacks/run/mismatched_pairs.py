@@ -26,9 +26,6 @@ class Misalign(Callback):
         modality: to exchange.
         share: of the samples that have it.
         target: name of the mask in the batch, bool ``[B]``.
-
-    Raises:
-        ValueError: for a share outside 0..1; in training, for a modality that the data lacks.
     """
 
     def __init__(self, modality: str, share: float = 0.4, target: str = "misaligned") -> None:

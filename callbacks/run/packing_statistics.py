@@ -26,9 +26,6 @@ class PackingStatistics(Ordered):
 
     All are numbers of the plans, which are made on the CPU: no step reads the device, and a logging step does not wait
     for it. The counts since the last logging step are saved in checkpoints.
-
-    Raises:
-        ValueError: at setup, for a recipe that packs no documents.
     """
 
     once = True

@@ -61,9 +61,6 @@ class Progress(ProgressBar):
         metric: a logged metric to show beside the loss.
         refresh: seconds between two redraws on a terminal.
         lines_every: without a terminal, a line every so many optimizer steps instead of every epoch.
-
-    Raises:
-        ValueError: if ``refresh`` is negative or ``lines_every`` is not positive.
     """
 
     once = True

@@ -28,10 +28,6 @@ class ProgressiveResizing(L.Callback):
         until: share of the run's steps at which each ends, rising, above 0 and at most 1.
         modalities: the inputs to resize, with their second views.
 
-    Raises:
-        ValueError: for lists of unequal length or not rising; at the first batch, for a modality that it lacks, that is
-            no floating-point image ``[B, C, H, W]``, or whose images are not larger than ``sizes``.
-
     >>> grow = ProgressiveResizing(sizes=[16, 24], until=[0.5, 0.8])
     >>> grow.size_at(0.0), grow.size_at(0.5), grow.size_at(0.8)
     (16, 24, None)
@@ -68,9 +64,6 @@ class ProgressiveResizing(L.Callback):
 
 def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
     """Images downsampled to ``size`` pixels a side, float ``[B, C, size, size]``.
-
-    Raises:
-        ValueError: for a tensor that is no floating-point image, or not larger than ``size``.
 
     >>> import torch
     >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)

@@ -34,9 +34,6 @@ class WritePseudoCaptions(Callback):
         captions: attributes with their phrases, and templates.
         modality: of the images.
         prompts: of the phrases.
-
-    Raises:
-        ValueError: in a prediction, for data without a tokenizer, or a modality that is not embedded.
     """
 
     def __init__(self, captions: PseudoCaptions, modality: str = "image", prompts: str = "text") -> None:

@@ -29,9 +29,6 @@ class Temperature(Callback):
         factor: divides the scale and multiplies the temperature.
         at: share of the run's steps after which.
 
-    Raises:
-        ValueError: if the factor is not positive, or ``at`` is not in [0, 1); at setup, if nothing has a learned scale.
-
     >>> Temperature(factor=0.0)
     Traceback (most recent call last):
     ValueError: Temperature: factor 0.0 is not positive; 4 makes the temperature four times as high

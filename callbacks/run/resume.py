@@ -74,11 +74,6 @@ class Resume(Ordered):
         minutes: between two points at most (longer steps, a validation, and 20 times the time of saving are waited
             for); null for points by steps only. Weights do not depend on it.
         folder: of the resume points; by default ``resume`` in the run's folder.
-
-    Raises:
-        ValueError: if ``every`` or ``keep`` is below 1, or ``minutes`` not above 0; in setup, for a trainer or a
-            callback that cannot be resumed exactly; for a loaded checkpoint that is no resume point, or of other data,
-            another seed or a newer layout.
     """
 
     once = True

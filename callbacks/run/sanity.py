@@ -50,10 +50,6 @@ class Sanity(L.Callback):
     Args:
         late: steps after which a run should have learned something.
         meant: checks to skip, where the experiment intends it.
-
-    Raises:
-        ValueError: for the one setting by which a run would wait forever without a word: a TMPDIR whose path is too
-            long for the sockets of workers of data loaders.
     """
 
     once = True

@@ -28,10 +28,6 @@ class ScheduleFree(EMA):
     It takes the place of EMA, which a line reports; another reports that batch norms keep the statistics of y.
 
     Source: Defazio 2024, arXiv 2405.15682, and its release, whose ``train()`` and ``eval()`` it calls.
-
-    Raises:
-        ValueError: in setup, beside Stages, and for parameters that are split over ranks; before the first step, for an
-            optimizer without an average, and for a schedule of the learning rate.
     """
 
     #: Recipes refuse an optimizer that averages where no callback evaluates its average.

@@ -53,10 +53,6 @@ class Stages(Ordered):
 
     Args:
         watch: metrics to plot, of validations (val/answered) and of epochs (rollouts/reward).
-
-    Raises:
-        ValueError: at setup, for a recipe or data without stages, or with different ones; for a stage that begins with
-            an average of the weights, without the callback EMA.
     """
 
     once = True

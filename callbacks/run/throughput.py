@@ -135,9 +135,6 @@ class Throughput(Ordered):
     Args:
         peak_flops: FLOP/s of the device; None: measured at the start of the fit for a quarter of a second, by a matrix
             product in the run's precision.
-
-    Raises:
-        ValueError: if ``peak_flops`` is not positive.
     """
 
     once = True

@@ -74,10 +74,6 @@ class Watch(Ordered):
         alone: watch a run of one rank as well, such as a job that a cluster queues again (``on/slurm``).
         beat: seconds between two heartbeats.
         window: optimizer steps of a table.
-
-    Raises:
-        ValueError: for a ``beat`` or ``window`` not above 0, a ``hang_after`` below three beats, or a ``long_after``
-            below ``hang_after``.
     """
 
     once = True

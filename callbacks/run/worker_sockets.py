@@ -22,9 +22,6 @@ def require_sockets() -> None:
     """Refuse a TMPDIR below which no worker can pass a tensor: its thread fails, and the loader would wait forever.
 
     Where torch shares memory by files there is no such socket; newer Pythons take another folder by themselves.
-
-    Raises:
-        ValueError: naming TMPDIR, its length and what to set.
     """
     if multiprocessing.get_sharing_strategy() != "file_descriptor" or hasattr(util, "_get_base_temp_dir"):
         return

@@ -95,9 +95,6 @@ class AltText(CaptionSource):
         noise: share of the drawings with a wrong name.
         seed: of the choice; independent of the run's.
 
-    Raises:
-        ValueError: if ``noise`` is no share, or there is no other name.
-
     >>> names, images = ["sun", "moon", "fox"], lambda hand: torch.zeros(3, 4, 8, 8, dtype=torch.uint8)
     >>> kinds, hand_R = ["sky", "sky", "animal"], np.zeros(3, dtype=int)
     >>> drawings = Drawings(names, kinds, list("abc"), np.arange(3), hand_R, ["x"], images)
@@ -225,9 +222,6 @@ class Drift:
     Args:
         to: the probabilities at the end.
         epochs: e from which they hold.
-
-    Raises:
-        ValueError: if ``epochs`` is less than 1.
     """
 
     def __init__(self, to: dict[str, float], epochs: int) -> None:
@@ -254,9 +248,6 @@ class CaptionMixer:
         sham: ``permute`` gives each drawing the alt-text of another drawing, by a fixed permutation in one cycle
             (a control): shares, lengths and words stay, the relation of alt-texts to images goes. ``permute-kind``
             gives that of another drawing of the same coarse class, which the synthetic captions name.
-
-    Raises:
-        ValueError: for a probability of no source, a negative one, or none above 0.
 
     >>> mixer = CaptionMixer({"alt": AltText(), "synthetic": SyntheticCaption()}, probs={"alt": 1, "synthetic": 3})
     >>> mixer.pi(0).tolist()

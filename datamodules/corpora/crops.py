@@ -141,9 +141,6 @@ class CropModule(DataModule):
         flip: with probability 1/2 on each axis, a training crop is reversed.
         turn: with probability 1/2, the last two axes of a training crop are exchanged.
         kwargs: of every data module.
-
-    Raises:
-        ValueError: for a number that is less than 1; at first use, for a region smaller than a crop.
     """
 
     #: Names of the axes of space.

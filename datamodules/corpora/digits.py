@@ -132,9 +132,6 @@ class Digits(DataModule):
         sealed: evaluation sets are those of the lock-box, which have ids of their own.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for a noise below 0, or a number of pixels or samples below 1.
-
     >>> data = Digits(noise=0.5, tiny=True)
     >>> batch = next(iter(data.train_dataloader()))
     >>> batch.inputs["image"].shape[1:], data.classes["digit"][int(batch.targets["digit"][0])]

@@ -50,9 +50,6 @@ class Pack:
 
     Args:
         folder: of the parquet shards. ledger: where undecodable drawings are recorded.
-
-    Raises:
-        ValueError: naming the shard that is missing, empty, truncated or of another schema.
     """
 
     def __init__(self, folder: Path = PACK, ledger: Ledger | None = None) -> None:

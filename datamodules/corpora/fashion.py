@@ -63,9 +63,6 @@ class Fashion(DebianPackaged):
         bank: most training images that k-NN and probes are fitted on; None for all.
         kwargs: of every data module of a Debian package.
 
-    Raises:
-        ValueError: for a size or number out of range, or without the package.
-
     >>> data = Fashion(tiny=True, batch_size=8)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     >>> batch.inputs["image"].shape, len(data.training_set()), len(data.evaluation_sets("validate")["val"])

@@ -83,9 +83,6 @@ class Stacks(Source):
     Args:
         frames: slices, 3 to 8.
         about: replaces that question, with slices of one concept only: as of Stills.
-
-    Raises:
-        ValueError: for fewer or more.
     """
 
     def __init__(self, frames: int = 4, about: Literal["name", "group"] | None = None) -> None:
@@ -161,9 +158,6 @@ class Clips(Source):
     Args:
         frames: 2 to 64; more are slower.
         about: replaces that question: as of Stills.
-
-    Raises:
-        ValueError: for fewer or more.
     """
 
     def __init__(self, frames: int = 8, about: Literal["name", "group"] | None = None) -> None:
@@ -238,9 +232,6 @@ class Frames(Questions):
         times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
         sham: ``permute`` for the control of alpha: it permutes which problems are the frequent ones.
         kwargs: as of Questions, whose kinds are the sources here.
-
-    Raises:
-        ValueError: what Questions raises; for an unknown source, fewer problems than 1, or ``sealed`` with Slices.
 
     >>> data = Frames(tiny=True, batch_size=8, length=64)
     >>> batch = next(iter(data.train_dataloader()))

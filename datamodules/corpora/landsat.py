@@ -37,9 +37,6 @@ class Landsat(CropModule, DebianPackaged):
         turn: training crops in all eight positions, or upright.
         kwargs: of every data module of crops and of a Debian package.
 
-    Raises:
-        ValueError: for a size that fits into no region, or without the package.
-
     >>> data = Landsat(tiny=True, batch_size=4, size=16)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     >>> batch.inputs["infrared"].shape, data.regions["test"].high, data.describe(97)

@@ -60,9 +60,6 @@ class Molecules(DataModule):
         tokenizer: of the spellings; one token a byte, 96 a row, by default.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for bits or spellings out of range, or without the package.
-
     >>> data = Molecules(tiny=True, batch_size=8, bits=64)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     >>> batch.inputs["text"].shape, batch.inputs["fingerprint"].shape, batch.targets["logp"].dtype

@@ -196,10 +196,6 @@ class MovingEmoji(ImageViews):
         augment: of training frames, on the device, the same for all frames of a clip; by default colours alone.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for fewer than 2 frames, a size below 24, unknown vendors, and an augmentation that makes captions
-            false.
-
     >>> data = MovingEmoji(tiny=True, batch_size=8, size=24, frames=4)
     >>> batch = next(iter(data.train_dataloader()))
     >>> batch.inputs["video"].shape, data.describe(0)  # RGBA; on the device float RGB

@@ -62,10 +62,6 @@ class PartialInformation(DataModule):
         sealed: evaluation sets are those of the lock-box, which have ids of their own.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for a noise or a number of factors, bits or samples out of range, or more signs
-            than a modality has numbers.
-
     >>> data = PartialInformation({"a": 0.3, "b": 1.0}, unique=1, shared=0, synergy=0, tiny=True)
     >>> [round(data.bayes(*given), 3) for given in (("a",), ("b",), ("a", "b"))]  # the bit of the other is guessed
     [0.5, 0.421, 0.841]
@@ -161,9 +157,6 @@ class PartialInformation(DataModule):
 
         and 1/2 where a modality that it needs is not given. Bits are independent, so a target of several has the
         product. The shared one is ``Phi(sqrt(sum noise_m^-2))`` where all factors are 1, else from 2^18 fixed draws.
-
-        Raises:
-            ValueError: for an unknown modality or target.
         """
         require_known("given", given, self.modalities)
         require_known("target", [target], [LABEL, *self.parts])

@@ -16,9 +16,6 @@ class PseudoTexts(CaptionSource):
     Args:
         table: the table, or the folder of a run (or of all runs of a name), whose newest one is read.
         number: which of the captions of an image, 0 for the first.
-
-    Raises:
-        ValueError: where texts are read, for no table, or a drawing without a caption, or of another name there.
     """
 
     def __init__(self, table: str, number: int = 0) -> None:

@@ -95,9 +95,6 @@ class World:
         tokenizer: of the captions.
         size: S. grid: cells of a side. objects: K.
         sizes: whether objects are large or small, and captions state it.
-
-    Raises:
-        ValueError: if the grid has no room for a layout with every relation.
     """
 
     def __init__(

@@ -179,10 +179,6 @@ class Scenes(ImageViews):
             and validation are unchanged. Only a claim at its effect stage reads it (``lockbox`` of the claim).
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for an unknown concept, relation or vendor, vendors that are held out, sizes that do not fit, an
-            augmentation that makes captions false, and sealed concepts of which EmojiOne draws too few.
-
     >>> batch = next(iter(Scenes(tiny=True, batch_size=8).train_dataloader()))
     >>> batch.inputs["image"].shape, batch.inputs["triples_neg"].shape, sorted(batch.present)
     (torch.Size([8, 4, 48, 48]), torch.Size([8, 6, 3, 5]), ['image', 'text', 'text_neg'])

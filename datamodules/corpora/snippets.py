@@ -68,9 +68,6 @@ def installed_snippets(language: str, lines: int, most: int, files: int = FILES)
     """Snippets of one language: up to ``most`` of a split, the same wherever the package has the same version.
 
     Files are in the order of a hash of their names; the first tenths of them are of the evaluation sets.
-
-    Raises:
-        ValueError: where the package is missing, or has fewer files than there are splits.
     """
     package, below, ends = SOURCES[language]
     spec = find_spec(package)
@@ -122,9 +119,6 @@ class Snippets(DataModule):
         text: the tokenizer; bytes in rows of 128 where not given.
         sealed: evaluation sets are those of the lock-box.
         kwargs: of every data module.
-
-    Raises:
-        ValueError: for an unknown language, fewer than two, a number below 1, or a language without files.
 
     >>> data = Snippets(tiny=True)
     >>> batch = next(iter(data.train_dataloader()))

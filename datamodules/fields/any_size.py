@@ -73,9 +73,6 @@ class AnySizeImages(Images):
         enlarge: images of fewer patches are enlarged to the budget, too.
         scale, flip, limit, filter, gap, stream: as of Images; ``gap`` over the pixels of the grid.
 
-    Raises:
-        ValueError: for an option out of its range.
-
     >>> import simplejpeg
     >>> white = simplejpeg.encode_jpeg(np.full((20, 40, 3), 255, dtype=np.uint8))
     >>> x_B4HW, _ = AnySizeImages(patch=8, tokens=8)([white, white], np.array([1, 2]))
@@ -167,9 +164,6 @@ class AnySizeField(ImageField):
         enlarge: images of fewer are enlarged to the budget, as NaFlex does; else they stay as they are.
         scale: share of the area of a training image's box; the aspect is the image's. flip: of a mirrored image.
         filter, limit, mean, std: as of ImageField.
-
-    Raises:
-        ValueError: for an option out of its range.
 
     >>> AnySizeField(patch=8, tokens=16).decode([b"no picture", None], None)[0].shape
     torch.Size([2, 4, 8, 8])

@@ -24,9 +24,6 @@ class ArrayField(Field):
         rows: T; one vector a sample where not given.
         field: name of the field; several as ``npy;points``. The only field with arrays by default.
 
-    Raises:
-        ValueError: for a width or rows below 1.
-
     >>> raw = array_bytes([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
     >>> ArrayField(width=2, rows=4).decode([raw, None], None)[0][0, :, 0].tolist()
     [0.0, 2.0, 4.0, nan]

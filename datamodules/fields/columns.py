@@ -106,11 +106,7 @@ def _begin(raw: Raw) -> Raw:
 
 
 def named_column(source: Source, field: str | None, kind: str) -> Column:
-    """The column of ``a;b``, or by default of all fields of a kind, if no sample has two of them.
-
-    Raises:
-        ValueError: for no field of the kind, or several in one sample.
-    """
+    """The column of ``a;b``, or by default of all fields of a kind, if no sample has two of them."""
     if field is not None:
         names = split_names(field)
     else:

@@ -113,9 +113,6 @@ class ImageField(Field):
             1.5 is enough for crops of half the area. By default images are decoded whenever they are read. For
             folders, tables, parquet and shards; no effect on streams, where no sample is read twice.
 
-    Raises:
-        ValueError: where ``keep`` is less than 1, or an option of Images is out of its range.
-
     >>> ImageField(size=8).decode([b"no picture", None], None)[1][1] is None
     True
     """
@@ -226,9 +223,6 @@ class TextField(Field):
             a sample has, evaluation takes the first of them. A field of weight 0 is never read. By default the only
             field that can be a caption.
         tokenizer: of the captions; hashed character n-grams by default.
-
-    Raises:
-        ValueError: for weights that are negative or all zero.
     """
 
     kind = "text"

@@ -94,10 +94,6 @@ class Images:
             a side; ``inf`` decodes all pixels.
         stream: name of the random stream; two views of one sample use two streams.
 
-    Raises:
-        ValueError: for an option out of its range. An unreadable image raises nothing: its row is zero, and the list
-            of errors has the reason.
-
     >>> white = simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8))
     >>> x_B3SS, errors = Images(8)([white, None, white[:99]], np.array([1, 2, 3]))
     >>> x_B3SS.shape, x_B3SS.amin((1, 2, 3)).tolist(), [error is None for error in errors]
@@ -189,9 +185,6 @@ class Images:
         """The whole of an encoded image resized to ``side`` x ``side`` pixels, with its shape as numbers: crops of it
         are those of the image, resampled twice.
 
-        Raises:
-            ValueError: for an unreadable image.
-
         >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
         >>> whole.height, whole.width, whole.x_SS3.shape
         (30, 40, (12, 12, 3))
@@ -254,11 +247,7 @@ class Images:
     # one image -------------------------------------------------------------------------------------------------
 
     def header(self, data: bytes) -> Header:
-        """Shape and orientation of an image, before any of its pixels is decoded.
-
-        Raises:
-            ValueError: for data of no known format, and for more than ``limit`` pixels.
-        """
+        """Shape and orientation of an image, before any of its pixels is decoded."""
         height, width, fast = _announced(data)
         self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
         image, exif = None, _jpeg_exif(data) if fast else None
@@ -285,9 +274,6 @@ class Images:
         """The upright image as uint8 ``[H, W, 3]``, at reduced size if ``box`` allows it, and the box in it.
 
         ``out``: height and width that the box is resized to; a square of ``size`` where not given.
-
-        Raises:
-            ValueError: for truncated or broken data.
         """
         high, wide = header[:2] if header.orientation < 5 else header[1::-1]
         times = self.reduction(box, out) if header.image is None else 1

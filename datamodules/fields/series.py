@@ -33,9 +33,6 @@ class SeriesField(Field):
         time: which column of an array has the times, such as 0; they ascend.
         period: time between two steps, in the unit of ``time``.
 
-    Raises:
-        ValueError: for channels or steps below 1; for one of ``time`` and ``period`` without the other.
-
     >>> from descant.datamodules.sources.arrays import array_bytes
     >>> SeriesField(channels=1, steps=4).decode([array_bytes([5.0, 6.0])], None)[0].tolist()
     [[[5.0, 6.0, nan, nan]]]

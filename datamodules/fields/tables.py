@@ -31,9 +31,6 @@ class TableField:
         categories: those of them that hold categories though their values are numbers, such as postcodes.
         most: categories of a column at most.
         missing: cells that are hidden beside those that are missing.
-
-    Raises:
-        ValueError: for no column, one named twice, or a category that is no column.
     """
 
     def __init__(

@@ -77,9 +77,6 @@ class VideoField(Field):
         field: name of the field; several as ``mp4;webm``. The only field with videos by default.
         frames: F.
         size: S, pixels out.
-
-    Raises:
-        ValueError: for frames or a size below 1, and in one line where torchcodec is not installed.
     """
 
     kind, usual = "video", VIDEO_ENDINGS

@@ -49,11 +49,7 @@ class Deb(DataPackage):
 
 
 def apt_download(name: str, folder: Path) -> Path:
-    """The ``.deb`` that ``apt-get download NAME`` puts into ``folder``.
-
-    Raises:
-        ValueError: in one line, which suggests ``apt-get update`` or a file.
-    """
+    """The ``.deb`` that ``apt-get download NAME`` puts into ``folder``."""
     apt = shutil.which("apt-get")
     if apt is None:
         raise ValueError(f"{name}: there is no apt-get here to fetch it with; give the package as a file: deb: PATH")
@@ -73,12 +69,7 @@ def apt_download(name: str, folder: Path) -> Path:
 
 
 def unpack(file: Path, folder: Path, under: str = "") -> None:
-    """Write the regular files of a ``.deb`` into ``folder``, with ``under`` cut off their names.
-
-    Raises:
-        ValueError: naming the file and its fault: no ar archive, a name that leads outside, a link or device, too
-            many members, too many decoded bytes, or truncation.
-    """
+    """Write the regular files of a ``.deb`` into ``folder``, with ``under`` cut off their names."""
     members = 0
     with file.open("rb") as archive:
         name, start, size = _data_member(file, archive)

@@ -39,11 +39,7 @@ class Pictures:
 
     @staticmethod
     def load(folder: Path, part: str) -> Pictures:
-        """``part`` is ``train`` or ``t10k``, as the files are named.
-
-        Raises:
-            ValueError: naming the file that is missing, broken, or of another shape.
-        """
+        """``part`` is ``train`` or ``t10k``, as the files are named."""
         images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
         image, label = idx(images, 3), idx(labels, 1)
         if image.shape[1:] != (SIDE, SIDE) or not len(image):
@@ -55,11 +51,7 @@ class Pictures:
 
 
 def idx(file: Path, axes: int) -> np.ndarray:
-    """uint8 of a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, then the bytes, big-endian.
-
-    Raises:
-        ValueError: naming the file, where it is missing, damaged, longer or shorter than its header gives.
-    """
+    """uint8 of a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, then the bytes, big-endian."""
     try:
         with gzip.open(file) as stream:
             magic, *shape = struct.unpack(f">{1 + axes}I", stream.read(4 + 4 * axes))

@@ -31,11 +31,7 @@ class Package:
 
 
 def fetch_package(package: Package, cache: Path) -> Path:
-    """The verified tarball; npm is called only where the cache has none with the right hash.
-
-    Raises:
-        ValueError: in one line, where npm is missing or fails, or the hash is not the pinned one.
-    """
+    """The verified tarball; npm is called only where the cache has none with the right hash."""
     tarball = cache / package.tarball
     if tarball.is_file() and sha256_of(tarball) == package.sha256:
         return tarball
@@ -61,11 +57,7 @@ def read_package(
     max_members: int = MAX_MEMBERS,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> dict[str, bytes]:
-    """Path inside ``package/`` -> content, for the paths that ``wanted`` accepts; nothing is written to the disk.
-
-    Raises:
-        ValueError: in one line, for a broken archive, an unsafe member or one beyond the limits.
-    """
+    """Path inside ``package/`` -> content, for the paths that ``wanted`` accepts; nothing is written to the disk."""
     content: dict[str, bytes] = {}
     decoded = 0
     try:

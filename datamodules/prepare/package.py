@@ -65,9 +65,6 @@ def unpacked(
         file: used instead of fetching one.
         accept: SHA-256 to accept beside the known ones.
         cache: folder of all packages; :func:`cache_folder` where not given.
-
-    Raises:
-        ValueError: where it cannot be fetched, the hash is unknown, or the file is broken or hostile.
     """
     home = Path(cache or cache_folder()) / package.name
     for sha in accept:
@@ -142,9 +139,6 @@ def write_member(source: IO[bytes], target: Path) -> int:
 
 def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
     """Target of an archive member: the parts of its name below ``under``; None where it lies elsewhere.
-
-    Raises:
-        ValueError: naming the file and the member, for a name that leads out of the folder.
 
     >>> place_of(Path("x.whl"), "pack/data/a/b.txt", "pack/data"), place_of(Path("x.whl"), "other/b.txt", "pack")
     (('a', 'b.txt'), None)

@@ -94,9 +94,6 @@ def prepared(file: Path | None = None, accept: list[str] | None = None, cache: P
     Args:
         file: the package as a file; downloaded by apt-get where not given. accept: more SHA-256 to accept.
         cache: folder of the cache; the user's own where not given.
-
-    Raises:
-        ValueError: what :func:`unpacked` raises, or 20 files in a row that cannot be read.
     """
     source = unpacked(DEB, file, accept or (), cache)
     message = "preparing the stamps: images and speech are decoded once; this takes a minute"
@@ -104,11 +101,7 @@ def prepared(file: Path | None = None, accept: list[str] | None = None, cache: P
 
 
 def build(folder: Path) -> Corpus:
-    """Read all stamps of an unpacked package.
-
-    Raises:
-        ValueError: where there are none, or 20 files in a row cannot be read.
-    """
+    """Read all stamps of an unpacked package."""
     ledger = Notes(folder)
     images_of: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -151,11 +144,7 @@ class Notes(Ledger):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 ``[4, 64, 64]``: resized to fit, in the middle of a transparent square.
-
-    Raises:
-        ValueError, OSError: where it cannot be read.
-    """
+    """uint8 ``[4, 64, 64]``: resized to fit, in the middle of a transparent square."""
     data: Path | io.BytesIO = path if path.suffix == ".png" else io.BytesIO(render(path))
     with Image.open(data) as opened:
         if opened.width * opened.height > MAX_PIXELS:

@@ -66,9 +66,6 @@ def prepared(
         texts, voices: V x N clips; a voice is a language, with a variant or without, such as ``en-us`` or ``en-us+m3``.
         file: the wheel as a file; downloaded by pip where not given. accept: more SHA-256 to accept.
         cache: folder of the cache; the user's own where not given.
-
-    Raises:
-        ValueError: what :func:`unpacked` raises, for an unknown voice, or where the library cannot be used here.
     """
     source = unpacked(WHEEL, file, accept, cache)
     request = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
@@ -89,11 +86,7 @@ def prepared(
 
 
 def synthesize(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[np.ndarray]:
-    """The library's sampling rate, then int16 ``[S]`` clips: all texts by the first voice, then by the next.
-
-    Raises:
-        ValueError: for an unknown voice, or a library of another platform.
-    """
+    """The library's sampling rate, then int16 ``[S]`` clips: all texts by the first voice, then by the next."""
     path = library / LIBRARIES.get(sys.platform, LIBRARIES["linux"])
     try:
         espeak = ctypes.CDLL(str(path))

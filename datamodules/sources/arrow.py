@@ -39,10 +39,6 @@ class Arrow(ArrowRows):
             ``faults``.
         outside: whether a column of paths may name files outside the folder of its file.
 
-    Raises:
-        ValueError: naming the file that is missing, damaged, compressed or outside the folder, or whose columns differ
-            from the first one's.
-
     >>> import tempfile
     >>> table = pa.table({"caption": ["a cat", "a dog"]})
     >>> with tempfile.TemporaryDirectory() as folder:

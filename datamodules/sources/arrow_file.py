@@ -34,10 +34,6 @@ def read_batches(path: Path) -> Batches:
     """The record batches of a file. Their memory is the file's, so a file that is cut off later ends the process.
 
     Offsets within a batch are not checked yet: ``column.validate(full=True)`` comes before the first value is read.
-
-    Raises:
-        ValueError: for no regular file, none of Arrow, and one that is compressed, which is not unpacked: a small file
-            may hold a lot of memory.
     """
     if not path.is_file():
         raise ValueError("not a regular file")

@@ -286,9 +286,6 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
 def entries(data: str | bytes, name: str) -> dict[str, str]:
     """The texts in JSON by dotted names below ``name``; with an empty name, ``data`` has to be an object.
 
-    Raises:
-        ValueError: for invalid JSON, or more than ``ENTRIES`` texts.
-
     >>> entries('{"a": [1, "b"]}', "json")
     {'json.a.0': '1', 'json.a.1': 'b'}
     """
@@ -305,11 +302,7 @@ def entries(data: str | bytes, name: str) -> dict[str, str]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path of ``name``, as given by a table in ``root``.
-
-    Raises:
-        ValueError: where it is outside ``root``, by its name or by a link on the way.
-    """
+    """The path of ``name``, as given by a table in ``root``."""
     require_relative(name)
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):

@@ -72,10 +72,6 @@ class Folder(Source):
         damaged: ``skip`` leaves out rows of the table that cannot be read, each listed in ``faults``.
         outside: whether files may lie outside ``root``: named by an absolute path or with .., or behind a link.
         beside: a table in ``root`` that is not to be read, since another source has its rows.
-
-    Raises:
-        ValueError: if the folder or table is missing, has no sample, has a row that cannot be read, or names a file
-            outside ``root``; if no column has file names, and media lie in the folder.
     """
 
     def __init__(
@@ -131,9 +127,6 @@ class Folder(Source):
     def _read_sizes(self, columns: Sequence[Sequence[str | None]]) -> None:
         """Set ``size_FN`` and ``time_FN``, bytes and modification times of files (-1 and 0 where there is none), and
         ``given_FN``, where one is named.
-
-        Raises:
-            ValueError: for a file outside the folder, unless that is allowed.
         """
         shape, root = (len(columns), len(self.names)), f"{self.root}/"
         given = [[name is not None for name in column] for column in columns]

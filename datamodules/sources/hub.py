@@ -39,11 +39,7 @@ def is_hub(value: object) -> bool:
 
 
 def hub_sources(value: Any) -> dict[str, Source]:
-    """The source of a Dataset under ``""``; of a DatasetDict, its splits of ``train``, ``val`` and ``test``.
-
-    Raises:
-        ValueError: for a DatasetDict without any of these splits, or with two of one; for an IterableDataset.
-    """
+    """The source of a Dataset under ``""``; of a DatasetDict, its splits of ``train``, ``val`` and ``test``."""
     if not isinstance(value, dict):
         return {"": HubDataset(value)}
     sources: dict[str, Source] = {}
@@ -66,9 +62,6 @@ class HubDataset(ArrowRows):
     Args:
         dataset: the object.
         label: beginning of the names of its samples, ``row/17``.
-
-    Raises:
-        ValueError: for an object of another kind, one without rows or with a transform.
 
     >>> from datasets import Dataset
     >>> HubDataset(Dataset.from_dict({"caption": ["a cat", "a dog"]}).select([1])).texts("caption")
@@ -113,9 +106,6 @@ class HubStream(Stream):
     Args:
         dataset: the object. A map over it before gets decoded values, unless ``decode(False)`` comes first.
         samples: of one epoch, over all ranks.
-
-    Raises:
-        ValueError: for an object of another kind, fewer than 1 sample, and features that nothing reads.
 
     >>> from datasets import Dataset
     >>> stream = HubStream(Dataset.from_dict({"caption": ["a cat", "a dog"]}).to_iterable_dataset(), samples=2)

@@ -36,10 +36,6 @@ class Joined(Source):
         source: of the samples.
         path: the table, a CSV, TSV or parquet file.
         key: its column with the names of samples, such as images/a.jpg; the first one of file names where not given.
-
-    Raises:
-        ValueError: in one line, for a table that is missing or unreadable, without a column of names, with two rows of
-            one name, or whose rows name no sample at all.
     """
 
     def __init__(self, source: Source, path: str | Path, key: str | None = None) -> None:

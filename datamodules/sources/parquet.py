@@ -59,9 +59,6 @@ class Parquet(Source):
         memory: bytes of decoded row groups that one process caches.
         damaged: ``skip`` leaves out files and row groups that cannot be read, each listed in ``faults``.
         outside: whether a column of paths may name files outside the folder of its parquet file.
-
-    Raises:
-        ValueError: naming the file that is missing or unreadable, or whose columns differ from the first one's.
     """
 
     def __init__(

@@ -300,10 +300,6 @@ class StreamSet(BatchDataset):
         drop: modality -> probability that a present sample is made absent.
         marks: of the readers, to resume within an epoch.
         damaged: ``skip`` goes on after a shard that cannot be read to its end.
-
-    Raises:
-        ValueError: on reading, for a shard that cannot be read to its end, unless that is to be skipped; for a batch
-            within an epoch whose predecessor is neither the last one nor in ``marks``.
     """
 
     by_position = False

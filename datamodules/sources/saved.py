@@ -38,11 +38,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path) -> Saved:
-    """What a saved dataset lists.
-
-    Raises:
-        ValueError: for content of another form, a file that is missing, or one outside the folder.
-    """
+    """What a saved dataset lists."""
     state = _object(folder / STATE)
     files = _listed(folder, state, "_data_files")
     if not files:
@@ -53,12 +49,7 @@ def read_saved(folder: Path) -> Saved:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """``train``, ``val``, ``test`` -> its folder in a saved DatasetDict; empty where the folder is none.
-
-    Raises:
-        ValueError: for a split that is listed and not there, for two that are the same one of these, and where none is
-            any of them: then one is named by its folder.
-    """
+    """``train``, ``val``, ``test`` -> its folder in a saved DatasetDict; empty where the folder is none."""
     file = folder / SPLITS
     if not file.is_file():
         return {}

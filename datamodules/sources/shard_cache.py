@@ -80,9 +80,6 @@ class ShardCache:
     Args:
         limit: bytes, of whole copies and of those that are being written.
         folder: instead of the one of the user's cache; on a disk of the node.
-
-    Raises:
-        ValueError: where the system has no locks of files.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:

@@ -23,11 +23,7 @@ class Written(NamedTuple):
 
 
 def manifest(folder: Path) -> dict[str, Written]:
-    """File name -> its entry in the manifest of a folder; empty where there is none, or one of another kind.
-
-    Raises:
-        ValueError: in one line, for a file of this name that is not JSON, or is one of ours and incomplete.
-    """
+    """File name -> its entry in the manifest of a folder; empty where there is none, or one of another kind."""
     path = folder / NAME
     if not path.exists():
         return {}
@@ -54,11 +50,7 @@ def manifest(folder: Path) -> dict[str, Written]:
 
 
 def missing(given: Iterable[str]) -> dict[Path, Written]:
-    """Shards that a manifest lists, that a folder or pattern in ``given`` covers, and that do not exist.
-
-    Raises:
-        ValueError: for a manifest that is not readable.
-    """
+    """Shards that a manifest lists, that a folder or pattern in ``given`` covers, and that do not exist."""
     gone: dict[Path, Written] = {}
     for text in given:
         path = Path(text)

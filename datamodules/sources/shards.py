@@ -65,10 +65,6 @@ class Shards(Source):
         paths: files, ``data-{000..031}.tar`` or ``data-*.tar``.
         cache: folder of the index; ``$DESCANT_CACHE`` or the user's cache folder where not given.
         damaged: ``skip`` reads the readable samples of a damaged shard, and ``faults`` lists the losses.
-
-    Raises:
-        ValueError: naming the shard that is missing, compressed, cut off or no tar, and how many samples are lost
-            according to a manifest.
     """
 
     def __init__(
@@ -254,11 +250,7 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
 
 
 def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fault]:
-    """Missing shards of a folder or pattern, according to its manifest.
-
-    Raises:
-        ValueError: for the first of them, unless they are to be skipped.
-    """
+    """Missing shards of a folder or pattern, according to its manifest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     try:
         absent = missing(t for p in given for t in expand_braces(str(p)))

@@ -93,10 +93,6 @@ class Stream:
         timeout: seconds without an answer or a byte, after which an attempt has failed.
         cache_gb: most gigabytes of shards of stores that the ranks and workers of a node keep together, in
             ``$DESCANT_CACHE/streams``; those used longest ago leave first. 0 keeps none.
-
-    Raises:
-        ValueError: for a pipe that is not allowed, an address of another kind or with a password or signature in it, or
-            a store whose package is not installed.
     """
 
     #: How objects of stores are fetched.

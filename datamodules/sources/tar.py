@@ -53,11 +53,7 @@ class FileTape:
 
 
 def members(tape: Tape) -> Iterator[Member]:
-    """The regular files of a tar, in order.
-
-    Raises:
-        ValueError: in one line, for a file that is no tar, compressed or cut off, or goes on after its end.
-    """
+    """The regular files of a tar, in order."""
     at, name, size = 0, "", -1
     while True:
         head = tape.at(at, BLOCK)

@@ -101,10 +101,6 @@ class DenoisedTexts(Dialogues):
         sealed: evaluation sets are those of the lock-box.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for an unknown mode, more than 100 spans of a text, a window that is no longer than a span, or no
-            text in a split.
-
     >>> last = MixtureOfDenoisers([Suffix(0.25, uniform=False)])
     >>> data = DenoisedTexts(tokens=80, denoisers=last, tiny=True, batch_size=4)
     >>> batch = next(iter(data.train_dataloader()))

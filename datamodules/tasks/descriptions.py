@@ -57,9 +57,6 @@ class Descriptions(Questions):
         parts: of a caption, name or group among them; all where not given.
         kwargs: as of Questions, without ``kinds`` and ``think``.
 
-    Raises:
-        ValueError: for a share outside [0, 1), both kinds of other captions, unknown parts, and what Questions raises.
-
     >>> data = Descriptions(tiny=True, batch_size=8)
     >>> data.wording("name", 0, 0, np.arange(1, 4), 0, key=7)
     ('what does it show?', 'keycap: #, symbols, grey')

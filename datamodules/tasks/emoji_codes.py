@@ -45,9 +45,6 @@ class CodeDocument:
         weight: of such documents in a mixture, 0 or more.
         whole: all tokens are learned, as in pre-training; else those of the last modality.
 
-    Raises:
-        ValueError: for fewer modalities, one that is there twice, or a weight below 0.
-
     >>> CodeDocument(["image"])
     Traceback (most recent call last):
     ValueError: order: image: at least two modalities, each once, such as [image, text]
@@ -130,10 +127,6 @@ class EmojiCodes(Dialogues):
         text: the tokenizer of names; bytes where not given.
         development, sealed, folder: as of Emoji.
         kwargs: of every data module.
-
-    Raises:
-        ValueError: for neither tokenizers nor codes, codes of another tokenizer, or of other options; for a modality of
-            a document that there is none of.
     """
 
     def __init__(

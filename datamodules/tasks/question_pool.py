@@ -78,10 +78,6 @@ class QuestionPool(PooledQuestions):
         items: N; of a tiny pack a twelfth, but at least a step.
         kwargs: as of Questions.
 
-    Raises:
-        ValueError: for fewer items than rows of a step, for workers, which would not see a new pool, or more items
-            than training problems.
-
     >>> data = QuestionPool(tiny=True, batch_size=8, items=16)
     >>> len(data.pool), data.version
     (16, -1)

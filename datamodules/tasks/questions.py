@@ -174,9 +174,6 @@ class Questions(ImageViews, Dialogues):
             EmojiOne's drawings. ``problems`` and ``counts`` stay those of training concepts and vendors.
         kwargs: of every data module.
 
-    Raises:
-        ValueError: for an unknown kind or vendor, a size that is too small for counts, or a share outside (0, 1].
-
     >>> data = Questions(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
     >>> batch.inputs["image"].shape, batch.inputs["text"].shape

@@ -191,9 +191,6 @@ class RatedQuestions(Questions):
         poor: share of them that have a flaw.
         kwargs: as of Questions, without ``letters`` and ``think``; kinds are capabilities.
 
-    Raises:
-        ValueError: for a share ``poor`` outside [0, 1], less items than capabilities, and what Questions raises.
-
     >>> data = RatedQuestions(tiny=True, batch_size=8, items=64)
     >>> batch = next(iter(data.train_dataloader()))
     >>> [data.spell(text.tolist()) for text in batch.inputs["text"][[0, 2]]]  # the first has a wrong answer

@@ -33,9 +33,6 @@ class PooledDialogues(Dialogues):
     Args:
         items: N.
         kwargs: as of that class.
-
-    Raises:
-        ValueError: for workers, which would not see a new pool, or more items than training problems.
     """
 
     def __init__(self, items: int, **kwargs: Any) -> None:
@@ -162,10 +159,6 @@ class RolledDialogues(PooledDialogues):
         group: G, answers to each.
         keep: the latest rollouts that are stored, for RolloutPairs of a later stage; none where not given.
         kwargs: as of that class.
-
-    Raises:
-        ValueError: what PooledDialogues raises; for ``drop``, a ``keep`` below 1, fewer than two answers, or answers of
-            no whole steps.
     """
 
     def __init__(self, items: int = 32, group: int = 8, keep: int | None = None, **kwargs: Any) -> None:

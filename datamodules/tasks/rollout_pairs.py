@@ -82,10 +82,6 @@ class RolloutPairs(DataModule):
     Args:
         of: the stage with the rollouts; its data keeps some.
         kwargs: of every data module.
-
-    Raises:
-        ValueError: for workers or ``drop``; in StagedData, where the stage is unknown or later, or keeps no rollouts;
-            on reading, before there are some.
     """
 
     def __init__(self, of: str, **kwargs: Any) -> None:

@@ -79,9 +79,6 @@ class Arithmetic(Task):
         digits: most digits of an operand.
         far_digits: most digits of an operand of far problems, which only the test has; none if equal to ``digits``.
 
-    Raises:
-        ValueError: for an unknown operation, none, or digits that are not in order from 1 to 15.
-
     >>> Arithmetic().make(1), Arithmetic(digits=1, far_digits=2).make(7, far=True).question
     (Problem(question='3-49=', answer='-46', entry=None), '80+88=')
     """
@@ -113,10 +110,6 @@ class ReasoningGym(Task):
         dataset: its name, such as ``chain_sum``.
         config: its options; ``size`` is the number of problems.
         far: options that differ in out-of-distribution problems; by default there are none.
-
-    Raises:
-        ValueError: without that package; for an unknown task or option, or an unusable task: its questions differ
-            between processes, its scores execute answers as code, or it has no correct answer.
     """
 
     def __init__(self, dataset: str, config: dict[str, Any] | None = None, far: dict[str, Any] | None = None) -> None:
@@ -205,9 +198,6 @@ class TextTasks(Dialogues):
         length: tokens of a row.
         text: the tokenizer; bytes by default, so that digits are tokens.
         kwargs: as of Dialogues.
-
-    Raises:
-        ValueError: for no task, or no problem; on reading, for a dialogue or an answer that is too long.
 
     >>> data = TextTasks({"sums": Arithmetic(["plus"])}, numbers=500, length=24, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
@@ -310,9 +300,6 @@ class TaskRollouts(RolledDialogues, TextTasks):
     """Rollouts of text-only problems: ``group`` answers of the model to each, renewed by the callback Rollouts.
 
     An epoch is one pass over the answers; arguments and errors are those of RolledDialogues and TextTasks.
-
-    Raises:
-        ValueError: for a checkpoint whose problems have other questions now.
 
     >>> data = TaskRollouts(items=4, group=4, tasks={"sums": Arithmetic()}, numbers=100, batch_size=8)
     >>> len(data.pool), len(data.training_set()), data.version

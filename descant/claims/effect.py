@@ -117,9 +117,6 @@ def over_items(
 
     ``weight_N``: such as the drawings of a concept, all of which are one item; ones where not given.
 
-    Raises:
-        ValueError: for no items.
-
     >>> import numpy as np
     >>> over_items(np.array([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]), seed=0)
     Interval(mean=0.625, low=0.25, high=1.0)
@@ -140,9 +137,6 @@ def items_needed(margin: float, sd: float, level: float = LEVEL) -> int:
     """Test items that a gain of ``margin`` needs to lie outside the interval of no gain: ``(z sd / margin)^2``.
 
     ``sd``: standard deviation of an item's gain; for hits or misses it is at most 1, and ``sqrt(share that differs)``.
-
-    Raises:
-        ValueError: for a margin that is not above zero.
 
     >>> items_needed(0.05, sd=0.5)
     385
@@ -182,9 +176,6 @@ def effect(
         oracle: gain of the oracle over the baseline (:func:`room`).
         items: intervals over test items of the gains over baseline, placebo and simple alternative; each is joined to
             that over seeds.
-
-    Raises:
-        ValueError: for different numbers of seeds, or a margin that is not above zero.
 
     >>> effect([0.09, 0.08, 0.1], [0.0, 0.01, -0.01], margin=0.05).word
     'helps'

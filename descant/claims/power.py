@@ -22,9 +22,6 @@ def upper_deviation(value_AS: Sequence[Sequence[float]]) -> float:
     and three seeds they have 4 degrees of freedom, and a single difference has 2. A small pilot underestimates the
     deviation more often than not, so the limit lies above the estimate.
 
-    Raises:
-        ValueError: for fewer than two arms or seeds.
-
     >>> round(upper_deviation([[0.1, 0.2, 0.3], [0.2, 0.4, 0.3], [0.1, 0.1, 0.3]]), 3)
     0.172
     """
@@ -46,9 +43,6 @@ def seeds_needed(margin: float, deviation: float, most: int = 999) -> int:
         P(T' > t(LEVEL, n - 1)) >= POWER,    T' noncentral, with noncentrality margin sqrt(n) / deviation
 
     Never fewer than ``LEAST``; ``most + 1`` where more than ``most`` are needed.
-
-    Raises:
-        ValueError: for a margin that is not above zero.
 
     >>> seeds_needed(1.0, deviation=0.5), seeds_needed(1.0, deviation=1.0), seeds_needed(1.0, deviation=5.0)
     (5, 10, 199)

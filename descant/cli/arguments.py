@@ -125,11 +125,7 @@ def pass_on(key: str, text: str) -> str:
 
 
 def read(command: str, args: Sequence[str]) -> Request:
-    """Split the arguments that follow the command word.
-
-    Raises:
-        Refusal: for a missing configuration or value, a stray word or an option that has moved.
-    """
+    """Split the arguments that follow the command word."""
     request, rest = Request(command), list(args)
     while rest:
         token = rest.pop(0)

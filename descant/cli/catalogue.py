@@ -118,9 +118,6 @@ def find(name: str) -> Path:
     """The file that ``--config NAME`` means: an existing file first, else what ships under that name.
 
     An old name is followed with one line of notice; ``claims/dcd:sham`` is what that arm of a claim adds.
-
-    Raises:
-        Refusal: if there is none.
     """
     try:
         file = followed(Path(name).expanduser())
@@ -179,11 +176,7 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
 
 
 def layers(files: Iterable[Path]) -> list[Path]:
-    """Configurations in the order in which they count, each after those that its ``extends`` names.
-
-    Raises:
-        Refusal: for an ``extends`` that names nothing, or the file itself.
-    """
+    """Configurations in the order in which they count, each after those that its ``extends`` names."""
     ordered: list[Path] = []
     for file in files:
         ordered += [first for first in extended(file) if first not in ordered]

@@ -68,11 +68,7 @@ class Node:
 
 
 def load(file: Path) -> Node:
-    """A YAML file as nodes.
-
-    Raises:
-        Refusal: if it cannot be read, is no YAML or no mapping, or repeats a key.
-    """
+    """A YAML file as nodes."""
     name = shown(file)
     try:
         text = text_of(file, real_path(file).parent, MOST_BYTES)
@@ -148,11 +144,7 @@ def _renamed(root: Node) -> bool:
 
 
 def rename(name: str, where: str) -> str:
-    """The present name of a class, with a notice for an old one.
-
-    Raises:
-        Refusal: for one that was removed.
-    """
+    """The present name of a class, with a notice for an old one."""
     try:
         return renamed.read(name, where)
     except ValueError as error:

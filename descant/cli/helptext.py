@@ -144,11 +144,7 @@ _FIRST = ("experiments", "overlays", "data")
 
 
 def listing(args: Sequence[str] = ()) -> str:
-    """What ships, one line each: a group, or with words those of all groups that have them all.
-
-    Raises:
-        Refusal: if an argument is an option, or nothing has all the words.
-    """
+    """What ships, one line each: a group, or with words those of all groups that have them all."""
     if "--help" in args or "-h" in args:
         return _LIST
     for word in args:
@@ -238,11 +234,7 @@ def command(name: str, about: str, most: int = 60) -> str:
 
 
 def of_class(known: Schema, request: Request) -> str | None:
-    """Help of one class, for ``--model.optimizer.help AdamW``; None where only the parser resolves the class.
-
-    Raises:
-        Refusal: for a class that is not of the kind.
-    """
+    """Help of one class, for ``--model.optimizer.help AdamW``; None where only the parser resolves the class."""
     helps = [(key, value) for key, value in request.options if key.endswith(".help")]
     if len(helps) != 1:
         return None
@@ -271,11 +263,7 @@ def of_class(known: Schema, request: Request) -> str | None:
 
 
 def about(name: str) -> str:
-    """Signature, path and docstring of one of our classes, for ``descant fit --help SeriesTower``.
-
-    Raises:
-        Refusal: for another name, with the nearest.
-    """
+    """Signature, path and docstring of one of our classes, for ``descant fit --help SeriesTower``."""
     path = full(name.rpartition(".")[2])
     if path is None or ("." in name and not path.endswith(name)):
         same = " and ".join(table().get(name, ()))

@@ -23,9 +23,6 @@ def judged_data(
 
     Columns of a table are read by the codes of the ``checkpoint``. Callbacks that fit something on training samples are
     left out where there are none.
-
-    Raises:
-        ValueError: where options or another data module prepare a modality in another way than the run's own.
     """
     if request.judged is None:
         if any(key.partition(".")[0] == "data" for key, _ in request.typed_options):

@@ -366,11 +366,7 @@ def _quiet_writer_threads() -> Iterator[None]:
 
 
 def run(request: Request, checking: Check | None = None) -> int:
-    """Run one command; returns its exit code. ``checking``: what a check does at the first batch.
-
-    Raises:
-        Refusal: with one line, for whatever the user can put right.
-    """
+    """Run one command; returns its exit code. ``checking``: what a check does at the first batch."""
     quieten()
     enforce(request.trust)
     hub.forget()

@@ -51,11 +51,7 @@ A class outside Descant needs --trust NAME, from the folder that holds NAME.py."
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the three files and print what to type next.
-
-    Raises:
-        Refusal: for an unknown kind, a name that cannot be, or files that are there already.
-    """
+    """Write the three files and print what to type next."""
     if "--help" in args or "-h" in args:
         print(_HELP)
         return 0

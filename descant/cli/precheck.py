@@ -54,9 +54,6 @@ def precheck(
     """Check configurations and options in the order in which they apply; returns the state reached.
 
     Options that hold a name of an earlier version are replaced in place.
-
-    Raises:
-        Refusal: for the first unknown key, unknown or untrusted class, or value of a wrong type.
     """
     walk = Walk(known, trusted)
     _one_experiment(files)

@@ -48,9 +48,6 @@ def choose(accelerator: object = AUTO) -> tuple[Any, str]:
 
     Args:
         accelerator: as ``trainer.accelerator``: auto, gpu, cpu, cuda, mps or another name.
-
-    Raises:
-        Refusal: for an accelerator of which nothing is known; it wants the precision named.
     """
     kind = accelerator if accelerator is not None else AUTO
     if kind == AUTO:
@@ -88,9 +85,6 @@ def chosen(trainer: Any) -> tuple[Any, str]:
 
     Args:
         trainer: the options of the Trainer: accelerator, strategy, plugins, precision.
-
-    Raises:
-        Refusal: for auto where a plugin or the strategy sets the precision, or the accelerator is unknown.
     """
     wanted = trainer.get("precision")
     if wanted != AUTO:

@@ -90,9 +90,6 @@ def fit(
         resume: never, auto or a resume point, as ``--resume``. changed: allow to resume with other settings.
         seed: of order, augmentation and dropout.
         trainer: options of Lightning's Trainer, plain or objects, such as ``max_steps=100`` or ``logger=...``.
-
-    Raises:
-        ValueError: in one line, for an unknown option or a wrong value, and where a run cannot be made or resumed.
     """
     for label, part, kind in (("recipe", recipe, Recipe), ("data", data, L.LightningDataModule)):
         if not isinstance(part, kind):

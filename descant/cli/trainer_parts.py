@@ -64,9 +64,6 @@ def mirror(plugins: list[Any], url: str | None, run: str) -> None:
 
     Args:
         run: name and number of the run, below which they are there.
-
-    Raises:
-        Refusal: if there is no such file system, or a plugin of another program writes checkpoints.
     """
     if url is None:
         return
@@ -127,11 +124,7 @@ def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
 
 
 def require_port(text: str | None) -> None:
-    """Refuse a MASTER_PORT that is invalid or in use: ranks started first would wait for it in vain.
-
-    Raises:
-        Refusal: with the nearest remedy.
-    """
+    """Refuse a MASTER_PORT that is invalid or in use: ranks started first would wait for it in vain."""
     if text is None:
         return
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:

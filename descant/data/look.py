@@ -55,11 +55,7 @@ def look(
     sheet: Path | None = None,
     numbers: Path | None = None,
 ) -> dict[str, Any]:
-    """Print the statistics of a data set, write its contact sheet, and return the statistics.
-
-    Raises:
-        Refusal, ValueError: in one line, for data that does not exist or cannot be read at all.
-    """
+    """Print the statistics of a data set, write its contact sheet, and return the statistics."""
     # images above the limit are reported by name
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if configs:

@@ -108,9 +108,6 @@ def make(
         resize: shorter side in pixels to which larger images are resized.
         holdout: share of the samples that becomes ``val``, unless the data assigns splits.
         seed: of the order of the samples.
-
-    Raises:
-        Refusal, ValueError: in one line; nothing is left behind.
     """
     out = Path(out)
     if out.exists():

@@ -39,12 +39,7 @@ def select(
     sham: bool,
     runs: Path,
 ) -> str:
-    """Write the ids; returns lines that say what they are.
-
-    Raises:
-        Refusal: for a run without embeddings, a file that is there already, or options that exclude each other.
-        ValueError: of the table or the selector.
-    """
+    """Write the ids; returns lines that say what they are."""
     if out.exists():
         fail(f"--out {out}: it is there already, and nothing is overwritten")
     if quota and least is not None:

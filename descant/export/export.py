@@ -52,11 +52,7 @@ in YAML: {class_path: SavedTower, init_args: {path: DIR, tower: image}}."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the export.
-
-    Raises:
-        Refusal: for a wrong request, or a run that cannot be exported.
-    """
+    """Write the export."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

@@ -45,10 +45,6 @@ def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), 
         trust: modules that its configuration may name beside Descant's own.
         into: a recipe built as the trained one was, which gets the weights: of runs of ``descant.fit``, whose
             ``config.yaml`` names classes only.
-
-    Raises:
-        ValueError: if it does not exist, its configuration names a class that is not allowed, or the weights do not
-            fit the model.
     """
     with trusting(trust):
         source = saved.find(model_path(Path("runs"), path), checkpoint)
@@ -67,9 +63,6 @@ class Embedder:
         path, checkpoint, trust: as for :func:`load`.
         device: to compute on.
         batch_size: rows at once.
-
-    Raises:
-        ValueError: as :func:`load`; in use, if the model has no such tower or its preprocessing is not known.
     """
 
     def __init__(

@@ -106,11 +106,7 @@ def register() -> torch.device:
 
 @cache
 def _differentiates() -> None:
-    """Autograd makes a queue for each device in the first backward of a process; for one that comes later it has none.
-
-    Raises:
-        Refusal: where this process ran a backward before the device was registered, and has no accelerator.
-    """
+    """Run a first backward, in which autograd makes a queue for each device; a device that comes later has none."""
     try:
         with FakeTensorMode():
             torch.empty(1, device=register(), requires_grad=True).sum().backward()

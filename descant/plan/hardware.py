@@ -185,9 +185,6 @@ def load(name_or_file: str | Path) -> Hardware:
     >>> card = load("h100").card
     >>> card.memory, card.peak["bfloat16"]
     (80000000000.0, 989400000000000.0)
-
-    Raises:
-        Refusal: one line for a name that does not ship, a file that cannot be read, a key or a unit that is none.
     """
     return _hardware(_content(name_or_file, ()), str(name_or_file))
 

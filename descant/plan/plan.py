@@ -63,11 +63,7 @@ class Given:
 
 
 def main(args: Sequence[str]) -> int:
-    """Plan a command, or measure this machine; returns the exit code.
-
-    Raises:
-        Refusal: with one line, for a wrong request, and for what no layout can run.
-    """
+    """Plan a command, or measure this machine; returns the exit code."""
     options, command = _split(args)
     if not args or "--help" in options or "-h" in options:
         print(_HELP)

@@ -30,10 +30,6 @@ def quantity(value: Any, kind: str) -> float:
 
     >>> quantity("80 GB", "bytes"), quantity("400 Gb/s", "bandwidth"), quantity("5 us", "time")
     (80000000000.0, 50000000000.0, 5e-06)
-
-    Raises:
-        ValueError: for what is no number above 0 (a time or a part may be 0), has no unit of the kind, or is a share
-            above 1.
     """
     units = UNITS[kind]
     if isinstance(value, bool) or not isinstance(value, int | float | str):

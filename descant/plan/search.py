@@ -64,9 +64,6 @@ class Search:
         recipe: see :class:`~descant.plan.simulate.Simulation`; without sharding. batch: some real samples.
         rows: of a whole step, on all ranks. ranks: nodes, and ranks of each.
         parts: Shard and Checkpointing of the configuration, of which dtype and towers are kept.
-
-    Raises:
-        Refusal: for rows that the ranks do not divide, and where not even one sample fits.
     """
 
     def __init__(

@@ -87,11 +87,7 @@ class Table:
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the table.
-
-    Raises:
-        Refusal: for an unknown run, metric, baseline or format, or groups that share no seed with the baseline.
-    """
+    """Print the table."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

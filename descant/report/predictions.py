@@ -50,9 +50,6 @@ class Predictions(L.Callback):
     Args:
         run: the folder to write to, and the checkpoint that is read.
         sets: names of test or validation sets; ``train`` is the training samples. Default: all test sets.
-
-    Raises:
-        Refusal: in ``setup``, if the data has no set of that name.
     """
 
     def __init__(self, run: Run, sets: Sequence[str] = ()) -> None:

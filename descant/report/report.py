@@ -51,11 +51,7 @@ _MARK = 'name="generator" content="descant"'
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the report.
-
-    Raises:
-        Refusal: as ``descant compare`` does, and if the file cannot be written or is not a report.
-    """
+    """Write the report."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

@@ -64,9 +64,6 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
         b: the baseline's metric, for the same seeds in the same order.
         level: coverage of the interval.
 
-    Raises:
-        ValueError: for no values, different numbers of values, a value that is not finite, or a level outside (0, 1).
-
     >>> change = paired([0.5, 0.75, 0.625], [0.25, 0.25, 0.625])
     >>> round(change.low, 3), change.mean, round(change.high, 3), change.wins
     (-0.371, 0.25, 0.871, 2)
@@ -90,9 +87,6 @@ def t_quantile(level: float, freedom: int) -> float:
 
     Bisection of the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4): `descant compare`
     starts without numpy, and so without scipy.
-
-    Raises:
-        ValueError: for a level outside (0, 1) or less than one degree of freedom.
 
     >>> round(t_quantile(0.95, 4), 4)
     2.7764

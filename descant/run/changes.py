@@ -38,9 +38,6 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     """Refuse a resume with other settings than the run's own, unless ``allowed``; reported in at most five lines.
 
     Each line ends with the option that restores the run's own setting.
-
-    Raises:
-        Refusal: if settings differ and this is not ``allowed``.
     """
     file = checkpoint.parent.parent / "config.yaml"
     if not file.is_file():

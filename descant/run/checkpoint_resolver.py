@@ -20,12 +20,7 @@ from descant.run.versions import code
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence[str] = ()) -> Run:
-    """A new run folder, or with ``resume="auto"`` the existing one, from its newest valid resume point.
-
-    Raises:
-        Refusal: if the named run or resume point does not exist or is damaged, the run exists and is not resumed,
-            another process writes it, or it cannot be written.
-    """
+    """A new run folder, or with ``resume="auto"`` the existing one, from its newest valid resume point."""
     runs.require_below(root, root / name, trust)
     if resume not in ("never", "auto"):
         start = _point(root, resume).resolve()
@@ -89,11 +84,7 @@ def _lost(folder: Path) -> str | None:
 
 
 def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
-    """Refuse links out of a run's folder, by which a resumed run would write elsewhere.
-
-    Raises:
-        Refusal: for the first such link, unless ``trust`` has "writes".
-    """
+    """Refuse links out of a run's folder, by which a resumed run would write elsewhere."""
     if "writes" in trust:
         return
     root = folder.resolve()
@@ -143,9 +134,6 @@ def for_evaluation(
     """A folder ``validate-001`` inside the evaluated run, and its checkpoint ``best``, ``last`` or a path.
 
     What it takes is one line to ``report``.
-
-    Raises:
-        Refusal: if the checkpoint does not exist, or is ``best`` or ``last`` without a run.
     """
     wanted = str(followed(Path(wanted))) if wanted not in (None, "best", "last") else wanted
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):

@@ -97,11 +97,7 @@ class Group:
 
 
 def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
-    """The runs of ``words``: a run's folder, NAME (all its runs), NAME/001, a folder of names, or a pattern of these.
-
-    Raises:
-        Refusal: for a word that matches no run, a single run without metrics, or a folder that cannot be read.
-    """
+    """Find the runs of ``words``: a run's folder, NAME (all its runs), NAME/001, a folder of names, or a pattern."""
     explicit: dict[Path, bool] = {}
     for word in words:
         folders, named = _find(command, word, root)

@@ -38,11 +38,7 @@ _held: dict[Path, int | None] = {}
 
 
 def take(folder: Path) -> None:
-    """Lock the folder until :func:`release` or the end of this process; no effect if this process holds it.
-
-    Raises:
-        Refusal: if another process holds it, naming that process.
-    """
+    """Lock the folder until :func:`release` or the end of this process; no effect if this process holds it."""
     folder = folder.resolve()
     if folder in _held:
         return

@@ -27,9 +27,6 @@ class Mirror:
     Args:
         url: a path, or a URL such as ``s3://bucket/checkpoints``, whose file system is installed.
         run: name and number of the run.
-
-    Raises:
-        ValueError: for a URL of no known or installed file system.
     """
 
     def __init__(self, url: str, run: str) -> None:

@@ -76,9 +76,6 @@ def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | No
     """The configuration of ``recipe`` that can be built from ``folder`` alone; towers of other runs become plain ones.
 
     Changes ``recipe`` in place where a tower wraps another, and writes ``towers/NAME`` for those of transformers.
-
-    Raises:
-        ValueError: if a part requires a file.
     """
     node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
     adapt = node["init_args"].get("adapt") or []  # a structure that has changed is in the arguments of what has it

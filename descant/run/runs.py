@@ -54,11 +54,7 @@ class Run:
 
 
 def require_name(name: str) -> None:
-    """Check a run's name: a printable relative path without ``..`` that is neither a number nor reserved.
-
-    Raises:
-        Refusal: with the nearest valid name.
-    """
+    """Check a run's name: a printable relative path without ``..`` that is neither a number nor reserved."""
     parts = name.split("/")
     faults = {
         "not printable": not name.isprintable(),
@@ -73,11 +69,7 @@ def require_name(name: str) -> None:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's global rank by environment variables, before any process group exists.
-
-    Raises:
-        Refusal: if they hold no number.
-    """
+    """This process's global rank by environment variables, before any process group exists."""
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if key in environment and not (key == "SLURM_PROCID" and interactive):
@@ -86,11 +78,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
-    """An environment variable that a launcher sets, as a whole number.
-
-    Raises:
-        Refusal: if it is none.
-    """
+    """An environment variable that a launcher sets, as a whole number."""
     text = environment.get(key, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
         fail(f"{key}={text} in the environment: expected a whole number, as launchers set it")
@@ -168,11 +156,7 @@ def forget() -> None:
 
 
 def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> Run:
-    """Create a new numbered folder in ``parent``, atomically: two processes never get the same one.
-
-    Raises:
-        Refusal: if the folder cannot be written.
-    """
+    """Create a new numbered folder in ``parent``, atomically: two processes never get the same one."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         taken = [p.name.removeprefix(prefix) for p in parent.iterdir() if p.name.startswith(prefix)]
@@ -195,22 +179,14 @@ def latest(root: Path, name: str) -> Path | None:
 
 
 def require_below(root: Path, folder: Path, trust: Sequence[str] = ()) -> None:
-    """Refuse a folder of ``root`` that is a link out of it, or lies behind one. The user may type a path elsewhere.
-
-    Raises:
-        Refusal: for such a link, unless ``trust`` has "writes".
-    """
+    """Refuse a folder of ``root`` that is a link out of it, or lies behind one. The user may type a path elsewhere."""
     below = Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root))
     if below and "writes" not in trust and not folder.resolve().is_relative_to(root.resolve()):
         fail(f"{printable(folder)}: a link out of {root}; --trust writes lets a run write there")
 
 
 def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
-    """The folder of ``--run NAME/002``: under ``root``, or a path. A command that writes there passes its ``trust``.
-
-    Raises:
-        Refusal: if there is none, or a link leads out of ``root``.
-    """
+    """The folder of ``--run NAME/002``: under ``root``, or a path. A command that writes there passes its ``trust``."""
     for folder in (followed(root / run), followed(Path(run))):
         if is_run(folder):
             require_below(root, folder, trust)

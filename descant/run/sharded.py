@@ -123,12 +123,7 @@ class Sharded(ModelParallelStrategy):
         return io.save_part(checkpoint, Path(path), folder, self.global_rank, self.world_size)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint into the module and its optimizers, and return the rest of it. Collective.
-
-        Raises:
-            ValueError: for a folder, whose index is a pickle that may run code; for a checkpoint of several parts of
-                which one is missing or changed, or which is not of this module.
-        """
+        """Read a checkpoint into the module and its optimizers, and return the rest of it. Collective."""
         path = Path(checkpoint_path)
         if path.is_dir():
             raise ValueError(f"{checkpoint_path}: a folder; a checkpoint is one file")

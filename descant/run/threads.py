@@ -93,9 +93,6 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report
         run: one that is resumed has a number already, which auto takes.
         devices: ``trainer.devices``: a number of ranks on this machine, or a word.
         report: prints a line.
-
-    Raises:
-        Refusal: for another word, a number below 1, or a measurement where OMP_NUM_THREADS decides.
     """
     given, kept = os.environ.get(GIVEN), None if run.fresh else threads_of(run.folder)
     ranks = int(devices) if str(devices).isdecimal() and int(devices) > 0 and not runs.launched() else 1

@@ -74,11 +74,7 @@ _LEFT = re.compile(
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the scripts, submit them, and print how to watch the jobs.
-
-    Raises:
-        Refusal: for a wrong request, before anything is submitted; with sbatch's message where it refuses.
-    """
+    """Write the scripts, submit them, and print how to watch the jobs."""
     options, *stages = _split(args)
     if not args or "--help" in options or "-h" in options:
         print(_HELP)
@@ -109,9 +105,6 @@ def array(options: Sequence[str], stage: Sequence[str], tasks: list[dict[str, st
         options: of ``descant submit``. stage: the command that all tasks share.
         tasks: options of each; ``name`` of its run, or the ``run`` to continue.
         folder: of the script, the logs and the marks. head: a comment.
-
-    Raises:
-        Refusal: as ``main``.
     """
     environment, given = _environment(), _read(options)
     settings = [{k: v for k, v in task.items() if k not in ("name", "run")} for task in tasks]
@@ -133,11 +126,7 @@ def name_of(task: Mapping[str, str]) -> str:
 
 
 def waiting(folder: Path) -> set[str]:
-    """Names of the tasks submitted from a folder that are still in SLURM's queue.
-
-    Raises:
-        Refusal: if squeue does not answer, since tasks might run twice.
-    """
+    """Names of the tasks submitted from a folder that are still in SLURM's queue."""
     names: set[str] = set()
     files = sorted(folder.glob("submit-*.json"))
     if files and shutil.which("squeue") is None:

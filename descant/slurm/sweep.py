@@ -42,11 +42,7 @@ _OWN = ("vary", "seeds", "jobs", "metrics", "slurm")
 
 
 def main(args: Sequence[str]) -> int:
-    """Run the missing combinations and print the table.
-
-    Raises:
-        Refusal: for a wrong request or configuration, before anything runs; and for the first run that fails.
-    """
+    """Run the missing combinations and print the table."""
     if not args or args[0] in ("--help", "-h"):
         print(_HELP)
         return 0

@@ -25,9 +25,6 @@ class Freeze(Adapt):
         capacity: rows to cache for each tower, of ``4 D`` bytes a row; 0 computes every time.
         folder: where cached rows are stored across runs; None: in memory only.
 
-    Raises:
-        ValueError: in ``apply``, if a tower is unknown, or is cached and its pool has weights.
-
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))

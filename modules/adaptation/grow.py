@@ -39,11 +39,6 @@ class Grow(StageChange):
         beta: 1 inherits all; 0 nothing, which is the control.
         mode: inherit the weights, or an average of them over steps, such as that of EMA.
 
-    Raises:
-        ValueError: for nothing to grow, a depth below 1, a ratio that is not positive, or a beta outside [0, 1]; in
-            ``require`` and ``apply``, for an unknown tower, one that cannot grow, is frozen, adapted or split over
-            ranks, and a hidden width smaller than now.
-
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))
@@ -133,9 +128,6 @@ def restructure(recipe: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> No
     """Change a recipe to the :func:`structure` of a checkpoint, whose weights are loaded afterwards.
 
     Modules that the recipe lacks, such as a teacher that is saved with the run, are left out.
-
-    Raises:
-        ValueError: for a tower that is larger than in the checkpoint.
     """
     modules = dict(recipe.named_modules())
     for name, wanted in saved.items():

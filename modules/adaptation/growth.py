@@ -100,9 +100,6 @@ def growable(module: nn.Module) -> type[nn.Module] | None:
 def sizes(module: nn.Module, depth: int | None = None, mlp_ratio: float | None = None) -> dict[str, Any]:
     """Arguments of a module's class that growth changes: as they are, or for ``depth`` more blocks and a wider MLP.
 
-    Raises:
-        ValueError: for a class that cannot grow, or not in this way.
-
     >>> tower = PatchTower(size=8, patch=4, width=8, depth=1, heads=2)
     >>> sizes(tower), sizes(tower, depth=2)
     ({'depth': 1, 'mlp_ratio': 4.0}, {'depth': 3, 'mlp_ratio': 4.0})
@@ -192,11 +189,7 @@ class Growth:
 
 
 def growth_of(tower: nn.Module, to: Mapping[str, Any], beta: float = 1.0) -> Growth:
-    """The growth of a tower to other :func:`sizes`, with fresh values of torch's generator.
-
-    Raises:
-        ValueError: for a tower whose layers were adapted, or sizes that are smaller than now.
-    """
+    """The growth of a tower to other :func:`sizes`, with fresh values of torch's generator."""
     base = cast(type[nn.Module], growable(tower))
     arguments = {**cast(dict[str, Any], tower.arguments), **to}
     if "weights" in arguments:  # a file of the smaller one

@@ -19,9 +19,6 @@ def best_growth(candidates: Mapping[str, tuple[float, float]]) -> str | None:
     Args:
         candidates: name -> gain of a validation score over not growing, and by how many FLOPs a step costs more.
 
-    Raises:
-        ValueError: for a gain that is not finite, or FLOPs that are not positive.
-
     >>> best_growth({"deep": (0.3, 2.0), "wide": (0.5, 4.0), "useless": (0.0, 0.1)})
     'deep'
     """
@@ -44,10 +41,6 @@ class GrowthSpace(StageChange):
         growths: name -> the growth.
         steps: micro-batches that a copy is trained on.
         judged: micro-batches of the score.
-
-    Raises:
-        ValueError: for no growth, or steps or judged below 1; in training, for a pass of fewer micro-batches, the first
-            stage of a run, or a stage with a budget in FLOPs, of which a step costs what is not known yet.
 
     >>> space = GrowthSpace({"deep": Grow(depth=1), "wide": Grow(mlp_ratio=8)})
     >>> scores = {None: Trial(0.50, 100.0), 1: Trial(0.56, 130.0), 8: Trial(0.58, 150.0)}

@@ -36,9 +36,6 @@ class Inherit(Adapt):
         sham: ``permute`` shuffles the rows of every matrix, such as the embeddings of the vocabulary: the same numbers
             without their meaning.
 
-    Raises:
-        ValueError: in ``apply``, if there is no such run or modality, or its parts are of other shapes.
-
     >>> Inherit("runs/old", modalities=[])
     Traceback (most recent call last):
     ValueError: modalities: none given; such as [text]
@@ -86,9 +83,6 @@ class Begin(Adapt):
     Args:
         path: a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
         checkpoint: best (by the run's monitor; else the last), last, or a file.
-
-    Raises:
-        ValueError: in ``apply``, if there is no such run, or its weights are of other parts or shapes.
     """
 
     def __init__(self, path: Path | str, checkpoint: str = "best") -> None:
@@ -126,10 +120,6 @@ class Extend(Begin):
 
     Args:
         path, checkpoint: as of Begin.
-
-    Raises:
-        ValueError: in ``apply``, as of Begin; for a recipe or run without adapters, one without new modalities, and
-            where a new one stands before an old one.
     """
 
     def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

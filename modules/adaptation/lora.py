@@ -27,9 +27,6 @@ class Lora(Adapt):
         dora: train the norm of each output's weights separately from their direction (DoRA; Liu 2024).
         towers: names of the towers to adapt; by default all that are not frozen.
 
-    Raises:
-        ValueError: in ``apply``, if a tower is unknown or Frozen, or a target is in none of its layers.
-
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=8, depth=1, heads=2, length=4))

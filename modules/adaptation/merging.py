@@ -43,9 +43,6 @@ class Interpolate(MergeRule):
         w: share of the tuned weights.
         anchor: what they are merged with.
 
-    Raises:
-        ValueError: for a share outside [0, 1].
-
     >>> x = Weights(torch.tensor([4.0]), torch.tensor([2.0]), torch.tensor([0.0]))
     >>> Interpolate(0.25)(x).item(), Interpolate(0.25, "first")(x).item(), Interpolate(1.0)(x).item()
     (2.5, 1.0, 4.0)

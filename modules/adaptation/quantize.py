@@ -32,10 +32,6 @@ class Quantize(Adapt):
         towers: names of the towers to quantize; by default all.
         skip: ends of the names of layers to leave unquantized.
 
-    Raises:
-        ValueError: if ``bits`` is neither 4 nor 8; in ``apply``, if a tower or a name in ``skip`` is unknown, or the
-            tower has adapters already.
-
     >>> from descant.modules.towers import TextTower, Towers
     >>> recipe = nn.Module()
     >>> recipe.towers = Towers(text=TextTower(vocab=9, width=64, depth=1, heads=2, length=4))

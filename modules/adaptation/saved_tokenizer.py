@@ -24,9 +24,6 @@ class SavedTokenizer(CodeTokenizer):
         path: a run folder, a checkpoint in one, or an export.
         checkpoint: of a run folder: best, last or a file in it.
         objective: its name; needed where the run has several.
-
-    Raises:
-        ValueError: if there is no such run or objective, its tokens pass universal layers, or its weights do not fit.
     """
 
     def __init__(self, path: Path, checkpoint: str = "best", objective: str | None = None) -> None:

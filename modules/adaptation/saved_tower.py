@@ -26,10 +26,6 @@ class SavedTower(Tower):
         path: a run folder, a checkpoint in one, or an export.
         tower: its modality there, such as image.
         checkpoint: of a run folder: best, last or a file in it.
-
-    Raises:
-        ValueError: if there is no such run or tower, its configuration names a class that is not allowed, or its
-            weights do not fit.
     """
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:

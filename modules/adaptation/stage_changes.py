@@ -85,9 +85,6 @@ class TaskMerge(StageChange):
 
     Args:
         rule: of one parameter; by default half of each.
-
-    Raises:
-        ValueError: for a parameter that did not exist before, or had another shape.
     """
 
     reads = frozenset({BEFORE, FIRST})

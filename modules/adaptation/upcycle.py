@@ -90,11 +90,6 @@ class Upcycle(_Converting):
         towers: names of the towers to change, ``lm`` for the language model; all that may have experts where not given.
         noise: relative to the spread of each matrix; none where not given.
 
-    Raises:
-        ValueError: for a router whose weights do not sum to 1, shared experts, and noise not above 0; in ``require``
-            and ``apply``, for a tower that is unknown, cannot have experts, has some, or is adapted or split over
-            ranks, and for another hidden width.
-
     >>> from descant.modules.language import CausalLM
     >>> from descant.modules.moe import TopKRouter
     >>> recipe = nn.Module()
@@ -145,10 +140,6 @@ class Assemble(Upcycle):
         checkpoint: best (by the run's monitor; else the last), last, or a file.
         sham: ``permute`` deals each hidden unit of a layer to a random expert: the same numbers, and no expert has
             those of one model.
-
-    Raises:
-        ValueError: as of Upcycle; for both paths and stages, or another number than experts; in ``apply``, if there is
-            no such run, its layers are of other shapes, or the stage has not trained.
     """
 
     def __init__(
@@ -194,10 +185,6 @@ class Distribute(_Converting):
     Args:
         expert: its number; the mean of all where not given.
         towers: names of the towers to change, ``lm`` for the language model; all that have experts where not given.
-
-    Raises:
-        ValueError: for a number below 0; in ``apply``, for a tower that is unknown or has no such expert, shared
-            experts, and experts of another hidden width than the dense layers.
     """
 
     def __init__(self, expert: int | None = None, towers: list[str] | None = None) -> None:

@@ -30,9 +30,6 @@ class CopyToVisualExperts(StageChange):
     without the model's other weights, such as ``experts|towers|projector``: text is then what it was, to the bit.
     Source: Luo 2024, arXiv 2410.08202.
 
-    Raises:
-        ValueError: before training, for a recipe without visual experts.
-
     >>> from descant.modules.moe import VisualExperts
     >>> recipe = nn.Module()
     >>> recipe.lm = CausalLM(vocab=9, width=8, depth=1, heads=2, visual=VisualExperts())
@@ -57,9 +54,6 @@ class BeginText(Begin):
 
     Args:
         path, checkpoint: as of Begin.
-
-    Raises:
-        ValueError: in ``apply``, as of Begin.
     """
 
     def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

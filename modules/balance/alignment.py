@@ -56,9 +56,6 @@ class LatentAlignment(Regularizer):
 
     Args:
         temperature: what similarities are divided by.
-
-    Raises:
-        ValueError: for a temperature that is not above 0; at setup, where micro-batches are accumulated.
     """
 
     in_batch_negatives = True

@@ -22,9 +22,6 @@ class UnimodalMargin(Regularizer):
 
     Args:
         weight: of the term.
-
-    Raises:
-        ValueError: in training, for another fusion.
     """
 
     def __init__(self, weight: float = 2.0) -> None:

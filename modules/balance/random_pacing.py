@@ -19,9 +19,6 @@ class RandomPacing(Pacing):
     Args:
         factor: of the modality that is drawn.
 
-    Raises:
-        ValueError: for a factor outside [0, 1].
-
     >>> rule = RandomPacing(factor=0.25)
     >>> sorted(rule.pace(torch.tensor([0.6, 0.3])).tolist())
     [0.25, 1.0]

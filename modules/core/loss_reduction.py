@@ -67,11 +67,7 @@ class Step:
         return self.objective
 
     def with_counts(self, batch: Batch) -> Batch:
-        """The batch with presence in the whole step, gathered over ranks where its loader did not count it. Collective.
-
-        Raises:
-            ValueError: for micro-batches of one step, since no one has read the later ones yet.
-        """
+        """Add presence in the whole step to a batch; gather it over ranks unless the loader counted it. Collective."""
         # every rank decides alike, however many rows it has: counts of a whole step are of more rows than its own
         if self.world * self.accumulate == 1 or not batch.present or len(next(iter(batch.step.values()))) > len(batch):
             return batch

@@ -21,9 +21,6 @@ def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
 def described(part: object) -> dict[str, Any]:
     """``class_path`` and ``init_args`` of an object that keeps its arguments under their names: plain data.
 
-    Raises:
-        ValueError: for an argument that it does not keep, or keeps as what is no plain value.
-
     >>> from descant.modules.moe import TopKRouter
     >>> described(TopKRouter(k=3))["init_args"]
     {'k': 3, 'norm': 'after', 'bias_rate': None}
@@ -43,9 +40,6 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
 
     Args:
         owner: of the arguments. given: name -> the value, and its class.
-
-    Raises:
-        ValueError: for the first wrong one, with the nearest class.
 
     >>> from descant.modules.balance.ogm import OGM
     >>> from descant.modules.balance.base import Pacing

@@ -112,11 +112,7 @@ class DistillContext:
 
 
 class Target(nn.Module):
-    """``target(context)`` -> named terms that join the student's own.
-
-    Raises:
-        ValueError: in ``build``, before training, if one of the two lacks what the target compares.
-    """
+    """``target(context)`` -> named terms that join the student's own."""
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
         """Makes its layers, if it has some."""
@@ -132,9 +128,6 @@ class Distill(nn.Module):
     Args:
         teacher: a run, or the student's own average.
         targets: what is learned of it; none for a teacher that only a callback asks (Rounds).
-
-    Raises:
-        ValueError: in the first step, for two targets whose terms have one name.
     """
 
     def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
@@ -261,9 +254,6 @@ class SoftLabels(SoftTarget):
     Args:
         objectives: names of Contrast and MaskedTokens objectives of MultiTask.
         temperature: of both. weight: alpha.
-
-    Raises:
-        ValueError: for no objective; before training, for a recipe without it; in training, for one without logits.
     """
 
     def __init__(self, objectives: list[str], temperature: float = 1.0, weight: float = 0.4) -> None:
@@ -350,9 +340,6 @@ def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
     """Which decisions are of the same samples, as numbers of both.
 
     All where both have the same in the same order; else a sample has one, and some are known to one of the two alone.
-
-    Raises:
-        ValueError: for decisions of different tokens of samples that have several.
 
     >>> in_common(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
     (tensor([1, 2]), tensor([1, 2]))

@@ -195,9 +195,6 @@ class RankTarget(Target):
         truth_form: of :func:`truth_loss`: ``binary``, or ``softmax``.
         weigh: samples in ``rank``. weigh_truth: samples in ``truth``.
         sham: ``permute`` for the control: samples have each other's weights.
-
-    Raises:
-        ValueError: for no text; before training, if a network scores no such pair.
     """
 
     #: Warned of at the start of a run on several ranks: the teacher would have to score pairs across them.

@@ -33,9 +33,6 @@ class Nudge:
         batch: of it.
         modalities: whose inputs are perturbed.
         rows: modality -> bool ``[B]``, the samples whose inputs are; all where not given.
-
-    Raises:
-        ValueError: for a modality without a tower, or ids whose tower has no embedding.
     """
 
     def __init__(
@@ -153,9 +150,6 @@ def attacked(
 
     onto ``|delta_b| <= radius_b``, from zero and, in further restarts, from random points; all points on the way count.
     A lower bound of the worst case. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
-
-    Raises:
-        ValueError: where the input has no gradient, as for a tower that runs without gradients.
     """
     recipe, draw_B = nudge.recipe, nudge.batch.rng_seed
     wrong_B = torch.zeros_like(label_B, dtype=torch.bool)

@@ -70,10 +70,6 @@ class ModalityInversion:
         std: of the initial pseudo-tokens.
         batch: samples inverted at once.
 
-    Raises:
-        ValueError: for less than one step, token or sample, a learning rate that is not positive, or a negative
-            weight decay or std.
-
     Source: arXiv 2502.04263.
 
     >>> ModalityInversion(steps=0)
@@ -139,12 +135,7 @@ class ModalityInversion:
 
 
 def text_frame(model: Inverts, modality: str, tokenizer: Tokenizer, template: str, tokens: int) -> Frame:
-    """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces.
-
-    Raises:
-        ValueError: for a template without one place, or too long for the tokenizer; for a tower without ``embed`` and
-            ``encode``.
-    """
+    """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces."""
     tower, (before, after) = tower_of(model, modality), split_template(template)
     left, right = [*tokenizer.begin, *tokenizer.encode(before)], [*tokenizer.encode(after), *tokenizer.end]
     length = len(left) + tokens + len(right)
@@ -166,9 +157,6 @@ def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
     """Pseudo-tokens in place of the patches of an image, at the positions of the first of them.
 
     Our reading: the paper has a class token beside them, and our tower has none; its mean is over pseudo-tokens.
-
-    Raises:
-        ValueError: for more tokens than patches; for a tower that has no ``embed`` and ``encode``.
     """
     positions_TD = _positions(tower_of(model, modality))
     if tokens > len(positions_TD):

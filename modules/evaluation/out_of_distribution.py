@@ -33,9 +33,6 @@ class Mahalanobis(Detector):
     Args:
         shrink: of the covariance, which features of less than full rank need (our choice).
 
-    Raises:
-        ValueError: for one that is not positive.
-
     >>> z_ND = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
     >>> score_Q = Mahalanobis(shrink=1e-9)(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 4.0]]), z_ND)
     >>> score_Q.round(decimals=6).tolist()  # variances 1/2 and 2
@@ -68,9 +65,6 @@ class NearestNeighbours(Detector):
 
     Args:
         k: the neighbour whose distance counts; the farthest row where there are fewer.
-
-    Raises:
-        ValueError: for one below 1.
 
     >>> z_ND = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
     >>> round(NearestNeighbours(k=2)(torch.tensor([[2.0, 0.0]]), z_ND).item(), 4)

@@ -49,9 +49,6 @@ class Products:
         x_a_NP, x_b_NP: features of the same stimuli; their widths may differ.
         components: Q.
 
-    Raises:
-        ValueError: for no components, or sets of different lengths.
-
     >>> x_a_NP, x_b_NP = torch.randn(9, 4), torch.randn(9, 6)
     >>> Products(x_a_NP, x_b_NP, components=3)(torch.arange(5)).shape
     torch.Size([9, 19])
@@ -100,10 +97,6 @@ class RidgeReadout:
 
     Shapes: ``x_NP`` (or :class:`Products`), ``y [N]``, ``[N, S]`` or ``[N, S, bins]`` ``-> Reading``. A target that is
     constant, or has fewer than four valid rows a fold, has r nan; a prediction that is constant has r 0.
-
-    Raises:
-        ValueError: no alpha or one that is not positive, fewer than two folds, an eps outside 0..1, or x and y with
-            different numbers of rows.
 
     >>> x_NP = torch.linspace(-1, 1, 40)[:, None].sin()
     >>> round(float(RidgeReadout()(x_NP, 3 * x_NP[:, 0] + 1).r), 6)
@@ -211,9 +204,6 @@ class ModelContrast:
         fdr: false discovery rate.
         seed: of the resamples.
         bins: flagged bins that flag a site, where targets are ``[N, S, bins]`` (the paper: 10 of 161).
-
-    Raises:
-        ValueError: no resamples, a rate outside 0..1, no bins; models that were tested on different stimuli.
 
     >>> y_NS, noise_NS = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0)).unbind()
     >>> good, bad = RidgeReadout()(y_NS + 0.1 * noise_NS, y_NS), RidgeReadout()(noise_NS, y_NS)

@@ -20,9 +20,6 @@ def subsets_of(modalities: Sequence[str], count: int | None = None) -> list[Subs
 
     A sample contains the full set, and each modality alone if ``count`` has room for them.
 
-    Raises:
-        ValueError: for all subsets of more than 10 modalities.
-
     >>> subsets_of(["a", "b"]), len(subsets_of("abcdef", 9))
     ([('a',), ('b',), ('a', 'b')], 9)
     """

@@ -19,9 +19,6 @@ class BoostedSum(FusionHead):
     Args:
         hidden: width inside f.
 
-    Raises:
-        ValueError: when built, for latents of different widths.
-
     >>> fusion = BoostedSum(hidden=8).build({"image": 4, "text": 4}, classes=2)
     >>> z = {"image": torch.ones(5, 4), "text": torch.zeros(5, 4)}
     >>> torch.allclose(fusion(z), fusion.parts(z)["image"] + fusion.parts(z)["text"])

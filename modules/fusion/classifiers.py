@@ -30,9 +30,6 @@ class FusionHead(nn.Module):
     of absent samples: whatever those rows hold, nan or inf, changes nothing and gets no gradient.
 
     Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all True by default.
-
-    Raises:
-        ValueError: in forward, for a modality that is missing in ``z`` or ``present``.
     """
 
     def __init__(self) -> None:
@@ -42,11 +39,7 @@ class FusionHead(nn.Module):
         self._detached: tuple[str, ...] = ()
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
-        """Makes the layers for modality -> width of its latents, and C outputs, one a class; returns itself.
-
-        Raises:
-            ValueError: without a modality, or for no output.
-        """
+        """Makes the layers for modality -> width of its latents, and C outputs, one a class; returns itself."""
         if not widths:
             raise ValueError("widths: a fusion needs at least one modality")
         if classes < 1:
@@ -162,9 +155,6 @@ class OrthogonalFusion(FusionHead):
     Args:
         weight: initial a; 0.1 in the paper, whose latents are several times as long.
 
-    Raises:
-        ValueError: for a weight not above 0; when built, for more classes than the width of a modality's latents.
-
     >>> fusion = OrthogonalFusion().build({"image": 4, "text": 3}, classes=2)
     >>> z = {"image": torch.randn(5, 4), "text": torch.randn(5, 3)}
     >>> v_CD = fusion.maps["image"].weight
@@ -241,9 +231,6 @@ class SharedHead(FusionHead):
     Source: Zhang 2024, arXiv 2311.10707; its code takes entropies over the batch instead of the classes, so that all
     samples share two weights.
 
-    Raises:
-        ValueError: when built, for latents of different widths.
-
     >>> fusion = SharedHead().build({"image": 4, "text": 4}, classes=2)
     >>> z, here = {"image": torch.randn(1, 4), "text": torch.randn(1, 4)}, torch.tensor([True])
     >>> torch.allclose(fusion(z, {"image": here, "text": ~here}), fusion.head(z["image"]))
@@ -306,9 +293,6 @@ class MidFusion(FusionHead):
         hidden: width of the hidden layers.
         layers: number of linear layers, at least 2: one would be LateFusion.
 
-    Raises:
-        ValueError: if ``layers`` is below 2.
-
     >>> fusion = MidFusion(hidden=8).build({"image": 4, "text": 3}, classes=2)
     >>> sum(p.numel() for p in fusion.parameters())  # 7 * 8 + 8, 8 * 2 + 2
     82
@@ -349,9 +333,6 @@ class AttentionFusion(FusionHead):
         heads: of the attention.
         mlp_ratio: hidden width of a block's MLP over W.
         dropout: on the attention weights and on both branches of a block.
-
-    Raises:
-        ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``.
 
     >>> fusion = AttentionFusion(width=8, depth=1, heads=2).build({"image": 4, "text": 3}, classes=2)
     >>> z, here = {"image": torch.ones(1, 4), "text": torch.ones(1, 3)}, torch.tensor([True])
@@ -412,11 +393,7 @@ def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) ->
 
 
 def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Tensor:
-    """Int64 ``[B]``: the labels of one target, below 0 where a sample has none.
-
-    Raises:
-        ValueError: if there is no such target, it is not one class a sample, or a label is not below ``classes``.
-    """
+    """Int64 ``[B]``: the labels of one target, below 0 where a sample has none."""
     if target not in targets:
         raise ValueError(f"target: the data has no {target!r}, only {', '.join(targets) or 'none'}")
     label_B = targets[target]

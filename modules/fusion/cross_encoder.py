@@ -81,9 +81,6 @@ class FusionLayers(FusionBlocks):
         width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
         alone: a modality's embedding is of its tokens behind these layers, with none of the other modality.
 
-    Raises:
-        ValueError: when built, with ``alone`` for a tower of another width.
-
     >>> layers = FusionLayers(width=8, depth=1, heads=2).build({"image": 4, "text": 6})
     >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
     >>> b = layers.mapped("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))

@@ -27,9 +27,6 @@ class MMCosine(FusionHead):
     Args:
         scale: of the cosines.
 
-    Raises:
-        ValueError: for a scale not above 0.
-
     >>> fusion = MMCosine(scale=10.0).build({"image": 2, "text": 2}, classes=2)
     >>> with torch.no_grad():
     ...     for m in ("image", "text"):

@@ -29,9 +29,6 @@ class MMTMFusion(FusionHead):
     Args:
         ratio: of the widths of all latents together to half of S: ``S = 2 sum D / ratio``.
 
-    Raises:
-        ValueError: for a ratio below 1; when built, for one that leaves no squeeze.
-
     >>> fusion = MMTMFusion(ratio=2).build({"image": 4, "text": 2}, classes=2)
     >>> fusion.squeeze["image"].weight.shape, fusion.excite["image"].weight.shape
     (torch.Size([6, 4]), torch.Size([4, 6]))

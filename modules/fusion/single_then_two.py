@@ -35,9 +35,6 @@ class SingleThenTwo(FusionLayers):
         pooling: of the two first tokens.
         sham: a control, ``exchange``: above, every second token of one side goes through the stream of the other.
 
-    Raises:
-        ValueError: without a block in either part.
-
     >>> layers = SingleThenTwo(width=8, depth=1, heads=2, upper=1).build({"image": 4, "text": 6})
     >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
     >>> b = layers.mapped("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))

@@ -142,10 +142,6 @@ class UniversalLayers(nn.Module):
         experts: which layers have sparse experts in place of their MLP, where there are no latents; none where not
             given. The kind of a token is its modality, in their order, and its task the source of its sample.
 
-    Raises:
-        ValueError: for fewer than one layer or latent, or experts that do not fit or are beside latents; when built,
-            for a tower of another width.
-
     >>> layers = UniversalLayers(width=8, depth=2, heads=2, latents=3).build({"image": 8, "text": 8})
     >>> h = Tokens(torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool))
     >>> layers(h, "image").h_BTD.shape, layers(h, "text").h_BTD.shape

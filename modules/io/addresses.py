@@ -18,9 +18,6 @@ def expand(text: str) -> list[str]:
 
     >>> expand("{h,H}ttp://a/{08..09}.tar")[:3], expand("a.tar")
     (['http://a/08.tar', 'http://a/09.tar', 'Http://a/08.tar'], ['a.tar'])
-
-    Raises:
-        ValueError: for braces that do not match, and for more than :data:`MOST` addresses.
     """
     if "{" not in text:
         return [text]

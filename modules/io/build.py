@@ -20,11 +20,7 @@ Node = dict[str, Any]
 
 
 def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
-    """Build the object of ``{class_path: ..., init_args: ...}``, of a subclass of ``kind`` or of one of them.
-
-    Raises:
-        ValueError: if a class is not allowed (see :func:`policy`), unknown or of another type, or an argument is wrong.
-    """
+    """Build the object of ``{class_path: ..., init_args: ...}``, of a subclass of ``kind`` or of one of them."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     for name in class_paths(node):

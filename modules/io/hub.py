@@ -91,12 +91,7 @@ def named(folder: Path | str) -> bool:
 
 
 def resolved(folder: Path | str) -> Path:
-    """The folder itself, or that of a model of a hub, which is downloaded where it is not in the hub's cache.
-
-    Raises:
-        ValueError: for a name of a hub where the user has not allowed any, a malformed one, or one that cannot be
-            downloaded; and if its files are not those that the run records.
-    """
+    """The folder itself, or that of a model of a hub, which is downloaded where it is not in the hub's cache."""
     name = str(folder)
     if not named(name):
         return Path(folder)

@@ -54,11 +54,7 @@ def lean(state: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
 
 
 def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A lean state dict completed with the module's own base weights; any other state dict unchanged.
-
-    Raises:
-        ValueError: naming the first weight that the module lacks, or has with other values.
-    """
+    """A lean state dict completed with the module's own base weights; any other state dict unchanged."""
     if BASE not in state:
         return dict(state)
     base = json.loads(bytes(state[BASE].cpu().tolist()))

@@ -34,11 +34,7 @@ class ImageInput(NamedTuple):
 
 
 def owner_of(place: Place) -> Owner:
-    """Whose folder it is; of open_clip's and transformers' in one, transformers' (it needs no other package).
-
-    Raises:
-        ValueError: for a folder of none of them.
-    """
+    """Whose folder it is; of open_clip's and transformers' in one, transformers' (it needs no other package)."""
     folder, config = place.folder, json_of(place.folder / CONFIG)
     if (folder / SENTENCE).is_file():
         return "sentence-transformers"
@@ -63,11 +59,7 @@ def content(place: Place, name: str) -> dict[str, Any]:
 
 
 def image_input(place: Place, owner: Owner) -> ImageInput | None:
-    """How images are prepared; None where the folder does not say.
-
-    Raises:
-        ValueError: for a preparation whose result is no square of three normalised colours.
-    """
+    """How images are prepared; None where the folder does not say."""
     if owner == "timm":
         return _of_timm(place)
     if owner == "open_clip":

@@ -76,9 +76,6 @@ def split(state: Mapping[str, Any], first: bool = True) -> tuple[Any, dict[str, 
     Args:
         first: whether this is rank 0, which writes what is not split.
 
-    Raises:
-        ValueError: naming a value that is no plain one, or a tensor that is neither plain nor split in even parts.
-
     >>> tree, pieces, names = split({"w": torch.ones(2, 3), "step": 4})
     >>> tree, pieces["w"].offset, names
     ({'w': {'$tensor': 'w'}, 'step': 4}, (0, 0), {'w'})
@@ -154,9 +151,6 @@ class PartTable:
 
     Args:
         files: of the parts.
-
-    Raises:
-        ValueError: if one is missing or is no part, or two disagree on a tensor.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -230,9 +224,6 @@ class Parted:
     Args:
         path: of the index. Whether its bytes and those of the parts are what was written is
             :mod:`descant.modules.io.manifest`'s to check.
-
-    Raises:
-        ValueError: if it or a part is missing or damaged, or the parts are not the whole.
     """
 
     def __init__(self, path: Path) -> None:
@@ -292,9 +283,6 @@ def filled(value: Any, tensor_of: Callable[[Name], Any]) -> Any:
 
 def place_of(path: Path, name: object) -> Path:
     """Where a part is, by its name in the index ``path``.
-
-    Raises:
-        ValueError: for a name that leads anywhere but into a folder beside the index.
 
     >>> place_of(Path("resume/a.ckpt"), "a.ckpt.parts-1/rank-00000.safetensors").parts[-3:]
     ('resume', 'a.ckpt.parts-1', 'rank-00000.safetensors')

@@ -24,10 +24,6 @@ def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **o
     Args:
         file: a path or an open file. name: for error lines; by default the path. Parts are beside it.
         options: of ``torch.load``, such as map_location and mmap.
-
-    Raises:
-        ValueError: for a file with other objects, which may run code; for one that is no file of tensors, or is cut
-            short.
     """
     path = Path(name if name is not None else str(file))
     if in_parts(file):
@@ -87,9 +83,6 @@ def require_sums(file: Path, only: str = "") -> None:
 
     Args:
         only: end of the names of the members to check; by default all.
-
-    Raises:
-        ValueError: naming the first damaged member.
     """
     if in_parts(file):
         if (why := _parts().Parted(file).fault()) is not None:

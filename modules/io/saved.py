@@ -52,11 +52,7 @@ class Verified:
         self._account = manifest.account(self.file)
 
     def account(self) -> manifest.Facts:
-        """``sha256``, ``size`` and ``facts``; empty, with one warning, where there is no manifest.
-
-        Raises:
-            ValueError: if a byte differs from what was written; without a manifest, if the file's own checksums fail.
-        """
+        """``sha256``, ``size`` and ``facts``; empty, with one warning, where there is no manifest."""
         if self._pid == os.getpid():
             self._thread.join()
         if self._account is None:  # in a forked process, or the thread failed
@@ -115,9 +111,6 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
         checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last, or a file in it.
 
     A thread checks the weights against their manifest until :func:`read_checkpoint` needs them.
-
-    Raises:
-        ValueError: if there is none, or the configuration that describes it is missing or damaged.
     """
     path = Path(path).expanduser()
     path = followed(path)
@@ -141,11 +134,7 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
 
 
 def read_yaml(file: Path, folder: Path) -> Node:
-    """Read a mapping from a YAML file; ``EXPORT`` at the start of a text becomes ``folder``.
-
-    Raises:
-        ValueError: if the file is no mapping.
-    """
+    """Read a mapping from a YAML file; ``EXPORT`` at the start of a text becomes ``folder``."""
     try:
         content = plain_yaml.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -158,11 +147,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
-    """The weights that were evaluated (the average, where EMA kept one), as plain tensors.
-
-    Raises:
-        ValueError: if the file is missing, cut short or holds anything else.
-    """
+    """The weights that were evaluated (the average, where EMA kept one), as plain tensors."""
     return weights_of(saved, read_checkpoint(saved))
 
 
@@ -184,11 +169,7 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(saved: Saved) -> dict[str, Any]:
-    """A checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``.
-
-    Raises:
-        ValueError: if the file is missing or damaged, or holds anything but plain values.
-    """
+    """A checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``."""
     file = saved.weights
     if file.is_dir():
         raise ValueError(f"{file}: cannot be read (a folder of shards: not one file)")
@@ -207,20 +188,12 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
 
 
 def account(saved: Saved) -> manifest.Facts:
-    """``sha256``, ``size`` and ``facts`` of the file of weights; empty where no manifest confirms it.
-
-    Raises:
-        ValueError: if a byte of it differs from what was written.
-    """
+    """``sha256``, ``size`` and ``facts`` of the file of weights; empty where no manifest confirms it."""
     return (saved.verified or Verified(saved.weights)).account()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
-    """``load_state_dict`` of all keys or none, with a one-line error that names the first difference.
-
-    Raises:
-        ValueError: naming the first key that is missing, left over or of another shape.
-    """
+    """``load_state_dict`` of all keys or none, with a one-line error that names the first difference."""
     here = module.state_dict()
     # a sharded run keeps its scalars as [1]
     state = {k: v.reshape(here[k].shape) if k in here and _one(v) and _one(here[k]) else v for k, v in state.items()}

@@ -52,9 +52,6 @@ class AxisRoPE:
     Args:
         split: frequencies t, h and w of time, height and width; shares as in the source by default.
 
-    Raises:
-        ValueError: for a split that is not of three numbers of at least 1; in ``axes``, for one that does not sum to F.
-
     >>> AxisRoPE().axes(8).tolist()
     [0, 0, 1, 1, 1, 2, 2, 2]
     """
@@ -93,9 +90,6 @@ class InterleavedAxisRoPE(AxisRoPE):
     Args:
         split: as of AxisRoPE.
 
-    Raises:
-        ValueError: as of AxisRoPE; in ``axes``, for a split whose height or width has no turn left at the end.
-
     >>> InterleavedAxisRoPE([4, 2, 2]).axes(8).tolist()
     [0, 1, 2, 0, 1, 2, 0, 0]
     """
@@ -122,9 +116,6 @@ def grid_offsets(time_N: Tensor, height: int, width: int, tile: int | None = Non
             Qwen2.5-Omni, ``round(2 s)`` in the release of Uni-MoE-2.0-Omni and ``theta s`` in its paper.
         height, width: of the grid, tokens.
         tile: tokens are listed tile after tile of this side (Uni-MoE-2's crops), and not row after row.
-
-    Raises:
-        ValueError: for a tile that does not divide the grid's sides.
 
     >>> grid_offsets(torch.tensor([0, 2]), 1, 2).tolist()
     [[0, 0, 0], [0, 0, 1], [2, 0, 0], [2, 0, 1]]

@@ -23,9 +23,6 @@ class BlockSampling(Sampling):
     Args:
         vocabulary: of text and codes. only: modalities of an answer; all where not given.
 
-    Raises:
-        ValueError: for an unknown modality, or none; in generation, where no id fits.
-
     >>> from descant.modules.tokenizers.unified import CodeFormat
     >>> BlockSampling(vocabulary=UnifiedVocabulary(264, {"image": CodeFormat((2,), 8)}), only=("images",))
     Traceback (most recent call last):

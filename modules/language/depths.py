@@ -97,9 +97,6 @@ class MixtureOfDepths:
         linear: the weight is the score (Raposo), not its sigmoid.
         auxiliary: the causal router; without, evaluation chooses as training does, and generation is refused.
 
-    Raises:
-        ValueError: for a capacity of no token or beyond all, or steps below 1; when built, where no layer is such.
-
     >>> depths = MixtureOfDepths(every=2)
     >>> [depths.at(i) for i in range(4)]
     [True, False, True, False]

@@ -58,9 +58,6 @@ class Sampling:
         temperature: 0 is greedy decoding.
         top_k: sample among the k most probable tokens.
         top_p: sample among the fewest most probable tokens that reach this probability.
-
-    Raises:
-        ValueError: for a temperature below 0, no candidate, or a share outside (0, 1].
     """
 
     temperature: float = 1.0
@@ -142,10 +139,6 @@ def generate(
         prefix: tokens of a prompt see one another in both directions.
         marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each; where
             the model has kinds by id, new tokens are of the kind of their ids.
-
-    Raises:
-        ValueError: for a prompt that is empty or not left-aligned, or that does not fit into the model's length
-            together with the new tokens; for experts that choose their tokens by those that come later.
     """
     sampling = sampling or Sampling()
     require_causal(lm)

@@ -30,9 +30,6 @@ class ShownImages(NamedTuple):
 def shown(batch: Batch, image_token: int) -> ShownImages:
     """Images in the order in which the text names them; ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of
     several.
-
-    Raises:
-        ValueError: naming a sample whose text names more images than it has.
     """
     image = batch.inputs["image"] if batch.inputs["image"].ndim == 5 else batch.inputs["image"][:, None]
     named_BT = host_copy(batch.inputs["text"]) == image_token

@@ -14,9 +14,6 @@ from descant.modules.moe import TopKRouter
 def llama_config(lm: CausalLM) -> dict[str, Any]:
     """The settings of a model as arguments of LlamaConfig, or of MixtralConfig where its layers have experts.
 
-    Raises:
-        ValueError: for what neither has; names the part.
-
     >>> config = llama_config(CausalLM(vocab=11, width=8, depth=1, heads=2))
     >>> config["model_type"], config["intermediate_size"]
     ('llama', 24)

@@ -113,11 +113,6 @@ class CausalLM(Loadable):
         kinds: the first ids of kinds 1, 2, ... of tokens, for routers of experts, where images are ids of the
             vocabulary, such as of codes; by default image tokens are of kind 1 and all others of kind 0.
 
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``, ``key_heads`` not ``heads``, a head has odd width, or fewer
-            frequencies than axes; for experts that do not fit, or kinds out of order; in forward, for a document
-            longer than ``length``, and for positions of three axes where the model has one.
-
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
     >>> h_BTD = lm(lm.embed(torch.tensor([[3, 4, 5]])))
     >>> lm.logits(h_BTD).shape

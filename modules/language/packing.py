@@ -40,9 +40,6 @@ def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
     together, as many as it has room for, which is where one after the other would go; finding the row takes
     logarithmic time.
 
-    Raises:
-        ValueError: naming a document that is longer than a row, or empty.
-
     >>> first_fit_decreasing([4, 8, 1, 4, 2, 1], size=10)
     [[1, 4], [0, 3, 2, 5]]
     """
@@ -179,9 +176,6 @@ def through(
         prefix_BS: bool, the first tokens of each sample that all of its tokens see; none by default.
         marks: of the tokens, ``[B, S]`` each, for routers of experts; real ones are valid.
         routings: a list to which layers of experts append where the tokens of the rows went.
-
-    Raises:
-        ValueError: naming a sample that is longer than ``size``; for positions or a prefix without a document mask.
     """
     if prefix_BS is not None and not document_mask:
         raise ValueError("document_mask false: a prefix is that of a document; prefix_sight needs the document mask")

@@ -30,9 +30,6 @@ class VisualSteps:
         step: of an image token, above 0 and at most 1.
         drawn: in training, a step for each sample is sampled from these instead, so that all can be used later.
 
-    Raises:
-        ValueError: for a step outside of that.
-
     >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 5, 6]])
     >>> VisualSteps(0.25).positions(ids_BS, 9, torch.tensor([0.25])).tolist()
     [[0.0, 1.0, 1.25, 1.5, 1.75, 2.0, 3.0, 4.0]]
@@ -73,10 +70,6 @@ class VisualAxes(VisualSteps):
         tile: an image's tokens are listed tile after tile of this side, and not row after row.
         frame: adjacent images are frames of a video, this many positions apart: seconds times a rate. By default each
             is an image by itself, of one time.
-
-    Raises:
-        ValueError: for fewer than one column, or no time between frames; in a batch, for images whose tokens are no
-            such grid, or of different numbers.
 
     >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 9, 9, 9, 9, 5]])
     >>> VisualAxes(frame=0.5).grids(ids_BS, 9, tokens=4)[0].T.tolist()[0]

@@ -28,9 +28,6 @@ class PretrainedLM(CausalLM):
         length: maximum tokens of a document; by default as it was trained.
         extra: ids beyond the tokenizer's.
         visual: as of CausalLM; experts begin as copies of the pretrained weights.
-
-    Raises:
-        ValueError: if not exactly one source is named, nothing is there, or it is no plain Llama.
     """
 
     def __init__(

@@ -93,9 +93,6 @@ class PooledGrid(ImageProjector):
     Args:
         side: of the grid.
 
-    Raises:
-        ValueError: for a side that is no whole number from 1 on; in forward, for tokens that are no square.
-
     >>> PooledGrid(2).build(8, 6)(Tokens(torch.randn(2, 16, 8), torch.ones(2, 16, dtype=torch.bool))).shape
     torch.Size([2, 4, 6])
     """
@@ -132,9 +129,6 @@ class Resampler(ImageProjector):
 
     Args:
         queries: I. heads: of the attention.
-
-    Raises:
-        ValueError: for no query, or heads that do not divide the tower's width.
 
     >>> Resampler(3, heads=2).build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
     torch.Size([2, 3, 6])

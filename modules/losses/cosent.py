@@ -16,9 +16,6 @@ def cosent(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -> Tenso
 
     Shapes: scores, cosines of pairs, ``[N]``; labels ``[N]``, of which only the order counts.
 
-    Raises:
-        ValueError: for a temperature that is not positive, or other lengths.
-
     >>> score_N, label_N = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 2])
     >>> [round(float(cosent(s, label_N, temperature=1.0)), 4) for s in (score_N, score_N.flip(0))]
     [1.2888, 1.4888]

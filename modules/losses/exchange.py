@@ -77,9 +77,6 @@ class Blocks(Exchange):
 
     Args:
         rows: R, of one block; None takes all B at once.
-
-    Raises:
-        ValueError: if ``rows`` is below 1.
     """
 
     def __init__(self, rows: int | None = 1024) -> None:

@@ -26,9 +26,6 @@ class Negatives(nn.Module):
         sham: ``permute`` for the control.
         denominator: of the InfoNCE of the pair, instead of a term of their own.
 
-    Raises:
-        ValueError: if ``pair`` is not two modalities, or for a loss of its own with ``denominator``.
-
     Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are present) ``-> value_B``.
 
     >>> import torch

@@ -25,9 +25,6 @@ class PairMarginLoss(nn.Module):
     Args:
         margin: of cosines; the paper's 0.1.
 
-    Raises:
-        ValueError: if ``margin`` is negative.
-
     Shapes: unit-length ``z_a_BD, z_b_BD, z_neg_BD -> value_B``.
 
     >>> z_a, z_b, z_neg = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor([[0.8, 0.6]])
@@ -60,9 +57,6 @@ class HardestInBatchHinge(ContrastiveLoss):
         margin: m, of cosines; the paper's 0.2.
         warmup: training steps with the mean (the paper's 100); count in the checkpoint.
         average: of ``similarities``, or of ``hinges``, in those steps.
-
-    Raises:
-        ValueError: if ``margin`` or ``warmup`` is negative.
 
     Shapes: unit-length ``z_a_BD, z_b_BD``, ``key_B`` int64, ``valid_B`` bool ``-> value_B``.
 

@@ -59,9 +59,6 @@ class Normal(Likelihood):
     Args:
         deviation: of the distribution; by default the loss is the mean squared error.
 
-    Raises:
-        ValueError: for a deviation not above 0.
-
     >>> Normal()(torch.zeros(1, 3, 2), torch.ones(1, 3, 2)).tolist()
     [1.0]
     """

@@ -61,9 +61,6 @@ class Huber(NumberLoss):
     Args:
         delta: in standard deviations of the training targets.
 
-    Raises:
-        ValueError: for a delta that is not positive.
-
     >>> Huber(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.tensor([0.0, 0.0])).tolist()
     [0.125, 2.5]
     """
@@ -85,9 +82,6 @@ class GaussianLikelihood(NumberLoss):
 
     Args:
         floor: least standard deviation, in those of the training targets; below it s has no gradient.
-
-    Raises:
-        ValueError: for a floor that is not positive.
 
     >>> raw_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     >>> [round(float(x), 3) for x in GaussianLikelihood()(raw_BK, torch.zeros(2))]

@@ -20,9 +20,6 @@ class RingSigLIP(SigLIP):
         max_scale: upper bound of s.
         rows: R, of one block; None takes all B at once.
 
-    Raises:
-        ValueError: if ``rows`` is below 1.
-
     >>> import torch
     >>> z, key, valid = torch.eye(2), torch.arange(2), torch.ones(2, dtype=torch.bool)
     >>> [round(v, 4) for v in RingSigLIP(temperature=1.0, bias=0.0, rows=1)(z, z, key, valid).tolist()]

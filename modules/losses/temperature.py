@@ -16,9 +16,6 @@ class LearnedTemperature(nn.Module):
         learn: whether the scale is learned.
         max_scale: upper bound of s.
 
-    Raises:
-        ValueError: if the temperature is below ``1 / max_scale``, or ``max_scale`` is not positive.
-
     >>> round(LearnedTemperature(0.07, learn=True, max_scale=100.0).scale().item(), 2)
     14.29
     """

@@ -190,9 +190,6 @@ class Adapter(nn.Module):
 def require_ids(x_BT: Tensor, real_BT: Tensor, vocabulary: int, name: str) -> None:
     """Checks that real token ids are in ``[0, vocabulary)``, on the CPU: nothing is read of a device.
 
-    Raises:
-        ValueError: naming the modality, the first such id and its sample.
-
     >>> require_ids(torch.tensor([[3, 9]]), torch.tensor([[True, True]]), 9, "codes")
     Traceback (most recent call last):
     ValueError: codes: id 9 in row 0 of the batch; its adapter has 9 ids: vocab 10 at least
@@ -223,9 +220,6 @@ class PatchAdapter(Adapter):
         padded: non-finite numbers are padding: a patch with any is not real (audio frames of ``-inf``), and inputs of
             smaller sizes are padded at the end of each axis: images of any size, within ``size``.
         weights: a local file of a plain timm ViT with such patches, for the patch embedding.
-
-    Raises:
-        ValueError: for a size that patches do not divide, or smaller than a patch; in ``raw``, for another shape.
 
     >>> adapter = PatchAdapter(size=[4, 4], patch=2, channels=3)
     >>> x_BTP, real_BT = adapter.raw(torch.arange(48.0).view(1, 3, 4, 4))

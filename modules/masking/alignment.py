@@ -38,9 +38,6 @@ class Alignment(nn.Module):
         width: E.
         loss: of pairs of unit vectors; InfoNCE where not given.
 
-    Raises:
-        ValueError: for a modality paired with itself; in ``build``, for one that has no adapter.
-
     >>> from descant.modules.towers.text import BagTower
     >>> align = Alignment("rgb", "text", BagTower(vocab=9, width=4)).build(("rgb", "text"), 8)
     >>> align.name

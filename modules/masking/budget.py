@@ -29,9 +29,6 @@ class TokenBudget(Corruption):
         targets: maximum number of targets that count, sampled from the masked tokens (4M, arXiv 2312.06647); all by
             default.
 
-    Raises:
-        ValueError: for a budget below 1 or an alpha that is not positive; in ``check``, for a budget of all tokens.
-
     >>> real = {m: torch.ones(3, 16, dtype=torch.bool) for m in ("image", "depth")}
     >>> masks = TokenBudget(visible=8)(real, {"image": (4, 4), "depth": (4, 4)}, torch.arange(3))
     >>> [masks.visible[m].sum(dim=1).tolist() for m in real]

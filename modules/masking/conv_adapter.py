@@ -24,9 +24,6 @@ class ConvAdapter(PatchAdapter):
         tower: of images, with one token a patch, such as ConvTower; its norm may not depend on a batch: ``group``.
         kwargs: of PatchAdapter; ``patch`` is the tower's stride.
 
-    Raises:
-        ValueError: for a tower with another number of tokens.
-
     >>> from descant.modules.towers.image import ConvTower
     >>> ConvAdapter(ConvTower(widths=[8, 8], stem=4, norm="group"), size=[32, 32], patch=8).grid
     (4, 4)

@@ -83,9 +83,6 @@ class Ratio(Corruption):
 
     Args:
         ratio: share of a sample's real tokens that is masked.
-
-    Raises:
-        ValueError: for a ratio outside (0, 1); in ``check``, for one that leaves no token visible, or none masked.
     """
 
     def __init__(self, ratio: float = 0.75) -> None:
@@ -165,9 +162,6 @@ class Hide(Corruption):
         modalities: that are hidden.
         base: mask of the others; none by default.
 
-    Raises:
-        ValueError: without a modality; when used, for an unknown one, or if no other is left.
-
     >>> real = {"image": torch.ones(1, 3, dtype=torch.bool), "edges": torch.ones(1, 2, dtype=torch.bool)}
     >>> masks = Hide(["image"])(real, {"image": (3,), "edges": (2,)}, torch.arange(1))
     >>> masks.visible["image"].tolist(), masks.loss["image"].tolist(), masks.visible["edges"].tolist()
@@ -213,9 +207,6 @@ class From(Corruption):
 
     Args:
         given, targets: modalities.
-
-    Raises:
-        ValueError: without a given modality or a target, or for one that is both.
 
     >>> real = {m: torch.ones(1, 2, dtype=torch.bool) for m in ("image", "text", "audio")}
     >>> masks = From(["image"], ["text"])(real, dict.fromkeys(real, (2,)), torch.arange(1))

@@ -25,9 +25,6 @@ class CategoryAdapter(Adapter):
         size, patch: as of :class:`PatchAdapter`.
         embedding: width of a pixel's embedding (64 in the paper).
 
-    Raises:
-        ValueError: as of :class:`PatchAdapter`, or for fewer than two classes.
-
     >>> adapter = CategoryAdapter(classes=3, size=[4, 4], patch=2)
     >>> adapter.raw(torch.zeros(1, 4, 4, dtype=torch.long))[0].shape
     torch.Size([1, 4, 4])
@@ -138,9 +135,6 @@ class TableAdapter(Adapter):
 
     Args:
         columns: one entry a column: 0 for a number (standardise it in the data), else its number of categories.
-
-    Raises:
-        ValueError: for fewer than two columns, or a column of one category.
 
     >>> TableAdapter([0, 3]).raw(torch.tensor([[0.5, float("nan")]]))[1].tolist()
     [[True, False]]

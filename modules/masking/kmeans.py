@@ -22,9 +22,6 @@ from descant.modules.towers.image import require_divisor
 def centres(x_NP: Tensor, codes: int, seed: int) -> Tensor:
     """``[K, P]``: means of the clusters of k-means, in float64 and on the CPU: the same sums on every device.
 
-    Raises:
-        ValueError: for fewer rows than codes.
-
     >>> centres(torch.tensor([[0.0], [1.0], [8.0]]), 2, seed=0).sort(dim=0).values.tolist()
     [[0.5], [8.0]]
     """
@@ -48,10 +45,6 @@ class KMeansPatches(CodeTokenizer):
         codes: K of each layer.
         layers: of residual quantisation.
         samples: of training that it is fitted on.
-
-    Raises:
-        ValueError: as of PatchAdapter; for fewer than two codes, no layer, or no sample; where it is fitted, for fewer
-            patches than codes; in ``encode``, before it is fitted.
 
     >>> tokenizer = KMeansPatches(size=[4, 4], patch=2, channels=1, codes=2)
     >>> x_BCHW = torch.zeros(1, 1, 4, 4)
@@ -133,10 +126,6 @@ class VectorTokens(CodeTokenizer):
         codes: K of each.
         cosine: vectors are divided by their length first, so that codes are of directions alone.
         samples: of training that it is fitted on.
-
-    Raises:
-        ValueError: for books that do not divide the width or fewer than two, fewer than two codes, or no sample;
-            where it is fitted, for fewer vectors than codes; in ``encode``, for another width, and before it is fitted.
 
     >>> tokenizer = VectorTokens(width=4, books=2, codes=2)
     >>> x_BW = torch.tensor([[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 0.0, 0.0]])

@@ -20,9 +20,6 @@ class OneOf(Corruption):
     Args:
         corruptions: C of them.
 
-    Raises:
-        ValueError: for none, and for what each of them refuses.
-
     >>> from descant.modules.masking.corruptions import From
     >>> real = {m: torch.ones(5, 1, dtype=torch.bool) for m in ("image", "text")}
     >>> either = OneOf([From(["image"], ["text"]), From(["text"], ["image"])])

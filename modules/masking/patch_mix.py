@@ -38,9 +38,6 @@ class PatchMix(nn.Module):
         patches: a side; T is its square.
         share: of patches of the first image.
 
-    Raises:
-        ValueError: for a share that leaves one of the two no patch; in forward, if the patches do not divide the image.
-
     >>> mixture = PatchMix(patches=2)(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.arange(2))
     >>> mixture.source_B.tolist(), mixture.first_BT.sum(dim=1).tolist(), mixture.x_BCHH.mean(dim=(1, 2, 3)).tolist()
     ([1, 0], [2, 2], [0.5, 0.5])

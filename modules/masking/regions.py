@@ -51,9 +51,6 @@ class RegionMask(Corruption):
         iou: from which on a region is hidden with a seed; above 1 the seeds alone.
         pixel: of :func:`pairwise_iou`, in the unit of the boxes.
 
-    Raises:
-        ValueError: for a rate outside (0, 1), or an IoU not above 0; in use without boxes, which MaskedRegions gives.
-
     >>> box_BT4 = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.5]]])
     >>> RegionMask(0.9).masks("regions", torch.ones(1, 2) > 0, box_BT4, torch.tensor([3])).target["regions"].tolist()
     [[True, True]]

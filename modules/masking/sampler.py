@@ -104,10 +104,6 @@ class Sampler:
         temperature: by modality; 1 where not given.
         guidance: scale of classifier-free guidance; 1 is none and runs the model once a step.
         allowed: modality -> the ids that may be sampled; all where not given.
-
-    Raises:
-        ValueError: when called, for an unknown modality, one that has no ids or is given, more steps than tokens, a
-            constraint that leaves no id, and a sample that lacks a given modality.
     """
 
     def __init__(

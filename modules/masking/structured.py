@@ -169,9 +169,6 @@ class SegmentMask(Corruption):
         anchors: chance of each token to begin a segment; one segment a sample where not given.
         most: tokens of a segment at an anchor.
 
-    Raises:
-        ValueError: for a chance outside (0, 1), or segments of no token.
-
     >>> real = {"text": torch.ones(1, 12, dtype=torch.bool)}
     >>> SegmentMask()(real, {"text": (12,)}, torch.tensor([3])).target["text"].int().tolist()
     [[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]]

@@ -66,9 +66,6 @@ class DirichletPair:
         targets: the same of targets.
         weight: of the component.
         visible: its budget of inputs, where it is another than that of TwoBudgets.
-
-    Raises:
-        ValueError: for a weight or an alpha that is not positive, without any modality, or for a budget below 1.
     """
 
     def __init__(
@@ -113,10 +110,6 @@ class TwoBudgets(Corruption):
             that are stored; or its ``targets``, sentinels among them, as in the release: it predicts the next sentinel
             too where the budget ends there, and may end before the last one
             (:func:`descant.modules.masking.spans.target_window`).
-
-    Raises:
-        ValueError: for a budget below 1 or without a component; in ``check``, for a modality that is not there, and for
-            budgets larger than the tokens of a component.
 
     >>> real = {m: torch.ones(3, 16, dtype=torch.bool) for m in ("image", "depth")}
     >>> both = DirichletPair({"image": 0.5, "depth": 0.5}, {"depth": 1.0})

@@ -28,9 +28,6 @@ class Sets:
         modalities: all that a recipe has a tower for, at most 16.
         sets: some of their subsets, none empty; a set of all modalities has no number. All subsets where not given.
 
-    Raises:
-        ValueError: for an unknown modality, an empty set, or a set that is given twice.
-
     >>> sets = Sets(["image", "text"])
     >>> sets.names
     ['image', 'text']
@@ -80,11 +77,7 @@ class Sets:
         return self._number[code_B]
 
     def known(self, present: Mapping[str, Tensor], what: str) -> Tensor:
-        """:meth:`of`, where no set may be unknown.
-
-        Raises:
-            ValueError: naming the first such set, and the nearest that has a number.
-        """
+        """:meth:`of`, where no set may be unknown."""
         set_B = self.of(present)
         if bool((set_B == UNKNOWN).any()):
             raise ValueError(self.refusal(present, set_B, what))
@@ -114,9 +107,6 @@ class AvailableSets:
         sets: such as [[image], [text]]; by default all that are neither empty nor everything.
         weights: one a set; equal by default.
         per: ``sample`` or ``batch``: the unit for which a set is sampled.
-
-    Raises:
-        ValueError: for weights that are not one positive number a set, or no set at all.
 
     >>> keep = AvailableSets([["text"]])
     >>> here = torch.tensor([True, True])

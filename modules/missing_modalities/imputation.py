@@ -50,9 +50,6 @@ class MeanImputer(Imputer):
     Sums are float64 and updated in train mode, each step before the mean is used. Where the features train too, the
     mean is over all of their past values.
 
-    Raises:
-        ValueError: in forward, for ids, which have no mean.
-
     >>> imputer, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
     >>> imputer(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
     [[1.0], [3.0], [2.0]]
@@ -100,9 +97,6 @@ class PromptImputer(Imputer):
 
     After missing-aware prompts (Lee 2023, arXiv 2303.03369), which are tokens of one transformer; as features of a
     modality, for any fusion, they are our reading.
-
-    Raises:
-        ValueError: in forward, for samples whose set has none.
 
     >>> imputer = PromptImputer().build({"image": 2, "text": 3}, [["image"], ["text"]])
     >>> {name: list(p.shape) for name, p in imputer.named_parameters()}

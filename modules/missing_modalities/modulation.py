@@ -71,10 +71,6 @@ class ModulationBank(nn.Module):
         unknown: of samples with any other set: ``refuse`` them, or take the network as it is (``frozen``).
         sham: ``permute`` gives every sample, in evaluation, the parameters of the next set of the bank.
 
-    Raises:
-        ValueError: in ``attach``, for an unknown layer or set; in ``route``, for samples whose set has no parameters;
-            in forward, for rows that are no samples.
-
     >>> net = nn.ModuleDict({"head": nn.Linear(3, 2)})
     >>> bank = ModulationBank(ScaleShift()).attach(net, ["image", "text"])
     >>> bank.count()

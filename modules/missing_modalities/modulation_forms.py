@@ -87,9 +87,6 @@ class LowRank(Modulation):
     Args:
         r: rank.
 
-    Raises:
-        ValueError: if ``r`` is below 1.
-
     >>> sum(p.numel() for p in LowRank(r=2).of(nn.Conv2d(3, 4, 5)).parameters())  # 2 * 3 * 25 + 4 * 2
     158
     """

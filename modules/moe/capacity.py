@@ -52,9 +52,6 @@ class Capacity:
         by: the slots that stay: of the highest weights, or of the first tokens.
         least: tokens.
 
-    Raises:
-        ValueError: for a factor not above 0, or a least number below 1.
-
     >>> from descant.modules.moe.routing import Marks
     >>> index_NK = torch.zeros(4, 1, dtype=torch.long)
     >>> routing = Routing(index_NK, torch.tensor([[0.1], [0.9], [0.5], [0.7]]), index_NK == 0, Marks())

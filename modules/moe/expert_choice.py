@@ -97,10 +97,6 @@ class ExpertChoice(Tables):
         gumbel: noise of the scores in training (:func:`gumbel_sigmoid`), where the gate is trained.
         sham: ``permute`` for the control: each token has the kind of another one of its batch.
 
-    Raises:
-        ValueError: for a row without an expert, a capacity of no token or beyond all; when built, for an expert that
-            there is not; in forward, without marks of kinds where there are groups, or keys where something is drawn.
-
     >>> router = ExpertChoice().build(width=8, experts=4)
     >>> router(torch.randn(12, 8)).used.sum(dim=0).tolist()
     [3, 3, 3, 3]

@@ -124,9 +124,6 @@ class MoELayer(nn.Module):
         capacity: what more tokens choose is dropped; nothing where not given.
         form: of the experts, :class:`SwiGLUExperts` or :class:`GELUExperts`.
 
-    Raises:
-        ValueError: for fewer than 1 expert, or what the router does not fit.
-
     >>> from descant.modules.moe import TopKRouter
     >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopKRouter(k=2))
     >>> y_BTD, routing = layer(torch.randn(2, 5, 8))
@@ -228,10 +225,6 @@ class ExpertLayers:
         balance_over: P of the balance loss is the softmax over ``all`` experts (Switch), or over the ``chosen`` ones of
             each token, as in the release of Uni-MoE-2.0-Omni, whose ``balance`` is .025.
         answers: what a token of an answer counts in the balance loss, where others count 1; that release has 10.
-
-    Raises:
-        ValueError: for counts below 1 or weights not above 0; when built, what the router does not fit, or where no
-            layer has experts.
 
     >>> from descant.modules.moe import TopKRouter
     >>> experts = ExpertLayers(experts=4, router=TopKRouter(k=2), every=2)

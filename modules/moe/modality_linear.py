@@ -22,9 +22,6 @@ from descant.modules.moe.routing import KindOrder, Marks
 def kind_order(marks: Marks, kinds: int) -> KindOrder:
     """Tokens by kind, as ``marks.order`` has it where it was made before; all are of kind 0 where marks have no kind.
 
-    Raises:
-        ValueError: for a token of a kind that there is not.
-
     >>> kind_order(Marks(kind=torch.tensor([[1, 0], [0, 1]])), kinds=2)
     KindOrder(counts=(2, 2), order_N=tensor([1, 2, 0, 3]), inverse_N=tensor([2, 0, 1, 3]))
     """
@@ -90,9 +87,6 @@ class ModalityLinear(nn.Linear):
 
     Args:
         in_features, out_features: D and O. kinds: M.
-
-    Raises:
-        ValueError: for fewer than two kinds; in forward, for a token of a kind that there is not.
 
     >>> layer = ModalityLinear(4, 6)
     >>> layer(torch.ones(2, 3, 4), Marks(kind=torch.tensor([[0, 1, 1], [0, 0, 0]]))).shape

@@ -78,10 +78,6 @@ class ModalityTopK(Tables):
         k: experts a token.
         sham: ``permute``: each token has the kind of another one of the batch.
 
-    Raises:
-        ValueError: for a row without an expert, a k below 1 or above what a row has; when built, for an expert that
-            there is not; in forward, without marks of kinds.
-
     >>> router = ModalityTopK(visible=[[1, 2, 3], [0, 1, 2]], k=2).build(width=8, experts=4)
     >>> index_NK = router(torch.randn(9, 8), Marks(kind=torch.zeros(9).long())).expert
     >>> bool((index_NK > 0).all())
@@ -130,9 +126,6 @@ class HardModality(Tables):
     Args:
         expert: of each kind, in the order of the kinds' numbers.
 
-    Raises:
-        ValueError: without a kind; when built, for an expert that there is not; in forward, without marks of kinds.
-
     >>> router = HardModality(expert=[1, 0]).build(width=8, experts=2)
     >>> router(torch.zeros(3, 8), Marks(kind=torch.tensor([0, 1, 1]))).expert.flatten().tolist()
     [1, 0, 0]
@@ -172,10 +165,6 @@ class StaticSkill(Tables):
 
     Args:
         table: a row of experts (skills) for each task, in the order of the tasks' numbers.
-
-    Raises:
-        ValueError: for a task without a skill; when built, for an expert that there is not; in forward, without marks
-            of tasks, or for a task that has no row.
 
     >>> router = StaticSkill(table=[[0, 2], [1]]).build(width=8, experts=3)
     >>> routing = router(torch.zeros(2, 8), Marks(task=torch.tensor([0, 1])))

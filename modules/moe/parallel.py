@@ -93,9 +93,6 @@ def parallelize(network: nn.Module, group: Any = None) -> None:
     Routers, shared experts and all else stay whole on every rank; capacity is that of a rank's own tokens, as under
     data parallelism. DDP leaves the slices alone. Clipping by norm and checkpoints see the slice of their rank:
     :func:`whole_experts` gathers them. Source: GShard (Lepikhin 2020, arXiv 2006.16668).
-
-    Raises:
-        ValueError: for experts that the ranks do not divide, or that are parameters of their own (StaticSkill).
     """
     ranks, names = ExpertGroup(group), list[str]()
     require_divided(network, ranks.size, "parallelize")

@@ -248,10 +248,6 @@ class TopKRouter(Router):
             scores for the choice alone (DeepSeek-V3, arXiv 2412.19437, with .001; scores there are sigmoids); None: no
             bias.
 
-    Raises:
-        ValueError: for a k below 1, or of 1 with weights over the chosen, which is always 1; for a rate not above 0;
-            when built, for more chosen than experts.
-
     >>> router = TopKRouter(k=2).build(width=8, experts=4)
     >>> router(torch.randn(5, 8)).weight.sum(dim=1).round(decimals=4).tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0]

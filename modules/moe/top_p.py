@@ -80,10 +80,6 @@ class TopPRouter(Router):
         jitter: width of that band.
         sham: ``permute`` for the control: each token is routed as another one of its batch.
 
-    Raises:
-        ValueError: for p outside (0, 1], no expert at most, a negative count or width; when built, for more at most
-            than experts.
-
     >>> router = TopPRouter(p=0.9, null_experts=1).build(width=8, experts=4)
     >>> routing = router(torch.randn(3, 8))
     >>> routing.expert.shape, routing.weight.sum(dim=1).round(decimals=4).tolist()

@@ -30,9 +30,6 @@ class AuxiliaryTarget(Regularizer):
         classes: C.
         weight: of the term.
 
-    Raises:
-        ValueError: in training, for a target that the data lacks or a label that is no class.
-
     >>> head = AuxiliaryTarget("shared", classes=4).build({"a": 8, "b": 8}, classes=2)
     >>> head.head.weight.shape
     torch.Size([4, 16])

@@ -146,9 +146,6 @@ class SimplexRule(Rule):
 def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:
     """Bool ``[K]``: which values are above ``least``, of a rule of their logarithms; others have no samples.
 
-    Raises:
-        ValueError: for a value below ``least``.
-
     >>> above(Rule(), torch.tensor([2.0, 0.0]), 0.0).tolist()
     [True, False]
     """

@@ -27,9 +27,6 @@ class DualProj(SolverRule):
     that of the mean of terms is TorchJD's reading, whose name it has; K times the mean here, as of all rules.
     See :func:`dualproj`. Source: Lopez-Paz 2017, arXiv 1706.08840; torchjd.aggregation.DualProj.
 
-    Raises:
-        ValueError: in training, for more than 8 terms.
-
     >>> import torch
     >>> conflict = torch.tensor([[1.0, -2.0], [-2.0, 16.0]], dtype=torch.float64)  # the sum has -1 with the first
     >>> [round(x, 9) for x in DualProj().mix(conflict[None], torch.ones(2), 0)[0].tolist()]

@@ -62,9 +62,6 @@ class FairGrad(SolverRule):
     Args:
         alpha: of the utility ``x^(1 - alpha) / (1 - alpha)``.
 
-    Raises:
-        ValueError: for an alpha that is not above 0.
-
     >>> orthogonal = torch.diag(torch.tensor([1.0, 64.0], dtype=torch.float64))
     >>> [round(w, 9) for w in FairGrad(alpha=2).mix(orthogonal[None], torch.ones(2), 0)[0].tolist()]  # 8^(-4/3)
     [1.0, 0.0625]

@@ -30,9 +30,6 @@ class FAMO(Rule):
         least: the lowest value that a term can have.
         adam: step w by Adam with ``lr``, as the release; off: by gradient descent, as Algorithm 1.
 
-    Raises:
-        ValueError: for rates below 0; in training, for a term below ``least``.
-
     >>> FAMO().mix(torch.zeros(0), torch.tensor([1.0, 3.0]), 0).tolist()  # the gradient of the mean logarithm
     [[1.5, 0.5]]
     """

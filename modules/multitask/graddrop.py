@@ -36,9 +36,6 @@ class GradDrop(Rule):
 
     Args:
         leak: share of the dropped gradients that stays, in [0, 1]; 1 is the plain sum.
-
-    Raises:
-        ValueError: for a leak outside [0, 1].
     """
 
     per_sample = True

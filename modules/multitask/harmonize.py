@@ -59,11 +59,6 @@ def harmonize(
     Returns:
         ``mix_K``, float64 on the CPU; ones of a rule of whole gradients.
 
-    Raises:
-        ValueError: for one term, a term that is no scalar, has no gradient or is not in ``loss``; a ``loss`` that is no
-            multiple of their sum; other terms than before, of a rule that remembers; parameters that no term reaches;
-            sharded parameters (FSDP2), of a rule of gradients; a single rank, of a rule across micro-batches (MoDo).
-
     >>> from descant import MGDA
     >>> w = nn.Parameter(torch.zeros(2))
     >>> [round(x, 6) for x in harmonize([w[0], w[1] - w[0]], [w], MGDA()).tolist()]  # gradients (1, 0) and (-1, 1)

@@ -26,9 +26,6 @@ class MIMO(Rule):
         weight: of the smooth maximum (the penalty constant).
         mu: smoothness; towards 0, only the largest unimodal loss counts, and a large one weighs all alike.
 
-    Raises:
-        ValueError: for a weight below 0 or a mu not above 0.
-
     >>> mix = MIMO(weight=2.0).mix(torch.zeros(0), torch.tensor([0.3, 1.0, 2.0986]), 0)[0]
     >>> [round(k, 3) for k in mix.tolist()]  # 1 : e^1.0986, which is 3
     [1.0, 0.5, 1.5]

@@ -71,9 +71,6 @@ def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Te
     ``gram_KK``: empty for a rule that reads no gradients. ``value_K``: of all ranks; None where gradients alone are
     known, which is enough for most rules of gradients.
 
-    Raises:
-        ValueError: for a rule of values without values, or one of gradients without gradients.
-
     >>> from descant.modules.multitask import PCGrad
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
     >>> mix_of(PCGrad(), conflict, None, 0)

@@ -28,9 +28,6 @@ class MoDo(SimplexRule):
         lr: of w (gamma).
         rho: pulls w towards equal weights.
 
-    Raises:
-        ValueError: for an lr or rho below 0; in training, for a single micro-batch.
-
     >>> import torch
     >>> across = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
     >>> [round(x, 9) for x in MoDo(lr=0.1, rho=0.0).mix(across[None], torch.ones(2), 0)[0].tolist()]

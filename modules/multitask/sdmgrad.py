@@ -31,9 +31,6 @@ class SDMGrad(SimplexRule):
         momentum: of w.
         across_batches: dot products across the micro-batches of a step, as of :class:`MoDo`.
 
-    Raises:
-        ValueError: for a lam or lr below 0, or steps below 1.
-
     >>> orthogonal = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
     >>> [round(x, 2) for x in SDMGrad(lam=0.0, lr=0.5).mix(orthogonal[None], torch.ones(2), 0)[0].tolist()]
     [1.6, 0.4]

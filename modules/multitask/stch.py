@@ -32,9 +32,6 @@ class STCH(Rule):
         log: of the terms by their means.
         least: the lowest value that a term can have (the paper's z); without ``log``.
 
-    Raises:
-        ValueError: for a mu that is not above 0, or a window below 1; in training, for a term below 0 with ``log``.
-
     >>> STCH(log=False).mix(torch.zeros(0), torch.tensor([1.0, 1.0]), 0).tolist()
     [[1.0, 1.0]]
     >>> STCH().mix(torch.zeros(0), torch.tensor([4.0, 0.5]), 0).tolist()  # of the sum of logarithms

@@ -17,11 +17,7 @@ from descant.modules.towers.heads import Projection
 
 
 class SampleHead(nn.Module):
-    """``[B, K]`` of each sample: a projection of the embedding of one modality, or of the first token of two, fused.
-
-    Raises:
-        ValueError: for other than one or two modalities.
-    """
+    """``[B, K]`` of each sample: a projection of the embedding of one modality, or of the first token of two, fused."""
 
     def __init__(self, modalities: list[str]) -> None:
         super().__init__()
@@ -61,10 +57,6 @@ class Classify(TaskObjective):
         classes: C.
         modalities: one, or two that are fused.
         smoothing: of the labels in training.
-
-    Raises:
-        ValueError: for other than one or two modalities, fewer than two classes or a smoothing outside [0, 1); at
-            setup, if the data has another number of classes.
     """
 
     def __init__(self, target: str, classes: int, modalities: list[str], smoothing: float = 0.0) -> None:

@@ -72,10 +72,6 @@ class MaskedColumns(TaskObjective):
         codes: what the softmax of a category is over: ``all`` codes of all columns, as in the release, or those of its
             ``column``.
         sham: ``permute`` has the hidden values of a column trade places among the samples.
-
-    Raises:
-        ValueError: when built, for a tower that is not of a table, a rate that hides no column or every one, or
-            without fusion layers where another modality is given.
     """
 
     first_C: Tensor

@@ -29,9 +29,6 @@ class Contrast(TaskObjective):
         pairs: which modalities meet, such as [[image, text]].
         loss: of one pair, InfoNCE where not given; each pair has its own copy.
 
-    Raises:
-        ValueError: without a pair; when built, for one of other than two modalities that have a tower.
-
     >>> from descant.modules.towers import VectorTower
     >>> facts = Facts({"image": VectorTower(4, 8), "text": VectorTower(3, 8)}, width=8, fusion=None)
     >>> Contrast([["image", "text"]]).build(facts).latents

@@ -89,9 +89,6 @@ class GRPO(LanguageObjective):
 
     Args:
         loss: PolicyLoss of Clipped tokens and TokenMean where not given.
-
-    Raises:
-        ValueError: for a sampling temperature of 0, or a KL without a reference.
     """
 
     deterministic = True
@@ -142,9 +139,6 @@ class DPO(LanguageObjective):
     Args:
         beta: how far the policy may go from its reference; the smaller the farther.
         by_length: divide each answer's gain by its number of tokens.
-
-    Raises:
-        ValueError: for a beta not above 0, no reference, or data without pairs.
     """
 
     deterministic = True

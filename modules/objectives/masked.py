@@ -42,11 +42,6 @@ class MaskedTokens(TaskObjective):
         given: the modality that it is fused with, whose tokens are all visible; none predicts it from itself.
         corruption: what is hidden; UniformMask(0.15) where not given.
         target: the input that is predicted, of the same grid; the modality's own where not given.
-
-    Raises:
-        ValueError: when built, for a tower that cannot hide tokens, without fusion layers where another modality is
-            given, or for a corruption that leaves nothing to see or predict; in training, for another number of tokens
-            in the adapter than in the tower.
     """
 
     def __init__(

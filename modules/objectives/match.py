@@ -95,10 +95,6 @@ class Match(TaskObjective):
         sham: ``permute`` takes any of the three pairs of a sample for its own, each as likely, so that nothing is to be
             learned from which it is.
         within: a target that negatives share with their sample, such as a class: hard negatives.
-
-    Raises:
-        ValueError: for other than two modalities, a temperature not above 0; when built, without fusion layers; in use,
-            for data without the target ``within``.
     """
 
     in_batch_negatives = True

@@ -45,10 +45,6 @@ class QuantizedTokens(TaskObjective):
         quantizer: VQ, RVQ or FSQ.
         width: E; that of the tower where not given.
         depth, heads, mlp_ratio: of the decoder.
-
-    Raises:
-        ValueError: when built, for a modality without a tower, or an adapter whose predictions are no input; in
-            training, for another number of tokens in the adapter than in the tower.
     """
 
     def __init__(

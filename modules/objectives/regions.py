@@ -29,9 +29,6 @@ class MaskedRegions(MaskedTokens):
         mask: what is hidden.
         target: the input with the probabilities ``[B, T, C]``.
 
-    Raises:
-        ValueError: as of MaskedTokens; in training, for data without the boxes.
-
     >>> MaskedRegions(classes=64, regions=24).adapter.grid
     (24,)
     """

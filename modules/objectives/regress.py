@@ -24,9 +24,6 @@ class Regress(TaskObjective):
         target: of the data, float ``[B]`` in its own unit; nan where a sample has none.
         modalities: one, or two that are fused.
         loss: of the number; SquaredError where not given.
-
-    Raises:
-        ValueError: for other than one or two modalities; at setup, if the data has no such number.
     """
 
     def __init__(self, target: str, modalities: list[str], loss: NumberLoss | None = None) -> None:

@@ -93,11 +93,7 @@ class Streams:
     # one modality -----------------------------------------------------------------------------------------------------
 
     def tokens(self, modality: str, masks: Masks | None = None, view: str = "") -> Tokens:
-        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none.
-
-        Raises:
-            ValueError: for a view that the data does not have.
-        """
+        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none."""
         if modality + view not in self.batch.inputs:
             asked = f": data.views {{{modality}: 2}}" if view else ""
             raise ValueError(f"the data has no {modality + view!r}{asked}")
@@ -227,11 +223,7 @@ def pooled(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
 
 
 def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real_BT: Tensor) -> Tokens:
-    """``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep their place and lose their content.
-
-    Raises:
-        ValueError: where the tower makes another number of tokens than there are marks.
-    """
+    """``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep their place and lose their content."""
     h_BTD = tower.embed(x)
     if hidden_BT.shape[1] != h_BTD.shape[1]:
         raise ValueError(f"the adapter has {hidden_BT.shape[1]} tokens, and {type(tower).__name__} {h_BTD.shape[1]}")

@@ -28,10 +28,6 @@ class TwoViews(TaskObjective):
         modality: of which the data has two views, such as ``data.views {image: 2}``.
         objective: over the views, such as SimCLR, BYOL or DINO.
 
-    Raises:
-        ValueError: when built, for a modality without a tower; in training, for data without a second view, or fewer
-            samples than a queue is long.
-
     >>> from descant.modules.losses.views import BYOL
     >>> from descant.modules.towers import VectorTower
     >>> task = TwoViews("image", BYOL(hidden=8, out=4)).build(Facts({"image": VectorTower(4, 8)}, width=8, fusion=None))

@@ -117,9 +117,6 @@ class Clipped(Surrogate):
         ratio: TokenRatio by default; AnswerRatio is GSPO.
         cap: bound of the unclipped w. dual: bound of the loss of bad answers.
 
-    Raises:
-        ValueError: for an empty range.
-
     >>> batch = PolicyBatch(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([0, 1]),
     ...     torch.tensor([1.0, -1.0]), torch.tensor([True, True]))
     >>> [round(x, 2) for x in Clipped()(batch)[0].tolist()]
@@ -160,9 +157,6 @@ class CISPO(Surrogate):
 
     Args:
         high: bound of w, about 5 in public trainers. ratio: TokenRatio by default.
-
-    Raises:
-        ValueError: for a bound not above 0.
     """
 
     def __init__(self, high: float = 5.0, ratio: Ratio | None = None) -> None:
@@ -186,9 +180,6 @@ class KL:
 
     Args:
         beta: weight. corrected: multiply by w. ratio: TokenRatio by default.
-
-    Raises:
-        ValueError: for a beta not above 0.
     """
 
     def __init__(self, beta: float, corrected: bool = True, ratio: Ratio | None = None) -> None:
@@ -224,9 +215,6 @@ class SequenceSum(Aggregation):
 
     Args:
         length: usually the maximum tokens of an answer.
-
-    Raises:
-        ValueError: for a length below 1.
     """
 
     def __init__(self, length: int) -> None:

@@ -17,9 +17,6 @@ class DPOLoss:
         beta: strength of the pull to the reference; smaller allows larger changes.
         by_length: whether recipes pass lengths.
 
-    Raises:
-        ValueError: for a beta not above 0.
-
     >>> good_B, bad_B, zero_B = torch.tensor([2.0]), torch.tensor([1.0]), torch.zeros(1)
     >>> round(DPOLoss(beta=1.0)(good_B, bad_B, zero_B, zero_B).item(), 4)  # - log sigmoid(1)
     0.3133

@@ -81,9 +81,6 @@ class NumericAnswer(Verifier):
 
     Args:
         seconds: for one answer.
-
-    Raises:
-        ValueError: without that package; in use, if the process cannot be started.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -131,9 +128,6 @@ class VerifierProcess:
 
     ``process(question)`` is its answer, or None without one within ``seconds``. Its first line signals that it is
     ready.
-
-    Raises:
-        ValueError: in use, for a program that is not ready within two minutes.
 
     >>> echo = "import sys; print(0, flush=True); [print(line, end='', flush=True) for line in sys.stdin]"
     >>> VerifierProcess(echo, seconds=9)({"six": 6})
@@ -187,9 +181,6 @@ class Format(Verifier):
 
     Args:
         pattern: a regular expression; a dot also matches a new line.
-
-    Raises:
-        ValueError: for an invalid expression.
 
     >>> form = Format(r"<think>.*</think><answer>[^<]*</answer>")
     >>> form(Answer("<think>red, round</think><answer>apple</answer>", "")), form(Answer("apple", ""))
@@ -271,10 +262,6 @@ class Rewards:
     Args:
         of: name -> verifier.
         weights: name -> weight, 1 by default.
-
-    Raises:
-        ValueError: for none, a weight of another name, or weights that are all 0; in use, naming reward and answer, for
-            a verifier that raises or gives nan or infinity.
     """
 
     def __init__(self, of: dict[str, Verifier], weights: dict[str, float] | None = None) -> None:

@@ -50,9 +50,6 @@ def top_k_in_blocks(
         below: scores of at least this are not returned; all are where not given.
         block: rows of queries and targets whose scores are computed at once.
 
-    Raises:
-        ValueError: for k below 1, embeddings of other widths, or that are not finite.
-
     >>> query_QD, target_ND = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.6, 0.8]])
     >>> top_k_in_blocks(query_QD, target_ND, k=2, content=(torch.tensor([7, 8]), torch.tensor([7, 9, 9, 9])))
     TopK(score_QK=tensor([[0.8000, 0.6000],

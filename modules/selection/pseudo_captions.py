@@ -66,10 +66,6 @@ class PseudoCaptions:
         prompt: what the model reads of a phrase, with ``{}`` in its place.
         centred: see :func:`best_phrases`.
 
-    Raises:
-        ValueError: for an attribute with less than two phrases or with equal ones, a template of an unknown attribute
-            or of none, or more captions than templates.
-
     >>> attributes = {"colour": ["red", "blue"], "kind": ["ball", "hat"]}
     >>> captions = PseudoCaptions(attributes, ["a {colour} {kind}", "{kind}"], captions=1)
     >>> captions.write(torch.tensor([[0, 1], [1, 0]]), np.array([5, 7]))

@@ -25,9 +25,6 @@ def fit_ordinal(
 
     Shapes: ``x_LD``, ``grade_L`` int64 0 to ``grades - 1`` ``-> w_D, theta_J``.
 
-    Raises:
-        ValueError: for less than two grades, or a grade out of range.
-
     >>> x_LD = torch.tensor([[-2.0], [-1.0], [0.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
     >>> w_D, theta_J = fit_ordinal(x_LD, torch.tensor([0, 0, 1, 1, 2, 2]), grades=3)
     >>> expected_grade(x_LD, w_D, theta_J).round().tolist()
@@ -84,9 +81,6 @@ class RichScorer:
     Args:
         grades: number of grades.
         l2: weight of the penalty.
-
-    Raises:
-        ValueError: for other rows of grades than of features, features that are not finite, or a grade out of range.
 
     >>> x_LD = torch.tensor([[-2.0, 0.0], [-1.0, 1.0], [1.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
     >>> scorer = RichScorer(grades=2).fit(x_LD, torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]))

@@ -39,9 +39,6 @@ class Selector:
     Shapes: scores ``[N, K]``, of any float dtype; groups int64 ``[N]``, 0 to G - 1, or none for one group; draws int64
     ``[N]``, by which rows of equal scores are ordered, so that the order of the pool decides nothing; costs ``[N]``,
     such as tokens, or none for 1 each.
-
-    Raises:
-        ValueError: for scores that are not finite, other lengths, negative groups, or costs that are not positive.
     """
 
     def __init__(self, sham: Literal["permute"] | None = None) -> None:
@@ -73,9 +70,6 @@ class ScoreFilter(Selector):
         least: the lowest score that is selected; any where not given.
         sham: as of :class:`Selector`.
 
-    Raises:
-        ValueError: for a share outside (0, 1], and what :class:`Selector` raises.
-
     >>> score_NK, draw_N = torch.tensor([[0.1], [0.9], [0.5], [0.9]]), torch.arange(4)
     >>> ScoreFilter(share=0.5)(score_NK, None, draw_N).index_S.tolist()
     [1, 3]
@@ -98,9 +92,6 @@ class RandomShare(Selector):
 
     Args:
         share: of the cost of all rows, above 0 and at most 1.
-
-    Raises:
-        ValueError: for a share outside (0, 1], and what :class:`Selector` raises.
 
     >>> score_NK, draw_N = torch.tensor([[0.1], [0.9], [0.5], [0.9]]), torch.tensor([3, 9, 1, 7])
     >>> RandomShare(share=0.5)(score_NK, None, draw_N).index_S.tolist()
@@ -132,9 +123,6 @@ class Quota(Selector):
         share: of the cost of all rows, above 0 and at most 1.
         scores: numbers of the scores that have cells, such as of one capability; all where not given.
         sham: as of :class:`Selector`.
-
-    Raises:
-        ValueError: for a share outside (0, 1], a score that does not exist, and what :class:`Selector` raises.
 
     >>> score_NK = torch.tensor([[3.0, 0.0], [2.0, 1.0], [1.0, 2.0], [0.0, 3.0], [9.0, 9.0]])
     >>> group_N, draw_N = torch.tensor([0, 0, 0, 0, 1]), torch.arange(5)

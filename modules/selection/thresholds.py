@@ -26,10 +26,6 @@ def f1_threshold(score_N: Tensor, true_N: Tensor) -> F1Threshold:
 
     Shapes: scores ``[N]``, of any float dtype; bool ``[N]``: pairs that are true.
 
-    Raises:
-        ValueError: for scores that are not finite, or pairs that are all true or all false, which leave F1 without
-            meaning.
-
     >>> f1_threshold(torch.tensor([0.9, 0.8, 0.5, 0.1]), torch.tensor([True, False, True, False]))
     F1Threshold(value=0.5, f1=0.8, share=0.75)
     """

@@ -35,9 +35,6 @@ def sinkhorn(
         tolerance: of the marginals, as the sum of their absolute differences.
         rounds: at most.
 
-    Raises:
-        ValueError: for an epsilon that is not positive, masses of other sums, or marginals that are not reached.
-
     >>> plan_AB = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
     >>> plan_AB.sum(dim=1).tolist(), round(float(plan_AB[0, 0]), 3)
     ([0.5, 0.5], 0.5)
@@ -114,9 +111,6 @@ def source_weights(
         validation_ND: embeddings of the task. sources: of samples of each source, ``[N, D]``.
         temperature: of the softmax, in units of the cost, such as 0.05.
         k: centroids of each set. epsilon: of :func:`sinkhorn`. seed: of :func:`centroids`.
-
-    Raises:
-        ValueError: for a temperature that is not positive, and what :func:`sinkhorn` raises.
 
     >>> near_ND, far_ND = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])
     >>> weights = source_weights(near_ND, [near_ND, far_ND], temperature=1.0, k=2)

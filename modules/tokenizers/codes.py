@@ -79,11 +79,7 @@ class CodeTokenizer(nn.Module):
         return (id_BTL + self.codes * torch.arange(self.layers, device=id_BTL.device)).transpose(1, 2).flatten(1)
 
     def split(self, code_BT: Tensor) -> Tensor:
-        """The inverse of ``joined``.
-
-        Raises:
-            ValueError: for another length, or naming the first id that its layer does not have.
-        """
+        """The inverse of ``joined``."""
         if code_BT.ndim != 2 or code_BT.shape[1] != self.length:
             sizes = f"{' x '.join(map(str, self.grid))} in {self.layers} layer{'s' * (self.layers > 1)}"
             raise ValueError(f"codes {list(code_BT.shape)}: this tokenizer has rows of {self.length} ids, {sizes}")
@@ -113,9 +109,6 @@ class CodeTokenizer(nn.Module):
             path: a run folder, a checkpoint in one, or an export.
             checkpoint: of a run folder: best, last or a file in it.
             objective: its name; needed where the run has several.
-
-        Raises:
-            ValueError: if there is no such run or objective, or its weights do not fit.
         """
         from descant.modules.adaptation.saved_tokenizer import SavedTokenizer  # late: networks
 

@@ -167,9 +167,6 @@ class Quantizer(nn.Module):
 
     Args:
         codes: K. layers: L. width: C. decay: of the averages, a step.
-
-    Raises:
-        ValueError: for fewer than two codes.
     """
 
     count_LK: Tensor

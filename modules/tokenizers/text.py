@@ -89,10 +89,6 @@ class Tokenizer:
 def require_fit(tokenizer: Tokenizer, tower: nn.Module, name: str = "text") -> None:
     """Check that a tokenizer's ids and rows fit a tower.
 
-    Raises:
-        ValueError: if the tokenizer has more ids or longer rows than the tower, another padding or another end of
-            texts, or the tower is pretrained and the tokenizer is not.
-
     >>> require_fit(NgramTokenizer(buckets=99), nn.Embedding(9, 4))  # a module without ``vocabulary`` is not checked
     """
     known = getattr(tower, "vocabulary", None)
@@ -128,9 +124,6 @@ class BPETokenizer(Tokenizer):
         length: T, tokens of a row.
         size: ids that are kept: those of the first merges, so that texts have more tokens and a softmax over them is
             cheaper; all where not given.
-
-    Raises:
-        ValueError: if the file is missing or is no tokenizer, or cannot be cut to ``size`` ids.
     """
 
     def __init__(self, path: Path | str, length: int = 24, size: int | None = None) -> None:
@@ -182,10 +175,6 @@ class PretrainedTokenizer(Tokenizer):
         gguf: name of a GGUF file in the folder or package, or the path of one.
         package: name of an installed package that carries such a folder or file.
         length: T, tokens of a row.
-
-    Raises:
-        ValueError: if not exactly one source is named, nothing is there, or its tokenizer has no padding or no fast
-            form.
     """
 
     def __init__(
@@ -285,9 +274,6 @@ class WordTokenizer(Tokenizer):
     Args:
         words: the vocabulary, in the order of ids.
         length: T, tokens of a row.
-
-    Raises:
-        ValueError: for a repeated word, or none; in ``ids``, for an unknown word.
 
     >>> tokenizer = WordTokenizer(["the", "fox", "apple"], length=6)
     >>> tokenizer.row([tokenizer.ids("The fox")]), tokenizer.vocabulary

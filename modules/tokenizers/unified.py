@@ -64,10 +64,6 @@ class UnifiedVocabulary:
         text: ids of the text's tokenizer. formats: modality -> its codes, in the order of ids.
         marks: ids between them that are neither, those of an image and of an answer in dialogues.
 
-    Raises:
-        ValueError: for a modality ``text``, or none; in its methods, in one line that names row, place and id, for one
-            outside every range or where another is expected.
-
     >>> vocabulary = UnifiedVocabulary(264, {"image": CodeFormat((2,), 8), "audio": CodeFormat((2,), 4, layers=2)})
     >>> vocabulary.size, vocabulary.range("image"), vocabulary.range("audio")
     (286, range(267, 275), range(277, 285))

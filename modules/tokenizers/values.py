@@ -28,11 +28,6 @@ class ScalarTokens(CodeTokenizer):
         bins: of each number.
         samples: of training that bins are fitted on.
 
-    Raises:
-        ValueError: for fewer than two columns or bins, a column of one category, or no sample; where it is fitted, for
-            a column without a number; in ``encode``, for another number of columns, before it is fitted, and naming
-            a category that its column lacks.
-
     >>> tokenizer = ScalarTokens(columns=[0, 3], bins=2)
     >>> x_BC = torch.tensor([[0.0, 2.0], [1.0, 0.0], [4.0, 1.0], [7.0, torch.nan]])
     >>> tokenizer.fit(x_BC)
@@ -116,9 +111,6 @@ class PaletteTokens(CodeTokenizer):
     Args:
         colours: M.
         levels: of each channel, of equal width in -1..1.
-
-    Raises:
-        ValueError: for no colour or fewer than two levels; in ``encode``, for another shape.
 
     >>> tokenizer = PaletteTokens(colours=1, levels=4)
     >>> code_BT = tokenizer.encode(torch.tensor([[[-1.0, 0.1, 1.0]]]))

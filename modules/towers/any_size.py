@@ -47,10 +47,6 @@ class AnySizeTower(Tower):
         channels: C.
         positions: learned on a square grid and resampled, or fixed sines and cosines of row and column.
 
-    Raises:
-        ValueError: if ``patch`` does not divide ``size`` or ``heads`` not ``width``; in forward, for sides that are no
-            whole patches, or padding within an image.
-
     >>> x_BCHW = torch.zeros(2, 3, 8, 16)
     >>> x_BCHW[1, :, :, 8:] = -torch.inf
     >>> h_BTD, mask_BT = AnySizeTower(size=16, patch=4, width=8, depth=1, heads=2)(x_BCHW)

@@ -27,9 +27,6 @@ class LogMelTower(Tower):
         dropout: on the branch of a block.
         mean, spread: decibels that inputs are standardised by.
 
-    Raises:
-        ValueError: if ``kernel`` is even; in forward, for another number of filters.
-
     >>> tower = LogMelTower(mels=8, width=16, depth=1)
     >>> x_BFT = torch.zeros(2, 8, 10); x_BFT[1, :, 5:] = -torch.inf
     >>> tower(x_BFT).mask_BT.tolist()

@@ -47,9 +47,6 @@ class Cached(Frozen):
         rows: computed at a time; fewer are filled up.
         folder: of the cache on disk; None keeps it in cache.
 
-    Raises:
-        ValueError: if ``capacity`` is negative or ``rows`` below 1; in forward, if a cache file cannot be read.
-
     Source: Zhai 2022 (arXiv 2111.07991) for the locked tower.
 
     >>> from descant.modules.towers import TextTower

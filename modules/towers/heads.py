@@ -98,9 +98,6 @@ class AttentionPool(Pool):
         width: D of the tokens.
         heads: H, number of queries.
 
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``.
-
     >>> AttentionPool(8, 2)(Tokens(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))).shape
     torch.Size([3, 8])
     """
@@ -139,9 +136,6 @@ class MAPPool(Pool):
         mlp_ratio: hidden width of the MLP over D.
         eps: of the norm.
         tanh: the MLP's GELU by its approximation with a tanh.
-
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``.
 
     >>> pool = MAPPool(8, 2, mlp_ratio=2.0)
     >>> pool(Tokens(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))).shape
@@ -183,9 +177,6 @@ class FlattenPool(Pool):
     Args:
         tokens: T.
         width: D of the tokens, and of the output.
-
-    Raises:
-        ValueError: in forward, for another number of tokens.
 
     >>> pool, h_BTD = FlattenPool(tokens=2, width=1), torch.tensor([[[1.0], [3.0]]])
     >>> everything = torch.ones(1, 2, dtype=torch.bool)
@@ -247,9 +238,6 @@ class Projection(nn.Module):
         layers: number of linear layers; 1 is a linear map.
         hidden: width of the hidden layers; ``width_in`` by default.
         norm: a LayerNorm first.
-
-    Raises:
-        ValueError: if ``layers`` is below 1.
 
     >>> sum(p.numel() for p in Projection(8, 4, layers=2, hidden=16, norm=False).parameters())
     208

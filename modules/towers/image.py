@@ -76,10 +76,6 @@ class PatchTower(Tower):
         channels: C.
         positions: learned, or fixed sines and cosines of row and column.
 
-    Raises:
-        ValueError: if ``patch`` does not divide ``size`` or ``heads`` not ``width``; in forward, for images of another
-            shape.
-
     >>> PatchTower(size=16, patch=4, width=8, depth=1, heads=2)(torch.zeros(2, 3, 16, 16)).h_BTD.shape
     torch.Size([2, 16, 8])
     """
@@ -224,9 +220,6 @@ class ConvTower(Tower):
         activation: relu is the fastest on a CPU.
         norm: batch, or group for tiny batches.
         channels: C.
-
-    Raises:
-        ValueError: if ``widths`` and ``blocks`` differ in length.
 
     >>> ConvTower(widths=[8, 16], stem=2)(torch.zeros(2, 3, 16, 16)).h_BTD.shape
     torch.Size([2, 16, 16])

@@ -47,10 +47,6 @@ class PretrainedTower(Tower):
         size: S, pixels a side, where it is not that of the folder and the model takes others.
         mean, std: of pixels in 0..1, where the folder has no file with them.
 
-    Raises:
-        ValueError: for a folder of no known owner or architecture, damaged or incomplete files, a part that is not
-            there, or weights of another architecture; in forward, for inputs of another kind, size or length.
-
     >>> import tempfile, timm
     >>> sizes = dict(img_size=32, depth=1, embed_dim=16, num_heads=2)
     >>> model = timm.create_model("vit_tiny_patch16_224", **sizes)
@@ -201,9 +197,6 @@ def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bo
         name: of the modality. tower: of any kind; only :class:`PretrainedTower` is checked.
         steps: the data's steps of images, of which one has ``size``, ``mean`` and ``std``, one maybe ``filter``.
         quiet: without the warning.
-
-    Raises:
-        ValueError: for a tower of texts where images come, normalised pixels, or another size.
     """
     while not isinstance(tower, PretrainedTower) and isinstance(inner := getattr(tower, "tower", None), nn.Module):
         tower = inner  # frozen, cached, saved

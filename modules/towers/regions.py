@@ -26,9 +26,6 @@ class RegionTower(Tower):
         mlp_ratio: hidden width of the MLP over D.
         dropout: on the attention weights and on both branches of a block.
 
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``; in forward, for regions of another length.
-
     >>> tower = RegionTower(features=3, width=8)
     >>> tower(torch.tensor([[[1.0, 0, 0, 0, 0, 0.5, 0.5], [0.0] * 7]])).mask_BT.tolist()
     [[True, False]]

@@ -38,10 +38,6 @@ class SeriesTower(Tower):
             both of them, is read beside the numbers.
         mean, spread: that inputs are standardised by, before ``scale``.
 
-    Raises:
-        ValueError: for a patch below 1, a spread that is not positive, or ``heads`` that does not divide ``width``; in
-            forward, for another number of channels.
-
     >>> tower = SeriesTower(channels=2, patch=4, width=8, depth=1, heads=2)
     >>> x_BWT = torch.zeros(2, 2, 10); x_BWT[1, :, 4:] = torch.nan
     >>> tower(x_BWT).mask_BT.tolist()

@@ -53,10 +53,6 @@ class TableTower(Tower):
         missing: which tokens attend to that of a missing column: ``blocked``, none, and no pool sees it; ``fused``,
             those of fusion layers, as in TIP's release, and pools see it; ``attended``, those of the other columns too.
 
-    Raises:
-        ValueError: for no column, or one of a single category; if ``heads`` does not divide ``width``; in forward, for
-            another number of columns, or codes of a precision that rounds them.
-
     >>> tower = TableTower([0, 3], width=8, depth=1, heads=2)
     >>> tower(torch.tensor([[0.5, float("nan")]])).mask_BT.tolist()
     [[True, True, False]]
@@ -146,10 +142,6 @@ def require_columns(modality: str, columns: Sequence[int], tower: nn.Module) -> 
 
     Args:
         columns: of the data, 0 for a number, else its number of categories.
-
-    Raises:
-        ValueError: for another number of columns, a number in place of a category or the reverse, or more categories
-            than the tower has.
 
     >>> require_columns("table", [0, 3], TableTower([0, 8], width=8, depth=1))
     """

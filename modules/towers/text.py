@@ -34,10 +34,6 @@ class TextTower(Tower):
         std: of the token embeddings at initialisation, twice that of the positions; larger values help to learn word
             order from few examples.
 
-    Raises:
-        ValueError: if ``depth`` is below 1, or ``heads`` does not divide ``width``; in forward, if a text is longer
-            than ``length``.
-
     >>> tower = TextTower(vocab=9, width=8, depth=1, heads=2, length=6)
     >>> tower(torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])).mask_BT.sum(dim=1).tolist()
     [3, 2]

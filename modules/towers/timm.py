@@ -30,9 +30,6 @@ class TimmTower(Tower):
         size: of the square image in pixels, for models that need it.
         options: further arguments of the model, such as in_chans, drop_path_rate, embed_dim.
 
-    Raises:
-        ValueError: for an unknown name or option, or weights that do not match.
-
     >>> import torch
     >>> tower = TimmTower("vit_tiny_patch16_224", size=32, options=dict(depth=1, embed_dim=16, num_heads=2))
     >>> tower(torch.zeros(2, 3, 32, 32)).h_BTD.shape
@@ -115,11 +112,7 @@ def _flat(part: object) -> list[nn.Module]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict from a safetensors file, or from a torch file that holds tensors only.
-
-    Raises:
-        ValueError: if there is no such file, or it holds anything else.
-    """
+    """State dict from a safetensors file, or from a torch file that holds tensors only."""
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file{_neighbour(path)}")
     try:

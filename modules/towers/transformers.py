@@ -42,10 +42,6 @@ class TransformersTower(Tower):
         pad: id of the padding; by default the model's own, or its tokenizer's.
         dropout: probability of every dropout in the model; by default as it was trained.
 
-    Raises:
-        ValueError: if not exactly one source is named, it is missing or its weights are of another architecture, or the
-            model type or a field is unknown; in forward on a CPU, if an id or a position has no embedding.
-
     >>> tower = TransformersTower(config=dict(
     ...     model_type="bert", vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     >>> tower(torch.tensor([[1, 5, 2, 0]])).mask_BT.tolist()
@@ -146,11 +142,7 @@ def misfit(x: Tensor, kind: str, vocabulary: int | None, most: int | None) -> st
 
 
 def from_place(place: Place, pooler: bool = False) -> Any:
-    """The model of a place in float32, all of whose weights are there; ``pooler``: those of its pooler too.
-
-    Raises:
-        ValueError: if it cannot be read, or its weights are of another architecture.
-    """
+    """The model of a place in float32, all of whose weights are there; ``pooler``: those of its pooler too."""
     from transformers import AutoModel
 
     model, info = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)

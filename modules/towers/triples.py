@@ -38,9 +38,6 @@ class TripleEncoder(nn.Module):
         strength: of the knowledge; the paper's lambda 0.2.
         std: of the elements' embeddings at initialisation.
 
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``; in forward, for more than ``triples`` triples.
-
     Shapes: ``z_BE``, token ids int64 ``x_BK3W`` (id 0 is padding; a triple without tokens is absent) ``-> z'_BE``.
 
     >>> encoder, z_BE = TripleEncoder(vocab=9, out=4, width=8, depth=1, heads=2), F.normalize(torch.ones(2, 4), dim=1)

@@ -21,9 +21,6 @@ class VectorTower(Tower):
         depth: number of layers, at least 1.
         relu: after each layer; without it the tower is linear, and certified radii of a linear decision are exact.
 
-    Raises:
-        ValueError: for a ``depth`` below 1; in forward, for vectors of another length.
-
     >>> import torch
     >>> VectorTower(inputs=6, width=8)(torch.zeros(3, 6)).h_BTD.shape
     torch.Size([3, 1, 8])

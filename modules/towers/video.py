@@ -82,10 +82,6 @@ class VideoTower(Tower):
         channels: C.
         positions: learned, or fixed sines and cosines of row and column, and of time.
 
-    Raises:
-        ValueError: if ``patch`` does not divide ``size`` or ``heads`` not ``width``; in forward, for frames of another
-            shape, or more of them.
-
     >>> tower = VideoTower(size=16, patch=8, frames=4, width=8, depth=1, heads=2)
     >>> x_BFCHW = torch.zeros(2, 3, 3, 16, 16); x_BFCHW[1, 2] = -torch.inf
     >>> tower(x_BFCHW).mask_BT.sum(dim=1).tolist()

@@ -227,9 +227,6 @@ class Trunk(Tower):
         experts: which blocks have sparse experts in place of their MLP; none where not given. The kind of a token is
             its group: 0 the global token's, then one a modality.
 
-    Raises:
-        ValueError: if ``heads`` does not divide ``width``, the weights are of another ViT, or experts do not fit.
-
     >>> layout = Layout([torch.tensor([1, 1]), torch.tensor([2, 3])])  # global tokens, and five of a modality
     >>> Trunk(width=8, depth=1, heads=2)(torch.randn(5, 8), layout).h_BTD.shape
     torch.Size([7, 8])
@@ -347,9 +344,6 @@ def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
     """State dict of a plain timm ViT with the trunk's features on one modality.
 
     It fits timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``.
-
-    Raises:
-        ValueError: for patches of other than two axes, or an adapter that standardises its inputs.
 
     >>> from descant.modules.masking.adapters import PatchAdapter
     >>> adapter = PatchAdapter(size=[8, 8], patch=4)

@@ -23,9 +23,6 @@ class Checkpointing:
     Args:
         preserve_rng: repeat the same dropout masks; may be off where nothing is random.
         towers: names of the towers to recompute; by default all that have blocks.
-
-    Raises:
-        ValueError: in ``apply``, if a named tower has no blocks, or none has.
     """
 
     def __init__(self, preserve_rng: bool = True, towers: list[str] | None = None) -> None:

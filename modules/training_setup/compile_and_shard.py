@@ -45,9 +45,6 @@ class Compile:
         fullgraph: refuse to fall back to Python inside a tower, or block.
         blocks: compile block by block (True), a tower at once (False), or by blocks where the recipe is sharded (None).
             A tower without blocks is compiled at once.
-
-    Raises:
-        ValueError: in ``apply``, for a full graph of a tower with experts.
     """
 
     def __init__(
@@ -99,11 +96,6 @@ class Shard:
         accumulated: gradients of micro-batches that share a step stay whole on each rank and are exchanged once, as
             under DDP (P more in memory), or are ``split`` after each micro-batch, and exchanged by replicas once.
         expert_ranks: X; each rank has parts of all experts where None.
-
-    Raises:
-        ValueError: if ``dtype`` is unknown, or a number below 1; in ``apply``, if there is no device mesh, for numbers
-            that are not those of the ranks (with the nearest that are), for experts that so many ranks cannot share,
-            and for those that ranks share already.
     """
 
     def __init__(

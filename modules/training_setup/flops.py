@@ -112,9 +112,6 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
         recipe: in training, with ``hooks`` and ``objective_of(batch)``.
         batches: this rank's micro-batches, on its device.
         prepare: such as going on to a stage.
-
-    Raises:
-        ValueError: for a model that is split over ranks.
     """
     twin, flops = twin_of(recipe, prepare), 0
     for batch in batches:
@@ -125,11 +122,7 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
 
 
 def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
-    """A copy of a recipe in training to try steps on, without gradient hooks.
-
-    Raises:
-        ValueError: for a model that is split over ranks.
-    """
+    """A copy of a recipe in training to try steps on, without gradient hooks."""
     if recipe.sharded:
         raise ValueError(
             "flops: no copy to count on is made of a model split over ranks (shard); give steps or samples"

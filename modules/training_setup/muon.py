@@ -39,9 +39,6 @@ class ConvMuon(Muon):
         sham: ``normalize`` for the control: each matrix moves by as much as in the method (the same root mean square),
             in the direction of its momentum itself, for the same computation.
 
-    Raises:
-        ValueError: for a parameter of fewer dimensions, or in another layout; for a number out of range.
-
     >>> weight = torch.nn.Parameter(torch.zeros(2, 1, 2, 1))
     >>> weight.grad = torch.tensor([[[[3.0], [0.0]]], [[[0.0], [1.0]]]])
     >>> ConvMuon([weight], lr=1.0).step()

@@ -27,9 +27,6 @@ class OperationProfile(PyTorchProfiler):
         wait: training steps before.
         steps: training steps that are recorded.
         rows: operations that are printed.
-
-    Raises:
-        ValueError: for ``steps`` or ``rows`` below 1, or ``wait`` below 0.
     """
 
     #: A validation between two steps belongs to neither: Lightning's own counts it as a step.

@@ -79,11 +79,7 @@ class Member:
         self.optimizer, self.match, self.rule = optimizer, re.compile(match), rule
 
     def takes(self, name: str, parameter: Tensor, owners: dict[str, nn.Module] | None) -> bool:
-        """Whether it optimizes a parameter that no member before it does.
-
-        Raises:
-            ValueError: for a rule, where the modules that parameters are of are not known.
-        """
+        """Whether it optimizes a parameter that no member before it does."""
         if not self.match.search(name):
             return False
         if self.rule is None:
@@ -138,10 +134,6 @@ class OptimizerGroup(Optimizer):
     Args:
         params: groups of named parameters, as by :func:`parameter_groups`.
         members: each takes the parameters whose name it matches first, and that its rule takes.
-
-    Raises:
-        ValueError: if a parameter has no member, or a member no parameter; in ``load_state_dict``, for a state of
-            other parameters.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> group = OptimizerGroup(parameter_groups(net), [Member(lambda p: torch.optim.SGD(p, lr=1.0), "^0"),

@@ -37,9 +37,6 @@ class HiddenMatrices(ParameterRule):
         convolutions: take filters, too, as ConvMuon can; torch.optim.Muon takes 2-D parameters only.
         besides: regular expression of the parts of a name (between dots, whole) whose layers are left out.
 
-    Raises:
-        ValueError: for an invalid expression.
-
     >>> rule, linear = HiddenMatrices(), nn.Linear(2, 2)
     >>> [rule.takes(name, linear.weight, linear) for name in ("layers.0.out.weight", "heads.image.weight")]
     [True, False]

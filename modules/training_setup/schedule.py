@@ -34,9 +34,6 @@ class WarmupCosine(Schedule):
         warmup: a share of the run's steps (below 1) or a number of steps.
         floor: the last learning rate as a share of the first.
 
-    Raises:
-        ValueError: if the warm-up is longer than the run.
-
     >>> WarmupCosine(warmup=2).factor(0, 10), WarmupCosine(warmup=2).factor(10, 10)
     (0.5, 0.0)
     """
@@ -99,9 +96,6 @@ class WarmupStableDecay(Schedule):
         power: of the decay in it.
         floor: the last learning rate as a share of the first.
 
-    Raises:
-        ValueError: for a number out of range; if warm-up and cooldown are longer than the run.
-
     >>> schedule = WarmupStableDecay(warmup=2, cooldown=4)
     >>> [round(schedule.factor(t, 10), 3) for t in (0, 2, 6, 7, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -139,9 +133,6 @@ class REX(Schedule):
 
     Args:
         warmup: a share of the run's steps (below 1) or a number of steps.
-
-    Raises:
-        ValueError: for a negative warm-up, or one that is not shorter than the run.
 
     >>> [round(REX(warmup=0.0).factor(t, 10), 3) for t in (0, 5, 10)]
     [1.0, 0.667, 0.0]

@@ -44,9 +44,6 @@ def mesh_shape(
         shard: S, or ``node`` for the ranks of one node; by default what ``replicate`` leaves.
         node: ranks of one node; by default all.
 
-    Raises:
-        ValueError: with the nearest that does, where R S is not W.
-
     >>> mesh_shape(8), mesh_shape(8, replicate=2), mesh_shape(16, shard="node", node=8)
     ((1, 8), (2, 4), (2, 8))
     >>> mesh_shape(4, replicate=3, shard=2)
@@ -81,9 +78,6 @@ def expert_shape(replicate: int, shard: int, experts: int) -> tuple[int, int, in
 
     A copy of all experts lies in X neighbours times as many as share the parts of one rank's experts: in a shard group
     where X divides S, and else in the X / S groups that it takes.
-
-    Raises:
-        ValueError: with the nearest that does, where X neither divides S, nor is a multiple of it that divides W.
 
     >>> expert_shape(1, 8, 2), expert_shape(2, 4, 2), expert_shape(2, 4, 8)
     ((1, 2, 4), (2, 2, 2), (1, 8, 1))

@@ -159,9 +159,6 @@ def fit_tokenizers(trainer: Any, tokenizers: Mapping[str, CodeTokenizer]) -> Non
     """Fit the tokenizers that ask for training samples and have not been fitted, each on its modality.
 
     The samples are the same on every rank, as an evaluation sees them, so that no rank has to wait for another's.
-
-    Raises:
-        ValueError: for data that has no ``sample_dataloader``, lacks the modality, or whose samples are too few.
     """
     new = {m: tokenizer for m, tokenizer in tokenizers.items() if tokenizer.samples and not tokenizer.fitted}
     if not new:

@@ -19,9 +19,6 @@ def find_unused(module: nn.Module, strategy: Any) -> bool:
     What no task of a step declares (:class:`StaticSkill`) then has no gradient on any rank, rather than one of zeros
     with which moments and weight decay move it. Returns whether DDP looks for them.
 
-    Raises:
-        ValueError: for a strategy whose arguments forbid it.
-
     >>> from descant.modules.moe import StaticSkill
     >>> skills = MoELayer(width=8, hidden=8, experts=2, router=StaticSkill([[0], [1]]))
     >>> find_unused(skills, DDPStrategy()), find_unused(nn.Linear(2, 2), DDPStrategy())

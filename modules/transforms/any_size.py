@@ -16,9 +16,6 @@ class CanvasPixels(nn.Module):
     Args:
         mean, std: of each colour, as a pretrained tower was trained with; by default pixels in -1..1.
 
-    Raises:
-        ValueError: if ``mean`` or ``std`` is not three numbers, or a ``std`` not positive.
-
     >>> x_B4HW = torch.tensor([255, 255, 255, 255, 0, 0, 0, 0], dtype=torch.uint8).view(1, 2, 4, 1).transpose(1, 2)
     >>> CanvasPixels()(x_B4HW, torch.zeros(1, dtype=torch.long))[0, 0].tolist()
     [[1.0], [-inf]]

@@ -54,9 +54,6 @@ def hertz(mels: Tensor) -> Tensor:
 def mel_filters(mels: int, fft: int, rate: int, low: float, high: float) -> Tensor:
     """Mel filter bank ``w_FK``: triangles of height 1 over the ``fft / 2 + 1`` bins, evenly spaced in mel.
 
-    Raises:
-        ValueError: if a filter lies between two bins.
-
     >>> mel_filters(mels=4, fft=64, rate=16000, low=0.0, high=8000.0).shape
     torch.Size([4, 33])
     """
@@ -119,9 +116,6 @@ class LogMel(nn.Module):
         hop: samples between frames.
         low, high: hertz at the ends of the filter bank; ``high`` is half the rate by default.
         floor: decibels of silence.
-
-    Raises:
-        ValueError: if a filter lies between two bins, or the ends are not in order.
 
     >>> t = torch.arange(1600) / 16000
     >>> x_BFT = LogMel(mels=40)(torch.sin(2 * torch.pi * 1000 * t)[None], torch.tensor([800]))

@@ -68,9 +68,6 @@ class LocalCrops(nn.Module):
         size: S.
         scale: least and largest share of the area.
 
-    Raises:
-        ValueError: for no crop, or shares that are not ``0 < least <= largest <= 1``.
-
     >>> import torch
     >>> crops = LocalCrops(number=2, size=4, scale=(0.25, 0.25))
     >>> x_BCHW = torch.arange(64.0).view(1, 1, 8, 8)

@@ -125,9 +125,6 @@ class SpanCorruption(Denoiser):
             of ``mean``, at least 1 and scaled to the number of tokens (our reading). Else all ways to cut are equally
             likely, as in the release.
 
-    Raises:
-        ValueError: for a rate that hides nothing or leaves nothing, a mean below 1, an unknown mode.
-
     >>> u_B2T = torch.rand(1, 2, 12, generator=torch.Generator().manual_seed(0))
     >>> SpanCorruption(2, 0.4).hidden(torch.tensor([10]), u_B2T).int().tolist()
     [[0, 1, 1, 0, 0, 0, 0, 0, 1, 1]]
@@ -174,9 +171,6 @@ class Suffix(Denoiser):
         uniform: the length is drawn from 1 to ``2 share L - 1``: with share 0.25 as UL2's paper has it (our reading),
             with 0.5 as T5's ``prefix_lm``, which UL2's appendix calls. Else it is ``round(share L)``.
         mode, weight: as of every denoiser.
-
-    Raises:
-        ValueError: for a share that hides nothing or leaves nothing, or one above 0.5 with ``uniform``.
 
     >>> Suffix(0.25, uniform=False).hidden(torch.tensor([8]), torch.zeros(1, 2, 10)).int().tolist()
     [[0, 0, 0, 0, 0, 0, 1, 1]]
@@ -255,9 +249,6 @@ class MixtureOfDenoisers:
     Args:
         denoisers: UL2's seven where not given: S has a fifth, and the others equal parts of the rest.
         sham: ``permute`` gives each text the mode token of an independent draw from the same mixture.
-
-    Raises:
-        ValueError: for no denoiser, or weights that are all 0.
 
     >>> ids_BT, length_B = torch.arange(100, 164).expand(2, 64), torch.tensor([64, 50])
     >>> out = MixtureOfDenoisers([SpanCorruption(8, 0.5)])(ids_BT, length_B, np.array([1, 2]), first=900)

@@ -114,9 +114,6 @@ class Pixels(nn.Module):
         size: S, pixels out (antialiased resize).
         mean, std: of each colour, as a pretrained tower was trained with; by default pixels in -1..1.
 
-    Raises:
-        ValueError: if ``mean`` or ``std`` is not three numbers, or a ``std`` not positive.
-
     >>> Pixels(2)(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)).unique().tolist()
     [1.0]
     """
@@ -315,9 +312,6 @@ class Crop(nn.Module):
         size: S, pixels out.
         scale: of the box's area, as a share of the image's. ratio: of its width to its height.
         flip: probability of a horizontal flip.
-
-    Raises:
-        ValueError: for an invalid range or probability.
 
     >>> x_B1HW = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
     >>> Crop(2, scale=(1, 1), ratio=(1, 1), flip=1)(x_B1HW, torch.tensor([5])).tolist()

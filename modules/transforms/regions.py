@@ -32,10 +32,6 @@ class Regions:
         words: K.
         temperature: of the words; without one, the nearest alone.
 
-    Raises:
-        ValueError: for no region, a scale that is not ``0 < least <= largest <= 1``, fewer than two words, or a
-            temperature not above 0.
-
     >>> regions = Regions(grid=2, crops=1, scale=(0.5, 0.5), side=1, words=2)
     >>> box_BT4 = regions.boxes(torch.tensor([3]))
     >>> box_BT4[0, 1].tolist(), regions.features(torch.ones(1, 3, 8, 8), box_BT4).shape

@@ -21,9 +21,6 @@ class SeriesAugment:
         jitter: standard deviation of the noise, in the unit of x.
         gap: most of a series that is missing.
 
-    Raises:
-        ValueError: for a negative strength, or a gap that leaves nothing.
-
     >>> x_BWT = torch.ones(1, 2, 100)
     >>> y_BWT = SeriesAugment(stretch=0.0, jitter=0.0, gap=0.5)(x_BWT, torch.tensor([3]))
     >>> bool(y_BWT.isnan().any()), int(y_BWT.isnan()[0, 0].sum()) <= 50

@@ -38,9 +38,6 @@ class ColumnMissing:
         fill: imputation, a value a column for its hidden and missing cells, which then count as present: 0, the mean,
             of a standardised number, and the commonest code of a category.
 
-    Raises:
-        ValueError: for a share outside [0, 1]; in use, for other than one value a column.
-
     >>> x_BC = torch.zeros(2, 10)
     >>> ColumnMissing(rate=0.6)(x_BC, np.arange(2), training=True).isnan().sum(dim=1).tolist()
     [6, 6]

@@ -170,9 +170,6 @@ def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
     """Train a copy of a recipe for ``space.steps`` micro-batches, and judge it by ``space.judged`` others. Collective.
 
     Gradients and scores are means over ranks; random generators stay as they are.
-
-    Raises:
-        ValueError: for a pass of fewer micro-batches.
     """
     needed = space.steps + space.judged
     given = list(batches(needed))

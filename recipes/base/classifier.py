@@ -38,10 +38,6 @@ class Classifier(FusedSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
         fusion: of the latents.
         smoothing: of the labels in training: the share that all classes have alike.
-
-    Raises:
-        ValueError: for a smoothing outside [0, 1); at setup, if the data has another number of classes; in training,
-            for a target that the data lacks or a label that is no class.
     """
 
     def __init__(

@@ -43,9 +43,6 @@ class TeacherRun(Teacher):
 
     Args:
         path: a run folder, a checkpoint in one, or an export. checkpoint: of a run folder: best, last or a file in it.
-
-    Raises:
-        ValueError: before training, for no such run.
     """
 
     def __init__(self, path: str, checkpoint: str = "best") -> None:
@@ -64,10 +61,6 @@ class TeacherTowers(Teacher):
 
     Args:
         towers: a PretrainedTower of each modality that is taught, all of one width.
-
-    Raises:
-        ValueError: for none, for towers without an embedding that was trained or of several widths; before training,
-            for images of another size than such a tower reads.
     """
 
     def __init__(self, towers: Towers) -> None:
@@ -99,9 +92,6 @@ class TeacherAverage(Teacher):
 
     Args:
         decay: of the average.
-
-    Raises:
-        ValueError: for a decay outside [0, 1).
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -168,11 +158,7 @@ class ProjectionAverage(TeacherAverage):
 
 
 def own_teacher(name: str, teacher: Teacher, options: Mapping[str, Any]) -> Distill:
-    """``distill`` of a recipe that brings its teacher; ``options``: of the recipe, ``name``: of what has the teacher.
-
-    Raises:
-        ValueError: where another ``distill`` is given.
-    """
+    """Build ``distill`` for a recipe that brings its teacher. ``options``: the recipe's; ``name``: the teacher's owner."""
     if options.get("distill") is not None:
         raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
     return Distill(teacher)

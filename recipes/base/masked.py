@@ -135,9 +135,6 @@ class MaskedRecipe(Recipe):
         """What is seen stays as it is, what is masked is predicted; padding stays what it is.
 
         Modalities that are never targets, or predicted in order from the targets before, are left out.
-
-        Raises:
-            ValueError: for an adapter that predicts no input, but patches less their own mean and spread alone.
         """
         relative = [m for m, adapter in self.adapters.each().items() if adapter.relative and m in self.targets]
         if relative:

@@ -131,11 +131,7 @@ class Recipe(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's, for a recipe whose arguments are given; a run has them, and :func:`descant.load` takes them.
-
-        Raises:
-            TypeError: where arguments are missing.
-        """
+        """Lightning's, for a recipe whose arguments are given; a run has them, and :func:`descant.load` takes them."""
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except TypeError as error:

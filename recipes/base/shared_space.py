@@ -44,9 +44,6 @@ class SharedSpace(Recipe):
         pool: tokens to one vector, a copy for each modality; or one a modality.
         norm: a LayerNorm before each modality's projection, or before those of some; without one, linear towers make
             linear latents. CLIP has one for images alone.
-
-    Raises:
-        ValueError: for a norm of no tower, or a tower of embeddings of another width.
     """
 
     def __init__(

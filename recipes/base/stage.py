@@ -33,9 +33,6 @@ class Stage:
         begin: changes of the model when the stage begins, in this order, after ``load``.
         end: changes when it ends, after its last validation and before its weights are saved, such as
             ``[{class_path: TaskMerge}]``. Running statistics of batch norms are then estimated anew.
-
-    Raises:
-        ValueError: for an invalid expression; before training, for a field that the recipe lacks.
     """
 
     def __init__(

@@ -29,11 +29,7 @@ from descant.recipes.base.shared_space import SharedSpace
 
 
 def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
-    """``{distill: the average that teaches objectives}`` for a recipe of these options; empty if they need none.
-
-    Raises:
-        ValueError: for two of different momentum, or one beside ``distill``.
-    """
+    """``{distill: the average that teaches objectives}`` for a recipe of these options; empty if they need none."""
     momentum = {o.momentum: name for name, o in objectives.items() if o.momentum is not None}
     if len(momentum) > 1:
         each = " and ".join(f"{name} {decay:g}" for decay, name in momentum.items())
@@ -53,9 +49,6 @@ class StreamSpace(SharedSpace):
         pool: tokens to one vector, a copy for each modality; or one a modality.
         embeds: pairs that are evaluated together too, such as [[image, table]]: ``image+table``, both embeddings side
             by side and, where an objective fuses them, the first fused token.
-
-    Raises:
-        ValueError: for a pair of which a modality has no tower.
     """
 
     objectives: nn.ModuleDict

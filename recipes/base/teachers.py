@@ -30,10 +30,6 @@ class Teachers(Regularizer):
     Args:
         paths: modality -> a run folder, a checkpoint in one, or an export, of a recipe with latents of that modality.
         weight: of each term. checkpoint: of a run folder: best, last or a file in it.
-
-    Raises:
-        ValueError: for no path; in the first step, for a modality that the recipe lacks, a run that is not there, or a
-            teacher without latents of the modality or of another width.
     """
 
     def __init__(self, paths: dict[str, str], weight: float = 10.0, checkpoint: str = "best") -> None:

@@ -35,9 +35,6 @@ class ModelFormat(ABC):
 
         Args:
             recipe: in eval mode, without adapters. parts: modality -> its preprocessing, such as a tokenizer.
-
-        Raises:
-            ValueError: for a part of the model that the format cannot hold; names it.
         """
 
     @abstractmethod

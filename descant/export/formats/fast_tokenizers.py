@@ -34,9 +34,6 @@ def fast(
         vocabulary: ids of the model that reads them. length: its longest text.
         marks: names of ids behind those of the tokenizer, such as ``<answer>``.
         eos: ids of a text are ``<bos> text <eos>``, and this is that of ``<eos>``; where not given, ``<bos> text``.
-
-    Raises:
-        ValueError: for a tokenizer that has no such form, or marks that are ids of its texts.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -28,9 +28,6 @@ class MyCallback(L.Callback):
 
     Args:
         prefix: of the names that are logged.
-
-    Raises:
-        ValueError: at setup, if the recipe lacks the protocol HasTowers.
     """
 
     #: Listed twice (by an experiment and an overlay), the last one counts.

@@ -59,11 +59,7 @@ class Corpus:
 
 
 def read(file: Path) -> Corpus:
-    """The arrays ``image``, ``text`` and ``label`` of an ``.npz`` file: replace it by the reader of your own files.
-
-    Raises:
-        ValueError: naming the file, if it is no ``.npz`` or lacks an array.
-    """
+    """The arrays ``image``, ``text`` and ``label`` of an ``.npz`` file: replace it by the reader of your own files."""
     try:
         with np.load(file, allow_pickle=False) as npz:  # a pickle may run code
             arrays = dict(npz)

@@ -41,9 +41,6 @@ class MyRecipe(SharedSpace):
         width: D of the shared space.
         focus: exponent of the weight of ``align``; 0 weighs all pairs alike.
         loss: contrastive loss of the pairs; InfoNCE by default.
-
-    Raises:
-        ValueError: if a tower is missing or ``focus`` is negative; in ``forward``, if the data lacks a modality.
     """
 
     #: Negatives are the other samples of the batch: accumulating small batches would change the method.

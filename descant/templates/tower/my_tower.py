@@ -28,9 +28,6 @@ class MyTower(Tower):
         patch: side of a patch, a divisor of S.
         width: D.
 
-    Raises:
-        ValueError: for a patch that does not divide the size; in forward, for images of another shape.
-
     >>> tower = MyTower(channels=3, size=32, patch=8, width=16)
     >>> h_BTD, mask_BT = tower(torch.zeros(2, 3, 32, 32))
     >>> h_BTD.shape, bool(mask_BT.all())

@@ -33,9 +33,6 @@ def dino(
     Args:
         student, teacher: logits ``[B, K]``, one a view; the teacher's are the first of the student's views.
 
-    Raises:
-        ValueError: for views without a pair of different ones.
-
     >>> x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, 0.0]])
     >>> round(dino([x, x], [y, y], torch.zeros(2)).item(), 4)  # log 2: the student is undecided
     0.6931

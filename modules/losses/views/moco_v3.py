@@ -22,9 +22,6 @@ class MoCoV3(ViewObjective):
         hidden, out: of the projector, of three layers, and the predictor, of two.
         temperature: T.
         momentum: decay of the teacher.
-
-    Raises:
-        ValueError: for a temperature that is not positive.
     """
 
     def __init__(self, hidden: int = 4096, out: int = 256, temperature: float = 1.0, momentum: float = 0.99) -> None:

@@ -44,9 +44,6 @@ class NNCLR(ViewObjective):
         temperature: of the cosines.
         queue: rows of earlier samples.
         same_side: lightly's form.
-
-    Raises:
-        ValueError: for a temperature that is not positive, and what :class:`Queue` raises.
     """
 
     def __init__(

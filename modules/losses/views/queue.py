@@ -23,9 +23,6 @@ class Queue(nn.Module):
         length: K, a multiple of the rows of a step. width: P.
         empty: whether the rows of the beginning are invalid.
 
-    Raises:
-        ValueError: for a length below 1; in ``push``, for a length that is no multiple of the rows of a step.
-
     >>> queue = Queue(length=4, width=1, empty=True)
     >>> queue.push(torch.tensor([[1.0], [2.0]]), torch.tensor([True, False]))
     >>> queue.rows_KP[:2].flatten().tolist(), queue.valid_K.tolist()

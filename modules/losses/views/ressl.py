@@ -47,9 +47,6 @@ class ReSSL(ViewObjective):
         temperature, teacher_temperature: of the similarities.
         queue: rows of earlier samples.
         momentum: decay of the teacher.
-
-    Raises:
-        ValueError: for a temperature that is not positive, and what :class:`Queue` raises.
     """
 
     unit_length = True

@@ -20,9 +20,6 @@ class SimCLR(ViewObjective):
         hidden, out: of the projector of two layers.
         temperature: of the cosines.
 
-    Raises:
-        ValueError: for a temperature that is not positive.
-
     >>> import torch
     >>> objective = SimCLR(hidden=8, out=4).build(6)
     >>> h_BD, everyone = torch.randn(5, 6), torch.ones(5, dtype=torch.bool)

@@ -69,9 +69,6 @@ class SwAV(ViewObjective):
         hidden, out: of the projector of two layers. prototypes: K, of unit length.
         temperature: of predictions. epsilon, rounds: of :func:`sinkhorn_codes`.
         queue: rows of earlier steps that balance the codes of small batches; used once it is full; 0 for none.
-
-    Raises:
-        ValueError: for a temperature or an epsilon that is not positive.
     """
 
     multi_crop, unit_length = True, True

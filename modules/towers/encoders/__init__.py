@@ -19,11 +19,7 @@ from descant.modules.towers.encoders.transformers import _TransformersEncoder
 
 
 def encoder_of(place: Place, owner: Owner, part: Part | None, output: Output, weights: bool) -> Encoder:
-    """The encoder of a folder; arguments as of :class:`PretrainedTower`.
-
-    Raises:
-        ValueError: for a part or output that the model has not, an unknown architecture, or files that do not fit it.
-    """
+    """The encoder of a folder; arguments as of :class:`PretrainedTower`."""
     if owner == "transformers":
         kind = str(content(place, "config.json").get("model_type"))
         if kind in QWEN:

@@ -252,11 +252,7 @@ class Tracker(Logger):
 
 @contextmanager
 def database(file: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to an SQLite file that may write, for one transaction.
-
-    Raises:
-        ValueError: if another process has locked the file, or it is no database.
-    """
+    """A connection to an SQLite file that may write, for one transaction."""
     try:
         with closing(sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -34,9 +34,6 @@ class MLflow(Tracker):
         id: of the run; by default a new one, which the folder keeps.
         seconds: after which held points are written.
         tracking_uri: of a server or another store; by default the file.
-
-    Raises:
-        ValueError: as :class:`~descant.modules.training_setup.trackers.base.Tracker` does.
     """
 
     package = "mlflow"

@@ -28,9 +28,6 @@ class Trackio(Tracker):
         project: of Trackio, one file of its store.
         id: of the run; by default a new one, which the folder keeps.
         seconds: after which held points are written.
-
-    Raises:
-        ValueError: as :class:`~descant.modules.training_setup.trackers.base.Tracker` does.
     """
 
     package = "trackio"

@@ -39,9 +39,6 @@ class Wandb(Tracker):
         project: of Weights & Biases.
         id: of the run; by default a new one, which the folder keeps.
         offline: false to upload at once, to the account that ``wandb login`` has noted.
-
-    Raises:
-        ValueError: as :class:`~descant.modules.training_setup.trackers.base.Tracker` does.
     """
 
     package = "wandb"
