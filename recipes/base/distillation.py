@@ -158,7 +158,7 @@ class ProjectionAverage(TeacherAverage):
 
 
 def own_teacher(name: str, teacher: Teacher, options: Mapping[str, Any]) -> Distill:
-    """Build ``distill`` for a recipe that brings its teacher. ``options``: the recipe's; ``name``: the teacher's owner."""
+    """Build ``distill`` for a recipe with a teacher; ``options``: the recipe's, ``name``: the teacher's owner."""
     if options.get("distill") is not None:
         raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
     return Distill(teacher)

@@ -58,8 +58,10 @@ def test_it_is_the_loss_of_one_batch_of_all_contents_that_have_both() -> None:
 
 
 def test_a_sharded_run_in_float64_has_it_though_its_scale_is_one_element() -> None:
-    recipe, data = Paired().double(), Data({"one": make()})
-    loss = recipe.losses["image-text"]
+    recipe, data = Paired(), Data({"one": make()})
+    recipe.double()
+    loss = recipe.get_submodule("losses.image-text")
+    assert isinstance(loss, InfoNCE)
     loss.log_scale = nn.Parameter(loss.log_scale.detach()[None])
     found = evaluate(data, HeldOutLoss(), recipe=recipe)["one/loss"]
     assert found == pytest.approx(by_hand(data.sets["one"]), rel=ulps(256, F32))
