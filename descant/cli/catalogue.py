@@ -1,4 +1,4 @@
-"""Experiments, overlays and data sets that ship: find a YAML by its name, by an old name, or an arm of a claim."""
+"""Experiments, overlays and data sets that ship: find a YAML by its name, or an arm of a claim."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,18 +105,6 @@ def _parse_option(text: str, where: str = "") -> Node:
         return _parse(text, where, Path.cwd(), lines=False)
     except Refusal:  # no YAML, such as "a: b: c": a plain text
         return Node(text, where, Path.cwd())
-
-
-def retyped(key: str, text: str, root: Node) -> tuple[str, str]:
-    """Key and text of an option whose nodes are ``root``: others where it held a name of an earlier version."""
-    keys, node = list[str](), root
-    for _ in key.split("."):
-        ((part, node),) = node.content.items()
-        keys.append(part)
-    name = type(key)(".".join(keys))
-    if node.plain == _parse_option(text).plain:
-        return name, text
-    return name, node.content if isinstance(node.content, str) else json.dumps(node.plain)
 
 
 def shown(file: Path) -> str:

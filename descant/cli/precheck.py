@@ -14,7 +14,7 @@ from typing import Any
 from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
-from descant.cli.document import Node, load, option, replaced, retyped
+from descant.cli.document import Node, load, option, replaced
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
 from descant.modules.io import names
@@ -59,11 +59,9 @@ def precheck(
         if not root.content:
             raise Refusal(f"{root.where}: empty: a configuration is a mapping of keys, such as model: and data:")
         walk.source(root)
-    for number, (key, value) in enumerate(options):
+    for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
-            root = option(key, value)
-            walk.source(root)
-            options[number] = retyped(key, value, root)
+            walk.source(option(key, value))
     walk.unambiguous()
     walk.required()
     return walk
