@@ -103,7 +103,7 @@ def test_help_of_any_class(cli: Cli, words: tuple[str, ...]) -> None:
     result = cli(*words)
     assert result.rc == 0 and result.out.startswith("SeriesTower(channels: int, patch: int, width: int = 128")
     assert "class_path: descant.modules.towers.series.SeriesTower" in result.out
-    assert "    patch: P." in result.out and "ValueError: for a patch below 1" in result.out
+    assert "    patch: P." in result.out and ">>> tower(x_BWT).mask_BT.tolist()" in result.out
 
 
 def test_help_of_an_unknown_class_names_the_nearest(cli: Cli) -> None:
