@@ -100,7 +100,7 @@ data:
 
 RUNS = {
     "contrastive": Golden((fit("--config contrastive/emoji-slip --config over.yaml"),), HARMONIZE),
-    "gradcache": Golden((fit(f"--config contrastive/emoji --config with/gradcache {TWO}"),)),
+    "gradcache": Golden((fit(f"--config contrastive/emoji --config with/train/gradcache {TWO}"),)),
     "features": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), FEATURES),
     "balance": Golden((fit("--config fusion/emoji --config over.yaml --trainer.accumulate_grad_batches 2"),), BALANCE),
     "towers": Golden((fit(f"--config fusion/emoji --config over.yaml {TWO}"),), TOWERS),
@@ -120,7 +120,7 @@ RUNS = {
         RANK,
     ),
     "missing": Golden(
-        (fit("--config fusion/emoji --config with/mid-fusion", 2, "whole"), fit("--config missing/emoji"))
+        (fit("--config fusion/emoji --config with/train/mid-fusion", 2, "whole"), fit("--config missing/emoji"))
     ),
     "chat": Golden((fit(f"--config chat/frames {TWO}", 6),)),
     "rollouts": Golden((fit("--config chat/arithmetic", 4, "sums"), fit("--config reinforce/arithmetic", 6))),
