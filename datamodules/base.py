@@ -355,7 +355,7 @@ class DataModule(L.LightningDataModule):
         return data, self.order(data, rank=rank, world=world, accumulate=accumulate)
 
     def steps_for(self, samples: int) -> int:
-        """The fewest optimizer steps that see so many training samples, padding rows not counted."""
+        """Compute the fewest optimizer steps that see so many training samples. Padding rows do not count."""
         _, order = self._budget_order()
         if samples < (one := order.n // order.global_batches):
             raise ValueError(f"samples {samples}: less than one step, which has {one}")
@@ -397,7 +397,7 @@ class DataModule(L.LightningDataModule):
         return self.evaluation_loader(self.bank_set())
 
     def sample_dataloader(self, count: int) -> DataLoader[Any]:
-        """Up to ``count`` training samples as evaluation sees them, evenly spaced, the same ones on every rank."""
+        """Select up to ``count`` evenly spaced training samples as evaluation sees them, the same on every rank."""
         data = self.plain_set()
         if not data.by_position:
             raise ValueError("no sample of a stream is read before training; use a folder or shards on disk")

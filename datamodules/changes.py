@@ -242,7 +242,7 @@ def _content(file: Path) -> str:
 
 
 def require(corpora: Mapping[str, Corpus], then: Mapping[str, Any], policy: DataPolicy) -> None:
-    """Compare corpora with the states of a resume point."""
+    """Compare the corpora with the states in a resume point."""
     for name, corpus in corpora.items():
         differences = corpus.changes(then[name], policy.verify) if name in then else []
         if not differences:

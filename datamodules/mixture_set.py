@@ -145,7 +145,7 @@ class MixtureSet(BatchDataset):
 
 
 def joint(layouts: Mapping[str, Layout], kind: str, equal: bool = False) -> dict[str, Spec]:
-    """Name -> dtype and a shape that is large enough for all parts, of ``inputs`` or ``targets``."""
+    """Map each name in ``inputs`` or ``targets`` to its dtype and to a shape that is large enough for all parts."""
     specs: dict[str, Spec] = {}
     for part, layout in layouts.items():
         for name, (shape, dtype) in getattr(layout, kind).items():

@@ -24,7 +24,7 @@ from descant.modules.selection.scorers import RichScorer, Styler
 
 
 def read(file: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a parquet file, or of a folder of its parts."""
+    """Read columns from a parquet file, or from a folder of its parts."""
     if not file.exists():
         raise ValueError(f"{file}: no such file")
     try:
@@ -64,7 +64,7 @@ def score(rows: pa.Table, name: str) -> Tensor:
 
 
 def groups(rows: pa.Table, column: str) -> tuple[list[str], Tensor]:
-    """Names of the groups in a column, and int64 ``[N]``, the number of each row's."""
+    """Return the names of the groups in a column, and each row's group number, int64 ``[N]``."""
     if rows[column].null_count:
         raise ValueError(f"group {column}: {rows[column].null_count} rows have no group")
     coded = rows[column].combine_chunks().dictionary_encode()
@@ -100,7 +100,7 @@ def features_ND(rows: pa.Table, features: Sequence[str]) -> Tensor:
 
 
 def few_of(rows: pa.Table, columns: Sequence[str], share: float, seed: int) -> pa.Table:
-    """A random share of the rows, of those that have these columns; the id of a row and the seed decide."""
+    """Select a random share of the rows that have these columns, by the id of a row and the seed."""
     has_N = reduce(pc.and_, (rows[name].is_valid() for name in columns)).to_numpy()
     draw_N = mix_N(rows[COLUMN].to_numpy(), "graded", seed)
     few_L = np.flatnonzero(has_N)[np.argsort(draw_N[has_N], kind="stable")][: int(share * len(rows) + 0.5)]
@@ -110,7 +110,7 @@ def few_of(rows: pa.Table, columns: Sequence[str], share: float, seed: int) -> p
 
 
 def read_few(file: Path, columns: Sequence[str]) -> pa.Table:
-    """The graded rows of a file, none of which lacks a column."""
+    """Read the graded rows of a file, and refuse a row that lacks a column."""
     few = read(file, [COLUMN, *columns])
     for name in (COLUMN, *columns):
         if few[name].null_count:

@@ -93,7 +93,7 @@ def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarra
 
 
 def read_ids(file: Path) -> np.ndarray:
-    """int64 ``[N]``: the column ``index`` of a parquet file."""
+    """Read the column ``index`` of a parquet file, int64 ``[N]``."""
     import pyarrow as pa  # late: it takes long to import
     import pyarrow.parquet as pq
 

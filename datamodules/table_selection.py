@@ -124,7 +124,7 @@ class TableSelection:
 
 
 def newest_table(place: str | Path, name: str = TABLE) -> Path:
-    """The newest table of a run's predictions, where ``place`` is its folder; else ``place`` itself."""
+    """Find the newest table of predictions if ``place`` is a run's folder; else return ``place``."""
     place = Path(place)
     if not place.exists():
         raise ValueError(

@@ -41,7 +41,7 @@ class UserSizes(UserTargets):
         return self.given is not None and isinstance(self.given.image, AnySizeField)
 
     def needs_shapes(self) -> dict[str, Any]:
-        """Options that need the shapes of all images, and their values; none where an option is its default."""
+        """Map each option that needs the shapes of all images to its value, which is false at its default."""
         image = self.given.image if self.given is not None else None
         if self.batch_tokens is not None and not isinstance(image, AnySizeField):
             raise ValueError(

@@ -119,7 +119,7 @@ class Budget(L.Callback):
 
 
 def train_flops(run: Path) -> float:
-    """``train_flops`` of a run's folder."""
+    """Read ``train_flops`` from a run's folder."""
     file = run / "metrics.json"
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["train_flops"])

@@ -31,7 +31,7 @@ class Ordered(L.Callback):
 
 
 def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
-    """The callbacks sorted by ``front`` and ``after``; apart from these the order is kept."""
+    """Sort the callbacks by ``front`` and ``after``. Others keep their order."""
     placed: list[L.Callback] = []
 
     def place(callback: L.Callback, before: tuple[L.Callback, ...] = ()) -> None:

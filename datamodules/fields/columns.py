@@ -106,7 +106,7 @@ def _begin(raw: Raw) -> Raw:
 
 
 def named_column(source: Source, field: str | None, kind: str) -> Column:
-    """The column of ``a;b``, or by default of all fields of a kind, if no sample has two of them."""
+    """Join the columns ``a;b``, by default all fields of a kind, to one, if no sample has two of them."""
     if field is not None:
         names = split_names(field)
     else:

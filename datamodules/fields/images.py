@@ -247,7 +247,7 @@ class Images:
     # one image -------------------------------------------------------------------------------------------------
 
     def header(self, data: bytes) -> Header:
-        """Shape and orientation of an image, before any of its pixels is decoded."""
+        """Read the shape and orientation of an image without decoding its pixels."""
         height, width, fast = _announced(data)
         self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
         image, exif = None, _jpeg_exif(data) if fast else None

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(name: str, cache: Path | None = None, out: Path | None = None) -> str:
-    """Prepare one of ``PACKS`` or ``CORPORA``; returns one line on what was written."""
+    """Prepare one of ``PACKS`` or ``CORPORA``. Returns one line that lists what it wrote."""
     module = importlib.import_module(f"descant.datamodules.prepare.{name}")
     if name in PACKS:
         return str(module.build(cache or cache_folder() / "emoji", out or module.OUT))

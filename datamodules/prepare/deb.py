@@ -49,7 +49,7 @@ class Deb(DataPackage):
 
 
 def apt_download(name: str, folder: Path) -> Path:
-    """The ``.deb`` that ``apt-get download NAME`` puts into ``folder``."""
+    """Download the ``.deb`` of a package into ``folder`` by ``apt-get download NAME``."""
     apt = shutil.which("apt-get")
     if apt is None:
         raise ValueError(f"{name}: there is no apt-get here to fetch it with; give the package as a file: deb: PATH")
@@ -69,7 +69,7 @@ def apt_download(name: str, folder: Path) -> Path:
 
 
 def unpack(file: Path, folder: Path, under: str = "") -> None:
-    """Write the regular files of a ``.deb`` into ``folder``, with ``under`` cut off their names."""
+    """Write the regular files of a ``.deb`` into ``folder``, and remove ``under`` from their names."""
     members = 0
     with file.open("rb") as archive:
         name, start, size = _data_member(file, archive)

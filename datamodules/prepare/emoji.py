@@ -250,7 +250,7 @@ def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONC
 
 
 def held_out(groups: Sequence[list[Concept]], number: int, salt: str) -> list[Concept]:
-    """So many concepts in whole groups, by a salted hash."""
+    """Select so many concepts in whole groups by a salted hash."""
 
     def rank(group: list[Concept]) -> str:
         return hashlib.sha256(f"{salt}:{group[0].hexcode}".encode()).hexdigest()

@@ -51,7 +51,7 @@ class Pictures:
 
 
 def idx(file: Path, axes: int) -> np.ndarray:
-    """uint8 of a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, then the bytes, big-endian."""
+    """Read uint8 from a gzipped ``idx`` file: the number 0x0800 + axes, each axis' length, the bytes, big-endian."""
     try:
         with gzip.open(file) as stream:
             magic, *shape = struct.unpack(f">{1 + axes}I", stream.read(4 + 4 * axes))

@@ -31,7 +31,7 @@ class Package:
 
 
 def fetch_package(package: Package, cache: Path) -> Path:
-    """The verified tarball; npm is called only where the cache has none with the right hash."""
+    """Return the verified tarball. Call npm only if the cache has no file with this hash."""
     tarball = cache / package.tarball
     if tarball.is_file() and sha256_of(tarball) == package.sha256:
         return tarball
@@ -57,7 +57,7 @@ def read_package(
     max_members: int = MAX_MEMBERS,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> dict[str, bytes]:
-    """Path inside ``package/`` -> content, for the paths that ``wanted`` accepts; nothing is written to the disk."""
+    """Map each path inside ``package/`` that ``wanted`` accepts to its content, without writing to the disk."""
     content: dict[str, bytes] = {}
     decoded = 0
     try:

@@ -144,7 +144,7 @@ class Notes(Ledger):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 ``[4, 64, 64]``: resized to fit, in the middle of a transparent square."""
+    """Resize an image to fit into a transparent square, centred; uint8 ``[4, 64, 64]``."""
     data: Path | io.BytesIO = path if path.suffix == ".png" else io.BytesIO(render(path))
     with Image.open(data) as opened:
         if opened.width * opened.height > MAX_PIXELS:

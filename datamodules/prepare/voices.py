@@ -86,7 +86,7 @@ def prepared(
 
 
 def synthesize(library: Path, texts: Sequence[str], voices: Sequence[str]) -> Iterator[np.ndarray]:
-    """The library's sampling rate, then int16 ``[S]`` clips: all texts by the first voice, then by the next."""
+    """Yield the library's sampling rate, then an int16 ``[S]`` clip for each text, voice by voice."""
     path = library / LIBRARIES.get(sys.platform, LIBRARIES["linux"])
     try:
         espeak = ctypes.CDLL(str(path))

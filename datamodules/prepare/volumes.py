@@ -27,7 +27,7 @@ MAX_VOXELS = 2**27
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
-    """Modality -> uint8 ``[1, X, Y, Z]``."""
+    """Map each modality to its volume, uint8 ``[1, X, Y, Z]``."""
     found = {m: volume(folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz") for m, name in FILES.items()}
     shape = found["t1"].shape
     for modality, x_XYZ in found.items():

@@ -53,7 +53,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def unpack(file: Path, folder: Path, under: str = "") -> None:
-    """Write the regular files of a wheel into ``folder``, with ``under`` cut off their names."""
+    """Write the regular files of a wheel into ``folder``, and remove ``under`` from their names."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

@@ -302,7 +302,7 @@ def entries(data: str | bytes, name: str) -> dict[str, str]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path of ``name``, as given by a table in ``root``."""
+    """Resolve the path ``name`` that a table in ``root`` gives."""
     require_relative(name)
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):

@@ -39,7 +39,7 @@ def is_hub(value: object) -> bool:
 
 
 def hub_sources(value: Any) -> dict[str, Source]:
-    """The source of a Dataset under ``""``; of a DatasetDict, its splits of ``train``, ``val`` and ``test``."""
+    """Open a Dataset under the key ``""``, or the splits ``train``, ``val`` and ``test`` of a DatasetDict."""
     if not isinstance(value, dict):
         return {"": HubDataset(value)}
     sources: dict[str, Source] = {}

@@ -38,7 +38,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path) -> Saved:
-    """What a saved dataset lists."""
+    """Read the files, indices and features that a saved dataset lists."""
     state = _object(folder / STATE)
     files = _listed(folder, state, "_data_files")
     if not files:
@@ -49,7 +49,7 @@ def read_saved(folder: Path) -> Saved:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """``train``, ``val``, ``test`` -> its folder in a saved DatasetDict; empty where the folder is none."""
+    """Map ``train``, ``val`` and ``test`` to their folders in a saved DatasetDict; empty for any other folder."""
     file = folder / SPLITS
     if not file.is_file():
         return {}

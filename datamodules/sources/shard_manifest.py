@@ -23,7 +23,7 @@ class Written(NamedTuple):
 
 
 def manifest(folder: Path) -> dict[str, Written]:
-    """File name -> its entry in the manifest of a folder; empty where there is none, or one of another kind."""
+    """Map each file name to its entry in a folder's manifest; empty without a manifest of this kind."""
     path = folder / NAME
     if not path.exists():
         return {}
@@ -50,7 +50,7 @@ def manifest(folder: Path) -> dict[str, Written]:
 
 
 def missing(given: Iterable[str]) -> dict[Path, Written]:
-    """Shards that a manifest lists, that a folder or pattern in ``given`` covers, and that do not exist."""
+    """Find the shards that a manifest lists and ``given``, folders or patterns, covers, and that do not exist."""
     gone: dict[Path, Written] = {}
     for text in given:
         path = Path(text)

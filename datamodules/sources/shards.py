@@ -250,7 +250,7 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
 
 
 def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fault]:
-    """Missing shards of a folder or pattern, according to its manifest."""
+    """Find the missing shards of a folder or pattern by its manifest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     try:
         absent = missing(t for p in given for t in expand_braces(str(p)))

@@ -21,7 +21,7 @@ Bad = Callable[[int, str], None]
 
 
 def read_table(table: Path, bad: Bad) -> Columns:
-    """The columns of a table; ``bad`` is called for each row that cannot be read, and may raise."""
+    """Read the columns of a table. ``bad`` is called for each unreadable row, and may raise."""
     return _json_lines(table, bad) if table.suffix.lower() == ".jsonl" else _separated(table, bad)
 
 

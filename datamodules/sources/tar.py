@@ -53,7 +53,7 @@ class FileTape:
 
 
 def members(tape: Tape) -> Iterator[Member]:
-    """The regular files of a tar, in order."""
+    """Yield the regular files of a tar, in order."""
     at, name, size = 0, "", -1
     while True:
         head = tape.at(at, BLOCK)

@@ -176,7 +176,7 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
 
 
 def layers(files: Iterable[Path]) -> list[Path]:
-    """Configurations in the order in which they count, each after those that its ``extends`` names."""
+    """Put the configurations that each one extends before it, in the order in which they count."""
     ordered: list[Path] = []
     for file in files:
         ordered += [first for first in extended(file) if first not in ordered]

@@ -68,7 +68,7 @@ class Node:
 
 
 def load(file: Path) -> Node:
-    """A YAML file as nodes."""
+    """Read a YAML file as nodes."""
     name = shown(file)
     try:
         text = text_of(file, real_path(file).parent, MOST_BYTES)

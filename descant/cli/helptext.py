@@ -144,7 +144,7 @@ _FIRST = ("experiments", "overlays", "data")
 
 
 def listing(args: Sequence[str] = ()) -> str:
-    """What ships, one line each: a group, or with words those of all groups that have them all."""
+    """List what ships, one line each: a group, or the entries of all groups that have all given words."""
     if "--help" in args or "-h" in args:
         return _LIST
     for word in args:
@@ -234,7 +234,7 @@ def command(name: str, about: str, most: int = 60) -> str:
 
 
 def of_class(known: Schema, request: Request) -> str | None:
-    """Help of one class, for ``--model.optimizer.help AdamW``; None where only the parser resolves the class."""
+    """Write the help of one class, for ``--model.optimizer.help AdamW``; None if only the parser resolves it."""
     helps = [(key, value) for key, value in request.options if key.endswith(".help")]
     if len(helps) != 1:
         return None
@@ -263,7 +263,7 @@ def of_class(known: Schema, request: Request) -> str | None:
 
 
 def about(name: str) -> str:
-    """Signature, path and docstring of one of our classes, for ``descant fit --help SeriesTower``."""
+    """Write the signature, path and docstring of a class, for ``descant fit --help SeriesTower``."""
     path = full(name.rpartition(".")[2])
     if path is None or ("." in name and not path.endswith(name)):
         same = " and ".join(table().get(name, ()))

@@ -366,7 +366,7 @@ def _quiet_writer_threads() -> Iterator[None]:
 
 
 def run(request: Request, checking: Check | None = None) -> int:
-    """Run one command; returns its exit code. ``checking``: what a check does at the first batch."""
+    """Run one command. Returns its exit code. ``checking``: called by a check at the first batch."""
     quieten()
     enforce(request.trust)
     hub.forget()

@@ -29,7 +29,7 @@ class _DataOnly(DescantCLI):
 
 
 def datamodule(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Sequence[str]) -> DataModule:
-    """The prepared data module of ``--config NAME ... --data.KEY value``."""
+    """Build and prepare the data module of ``--config NAME ... --data.KEY value``."""
     quieten()
     enforce(list(trust))
     request = Request("check", [find(name) for name in configs], list(options), list(trust))

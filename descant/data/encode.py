@@ -12,7 +12,7 @@ from descant.datamodules.code_table import PADDING, CodeTable
 
 
 def encode(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Sequence[str], out: Path) -> str:
-    """Write the codes; returns lines that say what they are."""
+    """Write the codes. Returns lines that describe them."""
     if out.exists():
         fail(f"--out {out}: it is there already, and nothing is overwritten")
     data = datamodule(configs, options, trust)

@@ -39,7 +39,7 @@ def select(
     sham: bool,
     runs: Path,
 ) -> str:
-    """Write the ids; returns lines that say what they are."""
+    """Write the ids of the selected samples. Returns lines that describe them."""
     if out.exists():
         fail(f"--out {out}: it is there already, and nothing is overwritten")
     if quota and least is not None:

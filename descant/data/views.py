@@ -248,7 +248,7 @@ def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
 
 
 def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout: float) -> SourceView:
-    """The view of a folder, parquet files or shards, with the splits that training on them has."""
+    """Open a folder, parquet files or shards with the splits that training on them has."""
     if csv is not None and len(what) != 1:
         raise ValueError(f"--csv {csv}: only with exactly one folder")
     source = None if csv is None else Folder(what[0], csv)
@@ -276,7 +276,7 @@ def view_of_module(data: DataModule, title: str) -> View:
 
 
 def captions_of(source: Source, given: str | None = None) -> list[str]:
-    """The fields that hold captions: ``given`` (or its parts, ``given.0`` ...), else the only candidates, if any."""
+    """Find the fields that hold captions: ``given`` (or ``given.0`` ...), else the only candidates, if any."""
     if given is not None:
         names = numbered(given, source.fields)
         for name in names:

@@ -52,7 +52,7 @@ in YAML: {class_path: SavedTower, init_args: {path: DIR, tower: image}}."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the export."""
+    """Export a run, and print what was written."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

@@ -63,7 +63,7 @@ class Given:
 
 
 def main(args: Sequence[str]) -> int:
-    """Plan a command, or measure this machine; returns the exit code."""
+    """Plan a command, or measure this machine. Returns the exit code."""
     options, command = _split(args)
     if not args or "--help" in options or "-h" in options:
         print(_HELP)

@@ -76,7 +76,7 @@ class Simulation:
             trainer.log_every_n_steps = kept
 
     def step(self, rows: int) -> Trace:
-        """A step with ``rows`` samples in each micro-batch of this rank; the optimizer has its states."""
+        """Trace a step with ``rows`` samples in each micro-batch of this rank, after the optimizer made its states."""
         with self._context(self.twin.trainer), _refused_reads(type(self.twin).__name__):
             tokens = self._one(rows) if self._warm else self._first(rows)
             self._warm = True

@@ -87,7 +87,7 @@ class Table:
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the table."""
+    """Print the table that compares the runs."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

@@ -51,7 +51,7 @@ _MARK = 'name="generator" content="descant"'
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the report."""
+    """Write the report as one HTML file."""
     if not args or "--help" in args or "-h" in args:
         print(_HELP)
         return 0

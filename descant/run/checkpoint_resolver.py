@@ -20,7 +20,7 @@ from descant.run.versions import code
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence[str] = ()) -> Run:
-    """A new run folder, or with ``resume="auto"`` the existing one, from its newest valid resume point."""
+    """Open a new run folder, or with ``resume="auto"`` the existing one at its newest valid resume point."""
     runs.require_below(root, root / name, trust)
     if resume not in ("never", "auto"):
         start = _point(root, resume).resolve()

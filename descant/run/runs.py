@@ -69,7 +69,7 @@ def require_name(name: str) -> None:
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's global rank by environment variables, before any process group exists."""
+    """Read this process's global rank from environment variables, before a process group exists."""
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if key in environment and not (key == "SLURM_PROCID" and interactive):
@@ -78,7 +78,7 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
-    """An environment variable that a launcher sets, as a whole number."""
+    """Read an environment variable that a launcher sets as a whole number."""
     text = environment.get(key, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
         fail(f"{key}={text} in the environment: expected a whole number, as launchers set it")
@@ -186,7 +186,7 @@ def require_below(root: Path, folder: Path, trust: Sequence[str] = ()) -> None:
 
 
 def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
-    """The folder of ``--run NAME/002``: under ``root``, or a path. A command that writes there passes its ``trust``."""
+    """Find the folder of ``--run NAME/002``, under ``root`` or by its path. A writing command passes ``trust``."""
     for folder in (followed(root / run), followed(Path(run))):
         if is_run(folder):
             require_below(root, folder, trust)

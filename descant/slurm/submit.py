@@ -126,7 +126,7 @@ def name_of(task: Mapping[str, str]) -> str:
 
 
 def waiting(folder: Path) -> set[str]:
-    """Names of the tasks submitted from a folder that are still in SLURM's queue."""
+    """List the tasks in SLURM's queue that were submitted from a folder."""
     names: set[str] = set()
     files = sorted(folder.glob("submit-*.json"))
     if files and shutil.which("squeue") is None:

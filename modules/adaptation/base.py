@@ -24,7 +24,7 @@ class Adapt:
 
 
 def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple[str, Tower]]:
-    """The recipe's towers of these names (None: all); ``also``: other attributes to include, such as ``lm``."""
+    """Select the recipe's towers by name (None: all). ``also``: other attributes to include, such as ``lm``."""
     towers = dict(cast(nn.ModuleDict, getattr(recipe, "towers", nn.ModuleDict())))
     towers |= {name: part for name in also if isinstance(part := getattr(recipe, name, None), nn.Module)}
     for name in names or []:

@@ -114,7 +114,7 @@ class _ToDense(_Converted):
 
 
 def converted(tower: nn.Module, experts: ExpertLayers | None, **options: Any) -> Growth:
-    """The change of a tower to experts, or to none, with fresh gates of torch's generator."""
+    """Plan the change of a tower to experts, or to none, with new gates from torch's generator."""
     base, arguments = growable(tower), cast(dict[str, Any], getattr(tower, "arguments", {}))
     if base is None or "experts" not in arguments:
         raise ValueError(f"{type(tower).__name__} has no layers that may be experts; Trunk and CausalLM have")

@@ -189,7 +189,7 @@ class Growth:
 
 
 def growth_of(tower: nn.Module, to: Mapping[str, Any], beta: float = 1.0) -> Growth:
-    """The growth of a tower to other :func:`sizes`, with fresh values of torch's generator."""
+    """Plan the growth of a tower to other :func:`sizes`, with new values from torch's generator."""
     base = cast(type[nn.Module], growable(tower))
     arguments = {**cast(dict[str, Any], tower.arguments), **to}
     if "weights" in arguments:  # a file of the smaller one

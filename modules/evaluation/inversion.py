@@ -135,7 +135,7 @@ class ModalityInversion:
 
 
 def text_frame(model: Inverts, modality: str, tokenizer: Tokenizer, template: str, tokens: int) -> Frame:
-    """The frame of a template such as ``a picture of {}``, with room for ``tokens`` pseudo-tokens at the braces."""
+    """Tokenize a template such as ``a picture of {}``, with ``tokens`` places for pseudo-tokens at the braces."""
     tower, (before, after) = tower_of(model, modality), split_template(template)
     left, right = [*tokenizer.begin, *tokenizer.encode(before)], [*tokenizer.encode(after), *tokenizer.end]
     length = len(left) + tokens + len(right)

@@ -393,7 +393,7 @@ def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) ->
 
 
 def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Tensor:
-    """Int64 ``[B]``: the labels of one target, below 0 where a sample has none."""
+    """Return the labels of one target, int64 ``[B]``, below 0 where a sample has none."""
     if target not in targets:
         raise ValueError(f"target: the data has no {target!r}, only {', '.join(targets) or 'none'}")
     label_B = targets[target]

@@ -91,7 +91,7 @@ def named(folder: Path | str) -> bool:
 
 
 def resolved(folder: Path | str) -> Path:
-    """The folder itself, or that of a model of a hub, which is downloaded where it is not in the hub's cache."""
+    """Resolve a folder, or a hub model's folder. A model that is not in the hub's cache is downloaded."""
     name = str(folder)
     if not named(name):
         return Path(folder)

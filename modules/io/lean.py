@@ -54,7 +54,7 @@ def lean(state: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
 
 
 def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """A lean state dict completed with the module's own base weights; any other state dict unchanged."""
+    """Complete a lean state dict with the module's base weights. Any other state dict is returned unchanged."""
     if BASE not in state:
         return dict(state)
     base = json.loads(bytes(state[BASE].cpu().tolist()))

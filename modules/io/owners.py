@@ -34,7 +34,7 @@ class ImageInput(NamedTuple):
 
 
 def owner_of(place: Place) -> Owner:
-    """Whose folder it is; of open_clip's and transformers' in one, transformers' (it needs no other package)."""
+    """Identify the library that wrote a folder; transformers if it also has open_clip's files."""
     folder, config = place.folder, json_of(place.folder / CONFIG)
     if (folder / SENTENCE).is_file():
         return "sentence-transformers"
@@ -59,7 +59,7 @@ def content(place: Place, name: str) -> dict[str, Any]:
 
 
 def image_input(place: Place, owner: Owner) -> ImageInput | None:
-    """How images are prepared; None where the folder does not say."""
+    """Read how images are prepared; None if the folder does not list it."""
     if owner == "timm":
         return _of_timm(place)
     if owner == "open_clip":

@@ -68,7 +68,7 @@ def _pairs(value: dict[Any, Any], inner: Callable[[Any, object], Any]) -> list[A
 
 
 def decode(value: Any, tensor_of: Callable[[str], Any]) -> Any:
-    """The value that :func:`encode` was given; ``tensor_of`` has the tensor of a name."""
+    """Invert :func:`encode`. ``tensor_of`` returns the tensor of a name."""
 
     def pairs(items: Any) -> list[tuple[Any, Any]]:
         return [(decode(key, tensor_of), decode(item, tensor_of)) for key, item in items]

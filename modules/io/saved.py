@@ -52,7 +52,7 @@ class Verified:
         self._account = manifest.account(self.file)
 
     def account(self) -> manifest.Facts:
-        """``sha256``, ``size`` and ``facts``; empty, with one warning, where there is no manifest."""
+        """Read ``sha256``, ``size`` and ``facts``; empty, with one warning, without a manifest."""
         if self._pid == os.getpid():
             self._thread.join()
         if self._account is None:  # in a forked process, or the thread failed
@@ -147,7 +147,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
-    """The weights that were evaluated (the average, where EMA kept one), as plain tensors."""
+    """Load the weights used for evaluation, the EMA weights if the run kept them, as plain tensors."""
     return weights_of(saved, read_checkpoint(saved))
 
 
@@ -169,7 +169,7 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(saved: Saved) -> dict[str, Any]:
-    """A checkpoint with memory-mapped tensors; of an export, its weights as ``state_dict``."""
+    """Open a checkpoint with memory-mapped tensors, or an export's weights as ``state_dict``."""
     file = saved.weights
     if file.is_dir():
         raise ValueError(f"{file}: cannot be read (a folder of shards: not one file)")
@@ -188,12 +188,12 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
 
 
 def account(saved: Saved) -> manifest.Facts:
-    """``sha256``, ``size`` and ``facts`` of the file of weights; empty where no manifest confirms it."""
+    """Read ``sha256``, ``size`` and ``facts`` of the file of weights; empty if no manifest confirms it."""
     return (saved.verified or Verified(saved.weights)).account()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
-    """``load_state_dict`` of all keys or none, with a one-line error that names the first difference."""
+    """Load all keys of a state dict or none. The error names the first difference in one line."""
     here = module.state_dict()
     # a sharded run keeps its scalars as [1]
     state = {k: v.reshape(here[k].shape) if k in here and _one(v) and _one(here[k]) else v for k, v in state.items()}

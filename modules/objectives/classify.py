@@ -17,7 +17,7 @@ from descant.modules.towers.heads import Projection
 
 
 class SampleHead(nn.Module):
-    """``[B, K]`` of each sample: a projection of the embedding of one modality, or of the first token of two, fused."""
+    """Project each sample to ``[B, K]``, from the embedding of one modality or the fused first token of two."""
 
     def __init__(self, modalities: list[str]) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class Graph(NamedTuple):
 def composed(
     graph: Mapping[str, list[Part]] | None, objectives: Mapping[str, TaskObjective], universal: UniversalLayers | None
 ) -> Graph:
-    """The modules of each objective: those given, or all that it can use."""
+    """Return the modules of each objective: those given, or all that it can use."""
     graph = graph or {}
     for name in (name for name in graph if name not in objectives):
         raise ValueError(f"graph: {name!r}: {no_such(name, objectives)}")

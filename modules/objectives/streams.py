@@ -93,7 +93,7 @@ class Streams:
     # one modality -----------------------------------------------------------------------------------------------------
 
     def tokens(self, modality: str, masks: Masks | None = None, view: str = "") -> Tokens:
-        """Tokens of all rows, with those that ``masks`` hides of the modality replaced; absent samples have none."""
+        """Embed the tokens of all rows, and replace those that ``masks`` hides. Absent samples have no tokens."""
         if modality + view not in self.batch.inputs:
             asked = f": data.views {{{modality}: 2}}" if view else ""
             raise ValueError(f"the data has no {modality + view!r}{asked}")

@@ -112,7 +112,7 @@ def _flat(part: object) -> list[nn.Module]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict from a safetensors file, or from a torch file that holds tensors only."""
+    """Read a state dict from a safetensors file, or from a torch file that holds only tensors."""
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file{_neighbour(path)}")
     try:

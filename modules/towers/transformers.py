@@ -142,7 +142,7 @@ def misfit(x: Tensor, kind: str, vocabulary: int | None, most: int | None) -> st
 
 
 def from_place(place: Place, pooler: bool = False) -> Any:
-    """The model of a place in float32, all of whose weights are there; ``pooler``: those of its pooler too."""
+    """Load a model in float32, and require all of its weights. ``pooler``: also those of its pooler."""
     from transformers import AutoModel
 
     model, info = read(place, AutoModel, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)

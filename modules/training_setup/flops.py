@@ -122,7 +122,7 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
 
 
 def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
-    """A copy of a recipe in training to try steps on, without gradient hooks."""
+    """Copy a recipe in training, without gradient hooks, to try steps on the copy."""
     if recipe.sharded:
         raise ValueError(
             "flops: no copy to count on is made of a model split over ranks (shard); give steps or samples"

@@ -84,7 +84,7 @@ class Changing(Wrapper):
         self._choose(name)
 
     def _followed(self, growths: Growths) -> Growths:
-        """The growths, which the teacher has followed where it is a copy of the model."""
+        """Grow the teacher, too, if it is a copy of the model. Returns the growths."""
         if growths and self.inner.distill is not None:
             raise ValueError(f"begin: {type(self.inner).__name__} has a teacher of its own, which does not grow")
         if self.distill is not None and self.distill.prepared:

@@ -172,7 +172,7 @@ class LanguageRecipe(Recipe):
 
     @torch.no_grad()
     def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Before each scored token: the prediction's entropy, the real experts, mean over layers, and the sample."""
+        """Measure, before each scored token, the prediction's entropy, the mean count of real experts, the sample."""
         if self.lm.experts is None:
             raise ValueError("the language model has no experts; give it some: lm.experts")
         routings: list[Routing] = []

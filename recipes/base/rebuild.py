@@ -18,7 +18,7 @@ TRAINING = tuple(name for name in inspect.signature(Recipe.__init__).parameters 
 
 
 def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
-    """The recipe that a configuration describes, or ``into``, with the weights beside it, in eval mode."""
+    """Build the recipe that a configuration describes, or fill ``into``, with the weights beside it, in eval mode."""
     recipe = build(found) if into is None else into
     recipe.configure_model()
     checkpoint = saved.read_checkpoint(found)

@@ -29,7 +29,7 @@ from descant.recipes.base.shared_space import SharedSpace
 
 
 def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
-    """``{distill: the average that teaches objectives}`` for a recipe of these options; empty if they need none."""
+    """Build ``{distill: the average that teaches objectives}`` for these options of a recipe; empty if unneeded."""
     momentum = {o.momentum: name for name, o in objectives.items() if o.momentum is not None}
     if len(momentum) > 1:
         each = " and ".join(f"{name} {decay:g}" for decay, name in momentum.items())

@@ -19,7 +19,7 @@ from descant.modules.towers.encoders.transformers import _TransformersEncoder
 
 
 def encoder_of(place: Place, owner: Owner, part: Part | None, output: Output, weights: bool) -> Encoder:
-    """The encoder of a folder; arguments as of :class:`PretrainedTower`."""
+    """Load the encoder in a folder. The arguments are those of :class:`PretrainedTower`."""
     if owner == "transformers":
         kind = str(content(place, "config.json").get("model_type"))
         if kind in QWEN:

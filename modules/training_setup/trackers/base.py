@@ -252,7 +252,7 @@ class Tracker(Logger):
 
 @contextmanager
 def database(file: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to an SQLite file that may write, for one transaction."""
+    """Connect to an SQLite file for one transaction that may write."""
     try:
         with closing(sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")

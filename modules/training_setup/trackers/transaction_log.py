@@ -23,7 +23,7 @@ _FRAME = struct.Struct("<IHB")
 
 
 def records(file: Path, start: int = len(HEADER)) -> Iterator[tuple[int, bytes]]:
-    """Each record after ``start``, with the offset of its end; one that is cut off or damaged ends the file."""
+    """Yield each record after ``start`` with the offset of its end. A cut or damaged record ends the file."""
     with file.open("rb") as stream:
         if stream.read(len(HEADER)) != HEADER:
             raise ValueError(f"{file}: not a file of a Weights & Biases run")
