@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from descant.modules.io.files import write_json
+
 TOP = Path(__file__).resolve().parent.parent
 #: What is compared against where nothing is given: the last commit before the second rebuild of the package.
 BASE = "87c23605"
@@ -161,7 +163,9 @@ def record_of(revision: str, kind: str) -> tuple[str, Path]:
     """The commit of a revision, and the file that keeps what it gives on this kind of processor."""
     sha = subprocess.check_output(["git", "rev-parse", revision], cwd=TOP, text=True).strip()
     key = hashlib.sha256(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode()).hexdigest()[:8]
-    return sha, TOP / "build" / kind / f"{sha[:12]}-{key}.json"
+    folder = TOP / "build" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return sha, folder / f"{sha[:12]}-{key}.json"
 
 
 @contextmanager
@@ -188,11 +192,6 @@ def record(revision: str, names: Sequence[str]) -> dict[str, Any]:
                 known[name] = {"of": repr(RUNS[name]), **made(tree, RUNS[name])}
                 write_json(file, known)
     return known
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

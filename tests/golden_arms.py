@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.golden import BASE, TOP, checking_out, difference, read_run, record_of, write_json
+from descant.claims import comparison, spec, store
+from descant.modules.io.files import write_json
+from tests.golden import BASE, TOP, checking_out, difference, read_run, record_of
 
 RESULTS = TOP / "experiments/claims/results"
-#: Run in a tree: trains the arms of the named claims, forked from one process, a line of JSON each. It is text, since
-#: it uses the names of that tree; where they change, NOW is the text for this one.
+#: Run in a tree: trains the arms of the claims, forked from one process, and prints a line of JSON a claim. It is text,
+#: since it uses the names of that tree; where they change, NOW is the text for this one.
 BEFORE = """
 import json, os, sys
 from pathlib import Path
@@ -48,38 +50,41 @@ of = {name: spec.load(name) for name in spec.names()}
 for name in comparison.names():
     of |= {f"{setting.name}.{name}": setting for setting in comparison.load(name).settings}
 for name in wanted or of:
-    claim = of[name]
-    digests, seeds = claim.digests, claim.seeds["full"][:1]
+    if (claim := of.get(name)) is None:
+        continue
+    digests, seeds, done = claim.digests, claim.seeds["full"][:1], []
     if claim.is_tuned:
         claim = claim.settled({arm: 0 for arm, given in claim.arms.items() if given.settings})
     place = Place(claim, "full", root)
     for arm, seed in place.every(tuple(claim.arms), seeds):
-        log = root / f"{name}-{arm}.log"
+        log, runs = root / f"{name}-{arm}.log", place.of(arm, seed)
         short = ["--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--data.num_workers=0"]
         words = [word.replace("--test=true", "--test=false") for word in command(place, arm, seed)]
-        code = 0 if (done := place.of(arm, seed)).exists() else run([*words, "--config=on/tiny", *short], log)
+        code = 0 if runs.exists() else run([*words, "--config=on/tiny", *short], log)
         if not code and (words := predicting(place, arm, seed)):
             code = run(words, log)
-        print(json.dumps([name, arm, digests.get(arm, ""), code, str(done), str(log)]), flush=True)
+        done.append([arm, digests.get(arm, ""), code, str(runs), str(log)])
+    print(json.dumps([name, done]), flush=True)
 """
 NOW = BEFORE
 
 
 def train(tree: Path, names: Sequence[str], file: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Add what the arms of the claims give in a tree to what is known of it, claim by claim."""
+    """Train the arms of the claims in a tree, and add their losses and weights to ``known`` and its file."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-c", NOW if tree == TOP else BEFORE, folder, *names]
         with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                name, arm, digest, code, run, log = json.loads(line)
-                found: dict[str, Any] = {"digest": digest}
-                if code:
-                    found["failed"] = Path(log).read_text(errors="replace")[-600:]
-                else:
-                    found |= read_run(max(Path(run).glob("[0-9]*")))
-                known.setdefault(name, {})[arm] = found
+                name, done = json.loads(line)
+                known[name] = {}
+                for arm, digest, code, run, log in done:
+                    if code:
+                        found = {"failed": Path(log).read_text(errors="replace")[-600:]}
+                    else:
+                        found = read_run(max(Path(run).glob("[0-9]*")))
+                    known[name][arm] = {"digest": digest, **found}
                 write_json(file, known)
         if process.returncode:
             raise RuntimeError(f"{tree}: the arms were not all trained")
@@ -87,7 +92,7 @@ def train(tree: Path, names: Sequence[str], file: Path, known: dict[str, Any]) -
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In what an arm differs between two trees; empty where its losses and weights are the same."""
+    """Describe how an arm differs between two trees; empty if its losses and weights are the same."""
     if "failed" in now or "failed" in before:
         last = now.get("failed", before.get("failed", "")).strip().splitlines()[-1:]
         both = "failed" in now and "failed" in before
@@ -96,9 +101,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def renew(file: Path, renewed: dict[str, str]) -> bool:
-    """Write today's digests into a stored result or registration; whether one of them was another."""
-    from descant.claims import store
-
+    """Write today's digests into a stored result or registration. Returns whether one of them changed."""
     content = json.loads(file.read_text(encoding="utf-8"))
     digests = {key: renewed.get(value, value) for key, value in content.get("digests", {}).items()}
     looks = {
@@ -109,7 +112,7 @@ def renew(file: Path, renewed: dict[str, str]) -> bool:
         return False
     if "checksum" in new:
         new["checksum"] = store.checksum(new)
-    file.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+    write_json(file, new)
     return True
 
 
@@ -121,13 +124,16 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     sha, file = record_of(given.against, "golden-arms")
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    missing = [name for name in given.names if name not in known]
-    if missing or not known:
+    wanted = given.names or [
+        *spec.names(),
+        *(f"{of.name}.{name}" for name in comparison.names() for of in comparison.load(name).settings),
+    ]
+    if missing := [name for name in wanted if name not in known]:
         with checking_out(sha) as tree:
             known = train(tree, missing, file, known)
-    here = TOP / "build/golden-arms/here.json"
+    here = file.with_name("here.json")
     here.unlink(missing_ok=True)
-    now, wrong, renewed = train(TOP, given.names, here, {}), 0, dict[str, dict[str, str]]()
+    now, wrong, renewed = train(TOP, wanted, here, {}), 0, dict[str, dict[str, str]]()
     for name, arms in now.items():
         for arm, found in arms.items():
             before = known.get(name, {}).get(arm, {"failed": "no such arm"})

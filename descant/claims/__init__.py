@@ -130,8 +130,7 @@ def _settled(claim: Claim, results: Path) -> Claim:
     """The claim with the settings that were chosen. Raises Refusal where none were."""
     if not claim.is_tuned:
         return claim
-    candidates = claim.candidates()
-    if (tuned := store.of_design(results, candidates, TUNE, tuple(candidates.arms))) is None:
+    if (tuned := store.read_tuned(results, claim)) is None:
         fail(f"claims {claim.name}: no settings were chosen: first descant claims tune")
     return claim.settled(claim.chosen(tuned["runs"]))
 

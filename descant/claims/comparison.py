@@ -5,7 +5,7 @@ Letters: S paired seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,38 +137,37 @@ def execute(
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
         store.require_free(results, setting, of.name, _required_arms(of))
+        arms = lacking_arms(of, setting, results)
+        if not arms:
+            continue
+        stored = read_stored(of, setting, results) or {"runs": {}, "items": {}, "seconds": 0.0, "precision": []}
+        seeds, of_arm = setting.seeds["full"], stored["runs"]
+        kept = {arm: {seed: of_arm[arm][seed] for seed in seeds} for arm in setting.arms if arm not in arms}
         file = store.path(results, setting.name, f"{of.name}-registered")
-        store.write_registration(file, store.registration_in(file) or register(setting))
-        if setting.is_tuned:
+        if not kept:  # runs that were not registered stay exploratory, whatever is added to them
+            store.write_registration(file, store.registration_in(file) or register(setting))
+        if is_tuned(setting, arms):
             candidates = setting.candidates()
-            place, arms = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
-            code = _train(place, arms, candidates.seeds[TUNE], jobs, slurm)
+            place, tried = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
+            code = _train(place, tried, candidates.seeds[TUNE], jobs, slurm)
             if code is not None:
                 return code
-            tuned = place.collect(arms, candidates.seeds[TUNE])
+            tuned = place.collect(tried, candidates.seeds[TUNE])
             store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
             setting = setting.settled(setting.chosen(tuned))
-        place, seeds = Place(setting, "full", runs.absolute(), tuple(trust)), setting.seeds["full"]
-        stored, arms = read_stored(of, setting, results), lacking_arms(of, setting, results)
+        place = Place(setting, "full", runs.absolute(), tuple(trust))
         code = _train(place, arms, seeds, jobs, slurm)
         if code is not None:
             return code
-        made = {**(stored or {}).get("runs", {}), **place.collect(arms, seeds)}
         folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
-        items = dict((stored or {}).get("items", {}))
-        if {"baseline", of.placebo} <= folders.keys():  # else they were trained elsewhere, and have left no files
+        items = {rule: gains for rule, gains in stored["items"].items() if rule in kept}
+        if {"baseline", of.placebo} <= folders.keys():  # else their files are not here
             for rule in (rule for rule in of.rules if rule in folders):
                 found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
                 items |= {rule: found.stored()} if found is not None else {}
-        store.write(
-            results,
-            setting,
-            of.name,
-            {arm: made[arm] for arm in setting.arms},
-            place.seconds + (stored or {}).get("seconds", 0.0),
-            sorted({*place.precisions(), *(stored or {}).get("precision", ())}),
-            {"items": {rule: of for rule, of in items.items() if rule in setting.arms}},
-        )
+        made, seconds = {**kept, **place.collect(arms, seeds)}, stored["seconds"] + place.seconds
+        precisions = sorted({*stored["precision"], *place.precisions()})
+        store.write(results, setting, of.name, made, seconds, precisions, {"items": items})
     print(section(of, results))
     return 0
 
@@ -190,9 +189,14 @@ def read_stored(of: Comparison, setting: Claim, results: Path) -> dict[str, Any]
 
 
 def lacking_arms(of: Comparison, setting: Claim, results: Path) -> tuple[str, ...]:
-    """The arms of a setting of which a stored result lacks a seed, or which were others then."""
+    """List the arms to train: a stored result lacks a seed of them, or their configuration has changed."""
     stored = (read_stored(of, setting, results) or {"runs": {}})["runs"]
     return tuple(arm for arm in setting.arms if not {*setting.seeds["full"]} <= stored.get(arm, {}).keys())
+
+
+def is_tuned(setting: Claim, arms: Iterable[str]) -> bool:
+    """Whether some of these arms has settings to choose from."""
+    return any(setting.arms[arm].settings for arm in arms)
 
 
 def tuning(name: str) -> str:
@@ -370,11 +374,8 @@ def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
 
 def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
     """What validation chose, a line an arm."""
-    if setting.tuning is None:
-        return []
-    candidates = setting.candidates()
-    tuned = store.of_design(results, candidates, tuning(of.name), tuple(candidates.arms))
-    if tuned is None:
+    tuned = store.read_tuned(results, setting, tuning(of.name))
+    if setting.tuning is None or tuned is None:
         return []
     lines, by, got = [], setting.tuning.metric.name, setting.tried(tuned["runs"])
     for rule, k in setting.chosen(tuned["runs"]).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from descant.claims import store
 from descant.claims.claim import TUNE, Claim
-from descant.claims.comparison import Comparison, lacking_arms
+from descant.claims.comparison import Comparison, is_tuned, lacking_arms
 from descant.claims.power import MOST
 from descant.claims.run import Place
 
@@ -54,7 +54,7 @@ def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
     for claim, setting in zip(of.claims, of.settings, strict=True):
         each, name = minutes_a_run(claim, results), claim.name
         arms = lacking_arms(of, setting, results)
-        if setting.is_tuned and arms:
+        if is_tuned(setting, arms):
             parts.append(_tuning(setting, runs, each, f"{name}, tuning"))
         parts.append(_of(setting, runs, each, name, "full", arms, setting.seeds["full"]))
     return parts

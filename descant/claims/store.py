@@ -70,6 +70,14 @@ def of_design(folder: Path, claim: Claim, budget: str, judging: Sequence[str] = 
     return stored | {"runs": {arm: of for arm, of in stored["runs"].items() if arm in same}}
 
 
+def read_tuned(folder: Path, claim: Claim, budget: str = TUNE) -> dict[str, Any] | None:
+    """The stored runs that chose the settings of a claim's arms; None where there are none, or of other settings."""
+    if not claim.is_tuned:
+        return None
+    candidates = claim.candidates()
+    return of_design(folder, candidates, budget, tuple(candidates.arms))
+
+
 def is_of_design(stored: Mapping[str, Any], claim: Claim, judging: Sequence[str] = (RULE, *ARMS)) -> bool:
     """Whether a result is of the rule of the claim, and of its baseline, method and placebo."""
     return all(stored["digests"].get(key) == claim.digests.get(key) for key in judging)

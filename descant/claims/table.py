@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import comparison, plots, store
-from descant.claims.claim import ABLATIONS, EQUAL, TUNE, WITHIN, Claim
+from descant.claims.claim import ABLATIONS, EQUAL, WITHIN, Claim
 from descant.claims.digest import RULE
 from descant.claims.effect import Effect, Interval
 from descant.claims.judge import Judgement, Runs
@@ -255,10 +255,10 @@ def _numbers(one: Verdict, results: Path, judgement: Judgement) -> list[str]:
             f"| {what} | {value:.4g} | {'met' if met else '**not met**'} |" for what, value, met in judgement.asked
         ]
     ablations = store.of_design(results, claim, ABLATIONS, (RULE, "baseline"))
-    tuned = store.of_design(results, claim.candidates(), TUNE, (RULE,)) if claim.tuning is not None else None
+    tuned = store.read_tuned(results, claim)
     if ablations is not None:
         lines += _ablations(claim, ablations)
-    if claim.tuning is not None and tuned is not None and tuned["runs"]:
+    if claim.tuning is not None and tuned is not None:
         best = claim.chosen(tuned["runs"])
         each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
         what = f"by {claim.tuning.metric.name} of validation, seeds {list(claim.tuning.seeds)}"

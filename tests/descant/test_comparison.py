@@ -250,3 +250,8 @@ def test_its_rules_are_run_in_the_setting_of_a_claim(
     )
     again = cli(*asked)
     assert again.out == whole.out and "runs," not in again.err, "nothing is trained again"
+    (results / "toy-claim.rates-registered.json").unlink()
+    written(arms=RULES | TUNED | {"late": {"options": {RATE: 1e-12}}}, tuning={"seeds": [50, 51]})
+    more = cli(*asked)
+    assert "5 runs, 0 done" in more.err and more.err.count("runs,") == 1, "the new arm alone, and nothing is tuned"
+    assert re.search(r"^\| .*\blate\b", more.out, re.M) and "Exploratory: it was not registered" in more.out
