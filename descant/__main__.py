@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from descant.cli.errors import INTERRUPTED, WRONG, Refusal, fail, hint, say
-from descant.modules.io import renamed
 
 COMMANDS = {
     "fit": "train, and validate on the way",
@@ -54,7 +53,6 @@ def main(args: list[str] | None = None) -> int:
     # for transformers, timm and kernels, which download what a configuration names; read where they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     words = sys.argv[1:] if args is None else args
-    renamed.forget()
     try:
         for word in words:
             if "\0" in word:

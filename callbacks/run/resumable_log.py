@@ -46,7 +46,6 @@ class ResumableLog:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.step, self.log = state_dict["step"], state_dict["log"]
-        # earlier versions have tables as texts
         self.text = {
             tag: content if isinstance(content, str) else Table(**content)
             for tag, content in state_dict["text"].items()

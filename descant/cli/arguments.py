@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.catalogue import find, layers, shipped_data
-from descant.cli.document import FileKey, option, rename
+from descant.cli.document import FileKey, option
 from descant.cli.errors import Refusal, fail, nearest
 from descant.modules.io.names import full
 from descant.run import runs
@@ -191,7 +191,5 @@ def _take(request: Request, key: str, value: str | None) -> None:
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")
     else:
-        if value is not None and key.endswith(".help"):
-            value = rename(value, f"--{key}")
         shipped = shipped_data(value) if key == "data" else None
         request.options.append((key, str(shipped) if shipped else value))

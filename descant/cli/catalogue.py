@@ -1,16 +1,15 @@
-"""Experiments, overlays and data sets that ship: find a YAML by its name, by an old name, or an arm of a claim."""
+"""Experiments, overlays and data sets that ship: find a YAML by its name, or an arm of a claim."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from descant.cli.errors import Refusal, hint, one_line, say
+from descant.cli.errors import Refusal, hint, one_line
 from descant.cli.untrusted import text_of, yaml_of
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.checkpoints import followed
@@ -19,14 +18,14 @@ from descant.modules.io.files import write_text
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
 #: Old name -> new name, of experiments; the list of papers. Neither is a configuration.
-RENAMED, PAPERS = ROOT / "renamed.yaml", ROOT / "papers/index.yaml"
+PAPERS = ROOT / "papers/index.yaml"
 #: Folders of pieces that complete an experiment; everything else is an experiment.
 OVERLAYS = ("data", "on", "with")
 
 
 def shipped() -> dict[str, Path]:
     """Name -> file of all that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
-    files = (file for file in sorted(ROOT.rglob("*.yaml")) if file not in (BASE, RENAMED, PAPERS))
+    files = (file for file in sorted(ROOT.rglob("*.yaml")) if file not in (BASE, PAPERS))
     return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files}
 
 
@@ -95,13 +94,6 @@ def header(file: Path) -> str:
 
 
 @cache
-def renamed() -> dict[str, str]:
-    """Old name -> new name of experiments."""
-    table: dict[str, str] = _yaml(RENAMED)["experiments"]
-    return table
-
-
-@cache
 def papers() -> tuple[dict[str, Any], ...]:
     """The rows of the list of papers, in their order."""
     return tuple(_yaml(PAPERS))
@@ -117,7 +109,7 @@ def _yaml(file: Path) -> Any:
 def find(name: str) -> Path:
     """The file that ``--config NAME`` means: an existing file first, else what ships under that name.
 
-    An old name is followed with one line of notice; ``claims/dcd:sham`` is what that arm of a claim adds.
+    ``claims/dcd:sham`` is what that arm of a claim adds.
     """
     try:
         file = followed(Path(name).expanduser())
@@ -128,10 +120,6 @@ def find(name: str) -> Path:
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
     if (there := _shipped(plain)) is not None:
         return there
-    if (new := renamed().get(plain)) is not None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            say(f"--config {name} is now {new}")
-        return find(new)
     if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
         return _arm(name, find(arm[1]), arm[2])
     known = shipped()
@@ -153,7 +141,7 @@ def _shipped(name: str) -> Path | None:
         there = re.fullmatch(r"[\w/-]+", name) and file.is_file()
     except OSError:  # longer than any name may be
         return None
-    return file if there and file not in (BASE, RENAMED, PAPERS) else None
+    return file if there and file not in (BASE, PAPERS) else None
 
 
 def _arm(name: str, claim: Path, arm: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,8 @@ import yaml
 from descant.cli.catalogue import ROOT
 from descant.cli.errors import Refusal
 from descant.cli.untrusted import text_of
-from descant.modules.io import renamed
 from descant.modules.io.files import real_path
 from descant.modules.io.plain_yaml import BITS, MOST
-from descant.modules.io.upgrade import upgrade
 
 #: Bytes of one file.
 MOST_BYTES = 10_000_000
@@ -80,75 +77,11 @@ def load(file: Path) -> Node:
     if not isinstance(node.content, dict):
         raise Refusal(f"{name}: a configuration is a mapping of keys, and this is not one")
     node.text = text
-    if _upgraded(node) | _renamed(node):
-        replaced[text] = node
     return node
 
 
-#: Text of a file -> its nodes, of files in which names of an earlier version were replaced: what the parser reads.
+#: Text of a file -> its nodes, of files in which a short class name was completed: the parser reads these.
 replaced: dict[str, Node] = {}
-
-
-class _Placed(dict[str, Any]):
-    """A mapping with its place, which moves between classes with its arguments."""
-
-    where = ""
-
-
-def _upgraded(root: Node) -> bool:
-    """Replace classes that were merged since, with their arguments; whether there was one."""
-    notices: list[str] = []
-    plain = upgrade(_placed(root), notices.append)
-    for line in notices:
-        old, _, new = line.partition(" is now ")
-        renamed.notice(root.where, old, new)
-    if notices:
-        root.content = _nodes(plain, root.where, root.folder).content
-    return bool(notices)
-
-
-def _placed(node: Node) -> Any:
-    if isinstance(node.content, list):
-        return [_placed(item) for item in node.content]
-    if not isinstance(node.content, dict):
-        return node.content
-    value = _Placed({key: _placed(item) for key, item in node.content.items()})
-    value.where = node.where
-    return value
-
-
-def _nodes(value: Any, where: str, folder: Path) -> Node:
-    where = value.where if isinstance(value, _Placed) else where
-    if isinstance(value, list):
-        return Node([_nodes(item, where, folder) for item in value], where, folder)
-    if isinstance(value, dict):
-        return Node({key: _nodes(item, where, folder) for key, item in value.items()}, where, folder)
-    return Node(value, where, folder)
-
-
-def _renamed(root: Node) -> bool:
-    """Replace the old names of classes and of their arguments; whether there was one."""
-    changed, todo = False, [root]
-    while todo:
-        content = todo.pop().content
-        if isinstance(content, list):
-            todo += reversed(content)
-        elif isinstance(content, dict):
-            todo += reversed(content.values())
-            name, inner = content.get("class_path"), content.get("init_args")
-            if name is not None and isinstance(name.content, str):
-                before, name.content = name.content, rename(name.content, name.where)
-                arguments = inner.content if inner is not None and isinstance(inner.content, dict) else {}
-                changed |= renamed.rename_arguments(name.content, arguments, name.where) or before != name.content
-    return changed
-
-
-def rename(name: str, where: str) -> str:
-    """The present name of a class, with a notice for an old one."""
-    try:
-        return renamed.read(name, where)
-    except ValueError as error:
-        raise Refusal(f"{where}: {error}") from None
 
 
 class FileKey(str):
@@ -164,7 +97,6 @@ def option(key: str, text: str) -> Node:
         node = Node({part: node}, where, here)
     for child in (node, *(child for _, child in node.walk())):
         child.typed, child.from_file = True, isinstance(key, FileKey)
-    _renamed(node)
     return node
 
 
@@ -173,18 +105,6 @@ def _parse_option(text: str, where: str = "") -> Node:
         return _parse(text, where, Path.cwd(), lines=False)
     except Refusal:  # no YAML, such as "a: b: c": a plain text
         return Node(text, where, Path.cwd())
-
-
-def retyped(key: str, text: str, root: Node) -> tuple[str, str]:
-    """Key and text of an option whose nodes are ``root``: others where it held a name of an earlier version."""
-    keys, node = list[str](), root
-    for _ in key.split("."):
-        ((part, node),) = node.content.items()
-        keys.append(part)
-    name = type(key)(".".join(keys))
-    if node.plain == _parse_option(text).plain:
-        return name, text
-    return name, node.content if isinstance(node.content, str) else json.dumps(node.plain)
 
 
 def shown(file: Path) -> str:

@@ -152,7 +152,9 @@ class DescantCLI(LightningCLI):
             self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
             places = tuple(self.walk.classes)
         read_replaced()
-        self.config = parser.parse_args([command, *request.arguments(places)])  # the walk may have replaced old names
+        self.config = parser.parse_args(
+            [command, *request.arguments(places)]
+        )  # the walk may have completed short names
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: checkpoints hold no hyper-parameters."""

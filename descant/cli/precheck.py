@@ -14,10 +14,10 @@ from typing import Any
 from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
-from descant.cli.document import Node, load, option, rename, replaced, retyped
+from descant.cli.document import Node, load, option, replaced
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
-from descant.modules.io import names, renamed
+from descant.modules.io import names
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -51,10 +51,7 @@ def precheck(
     options: list[tuple[str, str | None]],
     trusted: Sequence[str],
 ) -> Walk:
-    """Check configurations and options in the order in which they apply; returns the state reached.
-
-    Options that hold a name of an earlier version are replaced in place.
-    """
+    """Check configurations and options in the order in which they apply; returns the state reached."""
     walk = Walk(known, trusted)
     _one_experiment(files)
     for file in (BASE, *files):
@@ -62,11 +59,9 @@ def precheck(
         if not root.content:
             raise Refusal(f"{root.where}: empty: a configuration is a mapping of keys, such as model: and data:")
         walk.source(root)
-    for number, (key, value) in enumerate(options):
+    for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
-            root = option(key, value)
-            walk.source(root)
-            options[number] = retyped(key, value, root)
+            walk.source(option(key, value))
     walk.unambiguous()
     walk.required()
     return walk
@@ -243,10 +238,6 @@ class Walk:
     def _class(self, node: Node, kind: Type, classes: Sequence[Part], path: Path_) -> None:
         if isinstance(node.content, str):
             text = node.content
-            if renamed.current(text) in self.schema.names(classes) or not schema.takes_text(kind):
-                text = rename(text, node.where)
-            if text != node.content:
-                self._replaced(node, text)
             if schema.takes_text(kind) and text not in names.table() and text not in self.schema.names(classes):
                 if not (node.folder / text).is_file():
                     self._forget(path)
@@ -274,19 +265,15 @@ class Walk:
             return
         if "dict_kwargs" in content:
             self._unseen(content["dict_kwargs"], path)
-        arguments = content["init_args"].content if "init_args" in content else content
-        if isinstance(arguments, dict) and renamed.rename_arguments(self.classes[path].name, arguments, node.where):
-            self._replaced()
         listed = {key: child for key, child in content.items() if key not in _SPEC}
         inner = content.get("init_args", Node(listed, node.where, node.folder, typed=node.typed))
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
         self._arguments(inner, path)
 
-    def _replaced(self, node: Node | None = None, text: str = "") -> None:
-        """Have the parser read the nodes in place of the files; ``text`` is the present name of an old one."""
-        if node is not None:
-            node.content = text
+    def _replace(self, node: Node, path: str) -> None:
+        """Replace a short name by the import path of its class; the parser then reads the nodes, not the files."""
+        node.content = path
         replaced.update({file.text: file for file in self.files if file.text})
 
     def _arguments(self, node: Node, path: Path_) -> None:
@@ -359,7 +346,7 @@ class Walk:
                 raise
             cls = self.schema.find(ours, classes)
         if shipped and "." not in name:  # a file that is read later may load another class of this name
-            self._replaced(node, cls.path)
+            self._replace(node, cls.path)
         return cls
 
     def unambiguous(self) -> None:

@@ -24,7 +24,6 @@ from descant.cli.errors import printable as clean
 from descant.cli.schema import names_class
 from descant.cli.trust import within
 from descant.cli.untrusted import json_of, text_of
-from descant.modules.io import renamed
 from descant.modules.io.checkpoints import followed
 from descant.run import runs
 from descant.run.changes import FREE
@@ -252,7 +251,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _class(node: Mapping[str, object]) -> str:
-    return renamed.current(clean(node["class_path"]).rpartition(".")[2])
+    return clean(node["class_path"]).rpartition(".")[2]
 
 
 def group(runs_: Iterable[Run]) -> list[Group]:

@@ -25,7 +25,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from descant.modules.io import renamed
 from descant.modules.io.manifest import NONE, fault_of_share
 from descant.modules.io.parts import Name, Parted, PartTable, filled
 from descant.modules.io.plain import in_parts, load_plain
@@ -134,7 +133,7 @@ class Sharded(ModelParallelStrategy):
         else:
             content = load_plain(path, map_location="cpu", mmap=True)
         self.restore_stage(lambda: content)
-        return renamed.checkpoint(self._load(path, dict(content), partial(_read, table)))
+        return self._load(path, dict(content), partial(_read, table))
 
     def _open_parts(self, path: Path) -> Parted:
         """Open a checkpoint of several parts. The ranks share the verification of the parts. Collective."""

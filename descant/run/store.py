@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from descant.modules.io import manifest, renamed
+from descant.modules.io import manifest
 from descant.modules.io.part_files import remove_parts
 from descant.modules.io.plain import load_plain, require_sums
 from descant.run.mirror import Mirror
@@ -78,12 +78,12 @@ class AtomicIO(CheckpointIO):
         if confirmed == manifest.NONE:
             rank_zero_warn(f"{path}: no manifest confirms its content")
             require_sums(Path(path))
-            return renamed.checkpoint(_checkpoint(path, load_plain(path, map_location=map_location)))
+            return _checkpoint(path, load_plain(path, map_location=map_location))
         if isinstance(confirmed, str):
             raise ValueError(f"{path}: {confirmed}")
         with confirmed[0] as stream:
             content: dict[str, Any] = load_plain(stream, path, map_location=map_location)
-            return renamed.checkpoint(content)
+            return content
 
     def remove_checkpoint(self, path: Path | str) -> None:
         self._require_inside(path)

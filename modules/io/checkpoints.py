@@ -24,8 +24,7 @@ _NUMBER = re.compile(r"\d{3,}")
 def followed(path: Path) -> Path:
     """``path`` with ``NAME/latest`` replaced by the run that it names; any other path unchanged.
 
-    ``latest`` is a text file: TensorBoard follows links and would show the newest run twice. Links of earlier versions
-    are followed by the file system.
+    ``latest`` is a text file: TensorBoard follows links and would show the newest run twice.
 
     >>> followed(Path("runs/demo/001/checkpoints"))
     PosixPath('runs/demo/001/checkpoints')

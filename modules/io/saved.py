@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from descant.modules.core import errors
 from descant.modules.core.dtensor import split_like
 from descant.modules.core.errors import one_line, warn
-from descant.modules.io import manifest, plain_yaml, renamed
+from descant.modules.io import manifest, plain_yaml
 from descant.modules.io.build import Node as Node
 from descant.modules.io.build import build as build
 from descant.modules.io.build import class_paths as class_paths
@@ -143,7 +143,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
         raise ValueError(f"{file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
-    return cast(Node, _placed(renamed.config(content, str(file)), str(folder)))
+    return cast(Node, _placed(content, str(folder)))
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:

@@ -210,17 +210,14 @@ class OptimizerGroup(Optimizer):
         self._share()
 
     def _states(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """The members' parts of a state; of an earlier version they stand apart in it."""
-        saved = state_dict.get("members")
-        groups = state_dict["param_groups"] if saved is None else [g for part in saved for g in part["param_groups"]]
+        """Split a state into those of the members."""
+        groups = state_dict["param_groups"]
         sizes, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if sizes != own:
             raise ValueError(
                 f"the checkpoint's optimizer has groups of {_counts(sizes)} tensors, this run's of {_counts(own)}: "
                 "resume with the optimizer that it was saved with"
             )
-        if saved is not None:
-            return list(saved)
         parts, state = [], state_dict["state"]
         for member in self.members:
             share, groups = groups[: len(member.param_groups)], groups[len(member.param_groups) :]

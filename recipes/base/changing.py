@@ -12,7 +12,6 @@ from torch import Tensor
 from descant.modules.adaptation.grow import structure
 from descant.modules.adaptation.stage_changes import Boundary, StageChange, Trial
 from descant.modules.core.errors import no_such
-from descant.modules.io.upgrade import with_inner
 from descant.modules.training_setup.flops import twin_of
 from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics, short_training
 from descant.recipes.base.recipe import Recipe
@@ -140,7 +139,5 @@ class Changing(Wrapper):
         if self.boundaries.changes and "boundaries" in checkpoint:
             with self._new_parameters():
                 self._followed(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
-        if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = with_inner(checkpoint["state_dict"])
         if self._trainable:
             self._choose(self.stage)  # of what the changes added, too

@@ -95,8 +95,6 @@ class Recipe(L.LightningModule):
 
     def forward(self, batch: Batch) -> Output:
         """Loss terms of a batch by name, one value a sample, and what callbacks and teachers read beside them."""
-        if type(self).terms is not Recipe.terms:  # a recipe of an earlier version, which has its terms alone
-            return Output(self.terms(batch))
         raise NotImplementedError(f"{type(self).__name__}: forward(batch) -> Output")
 
     def terms(self, batch: Batch) -> dict[str, Term]:

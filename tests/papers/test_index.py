@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from descant.cli.catalogue import ROOT, experiments, find, layers, papers, renamed, shipped
+from descant.cli.catalogue import ROOT, experiments, find, layers, papers, shipped
 from descant.cli.errors import Refusal
 from descant.modules.io.names import full
 from tests.conftest import Result
@@ -118,13 +118,6 @@ def test_the_list_of_papers_fits_a_line_each_and_needs_no_torch(cli: Any) -> Non
     effects = {paper["name"]: _stored(paper)["effect"] for paper in BUILT}
     assert sorted(listed) == sorted(name for name, effect in effects.items() if effect.startswith("helps"))
     assert {"structure-clip", "crmt"} <= set(listed)
-
-
-def test_an_old_name_goes_on_working_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for old, new in renamed().items():
-        assert old not in shipped(), "a name is old or new"
-        assert find(old) == find(new)
-        assert capsys.readouterr().err == f"descant: --config {old} is now {new}\n"
 
 
 def test_a_configuration_extends_others(tmp_path: Path) -> None:
