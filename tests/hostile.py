@@ -454,7 +454,9 @@ _HARMLESS = (
 def options_cases() -> Iterator[Case]:
     for way, plant in WAYS.items():
         for kind, options in evil():
-            yield Case(f"{way}: {kind}", partial(plant, options), kind.startswith(_HARMLESS))
+            # a pilot does not use the lock-box: what a run alone can refuse (a class of the wrong kind) waits for the later runs
+            harmless = kind.startswith(_HARMLESS) or way == "claim lock-box"
+            yield Case(f"{way}: {kind}", partial(plant, options), harmless)
 
 
 def claim_cases() -> Iterator[Case]:

@@ -167,20 +167,18 @@ PIPE = hostile.stream("pipe:touch ran", allow_pipes=True)
         ),
     ],
 )
-@pytest.mark.parametrize("place", ["options", "arms"])
+@pytest.mark.parametrize("place", ["options", "arms", "lockbox"])
 def test_options_of_a_claim_are_those_of_a_file(
     cli: Cli, workplace: Path, options: dict[str, Any], line: str, place: str
 ) -> None:
-    content = hostile.replaced(
-        hostile.CLAIM, ("arms", "method", "options") if place == "arms" else ("options",), options
-    )
+    content = hostile.replaced(hostile.CLAIM, ("arms", "method", "options") if place == "arms" else (place,), options)
     (workplace / "evil.yaml").write_text(yaml.safe_dump(content))
     before = sorted(workplace.rglob("*"))
     for words in ((), ("--slurm", "--time 60 --dry-run")):
         told = cli("claims", "run", "./evil.yaml", "--budget", "pilot", "--results", "results", *TRUST, *words).refusal
         assert line in told and not (workplace / "ran").exists()
         assert {path for path in workplace.rglob("*") if path.name != "results"} == set(before)
-    word = next(word for word in spec.load("evil.yaml").command("method", 0, "pilot") if next(iter(options)) in word)
+    word = next(word for word in spec.load("evil.yaml").command("method", 0, "full") if next(iter(options)) in word)
     assert word.startswith("--of-file=")
 
 
