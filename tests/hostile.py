@@ -454,7 +454,7 @@ _HARMLESS = (
 def options_cases() -> Iterator[Case]:
     for way, plant in WAYS.items():
         for kind, options in evil():
-            # a pilot does not use the lock-box: what a run alone can refuse (a class of the wrong kind) waits for the later runs
+            # a pilot leaves the lock-box closed: a class of the wrong kind there is refused by the first run that opens it
             harmless = kind.startswith(_HARMLESS) or way == "claim lock-box"
             yield Case(f"{way}: {kind}", partial(plant, options), harmless)
 
