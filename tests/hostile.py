@@ -454,7 +454,7 @@ _HARMLESS = (
 def options_cases() -> Iterator[Case]:
     for way, plant in WAYS.items():
         for kind, options in evil():
-            # a pilot leaves the lock-box closed: a class of the wrong kind there is refused by the first run that opens it
+            # a pilot does not open the lock-box: the first run that does so refuses a class of the wrong kind
             harmless = kind.startswith(_HARMLESS) or way == "claim lock-box"
             yield Case(f"{way}: {kind}", partial(plant, options), harmless)
 
