@@ -69,7 +69,7 @@ class Staged(Changing):
 
     def _choose_objective(self) -> None:
         if self._objective is not None:
-            self._inner.objective = self.now.objective or self._objective
+            write_setting(self.inner, "objective", self.now.objective or self._objective)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

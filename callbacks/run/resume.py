@@ -33,7 +33,9 @@ from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due
 
 #: Key of a resume point's own entry in a checkpoint, and the version of its layout.
-ENTRY, FORMAT = "descant", 1
+ENTRY, FORMAT = "descant", 2
+#: Earlier layouts -> the last commit that reads them.
+_READ_BY = {1: "677e9b65"}
 #: Saving takes at most 1 / _SHARE of a run where points are due by time.
 _SHARE = 20
 #: Attributes that ModelCheckpoint does not save itself: without them a resumed run writes other files.
@@ -298,6 +300,10 @@ class Resume(Ordered):
             )
         if entry["format"] > FORMAT:
             raise ValueError(f"{_source(trainer)}: of a newer version (layout {entry['format']}; here {FORMAT})")
+        if (commit := _READ_BY.get(entry["format"])) is not None:
+            raise ValueError(
+                f"{_source(trainer)}: its layout {entry['format']} is older than {FORMAT}; commit {commit} reads it"
+            )
         recipe = _recipe_name(pl_module)
         if entry["recipe"] != recipe:
             raise ValueError(

@@ -18,6 +18,8 @@ from descant.cli.document import Node, load, option, replaced
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
 from descant.modules.io import names
+from descant.run import runs
+from descant.run.versions import code
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -58,7 +60,10 @@ def precheck(
         root = load(file)
         if not root.content:
             raise Refusal(f"{root.where}: empty: a configuration is a mapping of keys, such as model: and data:")
-        walk.source(root)
+        try:
+            walk.source(root)
+        except Refusal as refusal:
+            raise Refusal(f"{refusal}{_written_by(file)}") from None
     for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
             walk.source(option(key, value))
@@ -82,6 +87,12 @@ def _one_experiment(files: Sequence[Path]) -> None:
         raise Refusal(
             f"{listed}: {len(given)} experiments at once; one, and overlays (data/, with/, on/: descant list)"
         )
+
+
+def _written_by(file: Path) -> str:
+    """Name the revision that wrote a run's configuration, where it is another one: it still reads its own names."""
+    wrote = runs.versions_of(file.parent).get("revision") if file.name == "config.yaml" else None
+    return "" if wrote in (None, code()["revision"]) else f"; commit {str(wrote)[:12]} wrote this run and reads it"
 
 
 class Walk:

@@ -1,8 +1,9 @@
-"""Capabilities: whether a module has a protocol that a callback needs, also through recipes that wrap another."""
+"""Capabilities: whether a module has the protocol that a callback needs. A wrapper has those of its inner recipe."""
 
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -35,17 +36,14 @@ HAD_BY = {
 
 
 def has(module: object, protocol: type[P]) -> TypeIs[P]:
-    """Whether a module has all members of a protocol; one that wraps another recipe (``inner``) has what that has.
+    """Whether a module has all members of a protocol.
 
     >>> from torch import nn
     >>> from descant.modules.core.protocols import Embeds
     >>> has(nn.Linear(1, 1), Embeds)
     False
     """
-    if not isinstance(module, protocol):
-        return False
-    delegated = getattr(type(module), "DELEGATED", frozenset[str]())
-    return delegated.isdisjoint(_members(protocol)) or has(getattr(module, "inner", None), protocol)
+    return all(hasattr(module, name) for name in _members(protocol))  # type: ignore[arg-type]  # a class is hashable
 
 
 def require(callback: Any, module: object, *protocols: type) -> None:
@@ -62,6 +60,7 @@ def require(callback: Any, module: object, *protocols: type) -> None:
             )
 
 
+@cache
 def _members(protocol: type) -> list[str]:
     classes = [cls for cls in protocol.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
     names = {name for cls in classes for name in (*inspect.get_annotations(cls), *vars(cls))}

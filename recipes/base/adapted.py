@@ -70,7 +70,7 @@ class AdaptedRecipe(Wrapper):
             result = getattr(self.inner, name)(routed, *args, **kwargs)
         return self._masked(result, batch) if name == "embed" else result
 
-    def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None) -> Any:
+    def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Any:
         with ExitStack() as stack:
             if self.bank is not None and present is not None:  # without it all are present, and nothing is changed
                 stack.enter_context(self.bank.route(present))
