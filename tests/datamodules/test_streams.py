@@ -321,7 +321,7 @@ def test_two_ranks_resume_and_one_is_refused(tmp_path: Path) -> None:
 def test_the_command_line_refuses_in_one_line(cli: Any) -> None:
     shards(Path("s"), (30, 30))
     Path("stream.yaml").write_text(
-        "# A stream.\ndata:\n  class_path: Own\n  init_args:\n    batch_size: 8\n    num_workers: 0\n"
+        "# A stream.\ndata:\n  class_path: UserData\n  init_args:\n    batch_size: 8\n    num_workers: 0\n"
         '    stream: {class_path: Stream, init_args: {urls: "s/{0..1}.tar", samples: 40}}\n'
         "    fields:\n      class_path: Fields\n      init_args:\n"
         "        image: {class_path: ImageField, init_args: {field: png, size: 16}}\n"

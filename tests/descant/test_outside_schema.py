@@ -353,7 +353,8 @@ def test_data_modules_are_exported_and_configurations_keep_their_full_paths() ->
 def test_data_of_another_image_size_warns(tmp_path: Path) -> None:
     (first := tmp_path / "first.yaml").write_text("data: {class_path: Emoji, init_args: {size: 32}}\n")
     (data := tmp_path / "data.yaml").write_text(
-        "class_path: Own\ninit_args: {fields: {class_path: Fields, init_args: {image: {init_args: {size: 224}}}}}\n"
+        "class_path: UserData\n"
+        "init_args: {fields: {class_path: Fields, init_args: {image: {init_args: {size: 224}}}}}\n"
     )
     (line,) = composed([first], [("data", str(data))])
     assert "data.yaml: images of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line

@@ -579,7 +579,10 @@ def test_a_run_is_loaded_with_its_bank(runs: dict[str, Path], tmp_path: Path) ->
     assert not torch.allclose(said(again, b)["logits"], said(descant.load(runs["fusion"]), b)["logits"])
     with pytest.raises(ValueError, match=r"it is adapted already; give the run that it adapts, .*fusion/001"):
         MissingModality(path, bank=ModulationBank())
-    arguments["available"] = {"class_path": f"{kind}AvailableSets", "init_args": {"sets": [["text"]]}}
+    arguments["available"] = {
+        "class_path": "descant.modules.missing_modalities.available_sets.AvailableSets",
+        "init_args": {"sets": [["text"]]},
+    }
     arguments["bank"] = {"class_path": f"{kind}ModulationBank"}
     with pytest.raises(ValueError, match=r"bank\.parts\.image\.\S+ \[16\] is in the file, and the model has no such"):
         descant.load(write(tmp_path / "002", written, model))

@@ -367,7 +367,7 @@ def test_other_data_is_refused(tmp_path: Path, options: dict[str, Any], says: st
         fit(tmp_path, Resume(), path=point(tmp_path, 18), max_epochs=4, **options)
 
 
-def test_another_recipe_and_a_newer_layout_are_refused(tmp_path: Path) -> None:
+def test_another_recipe_and_another_layout_are_refused(tmp_path: Path) -> None:
     class Other(Net):
         pass
 
@@ -375,10 +375,11 @@ def test_another_recipe_and_a_newer_layout_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a resume point of .*Net, and the recipe here is .*Other"):
         fit(tmp_path, Resume(), path=point(tmp_path, 18), max_epochs=4, net=Other())
     content = torch.load(point(tmp_path, 18), weights_only=True)
-    content[ENTRY]["format"] = 99
-    AtomicIO().save_checkpoint(content, tmp_path / "resume/new.ckpt")
-    with pytest.raises(ValueError, match="of a newer version"):
-        fit(tmp_path, Resume(), path=tmp_path / "resume/new.ckpt", max_epochs=4)
+    for layout, line in ((99, "of a newer version"), (1, "its layout 1 is older than 2; commit 677e9b65 reads it")):
+        content[ENTRY]["format"] = layout
+        AtomicIO().save_checkpoint(content, tmp_path / "resume/new.ckpt")
+        with pytest.raises(ValueError, match=line):
+            fit(tmp_path, Resume(), path=tmp_path / "resume/new.ckpt", max_epochs=4)
 
 
 def test_a_validation_inside_a_step_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from descant.cli.errors import Refusal
 from descant.modules.io import manifest
 from descant.modules.io.checkpoints import followed
+from descant.modules.io.saved import CONFIG_SUM
 from descant.run import runs
 from descant.run.checkpoint_resolver import for_evaluation, for_fit
 from descant.run.folder import Folder
@@ -66,6 +67,17 @@ def test_versions(toy: Cli, workplace: Path) -> None:
 
 
 # resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_an_old_name_in_a_run_names_the_commit_that_reads_it(toy: Cli, cli: Cli, workplace: Path) -> None:
+    assert toy("fit", "--name", "a").rc == 0
+    run = workplace / "runs/a/001"
+    file, versions = run / "config.yaml", json.loads((run / "versions.json").read_text())
+    file.write_text(file.read_text().replace("seed_everything:", "seed_all:"))
+    versions.pop(CONFIG_SUM, None)
+    (run / "versions.json").write_text(json.dumps(versions | {"revision": "0123456789abcdef"}))
+    line = cli("validate", "--run", "a/001", "--trust", "tests.toys").refusal
+    assert "seed_all" in line and line.rstrip().endswith("; commit 0123456789ab wrote this run and reads it")
 
 
 def test_auto_without_a_checkpoint_starts_a_new_run(toy: Cli) -> None:
