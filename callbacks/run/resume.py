@@ -144,8 +144,7 @@ class Resume(Ordered):
             loop._batches_that_stepped = self._loaded["log_step"]
             # else plateau schedules miss the end of the epoch
             trainer.fit_loop._restarting = False
-            if "logged" in self._loaded:  # earlier versions had none
-                epoch_log.restore(trainer, self._loaded["logged"], bool(self._loaded["batch"]))
+            epoch_log.restore(trainer, self._loaded["logged"], bool(self._loaded["batch"]))
             self._saved, self._loaded = trainer.global_step, None
         micro = loop.batch_progress.current.completed % accumulate
         step = trainer.global_step
@@ -311,7 +310,7 @@ class Resume(Ordered):
             )
         accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
         checkpoint["loops"]["fit_loop"] |= loop_progress(
-            entry["epoch"], entry["batch"] * accumulate, entry["batches"] * accumulate, entry.get("begun", True)
+            entry["epoch"], entry["batch"] * accumulate, entry["batches"] * accumulate, entry["begun"]
         )
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "position"):

@@ -17,7 +17,7 @@ from descant.modules.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
-#: Old name -> new name, of experiments; the list of papers. Neither is a configuration.
+#: The list of papers, which is no configuration.
 PAPERS = ROOT / "papers/index.yaml"
 #: Folders of pieces that complete an experiment; everything else is an experiment.
 OVERLAYS = ("data", "on", "with")

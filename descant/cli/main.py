@@ -152,9 +152,8 @@ class DescantCLI(LightningCLI):
             self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
             places = tuple(self.walk.classes)
         read_replaced()
-        self.config = parser.parse_args(
-            [command, *request.arguments(places)]
-        )  # the walk may have completed short names
+        # read after the walk, which may have completed short names
+        self.config = parser.parse_args([command, *request.arguments(places)])
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: checkpoints hold no hyper-parameters."""

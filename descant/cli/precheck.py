@@ -19,7 +19,6 @@ from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
 from descant.modules.io import names
 from descant.run import runs
-from descant.run.versions import code
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
@@ -63,7 +62,9 @@ def precheck(
         try:
             walk.source(root)
         except Refusal as refusal:
-            raise Refusal(f"{refusal}{_written_by(file)}") from None
+            if note := _written_by(file):
+                raise type(refusal)(f"{refusal}{note}") from None
+            raise
     for key, value in options:
         if value is not None and not key.endswith(("help", "print_config")):
             walk.source(option(key, value))
@@ -90,7 +91,9 @@ def _one_experiment(files: Sequence[Path]) -> None:
 
 
 def _written_by(file: Path) -> str:
-    """Name the revision that wrote a run's configuration, where it is another one: it still reads its own names."""
+    """Name the commit that wrote a run's configuration, if it is another one; "" for any other file."""
+    from descant.run.versions import code  # when a file is refused, and not at each start
+
     wrote = runs.versions_of(file.parent).get("revision") if file.name == "config.yaml" else None
     return "" if wrote in (None, code()["revision"]) else f"; commit {str(wrote)[:12]} wrote this run and reads it"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ HAD_BY = {
 
 
 def has(module: object, protocol: type[P]) -> TypeIs[P]:
-    """Whether a module has all members of a protocol.
+    """Return True if a module has every member of a protocol.
 
     >>> from torch import nn
     >>> from descant.modules.core.protocols import Embeds
     >>> has(nn.Linear(1, 1), Embeds)
     False
     """
-    return all(hasattr(module, name) for name in _members(protocol))  # type: ignore[arg-type]  # a class is hashable
+    return all(hasattr(module, name) for name in _members(protocol))
 
 
 def require(callback: Any, module: object, *protocols: type) -> None:
@@ -60,8 +59,7 @@ def require(callback: Any, module: object, *protocols: type) -> None:
             )
 
 
-@cache
 def _members(protocol: type) -> list[str]:
     classes = [cls for cls in protocol.__mro__ if getattr(cls, "_is_protocol", False) and cls.__module__ != "typing"]
     names = {name for cls in classes for name in (*inspect.get_annotations(cls), *vars(cls))}
-    return sorted(name for name in names if not name.startswith("_"))
+    return sorted(name for name in names if not name.startswith("_") or name == "__call__")

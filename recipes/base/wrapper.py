@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
@@ -48,12 +49,14 @@ class Wrapper(Recipe):
             if name.startswith("_") or "inner" not in self.__dict__.get("_modules", ()):
                 raise
         member = getattr(self.inner, name)
-        if not inspect.ismethod(member):
+        route = _ROUTES.get(_argument(member.__func__)) if inspect.ismethod(member) else None
+        if route is None:
             return member
-        first = next(iter(inspect.signature(member).parameters), "")
-        routes: dict[str, Callable[..., Any]] = {"batch": self.of_batch, "z": self.of_latents}
-        through = routes.get(first)
-        return member if through is None else partial(through, name)
+
+        def call(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self, route)(name, *args, **kwargs)
+
+        return MethodType(call, self)  # a method as that of inner is: sharding asks for one
 
     def forward(self, batch: Batch) -> Output:
         return self.inner.forward(batch)
@@ -68,9 +71,21 @@ class Wrapper(Recipe):
 
     @property
     def modality_mask(self) -> Callable[[Batch], Mapping[str, Tensor]] | None:
-        mask: Callable[[Batch], Mapping[str, Tensor]] | None = self.__getattr__("modality_mask")
+        inner: Any = self.inner
+        mask: Callable[[Batch], Mapping[str, Tensor]] | None = inner.modality_mask
         return mask
 
     @modality_mask.setter
     def modality_mask(self, mask: Callable[[Batch], Mapping[str, Tensor]] | None) -> None:
-        self.inner.modality_mask = mask  # type: ignore[assignment]  # a capability of some recipes
+        inner: Any = self.inner
+        inner.modality_mask = mask
+
+
+#: First argument of a method of ``inner`` -> the method of the wrapper that it goes through.
+_ROUTES = {"batch": "of_batch", "z": "of_latents"}
+
+
+@cache
+def _argument(function: FunctionType) -> str:
+    """Name of a method's first argument behind ``self``; "" where it has none."""
+    return next(iter(list(inspect.signature(function).parameters)[1:]), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,27 @@ def test_a_refusal_names_the_callback_the_module_and_who_has_it() -> None:
             assert issubclass(kind, Recipe)
             members = {m for m, x in vars(protocol).items() if callable(x) and not m.startswith("_")}
             assert all(hasattr(kind, m) for m in members), f"{recipe} has no {name}"
+
+
+def test_methods_of_the_inner_recipe_are_methods_of_the_wrapper() -> None:
+    """Sharding looks for methods; each goes through ``of_batch``, which a subclass may change."""
+
+    class Noting(Staged):
+        def of_batch(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return name, super().of_batch(name, batch, *args, **kwargs)
+
+    net, batch = Noting(contrastive(), {"a": Stage()}).eval(), samples(8, *NAMES)
+    name, z = net.embed(batch)
+    assert inspect.ismethod(net.embed) and net.embed.__self__ is net and name == "embed"
+    assert all(torch.equal(z[m], x) for m, x in net.inner.embed(batch).items())  # type: ignore[operator]
+
+
+def test_a_protocol_of_a_callable_needs_the_call() -> None:
+    class Columns:
+        columns = (2,)
+
+    class Hiding(Columns):
+        def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+            return x
+
+    assert has(Hiding(), protocols.HidesCells) and not has(Columns(), protocols.HidesCells)
