@@ -6,6 +6,7 @@ and prints a table: every sample once an epoch, in training, validation, test an
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -42,8 +43,10 @@ from descant.recipes.contrastive import Contrastive
 from tests._suites.data import SampleData, Samples
 from tests.datamodules.test_streams import noise
 from tests.files import write_tar
-from tests.ranks import run_ranks, stand_alone
+from tests.ranks import free_port, keep_groups, run_ranks, stand_alone
 
+#: Seconds after which each rank of a script writes where it hangs and ends.
+LONGEST = 300
 #: Rows of a step, and samples of data that the caller's own loader reads.
 B, OWN = 8, 48
 
@@ -432,10 +435,12 @@ def joined(rank: int, case: Case, place: Path) -> None:
 
 
 def start(case: Case, place: Path) -> str:
-    """Run a case in processes of its own; what it wrote where it failed. `auto` is a script of its own."""
+    """Run a case in processes of its own and return what it wrote if it failed. `auto` is a script of its own."""
     if case.launch == "auto":
         command = [sys.executable, "-m", "tests.plain_trainers", str(place), json.dumps(list(case))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        # Lightning would choose a port that the kernel may give to the rank that asks for it too early
+        port = os.environ | {"MASTER_PORT": str(free_port())}
+        done = subprocess.run(command, capture_output=True, text=True, env=port)
         return done.stderr if done.returncode else ""
     try:
         run_ranks(2 if case.launch == "ddp" else 1, joined if case.launch == "ddp" else alone, case, place)
@@ -462,6 +467,8 @@ def main(folder: Path, chosen: Sequence[Case]) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
+        keep_groups()
         run(Case(*json.loads(sys.argv[2])), Path(sys.argv[1]))
     else:
         sys.exit(main(Path(sys.argv[1]), cases()))

@@ -38,7 +38,7 @@ LONGEST = 900
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``[function(rank, *args) for rank in range(world)]``, in parallel; results travel through files."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         if START == "forkserver":
             _serve()
@@ -61,7 +61,7 @@ def stand_alone() -> None:
         os.environ.pop(key, None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that connections are given: a rank that asks for the first one too early would be given its port."""
     for port in random.SystemRandom().sample(range(10_000, 15_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -96,14 +96,14 @@ def _entry(
     }
     torch.set_num_threads(1)
     as_batch_work()
-    _keep_groups()
+    keep_groups()
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)  # what is kept is freed by nobody
 
 
-def _keep_groups() -> None:
+def keep_groups() -> None:
     """Let no process group be freed, as those of Lightning are not before a process ends.
 
     Freeing one waits for its thread while Python is locked, and the thread may wait for that lock to free its last
