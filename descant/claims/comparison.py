@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.claims import plots, run, spec, store
-from descant.claims.claim import TUNE, Claim, Tuning
+from descant.claims.claim import TUNE, Claim
 from descant.claims.digest import digests
 from descant.claims.effect import (
     HELPS,
@@ -95,7 +95,7 @@ def load(name: str) -> Comparison:
     rules = spec.read_arms(where, content["arms"], own)
     if content["placebo"] not in rules:
         fail(f"{where}: placebo {content['placebo']}: one of its arms{hint(str(content['placebo']), rules)}")
-    seeds, simple = spec.tuning_seeds(where, content, rules), content.get("simple")
+    simple = content.get("simple")
     claims, own_arms = tuple(map(spec.load, content["claims"])), [str(arm) for arm in content.get("own") or ()]
     settings = []
     for claim in claims:
@@ -112,7 +112,7 @@ def load(name: str) -> Comparison:
             )
         kept = {arm: of for arm, of in claim.arms.items() if arm in {*needed, *own_arms}}
         spec.check_needs(where, {**kept, **rules})
-        tuning = None if seeds is None else Tuning(seeds, spec.on_validation(claim.metric))
+        tuning = spec.read_tuning(where, content, rules, spec.on_validation(claim.metric))
         setting = replace(claim, arms={**kept, **rules}, also=(), calls=None, tuning=tuning, simple=simple)
         settings.append(replace(setting, digests=digests(setting, spec.contents())))
     answer = str(content["answer"])

@@ -200,21 +200,19 @@ def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
                 fail(f"{where}: arms.{name}: {OF_ARM}/{other}: an arm that needs no other and has no settings")
 
 
-def tuning_seeds(
-    where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], keys: Iterable[str] = ("seeds",)
-) -> tuple[int, ...] | None:
-    """The seeds of the runs that choose settings, which stand beside other ``keys``; None where no arm has any."""
+def read_tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
+    """Read how runs choose settings, by ``metric``; None where no arm has any."""
     tuned = [name for name, arm in arms.items() if arm.settings]
     if content.get("tuning") is None:
         if tuned:
             fail(f"{where}: arms.{tuned[0]}: settings need `tuning`, which chooses one of them")
         return None
     given = _mapping(where, content, "tuning")
-    _known(f"{where}: tuning", given, keys)
+    _known(f"{where}: tuning", given, TUNING_KEYS)
     _need(f"{where}: tuning", given, ("seeds",))
     if not tuned:
         fail(f"{where}: tuning: no arm has settings")
-    return _seeds(f"{where}: tuning.seeds", given["seeds"])
+    return Tuning(_seeds(f"{where}: tuning.seeds", given["seeds"]), metric, dict(given.get("options") or {}))
 
 
 def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> tuple[Arm | None, int | None]:
@@ -238,12 +236,8 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
     check_needs(where, arms)
-    seeds = tuning_seeds(where, content, arms, TUNING_KEYS)
-    if seeds is None:
-        return None
-    given = content["tuning"]
     by = on_validation(metric) if metric.name.startswith("test/") else metric  # else of development data
-    return Tuning(seeds, by, dict(given.get("options") or {}))
+    return read_tuning(where, content, arms, by)
 
 
 def on_validation(metric: Metric) -> Metric:

@@ -48,11 +48,9 @@ class MaskedRecipe(Recipe):
             require_fit(tokenizer, self.adapters["text"])
             if self.align is not None and self.align.other == "text":
                 require_fit(tokenizer, self.align.tower, "align.tower")
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        adapters = self.adapters.each()
-        fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
+        if stage == "fit":  # a budget counts a step before training starts
+            adapters = self.adapters.each()
+            fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""

@@ -14,13 +14,18 @@ from torch import Tensor
 
 from descant.callbacks import Budget, ProgressiveResizing, Report, Resume, TrainFlops
 from descant.callbacks.run import budget
+from descant.datamodules import Emoji
 from descant.datamodules.stages import StageData
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
+from descant.modules.masking.adapters import Adapters
+from descant.modules.masking.code_adapter import CodeAdapter
+from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.towers import Towers
+from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.memory import step_cost, step_memory
 from descant.modules.training_setup.schedule import WarmupCosine
-from descant.recipes import Fusion
+from descant.recipes import Fusion, Masked
 from tests._suites import SampleData, towers
 from tests._suites.data import CLASSES, MODALITIES, TwoLayerTower
 from tests.callbacks.run.test_resume import equal, fit, point, state
@@ -78,6 +83,13 @@ def test_counting_changes_nothing(folder: Path, tmp_path: Path) -> None:
     counted, weights = whole(folder)
     _, net = run(tmp_path, Resume(), max_steps=len(counted.flops), max_epochs=-1)
     assert equal(state(net), weights)
+
+
+def test_a_step_is_counted_with_codes_that_are_fitted(tmp_path: Path) -> None:
+    codes = CodeAdapter(KMeansPatches(size=[16, 16], patch=8, codes=8, samples=40))
+    net = Masked(Adapters(image=codes), Trunk(12, 1, 2)).double()
+    trainer, _ = run(tmp_path, Budget(flops=1e8), net=net, data=Emoji(tiny=True, size=16, batch_size=8))
+    assert codes.tokenizer.fitted and 1 < trainer.global_step < 1000
 
 
 @pytest.mark.parametrize("step", quick([1, 7, 14], 2))
