@@ -131,45 +131,69 @@ def load(name: str) -> Comparison:
 def execute(
     of: Comparison, results: Path, runs: Path, jobs: int = 1, trust: Sequence[str] = (), slurm: str | None = None
 ) -> int:
-    """Register, run what is missing of all settings, store and print what it comes to. Returns an exit code."""
+    """Register, run what is missing of all settings, store each rule as it ends and print what it comes to.
+
+    Returns an exit code.
+    """
     for claim, setting in zip(of.claims, of.settings, strict=True):
         if _is_without_room(claim, results):
             say(f"claims {of.name}: {claim.name}: {NO_ROOM}, so its rules are not run")
             continue
         store.require_free(results, setting, of.name, _required_arms(of))
-        arms = lacking_arms(of, setting, results)
-        if not arms:
-            continue
-        stored = read_stored(of, setting, results) or {"runs": {}, "items": {}, "seconds": 0.0, "precision": []}
-        seeds, of_arm = setting.seeds["full"], stored["runs"]
-        kept = {arm: {seed: of_arm[arm][seed] for seed in seeds} for arm in setting.arms if arm not in arms}
-        file = store.path(results, setting.name, f"{of.name}-registered")
-        if not kept:  # runs that were not registered stay exploratory, whatever is added to them
-            store.write_registration(file, store.registration_in(file) or register(setting))
-        if is_tuned(setting, arms):
-            candidates = setting.candidates()
-            place, tried = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
-            code = _train(place, tried, candidates.seeds[TUNE], jobs, slurm)
+        lacking = lacking_arms(of, setting, results)
+        rules = [arm for arm in lacking if arm in of.rules and arm != of.placebo]
+        # what every rule is compared with comes first
+        parts = [[arm for arm in lacking if arm not in rules], *([rule] for rule in rules)]
+        for arms in parts if slurm is None else [list(lacking)]:
+            code = _run_arms(of, setting, arms, results, runs, jobs, trust, slurm) if arms else None
             if code is not None:
                 return code
-            tuned = place.collect(tried, candidates.seeds[TUNE])
-            store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
-            setting = setting.settled(setting.chosen(tuned))
-        place = Place(setting, "full", runs.absolute(), tuple(trust))
-        code = _train(place, arms, seeds, jobs, slurm)
-        if code is not None:
-            return code
-        folders = {arm: {seed: place.run_of(arm, seed) for seed in seeds} for arm in arms}
-        items = {rule: gains for rule, gains in stored["items"].items() if rule in kept}
-        if {"baseline", of.placebo} <= folders.keys():  # else their files are not here
-            for rule in (rule for rule in of.rules if rule in folders):
-                found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
-                items |= {rule: found.stored()} if found is not None else {}
-        made, seconds = {**kept, **place.collect(arms, seeds)}, stored["seconds"] + place.seconds
-        precisions = sorted({*stored["precision"], *place.precisions()})
-        store.write(results, setting, of.name, made, seconds, precisions, {"items": items})
     print(section(of, results))
     return 0
+
+
+def _run_arms(
+    of: Comparison,
+    setting: Claim,
+    arms: Sequence[str],
+    results: Path,
+    runs: Path,
+    jobs: int,
+    trust: Sequence[str],
+    slurm: str | None,
+) -> int | None:
+    """Train some arms of a setting, tuned first if they have settings, and store them beside those that are stored."""
+    stored = read_stored(of, setting, results) or {"runs": {}, "items": {}, "seconds": 0.0, "precision": []}
+    seeds, of_arm = setting.seeds["full"], stored["runs"]
+    whole = [arm for arm in of_arm if arm not in arms and {*seeds} <= of_arm[arm].keys()]
+    kept = {arm: {seed: of_arm[arm][seed] for seed in seeds} for arm in whole}
+    file = store.path(results, setting.name, f"{of.name}-registered")
+    if not kept:  # runs that were not registered stay exploratory, whatever is added to them
+        store.write_registration(file, store.registration_in(file) or register(setting))
+    if is_tuned(setting, arms):
+        candidates = setting.candidates()
+        place, tried = Place(candidates, TUNE, runs.absolute(), tuple(trust)), tuple(candidates.arms)
+        code = _train(place, tried, candidates.seeds[TUNE], jobs, slurm)
+        if code is not None:
+            return code
+        tuned = place.collect(tried, candidates.seeds[TUNE])
+        store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
+        setting = setting.settled(setting.chosen(tuned))
+    place = Place(setting, "full", runs.absolute(), tuple(trust))
+    spent = place.seconds
+    code = _train(place, arms, seeds, jobs, slurm)
+    if code is not None:
+        return code
+    folders = place.folders([*kept, *arms], seeds)
+    items = {rule: gains for rule, gains in stored["items"].items() if rule in kept}
+    if {"baseline", of.placebo} <= folders.keys():  # else their files are not here
+        for rule in (rule for rule in of.rules if rule in arms):
+            found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
+            items |= {rule: found.stored()} if found is not None else {}
+    made, seconds = {**kept, **place.collect(arms, seeds)}, stored["seconds"] + place.seconds - spent
+    precisions = sorted({*stored["precision"], *place.precisions()})
+    store.write(results, setting, of.name, made, seconds, precisions, {"items": items})
+    return None
 
 
 def _is_without_room(claim: Claim, results: Path) -> bool:

@@ -82,6 +82,11 @@ class Place:
         assert folder is not None
         return folder
 
+    def folders(self, arms: Iterable[str], seeds: Sequence[int]) -> dict[str, dict[int, Path]]:
+        """Arm -> seed -> folder, of the arms whose runs are all finished and here."""
+        whole = [arm for arm in arms if all(self.trained(arm, seed) is not None for seed in seeds)]
+        return {arm: {seed: self.run_of(arm, seed) for seed in seeds} for arm in whole}
+
     def unpredicted(self, arm: str, folder: Path) -> bool:
         """Whether the embeddings of its training samples are still to be written."""
         return arm == BEFORE and bool(self.claim.predicting()) and not any(folder.glob(f"predict-*/{TABLE}"))
