@@ -13,7 +13,6 @@ Letters: B samples, V of them with both, K of a list, N pairs, T tokens, D width
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +20,13 @@ from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, held_out_losses
 from descant.modules.core.output import Output, Scorer
 from descant.modules.core.rng import mix_N
-from descant.modules.core.rows import running_rows, zeroed
+from descant.modules.core.rows import RunningRows
 from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import Tokens, Towers
-from descant.modules.training_setup.sync_batch_norm import unseen
 from descant.recipes.base.recipe import Recipe
 
 
@@ -63,18 +61,11 @@ class Matching(Recipe):
 
     def tokens(self, batch: Batch, modality: str) -> Tokens:
         """Of all rows; those of absent samples are marked as no tokens."""
-        here_B = batch.present[modality]
-        x = batch.inputs[modality]
-        host_B = host_copy(here_B)
-        row_R = running_rows(host_B)
-        rows_R, absent_R = to_device(row_R, x.device), to_device(~host_B[row_R], x.device)
-        x_R = derived(zeroed, x, rows_R, absent_R)  # an absent row may hold anything
-        with self.row_tracker.select(row_R), nullcontext() if host_B.any() else unseen(self.towers[modality]):
-            h_RTD, mask_RT = self.towers[modality](x_R)
-        h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:]).index_put((rows_R,), h_RTD)
-        mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
-        mask_BT[rows_R] = mask_RT & here_B[rows_R, None]
-        return Tokens(h_BTD, mask_BT)
+        x, tower = batch.inputs[modality], self.towers[modality]
+        rows = RunningRows(batch.present[modality], x.device)
+        with rows.running(tower, self.row_tracker):
+            h_RTD, mask_RT = tower(rows.take(x))
+        return Tokens(rows.put(h_RTD), rows.put(mask_RT))
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         a, b = (self.tokens(batch, m) for m in self.pair)

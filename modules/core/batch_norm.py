@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -93,3 +94,17 @@ def new_statistics(module: nn.Module) -> Iterator[None]:
 def recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """``context_fn`` of torch's checkpoint: batch norms of a module count the first forward, not the recomputed one."""
     return nullcontext(), FrozenBatchNormStats(module)
+
+
+@contextmanager
+def unseen(module: nn.Module) -> Iterator[None]:
+    """Inside, inputs of a module's batch norms are excluded from running statistics and those of all ranks."""
+    norms: list[Any] = [m for m in module.modules() if getattr(type(m), "_synchronized", False)]
+    for norm in norms:
+        norm.counted = False
+    try:
+        with FrozenBatchNormStats(module) if not norms else nullcontext():
+            yield
+    finally:
+        for norm in norms:
+            norm.counted = True

@@ -7,9 +7,14 @@ Letters: R rows that run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
+
+from descant.modules.core.batch import chosen
+from descant.modules.core.batch_norm import unseen
+from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
 
 
 class RowTracker:
@@ -49,24 +54,60 @@ def share_rows(network: nn.Module) -> RowTracker:
     return tracker
 
 
-def running_rows(here_B: Tensor, least: int = 1) -> Tensor:
-    """Int64 ``[R]``: the samples that are present, in order; where they are fewer than ``least``, absent ones follow.
+class RunningRows:
+    """The rows of a batch that a module computes: those that are present, and never fewer than ``least``.
 
-    A rank without a modality still runs some rows of zeros: every rank's backward reaches the same parameters as often.
+    A rank whose samples all lack a modality still computes rows of zeros, so that the backward pass of every rank
+    reaches the same parameters.
 
-    >>> import torch
-    >>> running_rows(torch.tensor([False, True, True])).tolist(), running_rows(torch.tensor([False, False])).tolist()
-    ([1, 2], [0])
+    Args:
+        present_B: which samples have the modality. device: where the module computes. least: number of rows.
+
+    >>> x_B1, cpu = torch.tensor([[9.0], [3.0], [4.0]]), torch.device("cpu")
+    >>> rows = RunningRows(torch.tensor([False, True, True]), cpu)
+    >>> rows.take(x_B1).tolist(), rows.put(2 * rows.take(x_B1)).tolist()
+    ([[3.0], [4.0]], [[0.0], [6.0], [8.0]])
+    >>> none = RunningRows(torch.tensor([False, False]), cpu)
+    >>> none.row_R.tolist(), none.take(x_B1).tolist()
+    ([0], [[0.0]])
     """
-    return (~here_B).int().argsort(stable=True)[: max(int(here_B.sum()), least)]
+
+    def __init__(self, present_B: Tensor, device: torch.device, least: int = 1) -> None:
+        self.here_B = host_copy(present_B)
+        self.row_R = (~self.here_B).int().argsort(stable=True)[: max(int(self.here_B.sum()), least)]
+        self.absent_R = ~self.here_B[self.row_R]
+        self._at_R, self._out_R = to_device(self.row_R, device), to_device(self.absent_R, device)
+
+    def take(self, x_B: Tensor) -> Tensor:
+        """``[R, ...]``: the rows, with zeros in place of absent ones, which may hold anything."""
+        x_R = derived(_zeroed, x_B, self._at_R, self._out_R)
+        if (known := known_finite(x_B)) is None:
+            return x_R
+        return with_finite(x_R, lambda: known()[self.row_R] | _beside(self.absent_R, x_B))
+
+    def choose(self, mask_B: Tensor) -> Tensor:
+        """``[R, ...]``: the rows of a mask."""
+        return chosen(mask_B, self._at_R)
+
+    @contextmanager
+    def running(self, module: nn.Module, tracker: RowTracker | None = None) -> Iterator[None]:
+        """Inside, ``tracker`` has these rows, and batch norms of the module do not count them if all are absent."""
+        with (
+            nullcontext() if tracker is None else tracker.select(self.row_R),
+            nullcontext() if self.here_B.any() else unseen(module),
+        ):
+            yield
+
+    def put(self, h_R: Tensor) -> Tensor:
+        """``[B, ...]``: the computed rows in their places, and zeros for absent samples."""
+        h_R = h_R.masked_fill(_beside(self._out_R, h_R), 0)
+        return h_R.new_zeros(len(self.here_B), *h_R.shape[1:]).index_put((self._at_R,), h_R)
 
 
-def zeroed(x: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
-    """``[R, ...]``: some rows of ``x``, and zeros in place of those that are absent, which may hold anything.
+def _zeroed(x_B: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
+    return x_B[row_R].masked_fill_(_beside(absent_R, x_B), 0)
 
-    >>> import torch
-    >>> zeroed(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0]), torch.tensor([False, True])).tolist()
-    [[2.0], [0.0]]
-    """
-    x_R = x[row_R]
-    return x_R.masked_fill_(absent_R.view(-1, *[1] * (x.ndim - 1)), 0)
+
+def _beside(mask_R: Tensor, x: Tensor) -> Tensor:
+    """Return the mask with as many dimensions as ``x``."""
+    return mask_R.view(-1, *[1] * (x.ndim - 1))

@@ -28,7 +28,7 @@ from descant.modules.core.host import derived, has_host_copy, host_copy
 from descant.modules.core.sham import Sham
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, observe
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import Block, all_real, checked_heads, key_mask, xavier
+from descant.modules.towers.image import Block, all_real, checked_heads, cross_attention, key_mask, xavier
 from descant.modules.towers.text import columns
 
 #: ``layer(h, context)`` -> ``[B, T, D]``: tokens that have attended to themselves and to others.
@@ -95,14 +95,10 @@ class UniversalBlock(Block):
         return h_BTD + self._drop(self.mlp(self.norm_2(h_BTD)))
 
     def _cross_attention(self, h_BTD: Tensor, context: Tokens) -> Tensor:
-        B, T, D = h_BTD.shape
-        split = (self.heads, D // self.heads)
-        q = self.cross["query"](self.cross["norm"](h_BTD)).unflatten(2, split).transpose(1, 2)
-        kv = self.cross["kv"](self.cross["norm_given"](context.h_BTD)).unflatten(2, (2, *split))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q_BTD = self.cross["query"](self.cross["norm"](h_BTD))
+        kv_BTC = self.cross["kv"](self.cross["norm_given"](context.h_BTD))
         p = self.dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(context.mask_BT), dropout_p=p)
-        return self.cross["out"](h.transpose(1, 2).reshape(B, T, D))
+        return self.cross["out"](cross_attention(q_BTD, kv_BTC, self.heads, key_mask(context.mask_BT), p))
 
 
 class ExpertBlock(Block):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import has_host_copy, host_copy
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads, key_mask
+from descant.modules.towers.image import checked_heads, cross_attention, key_mask
 
 
 class ImageProjector(nn.Module):
@@ -153,8 +153,5 @@ class Resampler(ImageProjector):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
-        B, T, D = h_BTD.shape
-        k, v = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q = self.query_ID.view(1, self.queries, self.heads, -1).transpose(1, 2).expand(B, -1, -1, -1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask_BT))
-        return self.mlp(x.transpose(1, 2).reshape(B, self.queries, D))
+        q_BID = self.query_ID.expand(len(h_BTD), -1, -1)
+        return self.mlp(cross_attention(q_BID, self.kv(self.norm(h_BTD)), self.heads, key_mask(mask_BT)))

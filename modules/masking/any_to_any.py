@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.core.host import to_device
 from descant.modules.masking.corruptions import Grid
 from descant.modules.masking.decoders import At, Decoder, Encoded, Places
-from descant.modules.towers.image import Block, checked_heads, xavier
+from descant.modules.towers.image import Block, checked_heads, cross_attention, xavier
 from descant.modules.towers.vit import EPS, take
 
 
@@ -137,12 +136,6 @@ class _CrossBlock(Block):
 
     def forward(self, y_BQE: Tensor, c_BKE: Tensor, mask_B1QQ: Tensor | None, here_B11K: Tensor | None) -> Tensor:  # type: ignore[override]  # reads a context
         y_BQE = y_BQE + self.attention(self.norm_1(y_BQE), mask_B1QQ, causal=False)
-        y_BQE = y_BQE + self.cross(self.norm_q(y_BQE), self.norm_c(c_BKE), here_B11K)
+        q_BQE, kv_BKC = self.query(self.norm_q(y_BQE)), self.context(self.norm_c(c_BKE))
+        y_BQE = y_BQE + self.read(cross_attention(q_BQE, kv_BKC, self.heads, here_B11K))
         return y_BQE + self.mlp(self.norm_2(y_BQE))
-
-    def cross(self, y_BQE: Tensor, c_BKE: Tensor, here_B11K: Tensor | None) -> Tensor:
-        B, Q, E = y_BQE.shape
-        q = self.query(y_BQE).view(B, Q, self.heads, E // self.heads).transpose(1, 2)
-        k, v = self.context(c_BKE).view(B, -1, 2, self.heads, E // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=here_B11K)
-        return self.read(h.transpose(1, 2).reshape(B, Q, E))

@@ -9,10 +9,9 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads, key_mask, sincos, sincos_of
+from descant.modules.towers.image import checked_heads, cross_attention, key_mask, sincos, sincos_of
 
 
 class ViewDecoder(nn.Module):
@@ -75,9 +74,6 @@ class CrossBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, q_BQE: Tensor, c_BTE: Tensor, mask_BT: Tensor) -> Tensor:
-        heads = (self.heads, -1)
-        q = self.query(self.norm_1(q_BQE)).unflatten(2, heads).transpose(1, 2)
-        k, v = self.context(c_BTE).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask(mask_BT))
-        q_BQE = q_BQE + self.out(x.transpose(1, 2).flatten(2))
+        q, kv = self.query(self.norm_1(q_BQE)), self.context(c_BTE)
+        q_BQE = q_BQE + self.out(cross_attention(q, kv, self.heads, key_mask(mask_BT)))
         return q_BQE + self.mlp(self.norm_2(q_BQE))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -34,14 +34,13 @@ from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.protocols import HidesCells
 from descant.modules.core.ranks import gather
-from descant.modules.core.rows import RowTracker, running_rows, zeroed
+from descant.modules.core.rows import RowTracker, RunningRows
 from descant.modules.fusion.cross_encoder import Fused, FusionLayers
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.moe import Routing
 from descant.modules.towers.base import Tokens
-from descant.modules.training_setup.sync_batch_norm import unseen
 
 T = TypeVar("T")
 
@@ -131,7 +130,7 @@ class Streams:
     def _tokens(self, modality: str, masks: Masks | None, view: str) -> Tokens:
         model, x, present_B = self.model, self.batch.inputs[modality + view], self.batch.present[modality]
         tower, step, imputation = model.towers[modality], model.step, model.imputation
-        here_B = host_copy(present_B if imputation is None else imputation.seen(modality, present_B))
+        seen_B = present_B if imputation is None else imputation.seen(modality, present_B)
         encode: Callable[..., Tokens] = tower
         more: tuple[Tensor, ...] = ()
         if masks is not None and modality in masks.target and has(tower, HidesCells):
@@ -139,19 +138,12 @@ class Streams:
         elif masks is not None and modality in masks.target:
             more = (masks.target[modality], derived(torch.logical_or, masks.target[modality], masks.visible[modality]))
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
-        if here_B.all():
+        if host_copy(seen_B).all():
             return _chunked(encode, (x, *more), step, tower)
-        rows_R = running_rows(here_B, least=step.chunks)  # one row a chunk
-        absent_R = ~here_B[rows_R]
-        at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
-        x_R, more_R = derived(zeroed, x, at_R, out_R), [chosen(mask_BT, at_R) for mask_BT in more]
-        # zeros that stand for nothing are not to be counted by a tower's batch norms
-        with model.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
-            h_RTD, mask_RT = _chunked(encode, (x_R, *more_R), step, tower)
-        h_BTD = h_RTD.new_zeros(len(x), *h_RTD.shape[1:])
-        mask_BT = torch.zeros(len(x), mask_RT.shape[1], dtype=torch.bool, device=x.device)
-        h_RTD = h_RTD.masked_fill(out_R[:, None, None], 0.0)
-        return Tokens(h_BTD.index_put((at_R,), h_RTD), mask_BT.index_put((at_R,), mask_RT & ~out_R[:, None]))
+        rows = RunningRows(seen_B, x.device, least=step.chunks)  # one row a chunk
+        with rows.running(tower, model.row_tracker):
+            h_RTD, mask_RT = _chunked(encode, (rows.take(x), *map(rows.choose, more)), step, tower)
+        return Tokens(rows.put(h_RTD), rows.put(mask_RT))
 
     # two modalities ---------------------------------------------------------------------------------------------------
 

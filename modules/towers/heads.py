@@ -6,11 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from descant.modules.core.modalities import given, with_others
 from descant.modules.towers.base import Tokens
-from descant.modules.towers.image import checked_heads, key_mask, xavier
+from descant.modules.towers.image import checked_heads, cross_attention, key_mask, xavier
 
 
 class Pool(nn.Module):
@@ -112,12 +111,10 @@ class AttentionPool(Pool):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
-        B, T, D = h_BTD.shape
-        kv = self.kv(self.norm(h_BTD)).view(B, T, 2, self.heads, D // self.heads)
-        k_BHTd, v_BHTd = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BH1d = self.query_D.to(k_BHTd.dtype).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
-        h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=key_mask(mask_BT))
-        return self.out(h_BH1d.reshape(B, D)).masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
+        kv_BTC = self.kv(self.norm(h_BTD))
+        q_B1D = self.query_D.to(kv_BTC.dtype).expand(len(h_BTD), 1, -1)
+        h_B1D = cross_attention(q_B1D, kv_BTC, self.heads, key_mask(mask_BT))
+        return self.out(h_B1D[:, 0]).masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
 
 
 class MAPPool(Pool):
@@ -159,13 +156,10 @@ class MAPPool(Pool):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
-        B, T, D = h_BTD.shape
         absent_B1 = ~mask_BT.any(dim=1, keepdim=True)
-        kv = self.kv(h_BTD.masked_fill(~mask_BT[..., None], 0.0)).view(B, T, 2, self.heads, D // self.heads)
-        k_BHTd, v_BHTd = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_BH1d = self.q(self.probe_1D).view(1, self.heads, 1, -1).expand(B, -1, -1, -1)
-        h_BH1d = F.scaled_dot_product_attention(q_BH1d, k_BHTd, v_BHTd, attn_mask=key_mask(mask_BT))
-        h_BD = self.out(h_BH1d.reshape(B, D))
+        kv_BTC = self.kv(h_BTD.masked_fill(~mask_BT[..., None], 0.0))
+        q_B1D = self.q(self.probe_1D).expand(len(h_BTD), 1, -1)
+        h_BD = self.out(cross_attention(q_B1D, kv_BTC, self.heads, key_mask(mask_BT))[:, 0])
         return (h_BD + self.mlp(self.norm(h_BD))).masked_fill(absent_B1, 0.0)
 
 

@@ -52,6 +52,21 @@ class Block(nn.Module):
         return F.dropout(h_BTD, self.dropout, self.training) if self.dropout else h_BTD
 
 
+def cross_attention(q_BQD: Tensor, kv_BTC: Tensor, heads: int, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """``softmax(q k^T / sqrt(D / heads)) v`` of each head, ``[B, Q, D]``.
+
+    Args:
+        q_BQD: projected queries. kv_BTC: projected keys, then values, ``C = 2 D``. mask: as of :class:`Block`.
+
+    >>> cross_attention(torch.zeros(1, 1, 2), torch.tensor([[[0.0, 0, 1, 2], [0, 0, 3, 6]]]), 2, None).tolist()
+    [[[2.0, 4.0]]]
+    """
+    q = q_BQD.unflatten(2, (heads, -1)).transpose(1, 2)
+    k, v = kv_BTC.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return h.transpose(1, 2).flatten(2)
+
+
 def xavier(*layers: nn.Module) -> None:
     """Uniform weights by Glorot's rule and no biases, layer by layer."""
     for layer in layers:

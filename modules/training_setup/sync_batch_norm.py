@@ -6,8 +6,7 @@ Letters: R ranks, B rows of this rank, C channels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from descant.modules.core.batch_norm import FrozenBatchNormStats
 from descant.modules.core.ranks import awaited_total, gather, rank, world
 
 
@@ -38,20 +36,6 @@ def synchronize(module: nn.Module) -> int:
             members = {"forward": _forward(cls.forward), "_synchronized": True, "counted": True}
             norm.__class__ = type(f"Synchronized{cls.__name__}", (cls,), members)
     return len(plain)
-
-
-@contextmanager
-def unseen(module: nn.Module) -> Iterator[None]:
-    """Inside, inputs of a module's batch norms are excluded from running statistics and those of all ranks."""
-    norms: list[Any] = [m for m in module.modules() if getattr(type(m), "_synchronized", False)]
-    for norm in norms:
-        norm.counted = False
-    try:
-        with FrozenBatchNormStats(module) if not norms else nullcontext():
-            yield
-    finally:
-        for norm in norms:
-            norm.counted = True
 
 
 def batch_norm(

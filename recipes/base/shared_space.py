@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -21,14 +20,13 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
-from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
+from descant.modules.core.host import host_copy
 from descant.modules.core.protocols import Encodes
-from descant.modules.core.rows import running_rows, zeroed
+from descant.modules.core.rows import RunningRows
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.modules.towers.heads import MeanPool, Pool, Pools, Projection
-from descant.modules.training_setup.sync_batch_norm import unseen
 from descant.recipes.base.recipe import Recipe
 
 
@@ -102,19 +100,11 @@ class SharedSpace(Recipe):
 
     def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
-        here_B = host_copy(present_B)  # of the loader, so that no step waits for a device to know its shapes
-        if here_B.all():
+        if host_copy(present_B).all():  # of the loader, so that no step waits for a device to know its shapes
             return self.step.chunked(features, x, tower)
-        rows_R = running_rows(here_B, least=self.step.chunks)  # one row a chunk
-        absent_R = ~here_B[rows_R]
-        at_R, out_R = to_device(rows_R, x.device), to_device(absent_R, x.device)
-        x_R = derived(zeroed, x, at_R, out_R)
-        if (known := known_finite(x)) is not None:
-            x_R = with_finite(x_R, lambda: known()[rows_R] | absent_R.view(-1, *[1] * (x.ndim - 1)))
-        # zeros that stand for nothing are not to be counted by a tower's batch norms
-        with self.row_tracker.select(rows_R), nullcontext() if here_B.any() else unseen(tower):
-            h_RD = self.step.chunked(features, x_R, tower).masked_fill(out_R[:, None], 0.0)
-        return h_RD.new_zeros(len(x), h_RD.shape[1]).index_put((at_R,), h_RD)
+        rows = RunningRows(present_B, x.device, least=self.step.chunks)  # one row a chunk
+        with rows.running(tower, self.row_tracker):
+            return rows.put(self.step.chunked(features, rows.take(x), tower))
 
     def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""

@@ -8,7 +8,6 @@ Letters: B samples on this rank, R of them present, D width of features, P of pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Self
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import host_copy, to_device
+from descant.modules.core.host import host_copy
 from descant.modules.core.ranks import world
-from descant.modules.core.rows import running_rows
+from descant.modules.core.rows import RunningRows
 from descant.modules.losses.views.queue import Queue
-from descant.modules.training_setup.sync_batch_norm import unseen
 
 
 @dataclass
@@ -118,14 +116,11 @@ def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
     >>> present_rows(norm, h_BD, torch.tensor([True, True, False])).flatten().round().tolist()
     [-1.0, 1.0, 0.0]
     """
-    here_B = host_copy(valid_B)
-    if here_B.all():
+    if host_copy(valid_B).all():
         return head(h_BD)
-    rows_R = running_rows(here_B, least=1 if world() > 1 else 2)  # a batch norm of one process needs two
-    at_R, out_R = to_device(rows_R, h_BD.device), to_device(~here_B[rows_R], h_BD.device)
-    with nullcontext() if here_B.any() else unseen(head):
-        z_RP = head(h_BD[at_R]).masked_fill(out_R[:, None], 0.0)
-    return z_RP.new_zeros(len(h_BD), z_RP.shape[1]).index_put((at_R,), z_RP)
+    rows = RunningRows(valid_B, h_BD.device, least=1 if world() > 1 else 2)  # a batch norm of one process needs two
+    with rows.running(head):
+        return rows.put(head(rows.take(h_BD)))
 
 
 def require_positive(objective: ViewObjective, **values: float) -> None:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from descant.modules.training_setup.sync_batch_norm import batch_norm, synchronize, unseen
+from descant.modules.core.batch_norm import unseen
+from descant.modules.training_setup.sync_batch_norm import batch_norm, synchronize
 from tests.ranks import run_ranks
 from tests.tolerance import F32, F64, ulps
 
