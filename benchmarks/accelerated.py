@@ -25,7 +25,7 @@ from benchmarks import contrastive, masked
 from benchmarks.budget import Benchmark, Figure, LeftOut, Share
 from benchmarks.timing import Laps, interleaved, median, wait
 from descant.__main__ import main as descant
-from descant.callbacks.run.throughput import matmul_peak
+from descant.callbacks.logs.throughput import matmul_peak
 from descant.cli import check, estimate
 from descant.modules.training_setup.compile_and_shard import Compile
 from descant.modules.training_setup.flops import FlopCount

@@ -21,8 +21,8 @@ from benchmarks import Row
 from benchmarks.contrastive import Memory, adamw_callable
 from benchmarks.timing import median
 from descant.callbacks import Resume
-from descant.callbacks.run.exact_resume import seed_all
-from descant.callbacks.run.stop_signals import Signals
+from descant.callbacks.checkpoints.exact_resume import seed_all
+from descant.callbacks.checkpoints.stop_signals import Signals
 from descant.cli.quiet import quieten
 from descant.datamodules.resumable_sampler import Order
 from descant.modules.towers import PatchTower, TextTower, Towers

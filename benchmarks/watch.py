@@ -22,10 +22,10 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks import Row
 from benchmarks.timing import median
-from descant.callbacks.run.hangs import Head
-from descant.callbacks.run.heartbeat import Heartbeat, Settings
-from descant.callbacks.run.phases import Phases
-from descant.callbacks.run.watch import Watch
+from descant.callbacks.health.hangs import Head
+from descant.callbacks.health.heartbeat import Heartbeat, Settings
+from descant.callbacks.health.watch import Watch
+from descant.callbacks.logs.phases import Phases
 
 #: Ranks of the largest run that is asked about.
 MANY = 1024

@@ -81,7 +81,12 @@ LONGEST = (
         "test_balance_everywhere.py",
         "recipes/test_smollm.py",
     ),
-    *("callbacks/run/test_resume.py", "descant/slurm/test_sweep.py", "test_elastic.py", "modules/policy/test_trl.py"),
+    *(
+        "callbacks/checkpoints/test_resume.py",
+        "descant/slurm/test_sweep.py",
+        "test_elastic.py",
+        "modules/policy/test_trl.py",
+    ),
 )
 
 

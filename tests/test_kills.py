@@ -45,7 +45,7 @@ def test_killed_in_parts_it_is_resumed_on_two_ranks_on_one_and_unsharded(
     assert found == []
 
 
-#: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: callbacks/run/test_resume.py.
+#: What was lost of logs once, though no weight was: turns, numbers of an epoch. Rules: test_resume.py.
 LOGS = ("with/balance/mmpareto", "with/balance/mla", "papers/revisit-captions")
 
 

@@ -35,7 +35,7 @@ def test_there_are_forty_all_over_the_tree() -> None:
     assert folders >= {
         *("modules/core", "modules/losses", "modules/towers", "modules/language", "modules/policy", "recipes"),
         *(
-            "callbacks/run",
+            "callbacks/checkpoints",
             "callbacks/harmonize",
             "datamodules",
             "datamodules/sources",

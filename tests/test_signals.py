@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from descant.callbacks.run.stop_signals import AGREE_STEPS, CODES
+from descant.callbacks.checkpoints.stop_signals import AGREE_STEPS, CODES
 from descant.modules.io import manifest
 from descant.run import runs
 from tests.rotation import turn

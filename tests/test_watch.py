@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from descant.callbacks.run.hangs import born, state_of
+from descant.callbacks.health.hangs import born, state_of
 from tests.rotation import turn
 from tests.torture import Case, Fit, differences, wait
 

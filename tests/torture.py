@@ -102,7 +102,7 @@ _CHAT = {
     "lm": {"class_path": "CausalLM", "init_args": {"vocab": 8194, "width": 16, "depth": 1, "heads": 2, "length": 128}},
 }
 _ALWAYS: list[dict[str, Any]] = [
-    {"class_path": "descant.callbacks.run.report.Report"},
+    {"class_path": "descant.callbacks.logs.report.Report"},
     {"class_path": "Resume", "init_args": {"every": 3}},
     {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "RUN/checkpoints", "save_last": True}},
     {"class_path": "Accuracy"},

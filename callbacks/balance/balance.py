@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.callback_order import Ordered
 from descant.modules.balance.base import Pacing
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import require_multimodal
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.callback_order import Ordered
 from descant.modules.balance.conditional_speed import ConditionalSpeed
 from descant.modules.core.dtensor import total_norm
 from descant.modules.core.host import read_together

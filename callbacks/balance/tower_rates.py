@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from descant.callbacks.balance.balance import require_multimodal
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.callback_order import Ordered
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Fuses, MultimodalClassifier, Unimodal
 from descant.modules.core.ranks import total_of_ranks

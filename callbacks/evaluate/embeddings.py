@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from descant.callbacks.run.callback_order import callbacks_of
+from descant.callbacks.callback_order import callbacks_of
 from descant.modules.core.batch import Batch, parts
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.protocols import Embeds

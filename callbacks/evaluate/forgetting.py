@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from descant.callbacks.run.resumable_log import ResumableMetrics
+from descant.callbacks.logs.resumable_log import ResumableMetrics
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.errors import no_such
 from descant.modules.core.protocols import StagedRecipe

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.callback_order import Ordered
 from descant.modules.training_setup.trainer import logged_step
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import lightning as L
 
+from descant.callbacks.callback_order import Ordered
 from descant.callbacks.evaluate.part_metrics import publish
-from descant.callbacks.run.callback_order import Ordered
 
 
 class WorstOf(Ordered):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import binary_auroc
 
-from descant.callbacks.run.callback_order import Ordered
+from descant.callbacks.callback_order import Ordered
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.dtype import promote

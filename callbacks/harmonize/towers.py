@@ -12,8 +12,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from descant.callbacks.callback_order import Ordered
 from descant.callbacks.harmonize.terms import gradients
-from descant.callbacks.run.callback_order import Ordered
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.objects import require_objects

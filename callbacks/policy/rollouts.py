@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from descant.callbacks.logs.resumable_log import ResumableLog
 from descant.callbacks.policy.rounds import added
-from descant.callbacks.run.resumable_log import ResumableLog
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects

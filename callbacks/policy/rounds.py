@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from descant.callbacks.run.resumable_log import ResumableMetrics
+from descant.callbacks.logs.resumable_log import ResumableMetrics
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.modes import eval_mode

@@ -21,8 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from descant.callbacks.run.nonfinite import RollBack
-from descant.callbacks.run.resume import Resume, Stopped, require_exact
+from descant.callbacks.checkpoints.resume import Resume, Stopped, require_exact
+from descant.callbacks.health.nonfinite import RollBack
 from descant.cli import precision
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, run_name, with_maker

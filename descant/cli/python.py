@@ -11,7 +11,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from descant.callbacks.run.resume import Stopped
+from descant.callbacks.checkpoints.resume import Stopped
 from descant.cli.arguments import Request
 from descant.cli.errors import Refusal, hint, say
 from descant.cli.main import DescantCLI, release

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy
 
 from descant.callbacks.evaluate.accuracy import Accuracy
 from descant.callbacks.evaluate.held_out_loss import HeldOutLoss
-from descant.callbacks.run.progress import Progress
+from descant.callbacks.logs.progress import Progress
 from descant.cli.errors import fail, one_line
 from descant.modules.core.capabilities import has
 from descant.modules.io import manifest

@@ -132,7 +132,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     import torch
     from safetensors.torch import save_file
 
-    from descant.callbacks.run.report import read_json, write_json
+    from descant.callbacks.logs.report import read_json, write_json
     from descant.export import loading
     from descant.modules.io import merge, saved
     from descant.recipes.base.rebuild import build, rebuild

@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.policy.rounds import Rounds
-from descant.callbacks.run.stages import Stages
+from descant.callbacks.training.stages import Stages
 from descant.cli.check import Check, Checked
 from descant.cli.precision import AUTO
 from descant.modules.core.batch import Batch

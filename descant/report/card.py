@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from descant import __version__
-from descant.callbacks.run.report import blocks, read_json, write_json
+from descant.callbacks.logs.report import blocks, read_json, write_json
 from descant.modules.io.saved import Saved, account, read_checkpoint
 from descant.modules.tokenizers.text import Tokenizer
 from descant.recipes.base.recipe import Recipe

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from descant import __version__
-from descant.callbacks.run.report import read_json
+from descant.callbacks.logs.report import read_json
 from descant.cli.errors import fail, hint
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.modules.core.dtensor import unsharded_class

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from descant.callbacks import Resume
-from descant.callbacks.run.resume import Stopped
+from descant.callbacks.checkpoints.resume import Stopped
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import BEGINNING, Mark, Stream
 from descant.datamodules.user_data import UserData
@@ -28,7 +28,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.recipes.base.recipe import Recipe
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.files import write_tar
 from tests.ranks import run_ranks
 from tests.rotation import by_turns, quick

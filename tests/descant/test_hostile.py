@@ -142,7 +142,7 @@ YAML = [
     "model: !!python/object/new:subprocess.Popen [[touch, MARK]]",
     "model: !!python/name:os.system",
     "model: !!python/module:os",
-    "trainer: {callbacks+: [!!python/object:descant.callbacks.run.resume.Resume {}]}",
+    "trainer: {callbacks+: [!!python/object:descant.callbacks.checkpoints.resume.Resume {}]}",
     "x: &x {class_path: os.system}\nmodel: {init_args: {text: *x}}",
     "model:\n  init_args:\n    text:\n      <<: {class_path: os.system}\n",
     "model: {init_args: {text: {class_path: torch.nn.Linear, class_path: os.system}}}",

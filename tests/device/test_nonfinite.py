@@ -15,8 +15,8 @@ from descant.modules.core.faults import Faults
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.io import plain
-from tests.callbacks.run.test_nonfinite import BAD, Spoiled, Watching, ledger
-from tests.callbacks.run.test_resume import fit
+from tests.callbacks.checkpoints.test_resume import fit
+from tests.callbacks.health.test_nonfinite import BAD, Spoiled, Watching, ledger
 
 
 def net(where: str = "loss", fused: bool = True) -> Spoiled:

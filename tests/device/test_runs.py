@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from descant.callbacks import Resume
 from descant.modules.io.plain import load_plain
 from descant.run.store import AtomicIO
-from tests.callbacks.run.test_resume import Act, equal, state
-from tests.callbacks.run.test_resume import fit as resumed
+from tests.callbacks.checkpoints.test_resume import Act, equal, state
+from tests.callbacks.checkpoints.test_resume import fit as resumed
 from tests.device.runs import RUNS, Run, prepare
 from tests.rotation import quick
 

@@ -33,7 +33,7 @@ from descant.modules.towers import PatchEmbed, Towers
 from descant.modules.transforms.denoisers import MixtureOfDenoisers, Suffix
 from descant.recipes import Stage, Staged, VisionLanguage
 from tests._suites import GradientExact, MissingModalities, Ranks
-from tests.callbacks.run.test_resume import equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import equal, fit, point, state
 from tests.modules.adaptation.test_extend import saved
 from tests.recipes.test_vision_language import Patches, batch, dialogue, sees
 

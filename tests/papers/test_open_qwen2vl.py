@@ -22,7 +22,7 @@ from descant.modules.language import CausalLM
 from descant.modules.language.projectors import PooledGrid
 from descant.recipes import Stage, Staged, VisionLanguage
 from tests._suites import GradientExact, MissingModalities, Ranks
-from tests.callbacks.run.test_resume import equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import equal, fit, point, state
 from tests.recipes import test_vision_language as chat
 from tests.small import small_chat
 from tests.tolerance import F64, rounding

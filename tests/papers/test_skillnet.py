@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from descant.callbacks.run.exact_resume import settle_buckets
+from descant.callbacks.checkpoints.exact_resume import settle_buckets
 from descant.datamodules.mixture import Mixture
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.universal import ExpertBlock, UniversalLayers

@@ -20,7 +20,7 @@ from descant.modules.adaptation.upcycle import Assemble, Upcycle
 from descant.modules.language import CausalLM
 from descant.modules.moe import ExpertLayers, MoELayer, TopKRouter
 from tests._suites import SampleData
-from tests.callbacks.run.test_resume import Act, equal, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, point, state
 from tests.recipes import test_growing as growing
 from tests.recipes.test_growing import STEPS
 from tests.tolerance import F32, F64

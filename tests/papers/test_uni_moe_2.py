@@ -35,7 +35,7 @@ from descant.modules.towers import Towers
 from descant.recipes import DPO, GRPO, Stage, Staged, VisionLanguage
 from descant.recipes.base.distillation import TeacherStage
 from tests._suites import MissingModalities, Ranks, ShamNeutral
-from tests.callbacks.run.test_resume import fit
+from tests.callbacks.checkpoints.test_resume import fit
 from tests.recipes.test_vision_language import Patches, batch, sees
 from tests.small import small_chat
 from tests.tolerance import F32, F64, rounding, ulps

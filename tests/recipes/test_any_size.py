@@ -33,7 +33,7 @@ from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import AnySizeTower, BagTower, Towers
 from descant.modules.towers.vit import Trunk
 from descant.recipes import Contrastive, Masked, VisionLanguage
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.datamodules.fields.test_any_size import SHAPES, photographs
 from tests.modules.towers.test_any_size import GRIDS
 from tests.modules.towers.test_any_size import batch as images

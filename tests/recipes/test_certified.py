@@ -27,7 +27,7 @@ from descant.modules.evaluation.attacks import Nudge, certified_radius, slopes
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import Certified
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData, batch, build, fusion, train, write
 from tests.step_toy import QUIET

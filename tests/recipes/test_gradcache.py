@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from descant.callbacks.run.sanity import chunked_norms
+from descant.callbacks.health.sanity import chunked_norms
 from descant.modules.core.batch import Batch
 from descant.modules.losses import ContrastiveLoss, RingSigLIP
 from descant.modules.towers import BagTower, ConvTower, PatchTower, TextTower, Tower, Towers

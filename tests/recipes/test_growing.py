@@ -26,7 +26,7 @@ from descant.recipes import Contrastive, Stage, Staged, TeacherAverage
 from descant.recipes.base.rebuild import rebuild
 from descant.run import portable
 from tests._suites import SampleData
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import build, node, write
 from tests.rotation import quick

@@ -27,7 +27,7 @@ from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import Masked
 from descant.run.sharded import Sharded
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.step_toy import QUIET, KeepGradients, largest_gap

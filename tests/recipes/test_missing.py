@@ -42,7 +42,7 @@ from descant.modules.missing_modalities.modulation_forms import LowRank, Modulat
 from descant.modules.towers import TextTower
 from descant.modules.training_setup.compile_and_shard import Compile
 from descant.recipes import MissingModality, Recipe
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.tolerance import F32, rounding

@@ -13,7 +13,7 @@ from descant.callbacks import Resume
 from descant.modules.core.protocols import HasObjective, HasTerms, HasTowers, Scores
 from descant.modules.distill.distill import Distill, HardTarget, SoftTarget
 from descant.recipes import Peers, TeacherAverage
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.recipes.test_missing import PatternData, batch, build, fusion, node, some_absent
 from tests.tolerance import F32, ulps
 

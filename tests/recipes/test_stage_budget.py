@@ -24,7 +24,7 @@ from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes import Fusion, Stage, Staged
 from tests._suites import SampleData, towers
 from tests._suites.data import CLASSES
-from tests.callbacks.run.test_resume import equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.tolerance import F64, ulps

@@ -33,9 +33,9 @@ from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.schedule import WarmupCosine
 from descant.recipes import DPO, GRPO, Stage, Staged, VisionLanguage
 from descant.recipes.base.distillation import TeacherStage
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.callbacks.policy.test_rollouts import G, N
 from tests.callbacks.policy.test_rounds import Given
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import by_turns, quick
 from tests.small import small_chat

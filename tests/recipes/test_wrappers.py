@@ -23,7 +23,7 @@ from descant.recipes import CompetitiveDistillation, Contrastive, Stage, Staged
 from descant.recipes.base.recipe import Recipe
 from tests._suites import SampleData, samples, towers
 from tests._suites.recipes import step_of
-from tests.callbacks.run.test_resume import equal, fit, state
+from tests.callbacks.checkpoints.test_resume import equal, fit, state
 
 NAMES = ("image", "text")
 

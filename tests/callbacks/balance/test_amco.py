@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.balance.amco import AMCo
-from descant.callbacks.run.resume import Resume
+from descant.callbacks.checkpoints.resume import Resume
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix
 from tests.callbacks.balance.test_balance import Watching, fit, model, one, whole
 from tests.callbacks.balance.test_balance import fitted as balanced
-from tests.callbacks.run import test_resume as resumed
+from tests.callbacks.checkpoints import test_resume as resumed
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, SignData
 from tests.step_toy import largest_gap

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from descant.callbacks.balance.greedy import GreedyRebalancing
-from descant.callbacks.run.resume import Resume
+from descant.callbacks.checkpoints.resume import Resume
 from descant.modules.balance.conditional_speed import ConditionalSpeed
 from descant.modules.fusion.mmtm import MMTMFusion
 from descant.modules.towers import Towers
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import Watching, fit, model, one, whole
-from tests.callbacks.run import test_resume as resumed
+from tests.callbacks.checkpoints import test_resume as resumed
 from tests.ranks import run_ranks
 from tests.recipes.test_fusion import WIDTHS, Line, SignData
 from tests.step_toy import QUIET, largest_gap

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from descant.callbacks import KNN, Geometry, LinearProbe, ModalitySubsetEval, Retrieval, ZeroShot
 from descant.callbacks.evaluate.retrieval import EmergentRetrieval
-from descant.callbacks.run.report import Report
+from descant.callbacks.logs.report import Report
 from descant.modules.evaluation.items import FILE, Items, mean_of, per_group
 from descant.modules.evaluation.metrics import swap_hits
 from tests.callbacks.evaluate.test_embeddings import Data, Recipe, make, trainer

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from descant.callbacks import WorstGroup
-from tests.callbacks.run.test_resume import Net, NumberData, fit
+from tests.callbacks.checkpoints.test_resume import Net, NumberData, fit
 from tests.tolerance import F32, ulps
 
 

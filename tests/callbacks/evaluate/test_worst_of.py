@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from descant.callbacks import MeanOf, SpreadOf, WorstOf
-from tests.callbacks.run.test_resume import fit
+from tests.callbacks.checkpoints.test_resume import fit
 
 
 class Logged(L.Callback):

@@ -27,8 +27,8 @@ from descant.modules.tokenizers.text import EOS, PAD
 from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes import GRPO, VisionLanguage
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.callbacks.policy.test_rounds import Given
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.rotation import quick
 from tests.small import small_chat

@@ -18,7 +18,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill, SoftTarget, Teacher
 from descant.modules.language.answer_scores import Answers, EditDistanceScorer, ExactMatchScorer, LikelihoodScorer
 from descant.recipes import VisionLanguage
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.recipes.test_missing import PatternData
 from tests.rotation import quick

@@ -19,7 +19,7 @@ from descant.datamodules.tasks.text_tasks import Arithmetic, Problem, Task, Task
 from descant.modules.language import CausalLM
 from descant.modules.policy.rewards import Answer, Rewards, TaskAnswer, Verifier
 from descant.recipes import GRPO, VisionLanguage
-from tests.callbacks.run.test_resume import equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import equal, fit, point, state
 from tests.ranks import run_ranks
 from tests.step_toy import QUIET
 

@@ -29,7 +29,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.language.positions import VisualSteps
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.recipes import GRPO, VisionLanguage
-from tests.callbacks.run.test_resume import fit
+from tests.callbacks.checkpoints.test_resume import fit
 from tests.small import small_chat
 from tests.tolerance import F32, ulps
 

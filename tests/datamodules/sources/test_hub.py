@@ -24,7 +24,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.recipes.base.recipe import Recipe
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.datamodules.test_ranks import steps
 from tests.datamodules.test_streams import noise, on_rank, read, same, saved
 from tests.rotation import quick

@@ -51,7 +51,7 @@ def test_each_value_has_its_origin(toy: Cli, workplace: Path) -> None:
     assert said["model.optimizer"] == ("torch.optim.SGD", "over.yaml:4")
     assert said["model.optimizer.momentum"][1] == "default"
     assert said["trainer.max_epochs"] == ("3", "over.yaml:6") and said["trainer.min_epochs"] == ("null", "default")
-    assert said["trainer.callbacks[0]"] == ("descant.callbacks.run.report.Report", "experiments/base.yaml:11")
+    assert said["trainer.callbacks[0]"] == ("descant.callbacks.logs.report.Report", "experiments/base.yaml:11")
     assert said["trainer.callbacks[8].monitor"] == ("val/gap", "over.yaml:9")
     assert said["trainer.callbacks[8].patience"] == ("7", "--trainer.callbacks.patience")
     assert said["seed_everything"] == ("1", "--seed_everything")

@@ -390,7 +390,7 @@ def test_a_data_set_is_given_by_name(cli: Cli) -> None:
 
 
 def test_callbacks_of_lightning_that_no_run_can_use_are_refused_without_resume_too(toy: Cli) -> None:
-    options = ("--trainer.callbacks=descant.callbacks.run.report.Report", "--trainer.callbacks+=LearningRateFinder")
+    options = ("--trainer.callbacks=descant.callbacks.logs.report.Report", "--trainer.callbacks+=LearningRateFinder")
     assert toy("check", *options).refusal.startswith("trainer.callbacks: LearningRateFinder: recipes have no rate")
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import descant
 from descant.__main__ import main
-from descant.callbacks.run.report import read_json
+from descant.callbacks.logs.report import read_json
 from descant.datamodules import prepared
 from descant.datamodules.prepared import prepare_image
 from descant.export import loading

@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
         "accelerator": "cpu",
         "precision": "32-true",
         "callbacks": [
-            {"class_path": "descant.callbacks.run.report.Report"},
+            {"class_path": "descant.callbacks.logs.report.Report"},
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "init_args": {"dirpath": "RUN/checkpoints", "monitor": "val/r1", "mode": "max"},

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from descant.callbacks import Resume
-from descant.callbacks.run.heartbeat import MARK
+from descant.callbacks.health.heartbeat import MARK
 from descant.datamodules.sources.object_store import StoreOutage
 from descant.datamodules.sources.stream import Stream
 from descant.modules.core.errors import AGAIN

@@ -18,7 +18,7 @@ import pytest
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script
 
-from descant.callbacks.run.resume import Stopped
+from descant.callbacks.checkpoints.resume import Stopped
 from descant.modules.core.ranks import as_batch_work
 from descant.run import ranks
 from descant.run.ranks import Ended, Ranks

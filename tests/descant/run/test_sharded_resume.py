@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from descant.callbacks import EMA, Resume
-from descant.callbacks.run.epoch_log import share
+from descant.callbacks.logs.epoch_log import share
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtensor import reshard
 from descant.modules.core.output import Output

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from descant.callbacks.run.resume import Resume, Stopped
+from descant.callbacks.checkpoints.resume import Resume, Stopped
 from descant.modules.io import manifest
 from descant.modules.io.manifest import SUFFIX, fault, known
 from descant.modules.training_setup.compile_and_shard import Shard

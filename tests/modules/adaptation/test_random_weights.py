@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from descant.callbacks.run.sanity import _never_trained
+from descant.callbacks.health.sanity import _never_trained
 from descant.modules.adaptation.base import Adapt
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora

@@ -36,7 +36,7 @@ from descant.modules.towers.vit import Layout, RoutedBlock, Trunk
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.recipes.base.rebuild import rebuild
 from descant.run import portable
-from tests.callbacks.run.test_resume import Act, equal, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, point, state
 from tests.recipes import test_growing as growing
 from tests.recipes.test_missing import build, write
 from tests.tolerance import F64

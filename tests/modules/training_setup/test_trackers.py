@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from descant.callbacks.logs.resumable_log import ResumableLog
 from descant.callbacks.plots.output import save_figure
-from descant.callbacks.run.resumable_log import ResumableLog
 from descant.cli import trust
 from descant.cli.errors import Refusal
 from descant.modules.training_setup.boards import Board, Table

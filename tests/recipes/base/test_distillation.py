@@ -28,7 +28,7 @@ from descant.modules.towers import ConvTower, PretrainedTower, TextTower, Towers
 from descant.modules.transforms.image import Pixels
 from descant.recipes import Contrastive, TeacherAverage, TeacherRun, TeacherStage, TeacherTowers
 from descant.recipes.base.rebuild import rebuild
-from tests.callbacks.run.test_resume import Act, equal, fit, point, state
+from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.modules.towers import folders
 from tests.recipes.test_missing import PatternData, batch, build, fusion, node, some_absent, train, write
 from tests.tolerance import F32, F64, rounding, ulps
