@@ -14,28 +14,29 @@ from torch import Tensor
 
 from descant.modules.core.host import derived, to_device
 
-#: Behind the name of a modality: its hard negatives.
+#: Suffix of a modality's name that marks its hard negatives.
 NEGATIVE = "_neg"
 
 
 @dataclass
 class Batch:
-    """``B`` samples of several modalities. Absent is a mask, never a shape and never a guess from zeros.
+    """``B`` samples of several modalities. A mask marks absent samples; shapes and zeros never do.
 
-    On an accelerator each tensor has its host copy (:mod:`descant.modules.core.host`), and so have masks computed of
-    presence here: no step waits for the device to learn which samples are absent.
+    On an accelerator, each tensor keeps a host copy (:mod:`descant.modules.core.host`), and so do the masks that this
+    class computes from presence. So no step waits for the device to find out which samples are absent.
 
     Attributes:
-        inputs: modality -> tensor ``[B, ...]``; rows of absent samples hold anything (zeros by custom).
-        present: modality -> bool ``[B]``; a padding row (there to keep every rank's shape) is absent everywhere.
-        targets: name -> tensor ``[B, ...]``, for what is predicted and for labels that metrics read.
+        inputs: modality -> tensor ``[B, ...]``; rows of absent samples may hold anything (zeros by convention).
+        present: modality -> bool ``[B]``; a padding row (added so that all ranks have the same shape) is absent in
+            every modality.
+        targets: name -> tensor ``[B, ...]``: prediction targets, and labels that metrics read.
         index: int64 ``[B]``, a stable id of the sample in its data set.
-        content_id: int64 ``[B]``; equal ids carry the same content, so they are never each other's negatives.
-        source: int64 ``[B]``, which data set of a mixture a sample came from.
-        rng_seed: int64 ``[B]``, one random key a sample, a pure function of (seed, epoch, index): whatever is random
+        content_id: int64 ``[B]``; samples with equal ids have the same content and are never each other's negatives.
+        source: int64 ``[B]``, the data set of a mixture that each sample came from.
+        rng_seed: int64 ``[B]``, one random key per sample, a pure function of (seed, epoch, index). Everything random
             about a sample (augmentation, caption, masking) is drawn from it by :mod:`descant.modules.core.rng`.
-        step: modality -> bool ``[G]``, presence in the whole optimizer step (all ranks, all micro-batches): the
-            sampler knows the window, so the counts that losses are divided by need no communication.
+        step: modality -> bool ``[G]``, presence in the whole optimizer step (all ranks, all micro-batches). The sampler
+            knows the whole step, so the counts that losses are divided by need no communication.
 
     >>> batch = Batch(inputs={"image": torch.zeros(3, 2), "text": torch.zeros(3, 4)},
     ...               present={"image": torch.tensor([True, True, False]), "text": torch.tensor([True, False, False])})
@@ -46,7 +47,7 @@ class Batch:
     inputs: dict[str, Tensor]
     present: dict[str, Tensor]
     targets: dict[str, Tensor] = field(default_factory=dict)
-    index: Tensor = None  # type: ignore[assignment]  # filled below: counting rows is the natural default
+    index: Tensor = None  # type: ignore[assignment]  # __post_init__ fills it with row numbers
     content_id: Tensor = None  # type: ignore[assignment]
     source: Tensor = None  # type: ignore[assignment]
     rng_seed: Tensor = None  # type: ignore[assignment]
@@ -73,7 +74,7 @@ class Batch:
         return tuple(self.present)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, by copies that are queued and not waited for; Lightning calls it for each batch.
+        """Copy the batch to a device without waiting for the copies. Lightning calls this for each batch.
 
         >>> batch = Batch({"image": torch.zeros(2, 1)}, {"image": torch.tensor([True, False])})
         >>> batch.to("cpu").present["image"] is batch.present["image"]
@@ -85,11 +86,11 @@ class Batch:
         return self._each(lambda x: to_device(x, to))
 
     def pin_memory(self) -> Batch:
-        """The batch in memory that an accelerator copies from by itself; loaders call it with ``pin_memory``."""
+        """Copy the batch to pinned memory, for asynchronous device copies; loaders with ``pin_memory`` call this."""
         return self._each(lambda x: x.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        made: dict[int, Tensor] = {}  # by identity: what is one tensor, such as index and content_id, stays one
+        made: dict[int, Tensor] = {}  # by identity: fields that share a tensor, such as index and content_id, still do
 
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
@@ -101,19 +102,19 @@ class Batch:
         return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(Batch)})
 
     def both(self, *modalities: str) -> Tensor:
-        """Bool ``[B]``: the rows where all of ``modalities`` are present."""
+        """Return a bool mask ``[B]`` of the rows where all of ``modalities`` are present."""
         return _all(self.present, modalities)
 
     def there(self, name: str) -> Tensor:
-        """Bool ``[B]``: the rows that have what an embedding is of, one modality or, as ``image+sketch``, several."""
+        """Return a bool mask ``[B]`` of the rows that have every modality of an embedding, such as ``image+sketch``."""
         return self.both(*parts(name))
 
     def count(self, *modalities: str) -> Tensor:
-        """Int64 scalar: rows of the *whole optimizer step* where all of ``modalities`` are present."""
+        """Count the rows of the *whole optimizer step* where all of ``modalities`` are present, as an int64 scalar."""
         return derived(Tensor.sum, _all(self.step, modalities))
 
     def only(self, *modalities: str) -> Batch:
-        """The same samples with no other modality than these, here and in the whole optimizer step.
+        """Return the batch with all other modalities absent, here and in the whole optimizer step.
 
         >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
         >>> batch = Batch({"image": torch.zeros(2, 1), "text": torch.zeros(2, 1)}, present).only("text")
@@ -123,10 +124,10 @@ class Batch:
         return replace(self, present=only(self.present, *modalities), step=only(self.step, *modalities))
 
     def negatives(self) -> Batch:
-        """The hard negatives as a batch of their own: ``text_neg`` here is ``text`` there, and nothing else is present.
+        """Return the hard negatives as a separate batch: ``text_neg`` becomes ``text``, and nothing else is present.
 
-        A hard negative nearly fits a sample but is wrong; its input and presence have the modality's name with the
-        suffix ``_neg``.
+        A hard negative nearly fits a sample but is wrong. Its input and its presence mask have the modality's name
+        with the suffix ``_neg``.
         """
         inputs, present, step = (
             {name.removesuffix(NEGATIVE): x for name, x in tensors.items() if name.endswith(NEGATIVE)}
@@ -135,19 +136,19 @@ class Batch:
         return Batch(inputs, present, self.targets, self.index, self.content_id, self.source, self.rng_seed, step)
 
     def select(self, rows: Tensor | slice) -> Batch:
-        """The sub-batch of some rows; ``step`` still describes the whole optimizer step."""
+        """Select some rows; ``step`` still describes the whole optimizer step."""
         part = replace(self, step=self.present)._each(lambda x: chosen(x, rows))
         part.step = self.step
         return part
 
 
 def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
-    """Presence masks ``[B]`` by modality, False for all but the named ones."""
+    """Return presence masks ``[B]`` by modality, all False except those of ``modalities``."""
     return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 def parts(name: str) -> list[str]:
-    """The modalities that an embedding is of: ``image+sketch`` is of both together.
+    """Split an embedding's name into its modalities: ``image+sketch`` embeds both together.
 
     >>> parts("image+sketch"), parts("image")
     (['image', 'sketch'], ['image'])
@@ -163,12 +164,12 @@ def _all(presence: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:
 
 
 def chosen(x: Tensor, rows: Tensor | slice) -> Tensor:
-    """``x[rows]``, with a host copy where both have one."""
+    """Return ``x[rows]``, with a host copy if both have one."""
     return derived(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derived(lambda x: x[rows], x)
 
 
 def some(*masks: Tensor) -> Tensor:
-    """Bool: where any of the masks is true, with a host copy where all have one.
+    """Combine masks by logical or, with a host copy if all have one.
 
     >>> some(torch.tensor([True, False]), torch.tensor([False, False])).tolist()
     [True, False]
@@ -177,7 +178,7 @@ def some(*masks: Tensor) -> Tensor:
 
 
 def count_rows(batch: Any) -> int:
-    """Number of rows of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; else 0.
+    """Count the rows of a :class:`Batch`, a tensor, or the first tensor of a mapping or sequence; otherwise return 0.
 
     >>> count_rows((torch.zeros(4, 2), torch.zeros(4))), count_rows({"x": torch.zeros(3, 1)}), count_rows(0)
     (4, 3, 0)

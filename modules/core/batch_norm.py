@@ -1,4 +1,4 @@
-"""Batch norms that are run a second time, such as for a recomputed chunk."""
+"""Control which statistics batch norms use and update, such as while a chunk is recomputed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class FrozenBatchNormStats(AbstractContextManager[None]):
-    """Batch norms of a module compute as in training but leave their running statistics unchanged.
+    """Context in which a module's batch norms compute as in training but keep their running statistics unchanged.
 
-    Can be entered again after it was left: a probe goes backward more than once, each time through a second pass.
+    It can be entered again after it was left: a gradient probe runs several backward passes, and each recomputes the
+    forward pass.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,10 +37,10 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
 
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms of a module in eval mode use the statistics of the batch and leave their running ones unchanged.
+    """Make batch norms in eval mode use the batch's statistics, and leave their running statistics unchanged.
 
-    As an average of weights needs that is run beside the network which it follows: running statistics are of the
-    network's weights, not of the average's.
+    An average of weights that runs beside its network needs this: the running statistics belong to the network's
+    weights, not to the average.
 
     >>> import torch
     >>> norm = nn.BatchNorm1d(1).eval()
@@ -60,17 +61,18 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def running_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of a module that update running statistics in training, as its modes are now."""
+    """List the batch norms that currently update running statistics: those in training mode that track them."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
 
 
 @contextmanager
 def new_statistics(module: nn.Module) -> Iterator[None]:
-    """Running statistics of batch norms become the plain mean over the forward passes inside, in training mode.
+    """Replace running statistics of batch norms in training mode by the plain mean over the forward passes inside.
 
         running = 1/n sum_i statistics of pass i
 
-    As ``torch.optim.swa_utils.update_bn`` does for one loader, for weights that no pass has seen, such as an average.
+    Use it for weights that no forward pass has used, such as an average. ``torch.optim.swa_utils.update_bn`` does the
+    same for one loader.
 
     >>> import torch
     >>> norm = nn.BatchNorm1d(1)
@@ -92,7 +94,7 @@ def new_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def recompute_contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """``context_fn`` of torch's checkpoint: batch norms of a module count the first forward, not the recomputed one."""
+    """Return both contexts of torch's ``context_fn``: batch norms count the first forward, not the recomputed one."""
     return nullcontext(), FrozenBatchNormStats(module)
 
 

@@ -1,4 +1,4 @@
-"""Capabilities: whether a module has the protocol that a callback needs. A wrapper has those of its inner recipe."""
+"""Capabilities: whether a module has the protocols that a callback needs. A wrapper has those of its inner recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 
-#: Protocol -> recipes that have it, named where a callback refuses another module.
+#: Protocol -> recipes that have it; a callback names them when it refuses another module.
 HAD_BY = {
     "AnswersQuestions": "VisionLanguage",
     "Classifies": "Fusion",
@@ -46,7 +46,7 @@ def has(module: object, protocol: type[P]) -> TypeIs[P]:
 
 
 def require(callback: Any, module: object, *protocols: type) -> None:
-    """Raises ValueError naming the callback, the first protocol that the module lacks, and recipes that have it."""
+    """Raise ValueError for the first protocol that the module lacks, with the callback and recipes that have it."""
     for protocol in protocols:
         if not has(module, protocol):
             name, inner = type(module).__name__, getattr(module, "inner", None)

@@ -1,4 +1,4 @@
-"""GradCache: features of a large batch, of which one chunk's activations are alive at a time.
+"""GradCache: features of a large batch, with the activations of only one chunk in memory at a time.
 
 Letters: B samples, C chunks, R rows of one chunk.
 """
@@ -18,19 +18,19 @@ from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
 
 
 def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
-    """``cat_c(function(x_c))`` of C chunks of the rows, each computed again in backward (Gao 2021, GradCache).
+    """Compute ``cat_c(function(x_c))`` over C chunks of rows; backward recomputes each chunk (Gao 2021, GradCache).
 
-    Gradients are those of ``function(x_B)`` where rows do not meet inside it. The paper's three passes (features
-    without activations, the loss of all features, each chunk again with its features' gradient) are one ordinary
-    backward here: autograd frees a chunk before it computes the next. So hooks of DDP fire once, and clipping, scalers
-    and gradient probes see nothing new. Random draws are the same in the second pass. Without gradients the batch is
-    not cut. Source: arXiv 2101.06983.
+    Gradients equal those of ``function(x_B)`` if its rows do not interact. The paper has three passes: features without
+    activations, the loss of all features, and each chunk again with its features' gradient. Here they are one ordinary
+    backward, in which autograd frees a chunk before it computes the next. So DDP hooks fire once, and clipping, scalers
+    and gradient probes work unchanged. The second pass repeats the same random draws. Without gradients, the batch is
+    not split. Source: arXiv 2101.06983.
 
     Args:
-        function: rows to rows.
+        function: maps rows to rows.
         x_B: at least C rows.
-        chunks: C; their sizes differ by at most one row.
-        module: what ``function`` runs: its batch norms count each chunk once.
+        chunks: C; the sizes of the chunks differ by at most one row.
+        module: the module that ``function`` runs; its batch norms count each chunk once.
 
     >>> layer, x_BD = nn.Linear(2, 1, bias=False), torch.arange(6.0).view(3, 2)
     >>> chunked(layer, x_BD, 2, layer).sum().backward()
@@ -44,7 +44,7 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
     for c, x_R in enumerate(x_B.tensor_split(chunks)):
         if has_host_copy(x_B):
             x_R = with_host_copy(x_R, partial(_piece, x_B, chunks, c))
-        # a weight that is cast once for all chunks would add up their gradients in half precision
+        # if autocast cached one cast weight for all chunks, their gradients would be summed in half precision
         torch.clear_autocast_cache()
         parts.append(checkpoint(function, x_R, use_reentrant=False, context_fn=contexts))
     torch.clear_autocast_cache()
@@ -56,12 +56,12 @@ def _piece(x_B: Tensor, chunks: int, c: int) -> Tensor:
 
 
 def looks_at_the_batch(module: nn.Module) -> bool:
-    """Whether rows meet inside a module: whether it has a batch norm in train mode."""
+    """Whether rows interact inside a module, that is, whether it has a batch norm in train mode."""
     return any(isinstance(part, _BatchNorm) and part.training for part in module.modules())
 
 
 def nearest_divisor(rows: int, chunks: int) -> int:
-    """Of the numbers that divide ``rows``, the one nearest to ``chunks`` (the larger of two: it takes less memory).
+    """Return the divisor of ``rows`` that is nearest to ``chunks``; of two, the larger, which takes less memory.
 
     >>> nearest_divisor(64, 3), nearest_divisor(64, 6), nearest_divisor(7, 9)
     (4, 8, 7)

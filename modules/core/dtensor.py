@@ -1,4 +1,4 @@
-"""Parameters that are split over ranks (DTensor, FSDP2): a rank's part, a tensor split alike, norms, freeing, class."""
+"""Parameters that are split over ranks (DTensor, FSDP2): local parts, splitting, norms, freeing, original class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is split, or the tensor.
+    """Return this rank's part of a split tensor, or the tensor itself if it is not split.
 
     >>> local(torch.ones(2)).tolist()
     [1.0, 1.0]
@@ -20,7 +20,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def unsharded_class(module: nn.Module) -> type:
-    """The class that a module was built of: ``fully_shard`` makes it one of a class ``FSDPName`` of its own.
+    """Return the class that a module was built from; ``fully_shard`` replaces it by a subclass ``FSDPName``.
 
     >>> unsharded_class(nn.Linear(1, 1)).__name__
     'Linear'
@@ -30,7 +30,7 @@ def unsharded_class(module: nn.Module) -> type:
 
 @torch.no_grad()
 def split_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all ranks have, split as another one is; without communication.
+    """Split a tensor, which every rank holds whole, in the same way as another one, without communication.
 
     >>> split_like(torch.ones(2), torch.zeros(2)).tolist()
     [1.0, 1.0]
@@ -41,7 +41,7 @@ def split_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors in lists of one mesh, for operators that take several, such as ``torch.stack``; those without in another.
+    """Group tensors by device mesh, for operators such as ``torch.stack``; tensors without a mesh form one group.
 
     >>> by_mesh([torch.zeros(1), torch.ones(1)])
     [[tensor([0.]), tensor([1.])]]
@@ -53,9 +53,10 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of tensors as one vector, over ranks where they are split, also over several meshes. Collective then.
+    """Compute the 2-norm of all tensors as one vector, over ranks and meshes if they are split. Then collective.
 
-    ``torch.nn.utils.get_total_norm`` takes the tensors of one mesh; this is it where there is one. 0 of no tensor.
+    ``torch.nn.utils.get_total_norm`` takes tensors of one mesh only; for one mesh both norms are the same. Without
+    tensors the norm is 0.
 
     >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])]), total_norm([])
     (tensor(5.), tensor(0.))
@@ -69,7 +70,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
     """Scale gradients by ``min(1, most / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does on one mesh.
 
-    The norm is :func:`total_norm` of all gradients; a parameter without one has no part in it.
+    The norm is :func:`total_norm` of all gradients; parameters without a gradient are ignored.
 
     >>> x = nn.Parameter(torch.zeros(2))
     >>> x.grad = torch.tensor([3.0, 4.0])
@@ -84,7 +85,7 @@ def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what FSDP2 gathered for a forward that no backward follows: the module has its own parts of parameters."""
+    """Free the parameters that FSDP2 gathered for a forward without a backward; each rank keeps its own part."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -1,4 +1,4 @@
-"""Precision of what is summed or compared."""
+"""Precision of values that are summed or compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def promote(x: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 stay.
+    """Convert half precision to float32; leave float32 and float64 as they are.
 
     >>> promote(torch.ones(1, dtype=torch.bfloat16)).dtype
     torch.float32

@@ -6,26 +6,26 @@ import difflib
 import sys
 from collections.abc import Iterable
 
-#: EX_TEMPFAIL, run again: the exit code by which a job of a cluster is queued again.
+#: EX_TEMPFAIL: the exit code with which a cluster job asks to be queued again.
 AGAIN = 75
 
 
 class Outage(ValueError):
-    """What a run depends on does not answer, after all attempts; the same run may go on later."""
+    """Raised when a service that the run depends on does not answer after all attempts; the run may go on later."""
 
 
 def closest(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5) -> list[str]:
-    """The known names most similar to ``name``, the best first, whatever their case.
+    """Return the known names most similar to ``name``, best first, ignoring case.
 
     >>> closest("widht", ["Width", "depth"]), closest("zzz", ["width"])
     (['Width'], [])
     """
-    lower = {option.lower(): option for option in sorted(set(known))}  # of two that differ in case alone, the lower
+    lower = {option.lower(): option for option in sorted(set(known))}  # if only case differs, the lower-case name wins
     return [lower[near] for near in difflib.get_close_matches(name.lower(), lower, n=most, cutoff=cutoff)]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name most similar to ``name``, or None where none is similar.
+    """Return the known name most similar to ``name``, or None if none is similar.
 
     >>> nearest("widht", ["width", "depth"]), nearest("zzz", ["width", "depth"])
     ('width', None)
@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 
 def hint(name: str, known: Iterable[str], most: int = 12) -> str:
-    """The end of an error line: ``; nearest: X``, or all of at most ``most`` names where none is similar.
+    """Return the end of an error line: ``; nearest: X``; if none is similar, all names unless more than ``most``.
 
     >>> hint("widht", ["width"]), hint("zzz", ["width", "depth"]), hint("zzz", [])
     ('; nearest: width', '; known: depth, width', '')
@@ -46,7 +46,7 @@ def hint(name: str, known: Iterable[str], most: int = 12) -> str:
 
 
 def no_such(name: str, known: Iterable[str]) -> str:
-    """The end of an error line about one name among few: the nearest, and all of them.
+    """Return the end of an error line about a wrong name among few: the nearest name, and all of them.
 
     >>> no_such("imgae", ["image", "text"])
     'no such name; did you mean image? (known: image, text)'
@@ -57,7 +57,7 @@ def no_such(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:
-    """The message of an exception on one line of at most ``most`` letters; of an OSError, its file first.
+    """Return an exception's message on one line of at most ``most`` characters; for an OSError, its file comes first.
 
     >>> one_line(ValueError("batch_size 1:  at\\n least 2"))
     'batch_size 1: at least 2'

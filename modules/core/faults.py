@@ -1,4 +1,4 @@
-"""Non-finite loss terms: which ones, of which samples, without a device read in every step."""
+"""Find non-finite loss terms and their samples, without a device read in every step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from descant.modules.core.objective import Term
 
-#: Micro-batches whose checks are kept on an accelerator at most before they are read: a few numbers a sample each.
+#: The most micro-batches whose checks stay unread on an accelerator; each takes a few numbers per sample.
 UNREAD = 1000
 
 
 class Unread(NamedTuple):
-    """Checks of one micro-batch on an accelerator: whether its terms are finite (0-d, bool), and the terms."""
+    """Unread check of one micro-batch on an accelerator: whether its terms are finite (0-d, bool), and the terms."""
 
     finite: Tensor
     terms: Mapping[str, Term]
@@ -27,13 +27,13 @@ class Unread(NamedTuple):
 
 @dataclass
 class Faults:
-    """Terms that were not finite.
+    """Record of loss terms that were not finite.
 
     Attributes:
-        raises: raise at once for such a term; on an accelerator, which would have to be waited for, when
-            :meth:`require_finite` is called. If false, all gradients of the step become nan, which every rank sees.
-        terms: name -> (value, ids of the samples that it began in), since they were last cleared.
-        unread: checks of micro-batches on an accelerator that were not read yet.
+        raises: raise an error for such a term: on the CPU at once; on an accelerator, where that would mean waiting,
+            when :meth:`require_finite` is called. If false, the step's gradients all become nan, which every rank sees.
+        terms: name -> (value, ids of the samples with a non-finite value), since the terms were last cleared.
+        unread: checks of micro-batches that have not been read from the accelerator yet.
     """
 
     raises: bool = True
@@ -41,7 +41,7 @@ class Faults:
     unread: list[Unread] = field(default_factory=list)
 
     def checked(self, terms: Mapping[str, Term], scalars: dict[str, Tensor], index_B: Tensor) -> dict[str, Tensor]:
-        """The scalars; all nan where one of them is not finite.
+        """Return the scalars; all become nan if one of them is not finite.
 
         Raises:
             FloatingPointError: naming the term, if ``raises``.
@@ -64,7 +64,7 @@ class Faults:
         return scalars
 
     def read(self) -> None:
-        """Read all checks that are still on the accelerator: one read, and more where a term was not finite."""
+        """Read all checks that are still on the accelerator: in one read, plus more for terms that were not finite."""
         unread, self.unread = self.unread, []
         if unread:
             finite = torch.stack([one.finite for one in unread]).tolist()
@@ -72,7 +72,7 @@ class Faults:
                 self._note(one.terms, one.scalars, one.index_B)
 
     def require_finite(self) -> None:
-        """:meth:`read`. Raises FloatingPointError naming the first term that was not finite since the last time."""
+        """Read all checks. Raise FloatingPointError for the first term that was not finite since the last call."""
         self.read()
         if self.terms:
             name, (value, _) = next(iter(self.terms.items()))

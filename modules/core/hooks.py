@@ -1,4 +1,4 @@
-"""Gradient hooks of a step: where several terms share a feature, and what harmonizers do to their gradients there.
+"""Gradient hooks of a step: forks where several terms share a feature, and how harmonizers change gradients there.
 
 Letters: B samples, N rows of a term, D width, K terms.
 """
@@ -20,13 +20,13 @@ ForkRule = Callable[[Tensor, tuple[str, ...]], Tensor]
 
 @dataclass
 class GradientHooks:
-    """Forks of shared features and per-row gradient weights; everything that harmonizers need of a recipe.
+    """Forks of shared features and per-row gradient weights: everything that harmonizers need from a recipe.
 
     Attributes:
-        rule: combines the gradients of the terms at every fork; the plain sum where None.
-        watched: keep ``terms`` and ``forked`` of the last forward, (names, copies) a fork, and scale the gradients of
-            a term's rows by ``keep``: name -> ``[N]``, read at backward time; the term's value stays.
-        probing: while a callback differentiates terms one by one, forks pass gradients through untouched.
+        rule: combines the gradients of the terms at every fork; None: their plain sum.
+        watched: keep ``terms`` and ``forked`` (names and copies of each fork) of the last forward, and scale the
+            gradients of a term's rows by ``keep`` (name -> ``[N]``, read at backward time). The term's value stays.
+        probing: true while a callback differentiates terms one by one; forks then do not apply ``rule``.
     """
 
     rule: ForkRule | None = None
@@ -37,10 +37,10 @@ class GradientHooks:
     keep: dict[str, Tensor] = field(default_factory=dict)
 
     def fork(self, z_BD: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """A copy of a shared feature for each of K terms, whose gradients meet at the fork.
+        """Return one copy of a shared feature for each of K terms; their gradients meet at the fork.
 
-        The value is unchanged. In backward the fork receives ``g_KBD``, one row a term and sample, and returns
-        ``rule(g_KBD, names)``, or their sum without a rule: one backward pass whatever K is.
+        The value is unchanged. In backward the fork receives ``g_KBD``, one row per term and sample, and returns
+        ``rule(g_KBD, names)``, or the sum without a rule. This takes one backward pass, whatever K is.
         """
         names = tuple(names)
         if len(names) == 1 or not z_BD.requires_grad:
@@ -51,7 +51,7 @@ class GradientHooks:
         return dict(zip(names, copies, strict=True))
 
     def watch(self, terms: Mapping[str, Term]) -> Mapping[str, Term]:
-        """The same terms; where watched, with row weights from ``keep`` on their gradients."""
+        """Return the terms; if watched, their gradients are weighted by row with ``keep``."""
         if not self.watched:
             return terms
         self.keep = {}
@@ -74,7 +74,7 @@ class _Fork(torch.autograd.Function):
 
 
 class _KeepRows(torch.autograd.Function):
-    """The value as it is; in backward each row times its weight in ``keep``, read then."""
+    """Identity whose backward scales each row by its weight in ``keep``, which it reads at that time."""
 
     @staticmethod
     def forward(ctx: Any, value_N: Tensor, keep: Mapping[str, Tensor], name: str) -> Tensor:

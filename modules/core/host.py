@@ -1,10 +1,10 @@
 """Host copies of a batch's values, so that no training step reads them back from an accelerator.
 
-Reading a number of a tensor that lies on an accelerator (``item``, ``bool``, ``nonzero``, a mask as an index) makes the
-CPU wait for all work that is queued there, and then the accelerator wait for the CPU. What shapes and branches of a
-step depend on (presence, real tokens, labels) comes from a loader, on the CPU: a tensor that was copied to an
-accelerator keeps its original as an attribute, and so do masks that are computed of such tensors. On a CPU a tensor is
-its own host copy, at no cost.
+Reading a number from a tensor on an accelerator (``item``, ``bool``, ``nonzero``, a mask as an index) makes the CPU
+wait for all work queued there, and then the accelerator wait for the CPU. The values that decide shapes and branches of
+a step (presence, real tokens, labels) come from a loader, on the CPU. So a tensor that is copied to an accelerator
+keeps its original as an attribute, and so do masks computed from such tensors. On a CPU a tensor is its own host copy,
+at no cost.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: Attribute of a tensor on an accelerator: what makes its copy on the CPU, and the version of the tensor it is of.
+#: Attribute of a tensor on an accelerator: a function that makes its CPU copy, and the tensor's version at that time.
 _NAME = "_descant_host"
-#: The same of which of its numbers are finite.
+#: The same for the mask of its finite numbers.
 _FINITE = "_descant_finite"
 
 
 def host_copy(x: Tensor) -> Tensor:
-    """The values of ``x`` on the CPU: ``x`` itself, its host copy, or a read that waits for the device.
+    """Return the values of ``x`` on the CPU: ``x`` itself, its host copy, or a read that waits for the device.
 
     The copy must not be written to.
 
@@ -40,7 +40,7 @@ def host_copy(x: Tensor) -> Tensor:
 
 
 def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Float64 tensors on the CPU, with a single device read for all of them.
+    """Read float64 tensors to the CPU, with a single device read for all of them.
 
     >>> [x.tolist() for x in read_together(torch.ones(1, 2).double(), torch.zeros(1).double())]
     [[[1.0, 1.0]], [0.0]]
@@ -58,7 +58,7 @@ def has_host_copy(x: Tensor) -> bool:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor moved to ``device``, with the original as its host copy; the transfer is queued, not waited for.
+    """Move a CPU tensor to ``device`` without waiting for the transfer, and keep the original as its host copy.
 
     >>> x = torch.arange(3)
     >>> to_device(x, torch.device("cpu")) is x
@@ -68,13 +68,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
         return x
     if not x.is_cpu:
         return x.to(device)
-    moved = x.to(device, non_blocking=device.type != "mps")  # which may read memory that is gone by then
+    moved = x.to(device, non_blocking=device.type != "mps")  # mps may read memory that has been freed by then
     _remember(moved, lambda: x)
     return moved
 
 
 def with_host_copy(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``x``, whose copy on the CPU is ``make()``, called when it is asked for and not before.
+    """Return ``x`` with ``make()`` as its host copy; ``make`` is called only when the copy is needed.
 
     >>> with_host_copy(torch.arange(3), lambda: torch.arange(3)).tolist()
     [0, 1, 2]
@@ -85,9 +85,9 @@ def with_host_copy(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
 
 
 def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)``, whose copy on the CPU is the same function of the copies of ``tensors``, if all have one.
+    """Return ``function(*tensors)``. If all ``tensors`` have host copies, it computes the result's copy from them.
 
-    For functions that give the same bits on every device: comparisons, logic, integers, choices of rows.
+    For functions whose result is bit-identical on every device: comparisons, logic, integers, row selection.
 
     >>> derived(torch.logical_and, torch.tensor([True, True]), torch.tensor([True, False])).tolist()
     [True, False]
@@ -99,7 +99,7 @@ def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def everyone(shape: int | Sequence[int], device: torch.device) -> Tensor:
-    """Bool of some shape (``[B]`` of one number), all True, on a device, with a host copy.
+    """Return an all-True bool tensor of this shape (``[B]`` for one number) on a device, with a host copy.
 
     >>> everyone(2, torch.device("cpu")).tolist()
     [True, True]
@@ -109,9 +109,9 @@ def everyone(shape: int | Sequence[int], device: torch.device) -> Tensor:
 
 
 def with_finite(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``x`` without a host copy, but with one of which of its numbers are finite, such as audio padded by ``-inf``.
+    """Return ``x`` with a host copy only of its mask of finite numbers, such as for audio padded by ``-inf``.
 
-    ``make()``: bool, of a shape that expands to that of ``x``; on the CPU.
+    ``make()`` returns the mask: bool, on the CPU, of a shape that expands to that of ``x``.
     """
     if not x.is_cpu:
         setattr(x, _FINITE, (make, _version(x)))
@@ -119,7 +119,7 @@ def with_finite(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Bool, of the shape of ``x``: which numbers are finite, with a copy on the CPU where that can be known there.
+    """Return the mask of finite numbers (bool, shape of ``x``), with a host copy if the CPU can know it.
 
     >>> finite(torch.tensor([1.0, float("inf")])).tolist()
     [True, False]
@@ -129,7 +129,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 def known_finite(x: Tensor) -> Callable[[], Tensor] | None:
-    """What makes :func:`finite` on the CPU; None without a host copy."""
+    """Return a function that makes the mask of :func:`finite` on the CPU; None without a host copy."""
     make, version = getattr(x, _FINITE, (None, None))
     if make is not None and version == _version(x):
         return lambda: make().expand(x.shape)
@@ -142,7 +142,7 @@ def _remember(x: Tensor, make: Callable[[], Tensor]) -> None:
 
 def _known(x: Tensor) -> Callable[[], Tensor] | None:
     make, version = getattr(x, _NAME, (None, None))
-    return make if version == _version(x) else None  # written since: the copy is outdated
+    return make if version == _version(x) else None  # x was written since: the copy is outdated
 
 
 def _version(x: Tensor) -> int | None:

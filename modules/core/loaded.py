@@ -1,4 +1,4 @@
-"""Whether a part of a model has weights that were loaded, or still those that it was made with."""
+"""Whether a part of a model has loaded weights or still its initial ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Loadable(nn.Module):
-    """Base of towers and language models: remembers that weights were loaded, by itself or with its recipe.
+    """Base of towers and language models. It remembers whether weights were loaded, alone or with its recipe.
 
     >>> class Part(Loadable): ...
     >>> part = Part()
@@ -24,5 +24,5 @@ class Loadable(nn.Module):
 
 
 def was_loaded(module: nn.Module) -> bool:
-    """Return whether weights were loaded into a module or a part of it. Otherwise this run alone trains them."""
+    """Return whether weights were loaded into a module or a part of it. If not, only this run trains them."""
     return any(getattr(part, "loaded", False) is True for part in module.modules())

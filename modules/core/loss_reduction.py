@@ -21,7 +21,7 @@ from descant.modules.core.ranks import gather, gather_objects, world
 
 
 def require_split(batch: Batch) -> None:
-    """Raises ValueError where every rank has the same samples, or batches that do not say which. Collective."""
+    """Raise ValueError if all ranks read the same samples, or if their batches have no sample ids. Collective."""
     if world() == 1:
         return
     read_B = host_copy(batch.rng_seed)[host_copy(some(*batch.present.values()))]
@@ -37,16 +37,17 @@ def require_split(batch: Batch) -> None:
 class Step:
     """Turns named terms into the scalar that Lightning's own backward differentiates.
 
-    Lightning divides a micro-batch's loss by ``accumulate`` and the strategy averages gradients over ``world``
-    ranks, while a term is divided by a count of the whole step: both factors are put back here, so the gradient
-    is ``d/dtheta sum_k mix_k * sum_n(weight * value * valid) / norm_k`` over the whole step, however it is cut.
+    Lightning divides a micro-batch's loss by ``accumulate``, and the strategy averages gradients over ``world`` ranks.
+    But a term is already divided by a count of the whole step, so both factors are multiplied back here. The gradient
+    is then ``d/dtheta sum_k mix_k * sum_n(weight * value * valid) / norm_k`` over the whole step, however it is divided
+    into micro-batches and ranks.
 
     Attributes:
         world: ranks that share the step. accumulate: micro-batches that share it.
-        mix: fixed coefficients by term name (absent names count 1).
-        chunks: pieces of a rank's batch for :meth:`chunked`.
+        mix: fixed coefficients by term name (1 for absent names).
+        chunks: number of pieces of a rank's batch for :meth:`chunked`.
         objective: the last objective, for callbacks between forward and backward.
-        faults: terms that were not finite.
+        faults: record of terms that were not finite.
     """
 
     world: int = 1
@@ -57,18 +58,18 @@ class Step:
     faults: Faults = field(default_factory=Faults)
 
     def __call__(self, terms: Mapping[str, Term], batch: Batch) -> Objective:
-        """The objective of this micro-batch. Raises FloatingPointError naming a term that is not finite: see Faults."""
+        """Return this micro-batch's objective. Raise FloatingPointError for a term that is not finite: see Faults."""
         self._require_samples(terms, batch)
         norms = self._norms(terms, batch)
         scale = float(self.world * self.accumulate)
-        # in this order: a number over an integer tensor would be float32, whatever the terms are
+        # multiply first: a number divided by an integer tensor would be float32, whatever the dtype of the terms
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
         self.objective = Objective(self.faults.checked(terms, scalars, batch.index), self.mix)
         return self.objective
 
     def with_counts(self, batch: Batch) -> Batch:
         """Add presence in the whole step to a batch; gather it over ranks unless the loader counted it. Collective."""
-        # every rank decides alike, however many rows it has: counts of a whole step are of more rows than its own
+        # all ranks take the same branch, however many rows they have: a loader's counts cover more rows than one rank's
         if self.world * self.accumulate == 1 or not batch.present or len(next(iter(batch.step.values()))) > len(batch):
             return batch
         if self.accumulate > 1:
@@ -80,7 +81,7 @@ class Step:
         return replace(batch, step=dict(zip(batch.present, mask_GM.unbind(1), strict=True)))
 
     def _require_samples(self, terms: Mapping[str, Term], batch: Batch) -> None:
-        """Raises ValueError for a loss of a batch that would be one of each rank's or micro-batch's part of it."""
+        """Raise ValueError for a batch-level loss that each rank or micro-batch would compute on its own part only."""
         if not terms:
             raise ValueError("an objective needs at least one term; the recipe's forward returned none")
         for name, term in terms.items():
@@ -103,7 +104,7 @@ class Step:
             if not isinstance(term.norm, str):
                 norms[name] = term.norm
             elif term.norm == "local":
-                # the scale of __call__ does not belong to a local norm: its gradient is averaged, not summed
+                # cancel the scale of __call__: the gradient of a local norm is averaged, not summed
                 norms[name] = term.count().clamp(min=1) * self.world * self.accumulate
             elif term.given:
                 norms[name] = batch.count(*term.given).clamp(min=1)
@@ -122,11 +123,11 @@ class Step:
         return norms
 
     def chunked(self, function: Callable[[Tensor], Tensor], x_B: Tensor, module: nn.Module) -> Tensor:
-        """``function(x_B)`` with the activations of one of ``chunks`` pieces at a time: see :func:`chunked`."""
+        """Compute ``function(x_B)`` with the activations of one of ``chunks`` pieces at a time: see :func:`chunked`."""
         return chunked(function, x_B, self.chunks, module)
 
     def require_chunks(self, rows: int) -> None:
-        """Raises ValueError with the nearest number that works unless ``chunks`` divides a rank's rows."""
+        """Raise ValueError unless ``chunks`` divides a rank's rows; the error has the nearest number that does."""
         if rows % self.chunks:
             raise ValueError(
                 f"chunks {self.chunks} does not divide the {rows} rows of a rank's batch; "

@@ -1,4 +1,4 @@
-"""Names of metrics, ``set/metric``: their order in tables. Nothing here imports torch."""
+"""Metric names, ``set/metric``, and their order in tables. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 #: The group of tags that TensorBoard opens first: it sorts groups by name, ``_`` before letters.
 OVERVIEW = "_overview"
-#: ``SET/chance/METRIC`` is what guessing comes to.
+#: ``SET/chance/METRIC`` is the value that guessing reaches.
 CHANCE = "chance"
 _RECALL = re.compile(r"(.*?)(?:^|(?<=_))r(\d+)$")
 _RANK = re.compile(r"(.*?)(?:^|(?<=_))(medr|meanr)$")
 
 
 def order(name: str) -> tuple[str, str, int, int, str]:
-    """A key to sort by: of one set and direction recall before ranks, and recall at 5 before recall at 10.
+    """Return a sort key: within a set and direction, recall comes before ranks, and recall at 5 before recall at 10.
 
     >>> sorted(["v/i2t_medr", "v/t2i_r1", "v/i2t_r10", "v/i2t_r5", "v/distinct/i2t_r1", "v/accuracy"], key=order)
     ['v/accuracy', 'v/i2t_r5', 'v/i2t_r10', 'v/i2t_medr', 'v/t2i_r1', 'v/distinct/i2t_r1']

@@ -1,4 +1,4 @@
-"""Modules by the name of their modality: names that are listed for completion and documentation, and any other."""
+"""Modules by modality name: names that a constructor lists, for completion and documentation, and any others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def given(arguments: dict[str, object]) -> dict[str, nn.Module]:
-    """``locals()`` of a constructor without ``self``, where an argument is given: modality -> part, in their order."""
+    """Return the modules among a constructor's ``locals()``, without ``self``, in their order: modality -> module."""
     return {name: part for name, part in arguments.items() if isinstance(part, nn.Module) and name != "self"}
 
 
 def with_others(listed: Mapping[str, T | None], others: Mapping[str, T] | None) -> dict[str, T]:
-    """Modality -> module of those that are given, listed ones first. Raises ValueError for one that is given twice.
+    """Merge the given modules, modality -> module, listed ones first. Raise ValueError for a name that is given twice.
 
     >>> with_others({"image": 1, "text": None}, {"lidar": 2})
     {'image': 1, 'lidar': 2}

@@ -1,4 +1,4 @@
-"""Training and eval mode of the parts of a model, changed for a while."""
+"""Change the training or eval mode of a model's parts temporarily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model: object) -> Iterator[None]:
-    """Eval mode; afterwards the mode of every part as before: one that is frozen in eval mode stays so.
+    """Switch a model to eval mode; afterwards restore the mode of every part, so frozen parts stay in eval mode.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with eval_mode(model):

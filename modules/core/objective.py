@@ -1,4 +1,4 @@
-"""Loss terms, one value a sample until the very end, and the objective that mixes them.
+"""Loss terms, one value per sample until the very end, and the objective that mixes them.
 
 Letters: N rows of one term (samples or tokens), K terms.
 """
@@ -20,16 +20,17 @@ class Term:
     """One named loss term, ``contribution = sum(weight * value * valid) / norm``.
 
     Attributes:
-        value: float ``[N]``, one loss a row; rows that are not valid may hold anything finite or not.
-        weight: float ``[N]`` or None for ones. Never divided by its own sum: one weight changes one sample's
-            gradient and no other (three public releases average first, and their weights are inert).
+        value: float ``[N]``, one loss per row; invalid rows may hold any value, finite or not.
+        weight: float ``[N]`` or None for ones. It is never divided by its own sum, so a weight changes the gradient of
+            its sample only (three public releases average first, so that their weights have no effect).
         valid: bool ``[N]`` or None for all rows.
         norm: ``"valid"`` divides by the valid rows of the whole optimizer step (all ranks, all micro-batches);
-            ``"local"`` by those of this micro-batch on this rank, on purpose; a number is taken as it is.
-        whole: the value is one number of the rows of all ranks, gathered (:func:`descant.modules.losses.gather`) with
-            gradients: a loss of a batch, such as decorrelation. Without it such a number would be each rank's own.
-        given: the modalities whose joint presence is exactly ``valid``. The batch then has the step's count in
-            advance, which accumulation needs; without it the count is summed over ranks.
+            ``"local"`` deliberately divides by those of this micro-batch on this rank; a number is used as it is.
+        whole: the value is one number computed from the rows of all ranks, gathered with gradients
+            (:func:`descant.modules.losses.gather`): a batch-level loss, such as decorrelation. Without gathering, each
+            rank would have a number of its own.
+        given: the modalities whose joint presence is exactly ``valid``. The batch then knows the step's count in
+            advance, which accumulation needs; without ``given``, the count is summed over ranks.
 
     >>> term = Term(torch.tensor([1.0, 2.0, 9.0]), valid=torch.tensor([True, True, False]))
     >>> float(term.sum() / term.count())
@@ -44,24 +45,24 @@ class Term:
     whole: bool = False
 
     def sum(self) -> Tensor:
-        """Scalar: ``sum(weight * value * valid)``, where an invalid row adds exactly zero, value and gradient."""
+        """Return the scalar ``sum(weight * value * valid)``; an invalid row adds exactly zero to value and gradient."""
         value_N = self.value if self.weight is None else self.value * self.weight
         if self.valid is not None:
-            # where, not a product: 0 * inf would be nan, in the value and in the gradient
+            # torch.where instead of a product: 0 * inf would be nan, in the value and in the gradient
             value_N = torch.where(self.valid, value_N, torch.zeros((), dtype=value_N.dtype, device=value_N.device))
         return value_N.sum()
 
     def count(self) -> Tensor:
-        """Int64 scalar: valid rows here (this micro-batch, this rank)."""
+        """Count the valid rows of this micro-batch on this rank, as an int64 scalar."""
         if self.valid is None:
-            return torch.full((), self.value.numel(), device=self.value.device)  # made there: nothing is copied
+            return torch.full((), self.value.numel(), device=self.value.device)  # made on the device: no copy
         return self.valid.sum()
 
 
 def held_out_losses(terms: Mapping[str, Term], mix: Mapping[str, float] | None = None) -> dict[str, Term]:
-    """Return ``loss``, the mixed sum of the terms of each sample, and ``loss_{term}`` of each where there are several.
+    """Return ``loss``, the mixed sum of each sample's terms, and ``loss_{term}`` for each term if there are several.
 
-    A sample counts if one of its terms is valid; a term that is not valid adds zero. Weights have no effect.
+    A sample counts if one of its terms is valid; an invalid term adds zero. Weights have no effect.
 
     >>> a = Term(torch.tensor([1.0, 2.0]), valid=torch.tensor([True, False]))
     >>> losses = held_out_losses({"a": a, "b": Term(torch.tensor([3.0, 4.0]))}, {"b": 0.5})
@@ -79,11 +80,11 @@ def held_out_losses(terms: Mapping[str, Term], mix: Mapping[str, float] | None =
 
 
 class _Mix(torch.autograd.Function):
-    """``sum_k mix_k * term_k`` whose coefficients are read at backward time, from the live tensor."""
+    """``sum_k mix_k * term_k``; backward reads the coefficients from the live tensor."""
 
     @staticmethod
     def forward(ctx: Any, mix_K: Tensor, *terms: Tensor) -> Tensor:
-        # an attribute, not saved: a callback may rewrite the coefficients between forward and backward
+        # an attribute, not save_for_backward: a callback may rewrite the coefficients between forward and backward
         ctx.mix_K = mix_K
         terms_K = torch.stack(terms)
         return (mix_K.to(terms_K.dtype) * terms_K).sum()
@@ -96,8 +97,8 @@ class _Mix(torch.autograd.Function):
 class Objective:
     """The terms of one backward, already normalised, and the coefficients that mix them.
 
-    ``terms``: name -> scalar. ``mix``: float ``[K]`` in the order of ``terms``, ones to begin with; a harmonizer
-    writes it in place before the backward reaches the mix. ``total``: ``sum_k mix_k * term_k``.
+    ``terms``: name -> scalar. ``mix``: float ``[K]`` in the order of ``terms``, initially the given coefficients or
+    ones; a harmonizer writes it in place before the backward reaches the mix. ``total``: ``sum_k mix_k * term_k``.
 
     >>> x = torch.ones((), requires_grad=True)
     >>> objective = Objective({"a": 2 * x, "b": 3 * x})
@@ -112,7 +113,7 @@ class Objective:
             raise ValueError("an objective needs at least one term; the recipe's terms() returned none")
         self.terms = dict(terms)
         first = next(iter(self.terms.values()))
-        # float32 at least: a coefficient is not an activation
+        # at least float32: a coefficient is not an activation
         dtype = torch.promote_types(first.dtype, torch.float32)
         mix_K = torch.tensor([(mix or {}).get(name, 1.0) for name in self.terms], dtype=dtype)
         self.mix = to_device(mix_K, first.device)
@@ -120,7 +121,7 @@ class Objective:
 
 
 def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """The mean of each sample's rows ``[B]``, and which samples have some: all count alike, whatever their length.
+    """Average the rows of each sample: the means ``[B]``, and which samples have rows. All samples count alike.
 
     >>> means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2]), 3)
     (tensor([2., 0., 5.]), tensor([ True, False,  True]))
@@ -131,11 +132,11 @@ def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tens
 
 
 def counted(sample_N: Tensor, samples: int) -> Tensor:
-    """Int64 ``[B]``: how many rows each sample has.
+    """Count the rows of each sample: int64 ``[B]``.
 
     >>> counted(torch.tensor([0, 2, 2]), 4).tolist()
     [1, 0, 2, 0]
     """
-    if has_host_copy(sample_N):  # on a device counting waits, to learn the largest number
+    if has_host_copy(sample_N):  # on a device, bincount waits to read the largest number
         return to_device(torch.bincount(host_copy(sample_N), minlength=samples), sample_N.device)
     return sample_N.new_zeros(samples).index_add(0, sample_N, torch.ones_like(sample_N))

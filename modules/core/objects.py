@@ -1,4 +1,4 @@
-"""Constructor arguments: recorded, to build a module of other sizes; as plain data; and checked to be objects."""
+"""Constructor arguments: record them to rebuild a module in other sizes, describe them as plain data, check types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from descant.modules.core.errors import nearest
 
 
 def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
-    """``locals()`` at the beginning of a constructor without ``self``: with them its class builds an equal module.
+    """Return the arguments in a constructor's ``locals()``, without ``self``: its class builds an equal module of them.
 
     >>> recorded({"self": object(), "width": 8, "__class__": object})
     {'width': 8}
@@ -19,7 +19,7 @@ def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
 
 
 def described(part: object) -> dict[str, Any]:
-    """``class_path`` and ``init_args`` of an object that keeps its arguments under their names: plain data.
+    """Return an object as plain data, ``class_path`` and ``init_args``; its attributes must hold its arguments.
 
     >>> from descant.modules.moe import TopKRouter
     >>> described(TopKRouter(k=3))["init_args"]
@@ -36,10 +36,10 @@ def described(part: object) -> dict[str, Any]:
 
 
 def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
-    """Refuse an argument that is no object of its class; None passes.
+    """Refuse an argument that is not an instance of its class; None is accepted.
 
     Args:
-        owner: of the arguments. given: name -> the value, and its class.
+        owner: the object that takes the arguments. given: name -> the value, and its class.
 
     >>> from descant.modules.balance.ogm import OGM
     >>> from descant.modules.balance.base import Pacing
@@ -64,7 +64,7 @@ def require_objects(owner: object, /, **given: tuple[object, type]) -> None:
 
 
 def _nearest(text: str, kind: type) -> type | None:
-    """The subclass whose name is most similar to a text, else the first that is not abstract."""
+    """Return the subclass whose name is most similar to a text, otherwise the first that is not abstract."""
     known = {cls.__name__.lower(): cls for cls in _below(kind) if not cls.__name__.startswith("_")}
     if (near := nearest(text, known, cutoff=0.4)) is not None:
         return known[near]

@@ -1,6 +1,6 @@
 """Output of a recipe's forward: named losses, and the latents and decisions that callbacks and teachers read.
 
-Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
+Letters: B samples, N decisions (one per sample, or one per token), K choices, D width.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from descant.modules.core.objective import Term
 
-#: ``scorer(row_N, column_N)`` -> ``[N]``: how well sample row_N's one modality matches sample column_N's other.
+#: ``scorer(row_N, column_N)`` -> ``[N]``: how well one modality of sample row_N matches the other of sample column_N.
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
 class Decisions(NamedTuple):
     """Logits of N decisions of a batch, and the sample that each belongs to.
 
-    ``logits(at_n)``: ``[n, K]`` of the decisions with these numbers, computed on demand; ``sample_N``:
+    ``logits(at_n)``: logits ``[n, K]`` of the decisions with these numbers, computed on demand. ``sample_N``:
     int64, in the order of samples.
     """
 
@@ -31,7 +31,7 @@ class Decisions(NamedTuple):
 class FusionInputs(NamedTuple):
     """Inputs of the fusion head: latents ``[B, D]`` and presence masks ``[B]`` by modality, and labels.
 
-    ``label_B``: int64, below 0 where there is none.
+    ``label_B``: int64, below 0 for a sample without a label.
     """
 
     z: Mapping[str, Tensor]
@@ -44,14 +44,14 @@ class Output:
     """Result of ``recipe(batch)``.
 
     Attributes:
-        terms: loss terms by name, one value a sample.
+        terms: loss terms by name, one value per sample.
         latents: embeddings ``z_BD`` by modality, as trained.
-        decisions: makes the decisions of the batch, for distillation; None for a recipe without decisions.
-        logits: by the name of an objective, makes its decisions, for soft labels.
-        pairs: by the name of a pair of modalities, how well rows match columns.
-        aux: further terms of the network's own parts, such as router balance, codebook commitment or regularizers; the
-            base adds them to the terms.
-        fusion: inputs of a classifier's fusion head, for callbacks that weigh its modalities.
+        decisions: returns the decisions of the batch, for distillation; None for a recipe without decisions.
+        logits: name of an objective -> function that returns its decisions, for soft labels.
+        pairs: name of a pair of modalities -> scorer of how well rows match columns.
+        aux: auxiliary terms from parts of the network, such as router balance, codebook commitment or regularizers;
+            the base recipe adds them to the terms.
+        fusion: inputs of a classifier's fusion head, for callbacks that weight its modalities.
 
     >>> import torch
     >>> list(Output({"loss": Term(torch.zeros(2))}).all_terms())
@@ -67,7 +67,7 @@ class Output:
     fusion: FusionInputs | None = None
 
     def all_terms(self) -> dict[str, Term]:
-        """Terms and auxiliary terms. Raises ValueError for a name that is in both."""
+        """Return terms and auxiliary terms together. Raise ValueError for a name that is in both."""
         twice = self.terms.keys() & self.aux.keys()
         if twice:
             raise ValueError(f"term {min(twice)!r}: both a term and an auxiliary term; rename one")

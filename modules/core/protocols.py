@@ -1,4 +1,4 @@
-"""Protocols: what callbacks may require of a recipe or data module; one that is lacking is named at setup.
+"""Protocols that callbacks may require from a recipe or data module; setup reports a missing one by name.
 
 Letters: B samples, T tokens, D width, C classes.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class HasObjective(Protocol):
-    """Its terms are mixed by a :class:`Step`, and harmonizers may ask for the parameters that the terms share."""
+    """A recipe whose terms a :class:`Step` mixes, and whose shared parameters harmonizers may request."""
 
     step: Step
 
@@ -31,7 +31,7 @@ class HasObjective(Protocol):
 
 @runtime_checkable
 class HasTerms(Protocol):
-    """``forward(batch)``: the loss term by term, which a :class:`Step` mixes; ``output``: of the last forward."""
+    """``forward(batch)`` returns the loss terms, which a :class:`Step` mixes; ``output``: that of the last forward."""
 
     step: Step
     output: Output | None
@@ -41,7 +41,7 @@ class HasTerms(Protocol):
 
 @runtime_checkable
 class HasTowers(Protocol):
-    """One module a modality, by name."""
+    """``towers``: one module per modality, by name."""
 
     @property
     def towers(self) -> Mapping[str, nn.Module]: ...
@@ -49,7 +49,7 @@ class HasTowers(Protocol):
 
 @runtime_checkable
 class ForksFeatures(Protocol):
-    """Shares features between terms through ``hooks.fork``; ``forks``: modality -> the terms that share its feature."""
+    """Shares features between terms by ``hooks.fork``; ``forks``: modality -> the terms that share its feature."""
 
     step: Step
     hooks: GradientHooks
@@ -67,8 +67,8 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class Inverts(Protocol):
-    """``encoded(h_BTD, mask_BT, modality)``: unit-length ``z_BD`` of what a tower's ``embed`` gives, or of what is put
-    in its place: all that comes after the token embeddings."""
+    """``encoded(h_BTD, mask_BT, modality)``: unit-length ``z_BD`` from the output of a tower's ``embed`` or a
+    replacement of it. It runs everything that comes after the token embeddings."""
 
     @property
     def towers(self) -> nn.ModuleDict: ...
@@ -87,7 +87,7 @@ class Encodes(Protocol):
 
 @runtime_checkable
 class HidesCells(Protocol):
-    """A tower of a table with these ``columns``: for ``tower(x, mask_BC)`` cells outside the mask count as missing."""
+    """A tower for tables with these ``columns``; ``tower(x, mask_BC)`` treats cells outside the mask as missing."""
 
     columns: tuple[int, ...]
 
@@ -105,8 +105,8 @@ class Scaled(Protocol):
 
 @runtime_checkable
 class Matches(Protocol):
-    """``scorers(batch)``: by the name of a pair of modalities, such as "image-text". Training has them in
-    ``Output.pairs``."""
+    """``scorers(batch)``: name of a pair of modalities, such as "image-text" -> scorer. In training, ``Output.pairs``
+    holds them."""
 
     def scorers(self, batch: Batch) -> Mapping[str, Scorer]: ...
 
@@ -128,10 +128,10 @@ class Features(Protocol):
 
 @runtime_checkable
 class Fuses(Protocol):
-    """``fuse(z, present)``: latents by modality -> ``logits_BC``; ``latents(batch)`` makes them, of any length.
+    """``fuse(z, present)``: latents by modality -> ``logits_BC``; ``latents(batch)`` makes them, not unit-length.
 
-    Rows may come in another order in each modality, as long as their ``present`` (bool ``[B]`` each) does too. Without
-    it all are present: rows of zeros do not count as absent.
+    Each modality may have its rows in a different order, if its ``present`` (bool ``[B]``) is in the same order.
+    Without ``present`` all rows are present: rows of zeros do not count as absent.
     """
 
     def latents(self, batch: Batch) -> dict[str, Tensor]: ...
@@ -141,14 +141,14 @@ class Fuses(Protocol):
 
 @runtime_checkable
 class Unimodal(Protocol):
-    """``unimodal(z, present)``: latents, as :class:`Fuses` makes them -> each modality's own ``logits_BC``."""
+    """``unimodal(z, present)``: latents, as :class:`Fuses` makes them -> ``logits_BC`` of each modality alone."""
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]: ...
 
 
 @runtime_checkable
 class Classifies(Protocol):
-    """Classifier of several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for none."""
+    """Classifier of several modalities. ``labels(batch)``: int64 ``[B]``, below 0 for a sample without a label."""
 
     modalities: tuple[str, ...]
 
@@ -159,8 +159,8 @@ class Classifies(Protocol):
 class MultimodalClassifier(Classifies, HasObjective, Protocol):
     """Classifier of several modalities, whose fusion inputs are in ``output.fusion`` after every forward.
 
-    ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; they sum to the logits.
-    ``of_modality(m)``: the parameters of this modality alone.
+    ``shares(z, present)``: modality -> its part of the logits ``[B, C]``; the parts sum to the logits.
+    ``of_modality(m)``: the parameters that belong to this modality only.
     """
 
     step: Step
@@ -175,10 +175,10 @@ class MultimodalClassifier(Classifies, HasObjective, Protocol):
 
 @runtime_checkable
 class Scores(Protocol):
-    """``scores(batch)``: name -> one quality number a sample, such as accuracy (1 or 0) or a loss.
+    """``scores(batch)``: name -> one score per sample, such as accuracy (1 or 0) or a loss.
 
-    Names of losses begin with ``loss``: less is better; of all others more is. ``valid`` of a term marks the samples
-    that have a number. Modalities that ``batch.present`` leaves out are not used.
+    For names that begin with ``loss``, lower is better; for all others, higher. ``valid`` of a term marks the samples
+    that have a score. Modalities that ``batch.present`` leaves out are not used.
     """
 
     def scores(self, batch: Batch) -> dict[str, Term]: ...
@@ -186,18 +186,19 @@ class Scores(Protocol):
 
 @runtime_checkable
 class PredictsNumbers(Protocol):
-    """``numbers(batch)``: target of the data -> its prediction ``[B]`` in its own unit; nan where there is none."""
+    """``numbers(batch)``: name of a target -> its prediction ``[B]`` in the target's unit; nan without a prediction."""
 
     def numbers(self, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class ReconstructionOutput(NamedTuple):
-    """Reconstruction of a modality that was masked in whole or part; all in the shape and units of its input.
+    """Reconstruction of a modality that was masked in whole or in part; all fields have the shape of its input.
 
     Attributes:
-        truth: the input, float ``[B, ...]`` (category maps and token ids: int64); zero where the sample lacks it.
-        visible: bool ``[B, ...]``: the part that the encoder got.
-        prediction: of the masked part; the truth elsewhere and in padding; zero where the sample lacks it.
+        truth: the input, float ``[B, ...]`` (category maps and token ids: int64); zero for samples without it.
+        visible: bool ``[B, ...]``: the part that the encoder received.
+        prediction: predicted values in the masked part, the truth elsewhere and in padding, in the input's units; zero
+            for samples without the modality.
     """
 
     truth: Tensor
@@ -207,16 +208,16 @@ class ReconstructionOutput(NamedTuple):
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """``reconstruct(batch, corruption)``: modality -> :class:`ReconstructionOutput`, from what the corruption leaves
-    visible."""
+    """``reconstruct(batch, corruption)``: modality -> :class:`ReconstructionOutput`, from the part that the corruption
+    leaves visible."""
 
     def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]: ...
 
 
 @runtime_checkable
 class Predicts(Protocol):
-    """``losses(batch, corruption)``: terms ``mask/{modality}`` of the tokens that a corruption hides, a value a sample.
-    ``targets``: the modalities that it predicts."""
+    """``losses(batch, corruption)``: terms ``mask/{modality}`` of the tokens that a corruption hides, one value per
+    sample. ``targets``: the modalities that it predicts."""
 
     targets: list[str]
 
@@ -225,9 +226,9 @@ class Predicts(Protocol):
 
 @runtime_checkable
 class DecodesTokens(Protocol):
-    """A masked model by parts: ``raw(batch)``, tokens and which of them are real; ``encode(raw, visible)``; ``decoder``
-    of the encoded tokens and places of targets; ``adapters`` by modality, that turn its features into logits;
-    ``targets``: the modalities that it predicts."""
+    """A masked model by parts: ``raw(batch)`` returns tokens and masks of the real ones; ``encode(raw, visible)``
+    encodes them; ``decoder`` takes the encoded tokens and the positions of targets; ``adapters`` by modality turn its
+    features into logits; ``targets``: the modalities that it predicts."""
 
     adapters: Any
     decoder: Any
@@ -247,8 +248,8 @@ class Generates(Protocol):
 
 @runtime_checkable
 class AnswersQuestions(Protocol):
-    """Answers questions, as :class:`Generates`; ``likelihood(batch, answer_ids_BM)``: ``[B]``, the geometric mean of
-    the probabilities of an answer's tokens, 0 without a question."""
+    """Answers questions, as :class:`Generates`. ``likelihood(batch, answer_ids_BM)``: ``[B]``, the geometric mean of
+    the probabilities of an answer's tokens; 0 without a question."""
 
     def generate(self, batch: Batch) -> Tensor: ...
 
@@ -257,7 +258,7 @@ class AnswersQuestions(Protocol):
 
 @runtime_checkable
 class PacksDocuments(Protocol):
-    """Trains on packed rows, and counts them: ``packing`` has rows, documents, tokens and cells, numbers of the CPU."""
+    """Trains on packed rows; ``packing`` counts rows, documents, tokens and cells, as numbers on the CPU."""
 
     @property
     def packing(self) -> Any: ...
@@ -265,8 +266,8 @@ class PacksDocuments(Protocol):
 
 @runtime_checkable
 class RoutesTokens(Protocol):
-    """Has sparse experts: ``token_experts(batch)``, of the tokens before those that are scored, the entropy of the
-    prediction in nats, the real experts, mean over layers, and the sample: ``[N]`` each."""
+    """Has sparse experts. ``token_experts(batch)`` returns, for the token before each scored one, the entropy of its
+    prediction in nats, the number of real experts (mean over layers), and its sample: ``[N]`` each."""
 
     def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -275,10 +276,10 @@ class RoutesTokens(Protocol):
 class StagedDataModule(Protocol):
     """Data of a run in stages.
 
-    ``stages``: by name, in order; ``steps``: optimizer steps of each, once it has made a loader. ``stage``: the current
-    one, ``current``: its data, ``since``: its first epoch. ``position``: (epoch, micro-batch) where the next loader
-    begins. ``stage_at(epoch)``: name of the stage of an epoch, the last one beyond the end.
-    ``batches_of(stage, n)``: this rank's first micro-batches of a pass over a stage's data.
+    ``stages``: the stages by name, in order; ``steps``: optimizer steps of each, known once a loader was made.
+    ``stage``: name of the current stage; ``current``: its data; ``since``: its first epoch. ``position``: (epoch,
+    micro-batch) where the next loader begins. ``stage_at(epoch)``: name of the stage of an epoch; beyond the end, the
+    last one. ``batches_of(stage, n)``: this rank's first n micro-batches of a pass over a stage's data.
     """
 
     stages: dict[str, Any]
@@ -308,10 +309,10 @@ class PlansSteps(Protocol):
 
 @runtime_checkable
 class BudgetData(Protocol):
-    """Data whose training steps can be looked at before training.
+    """Data whose training steps can be inspected before training.
 
-    ``steps_for(samples)``: optimizer steps that see so many; ``first_batches(steps)``: this rank's micro-batches of the
-    first steps of a pass, as training gets them, and the number of these steps.
+    ``steps_for(samples)``: optimizer steps that see this many samples. ``first_batches(steps)``: the number of first
+    steps of a pass, at most ``steps``, and this rank's micro-batches of these steps, as training gets them.
     """
 
     def steps_for(self, samples: int) -> int: ...
@@ -328,25 +329,25 @@ class BankData(Protocol):
 
 @runtime_checkable
 class SampledData(Protocol):
-    """Data of which a few training samples can be seen: ``sample_dataloader(count)``, the same ones on every rank."""
+    """Data that offers a few training samples: ``sample_dataloader(count)`` loads the same ones on every rank."""
 
     def sample_dataloader(self, count: int) -> Iterable[Batch]: ...
 
 
 @runtime_checkable
 class MixedData(Protocol):
-    """Data of several parts. ``shares``: of the training samples by the name of the part; None where sizes decide."""
+    """Data of several parts. ``shares``: name of a part -> its share of the training samples; None if sizes decide."""
 
     shares: Any
 
 
 class SeriesAxes(NamedTuple):
-    """Units of a time series ``x_WT``: a number is ``mean + std x`` in the data's unit, at the time ``period t``.
+    """Units of a time series ``x_WT``: x at step t is ``mean + std x`` in the data's unit, at the time ``period t``.
 
     Attributes:
         channels: names of all W.
-        period: time between two steps, in the data's unit; None where only steps are known.
-        mean, std: by which the data module standardised each channel, ``[W]``, or one number for all.
+        period: time between two steps, in the data's unit; None if only step numbers are known.
+        mean, std: with which the data module standardised each channel, ``[W]``, or one number for all.
     """
 
     channels: Sequence[str]
@@ -357,7 +358,7 @@ class SeriesAxes(NamedTuple):
 
 @runtime_checkable
 class SeriesData(Protocol):
-    """``series_axes(index, modality)``: units of a sample's time series by its id; None for other modalities."""
+    """``series_axes(index, modality)``: units of the time series of a sample, by its id; None for other modalities."""
 
     def series_axes(self, index: int, modality: str) -> SeriesAxes | None: ...
 
@@ -366,9 +367,10 @@ class SeriesData(Protocol):
 class NegativesData(Protocol):
     """Data whose training batches can have mined negatives, such as ``inputs["text_neg"]``.
 
-    ``read_mined(modality)`` before the loader is made; ``mined`` has the version of the current ones, -1 before the
-    first. ``training_ids()``: of the samples that may be mined. ``renew_mined(id_N, negative_NK, version)``: up to K
-    negatives of each sample, by ids, then -1. ``bank_dataloader()``: as of :class:`BankData`.
+    ``read_mined(modality)`` is called before the loader is made; ``mined`` has the version of the current negatives,
+    -1 before the first. ``training_ids()``: ids of the samples that may be mined.
+    ``renew_mined(id_N, negative_NK, version)`` sets up to K negatives of each sample, as ids, then -1.
+    ``bank_dataloader()``: as in :class:`BankData`.
     """
 
     mined: Any
@@ -384,13 +386,13 @@ class NegativesData(Protocol):
 
 @runtime_checkable
 class StagedRecipe(Protocol):
-    """A recipe in stages: ``stage`` is the name of the current one of ``stages``; ``begin_stage`` changes it.
+    """A recipe in stages: ``stage`` is the name of the current one in ``stages``; ``begin_stage`` changes it.
 
-    ``begin_stage(name, average, batches)``, with the average of the weights over steps, and this rank's first
-    micro-batches of the stage's data, returns what has grown.
-    ``end_stage(batches)``, where ``batches(n)`` are this rank's first micro-batches of the stage's data.
-    ``named_as(names)``: where one stage is given for all, it takes the names of the data's.
-    ``step_flops(name, batches, memory_adjusted)``: of micro-batches in a stage, all ranks together.
+    ``begin_stage(name, average, batches)`` takes the average of the weights over steps, and ``batches(n)``, this rank's
+    first n micro-batches of the stage's data. It returns the growths of the model.
+    ``end_stage(batches)`` ends the current stage; ``batches`` as above.
+    ``named_as(names)``: if one stage is given for all, it takes the names of the data's stages.
+    ``step_flops(name, batches, memory_adjusted)``: FLOPs of micro-batches in a stage, of all ranks together.
     """
 
     stages: dict[str, Any]

@@ -18,28 +18,28 @@ from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
-#: What is around an exchange of features that a step waits for: nothing, or what measures it, set for a fit.
+#: Context around each feature exchange that a step waits for: it does nothing, or measures the wait during a fit.
 unmeasured: Callable[[], AbstractContextManager[None]] = nullcontext
 waiting: Callable[[], AbstractContextManager[None]] = unmeasured
 
 
 def world() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Global rank of this process; 0 without a process group."""
+    """Return the global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def as_batch_work() -> bool:
-    """Schedule this thread and those it starts from here on as batch work (Linux); whether that was done.
+    """Schedule this thread and the threads it starts from now on as batch work (Linux); return whether that succeeded.
 
-    For ranks that meet over gloo. Its TCP thread polls while another thread of the process holds the connection's lock,
-    and where it has interrupted that thread, it keeps the core for a whole time slice: an all_reduce of 4 KiB took 1.7
-    ms between two ranks and 5.3 ms between four on two cores, and takes 0.24 and 1.04 ms where a thread that wakes does
-    not interrupt one that runs, as is the rule of batch work.
+    For ranks that communicate over gloo. Its TCP thread polls while another thread of the process holds the
+    connection's lock. If the TCP thread has preempted that thread, it keeps the core for a whole time slice. As batch
+    work, a waking thread does not preempt a running one. On two cores, this reduces an all_reduce of 4 KiB from 1.7 to
+    0.24 ms between two ranks, and from 5.3 to 1.04 ms between four.
 
     Source: pytorch/gloo#246, "Don't busy-spin in tcp transport's event loop"; sched(7), SCHED_BATCH.
     """
@@ -51,25 +51,25 @@ def as_batch_work() -> bool:
 
 
 def total_of_ranks(x: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """Sum a tensor over ranks, in place."""
     if world() > 1:
         dist.all_reduce(x)
     return x
 
 
 def awaited_total(x: Tensor) -> Tensor:
-    """:func:`total_of_ranks` inside a step, which waits for it."""
+    """Sum a tensor over ranks (:func:`total_of_ranks`) inside a step that waits for it."""
     with waiting():
         return total_of_ranks(x)
 
 
 def mean_of_ranks(x: Tensor) -> Tensor:
-    """The mean over ranks, in place."""
+    """Average a tensor over ranks, in place."""
     return total_of_ranks(x).div_(world()) if world() > 1 else x
 
 
 def gather_objects(value: T, group: Any = None) -> list[T]:
-    """The pickled value of every rank, in rank order; collective."""
+    """Gather a picklable value from every rank, in rank order. Collective."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -78,14 +78,14 @@ def gather_objects(value: T, group: Any = None) -> list[T]:
 
 
 def first_row(rows: int) -> int:
-    """Where this rank's B rows begin among the G gathered ones."""
+    """Return the index of this rank's first row among the G gathered rows."""
     return rows * rank()
 
 
 def gather(x_B: Tensor) -> Tensor:
-    """``[B, ...] -> [G, ...]``: the rows of all ranks, in rank order, with true gradients for floats.
+    """Gather the rows of all ranks in rank order, ``[B, ...] -> [G, ...]``, with true gradients for floats.
 
-    Every rank holds the same B (the sampler pads). Backward sums the gradients of every rank's loss for a row.
+    All ranks have the same B (the sampler pads). Backward sums a row's gradients over the losses of all ranks.
     """
     if world() == 1:
         return x_B
@@ -110,7 +110,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_both(x_BD: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`gather` of two tensors of one shape in one exchange (and one on the way back)."""
+    """Gather two tensors of one shape by :func:`gather`, in one exchange (and one on the way back)."""
     if world() == 1:
         return x_BD, y_BD
     x_GD, y_GD = gather(torch.cat([x_BD, y_BD], dim=1)).chunk(2, dim=1)
@@ -118,9 +118,10 @@ def gather_both(x_BD: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Passing:
-    """Tensors on their way to the next rank of the ring, while this rank goes on computing.
+    """Tensors in transit to the next rank of the ring, while this rank goes on computing.
 
-    ``wait()`` returns what the previous rank sent, in the same order. What is sent must not be written meanwhile.
+    ``wait()`` returns the tensors that the previous rank sent, in the same order. Until then, do not write to the
+    tensors that are being sent.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

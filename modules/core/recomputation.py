@@ -1,4 +1,4 @@
-"""Where a backward pass computes a part of the forward pass again."""
+"""Detect where a backward pass recomputes a part of the forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _open = 0
 def forward_arithmetic() -> Iterator[None]:
     """Mark arithmetic of the forward pass that an ``autograd.Function`` also runs in its backward pass.
 
-    The mark changes no number. A count of FLOPs finds by it what a backward pass repeats.
+    The mark changes no number. The FLOP counter uses it to find what a backward pass repeats.
     """
     global _open
     _open += 1
@@ -25,10 +25,10 @@ def forward_arithmetic() -> Iterator[None]:
 
 
 def is_recomputing() -> bool:
-    """Return whether a backward pass is running that repeats a part of the forward pass now.
+    """Return whether a backward pass is repeating a part of the forward pass now.
 
-    Either :func:`forward_arithmetic` marks the part, or autograd records it: a checkpoint does so while it computes a
-    block again. A backward pass that keeps a graph for second derivatives records everything, and must not be asked.
+    Either :func:`forward_arithmetic` marks the part, or autograd records it, as it does while a checkpoint recomputes a
+    block. Do not call this in a backward pass that keeps a graph for second derivatives: it records everything.
 
     >>> is_recomputing()
     False

@@ -1,4 +1,4 @@
-"""Stateless randomness: every draw is a pure function of what it is for, so nothing has to be saved or resumed.
+"""Stateless randomness: every draw is a pure function of its key and purpose, so there is no state to save or resume.
 
 Letters: N keys.
 """
@@ -22,13 +22,13 @@ _GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def global_seed() -> int:
-    """The run's seed, as ``seed_everything`` has left it for all processes."""
+    """Return the run's seed, which ``seed_everything`` has set for all processes."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 @lru_cache(maxsize=65536)
 def salt(purpose: str) -> int:
-    """A 64-bit number for a purpose such as ``"augment/image"``: the same in every process and version."""
+    """Return a 64-bit number for a purpose such as ``"augment/image"``: the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 
 
@@ -49,7 +49,7 @@ def mix(*parts: int | str) -> int:
 
 
 def mix_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> np.ndarray:
-    """:func:`mix` of one key a sample with the same ``parts``, in numpy's wrapping 64-bit arithmetic.
+    """Apply :func:`mix` to one key per sample with the same ``parts``, in numpy's wrapping 64-bit arithmetic.
 
     >>> import numpy as np
     >>> int(mix_N(np.array([5]), "caption")[0]) == mix(5, "caption")
@@ -70,12 +70,12 @@ def mix_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> np.ndar
 
 
 def uniform_N(key_N: np.ndarray | Tensor, *parts: int | str | np.ndarray) -> Tensor:
-    """One float32 in [0, 1) a key, a pure function of (key, parts): ``(mix(key, *parts) >> 39) / 2**24``."""
+    """Draw one float32 in [0, 1) per key, a pure function of (key, parts): ``(mix(key, *parts) >> 39) / 2**24``."""
     return torch.from_numpy((mix_N(key_N, *parts) >> 39).astype(np.float32)) * 2.0**-24
 
 
 def uniform_NK(key_N: np.ndarray | Tensor, purposes: Sequence[str]) -> Tensor:
-    """``[N, K]``: :func:`uniform_N` of each key for K purposes, all in one pass.
+    """Draw :func:`uniform_N` of each key for K purposes, ``[N, K]``, all in one pass.
 
     >>> key_N = np.array([5, 6])
     >>> torch.equal(uniform_NK(key_N, ("a", "b"))[:, 1], uniform_N(key_N, "b"))
@@ -89,10 +89,10 @@ def _array(key_N: np.ndarray | Tensor) -> np.ndarray:
 
 
 def normal_NK(key_N: np.ndarray | Tensor, width: int, purpose: str, device: torch.device | None = None) -> Tensor:
-    """``[N, K]`` standard normal numbers: for each key a piece of one series of a million, from a drawn place on.
+    """Draw ``[N, K]`` standard normal numbers: each key reads one fixed series of a million from a random place on.
 
-    A pure function of (key, purpose), for long rows: a hash a number would take ten times as long. A wider row begins
-    as a narrower one does; rows of two keys may overlap.
+    A pure function of (key, purpose), for long rows: one hash per number would take ten times as long. A wider row
+    begins with the numbers of a narrower one. Rows of two keys may overlap.
 
     >>> x_NK = normal_NK(np.arange(100), 5000, "noise")
     >>> round(float(x_NK.std()), 2), torch.equal(normal_NK(np.array([7]), 3, "noise")[0], x_NK[7, :3])
@@ -106,7 +106,7 @@ def normal_NK(key_N: np.ndarray | Tensor, width: int, purpose: str, device: torc
 @lru_cache(maxsize=8)
 def _series(device: torch.device | None) -> Tensor:
     generator = torch.Generator().manual_seed(salt("random/series"))
-    # not the default dtype, which is float64 inside a step of precision 64-true, where it may be first asked for
+    # not the default dtype: the first call may come inside a step of precision 64-true, where that is float64
     return torch.randn(1 << 20, generator=generator, dtype=torch.float32).to(device)
 
 
@@ -117,9 +117,9 @@ def _salts(purposes: tuple[str, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Run a block that draws from torch's global CPU generator under ``mix(*parts)``; the state is put back.
+    """Seed torch's global CPU generator with ``mix(*parts)`` for a block, and restore its state afterwards.
 
-    For transforms written for the global generator (torchvision v2): about 7 microseconds a use. The CPU
+    For transforms written for the global generator (torchvision v2); about 7 microseconds per use. The CPU
     generator ignores the upper half of a seed, so the low bits must be well mixed, which ``mix`` ensures.
     """
     generator = torch.default_generator
@@ -132,9 +132,9 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def by_rank(module: nn.Module) -> dict[str, str]:
-    """Parts whose losses differ between one rank and several: name -> their ``by_rank``, the reason in words.
+    """List the parts whose losses differ between one rank and several: name -> ``by_rank``, the reason in words.
 
-    Such a part reads other samples of its rank, but of no other rank.
+    The loss of such a part depends on other samples of its own rank, but not on those of other ranks.
 
     >>> part = nn.Identity()
     >>> part.by_rank = "draws of the rows of a rank"
@@ -146,10 +146,11 @@ def by_rank(module: nn.Module) -> dict[str, str]:
 
 
 def drawn_by_rank(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Dropout by torch's global generator: name -> the part, and the attribute that holds its probability.
+    """List dropout that uses torch's global generator: name -> the part, and the attribute with its probability.
 
-    All other draws are by sample. The global generator is seeded by (seed, step, rank): with the same number of ranks a
-    step is bit-identical; with another, other elements are dropped. Parts in eval mode drop nothing.
+    All other draws depend on the sample. The global generator is seeded by (seed, step, rank). So a step is
+    bit-identical with the same number of ranks; with another number, other elements are dropped. Parts in eval mode
+    drop nothing.
 
     >>> drawn_by_rank(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Dropout(0.0))).keys()
     dict_keys(['1'])

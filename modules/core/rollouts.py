@@ -1,4 +1,4 @@
-"""Protocols of rollouts: what callbacks that train on a model's own answers require of a recipe or data module."""
+"""Rollout protocols: what callbacks that train a model on its own answers require from a recipe or data module."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from descant.modules.core.batch import Batch
 
 @runtime_checkable
 class RolloutPolicy(Protocol):
-    """Samples answers to train on: ``roll_out(batch, group, seed_R)`` -> ``group`` to each question, of at most ``new``
-    tokens.
+    """Samples answers to train on. ``roll_out(batch, group, seed_R)`` samples ``group`` answers to each question, of at
+    most ``new`` tokens.
 
-    ``reference(batch)``: log-probabilities of the answers' tokens under the reference policy, the sample of each, and
-    its place; called where it ``needs_reference``.
+    ``reference(batch)``: log-probabilities of the answers' tokens under the reference policy, and the sample and the
+    position of each token. Callbacks call it if ``needs_reference``.
     """
 
     new: int
@@ -31,13 +31,14 @@ class RolloutPolicy(Protocol):
 
 @runtime_checkable
 class RolloutData(Protocol):
-    """Data whose training set are answers of a model: ``group`` answers to each of ``items`` questions.
+    """Data whose training set consists of a model's answers: ``group`` answers to each of ``items`` questions.
 
-    ``version``: which rollout it is, -1 before the first. ``fresh(round, again)``: as many questions as it has;
-    ``asking(problems)``: a loader of them, as of :class:`QuestionPoolData`; ``rows()``: one of the answers, by their
-    numbers. ``renew(problems, rolled, version)``: these questions, and tensors of the answers by name, or some of them.
-    ``spell(ids)`` decodes tokens; an answer begins behind ``answer_token``. ``entry(problems, number)``: one problem
-    with its scorer, for :class:`descant.modules.policy.rewards.TaskAnswer`, or None.
+    ``version``: number of the current rollout, -1 before the first. ``fresh(round, again)`` draws ``items`` new
+    questions; ``asking(problems)``: a loader of them, as in :class:`QuestionPoolData`; ``rows()``: a loader of the
+    answers, whose ``index`` holds their numbers. ``renew(problems, rolled, version)`` sets the questions and some or
+    all tensors of the answers, by name. ``spell(ids)`` decodes tokens; an answer begins after ``answer_token``.
+    ``entry(problems, number)``: one problem with its scorer, for
+    :class:`descant.modules.policy.rewards.TaskAnswer`, or None.
     """
 
     version: int
@@ -63,13 +64,14 @@ class RolloutData(Protocol):
 
 @runtime_checkable
 class QuestionPoolData(Protocol):
-    """Data whose training set is a pool of problems with answers, which is renewed.
+    """Data whose training set is a renewable pool of problems with answers.
 
     ``version``: number of renewals, -1 before the first answers. ``pool``: the current problems, an object with a
-    length. ``fresh(round)``: as many of the training split, sampled anew; ``variants(index_N, round)``: other problems
-    on the subjects of those at these numbers of the pool. ``asking(problems)``: a loader of them without augmentation,
-    this rank's part; a batch's ``index`` are numbers of problems. ``renew(problems, answer_ids_NM, version)``: the new
-    pool, and its answers, int64 of at most ``answer_length`` tokens.
+    length. ``fresh(round)`` samples a new pool of the same size from the training split; ``variants(index_N, round)``
+    returns other problems on the subjects of the pool's problems with these numbers. ``asking(problems)``: a loader of
+    this rank's part of the problems, without augmentation; a batch's ``index`` holds their numbers.
+    ``renew(problems, answer_ids_NM, version)`` sets the new pool and its answers, int64 of at most ``answer_length``
+    tokens.
     """
 
     version: int

@@ -1,6 +1,6 @@
 """Rows of a batch that run through a module: samples that have its modality, or tokens of an encoder.
 
-Parts whose parameters depend on the sample, such as a modulation bank, read them. Numbers of rows are on the CPU.
+Parts whose parameters depend on the sample, such as a modulation bank, read the row numbers, which are on the CPU.
 Letters: R rows that run.
 """
 
@@ -18,10 +18,10 @@ from descant.modules.core.host import derived, host_copy, known_finite, to_devic
 
 
 class RowTracker:
-    """The row of the batch that each row of a module's input is.
+    """Tracker of the batch row that each row of a module's input comes from.
 
-    A module that runs some of its rows wraps them in ``with self.row_tracker.select(row_R):``. All modules of a network
-    share one tracker once :func:`share_rows` was called; before, each has its own, which nothing reads.
+    A module that runs only some of its rows does so inside ``with self.row_tracker.select(row_R):``. After
+    :func:`share_rows`, all modules of a network share one tracker; before, each has its own, which nothing reads.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class RowTracker:
 
     @contextmanager
     def select(self, row_R: Tensor) -> Iterator[None]:
-        """Inside, row r of what modules see is row ``row_R[r]`` of what they would have seen outside (on the CPU).
+        """Within the block, a module's input row r is row ``row_R[r]`` of its input outside. ``row_R`` is on the CPU.
 
         >>> import torch
         >>> rows = RowTracker()
@@ -46,7 +46,7 @@ class RowTracker:
 
 
 def share_rows(network: nn.Module) -> RowTracker:
-    """One tracker, the network's own where it has one, for all of its modules with a ``row_tracker``."""
+    """Give all modules with a ``row_tracker`` one shared tracker, the network's own if it has one, and return it."""
     parts = [module for module in network.modules() if isinstance(getattr(module, "row_tracker", None), RowTracker)]
     tracker: RowTracker = getattr(network, "row_tracker", None) or RowTracker()
     for part in parts:

@@ -19,7 +19,7 @@ from descant.modules.core.rng import mix_N
 
 
 def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
-    """int64 ``[B]``: source row of each row, a random cycle through the valid rows; all others map to themselves.
+    """Return the source row of each row, int64 ``[B]``: a random cycle through valid rows; others map to themselves.
 
     A pure function of the samples' random keys: the order of the rows does not matter.
     """
@@ -32,7 +32,7 @@ def partners(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
 
 
 def sources(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
-    """:func:`partners` over all ranks: int64 ``[B]``, the row that each row of this rank takes, numbered over all."""
+    """Return :func:`partners` over all ranks: int64 ``[B]``, this rank's source rows, numbered over all ranks."""
     if world() == 1:
         return partners(draw_B, valid_B, *purpose)
     draw_G, valid_G = gather(torch.stack([draw_B, valid_B.to(draw_B.dtype)], dim=1)).unbind(dim=1)
@@ -41,19 +41,19 @@ def sources(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
 
 
 def taken(x_B: Tensor, source_B: Tensor) -> Tensor:
-    """Rows of all ranks by their number: ``x[source_b]``, with gradients."""
+    """Take rows of all ranks by their number: ``x[source_b]``, with gradients."""
     return chosen(x_B, source_B) if world() == 1 else gather(x_B)[source_B]
 
 
 class Sham(nn.Module):
-    """``x_b``, or ``x_pi(b)`` where the mode is ``permute``: the signal of a method, or that of other samples.
+    """The signal of a method, ``x_b``, or, in the mode ``permute``, that of other samples, ``x_pi(b)``.
 
-    A part that scores, weighs or chooses samples passes its signal through one of these and takes ``sham: permute``
-    from YAML: its control differs only in which sample gets which signal. Both count their ``calls``, so that a test
+    A part that scores, weights or selects samples passes its signal through a Sham and takes ``sham: permute`` from
+    YAML. Its control then differs only in which sample gets which signal. Both count their ``calls``, so that a test
     can check that both ran the same code equally often.
 
     Args:
-        mode: ``permute``, or none for the method itself.
+        mode: ``permute``, or None for the method itself.
 
     Shapes: ``x_B [B, ...]``, ``draw_B`` int64, ``valid_B`` bool ``-> [B, ...]``, of the same dtype; gradients go to the
     rows that the values came from.
@@ -73,7 +73,7 @@ class Sham(nn.Module):
         return x_B if self.mode is None else self.permute(x_B, draw_B, valid_B)
 
     def handed_on(self, x_K: Tensor) -> Tensor:
-        """For terms or modalities instead of samples: each takes the signal of the one before it.
+        """Permute terms or modalities instead of samples: each takes the signal of the one before it.
 
         >>> Sham("permute").handed_on(torch.tensor([1.0, 2.0, 3.0])).tolist()
         [3.0, 1.0, 2.0]
@@ -82,7 +82,7 @@ class Sham(nn.Module):
         return x_K if self.mode is None else x_K.roll(1, dims=0)
 
     def everywhere(self, x_N: Tensor, draw_N: Tensor) -> Tensor:
-        """For rows that are the same on all ranks: each takes the signal of the next one, the same on every rank.
+        """Permute a signal that is replicated on all ranks, identically on every rank: each row takes the next one's.
 
         >>> Sham("permute").everywhere(torch.tensor([1.0, 2.0, 3.0]), torch.arange(3)).tolist()
         [3.0, 1.0, 2.0]
@@ -92,10 +92,10 @@ class Sham(nn.Module):
         return x_N if self.mode is None else x_N[partners(draw_N, all_N, "sham").to(x_N.device)]
 
     def within_groups(self, x_R: Tensor, draw_R: Tensor, size: int) -> Tensor:
-        """For groups of ``size`` rows that lie together, the same on all ranks: a random order within each group.
+        """Permute rows at random within each group of ``size`` adjacent rows, identically on all ranks.
 
-        All orders are equally likely, so that a signal whose mean in a group is 0 has mean 0 for each row; a cycle,
-        where no row keeps its own, would have ``-x_r / (size - 1)``.
+        All orders are equally likely, so a signal whose mean in a group is 0 has mean 0 for each row. A cycle, in which
+        no row keeps its own signal, would have the mean ``-x_r / (size - 1)``.
 
         >>> Sham("permute").within_groups(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4), 2).tolist()
         [2.0, 1.0, 4.0, 3.0]
@@ -108,7 +108,7 @@ class Sham(nn.Module):
         return x_R[(first_G1 + turn_GS.argsort(dim=1, stable=True)).flatten().to(x_R.device)]
 
     def permute_modalities(self, batch: Batch, modalities: Sequence[str]) -> Batch:
-        """The batch with these modalities of every sample permuted together, or unchanged without a mode."""
+        """Permute these modalities of every sample together; without a mode, return the batch unchanged."""
         inputs, present = (
             {m: self(x, batch.rng_seed) if m in modalities else x for m, x in tensors.items()}
             for tensors in (batch.inputs, batch.present)
@@ -117,10 +117,10 @@ class Sham(nn.Module):
 
     @staticmethod
     def permute(x_B: Tensor, draw_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
-        """``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes the value of the next one.
+        """Return ``x_pi(b)``: in the order of ``mix(draw, "sham")`` over all ranks, each row takes the next value.
 
-        One cycle, so no row keeps its own (unless it is alone), and a pure function of the samples' random keys:
-        neither the order of the rows nor their ranks matter. Invalid rows stay.
+        The permutation is one cycle, so no row keeps its own value (unless it is alone). It is a pure function of the
+        samples' random keys: neither the order of the rows nor their ranks matter. Invalid rows stay.
         """
         valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
         return taken(x_B, sources(draw_B, valid_B, "sham"))

@@ -1,4 +1,4 @@
-"""Expand braces in addresses, within bounds: the judge of an address and its reader both do it here, first."""
+"""Expand braces in addresses, within bounds. The check of an address and its reader both expand it here, first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from braceexpand import braceexpand
 
-#: Most addresses of one text, and most braces in it.
+#: The most addresses that one text may expand to, and the most braces in it.
 MOST, BRACES = 100_000, 100
 _INNERMOST, _COUNT = re.compile(r"\{([^{}]*)\}"), re.compile("\0(\\d+)\0")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
@@ -27,7 +27,7 @@ def expand(text: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    """Count the addresses before any is made: a group of braces becomes the number of its choices, innermost first."""
+    """Count the addresses before any is made: each group of braces becomes its number of choices, innermost first."""
     text = re.sub(r"\\.", "", text, flags=re.DOTALL)
     while group := _INNERMOST.search(text):
         span = _RANGE.match(group[1])

@@ -20,12 +20,12 @@ Node = dict[str, Any]
 
 
 def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
-    """Build the object of ``{class_path: ..., init_args: ...}``, of a subclass of ``kind`` or of one of them."""
+    """Build the object of ``{class_path: ..., init_args: ...}``; its class derives from ``kind`` or one of them."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     for name in class_paths(node):
         _policies[-1](name)
-        if _is_function(name):  # it would be called
+        if _is_function(name):  # the parser would call it
             raise ValueError(f"{place}: class_path {name}: not a class")
     _require_uncalled(node, place)
     parser = ArgumentParser(exit_on_error=False)
@@ -52,7 +52,7 @@ def _is_function(name: str) -> bool:
 
 
 def _require_uncalled(node: object, place: Path) -> None:
-    """Raise ValueError where the file gives a function or an object for an argument that is called."""
+    """Raise ValueError if an argument that would be called is given anything but a class of its return type."""
     if isinstance(node, list):
         for item in node:
             _require_uncalled(item, place)
@@ -76,7 +76,7 @@ def _require_uncalled(node: object, place: Path) -> None:
 
 
 def _resolved(name: object) -> Any:
-    """The object at a dotted path; None where there is none, which the parser reports."""
+    """Return the object at a dotted path; None if it does not exist, which the parser reports."""
     try:
         return pkgutil.resolve_name(name) if isinstance(name, str) and "." in name else None
     except (ImportError, AttributeError, ValueError):
@@ -84,7 +84,7 @@ def _resolved(name: object) -> Any:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """Types of a class's arguments, including those that it passes on to its bases."""
+    """Return the types of a class's arguments, including those that it passes on to its bases."""
     merged: dict[str, Any] = {}
     for base in cls.__mro__:
         function = base.__dict__.get("__init__")
@@ -97,7 +97,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _factories(hint: Any) -> Iterator[tuple[type, ...]]:
-    """For each callable in a type, the classes that it returns; an empty tuple where it returns anything else."""
+    """Yield, for each callable in a type, the classes that it returns; an empty tuple if it returns anything else."""
     if isinstance(hint, str):
         yield from [()] * ("Callable" in hint)
     elif hint is abc.Callable or hint is Callable:
@@ -113,7 +113,7 @@ def _factories(hint: Any) -> Iterator[tuple[type, ...]]:
 
 
 def _named(value: object) -> Iterator[str]:
-    """Class paths and dotted texts, at any depth of lists."""
+    """Yield class paths and dotted texts, at any depth of lists."""
     if isinstance(value, Mapping) and "class_path" in value:
         yield str(value["class_path"])
     elif isinstance(value, str) and "." in value:
@@ -124,7 +124,7 @@ def _named(value: object) -> Iterator[str]:
 
 
 def class_paths(node: object) -> Iterator[str]:
-    """Every class path in a configuration, at any depth.
+    """Yield every class path in a configuration, at any depth.
 
     >>> list(class_paths({"class_path": "a.B", "init_args": {"parts": [{"class_path": "c.D"}]}}))
     ['a.B', 'c.D']
@@ -141,9 +141,9 @@ def class_paths(node: object) -> Iterator[str]:
 
 @contextmanager
 def policy(require: Callable[[str], None]) -> Iterator[None]:
-    """Inside, ``require(class_path)`` decides by raising which classes saved configurations may name.
+    """Decide, within the block, which classes saved configurations may name: ``require(class_path)`` raises for others.
 
-    Outside, only Descant's own and those of torch.nn and torch.optim are allowed.
+    Outside, only classes of Descant, torch.nn and torch.optim are allowed.
     """
     _policies.append(require)
     try:
@@ -161,12 +161,12 @@ _OURS = ("descant.modules.", "descant.recipes.", "descant.datamodules.", "torch.
 _policies: list[Callable[[str], None]] = [_ours]
 
 
-#: Beginnings of lines of that message that do not name the fault.
+#: Beginnings of lines in the parser's message that do not name the fault.
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
 
 
 def _cause(error: BaseException) -> str:
-    """Class, key and fault out of a parser's long message about a union."""
+    """Extract class, key and fault from a parser's long message about a union."""
     names: list[str] = []
     for line in (line.strip(" -") for line in str(error).splitlines()):
         if line.startswith(("Problem with given class_path", "Parser key")):

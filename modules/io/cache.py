@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$DESCANT_CACHE``, or ``descant`` in the platform's folder for caches."""
+    """Return ``$DESCANT_CACHE``, or ``descant`` in the platform's cache folder."""
     if given := os.environ.get("DESCANT_CACHE"):
         return Path(given)
     if sys.platform == "win32":

@@ -16,13 +16,13 @@ from descant.modules.io import manifest
 PLACES = ("checkpoints", "resume")
 #: Folders whose checkpoints are used by name only: the weights at the end of each stage.
 NAMED = ("stages",)
-#: File beside the runs of a name that holds the newest one's number.
+#: File beside the runs of one name that holds the newest run's number.
 LATEST = "latest"
 _NUMBER = re.compile(r"\d{3,}")
 
 
 def followed(path: Path) -> Path:
-    """``path`` with ``NAME/latest`` replaced by the run that it names; any other path unchanged.
+    """Replace ``NAME/latest`` in a path by the run that it names; return any other path unchanged.
 
     ``latest`` is a text file: TensorBoard follows links and would show the newest run twice.
 
@@ -41,12 +41,12 @@ def followed(path: Path) -> Path:
     return path
 
 
-#: Defaults of Resume: optimizer steps, and minutes, between two points.
+#: Defaults of Resume: optimizer steps, and minutes, between two resume points.
 EVERY, MINUTES = 500, 5.0
 
 
 def due(every: int = EVERY, minutes: float | None = MINUTES) -> str:
-    """When the next resume point is due, in words.
+    """Describe in words when the next resume point is due.
 
     >>> due(), due(20, None)
     ('due after 500 steps or 5 minutes', 'due after 20 steps')
@@ -55,7 +55,7 @@ def due(every: int = EVERY, minutes: float | None = MINUTES) -> str:
 
 
 def of_run(folder: Path) -> list[Path]:
-    """Checkpoints and resume points of a run, newest first; those of unknown step come first."""
+    """List the checkpoints and resume points of a run, newest first, after those of unknown step."""
     files = [path for part in PLACES for path in folder.glob(f"{part}/*.ckpt")]
 
     def order(path: Path) -> tuple[bool, int, bool, str]:
@@ -66,7 +66,7 @@ def of_run(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """Step of a checkpoint by its manifest, or without one by its content; None where neither has it."""
+    """Return a checkpoint's step from its manifest, or without one from its content; None if neither has it."""
     why = manifest.fault_of_size(path)
     if why != manifest.NONE:
         step = manifest.known(path).get("step")
@@ -82,7 +82,7 @@ def step_of(path: Path) -> int | None:
 
 
 def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """File name of the best checkpoint of each ModelCheckpoint, and whether it has a monitor."""
+    """Yield the file name of each ModelCheckpoint's best checkpoint, and whether it has a monitor."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and "best_model_path" in state:
@@ -92,7 +92,7 @@ def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def nearest(path: Path) -> str:
-    """``; nearest: PATH``, the newest valid checkpoint of the same run; empty if there is none."""
+    """Return ``; nearest: PATH``, the newest valid checkpoint of the same run; empty if there is none."""
     others = (other for other in of_run(path.absolute().parent.parent) if other.resolve() != path.resolve())
     newest, _ = manifest.first(others)
     if newest is None:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a file atomically: a reader sees all of the old text or all of the new, also after a crash."""
+    """Replace a file atomically: a reader sees all of the old text or all of the new, even after a crash."""
     write_bytes(file, text.encode())
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """:func:`write_text` for bytes."""
+    """Replace a file atomically by bytes, as :func:`write_text`."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     with scratch.open("wb") as out:
         out.write(content)
         out.flush()
-        os.fsync(out.fileno())  # a name may reach the disk before its content
+        os.fsync(out.fileno())  # otherwise the new name may reach the disk before the content
     os.replace(scratch, file)
 
 
@@ -33,7 +33,7 @@ def write_json(file: Path, content: Mapping[str, object]) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Compute the SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -47,7 +47,7 @@ def open_regular(file: Path | str) -> BufferedReader:
     """Open a regular file to read; it never waits for the writer of a named pipe or for a device.
 
     Raises:
-        OSError: if it cannot be opened or is no regular file.
+        OSError: if it cannot be opened or is not a regular file.
     """
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode

@@ -1,7 +1,7 @@
-"""Models of a hub as folders, ``hub:OWNER/NAME[@REVISION]``: downloaded only where the user allows it, and recorded.
+"""Hub models as folders, ``hub:OWNER/NAME[@REVISION]``: downloaded only if the user allows it, and recorded.
 
-What was downloaded is known by its revision (a commit) and a digest of its files. A run keeps both in ``hub.json``, and
-is resumed, evaluated and exported with these and no others.
+A revision (a commit) and a digest of its files identify a downloaded model. A run keeps both in ``hub.json``; it is
+resumed, evaluated and exported with these files only.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from descant.modules.core.errors import one_line
 from descant.modules.io.files import open_regular, sha256_of
 
 PREFIX, RECORD = "hub:", "hub.json"
-#: What is downloaded: configurations, tokenizers, and weights without code. Python files and pickles never are.
+#: Files to download: configurations, tokenizers, and weights without code. Never Python files or pickles.
 PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
-#: Bytes of a record.
+#: The most bytes of a record that are read.
 _MOST = 1_000_000
 _PART = r"[A-Za-z0-9][\w-]*(?:\.[\w-]+)*"
 _NAME = re.compile(rf"hub:({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?")
 
 
 class Snapshot(NamedTuple):
-    """``folder`` on this machine, ``revision``: its commit, ``digest``: SHA-256 of its files' names and digests."""
+    """Model in ``folder`` on this machine; ``revision``: its commit; ``digest``: SHA-256 of file names and digests."""
 
     folder: Path
     revision: str
@@ -41,7 +41,7 @@ _found: dict[str, Snapshot] = {}
 
 @contextmanager
 def permitted(allowed: bool = True) -> Iterator[None]:
-    """Inside, models of a hub are downloaded, or refused; outside they are refused."""
+    """Allow (or refuse) downloads of hub models within the block; outside they are refused."""
     _permitted.append(allowed)
     try:
         yield
@@ -51,7 +51,10 @@ def permitted(allowed: bool = True) -> Iterator[None]:
 
 @contextmanager
 def pinned(run: Path) -> Iterator[None]:
-    """Inside, models have the revisions and digests that a run's folder records; what it does not name is free."""
+    """Require hub models to match the revisions and digests in a run's folder, within the block.
+
+    Models that the folder does not list are unrestricted.
+    """
     _pins.append(_recorded(run))
     try:
         yield
@@ -72,17 +75,17 @@ def _recorded(run: Path) -> dict[str, Any]:
 
 
 def record() -> dict[str, dict[str, str]]:
-    """Name -> revision and digest of what this process has taken from a hub."""
+    """Return name -> revision and digest of each hub model that this process has used."""
     return {name: {"revision": one.revision, "digest": one.digest} for name, one in sorted(_found.items())}
 
 
 def forget() -> None:
-    """Of another run."""
+    """Forget the models that an earlier run in this process used."""
     _found.clear()
 
 
 def named(folder: Path | str) -> bool:
-    """Whether this is a name of a hub.
+    """Whether this is the name of a hub model.
 
     >>> named("hub:google/siglip-base"), named("models/siglip")
     (True, False)
@@ -91,7 +94,7 @@ def named(folder: Path | str) -> bool:
 
 
 def resolved(folder: Path | str) -> Path:
-    """Resolve a folder, or a hub model's folder. A model that is not in the hub's cache is downloaded."""
+    """Resolve a folder, or the folder of a hub model. A model that is not in the hub's cache is downloaded."""
     name = str(folder)
     if not named(name):
         return Path(folder)
@@ -114,10 +117,10 @@ def resolved(folder: Path | str) -> Path:
 def _downloaded(repository: str, revision: str | None, name: str) -> Snapshot:
     from huggingface_hub import constants, snapshot_download
 
-    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # commands set it, for all else
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # commands set it, against all other downloads
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
-    except Exception as error:  # of the hub, of the network, of the disk
+    except Exception as error:  # an error of the hub, the network or the disk
         raise ValueError(f"folder {name}: cannot be downloaded ({one_line(error, 200)})") from None
     finally:
         constants.HF_HUB_OFFLINE = offline

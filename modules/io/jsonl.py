@@ -20,7 +20,7 @@ def append(file: IO[bytes], line: bytes) -> None:
 
 
 def loads(text: str | bytes) -> Any:
-    """``json.loads`` of untrusted text.
+    """Parse untrusted text as ``json.loads`` does.
 
     >>> loads("[1, 2]")
     [1, 2]
@@ -32,11 +32,11 @@ def loads(text: str | bytes) -> Any:
 
 
 def objects(file: Path) -> list[Any]:
-    """Values of a file's lines, without lines that were cut off; empty if there is no file."""
+    """Return the values of a file's lines, without lines that were cut off; empty if there is no file."""
     values = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             values.append(loads(line))
-        except ValueError:  # also where it is no UTF-8
+        except ValueError:  # also if the line is not UTF-8
             continue
     return values

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The entry of a lean state dict that holds the digests of what was left out, as UTF-8 bytes of JSON.
+#: The entry of a lean state dict that holds the digests of the omitted tensors, as UTF-8 bytes of JSON.
 BASE = "base_weights"
 
 
 def digest(tensor: Tensor) -> str:
-    """A tensor's dtype and a 128-bit digest of its shape and bytes.
+    """Return a tensor's dtype and a 128-bit digest of its shape and bytes.
 
     >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
     (True, False)
@@ -28,7 +28,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def is_of(tensor: Tensor, wanted: str) -> bool:
-    """Whether a tensor has this digest after a cast to its dtype, since a trainer may have cast it.
+    """Whether a tensor has this digest after a cast to the digest's dtype, since a trainer may have cast it.
 
     >>> is_of(torch.ones(2), digest(torch.ones(2).bfloat16())), is_of(torch.ones(2), digest(torch.zeros(2)))
     (True, False)
@@ -37,13 +37,13 @@ def is_of(tensor: Tensor, wanted: str) -> bool:
 
 
 def base_of(module: nn.Module) -> dict[str, str]:
-    """Name -> digest of all frozen weights and buffers."""
+    """Return name -> digest of all frozen weights and buffers."""
     state = module.state_dict(keep_vars=True)
     return {name: digest(t) for name, t in state.items() if isinstance(t, Tensor) and not t.requires_grad}
 
 
 def lean(state: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
-    """A state dict with the digests of ``base`` in place of the tensors that still match them.
+    """Replace those tensors of a state dict that still match the digests in ``base`` by these digests.
 
     Tensors that changed (running statistics, a momentum teacher) stay in.
     """
@@ -70,7 +70,7 @@ def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
 
 
 def brought(state: Mapping[str, Any], module: nn.Module) -> set[str]:
-    """Names in a state dict whose values differ from the module's."""
+    """Return the names in a state dict whose values differ from the module's."""
     here = module.state_dict()
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name in here}
     return {name for name, tensor in tensors.items() if not is_of(here[name], digest(tensor))}

@@ -1,8 +1,8 @@
-"""Atomic file writes, each with a manifest beside it that holds SHA-256, size and facts of what was written.
+"""Atomic file writes; a manifest beside each file holds SHA-256, size and facts of the content.
 
 A write is: temporary file, fsync, ``NAME.manifest``, rename. A process killed at any point leaves the old file or the
-new one, and a valid one: while a file is replaced, its manifest lists both. A manifest is written before its file and
-removed after it, so a file without a manifest was not written here.
+new one, and either is valid: while a file is replaced, its manifest lists both. A manifest is written before its file
+and removed after it, so a file without a manifest was not written by this module.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from descant.modules.io.part_files import (
 )
 
 SUFFIX = ".manifest"
-#: The fault of a file that was not written here.
+#: The fault of a file that this module did not write.
 NONE = "no manifest"
 #: Environment variable: seconds to wait at each stage of a write, for tests that kill a process inside one.
 SLOW = "DESCANT_SLOW_SAVE"
-#: Bytes of a manifest that are read at most.
+#: The most bytes of a manifest that are read.
 _LIMIT = 10_000_000
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.tmp")
@@ -56,7 +56,7 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = _entries(path)
-    old = [] if isinstance(entries, str) else entries  # a killed write may have left two, of which one is true
+    old = [] if isinstance(entries, str) else entries  # a killed write may have left two entries, one of them true
     try:
         with _replacing(path) as stream:
             fill(stream)
@@ -67,7 +67,7 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
             stage("noted")
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # torch.save wraps it
+        while cause is not None and not isinstance(cause, OSError):  # torch.save wraps an OSError
             cause = cause.__context__
         if cause is None:
             raise
@@ -77,7 +77,7 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
         raise line from error
     stage("renamed")
     if old:
-        with contextlib.suppress(OSError):  # the file is valid all the same: an entry too many does no harm
+        with contextlib.suppress(OSError):  # the file is valid anyway: a superfluous entry does no harm
             _note(path, new)
 
 
@@ -89,7 +89,7 @@ def confirm(path: Path, facts: Mapping[str, object] | None = None) -> str:
 
 
 def stage(name: str) -> None:
-    """A write has been ``filled``, ``synced``, ``noted`` or ``renamed``: a hook for tests to delay or end it."""
+    """Mark that a write was ``filled``, ``synced``, ``noted`` or ``renamed``: a hook for tests to delay or end it."""
     time.sleep(float(os.environ.get(SLOW) or 0))
 
 
@@ -101,7 +101,7 @@ def remove(path: Path) -> None:
 
 
 def parts_folder(path: Path) -> Path:
-    """A new folder for the parts of ``path``, which belongs to this process until :func:`settle_parts`."""
+    """Make a new folder for the parts of ``path``, which belongs to this process until :func:`settle_parts`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f"{path.name}{PARTS}{_HOST}.{os.getpid()}.{secrets.token_hex(4)}")
     folder.mkdir()
@@ -110,7 +110,7 @@ def parts_folder(path: Path) -> Path:
 
 
 def settle_parts(path: Path, folder: Path) -> None:
-    """Remove all parts of ``path`` but those in ``folder``, which is in use from now on as its manifest lists it."""
+    """Remove all parts of ``path`` except those in ``folder``, which its manifest lists and protects from now on."""
     remove_parts(path, folder)
     _writing.discard(folder)
 
@@ -134,7 +134,7 @@ def sweep(folder: Path) -> None:
 
 
 def _in_use(parts: Path, path: Path) -> bool:
-    """Whether ``path`` may consist of these parts: its manifest lists one of them, or cannot be read."""
+    """Whether ``path`` may still use this folder of parts: its manifest lists one of them, or cannot be read."""
     entries = _entries(path)
     if isinstance(entries, str) or not path.exists():
         return path.exists()
@@ -142,13 +142,13 @@ def _in_use(parts: Path, path: Path) -> bool:
 
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
-    """The open file and its facts if every byte is as written, else the fault. Links are followed."""
+    """Return the open file and its facts if every byte is as written, otherwise the fault. Links are followed."""
     result = _confirmed(path)
     return result if isinstance(result, str) else (result[0], result[1]["facts"])
 
 
 def account(path: Path) -> Facts | str:
-    """``sha256``, ``size`` and ``facts`` of a file if every byte is as written, else the fault."""
+    """Return ``sha256``, ``size`` and ``facts`` of a file if every byte is as written, otherwise the fault."""
     result = _confirmed(path)
     if isinstance(result, str):
         return result
@@ -176,13 +176,13 @@ def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
 
 
 def fault(path: Path) -> str | None:
-    """Why a file is not valid, in a few words; None if it is valid."""
+    """Return in a few words why a file is not valid; None if it is valid."""
     entry = account(path)
     return entry if isinstance(entry, str) else None
 
 
 def fault_of_share(path: Path, rank: int, world: int) -> str | None:
-    """:func:`fault` of a file of several parts, of which this rank reads its share; every rank has to ask."""
+    """Return the :func:`fault` of a file of several parts. Each rank reads only its share, so all ranks must ask."""
     entries = _entries(path)
     try:
         with open_regular(path) as stream:
@@ -193,7 +193,7 @@ def fault_of_share(path: Path, rank: int, world: int) -> str | None:
 
 
 def fault_of_size(path: Path) -> str | None:
-    """:func:`fault` without reading the file: whether it has a manifest, and the size that it lists."""
+    """Return the :func:`fault` that shows without reading the file: no manifest, or another size than it lists."""
     entries = _entries(path)
     if isinstance(entries, str):
         return entries
@@ -208,7 +208,7 @@ def fault_of_size(path: Path) -> str | None:
 
 
 def listed(path: Path) -> Facts | None:
-    """``sha256``, ``size`` and ``facts`` of a file of the listed size, from the manifest alone; None if it has none."""
+    """Return ``sha256``, ``size`` and ``facts`` from the manifest alone; None without one, or if the size differs."""
     entries = _entries(path)
     if isinstance(entries, str) or fault_of_size(path) is not None:
         return None
@@ -216,20 +216,20 @@ def listed(path: Path) -> Facts | None:
 
 
 def known(path: Path) -> Facts:
-    """The facts of the last write, from the manifest alone; empty if there are none."""
+    """Return the facts of the last write, from the manifest alone; empty if there are none."""
     entries = _entries(path)
     return {} if isinstance(entries, str) else dict(entries[0]["facts"])
 
 
 def newest(folder: Path, pattern: str) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The valid file with the highest step (the last number) in its name, and the newer ones with their faults."""
+    """Return the valid file with the highest step (the last number) in its name, and newer ones with their faults."""
     names = {path.name.removesuffix(SUFFIX) for end in ("", SUFFIX) for path in folder.glob(pattern + end)}
     steps = {name: int(numbers[-1]) for name in names if (numbers := re.findall(r"\d+", name))}
     return first(folder / name for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True))
 
 
 def first(paths: Iterable[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The first valid file of ``paths``, and those before it with their faults."""
+    """Return the first valid file of ``paths``, and those before it with their faults."""
     skipped: list[tuple[Path, str]] = []
     for path in paths:
         if (why := fault(path)) is None:
@@ -239,7 +239,7 @@ def first(paths: Iterable[Path]) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 class _Stream:
-    """Hashes what is written through it."""
+    """Stream that hashes the bytes written through it."""
 
     def __init__(self, file: BufferedWriter) -> None:
         self.file, self.flush = file, file.flush
@@ -258,7 +258,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[_Stream]:
-    """A stream to a temporary file that replaces ``path`` at the end, or is removed after an error."""
+    """Open a stream to a temporary file that replaces ``path`` at the end, or is removed after an error."""
     scratch = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     _writing.add(scratch)
     try:
@@ -280,7 +280,7 @@ def _alive(path: Path, host: str, pid: int) -> bool:
     if host != _HOST:  # its processes cannot be checked, but a running write does not pause for an hour
         return path.exists() and time.time() - path.stat().st_mtime < 3600
     if pid == os.getpid():
-        return path in _writing  # else of an earlier process with this pid
+        return path in _writing  # otherwise it is of an earlier process with this pid
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -299,13 +299,13 @@ def _note(path: Path, *entries: Facts) -> None:
 
 
 def _crc(entry: Facts) -> int:
-    """Checksum of an entry: its facts decide which file is the newest, so a damaged one would select another."""
+    """Compute an entry's checksum: its facts decide which file is the newest, so damage would select another."""
     content = {key: entry[key] for key in ("sha256", "size", "facts")}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _entries(path: Path) -> list[Facts] | str:
-    """The entries of a file's manifest, newest first, or what is wrong with the manifest."""
+    """Return the entries of a file's manifest, newest first, or the fault of the manifest."""
     try:
         with open_regular(_manifest(real_path(path))) as stream:
             content = json.loads(stream.read(_LIMIT))
@@ -321,7 +321,7 @@ def _entries(path: Path) -> list[Facts] | str:
 
 
 def _matching(stream: BufferedReader, entries: list[Facts] | str) -> Facts | str:
-    """The entry that the stream's content matches, or why it matches none."""
+    """Return the entry that the stream's content matches, or why it matches none."""
     if isinstance(entries, str):
         return entries
     size = os.fstat(stream.fileno()).st_size

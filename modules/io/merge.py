@@ -1,4 +1,4 @@
-"""Merge adapters and quantized layers into plain layers, so that a tower is what its class builds."""
+"""Merge adapters and quantized layers into plain layers, so that a tower has the layers that its class builds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def plain(module: nn.Module) -> nn.Module:
     """Fold adapters into their layers and 4- or 8-bit weights into floats, in place.
 
     ``W' = W + (alpha / r) B A``, and for DoRA ``W' = m (W + (alpha / r) B A) / |W + (alpha / r) B A|``, with W the
-    dequantized weight where it was quantized. It is not quantized again: outputs stay the same up to rounding.
+    dequantized weight if it was quantized. The result is not quantized again: outputs stay the same up to rounding.
 
     Args:
         module: changed in place; ``requires_grad`` stays.

@@ -1,4 +1,4 @@
-"""Short class names -> import paths, from a scan of the package's source files: no import is needed to resolve one."""
+"""Short class names -> import paths, by a scan of the package's source files: resolving one needs no import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).absolute().parents[2].resolve()
 PARTS = ("recipes", "modules", "datamodules", "callbacks")
-#: A class at the left margin, its bases and the start of its docstring: thirty times as fast as parsing the files.
+#: Matches a class at the left margin, its bases and the start of its docstring, thirty times as fast as a parser.
 _CLASS = re.compile(r'^class (\w+)(?:\(([^:]*)\))?:[^\n]*\n(?:    """(.*?)(?:"""|\n\s*\n))?', re.MULTILINE | re.DOTALL)
 
 
@@ -24,7 +24,7 @@ class _Source(NamedTuple):
 
 @cache
 def classes() -> dict[str, tuple[_Source, ...]]:
-    """Class name -> the classes that have it (nearly always one), private ones too."""
+    """Map each class name to the classes that have it (nearly always one), private ones too."""
     by_name: dict[str, list[_Source]] = {}
     files = [file for part in PARTS for file in sorted((PACKAGE / part).rglob("*.py"))]
     for file in files:
@@ -37,12 +37,12 @@ def classes() -> dict[str, tuple[_Source, ...]]:
 
 @cache
 def table() -> dict[str, tuple[str, ...]]:
-    """Class name -> import paths of the public classes that have it (nearly always one)."""
+    """Map each class name to the import paths of the public classes that have it (nearly always one)."""
     return {name: tuple(one.path for one in some) for name, some in classes().items() if not name.startswith("_")}
 
 
 def of_kind(root: str, part: str) -> dict[str, str]:
-    """Name -> docstring line of the public classes in one of PARTS that derive from the class named ``root``."""
+    """Map the public classes in one of PARTS that derive from the class ``root`` to their docstring lines, by name."""
     known = classes()
 
     def below(name: str, seen: frozenset[str] = frozenset()) -> bool:
@@ -58,7 +58,7 @@ def of_kind(root: str, part: str) -> dict[str, str]:
 
 
 def full(name: str) -> str | None:
-    """Import path of one of our classes by its short name; None where there is none, or several."""
+    """Return the import path of one of our classes by its short name; None if there is none, or several."""
     paths = table().get(name, ())
     return paths[0] if len(paths) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Whose folder of weights it is (open_clip, timm, transformers, sentence-transformers), and how images are prepared.
+"""Which library owns a folder of weights (open_clip, timm, transformers, sentence-transformers), and its image input.
 
 Only configuration is read here, and nothing outside the folder.
 """
@@ -12,18 +12,18 @@ from typing import Any, Literal, NamedTuple
 from descant.modules.core.errors import one_line
 from descant.modules.io.pretrained import Place, json_of, read
 
-#: One number a colour.
+#: One number per colour channel.
 Colour = tuple[float, float, float]
 Owner = Literal["open_clip", "timm", "transformers", "sentence-transformers"]
-#: The files by which an owner is known, in the order in which they count.
+#: The files that identify an owner: see owner_of.
 SENTENCE, OPEN_CLIP, CONFIG = "modules.json", "open_clip_config.json", "config.json"
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class ImageInput(NamedTuple):
-    """How images become input: a square of ``size`` pixels (0: of any), ``(x - mean) / std`` of pixels in 0..1.
+    """How images become input: a square of ``size`` pixels (0: any size), ``(x - mean) / std`` of pixels in 0..1.
 
-    ``filter`` resizes; ``fit``: ``crop`` is the central square of the image, any other is described.
+    ``filter``: for resizing. ``fit``: ``crop`` for the central square of the image; any other is described in words.
     """
 
     size: int
@@ -51,7 +51,7 @@ def owner_of(place: Place) -> Owner:
 
 
 def content(place: Place, name: str) -> dict[str, Any]:
-    """A JSON file of the folder; ValueError for one that is no object."""
+    """Read a JSON object from a file of the folder. Raise ValueError if the file holds no object."""
     loaded = json_of(place.folder / name)
     if not isinstance(loaded, dict):
         raise ValueError(f"{place.label}: {name} {'is damaged' if (place.folder / name).is_file() else 'is missing'}")
@@ -79,9 +79,9 @@ def _of_transformers(place: Place) -> ImageInput | None:
     normal = getattr(made, "do_normalize", True)
     mean, std = (made.image_mean, made.image_std) if normal else ((0.0,) * 3, (1.0,) * 3)
     filter = _FILTERS.get(int(made.resample), str(made.resample))
-    if hasattr(made, "max_num_patches"):  # NaFlex: what a square becomes
+    if hasattr(made, "max_num_patches"):  # NaFlex: the size that a square image gets
         return _any(place, int(made.patch_size) * math.isqrt(int(made.max_num_patches)), mean, std, filter)
-    if hasattr(made, "merge_size"):  # Qwen-VL: from so many pixels to so many
+    if hasattr(made, "merge_size"):  # Qwen-VL: a minimum and a maximum number of pixels
         return _any(place, 0, mean, std, filter)
     crop, size = getattr(made, "do_center_crop", None), _sides(getattr(made, "size", None))
     final = _sides(getattr(made, "crop_size", None)) if crop else size
@@ -91,12 +91,12 @@ def _of_transformers(place: Place) -> ImageInput | None:
 
 
 def _any(place: Place, size: int, mean: Any, std: Any, filter: str) -> ImageInput:
-    """Of a model of images of any size, whose aspect its owner keeps."""
+    """Build the ImageInput of a model that takes images of any size and keeps their aspect."""
     return make_image_input(place, (max(size, 1),) * 2, mean, std, filter, "its aspect kept")._replace(size=size)
 
 
 def _sides(size: Any) -> tuple[int, int]:
-    """Height and width of transformers' ways to say a size; (0, 0) for others."""
+    """Return height and width from transformers' forms of a size; (0, 0) for other forms."""
     if isinstance(size, int):
         return size, size
     sides = {key: value for key, value in dict(size or {}).items() if value is not None}
@@ -133,7 +133,7 @@ def _of_open_clip(place: Place) -> ImageInput:
 
 
 def make_image_input(place: Place, sides: Any, mean: Any, std: Any, filter: str, fit: str) -> ImageInput:
-    """Build how a model takes its images. Raises ValueError for images that are not square, and for wrong colours."""
+    """Build an ImageInput. Raise ValueError for images that are not square, and for a wrong mean or std."""
     if len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
         raise ValueError(f"{place.label}: its images are {list(sides)} pixels; squares are read here")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -142,6 +142,6 @@ def make_image_input(place: Place, sides: Any, mean: Any, std: Any, filter: str,
 
 
 def require_open_clip(place: Place) -> None:
-    """Refusal where the package is missing."""
+    """Raise ValueError if the package open_clip is missing."""
     if importlib.util.find_spec("open_clip") is None:
         raise ValueError(f"{place.label}: of open_clip, whose package reads it: pip install 'descant[exchange]'")

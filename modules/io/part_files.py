@@ -1,7 +1,7 @@
-"""Files of which a checkpoint of several parts consists, as its manifest lists them: which are there and unchanged.
+"""Check the files of a checkpoint of several parts against its manifest: whether each is there and unchanged.
 
-A folder of parts is named by the process that makes it and never used again: a checkpoint that replaces one of its name
-has other parts, and until its own file is renamed those of the old one are all there.
+The process that makes a folder of parts gives it a name of its own, which is never reused. So a checkpoint that
+replaces one of the same name has other parts, and all old parts remain until the new checkpoint's file is renamed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from descant.modules.io.files import open_regular
 
-#: Between the name of a file and that of a folder of its parts.
+#: Separates the name of a file from the rest of the name of its folder of parts.
 PARTS = ".parts-"
-#: The fault of a file of the right size.
+#: The fault of a file of the right size with other content.
 CHANGED = "not the bytes that were written"
 
 
 def parts_of(entry: Mapping[str, Any]) -> list[Any]:
-    """The parts in an entry of a manifest: ``name`` beside the file, ``sha256``, ``size``, in the order of ranks."""
+    """Return the parts in a manifest entry, in the order of ranks: ``name`` beside the file, ``sha256``, ``size``."""
     parts = entry["facts"].get("parts", [])
     return parts if isinstance(parts, list) else []
 
@@ -32,11 +32,11 @@ def parts_of(entry: Mapping[str, Any]) -> list[Any]:
 def fault_of_parts(
     path: Path, entry: Mapping[str, Any], read: bool = True, share: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """The first fault of the parts of ``path``, with the rank that wrote it.
+    """Return the first fault among the parts of ``path``, with the rank that wrote the part.
 
     Args:
-        read: whether contents are hashed too, on up to eight cores.
-        share: (rank, ranks) among which hashing is shared: this one hashes every so many.
+        read: whether to hash contents too, on up to eight cores.
+        share: (rank, ranks): the ranks share the hashing; this one hashes every ``ranks``-th part.
     """
     parts = parts_of(entry)
     if not parts:
@@ -68,14 +68,14 @@ def _fault(above: Path, part: Any, read: bool) -> str | None:
 
 
 def remove_parts(path: Path, keep: Path | None = None) -> None:
-    """Remove the folders of parts that ``path`` has had, but ``keep``."""
+    """Remove all folders of parts of ``path`` except ``keep``."""
     for folder in path.parent.glob(f"{glob.escape(path.name)}{PARTS}*"):
         if folder != keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def size_fault(size: int, entries: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why a file of this size is none of ``entries``; None if it may be one."""
+    """Return why a file of this size is none of ``entries``; None if it may be one."""
     sizes = [entry["size"] for entry in entries]
     if size in sizes:
         return None
@@ -83,5 +83,5 @@ def size_fault(size: int, entries: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def missing_fault(error: OSError) -> str:
-    """Why a file could not be opened, in a word or two."""
+    """Return in a word or two why a file could not be opened."""
     return "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)

@@ -1,12 +1,12 @@
-"""A checkpoint of several parts: what each rank holds, in safetensors, and an index in JSON that puts them together.
+"""A checkpoint of several parts: one safetensors file for each rank, and a JSON index that puts them together.
 
-The index is the checkpoint's file, ``step-0000500.ckpt``: plain values (:mod:`descant.modules.io.plain_json`), and in
-place of each tensor its name. Beside it is a folder with one file of each rank, ``rank-00000.safetensors``. A part has
-in its own header the box of a whole tensor that its elements are, so that it is read by any number of ranks::
+The index is the checkpoint's file, ``step-0000500.ckpt``. It holds plain values (:mod:`descant.modules.io.plain_json`),
+and the name of each tensor in its place. A folder beside it holds one file per rank, ``rank-00000.safetensors``. The
+header of a part lists the box of the whole tensor that its elements fill, so any number of ranks can read it::
 
     box of a rank = offset .. offset + shape of its elements,    boxes of all ranks = the whole, each element once
 
-torch's distributed checkpoint has such boxes too, and lists them in a pickle.
+torch's distributed checkpoint has such boxes too, but lists them in a pickle.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from descant.modules.io import plain_json
 from descant.modules.io.part_files import fault_of_parts
 
-#: Version of the layout, with which an index begins.
+#: Version of the layout; an index begins with it.
 FORMAT = 1
-#: Key of a part's header -> boxes of its tensors, name -> [offset, shape of the whole].
+#: Key in a part's header that holds the boxes of its tensors: name -> [offset, shape of the whole].
 _BOXES = "boxes"
 _DTYPES = {
     **dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, C64=torch.complex64),
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
     """This rank's elements of a tensor.
 
     Attributes:
-        tensor: the elements. shape: of the whole. offset: of the first element, in each dimension.
+        tensor: the elements. shape: of the whole tensor. offset: of the first element, in each dimension.
     """
 
     tensor: Tensor
@@ -55,11 +55,11 @@ class Piece(NamedTuple):
 
 
 class Name(str):
-    """The place of a tensor in what is read of an index."""
+    """Name of a tensor, in its place in the content of an index."""
 
 
 def name_of(rank: int) -> str:
-    """File of a rank's part.
+    """Return the file name of a rank's part.
 
     >>> name_of(3)
     'rank-00003.safetensors'
@@ -68,13 +68,13 @@ def name_of(rank: int) -> str:
 
 
 def split(state: Mapping[str, Any], first: bool = True) -> tuple[Any, dict[str, Piece], set[str]]:
-    """The plain values of a checkpoint, this rank's pieces of its tensors, and the names of all tensors.
+    """Split a checkpoint into plain values, this rank's pieces of its tensors, and the names of all tensors.
 
-    A tensor that is split over ranks (DTensor) has a piece on each rank that holds elements which no rank before it in
-    a group of replicas holds; any other has one on the first rank. Tensors that share memory share a name.
+    A tensor that is split over ranks (DTensor) has a piece on each rank that holds elements; of replicas, only on the
+    first. Any other tensor has one piece, on the first rank. Tensors that share memory share a name.
 
     Args:
-        first: whether this is rank 0, which writes what is not split.
+        first: whether this is rank 0, which writes the tensors that are not split.
 
     >>> tree, pieces, names = split({"w": torch.ones(2, 3), "step": 4})
     >>> tree, pieces["w"].offset, names
@@ -103,7 +103,7 @@ def split(state: Mapping[str, Any], first: bool = True) -> tuple[Any, dict[str, 
 
 
 def _piece(tensor: Tensor, place: str, first: bool) -> tuple[Piece, bool]:
-    """This rank's piece, and whether it is the one that writes it."""
+    """Return this rank's piece, and whether this rank writes it."""
     mine = first
     piece = Piece(tensor.detach(), tuple(tensor.shape), (0,) * tensor.ndim)
     if isinstance(tensor, DTensor):
@@ -125,7 +125,7 @@ def write(stream: Any, pieces: Mapping[str, Piece]) -> None:
     """Write pieces in CPU memory as a safetensors file, without the copy of them that ``safetensors.save`` makes."""
     boxes = {name: [list(piece.offset), list(piece.shape)] for name, piece in pieces.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _BOXES: json.dumps(boxes)}}
-    order = sorted(pieces, key=lambda name: -pieces[name].tensor.element_size())  # each begins at a multiple of its own
+    order = sorted(pieces, key=lambda name: -pieces[name].tensor.element_size())  # aligns each to its element size
     end = 0
     for name in order:
         tensor = pieces[name].tensor
@@ -142,15 +142,15 @@ def write(stream: Any, pieces: Mapping[str, Piece]) -> None:
 
 
 def index(tree: Any, files: Sequence[Mapping[str, Any]]) -> bytes:
-    """Content of an index: ``tree`` of :func:`split`, and ``name`` (relative), ``sha256`` and ``size`` of each part."""
+    """Return an index: ``tree`` of :func:`split`, and ``name`` (relative), ``sha256`` and ``size`` of each part."""
     return json.dumps({"descant_parts": FORMAT, "files": list(files), "content": tree}).encode()
 
 
 class PartTable:
-    """What the parts of a checkpoint hold.
+    """Table of the tensors in the parts of a checkpoint.
 
     Args:
-        files: of the parts.
+        files: the files of the parts.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -178,9 +178,10 @@ class PartTable:
         self._boxes.setdefault(name, []).append((n, (offset, size)))
 
     def require_whole(self, names: Iterable[str]) -> None:
-        """Raise ValueError for a name of which elements are in no part, or are in two, and for parts of other tensors.
+        """Raise ValueError for a tensor whose elements are missing or in two parts, and for parts of other tensors.
 
-        Boxes of a size that adds up may overlap only where others leave a gap, which no split over a mesh makes.
+        Only sizes are added up. Boxes could overlap unnoticed only if others leave a gap, which no split over a mesh
+        makes.
         """
         names = set(names)
         for name in sorted(names | self._whole.keys()):
@@ -196,12 +197,12 @@ class PartTable:
         return self._whole[name][0]
 
     def whole(self, name: str) -> Tensor:
-        """The tensor of a name, put together."""
+        """Assemble the whole tensor of a name."""
         shape = self.shape(name)
         return self.box(name, (0,) * len(shape), shape)
 
     def box(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A box of a tensor: only these elements are read."""
+        """Read a box of a tensor, and only its elements."""
         pieces, dtype = self._boxes[name], _DTYPES[self._whole[name][1]]
         for n, (begin, size) in pieces:
             if begin == tuple(offset) and size == tuple(shape):
@@ -219,11 +220,11 @@ class PartTable:
 
 
 class Parted:
-    """A checkpoint of several parts, opened: plain values with :class:`Name` in place of tensors, and the parts.
+    """An open checkpoint of several parts: plain values with a :class:`Name` in place of each tensor, and the parts.
 
     Args:
-        path: of the index. Whether its bytes and those of the parts are what was written is
-            :mod:`descant.modules.io.manifest`'s to check.
+        path: of the index. :mod:`descant.modules.io.manifest` checks whether its bytes and those of the parts are as
+            written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -252,7 +253,7 @@ class Parted:
             raise ValueError(f"{path}: {error}") from None
 
     def fill(self, value: Any, device: Any = "cpu") -> Any:
-        """``value`` of the content with its tensors, whole; tensors of one name are one."""
+        """Return ``value`` of the content with its tensors, whole; equal names share one tensor."""
         read: dict[str, Tensor] = {}
 
         def tensor_of(name: str) -> Tensor:
@@ -263,12 +264,12 @@ class Parted:
         return filled(value, tensor_of)
 
     def fault(self, rank: int = 0, world: int = 1) -> str | None:
-        """A part that is not what the index lists, which is all that confirms it where there is no manifest."""
+        """Return the first fault of a part against the index; without a manifest, only the index confirms parts."""
         return fault_of_parts(self.path, {"facts": {"parts": self.files}}, share=(rank, world))
 
 
 def filled(value: Any, tensor_of: Callable[[Name], Any]) -> Any:
-    """``value`` with what ``tensor_of`` gives in place of each :class:`Name`, in dicts, lists and tuples."""
+    """Replace each :class:`Name` in ``value`` by its ``tensor_of(name)``, in dicts, lists and tuples."""
     if isinstance(value, Name):
         return tensor_of(value)
     if type(value) in (dict, OrderedDict):
@@ -282,7 +283,7 @@ def filled(value: Any, tensor_of: Callable[[Name], Any]) -> Any:
 
 
 def place_of(path: Path, name: object) -> Path:
-    """Where a part is, by its name in the index ``path``.
+    """Return the path of a part by its name in the index ``path``.
 
     >>> place_of(Path("resume/a.ckpt"), "a.ckpt.parts-1/rank-00000.safetensors").parts[-3:]
     ('resume', 'a.ckpt.parts-1', 'rank-00000.safetensors')
@@ -294,7 +295,7 @@ def place_of(path: Path, name: object) -> Path:
 
 
 def which(rank: int, world: int, place: Path) -> str:
-    """A part in words.
+    """Describe a part in words.
 
     >>> which(2, 4, Path("resume/a.ckpt.parts-1/rank-00002.safetensors"))
     'part of rank 2 of 4, a.ckpt.parts-1/rank-00002.safetensors'
@@ -303,7 +304,7 @@ def which(rank: int, world: int, place: Path) -> str:
 
 
 def load(path: Path, leave_out: Iterable[str] = (), device: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint of several parts as one: what ``torch.load`` reads of a checkpoint of one file.
+    """Load a checkpoint of several parts, as ``torch.load`` loads a checkpoint of one file.
 
     Args:
         leave_out: keys that are not read.

@@ -1,4 +1,4 @@
-"""Load files of tensors without running code that they contain: of torch.save, and checkpoints of several parts."""
+"""Load files of tensors without running code in them: files of torch.save, and checkpoints of several parts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _UNREADABLE = "cannot be read as a checkpoint: it is cut short, damaged, or was 
 
 
 def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **options: Any) -> Any:
-    """``torch.load`` of tensors, numbers, texts and containers of them only; of a checkpoint of several parts, all.
+    """Load only tensors, numbers, texts and their containers, by ``torch.load`` or from a checkpoint of several parts.
 
     Args:
-        file: a path or an open file. name: for error lines; by default the path. Parts are beside it.
+        file: a path or an open file. name: the path, for error lines and to find parts beside it; by default ``file``.
         options: of ``torch.load``, such as map_location and mmap.
     """
     path = Path(name if name is not None else str(file))
@@ -37,21 +37,21 @@ def load_plain(file: Path | str | IO[bytes], name: Path | str | None = None, **o
         if error.errno == errno.EINVAL:  # torch seeks to before the start of a file that is cut short
             raise ValueError(f"{name or file}: {_UNREADABLE}") from None
         raise
-    except (MemoryError, torch.OutOfMemoryError):  # of the machine, not of the file
+    except (MemoryError, torch.OutOfMemoryError):  # a fault of the machine, not of the file
         raise
-    except Exception:  # torch's and pickle's parsers raise anything
+    except Exception:  # torch's and pickle's parsers may raise any exception
         raise ValueError(f"{name or file}: {_UNREADABLE}") from None
 
 
 def load_values(file: Path) -> Any:
-    """:func:`load_plain` for what is no tensor: tensors are mapped into memory, or of several parts left out."""
+    """Load the values of a file but not its tensors: they are memory-mapped, or of several parts left as names."""
     if in_parts(file):
         return _parts().Parted(file).content
     return load_plain(file, map_location="cpu", mmap=True)
 
 
 def load_weights(file: Path) -> Any:
-    """:func:`load_plain` without the states of optimizers, where leaving them out saves reading them."""
+    """Load a file as :func:`load_plain`, without optimizer states if leaving them out saves reading them."""
     if in_parts(file):
         return _parts().load(file, leave_out=("optimizer_states",))
     return load_plain(file, map_location="cpu", mmap=True)
@@ -70,7 +70,7 @@ def in_parts(file: Path | str | IO[bytes]) -> bool:
 
 
 def _parts() -> Any:
-    """The reader, which imports torch's distributed tensors."""
+    """Import the reader of parts, which imports torch's distributed tensors."""
     from descant.modules.io import parts
 
     return parts
@@ -82,7 +82,7 @@ def require_sums(file: Path, only: str = "") -> None:
     Other files are accepted.
 
     Args:
-        only: end of the names of the members to check; by default all.
+        only: end of the names of the members to check; by default all members.
     """
     if in_parts(file):
         if (why := _parts().Parted(file).fault()) is not None:
@@ -93,7 +93,7 @@ def require_sums(file: Path, only: str = "") -> None:
             return
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:  # never by torch.save, and it may be a zip bomb
+                if member.compress_type != zipfile.ZIP_STORED:  # torch.save never compresses; it may be a zip bomb
                     raise ValueError(f"{member.filename} is compressed")
                 if member.filename.endswith(only):
                     with archive.open(member) as stream:

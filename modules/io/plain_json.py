@@ -1,9 +1,9 @@
-"""Plain values of a checkpoint as JSON, exactly, with the tensors taken out: what is read back runs no code.
+"""Plain values of a checkpoint as exact JSON, without the tensors; reading it back runs no code.
 
 ``torch.save`` writes a pickle, and so does torch's distributed checkpoint for its metadata. Numbers, texts and
-containers of them need none: JSON holds lists, texts, booleans, null, integers of any size and floats to the bit (the
-shortest text that reads back as the same number; NaN and infinities by name). What JSON has no form for is an object of
-one key that begins with ``$``.
+containers of them need no pickle: JSON holds lists, texts, booleans, null, integers of any size and floats to the bit
+(the shortest text that reads back as the same number; NaN and infinities by name). Any other type becomes an object
+with one key, which begins with ``$``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def encode(value: Any, key_of: Callable[[Tensor, str], str], place: str = "") -> Any:
-    """``value`` as what ``json`` writes; nothing of it is shared with ``value``.
+    """Convert ``value`` to what ``json`` writes; the result shares nothing with ``value``.
 
     Args:
-        key_of: name of a tensor, given it and its place, under which it is stored elsewhere.
+        key_of: function of a tensor and its place; returns the name under which the tensor is stored elsewhere.
         place: of the value, for errors and names: keys and indices joined by dots.
 
     >>> text = encode({"a": (1, 2.5), 3: b"x"}, lambda tensor, place: place)

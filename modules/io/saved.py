@@ -35,7 +35,7 @@ PLACE = "EXPORT"
 
 
 class Verified:
-    """Checks a file of weights against its manifest, in a thread while the model is built.
+    """Check of a file of weights against its manifest, in a thread while the model is built.
 
     Args:
         file: a checkpoint, or an export's safetensors file.
@@ -52,7 +52,7 @@ class Verified:
         self._account = manifest.account(self.file)
 
     def account(self) -> manifest.Facts:
-        """Read ``sha256``, ``size`` and ``facts``; empty, with one warning, without a manifest."""
+        """Return ``sha256``, ``size`` and ``facts``; empty, with one warning, if there is no manifest."""
         if self._pid == os.getpid():
             self._thread.join()
         if self._account is None:  # in a forked process, or the thread failed
@@ -69,7 +69,7 @@ class Verified:
         return {}
 
 
-#: Recipes that wrap another for training alone -> the argument that is the other; their runs are read as that one's.
+#: Training-only wrappers of recipes -> the argument that holds the inner recipe; runs are read as the inner one's.
 INSIDE = {"Staged": "recipe", "CompetitiveDistillation": "student"}
 
 
@@ -79,7 +79,7 @@ class Saved(NamedTuple):
     Attributes:
         folder: of the run or export. weights: a checkpoint of the run, or the export's safetensors file.
         config: the content of config.yaml; its ``model`` has ``class_path`` and ``init_args``.
-        verified: the check of the file of weights, in progress.
+        verified: the running check of the file of weights.
     """
 
     folder: Path
@@ -93,13 +93,13 @@ class Saved(NamedTuple):
 
     @property
     def model(self) -> Node:
-        """Class and arguments of the recipe; of one that serves training alone (Staged ...), of the one inside."""
+        """Return class and arguments of the recipe; for a training-only wrapper (Staged ...), of the inner recipe."""
         model = cast(Node, self.config["model"])
         return cast(Node, (model.get("init_args") or {}).get(self.inside, model)) if self.inside else model
 
     @property
     def inside(self) -> str | None:
-        """The argument that is the recipe itself, of one that serves training alone."""
+        """Return the argument of a training-only wrapper that holds the inner recipe; None for other recipes."""
         return INSIDE.get(str(self.config["model"].get("class_path")).rpartition(".")[2])
 
 
@@ -107,8 +107,8 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     """Find the model at ``path``: a run folder, a checkpoint in one, or an export.
 
     Args:
-        path: also the folder of all runs of a name, or ``NAME/latest``: the latest run.
-        checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last, or a file in it.
+        path: may also be the folder of all runs of a name, or ``NAME/latest``: then the latest run.
+        checkpoint: in a run folder: best (by its ModelCheckpoint's monitor; otherwise last), last, or a file in it.
 
     A thread checks the weights against their manifest until :func:`read_checkpoint` needs them.
     """
@@ -152,14 +152,14 @@ def read_weights(saved: Saved) -> dict[str, Tensor]:
 
 
 def weights_of(saved: Saved, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The same of a checkpoint that was read: without the name of a recipe that serves training alone."""
+    """Extract the weights from a loaded checkpoint, without the prefix of a training-only wrapper."""
     state = cast(dict[str, Tensor], checkpoint["state_dict"])
     wrapped = saved.inside is not None and any(name.startswith("inner.") for name in state)
     return part_of(state, "inner.") if wrapped else state
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Entries under ``prefix``, without it, with the digests of base weights that a lean checkpoint leaves out."""
+    """Return the entries under ``prefix``, without it, and the digests of base weights that a lean checkpoint omits."""
     entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if BASE in state:
         base = json.loads(bytes(state[BASE].tolist()))
@@ -188,14 +188,14 @@ def read_checkpoint(saved: Saved) -> dict[str, Any]:
 
 
 def account(saved: Saved) -> manifest.Facts:
-    """Read ``sha256``, ``size`` and ``facts`` of the file of weights; empty if no manifest confirms it."""
+    """Return ``sha256``, ``size`` and ``facts`` of the file of weights; empty if no manifest confirms it."""
     return (saved.verified or Verified(saved.weights)).account()
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) -> None:
     """Load all keys of a state dict or none. The error names the first difference in one line."""
     here = module.state_dict()
-    # a sharded run keeps its scalars as [1]
+    # a sharded run saves its scalars with shape [1]
     state = {k: v.reshape(here[k].shape) if k in here and _one(v) and _one(here[k]) else v for k, v in state.items()}
     faults = list(dict.fromkeys(fault for key in (*here, *state) if (fault := _differing(key, here, state))))
     if faults:
@@ -227,7 +227,7 @@ def _checkpoint(folder: Path, which: str) -> Path:
     if not files:
         raise ValueError(f"{folder}: neither {WEIGHTS} nor a checkpoint in it")
     confirmed = [file for file in files if manifest.fault_of_size(file) != manifest.NONE]
-    newest = (confirmed or files)[0]  # a file without a manifest was not written here: used only if there is no other
+    newest = (confirmed or files)[0]  # a file without a manifest was not written by Descant: a last resort
     for other in files[: files.index(newest)]:
         warn(f"{other}: no manifest confirms its content: {newest.name} is used in its place")
     if which == "last":
@@ -242,7 +242,7 @@ def _checkpoint(folder: Path, which: str) -> Path:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """A checkpoint without reading or checking its tensors."""
+    """Load a checkpoint without reading or checking its tensors."""
     why = manifest.fault_of_size(file)
     if why not in (None, manifest.NONE):
         raise ValueError(f"{file}: {why}{nearest(file)}")
@@ -261,7 +261,7 @@ CONFIG_SUM = "config_sha256"
 
 
 def _require_same_files(folder: Path) -> None:
-    """Raise ValueError for a changed file of an export; warn of a changed configuration of a run."""
+    """Raise ValueError for a changed file of an export; warn about a changed configuration of a run."""
     files = manifest.known(folder / WEIGHTS).get(FILES)
     for name, digest in files.items() if isinstance(files, dict) else ():
         file = folder / name
@@ -276,7 +276,7 @@ def _require_same_files(folder: Path) -> None:
 
 
 def changed(folder: Path) -> str | None:
-    """A warning line if a run's configuration was edited after the run wrote it; else None."""
+    """Return a warning line if a run's configuration was edited after the run wrote it; otherwise None."""
     if not (folder / "versions.json").is_file():
         return None
     try:
@@ -290,7 +290,7 @@ def changed(folder: Path) -> str | None:
 
 
 def _neighbour(path: Path) -> str:
-    """The nearest name where the path goes wrong."""
+    """Return the existing name nearest to the first missing part of a path, for an error line."""
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
     near = errors.nearest(path.name, [p.name for p in path.parent.iterdir()])

@@ -21,7 +21,7 @@ class Checkpointing:
     non-reentrant, so gradient probes, forks and sharding work unchanged. Parameter names do not change.
 
     Args:
-        preserve_rng: repeat the same dropout masks; may be off where nothing is random.
+        preserve_rng: repeat the same dropout masks; may be off if nothing is random.
         towers: names of the towers to recompute; by default all that have blocks.
     """
 
@@ -39,7 +39,7 @@ class Checkpointing:
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
-    """``blocks()`` of a tower or language model; none where it has no such method."""
+    """Return ``blocks()`` of a tower or language model; empty if it has no such method."""
     blocks = getattr(part, "blocks", None)
     return blocks() if callable(blocks) else []
 
@@ -47,7 +47,7 @@ def blocks_of(part: nn.Module) -> list[nn.Module]:
 def recompute(block: nn.Module, preserve_rng: bool) -> None:
     """Give a block a subclass of its class whose forward is checkpointed: no wrapper, so no new parameter names.
 
-    A subclass and not a closure on the instance: a deep copy (an EMA, a teacher) must call its own forward.
+    It is a subclass, not a closure on the instance, so that a deep copy (an EMA, a teacher) calls its own forward.
     """
     plain = type(block)
     if hasattr(plain, "_recomputed"):
@@ -63,5 +63,5 @@ def recompute(block: nn.Module, preserve_rng: bool) -> None:
             options["context_fn"] = partial(recompute_contexts, self)
         return checkpoint(plain.forward, self, *args, **options, **kwargs)
 
-    again = staticmethod(partial(recompute, preserve_rng=preserve_rng))  # what makes another block so, too
+    again = staticmethod(partial(recompute, preserve_rng=preserve_rng))  # recomputes another block in the same way
     block.__class__ = type(f"Recomputed{plain.__name__}", (plain,), {"forward": forward, "_recomputed": again})

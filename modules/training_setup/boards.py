@@ -1,4 +1,4 @@
-"""What a run shows beside its curves, images, texts, tables and histograms, on every logger that can show them.
+"""Images, texts, tables and histograms that a run shows beside its curves, on every logger that can show them.
 
 Callbacks ask for :func:`boards` and know none of the loggers.
 """
@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 class Table(NamedTuple):
-    """A table of texts: names of columns, and rows of as many cells.
+    """A table of texts: names of columns, and rows with one cell per column.
 
     >>> print(Table(("question", "answer"), (("2 + 2?", "4"), ("a|b?", ""))).markdown())
     | question | answer |
@@ -27,7 +27,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """The table in Markdown, one line a row."""
+        """Return the table in Markdown, one line per row."""
         head = [f"| {' | '.join(self.columns)} |", "|---" * len(self.columns) + "|"]
         return "\n".join([*head, *(f"| {' | '.join(map(_cell, row))} |" for row in self.rows)])
 
@@ -38,24 +38,24 @@ def _cell(text: str) -> str:
 
 @runtime_checkable
 class Board(Protocol):
-    """What shows images, texts, tables and histograms under a tag, at a step. On the first rank only."""
+    """Board that shows images, texts, tables and histograms under a tag, at a step. On the first rank only."""
 
     def show_image(self, tag: str, image_HWC: np.ndarray, step: int) -> None:
-        """``image_HWC``: uint8 ``[height, width, 3]``."""
+        """Show an image, uint8 ``[height, width, 3]``."""
 
     def show_text(self, tag: str, text: str, step: int) -> None: ...
 
     def show_table(self, tag: str, table: Table, step: int) -> None: ...
 
     def show_histogram(self, tag: str, values_N: np.ndarray, step: int) -> None:
-        """``values_N``: finite floats ``[N]``, at least one."""
+        """Show a histogram of finite floats ``[N]``, at least one."""
 
 
 class TensorBoardBoard:
-    """The board of a TensorBoardLogger, Lightning's own or a subclass of it.
+    """Board of a TensorBoardLogger, Lightning's own or a subclass of it.
 
     Args:
-        writer: its SummaryWriter.
+        writer: the logger's SummaryWriter.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -75,7 +75,7 @@ class TensorBoardBoard:
 
 
 def boards(loggers: Iterable[object]) -> list[Board]:
-    """The boards of a run's loggers, in their order; of loggers without any, such as CSV, and of later ranks, none.
+    """Return the boards of a run's loggers, in order. Loggers such as CSV, and later ranks, have none.
 
     >>> from descant.modules.training_setup.loggers import CSV, TensorBoard
     >>> [type(board).__name__ for board in boards([TensorBoard("runs/x"), CSV("runs/x")])]

@@ -1,4 +1,4 @@
-"""Compile and Shard (FSDP2, HSDP) of a recipe before training, after ``adapt`` and activation checkpointing.
+"""Compile and Shard (FSDP2, HSDP), applied to a recipe before training, after ``adapt`` and activation checkpointing.
 
 Each is a typed object from YAML with one method, ``apply(recipe)``, which changes the recipe in place.
 """
@@ -19,31 +19,31 @@ from descant.modules.training_setup import sharding
 from descant.modules.training_setup.activation_checkpointing import blocks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Attribute of a module that names its parameters without dimensions, which have one while they are sharded.
+#: Attribute of a module: names of its parameters without dimensions, which have one dimension while sharded.
 SCALARS = "sharded_scalars"
-#: Methods that Lightning and callbacks call on a recipe, which gather and free the root's parameters.
+#: Methods that Lightning and callbacks call on a recipe; each gathers and frees the root's parameters.
 _ENTRY_POINTS = (
     *("training_step", "validation_step", "test_step", "predict_step"),
     *("generate", "roll_out", "reference", "likelihood"),
 )
-#: Those that decode: they read the weights of a language model's blocks past the blocks' forward.
+#: Methods that decode: they read weights of a language model's blocks without calling the blocks' forward.
 _DECODERS = ("generate", "roll_out")
-#: Those that callbacks call between steps, on each rank, and recipes within one.
+#: Methods that callbacks call between steps, on each rank, and that recipes call within a step.
 _READERS = ("scores",)
 
 
 class Compile:
     """``torch.compile`` of each tower's forward, or of each of its blocks, in place: parameter names do not change.
 
-    Blocks of one kind share their graphs, so that a deep tower is compiled in the time of one block; between them are
-    the places where FSDP2 gathers and frees parameters, which no graph can hold. A block of a class of torch's own,
-    such as ``nn.Sequential``, torch leaves as it is there.
+    Blocks of one kind share their graphs, so a deep tower compiles in the time of one block. Between blocks, FSDP2
+    gathers and frees parameters, which no graph can contain. torch leaves a block of one of its own classes,
+    such as ``nn.Sequential``, uncompiled.
 
     Args:
         mode: of ``torch.compile``; None is torch's default.
         dynamic: one graph for all shapes (True), one for each (False), or torch's own choice (None).
         fullgraph: refuse to fall back to Python inside a tower, or block.
-        blocks: compile block by block (True), a tower at once (False), or by blocks where the recipe is sharded (None).
+        blocks: compile block by block (True), a tower at once (False), or by blocks if the recipe is sharded (None).
             A tower without blocks is compiled at once.
     """
 
@@ -72,30 +72,31 @@ class Shard:
     """FSDP2: split parameters, gradients and optimizer states over ranks; each block is a unit, the rest is another.
 
     Hybrid (HSDP) with ``replicate`` or ``shard``: the W ranks are R replicas of groups of S neighbours, W = R S. A
-    group holds one copy of the model; parameters are gathered within it, and gradients summed in it and then over the
-    replicas:
+    group holds one copy of the model. Parameters are gathered within a group; gradients are summed within it and then
+    over the replicas:
 
         bytes of a gather ~ (S - 1) / S P,    of a gradient ~ (S - 1) / S P + 2 (R - 1) / R P / S
 
-    of P bytes, so that with ``shard: node`` only 1 / S of the gradients go from node to node.
+    of P bytes. With ``shard: node``, only 1 / S of the gradients are exchanged between nodes.
 
-    With ``expert_ranks`` X neighbours share the experts of each layer, E / X whole ones each, to which tokens are sent
-    (:class:`ExpertGroup`); each rank's experts are split over the ranks that have the same, in a shard group where X
-    divides S. All else lies as without. Generation needs whole experts.
+    With ``expert_ranks``, X neighbours share the E experts of each layer. Each rank has E / X whole experts, to which
+    tokens are sent (:class:`ExpertGroup`). Each rank's experts are split over the ranks that have the same ones, within
+    a shard group if X divides S. All else is split as without it. Generation needs whole experts.
 
     Parameters outside the blocks of towers and language models (embeddings, norms, heads, losses) are gathered once for
     a whole step, so that any method of a tower may use them. Needs ``trainer.strategy: Sharded``, on GPUs or CPUs. A
-    parameter without dimensions becomes one of shape [1], which can be split; quantized weights stay whole.
+    parameter without dimensions gets the shape [1], which can be split; quantized weights stay whole.
 
     Args:
         reshard_after_forward: free a block's parameters between forward and backward; False is faster and takes more
             memory.
         dtype: of parameters in compute, with gradients reduced in float32; None leaves both to the trainer.
-        replicate: R; by default what ``shard`` leaves, or 1.
-        shard: S, or ``node`` for the ranks of each node; by default what ``replicate`` leaves.
-        accumulated: gradients of micro-batches that share a step stay whole on each rank and are exchanged once, as
-            under DDP (P more in memory), or are ``split`` after each micro-batch, and exchanged by replicas once.
-        expert_ranks: X; each rank has parts of all experts where None.
+        replicate: R; by default W / S if ``shard`` is given, otherwise 1.
+        shard: S, or ``node`` for the ranks of each node; by default W / R.
+        accumulated: ``whole``: gradients of micro-batches that share a step stay whole on each rank and are exchanged
+            once, as under DDP (P more in memory). ``split``: they are split after each micro-batch, and replicas
+            exchange them once.
+        expert_ranks: X; if None, each rank has parts of all experts.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Shard:
         self.expert_ranks = expert_ranks
 
     def shape(self, world: int, node: int | None = None) -> tuple[int, int]:
-        """``(R, S)`` of W ranks, ``node`` on each node: see :func:`mesh_shape`."""
+        """Return ``(R, S)`` for W ranks, with ``node`` ranks on each node: see :func:`mesh_shape`."""
         return sharding.mesh_shape(world, self.replicate, self.shard, node)
 
     def apply(self, recipe: nn.Module) -> None:
@@ -166,12 +167,12 @@ class Shard:
                 setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
 
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
-        """Context of a micro-batch that no optimizer step follows: see :func:`accumulating`."""
+        """Return the context for a micro-batch that no optimizer step follows: see :func:`accumulating`."""
         return sharding.accumulating(recipe, self.accumulated == "whole", kept=not self.reshard_after_forward)
 
 
 def _load_scalars(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Reshape scalars of an unsharded run's checkpoint to [1], as they are here."""
+    """Reshape scalars of an unsharded run's checkpoint to [1], their shape here."""
     for name, parameter in module.named_parameters(recurse=False):
         saved = state.get(prefix + name)
         if isinstance(saved, Tensor) and saved.ndim == 0 and parameter.shape == (1,):

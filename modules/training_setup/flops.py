@@ -1,6 +1,6 @@
 """FLOPs of training: a counter of operators, the cost of training steps, and the total of a run.
 
-Letters: B rows, N and M sides of a matrix product; of a total K counted micro-batches, F features.
+Letters: B rows, N and M sides of a matrix product; for a total, K counted micro-batches, F features.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from descant.modules.core.recomputation import is_recomputing
 #: Fused attention on the CPU, which torch's table of FLOP formulas lacks.
 _ATTENTION_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-#: The grouped product of sparse experts, likewise.
+#: The grouped product of sparse experts, which the table lacks too.
 _GROUPED = torch.ops.aten._grouped_mm
-#: One micro-batch of so many is counted whatever is known; a prime, so that what a callback adds every 10 steps is met.
+#: One in so many micro-batches is always counted; a prime, so that a callback's work every 10 steps is counted too.
 EVERY = 199
 
 
@@ -40,7 +40,7 @@ class FlopCount(TorchDispatchMode):
     FlopCounterMode it decomposes no operator and hooks no module, so results stay bit-identical. Kernels without a
     formula (custom, Triton, bitsandbytes) count nothing.
 
-    ``model_flops`` leaves out what backward repeats (:func:`repeated_share`), as MFU does.
+    ``model_flops`` leaves out the FLOPs that backward repeats (:func:`repeated_share`), as MFU does.
 
     >>> with FlopCount() as count:
     ...     _ = torch.zeros(5, 3) @ torch.zeros(3, 2)
@@ -73,10 +73,10 @@ class FlopCount(TorchDispatchMode):
 
 
 def repeated_share(func: Any) -> float:
-    """Share of an operator's FLOPs that the forward pass has done before.
+    """Return the share of an operator's FLOPs that repeats the forward pass.
 
-    It is 1 while backward computes a block or logits again, 1/5 in the backward of fused attention, where one of five
-    products makes the weights again, and otherwise 0.
+    It is 1 while backward recomputes a block or logits. It is 1/5 in the backward of fused attention, where one of five
+    products recomputes the attention weights. Otherwise it is 0.
 
     >>> repeated_share(torch.ops.aten.mm.default)
     0.0
@@ -90,8 +90,8 @@ def repeated_share(func: Any) -> float:
 
 
 def grouped_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> int:
-    """``2 I O`` for each row of a group: of rows by matrices ``[M, I] [G, I, O]``, of gradients ``[I, M] [M, O]``,
-    or of batches. Rows behind the last group, of null experts and of padding, count nothing. Reads ``offs``.
+    """Count ``2 I O`` for each row of a group: for rows by matrices ``[M, I] [G, I, O]``, for gradients
+    ``[I, M] [M, O]``, or for batches. Rows after the last group (null experts, padding) count nothing. Reads ``offs``.
 
     >>> grouped_flops(torch.zeros(9, 4), torch.zeros(2, 4, 3), torch.tensor([2, 5])) == 5 * 2 * 4 * 3
     True
@@ -103,15 +103,15 @@ def grouped_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **_
 
 
 def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], None]) -> int:
-    """FLOPs of forward and backward passes over micro-batches, those of all ranks together. Collective.
+    """Count the FLOPs of forward and backward passes over micro-batches, over all ranks together. Collective.
 
-    They run on a copy of the recipe, after ``prepare(copy)``: weights, buffers and random generators stay as they are.
-    The copy has no gradient hooks, so what a harmonizer adds is not counted.
+    The passes run on a copy of the recipe, after ``prepare(copy)``: weights, buffers and random generators stay as they
+    are. The copy has no gradient hooks, so the work of a harmonizer is not counted.
 
     Args:
         recipe: in training, with ``hooks`` and ``objective_of(batch)``.
         batches: this rank's micro-batches, on its device.
-        prepare: such as going on to a stage.
+        prepare: changes the copy, such as by going on to a stage.
     """
     twin, flops = twin_of(recipe, prepare), 0
     for batch in batches:
@@ -136,20 +136,20 @@ def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
 
 @contextmanager
 def trying(recipe: Any) -> Iterator[None]:
-    """Steps in the precision of the run that leave the random generators as they are."""
+    """Run steps in the precision of the run, and leave the random generators as they are."""
     device = recipe.device
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with random, recipe.trainer.precision_plugin.train_step_context():
         yield
 
 
-#: Features on which the cost of a micro-batch depends: how much there is of each modality.
+#: Features on which the cost of a micro-batch depends: the amount of data of each modality.
 Features = tuple[float, ...]
 
 
 @dataclass
 class _Kind:
-    """Micro-batches of one kind: costs that were counted, by features; how many were like these; sums of all others."""
+    """Micro-batches of one kind: counted costs by features, how many have these features, and sums of the others'."""
 
     counted: dict[Features, list[int]] = field(default_factory=dict)
     alike: dict[Features, int] = field(default_factory=dict)
@@ -178,18 +178,19 @@ class _Kind:
 
 
 class FlopTotal:
-    """The FLOPs of all micro-batches of a run, of which a few are counted.
+    """Total FLOPs of all micro-batches of a run, of which only a few are counted.
 
-    Counting takes about half as long as a step, and where samples lack modalities at random, almost every micro-batch
-    has other numbers of rows. Only present rows are computed, so the cost is nearly affine in the elements ``x_F`` of
-    present rows by modality,
+    Counting takes about half as long as a step. If samples lack modalities at random, almost every micro-batch has
+    different numbers of rows. Only present rows are computed, so the cost is nearly affine in ``x_F``, the number of
+    elements in present rows by modality,
 
         y(x) = mean(y) + slope . (x - mean(x)),     by least squares (of least norm) over the counted ones,
 
-    and the total of all that were not counted is their number times the cost of their mean ``x``: two sums, which a
-    checkpoint holds exactly. Losses over all pairs are quadratic, but masked, so of constant cost. Features that were
-    counted have the mean of their counts. Of a kind, ``F + 2`` micro-batches are counted at first (two where their cost
-    is the same), then one of :data:`EVERY`, which takes 0.3 % of the time and finds costs that features do not show.
+    and the total of all uncounted ones is their number times the cost of their mean ``x``: two sums, which a checkpoint
+    holds exactly. Losses over all pairs are quadratic, but masked, so their cost is constant. Features that were
+    counted have the mean of their counts. Of each kind, the first ``F + 2`` micro-batches are counted (two if their
+    costs are the same), then one in :data:`EVERY`. This takes 0.3 % of the time and finds costs that features do not
+    show.
 
     >>> total = FlopTotal()
     >>> for rows in (4, 2, 3, 7):
@@ -210,15 +211,15 @@ class FlopTotal:
         return self._kinds[kind].wants(x_F)
 
     def cost(self, kind: str, x_F: Features) -> float:
-        """FLOPs of a micro-batch of a kind of which one was counted."""
+        """Estimate the FLOPs of a micro-batch; at least one of its kind must have been counted."""
         return self._kinds[kind].cost(x_F)
 
     def add(self, kind: str, x_F: Features, flops: int | None, mean_F: Features | None = None, ranks: int = 1) -> None:
-        """Add a micro-batch on each of ``ranks``.
+        """Add one micro-batch on each of ``ranks`` ranks.
 
         Args:
-            kind: what else the cost depends on. x_F: of this rank's, whose count is ``flops``, if it was counted.
-            mean_F: mean over all ranks and all micro-batches of the step; by default those of this one.
+            kind: what else the cost depends on. x_F: this rank's features; ``flops`` is their count, or None.
+            mean_F: mean features over all ranks and all micro-batches of the step; by default ``x_F``.
         """
         of, mean_F = self._kinds[kind], x_F if mean_F is None else mean_F
         of.seen += 1

@@ -62,16 +62,16 @@ class CSV(CSVLogger):
         os.replace(scratch, file)
 
 
-#: The loss of training, and the sets of which a metric stands in the overview where none is monitored.
+#: The training loss, and the sets that give the overview a metric if none is monitored.
 LOSS, EVALUATED = "train/loss", ("val", "test")
 
 
 class TensorBoard(TensorBoardLogger):
     """Writes TensorBoard events into ``save_dir``; the loss and the monitored metrics also under ``_overview/``.
 
-    Where no metric is monitored, the first one of the first evaluation takes its place. TensorBoard sorts groups of
-    tags by name and opens the first two, which would be those of an evaluation set. Every tag keeps its own name; other
-    files of a run have no ``_overview``.
+    If no metric is monitored, the first one of the first evaluation takes its place. TensorBoard sorts groups of tags
+    by name and opens the first two, which would otherwise be those of an evaluation set. Every tag also keeps its own
+    name; other files of a run have no ``_overview``.
 
     Args:
         save_dir: the run's folder.
@@ -92,7 +92,7 @@ class TensorBoard(TensorBoardLogger):
         self.overview |= {c.monitor for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor}
 
     def shown_first(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of the overview, by their tags there."""
+        """Return the metrics of the overview, by their tags there."""
         if self.overview == {LOSS}:
             self.overview |= set([name for name in metrics if name.partition("/")[0] in EVALUATED][:1])
         return {f"{OVERVIEW}/{name}": value for name, value in metrics.items() if name in self.overview}

@@ -41,7 +41,7 @@ class MemoryLedger(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self._hold(storage)  # a view makes nothing
+                self._hold(storage)  # a view allocates nothing
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -60,13 +60,13 @@ class MemoryLedger(TorchDispatchMode):
 def step_cost(
     recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], None] = lambda twin: None, adjusted: bool = False
 ) -> int:
-    """FLOPs of micro-batches on all ranks; ``adjusted``: times the memory share of the first. Collective.
+    """Count the FLOPs of micro-batches on all ranks. ``adjusted``: times the memory share of the first. Collective.
 
         adjusted = FLOPs * memory / memory of full fine-tuning
 
-    so a method that trains few parameters in little memory gets more steps for the same budget. Source: FoMo-in-Flux
-    (Roth 2024, arXiv 2408.14471), memory-adjusted FLOPs; its memory is a device's peak, here that of
-    :func:`step_memory`, so that ranks do not change it.
+    So a method that trains few parameters in little memory gets more steps for the same budget. Source: FoMo-in-Flux
+    (Roth 2024, arXiv 2408.14471), memory-adjusted FLOPs. There the memory is a device's peak; here it is that of
+    :func:`step_memory`, so that it does not depend on the number of ranks.
     """
     if not adjusted:
         return count_flops(recipe, batches, prepare)
@@ -77,13 +77,13 @@ def step_cost(
 
 
 def step_memory(recipe: Any, batch: Batch, prepare: Callable[[Any], None], full: bool = False) -> int:
-    """Bytes of an optimizer step as it would be on one device: what each rank holds once, and all activations.
+    """Measure the bytes of an optimizer step as on one device: replicated tensors once, and all ranks' activations.
 
-    Measured on a copy of the recipe, as FLOPs are, in its second step: the first makes the optimizer state.
+    It is measured on a copy of the recipe, as FLOPs are, in the second step: the first one makes the optimizer state.
 
     Args:
-        batch: this rank's first micro-batch. full: every floating-point parameter trains, as in full fine-tuning, but
-            those of towers that are Frozen, which run without gradients.
+        batch: this rank's first micro-batch. full: train every floating-point parameter, as in full fine-tuning, except
+            those of Frozen towers, which run without gradients.
     """
     twin = twin_of(recipe, prepare)
     for parameter in twin.parameters() if full else ():

@@ -1,4 +1,4 @@
-"""Muon for convolutions as well: torch's own optimizer, with filters as matrices, and its control without directions.
+"""Muon for convolutions as well: torch's own optimizer, with filters as matrices, and its control, ``normalize``.
 
 Letters: A rows (outputs) and B columns (inputs times the filter's size) of a parameter as a matrix.
 """
@@ -14,21 +14,21 @@ from torch.optim import Muon
 
 
 class ConvMuon(Muon):
-    """torch.optim.Muon, which takes 2-D parameters, for convolutions too: a filter is its outputs' matrix ``[A, B]``.
+    """torch.optim.Muon, which takes 2-D parameters, for convolutions too: a filter becomes a matrix ``[A, B]``.
 
         m <- momentum m + (1 - momentum) g;   u = (1 - momentum) g + momentum m   (Nesterov; else m)
         w <- (1 - lr decay) w - lr s U V^T,   where u = U S V^T
 
-    The factor ``U V^T`` is that of five Newton-Schulz steps in bfloat16, whose singular values lie around 1. ``s`` is
-    ``sqrt(max(1, A / B))`` (original), or ``0.2 sqrt(max(A, B))``, by which an update has the root mean square of
-    AdamW's, so that one learning rate and decay serve both (match_rms_adamw).
+    Five Newton-Schulz steps in bfloat16 approximate ``U V^T``, with singular values around 1. ``s`` is
+    ``sqrt(max(1, A / B))`` (original), or ``0.2 sqrt(max(A, B))`` (match_rms_adamw), which gives an update the root
+    mean square of AdamW's, so that one learning rate and decay serve both.
 
     Source: Jordan 2024 (kellerjordan.github.io/posts/muon) and its release, which flattens filters; Moonlight (Liu
     2025, arXiv 2502.16982) for decay and match_rms_adamw.
 
     Our reading: ``s`` of a filter is that of its matrix; the release takes the filter's height and width, so that s is
-    1. Two-dimensional parameters are stepped as by torch, to the bit. Where parameters are split over ranks (FSDP2)
-    the matrices are multiplied across ranks.
+    1. Steps of two-dimensional parameters are bit-identical to torch's. If parameters are split over ranks (FSDP2), the
+    matrices are multiplied across ranks.
 
     Args:
         params: parameters of at least two dimensions, or groups of them, in torch's usual layout (contiguous).
@@ -36,8 +36,8 @@ class ConvMuon(Muon):
         momentum: of the average of gradients. nesterov: step by the gradient and its average, not by the average alone.
         ns_steps: Newton-Schulz steps.
         adjust_lr_fn: ``s``, original by default.
-        sham: ``normalize`` for the control: each matrix moves by as much as in the method (the same root mean square),
-            in the direction of its momentum itself, for the same computation.
+        sham: ``normalize`` for the control: each matrix moves as far as in the method (the same root mean square), but
+            along its momentum itself, at the same computational cost.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2, 1, 2, 1))
     >>> weight.grad = torch.tensor([[[[3.0], [0.0]]], [[[0.0], [1.0]]]])
@@ -73,7 +73,7 @@ class ConvMuon(Muon):
         for group, pairs in zip(as_matrices, named, strict=True):
             if all(name is not None for name, _ in pairs):
                 group["params"] = [(name, p) for (name, _), p in zip(pairs, group["params"], strict=True)]
-        # torch's checks see matrices; the parameters themselves take their places
+        # torch's checks see matrices; below, the parameters themselves replace them
         super().__init__(
             as_matrices,
             lr=lr,
@@ -86,7 +86,7 @@ class ConvMuon(Muon):
         for group, pairs in zip(self.param_groups, named, strict=True):
             group["params"] = [p for _, p in pairs]
         self._before: dict[Tensor, Tensor] = {}
-        if sham == "normalize":  # hooks, since a callback's own may replace the groups between them
+        if sham == "normalize":  # as hooks: a callback's own hooks may replace the groups between these two
             self.register_step_pre_hook(lambda *_: self._keep())
             self.register_step_post_hook(lambda *_: self._normalize())
 
@@ -99,9 +99,9 @@ class ConvMuon(Muon):
     ) -> bool:
         for p in group["params"]:
             if p.grad is not None and "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a gradient may have another layout
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)  # a gradient may have another layout than p
         complex_: bool = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        for tensors in (params_with_grad, muon_momentum_bufs):  # views, which are written through
+        for tensors in (params_with_grad, muon_momentum_bufs):  # views: the step writes to the originals through them
             tensors[:] = [_matrix(tensor) for tensor in tensors]
         grads[:] = [grad.reshape(len(grad), -1) if grad.ndim > 2 else grad for grad in grads]
         return complex_
@@ -124,5 +124,5 @@ class ConvMuon(Muon):
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """The tensor, or a view of it, as ``[A, B]``."""
+    """Return the tensor, or a view of it, as ``[A, B]``."""
     return tensor.view(len(tensor), -1) if tensor.ndim > 2 else tensor

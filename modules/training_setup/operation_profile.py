@@ -10,26 +10,26 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 #: Names of spans that Lightning and torch put around operations.
 _SPANS = ("[pl]", "ProfilerStep")
-#: Allocations that a memory snapshot holds.
+#: The most allocations that a memory snapshot holds.
 _ALLOCATIONS = 100_000
 
 
 class OperationProfile(PyTorchProfiler):
-    """Lightning's PyTorchProfiler on a few steps of a fit: a Chrome trace, and a table of the dearest operations.
+    """Lightning's PyTorchProfiler on a few steps of a fit: a Chrome trace, and a table of the costliest operations.
 
-    After ``wait`` steps and one more to warm up, ``steps`` steps are recorded. Below ``dirpath`` are then
+    After ``wait`` steps and one more to warm up, it records ``steps`` steps. Then it writes below ``dirpath``
     ``trace.json.gz`` (for Perfetto or chrome://tracing), ``operations.txt`` with every operation, and on CUDA
-    ``memory.pickle``, a snapshot for pytorch.org/memory_viz. The first ``rows`` of the table are printed at the end of
-    the fit. Time is an operation's own, without those that it calls: of the GPU where there is one.
+    ``memory.pickle``, a snapshot for pytorch.org/memory_viz. At the end of the fit it prints the first ``rows`` of the
+    table. An operation's time excludes the operations that it calls; it is GPU time if there is a GPU.
 
     Args:
-        dirpath: the folder, of all but the first rank with their number in the names of files.
-        wait: training steps before.
+        dirpath: the folder for these files; ranks after the first add their number to the names.
+        wait: training steps before the recording.
         steps: training steps that are recorded.
         rows: operations that are printed.
     """
 
-    #: A validation between two steps belongs to neither: Lightning's own counts it as a step.
+    #: A validation between two steps belongs to neither; Lightning's own profiler counts it as a step.
     STEP_FUNCTIONS = {"training_step"}
 
     def __init__(self, dirpath: str, wait: int = 10, steps: int = 5, rows: int = 10) -> None:
@@ -66,10 +66,10 @@ class OperationProfile(PyTorchProfiler):
         (folder / f"operations{rank}.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
 
     def _cache_functions_events(self) -> None:
-        """Nothing: the table is made when the steps are over, and a short run has none."""
+        """Do nothing: the table is made when the recorded steps are over, and a short run has none."""
 
     def describe(self) -> None:
-        """Print the table, once; in place of the log of Lightning."""
+        """Print the table once, in place of Lightning's log."""
         if self._stage == "fit":
             self._delete_profilers()
             self._forget_memory()
@@ -88,10 +88,10 @@ class OperationProfile(PyTorchProfiler):
 
 
 def table(averages: Any, steps: int, device: bool = False) -> list[str]:
-    """A head and a line an operation, the dearest first.
+    """Return a header and one line per operation, the costliest first.
 
     Args:
-        averages: of ``torch.profiler``. steps: that were recorded. device: whether time is that of the GPU.
+        averages: of ``torch.profiler``. steps: number of recorded steps. device: whether to show GPU time.
     """
 
     def own(event: Any) -> float:

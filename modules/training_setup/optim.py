@@ -15,13 +15,13 @@ from descant.modules.training_setup.parameter_rules import ParameterRule
 
 
 class Groups(list[dict[str, Any]]):
-    """Parameter groups as an optimizer takes them, and ``owners``: name of a parameter -> the module that it is of."""
+    """Parameter groups as an optimizer takes them, and ``owners``: name of a parameter -> the module that owns it."""
 
     owners: dict[str, nn.Module]
 
 
 def parameter_groups(module: nn.Module) -> Groups:
-    """Two groups of named trainable parameters: matrices, and the rest (norms, biases, scalars) without weight decay.
+    """Group named trainable parameters: matrices, and the rest (norms, biases, scalars) without weight decay.
 
     >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     >>> [[name for name, _ in group["params"]] for group in groups]
@@ -39,7 +39,7 @@ def parameter_groups(module: nn.Module) -> Groups:
 
 
 def make_optimizer(make: Callable[[Any], Optimizer], module: nn.Module) -> Optimizer:
-    """An optimizer of a module's trainable parameters; one that averages weights begins in its training mode."""
+    """Make an optimizer of a module's trainable parameters; one that averages weights begins in its training mode."""
     optimizer = make(parameter_groups(module))
     for member in averaging(optimizer):
         member.train()
@@ -47,12 +47,12 @@ def make_optimizer(make: Callable[[Any], Optimizer], module: nn.Module) -> Optim
 
 
 def averaging(optimizer: Optimizer) -> list[Any]:
-    """The optimizer, or its members, that average weights and switch by ``train()`` and ``eval()`` (schedule-free)."""
+    """List the optimizer or its members that average weights (schedule-free, with ``train()`` and ``eval()``)."""
     return [one for one in getattr(optimizer, "members", [optimizer]) if hasattr(one, "eval")]
 
 
 def require_evaluated(optimizer: Optimizer, callbacks: Iterable[Any]) -> None:
-    """Raises ValueError for an optimizer that averages weights where no callback evaluates the average."""
+    """Raise ValueError for an optimizer that averages weights if no callback evaluates the average."""
     if averaging(optimizer) and not any(getattr(callback, "evaluates_average", False) for callback in callbacks):
         name = type(averaging(optimizer)[0]).__name__
         raise ValueError(
@@ -79,7 +79,7 @@ class Member:
         self.optimizer, self.match, self.rule = optimizer, re.compile(match), rule
 
     def takes(self, name: str, parameter: Tensor, owners: dict[str, nn.Module] | None) -> bool:
-        """Whether it optimizes a parameter that no member before it does."""
+        """Whether it takes a parameter that no earlier member takes."""
         if not self.match.search(name):
             return False
         if self.rule is None:
@@ -93,7 +93,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Share:
-    """What one member of an :class:`OptimizerGroup` optimizes: its class, and the names and sizes of its tensors."""
+    """Share of one member of an :class:`OptimizerGroup`: its class, and the names and sizes of its tensors."""
 
     optimizer: str
     sizes: dict[str, int]
@@ -103,7 +103,7 @@ class Share:
 
 
 class _State(MutableMapping[Any, Any]):
-    """The members' states as one mapping, delegated to the member that owns the parameter."""
+    """The members' states as one mapping; each access goes to the member that owns the parameter."""
 
     def __init__(self, members: list[Optimizer]) -> None:
         self._owner = {p: member.state for member in members for group in member.param_groups for p in group["params"]}
@@ -128,12 +128,12 @@ class OptimizerGroup(Optimizer):
     """Several optimizers as one, each for some parameters, so that automatic optimization counts one step.
 
     ``param_groups`` are the members' own dictionaries and ``state`` is a view of theirs: schedules, clipping, scalers
-    and checkpoints see one optimizer. ``state_dict`` has torch's layout, parameters numbered through all members, so
-    that parameters split over ranks (FSDP2) are saved and resumed, too. ``shares`` lists what each member takes.
+    and checkpoints see one optimizer. ``state_dict`` has torch's layout, with parameters numbered through all members,
+    so that parameters split over ranks (FSDP2) are saved and resumed, too. ``shares`` lists what each member takes.
 
     Args:
-        params: groups of named parameters, as by :func:`parameter_groups`.
-        members: each takes the parameters whose name it matches first, and that its rule takes.
+        params: groups of named parameters, as made by :func:`parameter_groups`.
+        members: a parameter goes to the first member whose ``match`` and ``rule`` take it.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> group = OptimizerGroup(parameter_groups(net), [Member(lambda p: torch.optim.SGD(p, lr=1.0), "^0"),
@@ -210,7 +210,7 @@ class OptimizerGroup(Optimizer):
         self._share()
 
     def _states(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Split a state into those of the members."""
+        """Split a state dict into those of the members."""
         groups = state_dict["param_groups"]
         sizes, own = ([len(group["params"]) for group in some] for some in (groups, self.param_groups))
         if sizes != own:
@@ -221,7 +221,7 @@ class OptimizerGroup(Optimizer):
         parts, state = [], state_dict["state"]
         for member in self.members:
             share, groups = groups[: len(member.param_groups)], groups[len(member.param_groups) :]
-            # numbers, or names where ranks have parts of the parameters
+            # parameters are numbered, or named if ranks have parts of them
             keys = {key for group in share for key in group["params"]}
             parts.append({"state": {key: state[key] for key in state if key in keys}, "param_groups": share})
         return parts

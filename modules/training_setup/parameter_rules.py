@@ -1,4 +1,4 @@
-"""Rules by which an optimizer of a group takes parameters: by their names, shapes and the modules that they are of."""
+"""Rules by which an optimizer of a group takes parameters: by their names, shapes and the modules that own them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ import re
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-#: Parts of a name that say that a layer reads a model's input, or gives its output or a choice of experts.
+#: Parts of a name that mark a layer at a model's input or output, or one that chooses experts.
 BESIDES = (
     r"\w*embed\w*|stem|patches|inward|outward|adapters|heads?|own|maps|objectives|classifier|score|\w*projection|router"
 )
 
 
 class ParameterRule:
-    """Whether an optimizer takes a parameter; :meth:`takes` is all that a rule has."""
+    """Rule that decides whether an optimizer takes a parameter. A subclass needs :meth:`takes` only."""
 
     def takes(self, name: str, parameter: Tensor, owner: nn.Module) -> bool:
-        """By the parameter's full name, the parameter (any dtype and shape), and the module that it is of."""
+        """Whether to take a parameter, by its full name, itself (any dtype and shape), and the module that owns it."""
         raise NotImplementedError
 
 
 class HiddenMatrices(ParameterRule):
-    """Weights of linear layers and convolutions, but the first and the last of a model: the parameters for Muon.
+    """Weights of linear layers and convolutions, except the first and last layers of a model: the parameters for Muon.
 
     All others are for another optimizer, such as AdamW: embeddings, positions, tokens, norms, biases, scalars, experts
-    kept as one tensor, convolutions in groups (each group is a matrix of its own) and transposed ones, and layers of
-    which a part of the name is one that ``besides`` names. A layer of queries, keys and values in one is one matrix.
+    kept as one tensor, grouped convolutions (each group is a matrix of its own), transposed convolutions, and layers
+    whose name has a part that matches ``besides``. A joint layer of queries, keys and values is one matrix.
 
     Source: Jordan 2024 (kellerjordan.github.io/posts/muon): hidden layers by Muon, those of the input and the output
     and all vectors by AdamW; "all the convolutional filters except the first one" (its release).
-    Which names are those of
-    inputs and outputs is our reading.
+    Which names belong to inputs and outputs is our reading.
 
     Args:
         convolutions: take filters, too, as ConvMuon can; torch.optim.Muon takes 2-D parameters only.
-        besides: regular expression of the parts of a name (between dots, whole) whose layers are left out.
+        besides: regular expression; layers are left out if it matches a whole part (between dots) of their names.
 
     >>> rule, linear = HiddenMatrices(), nn.Linear(2, 2)
     >>> [rule.takes(name, linear.weight, linear) for name in ("layers.0.out.weight", "heads.image.weight")]

@@ -19,7 +19,7 @@ class Schedule:
     monitor: str | None = None
 
     def within(self, done: int, total: int) -> Schedule:
-        """Of a stage that begins after ``done`` of the ``total`` steps of a run; only some schedules depend on it."""
+        """Return the schedule of a stage after ``done`` of a run's ``total`` steps; only some depend on it."""
         return self
 
     def __call__(self, optimizer: Optimizer, steps: int) -> LRScheduler | ReduceLROnPlateau:
@@ -87,13 +87,13 @@ class WarmupStableDecay(Schedule):
     cooldown, ``lr(t) = lr * (t+1)/w`` for ``t < w``, ``lr`` until ``steps - d``, and then
     ``lr * (floor + (1 - floor) * (1 - x**power))``, where ``x = (t - steps + d) / d``.
 
-    With ``warmup`` as a number of steps the rate does not depend on the run's length before its cooldown, so that runs
-    of several lengths share all that comes before. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
+    If ``warmup`` is a number of steps, the rate before the cooldown does not depend on the run's length, so runs of
+    several lengths share everything before it. Source: Hu 2024 (MiniCPM, arXiv 2404.06395); Hägele 2024
     (arXiv 2405.18392) for the decay 1 - sqrt(x), power 0.5; power 1 is linear.
 
     Args:
         warmup, cooldown: shares of the run's steps (below 1) or numbers of steps.
-        power: of the decay in it.
+        power: of the decay in the cooldown.
         floor: the last learning rate as a share of the first.
 
     >>> schedule = WarmupStableDecay(warmup=2, cooldown=4)
@@ -157,12 +157,12 @@ class REX(Schedule):
 
 
 def _steps_of(share: float, steps: int) -> int:
-    """A share of the run's steps (below 1), or a number of steps."""
+    """Return a number of steps, given as a share of the run's steps (below 1) or as a number."""
     return round(share * steps) if share < 1 else int(share)
 
 
 class MetaSchedule(Schedule):
-    """A schedule of each stage whose peak follows a schedule over the whole run.
+    """Schedule for each stage, whose peak follows a schedule over the whole run.
 
         lr(t) = lr * across(steps before the stage, steps of the run) * each(t, steps of the stage)
 
@@ -170,7 +170,7 @@ class MetaSchedule(Schedule):
     schedules of Roth 2024, arXiv 2408.14471; our reading, since the release restarts its schedule at each task.
 
     Args:
-        each: of a stage. across: of the peaks, by the step at which each stage begins.
+        each: schedule of a stage. across: schedule of the peaks, by the step at which each stage begins.
 
     >>> meta = MetaSchedule(WarmupCosine(warmup=0.0), WarmupCosine(warmup=0.0)).within(done=50, total=100)
     >>> round(meta.factor(0, 10), 3), round(meta.factor(5, 10), 3)

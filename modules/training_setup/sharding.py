@@ -1,4 +1,4 @@
-"""Meshes of FSDP2 and hybrid shards (HSDP), the units that are sharded, and what they keep while gradients accumulate.
+"""Meshes of FSDP2 and hybrid shards (HSDP), the units that are sharded, and how they accumulate gradients.
 
 Letters: R replicas, S ranks of a shard group, W = R S ranks, X ranks that share the experts of a layer.
 """
@@ -36,12 +36,12 @@ _MADE = itertools.count()
 def mesh_shape(
     world: int, replicate: int | None = None, shard: int | Literal["node"] | None = None, node: int | None = None
 ) -> tuple[int, int]:
-    """``(R, S)`` with R S = W: so many replicas of shard groups of so many ranks.
+    """Return ``(R, S)`` with R S = W: the number of replicas, and of ranks in a shard group.
 
     Args:
         world: W.
-        replicate: R; by default what ``shard`` leaves.
-        shard: S, or ``node`` for the ranks of one node; by default what ``replicate`` leaves.
+        replicate: R; by default W / S if ``shard`` is given, otherwise 1.
+        shard: S, or ``node`` for the ranks of one node; by default W / R.
         node: ranks of one node; by default all.
 
     >>> mesh_shape(8), mesh_shape(8, replicate=2), mesh_shape(16, shard="node", node=8)
@@ -67,17 +67,17 @@ def mesh_shape(
 
 
 def data_mesh(whole: DeviceMesh, replicate: int, shard: int) -> DeviceMesh:
-    """``[S]`` of all ranks, or ``[R, S]`` of ranks of which S neighbours share one copy. Collective."""
+    """Return the mesh ``[S]`` of all ranks, or ``[R, S]``, in which S neighbours share one copy. Collective."""
     if replicate == 1:
         return whole
     return init_device_mesh(whole.device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def expert_shape(replicate: int, shard: int, experts: int) -> tuple[int, int, int]:
-    """``(copies, X, ranks of a part)`` of the experts of R replicas of S ranks: their product is W.
+    """Return ``(copies, X, ranks of a part)`` for the experts of R replicas of S ranks; their product is W.
 
-    A copy of all experts lies in X neighbours times as many as share the parts of one rank's experts: in a shard group
-    where X divides S, and else in the X / S groups that it takes.
+    A copy of all experts takes X neighbours times the ranks that share the parts of one rank's experts. It lies in one
+    shard group if X divides S, otherwise in X / S groups.
 
     >>> expert_shape(1, 8, 2), expert_shape(2, 4, 2), expert_shape(2, 4, 8)
     ((1, 2, 4), (2, 2, 2), (1, 8, 1))
@@ -96,7 +96,7 @@ def expert_shape(replicate: int, shard: int, experts: int) -> tuple[int, int, in
 
 
 def expert_numbers(replicate: int, shard: int) -> list[int]:
-    """The X that fit R replicas of S ranks, ascending: those that divide S, and its multiples that divide W.
+    """List the X that fit R replicas of S ranks, ascending: divisors of S, and multiples of S that divide W.
 
     >>> expert_numbers(1, 6), expert_numbers(4, 2)
     ([1, 2, 3, 6], [1, 2, 4, 8])
@@ -106,14 +106,14 @@ def expert_numbers(replicate: int, shard: int) -> list[int]:
 
 
 def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> DeviceMesh:
-    """``[X, parts]`` of all ranks, or ``[copies, X, parts]``, of which X neighbours share experts. Collective.
+    """Return the mesh ``[X, parts]`` of all ranks, or ``[copies, X, parts]``; X neighbours share experts. Collective.
 
-    The axis of experts is before that of parts, so that a rank has one box of a whole tensor: FSDP2 splits what a rank
-    has of the experts, and placements are read from the first axis to the last. Its axes stay apart: torch 2.13 gathers
-    over flattened ones in the order of ranks, which is another one than the mesh's.
+    The axis of experts is before that of parts, so that a rank has one box of a whole tensor: FSDP2 splits a rank's
+    experts, and placements are read from the first axis to the last. The axes are not flattened: torch 2.13 gathers
+    over flattened axes in the order of ranks, which differs from the mesh's order.
     """
     ranks = whole.mesh.reshape(copies, parts, experts).transpose(1, 2).contiguous()
-    # a number: torch keeps placements by meshes that are equal, and FSDP2 wants this very one, also in a second fit
+    # a unique number: torch caches placements by equal meshes, and FSDP2 needs this very mesh, also in a second fit
     names: tuple[str, ...] = ("replicate", "expert", f"shard_{next(_MADE)}")
     if copies == 1:
         ranks, names = ranks[0], names[1:]
@@ -121,9 +121,9 @@ def expert_mesh(whole: DeviceMesh, copies: int, experts: int, parts: int) -> Dev
 
 
 def require_experts(recipe: nn.Module, ranks: int, fits: Sequence[int] = ()) -> None:
-    """Raises ValueError for a recipe whose experts so many ranks cannot share, or which has none.
+    """Raise ValueError if so many ranks cannot share the recipe's experts, or if it has none.
 
-    ``fits``: the numbers that the message may name instead (:func:`expert_numbers`); all where empty.
+    ``fits``: the numbers that the message may suggest (:func:`expert_numbers`); all if empty.
     """
     if not expert_layers(recipe):
         raise ValueError(f"shard: expert_ranks {ranks}: {type(recipe).__name__} has no layer of experts; leave it out")
@@ -133,17 +133,17 @@ def require_experts(recipe: nn.Module, ranks: int, fits: Sequence[int] = ()) -> 
 
 
 def split_experts(recipe: nn.Module, mesh: DeviceMesh, **how: Any) -> None:
-    """Split the experts of all layers over the axis ``expert`` of a mesh, and what a rank has of them by FSDP2.
+    """Split the experts of all layers over a mesh's axis ``expert``, and each rank's experts by FSDP2.
 
-    Of the gradient of an expert, with the loss L_r of rank r, W = (groups) X ranks:
+    The gradient of an expert, with the loss L_r of rank r, W = (groups) X ranks:
 
         each group: 1 / X sum over its ranks of dL_r (:class:`ExpertGroup`),    FSDP2: the mean over groups
         = 1 / W sum over all ranks of dL_r,    as of any other parameter
 
-    so that no factor is left to set, as FSDP2 needs where the exchange sums (``set_gradient_divide_factor``, as
-    torchtitan does; Megatron-LM #5956). Parameters are DTensors on all axes: a checkpoint has whole experts.
+    So no factor has to be set. FSDP2 needs one where the exchange sums (``set_gradient_divide_factor``, as in
+    torchtitan; Megatron-LM #5956). Parameters are DTensors on all axes, so a checkpoint has whole experts.
     """
-    # torch warns at each gather of whole experts that the axes are not flattened: see expert_mesh
+    # silence torch's warning, at each gather of whole experts, that the axes are not flattened: see expert_mesh
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     parallelize(recipe, mesh["expert"].get_group())
     names = mesh.mesh_dim_names or ()
@@ -157,7 +157,7 @@ def split_experts(recipe: nn.Module, mesh: DeviceMesh, **how: Any) -> None:
 
 
 def units(recipe: nn.Module) -> list[nn.Module]:
-    """Blocks of all towers and language models in a module, inner ones first: each is gathered and freed as one."""
+    """List the blocks of all towers and language models, inner ones first: each is gathered and freed as one unit."""
     found: dict[nn.Module, None] = {}
     for part in reversed(list(recipe.modules())):
         if inspect.ismethod(blocks := getattr(part, "blocks", None)):
@@ -167,7 +167,7 @@ def units(recipe: nn.Module) -> list[nn.Module]:
 
 
 def require_shardable(recipe: nn.Module) -> None:
-    """Raises ValueError for experts that are split over ranks already, which data parallelism would mix."""
+    """Raise ValueError for experts that are split over ranks already, because data parallelism would mix them."""
     for name, layer in expert_layers(recipe).items():
         if layer.group is not None:
             raise ValueError(
@@ -177,9 +177,9 @@ def require_shardable(recipe: nn.Module) -> None:
 
 
 def gathering(module: nn.Module, method: Callable[..., Any], freed: bool) -> Callable[..., Any]:
-    """A method that reads weights of blocks past their forward, such as a decoder: they are gathered while it runs.
+    """Wrap a method that reads blocks' weights without their forward, such as a decoder: gather them while it runs.
 
-    ``freed``: whether a block's forward frees them otherwise.
+    ``freed``: whether a block's forward normally frees them.
     """
 
     @wraps(method)
@@ -199,7 +199,7 @@ def gathering(module: nn.Module, method: Callable[..., Any], freed: bool) -> Cal
 
 
 def anywhere(root: nn.Module, within: Callable[..., Any], outside: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is called while FSDP2 has gathered the root's parameters, as ``within``, or freed them."""
+    """Return a method that calls ``within`` while FSDP2 has gathered the root's parameters, otherwise ``outside``."""
 
     @wraps(within)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -210,10 +210,10 @@ def anywhere(root: nn.Module, within: Callable[..., Any], outside: Callable[...,
 
 
 def reach_outputs(blocks: Iterable[nn.Module]) -> None:
-    """Let backward pass through all of these blocks on each rank, also where none of its samples needs that.
+    """Let backward pass through all of these blocks on each rank, even if none of its samples needs that.
 
-    Where samples choose which parameters they meet, a frozen block has gradients to pass on some ranks only. FSDP2
-    gathers in backward what passed some, and the others would be waited for. Before ``fully_shard``.
+    If samples choose their parameters, a frozen block has gradients to pass on some ranks only. In backward, only those
+    ranks would gather it by FSDP2, and they would wait for the others. Call this before ``fully_shard``.
     """
     for block in blocks:
         block.register_forward_hook(_reached)
@@ -233,13 +233,13 @@ def _reached(block: nn.Module, args: Any, output: Any) -> Any:
 
 @contextmanager
 def accumulating(module: nn.Module, whole: bool, kept: bool) -> Iterator[None]:
-    """Context: a backward pass that no optimizer step follows.
+    """Prepare FSDP2, within the block, for a backward pass that no optimizer step follows.
 
     Args:
         module: the root, after ``fully_shard``.
-        whole: leave gradients whole on each rank, without communication; False: a rank keeps the part that is its own,
-            and replicas do not exchange theirs.
-        kept: whether blocks are kept gathered between forward and backward: they are, then, until the next forward.
+        whole: leave gradients whole on each rank, without communication; False: each rank keeps its own part only, and
+            replicas do not exchange theirs.
+        kept: whether blocks stay gathered between forward and backward; if so, they stay until the next forward.
     """
     if not isinstance(module, FSDPModule):
         yield
@@ -251,5 +251,5 @@ def accumulating(module: nn.Module, whole: bool, kept: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        part.set_requires_gradient_sync(True)  # and all-reduces
+        part.set_requires_gradient_sync(True)  # this enables all-reduces, too
         part.set_reshard_after_backward(True)

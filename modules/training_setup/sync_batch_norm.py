@@ -20,7 +20,7 @@ from descant.modules.core.ranks import awaited_total, gather, rank, world
 
 
 def synchronize(module: nn.Module) -> int:
-    """Make every batch norm of a module use the rows of all ranks in train mode; returns their number.
+    """Make every batch norm of a module use the rows of all ranks in train mode; return their number.
 
     In place: parameters, buffers and names stay. Unlike ``torch.nn.SyncBatchNorm`` it runs on CPUs too and converts
     subclasses with their own forward (timm's with an activation). Evaluation and a single rank are unchanged.
@@ -48,9 +48,9 @@ def batch_norm(
     eps: float,
     counted: bool = True,
 ) -> Tensor:
-    """``(x - mean_C) / sqrt(var_C + eps) * weight_C + bias_C``, with mean and variance over the rows of all ranks.
+    """Normalize over the rows of all ranks: ``(x - mean_C) / sqrt(var_C + eps) * weight_C + bias_C``.
 
-    Count, mean and sum of squared deviations of each rank are gathered in one exchange (and one in backward) and
+    One exchange gathers count, mean and sum of squared deviations of each rank (and backward needs one more). They are
     combined by Chan, Golub and LeVeque 1979. Running statistics move by ``momentum``, as in torch.
 
     Args:
@@ -70,7 +70,7 @@ def batch_norm(
         gathered = gather(torch.cat([rows, mean_C, squares_C])[None])
         rows_R1, mean_RC, squares_RC = gathered[:, :1], *gathered[:, 1:].chunk(2, dim=1)
         seen = (rows_R1.sum() > 0).to(mean_C.dtype)
-        if not counted:  # where no rank counts, each uses its own
+        if not counted:  # if no rank counts, each uses its own statistics
             alone_R1 = torch.zeros_like(rows_R1)
             alone_R1[rank()] = x.numel() // x.shape[1]
             rows_R1 = torch.where(seen > 0, rows_R1, alone_R1)
@@ -83,7 +83,7 @@ def batch_norm(
             running_var_C.lerp_(var_C.to(running_var_C.dtype), (momentum * seen).to(running_var_C.dtype))
     weight_C = torch.ones_like(mean_C) if weight_C is None else weight_C.to(mean_C.dtype)
     bias_C = torch.zeros_like(mean_C) if bias_C is None else bias_C.to(mean_C.dtype)
-    share = (1 if counted else 1 - seen) / total  # of one of these rows in the statistics
+    share = (1 if counted else 1 - seen) / total  # weight of one of these rows in the statistics
     y: Tensor = _Normalize.apply(x, weight_C, bias_C, mean_C, squares_C / total, share, seen, eps)
     return y
 
@@ -96,7 +96,7 @@ class _Normalize(torch.autograd.Function):
     """``y = z w_C + b_C`` with ``z = (x - mean_C) s_C``, ``s_C = 1 / sqrt(var_C + eps)``, by torch's kernels.
 
     Mean and variance are functions of x, too: ``dx = w_C s_C (dy - share (sum dy + z sum (dy z)))``, with the sums over
-    all ranks, or over this one where each uses its own statistics (``seen`` 0).
+    all ranks, or over this rank if each uses its own statistics (``seen`` 0).
     """
 
     @staticmethod
@@ -134,7 +134,7 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 
 
 class _OfAllRanks(TorchFunctionMode):
-    """Replaces ``F.batch_norm`` by :func:`batch_norm`, whichever subclass calls it."""
+    """Mode that replaces ``F.batch_norm`` by :func:`batch_norm`, whichever subclass calls it."""
 
     def __init__(self, counted: bool) -> None:
         super().__init__()

@@ -19,19 +19,20 @@ from descant.modules.tokenizers.codes import CodeTokenizer
 
 
 def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
-    """The data module of a run; None where its loaders were given without one.
+    """Return the data module of a run; None if its loaders were given without one.
 
-    Lightning sets ``trainer.datamodule`` without declaring it. What a caller reads of it beyond Lightning's own class
-    is a protocol, by :func:`descant.modules.core.capabilities.has`.
+    Lightning sets ``trainer.datamodule`` without declaring it. To read more of it than Lightning's own class
+    offers, a caller checks for a protocol by :func:`descant.modules.core.capabilities.has`.
     """
     data: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
     return data
 
 
 def image_steps(data: object) -> tuple[Any, ...]:
-    """What a data module does to images of evaluation: its decoder, if it has one, and the normalisation.
+    """Return how a data module prepares images for evaluation: its decoder, if it has one, and the normalisation.
 
-    By its attributes: ``pixels``, or ``fields`` with those of images, of the first part of a mixture that has some.
+    They are its attribute ``pixels``, or those of the image field in ``fields``. For a mixture they are those of the
+    first part that has some.
     """
     parts = getattr(data, "parts", None)
     for one in (*(parts.values() if isinstance(parts, Mapping) else ()), data):
@@ -48,7 +49,7 @@ def image_steps(data: object) -> tuple[Any, ...]:
 
 
 def log_interval(trainer: object) -> float:
-    """``trainer.log_every_n_steps``; infinity where it is 0 (never).
+    """Return ``trainer.log_every_n_steps``; infinity if it is 0 (never).
 
     >>> from types import SimpleNamespace
     >>> log_interval(SimpleNamespace(log_every_n_steps=10)), log_interval(SimpleNamespace(log_every_n_steps=0))
@@ -59,7 +60,7 @@ def log_interval(trainer: object) -> float:
 
 
 def share_of_run(trainer: Any) -> float:
-    """Share of the run's optimizer steps that is done, 0 to 1; 0 for a run without end.
+    """Return the share of the run's optimizer steps that is done, 0 to 1; 0 for a run without end.
 
     >>> from types import SimpleNamespace
     >>> share_of_run(SimpleNamespace(global_step=5, estimated_stepping_batches=20))
@@ -69,13 +70,13 @@ def share_of_run(trainer: Any) -> float:
 
 
 def trained_samples(trainer: Any) -> float:
-    """Samples of the training data, once training has begun; infinity where data has no length."""
+    """Count the samples of the training data, once training has begun; infinity if the data has no length."""
     data = getattr(trainer.train_dataloader, "dataset", None)
     return float(len(data)) if isinstance(data, Sized) else math.inf
 
 
 def run_steps(trainer: Any) -> float:
-    """Optimizer steps of the whole run with all stages; infinity for a run without end. Collective: may load data."""
+    """Count the optimizer steps of a run with all stages; infinity for a run without end. Collective: may load data."""
     for callback in getattr(trainer, "callbacks", ()):
         if isinstance(callback, PlansSteps):
             callback.plan(trainer)
@@ -89,7 +90,7 @@ def run_steps(trainer: Any) -> float:
 
 
 def first_validation(trainer: Any) -> float:
-    """Micro-batches before the first validation; infinity where there is none, or it is scheduled by time.
+    """Count the micro-batches before the first validation; infinity if there is none or it is scheduled by time.
 
     >>> from types import SimpleNamespace
     >>> plain = SimpleNamespace(enable_validation=True, num_training_batches=20, check_val_every_n_epoch=5)
@@ -108,33 +109,33 @@ def first_validation(trainer: Any) -> float:
 
 
 def data_now(trainer: Any) -> Any:
-    """The data module in training; of a run in stages, that of the current stage."""
+    """Return the data module in training; in a run in stages, that of the current stage."""
     data = trainer.datamodule
     return data.current if has(data, StagedDataModule) else data
 
 
 def data_parts(trainer: Any) -> list[Any]:
-    """All data modules for training, one per stage of a run in stages."""
+    """List all data modules for training, one per stage of a run in stages."""
     data = trainer.datamodule
     return [during.data for during in data.stages.values()] if has(data, StagedDataModule) else [data]
 
 
 def logged_step(trainer: Any) -> int:
-    """The step at which Lightning logs a validation in a fit: the one before, which a resume from here keeps."""
+    """Return the step at which Lightning logs a validation in a fit: the one before, which a resume from here keeps."""
     loop = trainer.fit_loop.epoch_loop
     return int(loop._batches_that_stepped if trainer.state.fn == "fit" else trainer.global_step)
 
 
 def epoch_now(trainer: Any) -> int:
-    """Epochs since the start of the run, or of the current stage."""
+    """Count the epochs since the start of the run, or of the current stage."""
     data = trainer.datamodule
     return int(trainer.current_epoch - data.since if has(data, StagedDataModule) else trainer.current_epoch)
 
 
 def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
-    """Batches of a separate loader as the loop prepares them: with the data module's hooks, on the device."""
+    """Yield batches of a separate loader as the loop prepares them: with the data module's hooks, on the device."""
     data = trainer.datamodule
-    with torch.random.fork_rng(devices=[]):  # a loader samples its seed when iterated: not from the run's generators
+    with torch.random.fork_rng(devices=[]):  # a loader draws its seed when iterated: not from the run's generators
         batches = iter(loader)
     for raw in batches:
         batch = data.on_before_batch_transfer(trainer.precision_plugin.convert_input(raw), 0)
@@ -142,7 +143,7 @@ def bank_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
 
 
 def plain_batches(trainer: Any, loader: Any) -> Iterator[Batch]:
-    """:func:`bank_batches` as in an evaluation: data modules that augment in training do not augment these."""
+    """Yield :func:`bank_batches` as in an evaluation: data modules that augment in training do not augment these."""
     batches = bank_batches(trainer, loader)
     while True:
         stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING

@@ -16,8 +16,8 @@ _LOOKS = "find_unused_parameters"
 def find_unused(module: nn.Module, strategy: Any) -> bool:
     """Make a DDP strategy look for parameters without a gradient where experts are parameters of their own.
 
-    What no task of a step declares (:class:`StaticSkill`) then has no gradient on any rank, rather than one of zeros
-    with which moments and weight decay move it. Returns whether DDP looks for them.
+    Skills that no task of a step declares (:class:`StaticSkill`) then have no gradient on any rank. A gradient of zeros
+    would let moments and weight decay move them. Returns whether DDP looks for them.
 
     >>> from descant.modules.moe import StaticSkill
     >>> skills = MoELayer(width=8, hidden=8, experts=2, router=StaticSkill([[0], [1]]))

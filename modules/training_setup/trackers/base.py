@@ -1,10 +1,10 @@
-"""Base of the loggers of other packages: a run here is one run there, also after it was killed and resumed.
+"""Base of the loggers of other packages: a run here is one run there, even after it was killed and resumed.
 
     kept:      points of steps before the resume point, written before the point was
     removed:   points of later steps, which the resumed run logs again; where a store cannot remove, they are skipped
 
-Lightning's own MLFlowLogger opens its store in every rank, as soon as it is built, and its WandbLogger starts a run's
-steps anew in each process; neither can return to a step.
+Lightning's MLFlowLogger opens its store in every rank, as soon as it is built. Its WandbLogger starts a run's steps
+anew in each process. Neither can return to a step.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from descant.modules.io.files import write_json
 from descant.modules.io.jsonl import loads
 from descant.modules.training_setup.boards import Table
 
-#: What a run is called there: class of the logger -> id of the run, in the run's folder.
+#: File in the run's folder: class of the logger -> id of the run in that logger's store.
 IDS = "trackers.json"
 _NAME = re.compile(r"[\w-][\w. -]{0,63}", re.ASCII)
-#: Seconds that a store that another process has locked is waited for.
+#: Seconds to wait for a store that another process has locked.
 PATIENCE = 5.0
 _open: WeakSet[Tracker] = WeakSet()
 
 
 class Point(NamedTuple):
-    """What one call logs: the step, its values by name, and the time in seconds since 1970."""
+    """Values of one logging call: the step, the values by name, and the time in seconds since 1970."""
 
     step: int
     values: dict[str, Any]
@@ -48,23 +48,23 @@ class Point(NamedTuple):
 
 
 class Tracker(Logger):
-    """Base. A subclass opens its store, writes points, removes those of undone steps, and shows images and tables.
+    """Base of trackers. A subclass opens its store, writes points, removes undone ones, and shows images and tables.
 
     Args:
         save_dir: the run's folder. Its last two names are the name of the run.
-        project: what runs are grouped by there.
+        project: name by which the package groups runs.
         id: of the run; None for a new one, which ``trackers.json`` in the folder keeps for a resume.
-        seconds: after which held points are written.
+        seconds: time after which held points are written.
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
-        ValueError: for a project or id that is no plain name; when the run begins, if two loggers write the same run,
-            if the folder has another id already, or if the store is locked or cannot be written.
+        ValueError: for a project or id that is not a plain name. When the run begins: if two loggers write the same
+            run, if the folder has another id already, or if the store is locked or cannot be written.
     """
 
     #: The package, which is also the name of the extra that installs it.
     package: ClassVar[str]
-    #: How many points are held before they are written together.
+    #: The most points that are held before they are written together.
     most = 200
 
     def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, seconds: float = 10.0) -> None:
@@ -85,15 +85,15 @@ class Tracker(Logger):
         self._logged: set[tuple[str, int]] = set()  # undone points that the store keeps
         self._experiment: Any = None
 
-    # of the store -----------------------------------------------------------------------------------------------------
+    # the store --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _begin(self, id: str | None) -> tuple[Any, str]:
-        """Open the store: its handle, and the id of the run, a new one where none is given."""
+        """Open the store; return its handle and the id of the run, a new one if none is given."""
 
     @abstractmethod
     def _write(self, points: list[Point]) -> None:
-        """Write points: all of them, or such that a second try doubles none."""
+        """Write all points, in such a way that a second try after a failure duplicates none."""
 
     @abstractmethod
     def _describe(self) -> None:
@@ -101,7 +101,7 @@ class Tracker(Logger):
 
     @abstractmethod
     def _forget(self, step: int) -> Iterable[tuple[str, int]]:
-        """Remove what was shown and logged from ``step`` on; names and steps of what cannot be removed."""
+        """Remove what was shown and logged from ``step`` on; return name and step of each point that must stay."""
 
     @abstractmethod
     def _end(self, status: str) -> None:
@@ -119,7 +119,7 @@ class Tracker(Logger):
     @abstractmethod
     def show_histogram(self, tag: str, values_N: np.ndarray, step: int) -> None: ...
 
-    # of Lightning -----------------------------------------------------------------------------------------------------
+    # interface of Lightning's loggers ---------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -135,14 +135,14 @@ class Tracker(Logger):
 
     @property
     def run_name(self) -> str:
-        """What the run is called there: its name and number, of an evaluation also its own folder."""
+        """Return the run's name in the store: its name and number, and for an evaluation also its own folder."""
         parts = self._folder.resolve().parts
         return "/".join(parts[-3 if (self._folder.parent / "config.yaml").is_file() else -2 :])
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The handle of the package; opened when it is asked for first."""
+        """Return the handle of the package, opened when it is first needed."""
         if self._experiment is None:
             id = self._own_id()
             self._require_alone(id)
@@ -179,7 +179,7 @@ class Tracker(Logger):
 
     @rank_zero_only
     def write(self) -> None:
-        """Give held points to the store. One that is locked is tried again at the next call."""
+        """Write held points to the store. If it is locked, the next call tries again."""
         _ = self.experiment
         self._written = time.monotonic()
         if not self._held:
@@ -197,7 +197,7 @@ class Tracker(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Return when all points are on disk: before a resume point is saved, so that a resumed run lacks none."""
+        """Wait until all points are on disk. Called before a resume point is saved, so a resumed run lacks none."""
         self.write()
 
     @rank_zero_only
@@ -223,7 +223,7 @@ class Tracker(Logger):
 
     @property
     def store(self) -> str:
-        """Where the runs are, for messages and for telling two stores apart."""
+        """Return where the runs are, for messages and to distinguish two stores."""
         return str(self._folder)
 
     def _ids(self) -> dict[str, str]:
@@ -264,7 +264,7 @@ def database(file: Path) -> Iterator[sqlite3.Connection]:
 
 
 def flat(content: Any, name: str = "") -> dict[str, str]:
-    """Every value of nested mappings and lists by its dotted path, as text.
+    """Flatten nested mappings and lists: dotted path -> value, as text.
 
     >>> flat({"model": {"width": 8}, "callbacks": [{"class_path": "EMA"}], "name": None})
     {'model.width': '8', 'callbacks.0.class_path': 'EMA', 'name': 'null'}
@@ -280,5 +280,5 @@ def flat(content: Any, name: str = "") -> dict[str, str]:
 
 
 def _locked(error: BaseException) -> bool:
-    """Whether a store is in use: SQLite's own words, also inside the errors of packages, and those of file locks."""
+    """Whether an error means a locked store: SQLite's message, even inside a package's error, or a file lock's."""
     return "database is locked" in str(error) or "acquire database lock" in str(error)

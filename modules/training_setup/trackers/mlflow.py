@@ -16,7 +16,7 @@ import numpy as np
 from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers.base import Point, Tracker, database, flat
 
-#: Most characters of a parameter's value and of its name, and most parameters and metrics of one call.
+#: The most characters of a parameter's value and of its name, and the most parameters and metrics of one call.
 _VALUE, _NAME, _PARAMS, _METRICS = 6000, 250, 100, 1000
 _FOLDERS = ("images", "texts", "tables", "histograms")
 
@@ -25,8 +25,8 @@ class MLflow(Tracker):
     """Logs to MLflow: curves, images, texts, tables, the configuration as parameters and as ``config.json``.
 
     The store is ``mlflow.db`` in the run's folder, and files are beside it in ``mlflow-artifacts``; a resume removes
-    from both what came after its step. MLflow offers that of no server: there, steps that it has already are not logged
-    again, and files of a step are written over.
+    from both everything after its step. An MLflow server cannot do that: there, steps that it already has are not
+    logged again, and files of a step are overwritten.
 
     Args:
         save_dir: the run's folder.
@@ -62,7 +62,7 @@ class MLflow(Tracker):
         return self._folder.resolve() / "mlflow-artifacts"
 
     def _begin(self, id: str | None) -> tuple[Any, str]:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # to another machine
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # telemetry would go to another machine
         if self.tracking_uri is None and self._file.exists():
             with database(self._file) as store:
                 if id is not None:  # the folder may have been moved
@@ -82,7 +82,7 @@ class MLflow(Tracker):
         number = experiment.experiment_id if experiment else client.create_experiment(self.project, place)
         tags = {MLFLOW_RUN_NAME: self.run_name, "descant.folder": str(self._folder.resolve())}
         run: str = client.create_run(number, tags=tags).info.run_id
-        if self.tracking_uri is None:  # without the id in the path, which is that of the only run
+        if self.tracking_uri is None:  # leave the id out of the path: the store has only one run
             with database(self._file) as store:
                 store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (self._files.as_uri(), run))
         return client, run
@@ -91,7 +91,7 @@ class MLflow(Tracker):
         from mlflow.entities import Param
 
         client, id = self._experiment, self._id
-        there = client.get_run(id).data.params  # a parameter is never changed there
+        there = client.get_run(id).data.params  # MLflow never changes a parameter
         new = {_named(key)[:_NAME]: text[:_VALUE] for key, text in flat(self.configuration).items()}
         params = [Param(key, text) for key, text in new.items() if key not in there]
         for n in range(0, len(params), _PARAMS):
@@ -101,7 +101,7 @@ class MLflow(Tracker):
     def _write(self, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        # one that is there with its time is not written again
+        # MLflow does not write the same metric of the same time twice
         metrics = [Metric(_named(k), x, int(p.time * 1000), p.step) for p in points for k, x in p.values.items()]
         for n in range(0, len(metrics), _METRICS):
             self.experiment.log_batch(self._id, metrics=metrics[n : n + _METRICS])
@@ -149,7 +149,7 @@ class MLflow(Tracker):
 
 
 def _named(name: str) -> str:
-    """A name as MLflow takes it.
+    """Convert a name to one that MLflow accepts.
 
     >>> _named("diagnose/cos/image~text")
     'diagnose/cos/image_text'
@@ -162,7 +162,7 @@ def _path(folder: str, tag: str, step: int, kind: str) -> str:
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that MLflow's pages show as one."""
+    """Format a table as CSV, which MLflow's pages show as a table."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([columns, *rows])
     return out.getvalue()

@@ -20,12 +20,12 @@ class Trackio(Tracker):
     """Logs to Trackio: curves, images, texts, tables, histograms, the configuration.
 
     The store is Trackio's own, ``TRACKIO_DIR`` or its folder in the cache of Hugging Face, so that its pages compare
-    runs; a resume removes from it what came after its step. Points are written by the functions of the store, since
-    ``trackio.log`` leaves them to a thread that drops what it cannot write.
+    runs. A resume removes from it everything after its step. The functions of the store write the points, because
+    ``trackio.log`` leaves them to a thread that drops points that it cannot write.
 
     Args:
         save_dir: the run's folder.
-        project: of Trackio, one file of its store.
+        project: Trackio's project, one file of its store.
         id: of the run; by default a new one, which the folder keeps.
         seconds: after which held points are written.
     """
@@ -38,7 +38,7 @@ class Trackio(Tracker):
 
     @property
     def run_name(self) -> str:
-        return super().run_name.replace("/", "-")  # it names a folder of images
+        return super().run_name.replace("/", "-")  # also the name of a folder of images
 
     @property
     def store(self) -> str:
@@ -59,7 +59,7 @@ class Trackio(Tracker):
         return SQLiteStorage, id or uuid.uuid4().hex
 
     def _describe(self) -> None:
-        self._described = False  # with the next points
+        self._described = False  # written with the next points
 
     def _write(self, points: list[Point]) -> None:
         config = None
@@ -88,7 +88,7 @@ class Trackio(Tracker):
         return []
 
     def _end(self, status: str) -> None:
-        """Nothing: every write has closed the store."""
+        """Do nothing: every write has closed the store."""
 
     # showing ----------------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Trackio(Tracker):
 
 
 def _media(content: Any) -> Iterator[str]:
-    """The files that a row of the store names.
+    """Yield the files that a row of the store names.
 
     >>> list(_media({"loss": 1.0, "image": {"_type": "trackio.image", "file_path": "descant/demo-001/3/a.png"}}))
     ['descant/demo-001/3/a.png']

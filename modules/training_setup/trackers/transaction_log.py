@@ -1,4 +1,4 @@
-"""The file of a Weights & Biases run, ``run-ID.wandb``: records that can be read while it grows, cut and joined.
+"""The file of a Weights & Biases run, ``run-ID.wandb``: read its records while it grows, cut it and join several.
 
     file    = ":W&B" 0xBEE1 version, then blocks of 32768 bytes
     block   = frames; fewer than 7 bytes at its end are zero
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-#: What a file begins with.
+#: The first bytes of a file.
 HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK = 32768
 _FRAME = struct.Struct("<IHB")
@@ -49,7 +49,7 @@ def records(file: Path, start: int = len(HEADER)) -> Iterator[tuple[int, bytes]]
 
 
 def framed(contents: Iterable[bytes]) -> bytes:
-    """The bytes of a file that holds these records.
+    """Return the bytes of a file that holds these records.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "run-1.wandb")

@@ -1,4 +1,4 @@
-"""Weights & Biases, offline by default: one folder a run that ``wandb sync`` uploads, however often it was resumed."""
+"""Weights & Biases, offline by default: one folder per run, which ``wandb sync`` uploads, however often it resumed."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers.base import Point, Tracker
 from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
 
-#: The step of the run, by which its curves are drawn. The package's own step counts calls.
+#: The step of the run, which is the x axis of its curves. The package's own step counts calls.
 STEP = "trainer/global_step"
-#: Seconds between writes of the package's process to the file, and how long a save waits for it.
+#: Seconds between writes of the package's process to the file, and the most that a save waits for it.
 _INTERVAL, _WAIT = 0.2, 30.0
-#: Where the package puts what a run refers to until it is uploaded, and its logs; otherwise in the home folder.
+#: Where the package puts a run's files until they are uploaded, and its logs; its default is the home folder.
 _PLACES = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache"}
 
 
 class Wandb(Tracker):
     """Logs to Weights & Biases: curves, images, tables, histograms, the configuration.
 
-    Offline each process of a run writes a folder ``wandb/offline-run-TIME-ID``. A resume cuts earlier ones at its step,
-    and the end of a process joins them into one, which ``wandb sync`` uploads. Online, where points cannot be taken
-    back, steps that are there already are not logged again; after a rollback those of the undone steps stay.
+    Offline, each process of a run writes a folder ``wandb/offline-run-TIME-ID``. A resume cuts earlier folders at its
+    step. When a process ends, it joins them into one, which ``wandb sync`` uploads. Online, points cannot be removed:
+    existing steps are not logged again, and after a rollback the points of undone steps stay.
 
     Args:
         save_dir: the run's folder.
-        project: of Weights & Biases.
+        project: the project in Weights & Biases.
         id: of the run; by default a new one, which the folder keeps.
-        offline: false to upload at once, to the account that ``wandb login`` has noted.
+        offline: false to upload at once, to the account of ``wandb login``.
     """
 
     package = "wandb"
-    most = 1  # it has a process of its own that writes
+    most = 1  # the package writes in a process of its own
 
     def __init__(self, save_dir: str, project: str = "descant", id: str | None = None, offline: bool = True) -> None:
         super().__init__(save_dir, project, id)
         self.offline = offline
-        # the package's own step: of the next call, of the first one of this process, of the last one in the file
+        # the package's own step: of the next call, of this process's first call, of the last call in the file
         self._next = self._first = self._settled = 0
-        self._read = len(HEADER)  # how much of its file was read
-        self._set: list[str] = []  # variables of the environment
+        self._read = len(HEADER)  # offset up to which its file was read
+        self._set: list[str] = []  # environment variables that _begin has set
 
     @property
     def store(self) -> str:
@@ -64,7 +64,7 @@ class Wandb(Tracker):
         place.mkdir(exist_ok=True)
         self._set = [name for name in _PLACES if name not in os.environ]
         os.environ.update({name: str((place / _PLACES[name]).resolve()) for name in self._set})
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to another machine
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports would go to another machine
         import wandb
 
         id = id or secrets.token_hex(4)
@@ -137,7 +137,7 @@ class Wandb(Tracker):
             os.environ.pop(name, None)
 
     def _files(self, id: str) -> list[Path]:
-        """Of all processes of a run, in their order."""
+        """List the files of all processes of a run, in their order."""
         return sorted((self._folder / "wandb").glob(f"*run-*-{id}/run-{id}.wandb"))
 
     # showing ----------------------------------------------------------------------------------------------------------
@@ -161,20 +161,20 @@ class Wandb(Tracker):
         self._show(tag, wandb.Histogram(values_N), step)
 
     def _show(self, tag: str, content: Any, step: int) -> None:
-        self.write()  # in the order in which it was logged
+        self.write()  # earlier points first, in the order of logging
         if (tag, step) not in self._logged:
             self._log(step, {tag: content})
 
 
 def _history(file: Path, start: int = len(HEADER)) -> Iterable[tuple[int, dict[str, Any]]]:
-    """What was logged by calls, after an offset: the offset of its end, and its values by name."""
+    """Yield each logged call after an offset: the offset of its end, and its values by name."""
     for end, record in records(file, start) if file.is_file() else ():
         if (row := _row(record)) is not None:
             yield end, row
 
 
 def _row(record: bytes) -> dict[str, Any] | None:
-    """The values of a call, those of images and tables by the name of the whole; None for other records."""
+    """Return the values of a call, an image's or a table's under its own name; None for other records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     message = Record.FromString(record)
@@ -185,7 +185,7 @@ def _row(record: bytes) -> dict[str, Any] | None:
 
 
 def _cut(file: Path, step: int) -> None:
-    """Remove what was logged from a step of the run on, and what the package's process noted after it."""
+    """Remove what was logged from a step of the run on, and what the package's process wrote after it."""
     kept, undone = list[bytes](), False
     for _, record in records(file):
         row = _row(record)
@@ -198,7 +198,7 @@ def _cut(file: Path, step: int) -> None:
 
 
 def _join(files: list[Path]) -> None:
-    """Make the files of several processes into that of the last one. Killed in between, it can be done again."""
+    """Join the files of several processes into that of the last one. If killed in between, it can run again."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     if len(files) < 2:
