@@ -1,6 +1,6 @@
 """The callbacks: they depend on the protocols of :mod:`descant.modules.core.protocols`, and never on a recipe.
 
-Of a class with ``once = True`` that is listed several times (by an experiment and an overlay), the last one is used.
+If a class with ``once = True`` is listed several times (by an experiment and an overlay), the last one is used.
 """
 
 from descant.callbacks.balance.amco import AMCo as AMCo

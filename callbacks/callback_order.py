@@ -13,17 +13,17 @@ Kind = TypeVar("Kind", bound=L.Callback)
 class Ordered(L.Callback):
     """Base of the callbacks that depend on the order of ``trainer.callbacks``; classes are named by their short names.
 
-    At setup the list is sorted, wherever the user has listed them: see :func:`ordered`. A subclass with a ``setup`` of
-    its own calls this one.
+    ``setup`` sorts the list, whatever order the user has given: see :func:`ordered`. A subclass that overrides
+    ``setup`` calls this one.
     """
 
     #: Classes whose callbacks come before this one.
     after: ClassVar[tuple[str, ...]] = ()
-    #: Comes before all callbacks without ``front``, except those of its ``after``.
+    #: Whether this one comes before all callbacks without ``front``, except those in its ``after``.
     front: ClassVar[bool] = False
     #: Classes that cannot be used together with this one.
     excludes: ClassVar[tuple[str, ...]] = ()
-    #: Its ``on_train_end`` writes what the last resume point lacks: Resume calls it again after a kill in between.
+    #: Whether ``on_train_end`` writes what the last resume point lacks; Resume calls it again after a kill in between.
     writes_at_end: ClassVar[bool] = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,10 +56,10 @@ def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
 
 
 def is_a(callback: L.Callback, names: Sequence[str]) -> bool:
-    """Whether a callback is of a class with one of these names, or of one derived from it."""
+    """Whether the class of a callback, or one of its base classes, has one of these names."""
     return any(cls.__name__ in names for cls in type(callback).__mro__)
 
 
 def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
-    """The callbacks of a run that are of a class, in their order."""
+    """Return the callbacks of a run that are instances of ``kind``, in order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

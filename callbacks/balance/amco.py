@@ -1,6 +1,6 @@
-"""Adaptive mask co-optimization (AMCo): mask a growing share of what the modality that is depended on puts in.
+"""Adaptive mask co-optimization (AMCo): mask a growing share of the input of a modality that decisions depend on.
 
-Letters: B samples, D what is masked, M modalities, C classes.
+Letters: B samples, D numbers that can be masked, M modalities, C classes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 def dependence(share_BMC: Tensor, present_BM: Tensor) -> Tensor:
-    """Float64 ``[M + 1]``, sums over the samples with several modalities: how much they depend on each, and 1.
+    """Sum over the samples with several modalities how much they depend on each, and 1: float64 ``[M + 1]``.
 
         d_bm = sum_c softmax(s_b)_mc             over all classes and present modalities together
 
@@ -41,7 +41,7 @@ def dependence(share_BMC: Tensor, present_BM: Tensor) -> Tensor:
 
 
 def masked_share(grown: float, ramp: float) -> float:
-    """``sin(pi / 2 min(grown / ramp, 1))``.
+    """Compute ``sin(pi / 2 min(grown / ramp, 1))``.
 
     >>> round(masked_share(0.1, 0.3), 4)
     0.5
@@ -50,17 +50,17 @@ def masked_share(grown: float, ramp: float) -> float:
 
 
 class AMCo(L.Callback):
-    """Adaptive mask co-optimization (AMCo): what a modality puts into the fusion is masked while it is depended on.
+    """Adaptive mask co-optimization (AMCo): masks a modality's input to the fusion while decisions depend on it.
 
         d_m = mean over samples of  sum_c softmax(s)_mc          s: the modalities' shares of the logits, side by side
         masked where d_m > sigma in the step before              p = sin(pi / 2 min(l / ramp, 1))
 
-    floor(p D) of D numbers are zero, drawn by (seed, step), the same for all samples; l is 0 where an epoch begins, and
-    grows by ``growth`` times the number of the epoch a step. d is of the samples with several modalities, of all ranks
-    and micro-batches. ``over: scores`` masks class scores W_m z_m (D = C), as does BalanceBenchmark, the one public
-    code; ``latents`` masks z_m as W_m gets it (our reading of the abstract). Co-optimization is the modalities' own
-    losses beside it (``model.init_args.unimodal``), here by heads of their own, which are never masked. Source: Zhou
-    2023 (ICASSP, 10.1109/ICASSP49357.2023.10096641), of which we had the abstract alone.
+    floor(p D) of D numbers are zero, drawn by (seed, step), the same for all samples. l is 0 at the start of an epoch,
+    and grows at each step by ``growth`` times the number of the epoch. d averages over the samples with several
+    modalities, of all ranks and micro-batches. ``over: scores`` masks class scores W_m z_m (D = C), as does
+    BalanceBenchmark, the only public code. ``latents`` masks z_m, the input of W_m (our reading of the abstract).
+    Co-optimization adds the modalities' own losses (``model.init_args.unimodal``), here by separate heads, which are
+    never masked. Source: Zhou 2023 (ICASSP, 10.1109/ICASSP49357.2023.10096641), of which we had only the abstract.
 
     It logs ``balance/dependence/{modality}`` and ``balance/masked/{modality}``, the share. A step costs the shares of
     the logits, as in :class:`descant.callbacks.balance.balance.Balance`.
@@ -68,7 +68,7 @@ class AMCo(L.Callback):
     Args:
         sigma: dependence above which a modality is masked. ramp, growth: how fast the masks grow.
         over: what is masked.
-        sham: ``permute`` for the control: each modality is masked where the one before it is depended on.
+        sham: ``permute`` for the control: each modality is masked if decisions depend on the one before it.
     """
 
     once = True
@@ -126,7 +126,7 @@ class AMCo(L.Callback):
         return masked_share(self.growth * max(self.epoch, 0) * self.steps, self.ramp)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = None  # of an incomplete step, such as after a loss that was not finite
+        self._sums = None  # drop an incomplete step, such as after a loss that was not finite
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.current_epoch != self.epoch:
@@ -157,7 +157,7 @@ class AMCo(L.Callback):
             values = {f"balance/dependence/{m}": d for m, d in zip(modalities, dependence_M, strict=True)}
             values |= {f"balance/masked/{m}": torch.tensor(self.share * (m in self._mask)) for m in modalities}
             pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
-        if dependence_M.isfinite().all():  # else no sample had several modalities: as in the step before
+        if dependence_M.isfinite().all():  # otherwise no sample had several modalities: keep the masks
             masked = self.sham.handed_on(dependence_M > self.sigma)
             self.masked = dict(zip(modalities, masked.tolist(), strict=True))
         self.steps += 1

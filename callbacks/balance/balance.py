@@ -27,9 +27,9 @@ from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 
 def modality_scores(pl_module: MultimodalClassifier, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Float64 ``[2, M]`` of the last forward: the sum of the scores of each modality's samples, and their number.
+    """Sum the scores of each modality's samples in the last forward, and count the samples: float64 ``[2, M]``.
 
-    ``score(share_BC, label_B) -> [B]``.
+    The signature of ``score`` is ``score(share_BC, label_B) -> [B]``.
     """
     assert pl_module.output is not None and pl_module.output.fusion is not None
     (z, present, label_B), sums = pl_module.output.fusion, []
@@ -43,13 +43,13 @@ def modality_scores(pl_module: MultimodalClassifier, score: Callable[[Tensor, Te
 
 
 def require_multimodal(callback: L.Callback, pl_module: L.LightningModule) -> tuple[str, ...]:
-    """The modalities of a multimodal classifier. Raises ValueError for another module, or one modality."""
+    """Return the modalities of a multimodal classifier. Raises ValueError for another module, or one modality."""
     require(callback, pl_module, MultimodalClassifier)
     return require_several(callback, pl_module)
 
 
 def require_several(callback: L.Callback, pl_module: Any) -> tuple[str, ...]:
-    """The modalities of a recipe. Raises ValueError for one alone."""
+    """Return the modalities of a recipe. Raises ValueError if it has only one."""
     name, modalities = type(pl_module).__name__, tuple(pl_module.modalities)
     if len(modalities) < 2:
         raise ValueError(
@@ -63,16 +63,16 @@ class Balance(Ordered):
 
         g_m <- factor_m g_m,    factor = pacing(s),    s_m = mean over the step's samples of score(share_m, label)
 
-    with each modality's share of the logits (Shapley values; with the logits of no modality, shared equally, they add
-    up to the logits), of all ranks and micro-batches. The accumulated gradients are scaled, and then clipped. In a step
-    in which a modality has no labelled sample, or a score is not finite, nothing is scaled, and that is counted as a
-    fallback.
+    share_m is the modality's share of the logits, by Shapley values. The logits of no modality are divided equally, so
+    that the shares add up to the logits. The mean is over all ranks and micro-batches. The accumulated gradients are
+    scaled, and then clipped. If a modality has no labelled sample in a step, or a score is not finite, nothing is
+    scaled, and the step counts as a fallback.
 
     It logs ``balance/score/{modality}``, ``balance/factor/{modality}`` and ``balance/fallbacks``.
 
     Args:
-        pacing: from scores to factors.
-        noise: add normal noise of the deviation of its gradient to each matrix (OGM-GE), equal on all ranks.
+        pacing: the rule that computes factors from scores.
+        noise: add normal noise to each matrix's gradient, with its standard deviation (OGM-GE), equal on all ranks.
         until: share of the run after which nothing is scaled.
         sham: ``permute`` for the control: each modality gets the factor of the one before it.
     """
@@ -103,7 +103,7 @@ class Balance(Ordered):
     # the hooks -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums_2M = None  # of an incomplete step, such as after a loss that was not finite
+        self._sums_2M = None  # drop an incomplete step, such as after a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._modalities = require_multimodal(self, pl_module)
@@ -129,7 +129,7 @@ class Balance(Ordered):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert has(pl_module, MultimodalClassifier)
-        if self._sums_2M is None:  # its share of the run is over
+        if self._sums_2M is None:  # the share ``until`` of the run is over
             return
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step
         (sum_M, count_M), self._sums_2M = read_2M, None

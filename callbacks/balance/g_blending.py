@@ -24,10 +24,10 @@ class GradientBlending(L.Callback):
         w_k = K v_k / sum v,    v_k = max(dG_k, 0) / dO_k^2
         dG_k = V_k' - V_k,      dO_k = (V_k - T_k) - (V_k' - T_k')
 
-    with V_k the mean of the term over the validation sets and T_k that over the training steps since the validation
-    before, ' for the one before. All weights are 1 until there are two validations, and where no term improved.
-    Training values are those of the training steps, not of another pass over the data: our reading. Source: Wang 2020,
-    arXiv 1905.12681.
+    V_k is the mean of the term over the validation sets, and T_k its mean over the training steps since the weighing
+    before; ' marks the values of the weighing before. All weights are 1 until the second weighing, and if no term
+    improved. Training values are those of the training steps, not of another pass over the data: our reading. Source:
+    Wang 2020, arXiv 1905.12681.
 
     It logs ``blend/weight/{term}``. Validation runs the recipe's forward once more.
 
@@ -111,7 +111,7 @@ class GradientBlending(L.Callback):
 
     @staticmethod
     def weighed(before_2K: Tensor, now_2K: Tensor) -> Tensor:
-        """``w_K`` of validation and training means, before and now.
+        """Compute ``w_K`` from validation and training means, before and now.
 
         >>> before, now = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.5], [0.5, 1.0]])
         >>> GradientBlending.weighed(before, now).tolist()  # gains 1 and 1/2, gaps opened by 1/2 and 1/2
@@ -120,7 +120,7 @@ class GradientBlending(L.Callback):
         (val_K, train_K), (old_val_K, old_train_K) = now_2K.double(), before_2K.double()
         gain_K = (old_val_K - val_K).clamp(min=0)
         over_K = ((val_K - train_K) - (old_val_K - old_train_K)).abs()
-        # a term without any overfitting has no infinite weight
+        # bound the weight of a term without any overfitting
         over_K = over_K.clamp(min=1e-3 * float(over_K.max()))
         value_K = torch.where(over_K > 0, gain_K / over_K.square(), gain_K)
         total = value_K.sum()

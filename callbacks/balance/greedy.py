@@ -28,15 +28,15 @@ class GreedyRebalancing(Ordered):
 
         max_m speed_m - min_m speed_m > epsilon:    for ``window`` steps the gates of the fastest m are their mean
 
-    with fixed gates the logits of m no longer depend on the others, and its tower has to learn. Speeds are those of
+    With fixed gates the logits of m no longer depend on the others, and its tower has to learn. Speeds are those of
     :class:`descant.modules.balance.conditional_speed.ConditionalSpeed`, gates those of
-    :class:`descant.modules.fusion.mmtm.MMTMFusion`: m sees the others by its excitation and the squeeze that all share,
-    and has its tower, head and map alone. Their mean is over all samples so far that have m, of all ranks and
-    micro-batches. A step whose gradients are not finite does not count. Source: Wu 2022, arXiv 2202.05306, and
-    nyukat/greedy_multimodal_learning, which averages the gates of the first modality for both, also while evaluating;
-    not so here. A ``start`` in place of the release's two epochs is our reading.
+    :class:`descant.modules.fusion.mmtm.MMTMFusion`: m sees the others through its excitation and the squeeze that all
+    share; its tower, head and map are its own. The mean of the gates is over all samples so far that have m, of all
+    ranks and micro-batches. A step whose gradients are not finite does not count. Source: Wu 2022, arXiv 2202.05306,
+    and nyukat/greedy_multimodal_learning, which averages the gates of the first modality for both, also in evaluation,
+    unlike this callback. A ``start`` instead of the release's two epochs is our reading.
 
-    It logs ``balance/speed/{modality}`` and ``balance/alone/{modality}``, 1 where it learns alone. A step costs a pass
+    It logs ``balance/speed/{modality}`` and ``balance/alone/{modality}``, 1 while it learns alone. A step costs a pass
     of the gates, and norms of all gradients and parameters.
 
     Args:
@@ -45,7 +45,7 @@ class GreedyRebalancing(Ordered):
     """
 
     once = True
-    #: The gradients that the optimizer gets are measured.
+    #: It measures the gradients that the optimizer gets.
     after = ("Harmonize", "HarmonizeFeatures", "HarmonizeTowers", "Balance")
 
     def __init__(
@@ -59,7 +59,7 @@ class GreedyRebalancing(Ordered):
             )
         self.rule, self.start, self.sham = ConditionalSpeed(epsilon, window), start, Sham(sham)
         self._step: Tensor | None = None  # [D of all modalities + M] of this step: sums of gates, and samples
-        self._total: Tensor | None = None  # the same of all steps before
+        self._total: Tensor | None = None  # the same over all earlier steps
 
     def state_dict(self) -> dict[str, Any]:
         return {"rule": self.rule.state_dict(), "total": self._total}
@@ -76,7 +76,7 @@ class GreedyRebalancing(Ordered):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._step = None  # of an incomplete step, such as after a loss that was not finite
+        self._step = None  # drop an incomplete step, such as after a loss that was not finite
         self._leave_alone(pl_module.fusion, self.rule.alone if self.rule.left else None)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
@@ -115,7 +115,7 @@ class GreedyRebalancing(Ordered):
 
 
 def _ratio(parameters: list[nn.Parameter]) -> Tensor:
-    """``|g|^2 / |theta|^2`` in float64, over ranks where they are sharded."""
+    """Compute ``|g|^2 / |theta|^2`` in float64, over ranks if they are sharded."""
     trained = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in trained if p.grad is not None]
     gradient, size = (total_norm(part).double() for part in (gradients, [p.detach() for p in trained]))

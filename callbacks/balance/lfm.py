@@ -1,4 +1,4 @@
-"""LFM: the weight of aligning modalities against that of classifying, over the run or learned (NeurIPS 2024).
+"""LFM: weigh the alignment of modalities against classification, by a schedule or learned (NeurIPS 2024).
 
 Letters: K terms.
 """
@@ -23,7 +23,7 @@ from descant.modules.core.sham import Sham
 from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
-#: The release's polynomial of the epoch, of 200, that it fitted to the weight of classifying which it had learned.
+#: The release's polynomial in the epoch (of 200), fitted to the classification weight that it had learned.
 FITTED = (2.04623704e-01, 3.35472727e-03, 1.22989557e-04, -2.92947416e-06, 2.23835486e-08, -5.39717505e-11)
 
 
@@ -32,15 +32,15 @@ class LFM(L.Callback):
 
         loss = 2 (1 - a) (all other terms) + 2 a alignment,       1 - a = polynomial of 200 (share of the run)
 
-    with a from 0.8 at first to 0.1 at the end, as in the release. The alignment is a regularizer: ``LogitAlignment``,
-    the release's, or ``LatentAlignment``. No state, no cost. Source: Yang 2024, "Facilitating multimodal classification
-    via dynamically learning modality gap", NeurIPS 2024; github.com/njustkmg/NeurIPS24-LFM. For a weight that is
-    learned in this run see :class:`LearnedLFM`.
+    a falls from 0.8 at first to 0.1 at the end, as in the release. The alignment is a regularizer: ``LogitAlignment``,
+    the release's, or ``LatentAlignment``. It has no state and no cost. Source: Yang 2024, "Facilitating multimodal
+    classification via dynamically learning modality gap", NeurIPS 2024; github.com/njustkmg/NeurIPS24-LFM. For a weight
+    that is learned in this run see :class:`LearnedLFM`.
 
     It logs ``balance/alignment``, the weight a.
 
     Args:
-        sham: ``permute`` for the control: the alignment gets the weight of the other terms, and they its.
+        sham: ``permute`` for the control: the alignment gets the weight of the other terms, and they get its weight.
     """
 
     once = True
@@ -53,7 +53,7 @@ class LFM(L.Callback):
         require_multimodal(self, pl_module)
 
     def weight(self, trainer: L.Trainer) -> float:
-        """The weight a of the alignment at this step."""
+        """Return the weight a of the alignment at this step."""
         return 1 - fitted(share_of_run(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -72,7 +72,7 @@ class LFM(L.Callback):
 
 
 def fitted(share: float) -> float:
-    """The release's weight of classifying at this share of the run.
+    """Compute the release's weight of classification at this share of the run.
 
     >>> [round(fitted(share), 3) for share in (0.0, 0.5, 1.0)]
     [0.205, 0.539, 0.902]
@@ -81,21 +81,21 @@ def fitted(share: float) -> float:
 
 
 class LearnedLFM(LFM):
-    """Learn the weight of aligning modalities by its effect on classification one step ahead (LFM).
+    """Learn the weight of the alignment by its effect on classification one step ahead (LFM).
 
         a <- clip(a - rate dL/da),   L(theta - (1 - a) g_c - a g_a)  to first order:  dL/da = <g_c, g_c - g_a>
 
-    with g_c the gradient of all other terms, together, and g_a of the alignment, at the recipe's shared parameters, of
-    the whole optimizer step and all ranks; the weight is that of the next step on. The paper has a held-out batch, and
-    the release the mean of a second derivative at the first parameter in place of dL/da: our reading is the
-    derivative, on the step's own samples. The weight is in the checkpoint. Costs as many further backward passes as
-    there are terms, in one of ``every`` steps, and two gradients of memory.
+    g_c is the gradient of all other terms together, and g_a that of the alignment, at the recipe's shared parameters,
+    over the whole optimizer step and all ranks. The new weight applies from the next step on. The paper uses a held-out
+    batch, and the release uses the mean of a second derivative at the first parameter instead of dL/da. Our reading is
+    the derivative, on the step's own samples. The weight is in the checkpoint. It costs one more backward pass per
+    term, in one of ``every`` steps, and the memory of two gradients.
 
     Args:
-        rate: of a, times the learning rate.
-        every: the gradients are computed in one of so many optimizer steps.
-        start: the first a. least: bound of a from 0 and from 1.
-        sham: as of LFM.
+        rate: the rate of a, times the learning rate.
+        every: compute the gradients in one of every ``every`` optimizer steps.
+        start: the first a. least: the least distance of a from 0 and from 1.
+        sham: as in LFM.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class LearnedLFM(LFM):
         if not 0 <= least <= start <= 1 - least:
             raise ValueError(f"LearnedLFM: start {start:g}: from least, {least:g}, to {1 - least:g}")
         self.rate, self.every, self.least, self.a = rate, every, least, start
-        self._sums: list[Tensor] = []  # ``[2, ...]`` a parameter, of the micro-batches of this step so far
+        self._sums: list[Tensor] = []  # ``[2, ...]`` per parameter, over the micro-batches of this step so far
 
     def state_dict(self) -> dict[str, Any]:
         return {"a": self.a}
@@ -121,7 +121,7 @@ class LearnedLFM(LFM):
         self.a = float(state_dict["a"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = []  # of an incomplete step, such as after a loss that was not finite
+        self._sums = []  # drop an incomplete step, such as after a loss that was not finite
 
     def weight(self, trainer: L.Trainer) -> float:
         return self.a
@@ -145,5 +145,5 @@ class LearnedLFM(LFM):
         means, self._sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums], []
         (gram_22,) = read_together(gram(means))
         slope = float(gram_22[0, 0] - gram_22[0, 1])
-        if slope == slope and abs(slope) != float("inf"):  # not finite: as in the step before
+        if slope == slope and abs(slope) != float("inf"):  # if not finite, keep a
             self.a = min(max(self.a - self.rate * slope, self.least), 1 - self.least)

@@ -15,15 +15,15 @@ class MSES(TowerRates):
         u_t = smoothing v_{t-1} + (1 - smoothing) v_t,       v_t: cross-entropy of the modality alone, u_1 = v_1
         rate_m = 0 for good once more than ``patience`` validations have passed since the least u
 
-    The rest trains on; see :class:`descant.callbacks.balance.tower_rates.TowerRates` for what has a rate and what it
-    costs (validation runs the towers once more). Source: Fujimori 2019 (Modality-specific learning rate
-    control for multimodal classification, ACPR), of which we had the abstract alone: the rule is that of the baseline
-    in AGM's public code (lihong2303/AGM_ICCV2023), which also puts the whole network back to its best epoch; here
-    weights stay (our reading). The paper's network has unimodal losses (``model.init_args.unimodal``).
+    The rest continues to train. See :class:`descant.callbacks.balance.tower_rates.TowerRates` for the parameters that
+    have a rate, and for the cost (validation runs the towers once more). Source: Fujimori 2019 (Modality-specific
+    learning rate control for multimodal classification, ACPR), of which we had only the abstract. The rule is that of
+    the baseline in AGM's public code (lihong2303/AGM_ICCV2023), which also restores the whole network of its best
+    epoch; here weights stay (our reading). The paper's network has unimodal losses (``model.init_args.unimodal``).
 
     Args:
         patience: validations without an improvement. smoothing: weight of the validation before, in [0, 1).
-        sham: as of TowerRates.
+        sham: as in TowerRates.
 
     >>> import torch
     >>> rule = MSES(patience=1, smoothing=0.5)
@@ -39,7 +39,7 @@ class MSES(TowerRates):
         if not 0 <= smoothing < 1:
             raise ValueError(f"MSES: smoothing {smoothing:g}: at least 0 and below 1, such as 0.6")
         self.patience, self.smoothing = patience, smoothing
-        self.before: list[float] = []  # of the validation before, a number a modality
+        self.before: list[float] = []  # of the validation before, one number per modality
         self.best: list[float] = []
         self.since: list[int] = []  # validations since the best one; above patience: stopped
 

@@ -17,19 +17,19 @@ class MSLR(TowerRates):
 
         rate_m = r_m^(1 - smooth) a_m / mean of a_m over the ``window`` validations before
 
-    with r_m the best learning rate of modality m alone over that of the run, and a_m its validation accuracy alone; the
-    ratio is 1 until there are so many validations, and with a window of 0. The paper's strategies: keep (the default),
-    ``smooth`` between 0 and 1, and dynamic (a ``window`` such as 5). See
-    :class:`descant.callbacks.balance.tower_rates.TowerRates` for what has a rate and what it costs. Source: Yao 2022
-    (Findings of ACL, 2022.findings-acl.143), without public code: the dynamic ratio is that of the baseline in AGM's
-    code (lihong2303/AGM_ICCV2023), which scales gradients instead; the geometric mean with the run's rate as ``smooth``
-    is our reading.
+    r_m is the best learning rate of modality m alone divided by that of the run, and a_m its validation accuracy alone.
+    The ratio is 1 until ``window`` validations have run, and with a window of 0. The paper's strategies: keep (the
+    default), ``smooth`` between 0 and 1, and dynamic (a ``window`` such as 5). See
+    :class:`descant.callbacks.balance.tower_rates.TowerRates` for the parameters that have a rate, and for the cost.
+    Source: Yao 2022 (Findings of ACL, 2022.findings-acl.143), without public code. The dynamic ratio is that of the
+    baseline in AGM's code (lihong2303/AGM_ICCV2023), which scales gradients instead; the geometric mean with the run's
+    rate as ``smooth`` is our reading.
 
     Args:
-        rates: modality -> r_m; 1 where there is none.
-        smooth: 0 for rates as they are, 1 for the run's own.
+        rates: modality -> r_m; 1 if not given.
+        smooth: 0 for the given rates, 1 for the run's own.
         window: validations of the mean; 0 for none.
-        sham: as of TowerRates; each modality also gets the r of the one before it.
+        sham: as in TowerRates; each modality also gets the r of the one before it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MSLR(TowerRates):
         if window < 0:
             raise ValueError(f"MSLR: window {window}: validations, 0 for none")
         self.given, self.smooth, self.window = dict(rates or {}), smooth, window
-        self.accuracies: list[list[float]] = []  # of the last validations, a number a modality
+        self.accuracies: list[list[float]] = []  # of the last validations, one number per modality
         self._own: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class MSLR(TowerRates):
         self.rate = self.rate or dict(zip(modalities, self._own, strict=True))
 
     def rates(self, loss_M: Tensor, accuracy_M: Tensor) -> list[float]:
-        """Of a validation: the ratio is left out where the mean is 0."""
+        """Compute the factors after a validation; the ratio is left out where the mean is 0."""
         past, accuracy = self.accuracies, accuracy_M.tolist()
         ratio = [1.0] * len(accuracy)
         if self.window and len(past) == self.window:

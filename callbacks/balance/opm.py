@@ -29,10 +29,10 @@ class OPM(L.Callback):
 
         q_m = q (1 + alpha tanh(rho_m - 1)) where rho_m > 1, else 0        rho_m = s_m / mean_{n != m} s_n
 
-    with s as in :class:`descant.modules.balance.ogm.OGM`, of the optimizer step before and all ranks.
-    A dropped modality is absent for the joint decision alone, not for the losses of single modalities. No sample is
-    left without any. Source: Wei 2024, arXiv 2410.11582; the step before, and the mean over several other modalities,
-    are our reading.
+    s is as in :class:`descant.modules.balance.ogm.OGM`, from the optimizer step before and all ranks. A dropped
+    modality is absent only for the joint decision, not for the losses of single modalities. No sample loses all of its
+    modalities. Source: Wei 2024, arXiv 2410.11582; the step before, and the mean over several other modalities, are our
+    reading.
 
     It logs ``balance/score/{modality}`` and ``balance/dropped/{modality}``, the probability.
 
@@ -58,7 +58,7 @@ class OPM(L.Callback):
         self.probability = dict(state_dict["probability"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums_2M = None  # of an incomplete step, such as after a loss that was not finite
+        self._sums_2M = None  # drop an incomplete step, such as after a loss that was not finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_multimodal(self, pl_module)
@@ -70,7 +70,7 @@ class OPM(L.Callback):
             pl_module.modality_mask = None
 
     def modality_mask(self, batch: Batch) -> dict[str, Tensor]:
-        """Presence masks of the fusion: without what is dropped, or unchanged where no modality would be left."""
+        """Compute the fusion's presence masks: without dropped modalities, or unchanged where none would be left."""
         left = dict(batch.present)
         for m, q in self.probability.items():
             if q > 0:
@@ -89,7 +89,7 @@ class OPM(L.Callback):
         (read_2M,) = read_together(total_of_ranks(self._sums_2M))  # once a step, for the masks of the next
         (sum_M, count_M), self._sums_2M = read_2M, None
         score_M, modalities = sum_M / count_M, pl_module.modalities
-        if not score_M.isfinite().all():  # a modality had no sample: as in the step before
+        if not score_M.isfinite().all():  # a modality had no sample: keep the probabilities
             return
         lead_M = OGM.lead(score_M)
         q_M = torch.where(lead_M > 1, self.q * (1 + self.alpha * (lead_M - 1).tanh()), 0.0)

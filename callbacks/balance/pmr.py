@@ -30,11 +30,11 @@ class PMR(L.Callback):
         s_m = mean softmax(- |z_mb - p_m|)_label                       of the optimizer step before, all ranks
         p_mc <- beta p_mc + (1 - beta) mean of z_mb over label_b = c   of the last ``every`` steps, all ranks
 
-    One term a modality, ``prototype-{modality}``, which is zero for the faster ones and until there are prototypes.
+    Each modality has one term, ``prototype-{modality}``, which is zero for the faster ones and until prototypes exist.
     Classes without a prototype are no candidates, and their samples have no such loss.
 
-    The slower modality is that of the step before, so that it is the same in all micro-batches and ranks; and the means
-    are of training latents, where the paper embeds a tenth of the data every epoch: our reading. Source: Fan 2023,
+    The slower modality is that of the step before, so that it is the same in all micro-batches and ranks. The means are
+    those of training latents, while the paper embeds a tenth of the data every epoch: our reading. Source: Fan 2023,
     arXiv 2211.07089, without its entropy term.
 
     It logs ``balance/score/{modality}``.
@@ -84,7 +84,7 @@ class PMR(L.Callback):
                     del pl_module.regularizers[n]
 
     def terms(self, context: FusionContext, training: bool = True) -> dict[str, Term]:
-        """One term a modality; in training, latents are added to the sums of the next prototypes."""
+        """Compute one term per modality; in training, also add latents to the sums of the next prototypes."""
         z, present, label_B = context.inputs
         C, terms = context.logits_BC.shape[1], {}
         for m, z_BD in z.items():
@@ -143,7 +143,7 @@ class PMR(L.Callback):
 
 
 class _PrototypeLoss(Regularizer):
-    """The callback's terms among the regularizers of a recipe, while it trains."""
+    """Adds the callback's terms to the regularizers of a recipe while it trains."""
 
     def __init__(self, callback: PMR) -> None:
         super().__init__()

@@ -30,21 +30,21 @@ class Relearning(L.Callback):
 
         theta_m <- (1 - a_m) theta_m + a_m theta_m(0),      a_m = tanh(strength |P_m(train) - P_m(validation)|)
 
-    with P the purity of as many k-means clusters of the modality's latents as there are classes
-    (:func:`descant.modules.balance.purity.separability`), over the rows of a set that have it and a label. All of a
-    modality's own parameters move: tower, pool and head; fusion, buffers and the optimizer's state do not.
+    P is the purity of k-means clusters of the modality's latents, as many clusters as classes
+    (:func:`descant.modules.balance.purity.separability`), over the rows of a set that have the modality and a label.
+    All of a modality's own parameters move: tower, pool and head. Fusion, buffers and the optimizer's state do not.
 
     The sets are the training samples without augmentation and the first validation set, each encoded in eval mode. It
-    acts before the first micro-batch of a step; what is due when a run ends is done when it is resumed. The initial
-    weights are in the checkpoint. Costs ``times`` passes without gradient over both sets, and a copy of the towers.
-    Source: Wei 2024, arXiv 2407.09705; the release counts epochs (every 20 of 50) and this steps, encodes its training
-    samples with augmentation, and its k-means is scikit-learn's.
+    acts before the first micro-batch of a step. A re-learning that is due when a run ends is done when the run is
+    resumed. The initial weights are in the checkpoint. It costs ``times`` passes without gradient over both sets, and a
+    copy of the towers. Source: Wei 2024, arXiv 2407.09705. Its release counts epochs (every 20 of 50) instead of steps,
+    encodes its training samples with augmentation, and uses scikit-learn's k-means.
 
     It logs ``balance/gap/{modality}`` and ``balance/relearned/{modality}``, a.
 
     Args:
         every: optimizer steps from one re-learning to the next.
-        times: how often, at most.
+        times: maximum number of re-learnings.
         strength: lambda of the paper.
         sham: ``permute`` for the control: each modality gets the a of the one before it.
     """
@@ -86,7 +86,7 @@ class Relearning(L.Callback):
         split = next((name for name, p in named.items() if isinstance(p, DTensor)), None)
         if split is not None:
             raise ValueError(f"Relearning: {split} is split over ranks; it needs whole parameters")
-        if not self._initial:  # a resumed run has those of its start
+        if not self._initial:  # a resumed run keeps those of its start
             self._initial = {name: p.detach().cpu().clone() for name, p in named.items()}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -118,13 +118,13 @@ class Relearning(L.Callback):
 
 
 def _parameters(pl_module: Any) -> dict[str, dict[str, nn.Parameter]]:
-    """Modality -> name -> parameter, of those of it alone."""
+    """Return modality -> name -> parameter, for the parameters that only this modality uses."""
     names = {p: name for name, p in pl_module.named_parameters()}
     return {m: {names[p]: p for p in pl_module.of_modality(m)} for m in pl_module.modalities}
 
 
 def _encoded(trainer: L.Trainer, pl_module: Any, loader: Iterable[Batch]) -> Rows:
-    """Latents and labels of all rows of a set, of all ranks, in the order of sample ids."""
+    """Compute latents and labels of all rows of a set, of all ranks, in the order of sample ids."""
     store = Store().to(pl_module.device)
     for batch in plain_batches(trainer, loader):
         with trainer.precision_plugin.val_step_context():

@@ -27,11 +27,11 @@ from descant.modules.training_setup.trainer import log_interval
 class TowerRates(Ordered):
     """Base: multiplies the learning rates of each modality's own parameters by ``rate``, after each validation.
 
-    A subclass gives ``rates(loss_M, accuracy_M)``, of each modality alone over the validation sets and all ranks. In
-    the optimizer's step a group is split by modality, with ``lr * rate``: exact for any optimizer, where scaled
-    gradients would change nothing for Adam; a rate of 0 leaves parameters as they are. The fusion and the modalities'
-    own heads keep their rate. A validation in which a modality has no labelled sample, or a loss is not finite, changes
-    nothing.
+    A subclass implements ``rates(loss_M, accuracy_M)``, from the scores of each modality alone over the validation sets
+    and all ranks. In the optimizer's step each group is split by modality, with ``lr * rate``. This is exact for any
+    optimizer, while scaled gradients would change nothing for Adam. A rate of 0 leaves parameters unchanged. The fusion
+    and the modalities' own heads keep their rate. A validation in which a modality has no labelled sample, or a loss is
+    not finite, changes nothing.
 
     It logs ``balance/rate/{modality}``. Validation runs the towers once more; a step costs nothing.
 
@@ -40,19 +40,19 @@ class TowerRates(Ordered):
     """
 
     once = True
-    #: Each would undo the groups of the other.
+    #: Two of them would undo each other's groups.
     excludes = ("TowerRates",)
 
     def __init__(self, sham: Literal["permute"] | None = None) -> None:
         super().__init__()
         self.sham = Sham(sham)
-        self.rate: dict[str, float] = {}  # modality -> factor; 1 where there is none
+        self.rate: dict[str, float] = {}  # modality -> factor; 1 if missing
         self._sums_3M: Tensor | None = None  # of this validation: losses, correct answers, samples
         self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
-        self._whole: dict[Optimizer, list[dict[str, Any]]] = {}  # groups of a step that is being taken
+        self._whole: dict[Optimizer, list[dict[str, Any]]] = {}  # the original groups during a step
 
     def rates(self, loss_M: Tensor, accuracy_M: Tensor) -> list[float]:
-        """Factors of all modalities, of float64 validation scores on the CPU; updates the state."""
+        """Compute the factors of all modalities from float64 validation scores on the CPU; updates the state."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sample-level modality valuation: each sample once more, with a modality alone that contributes little to it.
+"""Sample-level modality valuation: train once more on each sample with only a modality that contributes little to it.
 
 Letters: B samples, M modalities.
 """
@@ -29,10 +29,10 @@ from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 @torch.no_grad()
 def contributions(context: FusionContext) -> Tensor:
-    """Float64 ``[B, M]``: Shapley values of ``v(S) = |S|`` where the fusion of the modalities in S is right, else 0.
+    """Compute Shapley values, float64 ``[B, M]``, of ``v(S) = |S|`` if the fusion of the modalities S is right, else 0.
 
-    They sum to v of all that a sample has: 1 for each modality is a fair share of a correct decision. Costs 2^M - 1
-    fusions without gradient; no tower runs again.
+    They sum to v of all modalities that a sample has: 1 for each modality is a fair share of a correct decision. It
+    costs 2^M - 1 fusions without gradient; no tower runs again.
     """
     z, present, label_B = context.inputs
     names, zero_B = tuple(z), torch.zeros(len(label_B), dtype=torch.float64, device=label_B.device)
@@ -45,23 +45,23 @@ def contributions(context: FusionContext) -> Tensor:
 
 
 class SampleResampling(L.Callback):
-    """Modality valuation at sample level: learn more from a modality alone where it contributes little to a sample.
+    """Modality valuation at sample level: learn more from a modality alone if it contributes little to a sample.
 
         loss_b = sum_m n_bm cross_entropy(fusion(z_bm alone), y_b),      n_bm = number of thresholds above phi_bm
 
-    one term, "resampled", beside the joint loss, of the samples with several modalities; phi as of
-    :func:`contributions`, in the same forward pass. With the thresholds of the authors' release a modality of two with
-    phi = 1/2 counts once, with 0 twice, with -1/2 three times, and from 1 on never.
+    This is one term, "resampled", in addition to the joint loss, over the samples with several modalities. phi is that
+    of :func:`contributions`, in the same forward pass. With the thresholds of the authors' release, one of two
+    modalities counts once with phi = 1/2, twice with 0, three times with -1/2, and never from 1 on.
 
-    The release appends these copies to the next epoch, by phi of the epoch before, and runs towers on each; here they
-    join the step of their sample, so that an epoch has the same sum of gradients in fewer steps: our reading. No state;
-    costs 2^M - 1 fusions without gradient and M with. Source: Wei 2024, arXiv 2309.06255.
+    The release appends these copies to the next epoch, by phi of the epoch before, and runs the towers on each. Here
+    they join the step of their sample, so that an epoch has the same sum of gradients in fewer steps: our reading. It
+    has no state, and costs 2^M - 1 fusions without gradient and M with. Source: Wei 2024, arXiv 2309.06255.
 
     It logs ``balance/contribution/{modality}`` and ``balance/resampled/{modality}``, the mean n.
 
     Args:
         warmup: share of the run before which there is no such loss (5 of 60 epochs in the release).
-        thresholds: of phi.
+        thresholds: thresholds of phi.
         sham: ``permute`` for the control: each sample gets the numbers of another one.
     """
 
@@ -96,13 +96,13 @@ class SampleResampling(L.Callback):
         self.started = share_of_run(trainer) >= self.warmup
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums_3M = None  # of an incomplete step, such as after a loss that was not finite
+        self._sums_3M = None  # drop an incomplete step, such as after a loss that was not finite
 
     def terms(self, context: FusionContext, training: bool) -> dict[str, Term]:
         z, present, label_B = context.inputs
         here_BM = torch.stack([present[m] for m in z], dim=1)
         several_B = (here_BM.sum(dim=1) > 1) & (label_B >= 0)
-        value_B = 0.0 * context.logits_BC[:, 0]  # a term of all steps, for harmonizers
+        value_B = 0.0 * context.logits_BC[:, 0]  # the term exists in all steps, for harmonizers
         if self.started:
             phi_BM = contributions(context)
             copies_BM = self.copies(phi_BM, context, several_B) * (here_BM & several_B[:, None])
@@ -115,7 +115,7 @@ class SampleResampling(L.Callback):
         return {"resampled": Term(value_B, valid=several_B, norm=context.rows)}
 
     def copies(self, phi_BM: Tensor, context: FusionContext, several_B: Tensor) -> Tensor:
-        """Int64 ``n_BM``."""
+        """Compute ``n_BM``, int64."""
         n_BM = (phi_BM[..., None] < phi_BM.new_tensor(self.thresholds)).sum(dim=2)
         return self.sham(n_BM, context.batch.rng_seed, several_B)
 
@@ -125,7 +125,7 @@ class SampleResampling(L.Callback):
         self._sums_3M = None
 
     def _read(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor | None:
-        """Means ``[2, M]`` over the step's samples, which are logged where it is time; None where it had none."""
+        """Compute means ``[2, M]`` over the step's samples, and log them if due; None if it had no sample."""
         if self._sums_3M is None:
             return None
         (sums_3M,) = read_together(total_of_ranks(self._sums_3M))
@@ -146,14 +146,14 @@ class ModalityResampling(SampleResampling):
 
         n_bm = 1 with probability  p = min(1, 2/3 alpha (mean_{n != m} Phi_n - Phi_m))  for the m with the least Phi
 
-    with Phi the mean of phi over the samples of the optimizer step before, of all ranks and micro-batches; all else as
-    of :class:`SampleResampling`. The release takes Phi of a fifth of the samples after each epoch, and draws samples
-    with replacement; the step before, and the mean over several other modalities, are our reading. Source: Wei 2024,
+    Phi is the mean of phi over the samples of the optimizer step before, of all ranks and micro-batches. All else is as
+    in :class:`SampleResampling`. The release takes Phi of a fifth of the samples after each epoch, and draws samples
+    with replacement. The step before, and the mean over several other modalities, are our reading. Source: Wei 2024,
     arXiv 2309.06255. Its state, the probabilities, is in the checkpoint.
 
     Args:
-        alpha: how strongly.
-        warmup: as of SampleResampling.
+        alpha: strength of the resampling.
+        warmup: as in SampleResampling.
         sham: ``permute`` for the control: each modality gets the probability of the one before it.
     """
 
@@ -184,7 +184,7 @@ class ModalityResampling(SampleResampling):
 
     @staticmethod
     def chances(phi_M: Tensor, alpha: float) -> Tensor:
-        """``p_M`` of the mean contributions.
+        """Compute ``p_M`` from the mean contributions.
 
         >>> [round(p, 4) for p in ModalityResampling.chances(torch.tensor([0.9, 0.3]), 1.0).tolist()]  # 2/3 of 0.6
         [0.0, 0.4]
@@ -195,7 +195,7 @@ class ModalityResampling(SampleResampling):
 
 
 class _Resampled(Regularizer):
-    """The callback's term among the regularizers of a recipe, while it trains."""
+    """Adds the callback's term to the regularizers of a recipe while it trains."""
 
     def __init__(self, callback: SampleResampling) -> None:
         super().__init__()

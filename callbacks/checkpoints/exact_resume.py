@@ -1,4 +1,4 @@
-"""What exact resuming needs: callbacks that break it, random seeds by step, DDP buckets, state of Lightning's loops."""
+"""Parts of exact resuming: callbacks that break it, random seeds by step, DDP buckets, state of Lightning's loops."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def require_exact(callbacks: Iterable[L.Callback], resumed: bool = True) -> None
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Whether training waits for the batch that opens a step: all of the step before is over."""
+    """Whether training waits for the first batch of a step, and the step before is complete."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
     opens = batches.completed % trainer.accumulate_grad_batches == 0
     return trainer.training and opens and batches.ready == batches.completed
@@ -55,9 +55,9 @@ def between_steps(trainer: L.Trainer) -> bool:
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Make DDP rebuild its gradient buckets before the first step, in an order that depends on the model only.
 
-    DDP rebuilds them after its first backward, by the order in which gradients arrived, and a sum over three or more
-    ranks depends on the bucket layout: a resumed run would differ in the last bits. One backward of zeros in the order
-    of the parameters triggers it here. Collective. One that looks for unused parameters never rebuilds them.
+    DDP rebuilds them after its first backward, in the order in which gradients arrived. A sum over three or more ranks
+    depends on the bucket layout, so a resumed run would differ in the last bits. One backward of zeros, in the order of
+    the parameters, triggers the rebuild here. DDP with ``find_unused_parameters`` never rebuilds them. Collective.
     """
     if model.find_unused_parameters:
         return
@@ -83,7 +83,10 @@ def seed_all(purpose: str, *parts: int) -> None:
 
 
 def loop_progress(epoch: int, batches: int, total: int, begun: bool) -> dict[str, Any]:
-    """State of Lightning's fit loop after ``epoch`` epochs and ``batches`` batches of the next, which has ``begun``."""
+    """Return the state of Lightning's fit loop after ``epoch`` epochs, and ``batches`` batches of the next one.
+
+    ``begun``: whether the next epoch has begun. ``total``: batches of all epochs.
+    """
     started = epoch + begun
     epochs = {"ready": started, "started": started, "processed": epoch, "completed": epoch}
     of_all, of_epoch = (dict.fromkeys(("ready", "started", "processed", "completed"), n) for n in (total, batches))
@@ -96,7 +99,7 @@ def loop_progress(epoch: int, batches: int, total: int, begun: bool) -> dict[str
 def evaluate_at(trainer: L.Trainer, step: int) -> None:
     """Let an evaluation of a checkpoint log at the checkpoint's step; a trainer that has trained keeps its own.
 
-    Lightning restores its loops in a fit alone: without this all that ``descant validate`` logs is of step 0.
+    Lightning restores its loops only in a fit. Without this, ``descant validate`` would log everything at step 0.
     """
     loop = trainer.fit_loop.epoch_loop
     if trainer.global_step == 0:

@@ -16,10 +16,10 @@ from descant.modules.io.lean import base_of, brought, completed, lean
 class LeanCheckpoint(L.Callback):
     """Lean checkpoints, without frozen weights: a LoRA run saves its adapters, a locked tower's run its head.
 
-    Left out is every weight or buffer that takes no gradient and still has its bytes from before the fit; its 128-bit
-    digest is saved in its place. Such a checkpoint loads into the model that the configuration builds if the digests
-    agree; everything else loads strictly. Full checkpoints load too. Hashing at the start and at every save takes about
-    a second per gigabyte.
+    They omit every weight or buffer that takes no gradient and still has its bytes from before the fit; its 128-bit
+    digest is saved instead. Such a checkpoint loads into the model that the configuration builds if the digests agree;
+    everything else loads strictly. Full checkpoints load too. Hashing at the start and at every save takes about a
+    second per gigabyte.
     """
 
     once = True
@@ -40,7 +40,7 @@ class LeanCheckpoint(L.Callback):
             self._hook = pl_module.register_load_state_dict_pre_hook(self._load)
 
     def _load(self, module: nn.Module, state: dict[str, Any], *_: object) -> None:
-        """Before a checkpoint is loaded: complete it, and record what it changes."""
+        """Complete a checkpoint before it is loaded, and record what it changes."""
         whole = completed(state, module)
         state.clear()
         state.update(whole)

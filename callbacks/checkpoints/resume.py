@@ -2,10 +2,10 @@
 
     safe point = the start of a batch that opens an optimizer step
 
-There everything of the step before is over: batch-end hooks, validation, schedules and the hooks of an epoch's end.
-"After epoch e" is "before batch 0 of epoch e + 1", and the state of Lightning's loops is written accordingly (its own,
+There the step before is complete: batch-end hooks, validation, schedules and the hooks of an epoch's end. "After epoch
+e" is "before batch 0 of epoch e + 1", and the state of Lightning's loops is written accordingly (Lightning's own state,
 saved elsewhere, loses validations or whole epochs). No generator state is saved: random numbers of a step are a
-function of (seed, step, micro-batch), those of a sample of (seed, epoch, index).
+function of (seed, step, micro-batch), and those of a sample are a function of (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from descant.modules.io.checkpoints import EVERY, MINUTES, due
 ENTRY, FORMAT = "descant", 2
 #: Earlier layouts -> the last commit that reads them.
 _READ_BY = {1: "677e9b65"}
-#: Saving takes at most 1 / _SHARE of a run where points are due by time.
+#: Saving takes at most 1 / _SHARE of a run if points are due by time.
 _SHARE = 20
 #: Attributes that ModelCheckpoint does not save itself: without them a resumed run writes other files.
 _ATTRIBUTES = ("_last_global_step_saved", "_last_checkpoint_saved", "current_score")
 
 
 class Stopped(Exception):
-    """The run received a signal, saved a resume point and stops.
+    """Raised when the run received a signal and saved a resume point, and now stops.
 
     Args:
         code: exit code: 75 for USR1 (run again), 130 for INT, 143 for TERM.
@@ -66,12 +66,12 @@ class Resume(Ordered):
     """Saves resume points and resumes from them; turns signals into a save and an exit code.
 
     ``RUN/resume/step-0000500.ckpt`` is written every ``every`` optimizer steps, at most ``minutes`` after the last one,
-    at the end, on INT, TERM or USR1, and on one rank where data end the run by an ``Outage``; the newest ``keep`` stay.
-    A run that is killed at any moment and resumed on
-    the same number of ranks ends bit-identical: weights, optimizers, schedules, averages and the state of callbacks and
-    recipe. On another number of ranks it sees the same samples in the same order, and gradients differ by rounding.
+    at the end, and on INT, TERM or USR1. On one rank it is also written if the data end the run by an ``Outage``. The
+    newest ``keep`` are kept. A run that is killed at any moment and resumed on the same number of ranks ends
+    bit-identical: weights, optimizers, schedules, averages and the state of callbacks and recipe. On another number of
+    ranks it sees the same samples in the same order, and gradients differ by rounding.
 
-    Checkpoints of ModelCheckpoint are for evaluation: they are saved within a step and cannot be resumed from.
+    Checkpoints of ModelCheckpoint are for evaluation: they are saved within a step, and no run can resume from them.
 
     A run must take its sample order from the data module, and validate inside an epoch only at the end of an optimizer
     step.
@@ -79,9 +79,9 @@ class Resume(Ordered):
     Args:
         every: optimizer steps between two resume points.
         keep: number of resume points to keep; with 2 one is left if the newest is damaged.
-        minutes: between two points at most (longer steps, a validation, and 20 times the time of saving are waited
-            for); null for points by steps only. Weights do not depend on it.
-        folder: of the resume points; by default ``resume`` in the run's folder.
+        minutes: maximum minutes between two points; null for points by steps only. A point waits for the end of a
+            longer step or validation, and for 20 times the time of saving. Weights do not depend on it.
+        folder: folder of the resume points; by default ``resume`` in the run's folder.
     """
 
     once = True
@@ -115,7 +115,7 @@ class Resume(Ordered):
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint):
-                # a file of steps that a kill has undone is overwritten, not written again as -v1
+                # overwrite a file of steps that a kill has undone, instead of adding one named -v1
                 callback._enable_version_counter = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,7 +136,7 @@ class Resume(Ordered):
                         f"the resume point is of data with {key} {saved[key]}, and here it is {here[key]}: another "
                         "order of samples; use the same data, or start a new run"
                     )
-            # of the last validation: schedules and checkpoints read them until the next one
+            # metrics of the last validation: schedules and checkpoints read them until the next one
             trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
         for logger in trainer.loggers:  # rows after the save are logged again
             forget = getattr(logger, "forget_after", None)
@@ -148,7 +148,7 @@ class Resume(Ordered):
         if self._loaded is not None:
             # Lightning may have added one to it
             loop._batches_that_stepped = self._loaded["log_step"]
-            # else plateau schedules miss the end of the epoch
+            # otherwise plateau schedules miss the end of the epoch
             trainer.fit_loop._restarting = False
             epoch_log.restore(trainer, self._loaded["logged"], bool(self._loaded["batch"]))
             self._saved, self._loaded = trainer.global_step, None
@@ -189,10 +189,10 @@ class Resume(Ordered):
             self._end_again(trainer, pl_module)
 
     def _end_again(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What comes after the last save may have been killed; Lightning ends no training that has no step left."""
+        """Repeat on_train_end, which a kill may have prevented; Lightning skips it if the run has no step left."""
         ending = [c for c in trainer.callbacks if getattr(c, "writes_at_end", False)]  # type: ignore[attr-defined]
         if ending:
-            trainer.strategy.model_to_device()  # it is back on the CPU
+            trainer.strategy.model_to_device()  # the model is back on the CPU
             for callback in ending:
                 callback.on_train_end(trainer, pl_module)
             pl_module.cpu()
@@ -210,7 +210,7 @@ class Resume(Ordered):
                 say(f"interrupted: {step - saved} step(s) since step {saved} are lost; --resume auto continues there")
 
     def _save_before(self, trainer: L.Trainer) -> None:
-        """Save before a batch that does not come, if it opens a step; other ranks would know of it too late."""
+        """Save before a batch that does not arrive, if it opens a step; other ranks would notice that too late."""
         if trainer.world_size > 1:
             mark()
         elif between_steps(trainer) and self._loaded is None and trainer.global_step not in (0, self._saved):
@@ -230,20 +230,20 @@ class Resume(Ordered):
         if trainer.is_global_zero:
             points = {*path.parent.glob("step-*.ckpt"), path}  # a save in a thread has no file yet
             keep = set(sorted(points, key=_step)[-self.keep :])
-            if self.at_start:  # rolling back needs those by steps: points by time replace none of them
+            if self.at_start:  # rolling back needs the points by steps: points by time do not replace them
                 keep |= set(sorted((p for p in points if _step(p) % self.every == 0), key=_step)[-self.keep :])
             for old in sorted(points - keep, key=_step):
                 trainer.strategy.remove_checkpoint(old)
 
     def _await(self, saving: float = 0.0) -> None:
-        """Set when the next point is due by time, after one that took ``saving`` seconds."""
+        """Set the time at which the next point is due, after one that took ``saving`` seconds."""
         if self.minutes is not None:
             self.signals.due_in(max(60 * self.minutes, _SHARE * saving))
 
     def back_to(self, trainer: L.Trainer, step: int) -> Path | None:
-        """The newest valid resume point of ``step`` or before; later ones are removed. Collective."""
+        """Return the newest valid resume point of ``step`` or before, and remove later ones. Collective."""
         path = None
-        _wait_for_saves(trainer)  # or a later point would still be written
+        _wait_for_saves(trainer)  # otherwise a later point could still be written
         if trainer.is_global_zero:
             points = sorted(self._path(trainer).parent.glob("step-*.ckpt"), key=_step, reverse=True)
             valid = getattr(trainer.strategy.checkpoint_io, "valid", Path.exists)
@@ -321,7 +321,7 @@ class Resume(Ordered):
         data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "position"):
             data.position = (entry["epoch"], entry["batch"] * accumulate)
-            # a loader that a schedule has counted before the checkpoint was read (FSDP) is at the beginning
+            # a schedule may have built the loader before the checkpoint was read (FSDP): it would start at batch 0
             trainer.fit_loop._combined_loader = None
         elif entry["batch"]:
             what = type(data).__name__ if data is not None else "a loader without a data module"
@@ -341,7 +341,7 @@ class Resume(Ordered):
 
 
 def _wait_for_saves(trainer: L.Trainer) -> None:
-    """Wait until asynchronous saves are on disk on all ranks: a rank that ends has the others killed. Collective."""
+    """Wait until asynchronous saves of all ranks are on disk: once a rank ends, the others are killed. Collective."""
     getattr(trainer.strategy.checkpoint_io, "wait", lambda: None)()
     trainer.strategy.barrier("Resume.settled")
 
@@ -356,7 +356,7 @@ def _step(path: Path) -> int:
 
 
 def _order(trainer: L.Trainer) -> dict[str, Any]:
-    """What the order of samples depends on, as the loader's sampler reports it."""
+    """Return what the order of samples depends on, as the loader's sampler reports it."""
     sampler = getattr(trainer.train_dataloader, "sampler", None)
     return dict(getattr(sampler, "facts", {}))
 

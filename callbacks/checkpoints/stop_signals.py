@@ -20,7 +20,7 @@ from descant.modules.core.ranks import world
 
 #: Signal -> exit code of a run that saved and stopped for it.
 CODES = {signal.SIGUSR1: AGAIN, signal.SIGINT: 130, signal.SIGTERM: 143}
-#: Ranks exchange their flags at least once in so many steps, or in so many seconds if that is sooner.
+#: Ranks exchange their flags at least once in this many steps or seconds, whichever is sooner.
 AGREE_STEPS, AGREE_SECONDS = 8, 1.0
 
 
@@ -33,8 +33,8 @@ class Signals:
 
         min(8, the steps of a second),   the least over the ranks, which is part of the message
 
-    so that long steps end soon and short ones cost little. Whether a resume point is due by any rank's clock is in the
-    same message; ``due`` is what the ranks agreed on.
+    so that a run of long steps ends soon, and short steps exchange rarely. The same message has whether a resume point
+    is due by any rank's clock; ``due`` is what the ranks agreed on.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Signals:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # a print may be half done
 
     def agreed(self, last: bool = False) -> int:
-        """The largest code that any rank received; with ``last``, up to now. Collective."""
+        """Return the largest code that any rank received; with ``last``, up to now. Collective."""
         now = time.monotonic()
         step, self._last_call = now - self._last_call, now  # duration of the last step: nan at first
         if self.group is None:
@@ -82,7 +82,7 @@ class Signals:
         code = self._received()
         self._steps += 1
         if last or self._steps >= self._pause:
-            pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may are idle
+            pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may not advance
             due = now >= self._deadline or now + 2 * step > self._deadline  # it is read a step later
             sent = torch.tensor([self.code, -min(max(pace, 1), AGREE_STEPS), int(due)])
             self._in_flight = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
@@ -101,6 +101,6 @@ class Signals:
         return int(code)
 
     def due_in(self, seconds: float) -> None:
-        """Set when the next resume point is due. Every rank, at the same step."""
+        """Set when the next resume point is due. Every rank calls it at the same step."""
         self._deadline, self.due = time.monotonic() + seconds, False
-        self._outdated = True  # the message in flight was sent before
+        self._outdated = True  # the message in flight was sent earlier

@@ -1,4 +1,4 @@
-"""What a stream of tasks has taught and what it has cost: accumulated and retained metrics."""
+"""Gains and losses over a stream of tasks: accumulated and retained metrics."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from descant.modules.training_setup.trainer import datamodule_of
 
 
 class Accumulation(PartMetrics):
-    """Knowledge accumulation and retention over a stream of tasks, of TaskStream, whose sets are named ``task-set``:
+    """Knowledge accumulation and retention over the tasks of a TaskStream, whose sets are named ``task-set``:
 
         {set}/accumulated/{metric}    A: mean over all tasks, those to come too
         {set}/retained/{metric}       Z: of the original data
         {set}/geometric/{metric}      sqrt(A Z)
 
-    after each evaluation and before all other callbacks, so that a checkpoint can monitor them. Retention is to be read
-    of a set that replay does not train on, such as another vendor's drawings. Source: Roth 2024 (FoMo-in-Flux), arXiv
-    2408.14471: accumulation over adaptation sets, retention over held-out sets, and their geometric mean.
+    They are logged after each evaluation and before all other callbacks, so that a checkpoint can monitor them. Read
+    retention on a set that replay does not train on, such as another vendor's drawings. Source: Roth 2024
+    (FoMo-in-Flux), arXiv 2408.14471: accumulation over adaptation sets, retention over held-out sets, and their
+    geometric mean.
 
     Args:
         metrics: names after the set, such as i2t_r5; larger is better.
-        retained: name of the part that is to be kept.
+        retained: name of the part with the original data.
     """
 
     such_as, always, missing = "i2t_r5", "accumulated", "no set of two tasks has"

@@ -50,14 +50,14 @@ class Mean(Metric):
 
 
 class Means:
-    """A :class:`Mean` a key, such as ``val/accuracy``."""
+    """One :class:`Mean` per key, such as ``val/accuracy``."""
 
     def __init__(self) -> None:
         self._means: dict[str, Mean] = {}
         self._items: dict[str, ItemStore] = {}
 
     def add(self, key: str, term: Term, id_B: Tensor | None = None) -> None:
-        """``id_B``: the content of each row, with which its value is kept for :meth:`items`."""
+        """Add a term to a key. With ``id_B``, the content of each row, its values are also kept for :meth:`items`."""
         if key not in self._means:
             self._means[key] = Mean(term.value.device)
         self._means[key].update(term)
@@ -67,12 +67,12 @@ class Means:
             store.update(term.value[keep_B], id_B[keep_B])
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all ranks, which have the same keys; without the keys that have no valid row."""
+        """Compute the means over all ranks, which have the same keys; keys without a valid row are left out."""
         means = {key: mean.compute() for key, mean in self._means.items()}
         return {key: value for key, (value, count) in means.items() if int(count)}
 
     def items(self) -> dict[str, Items]:
-        """The values of all ranks' valid rows, of what was added with ids."""
+        """Return the values of all ranks' valid rows that were added with ids."""
         stores = {key: store.items() for key, store in self._items.items()}
         return {key: items for key, items in stores.items() if len(items.id_N)}
 

@@ -50,13 +50,13 @@ class Answering(ForwardEvaluator):
         {set}/answered_blind      control: without images
         {set}/answered_drawn      of answers sampled by ``sampling``, if given: the expected reward of reinforcement
 
-    and a table of examples with their images, ``pictures/{set}-answers``, to every TensorBoard logger and the run's
-    folder. The controls are the accuracy of the text alone: a model that uses the image is far above them.
+    It also writes a table of examples with their images, ``pictures/{set}-answers``, to every TensorBoard logger and
+    the run's folder. The controls are the accuracy of the text alone: a model that uses the image is far above them.
 
     Args:
-        new: most tokens of an answer.
+        new: maximum tokens of an answer.
         by: a target whose classes are counted separately, or none.
-        sampling: of the additional sampled answers, or none.
+        sampling: how the additional answers are sampled, or none.
         controls: compute ``answered_other`` and ``answered_blind``, if there are images.
         table: rows of the table, the same in every evaluation; 0 for no table.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.

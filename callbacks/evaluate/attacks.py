@@ -26,28 +26,28 @@ from descant.modules.fusion.classifiers import OrthogonalFusion
 class Attacks(ForwardEvaluator):
     """Adversarial and missing-modality accuracy of each evaluation set, over the rows with all modalities and a label:
 
-        {set}/attacked/{m}       accuracy under projected gradient ascent on the input of m (of ids: on the embeddings
+        {set}/attacked/{m}       accuracy under projected gradient ascent on the input of m (for ids: on the embeddings
                                  of its tokens), within an l2 ball of radius |x_m - mean x_m|
         {set}/attacked_worst     share of rows that are correct whichever single modality is attacked
         {set}/absent/{m}         accuracy without m
         {set}/absent_worst       share of rows that are correct whichever single modality is missing
         {set}/unharmed           clean accuracy of the same rows
 
-    and of a recipe whose fusion has margins (OrthogonalFusion), with ``certify``:
+    With ``certify``, for a recipe whose fusion has margins (OrthogonalFusion), also:
 
         {set}/certified/radius   mean over rows of the distance all inputs may move before another class can win; 0 for
                                  a row that is wrong
         {set}/certified/share    rows for which that is at least ``certify``, which is in the units of the inputs
 
-    Radii rest on slopes estimated from some training samples, and are proved only for linear towers; a gradient attack
+    Radii rest on slopes estimated from some training samples, and are proved only for linear towers. A gradient attack
     is a lower bound of the worst case. Towers that run without gradients cannot be attacked. Each attack costs
     ``steps`` forward and backward passes; random starts depend on the sample alone.
 
     Args:
-        radius: of attacks, relative to the size of the input; or one a modality.
-        steps, restarts: of the ascent; the first start is the clean input.
+        radius: radius of attacks relative to the size of the input, or one per modality.
+        steps, restarts: steps and starts of the ascent; the first start is the clean input.
         certify: a radius to certify, or none for no certificates.
-        rows: training samples of the slopes, measured at every evaluation.
+        rows: training samples for the slopes, which are measured at every evaluation.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
     """
 
@@ -97,7 +97,7 @@ class Attacks(ForwardEvaluator):
         assert has(pl_module, Classifies)
         label_B, modalities = pl_module.labels(batch), pl_module.modalities
         all_B = keep_B & (label_B >= 0) & batch.both(*modalities)
-        # without a valid row one is computed and not counted, so that all ranks have the same keys
+        # without a valid row, compute one and do not count it, so that all ranks have the same keys
         at_R = all_B.nonzero().flatten() if all_B.any() else torch.zeros(1, dtype=torch.long, device=batch.device)
         rows, all_B = batch.select(at_R), all_B[at_R]
         id_B = rows.content_id if trainer.testing else None

@@ -6,7 +6,7 @@ import lightning as L
 
 
 class CaptionStatistics(L.Callback):
-    """Logs the data module's ``caption_statistics(epoch)`` of the captions of a training epoch:
+    """Logs the data module's ``caption_statistics(epoch)`` for the captions of a training epoch:
 
     * ``captions/tokens``: mean length in tokens, before padding or truncation.
     * ``captions/truncated``: share that the tokenizer truncates.
@@ -14,8 +14,8 @@ class CaptionStatistics(L.Callback):
     * ``captions/distinct``: distinct captions over captions.
     * ``captions/{source}_share``: share of each source of captions, as sampled.
 
-    Once an epoch, over the whole epoch and all ranks, even if a run stops before its end: which captions are sampled is
-    computed in advance, so a resume counts nothing twice.
+    It logs once per epoch, over the whole epoch and all ranks, even if a run stops before its end. The sampled captions
+    are computed in advance, so a resume counts nothing twice.
     """
 
     once = True

@@ -1,6 +1,6 @@
 """Classification from embeddings: zero-shot, k nearest neighbours, linear probe.
 
-Letters: N rows of a set or bank, Q queries, D width, C classes, P prompts a class, B, T prompts and their tokens.
+Letters: N rows of a set or bank, Q queries, D width, C classes, P prompts per class, B, T prompts and their tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Accuracies = dict[tuple[str, str], Items]
 
 
 class _Labelled(EmbeddingEvaluator):
-    """Base of the evaluations that predict a class: ``target`` of the data, from embeddings of ``modality``.
+    """Base of the evaluations that predict a class, the data's ``target``, from embeddings of ``modality``.
 
     Args:
-        target: which of the data's targets holds the class.
-        modality: whose embeddings are classified.
+        target: the data's target that holds the class.
+        modality: the modality whose embeddings are classified.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class _Labelled(EmbeddingEvaluator):
         return f"{name}/{self.kind}_{self.target}{modality}_{metric}"
 
     def _labelled(self, sets: dict[str, Rows]) -> Labelled:
-        """``z_ND, label_N, key_N`` by set, less the sets (but not the bank) without such a target or a labelled row."""
+        """Return ``z_ND, label_N, key_N`` by set, without sets (except the bank) that lack the target or its labels."""
         for rows in sets.values():
             self.require_embedding(rows, self.modality)
         self.require_target(self.target, (name for rows in sets.values() for name in rows.targets))
@@ -64,9 +64,9 @@ class ZeroShot(_Labelled):
 
         w_c = normalise(mean over p of z_text(prompt_cp)),   prediction = argmax over c of z . w_c
 
-    The data module's ``prompts(target)`` gives the prompts, embedded once an evaluation. Keys:
+    The data module's ``prompts(target)`` gives the prompts, which are embedded once per evaluation. Keys:
     ``{set}/zeroshot_{target}_top1``, ``_top5`` (with more than five classes) and ``_balanced``, the mean recall of the
-    classes that occur; with ``_{modality}`` after the target where that is not image.
+    classes that occur. ``_{modality}`` follows the target if the modality is not image.
 
     Args:
         prompts: the modality of the prompts.
@@ -87,7 +87,7 @@ class ZeroShot(_Labelled):
         self._ids_CPT: Tensor = trainer.datamodule.prompts(self.target)[0]  # type: ignore[attr-defined]
 
     def classifier(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
-        """``w_CD``: one unit-length row a class."""
+        """Compute ``w_CD``: one unit-length row per class."""
         ids_CPT = self._ids_CPT.to(pl_module.device)
         embedded = []
         for ids_BT in ids_CPT.flatten(0, 1).split(PROMPTS):
@@ -117,7 +117,7 @@ class Banked(_Labelled, ScheduledEvaluator):
     identity: ClassVar[tuple[str, ...]] = ("target", "modality")
 
     def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
-        """Accuracy by set, from the bank's ``z_ND``, ``label_N`` and ids of samples."""
+        """Compute the accuracy by set, from the bank's ``z_ND``, ``label_N`` and ids of samples."""
         raise NotImplementedError
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
@@ -137,11 +137,11 @@ class KNN(Banked):
 
         prediction = argmax over c of  sum over the k nearest n with label_n = c of exp(z . z_n / temperature)
 
-    Key: ``{set}/knn_{target}_top1``, with ``_{modality}`` after the target where that is not image.
+    Key: ``{set}/knn_{target}_top1``, with ``_{modality}`` after the target if the modality is not image.
 
     Args:
         k: neighbours that vote.
-        temperature: of their weights.
+        temperature: temperature of their weights.
 
     >>> KNN("group", k=0)
     Traceback (most recent call last):
@@ -173,16 +173,17 @@ class LinearProbe(Banked):
 
         W, b = argmin  mean_n cross_entropy(W x_n + b, label_n) + l2 / 2 * ||W||^2,   x = (z - mean) / std
 
-    Fitted by L-BFGS in float64, on features standardised by the bank. Key: ``{set}/probe_{target}_top1``,
-    with ``_{modality}`` after the target where that is not image.
+    It is fitted by L-BFGS in float64, on features standardised by the bank. Key: ``{set}/probe_{target}_top1``,
+    with ``_{modality}`` after the target if the modality is not image.
 
-    With ``shares`` below 1 it is also fitted on that part of the bank's labels, ``..._top1@0.1``: stratified by class,
-    with at least one label of each, nested, and drawn by the run's seed and the ids of the samples. Features are
-    standardised by the whole bank, which needs no label. Source: the shares of SimCLR (Chen 2020, arXiv 2002.05709).
+    With ``shares`` below 1 it is also fitted on that share of the bank's labels, ``..._top1@0.1``. The labels are
+    stratified by class, with at least one of each, nested, and drawn by the run's seed and the ids of the samples.
+    Features are standardised by the whole bank, which needs no label. Source: the shares of SimCLR (Chen 2020, arXiv
+    2002.05709).
 
     Args:
         l2: strength of the penalty on the weights.
-        shares: of the labels; all of them where not given.
+        shares: shares of the labels; all labels if not given.
 
     >>> LinearProbe("group", shares=[0.1, 10])
     Traceback (most recent call last):

@@ -34,13 +34,13 @@ class Contributions(ForwardEvaluator):
 
     accuracy(S) is that of the fused decision with the modalities in S. A modality with low ``alone`` is under-trained
     if a tower trained by itself does better; one with high ``alone`` and low Shapley value is redundant. The accuracies
-    alone and together are plotted over the steps of a fit, a panel a set: to every TensorBoard logger as
+    alone and together are plotted over the steps of a fit, one panel per set, to every TensorBoard logger as
     ``contributions/accuracy`` and to ``{run folder}/pictures/``. Latents are computed once; results depend on neither
-    batches nor ranks. Rows of a set are held in memory on each rank. Utilization: Wu 2022, arXiv 2202.05306, there of
-    the branch of one modality; of the fused decision it is our reading.
+    batches nor ranks. Each rank holds the rows of a set in memory. Utilization: Wu 2022, arXiv 2202.05306, for the
+    branch of one modality; for the fused decision it is our reading.
 
     Args:
-        circles: random permutations of the importance.
+        circles: random permutations for the importance.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
     """
 

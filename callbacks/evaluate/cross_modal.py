@@ -1,5 +1,7 @@
-"""Losses of whole modalities from one other alone, and from that of another sample. Letters: B rows of a batch, N of a
-set."""
+"""Losses of whole modalities given one other modality, of the same or of another sample.
+
+Letters: B rows of a batch, N of a set.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,21 @@ from descant.modules.masking.corruptions import From
 
 
 class CrossModalLoss(ForwardEvaluator):
-    """Loss of each whole modality given one other alone, in all directions, against that of another sample.
+    """Loss of each whole modality given one other alone, in all directions, of the same or of another sample.
 
         loss_{a}_from_{b} = mean_n mean_t loss(a_nt | all of b_n),    _shuffled: given b of a sample of other content
 
-    A model that has learned nothing of a direction has the same loss of both. Over all directions: ``loss_cross`` and
-    ``loss_cross_shuffled``, their means, and ``directions``, the number of those where the true source is better than
-    another one by ``margin``, relative. Losses of token ids are in nats a token.
+    If a model has learned nothing about a direction, both losses are equal. ``loss_cross`` and ``loss_cross_shuffled``
+    are the means over all directions. ``directions`` is the number of directions in which the true source is better
+    than another one by the relative ``margin``. Losses of token ids are in nats per token.
 
     Results depend on neither batches nor ranks: the inputs of a set are held in memory, sorted by id.
 
     Args:
-        modalities: at least two, each from each other one; those that the recipe predicts are targets.
-        shown: modality -> the one that is given in its place as a source, such as ``image: rgb``, pixels for codes.
+        modalities: at least two, each given each other one; those that the recipe predicts are targets.
+        shown: modality -> the one that replaces it as a source, such as ``image: rgb``, pixels for codes.
         margin: a share of the loss with the source of another sample.
-        batch: samples at once.
+        batch: samples per forward pass.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     >>> CrossModalLoss(["image"])
@@ -104,7 +106,7 @@ class CrossModalLoss(ForwardEvaluator):
         target: str,
         means: Means,
     ) -> None:
-        """The losses of one direction."""
+        """Add the losses of one direction to ``means``."""
         assert has(pl_module, Predicts)
         given = self.shown.get(source, source)
         corruption = From([given], [target])

@@ -1,4 +1,4 @@
-"""Whether harmonizing the terms of a loss or balancing its modalities could matter in a run, from that run alone.
+"""Diagnose from a run alone whether harmonizing the terms of its loss or balancing its modalities could matter.
 
 Letters: K terms, B rows of a batch, N rows of a set, C classes, M modalities.
 """
@@ -30,7 +30,7 @@ from descant.modules.multitask.mix import gram
 from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import datamodule_of, log_interval, plain_batches
 
-#: Share of the training time that probes take where ``every`` is not given.
+#: Share of the training time that probes take if ``every`` is not given.
 COST = 0.005
 
 
@@ -39,45 +39,47 @@ class Diagnose(L.Callback):
 
         cos_kl = <g_k, g_l> / (|g_k| |g_l|),     g_k = d term_k / d shared parameters
 
-    are probed in one of every N optimizer steps, over all micro-batches and ranks together. At the end of the fit, rows
-    of the first validation set with all modalities and a label are decided by each modality alone (its own head, or the
-    fusion without the others), by all together, and by a readout of each modality's latents
-    (:func:`~descant.modules.evaluation.diagnosis.cross_fitted`). One line then has the numbers, and:
+    The cosines are probed in one of every N optimizer steps, over all micro-batches and ranks together. At the end of
+    the fit, it classifies the rows of the first validation set that have all modalities and a label. It does so by each
+    modality alone (its own head, or the fusion without the others), by all together, and by a readout of each
+    modality's latents (:func:`~descant.modules.evaluation.diagnosis.cross_fitted`). One line then reports the numbers,
+    and:
 
         a harmonizer could matter    two terms conflict, cos < 0, in a share of at least ``conflict`` of the probes, and
                                      their mean cosine is at most -``cosine``: of all probes, or of the last half
         a balancer could matter      a modality alone is ``behind`` or more behind the most accurate one, and a readout
                                      of its latents is ``room`` or more above itself
 
-    by whole intervals, not by estimates alone; of the mean cosine, the interval is below 0. That is a reason to try a
-    method, not a proof that it gains: what a tower would learn only if trained alone is not seen.
+    Whole intervals have to meet these conditions, not only the estimates; the interval of the mean cosine has to be
+    below 0. That is a reason to try a method, not a proof that it gains: the diagnosis does not see what a tower would
+    learn only if trained alone.
 
     It logs at each probe ``diagnose/cos/{term}~{term}``, ``diagnose/condition`` (of the gradients: Senushkin 2023,
-    arXiv 2305.19000; sqrt of the extreme eigenvalues of their Gram matrix), and ``diagnose/gap/{modality}``, the joint
-    accuracy in the batch less that by its share. Metrics of the run are ``diagnose/conflict``, ``cosine``,
-    ``alone/{modality}``, ``readout/{modality}``, ``joint``, ``speed/{modality}`` as :class:`LearningSpeed` has it,
-    ``harmonize`` and ``balance``, 1 or 0. Of a run with one term, or without a classifier of several modalities, only
-    the rest is read.
+    arXiv 2305.19000; sqrt of the ratio of the extreme eigenvalues of their Gram matrix), and
+    ``diagnose/gap/{modality}``, the joint accuracy in the batch minus that of the modality's share of the logits.
+    Metrics of the run are ``diagnose/conflict``, ``cosine``, ``alone/{modality}``, ``readout/{modality}``, ``joint``,
+    ``speed/{modality}`` as in :class:`LearningSpeed`, and ``harmonize`` and ``balance``, 1 or 0. If a run has one term,
+    or no classifier of several modalities, it diagnoses only the rest.
 
-    Training is the same to the bit. A probe costs K backward passes to the shared parameters and the memory of K
-    gradients, and is read from an accelerator once; the end costs a pass over the validation set, in which about
-    ``limit`` rows are run forward.
+    Training is bit-identical. A probe costs K backward passes to the shared parameters, the memory of K gradients, and
+    one read from an accelerator. The end costs a pass over the validation set, with a forward pass of about ``limit``
+    rows.
 
     Args:
-        every: optimizer steps between probes. Where not given the fewest at which K backward passes, of 2/3 step each,
+        every: optimizer steps between probes; by default the fewest at which K backward passes, of 2/3 step each,
             are 0.5 % of the training: 267 for two terms, 400 for three.
-        conflict: share of probes. A rule that acts in fewer steps than a quarter hardly changes the path; unrelated
-            terms conflict in half of the probes, which is why the mean counts too.
+        conflict: share of probes. A rule that acts in less than a quarter of the steps hardly changes the path.
+            Unrelated terms conflict in half of the probes, which is why the mean counts too.
         cosine: a projection changes a gradient by |cos| of its length; a twentieth is lost in the noise of a batch.
-        behind: of accuracy; two modalities that are planted equal come to differ by up to 0.11 (measured, 16 seeds).
-        room: of accuracy; what probes of a tower deviate by between seeds.
-        limit: about so many rows, selected by their ids.
-        level: of the intervals, of all pairs of terms or of all modalities together.
+        behind: difference in accuracy; two modalities planted as equal differ by up to 0.11 (measured, 16 seeds).
+        room: difference in accuracy; probes of a tower deviate by this much between seeds.
+        limit: approximate number of rows, selected by their ids.
+        level: level of the intervals, for all pairs of terms or for all modalities together.
     """
 
     once = True
     writes_at_end = True
-    after = ("EMA",)  # what it reads at the end are the weights that are kept
+    after = ("EMA",)  # at the end it reads the weights that are kept
 
     def __init__(
         self,
@@ -100,12 +102,12 @@ class Diagnose(L.Callback):
                 raise ValueError(f"Diagnose: {name} {value:g}: above 0 and below 1")
         self.every, self.limit, self.level = every, limit, level
         self.conflict, self.cosine, self.behind, self.room = conflict, cosine, behind, room
-        self.cosines: dict[str, list[float]] = {}  # pair of terms -> of each probe
+        self.cosines: dict[str, list[float]] = {}  # pair of terms -> cosine at each probe
         self.terms = self.skipped = 0
-        self.line = ""  # what the end of the fit has printed
+        self.line = ""  # the line printed at the end of the fit
         self._speed = LearningSpeed()
-        self._balance = ""  # why balance is not read; empty where it is
-        self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
+        self._balance = ""  # why balance is not diagnosed; empty if it is
+        self._sums: list[Tensor] = []  # ``[K, ...]`` per parameter, over the micro-batches of this step so far
 
     def state_dict(self) -> dict[str, Any]:
         cosines = {pair: list(series) for pair, series in self.cosines.items()}
@@ -127,7 +129,7 @@ class Diagnose(L.Callback):
             self._balance = f"one modality, {pl_module.modalities[0]}"
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = []  # of an incomplete step, such as after a loss that was not finite
+        self._sums = []  # drop an incomplete step, such as after a loss that was not finite
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, HasObjective) and pl_module.step.objective is not None
@@ -168,7 +170,7 @@ class Diagnose(L.Callback):
         return trainer.global_step % (self.every or math.ceil(2 / 3 * max(self.terms, 1) / COST)) == 0
 
     def _read(self, trainer: L.Trainer, pl_module: HasObjective, names: tuple[str, ...]) -> None:
-        """The cosines of the gradients summed so far, on the CPU: an accelerator is read only once."""
+        """Log the cosines of the gradients summed so far. They are computed on the CPU, after one device read."""
         sums, self._sums = self._sums, []
         (gram_KK,) = read_together(gram([mean_of_ranks(g) for g in sums]))
         base_K = torch.tensor([pl_module.step.mix.get(name, 1.0) for name in names], dtype=gram_KK.dtype)
@@ -180,7 +182,7 @@ class Diagnose(L.Callback):
         values = {"diagnose/condition": (value_K[-1] / value_K[0].clamp(min=1e-15 * value_K[-1])).sqrt()}
         norm_K = gram_KK.diagonal().sqrt()
         for (i, a), (j, b) in combinations(enumerate(names), 2):
-            if gram_KK[i, j] != 0:  # exactly 0 where no parameter has a gradient of both
+            if gram_KK[i, j] != 0:  # exactly 0 if no parameter has a gradient of both
                 cos = gram_KK[i, j] / norm_K[i] / norm_K[j]
                 self.cosines.setdefault(f"{a}~{b}", []).append(float(cos))
                 values[f"diagnose/cos/{a}~{b}"] = cos
@@ -189,7 +191,7 @@ class Diagnose(L.Callback):
             cast(L.LightningModule, pl_module).log_dict(log, batch_size=1)
 
     def _log_gaps(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Of the last micro-batch, on all ranks."""
+        """Log the gaps of the last micro-batch, over all ranks."""
         if pl_module.output is None or pl_module.output.fusion is None or math.isinf(log_interval(trainer)):
             return
         z, present, label_B = pl_module.output.fusion
@@ -258,7 +260,7 @@ class Diagnose(L.Callback):
         )
 
     def _rows(self, trainer: L.Trainer, pl_module: Any) -> tuple[str, Rows | None]:
-        """Name of the first validation set, and its rows: latents, label, and whether each is decided correctly."""
+        """Return the first validation set's name and rows: latents, label, and whether each decision is correct."""
         data: Any = datamodule_of(trainer)
         sets = data.evaluation_sets("validate") if hasattr(data, "evaluation_sets") else {}
         if not sets:
@@ -285,7 +287,7 @@ def _present(pl_module: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def _judged(present: Mapping[str, Tensor], label_B: Tensor) -> Tensor:
-    """Bool ``[B]``: has all modalities and a label."""
+    """Return bool ``[B]``: whether a row has all modalities and a label."""
     return torch.stack(list(present.values())).all(dim=0) & (label_B >= 0)
 
 
@@ -296,7 +298,7 @@ def _right(logits_BC: Tensor, label_B: Tensor) -> Tensor:
 def _by_shares(
     pl_module: MultimodalClassifier, z: dict[str, Tensor], present: Mapping[str, Tensor], label_B: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Bool ``[B]``, whether a row is decided correctly: by each modality's share of the logits, and by their sum."""
+    """Return bool ``[B]``, whether a row is right: by each modality's share of the logits, and by their sum."""
     shares = pl_module.shares(z, present)
     joint_BC = torch.stack(list(shares.values())).sum(dim=0)
     return {m: _right(x_BC, label_B) for m, x_BC in shares.items()}, _right(joint_BC, label_B)

@@ -46,17 +46,17 @@ class Rows:
         return len(self.key)
 
     def where(self, modality: str) -> Tensor:
-        """Row numbers, ascending, where ``modality`` is present."""
+        """Return the row numbers, ascending, where ``modality`` is present."""
         return self.present[modality].nonzero().squeeze(1)
 
     def labelled(self, modality: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``z_ND``, ``label_N`` and ``key_N`` of the rows that have both; a label below 0 is none."""
+        """Return ``z_ND``, ``label_N`` and ``key_N`` of the rows that have both; a label below 0 is none."""
         rows = (self.present[modality] & (self.targets[target] >= 0)).nonzero().squeeze(1)
         return self.z[modality][rows], self.targets[target][rows], self.key[rows]
 
 
 class Store(Metric):
-    """Collects embeddings batch by batch; ``compute()`` gathers all ranks' into :class:`Rows`.
+    """Collects embeddings batch by batch; ``compute()`` gathers those of all ranks into :class:`Rows`.
 
     >>> batch = Batch({}, {"image": torch.tensor([True, False])}, index=torch.tensor([7, 3]))
     >>> store = Store()
@@ -74,7 +74,7 @@ class Store(Metric):
         self.names: tuple[str, ...] = ()
 
     def update(self, z: Mapping[str, Tensor], batch: Batch) -> None:
-        """Adds the rows of a batch and their embeddings ``z[modality]`` ``[B, D]``."""
+        """Add the rows of a batch and their embeddings ``z[modality]`` ``[B, D]``."""
         if not self.modalities:
             self.modalities = tuple(m for m in z if set(parts(m)) <= set(batch.present))
             self.names = tuple(batch.targets)
@@ -109,12 +109,12 @@ class Store(Metric):
 class EmbeddingEvaluator(Callback):
     """Base of the callbacks that evaluate embeddings. The first one of a trainer collects for all of them.
 
-    A subclass implements ``evaluate``, called once an evaluation on every rank with the whole of each set, without
-    gradients and with the recipe in eval mode; in the sanity check too, so that a wrong configuration fails before
-    training.
+    A subclass implements ``evaluate``. It is called once per evaluation on every rank with all rows of each set,
+    without gradients and with the recipe in eval mode. The sanity check calls it too, so that a wrong configuration
+    fails before training.
 
     Args:
-        sets: names of evaluation sets; all of them where not given.
+        sets: names of evaluation sets; all of them if not given.
         validate: run in the validations of a fit too, not only in ``validate`` and ``test``.
     """
 
@@ -126,7 +126,7 @@ class EmbeddingEvaluator(Callback):
 
     def __init__(self, sets: list[str] | None = None, validate: bool = True) -> None:
         self.sets, self.validate = sets, validate
-        self._active = False  # in the current evaluation
+        self._active = False  # whether it runs in the current evaluation
         self._stores: dict[int, Store] = {}
         self._names: dict[str, list[str]] = {}
         self._bank: Rows | None = None
@@ -135,13 +135,13 @@ class EmbeddingEvaluator(Callback):
         self.items: dict[str, Items] = {}
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
-        """``{set}/{key}`` -> scalar, or the values of test items whose mean it is, for the sets by name."""
+        """Compute ``{set}/{key}`` -> scalar, or the values of test items whose mean it is, from the sets by name."""
         raise NotImplementedError
 
     # for subclasses -----------------------------------------------------------------------------------------
 
     def bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Rows:
-        """The data module's bank under the current weights, embedded once an evaluation for all evaluators."""
+        """Embed the data module's bank with the current weights, once per evaluation for all evaluators."""
         lead = self._lead(trainer)
         if lead._bank is None:
             store = Store().to(pl_module.device)
@@ -159,20 +159,20 @@ class EmbeddingEvaluator(Callback):
         return callbacks_of(trainer, EmbeddingEvaluator)[0]
 
     def _require(self, trainer: L.Trainer, method: str) -> None:
-        """Raises ValueError where the data module lacks ``method``."""
+        """Raise ValueError if the data module lacks ``method``."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, method):
             name = type(self).__name__
             raise ValueError(f"{name} needs {method}() of the data module; {type(data).__name__} has none")
 
     def require_embedding(self, rows: Rows, modality: str) -> None:
-        """Raises ValueError where the recipe does not embed ``modality``."""
+        """Raise ValueError if the recipe does not embed ``modality``."""
         if modality not in rows.z:
             name = type(self).__name__
             raise ValueError(f"{name}: no embedding of {modality!r}; the recipe has {', '.join(rows.z)}")
 
     def require_target(self, target: str, targets: Iterable[str], where: str = "the data") -> None:
-        """Raises ValueError where ``target`` is not among ``targets``."""
+        """Raise ValueError if ``target`` is not among ``targets``."""
         known = sorted(set(targets))
         if target not in known:
             name = type(self).__name__
@@ -196,7 +196,7 @@ class EmbeddingEvaluator(Callback):
         self._names, self._bank_loader, self.items = {}, None, {}
 
     def _forget(self) -> None:
-        """Drops what the last evaluation collected."""
+        """Drop what the last evaluation collected."""
         self._stores, self._bank = {}, None
 
     def _collect(
@@ -223,7 +223,7 @@ class EmbeddingEvaluator(Callback):
         return names[dataloader_idx] if names else f"{'test' if trainer.testing else 'val'}{dataloader_idx}"
 
     def _due(self, trainer: L.Trainer) -> bool:
-        """Whether it runs in the evaluation that begins."""
+        """Whether the callback runs in the evaluation that begins."""
         return self.validate or trainer.state.fn != TrainerFn.FITTING
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -261,7 +261,7 @@ class EmbeddingEvaluator(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget()  # all evaluators are done: training gets the memory back
-        if not trainer.testing:  # those of a test are written when it ends
+        if not trainer.testing:  # the items of a test are written when it ends
             self.items = {}
 
     on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
@@ -275,7 +275,7 @@ class ScheduledEvaluator(EmbeddingEvaluator):
     part of the checkpoint.
 
     Args:
-        every: runs in one of so many evaluations of a fit.
+        every: run in one of every ``every`` evaluations of a fit.
         sets, validate: see :class:`EmbeddingEvaluator`.
     """
 
@@ -305,7 +305,7 @@ class PairEvaluator(EmbeddingEvaluator):
     """Base of the evaluations of pairs of modalities.
 
     Args:
-        pairs: such as [[image, text]]; all pairs where not given.
+        pairs: such as [[image, text]]; all pairs if not given.
     """
 
     def __init__(self, pairs: list[list[str]] | None = None) -> None:
@@ -322,26 +322,26 @@ class PairEvaluator(EmbeddingEvaluator):
 
 
 def limit_of(trainer: Any) -> int | None:
-    """Batches of a loader that is no evaluation set; None: all, but in a sanity check or a dry run."""
+    """Return the batches to read from a loader outside the evaluation sets; None (all) but in sanity and dry runs."""
     limit: float | None = trainer.num_sanity_val_steps if trainer.sanity_checking else None
     limit = int(trainer.fast_dev_run) or limit
     return None if limit is None or limit == float("inf") else int(limit)
 
 
 def scalar(value: Tensor | Items) -> Tensor:
-    """A metric as it is logged."""
+    """Return a metric as it is logged."""
     return value.mean() if isinstance(value, Items) else value
 
 
 def embed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor]:
-    """The recipe's ``embed(batch)`` as in a validation step: without gradients, in the run's precision."""
+    """Call the recipe's ``embed(batch)`` as in a validation step: without gradients, in the run's precision."""
     assert has(pl_module, Embeds)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.embed(batch)
 
 
 def letters(modalities: Mapping[str, object]) -> dict[str, str]:
-    """Short names of modalities for metric names: i, t, a, else the shortest unique prefix of at least two letters.
+    """Shorten modalities for metric names: i, t, a, else the shortest unique prefix of at least two letters.
 
     >>> letters(dict.fromkeys(["image", "text", "table", "video", "volume"]))
     {'image': 'i', 'text': 't', 'table': 'ta', 'video': 'vi', 'volume': 'vo'}

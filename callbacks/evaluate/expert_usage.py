@@ -1,4 +1,4 @@
-"""Use of sparse experts on evaluation sets: load, entropy, what kinds and tasks of tokens they serve, and a heat map.
+"""Use of sparse experts on evaluation sets: load, entropy, the kinds and tasks of their tokens, and a heat map.
 
 Letters: B rows of a batch, E experts, L layers, M kinds of tokens.
 """
@@ -28,21 +28,21 @@ from descant.modules.moe.watch import Use, entropy, mutual_information
 
 
 class ExpertUsage(ForwardEvaluator):
-    """Logs how the experts of a model are used by the tokens of each evaluation set, as its scores are computed:
+    """Logs how the tokens of each evaluation set use the experts of a model, while its scores are computed:
 
-    * ``entropy``: of the load of the real experts, in nats; log E at even use. ``most``: share of the one most used.
-    * ``active``: real experts that a token meets. ``null``: share of the choices that are null experts.
+    * ``entropy``: of the load of the real experts, in nats; log E at even use. ``most``: share of the most used one.
+    * ``active``: real experts per token. ``null``: share of the choices that are null experts.
     * ``mi_kind``, ``mi_task``: mutual information in nats of a choice's expert with the token's kind (modality) and
       with its task (source), null experts included.
     * ``dropped``: share of the choices beyond capacity, in the training steps since the last evaluation or resume;
       nothing is dropped in evaluation.
 
-    ``{set}/experts/{metric}`` is the mean over layers, ``{set}/experts/{layer}/{metric}`` each layer's, and
-    ``{set}/experts/{layer}/load/{expert}`` a share of the choices of real experts. A figure has layers, experts and
-    kinds: ``pictures/{set}-experts-{step}.png`` in the run's folder, its report page, and TensorBoard.
+    ``{set}/experts/{metric}`` is the mean over layers, ``{set}/experts/{layer}/{metric}`` is that of each layer, and
+    ``{set}/experts/{layer}/load/{expert}`` is a share of the choices of real experts. A figure shows layers, experts
+    and kinds: ``pictures/{set}-experts-{step}.png`` in the run's folder, its report page, and TensorBoard.
 
-    Tokens of all ranks are counted, each once, in integers: results depend on neither batches nor ranks, where routers
-    do not. Training steps read nothing from the device.
+    Tokens of all ranks are counted once each, in integers: results depend on neither batches nor ranks, unless routers
+    do. Training steps read nothing from the device.
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
@@ -56,7 +56,7 @@ class ExpertUsage(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         self._layers: dict[str, MoELayer] = {}
-        #: Layer -> real experts that a token meets, of all sets of the last evaluation.
+        #: Layer -> real experts per token, over all sets of the last evaluation.
         self.active: dict[str, float] = {}
         self._uses: dict[str, dict[str, Use]] = {}  # set -> layer -> counts of this rank
 
@@ -85,7 +85,7 @@ class ExpertUsage(ForwardEvaluator):
             batch = batch.select(keep_B.nonzero()[:, 0] if some else slice(0, 1))
         uses = self._uses.setdefault(name, {})
         hooks = [layer.register_forward_hook(partial(_count, uses, key, some)) for key, layer in self._layers.items()]
-        torch.compiler.set_stance("force_eager")  # compiled code may call no hook
+        torch.compiler.set_stance("force_eager")  # compiled code may not call hooks
         try:
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 pl_module.scores(batch)
@@ -157,7 +157,7 @@ def _count(
 
 
 def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sums by key, in the order of the first that has it.
+    """Sum the values by key, in the order in which keys first occur.
 
     >>> merged([{"a": 1}, {"b": 2, "a": 3}])
     {'a': 4, 'b': 2}
@@ -167,7 +167,7 @@ def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def short(names: list[str]) -> list[str]:
-    """Numbers of layers where they are distinct, else whole names without dots.
+    """Shorten layers to their numbers if these are distinct, else to whole names without dots.
 
     >>> short(["lm.layers.1.moe", "lm.layers.3.moe"]), short(["a.layers.1.moe", "b.layers.1.moe"])
     (['1', '3'], ['a-layers-1', 'b-layers-1'])

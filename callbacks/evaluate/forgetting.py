@@ -1,4 +1,4 @@
-"""What each stage of a run has taught and what it has cost, by evaluation set. Letters: S stages, D evaluation sets."""
+"""Gains and losses of each stage of a run, by evaluation set. Letters: S stages, D evaluation sets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from descant.modules.core.protocols import StagedRecipe
 
 
 def forgetting(loss_SD: Tensor) -> Tensor:
-    """``[D]``: the loss after the last stage less the least after any before it; below 0 where that was higher.
+    """Return ``[D]``: the loss after the last stage minus the least one after any before; below 0 if that was higher.
 
         F_d = loss_Sd - min_(s < S) loss_sd
 
-    Source: forgetting of Chaudhry 2018 (arXiv 1801.10112), which is of accuracies, so with its sign.
+    Source: forgetting of Chaudhry 2018 (arXiv 1801.10112), there for accuracies; the sign has the same meaning.
 
     >>> forgetting(torch.tensor([[2.0, 3.0], [1.0, 3.5], [1.5, 2.5]])).tolist()
     [0.5, -0.5]
@@ -30,7 +30,7 @@ class Forgetting(ResumableMetrics):
     """Matrix of evaluation sets and stages: ``{set}/after_{stage}``, a loss at the last validation of each stage, and
     ``{set}/forgetting``, from the second stage on (:func:`forgetting`).
 
-    ``check_val_every_n_epoch`` is to be such that each stage ends with a validation.
+    Choose ``check_val_every_n_epoch`` so that each stage ends with a validation.
 
     Args:
         metric: its name after the set; lower is better.

@@ -18,11 +18,11 @@ from descant.modules.core.rng import uniform_N
 class ForwardEvaluator(ScheduledEvaluator):
     """Base of the evaluations that run the recipe on evaluation batches, whatever protocol it has.
 
-    A subclass implements ``run``, called with every batch of the chosen sets, and ``results``, called once an
+    A subclass implements ``run``, called with every batch of the chosen sets, and ``results``, called once per
     evaluation on every rank.
 
     Args:
-        limit: about so many samples of a set, selected by their ids; all of them where not given.
+        limit: approximate number of samples of a set, selected by their ids; all of them if not given.
         sets, every, validate: see :class:`ScheduledEvaluator`.
     """
 
@@ -35,26 +35,26 @@ class ForwardEvaluator(ScheduledEvaluator):
         if limit is not None and limit < 1:
             raise ValueError(f"{type(self).__name__}: limit {limit} is no number of samples; 1 is the least")
         self.limit = limit
-        self._outputs: Any = None  # of the validation step, for the batch of ``run``
+        self._outputs: Any = None  # outputs of the validation step for the batch of ``run``
         self._shares: dict[str, dict[str, float]] = {}  # stage -> set -> share of its samples
 
     # what a subclass implements -------------------------------------------------------------------------------------
 
     @property
     def reads_rows(self) -> bool:
-        """Whether it needs the embeddings that the validation step returns."""
+        """Whether the callback needs the embeddings that the validation step returns."""
         return False
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
-        """One batch of the set ``name``; ``keep_B``: the rows within the limit."""
+        """Evaluate one batch of the set ``name``; ``keep_B``: the rows within the limit."""
         raise NotImplementedError
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
-        """``{set}/{key}`` -> scalar, or items, over all batches of ``run``; on every rank the same."""
+        """Compute ``{set}/{key}`` -> scalar, or items, over all batches of ``run``; the same on every rank."""
         raise NotImplementedError
 
     def of_step(self, key: str) -> Any:
-        """What the validation step returned by this name for the batch of ``run``; None where it returned none."""
+        """Return the validation step's output of this name for the batch of ``run``; None if it has none."""
         return self._outputs.get(key) if isinstance(self._outputs, Mapping) else None
 
     # the hooks ------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class ForwardEvaluator(ScheduledEvaluator):
         self._log(trainer, pl_module, self.results(trainer, pl_module))
 
     def _within_limit(self, trainer: L.Trainer, index_N: Tensor, name: str) -> Tensor:
-        """Bool ``[N]``: selected by a hash of the ids, so independent of batches and ranks."""
+        """Select rows by a hash of the ids, independent of batches and ranks: bool ``[N]``."""
         if self.limit is None:
             return torch.ones_like(index_N, dtype=torch.bool)
         stage = "test" if trainer.testing else "validate"

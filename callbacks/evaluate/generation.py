@@ -1,4 +1,4 @@
-"""Image grids of generated modalities: a row for each that is given, a column for each that is generated."""
+"""Image grids of generated modalities: a row for each given modality, a column for each generated one."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class GenerationPictures(ReconstructionPictures):
     """Grids of a masked model's samples: a row for each given modality, a column for each generated one, and the truth.
 
-    Every target is generated from each given modality alone. Codes of a CodeAdapter are shown as what they decode to,
-    category maps in fixed colours, texts as words where the data has a lossless tokenizer, else as numbers. Goes to
-    every TensorBoard logger as ``pictures/{set}-generation`` and to ``{run folder}/pictures/``, of the same samples in
+    Every target is generated from each given modality alone. Codes of a CodeAdapter are shown decoded, category maps in
+    fixed colours, and texts as words if the data has a lossless tokenizer, else as numbers. The grids go to every
+    TensorBoard logger as ``pictures/{set}-generation`` and to ``{run folder}/pictures/``. They show the same samples in
     each evaluation; the sanity check draws nothing.
 
     Args:
         given: modalities to generate from, one at a time.
         targets: modalities to generate.
-        sampler: how; eight steps, the most probable tokens first, where not given.
+        sampler: how to sample; by default eight steps, the most probable tokens first.
         count: samples of a set, selected by their ids.
         sets, every, validate: see :class:`ForwardEvaluator`.
 
@@ -41,7 +41,7 @@ class GenerationPictures(ReconstructionPictures):
     ValueError: GenerationPictures: given: none; such as given [image] targets [palette]
     """
 
-    needs = (DecodesTokens,)  # type: ignore[assignment]  # in place of Reconstructs
+    needs = (DecodesTokens,)  # type: ignore[assignment]  # instead of Reconstructs
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GenerationPictures(ReconstructionPictures):
 
     @staticmethod
     def _shown(trainer: L.Trainer, x: Tensor, rows: Tensor, samples: int) -> list[Shown | None]:
-        """One image or text for each sample of the batch, None where nothing was made."""
+        """Return one image or text for each sample of the batch, None where nothing was generated."""
         shown = list[Shown | None]([None] * samples)
         tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)
         for row, one in zip(rows.tolist(), x.cpu(), strict=True):
@@ -97,5 +97,5 @@ def _words(ids: list[int], tokenizer: object) -> str:
     content = [i for i in ids if i != getattr(tokenizer, "pad", None)]
     try:
         return str(tokenizer.decode(content))  # type: ignore[attr-defined]
-    except (AttributeError, NotImplementedError):  # no tokenizer, or one that loses the text
+    except (AttributeError, NotImplementedError):  # no tokenizer, or a lossy one
         return " ".join(map(str, content))

@@ -21,14 +21,14 @@ GREEDY = 1e-6
 
 
 class GenerationAccuracy(ForwardEvaluator):
-    """Share of samples of which a masked model generates a whole modality exactly, such as a name of a picture.
+    """Share of samples for which a masked model generates a whole modality exactly, such as the name of a picture.
 
         exact_{target}_from_{given} = mean_n [generated_n = truth_n in all tokens]
 
     Args:
         given: modalities to generate from, all at once.
         target: the modality to generate, such as a text.
-        sampler: how; where not given, greedily: the most probable tokens.
+        sampler: how to sample; by default greedily: the most probable tokens.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     >>> GenerationAccuracy(given=[], target="text")

@@ -28,7 +28,7 @@ class Geometry(PairEvaluator):
     A positive pair is a row that has both modalities, or else two rows of equal key.
 
     Args:
-        limit: rows, evenly spaced over the set, of uniformity (whose cost is their square).
+        limit: rows for uniformity, evenly spaced over the set; its cost is quadratic in them.
 
     >>> Geometry(limit=1)
     Traceback (most recent call last):

@@ -33,16 +33,17 @@ def matched_rows(rows: Rows, a: str, b: str) -> tuple[Tensor, Tensor]:
 
 
 class HeldOutLoss(EmbeddingEvaluator):
-    """The loss of the pairs of each evaluation set, ``{set}/loss``, as training has it in a batch of these pairs.
+    """Loss of the pairs of each evaluation set, ``{set}/loss``, as in a training batch of these pairs.
 
         loss = sum over pairs (a, b) of mix * mean_k pair loss(z_a, z_b)_k      k: contents of the set that have both
 
-    All pairs are one batch, so the loss grows with their number as it does with a batch; it can be compared between
-    evaluations of one set, and does not depend on batch size or ranks. Of several pairs ``{set}/loss_{pair}`` is each.
-    The terms of two views and of hard negatives are left out, since evaluation has neither.
+    All pairs form one batch, so the loss grows with their number as it does with a batch. It can be compared between
+    evaluations of one set, and does not depend on batch size or ranks. If the recipe has several pairs of modalities,
+    ``{set}/loss_{pair}`` is the loss of each. The terms of two views and of hard negatives are left out, since
+    evaluation has neither.
 
     Args:
-        most: pairs of a set, the first ones by their content; memory grows with its square.
+        most: maximum pairs of a set, the first ones by their content; memory grows with its square.
     """
 
     once = True
@@ -76,11 +77,11 @@ class HeldOutLoss(EmbeddingEvaluator):
 
 
 def _term(loss: nn.Module, rows: Rows, pair: tuple[str, str], row: tuple[Tensor, Tensor], trainer: L.Trainer) -> Term:
-    """The loss of this rank's part of the pairs; the loss itself gathers those of the others."""
+    """Compute the loss of this rank's part of the pairs; the loss itself gathers those of the others."""
     (a, b), (row_a, row_b), K = pair, row, len(row[0])
     part_K = torch.arange(-(-K // trainer.world_size), device=row_a.device) * trainer.world_size + trainer.global_rank
     valid_K, part_K = part_K < K, part_K.clamp(max=K - 1)
-    # embeddings are stored in float32, and sharding makes a scale of one element, which promotes the side it multiplies
+    # embeddings are stored in float32; under sharding a scale has one element, and promotes the side it multiplies
     kind = next((promote(p).dtype for p in loss.parameters()), torch.float32)
     z_a_KD, z_b_KD = (rows.z[m][row_K[part_K]].to(kind) for m, row_K in ((a, row_a), (b, row_b)))
     with torch.no_grad():

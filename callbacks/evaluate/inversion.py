@@ -42,7 +42,7 @@ class _BankRetrieval(EmbeddingEvaluator):
         self._test_sets = getattr(data, "evaluation_sets", None) if stage != "test" else None
 
     def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
-        """The named sets, or all; in a validation, those that only the test has are skipped."""
+        """Select the named sets, or all; a validation skips those that only the test has."""
         name = type(self).__name__
         unknown = [s for s in self.sets or [] if s not in sets]
         if unknown and self._test_sets is not None:
@@ -55,7 +55,7 @@ class _BankRetrieval(EmbeddingEvaluator):
         return {s: sets[s] for s in self.sets or sets if s in sets}
 
     def _labels(self, rows: Rows, gallery: Rows, target: str | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Suffix of a key -> labels of all rows and of the gallery whose equality is a match: content, or target."""
+        """Map a key's suffix to the labels of rows and gallery. Equal labels are a match: by content, or by target."""
         labels = {"": (rows.key, gallery.key)}
         if target is not None:
             self.require_target(target, set(rows.targets) & set(gallery.targets))
@@ -70,12 +70,12 @@ class IntraModal(_BankRetrieval):
 
     A query is a row of an evaluation set, such as a drawing by a vendor without training data; matches are the training
     samples of the same content (equal key), or those with the same ``target``. A query's own row is excluded from the
-    gallery, and queries without a match do not count. A random order has
+    gallery, and queries without a match do not count. A random order gives
     :func:`~descant.modules.evaluation.metrics.chance_average_precision`: about (R + ln G) / G for R matches among G.
     Keys: ``{set}/map_{modality}`` and ``{set}/map_{target}_{modality}``, for the sets with such queries.
 
     Args:
-        modality: of queries and gallery.
+        modality: modality of queries and gallery.
         target: a target of the data whose equality is a match as well, or none.
 
     >>> IntraModal(target="subgroup").modality
@@ -117,27 +117,27 @@ class Inversion(_BankRetrieval):
               f_text("a picture of v_q") replaces z_image_q as the query of the gallery of images
         OVI:  the same for texts, with pseudo-patches and the image tower, where ``ovi`` is given
 
-    Keys of OTI (of OVI: ``ovi_...``, and ``native_..._text``), on the same queries and the same gallery:
+    Keys of OTI (for OVI: ``ovi_...``, and ``native_..._text``), on the same queries and the same gallery:
     ``{set}/oti_cos``, mean cosine of inverted embedding and target; ``oti_monotone``, share of 50-step marks at which
     the mean loss fell; ``oti_map`` and ``native_map``, mean average precision with and without inversion; ``oti_gain``,
     their difference; ``oti_map_sham``, with the inverted embeddings permuted among queries of other content;
-    ``oti_map_chance``, of a random order. These five again with ``_{target}`` after ``map`` or ``gain``, where a match
-    is an equal target, not equal content. For the targets in ``named`` also ``zeroshot_{target}``, zero-shot accuracy
-    by prompts, and ``zeroshot_{target}_oti``, that of the inverted embedding: text compared with text. Likewise
-    ``names_map`` and ``names_map_oti`` for the texts of the set, where a match is equal content.
+    ``oti_map_chance``, that of a random order. These five are repeated with ``_{target}`` after ``map`` or ``gain``,
+    where a match is an equal target instead of equal content. The targets in ``named`` also have ``zeroshot_{target}``,
+    zero-shot accuracy by prompts, and ``zeroshot_{target}_oti``, that of the inverted embedding: text compared with
+    text. Likewise, the texts of the set have ``names_map`` and ``names_map_oti``, where a match is equal content.
 
-    The gallery of OTI is the data module's bank, that of OVI the texts of the set. A query's own row is excluded from
-    both, and texts of equal content from the latter: without a target OVI has cosine and monotony alone.
+    The gallery of OTI is the data module's bank; that of OVI is the texts of the set. A query's own row is excluded
+    from both, and texts of equal content from the latter: without a target, OVI has only cosine and monotony.
 
     Args:
-        template: of the text around the pseudo-words, with ``{}`` in their place.
-        modality: of OTI's queries.
+        template: the text around the pseudo-words, with ``{}`` in their place.
+        modality: modality of OTI's queries.
         through: the modality that they are inverted into.
         target: a target of the data whose equality is a match as well, or none.
-        named: the targets of zero-shot classification; ``target`` alone where not given.
-        limit: queries of a set, evenly spaced over it.
-        oti: the optimization; 150 steps where not given.
-        ovi: that of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
+        named: the targets of zero-shot classification; only ``target`` if not given.
+        limit: maximum queries of a set, evenly spaced over it.
+        oti: the optimization; 150 steps by default.
+        ovi: the optimization of texts into pseudo-patches, such as 1000 steps, or none. For towers of patches.
 
     Source: arXiv 2502.04263.
 
@@ -230,7 +230,7 @@ class Inversion(_BankRetrieval):
         id_gallery_N: Tensor,
         id_N: Tensor,
     ) -> dict[str, Tensor]:
-        """All but zero-shot: queries are ``at_Q`` of ``rows``; gallery rows with the id of a query are excluded."""
+        """Score all but zero-shot. Queries are ``at_Q`` of ``rows``; gallery rows with a query's id are excluded."""
         values = {f"{place}{way}_cos": inverted.cos_B.mean(), f"{place}{way}_monotone": inverted.monotone()}
         at_G, of = gallery.where(modality), "" if modality == self.modality else f"_{modality}"
         z_Q, z_G = rows.z[modality][at_Q], gallery.z[modality][at_G]
@@ -260,5 +260,5 @@ class Inversion(_BankRetrieval):
 
 
 def _defined(values: Values) -> Values:
-    """Without the metrics for which no query has a match."""
+    """Drop the metrics for which no query has a match."""
     return {key: value for key, value in values.items() if not bool(scalar(value).isnan())}

@@ -24,7 +24,7 @@ class LearningSpeed(L.Callback):
         speed/{m}       log( sum over steps so far of |g_m|^2 / |theta_m|^2 )
         speed/ahead     the largest of these less the smallest
 
-    with the parameters of modality m alone. A modality that lags far behind is under-trained: a balancer may help.
+    over the parameters of modality m alone. A modality that lags far behind is under-trained: a balancer may help.
     Listed after a balancer, this measures the balanced gradients. Source: Wu 2022 (arXiv 2202.05306), whose conditional
     speed compares a network's parts by this measure.
 
@@ -44,12 +44,12 @@ class LearningSpeed(L.Callback):
 
     @property
     def sums(self) -> dict[str, float]:
-        """Modality -> its sum so far."""
+        """Sum so far by modality."""
         self._read()
         return self._sums
 
     def _read(self) -> None:
-        """Adds the norms measured since the last time, in one transfer from the device."""
+        """Add the norms measured since the last call, in one transfer from the device."""
         unread, self._unread = self._unread, []
         if unread:
             norms = torch.stack([torch.stack(pair).double() for _, *pair in unread]).tolist()
@@ -58,7 +58,7 @@ class LearningSpeed(L.Callback):
                     self._sums[m] = self._sums.get(m, 0.0) + self.every * gradient**2 / max(size**2, 1e-300)
 
     def measure(self, pl_module: L.LightningModule) -> None:
-        """Adds the norms of the current gradients and parameters; on an accelerator they are not read yet."""
+        """Add the norms of the current gradients and parameters; on an accelerator they are read later."""
         assert has(pl_module, MultimodalClassifier)
         for m in pl_module.modalities:
             trained = [p for p in pl_module.of_modality(m) if p.grad is not None]
@@ -87,7 +87,7 @@ class LearningSpeed(L.Callback):
 
 
 def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The norm of all tensors together, over ranks where they are sharded."""
+    """Compute the norm of all tensors together, over ranks if they are sharded."""
     if not tensors:
         return torch.zeros((), device=device)
     return total_norm(tensors)

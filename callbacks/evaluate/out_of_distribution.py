@@ -24,15 +24,15 @@ class OutOfDistribution(ScheduledEvaluator):
         {set}/ood_{other}_{detector} = P(score of a sample of the other data > score of one of the set), ties by half
 
     0.5 is chance. A set is compared with the other data's set of the same name, or else with its first one. Images of
-    one channel, such as Digits, are repeated to the channels of the run's. No label is read. Source: the task of
+    one channel, such as Digits, are repeated to the channels of the run's images. No label is read. Source: the task of
     Bundele 2024 (arXiv 2412.19124), which compares self-supervised encoders by it; the detectors are our choice.
 
     Args:
         others: name -> a data module, whose samples are out of distribution.
-        detectors: Mahalanobis and NearestNeighbours where not given.
-        modality: whose embeddings are scored.
-        sets: names of evaluation sets; all of them where not given.
-        every, validate: see ScheduledEvaluator; tests alone by default.
+        detectors: Mahalanobis and NearestNeighbours if not given.
+        modality: modality whose embeddings are scored.
+        sets: names of evaluation sets; all of them if not given.
+        every, validate: see ScheduledEvaluator; only tests by default.
 
     >>> OutOfDistribution(others={})
     Traceback (most recent call last):
@@ -62,7 +62,7 @@ class OutOfDistribution(ScheduledEvaluator):
             raise ValueError(f"OutOfDistribution: detectors: two are called {max(kinds, key=kinds.count)!r}")
         self.others: dict[str, Any] = dict(others)
         self.modality, self.names = modality, sorted(others)
-        self._shape: torch.Size | None = None  # of one sample of the run
+        self._shape: torch.Size | None = None  # shape of one sample of the run
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -95,7 +95,7 @@ class OutOfDistribution(ScheduledEvaluator):
         judged = {name: rows for name, rows in sets.items() if self.sets is None or name in self.sets}
         for other, data in self.others.items():
             known = data.evaluation_sets("test" if trainer.testing else "validate")
-            theirs: dict[str, list[Tensor]] = {}  # set of the other data -> its scores, one a detector
+            theirs: dict[str, list[Tensor]] = {}  # set of the other data -> its scores, one per detector
             for name, rows in judged.items():
                 of, z_ND = name if name in known else next(iter(known)), self._z(rows)
                 if len(z_ND) == 0 or len(bank_ND) == 0:
@@ -110,21 +110,21 @@ class OutOfDistribution(ScheduledEvaluator):
         return values
 
     def _z(self, rows: Rows) -> Tensor:
-        """``z_ND`` of the rows that have the modality."""
+        """Return ``z_ND`` of the rows that have the modality."""
         self.require_embedding(rows, self.modality)
         return rows.z[self.modality][rows.where(self.modality)]
 
     def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule, other: str, data: Any) -> Tensor:
-        """``z_MD`` of a set of other data, of all ranks' rows."""
+        """Embed a set of other data: ``z_MD`` of all ranks' rows."""
         store = Store().to(pl_module.device)
         for batch in islice(self._batches(trainer, other, data), limit_of(trainer)):
             store.update(embed(trainer, pl_module, batch), batch)
         return self._z(store.compute())
 
     def _batches(self, trainer: L.Trainer, other: str, data: Any) -> Iterator[Batch]:
-        """Batches of the modality alone, on the device, as an evaluation of the other data prepares them."""
+        """Yield batches of the modality alone, on the device, as an evaluation of the other data prepares them."""
         module, m = self.others[other], self.modality
-        # a loader samples its seed when iterated: not from the run's generators
+        # a loader draws its seed when iterated: keep it off the run's generators
         with torch.random.fork_rng(devices=[]):
             batches = iter(module.evaluation_loader(data))
         for raw in batches:

@@ -14,9 +14,9 @@ from descant.modules.training_setup.trainer import logged_step
 
 
 class PartMetrics(Ordered):
-    """Base: ``{set}/{name}/{metric}``, after each evaluation and before all other callbacks, which may read it.
+    """Base: logs ``{set}/{name}/{metric}`` after each evaluation and before all other callbacks, which may read it.
 
-    A subclass implements ``derive(trainer, {part: value}, metric) -> {name: value}``, with nothing where there are too
+    A subclass implements ``derive(trainer, {part: value}, metric) -> {name: value}``, which is empty if there are too
     few parts.
 
     Args:
@@ -26,7 +26,7 @@ class PartMetrics(Ordered):
     #: Other callbacks read its metrics when an evaluation ends.
     front = True
     after = ("Resume",)
-    #: A metric to name in the error; a name that is always derived; what is missing where it is not.
+    #: A metric to name in the error; a name that is always derived; what is missing if it is not.
     such_as: ClassVar[str]
     always: ClassVar[str]
     missing: ClassVar[str]

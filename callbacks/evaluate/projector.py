@@ -19,17 +19,17 @@ from descant.callbacks.plots.images import sample_image, sample_line, text_tiles
 from descant.callbacks.plots.output import writers
 from descant.callbacks.plots.style import BLUE, rgb
 
-SPRITE = 8192  # the projector shows no sprite sheet that is wider
+SPRITE = 8192  # the projector shows no wider sprite sheet
 
 
 class Projector(EmbeddingEvaluator):
-    """The embeddings of the last evaluation in TensorBoard's projector, written at the end of a fit and of a test.
+    """Embeddings of the last evaluation in TensorBoard's projector, written at the end of a fit and of a test.
 
-    One entry a set holds all modalities in their common space, labelled by sample, modality and key. Each point is
-    shown as the sample's image, with a blue frame where the embedded one is the text.
+    One entry per set holds all modalities in their common space, labelled by sample, modality and key. Each point is
+    shown as the sample's image, with a blue frame if the embedding is that of the text.
 
     Args:
-        limit: points of one set, evenly spaced by sample id.
+        limit: maximum points of one set, evenly spaced by sample id.
         size: pixels of a point's image.
 
     >>> Projector(limit=40000)
@@ -68,7 +68,7 @@ class Projector(EmbeddingEvaluator):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The last embeddings: a resumed run may reach the end of the fit without another evaluation."""
+        """Return the last embeddings: a resumed run may reach the end of the fit without another evaluation."""
         return {name: {"z": z_ND, "labels": labels} for name, (z_ND, labels) in self._points.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Projector(EmbeddingEvaluator):
                 _merge(config, earlier)
 
     def _sprites(self, data: Any, labels: Sequence[tuple[int, str, int]]) -> np.ndarray:
-        """uint8 ``[N, size, size, 3]``."""
+        """Draw the images of the points: uint8 ``[N, size, size, 3]``."""
         lines = [sample_line(data, index) for index, _, _ in labels]
         images = [sample_image(data, index, self.size) for index, _, _ in labels]
         texts = list(dict.fromkeys(line for line, image in zip(lines, images, strict=True) if image is None))
@@ -116,7 +116,7 @@ class Projector(EmbeddingEvaluator):
 
 
 def _merge(config: Path, earlier: str) -> None:
-    """Adds the entries that an earlier process of this run wrote: a SummaryWriter overwrites the list with its own."""
+    """Add the entries that an earlier process of this run wrote: a SummaryWriter overwrites the list with its own."""
     merged, now = ProjectorConfig(), ProjectorConfig()
     text_format.Parse(earlier, merged)
     text_format.Parse(config.read_text(), now)

@@ -30,7 +30,7 @@ class Readout(EmbeddingEvaluator):
 
         {set}/readout_{target} = mean over the target's columns of  mean over contiguous folds of Pearson r
 
-    With a ``contrast``, tests also log shares of the target's columns that are significant:
+    With a ``contrast``, tests also log r of the twin, and shares of the target's columns that are significant:
 
     ``{set}/readout_{target}_random``, ``_beats_random``: r of the twin, the same network with its weights before
         training, and where the trained one predicts better.
@@ -38,15 +38,15 @@ class Readout(EmbeddingEvaluator):
         components, predict better than either alone *and* than the concatenation.
     ``{set}/readout_{target}_integration_concat``: where the concatenation predicts better than either alone.
 
-    After the name of the target follows ``_{modality}`` where that is not image. Rows are sorted by sample id, so a
+    ``_{modality}`` follows the name of the target if the modality is not image. Rows are sorted by sample id, so a
     corpus ordered by class or time is cut into contiguous blocks. Sets without such a target and targets with too few
     values are skipped. The twin's weights are part of the checkpoint.
 
     Args:
-        targets: float targets of the data, ``[N]`` or ``[N, S]``; nan is no value.
-        modality: whose features predict.
+        targets: float targets of the data, ``[N]`` or ``[N, S]``; nan is a missing value.
+        modality: modality whose features predict.
         against: the other modality of integration.
-        sets: names of evaluation sets; all of them where not given.
+        sets: names of evaluation sets; all of them if not given.
         ridge: the readout.
         contrast: the significance test, or none for r alone.
         components: principal components of each modality in products.
@@ -190,7 +190,7 @@ class Readout(EmbeddingEvaluator):
 
 @contextmanager
 def weights(module: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Context: a module with other weights, restored afterwards; None changes nothing."""
+    """Give a module other weights within the block, and restore its own afterwards; None changes nothing."""
     if state is None:
         yield
         return
@@ -209,7 +209,7 @@ def _features(trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, mo
 
 
 def _mean(end: str, reading: Reading) -> dict[str, Tensor]:
-    """The mean r of the columns that have one; nan for features that are not finite, {} for a target without values."""
+    """Average r over the columns that have one; nan if features are not finite, {} for a target without values."""
     if not bool((reading.fold >= 0).any()):
         return {}
     broken = bool(reading.predicted[reading.fold >= 0].isnan().any())

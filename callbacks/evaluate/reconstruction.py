@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def require_modalities(callback: L.Callback, batch: Batch, modalities: Iterable[str]) -> None:
-    """Raises ValueError naming the callback and the first modality that the data lacks; negatives are none."""
+    """Raise ValueError naming the callback and the first modality that the data lacks; negatives are not modalities."""
     for m in modalities:
         if m not in batch.present or m.endswith(NEGATIVE):
             raise ValueError(f"{type(callback).__name__}: modality {m!r}: {no_such(m, batch.present)}")
@@ -46,8 +46,8 @@ class Inputs:
     """The inputs of some modalities of a set, gathered over ranks and sorted by sample id.
 
     Args:
-        modalities: whose inputs are stored.
-        device: where.
+        modalities: modalities whose inputs are stored.
+        device: device of the stored inputs.
     """
 
     def __init__(self, modalities: Sequence[str], device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Inputs:
         self.absent: tuple[str, ...] = ()
 
     def add(self, batch: Batch, keep_B: Tensor) -> None:
-        """Adds the rows of ``keep_B`` that have one of the modalities."""
+        """Add the rows of ``keep_B`` that have one of the modalities."""
         nothing = {m: torch.zeros(len(batch), 1, device=batch.device) for m in self.modalities}
         present = {m: batch.present[m] & keep_B for m in self.modalities}
         inputs = {m: batch.inputs[m] for m in self.modalities}
@@ -65,7 +65,7 @@ class Inputs:
         self.absent = tuple(m for m in batch.present if m not in self.modalities)
 
     def batch(self, rows: Rows, at: Mapping[str, Tensor], real_B: Tensor, ids_B: Tensor) -> Batch:
-        """A batch with inputs from given rows; all other modalities are absent.
+        """Build a batch with inputs from given rows; all other modalities are absent.
 
         Args:
             rows: ``store.compute()``.
@@ -85,7 +85,7 @@ class Inputs:
 
 
 def with_others(trainer: L.Trainer, rows: Rows, at_N: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's even share of some rows, ``batch`` at a time, and for each row one of other content.
+    """Yield this rank's even share of some rows, ``batch`` at a time, and for each row one of other content.
 
     Returns:
         ``real_B``, False for padding, which makes the shares of all ranks equally long; the rows, and the others.
@@ -104,8 +104,8 @@ class Reconstruction(ForwardEvaluator):
         r2   = 1 - sum (x - x')^2 / sum (x - mean)^2      over all rows and numbers of a set, mean: the bank's, by place
         psnr = 10 log10(span^2 / mean (x - x')^2)         span: the largest less the smallest number in the bank
 
-    x' is the reconstruction of a row that has the ``given`` modalities alone (:class:`Hide`), so the bank's mean has an
-    r2 of exactly 0. Keys, with ``r2_{target}_from_{given}`` such as ``r2_image_from_edges`` before them:
+    x' is the reconstruction of a row that has the ``given`` modalities alone (:class:`Hide`). The bank's mean has an r2
+    of exactly 0. The key ``r2_{target}_from_{given}``, such as ``r2_image_from_edges``, also has these endings:
 
     ``_shuffled``: the sham, with the given modalities of another sample of other content. A recipe that sees the hidden
         input does well on this too.
@@ -114,13 +114,13 @@ class Reconstruction(ForwardEvaluator):
     ``_ridge``: a linear map from the given patch to the patch in the same place, of all modalities with the target's
         extent; categories as one-hot. Fitted on the bank in float64:
         W = argmin mean ||y - W x - b||^2 + l2 mean var(x) ||W||^2.
-    ``_gain``: r2 less the better one of ``_null`` and ``_shuffled``.
+    ``_gain``: r2 minus the better one of ``_null`` and ``_shuffled``.
 
     ``psnr_{target}_from_{given}`` also has ``_ridge``, and for volumes ``_over_mean``: dB above each volume's own mean.
     Numbers of a target that are not finite are padding and do not count.
 
-    All rows count that have the target and all given modalities; inputs of the sets are held in memory on each rank.
-    Results depend on neither batches nor ranks: rows are sorted by id and go through the recipe ``batch`` at a time.
+    All rows with the target and all given modalities count; each rank holds the inputs of the sets in memory. Results
+    depend on neither batches nor ranks: rows are sorted by id and go through the recipe ``batch`` at a time.
 
     Args:
         targets: the modalities to reconstruct, one at a time.
@@ -189,7 +189,7 @@ class Reconstruction(ForwardEvaluator):
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         nulls = self._nulls or (self._fit(trainer, pl_module) if self._sets else {})
-        if not trainer.sanity_checking:  # which reads a part of the bank
+        if not trainer.sanity_checking:  # the sanity check reads a part of the bank
             self._nulls = nulls
         values: dict[str, Tensor] = {}
         for name, inputs in self._sets.items():
@@ -198,7 +198,7 @@ class Reconstruction(ForwardEvaluator):
                 at_N = torch.stack([rows.present[m] for m in (target, *self.given)]).all(0).nonzero().squeeze(1)
                 if len(at_N):
                     error = self._errors(trainer, pl_module, inputs, rows, target, at_N, null)
-                    several = int(rows.key[at_N].unique().numel()) > 1  # without, there is no other content
+                    several = int(rows.key[at_N].unique().numel()) > 1  # otherwise no row has other content
                     end = f"{target}_from_{'+'.join(self.given)}"
                     scores = null.scores(error, sham=several)
                     values |= {f"{name}/{key.format(end)}": value for key, value in scores.items()}
@@ -214,7 +214,7 @@ class Reconstruction(ForwardEvaluator):
         at_N: Tensor,
         null: Nulls,
     ) -> dict[str, Tensor]:
-        """Predictor -> sum of its square errors over all rows, which are shared out to the ranks evenly."""
+        """Sum the square errors of each predictor over all rows, which are divided evenly among the ranks."""
         sums: dict[str, Tensor] = {}
         for real_B, at_B, other_B in with_others(trainer, rows, at_N, self.batch):
             x_B = rows.targets[target][at_B].to(wide(at_N.device))
@@ -234,7 +234,7 @@ class Reconstruction(ForwardEvaluator):
     def _checked(
         rebuilt: Mapping[str, ReconstructionOutput], x_B: Tensor, target: str, real_B: Tensor, recipe: object
     ) -> Tensor:
-        """The prediction, if all of the target was hidden and the truth is the input."""
+        """Return the prediction, if all of the target was hidden and the truth is the input."""
         name = type(recipe).__name__
         if target not in rebuilt:
             raise ValueError(f"Reconstruction: targets {target!r}, of {name}: {no_such(target, rebuilt)}")
@@ -251,7 +251,7 @@ class Reconstruction(ForwardEvaluator):
         return output.prediction.to(wide(x_B.device))
 
     def _fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Nulls]:
-        """Target -> its baselines, fitted in two passes over the bank: deciles first, then all else."""
+        """Fit the baselines of each target in two passes over the bank: deciles first, then all else."""
         needed, lead = list(dict.fromkeys([*self.targets, *self.given])), self._lead(trainer)
         store, largest = Store().to(pl_module.device), dict[str, Tensor]()
         for batch in lead._bank_batches(trainer):
@@ -282,19 +282,19 @@ class Reconstruction(ForwardEvaluator):
 class ReconstructionPictures(ForwardEvaluator):
     """Image grids of reconstructions: visible input, prediction and truth, of the same samples in each evaluation.
 
-    One figure a set; a row a sample, and for each modality three columns: the input with its hidden part grey, the
-    prediction in place of the hidden part, and the truth. Images ``[B, 1 or 3 (or more), H, W]`` are shown from -1 to
-    1; the middle slice of volumes ``[B, C, D, H, W]`` and spectrograms ``[B, F, T]``, low bins at the bottom, from the
-    least to the largest number of the truth; category maps (int64 ``[B, H, W]``) in fixed colours; other shapes are
-    left out. Goes to every TensorBoard logger as ``pictures/{set}-reconstruction`` and to ``{run folder}/pictures/``.
-    Time series ``[B, W, T]`` of data with :class:`SeriesData` are line plots in the data's units, in a figure of their
-    own, ``pictures/{set}-reconstruction-series``. The sanity check draws nothing.
+    Each set has one figure with a row per sample. Each modality has three columns: the input with its hidden part grey,
+    the prediction in place of the hidden part, and the truth. Images ``[B, 1 or 3 (or more), H, W]`` are shown from -1
+    to 1. The middle slice of volumes ``[B, C, D, H, W]`` and spectrograms ``[B, F, T]`` (low bins at the bottom) are
+    shown from the least to the largest number of the truth. Category maps (int64 ``[B, H, W]``) have fixed colours.
+    Other shapes are left out. Figures go to every TensorBoard logger as ``pictures/{set}-reconstruction`` and to
+    ``{run folder}/pictures/``. Time series ``[B, W, T]`` of data with :class:`SeriesData` are line plots in the data's
+    units, in a separate figure, ``pictures/{set}-reconstruction-series``. The sanity check draws nothing.
 
     Args:
         count: samples of a set, selected by their ids.
-        modalities: to show; all that the recipe reconstructs where not given.
-        corruption: what is hidden, such as Hide; the recipe's own where not given.
-        name: in the names of the figures, where there are several such callbacks.
+        modalities: modalities to show; all that the recipe reconstructs if not given.
+        corruption: what is hidden, such as Hide; the recipe's own if not given.
+        name: part of the figures' names, by which several such callbacks differ.
         sets, every, validate: see :class:`ForwardEvaluator`.
 
     >>> ReconstructionPictures(count=0)
@@ -333,7 +333,7 @@ class ReconstructionPictures(ForwardEvaluator):
         self._first[name] = self._select(new if earlier is None else _joined(earlier, new))
 
     def _select(self, batch: Batch) -> Batch:
-        """The first ``count`` rows: the most modalities first, then by a hash of the id."""
+        """Select ``count`` rows: those with the most modalities first, then by a hash of the id."""
         shown = [m for m in self.modalities or batch.present if not m.endswith(NEGATIVE)]
         has_B = torch.stack([batch.present[m] for m in shown]).sum(0)
         rank_B = torch.from_numpy(mix_N(batch.index, "pictures")).to(batch.device).argsort(stable=True)
@@ -377,7 +377,7 @@ class ReconstructionPictures(ForwardEvaluator):
 
     @staticmethod
     def _series_axes(trainer: L.Trainer, batch: Batch, modality: str) -> list[SeriesAxes | None]:
-        """The axes of a time series in each sample; None where a sample lacks it, or it is no series."""
+        """Return the axes of a time series in each sample; None if the sample lacks it, or it is not a series."""
         data = datamodule_of(trainer)
         if not isinstance(data, SeriesData):
             return [None] * len(batch)
@@ -388,26 +388,26 @@ class ReconstructionPictures(ForwardEvaluator):
 def reconstruct(
     trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, corruption: Corruption | None
 ) -> dict[str, ReconstructionOutput]:
-    """The recipe's ``reconstruct(batch, corruption)`` as in a validation step: no gradients, the run's precision."""
+    """Call the recipe's ``reconstruct(batch, corruption)`` as in a validation: no gradients, the run's precision."""
     assert has(pl_module, Reconstructs)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         return pl_module.reconstruct(batch, corruption)
 
 
 def _reduce(trainer: L.Trainer, value: Tensor, how: str = "sum") -> Tensor:
-    """``sum`` or ``max`` over ranks."""
+    """Reduce a value by ``sum`` or ``max`` over ranks."""
     return value if trainer.world_size == 1 else trainer.strategy.reduce(value.clone(), reduce_op=how)
 
 
 def _as_input(rebuilt: ReconstructionOutput, x_B: Tensor) -> ReconstructionOutput | None:
-    """In the shape of the input if only an axis of one channel differs, else None."""
+    """Reshape to the shape of the input if only an axis of one channel differs, else return None."""
     if rebuilt.prediction[0].numel() != x_B[0].numel():
         return None
     return ReconstructionOutput(*(t.expand_as(rebuilt.prediction).reshape(x_B.shape) for t in rebuilt))
 
 
 def _inputs(batch: Batch) -> Batch:
-    """A batch with its modalities' inputs and nothing else."""
+    """Return a batch with its modalities' inputs and nothing else."""
     modalities = [m for m in batch.present if m in batch.inputs and not m.endswith(NEGATIVE)]
     return Batch(dict(batch.inputs), {m: batch.present[m] for m in modalities}, {}, batch.index, batch.content_id)
 

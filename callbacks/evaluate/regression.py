@@ -22,10 +22,10 @@ from descant.modules.evaluation.numbers import number_errors
 
 
 class NumberErrors(ForwardEvaluator):
-    """How far a recipe's numbers are off: ``{set}/rmse_{target}``, ``mae_`` in their unit, and ``r2_``.
+    """Errors of a recipe's numbers: ``{set}/rmse_{target}``, ``mae_`` in their unit, and ``r2_``.
 
     Uses the ``numbers`` that the validation step returns, or else computes them. Rows without a prediction or a number
-    do not count; a set without one that does has no metric.
+    do not count. A set without a row that counts has no metric.
     """
 
     needs = (PredictsNumbers,)
@@ -57,17 +57,17 @@ class NumberErrors(ForwardEvaluator):
 
 
 class NumberProbe(ScheduledEvaluator):
-    """Ridge regression of a number on the bank's embeddings: what a linear model reads out of them.
+    """Ridge regression of a number on the bank's embeddings: what a linear model can read from them.
 
         W, b = argmin  mean_n (y_n - W z_n - b)^2 + l2 v ||W||^2,   v: the mean variance of the features
 
     Keys: ``{set}/probe_rmse_{target}``, ``probe_mae_`` in the unit of the target, and ``probe_r2_``, with
-    ``_{modality}`` after the target where that is not image. :class:`Readout` has the correlation within a set instead,
-    cross-validated; LinearProbe is for classes.
+    ``_{modality}`` after the target if the modality is not image. :class:`Readout` has the cross-validated correlation
+    within a set instead; LinearProbe is for classes.
 
     Args:
-        target: of the data, float ``[N]``; nan is no value.
-        modality: whose embeddings predict.
+        target: a target of the data, float ``[N]``; nan is a missing value.
+        modality: modality whose embeddings predict.
         l2: strength of the penalty.
         every: run in every n-th validation of a fit.
 
@@ -101,7 +101,7 @@ class NumberProbe(ScheduledEvaluator):
         return values
 
     def _select_known(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """``z_ND``, ``y_N`` in float64 and ``key_N`` of the rows that have both."""
+        """Return ``z_ND``, ``y_N`` in float64 and ``key_N`` of the rows that have both."""
         y_N = rows.targets[self.target]
         if not y_N.is_floating_point() or y_N.ndim != 1:
             raise ValueError(

@@ -20,9 +20,9 @@ class Retrieval(PairEvaluator):
     key). The score is the dot product; ties and nan count as misses. Keys: ``{set}/i2t_r1``, ``{set}/t2i_r10``,
     ``{set}/i2t_medr`` (1 is best).
 
-    Where some rows share a key (equal captions) and others do not, the former are easier:
-    ``{set}/distinct/i2t_r1`` averages over distinct keys the mean of their queries. ``{set}/chance/i2t_r1`` is the
-    expected value of a random order of the gallery.
+    If some rows share a key (equal captions) and others do not, the former are easier: ``{set}/distinct/i2t_r1``
+    averages the queries of each distinct key first, then the keys. ``{set}/chance/i2t_r1`` is the expected value of a
+    random order of the gallery.
 
     Args:
         at: the k of recall at k.
@@ -51,14 +51,14 @@ class Retrieval(PairEvaluator):
         return values
 
     def score(self, rows: Rows, a: str, b: str) -> Values:
-        """The metrics of one direction; none where no query has a match."""
+        """Compute the metrics of one direction; none if no query has a match."""
         query, gallery = rows.where(a), rows.where(b)
         key_Q, key_G = rows.key[query], rows.key[gallery]
         rank_Q = retrieval_ranks(rows.z[a][query], key_Q, rows.z[b][gallery], key_G)
         key_Q, rank_Q = key_Q[rank_Q >= 0], rank_Q[rank_Q >= 0]
         if len(rank_Q) == 0:
             return {}
-        # rank G, which nan has, is a miss whatever k is
+        # rank G, which nan gets, is a miss for any k
         hit = {f"r{k}": (rank_Q < min(k, len(gallery))).double() for k in self.at}
         values: dict[str, Tensor | Items] = {name: Items(hit_Q, key_Q) for name, hit_Q in hit.items()}
         values["medr"] = rank_Q.double().quantile(0.5) + 1
@@ -79,9 +79,9 @@ class EmergentRetrieval(Retrieval):
     ``target`` (such as the edit distance to the English name) is at least ``least``, in the whole gallery.
 
     Args:
-        sets: of the test, whose mean is taken.
+        sets: sets of the test over which the mean is taken.
         pairs: such as [[sketch, text]].
-        target: of the data, the distance of a row from the training data; None leaves ``_apart`` out.
+        target: a target of the data, the distance of a row from the training data; None leaves ``_apart`` out.
         least: the least distance of ``_apart``.
 
     >>> EmergentRetrieval(sets=[], pairs=[["sketch", "text"]])
@@ -119,7 +119,7 @@ class EmergentRetrieval(Retrieval):
         return values
 
     def _apart(self, rows: Rows) -> Values:
-        """Metrics of the far queries; near rows stay in the gallery."""
+        """Compute the metrics of the far queries; near rows stay in the gallery."""
         assert self.pairs is not None and self.target is not None
         far_N, letter = rows.targets[self.target] >= self.least, letters(rows.z)
         values: dict[str, Tensor | Items] = {}
@@ -133,7 +133,7 @@ class EmergentRetrieval(Retrieval):
 
     @staticmethod
     def _mean(values: Values, end: str) -> Values:
-        """``{set}/{key}`` -> ``emergent/{key}``, the mean over sets."""
+        """Average ``{set}/{key}`` over sets, as ``emergent/{key}``."""
         by_key: dict[str, list[Tensor | Items]] = {}
         for name, value in values.items():
             by_key.setdefault(name.partition("/")[2], []).append(value)

@@ -22,11 +22,11 @@ SHOWN = 3  # queries that are readable in TensorBoard, which shows an image in 3
 class RetrievalPictures(EmbeddingEvaluator):
     """Image grids of queries and their best candidates: correct ones framed green, wrong ones orange-red.
 
-    One figure a set and direction (``i2t``, ``t2i``) after each evaluation: to
-    ``{run folder}/pictures/{set}-i2t-{step}.png``, and with at most three queries, which are readable there, to every
+    After each evaluation, one figure per set and direction (``i2t``, ``t2i``) goes to
+    ``{run folder}/pictures/{set}-i2t-{step}.png`` and, with at most three queries, which are readable there, to every
     TensorBoard logger as ``pictures/{set}-i2t``. Queries are evenly spaced over the set by sample id, hence the same in
-    every evaluation, and no two share a key. Of retrieved texts that share a key only the best is shown. The sanity
-    check draws nothing.
+    every evaluation, and no two share a key. If retrieved texts share a key, only the best is shown. The sanity check
+    draws nothing.
 
     Args:
         queries: rows of the figure in the run's folder.
@@ -68,7 +68,7 @@ class RetrievalPictures(EmbeddingEvaluator):
     def draw(
         self, rows: Rows, a: str, b: str, trainer: L.Trainer, title: str, queries: int | None = None
     ) -> Figure | None:
-        """The figure of one direction; None where no query has a match in the gallery."""
+        """Draw the figure of one direction; None if no query has a match in the gallery."""
         gallery_G = rows.where(b)
         query = rows.where(a)
         query = query[torch.isin(rows.key[query], rows.key[gallery_G])]
@@ -94,7 +94,7 @@ class RetrievalPictures(EmbeddingEvaluator):
 
 
 def first_of_each(key_N: Tensor) -> Tensor:
-    """Positions of the first row of each key, ascending.
+    """Return the positions of the first row of each key, ascending.
 
     >>> first_of_each(torch.tensor([7, 3, 7, 3, 5])).tolist()
     [0, 1, 4]

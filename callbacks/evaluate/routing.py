@@ -1,4 +1,4 @@
-"""What routers of experts do when they are evaluated: choices by later tokens, and experts by how certain a token is.
+"""Behaviour of expert routers in evaluation: choices by later tokens, and experts by how certain a prediction is.
 
 Letters: B rows of a batch, N tokens.
 """
@@ -26,7 +26,7 @@ from descant.modules.moe import ExpertChoice
 
 @contextmanager
 def by_choice(network: nn.Module) -> Iterator[list[nn.Module]]:
-    """Routers that have a causal one, which decide as in training as long as this lasts: by later tokens too."""
+    """Let routers with a causal auxiliary decide as in training within the block: by later tokens too. Yields them."""
     routers = [part for part in network.modules() if isinstance(part, ExpertChoice | DepthLayer) and part.auxiliary]
     for router in routers:
         router.by_choice = True
@@ -38,11 +38,11 @@ def by_choice(network: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 class CausalGap(ForwardEvaluator):
-    """What causal routers lose: every score once more, with experts that choose their tokens as in training (MoMa).
+    """Cost of causal routers: every score once more, with experts that choose their tokens as in training (MoMa).
 
-    ``{set}/{score}_by_choice`` is the mean over the set, beside the ``{set}/{score}`` of :class:`Accuracy`. It reads
-    later tokens, so it is no likelihood, and no model can generate by it. Of a model without causal routers both are
-    the same.
+    ``{set}/{score}_by_choice`` is the mean over the set, in addition to the ``{set}/{score}`` of :class:`Accuracy`. It
+    reads later tokens, so it is not a likelihood, and no model can generate with it. Without causal routers both are
+    equal.
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
@@ -77,7 +77,7 @@ def _kept(valid_B: Tensor | None, keep_B: Tensor) -> Tensor:
 
 
 def by_entropy(entropy_N: Tensor, experts_N: Tensor, share: float = 0.25) -> tuple[Tensor, Tensor]:
-    """Mean experts of the ``ceil(share N)`` tokens of the least entropy, and of as many of the greatest.
+    """Average the experts of the ``ceil(share N)`` tokens of least entropy, and of the same number of greatest.
 
     >>> least, most = by_entropy(torch.tensor([0.1, 2.0, 0.5, 3.0]), torch.tensor([1.0, 2.0, 1.0, 3.0]))
     >>> least.item(), most.item()
@@ -89,11 +89,11 @@ def by_entropy(entropy_N: Tensor, experts_N: Tensor, share: float = 0.25) -> tup
 
 
 class ExpertsByEntropy(ForwardEvaluator):
-    """Whether a router gives more experts to tokens that are harder to go on from: dynamic capacity (Uni-MoE-2.0-Omni).
+    """Whether a router gives more experts to tokens before uncertain ones: dynamic capacity (Uni-MoE-2.0-Omni).
 
-    ``{set}/experts``: real experts a token, mean over layers, without null and shared ones, of the tokens before those
-    that are scored, on all ranks; ``{set}/experts_certain``, ``{set}/experts_uncertain``: of the quarter of these
-    tokens behind which the model's prediction has the least entropy, and the most.
+    ``{set}/experts``: real experts per token, averaged over layers, without null and shared ones. It covers the tokens
+    that precede a scored token, on all ranks. ``{set}/experts_certain``, ``{set}/experts_uncertain``: the same for the
+    quarter of these tokens after which the model's prediction has the least entropy, and the most.
 
     Args:
         sets, limit, every, validate: see :class:`ForwardEvaluator`.

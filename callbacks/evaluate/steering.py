@@ -1,4 +1,4 @@
-"""Whether pictures that are generated to a palette have its hues. Letters: B rows of a batch, M colours."""
+"""Whether pictures generated from a palette have its hues. Letters: B rows of a batch, M colours."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from descant.modules.transforms.palette import dominant_colours, hue_error
 
 
 class Steering(ForwardEvaluator):
-    """Hue errors of generated pictures to the palette of another sample, with and without that palette given (4M-21).
+    """Hue errors of generated pictures for the palette of another sample, with and without that palette given (4M-21).
 
         hue_error = mean_n hue_error(p_o(n), colours(sample(given_n, p_o(n)))),   _free: colours(sample(given_n))
 
-    in degrees, see :func:`descant.modules.transforms.palette.hue_error`; o(n) is a row of other content, and both
-    samples are of the same draws. ``steering``: the first over the second, 1 where the palette is not heeded. A model
-    without an adapter of the palette cannot be given it, and both are the error of its free samples. Palettes without
-    a hue do not count. Results depend on neither batches nor ranks: the inputs of a set are held in memory, by id.
+    Errors are in degrees, see :func:`descant.modules.transforms.palette.hue_error`. o(n) is a row of other content, and
+    both samples use the same random draws. ``steering`` is the first over the second: 1 if the model ignores the
+    palette. A model without an adapter for the palette cannot receive it, so both are the error of its free samples.
+    Palettes without a hue do not count. Results depend on neither batches nor ranks: the inputs of a set are held in
+    memory, by id.
 
     Args:
         given: modalities that pictures are generated from.
         palette: modality of colours, float ``[B, M, 3]`` in -1..1.
         target: modality of pictures.
-        sampler: how; eight steps, the most probable tokens first, where not given.
-        batch: samples at once.
+        sampler: how to sample; by default eight steps, the most probable tokens first.
+        batch: samples generated at once.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
 
     >>> Steering(given=["text", "image"])
@@ -86,7 +87,7 @@ class Steering(ForwardEvaluator):
             if len(at_N) == 0 or int(rows.key[at_N].unique().numel()) < 2:
                 continue
             for real_B, at_B, other_B in with_others(trainer, rows, at_N, self.batch):
-                everyone_B = torch.ones_like(real_B)  # the sampler refuses rows without what is given
+                everyone_B = torch.ones_like(real_B)  # the sampler refuses rows that lack a given modality
                 batch = inputs.batch(rows, dict.fromkeys(self.given, at_B) | {self.palette: other_B}, everyone_B, at_B)
                 asked_BM3 = batch.inputs[self.palette]
                 for end, given in (("", [*self.given, self.palette]), ("_free", self.given)):

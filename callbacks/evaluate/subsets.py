@@ -1,4 +1,4 @@
-"""Evaluation over all subsets of the modalities: how much of a score is left where some are missing.
+"""Evaluation over all subsets of the modalities: how much of a score remains if some are missing.
 
 Letters: B rows of a batch, N rows of a set or bank, Q evaluated rows, D width, C classes, M modalities.
 """
@@ -34,8 +34,8 @@ class ModalitySubsetEval(ForwardEvaluator):
         {set}/{score}/{S} = mean of the score over the rows of the set, given the modalities in S and no other
 
     for S such as ``image+text``, and over the subsets ``{set}/{score}_mean``, ``_worst`` and ``_full`` (all
-    modalities). Scores are those of the recipe's ``scores(batch)`` on a batch with nothing but S; for names that begin
-    with ``loss`` less is better. With a ``target``, a recipe that embeds also has ``knn_{target}``, the accuracy of
+    modalities). Scores are those of the recipe's ``scores(batch)`` on a batch with nothing but S; lower is better for
+    names that begin with ``loss``. With a ``target``, a recipe that embeds also has ``knn_{target}``, the accuracy of
     k-NN in the data module's bank (:class:`KNN`) with
 
         z_S = normalise(sum over m in S of z_m)              bank rows: over all modalities that they have
@@ -43,19 +43,19 @@ class ModalitySubsetEval(ForwardEvaluator):
     Each modality is embedded once, independent of the others; a recipe with ``joint_embedding = True`` embeds each
     subset, and an embedding named ``image+text`` replaces the sum.
 
-    Only rows with all modalities count, so that subsets are compared on the same rows; with ``complete: false``, all
-    rows with all of S. The model need not have been trained on any subset. A heat map of each score, with the worst
-    subset of each set in words, goes to every TensorBoard logger as ``subsets/{stage}-{score}`` and to
+    Only rows with all modalities count, so that subsets are compared on the same rows. With ``complete: false``, all
+    rows with all of S count. The model need not have been trained on any subset. A heat map of each score, with the
+    worst subset of each set in words, goes to every TensorBoard logger as ``subsets/{stage}-{score}`` and to
     ``{run folder}/pictures/``.
 
     Args:
-        target: which of the data's targets holds the class of k-NN; required for a recipe without scores.
-        modalities: of the subsets; all that recipe and data have where not given.
-        subsets: so many of them: all modalities, each alone if they fit, others sampled. All where not given.
+        target: the data's target that k-NN predicts; required for a recipe without scores.
+        modalities: modalities of the subsets; all that both recipe and data have if not given.
+        subsets: number of subsets: all modalities, each alone if they fit, others sampled. All if not given.
         sets, limit, every, validate: see :class:`ForwardEvaluator`.
         complete: count only rows that have all modalities.
         k: neighbours that vote.
-        temperature: of their weights.
+        temperature: temperature of their weights.
 
     >>> ModalitySubsetEval(subsets=0)
     Traceback (most recent call last):
@@ -153,7 +153,7 @@ class ModalitySubsetEval(ForwardEvaluator):
             store.update(z, Batch({}, rows, self._labels(batch), batch.index, batch.content_id))
 
     def _counted(self, present: Mapping[str, Tensor]) -> Tensor:
-        """Bool: the rows that have all modalities, or some where that is enough."""
+        """Return bool: the rows that have all modalities, or any if ``complete`` is false."""
         present_MN = torch.stack([present[m] for m in self._full])
         return present_MN.all(0) if self.complete else present_MN.any(0)
 
@@ -268,7 +268,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         return means
 
     def _subset_rows(self, rows: Rows, keep_N: Tensor, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
-        """``z_QD, label_Q, key_Q`` of the rows that count."""
+        """Return ``z_QD, label_Q, key_Q`` of the rows that count."""
         assert self.target is not None
         label_N = rows.targets[self.target]
         for at_N in (self._counted(rows.present), label_N >= 0, *(rows.present[m] for m in subset)):
@@ -310,13 +310,13 @@ class ModalitySubsetEval(ForwardEvaluator):
 
 
 def _only(batch: Batch, subset: Subset, rows_B: Tensor) -> Batch:
-    """The batch with nothing but these modalities in these rows; all else is absent, as padding is."""
+    """Restrict a batch to these modalities in these rows; all else is absent, like padding."""
     batch = batch.only(*subset)
     return replace(batch, present={m: mask_B & rows_B for m, mask_B in batch.present.items()})
 
 
 def _recipe_modalities(pl_module: L.LightningModule) -> tuple[str, ...] | None:
-    """The modalities of a recipe that lists them; None where only the data has a list."""
+    """Return the modalities of a recipe that lists them; None if only the data has a list."""
     names = (getattr(pl_module, attribute, None) for attribute in ("modalities", "adapters", "towers"))
     return next((tuple(listed) for listed in names if listed is not None), None)
 

@@ -24,9 +24,9 @@ class SwapAccuracy(EmbeddingEvaluator):
     sets that have hard negatives.
 
     Args:
-        modality: that has hard negatives.
+        modality: the modality that has hard negatives.
         against: the modality of the queries.
-        target: which of the data's targets holds the type of a negative; a type below 0 is left out.
+        target: the data's target that holds the type of a negative; a type below 0 is left out.
         tolerance: difference up to which scores are equal: the rounding of float32.
 
     >>> SwapAccuracy(against="text")

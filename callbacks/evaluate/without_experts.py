@@ -1,4 +1,4 @@
-"""Scores of evaluation sets where some sparse experts are silent, so that what each is for is measured."""
+"""Scores of evaluation sets with some sparse experts silent, which measures what each expert contributes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class WithoutExperts(ForwardEvaluator):
 
         y = sum over the chosen experts i outside of S of w_i FFN_i(h)        as ``{set}/{score}_without_{name}``
 
-    Weights of the others stay as they are, so that only what these experts add is lost. A set that meets none of them
-    has its own scores, to the bit. Source: the disabled skills by which SkillNet (arXiv 2205.06126) is read here.
+    The weights of the others are unchanged, so that only the contribution of these experts is lost. The scores of a set
+    that uses none of them are bit-identical. Source: the disabled skills of SkillNet (arXiv 2205.06126), as read here.
 
     Args:
         experts: name -> numbers of the experts that are silent together, such as {sound: [3]}.
@@ -55,7 +55,7 @@ class WithoutExperts(ForwardEvaluator):
         super().setup(trainer, pl_module, stage)
         most = max((layer.router.experts for layer in _layers(pl_module)), default=0)
         for name, number in ((name, max(numbers)) for name, numbers in self.experts.items()):
-            if number >= most and stage != "fit":  # a later stage of training may bring experts
+            if number >= most and stage != "fit":  # a later stage of training may add experts
                 raise ValueError(f"WithoutExperts: experts: {name}: no expert {number}; the model has {most} a layer")
 
     def _forget(self) -> None:
@@ -77,7 +77,7 @@ class WithoutExperts(ForwardEvaluator):
 
 @contextmanager
 def silent(layers: Sequence[MoELayer], experts: Sequence[int]) -> Iterator[None]:
-    """Inside, some experts of these layers add nothing: their weights are zero.
+    """Silence some experts of these layers within the block: their weights are zero.
 
     >>> from descant.modules.moe import HardModality, Marks
     >>> layer = MoELayer(width=4, hidden=4, experts=2, router=HardModality([0, 1]))

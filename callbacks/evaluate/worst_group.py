@@ -16,7 +16,7 @@ class WorstGroup(PartMetrics):
         {set}/mean/{metric}     their mean, with equal weights
         {set}/gap/{metric}      between the best and the worst
 
-    after each evaluation and before all other callbacks, so that a checkpoint can monitor the worst.
+    They are logged after each evaluation and before all other callbacks, so that a checkpoint can monitor the worst.
 
     Args:
         metrics: names after the set, such as answered or accuracy; needs a set that two parts have.

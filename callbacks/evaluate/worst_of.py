@@ -13,10 +13,10 @@ from descant.callbacks.evaluate.part_metrics import publish
 
 
 class WorstOf(Ordered):
-    """``{set}/worst``: the least of some metrics of an evaluation set, so that what one gains another may not lose.
+    """``{set}/worst``: the least of some metrics of an evaluation set, so that none improves at the cost of another.
 
-    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
-    Of metrics that are named with their sets, such as test/accuracy, it is ``all/worst``.
+    It is logged for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+    For metrics that are named with their sets, such as test/accuracy, it is ``all/worst``.
 
     Args:
         metrics: at least two names after the set, such as [probe_shape_top1, probe_colour_top1]; more is better.
@@ -59,7 +59,7 @@ class WorstOf(Ordered):
 class MeanOf(WorstOf):
     """``{set}/mean``: the mean of some metrics of an evaluation set, such as the accuracies of several tasks.
 
-    As :class:`WorstOf`: ``all/mean`` of metrics that are named with their sets.
+    As in :class:`WorstOf`, it is ``all/mean`` for metrics that are named with their sets.
 
     Args:
         metrics: at least two names after the set; more is better.
@@ -74,7 +74,7 @@ class SpreadOf(WorstOf):
 
         sqrt(mean_k (x_k - mean x)^2)
 
-    It is there for each set that has all of them, after each evaluation and before other callbacks, which may read it.
+    It is logged for each set that has all of them, after each evaluation and before other callbacks, which may read it.
 
     Args:
         metrics: at least two names after the set.

@@ -31,7 +31,7 @@ from descant.modules.objectives.curriculum import Curriculum
 from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
-#: Logged steps whose samples an audit pools: 2,048 of batches of 128, whose area has a standard error of 0.01.
+#: Logged steps whose samples an audit pools: 2,048 with batches of 128, so that the AUC has a standard error of 0.01.
 AUDITED = 16
 
 
@@ -40,20 +40,20 @@ class HarmonizeFeatures(Ordered):
 
         dL/dz_i = sum_k mix_ik g_ik,    mix_i = rule(G_i),    G_ikl = <g_ik, g_il>,    g_ik = d term_k / d z_i
 
-    at the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the gradient of
-    all samples' losses at the feature of sample i, not of its own loss alone.
+    It acts at the features that the recipe forks (:meth:`GradientHooks.fork`). With in-batch negatives g_ik is the
+    gradient of all samples' losses at the feature of sample i, not only of its own loss.
 
-    It logs ``harmony/conflict``, the share of samples with terms more than 90 degrees apart, ``harmony/cosine``, the
-    mean, ``harmony/kept``, and with an ``audit`` ``harmony/auc``: how well conflict detects noise, over the samples of
-    the last 16 logged steps, and ``harmony/auc_tenth``: how well it did after a tenth of the run. The loss of a
-    micro-batch is averaged over the samples that a curriculum keeps, of all ranks.
+    It logs ``harmony/conflict`` (the share of samples with terms more than 90 degrees apart), ``harmony/cosine`` (the
+    mean) and ``harmony/kept``. With an ``audit`` it also logs ``harmony/auc``, how well conflict detects noise over the
+    samples of the last 16 logged steps, and ``harmony/auc_tenth``, how well it did after a tenth of the run. The loss
+    of a micro-batch is averaged over the samples that a curriculum keeps, of all ranks.
 
     Args:
-        rule: of each sample; the plain sum if not given.
+        rule: the rule for each sample; the plain sum if not given.
         curriculum: selects the samples that count.
         feature: the modality of the feature; by default all that several terms share, and the first of them for a
             curriculum.
-        audit: a target of the data that is true where a sample is noise; for ``harmony/auc`` alone.
+        audit: a target of the data that is true if a sample is noise; only for ``harmony/auc``.
     """
 
     once = True
@@ -88,13 +88,13 @@ class HarmonizeFeatures(Ordered):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._few, self._auc_tenth = int(state_dict["fallbacks"]), state_dict["auc_tenth"]
-        self._audited = list(state_dict.get("audited", ()))  # not in checkpoints of before
+        self._audited = list(state_dict.get("audited", ()))  # absent in older checkpoints
         if self.rule is not None:
             self.rule.load_state_dict(state_dict["rule"])
 
     @property
     def fallbacks(self) -> int:
-        """Steps in which the curriculum would have kept too few samples, so that all counted."""
+        """Number of steps in which the curriculum would have kept too few samples, so that all counted."""
         return int(self._few)
 
     # the hooks -------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class HarmonizeFeatures(Ordered):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self.rule is not None:
-            # the state of rules is on the CPU, and ranks may communicate by their devices alone
+            # the state of rules is on the CPU, but ranks may only communicate through their devices
             self.rule.learn(lambda seen: mean_of_ranks(seen.to(pl_module.device, copy=True)).to(seen.device))
 
     # rule and curriculum ---------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class HarmonizeFeatures(Ordered):
 
     @staticmethod
     def _gradients(step: Step, names: tuple[str, ...], copies: tuple[Tensor, ...]) -> Tensor:
-        """``[K, B, D]`` at the copies, so that no tower is differentiated."""
+        """Compute gradients ``[K, B, D]`` at the copies, so that no tower is differentiated."""
         assert step.objective is not None
         terms, base = step.objective.terms, dict(zip(step.objective.terms, step.objective.mix, strict=True))
         grads = []

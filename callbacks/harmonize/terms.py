@@ -39,20 +39,20 @@ class Harmonize(L.Callback):
 
         loss = sum_k mix_k term_k,      mix = rule(G) * base,      G_kl = <g_k, g_l>,  g_k = base_k d term_k / d shared
 
-    with the recipe's mix as ``base``, and gradients averaged over ranks. They are computed term by term before
+    ``base`` is the recipe's mix, and gradients are averaged over ranks. They are computed term by term before
     Lightning's backward, which then uses the new mix: schedules, clipping, precision and strategies are unchanged.
-    Where G is not finite the step uses the plain sum, and is counted as a fallback. A rule ``across_batches`` (MoDo)
-    gets the mean of ``<g_mk, g_nl>`` over all pairs of micro-batches m and n that share a mix, of all ranks.
+    If G is not finite, the step uses the plain sum and counts as a fallback. A rule ``across_batches`` (MoDo) gets the
+    mean of ``<g_mk, g_nl>`` over all pairs of micro-batches m and n that share a mix, of all ranks.
 
-    It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and of the run so far
+    It logs ``harmony/mix/{term}``, ``harmony/norm/{term}``, ``harmony/cos/{term}~{term}``, and over the run so far
     ``harmony/conflict``, the share of pairs whose gradients had an angle above 90 degrees, and ``harmony/fallbacks``.
     The cosines over the run are plotted: to TensorBoard as ``harmony/cosines``, and in ``{run folder}/pictures/``.
 
     Args:
-        rule: from gradients, or values, to the mix.
-        every: the gradients are computed in one of so many optimizer steps; the mix stays in between.
-        window: the gradients are those of each micro-batch, or with ``step`` of all micro-batches of the optimizer
-            step together, as of one large batch, for which K gradients are stored.
+        rule: computes the mix from gradients, or values.
+        every: compute the gradients in one of every ``every`` optimizer steps; the mix stays in between.
+        window: use the gradients of each micro-batch; or with ``step`` those of all micro-batches of the optimizer
+            step together, as for one large batch, which stores K gradients.
         sham: ``permute`` for the control: each term gets the mix of the one before it.
     """
 
@@ -79,8 +79,8 @@ class Harmonize(L.Callback):
         self.mix_K: Tensor | None = None
         self.looks = self.conflicts = self.fallbacks = 0
         self.track = Track()
-        self._sums: list[Tensor] = []  # ``[K, ...]`` a parameter, of the micro-batches of this step so far
-        self._base_K = self._value_K = self._own_KK = torch.zeros(0)  # own: of each micro-batch with itself, summed
+        self._sums: list[Tensor] = []  # ``[K, ...]`` per parameter, over the micro-batches of this step so far
+        self._base_K = self._value_K = self._own_KK = torch.zeros(0)  # own: each micro-batch with itself, summed
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"looks": self.looks, "conflicts": self.conflicts, "fallbacks": self.fallbacks}
@@ -101,7 +101,7 @@ class Harmonize(L.Callback):
             raise ValueError("Harmonize: a rule acts at the features already; one of the two")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = []  # of an incomplete step, such as after a loss that was not finite
+        self._sums = []  # drop an incomplete step, such as after a loss that was not finite
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, HasObjective) and pl_module.step.objective is not None
@@ -156,7 +156,7 @@ class Harmonize(L.Callback):
         return gram(grads) if self.rule.across_batches else torch.zeros(0)
 
     def _grams(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
-        """Of mean gradients of ``batches``: see :func:`descant.modules.multitask.mix.grams`."""
+        """Compute Gram matrices of mean gradients of ``batches``: see :func:`descant.modules.multitask.mix.grams`."""
         if self.rule.across_batches and batches < 2:
             raise ValueError(
                 f"Harmonize: {type(self.rule).__name__} compares the micro-batches of a step, and has one: window step "
@@ -194,7 +194,7 @@ class Harmonize(L.Callback):
             self.looks += len(cos_Q)
             self.conflicts += int((cos_Q < 0).sum())
             self.track.add(trainer.global_step, cos_Q.tolist())
-        # this mix is that of the steps until it is computed again, one of which may be logged
+        # this mix applies until it is computed again; log it if one of these steps is logged
         now, each = trainer.global_step, log_interval(trainer)
         if (now + self.every) // each > now // each:
             self._log(pl_module, gram_KK if read and finite else None)
@@ -230,7 +230,7 @@ class Harmonize(L.Callback):
 
 @contextmanager
 def _unsharded(pl_module: nn.Module) -> Iterator[None]:
-    """Context: backward passes do not free the gathered parameters (FSDP2), which the step's own backward needs."""
+    """Keep gathered parameters (FSDP2) after backward passes within the block: the step's own backward needs them."""
     shared = next((name for name, layer in expert_layers(pl_module).items() if layer.group is not None), None)
     if shared is not None:
         raise ValueError(
@@ -254,14 +254,14 @@ def _unsharded(pl_module: nn.Module) -> Iterator[None]:
 
 
 def _cosines(gram_KK: Tensor) -> Tensor:
-    """``[Q]`` of the pairs of terms; 0 where one has no gradient."""
+    """Compute the cosines ``[Q]`` of the pairs of terms; 0 where one has no gradient."""
     norm_K = gram_KK.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(gram_KK.dtype).tiny)
     i_Q, j_Q = torch.triu_indices(len(norm_K), len(norm_K), offset=1, device=norm_K.device)
     return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
 
 
 def hooks_of(pl_module: object) -> GradientHooks:
-    """The gradient hooks of a module; new ones for a module without."""
+    """Return the gradient hooks of a module, or new ones if it has none."""
     hooks = getattr(pl_module, "hooks", None)
     return hooks if isinstance(hooks, GradientHooks) else GradientHooks()
 
@@ -269,10 +269,10 @@ def hooks_of(pl_module: object) -> GradientHooks:
 def gradients(
     pl_module: HasObjective, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None
 ) -> list[Tensor]:
-    """``[K, ...]`` for each parameter: its gradient of each term of the step's objective, on this rank, unmixed.
+    """Compute ``[K, ...]`` for each parameter: the unmixed gradient of each term of the step's objective on this rank.
 
-    Of all terms where no names are given; zeros where a term does not depend on the parameter. The graph is retained,
-    and rules at forked features are not applied.
+    It covers all terms if no names are given, with zeros where a term does not depend on the parameter. The graph is
+    retained, and rules at forked features are not applied.
     """
     hooks, objective = hooks_of(pl_module), pl_module.step.objective
     assert objective is not None
@@ -290,6 +290,6 @@ def _trained(pl_module: nn.Module) -> list[nn.Parameter]:
 
 
 def _shared(pl_module: HasObjective, grads: Sequence[Tensor]) -> list[Tensor]:
-    """Of gradients of all trained parameters those of the shared ones."""
+    """Select the gradients of the shared parameters."""
     shared = set(pl_module.shared_parameters())
     return [g for g, p in zip(grads, _trained(cast(nn.Module, pl_module)), strict=True) if p in shared]

@@ -30,15 +30,15 @@ class HarmonizeTowers(Ordered):
 
         dL/dz_m = sum_k mix_mk dterm_k/dz_m,    mix_m = rule(G_m),    G_mkl = <g_k, g_l>,  g_k = d term_k / d theta_m
 
-    over the terms that the recipe forks there (of a classifier the joint loss and the modality's own), of all ranks, in
-    each micro-batch. Heads and fusion, after the latents, are unchanged. Where G is not finite a tower uses the plain
-    sum, and that is counted as a fallback.
+    The sum is over the terms that the recipe forks there (for a classifier, the joint loss and the modality's own), of
+    all ranks, in each micro-batch. Heads and fusion, after the latents, are unchanged. If G is not finite, a tower uses
+    the plain sum, which counts as a fallback.
 
-    It logs ``harmony/mix/{modality}/{term}``, ``harmony/cos/{modality}`` (of two terms) and ``harmony/fallbacks``.
+    It logs ``harmony/mix/{modality}/{term}``, ``harmony/cos/{modality}`` (for two terms) and ``harmony/fallbacks``.
 
     Args:
-        rule: from gradients to the mix; it has no state.
-        every: the gradients are computed in one of so many optimizer steps; the mix stays in between.
+        rule: computes the mix from gradients; it has no state.
+        every: compute the gradients in one of every ``every`` optimizer steps; the mix stays in between.
     """
 
     once = True

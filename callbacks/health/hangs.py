@@ -1,7 +1,7 @@
-"""Which rank hangs, where it stands, and how the others end: what the watch decides, without its threads.
+"""Decisions of the watch, without its threads: which rank hangs, where it is, and how the others end.
 
-A rank is a process of training. Its *position* is the number of micro-batches that it began and the part of the
-current one; ranks that wait for another in an exchange move as little as the one they wait for, and are ahead of it.
+A rank is a training process. Its *position* is the number of micro-batches that it began and the part of the current
+one. Ranks that wait for another in an exchange make no progress either, but are ahead of the one they wait for.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-#: Frames that a heartbeat carries: enough to come from torch's code to the caller's.
+#: Frames that a heartbeat carries: enough to reach the caller's code from torch's.
 FRAMES = 12
 #: Beats that a process may miss on a loaded machine.
 MISSED = 5
 #: Files whose functions are exchanges between ranks, by the end of their path.
 _EXCHANGES = ("torch/distributed/distributed_c10d.py", "torch/distributed/_functional_collectives.py")
-#: Functions there that only call another.
+#: Functions in these files that only call another.
 _INNER = frozenset({"wrapper", "_new_process_group_helper", "all_gather_object", "wait"})
 #: Files whose functions with ``compile`` in their name compile a model, by the end of their path.
 _COMPILERS = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")
@@ -40,9 +40,9 @@ class Where:
     """Where a rank is, by its heartbeat.
 
     Args:
-        rank, host, process: whose. born: when the process began, by the kernel; 0 where unknown.
-        step: optimizer steps done. phase: of :data:`descant.callbacks.logs.phases.PHASES`.
-        frames: of the main thread, innermost first, as ``FILE:LINE in FUNCTION``.
+        rank, host, process: the sender. born: when the process began, from the kernel; 0 if unknown.
+        step: optimizer steps done. phase: one of :data:`descant.callbacks.logs.phases.PHASES`.
+        frames: frames of the main thread, innermost first, as ``FILE:LINE in FUNCTION``.
         exchange: the exchange that the main thread is in; empty outside one.
     """
 
@@ -68,7 +68,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Head:
-    """The short part of a heartbeat: its number, position, whether the place may be long, and the host's clock."""
+    """Short part of a heartbeat: its number, position, whether the rank may stay there long, and the host's clock."""
 
     beat: int = 0
     position: tuple[int, int] = (-1, 0)
@@ -77,7 +77,7 @@ class Head:
     over: bool = False
 
     def dumps(self) -> str:
-        """As text.
+        """Serialize to text.
 
         >>> Head.loads(Head(3, (40, 2), False, 12.5).dumps())
         Head(beat=3, position=(40, 2), long=False, wall=12.5, over=False)
@@ -92,9 +92,9 @@ class Head:
 
 @dataclass
 class Seen:
-    """A rank's heartbeat as a reader saw it, and when, by the reader's own clock, it last changed.
+    """A rank's heartbeat as a reader saw it, and the times of its last changes by the reader's own clock.
 
-    ``stopped``: what :func:`is_stopped` returns for a rank without a heartbeat, on its machine.
+    ``stopped``: for a rank without a heartbeat, what :func:`is_stopped` returns on its machine.
     """
 
     head: Head = field(default_factory=Head)
@@ -118,13 +118,13 @@ def find_hung(
     beat: float = 1.0,
     stopped_after: float = math.inf,
 ) -> tuple[list[int], list[int]]:
-    """The ranks without a heartbeat, and those that hang: both empty while training goes on.
+    """Find the ranks without a heartbeat, and those that hang; both lists are empty while training goes on.
 
-    Without a heartbeat: nothing from it for ``stopped_after`` seconds where its process is stopped, for ``hang_after``
-    where no rank can read that. Standing: of the others, those that are furthest behind, when they have not moved for
-    ``hang_after`` seconds, or ``long_after`` at a place that may be long, or where a process goes on without a
-    heartbeat: a call in C that keeps Python's lock hides where it is. Ranks ahead of these wait for them. One
-    that is behind and has missed five beats counts as without a heartbeat.
+    A rank is without a heartbeat if it sent none for ``stopped_after`` seconds and its process is stopped, or for
+    ``hang_after`` seconds and no rank can read whether it is. If all have one, the ranks that are furthest behind hang
+    once they have not moved for ``hang_after`` seconds; the ranks ahead wait for them. The limit is ``long_after`` at a
+    place that may take long. It also applies if one of their processes runs without a heartbeat: a call in C that keeps
+    Python's lock hides where it is. A rank that hangs and has missed five beats counts as without a heartbeat.
 
     >>> seen = {0: Seen(Head(9, (4, 2)), 99.0, 70.0), 1: Seen(Head(9, (4, 1), False), 99.0, 69.0)}
     >>> find_hung(seen, 100.0, 40.0, 60.0), find_hung(seen, 100.0, 30.0, 60.0)
@@ -146,12 +146,12 @@ def find_hung(
 
 
 def named(standing: Sequence[Where]) -> list[Where]:
-    """Of the ranks furthest behind, those that are in no exchange: the others wait there. All, where each is in one."""
+    """Select the hanging ranks that are in no exchange, since the others wait there; all if each is in one."""
     return [where for where in standing if not where.exchange] or list(standing)
 
 
 def clock_line(walls: Mapping[int, float], hosts: Mapping[int, str], most: float) -> str | None:
-    """A line where clocks of hosts differ from rank 0's by more than ``most`` seconds; None where none does.
+    """Report clocks of hosts that differ from rank 0's by more than ``most`` seconds in a line; None if none does.
 
     >>> clock_line({0: 0.2, 1: -63.0, 2: 0.1}, {1: "n2"}, 5.0)
     "clocks differ: rank 1 (n2) is 63 s behind rank 0; times in logs do too, the watch has each reader's own clock"
@@ -172,9 +172,9 @@ def clock_line(walls: Mapping[int, float], hosts: Mapping[int, str], most: float
 
 
 def here(rank: int, step: int, phase: str, thread: int) -> Where:
-    """Where a thread of this process is, by its Python frames; it is not stopped for that."""
+    """Return where a thread of this process is, from its Python frames, without stopping it."""
     frame, process = sys._current_frames().get(thread), os.getpid()
-    exchange = exchange_of(frame) or ("the gradients' reduction" if phase == "reduce" else "")  # which is in C++
+    exchange = exchange_of(frame) or ("the gradients' reduction" if phase == "reduce" else "")  # it runs in C++
     return Where(rank, _host(), process, _own_birth(process), step, phase, frames_of(frame), exchange)
 
 
@@ -189,7 +189,7 @@ def _own_birth(process: int) -> int:
 
 
 def frames_of(frame: FrameType | None) -> list[str]:
-    """The innermost frames as ``FILE:LINE in FUNCTION``."""
+    """List the innermost frames as ``FILE:LINE in FUNCTION``."""
     found: list[str] = []
     while frame is not None and len(found) < FRAMES:
         found.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
@@ -198,7 +198,7 @@ def frames_of(frame: FrameType | None) -> list[str]:
 
 
 def exchange_of(frame: FrameType | None) -> str:
-    """The exchange that a frame is in, by torch's Python code, such as ``all_gather``; empty outside one."""
+    """Name the exchange that a frame is in, such as ``all_gather``, from torch's Python code; empty outside one."""
     name, depth = "", 0
     while frame is not None and depth < FRAMES:
         code = frame.f_code
@@ -211,15 +211,15 @@ def exchange_of(frame: FrameType | None) -> str:
 
 
 def in_flight() -> list[str]:
-    """The collectives that this process has begun and not ended, by torch's flight recorder (gloo and NCCL).
+    """List the collectives that this process has begun and not ended, from torch's flight recorder (gloo and NCCL).
 
-    Each as ``gloo:all_reduce #17 of [[1000]]``: its name, its number in its group and the shapes that go in.
+    Each is written as ``gloo:all_reduce #17 of [[1000]]``: its name, its number in its group and its input shapes.
     """
     from torch._C import _distributed_c10d as c10d
 
     found: list[str] = []
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        with contextlib.suppress(Exception):  # this torch has none; and a diagnosis must not end the process otherwise
+        with contextlib.suppress(Exception):  # torch may lack it, and a diagnosis must not end the process
             for entry in json.loads(getattr(c10d, name)()).get("entries", ()):
                 if not entry.get("retired", True) and entry.get("state") != "completed":
                     number = entry.get("collective_seq_id") or entry.get("p2p_seq_id")
@@ -228,13 +228,13 @@ def in_flight() -> list[str]:
 
 
 def born(process: int) -> int:
-    """When a process of this machine began, in ticks since boot; 0 where there is none, or no /proc."""
+    """Return when a process of this machine began, in ticks since boot; 0 if it or /proc does not exist."""
     fields = _stat(process)
     return int(fields[19]) if len(fields) > 19 else 0
 
 
 def state_of(process: int) -> str:
-    """The state of a process of this machine: stopped, waiting for a disk, dead; empty for all else.
+    """Describe the state of a process of this machine: stopped, waiting for a disk, dead; empty for any other state.
 
     >>> state_of(os.getpid())
     ''
@@ -250,14 +250,14 @@ def state_of(process: int) -> str:
 
 
 def is_stopped(where: Where) -> bool | None:
-    """Return whether a signal has stopped a rank's process, or it is dead; None where this machine cannot read it."""
+    """Whether a rank's process is stopped by a signal or dead; None if this machine cannot read that."""
     if where.host != _host() or not where.born or born(where.process) != where.born:
         return None
     return state_of(where.process) in ("stopped by a signal", "dead")
 
 
 def is_compiling() -> bool:
-    """Whether a thread of this process compiles a model."""
+    """Whether a thread of this process is compiling a model."""
     at: FrameType | None
     for at in sys._current_frames().values():
         while at is not None:
@@ -277,7 +277,7 @@ def _stat(process: int) -> list[str]:
 
 
 def hang_line(where: Where, seconds: float, silent: bool, folder: Path, code: int) -> str:
-    """The line that names a rank that hangs."""
+    """Return the line that names a rank that hangs."""
     state = state_of(where.process) if where.host == socket.gethostname() and born(where.process) == where.born else ""
     how = f"no heartbeat{f', {state}' if state else ''}" if silent else "its heartbeat goes on"
     place = f"in {where.exchange}, " if where.exchange else ""
@@ -290,7 +290,7 @@ def hang_line(where: Where, seconds: float, silent: bool, folder: Path, code: in
 
 
 def write_stacks(folder: Path, where: Where, note: str = "") -> None:
-    """Writes ``rank-N.txt`` with where this rank is and the stacks of all its threads."""
+    """Write ``rank-N.txt`` with where this rank is and the stacks of all its threads."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"rank-{where.rank}.txt").open("w", encoding="utf-8") as file:
         collectives = ", ".join(in_flight()) or "none"
@@ -300,7 +300,7 @@ def write_stacks(folder: Path, where: Where, note: str = "") -> None:
 
 
 def write_last(folder: Path, where: Where) -> None:
-    """Writes ``rank-N.txt`` of a rank that cannot: the content of its last heartbeat."""
+    """Write ``rank-N.txt`` for a rank that cannot write it: the content of its last heartbeat."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{where}: step {where.step}, {where.phase}; by its last heartbeat, innermost frame first:"]
     lines += [f"  {frame}" for frame in where.frames]
@@ -318,15 +318,15 @@ def writing(thread: int) -> bool:
 
 
 def finish_saves(io: Any, thread: int, seconds: float) -> None:
-    """Let what is being written, in line or in a thread, come to its end, for so many seconds at most."""
+    """Wait for checkpoints that are being written, in line or in a thread, for at most ``seconds``."""
     end = time.monotonic() + seconds
 
     def wait() -> None:
-        with contextlib.suppress(Exception):  # the error of a write is not the reason of this end
+        with contextlib.suppress(Exception):  # an error of a write is not why this process ends
             getattr(io, "wait", lambda: None)()
 
     pending = threading.Thread(target=wait, daemon=True)
-    with contextlib.suppress(RuntimeError):  # the interpreter ends
+    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
         pending.start()
         pending.join(seconds)
     while writing(thread) and time.monotonic() < end:
@@ -334,14 +334,14 @@ def finish_saves(io: Any, thread: int, seconds: float) -> None:
 
 
 def end_processes(silent: Sequence[Where], first: Where, children: Sequence[Any] = ()) -> None:
-    """Kill what cannot end by itself: ranks of this machine without a heartbeat, and what this process started.
+    """Kill what cannot end by itself: ranks without a heartbeat on this machine, and children of this process.
 
     Args:
-        silent: the ranks. first: rank 0. children: processes of ranks that this one launched.
+        silent: ranks without a heartbeat. first: rank 0. children: processes of ranks that this one launched.
     """
     import multiprocessing
 
-    for child in (*children, *multiprocessing.active_children()):  # those of data loaders
+    for child in (*children, *multiprocessing.active_children()):  # active_children: workers of data loaders
         with contextlib.suppress(Exception):
             child.kill()
     launched = os.getppid() == first.process  # by rank 0, which then kills its other ranks itself

@@ -1,4 +1,4 @@
-"""Heartbeats of ranks through a TCP store, beside the process group: two threads of every rank."""
+"""Heartbeats of ranks through a TCP store, separate from the process group: two threads on every rank."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from descant.callbacks.health.hangs import (
 from descant.callbacks.logs.phases import Phases, Split, Window, split
 from descant.modules.core.errors import say, warn
 
-#: Seconds that clocks of hosts may differ before a line reports it; that a write under way may take to come to its end.
+#: Seconds by which clocks of hosts may differ before a line reports it; seconds that a write under way may still take.
 CLOCKS, SAVE = 5.0, 3.0
-#: Beats that a rank waits for the others to have seen the verdict, before its end breaks their connections; and after
-#: which it takes it that itself was stopped.
+#: Beats that a rank waits for the others to see the verdict, before its end breaks their connections; length of a gap,
+#: in beats, after which a rank concludes that it was itself stopped.
 MEET, GAP = 2, 3
-#: The variable that names a file by which a rank ends the others, if its launcher has one: a job script has a stopped
-#: rank killed then.
+#: Environment variable that names a file, if the launcher sets it. A rank ends the others by creating the file: a job
+#: script then has a stopped rank killed.
 MARK = "DESCANT_HUNG"
 
 
 def mark() -> None:
-    """Have a launcher that names a file (:data:`MARK`) end all ranks with this one, which saves nothing more."""
+    """Make a launcher that names a file (:data:`MARK`) end all ranks with this one, which saves nothing more."""
     with contextlib.suppress(OSError):
         if MARK in os.environ:
             Path(os.environ[MARK]).touch()
@@ -53,10 +53,10 @@ def mark() -> None:
 
 @dataclass
 class Settings:
-    """Of a watch: see :class:`descant.callbacks.health.watch.Watch`.
+    """Settings of a watch: see :class:`descant.callbacks.health.watch.Watch`.
 
     Args:
-        code: the exit code. folder: for stacks. io: what writes checkpoints. children: ranks that this one launched.
+        code: the exit code. folder: for stacks. io: the checkpoint writer. children: ranks that this one launched.
     """
 
     hang_after: float
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass
 class Verdict:
-    """What all ranks end by.
+    """Verdict by which all ranks end.
 
     Args:
         line: names the ranks that hang. standing: which of them have a heartbeat. silent: where the others were.
@@ -92,20 +92,20 @@ class Verdict:
 
 
 class Heartbeat:
-    """Sends where this rank is, receives where others are, and ends this process when one hangs.
+    """Sends where this rank is, receives where the others are, and ends this process when a rank hangs.
 
-    One thread exchanges with the store: each beat writes the rank's head (40 bytes) and where it is (1 KB); rank 0
-    reads the heads of all, the others that of rank 0 and whether there is a verdict, so that a beat costs a rank O(1)
-    and rank 0 O(ranks). The other thread judges by what it has and never waits for the store, which a stopped host
-    would not answer. Times are differences of the reader's own clock.
+    One thread communicates with the store. Each beat writes the rank's head (40 bytes) and where it is (1 KB). Rank 0
+    reads the heads of all ranks; the others read that of rank 0 and the verdict, if any. So a beat costs O(1), and
+    O(ranks) on rank 0. The other thread judges from the data received so far. It never waits for the store, which would
+    not answer on a stopped host. Times are differences of the reader's own clock.
 
     A rank without a heartbeat may be in a long call in C that keeps Python's lock, such as a pickle of gigabytes. So a
-    rank of its machine asks the kernel for the state of that process, and reports it to the others.
+    rank on the same machine asks the kernel for the state of that process, and reports it to the others.
 
     Args:
-        store: of this attempt at training, a connection of its own.
-        rank, world: of this process, and how many there are.
-        phases: of the main thread, which calls :meth:`start`.
+        store: the store of this training attempt, over a separate connection.
+        rank, world: rank of this process, and number of ranks.
+        phases: phases of the main thread, which calls :meth:`start`.
     """
 
     def __init__(self, store: Any, rank: int, world: int, phases: Phases, settings: Settings) -> None:
@@ -116,13 +116,13 @@ class Heartbeat:
         self.verdict: Verdict | None = None
         self.totals: list[Split] = []
         self.hosts: list[str] = [""] * world
-        #: The newest window of all ranks: its last step, its steps and their times. The main thread takes it.
+        #: The newest window of all ranks: its last step, its number of steps and their times. The main thread takes it.
         self.latest: tuple[int, int, list[Split]] | None = None
         self._seen: dict[int, Seen] = {}
         self._first = Where()  # rank 0
         self._beats, self._exchanged, self._checked = 0, time.monotonic(), False
         self._at = (-1, 0)  # the position of the last heartbeat
-        self._silent: dict[int, Where] = {}  # rank 0's: where ranks without a heartbeat were
+        self._silent: dict[int, Where] = {}  # on rank 0: where ranks without a heartbeat were
         self._begun = False  # whether rank 0 has sent a heartbeat
         self._wake, self._outbox, self._windows = threading.Event(), list[tuple[int, int, Window]](), 0
         self._collected = 0
@@ -136,20 +136,20 @@ class Heartbeat:
             thread.start()
 
     def expect_all(self) -> None:
-        """Expect heartbeats from now on: rank 0 of all, also of ranks that never begin, the others of rank 0."""
+        """Expect heartbeats from now on: on rank 0 from all ranks, even if they never begin; elsewhere from rank 0."""
         now = self._exchanged = time.monotonic()
         sent = {self.rank, *(range(self.world) if self.rank == 0 else (0,))}
         self._seen = {rank: Seen(Head(), now, now) for rank in sent}
 
     def stop(self) -> None:
-        """Mark this rank as one that is not to be judged any more, and end the threads."""
+        """Report that this rank is no longer to be judged, and end the threads."""
         self.over.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(2.0)  # one that the store does not answer stays behind: it is a daemon
+            thread.join(2.0)  # a thread that waits for the store may go on: it is a daemon
 
     def suspects(self) -> bool:
-        """Whether some rank has been standing for half of what is allowed: an exception may only be its consequence."""
+        """Whether a rank has made no progress for half the limit: an exception may only be a consequence of that."""
         now, settings = time.monotonic(), self.settings
         watched = [seen for seen in list(self._seen.values()) if not seen.head.over]
         return self.verdict is not None or any(
@@ -158,12 +158,12 @@ class Heartbeat:
         )
 
     def post(self, window: Window, step: int, steps: int) -> None:
-        """Send a window that ends at a step to rank 0; the same number of times on every rank."""
+        """Send a window that ends at a step to rank 0. Every rank has to post the same number of windows."""
         self._outbox.append((step, steps, window))
         self._wake.set()
 
     def settle(self, seconds: float) -> None:
-        """Wait until all windows are sent and, on rank 0, those of all ranks are there."""
+        """Wait until all windows are sent and, on rank 0, those of all ranks have arrived."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if not self._outbox and (self.rank or self._collected == self._windows):
@@ -233,12 +233,12 @@ class Heartbeat:
         self._exchanged = now
 
     def _is_long(self) -> bool:
-        """Whether the main thread may be here for long; where it has not moved, its threads show that."""
+        """Whether the main thread may stay here for long; if it has not moved, also whether a thread is compiling."""
         before, self._at = self._at, self.phases.position
         return self.phases.long or (before == self._at and is_compiling())
 
     def _ask_state(self, where: Where) -> None:
-        """Read whether the process of a silent rank is stopped: on its machine itself, elsewhere from a rank of it."""
+        """Read whether a silent rank's process is stopped: on its machine from the kernel, elsewhere from the store."""
         key, stopped = f"stopped/{where.rank}", is_stopped(where)
         if stopped is not None:
             self.store.set(key, str(int(stopped)))
@@ -259,7 +259,7 @@ class Heartbeat:
             warn(f"Watch: {line}")
 
     def _gather_windows(self) -> None:
-        """On rank 0: the next window, once that of every rank is there."""
+        """Collect, on rank 0, each window that has arrived from every rank."""
         keys = [f"window/{self._collected}/{rank}" for rank in range(self.world)]
         while self._collected < self._windows and self.store.check(keys):
             texts = [text.split(b" ", 2) for text in self.store.multi_get(keys)]
@@ -281,12 +281,12 @@ class Heartbeat:
         while not self.over.wait(beat):
             now = time.monotonic()
             gap, last = now - last - beat, now
-            if gap > GAP * beat:  # this process was stopped itself, and received nothing
+            if gap > GAP * beat:  # this process was itself stopped, and received nothing
                 self._exchanged += gap
                 for seen in list(self._seen.values()):
                     seen.beat_at, seen.moved_at = seen.beat_at + gap, seen.moved_at + gap
             own = self._seen[self.rank]
-            if self.rank:  # rank 0's own comes back from the store, with the others'
+            if self.rank:  # rank 0 reads its own from the store, with the others'
                 own.update(Head(own.head.beat + 1, self.phases.position, self._is_long()), now)
             verdict = self.verdict or self._found(now)
             if verdict is not None and not self.over.is_set():
@@ -300,12 +300,12 @@ class Heartbeat:
         answers, first = now - self._exchanged <= settings.hang_after, self._seen.get(0)
         if self.rank == 0:
             if not answers:
-                return None  # its own store: ranks that receive nothing end by themselves
+                return None  # it is rank 0's own store: ranks that receive nothing end by themselves
             silent, standing = find_hung(self._seen, now, *limits)
             return self._named(standing, silent, now) if silent or standing else None
         if first is not None:
             if self._misses(first, now) and (stopped := is_stopped(self._first)) is not None:
-                first.stopped = stopped  # here too, as the store is rank 0's and may not answer
+                first.stopped = stopped  # read it here too: rank 0's store may not answer
             silent, _ = find_hung({0: first}, now, settings.hang_after, math.inf, settings.beat, limits[-1])
             return self._named([], [0], now) if silent or not answers else None
         _, standing = find_hung({self.rank: self._seen[self.rank]}, now, *limits)
@@ -336,7 +336,7 @@ class Heartbeat:
         return verdict
 
     def _where(self, rank: int) -> Where:
-        """On rank 0: where a rank was at its last heartbeat; of one that never began, its number."""
+        """Return, on rank 0, where a rank was at its last heartbeat; only its number if it never began."""
         with contextlib.suppress(Exception):
             if self.store.check([f"where/{rank}"]):
                 return Where.loads(self.store.get(f"where/{rank}"))

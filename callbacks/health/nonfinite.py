@@ -26,10 +26,10 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class RollBack(Exception):
-    """A step was not finite, and the run is to continue from a resume point before it.
+    """Raised when a step was not finite and the run has to continue from a resume point before it.
 
     Args:
-        step: that was not finite.
+        step: the step that was not finite.
         path: the resume point.
     """
 
@@ -39,7 +39,7 @@ class RollBack(Exception):
 
 
 class _Waiting(NamedTuple):
-    """A step that was not read yet: whether it was finite (0-d, bool, on the device), and its terms."""
+    """A step whose result was not read yet: whether it was finite (0-d, bool, on the device), and its terms."""
 
     step: int
     epoch: int
@@ -52,27 +52,27 @@ class NonFinite(L.Callback):
 
         a step is finite  <=>  all of its loss terms and all of its gradients are
 
-    One non-finite loss makes the gradients of all ranks non-finite (by :class:`Step` and the ranks' own sum), so all
-    ranks decide alike without another message. Policies:
+    One non-finite loss makes the gradients of all ranks non-finite (through :class:`Step` and the sum over ranks), so
+    all ranks make the same decision without further communication. Policies:
 
     * ``raise``: end the run and report term, step and samples. No weight was changed.
     * ``skip``: leave the step out. Weights, optimizer and buffers (batch-norm statistics) stay as before it; the
       schedule advances.
     * ``rollback``: go back to the newest resume point from before the ``window`` steps that end with this one, and skip
-      them when they come again (Chowdhery 2022, PaLM 5.1: the steps before a divergence are part of its cause).
+      these steps this time (Chowdhery 2022, PaLM 5.1: the steps before a divergence are part of its cause).
 
-    On a CPU all of them act before the step changes a weight. On an accelerator ``skip`` and ``rollback`` wait for the
-    device once a step. ``raise`` does not wait: a non-finite step is found in the next step that is logged, before a
-    validation, at the end of an epoch, and before a checkpoint, and ends the run with the number of that step. In the
-    meantime a fused optimizer of torch (``fused: true`` of Adam, AdamW, SGD and Adagrad) skips the step on the device;
-    with any other optimizer the weights are NaN from it on, and are never saved.
+    On a CPU all policies act before the step changes a weight. On an accelerator ``skip`` and ``rollback`` wait for the
+    device once per step. ``raise`` does not wait. It finds a non-finite step at the next logging step, before a
+    validation, at the end of an epoch, or before a checkpoint, and ends the run with the number of that step. In the
+    meantime a fused optimizer of torch (``fused: true`` of Adam, AdamW, SGD and Adagrad) skips the step on the device.
+    With any other optimizer the weights are NaN from that step on, and are never saved.
 
-    ``nonfinite.jsonl`` in the run's folder has a line for each: step, action, terms, samples. A resumed run skips the
-    same steps.
+    ``nonfinite.jsonl`` in the run's folder has a line for each non-finite step: step, action, terms, samples. A resumed
+    run skips the same steps.
 
     Args:
-        policy: one of the three.
-        limit: number of such steps after which the run ends whatever the policy.
+        policy: one of the three policies.
+        limit: number of non-finite steps after which the run ends whatever the policy.
         window: steps to skip after going back.
 
     Raises:
@@ -134,7 +134,7 @@ class NonFinite(L.Callback):
         if _scaler(trainer):
             return  # the scaler expects gradients that overflow
         if getattr(optimizer, "found_inf", None) is not None:
-            optimizer.found_inf = None  # type: ignore[attr-defined]  # of the step before
+            optimizer.found_inf = None  # type: ignore[attr-defined]  # set at the step before
         step, parameters = trainer.global_step, [p for group in optimizer.param_groups for p in group["params"]]
         if step in self._left_out:
             self._leave_out(pl_module, parameters)
@@ -169,7 +169,7 @@ class NonFinite(L.Callback):
         if self._step is not None:
             unread, self._step.faults.unread = self._step.faults.unread, unread
         self._waiting.append(_Waiting(trainer.global_step, trainer.current_epoch, finite, unread))
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # as under a scaler: the kernel does nothing
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # as under a scaler, the kernel skips the step
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         if len(self._waiting) == UNREAD:
             self._look(trainer)
@@ -208,7 +208,7 @@ class NonFinite(L.Callback):
         raise RollBack(step, path)
 
     def _leave_out(self, pl_module: L.LightningModule, parameters: Iterable[nn.Parameter]) -> None:
-        """Undo the step: no gradients, so that the optimizer leaves its state alone, and the buffers of before."""
+        """Undo the step: drop the gradients, so that the optimizer keeps its state, and restore the buffers."""
         for parameter in parameters:
             parameter.grad = None
         with torch.no_grad():
@@ -219,7 +219,7 @@ class NonFinite(L.Callback):
             self._step.faults.unread.clear()
 
     def _fault(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Which terms were not finite, and in which samples, over all ranks. Collective."""
+        """Find the terms that were not finite, and their samples, over all ranks. Collective."""
         faults: dict[str, Any] = {}
         if self._step is not None:
             self._step.faults.read()
@@ -241,7 +241,7 @@ class NonFinite(L.Callback):
 
 
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], bool]:
-    """This rank's gradients, and whether each rank has another part of them."""
+    """Return this rank's gradients, and whether they are sharded over ranks."""
     grads = [p.grad for p in parameters if p.grad is not None]
     local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     return local, any(isinstance(grad, DTensor) for grad in grads)
@@ -250,7 +250,7 @@ def _local_gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], 
 def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether all gradients are finite; the same on all ranks."""
     local, sharded = _local_gradients(parameters)
-    # norms cost a tenth of testing every number, and are non-finite for very large finite numbers only
+    # norms cost a tenth of testing every number; for finite numbers they overflow only if these are very large
     finite = not local or math.isfinite(float(torch.stack([n.float() for n in torch._foreach_norm(local)]).sum()))
     finite = finite or all(bool(torch.isfinite(grad).all()) for grad in local)
     if sharded:
@@ -259,7 +259,7 @@ def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """0-d bool on the device: whether all gradients are finite, by their largest values; the same on all ranks."""
+    """Test on the device whether all gradients are finite, by their largest values: 0-d bool, equal on all ranks."""
     local, sharded = _local_gradients(parameters)
     device = local[0].device if local else None
     local = [grad for grad in local if grad.numel()]

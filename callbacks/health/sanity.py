@@ -29,27 +29,27 @@ from descant.modules.training_setup.trainer import data_now, first_validation, l
 
 #: Checks before the first step.
 Before = Literal["rate", "interval", "batch", "frozen", "chunks", "validation", "logger", "mix", "modality", "ranks"]
-#: Losses to average, and rollouts in a row with equal rewards.
+#: Number of losses to average, and of consecutive rollouts with equal rewards.
 _FEW, _FLAT = 10, 3
-#: Learning rates above which no run trains: of optimizers that divide by the gradient's size, and of others.
+#: Learning rates above which no run trains: for optimizers that divide by the gradient's size, and for others.
 _ADAPTIVE, _PLAIN = 1.0, 100.0
 
 
 class Sanity(L.Callback):
-    """Warns of settings that have no effect or cannot work, one line each on stderr.
+    """Warns about settings that have no effect or cannot work, one line each on stderr.
 
     Before the first step: a warm-up longer than the run, a learning rate of zero or far too high, a modality without a
     tower or a tower without its modality, a run without a step, a log interval longer than the run, a batch larger than
     the data set, a model that is frozen or has trainable parameters in no optimizer, a tower that Freeze or Lora keeps
     at random weights, a validation that is never reached, batch norms that see a chunk of the batch, frozen parameters
     with a learning rate, a term that is multiplied by zero, no logger, dropout that depends on the number of ranks, and
-    a first backward without gradients (of rollouts only without a graph: answers of equal rewards have zero gradients).
-    Once, after ``late`` steps: a loss that has not fallen, embeddings of different samples that are all alike, and
-    rewards that are all equal.
+    a first backward without gradients (with rollouts, only one without a graph: answers of equal rewards have zero
+    gradients). Once, after ``late`` steps: a loss that has not fallen, embeddings of different samples that are all
+    alike, and rewards that are all equal.
 
     Args:
         late: steps after which a run should have learned something.
-        meant: checks to skip, where the experiment intends it.
+        meant: checks to skip, since the experiment intends what they report.
     """
 
     once = True
@@ -66,7 +66,7 @@ class Sanity(L.Callback):
             require_sockets()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if workers_of(getattr(trainer, "datamodule", None)):  # now, as mined negatives leave no workers
+        if workers_of(getattr(trainer, "datamodule", None)):  # after setup: mined negatives disable workers
             require_sockets()
         for name in ("max_steps", "max_epochs"):
             if getattr(trainer, name) == 0:  # then on_train_start is not called
@@ -93,11 +93,11 @@ class Sanity(L.Callback):
             for name in (name for name in pl_module.step.mix if name not in terms):
                 _warn(trainer, f"mix {name}: no such term in the first step; there is {', '.join(terms)}")
         trainable = [p for p in pl_module.parameters() if p.requires_grad]
-        # sums: a rank may hold nothing of a small sharded parameter, which has no maximum
+        # sums, not maxima: a rank's part of a small sharded parameter may be empty
         norms = [p.grad.detach().abs().sum().float() for p in trainable if p.grad is not None and p.numel()]
         if norms and has(data_now(trainer), RolloutData):
-            return  # answers of equal rewards, as an untrained policy may give, have zero gradients: Rollouts warns
-        # one device read for the whole model, two where ranks share experts; a NaN is not "no gradient"
+            return  # equal rewards, as an untrained policy may get, give zero gradients: Rollouts warns of that
+        # one device read for the whole model, two if ranks share experts; a NaN is not "no gradient"
         if trainable and all(float(torch.stack(part).max()) == 0 for part in by_mesh(norms)):
             _warn(trainer, "no parameter got a gradient from the first batch: its loss does not depend on the model")
 
@@ -124,7 +124,7 @@ class Sanity(L.Callback):
             _warn(trainer, f"{line}: nothing is learned")
 
     def findings(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        """Warnings about a run before its first step."""
+        """Return the warnings about a run before its first step."""
         total = run_steps(trainer)
         left = total - trainer.global_step
         if left <= 0:
@@ -165,7 +165,7 @@ def _learning_rate(trainer: L.Trainer, total: float) -> list[str]:
 
 
 def _too_fast(trainer: L.Trainer) -> list[str]:
-    """Peak learning rates far above any that trains: a step of Adam moves a weight by about its rate."""
+    """Warn about peak learning rates far above any that trains: a step of Adam moves a weight by about its rate."""
     limits = {}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
@@ -185,7 +185,7 @@ def _only_rises(scheduler: Any, ticks: int) -> bool:
         factor = scheduler.lr_lambdas[0]
         at = sorted({round(k * (ticks - 1) / 32) for k in range(33)})
         factors = [float(factor(t)) for t in at]
-        # still higher after the end: a warm-up that ends with the run to the step is accepted
+        # it must rise after the end too: a warm-up that ends exactly with the run is accepted
         steps = zip(factors, [*factors[1:], float(factor(ticks))], strict=True)
         return all(a < b for a, b in steps)
     return False
@@ -204,7 +204,7 @@ def _log_interval(trainer: L.Trainer, total: float) -> str:
 def _batch_size(trainer: L.Trainer) -> str:
     loader = trainer.train_dataloader
     if getattr(trainer.datamodule, "batch_tokens", None) is not None:  # type: ignore[attr-defined]
-        return ""  # its rows are as many as their tokens allow
+        return ""  # the number of rows depends on their tokens
     size = getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     if not isinstance(size, int):
         size = getattr(loader, "batch_size", None)
@@ -223,7 +223,7 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     if not trainable:
         return [f"every parameter of {type(pl_module).__name__} is frozen: nothing will change"]
     optimized = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
-    if not optimized:  # Lightning adds an empty one where configure_optimizers returns None
+    if not optimized:  # Lightning adds an empty one if configure_optimizers returns None
         return [f"{type(pl_module).__name__} has no optimizer: nothing will change"]
     if getattr(trainer.strategy, "restore_checkpoint_after_setup", False):
         return []  # a sharded optimizer may have other tensors than the module
@@ -254,7 +254,7 @@ def _never_trained(pl_module: L.LightningModule) -> list[str]:
 
 
 def chunked_norms(pl_module: L.LightningModule) -> list[str]:
-    """Towers whose batch norms see a chunk of the batch, so that gradients differ from those of the whole batch."""
+    """Find towers whose batch norms see a chunk of the batch, so that gradients differ from those of the whole."""
     if not has(pl_module, HasObjective) or not has(pl_module, HasTowers) or pl_module.step.chunks == 1:
         return []
     return [
@@ -266,7 +266,7 @@ def chunked_norms(pl_module: L.LightningModule) -> list[str]:
 
 
 def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    """Parts of the model that make losses depend on the number of ranks."""
+    """Find parts of the model that make losses depend on the number of ranks."""
     if trainer.world_size == 1:
         return []
     differ = f"on {trainer.world_size} ranks losses differ from those on another number of ranks"
@@ -288,7 +288,7 @@ def _unused_terms(pl_module: L.LightningModule) -> list[str]:
 
 
 def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    """Modalities that no tower reads and towers without input, of a recipe that declares what it reads."""
+    """Find modalities that no tower reads and towers without input, if the recipe declares what it reads."""
     reads = getattr(pl_module, "reads", None)
     available = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
     if not has(pl_module, HasTowers) or reads is None or not available:
@@ -305,7 +305,7 @@ def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list
 
 
 def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> list[str]:
-    """A warning if the loss has not fallen by at least one percent."""
+    """Return a warning if the loss has not fallen by at least one percent."""
     if len(first) < _FEW or not last:
         return []
     began, now = (float(torch.stack(losses).mean()) for losses in (first, last))  # the only device read
@@ -316,8 +316,8 @@ def _still(first: list[torch.Tensor], last: list[torch.Tensor], steps: int) -> l
 
 @torch.no_grad()
 def _alike(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> list[str]:
-    """Warnings for modalities whose embeddings are all alike (collapsed)."""
-    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # it would compile again
+    """Return warnings for modalities whose embeddings are all alike (collapsed)."""
+    compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())  # they would compile again
     if not has(pl_module, Embeds) or not isinstance(batch, Batch) or compiled:
         return []
     # no dropout, no batch-norm statistics

@@ -23,61 +23,62 @@ from descant.modules.core import ranks
 from descant.modules.core.errors import AGAIN, say
 from descant.modules.training_setup.boards import boards
 
-#: The exit code of all ranks, as of a run that saved and stopped for USR1.
+#: The exit code of all ranks, equal to that of a run that saved and stopped for USR1.
 CODE = AGAIN
 #: Heartbeats that must fit into ``hang_after``: one may be late.
 LEAST = 3
-#: Seconds that the line at the end waits for the times of other ranks; an exception, for a verdict that explains it.
+#: Seconds that the line at the end waits for the times of other ranks, and an exception for a verdict that explains it.
 LAST, EXPLAINED = 5.0, 10.0
-#: Attempts at training of this process: each has keys of its own in the store, the same on all ranks.
+#: Training attempts of this process: each has its own keys in the store, equal on all ranks.
 _attempts = 0
 
 
 class Watch(Ordered):
-    """Watches that all ranks go on, by heartbeats beside training, and measures what each spends its time on.
+    """Watches by heartbeats that all ranks make progress, and measures what each rank spends its time on.
 
-    Every run of several ranks has it. On one rank it leaves the list of callbacks, unless it watches ``alone``.
+    Every run of several ranks has it. On one rank it leaves the list of callbacks, unless ``alone`` is set.
 
     **A rank that hangs** is named in one line: its host and process, the step, the phase, the exchange between ranks
-    that it is in, and its innermost frames. It is
+    that it is in, and its innermost frames. A rank hangs if
 
-    * one without a heartbeat for ``stopped_after`` seconds that another rank of its machine finds stopped or dead: its
+    * it sends no heartbeat for ``stopped_after`` seconds and another rank of its machine finds it stopped or dead: its
       stack is that of its last heartbeat, a second before;
-    * one without a heartbeat for ``hang_after`` seconds whose process no other rank can read: its machine is frozen;
-    * or, of the others, the rank that is furthest behind and in no exchange: the others wait there for it. A rank
-      whose process goes on without a heartbeat is one of them: a long call in C keeps Python's other threads waiting.
+    * it sends no heartbeat for ``hang_after`` seconds and no other rank can read its process: its machine is frozen;
+    * or, if neither holds for any rank, it is furthest behind and in no exchange: the others wait there for it. This
+      includes a process that runs without a heartbeat: a long call in C keeps Python's other threads waiting.
 
     Every living rank writes the stacks of all its threads and its collectives under way into ``hang/rank-N.txt`` of the
-    run's folder. A checkpoint that is being written is finished (3 seconds at most); no new one is made, since ranks
-    that wait inside a step have no state from which a run continues exactly, and the newest resume point has. Then all
-    end with exit code 75, by which ``descant submit`` requeues, 10 s after the limit where ``beat`` is 1.
+    run's folder. A checkpoint that is being written is finished (3 seconds at most). No new one is made: a run can
+    continue exactly from the newest resume point, but not from ranks that wait inside a step. Then all ranks end with
+    exit code 75, on which ``descant submit`` requeues, 10 s after the limit if ``beat`` is 1.
 
-    **Slow ranks**: every ``window`` steps the text ``speed/ranks`` shows milliseconds a step of each rank in data,
-    forward, backward and optimizer, in communication, and waiting for others:
+    **Slow ranks**: every ``window`` steps the text ``speed/ranks`` shows the milliseconds per step of each rank in
+    data, forward, backward and optimizer, in communication, and in waiting for others:
 
         communication = sum over exchanges of the least time that any rank spends in it;   waiting = the rest
 
-    Exchanges are whatever waits for a work of torch.distributed, the gather of features, what is left of the gradients'
-    reduction when the last gradient is there, and Lightning's broadcast between two batches. What callbacks do at the
-    end of a step is in optimizer, before one in data. A slow rank is named with the hook or loader that adds most.
-    On a GPU times are its own, by events that are read a window later. The last text, and a figure, are of all steps.
+    Exchanges are all waits for a ``Work`` of torch.distributed, the gather of features, the rest of the gradients'
+    reduction after the last gradient is computed, and Lightning's broadcast between two batches. The time of callbacks
+    at the end of a step counts as optimizer, and before a step as data. A slow rank is named with the hook or loader
+    that adds most. On a GPU, times are those of the device, by events that are read one window later. The last text,
+    and a figure, cover all steps.
 
     **The end** of a fit prints the mean shares of time in compute, data, communication, saving and waiting.
 
-    No step reads the device, takes a lock or exchanges anything for this; weights are the same to the bit.
+    No step reads the device, takes a lock or exchanges anything for this; weights are bit-identical.
 
     Args:
         hang_after: seconds without progress after which a rank hangs; null to watch nothing.
-        long_after: the same where progress cannot be seen: up to the end of the first step, in compiling, between two
-            batches of a validation, in saving, in a hook, and at the end.
+        long_after: the same limit where progress cannot be seen: up to the end of the first step, in compiling,
+            between two batches of a validation, in saving, in a hook, and at the end.
         stopped_after: seconds without a heartbeat after which a stopped process hangs; at most ``hang_after`` counts.
         alone: watch a run of one rank as well, such as a job that a cluster queues again (``on/slurm``).
         beat: seconds between two heartbeats.
-        window: optimizer steps of a table.
+        window: optimizer steps per table.
     """
 
     once = True
-    #: All: what they do at the start of a batch and at its end is over then, and belongs to data and optimizer.
+    #: All callbacks: their work at a batch's start and end is then over, and counts as data and as optimizer.
     after = ("Callback",)
 
     def __init__(
@@ -103,12 +104,12 @@ class Watch(Ordered):
         self.phases = Phases()
         self.heartbeat: Heartbeat | None = None
         self._first = self._taken = 0  # steps of the start and of the last window
-        self._undo: list[Callable[[], Any]] = []  # what takes the measures off again
+        self._undo: list[Callable[[], Any]] = []  # removes the measurements again
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         unwatched = self.hang_after is None or (trainer.world_size == 1 and not self.alone)
-        if unwatched:  # no hook of it costs a step anything then
+        if unwatched:  # its hooks then cost a step nothing
             callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
@@ -118,7 +119,7 @@ class Watch(Ordered):
         _attempts += 1
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         self.phases = Phases(pl_module.device, profiler=profiler)
-        # another connection: training may wait for minutes on its own
+        # a separate connection: training may wait for minutes on its own
         shared: Any = dist.distributed_c10d._get_default_store() if trainer.world_size > 1 else None
         base = HashStore() if shared is None else shared.clone()
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -140,14 +141,14 @@ class Watch(Ordered):
         self._measure(Work, "wait", self._awaiting(Work.wait))
         self._measure(
             dist, "_broadcast_coalesced", self._awaiting(vars(dist)["_broadcast_coalesced"])
-        )  # DDP's, of buffers
+        )  # DDP's broadcast of buffers
         # Lightning broadcasts before each batch whether it was terminated: there ranks wait for rank 0
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):
             self._measure(loop, "_broadcast_sigterm_tensor", self._awaiting(loop._broadcast_sigterm_tensor))
 
     def _measure(self, owner: Any, name: str, measured: Callable[..., Any]) -> None:
-        """Put what measures it in the place of an attribute, until :meth:`_stop`."""
+        """Replace an attribute by a version that measures it, until :meth:`_stop`."""
         before = vars(owner).get(name)
         self._undo.append(lambda: setattr(owner, name, before) if before is not None else delattr(owner, name))
         setattr(owner, name, measured)
@@ -173,7 +174,7 @@ class Watch(Ordered):
             loss.register_hook(self._when_gradients_are_there)
 
     def _when_gradients_are_there(self, grad: Tensor) -> None:
-        # the first thing of a backward, so that it comes before what waits for the reduction, which is queued later
+        # a backward calls this first: what waits for the reduction is queued later, and runs after this callback
         Variable._execution_engine.queue_callback(lambda: self.phases.enter("reduce"))
 
     def on_train_batch_end(
@@ -182,7 +183,7 @@ class Watch(Ordered):
         step = trainer.global_step
         if step - self._taken >= self.window:
             self._post(trainer)
-        if self.heartbeat is not None and self.heartbeat.latest is not None:  # one of before: no rank waits for it
+        if self.heartbeat is not None and self.heartbeat.latest is not None:  # an earlier window: no rank waits for it
             latest, self.heartbeat.latest = self.heartbeat.latest, None
             self._show(trainer, *latest)
         self.phases.enter("data")
@@ -227,7 +228,7 @@ class Watch(Ordered):
         self._stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        # of ranks that end by a verdict the last ones lose their connections first
+        # ranks that are late to end by a verdict first lose their connections to the others
         if self.heartbeat is not None and isinstance(exception, Exception) and self.heartbeat.suspects():
             self.heartbeat.ended.wait(EXPLAINED)
         self._stop()

@@ -1,4 +1,4 @@
-"""Whether workers of data loaders can pass tensors: by sockets below TMPDIR, whose paths are bounded."""
+"""Check that workers of data loaders can pass tensors through sockets below TMPDIR, whose paths are bounded."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import multiprocessing
 
-#: Most bytes of a socket's path, of 108 with its end (unix(7)), and those that multiprocessing adds to TMPDIR.
+#: Maximum bytes of a socket's path (108 with its terminator, unix(7)), and those that multiprocessing adds to TMPDIR.
 _MOST, _ADDED = 107, len("/pymp-12345678/listener-12345678")
 
 
 def workers_of(data: Any) -> int:
-    """Worker processes of a loader, or of those of a data module; 0 where it has no such attribute."""
+    """Count the worker processes of a loader, or of the loaders of a data module; 0 without such an attribute."""
     return int(getattr(data, "workers", getattr(data, "num_workers", 0)) or 0)
 
 
 def require_sockets() -> None:
     """Refuse a TMPDIR below which no worker can pass a tensor: its thread fails, and the loader would wait forever.
 
-    Where torch shares memory by files there is no such socket; newer Pythons take another folder by themselves.
+    If torch shares memory by files, it needs no such socket. Newer Pythons choose another folder by themselves.
     """
     if multiprocessing.get_sharing_strategy() != "file_descriptor" or hasattr(util, "_get_base_temp_dir"):
         return

@@ -1,4 +1,4 @@
-"""Use of the codes of quantizers in training: perplexity and dead codes."""
+"""Code usage of quantizers in training: perplexity and dead codes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class CodeUsage(Ordered):
-    """Logs how many of its codes each quantizer uses, at every logging step, as averages over optimizer steps.
+    """Logs at every logging step how many of its codes each quantizer uses, averaged over optimizer steps.
 
-    * ``codes/{objective}/perplexity``: as a share of the codes, the mean over layers; 1 if all are used alike.
-    * ``codes/{objective}/dead``: codes used less than a tenth of even use, of all layers.
+    * ``codes/{objective}/perplexity``: as a share of the codes, averaged over layers; 1 if all codes are used equally.
+    * ``codes/{objective}/dead``: number of codes in all layers that are used less than a tenth as often as on average.
     """
 
     once = True
@@ -41,6 +41,6 @@ class CodeUsage(Ordered):
 
 
 def _quantizers(pl_module: L.LightningModule) -> dict[str, Quantizer]:
-    """By the names of their objectives."""
+    """Map the name of each objective to its quantizer."""
     named = ((name.split("."), part) for name, part in pl_module.named_modules() if isinstance(part, Quantizer))
     return {name[-2] if len(name) > 1 else name[-1]: part for name, part in named}

@@ -1,7 +1,7 @@
 """Save and restore the values logged so far in an epoch, which Lightning keeps in memory only.
 
-A row of metrics.csv holds, beside the values of its own step, values of earlier steps of the epoch (terms that take
-turns, a rule that is solved every tenth step), and the row of an epoch holds means over all of its steps.
+A row of metrics.csv holds the values of its own step and some from earlier steps of the epoch (terms that alternate, a
+rule that is solved every tenth step). The row of an epoch holds means over all its steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ARGUMENTS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable
 
 
 class _OtherRanksMetadata(_Metadata):
-    """Arguments of ``log`` in a run of another number of ranks; whether it averages ranks is the next call's."""
+    """Arguments of ``log`` saved with another number of ranks; the next call decides whether ranks are averaged."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Metadata):
@@ -29,7 +29,7 @@ class _OtherRanksMetadata(_Metadata):
 
 
 def snapshot(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
-    """Values of the epoch so far on this rank, without torchmetrics, whose state is in the module."""
+    """Return this rank's values of the epoch so far, without torchmetrics, whose state is in the module."""
     values = {}
     for key, result in trainer.fit_loop.epoch_loop._results.items():
         meta = result.meta
@@ -48,14 +48,14 @@ def snapshot(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
 
 
 def share(by_rank: Sequence[Mapping[str, Any]], rank: int, world: int) -> Mapping[str, Any]:
-    """Return the logged values that this rank goes on with: its own, or, on another number of ranks, an equal share."""
+    """Return this rank's logged values after a resume: its own, or an equal share if the number of ranks changed."""
     if len(by_rank) == world:
         return by_rank[rank]
     return {key: _merge([values[key] for values in by_rank if key in values], world) for key in by_rank[0]}
 
 
 def _merge(each: Sequence[Mapping[str, Any]], world: int) -> dict[str, Any]:
-    """One value of several ranks: a new rank's share of sums, the mean of what was logged last."""
+    """Merge one value of several ranks: a new rank's share of sums, and the mean of the last logged values."""
     merged, reduce = dict(each[0]), each[0]["reduce_fx"]
     for key, by in (("value", world), ("rows", world), ("last", len(each))):
         if merged[key] is not None:
@@ -66,7 +66,7 @@ def _merge(each: Sequence[Mapping[str, Any]], world: int) -> dict[str, Any]:
 
 
 def restore(trainer: L.Trainer, by_rank: Sequence[Mapping[str, Any]], within: bool) -> None:
-    """Restore those of all ranks at the start of the first batch; ``within``: it is not the first of its epoch."""
+    """Restore the logged values at the start of the first batch; ``within``: it is not the first of its epoch."""
     results, world = trainer.fit_loop.epoch_loop._results, trainer.world_size
     kind = _Metadata if len(by_rank) == world else _OtherRanksMetadata
     for key, saved in share(by_rank, trainer.global_rank, world).items():

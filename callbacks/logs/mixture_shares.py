@@ -13,7 +13,7 @@ from descant.modules.training_setup.trainer import datamodule_of
 
 
 class MixtureShares(ResumableMetrics):
-    """Logs at the start of training the share of each part, ``mixture/share/NAME``, and ``mixture/entropy`` of them.
+    """Logs the share of each part at the start of training, ``mixture/share/NAME``, and their ``mixture/entropy``.
 
     entropy = -sum_p s_p log s_p / log P        over the P parts with a share: 1 where they are equal
     """

@@ -1,4 +1,4 @@
-"""Packing statistics: padding, documents a row, tokens a step and a second, of packed training rows."""
+"""Packing statistics of packed training rows: padding, documents per row, tokens per step and per second."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class PackingStatistics(Ordered):
 
     * ``packing/padding``: share of the cells of packed rows without a token, ``1 - tokens / (rows * width)``.
     * ``packing/documents_per_row``
-    * ``packing/tokens_per_step``: of text and images, of all ranks; padding is not counted.
-    * ``packing/tokens_per_second``: the same a second of training, without evaluation.
+    * ``packing/tokens_per_step``: text and image tokens of all ranks, without padding.
+    * ``packing/tokens_per_second``: the same per second of training, without evaluation.
 
-    All are numbers of the plans, which are made on the CPU: no step reads the device, and a logging step does not wait
-    for it. The counts since the last logging step are saved in checkpoints.
+    All are computed from the packing plans, which are made on the CPU. No step reads the device, and a logging step
+    does not wait for it. Checkpoints hold the counts since the last logging step.
     """
 
     once = True

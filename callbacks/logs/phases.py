@@ -1,4 +1,4 @@
-"""What each rank spends its time on: phases of a step, exchanges between ranks, and their split over all ranks.
+"""Time of each rank: phases of a step, exchanges between ranks, and their split over all ranks.
 
 Letters: R ranks, B micro-batches of a window.
 """
@@ -22,33 +22,33 @@ from lightning.pytorch.profilers import PassThroughProfiler
 
 from descant.modules.training_setup.boards import Table
 
-#: Phases in the order of a step; "reduce" is what is left of the gradients' reduction when the last gradient is there.
+#: Phases in the order of a step; "reduce" is the rest of the gradients' reduction after the last gradient is computed.
 PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "validation", "saving", "end")
-#: Phases that may be long without a sign of progress.
+#: Phases that may take long without a sign of progress.
 LONG = frozenset({"start", "validation", "saving", "end"})
-#: Phase -> the row of its exchanges in a window. In saving all ranks wait for what is written: that is saving.
+#: Phase -> the row of its exchanges in a window. Not "saving": the time that ranks wait for a write counts as saving.
 _ROW = {"data": 0, "forward": 1, "backward": 2, "reduce": 2, "optimizer": 0, "validation": 0}
-#: Calls of Lightning that are no part of a step: what a user does there may be long.
+#: Calls of Lightning that are not part of a step: user code in them may take long.
 _HOOKS = ("[Callback]", "[LightningModule]", "[LightningDataModule]")
 #: Phases that some calls end.
 _SHIFTS = ("backward", "reduce", "saving")
-#: The least share of a window for a call to be sent with it.
+#: Minimum share of a window's time for a call to be sent with it.
 LEAST_SHARE = 0.01
-#: Rows of a table: with more ranks, the slowest.
+#: Maximum rows of a table; with more ranks it shows the slowest.
 ROWS = 32
-#: A rank is called slow when its own work takes so many times the median.
+#: A rank is called slow if its own work takes more than this many times the median.
 SLOW = 1.1
 
 
 @dataclass
 class Window:
-    """Seconds of one rank in some micro-batches.
+    """Time of one rank in a window of micro-batches.
 
     Args:
-        rank: whose.
+        rank: the rank.
         seconds: phase -> seconds, without exchanges.
-        exchanges_3B: of each micro-batch, seconds in exchanges after it (row 0), in its forward and in its backward.
-        calls: what Lightning called -> seconds in it, without inner calls and exchanges.
+        exchanges_3B: seconds in exchanges after each micro-batch (row 0), in its forward and in its backward.
+        calls: call of Lightning -> seconds in it, without inner calls and exchanges.
     """
 
     rank: int = 0
@@ -65,10 +65,10 @@ class Window:
 
 
 class Phases:
-    """Where the main thread is, which another thread may read at any time, and how long it was where.
+    """Current phase of the main thread, which another thread may read at any time, and the time spent in each phase.
 
     Entering a phase writes plain attributes and a stamp: the host's clock on a CPU, else an event on the device's
-    stream, which is read a window later, so that no step waits for the device.
+    stream. Events are read one window later, so that no step waits for the device.
 
     >>> now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 7.5, 7.5])
     >>> phases = Phases(stamp=lambda: next(now), elapsed=lambda a, b: b - a)
@@ -78,9 +78,9 @@ class Phases:
     {'data': 1.0, 'forward': 3.0, 'backward': 2.0, 'optimizer': 0.5}
 
     Args:
-        device: of the model.
+        device: device of the model.
         stamp, elapsed: a clock, and the seconds between two of its stamps; by default those of the device.
-        profiler: of the Trainer, for :meth:`profile`.
+        profiler: profiler of the Trainer, for :meth:`profile`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Phases:
         self.name, self.step, self.batch, self.part = "start", 0, 0, 0
         self._marks: list[tuple[int, str, Any]] = []
         self._exchanges: list[tuple[int, str, Any, Any]] = []
-        self._held: tuple[Any, ...] | None = None  # a window whose events may be under way
+        self._held: tuple[Any, ...] | None = None  # a window whose events may be pending
         self._profiler = None if isinstance(profiler, PassThroughProfiler) else profiler
         self.exchanging = False
         self._open, self._charged = [""], time.perf_counter()  # calls under way; an exchange is one without a name
@@ -106,12 +106,12 @@ class Phases:
 
     @property
     def position(self) -> tuple[int, int]:
-        """Micro-batches begun, and parts of the current one: the same on all ranks where they have done the same."""
+        """Micro-batches begun, and parts of the current one; equal on ranks that have done the same work."""
         return self.batch, self.part
 
     @property
     def long(self) -> bool:
-        """Whether this place may take long: it is of :data:`LONG`, a hook, or in the first step, which compiles."""
+        """Whether this place may take long: a phase in :data:`LONG`, a hook, or the first step, which compiles."""
         call = self._open[-1]
         hook = call.startswith(_HOOKS) and not call.endswith(".optimizer_step")
         return self.name in LONG or self.batch <= 1 or hook
@@ -122,19 +122,19 @@ class Phases:
         self._marks.append((self.batch, name, self._stamp()))
 
     def begin_batch(self, step: int) -> None:
-        """A micro-batch is there, and its forward begins."""
+        """Record that a micro-batch has arrived and its forward begins."""
         self.step = step
         self.batch += 1
         self.part = 0
         self.enter("forward")
 
     def moved(self) -> None:
-        """Something of a long phase is done."""
+        """Record progress within a long phase."""
         self.part += 1
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around an exchange between ranks that the step waits for; one inside another is a part of it."""
+        """Measure an exchange between ranks that the step waits for; a nested exchange is part of the outer one."""
         if self.exchanging:
             yield
             return
@@ -150,7 +150,7 @@ class Phases:
             self._exchanges.append((self.batch, name, begun, self._stamp()))
 
     def profile(self, action: str) -> Phases:
-        """Measure a call, in the place of the profiler's method of this name, which Lightning has around each hook."""
+        """Measure a call. It replaces the profiler's method of this name, in which Lightning wraps each hook."""
         self._action = action
         return self
 
@@ -162,9 +162,9 @@ class Phases:
             self.enter("saving")
         elif name in _SHIFTS:
             if name == "saving" and action.endswith(".on_save_checkpoint"):
-                self.enter(self._saves_in)  # what a callback does there is its own: ranks differ in it
+                self.enter(self._saves_in)  # a callback's work there is its own: ranks differ in it
             elif name != "saving" and action.endswith(".on_after_backward"):
-                self.enter("optimizer")  # before any of these hooks, which would count as the reduction
+                self.enter("optimizer")  # before any of these hooks, which would count as reduction
         self._open.append(action)
         if self._profiler is not None:
             self._profiler.start(action)
@@ -187,9 +187,9 @@ class Phases:
             self._calls[self._open[-1]] += self._charged - before
 
     def take(self, rank: int = 0, last: bool = False) -> Window:
-        """The window up to now, and begin another; on a device, the window before, whose events are over.
+        """Return the window up to now, and begin another; on a device, the window before, whose events are complete.
 
-        With ``last`` all that is left, for which a device is waited for.
+        With ``last``, return all that is left, and wait for the device.
         """
         self._charge()
         window, least = self._take(rank, last), LEAST_SHARE * sum(self._calls.values())
@@ -230,13 +230,13 @@ class Phases:
                 seconds[name] += value
         for batch, name, begun, ended in exchanges:
             value = self._elapsed(begun, ended)
-            if name != "reduce" and add(batch, name, value):  # of the reduction it is a part
+            if name != "reduce" and add(batch, name, value):  # in "reduce" it is already counted
                 seconds[name] -= value
         return Window(rank, {name: round(v, 7) for name, v in seconds.items() if v}, spent_3B.round(7).tolist())
 
 
 def _short(call: str) -> str:
-    """Lightning's name of a call, as a line shows it.
+    """Shorten Lightning's name of a call for a printed line.
 
     >>> _short("[Callback]EMA{'decay': 0.9}.on_train_start"), _short("run_training_epoch")
     ('on_train_start of EMA', 'the loader')
@@ -275,7 +275,7 @@ class Split:
 
     @property
     def work(self) -> float:
-        """What it takes until it meets the others."""
+        """Seconds of own work, until it waits for other ranks."""
         return self.data + self.compute + self.validation
 
     def __add__(self, other: Split) -> Split:
@@ -283,12 +283,12 @@ class Split:
 
 
 def split(windows: Sequence[Window]) -> list[Split]:
-    """Split the time in exchanges into communication and waiting, by the same window of all ranks.
+    """Split the time in exchanges into communication and waiting, from the same window of all ranks.
 
         communication = sum over exchanges of the least time that any rank spends in it
         waiting       = the rest
 
-    The last rank to come to an exchange does not wait, so that its time is that of the transfer.
+    The last rank to reach an exchange does not wait, so its time is that of the transfer.
 
     >>> fast = Window(0, {"data": 1.0, "forward": 2.0}, [[0.0, 0.0], [0.0, 0.0], [3.0, 0.5]])
     >>> slow = Window(1, {"data": 3.5, "forward": 2.0}, [[0.0, 0.0], [0.0, 0.0], [0.5, 0.5]])
@@ -308,9 +308,9 @@ def split(windows: Sequence[Window]) -> list[Split]:
 
 
 def slowest(splits: Sequence[Split]) -> tuple[int, float, str]:
-    """The rank with the most work of its own, how many times the median it is, and the phase that adds most to it.
+    """Find the rank with the most own work, its ratio to the median, and the phase that adds most to it.
 
-    With the call of Lightning that adds most, such as a hook, where it explains half of the difference.
+    The call of Lightning that adds most, such as a hook, is appended if it explains half of the difference.
 
     >>> slowest([Split(data=1.0, forward=1.0), Split(data=1.0, forward=1.0), Split(data=2.0, forward=1.5)])
     (2, 1.75, 'data')
@@ -329,7 +329,7 @@ def slowest(splits: Sequence[Split]) -> tuple[int, float, str]:
 
 
 def straggler_table(splits: Sequence[Split], steps: int, hosts: Sequence[str]) -> Table:
-    """Milliseconds a step of each rank, in the order of ranks; of more than 32 ranks, the slowest.
+    """Tabulate the milliseconds per step of each rank, in the order of ranks; of more than 32 ranks, the slowest.
 
     >>> table = straggler_table([Split(data=1.0, waiting=1.0), Split(data=2.0)], 100, ["a", "b"])
     >>> print(table.markdown().splitlines()[-1])
@@ -350,7 +350,7 @@ def straggler_table(splits: Sequence[Split], steps: int, hosts: Sequence[str]) -
 
 
 def shares_line(splits: Sequence[Split]) -> str:
-    """One line: the mean share of the ranks' time in each of its parts, in percent.
+    """Write in one line the mean share of the ranks' time in each of its parts, in percent.
 
     >>> shares_line([Split(data=1.0, forward=7.0, communication=1.0, saving=1.0)])
     'time of 1 rank, 10 s each: 70 % compute, 10 % data, 10 % communication, 10 % saving, 0 % waiting'

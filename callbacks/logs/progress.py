@@ -24,12 +24,12 @@ from descant.modules.training_setup.trainer import first_validation, log_interva
 
 #: Warm-up steps, steps that are timed to estimate the run's time, and seconds after which fewer are enough.
 _SKIPPED, _MEASURED, _SECONDS = 2, 8, 20.0
-#: Seconds of a run that needs no estimate, and until a first validation that is late.
+#: Seconds below which a run needs no estimate, and above which a first validation is late.
 _SHORT, _LATE = 30.0, 60.0
 
 
 def clock(seconds: float) -> str:
-    """A duration in two units.
+    """Format a duration in two units.
 
     >>> clock(7.2), clock(250), clock(3 * 3600 + 120), clock(200000)
     ('7s', '4m10s', '3h02m', '2d07h')
@@ -47,20 +47,21 @@ def clock(seconds: float) -> str:
 class Progress(ProgressBar):
     """Shows step, loss, main metric, samples per second, share of time waiting for data, and time left.
 
-    A bar on a terminal, which shows evaluations too; elsewhere one plain line an epoch, without control characters::
+    On a terminal it is a bar, also for evaluations; elsewhere, one plain line per epoch without control characters::
 
         step 240/1200  epoch 3  loss 2.31  val/i2t_r1 0.31  1,420 samples/s  data 3 %  eta 4m10s
 
-    A run of a single epoch has a line for each tenth of its steps, but at least 100 steps apart. Only rank 0 prints.
-    Speed and data wait are over the time since the last line or redraw, without evaluation; the time left includes it.
+    A run of a single epoch prints a line for each tenth of its steps, but at least 100 steps apart. Only rank 0 prints.
+    Speed and data wait are measured since the last line or redraw, without evaluation. The time left includes
+    evaluation.
 
-    After ten timed steps, one line on stderr estimates the run's time and its first validation and, where that is late,
-    names the option that validates sooner. Runs of less than half a minute have no such line.
+    After ten timed steps, one line on stderr estimates the run's time and that of its first validation. If that is
+    late, the line names the option that validates sooner. Runs of less than half a minute print no such line.
 
     Args:
         metric: a logged metric to show beside the loss.
         refresh: seconds between two redraws on a terminal.
-        lines_every: without a terminal, a line every so many optimizer steps instead of every epoch.
+        lines_every: optimizer steps between two lines without a terminal, instead of a line every epoch.
     """
 
     once = True
@@ -126,7 +127,7 @@ class Progress(ProgressBar):
             self._estimate(trainer, self._trial)
         step = trainer.global_step
         if self._bar is not None:
-            if step % log_interval(trainer) == 0:  # where the device is read anyway
+            if step % log_interval(trainer) == 0:  # the device is read then anyway
                 self._numbers(trainer.callback_metrics)
             if self._due():
                 self._draw(trainer)
@@ -157,7 +158,7 @@ class Progress(ProgressBar):
         self._trial = None
         whole, wait = trial.seconds / steps, trial.waited / steps
         left = self._total - self._begin[1]
-        # data that is cached is waited for in the first epoch only
+        # training waits for cached data in the first epoch only
         data = trainer.datamodule  # type: ignore[attr-defined]
         epoch = math.ceil(trainer.num_training_batches / accumulate)
         slow = min(left, epoch) if getattr(data, "warms", False) else left
@@ -197,7 +198,7 @@ class Progress(ProgressBar):
         return trainer.should_stop or (self._total is not None and trainer.global_step >= self._total)
 
     def status(self, trainer: L.Trainer, metrics: dict[str, Any]) -> list[str]:
-        """Parts of a line after the step: loss, metric, speed, wait, time left."""
+        """Return the parts of a line after the step: loss, metric, speed, wait, time left."""
         parts = [f"{name} {number:.4g}" for name, number in self._numbers(metrics).items()]
         if self._meter.seconds > 0:
             speed = self._meter.rows_per_second
@@ -211,7 +212,7 @@ class Progress(ProgressBar):
         return parts
 
     def _numbers(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Name -> number of the loss and the metric. Each logged value is read from the device once."""
+        """Read the numbers of the loss and the metric, by name. Each logged value is read from the device once."""
         numbers = {}
         for key, name in (("train/loss", "loss"), (self.metric, self.metric)):
             if key is not None and name is not None and key in metrics:

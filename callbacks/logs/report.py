@@ -34,27 +34,27 @@ VARIANTS = {"distinct": "per distinct caption", CHANCE: "by chance"}
 class Report(L.Callback):
     """Writes ``metrics.json``, one flat object, at every validation and at the end of fit and test; prints a table.
 
-    It holds the newest value of every logged metric under its own name (null where it is not finite), and of the run:
+    It holds the newest value of every logged metric under its own name (null if not finite), and values of the run:
 
     * ``steps``, ``epochs``: optimizer steps and finished epochs.
     * ``seconds``: wall time of the fit; ``train_seconds``: without evaluation and setup.
     * ``samples``: training rows of all ranks; ``samples_per_second = samples / train_seconds``.
-    * ``train_flops``, ``active_flops``: of the callback TrainFlops, where there is one.
+    * ``train_flops``, ``active_flops``: from the callback TrainFlops, if the run has it.
     * ``parameters``, ``parameters_trainable``: of the recipe, shared weights counted once.
-    * ``parameters_active``: of these what a token meets, in a model with sparse experts; where their number depends on
-      the token, by the average that ExpertUsage has measured in the last evaluation.
-    * ``sham/calls``: signals requested per step of parts that have a sham, the same in the method as in the sham.
+    * ``parameters_active``: parameters that a token uses, in a model with sparse experts. If their number depends on
+      the token, it is the average that ExpertUsage measured in the last evaluation.
+    * ``sham/calls``: signals requested per step from parts that have a sham, equal for the method and the sham.
 
-    Where several optimizers train (OptimizerGroup), ``optimizers.json`` lists the tensors of each, and a line their
-    number at the start.
+    With several optimizers (OptimizerGroup), ``optimizers.json`` lists the tensors of each, and a line at the start
+    reports their number.
 
-    A test also writes ``items.safetensors``: of each metric that is a mean over test items, the sum and the weight of
-    every item (:mod:`descant.modules.evaluation.items`), by which claims are judged.
+    A test also writes ``items.safetensors``, by which claims are judged. It has the sum and the weight of every test
+    item for each metric that is a mean over items (:mod:`descant.modules.evaluation.items`).
 
     A resumed run continues its seconds and samples. A test adds its metrics to the file of the fit. Rank 0 replaces the
     file atomically, in the folder of the first logger that has one, else in the Trainer's ``default_root_dir``.
 
-    The table at the end of a command has the metrics of that command: a row a set, a column a metric.
+    The table at the end of a command has the metrics of that command: one row per set, one column per metric.
     """
 
     once = True
@@ -71,7 +71,7 @@ class Report(L.Callback):
         self._shams: list[Sham] = []
         self._fitted: tuple[L.Trainer, L.LightningModule] | None = None
         self._data_shams: list[Sham] = []
-        self._calls = self._counted = 0  # of earlier parts of the run; what shams had counted at this one's start
+        self._calls = self._counted = 0  # in earlier parts of the run; the shams' count when this part began
         self._done = 0  # calls of the data's shams when the last batch ended: the next batch is loaded before it starts
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Report(L.Callback):
 
     @property
     def calls(self) -> int:
-        """How often the signals of shams were requested; a stage may have brought some of them."""
+        """Number of requests for the signals of shams; a stage may have added shams."""
         if self._fitted is not None:
             self._shams += [sham for sham in shams(*self._fitted) if not any(sham is known for known in self._shams)]
         return self._calls + sum(sham.calls for sham in self._shams) - self._counted
@@ -215,7 +215,7 @@ class Report(L.Callback):
         print(self.table(new), flush=True)
 
     def table(self, values: Mapping[str, float] | None = None) -> str:
-        """The table as plain text of at most 100 columns, then a line of steps, time, speed and run folder."""
+        """Format the table as plain text of at most 100 columns, then a line of steps, time, speed and run folder."""
         values = self.values if values is None else values
         lines = []
         for columns, rows in blocks(values):
@@ -227,7 +227,7 @@ class Report(L.Callback):
         return "\n".join([*lines, self.summary(values)])
 
     def summary(self, values: Mapping[str, float] | None = None) -> str:
-        """One line: steps, seconds, samples per second (of a fit), parameters with experts, and the run folder."""
+        """Write one line: steps, seconds, samples per second (of a fit), parameters with experts, the run folder."""
         values = self.values if values is None else values
         parts = []
         if "steps" in values:
@@ -243,12 +243,12 @@ class Report(L.Callback):
 
 
 def _shares(trainer: L.Trainer) -> list[Share]:
-    """What each of several optimizers takes; nothing of a single one."""
+    """List the share of parameters of each optimizer if there are several; empty for a single one."""
     return [share for optimizer in trainer.optimizers for share in getattr(optimizer, "shares", [])]
 
 
 def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
-    """Every sham (control) of recipe, data and callbacks."""
+    """Yield every sham (control) of recipe, data and callbacks."""
     yield from (part for part in pl_module.modules() if isinstance(part, Sham))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from (part for part in vars(callback).values() if isinstance(part, Sham))
@@ -256,7 +256,7 @@ def shams(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Sham]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is none. Raises OSError for what cannot be read, such as a pipe."""
+    """Read a JSON object from a file; empty if it has none. Raises OSError if it cannot be read, such as a pipe."""
     try:
         with files.open_regular(path) as stream:
             content = jsonl.loads(stream.read())
@@ -273,9 +273,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Metrics ``set/metric`` as tables of a row a set; sets that share a metric are in one table.
+    """Arrange metrics ``set/metric`` in tables with one row per set; sets that share a metric are in one table.
 
-    Speed, counts of the run and single layers of experts are left out, training comes last, and a table wider than
+    Speed, counts of the run and single layers of experts are left out. Training comes last. A table wider than
     ``width`` continues below.
 
     >>> for columns, rows in blocks({"vendor/r1": 0.25, "concept/r1": 0.5, "train/loss": 2.0}):
@@ -309,7 +309,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
 
 
 def _ordered(metrics: list[str]) -> list[str]:
-    """Recall before ranks, each direction at its first metric's place; all other metrics stay in place.
+    """Sort recall before ranks, each direction at its first metric's place; all other metrics stay in place.
 
     >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
     ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
@@ -321,13 +321,13 @@ def _ordered(metrics: list[str]) -> list[str]:
 
 
 def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) -> list[list[str]]:
-    """Rows of a block without empty ones, such as chance has for a gap."""
+    """Return the rows of a block without empty ones, such as the row of chance if the block only has a gap."""
     rows = [[name, *(cells[m][k] for m in columns)] for k, name in enumerate(names)]
     return [row for row in rows if {*row[1:]} != {"-"}]
 
 
 def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Groups of sets; any two that share a metric are in one group."""
+    """Group the sets; any two that share a metric are in one group."""
     groups: list[tuple[list[str], set[str]]] = []
     for name, metrics in sets.items():
         names, union = [name], set(metrics)

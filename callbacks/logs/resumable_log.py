@@ -1,4 +1,4 @@
-"""Values logged between two steps, logged again by a run that resumes there."""
+"""Values logged between two steps, which a run that resumes there logs again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from descant.modules.training_setup.boards import Table, boards
 
 
 class ResumableLog:
-    """The values that a callback logged last, outside a step.
+    """Last values that a callback logged outside a step.
 
-    A run that resumes from that very step has dropped the rows since the step before, and does not run the hooks of the
-    epoch's start again: ``write_again`` logs them once more. Its state is to be saved with the callback's.
+    A run that resumes from that step has dropped the rows since the step before, and does not run the hooks of the
+    epoch's start again. So ``write_again`` logs the values once more. The callback has to save this state with its own.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class ResumableLog:
                     board.show_text(tag, content, self.step)
 
     def write_again(self, trainer: L.Trainer) -> None:
-        """Log the last values again if the run resumes at their step. In on_train_start, after Resume."""
+        """Log the last values again if the run resumes at their step. Call it in on_train_start, after Resume."""
         if self.step == trainer.global_step:
             self.write(trainer, self.log, self.text)
 
@@ -53,16 +53,16 @@ class ResumableLog:
 
 
 def _plain(content: str | Table) -> str | dict[str, Any]:
-    """As values that a checkpoint holds."""
+    """Convert to values that a checkpoint can hold."""
     if isinstance(content, str):
         return content
     return {"columns": list(content.columns), "rows": [list(row) for row in content.rows]}
 
 
 class ResumableMetrics(L.Callback):
-    """Base of callbacks that measure at the start of some epochs: the last values are metrics of the run, also resumed.
+    """Base of callbacks that measure at the start of some epochs; a resumed run keeps their last values as metrics.
 
-    A subclass fills ``history``, name -> value, writes it by ``resumable_log`` and calls ``update_metrics``.
+    A subclass fills ``history``, name -> value, logs it through ``resumable_log`` and calls ``update_metrics``.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class ResumableMetrics(L.Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.history.items()})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.update_metrics(trainer)  # of the time before a resume
+        self.update_metrics(trainer)  # values from before a resume
         self.resumable_log.write_again(trainer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,18 +38,18 @@ class Meter:
         self._working: float | None = None
 
     def wait(self, now: float | None) -> None:
-        """The loop waits for data from ``now``; None: what follows (an evaluation) is not counted."""
+        """Record that the loop waits for data from ``now``; None: what follows (an evaluation) is not counted."""
         self._waiting = now
 
     def work(self, now: float) -> None:
-        """A micro-batch begins."""
+        """Record that a micro-batch begins."""
         if self._waiting is not None:
             self.waited += now - self._waiting
             self.seconds += now - self._waiting
         self._working, self._waiting = now, None
 
     def done(self, now: float, rows: int) -> None:
-        """A micro-batch ends."""
+        """Record that a micro-batch ends."""
         if self._working is not None:
             self.seconds += now - self._working
         self.rows, self.batches, self._working, self._waiting = self.rows + rows, self.batches + 1, None, now
@@ -69,7 +69,7 @@ class Meter:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """Peak rate of a square matrix product on this device, in FLOP/s.
+    """Measure the peak rate of a square matrix product on this device, in FLOP/s.
 
     Sizes double while the budget lasts and are then measured in turn, so that a disturbance does not hit one size
     alone. The global random generators are not used.
@@ -111,7 +111,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of matrix products at a Trainer's ``precision``.
+    """Return the dtype of matrix products at a Trainer's ``precision``.
 
     >>> compute_dtype("bf16-mixed"), compute_dtype("32-true")
     (torch.bfloat16, torch.float32)
@@ -130,7 +130,7 @@ class Throughput(Ordered):
     * ``speed/data_wait``: share of the time spent waiting for data, 0 to 1.
     * ``speed/mfu``: model FLOPs utilisation of a device, ``flops_per_second / peak_flops``.
 
-    FLOPs are those of :class:`descant.callbacks.logs.train_flops.TrainFlops`, which is added where it is missing.
+    FLOPs are those of :class:`descant.callbacks.logs.train_flops.TrainFlops`, which is added if it is missing.
 
     Args:
         peak_flops: FLOP/s of the device; None: measured at the start of the fit for a quarter of a second, by a matrix

@@ -1,4 +1,4 @@
-"""FLOPs of training, of which a few micro-batches are counted: ``train_flops`` in metrics.json.
+"""FLOPs of training, estimated from a few counted micro-batches: ``train_flops`` in metrics.json.
 
 Letters: B rows of a micro-batch, G of the whole optimizer step, F features.
 """
@@ -19,7 +19,7 @@ from descant.modules.training_setup.flops import Features, FlopCount, FlopTotal
 
 
 def image_shapes(batch: Any) -> str:
-    """Shapes ``[C, H, W]`` of the images in ``batch.inputs``, in which the cost of a step is not affine.
+    """Write the shapes ``[C, H, W]`` of the images in ``batch.inputs``, in which the cost of a step is not affine.
 
     >>> from types import SimpleNamespace
     >>> image_shapes(SimpleNamespace(inputs={"image": torch.zeros(2, 3, 8, 8), "text": torch.zeros(2, 5)}))
@@ -31,9 +31,9 @@ def image_shapes(batch: Any) -> str:
 
 
 def features(batch: Any, whole: bool = False) -> Features:
-    """Elements of the present rows by modality; ``whole``: at the mean presence of the whole optimizer step.
+    """Count elements of the present rows by modality; ``whole``: at the mean presence of the whole optimizer step.
 
-    The rows of a batch of another class. Nothing is read from a device.
+    For a batch of another class it counts rows. Nothing is read from a device.
 
     >>> batch = Batch({"text": torch.zeros(4, 5)}, {"text": torch.tensor([True, False, True, True])})
     >>> features(batch), features(torch.zeros(3, 2))
@@ -54,15 +54,15 @@ def _elements(x_B: Tensor, mask_G: Tensor | None) -> float:
 class TrainFlops(Ordered):
     """Counts the FLOPs of training: forward and backward passes as they are computed, on all ranks.
 
-    * ``train_flops``: of the run so far, those of an earlier part included when it is resumed.
-    * ``active_flops``: mean of an optimizer step, ``train_flops / steps``.
+    * ``train_flops``: of the run so far; a resumed run includes its earlier parts.
+    * ``active_flops``: mean per optimizer step, ``train_flops / steps``.
 
-    Absent samples cost what is computed of them, usually nothing, and frozen parts no weight gradients; what callbacks
-    compute for a backward pass (gradient probes) and recomputed activations count too. Evaluation, rollouts and the
-    optimizer do not. A few micro-batches are counted by torch's formulas (:class:`FlopCount`) and all others estimated
-    from these (:class:`FlopTotal`), by stage, trained parameters and shapes of images. Each rank knows which samples
-    the others have, so nothing is communicated. Counted micro-batches of a compiled model run uncompiled, since a
-    compiler that meets a counter stops compiling the model.
+    Absent samples cost what is computed for them, usually nothing. Frozen parts cost no weight gradients. What
+    callbacks compute for a backward pass (gradient probes) and recomputed activations count too. Evaluation, rollouts
+    and the optimizer do not. A few micro-batches are counted by torch's formulas (:class:`FlopCount`). All others are
+    estimated from these (:class:`FlopTotal`), by stage, trained parameters and shapes of images. Each rank knows which
+    samples the others have, so nothing is communicated. Counted micro-batches of a compiled model run uncompiled, since
+    a compiler that meets a counter stops compiling the model.
     """
 
     once = True
@@ -90,7 +90,7 @@ class TrainFlops(Ordered):
         return self.total.cost(self._kind, self._own)
 
     def metrics(self, steps: int) -> dict[str, float]:
-        """Those of a run of so many optimizer steps; none where it was resumed from steps that were not counted."""
+        """Return the metrics after ``steps`` optimizer steps; none if the run resumed from steps it did not count."""
         if not self._complete or not steps:
             return {}
         flops = round(self.total.total)
@@ -99,7 +99,7 @@ class TrainFlops(Ordered):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step and not self.total.total:
             self._complete = False
-        self.on_train_epoch_start(trainer, pl_module)  # a run that is resumed inside an epoch has no start of it
+        self.on_train_epoch_start(trainer, pl_module)  # not called in a run that is resumed inside an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trains = bytes(p.requires_grad for p in pl_module.parameters())

@@ -42,7 +42,7 @@ class AnswerRow(NamedTuple):
 
 @styled
 def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
-    """Image, question, reference and answer, a row each: answers green if correct, else orange-red.
+    """Draw rows of image, question, reference and answer: answers are green if correct, else orange-red.
 
     >>> made = answer_table([AnswerRow(None, "what colour is it?", "red", "green", False)], "val: answers")
     >>> [text.get_text() for text in made.axes[0].texts][-3:]

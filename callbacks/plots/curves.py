@@ -1,4 +1,4 @@
-"""Numbers in the course of a run, recorded and drawn. Letters: S steps, K curves, Q pairs of terms."""
+"""Record and draw numbers over the course of a run. Letters: S steps, K curves, Q pairs of terms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEFT, WIDE, HIGH = 56, 560, 220  # pixels of a panel and of its left margin
 
 
 class Track:
-    """A series of vectors with at most 512 points: whenever it is full, each two neighbours become their mean.
+    """A series of vectors with at most 512 points: whenever it is full, each pair of neighbours becomes its mean.
 
     >>> track = Track()
     >>> for step in range(2000):
@@ -51,7 +51,7 @@ class Track:
         self.counts = [a + b for a, b in zip(self.counts[::2], self.counts[1::2], strict=True)]
 
     def points(self) -> tuple[list[int], np.ndarray]:
-        """Steps, and values ``[S, Q]``."""
+        """Return steps, and values ``[S, Q]``."""
         return self.steps, np.array([[x / n for x in row] for row, n in zip(self.sums, self.counts, strict=True)])
 
     def state_dict(self) -> dict[str, object]:
@@ -67,10 +67,10 @@ def curves(
     panels: Mapping[str, tuple[Sequence[str], Sequence[int], np.ndarray]],
     marks: Mapping[str, int] | None = None,
 ) -> Figure:
-    """A panel for each of ``name -> (names of curves, steps, values_SK)``; values that are not finite leave gaps.
+    """Draw a panel for each ``name -> (names of curves, steps, values_SK)``; values that are not finite leave gaps.
 
-    The last of several curves is black; the legend has their last values. With ``marks``, parts of the run by name and
-    first step, all panels cover the whole run and each part is equally wide, however long it is.
+    The last of several curves is black; the legend has their last values. With ``marks`` (parts of the run by name and
+    first step), all panels cover the whole run, and all parts are equally wide, whatever their length.
 
     >>> values = np.array([[0.1, 0.2], [0.3, np.nan], [0.5, 0.6]])
     >>> len(curves("title", {"val": (["image", "joint"], [0, 10, 20], values)}).axes)
@@ -124,7 +124,7 @@ def _label(name: str, x_S: np.ndarray) -> str:
 
 @styled
 def cosine_map(title: str, pairs: Sequence[tuple[str, str]], steps: Sequence[int], cos_SQ: np.ndarray) -> Figure:
-    """A row a pair of terms, over the steps of a run: blue where their gradients agree, red where they conflict.
+    """Draw a row per pair of terms, over the steps of a run: blue where their gradients agree, red where they conflict.
 
     >>> made = cosine_map("title", [("a", "b")], [0, 1], np.array([[-1.0], [0.5]]))
     >>> made.axes[0].images[0].get_array().shape

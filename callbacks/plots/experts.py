@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CELL, GAP = 30, 14  # pixels
-#: Shares are written into cells of so many experts at most.
+#: Maximum number of experts for which shares are written into the cells.
 WRITTEN = 16
 
 
 @styled
 def expert_maps(title: str, layers: Sequence[str], experts: Sequence[str], share: Mapping[str, np.ndarray]) -> Figure:
-    """A panel a kind of tokens: the share of its choices that each expert of each layer has; white 0, dark 1.
+    """Draw a panel per kind of tokens: each expert's share of its choices, by layer; white is 0, dark is 1.
 
     Args:
         title: the first line. layers, experts: names, from top to bottom and from left to right.

@@ -28,7 +28,7 @@ def grid(
     names: Sequence[str],
     title: str,
 ) -> Figure:
-    """For each sample a row of the truth, and a row a given modality: what it is, and each target made from it.
+    """Draw for each sample a row of the truth, and a row per given modality: its content, and targets made from it.
 
     Args:
         truth: modality -> each sample's content. made: (given, target) -> what was generated.

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TILE, FRAME, GAP = 128, 4, 12  # pixels
-#: Sizes of captions, of which the largest that fits is used: 30 pixels of a sheet are 9 of TensorBoard.
+#: Sizes of captions; the largest that fits is used: 30 pixels of a sheet are 9 in TensorBoard.
 CAPTIONS, ROOM, HEAD = (28, 23, 18, 14), 72, 30
 
 
 @runtime_checkable
 class Pictured(Protocol):
-    """A data module that shows samples: ``describe`` a line, ``picture`` uint8 ``[3, H, W]`` or None."""
+    """A data module that shows samples: ``describe`` returns a line, ``picture`` uint8 ``[3, H, W]`` or None."""
 
     def describe(self, index: int) -> str: ...
 
@@ -28,7 +28,7 @@ class Pictured(Protocol):
 
 
 def sample_image(data: Any, index: int, size: int | None = None) -> np.ndarray | None:
-    """The image of a sample, uint8 ``[H, W, 3]`` or ``[size, size, 3]``; None if the data module has none."""
+    """Return the image of a sample, uint8 ``[H, W, 3]`` or ``[size, size, 3]``; None if the data module has none."""
     image = data.picture(index) if isinstance(data, Pictured) else None
     if image is None:
         return None
@@ -37,7 +37,7 @@ def sample_image(data: Any, index: int, size: int | None = None) -> np.ndarray |
 
 
 def sample_line(data: Any, index: int) -> str:
-    """A sample in a line of text, by the data module's ``describe``; else its index."""
+    """Describe a sample in a line of text, by the data module's ``describe``; else by its index."""
     text = data.describe(index) if hasattr(data, "describe") else str(index)
     return " ".join(text.split()) or str(index)  # the projector's tables have no tabs and no empty cells
 
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
 @styled
 def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
-    """Rows of cells under a header line; the first cell of a row, the query, stands a little apart.
+    """Draw rows of cells under a header line; the first cell of a row, the query, is set apart.
 
     >>> pixels(sheet([[Cell(None, "a caption", GRID)] * 3] * 2, "title", "note")).shape
     (509, 480, 3)
@@ -86,7 +86,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
 
 
 def _caption(axes: Any, text: str, x: float, y: float, width: float, height: float, va: str) -> None:
-    """A text in the largest size of captions at which it fits and no word is broken; else in the smallest."""
+    """Write a text in the largest caption size at which it fits and no word is broken; else in the smallest."""
     for size in CAPTIONS:
         most = int(height // (1.2 * size))
         if size > CAPTIONS[-1] and text_width(text, size) > width * most:
@@ -99,7 +99,7 @@ def _caption(axes: Any, text: str, x: float, y: float, width: float, height: flo
 
 @styled
 def text_tiles(texts: Sequence[str], size: int) -> np.ndarray:
-    """Each text in a tile of its own: uint8 ``[N, size, size, 3]``.
+    """Draw each text in its own tile: uint8 ``[N, size, size, 3]``.
 
     >>> text_tiles(["a", "b", "c"], 48).shape
     (3, 48, 48, 3)

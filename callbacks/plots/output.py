@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def writers(trainer: L.Trainer) -> list[Any]:
-    """The SummaryWriters of the TensorBoard loggers."""
+    """Return the SummaryWriters of the TensorBoard loggers."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
-    # not trainer.log_dir: it is a collective, and None where the first logger has no folder
+    """Return the folder of the first logger that has one, else the Trainer's ``default_root_dir``."""
+    # not trainer.log_dir: it is a collective, and None if the first logger has no folder
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next((f for f in folders if isinstance(f, str | Path)), trainer.default_root_dir))
 
 
 def save_figure(trainer: L.Trainer, figure: Figure, name: str, tag: str, small: Figure | None = None) -> None:
-    """Writes ``pictures/{name}-{step}.png`` in the run's folder, and shows it under ``tag`` on loggers that can.
+    """Write ``pictures/{name}-{step}.png`` in the run's folder, and show it under ``tag`` on loggers that can.
 
-    ``small``: the figure that these get instead.
+    ``small``: the figure that these loggers get instead.
     """
     image, folder = pixels(figure), run_folder(trainer) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)

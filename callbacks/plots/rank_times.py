@@ -1,4 +1,4 @@
-"""Bars of what each rank spends a step on. Letters: R ranks."""
+"""Bars of how each rank spends a step. Letters: R ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BAR, GAP, WIDTH = 22, 14, 720  # pixels
 def rank_times(
     title: str, ranks: Sequence[str], milliseconds: Mapping[str, Sequence[float]], unit: str = "milliseconds a step"
 ) -> Figure:
-    """A bar a rank, from top to bottom: the milliseconds of its parts, one after another; waiting is grey.
+    """Draw a bar per rank, from top to bottom: the milliseconds of its parts, one after another; waiting is grey.
 
     Args:
-        title: the first line. ranks: their names.
-        milliseconds: part -> ``[R]``, in the order of a step. unit: what the axis is.
+        title: the first line. ranks: names of the ranks.
+        milliseconds: part -> ``[R]``, in the order of a step. unit: label of the axis.
 
     >>> made = rank_times("title", ["0", "1"], {"data": [1.0, 9.0], "waiting": [8.0, 0.0]})
     >>> [float(patch.get_width()) for patch in made.axes[0].patches]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TILE, GAP, LABEL, HIDDEN = 96, 12, 96, (150, 150, 150)
-#: Of categories: distinct, dark and light in turn; further ones have a colour by a hash of their number.
+#: Colours of categories: distinct, dark and light in turn; further categories have a colour by a hash of their number.
 PALETTE = (
     *((27, 27, 30), (230, 75, 60), (60, 140, 220), (250, 200, 60), (70, 170, 90), (245, 240, 230)),
     *((150, 85, 170), (240, 140, 40), (110, 75, 50), (250, 170, 190), (40, 180, 180), (120, 120, 120)),
@@ -30,12 +30,14 @@ COLUMNS = ("seen", "predicted", "truth")
 def gallery(
     rebuilt: Mapping[str, ReconstructionOutput], present: Mapping[str, Tensor], names: Sequence[str], title: str
 ) -> Figure | None:
-    """A row a sample, three tiles a modality: visible input, prediction in its place, truth; None without images.
+    """Draw a row per sample, three tiles per modality: visible input, prediction in its place, truth.
+
+    Returns None without images.
 
     Args:
         rebuilt: modality -> reconstructions of all samples.
         present: modality -> bool ``[B]``: a sample without it has empty tiles.
-        names: of the samples.
+        names: names of the samples.
         title: the first line.
 
     >>> x_B = torch.zeros(2, 3, 8, 8)
@@ -76,12 +78,12 @@ def gallery(
 
 
 def _tiles(sample: ReconstructionOutput) -> list[np.ndarray]:
-    """The columns of one sample: uint8 ``[TILE, TILE, 3]`` each."""
+    """Draw the columns of one sample: uint8 ``[TILE, TILE, 3]`` each."""
     x = sample.truth
     truth, visible, prediction = (_plane(t, x) for t in (x, sample.visible, sample.prediction.to(x.dtype)))
     assert truth is not None and visible is not None and prediction is not None
     low, high = _scale(x)
-    # what was seen stands as it is; where nothing was hidden, as in a tokenizer, all of it was predicted
+    # visible input is unchanged; if nothing was hidden, as in a tokenizer, all of it was predicted
     shown = prediction if bool(visible.all()) else torch.where(visible, truth, prediction)
     seen, predicted, whole = (_pixels(t, low, high) for t in (truth, shown, truth))
     seen_HW1 = visible.reshape(-1, *visible.shape[-2:]).all(0).numpy()[..., None]
@@ -90,9 +92,9 @@ def _tiles(sample: ReconstructionOutput) -> list[np.ndarray]:
 
 
 def _plane(x: Tensor, like: Tensor) -> Tensor | None:
-    """The image of one sample: ``[C, H, W]`` of numbers or ``[H, W]`` of categories; None where there is none.
+    """Select the image of one sample: ``[C, H, W]`` of numbers or ``[H, W]`` of categories; None if it has none.
 
-    ``like``: the input, whose dtype decides.
+    ``like``: the input, whose dtype decides between the two.
     """
     if not like.is_floating_point():
         return {2: x, 3: x[len(x) // 2]}.get(x.ndim) if x.ndim else None
@@ -104,7 +106,7 @@ def _plane(x: Tensor, like: Tensor) -> Tensor | None:
 
 
 def _scale(x: Tensor) -> tuple[float, float]:
-    """The numbers that are black and white: -1 and 1 of an image, else the least and the largest."""
+    """Return the numbers that are black and white: -1 and 1 for an image, else the least and the largest."""
     finite = x[x.isfinite()].float() if x.is_floating_point() else x.new_zeros(0).float()
     if len(finite) == 0 or (x.ndim == 3 and float(finite.abs().max()) <= 1.001):
         return -1.0, 1.0
@@ -112,7 +114,7 @@ def _scale(x: Tensor) -> tuple[float, float]:
 
 
 def _pixels(x: Tensor, low: float, high: float) -> np.ndarray:
-    """uint8 ``[H, W, 3]``."""
+    """Convert to uint8 ``[H, W, 3]``."""
     if not x.is_floating_point():
         white = (255, 255, 255)  # below 0 is no category
         colours = np.array([_colour(c) for c in range(max(int(x.max()), 0) + 1)] + [white], dtype=np.uint8)
@@ -130,7 +132,7 @@ def _colour(category: int) -> tuple[int, int, int]:
 
 
 def _tile(image: Image.Image) -> np.ndarray:
-    """Centred, as large as fits; small images show their pixels."""
+    """Centre an image in a tile, as large as fits; small images show their pixels."""
     share = TILE / max(image.size)
     size = max(round(image.width * share), 1), max(round(image.height * share), 1)
     tile = Image.new("RGB", (TILE, TILE), "white")

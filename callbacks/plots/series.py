@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHANNELS, DOTTED = 4, 60  # most channels of a modality; most steps of a series whose numbers are dots, too
+CHANNELS, DOTTED = 4, 60  # maximum channels of a modality; maximum steps of a series with dots
 NAME, LEFT, WIDE, HIGH, GAP = 96, 46, 240, 92, 14  # pixels: a sample's name; a panel's labels, width and height
 LEAST = 640  # width of a figure, so that title and legend fit
 
@@ -23,11 +23,11 @@ def trace(axes: Axes, at_T: np.ndarray, x_T: np.ndarray, colour: str, width: flo
     """Draw numbers as a line with gaps where they are not finite; a number between two gaps is a dot.
 
     Args:
-        axes: to draw on.
+        axes: axes to draw on.
         at_T: place of each number.
         x_T: the numbers.
-        colour, width: of the line.
-        dots: whether all numbers are dots, too.
+        colour, width: colour and width of the line.
+        dots: whether all numbers are also drawn as dots.
     """
     finite_T = np.pad(np.isfinite(x_T), 1)
     dot_T = finite_T[1:-1] & (dots | ~(finite_T[:-2] | finite_T[2:]))
@@ -49,7 +49,7 @@ class _Sample(NamedTuple):
         x_WT, seen_WT, y_WT = (t[row].cpu().double().numpy() for t in output)
         mean_W1, std_W1 = (np.reshape(value, (-1, 1)) for value in (units.mean, units.std))
         finite_WT = np.isfinite(x_WT)
-        # outside what is rebuilt, a prediction repeats the truth
+        # outside the rebuilt steps, a prediction repeats the truth
         rebuilt_WT = np.where(finite_WT & (y_WT != x_WT), y_WT, np.nan)
         truth_WT, rebuilt_WT = (mean_W1 + std_W1 * z_WT for z_WT in (np.where(finite_WT, x_WT, np.nan), rebuilt_WT))
         period = units.period or 1.0
@@ -63,17 +63,18 @@ def series_gallery(
     names: Sequence[str],
     title: str,
 ) -> Figure | None:
-    """A row a sample, a panel for each of the first 4 channels of a modality, in the data's units; None without series.
+    """Draw a row per sample, with a panel for each of the first 4 channels of a modality; None without series.
 
-    Steps that are hidden from the encoder are shaded. The truth is blue where it is seen and a thin line where it is
-    hidden; the reconstruction is red. Gaps, and the padding after the end of a series, are not drawn. All panels of a
-    channel have equal limits, which depend on the truth alone, so that figures of several steps can be compared; a
-    reconstruction outside them lies on the edge of its panel, and the legend reports it.
+    Numbers are in the data's units. Steps that are hidden from the encoder are shaded. The truth is blue where it is
+    seen and a thin line where it is hidden; the reconstruction is red. Gaps, and the padding after the end of a series,
+    are not drawn. All panels of a channel have equal limits, which depend on the truth alone, so that figures of
+    several steps can be compared. A reconstruction outside them lies on the edge of its panel, and the legend reports
+    it.
 
     Args:
         rebuilt: modality -> reconstructions ``[B, W, T]`` of all samples; nan is a gap, or after the end.
-        units: modality -> the axes of each sample; None where it lacks the modality.
-        names: of the samples.
+        units: modality -> the axes of each sample; None if it lacks the modality.
+        names: names of the samples.
         title: the first line.
 
     >>> import torch
@@ -128,7 +129,7 @@ def series_gallery(
 
 
 def _limits(samples: Sequence[_Sample], w: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Limits of both axes: all steps up to the last one with a number, and the truth of channel ``w``."""
+    """Compute the limits of both axes: all steps up to the last one with a number, and the truth of channel ``w``."""
     ends = [s.at_T[np.isfinite(s.truth_WT).any(axis=0)].max(initial=0) for s in samples]
     half = max(s.period / 2 for s in samples)
     x = np.concatenate([s.truth_WT[w][np.isfinite(s.truth_WT[w])] for s in samples])

@@ -1,4 +1,4 @@
-"""How every figure looks: one set of matplotlib settings, colour-blind-safe colours, sizes in pixels.
+"""Style of every figure: one set of matplotlib settings, colour-blind-safe colours, sizes in pixels.
 
 matplotlib is imported inside functions, since most runs draw nothing; pyplot and its global state are never used.
 """
@@ -58,7 +58,7 @@ RC: dict[str, Any] = {
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: runs a drawing function under :data:`RC`, whatever the process has set for itself."""
+    """Decorate a drawing function to run under :data:`RC`, whatever settings the process has."""
 
     @functools.wraps(draw)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,17 +72,17 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many pixels, drawn by Agg."""
+    """Create an empty figure of this size in pixels, drawn by Agg."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)  # sizes are cut to whole pixels
+    made = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)  # sizes are truncated to whole pixels
     FigureCanvasAgg(made)
     return made
 
 
 def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
-    """A figure that shows an image pixel by pixel, and axes to write on it: in pixels from the upper left corner.
+    """Create a figure that shows an image pixel by pixel, and axes in pixels from the upper left corner to write on it.
 
     >>> made, axes = page(np.full((20, 30, 3), 7, dtype=np.uint8))
     >>> image_HW3 = pixels(made)
@@ -107,29 +107,29 @@ def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
 def pixels(made: Figure) -> np.ndarray:
     """Draw the figure into uint8 ``[H, W, 3]``, and empty it.
 
-    The parts of a figure refer to each other. Python would keep their pixels, 10 MB a figure, until it next collects
-    all garbage, which comes after a hundred figures beside a model's objects.
+    The parts of a figure refer to each other. Python would keep their pixels, 10 MB per figure, until its next full
+    garbage collection, which comes after a hundred figures if a model's objects are in memory.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     made.canvas.draw()
     image_HW3 = np.asarray(made.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
     for background in list(made.images):
-        background.remove()  # clear() leaves each background in a cycle with the list of all
+        background.remove()  # clear() leaves each background in a reference cycle with the list of all
     made.clear()
     FigureCanvasAgg(made)
     return image_HW3
 
 
 def resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
-    """uint8 ``[side, side, 3]``; images of at most 32 pixels show their pixels, others are smooth."""
+    """Resize to uint8 ``[side, side, 3]``; images of at most 32 pixels show their pixels, others are smooth."""
     nearest = max(image_HW3.shape) <= 32 and not smooth
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(image_HW3).resize((side, side), how))
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
-    """The three bytes of ``#rrggbb``.
+    """Return the three bytes of ``#rrggbb``.
 
     >>> rgb(VERMILLION)
     (213, 94, 0)
@@ -139,7 +139,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 @functools.lru_cache(4096)
 def text_width(text: str, size: int) -> float:
-    """Pixels that a line of text takes at most."""
+    """Return the pixels that a line of text takes at most."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))
@@ -151,7 +151,7 @@ def text_width(text: str, size: int) -> float:
 
 
 def wrap(text: str, size: int, width: float, lines: int) -> list[str]:
-    """``text`` in at most ``lines`` lines of ``width`` pixels, with an ellipsis where it is cut.
+    """Wrap ``text`` in at most ``lines`` lines of ``width`` pixels, with an ellipsis where it is cut.
 
     >>> wrap("a rather long caption", 12, 90, 2), wrap("a rather long caption", 12, 70, 1)
     (['a rather long', 'caption'], ['a rather...'])

@@ -25,14 +25,14 @@ def heat_map(
     rows: Mapping[str, int],
     less: bool = False,
 ) -> Figure:
-    """A row a subset, with a dot for each of its modalities; a column a set, its worst cell framed.
+    """Draw a row per subset, with a dot for each of its modalities, and a column per set, its worst cell framed.
 
     Args:
         title: the first line.
-        modalities: in the order of their dots.
-        subsets: from top to bottom.
+        modalities: modalities in the order of their dots.
+        subsets: subsets from top to bottom.
         cells: set -> subset -> value.
-        rows: set -> number of samples of the mean.
+        rows: set -> number of samples in the mean.
         less: whether less is better.
 
     >>> one = {"val": {("a",): 0.25, ("a", "b"): 0.5}}

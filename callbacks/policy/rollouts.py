@@ -46,12 +46,12 @@ class Rollouts(Callback):
     TensorBoard's text ``rollouts/answers`` shows some.
 
     Args:
-        rewards: of answers.
-        advantage: of answers; GroupScaled (GRPO) by default.
+        rewards: rewards of answers.
+        advantage: advantage of answers; GroupScaled (GRPO) by default.
         passes: epochs on each rollout; beyond one optimizer step training is off policy.
-        resample: how often flat groups are replaced at most.
+        resample: maximum number of times that flat groups are replaced.
         flat: whether remaining flat groups ``count`` as tokens of the step, with zero advantage, or are left out.
-        cut: the same of truncated answers (DAPO's overlong filtering).
+        cut: the same for truncated answers (DAPO's overlong filtering).
         show: questions of each rollout that TensorBoard shows with all answers.
         sham: ``permute`` for the control: permutes rewards over the answers to each question.
     """
@@ -122,7 +122,7 @@ class Rollouts(Callback):
     def _generate(
         self, trainer: L.Trainer, pl_module: L.LightningModule, now: int
     ) -> tuple[Any, dict[str, Tensor], Tensor, dict[str, float]]:
-        """N problems, their answers, and rewards ``[R, K]``; and metrics of all that was generated."""
+        """Return N problems, their answers, rewards ``[R, K]``, and metrics of all generated answers."""
         data: Any = data_now(trainer)
         N, G = data.items, data.group
         taken: list[tuple[Any, dict[str, Tensor], Tensor]] = []
@@ -150,8 +150,8 @@ class Rollouts(Callback):
     def _sample(
         self, trainer: L.Trainer, pl_module: Any, problems: Any, now: int, again: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Answers to N problems, over all ranks: ``said`` and ``old`` ``[R, M]``, ``length``, ``ended``; and rewards
-        ``[R, K]``."""
+        """Generate answers to N problems, over all ranks: ``said`` and ``old`` ``[R, M]``, ``length``, ``ended``; and
+        their rewards ``[R, K]``."""
         data: Any = data_now(trainer)
         R, M, G = data.items * data.group, data.answer_length, data.group
         sampled = {
@@ -192,7 +192,7 @@ class Rollouts(Callback):
     def _rewarded(
         self, data: Any, generated: Generated, right_RA: Tensor, entries: list[Any]
     ) -> tuple[list[Answer], Tensor]:
-        """These answers as text, and their rewards ``[R, K]``."""
+        """Return these answers as text, and their rewards ``[R, K]``."""
         length_R, ended_R = generated.length_R.tolist(), generated.ended_R.tolist()
         words = [
             data.spell(token_N[: n - e])
@@ -203,7 +203,7 @@ class Rollouts(Callback):
         return answers, self.rewards(answers)
 
     def _table(self, data: Any, questions: list[list[int]], answers: list[Answer], r_RK: Tensor) -> Table:
-        """The first questions, with all answers and rewards."""
+        """Tabulate the first questions, with all answers and rewards."""
         columns = ("question", "reference", "answer", *(f"reward {name}" for name in self.rewards.names))
         rows = []
         for r, answer in enumerate(answers[: len(questions) * data.group]):
@@ -213,7 +213,7 @@ class Rollouts(Callback):
         return Table(columns, rows)
 
     def _reference(self, trainer: L.Trainer, pl_module: Any) -> Tensor:
-        """``[R, M]``: log-probabilities of the answers under the reference policy."""
+        """Compute ``[R, M]``: log-probabilities of the answers under the reference policy."""
         data: Any = data_now(trainer)
         log_RM = torch.zeros(data.items * data.group, data.answer_length)
         for batch in bank_batches(trainer, data.rows()):
@@ -244,7 +244,7 @@ class Rollouts(Callback):
 
 
 def within(generated: Generated, room_R: Tensor) -> Generated:
-    """Answers truncated at the end of their row, which needs one more place for an end.
+    """Truncate answers at the end of their row, which needs one more place for an end.
 
     >>> cut = within(Generated(torch.tensor([[5, 6, 7]]), torch.zeros(1, 3), torch.tensor([3]), torch.tensor([True])),
     ...              torch.tensor([1]))
@@ -256,7 +256,7 @@ def within(generated: Generated, room_R: Tensor) -> Generated:
 
 
 def _copies(key_N: np.ndarray) -> np.ndarray:
-    """How often each key occurred before: a problem that is asked twice gets new answers.
+    """Count how often each key occurred before: a problem that is asked twice gets new answers.
 
     >>> _copies(np.array([7, 5, 7, 7])).tolist()
     [0, 0, 1, 2]
@@ -271,6 +271,6 @@ def _copies(key_N: np.ndarray) -> np.ndarray:
 def _some(
     problems: Any, sampled: dict[str, Tensor], r_RK: Tensor, at_n: Tensor, G: int
 ) -> tuple[Any, dict[str, Tensor], Tensor]:
-    """The questions with these numbers, and all answers to them."""
+    """Select the questions with these numbers, and all answers to them."""
     row_r = (at_n[:, None] * G + torch.arange(G)).flatten()
     return problems.where(at_n.numpy()), {name: x[row_r] for name, x in sampled.items()}, r_RK[row_r]

@@ -37,19 +37,20 @@ class Rounds(ResumableMetrics):
 
         gap_n = score(teacher's answer) - score(student's answer),      difficult: gap_n > tau,     easy: the rest
 
-    ``hard`` of the next pool are variants of difficult problems, the rest variants of easy ones, against forgetting
-    (augmentation); the teacher answers it. Answers are greedy, in eval mode, split over ranks; the pool is equal on all
-    ranks, and in the data module's state. Logs ``rounds/difficult`` (share), ``rounds/teacher`` and ``rounds/student``
-    (mean scores) and ``rounds/version``; metrics.json also has them by round, as ``rounds/difficult/1``. Source: CoMD
-    (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang 2023, arXiv 2305.12870). The paper's
-    judge is a language model that compares two answers, in both orders; these scorers rate one answer at a time.
+    A share ``hard`` of the next pool are variants of difficult problems. The rest are variants of easy ones, against
+    forgetting (augmentation). The teacher answers this pool. Answers are greedy, in eval mode, split over ranks; the
+    pool is equal on all ranks, and in the data module's state. Logs ``rounds/difficult`` (share), ``rounds/teacher``
+    and ``rounds/student`` (mean scores) and ``rounds/version``; metrics.json also has them by round, as
+    ``rounds/difficult/1``. Source: CoMD (Li 2023, arXiv 2311.08213), no code released; our reading, after Lion (Jiang
+    2023, arXiv 2305.12870). The paper's judge is a language model that compares two answers, in both orders; these
+    scorers rate one answer at a time.
 
     Args:
-        epochs: of a round.
+        epochs: epochs of a round.
         judge: scorer of answers; exact match by default.
         tau: threshold of the gap for difficult problems.
         hard: share of variants of difficult problems.
-        mine: the next problems: by the ``gap``; or ``random`` ones of the training split.
+        mine: how the next problems are selected: by the ``gap``, or ``random`` ones from the training split.
         sham: ``permute`` for the control: permutes gaps over problems.
     """
 
@@ -110,7 +111,7 @@ class Rounds(ResumableMetrics):
         self.update_metrics(trainer)
 
     def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
-        """Indices of N problems of the pool: difficult ones, repeated until there are enough, then easy ones."""
+        """Return indices of N problems of the pool: difficult ones, repeated until they are enough, then easy ones."""
         turn_N = torch.from_numpy(mix_N(key_N, "rounds", global_seed(), round))
         order_N = turn_N.argsort(stable=True)
         hard_N, easy_N = (order_N[mask[order_N]] for mask in (difficult_N, ~difficult_N))
@@ -123,7 +124,7 @@ class Rounds(ResumableMetrics):
         return torch.cat([cycled(hard_N, want), cycled(easy_N, N - want)])
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
-        """``[N]``: scores of a network's answers to the pool."""
+        """Compute ``[N]``: scores of a network's answers to the pool."""
         pool = cast(QuestionPoolData, data_now(trainer)).pool
         scores = (
             (batch, self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher)))
@@ -132,7 +133,7 @@ class Rounds(ResumableMetrics):
         return _gathered(torch.zeros(len(pool)), scores, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
-        """``[N, M]``: answers of a network to some problems."""
+        """Generate ``[N, M]``: answers of a network to some problems."""
         length = cast(QuestionPoolData, data_now(trainer)).answer_length
         answer_ids_NM = torch.zeros(len(problems), length, dtype=torch.long)
         return _gathered(answer_ids_NM, self._answers(trainer, pl_module, network, problems), pl_module.device)
@@ -148,7 +149,7 @@ class Rounds(ResumableMetrics):
 
 
 def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:
-    """Fill in the rows of batches, by their index; over all ranks."""
+    """Fill in the rows of batches by their index, over all ranks."""
     for batch, x_B in by_batch:
         here_B = batch.present["text"].cpu()
         x_N[batch.index.cpu()[here_B]] = x_B.cpu()[here_B]
@@ -156,7 +157,7 @@ def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: tor
 
 
 def cycled(x_N: Tensor, n: int) -> Tensor:
-    """The first n of x, x, x, ...
+    """Return the first n of x, x, x, ...
 
     >>> cycled(torch.tensor([4, 7]), 5).tolist()
     [4, 7, 4, 7, 4]
@@ -165,5 +166,5 @@ def cycled(x_N: Tensor, n: int) -> Tensor:
 
 
 def added(x: Tensor, device: torch.device) -> Tensor:
-    """Sum over ranks, each of which filled another part of zeros."""
+    """Sum over ranks, each of which filled a different part of zeros."""
     return total_of_ranks(x.to(device)).cpu()

@@ -1,6 +1,6 @@
 """Adversarial training of a classifier (Madry 2018): one modality of each sample is perturbed.
 
-Letters: B samples, N numbers of all perturbed inputs, M modalities.
+Letters: B samples, N numbers in all perturbed inputs, M modalities.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from descant.modules.evaluation.attacks import Nudge, worst
 
 
 class AdversarialTraining(Ordered):
-    """Adversarial training: the input of one modality of each sample is replaced by a perturbed one before the step.
+    """Adversarial training: before each step, the input of one modality of each sample is replaced by a perturbed one.
 
         x_bm <- x_bm + delta_b,   delta_b by projected gradient ascent on cross_entropy(fuse(z), label)
         |delta_b| <= radius_m |x_bm - mean x_bm|
 
-    as :class:`descant.callbacks.evaluate.attacks.Attacks` attacks, from zero and in eval mode. The modality is drawn by
-    (seed, epoch, sample) from those of ``radius`` that the sample has; samples without a label stay as they are. A step
-    costs ``steps`` forward and backward passes more. Source: Madry 2018, arXiv 1706.06083, in the l2 norm; one modality
-    of each sample is our reading.
+    The ascent starts from zero and runs in eval mode, as in :class:`descant.callbacks.evaluate.attacks.Attacks`. The
+    modality is drawn by (seed, epoch, sample) from the modalities in ``radius`` that the sample has. Samples without a
+    label are unchanged. A step costs ``steps`` additional forward and backward passes. Source: Madry 2018, arXiv
+    1706.06083, in the l2 norm; perturbing one modality of each sample is our reading.
 
     Args:
-        radius: modality -> radius relative to the size of its input; others are never perturbed.
-        steps: of the ascent.
+        radius: modality -> radius relative to the size of its input; other modalities are never perturbed.
+        steps: steps of the ascent.
     """
 
     once = True
@@ -77,7 +77,7 @@ class AdversarialTraining(Ordered):
             batch.inputs[m] = x if finite is None else with_finite(x, finite)
 
     def chosen(self, batch: Batch) -> dict[str, Tensor]:
-        """Modality -> bool ``[B]``: the samples whose input of it is perturbed, drawn by (seed, epoch, sample)."""
+        """Draw the samples to perturb by (seed, epoch, sample); returns modality -> bool ``[B]``."""
         u_BM = to_device(uniform_NK(batch.rng_seed, [f"adversarial/{m}" for m in self.radius]), batch.device)
         there_BM = torch.stack([batch.present[m] for m in self.radius], dim=1)
         first_B = torch.where(there_BM, u_BM, -1.0).argmax(dim=1)

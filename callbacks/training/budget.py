@@ -1,4 +1,4 @@
-"""Budget of a run in FLOPs, memory-adjusted FLOPs or samples, as a number of steps that is known before training."""
+"""Budget of a run in FLOPs, memory-adjusted FLOPs or samples, converted to a number of steps before training."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from descant.modules.training_setup.trainer import datamodule_of
 
 
 class Budget(L.Callback):
-    """Ends a run at the whole optimizer step that spends a budget, in place of ``max_steps`` and ``max_epochs``.
+    """Ends a run at the optimizer step that uses up a budget, instead of at ``max_steps`` or ``max_epochs``.
 
         steps = ceil(budget / cost of a step)
 
-    The cost is the mean over the first steps of a pass (:data:`COUNTED`), forward and backward on all ranks, counted on
-    a copy of the model before training, so that schedules have their end. What harmonizers and other callbacks add is
-    not in it: ``train_flops`` in metrics.json is what was spent. Stages of a run have budgets in their StageData. A
-    resumed run has the steps of its checkpoint and counts nothing.
+    The cost is the mean over the first steps of a pass (:data:`COUNTED`), forward and backward on all ranks. It is
+    counted on a copy of the model before training, so that schedules know their last step. It excludes what harmonizers
+    and other callbacks add; ``train_flops`` in metrics.json has the FLOPs actually spent. A run in stages has its
+    budgets in StageData. A resumed run takes the number of steps from its checkpoint and counts nothing.
 
     Args:
-        flops: of the run.
-        samples: training samples, over as many passes as it takes; padding rows do not count.
-        like: folder of a run; as many FLOPs as its ``train_flops`` in metrics.json, to the nearest step.
-        memory_adjusted: FLOPs count times the memory of a step relative to full fine-tuning
-            (:func:`descant.modules.training_setup.memory.step_cost`): a method of less memory gets more steps. Source:
-            FoMo-in-Flux (Roth 2024, arXiv 2408.14471).
+        flops: FLOPs of the run.
+        samples: training samples, over as many passes as needed; padding rows do not count.
+        like: folder of another run; its ``train_flops`` in metrics.json is the budget, to the nearest step.
+        memory_adjusted: multiply FLOPs by the memory of a step relative to full fine-tuning
+            (:func:`descant.modules.training_setup.memory.step_cost`), so that a method that uses less memory gets more
+            steps. Source: FoMo-in-Flux (Roth 2024, arXiv 2408.14471).
     """
 
     once = True
@@ -86,7 +86,7 @@ class Budget(L.Callback):
             raise ValueError("Budget: flops: ProgressiveResizing changes the cost of a step; give samples")
 
     def plan(self, trainer: L.Trainer) -> None:
-        """Set the steps of the run, which are counted where that was not done. Collective."""
+        """Set the number of steps of the run, and compute it if that is not done yet. Collective."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.steps is None:
@@ -112,10 +112,10 @@ class Budget(L.Callback):
         return whole
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.plan(trainer)  # a recipe without a schedule does not ask
+        self.plan(trainer)  # a recipe without a schedule has not called it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.plan(trainer)  # a model that is split over ranks loads its checkpoint late
+        self.plan(trainer)  # a sharded model loads its checkpoint after on_fit_start
 
 
 def train_flops(run: Path) -> float:

@@ -28,7 +28,7 @@ CURRENT_MODEL_STATE = "current_model_state"
 
 
 class EMA(L.Callback):
-    """EMA: exponential moving average of the weights, updated once an optimizer step, evaluated and saved.
+    """EMA: exponential moving average of the weights, updated at each optimizer step, evaluated and saved.
 
     With ``n`` updates made so far and ``w`` the weights after this optimizer step::
 
@@ -39,20 +39,20 @@ class EMA(L.Callback):
     The trainable parameters and the running statistics of normalization layers are averaged, in float32 or wider.
     Everything else (frozen towers, counters, queues, masks) has one copy, the module's own.
 
-    From the first update on, every validation uses the average, and a checkpoint's ``state_dict`` is the average while
-    ``current_model_state`` holds the raw weights: ``validate --ckpt_path`` repeats the fit's own validation, and
-    resuming is bit-identical. After the fit the module keeps the average, for the test. The layout is that of
-    Lightning's WeightAveraging, which copies the whole module, averages every buffer (an -inf mask becomes NaN),
-    evaluates an average before its first update, overwrites the raw weights before the last checkpoints are written,
-    and updates one tensor at a time.
+    From the first update on, every validation uses the average. A checkpoint's ``state_dict`` is the average, and its
+    ``current_model_state`` holds the raw weights. So ``validate --ckpt_path`` repeats the fit's own validation, and
+    resuming is bit-identical. After the fit the module keeps the average, for the test. The checkpoint layout is that
+    of Lightning's WeightAveraging. That callback, in contrast, copies the whole module, averages every buffer (an -inf
+    mask becomes NaN), evaluates an average before its first update, overwrites the raw weights before the last
+    checkpoints are written, and updates one tensor at a time.
 
-    The module holds the average from ``on_validation_start`` to ``on_validation_end``, for callbacks anywhere in the
-    list. Of sharded parameters (FSDP2) each rank averages its own part, and a checkpoint holds the whole,
-    gathered or in parts as its weights are.
+    The module holds the average from ``on_validation_start`` to ``on_validation_end``, whatever the order of callbacks.
+    Each rank averages its own part of sharded parameters (FSDP2). A checkpoint holds the whole average, gathered or in
+    parts like its weights.
 
     Args:
-        decay: of the average; 0.999 averages over about a thousand steps.
-        warmup: a smaller decay at first, so that the average follows the first steps of a run.
+        decay: decay of the average; 0.999 averages over about a thousand steps.
+        warmup: use a smaller decay at first, so that the average follows the first steps of a run.
         start: optimizer steps before the first update.
 
     >>> [round(EMA(decay=0.5).rate(n), 3) for n in (1, 2, 8, 100)]
@@ -79,11 +79,11 @@ class EMA(L.Callback):
 
     @property
     def average(self) -> dict[str, Tensor]:
-        """Name of a parameter or statistic -> its average; empty before the first update."""
+        """Averages by the name of their parameter or statistic; empty before the first update."""
         return self._average
 
     def rate(self, n: int) -> float:
-        """Decay of the next update after ``n`` updates."""
+        """Return the decay of the next update after ``n`` updates."""
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -109,7 +109,7 @@ class EMA(L.Callback):
         self._bind(pl_module)
         if self._raw is None:
             return
-        # a second fit continues from the raw weights, unless other weights were put into the module since
+        # a second fit continues from the raw weights, unless other weights have been loaded into the module
         if all(torch.equal(self._live[name], a.to(self._live[name].dtype)) for name, a in self._average.items()):
             self._show_raw()
         else:
@@ -118,10 +118,10 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._average:
-            self._step = trainer.global_step  # a micro-batch after a resume is no step yet
+            self._step = trainer.global_step  # a micro-batch after a resume is not yet a step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._bind(pl_module)  # a callback may have unfrozen something
+        self._bind(pl_module)  # a callback may have unfrozen parameters
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         # global_step does not change within an accumulation
@@ -132,7 +132,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def update(self) -> None:
         """Update the average from the module's weights."""
-        if len(self._average) < len(self._live):  # the first time, or after an unfreezing
+        if len(self._average) < len(self._live):  # first update, or parameters were unfrozen
             self._pairs = None
             for name, tensor in self._live.items():
                 if name not in self._average:
@@ -150,9 +150,9 @@ class EMA(L.Callback):
         self.updates += 1
 
     def grow(self, module: L.LightningModule, growths: Mapping[str, Growth]) -> None:
-        """Grow the average as towers of the module have grown, name of a tower -> its growth, as of ``Grow.grow``.
+        """Grow the average like the module's towers; ``growths``: name of a tower -> its growth, from ``Grow.grow``.
 
-        Called once the stage has settled what trains. A teacher that is a copy of the module has such towers too.
+        Called once the stage has decided what trains. A teacher that is a copy of the module has such towers too.
         """
         held = {name for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers()).keys()
         for place, growth in growths.items():
@@ -196,7 +196,7 @@ class EMA(L.Callback):
                 if name in self._statistics:
                     dist.broadcast(tensor, src=0)
         self._raw = {name: self._live[name].detach().clone() for name in self._average}
-        # contents are copied, storage stays: compiled graphs, optimizers and DDP buckets point at these tensors
+        # copy the contents and keep the storage: compiled graphs, optimizers and DDP buckets point at these tensors
         torch._foreach_copy_([self._live[name].detach() for name in self._average], list(self._average.values()))
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ class EMA(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            reshard(pl_module)  # what it gathered is of the average
+            reshard(pl_module)  # its gathered parameters hold the average
             self._show_raw()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -221,15 +221,15 @@ class EMA(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._average and self._raw is None:
-            self._bind(pl_module)  # a run that had no step left has not
+            self._bind(pl_module)  # a run without remaining steps has not done so
             self._show_average()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # without Resume a run that is resumed at its end has no end of training
+        # without Resume, a run that is resumed at its end never calls on_train_end
         self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # for checkpoints after the fit and a second fit, but not on the device
+        # keep the average for checkpoints after the fit and for a second fit, but off the device
         self._live, self._pairs = {}, None
         self._average = {name: tensor.cpu() for name, tensor in self._average.items()}
         if self._raw is not None:
@@ -240,7 +240,7 @@ class EMA(L.Callback):
             return
         state = checkpoint["state_dict"]
         keys = list(_keys(pl_module, self._average))
-        average, raw = copy.copy(state), copy.copy(state)  # which keeps the metadata of the state dict
+        average, raw = copy.copy(state), copy.copy(state)  # copy.copy keeps the metadata of the state dict
         in_parts = any(isinstance(tensor, DTensor) for tensor in state.values())
         saved = {name: _saved(pl_module, name, part, in_parts) for name, part in self._average.items()}
         average.update({key: saved[name] for key, name in keys if key in state})
@@ -265,7 +265,7 @@ class EMA(L.Callback):
             return
         keys = _keys(pl_module, set(state["names"]))
         dtype = {name: tensor.dtype for name, tensor in pl_module.state_dict(keep_vars=True).items()}
-        # what a lean checkpoint leaves out is frozen: its average is the module's value
+        # a lean checkpoint omits frozen weights: their average is the module's value
         whole = {**pl_module.state_dict(), **checkpoint["state_dict"]}
         self._average = {
             name: whole[key].to(torch.promote_types(dtype[key], torch.float32), copy=True) for key, name in keys
@@ -276,13 +276,13 @@ class EMA(L.Callback):
     def _split(self, module: L.LightningModule, names: set[str], raw: dict[str, Tensor]) -> None:
         """Take the average from the module and load ``raw`` into it."""
         self._bind(module)
-        for name in sorted(names):  # on all ranks in one order: saving gathers them one by one
+        for name in sorted(names):  # in the same order on all ranks: saving gathers them one by one
             dtype = torch.promote_types(self._live[name].dtype, torch.float32)
             self._average[name] = self._live[name].detach().to(dtype, copy=True)
         for key, name in _keys(module, names):
             tensor = module.get_parameter(name) if name not in self._statistics else module.get_buffer(name)
             part = raw[key].to(tensor.device)
-            if isinstance(part, DTensor):  # of a checkpoint of several parts: what this rank holds
+            if isinstance(part, DTensor):  # from a sharded checkpoint: take this rank's part
                 part = part.to_local()
             elif isinstance(tensor, DTensor):
                 part = distribute_tensor(part, tensor.device_mesh, tensor.placements).to_local()
@@ -290,9 +290,9 @@ class EMA(L.Callback):
 
 
 def _saved(module: nn.Module, name: str, part: Tensor, in_parts: bool) -> Tensor:
-    """What a checkpoint holds of this rank's part of an average: the full tensor, or ``in_parts`` a split one.
+    """Convert this rank's part of an average to what a checkpoint holds: the full tensor, or a shard if ``in_parts``.
 
-    Collective, where it is full.
+    Collective if it gathers the full tensor.
     """
     try:
         tensor: Tensor = module.get_parameter(name)
@@ -307,7 +307,7 @@ def _saved(module: nn.Module, name: str, part: Tensor, in_parts: bool) -> Tensor
 
 
 def _keys(module: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """(state-dict key, parameter name) of each averaged tensor; a tied weight has one name and several keys."""
+    """Yield (state-dict key, parameter name) of each averaged tensor; a tied weight has one name and several keys."""
     averaged = set(names)
     by_id = {id(t): n for part in (module.named_parameters(), module.named_buffers()) for n, t in part}
     for key, tensor in module.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Mines hard negatives of the training set at epoch starts. Letters: Q queries, N targets, D width, K negatives."""
+"""Mine hard negatives of the training set at epoch starts. Letters: Q queries, N targets, D width, K negatives."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class HardNegativeMiner(ResumableMetrics):
         H_a = the k samples b of highest s_ab = z_a.z_b     with other content than a, and s_ab < lambda*
         lambda* = argmax over lambda of F1 of "s >= lambda" over labelled pairs: true where the contents are equal
 
-    b are one sample of each content, another one each time, so that the k differ in content.
-    What scores above lambda* without being labelled is presumed to be true. Training batches then have one of them a
-    sample, by its draw, as ``inputs["text_neg"]``, for ``model.negatives``. The table is part of the data module's
-    state and equal on all ranks. Source: SAIL-Embedding (arXiv 2510.12709), no code released; one of K a visit instead
-    of all K is our reading.
+    The candidates b are one sample of each content, drawn anew each time, so that the k negatives differ in content.
+    An unlabelled pair that scores above lambda* is presumed to be true. Each sample of a training batch then has one of
+    its negatives, chosen by its draw, as ``inputs["text_neg"]``, for ``model.negatives``. The table of negatives is
+    part of the data module's state and equal on all ranks. Source: SAIL-Embedding (arXiv 2510.12709), no code released;
+    one of the K negatives per visit, instead of all K, is our reading.
 
-    Logs every epoch ``mining/age``, epochs since the last time, and of that time ``mining/threshold``, ``mining/f1``,
-    ``mining/score`` (mean of the negatives), ``mining/found`` (share of the K that there are) and, with a ``label``,
-    ``mining/false``, the share of negatives that have the label of their sample.
+    Logs every epoch ``mining/age`` (epochs since the last mining) and, from that mining, ``mining/threshold``,
+    ``mining/f1``, ``mining/score`` (mean of the negatives) and ``mining/found`` (share of the K negatives that were
+    found). With a ``label`` it also logs ``mining/false``, the share of negatives that have the label of their sample.
 
     Args:
-        pair: a and b; b has the negatives.
+        pair: modalities a and b; the negatives are of b.
         k: negatives of each sample.
-        every: epochs between two times.
-        threshold: ``f1``; ``random`` for the control, the score of a random labelled pair; none for the plain top-k.
-        pairs: labelled pairs for the threshold at most: of random samples a with all b.
-        label: a target of the data by which ``mining/false`` is counted.
-        exclude: a target of the data, such as ``family`` of Emoji: samples that share it with a are no negatives of a
-            either. It is what an oracle knows, which the threshold has to guess.
+        every: epochs between two minings.
+        threshold: ``f1``; ``random`` (the control) for the score of a random labelled pair; none for the plain top-k.
+        pairs: maximum number of labelled pairs for the threshold: random samples a, each with all b.
+        label: a target of the data, for ``mining/false``.
+        exclude: a target of the data, such as ``family`` of Emoji: samples that share it with a are excluded from the
+            negatives of a. This is knowledge of an oracle, which the threshold has to guess.
     """
 
     once = True
@@ -114,7 +114,7 @@ class HardNegativeMiner(ResumableMetrics):
         return log | ({} if threshold is None else {"mining/threshold": threshold})
 
     def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Rows:
-        """The bank under the current weights, of all ranks, by sample id."""
+        """Embed the bank with the current weights; returns the rows of all ranks by sample id."""
         store = Store().to(pl_module.device)
         with eval_mode(pl_module):
             for batch in plain_batches(trainer, data_now(trainer).bank_dataloader()):
@@ -132,7 +132,7 @@ class HardNegativeMiner(ResumableMetrics):
     def _on_all_ranks(
         self, z_QD: Tensor, z_ND: Tensor, alike_Q: Tensor, alike_N: Tensor, threshold: float | None
     ) -> tuple[Tensor, Tensor]:
-        """The negatives of all queries, mined block by block in turn by the ranks."""
+        """Mine the negatives of all queries; the ranks take blocks of queries in turn."""
         score_QK, index_QK = z_QD.new_zeros(len(z_QD), self.k), alike_Q.new_zeros(len(z_QD), self.k)
         for first in range(rank() * BLOCK[0], len(z_QD), world() * BLOCK[0]):
             rows = slice(first, first + BLOCK[0])

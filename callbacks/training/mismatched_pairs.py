@@ -19,12 +19,12 @@ class Misalign(Callback):
 
         noise_i = uniform(seed, i) < share          the same samples in all epochs
 
-    Noisy samples pass the modality on in a circle through the batch of all ranks, so its source changes with the epoch.
+    The noisy samples of all ranks' batches pass the modality on in a circle, so that its source changes every epoch.
     Evaluation is unchanged, and the recipe does not read the target.
 
     Args:
-        modality: to exchange.
-        share: of the samples that have it.
+        modality: the modality to exchange.
+        share: share of the samples that have the modality.
         target: name of the mask in the batch, bool ``[B]``.
     """
 

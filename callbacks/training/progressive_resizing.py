@@ -14,18 +14,18 @@ from descant.modules.training_setup.trainer import share_of_run
 
 
 class ProgressiveResizing(L.Callback):
-    """Progressive resizing: images of ``sizes[k]`` pixels until the share ``until[k]`` of the run, then of the data.
+    """Progressive resizing: images of ``sizes[k]`` pixels up to the share ``until[k]`` of the run, then of full size.
 
         x_BCSS = resize(x_BCHW, S_t),    S_t = sizes[k] while t / T < until[k], the data's own size after the last
 
     Images are downsampled on the device (bilinear with antialias) after augmentation. Only training batches are
     resized; validation and test use the data's own size. The cost of a step falls with S_t^2. The size follows from the
     step, so resuming is exact. Source: fast.ai's DAWNBench entry (Howard 2018); EfficientNetV2 (Tan and Le 2021, arXiv
-    2104.00298), which also increases its augmentation, and this does not.
+    2104.00298), which also increases its augmentation, unlike this callback.
 
     Args:
-        sizes: side of the images in pixels, rising.
-        until: share of the run's steps at which each ends, rising, above 0 and at most 1.
+        sizes: side of the images in pixels, increasing.
+        until: share of the run's steps at which each size ends, increasing, above 0 and at most 1.
         modalities: the inputs to resize, with their second views.
 
     >>> grow = ProgressiveResizing(sizes=[16, 24], until=[0.5, 0.8])
@@ -45,7 +45,7 @@ class ProgressiveResizing(L.Callback):
         self.sizes, self.until, self.modalities = sizes, until, modalities or ["image"]
 
     def size_at(self, share: float) -> int | None:
-        """Pixels at a share of the run; None: the data's own size."""
+        """Return the pixels at a share of the run; None: the data's own size."""
         return [*self.sizes, None][bisect_right(self.until, share)]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
@@ -63,7 +63,7 @@ class ProgressiveResizing(L.Callback):
 
 
 def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
-    """Images downsampled to ``size`` pixels a side, float ``[B, C, size, size]``.
+    """Downsample images to ``size`` pixels a side, float ``[B, C, size, size]``.
 
     >>> import torch
     >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Pseudo captions of what ``descant predict`` embeds, as a table. Letters: N images, P phrases, A attributes."""
+"""Pseudo captions of images that ``descant predict`` embeds, as a table. Letters: N images, P phrases, A attributes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from descant.modules.tokenizers.text import Tokenizer
 class WritePseudoCaptions(Callback):
     """Pseudo captions of all images that ``descant predict`` embeds, in ``captions.parquet`` beside the embeddings.
 
-    Columns: ``index`` (int64, the sample's stable id), ``name`` (its description in the data, by which a reader sees
-    that its ids are of the same data), ``sample`` (its name in the corpus), ``caption.0``, ``caption.1`` and so on.
-    Templates are drawn by (seed, id), so that neither batches nor ranks change a caption. In training it does nothing.
-    Emoji reads the table by PseudoTexts, UserData as its ``table`` with ``table_key: sample``.
+    Columns: ``index`` (int64, the sample's stable id), ``name`` (its description in the data, by which a reader checks
+    that the ids are of the same data), ``sample`` (its name in the corpus), ``caption.0``, ``caption.1`` and so on.
+    Templates are drawn by (seed, id), so that neither batches nor ranks change a caption. The callback does nothing in
+    training. Emoji reads the table through PseudoTexts; UserData reads it as its ``table`` with ``table_key: sample``.
 
     Args:
         captions: attributes with their phrases, and templates.
-        modality: of the images.
-        prompts: of the phrases.
+        modality: modality of the images.
+        prompts: modality of the phrases.
     """
 
     def __init__(self, captions: PseudoCaptions, modality: str = "image", prompts: str = "text") -> None:
@@ -70,13 +70,13 @@ class WritePseudoCaptions(Callback):
                 print(f"  {name}: {', '.join(f'{phrases[p]} {n / len(choice_N):.0%}' for p, n in most)}")
 
     def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
-        """``z_PD`` of the phrases."""
+        """Embed the phrases: ``z_PD``."""
         ids_PT = trainer.datamodule.tokenizer(self.captions.prompts).to(pl_module.device)  # type: ignore[attr-defined]
         present = {self.prompts: torch.ones(len(ids_PT), dtype=torch.bool, device=pl_module.device)}
         return embed(trainer, pl_module, Batch({self.prompts: ids_PT}, present))[self.prompts]
 
     def _write(self, trainer: L.Trainer, index_N: np.ndarray, texts: list[list[str]]) -> None:
-        import pyarrow as pa  # late: it takes long to import
+        import pyarrow as pa  # here, since it takes long to import
         import pyarrow.parquet as pq
 
         data = trainer.datamodule  # type: ignore[attr-defined]

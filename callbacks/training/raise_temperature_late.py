@@ -1,4 +1,4 @@
-"""Raise the temperature of contrastive losses late in a run; its bound is set by the loss (modules/losses)."""
+"""Raise the temperature of contrastive losses late in a run; the loss sets its bound (modules/losses)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Temperature(Callback):
         s_t = s_t* / factor      from then on, whatever its gradient
 
     At a small scale (a high temperature) a contrastive loss weighs all negatives, not only the nearest, so features
-    that separate the modalities cost more: training on with it narrows the modality gap (Liang et al. 2022, arXiv
-    2203.02053, section 4; as a remedy in arXiv 2502.04263). The checkpoint holds the state, so resuming is exact.
+    that separate the modalities cost more. Further training at this scale narrows the modality gap (Liang et al. 2022,
+    arXiv 2203.02053, section 4; as a remedy in arXiv 2502.04263). The checkpoint holds the state, so resuming is exact.
 
     Args:
         factor: divides the scale and multiplies the temperature.
-        at: share of the run's steps after which.
+        at: share of the run's steps after which the temperature is raised.
 
     >>> Temperature(factor=0.0)
     Traceback (most recent call last):
@@ -65,17 +65,17 @@ class Temperature(Callback):
         self.held = True
         with torch.no_grad():
             for part in _scaled(pl_module):
-                part.scale()  # clamps it: the scale in use
+                part.scale()  # clamps log_scale to the scale in use
                 part.log_scale.sub_(math.log(self.factor))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.held:
             for part in _scaled(pl_module):
-                part.log_scale.grad = None  # without a gradient neither momentum nor decay moves it
+                part.log_scale.grad = None  # without a gradient neither momentum nor decay changes it
 
 
 def _scaled(module: nn.Module) -> Iterator[Scaled]:
-    """All submodules with a learned scale, in module order."""
+    """Yield all submodules with a learned scale, in module order."""
     for part in module.modules():
         scale = dict(part.named_parameters(recurse=False)).get("log_scale")
         if scale is not None and scale.requires_grad:

@@ -1,6 +1,6 @@
 """ScheduleFree: the average that a schedule-free optimizer keeps is evaluated, saved and exported.
 
-Letters: x the average of the weights, y the weights at which gradients are taken, z those that the steps move.
+Letters: x the average of the weights, y the weights at which gradients are taken, z the weights that steps update.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from descant.modules.training_setup.optim import averaging
 class ScheduleFree(EMA):
     """ScheduleFree: evaluates and saves the average of a schedule-free optimizer (package schedulefree).
 
-    The module trains as ``y = (1 - beta) z + beta x``; from the start of a validation to its end, in the ``state_dict``
-    of checkpoints, in exports, and after the fit it is ``x``. The raw weights come back as a copy, not by the
-    optimizer's own ``train()``, whose rounding would make a run depend on how often it is validated. Resuming is
+    The module holds ``y = (1 - beta) z + beta x`` in training. It holds ``x`` from the start of a validation to its
+    end, in the ``state_dict`` of checkpoints, in exports, and after the fit. The raw weights are restored from a copy:
+    the optimizer's own ``train()`` rounds, which would make a run depend on how often it is validated. Resuming is
     bit-identical: a checkpoint has y in ``current_model_state``, and z and the sums of the average with the optimizer.
 
-    It takes the place of EMA, which a line reports; another reports that batch norms keep the statistics of y.
+    It replaces EMA and reports that in one line. Another line reports that batch norms keep the statistics of y.
 
     Source: Defazio 2024, arXiv 2405.15682, and its release, whose ``train()`` and ``eval()`` it calls.
     """
 
-    #: Recipes refuse an optimizer that averages where no callback evaluates its average.
+    #: Recipes refuse an optimizer that averages if no callback evaluates its average.
     evaluates_average = True
 
     def __init__(self) -> None:
@@ -66,11 +66,11 @@ class ScheduleFree(EMA):
             warn("ScheduleFree: batch norms keep the statistics of the weights that train, not those of the average")
 
     def update(self) -> None:
-        """Nothing: the optimizer averages in its own step."""
+        """Do nothing: the optimizer averages in its own step."""
 
     @torch.no_grad()
     def _computed(self) -> dict[str, Tensor]:
-        """Name -> x, in float32 or wider; the module keeps y to the bit."""
+        """Compute x by name, in float32 or wider; the module keeps y, bit-identical."""
         live = [tensor.detach() for tensor in self._live.values()]
         raw = [tensor.clone() for tensor in live]
         for optimizer in self._optimizers:

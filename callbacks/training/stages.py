@@ -33,9 +33,9 @@ from descant.modules.training_setup.trainer import datamodule_of
 
 @runtime_checkable
 class StagedStrategy(Protocol):
-    """A strategy that builds the optimizers of a checkpoint's stage, before it reads their state.
+    """A strategy that builds the optimizers of a checkpoint's stage before it reads their state.
 
-    ``restore_stage(read)``, where ``read()`` is the checkpoint.
+    It implements ``restore_stage(read)``, where ``read()`` returns the checkpoint.
     """
 
     def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None: ...
@@ -52,13 +52,13 @@ class Stages(Ordered):
     over the run, with the stages marked.
 
     Args:
-        watch: metrics to plot, of validations (val/answered) and of epochs (rollouts/reward).
+        watch: metrics to plot, from validations (val/answered) and from epochs (rollouts/reward).
     """
 
     once = True
     #: Data in stages requires a callback with this attribute.
     advances = True
-    #: What other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
+    #: First, since what other callbacks do at the start of an epoch, such as rollouts, belongs to the new stage.
     front = True
     after = ("Resume", "PartMetrics")
     writes_at_end = True
@@ -135,7 +135,7 @@ class Stages(Ordered):
             for callback in averages:
                 callback.grow(pl_module, growths)
         strategy: Any = trainer.strategy
-        if isinstance(strategy.model, DistributedDataParallel):  # it reduces what trained when it was built
+        if isinstance(strategy.model, DistributedDataParallel):  # it reduces the parameters that trained when built
             strategy.model = pl_module
             gc.collect()  # removes the hooks of the old one
             strategy.configure_ddp()
@@ -186,7 +186,7 @@ class Stages(Ordered):
             save_figure(trainer, self.picture(), "stages", "pictures/stages")
 
     def picture(self) -> Any:
-        """A plot of the watched metrics, with one panel for each evaluation set or other prefix."""
+        """Plot the watched metrics, with one panel for each evaluation set or other prefix."""
         panels: dict[str, tuple[list[str], list[int], np.ndarray]] = {}
         for panel in dict.fromkeys(name.partition("/")[0] for name in self.watch):
             names = [name for name in self.watch if name.partition("/")[0] == panel and self.seen[name]]
