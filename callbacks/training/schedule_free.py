@@ -27,7 +27,7 @@ class ScheduleFree(EMA):
 
     It replaces EMA and reports that in one line. Another line reports that batch norms keep the statistics of y.
 
-    Source: Defazio 2024, arXiv 2405.15682, and its release, whose ``train()`` and ``eval()`` it calls.
+    Source: Defazio 2024, arXiv 2405.15682, and its release, whose ``eval()`` it calls.
     """
 
     #: Recipes refuse an optimizer that averages if no callback evaluates its average.
