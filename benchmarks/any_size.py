@@ -23,8 +23,8 @@ from benchmarks import Row
 from benchmarks.data import NAMES
 from benchmarks.timing import interleaved, median
 from descant.datamodules.fields.any_size import AnySizeField
-from descant.datamodules.resumable_sampler import Order
-from descant.datamodules.token_order import TokenOrder
+from descant.datamodules.sampling.resumable_sampler import Order
+from descant.datamodules.sampling.token_order import TokenOrder
 from descant.modules.core.batch import Batch
 from descant.modules.towers import AnySizeTower, BagTower, Tokens, Towers
 from descant.modules.towers.image import Block, key_mask

@@ -32,7 +32,7 @@ from descant.datamodules.fields.images import Images
 from descant.datamodules.sources.arrow import Arrow
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.shards import Shards
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.transforms.image import Pixels
 
 #: In scikit-image's wheel: people, animals, things, indoors and outdoors.

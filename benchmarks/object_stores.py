@@ -22,7 +22,7 @@ from benchmarks.data import photographs, write_shards
 from benchmarks.timing import ratio
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.stores import http_store, no_faults, s3_store, some, without_s3
 
 

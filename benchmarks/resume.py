@@ -24,7 +24,7 @@ from descant.callbacks import Resume
 from descant.callbacks.checkpoints.exact_resume import seed_all
 from descant.callbacks.checkpoints.stop_signals import Signals
 from descant.cli.quiet import quieten
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.towers import PatchTower, TextTower, Towers
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.recipes.contrastive import Contrastive

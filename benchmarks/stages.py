@@ -16,8 +16,8 @@ from benchmarks.contrastive import adamw_callable
 from descant.callbacks import Resume, Stages
 from descant.cli.quiet import quieten
 from descant.datamodules.base import DataModule
+from descant.datamodules.combined.task_stream import TaskStream
 from descant.datamodules.corpora.emoji import Emoji
-from descant.datamodules.task_stream import TaskStream
 from descant.modules.adaptation.stage_changes import TaskMerge
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import BagTower, ConvTower, Towers

@@ -22,7 +22,7 @@ _FIRST_BATCH = """
 import json, resource, sys, time
 from descant.datamodules.fields.fields import Fields, ImageField
 from descant.datamodules.fields.tables import TableField
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 start = time.perf_counter()
 folder, columns = sys.argv[1], json.loads(sys.argv[2])
 fields = Fields(image=ImageField(size=32), table=TableField(columns))

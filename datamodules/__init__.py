@@ -13,6 +13,9 @@ from descant.modules.io.names import full, of_kind
 
 if TYPE_CHECKING:
     from descant.datamodules.base import DataModule as DataModule
+    from descant.datamodules.combined.mixture import Mixture as Mixture
+    from descant.datamodules.combined.stages import StagedData as StagedData
+    from descant.datamodules.combined.task_stream import TaskStream as TaskStream
     from descant.datamodules.corpora.crops import CropModule as CropModule
     from descant.datamodules.corpora.digits import Digits as Digits
     from descant.datamodules.corpora.emoji import Emoji as Emoji
@@ -27,9 +30,6 @@ if TYPE_CHECKING:
     from descant.datamodules.corpora.snippets import Snippets as Snippets
     from descant.datamodules.corpora.stamps import Stamps as Stamps
     from descant.datamodules.corpora.volumes import Volumes as Volumes
-    from descant.datamodules.mixture import Mixture as Mixture
-    from descant.datamodules.stages import StagedData as StagedData
-    from descant.datamodules.task_stream import TaskStream as TaskStream
     from descant.datamodules.tasks.denoised_texts import DenoisedTexts as DenoisedTexts
     from descant.datamodules.tasks.descriptions import Descriptions as Descriptions
     from descant.datamodules.tasks.dialogues import Dialogues as Dialogues
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from descant.datamodules.tasks.rollout_pairs import RolloutPairs as RolloutPairs
     from descant.datamodules.tasks.text_tasks import TaskRollouts as TaskRollouts
     from descant.datamodules.tasks.text_tasks import TextTasks as TextTasks
-    from descant.datamodules.user_data import UserData as UserData
+    from descant.datamodules.user.user_data import UserData as UserData
 
 
 def __getattr__(name: str) -> Any:

@@ -26,10 +26,10 @@ from descant.datamodules.batch_dataset import BatchDataset as BatchDataset
 from descant.datamodules.batch_dataset import NumberedDataset as NumberedDataset
 from descant.datamodules.batch_dataset import Rows as Rows
 from descant.datamodules.changes import Corpus, DataPolicy, pack, require
-from descant.datamodules.mined import MinedNegatives, MinedSet
-from descant.datamodules.resumable_sampler import Order, Window
-from descant.datamodules.selected import SelectedSet, id_corpus, positions_of, read_ids
-from descant.datamodules.table_selection import TableSelection
+from descant.datamodules.sampling.resumable_sampler import Order, Window
+from descant.datamodules.selection.mined import MinedNegatives, MinedSet
+from descant.datamodules.selection.selected import SelectedSet, id_corpus, positions_of, read_ids
+from descant.datamodules.selection.table_selection import TableSelection
 from descant.modules.core import ranks
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import Outage

@@ -37,7 +37,7 @@ from descant.datamodules.fields.images import FORMATS, LIMIT
 from descant.datamodules.fields.tables import TableField
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import IMAGE_ENDINGS, Source
-from descant.datamodules.user_data import SPLITS, UserData
+from descant.datamodules.user.user_data import SPLITS, UserData
 from descant.modules.core.errors import one_line
 from descant.modules.transforms.audio import LogMel
 

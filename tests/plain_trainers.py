@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 
 from descant.datamodules import Emoji
 from descant.datamodules.base import BatchDataset, DataModule
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch import distributed as dist
 
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core import loss_reduction, ranks
 from descant.modules.core.batch import Batch
 from descant.modules.core.loss_reduction import Step, require_split

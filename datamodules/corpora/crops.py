@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import mix_N, uniform_NK

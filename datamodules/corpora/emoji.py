@@ -35,7 +35,7 @@ from descant.datamodules.corpora.stimuli import (
     visual_facts,
 )
 from descant.datamodules.names import require_known
-from descant.datamodules.resumable_sampler import Slot
+from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import to_device
 from descant.modules.tokenizers.text import BPETokenizer, Tokenizer

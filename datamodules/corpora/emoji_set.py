@@ -15,7 +15,7 @@ from torch import Tensor
 from descant.datamodules.base import NumberedDataset, Rows
 from descant.datamodules.corpora.base import drop_tokens
 from descant.datamodules.corpora.emoji_pack import VENDORS, Captions
-from descant.datamodules.resumable_sampler import Slot
+from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.rng import seeded, uniform_N
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from torch import Tensor
 from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, VENDORS
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.mixture_sampler import MixedOrder, Shares, require_temperature, tempered
 from descant.datamodules.names import require_known
-from descant.datamodules.resumable_sampler import Order
-from descant.datamodules.selected import parted
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, require_temperature, tempered
+from descant.datamodules.sampling.resumable_sampler import Order
+from descant.datamodules.selection.selected import parted
 from descant.datamodules.tasks.dialogues import SPLITS, in_split
 from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues

@@ -22,7 +22,7 @@ from descant.datamodules.corpora.base import ImageViews, class_prompts, flattene
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.emoji_set import EmojiSet
-from descant.datamodules.resumable_sampler import Slot
+from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.core.host import derived
 from descant.modules.core.rng import mix_N, uniform_N, uniform_NK

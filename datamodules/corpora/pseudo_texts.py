@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from descant.datamodules.corpora.captions import CaptionSource, Drawings
-from descant.datamodules.selected import COLUMN
-from descant.datamodules.table_selection import newest_table
+from descant.datamodules.selection.selected import COLUMN
+from descant.datamodules.selection.table_selection import newest_table
 from descant.modules.selection.pseudo_captions import CAPTIONS
 
 
@@ -24,7 +24,7 @@ class PseudoTexts(CaptionSource):
         self.table, self.number = table, number
 
     def texts(self, drawings: Drawings) -> list[str]:
-        from descant.datamodules.score_table import read  # late: parquet takes long to import
+        from descant.datamodules.selection.score_table import read  # late: parquet takes long to import
 
         file, column = newest_table(self.table, CAPTIONS), f"caption.{self.number}"
         rows = read(file, [COLUMN, "name", column]).to_pydict()

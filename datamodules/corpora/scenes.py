@@ -22,7 +22,7 @@ from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, SEALED_VENDOR, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
 from descant.datamodules.names import require_known
-from descant.datamodules.resumable_sampler import Slot
+from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.batch import NEGATIVE
 from descant.modules.core.rng import mix_N, salt, uniform_NK
 from descant.modules.tokenizers.text import Tokenizer, WordTokenizer

@@ -20,7 +20,7 @@ from descant.datamodules.fields.fields import Column, Field, numbered
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.fields.tables import Cells
-from descant.datamodules.resumable_sampler import Window
+from descant.datamodules.sampling.resumable_sampler import Window
 from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.stream import BEGINNING, Sample, Stream

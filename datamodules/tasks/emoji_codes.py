@@ -18,11 +18,11 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
 from descant.datamodules.changes import Corpus, Property
-from descant.datamodules.code_table import PADDING, CodeTable, read_codes, require_same
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
 from descant.datamodules.corpora.spoken import SpokenNames
+from descant.datamodules.selection.code_table import PADDING, CodeTable, read_codes, require_same
 from descant.datamodules.tasks.dialogues import Dialogues
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such

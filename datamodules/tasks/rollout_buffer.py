@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.resumable_sampler import Window
-from descant.datamodules.selected import positions_of
+from descant.datamodules.sampling.resumable_sampler import Window
+from descant.datamodules.selection.selected import positions_of
 from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N

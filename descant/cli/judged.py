@@ -9,7 +9,7 @@ import lightning as L
 from descant.cli.arguments import Request
 from descant.cli.errors import say
 from descant.datamodules.prepared import OtherData, require_alike
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.export import loading
 from descant.modules.io import saved
 from descant.modules.io.plain import load_values

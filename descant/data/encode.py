@@ -8,7 +8,7 @@ from pathlib import Path
 
 from descant.cli.errors import fail
 from descant.data.configured import datamodule
-from descant.datamodules.code_table import PADDING, CodeTable
+from descant.datamodules.selection.code_table import PADDING, CodeTable
 
 
 def encode(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Sequence[str], out: Path) -> str:

@@ -29,7 +29,7 @@ from descant.datamodules.fields.images import rgb_of
 from descant.datamodules.sources.base import Source, text_of
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.ledger import Ledger
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 
 SPLITS = ("train", "val", "test")
 #: File extension by image format and by the first bytes of a recording; others get ``img`` and ``audio``.

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from descant import __version__
 from descant.cli.errors import fail
-from descant.datamodules.selected import COLUMN
-from descant.datamodules.table_selection import TableSelection, newest_table
+from descant.datamodules.selection.selected import COLUMN
+from descant.datamodules.selection.table_selection import TableSelection, newest_table
 from descant.modules.selection.selectors import Quota, ScoreFilter, Selector, entropy_share
 from descant.run.runs import existing
 

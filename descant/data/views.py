@@ -19,11 +19,11 @@ from descant.callbacks.plots.style import figure, pixels, styled
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.datamodules.fields.fields import TextField, kinds, numbered
 from descant.datamodules.fields.images import LIMIT, rgb_of
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.datamodules.sources.arrays import array_of
 from descant.datamodules.sources.base import Source
 from descant.datamodules.sources.folder import Folder
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import Tokenizer
 

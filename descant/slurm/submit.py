@@ -321,7 +321,7 @@ def _divides(config: Mapping[str, Any], world: int) -> None:
     """Refuse a batch size of Descant's data modules that is not divisible by the ranks."""
     from descant.cli.signatures import find_class
     from descant.datamodules.base import DataModule
-    from descant.datamodules.resumable_sampler import Order
+    from descant.datamodules.sampling.resumable_sampler import Order
 
     size = config["data"].get("init_args", {}).get("batch_size")
     if isinstance(size, int) and issubclass(find_class(config["data"]["class_path"]), DataModule):

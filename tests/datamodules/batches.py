@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 
 

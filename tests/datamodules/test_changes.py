@@ -18,12 +18,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from descant.data.make import make
 from descant.datamodules.changes import PARTS, DataPolicy, Property
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.io.checkpoints import followed
 from tests.files import COLOURS, jpeg, shapes
 

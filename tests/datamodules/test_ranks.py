@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from descant.datamodules.base import DataModule
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.files import write_tar
 from tests.rotation import quick
 

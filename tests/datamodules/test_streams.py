@@ -23,7 +23,7 @@ from descant.callbacks import Resume
 from descant.callbacks.checkpoints.resume import Stopped
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import BEGINNING, Mark, Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output

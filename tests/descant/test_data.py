@@ -23,7 +23,7 @@ from descant.data.make import make, resized
 from descant.data.sheet import Tile, sheet
 from descant.data.views import thumbnail, view_of
 from descant.datamodules.sources.shards import Shards
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.files import bomb
 
 SHAPES, COLOURS = ("square", "circle"), {"red": (220, 30, 30), "blue": (30, 60, 200), "green": (20, 160, 70)}

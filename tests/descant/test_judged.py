@@ -19,7 +19,7 @@ import descant
 from descant.datamodules import Emoji
 from descant.datamodules.fields.fields import Fields, ImageField, LabelField, TextField
 from descant.datamodules.prepared import OtherData, prepare_image, require_alike
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.recipes import Contrastive
 from tests.conftest import Result

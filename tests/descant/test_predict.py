@@ -19,7 +19,7 @@ from torch import Tensor
 
 from descant.cli.errors import Refusal
 from descant.datamodules.base import BatchDataset, DataModule, Rows
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.report import predictions
 from descant.report.predictions import Predictions
 from descant.run.runs import Run

@@ -18,11 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from descant import callbacks as c
 from descant.callbacks.evaluate.answering import Answering
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.corpora.captions import AltText, CaptionMixer, SyntheticCaption
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_table import COLUMNS
 from descant.datamodules.corpora.scenes import Scenes
-from descant.datamodules.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import QuestionPairs, Questions

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.datamodules.code_table import PADDING
 from descant.datamodules.corpora.spoken import SpokenNames
+from descant.datamodules.selection.code_table import PADDING
 from descant.datamodules.tasks.emoji_codes import CodeDocument, CodeDocuments, EmojiCodes
 from descant.modules.core.batch import Batch
 from descant.modules.language import BlockSampling, CausalLM, Sampling, generate

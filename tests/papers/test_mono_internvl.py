@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import Resume, Stages
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.tasks.denoised_texts import DenoisedTexts
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.modules.adaptation.grow import Grow

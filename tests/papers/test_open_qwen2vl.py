@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import PackingStatistics, Resume, Stages
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.questions import Questions
 from descant.modules.core.batch import Batch

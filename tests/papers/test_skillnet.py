@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from descant.callbacks.checkpoints.exact_resume import settle_buckets
-from descant.datamodules.mixture import Mixture
+from descant.datamodules.combined.mixture import Mixture
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.universal import ExpertBlock, UniversalLayers
 from descant.modules.moe import ExpertLayers, ModalityTopK, StaticSkill, TopKRouter

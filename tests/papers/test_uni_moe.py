@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.callbacks import Resume
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.modules.adaptation.expert_weights import converted, units_dealt
 from descant.modules.adaptation.stage_changes import Rewind, StageChange
 from descant.modules.adaptation.upcycle import Assemble, Upcycle

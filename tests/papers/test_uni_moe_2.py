@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import Accuracy, ExpertsByEntropy, Rollouts, Stages
 from descant.callbacks.evaluate.routing import by_entropy
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.datamodules.tasks.questions import Questions
 from descant.datamodules.tasks.rollout_pairs import RolloutPairs, RolloutPairSet

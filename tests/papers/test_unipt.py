@@ -28,7 +28,7 @@ from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.pseudo_texts import PseudoTexts
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.names import TABLE
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE

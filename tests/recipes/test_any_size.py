@@ -21,7 +21,7 @@ from descant.callbacks import Resume
 from descant.datamodules.base import BatchDataset, DataModule, Rows
 from descant.datamodules.fields.any_size import AnySizeField
 from descant.datamodules.fields.fields import Fields, TextField
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.language import CausalLM
 from descant.modules.language.positions import VisualAxes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.callbacks import EMA, Resume, Stages
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.modules.adaptation.grow import Grow, structure
 from descant.modules.adaptation.growth_space import GrowthSpace
 from descant.modules.adaptation.stage_changes import Boundary, StageChange

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from descant.callbacks.balance.balance import Balance
 from descant.datamodules.fields.fields import Fields, ImageField, LabelField, NumberField
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from descant.callbacks import Resume as ResumePoints
 from descant.callbacks import Stages
 from descant.datamodules.base import BatchDataset, Rows
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.modules.core.batch import Batch
 from descant.modules.distill.distill import Distill
 from descant.modules.evaluation.metrics import effective_rank

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from descant.callbacks import ProgressiveResizing, Resume, Stages
-from descant.datamodules.mixture_sampler import MixedOrder
-from descant.datamodules.resumable_sampler import Order
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
+from descant.datamodules.sampling.mixture_sampler import MixedOrder
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.modules.training_setup.schedule import WarmupCosine

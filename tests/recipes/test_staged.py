@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from descant.callbacks import Resume, Rollouts, Stages
+from descant.datamodules.combined.stages import StageData, StagedData, StagedOrder
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR
-from descant.datamodules.stages import StageData, StagedData, StagedOrder
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.datamodules.tasks.question_pool import QuestionRollouts
 from descant.datamodules.tasks.questions import PairSet, QuestionPairs, Questions

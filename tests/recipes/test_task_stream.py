@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from descant.callbacks import Accumulation, Resume, Stages
 from descant.datamodules.base import DataModule
-from descant.datamodules.task_stream import TaskStream
+from descant.datamodules.combined.task_stream import TaskStream
 from descant.modules.adaptation.merging import Interpolate, MergeRule, Permuted, Slerp, TaskArithmetic, Weights
 from descant.modules.adaptation.stage_changes import Boundary, Rewind, StageChange, TaskMerge
 from descant.modules.training_setup.compile_and_shard import Shard

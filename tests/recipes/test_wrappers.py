@@ -14,7 +14,7 @@ from torch import nn
 
 import descant.recipes as recipes
 from descant.callbacks import Stages
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.modules.core import protocols, rollouts
 from descant.modules.core.capabilities import HAD_BY, has, require
 from descant.modules.core.protocols import Embeds, HasObjective, Reconstructs

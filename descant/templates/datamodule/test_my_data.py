@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.templates.datamodule.my_data import MyData, read, synthetic
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from descant.datamodules.fields.fields import Fields, LabelField
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.templates.field.my_field import MyField
 
 

@@ -19,12 +19,12 @@ from descant.callbacks import ReconstructionPictures
 from descant.callbacks.plots.series import HIGH, WIDE, series_gallery
 from descant.callbacks.plots.style import pixels
 from descant.data.views import line_plot
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.corpora.series import Series
 from descant.datamodules.fields.fields import Fields
 from descant.datamodules.fields.series import SeriesField
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.stages import StageData, StagedData
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import ReconstructionOutput, SeriesAxes, SeriesData
 from descant.modules.masking.corruptions import Corruption

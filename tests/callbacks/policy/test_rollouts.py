@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from descant.callbacks import Resume
 from descant.callbacks.policy.rollouts import Rollouts
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.datamodules.tasks.question_pool import QuestionPool, QuestionRollouts
 from descant.datamodules.tasks.questions import Questions
 from descant.modules.distill.distill import Distill

@@ -15,7 +15,7 @@ from torch import Tensor
 from descant.callbacks import Budget, ProgressiveResizing, Report, Resume, TrainFlops
 from descant.callbacks.training import budget
 from descant.datamodules import Emoji
-from descant.datamodules.stages import StageData
+from descant.datamodules.combined.stages import StageData
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
 from descant.modules.masking.adapters import Adapters

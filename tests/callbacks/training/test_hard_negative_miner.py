@@ -14,8 +14,8 @@ from torch import Tensor
 
 from descant.callbacks import HardNegativeMiner, Resume
 from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, Rows
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
 from descant.modules.losses.hard_negatives import Negatives

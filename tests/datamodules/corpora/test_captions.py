@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.corpora.captions import (
     AltText,
     CaptionMixer,
@@ -24,8 +25,7 @@ from descant.datamodules.corpora.captions import (
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.measure import COLOURS, measure, oklab
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.losses import InfoNCE

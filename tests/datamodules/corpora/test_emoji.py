@@ -18,7 +18,7 @@ from descant.datamodules.corpora import emoji_pack
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import PACK, VENDORS, Pack
 from descant.datamodules.corpora.emoji_set import EmojiSet
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
 from tests.datamodules.batches import shuffled, whole

@@ -24,7 +24,7 @@ from descant.datamodules.corpora.frames import (
     Stills,
 )
 from descant.datamodules.corpora.volumes import Volumes
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.language.positions import VisualSteps
 from descant.modules.policy.rewards import Answer, Rewards, Verifier

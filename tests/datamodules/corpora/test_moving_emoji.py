@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.moving_emoji import MOTIONS, ClipSet, MovingEmoji, corners, motions, plates, render
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.transforms.image import Augment
 from tests.datamodules.batches import shuffled, whole

@@ -17,7 +17,7 @@ import torch
 from descant.datamodules.corpora.emoji_pack import PACK, SEALED, SEALED_VENDOR, VENDORS
 from descant.datamodules.corpora.scene_world import CONCEPTS
 from descant.datamodules.corpora.scenes import HELD_OUT_VENDOR, SETS, SPLITS, TESTS, Scenes, SceneSet
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import NgramTokenizer, WordTokenizer
 from descant.modules.transforms.image import Augment

@@ -13,7 +13,7 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.spoken import VOICES, SpokenNames, synthetic_speech
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from tests.datamodules.batches import shuffled, whole
 from tests.datamodules.prepare.test_wheel import wheel_of

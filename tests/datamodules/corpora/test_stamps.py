@@ -16,7 +16,7 @@ from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.corpora.stamps import Stamps, StampsSet, synthetic
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.stamps import DEB, Corpus, families
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BOS, NgramTokenizer
 from tests.datamodules.prepare.test_deb import deb_of, tar_of

@@ -20,7 +20,7 @@ from descant.datamodules.corpora.stimuli import (
     valence_facts,
     visual_facts,
 )
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.core.batch import Batch
 from tests.datamodules.batches import whole
 from tests.tolerance import F32, conditioned, ulps

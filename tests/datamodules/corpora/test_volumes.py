@@ -16,7 +16,7 @@ from descant.datamodules.corpora.volumes import GAP, Volumes, synthetic
 from descant.datamodules.prepare import volumes as module
 from descant.datamodules.prepare.package import sha256_of
 from descant.datamodules.prepare.volumes import FILES, WHEEL, load, volume
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from tests.datamodules.batches import whole
 from tests.datamodules.prepare.test_wheel import wheel_of
 

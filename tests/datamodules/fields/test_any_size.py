@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.fields.any_size import AnySizeField, AnySizeImages, grids
 from descant.datamodules.fields.fields import Fields, TextField
 from descant.datamodules.fields.images import Images
-from descant.datamodules.mixture import Mixture
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.image_shapes import image_shapes
 from descant.datamodules.sources.reading import replaced
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.rng import mix
 from descant.modules.transforms.image import Augment
 

@@ -19,7 +19,7 @@ from descant.datamodules.fields.tables import TableField
 from descant.datamodules.fields.videos import ENDED, VideoField
 from descant.datamodules.sources.arrays import array_bytes, array_of
 from descant.datamodules.sources.ledger import Ledger
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.datamodules.batches import whole
 
 

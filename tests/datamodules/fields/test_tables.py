@@ -18,10 +18,10 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_table import COLUMNS, NUMBERS
 from descant.datamodules.fields.fields import Fields, ImageField, LabelField
 from descant.datamodules.fields.tables import TableField
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.joined import Joined
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.transforms.table import ColumnMissing, random_columns
 from tests.conftest import Result
 from tests.files import jpeg

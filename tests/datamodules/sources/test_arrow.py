@@ -19,7 +19,7 @@ from descant.datamodules.fields.fields import Fields, ImageField, TextField, kin
 from descant.datamodules.sources import find
 from descant.datamodules.sources.arrays import array_bytes, array_of
 from descant.datamodules.sources.arrow import Arrow
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.files import jpeg, wav
 
 FEATURES = Features(

@@ -32,7 +32,7 @@ from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.shards import Shards, index
 from descant.datamodules.sources.stream import Sample, Stream, read_samples
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from tests.files import jpeg, shapes, write_tar
 
 Found = tuple[list[tuple[str, object]], str | None]

@@ -19,7 +19,7 @@ from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Raw
 from descant.datamodules.sources.hub import HubDataset, HubStream
 from descant.datamodules.sources.stream import BEGINNING, Sample
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output

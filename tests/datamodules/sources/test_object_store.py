@@ -26,7 +26,7 @@ from descant.datamodules.sources.addresses import open_address
 from descant.datamodules.sources.object_store import Remote, StoreError, StoreObject
 from descant.datamodules.sources.shard_cache import ShardCache
 from descant.datamodules.sources.stream import BEGINNING, Sample, Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.io.cache import cache_folder
 from tests.conftest import Result
 from tests.files import jpeg, write_tar

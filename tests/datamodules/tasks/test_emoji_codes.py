@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from descant.datamodules.stages import StageData, StagedData
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.tasks.emoji_codes import CodeDocument
 from tests.conftest import Result
 from tests.papers.test_mio import data, shared, tokenizers

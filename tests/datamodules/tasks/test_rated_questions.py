@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from descant.datamodules.corpora.emoji_pack import VENDORS
-from descant.datamodules.table_selection import TableSelection
+from descant.datamodules.selection.table_selection import TableSelection
 from descant.datamodules.tasks.rated_questions import (
     ANSWER,
     ASKED,

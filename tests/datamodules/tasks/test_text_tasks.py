@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.tasks.dialogues import SPLITS
 from descant.datamodules.tasks.text_tasks import (
     EVALUATING,

@@ -456,7 +456,7 @@ def pictures(folder: Path) -> Path:
 def test_raw_inputs_become_the_same_tensors(tmp_path: Path, kind: str) -> None:
     from descant.datamodules.corpora.emoji import Emoji
     from descant.datamodules.corpora.stamps import Stamps
-    from descant.datamodules.user_data import UserData
+    from descant.datamodules.user.user_data import UserData
 
     data: Any = {
         "emoji": lambda: Emoji(size=16),

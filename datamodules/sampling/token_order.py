@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.resumable_sampler import Order, Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Order, Slot, Window
 
 
 class TokenOrder(Order):

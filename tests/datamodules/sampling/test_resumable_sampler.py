@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from descant.datamodules.resumable_sampler import Order, Slot
+from descant.datamodules.sampling.resumable_sampler import Order, Slot
 
 
 def epoch(order: Order) -> list[Slot]:

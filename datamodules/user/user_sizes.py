@@ -10,11 +10,11 @@ from torch import Tensor
 
 from descant.datamodules.fields.any_size import AnySizeField
 from descant.datamodules.fields.fields import Field, ImageField
-from descant.datamodules.resumable_sampler import BlockShuffle, Order
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Order
+from descant.datamodules.sampling.token_order import TokenOrder
 from descant.datamodules.sources.image_shapes import image_shapes
 from descant.datamodules.sources.reading import Reader
-from descant.datamodules.token_order import TokenOrder
-from descant.datamodules.user_targets import UserTargets
+from descant.datamodules.user.user_targets import UserTargets
 from descant.modules.transforms.image import Augment
 
 

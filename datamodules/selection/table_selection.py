@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.names import TABLE
-from descant.datamodules.selected import COLUMN
+from descant.datamodules.selection.selected import COLUMN
 from descant.modules.core.rng import global_seed, mix_N
 from descant.modules.selection.selectors import ScoreFilter, Selection, Selector
 
@@ -81,7 +81,7 @@ class TableSelection:
 
     def pool(self) -> Pool:
         """The rows of the table with their scores."""
-        from descant.datamodules import score_table as tables  # late: parquet takes long to import
+        from descant.datamodules.selection import score_table as tables  # late: parquet takes long to import
 
         file = newest_table(self.table)
         labels = [*self.scores, *([self.group] if self.group is not None else [])]

@@ -17,12 +17,12 @@ from PIL import Image
 
 from descant.cli import dump
 from descant.datamodules.base import BatchDataset
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import AudioField, Fields, ImageField, LabelField, TextField
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.resumable_sampler import Order
+from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import held_out
 from descant.datamodules.sources.folder import Folder
@@ -31,7 +31,7 @@ from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.reading import key_of
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.sources.synthetic import Taken
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer
 from tests.files import COLOURS, bomb, jpeg, shapes, wav, write_tar

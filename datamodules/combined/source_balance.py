@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from descant.datamodules.mixture_set import BITS
-from descant.datamodules.selected import COLUMN
-from descant.datamodules.table_selection import newest_table
+from descant.datamodules.combined.mixture_set import BITS
+from descant.datamodules.selection.selected import COLUMN
+from descant.datamodules.selection.table_selection import newest_table
 from descant.modules.core.errors import no_such
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.selection.transport import SourceWeights, source_weights
@@ -67,7 +67,7 @@ class TransportBalance:
 
     def measured(self, parts: Sequence[str]) -> SourceWeights:
         """Weights of all parts but the reference, in their order."""
-        from descant.datamodules import score_table as tables  # late: parquet takes long to import
+        from descant.datamodules.selection import score_table as tables  # late: parquet takes long to import
 
         file = newest_table(self.table)
         rows = tables.with_features(tables.read(file, [COLUMN, *tables.embeddings(self.features)]), self.features)

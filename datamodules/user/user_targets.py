@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.fields.fields import LabelField, NumberField, mean_and_deviation
-from descant.datamodules.user_table import UserTable
+from descant.datamodules.user.user_table import UserTable
 
 
 class UserTargets(UserTable):

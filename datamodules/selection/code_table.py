@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.selected import COLUMN
+from descant.datamodules.selection.selected import COLUMN
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.unified import CodeFormat
 

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from descant.datamodules.permutation import Permutation
-from descant.datamodules.resumable_sampler import BlockShuffle, Order, Slot, Window
+from descant.datamodules.sampling.permutation import Permutation
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Order, Slot, Window
 from descant.modules.core.rng import mix
 
 

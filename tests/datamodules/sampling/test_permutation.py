@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from descant.datamodules.permutation import Permutation
+from descant.datamodules.sampling.permutation import Permutation
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 99_991])

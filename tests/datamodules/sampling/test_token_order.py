@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.resumable_sampler import BlockShuffle, Order, Window
-from descant.datamodules.token_order import TokenOrder
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Order, Window
+from descant.datamodules.sampling.token_order import TokenOrder
 
 N = 101
 COUNT_N = np.random.default_rng(0).integers(0, 65, N)

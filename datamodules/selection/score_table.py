@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.datamodules.selected import COLUMN
+from descant.datamodules.selection.selected import COLUMN
 from descant.modules.core.errors import hint
 from descant.modules.core.rng import mix_N
 from descant.modules.selection.scorers import RichScorer, Styler

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from descant.datamodules.batch_dataset import BatchDataset, Rows
 from descant.datamodules.changes import Corpus, Property
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 
 #: Column of the ids in a file of them.

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from descant.datamodules.base import DataModule
-from descant.datamodules.mixture import Mixture
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.names import require_known
-from descant.datamodules.stages import StageData, StagedData
 
 #: What a batch is mixed of: the current task, earlier tasks, and what the model was trained on before the stream.
 UPDATE, REPLAY, PRETRAINING = "update", "replay", "pretraining"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.batch_dataset import BatchDataset, Rows
-from descant.datamodules.resumable_sampler import Slot, Window
-from descant.datamodules.selected import parted
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
+from descant.datamodules.selection.selected import parted
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.rng import mix_N
 

@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from descant.callbacks import MixtureShares
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.mixture_set import BITS
-from descant.datamodules.source_balance import TransportBalance
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.combined.mixture_set import BITS
+from descant.datamodules.combined.source_balance import TransportBalance
 from descant.modules.selection.transport import source_weights
 from descant.report.predictions import TRAIN, _chosen
-from tests.datamodules.test_mixture import Toy
+from tests.datamodules.combined.test_mixture import Toy
 from tests.step_toy import QUIET
 
 PARTS = ["task", "near", "far"]

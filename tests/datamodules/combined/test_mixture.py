@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset, DataModule, Rows
+from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.moving_emoji import MovingEmoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.mixture_sampler import MixedOrder, Shares, tempered
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, tempered
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer

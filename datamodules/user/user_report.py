@@ -13,7 +13,7 @@ from descant.datamodules.sources.reading import UserDataset
 from descant.modules.core.errors import warn
 
 if TYPE_CHECKING:
-    from descant.datamodules.user_data import UserData
+    from descant.datamodules.user.user_data import UserData
 
 #: Captions that are tokenized to estimate how many are truncated, and the share of truncated ones that is reported.
 _SAMPLE, _TRUNCATED = 500, 0.02

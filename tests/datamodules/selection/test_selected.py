@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from descant.datamodules.changes import DataPolicy, require
+from descant.datamodules.combined.mixture import Mixture
+from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.frames import Frames
 from descant.datamodules.fields.fields import Fields, ImageField
-from descant.datamodules.mixture import Mixture
-from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Slot, Window
+from descant.datamodules.selection.table_selection import TableSelection, newest_table
 from descant.datamodules.sources.parquet import Parquet
-from descant.datamodules.stages import StageData, StagedData
-from descant.datamodules.table_selection import TableSelection, newest_table
 from descant.datamodules.tasks.question_pool import QuestionPool
 from descant.datamodules.tasks.questions import Questions
-from descant.datamodules.user_data import UserData
+from descant.datamodules.user.user_data import UserData
 from descant.modules.selection.selectors import RandomShare, ScoreFilter, Selector
 from tests.files import jpeg
 
@@ -89,7 +89,7 @@ def test_a_run_selects_by_a_table_as_by_a_file_of_ids(tmp_path: Path, monkeypatc
         require(of().known_corpora, quarter.state_dict()["corpora"], DataPolicy())
     # random draws are the seed's: of the run by default, of the selection where it is given
     draws = [set(of(seed, RandomShare(0.5)).training_ids().tolist()) for seed in (1, 1, 2)]
-    monkeypatch.setattr("descant.datamodules.table_selection.global_seed", lambda: 2)
+    monkeypatch.setattr("descant.datamodules.selection.table_selection.global_seed", lambda: 2)
     assert draws[0] == draws[1] != draws[2] == set(of(None, RandomShare(0.5)).training_ids().tolist())
     staged = StagedData(stages={"all": StageData(Emoji(tiny=True, batch_size=8)), "some": StageData(quarter)})
     assert [len(stage.data.selected_set()) for stage in staged.stages.values()] == [

@@ -21,16 +21,16 @@ from descant.datamodules.changes import Corpus
 from descant.datamodules.fields.fields import AudioField, Column, Field, Fields, ImageField, TextField, kinds
 from descant.datamodules.fields.series import SeriesField
 from descant.datamodules.fields.videos import VideoField
-from descant.datamodules.resumable_sampler import BlockShuffle, Order
-from descant.datamodules.selected import parted
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Order
+from descant.datamodules.selection.selected import parted
 from descant.datamodules.sources import find
 from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
-from descant.datamodules.user_report import DataReport
-from descant.datamodules.user_sizes import UserSizes
-from descant.datamodules.user_table import synthetic
+from descant.datamodules.user.user_report import DataReport
+from descant.datamodules.user.user_sizes import UserSizes
+from descant.datamodules.user.user_table import synthetic
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import SeriesAxes
 from descant.modules.tokenizers.text import Tokenizer
@@ -70,7 +70,7 @@ class UserData(UserSizes):
             large ones, that are read in seconds. A smaller CSV that names the images needs no such argument.
         table_key: its column with the names of samples; the first one of file names where not given.
         batch_tokens: in place of ``batch_size``: most tokens of the images of a step, for an ``AnySizeField``; see
-            :class:`descant.datamodules.token_order.TokenOrder`.
+            :class:`descant.datamodules.sampling.token_order.TokenOrder`.
         kwargs: of every data module.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
-from descant.datamodules.resumable_sampler import Order, Window
+from descant.datamodules.sampling.resumable_sampler import Order, Window
 from descant.datamodules.tasks.rollout_buffer import PooledDialogues
 from descant.datamodules.tasks.rollout_pairs import RolloutPairs
 from descant.modules.core.batch import Batch

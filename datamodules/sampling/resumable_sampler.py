@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from descant.datamodules.permutation import Permutation
+from descant.datamodules.sampling.permutation import Permutation
 from descant.modules.core.budget import whole_steps
 from descant.modules.core.rng import mix
 

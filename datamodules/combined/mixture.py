@@ -18,10 +18,10 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModule
 from descant.datamodules.changes import Corpus
-from descant.datamodules.mixture_sampler import MixedOrder, require_temperature, tempered
-from descant.datamodules.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
-from descant.datamodules.resumable_sampler import BlockShuffle, Slot, Window
-from descant.datamodules.source_balance import TransportBalance
+from descant.datamodules.combined.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
+from descant.datamodules.combined.source_balance import TransportBalance
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, require_temperature, tempered
+from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import SeriesAxes, SeriesData
 from descant.modules.core.rng import mix

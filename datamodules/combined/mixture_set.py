@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.resumable_sampler import Slot, Window
+from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch, only
 from descant.modules.core.rng import mix_N, salt
 
