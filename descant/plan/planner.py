@@ -96,8 +96,10 @@ class Building(Check):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Recipe)
-        self.parts = [part for part in pl_module._parts if isinstance(part, Checkpointing | Shard | Compile)]
-        pl_module._parts = [part for part in pl_module._parts if part not in self.parts]
+        given = (*pl_module.parts, pl_module.sharding)
+        self.parts = [part for part in given if isinstance(part, Checkpointing | Shard | Compile)]
+        pl_module.parts = [part for part in pl_module.parts if part not in self.parts]
+        pl_module.sharding = None
         for data in data_parts(trainer):
             self.rows = self.rows or data.batch_size * trainer.accumulate_grad_batches
             data.batch_size = min(data.batch_size, SAMPLES)

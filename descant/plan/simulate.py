@@ -165,7 +165,7 @@ def _twin(recipe: Any, layout: Layout, precision: Precision) -> Any:
     sharding = layout.sharding
     if sharding is not None:
         twin._device_mesh = init_device_mesh(NAME, (layout.world,), mesh_dim_names=("data_parallel",))
-        twin._parts.append(sharding)
+        twin.sharding = sharding
         sharding.apply(twin)
     return twin.train(recipe.training)
 

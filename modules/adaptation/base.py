@@ -10,17 +10,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from descant.modules.core.errors import no_such
+from descant.modules.core.part import RecipePart
 from descant.modules.towers.base import Tower
 
 #: Name of a recipe's language model, which is adapted, quantized, frozen and checkpointed like a tower.
 LM = "lm"
 
 
-class Adapt:
-    """A change to a recipe before training. ``apply`` is called once, before the optimizers are built."""
-
-    def apply(self, recipe: nn.Module) -> None:
-        raise NotImplementedError
+class Adapt(RecipePart):
+    """A change to the model of a recipe before training, such as LoRA."""
 
 
 def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple[str, Tower]]:

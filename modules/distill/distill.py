@@ -8,7 +8,6 @@ Letters: B samples, N decisions (a sample has one, or one a token), K choices, D
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from descant.modules.core.errors import no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions, Output
+from descant.modules.core.part import Teaching
 from descant.modules.core.protocols import Embeds
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Target(nn.Module):
         raise NotImplementedError
 
 
-class Distill(nn.Module):
+class Distill(Teaching):
     """What a recipe learns from another network, beside its own terms (``model.distill``).
 
     Args:
@@ -145,12 +145,14 @@ class Distill(nn.Module):
         return self._network[0].eval()
 
     def prepare(self, student: nn.Module) -> None:
-        """Once, before training."""
         if not self._network:
             network = self.teacher.network(student).requires_grad_(False).eval()
             self._network.append(network)
             for target in self.targets:
                 cast(Target, target).build(student, network)
+
+    def follow(self, recipe: nn.Module) -> None:
+        self.teacher.follow(recipe)
 
     def forward(self, student: nn.Module, batch: Batch, output: Output) -> dict[str, Term]:
         context = DistillContext(student, self.network.to(batch.device), batch, output)
@@ -365,12 +367,3 @@ def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:
     p_NK = log_t_NK.exp()
     off_NK = torch.where(p_NK > 0, p_NK * (log_t_NK - s_NK.log_softmax(dim=1)), 0.0)
     return temperature**2 * off_NK.sum(dim=1)
-
-
-def without_distill(state: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
-    """A recipe's state dict less what served its training alone, and that of recipes inside.
-
-    ``prefix``: of the names of one of them, whose teacher alone is left out.
-    """
-    own = re.compile(r"(inner\.)*distill\." if prefix is None else re.escape(f"{prefix}distill."))
-    return {name: value for name, value in state.items() if not own.match(name)}

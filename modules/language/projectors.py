@@ -153,5 +153,5 @@ class Resampler(ImageProjector):
 
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
-        q_BID = self.query_ID.expand(len(h_BTD), -1, -1)
+        q_BID = self.query_ID.expand(h_BTD.shape[0], -1, -1)
         return self.mlp(cross_attention(q_BID, self.kv(self.norm(h_BTD)), self.heads, key_mask(mask_BT)))

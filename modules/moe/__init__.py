@@ -1,7 +1,6 @@
 """Sparse mixtures of experts: routers, layers that gather and scatter, and what keeps the use of experts even."""
 
 from descant.modules.moe.balance import expert_terms as expert_terms
-from descant.modules.moe.balance import move_biases as move_biases
 from descant.modules.moe.balance import observe as observe
 from descant.modules.moe.capacity import Capacity as Capacity
 from descant.modules.moe.expert_choice import CausalAux as CausalAux
@@ -23,4 +22,5 @@ from descant.modules.moe.routing import Routing as Routing
 from descant.modules.moe.routing import TaskGate as TaskGate
 from descant.modules.moe.routing import TopKRouter as TopKRouter
 from descant.modules.moe.routing import joined as joined
+from descant.modules.moe.routing import move_biases as move_biases
 from descant.modules.moe.top_p import TopPRouter as TopPRouter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.ranks import gather, total_of_ranks, world
+from descant.modules.core.ranks import gather, world
 from descant.modules.moe.layer import ExpertLayers
 from descant.modules.moe.routing import Router, Routing, TopKRouter
 
@@ -140,17 +140,6 @@ def over_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tenso
     return {name: [[next(pieces).view(x.shape) for x in parts] for parts in layers] for name, layers in sums.items()}
 
 
-def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """``b + rate sign(mean load - load)``: experts with less than even use gain. A step without tokens moves nothing.
-
-    Source: Wang 2024 (arXiv 2408.15664), DeepSeek-V3 (2412.19437).
-
-    >>> moved_bias(torch.zeros(3), torch.tensor([4.0, 2.0, 0.0]), 0.5).tolist()
-    [-0.5, 0.0, 0.5]
-    """
-    return bias_E + rate * (count_E.mean() - count_E).sign()
-
-
 @torch.no_grad()
 def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
     """Count the choices of a training forward for routers that are balanced by biases, and those beyond capacity."""
@@ -163,18 +152,3 @@ def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
             count_E = router.bias_E.new_zeros(router.experts)
             count_E.index_add_(0, routing.expert.flatten(), routing.used.flatten().to(count_E.dtype))
             router.pending = count_E if router.pending is None else router.pending + count_E
-
-
-@torch.no_grad()
-def move_biases(network: nn.Module) -> None:
-    """Move the biases of all routers by what they chose since the last optimizer step, on all ranks. Collective.
-
-    After the last backward of a step and before the next forward: a recomputed layer routes as it did.
-    """
-    routers = [part for part in network.modules() if isinstance(part, TopKRouter) and part.pending is not None]
-    if not routers:
-        return
-    counts = total_of_ranks(torch.cat([router.pending for router in routers if router.pending is not None]))
-    for router, count_E in zip(routers, counts.split([router.experts for router in routers]), strict=True):
-        router.bias_E.copy_(moved_bias(router.bias_E, count_E, router.bias_rate or 0.0))
-        router.pending = None

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.sham import Sham, partners
 
 
@@ -268,6 +269,11 @@ class TopKRouter(Router):
         self.k, self.norm, self.bias_rate = k, norm, bias_rate
         self.pending: Tensor | None = None  # choices of each expert since the last optimizer step, of this rank
 
+    @staticmethod
+    def before_step(recipe: nn.Module) -> None:
+        """Move the biases after the last backward, which may route again, and before a checkpoint of the step."""
+        move_biases(recipe)
+
     @property
     def sums_to_one(self) -> bool:
         return self.norm == "after"
@@ -333,3 +339,29 @@ class TaskGate(TopKRouter):
     def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
         logit_NE = super().scores(h_ND, marks)
         return logit_NE + self.task_TE.to(logit_NE.dtype)[marks.need("task", self)]
+
+
+def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
+    """``b + rate sign(mean load - load)``: experts with less than even use gain. A step without tokens moves nothing.
+
+    Source: Wang 2024 (arXiv 2408.15664), DeepSeek-V3 (2412.19437).
+
+    >>> moved_bias(torch.zeros(3), torch.tensor([4.0, 2.0, 0.0]), 0.5).tolist()
+    [-0.5, 0.0, 0.5]
+    """
+    return bias_E + rate * (count_E.mean() - count_E).sign()
+
+
+@torch.no_grad()
+def move_biases(network: nn.Module) -> None:
+    """Move the biases of all routers by what they chose since the last optimizer step, on all ranks. Collective.
+
+    After the last backward of a step and before the next forward: a recomputed layer routes as it did.
+    """
+    routers = [part for part in network.modules() if isinstance(part, TopKRouter) and part.pending is not None]
+    if not routers:
+        return
+    counts = total_of_ranks(torch.cat([router.pending for router in routers if router.pending is not None]))
+    for router, count_E in zip(routers, counts.split([router.experts for router in routers]), strict=True):
+        router.bias_E.copy_(moved_bias(router.bias_E, count_E, router.bias_rate or 0.0))
+        router.pending = None

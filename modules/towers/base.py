@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,17 @@ class Tower(Loadable):
 
     def blocks(self) -> list[nn.Module]:
         return list(getattr(self, "layers", ()))
+
+    def require_data(self, name: str, data: Any, stage: str) -> None:
+        """Raise ValueError if the data of modality ``name`` does not fit the tower, or the tower inside it."""
+        tokenizer = getattr(data, "tokenizer", None)
+        if name == "text" and tokenizer is not None:
+            from descant.modules.tokenizers.text import Tokenizer, require_fit  # it imports the library tokenizers
+
+            if isinstance(tokenizer, Tokenizer):
+                require_fit(tokenizer, self)
+        if isinstance(inner := getattr(self, "tower", None), Tower):
+            inner.require_data(name, data, stage)
 
 
 class Frozen(Tower):

@@ -112,7 +112,7 @@ class AttentionPool(Pool):
     def forward(self, tokens: Tokens) -> Tensor:
         h_BTD, mask_BT = tokens
         kv_BTC = self.kv(self.norm(h_BTD))
-        q_B1D = self.query_D.to(kv_BTC.dtype).expand(len(h_BTD), 1, -1)
+        q_B1D = self.query_D.to(kv_BTC.dtype).expand(h_BTD.shape[0], 1, -1)
         h_B1D = cross_attention(q_B1D, kv_BTC, self.heads, key_mask(mask_BT))
         return self.out(h_B1D[:, 0]).masked_fill(~mask_BT.any(dim=1, keepdim=True), 0.0)
 
@@ -158,7 +158,7 @@ class MAPPool(Pool):
         h_BTD, mask_BT = tokens
         absent_B1 = ~mask_BT.any(dim=1, keepdim=True)
         kv_BTC = self.kv(h_BTD.masked_fill(~mask_BT[..., None], 0.0))
-        q_B1D = self.q(self.probe_1D).expand(len(h_BTD), 1, -1)
+        q_B1D = self.q(self.probe_1D).expand(h_BTD.shape[0], 1, -1)
         h_BD = self.out(cross_attention(q_B1D, kv_BTC, self.heads, key_mask(mask_BT))[:, 0])
         return (h_BD + self.mlp(self.norm(h_BD))).masked_fill(absent_B1, 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.errors import no_such, one_line, warn
+from descant.modules.core.ranks import rank
 from descant.modules.io.owners import (
     CONFIG,
     OPEN_CLIP,
@@ -103,6 +105,33 @@ class PretrainedTower(Tower):
             self.register_buffer("shift_311", ((0.5 - mean_3) / std_3).view(3, 1, 1), persistent=False)
         self.train()  # packages give eval mode
 
+    def require_data(self, name: str, data: Any, stage: str) -> None:
+        super().require_data(name, data, stage)
+        if name in ("image", "text") and name != self.reads:
+            raise ValueError(f"towers.{name}: {self.label} reads {self.reads}")
+        steps = _image_steps(data)
+        pixels = next((step for step in steps if hasattr(step, "std")), None)
+        if name != "image" or self.input is None or pixels is None:
+            return
+        own = self.input
+        if (tuple(pixels.mean), tuple(pixels.std)) != (HALF, HALF):
+            raise ValueError(
+                f"data: mean {list(pixels.mean)}, std {list(pixels.std)} of images, and towers.{name} applies its own, "
+                f"{_digits(own.mean)} and {_digits(own.std)}; leave out those of the data"
+            )
+        if pixels.size != own.size:
+            raise ValueError(
+                f"data: images of {pixels.size} pixels, and towers.{name} reads {own.size}: set the data's size"
+            )
+        filter = next((step.filter for step in steps if hasattr(step, "filter")), "bilinear")
+        fit = "crop" if any(hasattr(step, "filter") for step in steps) else "squash"
+        differs = filter != own.filter or (fit != own.fit and fit == "crop")
+        if stage == "fit" and rank() == 0 and own.filter and differs:
+            warn(
+                f"towers.{name} was trained on images resized by {own.filter} ({own.fit}), and the data's are resized "
+                f"by {filter} ({fit})"
+            )
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         if self.input is not None:
             self._require_image(x, mask)
@@ -190,40 +219,24 @@ def _require_size(place: Place, encoder: Encoder, size: int, own: int) -> None:
     _require_multiple(place, encoder.kind, size, next(cuts, 1))
 
 
-def require_input(name: str, tower: nn.Module, steps: tuple[Any, ...], quiet: bool = False) -> None:
-    """Checks that data gives a pretrained tower of images what it reads; warns of other ways to resize.
+def _image_steps(data: object) -> tuple[Any, ...]:
+    """Return how a data module prepares images for evaluation: its decoder, if it has one, and the normalisation.
 
-    Args:
-        name: of the modality. tower: of any kind; only :class:`PretrainedTower` is checked.
-        steps: the data's steps of images, of which one has ``size``, ``mean`` and ``std``, one maybe ``filter``.
-        quiet: without the warning.
+    They are its attribute ``pixels``, or those of the image field in ``fields``. For a mixture they are those of the
+    first part that has some.
     """
-    while not isinstance(tower, PretrainedTower) and isinstance(inner := getattr(tower, "tower", None), nn.Module):
-        tower = inner  # frozen, cached, saved
-    if not isinstance(tower, PretrainedTower):
-        return
-    if name in ("image", "text") and name != tower.reads:
-        raise ValueError(f"towers.{name}: {tower.label} reads {tower.reads}")
-    pixels = next((step for step in steps if hasattr(step, "std")), None)
-    if name != "image" or tower.input is None or pixels is None:
-        return
-    own = tower.input
-    if (tuple(pixels.mean), tuple(pixels.std)) != (HALF, HALF):
-        raise ValueError(
-            f"data: mean {list(pixels.mean)}, std {list(pixels.std)} of images, and towers.{name} applies its own, "
-            f"{_digits(own.mean)} and {_digits(own.std)}; leave out those of the data"
-        )
-    if pixels.size != own.size:
-        raise ValueError(
-            f"data: images of {pixels.size} pixels, and towers.{name} reads {own.size}: set the data's size"
-        )
-    filter = next((step.filter for step in steps if hasattr(step, "filter")), "bilinear")
-    fit = "crop" if any(hasattr(step, "filter") for step in steps) else "squash"
-    if not quiet and own.filter and (filter != own.filter or (fit != own.fit and fit == "crop")):
-        warn(
-            f"towers.{name} was trained on images resized by {own.filter} ({own.fit}), and the data's are resized by "
-            f"{filter} ({fit})"
-        )
+    parts = getattr(data, "parts", None)
+    for one in (*(parts.values() if isinstance(parts, Mapping) else ()), data):
+        try:
+            fields, pixels = getattr(one, "fields", None), getattr(one, "pixels", None)
+        except (ValueError, OSError):  # files are missing, which the data module reports itself
+            continue
+        image = fields.get("image") if isinstance(fields, Mapping) else None
+        if image is not None and hasattr(image, "pixels"):
+            return (getattr(image, "images", None), image.pixels)
+        if pixels is not None:
+            return (pixels,)
+    return ()
 
 
 def _digits(colour: Colour) -> str:

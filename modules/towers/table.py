@@ -4,7 +4,7 @@ width."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,11 @@ class TableTower(Tower):
         nn.init.normal_(self.codes.weight, std=0.02)
         self.norm_in, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
+
+    def require_data(self, name: str, data: Any, stage: str) -> None:
+        columns = getattr(data, "table_columns", {}).get(name)
+        if columns is not None and stage == "fit":  # an evaluated run has the columns of its checkpoint
+            require_columns(name, columns, self)
 
     def embed(self, x_BC: Tensor, mask_BC: Tensor | None = None) -> Tensor:
         """Tokens before the blocks, ``[B, C] -> [B, 1 + C, D]``."""

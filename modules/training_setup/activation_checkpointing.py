@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from descant.modules.adaptation.base import LM, chosen
 from descant.modules.core.batch_norm import recompute_contexts
+from descant.modules.core.part import RecipePart
 
 
-class Checkpointing:
+class Checkpointing(RecipePart):
     """Activation checkpointing (Chen 2016): recompute every block of every tower in backward to save memory.
 
     Gradients are the same for about a third more compute; only the inputs of the blocks stay in memory. It is

@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from descant.modules.adaptation.base import chosen
+from descant.modules.core.dtensor import clip_by_norm
 from descant.modules.core.errors import no_such
+from descant.modules.core.part import RecipePart
 from descant.modules.moe.active import expert_layers
 from descant.modules.training_setup import sharding
 from descant.modules.training_setup.activation_checkpointing import blocks_of
@@ -32,7 +35,7 @@ _DECODERS = ("generate", "roll_out")
 _READERS = ("scores",)
 
 
-class Compile:
+class Compile(RecipePart):
     """``torch.compile`` of each tower's forward, or of each of its blocks, in place: parameter names do not change.
 
     Blocks of one kind share their graphs, so a deep tower compiles in the time of one block. Between blocks, FSDP2
@@ -68,7 +71,7 @@ class Compile:
                 part.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
 
 
-class Shard:
+class Shard(RecipePart):
     """FSDP2: split parameters, gradients and optimizer states over ranks; each block is a unit, the rest is another.
 
     Hybrid (HSDP) with ``replicate`` or ``shard``: the W ranks are R replicas of groups of S neighbours, W = R S. A
@@ -165,6 +168,13 @@ class Shard:
             if inspect.ismethod(within := getattr(recipe, method, None)):
                 register_fsdp_forward_method(recipe, method)
                 setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
+
+    def clip(self, optimizer: Optimizer, most: float) -> bool:
+        """Clip gradients by their norm where torch cannot: if ranks share experts, they are on two meshes."""
+        if self.expert_ranks is None:
+            return False
+        clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), most)
+        return True
 
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
         """Return the context for a micro-batch that no optimizer step follows: see :func:`accumulating`."""

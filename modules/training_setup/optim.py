@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from descant.modules.adaptation.quantize import require_trained
 from descant.modules.training_setup.parameter_rules import ParameterRule
+from descant.modules.training_setup.schedule import Schedule
 
 
 class Groups(list[dict[str, Any]]):
@@ -49,6 +51,18 @@ def make_optimizer(make: Callable[[Any], Optimizer], module: nn.Module) -> Optim
 def averaging(optimizer: Optimizer) -> list[Any]:
     """List the optimizer or its members that average weights (schedule-free, with ``train()`` and ``eval()``)."""
     return [one for one in getattr(optimizer, "members", [optimizer]) if hasattr(one, "eval")]
+
+
+def with_schedule(recipe: Any, optimizer: Optimizer, schedule: Schedule | None) -> Any:
+    """Return what Lightning takes from ``configure_optimizers``: the optimizer, with its schedule if it has one."""
+    require_trained(recipe)
+    require_evaluated(optimizer, recipe.trainer.callbacks if recipe._trainer is not None else [])
+    if schedule is None:
+        return optimizer
+    config = {"scheduler": schedule(optimizer, recipe.schedule_steps()), "interval": schedule.interval}
+    if schedule.monitor is not None:
+        config["monitor"] = schedule.monitor
+    return {"optimizer": optimizer, "lr_scheduler": config}
 
 
 def require_evaluated(optimizer: Optimizer, callbacks: Iterable[Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
@@ -26,26 +27,6 @@ def datamodule_of(trainer: L.Trainer) -> L.LightningDataModule | None:
     """
     data: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
     return data
-
-
-def image_steps(data: object) -> tuple[Any, ...]:
-    """Return how a data module prepares images for evaluation: its decoder, if it has one, and the normalisation.
-
-    They are its attribute ``pixels``, or those of the image field in ``fields``. For a mixture they are those of the
-    first part that has some.
-    """
-    parts = getattr(data, "parts", None)
-    for one in (*(parts.values() if isinstance(parts, Mapping) else ()), data):
-        try:
-            fields, pixels = getattr(one, "fields", None), getattr(one, "pixels", None)
-        except (ValueError, OSError):  # files are missing, which the data module reports itself
-            continue
-        image = fields.get("image") if isinstance(fields, Mapping) else None
-        if image is not None and hasattr(image, "pixels"):
-            return (getattr(image, "images", None), image.pixels)
-        if pixels is not None:
-            return (pixels,)
-    return ()
 
 
 def log_interval(trainer: object) -> float:
@@ -87,6 +68,30 @@ def run_steps(trainer: Any) -> float:
         trainer.fit_loop.setup_data()
     steps = float(sum(data.steps.values()))
     return steps if trainer.max_steps < 0 else min(steps, float(trainer.max_steps))
+
+
+def end_of_run(trainer: Any) -> int:
+    """Return :func:`run_steps` for a schedule; raise ValueError for a run without end. Collective."""
+    steps = run_steps(trainer)
+    if not math.isfinite(steps):
+        raise ValueError("schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs")
+    return int(steps)
+
+
+def require_accumulation(recipe: Any, trainer: Any, stage: str) -> None:
+    """Raise ValueError if micro-batches cannot be accumulated as the trainer does."""
+    accumulate = trainer.accumulate_grad_batches
+    if stage == "fit" and recipe.in_batch_negatives and accumulate > 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches {accumulate}: {type(recipe).__name__} contrasts samples of one batch, "
+            f"and accumulated small batches have fewer negatives; use model.chunks {accumulate}, which has them all in "
+            "the same memory"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ValueError(
+            "trainer.callbacks: GradientAccumulationScheduler: losses are divided by counts of a whole step, whose "
+            "micro-batches are counted once; trainer.accumulate_grad_batches is one number"
+        )
 
 
 def first_validation(trainer: Any) -> float:

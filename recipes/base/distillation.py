@@ -27,9 +27,8 @@ from descant.modules.core.dtensor import local, reshard
 from descant.modules.distill.distill import Distill, Teacher
 from descant.modules.io import saved
 from descant.modules.losses.views import ViewObjective
-from descant.modules.towers import Towers
-from descant.modules.towers.pretrained import require_input
-from descant.modules.training_setup.trainer import datamodule_of, image_steps
+from descant.modules.towers import Tower, Towers
+from descant.modules.training_setup.trainer import datamodule_of
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.shared_space import SharedSpace, projected
@@ -79,7 +78,7 @@ class TeacherTowers(Teacher):
     def network(self, student: nn.Module) -> nn.Module:
         data = datamodule_of(cast(Recipe, student).trainer)
         for m, tower in self._taught[0].towers.items():
-            require_input(m, tower, image_steps(data))
+            cast(Tower, tower).require_data(m, data, "fit")
         return self._taught[0]
 
 

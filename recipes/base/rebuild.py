@@ -7,7 +7,7 @@ import inspect
 import torch
 
 from descant.modules.adaptation.grow import restructure
-from descant.modules.distill.distill import without_distill
+from descant.modules.core.part import without_distill
 from descant.modules.io import saved
 from descant.modules.io.lean import completed
 from descant.modules.io.saved import Node, Saved

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import DoublePrecision
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from descant.modules.adaptation.base import Adapt
-from descant.modules.adaptation.quantize import require_trained
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.dtensor import clip_by_norm
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.loss_reduction import Step, require_split
 from descant.modules.core.objective import Objective, Term
 from descant.modules.core.output import Output
+from descant.modules.core.part import ReadsData, Teaching, without_distill
 from descant.modules.core.protocols import Embeds
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.rows import RowTracker
-from descant.modules.distill.distill import Distill, without_distill
-from descant.modules.moe.balance import move_biases
-from descant.modules.tokenizers.text import Tokenizer, require_fit
-from descant.modules.towers.pretrained import require_input
-from descant.modules.towers.table import require_columns
+from descant.modules.training_setup import trainer as running
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
-from descant.modules.training_setup.optim import make_optimizer, require_evaluated
+from descant.modules.training_setup.optim import make_optimizer, with_schedule
 from descant.modules.training_setup.schedule import Schedule
 from descant.modules.training_setup.sync_batch_norm import synchronize
-from descant.modules.training_setup.trainer import datamodule_of, image_steps, log_interval, run_steps
 from descant.modules.training_setup.unused_parameters import find_unused
 
 
@@ -71,7 +63,7 @@ class Recipe(L.LightningModule):
         checkpointing: Checkpointing | None = None,
         compile: Compile | None = None,
         shard: Shard | None = None,
-        distill: Distill | None = None,
+        distill: Teaching | None = None,
     ) -> None:
         super().__init__()
         if chunks < 1:
@@ -86,7 +78,8 @@ class Recipe(L.LightningModule):
         #: Of the micro-batch between its forward and its backward pass, for callbacks that get only the loss.
         self.output: Output | None = None
         self._optimizer, self._schedule = optimizer, schedule
-        self._parts = [part for part in (*(adapt or []), checkpointing, compile, shard) if part is not None]
+        self.parts = [part for part in (*(adapt or []), checkpointing, compile) if part is not None]
+        self.sharding = shard
         self._configured = False
         self.distill = distill
         self._outer: list[Recipe] = []  # the recipe that wraps this one; a list, so that it is no submodule
@@ -102,7 +95,7 @@ class Recipe(L.LightningModule):
         return self.forward(batch).all_terms()
 
     @property
-    def teaching(self) -> Distill | None:
+    def teaching(self) -> Teaching | None:
         """``distill`` of this recipe, where it has a teacher of its own, or of the one that wraps it."""
         return self.distill or (self._outer[0].teaching if self._outer else None)
 
@@ -112,11 +105,6 @@ class Recipe(L.LightningModule):
         inner = getattr(self, "inner", None)
         wrapped = inner.nested.items() if isinstance(inner, Recipe) else ()
         return {"": self} | {f"inner.{prefix}": recipe for prefix, recipe in wrapped}
-
-    @property
-    def sharding(self) -> Shard | None:
-        """How parameters are split over ranks, if they are."""
-        return next((part for part in self._parts if isinstance(part, Shard)), None)
 
     @property
     def sharded(self) -> bool:
@@ -150,17 +138,14 @@ class Recipe(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             # adapters begin alike on any number of ranks: several have begun their generators anew, one has not
             torch.default_generator.manual_seed(mix(global_seed(), "adapt"))
-            for part in self._parts:
-                if isinstance(part, Shard):
-                    self._learn_of_teacher()  # what is learned of it is split with the rest, and its gradients averaged
+            for part in self.parts:
                 part.apply(self)
-        self._learn_of_teacher()
-
-    def _learn_of_teacher(self) -> None:
         training = self._trainer is not None and self.trainer.training
         for recipe in self.nested.values():
             if recipe.distill is not None and training and not recipe.distill.prepared:
                 recipe.distill.prepare(recipe)
+        if self.sharding is not None:  # what is learned from a teacher is split with the rest
+            self.sharding.apply(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for prefix, recipe in self.nested.items():
@@ -177,30 +162,13 @@ class Recipe(L.LightningModule):
         if stage == "fit" and trainer.world_size > 1:
             synchronize(self)  # so that ranks change nothing that is learned
             find_unused(self, trainer.strategy)
-        if stage == "fit" and self.in_batch_negatives and trainer.accumulate_grad_batches > 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: {type(self).__name__} contrasts "
-                "samples of one batch, and accumulated small batches have fewer negatives; use "
-                f"model.chunks {trainer.accumulate_grad_batches}, which has them all in the same memory"
-            )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "trainer.callbacks: GradientAccumulationScheduler: losses are divided by counts of a whole step, whose "
-                "micro-batches are counted once; trainer.accumulate_grad_batches is one number"
-            )
-        data, towers = datamodule_of(trainer), getattr(self, "towers", {})
-        tokenizer = getattr(data, "tokenizer", None)
-        if isinstance(tokenizer, Tokenizer) and "text" in towers:
-            require_fit(tokenizer, towers["text"])
-        for name, tower in towers.items():
-            require_input(name, tower, image_steps(data), quiet=stage != "fit" or not trainer.is_global_zero)
-        # of a run that is judged they are those of the checkpoint, which is read later
-        for name, columns in getattr(data, "table_columns", {}).items() if stage == "fit" else ():
-            if name in towers:
-                require_columns(name, columns, towers[name])
+        running.require_accumulation(self, trainer, stage)
+        for name, tower in getattr(self, "towers", {}).items():
+            if has(tower, ReadsData):
+                tower.require_data(name, running.datamodule_of(trainer), stage)
 
     def configure_optimizers(self) -> Any:
-        return self.optimized(self.optimizer_now, self.schedule_now)
+        return with_schedule(self, make_optimizer(self.optimizer_now, self), self.schedule_now)
 
     @property
     def optimizer_now(self) -> OptimizerCallable:
@@ -211,25 +179,9 @@ class Recipe(L.LightningModule):
     def schedule_now(self) -> Schedule | None:
         return self._schedule
 
-    def optimized(self, make: OptimizerCallable, schedule: Schedule | None) -> Any:
-        """An optimizer of what trains now, and its schedule over the steps that there are for it."""
-        optimizer = make_optimizer(make, self)
-        require_trained(self)
-        require_evaluated(optimizer, self.trainer.callbacks if self._trainer is not None else [])  # type: ignore[attr-defined]
-        if schedule is None:
-            return optimizer
-        config = {"scheduler": schedule(optimizer, self.schedule_steps()), "interval": schedule.interval}
-        if schedule.monitor is not None:
-            config["monitor"] = schedule.monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
     def schedule_steps(self) -> int:
-        steps = run_steps(self.trainer)
-        if not math.isfinite(steps):
-            raise ValueError(
-                "schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs"
-            )
-        return int(steps)
+        """Return the steps over which the schedule runs. Collective."""
+        return running.end_of_run(self.trainer)
 
     def objective_of(self, batch: Batch) -> Objective:
         """The weighted terms of a micro-batch, those of distillation among them."""
@@ -247,7 +199,7 @@ class Recipe(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.objective_of(batch)
-        if (self.global_step + 1) % log_interval(self.trainer) == 0:  # logging costs more than small steps do
+        if (self.global_step + 1) % running.log_interval(self.trainer) == 0:  # logging costs more than small steps do
             if self.step.faults.raises:
                 self.step.faults.require_finite()  # where an accelerator is read anyway
             world = self.step.world
@@ -263,22 +215,22 @@ class Recipe(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does; the norm of experts that ranks share too, which torch does not take on two meshes."""
-        on_two = self.sharding is not None and self.sharding.expert_ranks is not None
-        if on_two and gradient_clip_val and gradient_clip_algorithm != "value":
-            clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
-        else:
+        by_norm = bool(gradient_clip_val) and gradient_clip_algorithm != "value"
+        if not (by_norm and self.sharding is not None and self.sharding.clip(optimizer, float(gradient_clip_val or 0))):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        move_biases(self)  # after the last backward, which may route again, and before the step is saved
+        # a class of modules may act once for all of them, such as routers, which count together
+        for act in dict.fromkeys(getattr(type(module), "before_step", None) for module in self.modules()):
+            if act is not None:
+                act(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.output = None
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         for recipe in self.nested.values():
             if recipe.distill is not None and stepped:
-                recipe.distill.teacher.follow(recipe)
+                recipe.distill.follow(recipe)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The embeddings of a batch, where the recipe has some; callbacks judge them."""

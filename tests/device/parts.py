@@ -42,6 +42,7 @@ from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.objective import Term
 from descant.modules.core.output import FusionInputs
+from descant.modules.core.rows import RunningRows
 from descant.modules.core.sham import Sham
 from descant.modules.distill import ranking
 from descant.modules.distill.distill import FeatureTarget, HardTarget, SoftTarget, in_common
@@ -208,6 +209,14 @@ def a_batch() -> Batch:
 
 def small_towers() -> Towers:
     return Towers(image=ConvTower([D], stem=4), text=BagTower(20, D))
+
+
+@part("RunningRows")
+def _(at: Place) -> Any:
+    net, x_BD = at(nn.Linear(D, C)), at(torch.randn(B, D))
+    rows = RunningRows(at(present()["image"]), x_BD.device)
+    with rows.running(net):
+        return rows.put(net(rows.take(x_BD)))
 
 
 # between stages -----------------------------------------------------------------------------------------------------

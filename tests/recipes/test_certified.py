@@ -163,7 +163,7 @@ def test_protocols_and_what_cannot_be(runs: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="Certified needs bank_set"):
         L.Trainer(max_steps=1, **QUIET).fit(model, datamodule=PatternData())
     split = copy.deepcopy(model)
-    split._parts.append(Shard())
+    split.sharding = Shard()
     with pytest.raises(ValueError, match=r"^shard: Certified measures slopes before training, on whole parameters"):
         split.configure_model()
     copied = copy.deepcopy(model)

@@ -77,7 +77,7 @@ def one_step(make: Callable[[Path], Run], before: Path, devices: int = 1, shard:
     run, seen = make(before), Whole()
     options: dict[str, Any] = {}
     if shard is not None:
-        run.recipe._parts.append(shard)
+        run.recipe.sharding = shard
         options = {"strategy": Sharded("gloo"), "devices": devices}
     trainer = L.Trainer(**({"devices": 1} | QUIET | options), max_steps=1, num_sanity_val_steps=0, callbacks=[seen])
     trainer.fit(run.recipe, datamodule=run.data)

@@ -198,7 +198,7 @@ def test_statistics_that_stand_still_are_left_out_and_averaged_all_the_same(tmp_
     def frozen() -> Contrastive:
         torch.manual_seed(0)
         recipe = recipe_of()
-        recipe._parts = [Freeze(towers=["image"])]  # a tower with batch norms
+        recipe.parts = [Freeze(towers=["image"])]  # a tower with batch norms
         return recipe
 
     whole, _ = fit(frozen(), tmp_path / "whole", 6, EMA(decay=0.5))

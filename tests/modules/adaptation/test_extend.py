@@ -22,6 +22,7 @@ from descant.modules.masking.sequence_adapter import SequenceAdapter
 from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets
 from descant.modules.tokenizers.values import PaletteTokens, ScalarTokens
 from descant.modules.towers.vit import Trunk
+from descant.modules.training_setup.optim import make_optimizer
 from descant.recipes import Masked
 
 OLD = ("image", "palette", "text", "codes")
@@ -115,7 +116,7 @@ def test_an_absent_modality_has_no_target_and_no_gradient_and_both_are_trained(t
     each = dict(model.named_parameters())
     moved = {name for name, p in each.items() if p.grad is not None and bool(p.grad.any())}
     assert moved and not any(map(new, moved))
-    optimizer = model.optimized(torch.optim.AdamW, None)
+    optimizer = make_optimizer(torch.optim.AdamW, model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert all(id(p) in trained for p in each.values()) and not optimizer.state
     for m in NEW:

@@ -24,8 +24,8 @@ from descant.modules.moe import (
     TopKRouter,
     TopPRouter,
 )
-from descant.modules.moe.balance import balance_loss, moved_bias, usage
-from descant.modules.moe.routing import top_k
+from descant.modules.moe.balance import balance_loss, usage
+from descant.modules.moe.routing import moved_bias, top_k
 from tests.tolerance import F32, F64, rounding
 
 N, D, E = 40, 8, 6

@@ -22,8 +22,6 @@ from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import ByteTokenizer, PretrainedTokenizer, require_fit
 from descant.modules.towers import Frozen, PretrainedTower, Towers
 from descant.modules.towers.heads import FirstPool, Pools
-from descant.modules.towers.pretrained import require_input
-from descant.modules.training_setup.trainer import image_steps
 from descant.modules.transforms.image import Pixels
 from descant.recipes import Contrastive
 from descant.recipes.base.shared_space import SharedSpace
@@ -248,13 +246,12 @@ def test_data_that_prepares_images_otherwise_is_refused_or_named(tmp_path: Path,
         (None, "text", image, "towers.text: folder .* reads image"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
-            require_input(name, tower, image_steps(data))
+            tower.require_data(name, data, "fit")
         assert "\n" not in str(caught.value)
     capsys.readouterr()
-    require_input("image", image, image_steps(SimpleNamespace(fields={"image": ImageField(size=SIDE)})))
-    require_input("image", torch.nn.Linear(1, 1), image_steps(SimpleNamespace(pixels=Pixels(7))))
+    image.require_data("image", SimpleNamespace(fields={"image": ImageField(size=SIDE)}), "fit")
     assert "bicubic (squash), and the data's are resized by bicubic (crop)" in capsys.readouterr().err
-    require_input("image", image, (Pixels(SIDE),))
+    image.require_data("image", SimpleNamespace(pixels=Pixels(SIDE)), "fit")
     assert "resized by bilinear (squash)" in capsys.readouterr().err
 
 
