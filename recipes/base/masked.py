@@ -48,7 +48,10 @@ class MaskedRecipe(Recipe):
             require_fit(tokenizer, self.adapters["text"])
             if self.align is not None and self.align.other == "text":
                 require_fit(tokenizer, self.align.tower, "align.tower")
-        if stage == "fit":  # a budget counts a step before training starts
+
+    def configure_model(self) -> None:
+        super().configure_model()  # which may load weights, and with them tokenizers
+        if self._trainer is not None and self.trainer.training:  # now, since a budget counts a step before the fit
             adapters = self.adapters.each()
             fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
 
