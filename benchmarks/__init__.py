@@ -1,4 +1,4 @@
-"""Descant beside the owner of each recipe: ``python -m benchmarks NAME``. What is compared is said in each function."""
+"""Descant beside the owner of each recipe: ``python -m benchmarks NAME``. Each function describes what it compares."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Row:
     Attributes:
         name: ``benchmark/what``.
         value: a ratio, a share or a score; never a bare time of an operation.
-        bar: what ``value`` is held against: a number, a range, or None where the row only informs.
+        bar: the number or range that ``value`` is compared with, or None if the row only informs.
         ok: whether the bar is met.
         rule: how the bar is read, for people.
-        interval: 95 % of the value, where it was estimated from repeats.
+        interval: 95 % interval of the value, if it was estimated from repeats.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Row:
 
     @classmethod
     def at_least(cls, name: str, value: float, bar: float, interval: tuple[float, float] | None = None) -> Row:
-        """The value, or the lower end of its interval where it has one, reaches the bar; nan does not.
+        """Make a row that is ok if the value, or the lower end of its interval, reaches the bar; nan does not.
 
         >>> Row.at_least("x", 1.0, bar=0.98, interval=(0.97, 1.03)).ok
         False
@@ -39,7 +39,7 @@ class Row:
 
     @classmethod
     def at_most(cls, name: str, value: float, bar: float, interval: tuple[float, float] | None = None) -> Row:
-        """The value itself stays at or below the bar; nan does not.
+        """Make a row that is ok if the value itself is at or below the bar; nan is not.
 
         >>> Row.at_most("x", 0.02, bar=0.03, interval=(0.01, 0.04)).ok
         True
@@ -48,17 +48,17 @@ class Row:
 
     @classmethod
     def within(cls, name: str, value: float, bar: tuple[float, float]) -> Row:
-        """The value lies in a closed range."""
+        """Make a row that is ok if the value lies in a closed range."""
         low, high = bar
         return cls(name, value, bar, low <= value <= high, f"{low:.3g} .. {high:.3g}")
 
     @classmethod
     def informs(cls, name: str, value: float, interval: tuple[float, float] | None = None) -> Row:
-        """A value without a bar."""
+        """Make a row without a bar."""
         return cls(name, value, None, True, "-", interval)
 
     def as_json(self) -> dict[str, object]:
-        """What ``--json`` writes; a value that is not finite is null, since JSON has no nan.
+        """Return what ``--json`` writes; a value that is not finite becomes null, since JSON has no nan.
 
         >>> Row.at_most("x", float("nan"), bar=1.0).as_json()
         {'name': 'x', 'value': None, 'bar': 1.0, 'ok': False}
@@ -71,7 +71,7 @@ class Row:
         return content
 
     def line(self) -> str:
-        """The row of the table."""
+        """Return the row of the table."""
         interval = f"[{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else ""
         verdict = "" if self.bar is None else "ok" if self.ok else "MISSED"
         return f"{self.name:42} {self.value:9.4g}  {interval:16} {self.rule:21} {verdict}".rstrip()

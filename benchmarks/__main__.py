@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import Row
 from descant.cli.errors import WRONG, hint
 
-#: Name -> where it is; a name before the slash runs all of its group.
+#: Name -> module and function; the part before the slash names a group of benchmarks.
 BENCHMARKS = {
     "contrastive/step": "benchmarks.contrastive:step",
     "contrastive/bf16": "benchmarks.contrastive:bf16",
@@ -76,7 +76,7 @@ BENCHMARKS = {
 
 
 def select(name: str) -> list[str]:
-    """The benchmarks that a name stands for; none where it is unknown.
+    """List the benchmarks that match a name; empty if the name is unknown.
 
     >>> select("control"), len(select("all")) == len(BENCHMARKS), select("contrastiv")
     (['control'], True, [])
@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.threads < 1:
         print(f"benchmarks: --threads {options.threads}: at least 1", file=sys.stderr)
         return WRONG
-    from benchmarks.timing import machine, threads  # torch takes seconds: not before the request is understood
+    from benchmarks.timing import machine, threads  # torch takes seconds to import: only for a valid request
 
     rows: list[Row] = []
     with threads(options.threads):

@@ -1,6 +1,6 @@
-"""What is measured on a GPU: our steps beside the owners' and beside themselves, on any device.
+"""Benchmarks on a GPU, or on any device: our steps beside the owners' steps and beside variants of our own.
 
-Ratios of steps that run in turns in one process on the same card, and shares. Letters: R rounds, N runs.
+Results are shares, and ratios of steps that alternate in one process on the same card. Letters: R rounds, N runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from descant.cli import check, estimate
 from descant.modules.training_setup.compile_and_shard import Compile
 from descant.modules.training_setup.flops import FlopCount
 
-#: Dense bfloat16 FLOP/s that the maker states, by the name the driver gives.
+#: Dense bfloat16 FLOP/s in the maker's data sheet, by the name that the driver reports.
 STATED = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
@@ -51,7 +51,7 @@ MAE = masked.Size(224, 16, 384, 12, 6, 192, 4, batch=128)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of all models: CLIP ViT-B/16, MAE ViT-S, Llamas of 1 and 135 million parameters; experiments of ``check``."""
+    """Sizes of all models: CLIP ViT-B/16, MAE ViT-S, Llamas of 1 and 135 M parameters; experiments of ``check``."""
 
     clip: contrastive.Size = CLIP
     mae: masked.Size = MAE
@@ -64,16 +64,16 @@ class Sizes:
     options: tuple[str, ...] = ("--trainer.devices=1", "--trainer.precision=bf16-mixed")
     compiled: Callable[[nn.Module], None] = Compile().apply
     matmul: float = 1.0
-    #: Rounds of a comparison at most, the fewest that a figure is given for, and seconds that a run of one takes.
+    #: Most rounds of a comparison, fewest rounds for a figure, and seconds of one timed run.
     rounds: int = 30
     least: int = 8
     block: float = 0.05
 
 
 def toy() -> Sizes:
-    """What a CPU does in seconds."""
+    """Return sizes that take seconds on a CPU."""
 
-    def compiled(recipe: nn.Module) -> None:  # traced, but without a compiler behind
+    def compiled(recipe: nn.Module) -> None:  # traced, but not compiled
         for tower in recipe.towers.values():  # type: ignore[operator]
             tower.compile(backend="eager")
 
@@ -94,13 +94,13 @@ def toy() -> Sizes:
 
 
 class Suite:
-    """The benchmarks on one device; each takes its :class:`Share` and yields what it measured and what it left out."""
+    """The benchmarks on one device; each gets a :class:`Share` of the time and yields figures and what it left out."""
 
     def __init__(self, device: str, sizes: Sizes) -> None:
         self.device, self.sizes = device, sizes
 
     def benchmarks(self) -> dict[str, tuple[float, Benchmark]]:
-        """Name -> weight of its share; what is hard to interrupt comes last."""
+        """Map names to the weight of their share and to the benchmark; those that are hard to interrupt come last."""
         weights = {"precision": 30, "optimizers": 10, "breakdown": 10, "open_clip": 45, "lightly": 30, "generate": 80}
         weights |= {"memory": 40, "reinforce": 60, "compile": 85}
         return {name: (weight, partial(self._clean, getattr(self, name))) for name, weight in weights.items()}
@@ -115,7 +115,7 @@ class Suite:
     def compare(
         self, share: Share, runs: Mapping[str, Callable[[], object]], asked: Mapping[str, tuple[str, str, str]]
     ) -> Iterator[Figure | LeftOut]:
-        """Name of a figure -> (run whose time is divided, by that of which run, in words)."""
+        """Yield ratios of times. ``asked``: name of a figure -> (numerator run, denominator run, description)."""
         times_RN = self.times(share, list(runs.values()))
         column = dict(zip(runs, times_RN.T, strict=True))
         for name, (over, under, what) in asked.items():
@@ -128,13 +128,13 @@ class Suite:
         return Figure(name, what, found.value, found.interval, len(value_R))
 
     def times(self, share: Share, runs: Sequence[Callable[[], object]]) -> np.ndarray:
-        """Seconds ``[R, runs]``; a short step is called several times in a row."""
+        """Measure seconds ``[R, runs]``; a short step is called several times in a row."""
         warm = interleaved(runs, 1, 2, self.device, until=share.until, clock=share.clock)
         block = min(max(int(self.sizes.block / max(float(warm.min(initial=1.0)), 1e-6)), 1), 20)
         return interleaved(runs, self.sizes.rounds, 0, self.device, block, share.until, share.clock)
 
     def own(self, bf16: bool, model: nn.Module | None = None) -> Callable[[], None]:
-        """A training step of ours on our own transformers, or on ``model``."""
+        """Return a training step of ours, on our own transformers or on ``model``."""
         recipe: Any = model if model is not None else self.recipe()
         data = contrastive.batches(self.sizes.clip, 4, self.device)
         return contrastive.step_of(partial(contrastive.our_loss, recipe), data, contrastive.adamw(recipe), bf16)
@@ -272,7 +272,7 @@ class Suite:
 
     def estimated(self, experiment: str) -> float:
         told: list[float] = []
-        # what is there of other benchmarks is in both, and would make them more alike
+        # memory of earlier benchmarks is in both numbers, and would make their ratio closer to 1
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
 
         def both(trainer: Any, model: Any, batch: Any) -> estimate.Need:
@@ -289,7 +289,7 @@ class Suite:
         return told[0]
 
     def peak(self, trainer: Any, model: Any, batch: Any, need: estimate.Need) -> float:
-        """Bytes that were allocated at most in the second of two steps on the whole batch."""
+        """Return the most bytes allocated in the second of two steps on the whole batch."""
         if self.device != "cuda":
             return need.resident + estimate._measured(trainer, model, batch, need.rows)[0]
         estimate._step(trainer, batch, need.rows)
@@ -298,7 +298,7 @@ class Suite:
         return float(torch.cuda.max_memory_allocated())
 
     def compile(self, share: Share) -> Iterator[Figure | LeftOut]:
-        """``torch.compile`` of the towers, and what part of the card both steps use: FLOPs / (time * peak)."""
+        """Measure ``torch.compile`` of the towers, and how much of the card both steps use: FLOPs / (time * peak)."""
         plain = self.recipe()
         compiled = copy.deepcopy(plain)
         self.sizes.compiled(compiled)
@@ -328,7 +328,7 @@ class Suite:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32, whatever was allowed before."""
+    """Compute float32 products and convolutions in full float32, whatever was allowed before."""
     before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -340,7 +340,7 @@ def full_float32() -> Iterator[None]:
 
 
 def waits(step: Callable[[], object]) -> int:
-    """How often the CPU waits for the GPU in a step, as torch warns of it."""
+    """Count how often the CPU waits for the GPU in a step, from torch's warnings."""
     step()
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -1,7 +1,8 @@
 """Images of any aspect beside padding to the largest: tokens computed for each useful one, and the time of a step.
 
-Photographs are crops of scikit-image's sample photographs, uncropped camera formats: 1:1, 4:3, 3:2 and 16:9, the last
-three upright and across, all equally frequent, with a longer side of 256 pixels. Letters: B samples, T tokens, D width.
+Photographs are crops of scikit-image's sample photographs in uncropped camera formats: 1:1, 4:3, 3:2 and 16:9. The last
+three occur in portrait and in landscape. All formats are equally frequent, and the longer side has 256 pixels. Letters:
+B samples, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from descant.modules.towers import AnySizeTower, BagTower, Tokens, Towers
 from descant.modules.towers.image import Block, key_mask
 from descant.recipes import Contrastive
 
-#: Width over height; pixels of the longer side and of a patch; tokens of a step.
+#: Aspect ratios (width / height); pixels of the longer side and of a patch; tokens of a step.
 ASPECTS, LONG, PATCH, STEP = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16), 256, 16, 2048
-#: Photographs of the corpus. Of the tower: width, depth and heads of ViT-Tiny, at a third of its depth.
+#: Photographs of the corpus; width, depth and heads of the tower: ViT-Tiny at a third of its depth.
 PHOTOGRAPHS, WIDTH, DEPTH, HEADS = 128, 192, 4, 3
-#: Tokens computed for each useful one, and time of a step beside padding to the largest image of the batch.
+#: Bars: tokens computed for each useful one, and time of a step over padding to the largest image of the batch.
 COMPUTED, TIME = 1.05, 0.75
 
 
 def photographs(number: int, long: int = LONG, seed: int = 0) -> list[bytes]:
-    """JPEGs of random crops of photographs, of all aspects in turn, at the largest box that fits up to its place."""
+    """Make JPEGs of random crops of photographs, cycling through all aspects.
+
+    Each crop has 0.7 to 1 times the side of the largest box that fits.
+    """
     rng = np.random.default_rng(seed)
     folder = files("skimage").joinpath("data")
     pictures = [Image.open(io.BytesIO(folder.joinpath(name).read_bytes())).convert("RGB") for name in NAMES]
@@ -58,11 +62,11 @@ def photographs(number: int, long: int = LONG, seed: int = 0) -> list[bytes]:
 
 
 class PaddedTower(AnySizeTower):
-    """The same images, as rows of as many tokens as the largest of the batch, with a mask of keys, as NaFlex does."""
+    """The same tower, but with rows padded to the largest image of the batch and a mask of keys, as in NaFlex."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
         layers, self.layers = self.layers, nn.ModuleList()
-        norm, self.norm = self.norm, nn.Identity()  # type: ignore[assignment]  # tokens with positions, padded
+        norm, self.norm = self.norm, nn.Identity()  # type: ignore[assignment]  # only positions are added
         h_BTD, mask_BT = super().forward(x, mask)
         self.layers, self.norm = layers, norm
         keys_B11T = None if bool(mask_BT.all()) else key_mask(mask_BT)
@@ -72,7 +76,7 @@ class PaddedTower(AnySizeTower):
 
 
 def counted(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
-    """Tokens that pass the MLP of the first block, in steps on these batches."""
+    """Return the number of tokens that pass the MLP of the first block, for a step on each batch."""
     seen: list[int] = []
     tower: Any = model.towers["image"]
     hook = tower.layers[0].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
@@ -83,7 +87,7 @@ def counted(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
 
 
 def tokens() -> Iterator[Row]:
-    """Tokens that blocks compute over patches of images, over all steps of an epoch; and of a step over its budget."""
+    """Compare computed tokens with patches of the images over an epoch, and the tokens of a step with its budget."""
     data = photographs(PHOTOGRAPHS)
     for name, enlarge in (("own", False), ("enlarged", True)):
         field = AnySizeField(patch=PATCH, tokens=(LONG // PATCH) ** 2, enlarge=enlarge)
@@ -96,9 +100,11 @@ def tokens() -> Iterator[Row]:
 
 
 def step(rounds: int = 30, warmup: int = 1, batches: int = 2) -> Iterator[Row]:
-    """Forward and backward of contrastive steps on the same batches: the time of ours over that of padding to the
-    largest image of the batch, of timm's NaFlexVit (its tower alone beside ours alone), and of batches of neighbours in
-    length, padded, whose samples are no longer drawn at random. Processor time."""
+    """Time forward and backward of our contrastive steps over alternatives on the same batches, in processor time.
+
+    The alternatives are: padding to the largest image of the batch; timm's NaFlexVit (its tower alone beside ours
+    alone); and padded batches of neighbours in length, whose samples are no longer drawn at random.
+    """
     data = photographs(PHOTOGRAPHS)
     field = AnySizeField(patch=PATCH, tokens=(LONG // PATCH) ** 2)
     drawn, sorted_by_length = batches_of(data, field)[:batches], batches_of(data, field, by_length=True)[1:-1][:batches]
@@ -137,7 +143,7 @@ def step(rounds: int = 30, warmup: int = 1, batches: int = 2) -> Iterator[Row]:
 
 
 def models() -> tuple[Contrastive, Contrastive]:
-    """The same parameters in a recipe that pads nothing, and in one that pads."""
+    """Return the same parameters in a recipe that pads nothing and in one that pads."""
     made = []
     for kind in (AnySizeTower, PaddedTower):
         torch.manual_seed(0)
@@ -147,13 +153,13 @@ def models() -> tuple[Contrastive, Contrastive]:
 
 
 def same(ours: Contrastive, padded: Contrastive, batch: Batch) -> None:
-    """Raises AssertionError where both do not compute the same loss: rounding of float32 alone."""
+    """Raise AssertionError unless both compute the same loss, up to rounding of float32."""
     losses = [float(model.objective_of(batch).total.detach()) for model in (ours, padded)]
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[1], losses
 
 
 def batches_of(data: Sequence[bytes], field: AnySizeField, by_length: bool = False) -> list[Batch]:
-    """Batches of an epoch by the budget, with random captions; ``by_length``: of neighbours in number of tokens."""
+    """Return batches of an epoch by the budget, with random captions; ``by_length``: of neighbours in token count."""
     shape_N2 = np.array([field.images.header(encoded)[:2] for encoded in data])
     count_N = field.counts(shape_N2)
     kept = count_N.argsort(kind="stable") if by_length else np.arange(len(data))
@@ -171,7 +177,7 @@ def batches_of(data: Sequence[bytes], field: AnySizeField, by_length: bool = Fal
 
 
 def naflex(tower: AnySizeTower) -> nn.Module:
-    """timm's NaFlexVit of the sizes of a tower."""
+    """Build timm's NaFlexVit with the sizes of a tower."""
     from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
     sizes = {"embed_dim": tower.width, "depth": len(tower.layers), "num_heads": HEADS, "patch_size": tower.patch}
@@ -181,7 +187,7 @@ def naflex(tower: AnySizeTower) -> nn.Module:
 
 
 def naflex_input(x_BCHW: Tensor) -> dict[str, Tensor]:
-    """The images as timm's NaFlexVit takes them: patches, row by row, their places, and which are real."""
+    """Convert images to the input of timm's NaFlexVit: patches row by row, coordinates, and a mask of real ones."""
     x_BRSPPC = x_BCHW.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1)
     real_BRS = x_BRSPPC[:, :, :, 0, 0, 0].isfinite()
     most = int(real_BRS.sum(dim=(1, 2)).max())

@@ -1,4 +1,4 @@
-"""What balancing costs beside the plain step of a classifier of pictures, words and speech: interleaved.
+"""Cost of balancing beside the plain step of a classifier of pictures, words and speech; the runs alternate.
 
 Letters: B samples.
 """
@@ -25,7 +25,7 @@ from descant.modules.fusion.classifiers import MidFusion
 from descant.modules.multitask import MMPareto
 from descant.recipes import Fusion
 
-#: What only looks at scores, and what plays a game.
+#: Bars for balancers that only read scores, and for those that play a game.
 SCORES, GAME = 1.05, 1.5
 
 
@@ -35,7 +35,7 @@ def recipe(*regularizers: Regularizer) -> Fusion:
 
 
 def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
-    """Time of four steps with a balancer over that of four plain ones."""
+    """Measure the time of four steps with a balancer over that of four plain steps."""
     callbacks: dict[str, tuple[Any, float | None]] = {
         "ogm": (Balance(OGM()), SCORES),
         "agm": (Balance(AGM()), SCORES),

@@ -1,8 +1,8 @@
-"""Benchmarks in a fixed time: each has a share of it, stops at its share, and what did not fit is listed.
+"""Run benchmarks in a fixed time: each gets a share of it and stops at its end; what did not fit is listed.
 
     share of benchmark k = what is left * weight_k / (weight_k + ... + weight_K)
 
-What one does not use is there for those behind it.
+Time that one benchmark does not use is left for later ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-#: A benchmark that does not stop by itself is interrupted after this many times its share.
+#: A benchmark that does not stop by itself is interrupted after this multiple of its share.
 GRACE = 1.5
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number: ``value`` of ``what``, the 95 % ``interval`` of a median over so many ``rounds``."""
+    """One measured number: ``value`` of ``what``, and the 95 % ``interval`` of a median over ``rounds``."""
 
     name: str
     what: str
@@ -31,7 +31,8 @@ class Figure:
     unit: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """
+        """Return the figure as a JSON object.
+
         >>> Figure("a", "b", float("nan")).as_json()
         {'name': 'a', 'what': 'b', 'value': None, 'unit': '', 'interval': None, 'rounds': 1}
         """
@@ -42,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What was not measured, and why; ``failed`` where it should have been."""
+    """A benchmark that was not measured, and why; ``failed`` if it should have been."""
 
     name: str
     why: str
@@ -54,7 +55,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Share:
-    """Up to when a benchmark may begin something new."""
+    """The time until which a benchmark may begin new work."""
 
     until: float
     clock: Callable[[], float] = time.perf_counter
@@ -63,7 +64,7 @@ class Share:
         return max(self.until - self.clock(), 0.0)
 
     def part(self, parts: int) -> Share:
-        """The first of ``parts`` equal pieces of what is left.
+        """Return the first of ``parts`` equal pieces of the time that is left.
 
         >>> Share(9.0, clock=lambda: 3.0).part(3).until
         5.0
@@ -75,12 +76,12 @@ Benchmark = Callable[[Share], Iterator[Figure | LeftOut]]
 
 
 class OutOfTime(BaseException):
-    """Raised in a benchmark that went on beyond its share; no ``except Exception`` on the way swallows it."""
+    """Raised in a benchmark that exceeds its share; no ``except Exception`` on the way swallows it."""
 
 
 @contextmanager
 def interrupted(seconds: float) -> Iterator[None]:
-    """Raises :class:`OutOfTime` in the block after so many seconds, in the main thread of a system with alarms."""
+    """Raise :class:`OutOfTime` in the block after this many seconds, in the main thread of a system with alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,7 +104,7 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     interrupt: Callable[[float], AbstractContextManager[None]] = interrupted,
 ) -> Iterator[tuple[str, list[Figure | LeftOut]]]:
-    """Each benchmark's name with what it measured and what it did not, one after another until ``until``."""
+    """Yield each benchmark's name with its figures and what it left out, one after another until ``until``."""
     weights = [weight for weight, _ in benchmarks.values()]
     for k, (name, (weight, benchmark)) in enumerate(benchmarks.items()):
         left = until - clock()
@@ -115,7 +116,7 @@ def run(
             try:
                 with interrupt(min(GRACE * share, left)):
                     for item in benchmark(Share(clock() + share, clock)):
-                        found.append(item)  # noqa: PERF402  # what was measured stays if the rest is not
+                        found.append(item)  # noqa: PERF402  # figures stay if a later one fails
             except OutOfTime:
                 found.append(LeftOut(name, f"interrupted: its share was {share:.0f} s"))
             except ModuleNotFoundError as error:

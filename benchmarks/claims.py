@@ -1,4 +1,4 @@
-"""What ``descant claims run`` costs beside the fits that it is made of, one after the other and by hand."""
+"""Cost of ``descant claims run`` beside the fits that it runs, started one after the other by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from descant.claims import run, spec
 from descant.claims.claim import ARMS
 
 BAR, PAIRS = 0.05, 2
-#: Fits of a few seconds, nearly all of it start: of the length of real ones the harness takes a smaller share.
+#: Fits of a few seconds, mostly startup: in longer fits, the harness takes a smaller share.
 CLAIM: dict[str, Any] = {
     "title": "nothing: nine fits",
     "seed": 0,
@@ -36,7 +36,7 @@ CLAIM: dict[str, Any] = {
 
 
 def claims() -> Iterator[Row]:
-    """The wall time of a pilot over that of its fits, less 1: the median of two pairs, one fit at a time in both."""
+    """Measure a pilot's wall time over that of its fits, less 1: the median of two pairs, one fit at a time."""
     shares = []
     for k in range(PAIRS):
         with tempfile.TemporaryDirectory() as folder:

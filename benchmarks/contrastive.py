@@ -54,7 +54,7 @@ from descant.recipes.contrastive import Contrastive
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and batch that both sides train."""
+    """Sizes of the model and batch that both sides train."""
 
     image: int = 64
     patch: int = 16
@@ -69,7 +69,7 @@ class Size:
 
 
 class OpenClipImage(Tower):
-    """open_clip's own vision transformer, copied with its weights, without its projection: one pooled token."""
+    """open_clip's own vision transformer, copied with its weights but without its projection: one pooled token."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _one_token(h_BD: Tensor) -> Tokens:
 
 
 def open_clip_model(size: Size) -> Any:
-    """open_clip's CLIP with random weights, nothing downloaded."""
+    """Build open_clip's CLIP with random weights; nothing is downloaded."""
     import open_clip
 
     vision = {
@@ -131,13 +131,13 @@ def open_clip_model(size: Size) -> Any:
 
 
 def recipe_like(clip: Any) -> Contrastive:
-    """Our recipe on copies of open_clip's modules, and with its projections and scale: the same function."""
+    """Build our recipe from copies of open_clip's modules, projections and scale: the same function."""
     towers = Towers(image=OpenClipImage(clip), text=OpenClipText(clip))
     embed = int(clip.visual.proj.shape[1])
     loss = InfoNCE(temperature=math.exp(-float(clip.logit_scale.detach())))
     recipe = Contrastive(towers, width=embed, loss=loss)
     for modality, weight_DE in (("image", clip.visual.proj), ("text", clip.text_projection)):
-        # without our LayerNorm, which open_clip has inside its towers already
+        # without our LayerNorm: open_clip's towers already have one
         head = Projection(int(weight_DE.shape[0]), embed, norm=False)
         with torch.no_grad():
             next(head.parameters()).copy_(weight_DE.T)
@@ -146,7 +146,10 @@ def recipe_like(clip: Any) -> Contrastive:
 
 
 def batches(size: Size, number: int, device: str = "cpu") -> list[Batch]:
-    """Noise as pictures; as texts random ids that end in the largest id, where open_clip pools, then zeros."""
+    """Make batches of noise as pictures and random ids as texts.
+
+    A text ends in the largest id, where open_clip pools, followed by zeros.
+    """
     made = []
     for _ in range(number):
         text_BT = torch.randint(1, size.vocab - 1, (size.batch, size.length))
@@ -162,7 +165,7 @@ def batches(size: Size, number: int, device: str = "cpu") -> list[Batch]:
 
 
 def adamw(module: nn.Module) -> AdamW:
-    """The same optimizer for every side: one fused kernel, no decay of norms and biases (as open_clip groups them)."""
+    """Make the optimizer of every side: one fused kernel, no decay of norms and biases (as open_clip groups them)."""
     return AdamW(parameter_groups(module), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
 
 
@@ -171,14 +174,14 @@ def our_loss(recipe: Contrastive, batch: Batch) -> Tensor:
 
 
 def open_clip_loss(clip: Any, criterion: Any, batch: Batch) -> Tensor:
-    """As ``open_clip_train.train`` does it."""
+    """Compute the loss as ``open_clip_train.train`` does."""
     out = clip(batch.inputs["image"], batch.inputs["text"])
     losses = criterion(**out, output_dict=True)
     return sum(losses.values())
 
 
 def disagreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Batch) -> tuple[float, float]:
-    """Relative difference of the two losses, and the largest one of a tower weight's gradient (over its maximum)."""
+    """Return the relative difference of losses, and the largest one of a tower weight's gradient (over its maximum)."""
     recipe.zero_grad()
     clip.zero_grad()
     ours, owner = our_loss(recipe, batch), open_clip_loss(clip, criterion, batch)
@@ -197,12 +200,12 @@ def disagreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Batch) -
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
-    """``max |x - reference| / max |reference|``."""
+    """Compute ``max |x - reference| / max |reference|``."""
     return float((x - reference).abs().max() / reference.abs().max().clamp(min=torch.finfo(x.dtype).tiny))
 
 
 def require_agreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Batch) -> None:
-    """Raises RuntimeError unless both sides compute the same: a faster step of another function is no win."""
+    """Raise RuntimeError unless both sides compute the same: a faster step of another function is no win."""
     loss, gradient = disagreement(recipe, clip, criterion, batch)
     if not (loss <= 1e-5 and gradient <= 1e-4):
         raise RuntimeError(f"not the same step as open_clip's: loss off by {loss:.1e}, gradient by {gradient:.1e}")
@@ -211,7 +214,7 @@ def require_agreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Bat
 def step_of(
     loss_of: Callable[[Batch], Tensor], data: list[Batch], optimizer: torch.optim.Optimizer, bf16: bool = False
 ) -> Callable[[], None]:
-    """One training step on the next of the batches: loss, under bfloat16 autocast where asked, backward, optimizer."""
+    """Return a training step on the next batch: loss (under bfloat16 autocast if ``bf16``), backward, optimizer."""
     turn = cycle(data)
 
     def step() -> None:
@@ -226,12 +229,12 @@ def step_of(
 
 
 def step_pair(size: Size, bf16: bool = False, device: str = "cpu") -> tuple[Callable[[], None], Callable[[], None]]:
-    """One training step of ours, and one of open_clip's.
+    """Return one training step of ours and one of open_clip's.
 
     Ours: ``terms -> step -> backward -> optimizer.step`` of :class:`Contrastive`. Theirs: ``open_clip.CLIP`` and
     ``ClipLoss`` as in ``open_clip_train.train``: forward, loss, backward, optimizer step, clamp of the scale. Both
-    start from the same weights, run the same modules, see the same batches and use the same fused AdamW; that they
-    compute the same loss and gradients is required first.
+    start from the same weights, run the same modules on the same batches, and use the same fused AdamW. Before that,
+    both must compute the same loss and gradients.
     """
     import open_clip
 
@@ -251,13 +254,13 @@ def step_pair(size: Size, bf16: bool = False, device: str = "cpu") -> tuple[Call
 
 
 def step_ratio(size: Size, bf16: bool = False, pairs: int = 60) -> Ratio:
-    """Speed of our step relative to open_clip's (see :func:`step_pair`): the owner's time / ours."""
+    """Measure the speed of our step relative to open_clip's (see :func:`step_pair`): the owner's time / ours."""
     ours, owner = step_pair(size, bf16)
     return ratio(ours, owner, pairs)
 
 
 def step() -> Iterator[Row]:
-    """Our training step against open_clip's on the same towers: fp32 has the bar, bfloat16 autocast informs."""
+    """Measure our training step against open_clip's on the same towers: fp32 has the bar, bfloat16 autocast informs."""
     fp32 = step_ratio(Size())
     yield Row.at_least("contrastive/step_vs_open_clip_fp32", fp32.value, AS_FAST, fp32.interval)
     bf16 = step_ratio(Size(), bf16=True)
@@ -268,14 +271,14 @@ def step() -> Iterator[Row]:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself: elsewhere torch converts, and nothing is gained."""
+    """Whether this CPU multiplies bfloat16 natively; otherwise torch converts, and nothing is gained."""
     return cpu_bfloat16() is not None
 
 
 def bf16(size: Size | None = None, rounds: int = 40) -> Iterator[Row]:
-    """What bfloat16 autocast gains: our fp32 step / our bf16 step, and the same of open_clip, in the same minute.
+    """Measure the gain of bfloat16 autocast: our fp32 step / our bf16 step, and open_clip's in the same minute.
 
-    A round runs all four steps (:func:`step_pair` in both precisions) in a rotating order. The second row divides our
+    A round runs all four steps (:func:`step_pair` in both precisions) in a rotating order. The last row divides our
     gain by the owner's, round by round.
     """
     if not has_bf16():
@@ -315,7 +318,7 @@ class MemorySet(BatchDataset):
 
 
 class Memory(DataModule):
-    """``steps`` batches an epoch, augmented a whole batch at once where Emoji does it."""
+    """``steps`` batches per epoch, augmented batch by batch in the hook that Emoji uses."""
 
     def __init__(self, batch_size: int, steps: int) -> None:
         super().__init__(batch_size)
@@ -351,9 +354,9 @@ class PlainLoop:
 
 
 class Interleaved(L.Callback):
-    """After each batch of the trainer one plain step, both timed.
+    """Runs one plain step after each batch of the trainer, and times both.
 
-    Lightning's period runs from the end of a plain step to the end of the trainer's next batch: it holds fetching,
+    Lightning's period runs from the end of a plain step to the end of the trainer's next batch. It includes fetching,
     every hook of callbacks and strategy, and logging, wherever in the loop they happen.
     """
 
@@ -381,12 +384,12 @@ def small_recipe() -> Contrastive:
 
 
 def adamw_callable(groups: Any) -> AdamW:
-    """For :class:`Recipe`, which makes the groups itself: the settings of :func:`adamw`."""
+    """Make the optimizer of :func:`adamw` for :class:`Recipe`, which makes the parameter groups itself."""
     return AdamW(groups, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
 
 
 def batch_size_for(milliseconds: float) -> int:
-    """The smallest batch (32, 48, 64, 96 ...) whose plain step takes at least that long on this machine."""
+    """Return the smallest batch (32, 48, 64, 96 ...) whose plain step takes at least this long on this machine."""
     for batch in (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
         plain = PlainLoop(small_recipe(), Memory(batch, steps=12))
         times = []
@@ -394,13 +397,13 @@ def batch_size_for(milliseconds: float) -> int:
             begin = time.perf_counter()
             plain()
             times.append(time.perf_counter() - begin)
-        if min(times) * 1e3 >= milliseconds:  # the least disturbed one: a noisy moment does not make a step long
+        if min(times) * 1e3 >= milliseconds:  # the least disturbed time: noise does not make a step long
             return batch
     return 1024
 
 
 def overhead_periods(batch_size: int, steps: int) -> tuple[list[float], list[float]]:
-    """Times of Lightning's periods and of the plain steps between them, in one fit of one epoch."""
+    """Measure the times of Lightning's periods and of the plain steps between them, in one fit of one epoch."""
     recipe, data = small_recipe(), Memory(batch_size, steps)
     interleaved = Interleaved(PlainLoop(copy.deepcopy(recipe), Memory(batch_size, steps)))
     quiet = [contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())]
@@ -409,7 +412,7 @@ def overhead_periods(batch_size: int, steps: int) -> tuple[list[float], list[flo
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        # what experiments/base.yaml gives every run
+        # the settings that experiments/base.yaml gives every run
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
@@ -438,18 +441,18 @@ def overhead_periods(batch_size: int, steps: int) -> tuple[list[float], list[flo
 
 #: As in ``experiments/base.yaml``.
 LOG_EVERY = 10
-#: The least a plain step takes. The bar is held at a step of the length of the smallest experiment that ships; the
-#: shorter one shows what the same milliseconds mean where steps are toys.
+#: Least time of a plain step. The bar applies to a step as long as in the smallest shipped experiment; the shorter step
+#: shows the effect of the same milliseconds on toy steps.
 MILLISECONDS, SHORT = 60.0, 28.0
 
 
 def overhead() -> Iterator[Row]:
-    """What Lightning adds to a step of 60 ms: ``lightning / plain - 1``, the median over blocks of ten pairs.
+    """Measure what Lightning adds to a step of 60 ms: ``lightning / plain - 1``, the median over blocks of ten pairs.
 
     A pair is one period of :class:`Trainer` (with the loggers and callbacks of ``experiments/base.yaml``) and one
-    :class:`PlainLoop` step on its own copy of model, optimizer and data, interleaved inside one fit. Times are
-    added up over ten pairs before they are divided, because one step in ten is logged and a median of single pairs
-    would never see it. What happens once an epoch (checkpoints) is not in it.
+    :class:`PlainLoop` step on its own copy of model, optimizer and data, alternating within one fit. Times are summed
+    over ten pairs before they are divided, because one step in ten is logged and a median of single pairs would never
+    include it. Events of once per epoch (checkpoints) are not included.
     """
     result = overhead_at(MILLISECONDS, blocks=30)
     yield Row.at_most("contrastive/lightning_overhead", result.value, 0.03, result.interval)
@@ -458,7 +461,7 @@ def overhead() -> Iterator[Row]:
 
 
 def overhead_at(milliseconds: float, blocks: int) -> Ratio:
-    """The excess at a plain step of at least so many milliseconds."""
+    """Measure the excess for a plain step of at least this many milliseconds."""
     torch.manual_seed(0)
     warmup = 21  # the first period follows the second batch
     lightning_times, plain_times = overhead_periods(batch_size_for(milliseconds), blocks * LOG_EVERY + warmup + 1)
@@ -469,7 +472,7 @@ def overhead_at(milliseconds: float, blocks: int) -> Ratio:
 
 
 def excess(lightning_times: list[float], plain_times: list[float], block: int = LOG_EVERY) -> list[float]:
-    """``sum lightning / sum plain - 1`` of each block of pairs.
+    """Compute ``sum lightning / sum plain - 1`` for each block of pairs.
 
     >>> excess([2.0, 4.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0], block=2)
     [1.0, 0.0]
@@ -482,13 +485,13 @@ def excess(lightning_times: list[float], plain_times: list[float], block: int = 
 
 
 def activation_bytes(recipe: Contrastive, batch: Batch) -> int:
-    """Bytes that autograd keeps between forward and backward: every storage once, parameters not."""
+    """Count the bytes that autograd keeps between forward and backward: every storage once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in recipe.parameters()}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:  # what is kept lives on, so no address is given twice
+        if storage.data_ptr() not in parameters:  # kept storages stay alive, so no address is reused
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
@@ -505,10 +508,10 @@ def gradients(recipe: Contrastive, batch: Batch) -> dict[str, Tensor]:
 
 
 def checkpointing(width: int = 128, batch_size: int = 64) -> Iterator[Row]:
-    """Checkpointing against the same model without it: activation bytes kept (a share), and gradients.
+    """Compare checkpointing with the same model without it: kept activation bytes (a share), and gradients.
 
-    A PatchTower of depth 6 and a TextTower of depth 4, one batch, the same weights; the gradient row is the largest
-    relative difference of any parameter's gradient.
+    The model has a PatchTower of depth 6 and a TextTower of depth 4, with one batch and the same weights. The gradient
+    row is the largest relative difference of any parameter's gradient.
     """
     torch.manual_seed(0)
     image = PatchTower(size=32, patch=4, width=width, depth=6, heads=4)
@@ -531,7 +534,7 @@ def checkpointing(width: int = 128, batch_size: int = 64) -> Iterator[Row]:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that were alive at once while ``run`` ran, by torch's own allocator."""
+    """Return the most bytes of tensors alive at once while ``run`` ran, by torch's own allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -542,7 +545,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def resident_bytes(size: Size, chunks: int) -> int:
-    """What two steps add to the resident memory of a new process at its peak, by the kernel's count (Linux)."""
+    """Return the bytes that two steps add to a new process's peak resident memory, as the kernel counts it (Linux)."""
     call = f"from benchmarks.contrastive import Size, _resident; print(_resident({size!r}, {chunks}))"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
     return int(done.stdout)
@@ -558,32 +561,32 @@ def _resident(size: Size, chunks: int) -> int:
 
 
 def status(field: str) -> int:
-    """Bytes of this process by a field of the kernel's status, such as ``VmRSS`` (Linux)."""
+    """Read a field of the kernel's status of this process in bytes, such as ``VmRSS`` (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def gradcache_step(size: Size, chunks: int) -> Callable[[], None]:
-    """A training step of ViT-like towers, on one batch of its own: weights, optimizer and inputs belong to it."""
+    """Return a training step of ViT-like towers on its own batch, with its own weights and optimizer."""
     torch.manual_seed(0)
     recipe = own_recipe(size, heads=4, chunks=chunks)
     return step_of(partial(our_loss, recipe), batches(size, 1), adamw(recipe))
 
 
 def own_recipe(size: Size, heads: int, chunks: int = 1) -> Contrastive:
-    """Our recipe on our own transformers."""
+    """Build our recipe on our own transformers."""
     image = PatchTower(size=size.image, patch=size.patch, width=size.width, depth=size.layers, heads=heads)
     text = TextTower(vocab=size.vocab, width=size.text_width, depth=size.text_layers, heads=heads, length=size.length)
     return Contrastive(Towers(image=image, text=text), width=size.embed, chunks=chunks).train()
 
 
 def gradcache(batch: int = 16, times: int = 16, pairs: int = 30) -> Iterator[Row]:
-    """GradCache at 16 times the batch that fits, against the small batch without it.
+    """Compare GradCache at 16 times the batch that fits with the small batch without it.
 
-    Memory: the peak of two steps from nothing, with weights, optimizer states and inputs (16 times as many), in bytes
-    that torch's allocator had given out. The kernel's count informs: the C library's heap falls into pieces between
-    the passes (with MALLOC_MMAP_THRESHOLD_=65536 in the environment it does not). Time: one step of the large batch
-    against 16 steps of the small one, the same number of samples.
+    Memory is the peak of two steps from scratch, including weights, optimizer states and inputs (16 times as many), in
+    bytes that torch's allocator gave out. The kernel's count only informs: the C library's heap fragments between the
+    passes (not with MALLOC_MMAP_THRESHOLD_=65536 in the environment). Time compares one step of the large batch with 16
+    steps of the small one, for the same number of samples.
     """
     common = {"image": 32, "patch": 4, "width": 128, "layers": 4, "text_width": 128, "text_layers": 2}
     small = Size(**common, length=24, vocab=1000, embed=128, batch=batch)
@@ -617,9 +620,9 @@ def gradcache(batch: int = 16, times: int = 16, pairs: int = 30) -> Iterator[Row
 
 
 def torchvision_augment(x_BCHW: Tensor) -> Tensor:
-    """The usual pipeline with v2 transforms of uint8, a sample at a time; what a batch can do at once, it does.
+    """Augment with v2 transforms of uint8: per sample if needed, and for the whole batch where possible.
 
-    Affine map of RGBA and colour jitter of RGB for each sample; then white behind and scaling to -1..1, batched.
+    Affine map of RGBA and colour jitter of RGB for each sample; then white background and scaling to -1..1, batched.
     """
     samples = []
     for x_CHW in x_BCHW:
@@ -635,10 +638,10 @@ _JITTER = v2.ColorJitter(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.05)
 
 
 def augment(rows: int = 256, pairs: int = 40) -> Iterator[Row]:
-    """Our batched Augment against per-sample torchvision v2 of like strength: the owner's time / ours.
+    """Compare our batched Augment with per-sample torchvision v2 of similar strength: the owner's time / ours.
 
-    Both turn uint8 ``[256, 4, 32, 32]`` into float ``[256, 3, 32, 32]`` in -1..1, every sample drawn for itself. Ours
-    also stretches, drops colour at random and puts random colours behind.
+    Both turn uint8 ``[256, 4, 32, 32]`` into float ``[256, 3, 32, 32]`` in -1..1, with separate random draws for every
+    sample. Ours also stretches, drops colour at random and adds random background colours.
     """
     torch.manual_seed(0)
     x_BCHW = torch.randint(0, 256, (rows, 4, 32, 32), dtype=torch.uint8)
@@ -655,13 +658,13 @@ def augment(rows: int = 256, pairs: int = 40) -> Iterator[Row]:
 
 # the demo --------------------------------------------------------------------------------------------------
 
-#: What `make demo` promises; seconds are a budget.
+#: Scores that `make demo` promises; seconds are a budget.
 DEMO = {"vendor/i2t_r1": 0.42, "vendor/i2t_r10": 0.80, "concept/i2t_r10": 0.55, "both/i2t_r10": 0.46}
 SECONDS = 300.0
 
 
 def demo(folder: Path = Path("runs/demo")) -> Iterator[Row]:
-    """The newest `make demo` of this checkout against what it promises: its scores on the test sets, its time."""
+    """Compare the newest `make demo` of this checkout with its promise: its scores on the test sets, and its time."""
     file = folder / "metrics.json"
     if not file.is_file():
         print(f"contrastive/demo: skipped, no {file} (make demo writes it)", flush=True)
@@ -674,6 +677,6 @@ def demo(folder: Path = Path("runs/demo")) -> Iterator[Row]:
 
 
 def _number(metrics: dict[str, Any], key: str) -> float:
-    """A metric that is missing or null is nan, which meets no bar."""
+    """Return a metric; one that is missing or null becomes nan, which meets no bar."""
     value = metrics.get(key)
     return math.nan if value is None else float(value)

@@ -1,4 +1,4 @@
-"""The control of the demo: trained on captions of other concepts, it must know nothing.
+"""The control of the demo: trained on captions of other concepts, it must score at chance.
 
 Letters: Q queries, G gallery rows, P permutations.
 """
@@ -42,7 +42,7 @@ class KeepEmbeddings(EmbeddingEvaluator):
 
 
 def recalls(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, at: tuple[int, ...]) -> list[float]:
-    """Recall at each k of the queries that have a right gallery row, as the callback Retrieval counts it."""
+    """Compute recall at each k of the queries that have a right gallery row, as the callback Retrieval does."""
     rank_Q = retrieval_ranks(z_q_QD, key_Q, z_g_GD, key_G)
     rank_Q = rank_Q[rank_Q >= 0]
     return [float((rank_Q < k).double().mean()) for k in at]
@@ -51,9 +51,10 @@ def recalls(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, at: tu
 def chance(
     z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, at: tuple[int, ...], permutations: int = 1000
 ) -> list[tuple[float, float]]:
-    """The 99 % band of recall at each k when names are dealt out at random: P permutations of the gallery's keys.
+    """Return the 99 % band of recall at each k for randomly assigned names: P permutations of the gallery's keys.
 
-    Embeddings stay, so a crowded space or a popular name (a hub) is in the band, which a binomial would miss.
+    Embeddings are not permuted, so the band includes the effects of a crowded space or a popular name (a hub), which a
+    binomial would miss.
     """
     generator = torch.Generator().manual_seed(0)
     value_PK = [
@@ -65,7 +66,7 @@ def chance(
 
 
 def train() -> Path:
-    """`make demo` with shuffled captions; returns the run's folder."""
+    """Run `make demo` with shuffled captions, and return the run's folder."""
     code = main(
         [
             *("fit", "--config", "contrastive/emoji", "--name", "control", "--test", "true"),
@@ -79,10 +80,10 @@ def train() -> Path:
 
 
 def control() -> Iterator[Row]:
-    """The demo trained with captions shuffled across concepts, tested with the true names, against chance.
+    """Compare the demo, trained with captions shuffled across concepts and tested with the true names, with chance.
 
-    ``vendor/i2t`` recall at 10 and at 1 must lie in the 99 % band of 1,000 random assignments of the same names to
-    the same embeddings. Above it, evaluation leaks; below it, too, something is not as it seems. Five minutes.
+    ``vendor/i2t`` recall at 10 and at 1 must lie in the 99 % band of 1,000 random assignments of the same names to the
+    same embeddings. A value above it means that evaluation leaks; a value below it is an error too. Takes five minutes.
     """
     with threads(cores()):
         folder = train()
@@ -91,7 +92,7 @@ def control() -> Iterator[Row]:
 
 
 def judged(vendor: dict[str, Any], metrics: dict[str, Any], permutations: int = 1000) -> Iterator[Row]:
-    """The rows of the benchmark, from the test set "vendor" as embedded and the metrics of its run."""
+    """Yield the rows of the benchmark, from the embeddings of the test set "vendor" and the metrics of its run."""
     image_N, text_N, key_N = vendor["present"]["image"], vendor["present"]["text"], vendor["key"]
     sides = (vendor["z"]["image"][image_N], key_N[image_N], vendor["z"]["text"][text_N], key_N[text_N])
     names, at = ("contrastive/shuffled_control", "contrastive/shuffled_control_r1"), (10, 1)

@@ -1,7 +1,7 @@
 """The loaders beside torchvision's decoder, open_clip's pipeline and webdataset: photographs, one core, offline.
 
-Times of one process are its own CPU time, so that a busy machine slows nothing down on paper; with workers it is the
-clock on the wall. Letters: B samples, S pixels out.
+Times of one process are its own CPU time, so other programs on the machine do not affect them; with workers they are
+wall-clock times. Letters: B samples, S pixels out.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from descant.datamodules.sources.shards import Shards
 from descant.datamodules.user.user_data import UserData
 from descant.modules.transforms.image import Pixels
 
-#: In scikit-image's wheel: people, animals, things, indoors and outdoors.
+#: Photographs in scikit-image's wheel: people, animals, things, indoors and outdoors.
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
-#: Pixels out, as CLIP's towers take them.
+#: Pixels out, as CLIP's towers read them.
 SIZE = 224
 
 
 def photographs(number: int, short: int = 256, quality: int = 90, seed: int = 0) -> list[bytes]:
-    """JPEGs of random crops of photographs, resized so that the shorter side is ``short``; aspects from 3:4 to 4:3."""
+    """Make JPEGs of random crops of photographs, with ``short`` pixels on the shorter side; aspects from 3:4 to 4:3."""
     rng = np.random.default_rng(seed)
     folder = files("skimage").joinpath("data")
     pictures = [Image.open(io.BytesIO(folder.joinpath(name).read_bytes())).convert("RGB") for name in NAMES]
@@ -63,7 +63,7 @@ def photographs(number: int, short: int = 256, quality: int = 90, seed: int = 0)
 
 
 def open_clip_transform(training: bool, kind: InterpolationMode = InterpolationMode.BICUBIC) -> Any:
-    """open_clip's own: crop of 0.9 to 1 of the area or the central square, ToTensor, Normalize; bicubic by default."""
+    """Return open_clip's transform: crop of 0.9 to 1 of the area or the central square, ToTensor, Normalize."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 
     transform = image_transform(SIZE, is_train=training, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD)
@@ -73,7 +73,7 @@ def open_clip_transform(training: bool, kind: InterpolationMode = InterpolationM
 
 
 def by_pillow(data: Sequence[bytes], transform: Any) -> Tensor:
-    """What a data set of open_clip does: a picture at a time, floats, stacked."""
+    """Load as a data set of open_clip does: one picture at a time, floats, stacked."""
     return torch.stack([transform(Image.open(io.BytesIO(encoded))) for encoded in data])
 
 
@@ -84,7 +84,7 @@ def pixels_of_open_clip() -> Pixels:
 
 
 def disagreement(data: Sequence[bytes]) -> float:
-    """Mean absolute difference of the two evaluation views of the same pictures, in levels of 255."""
+    """Return the mean absolute difference of both evaluation views of the same pictures, in levels of 255."""
     pixels = pixels_of_open_clip()
     ours = pixels(Images(SIZE)(data)[0], torch.zeros(len(data), dtype=torch.long))
     owner = by_pillow(data, open_clip_transform(training=False))
@@ -92,17 +92,17 @@ def disagreement(data: Sequence[bytes]) -> float:
 
 
 def keys(number: int) -> Callable[[], np.ndarray]:
-    """New keys at each call: every batch is cropped anew."""
+    """Return a function that gives new keys at each call, so every batch is cropped anew."""
     step = count()
     return lambda: np.arange(number) + next(step) * number
 
 
 def decode(number: int = 64, pairs: int = 60) -> Iterator[Row]:
-    """Photographs as 256-px JPEG: decoded, cropped at random (0.9 to 1 of the area) to 224, flipped, batched.
+    """Decode photographs in 256-px JPEG, crop at random (0.9 to 1 of the area) to 224, flip, and batch.
 
-    Against ``torchvision.io.decode_jpeg`` alone on the same bytes, and against open_clip's pipeline of Pillow and
-    torchvision, which makes floats and normalises them. Ours stops at uint8, since that is done for a whole batch on
-    the device; the row ``normalised`` does it here. All resample with antialias; both filters are compared.
+    The comparisons are ``torchvision.io.decode_jpeg`` alone on the same bytes, and open_clip's pipeline of Pillow and
+    torchvision, which makes floats and normalises them. Ours stops at uint8, since the device normalises a whole batch;
+    the row ``normalised`` includes it here. All resample with antialias; both filters are compared.
     """
     data = photographs(number)
     off = disagreement(data)
@@ -137,7 +137,7 @@ def decode(number: int = 64, pairs: int = 60) -> Iterator[Row]:
 
 
 def write_shards(folder: Path, data: Sequence[bytes], shards: int) -> list[str]:
-    """WebDataset shards of pictures with captions, written by webdataset itself."""
+    """Write WebDataset shards of pictures with captions, with webdataset itself."""
     import webdataset
 
     paths = [str(folder / f"photographs-{k:03d}.tar") for k in range(shards)]
@@ -149,7 +149,7 @@ def write_shards(folder: Path, data: Sequence[bytes], shards: int) -> list[str]:
 
 
 class ShardSet(BatchDataset):
-    """Pictures and caption lengths of shards, a window at a time, as :class:`descant.datamodules` has them."""
+    """Pictures and caption lengths of shards, a window at a time, as in :class:`descant.datamodules`."""
 
     def __init__(self, paths: Sequence[str], cache: Path) -> None:
         super().__init__(seed=0)
@@ -179,10 +179,10 @@ def _bytes(raw: bytes | str) -> bytes:
 
 
 def shards(number: int = 192, batch: int = 64, pairs: int = 30) -> Iterator[Row]:
-    """The same from WebDataset shards, pictures with captions: ours at random positions, webdataset's in their order.
+    """Load from WebDataset shards, pictures with captions: ours at random positions, webdataset's in their order.
 
-    Against a plain webdataset pipeline (its ``pil`` decoder, open_clip's transform, batched), and against webdataset
-    that hands its bytes to our decoder, a batch at a time.
+    The comparisons are a plain webdataset pipeline (its ``pil`` decoder, open_clip's transform, batched), and
+    webdataset that passes its bytes to our decoder, a batch at a time.
     """
     import webdataset
 
@@ -219,7 +219,7 @@ def shards(number: int = 192, batch: int = 64, pairs: int = 30) -> Iterator[Row]
 
 
 class ShardData(DataModule):
-    """Training batches of shards, by the loader that every corpus has."""
+    """Training batches of shards, from the loader that every corpus has."""
 
     def __init__(self, data: ShardSet, batch_size: int, num_workers: int) -> None:
         super().__init__(batch_size, num_workers=num_workers)
@@ -234,9 +234,9 @@ class ShardData(DataModule):
 
 
 def workers(number: int = 384, batch: int = 64, pairs: int = 30) -> Iterator[Row]:
-    """Epochs through :class:`DataModule`'s loader with 1 and 2 workers, against none: the speed, for information.
+    """Measure epochs through :class:`DataModule`'s loader with 1 and 2 workers over none; the speed only informs.
 
-    Workers start once and stay: the epoch that is timed is never the first. What they gain depends on free cores.
+    Workers start once and stay, so the timed epoch is never the first. Their gain depends on free cores.
     """
     with tempfile.TemporaryDirectory() as name:
         paths = write_shards(Path(name), photographs(number), shards=3)
@@ -257,11 +257,11 @@ def workers(number: int = 384, batch: int = 64, pairs: int = 30) -> Iterator[Row
 def saved(
     number: int = 100_000, batch: int = 64, batches: int = 8, pairs: int = 30, short: int = 64, size: int = 48
 ) -> Iterator[Row]:
-    """Samples a second of a folder that `datasets` saved, against our shards of the same bytes, by UserData's loader.
+    """Compare samples a second of UserData's loader: a folder that `datasets` saved, over our shards of the same bytes.
 
-    Small JPEG, so that reading weighs, with captions; the first batches of another epoch in each turn, whose samples
-    are anywhere in the files. Then reading alone, without decoding: against shards, and against rows of `datasets`
-    itself, not decoded.
+    The JPEGs are small, so that reading matters, and have captions. Each round reads the first batches of another
+    epoch, whose samples are anywhere in the files. Then reading alone, without decoding, is compared with shards and
+    with rows of `datasets` itself.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""What distilling a ranking is for: a text finds its picture among all of a collection, by teacher and by student.
+"""The purpose of distilling a ranking: find a text's picture among a whole collection, by teacher and by student.
 
 Letters: B samples.
 """
@@ -16,12 +16,12 @@ from descant.modules.fusion.cross_encoder import CrossEncoder
 from descant.modules.towers import ConvTower, TextTower, Towers
 from descant.recipes import Contrastive, Matching
 
-#: Time of the teacher / of the student, for one text among so many pictures.
+#: Time of the teacher / of the student, for one text among this number of pictures.
 FASTER, PICTURES = 20.0, 1583
 
 
 def ranking(pairs: int = 30, pictures: int = PICTURES) -> Iterator[Row]:
-    """The networks of distill/emoji-teacher and distill/emoji-rank; both have seen the pictures beforehand."""
+    """Time the networks of distill/emoji-teacher and distill/emoji-rank; both have encoded the pictures beforehand."""
     torch.manual_seed(0)
     teacher = Matching(
         Towers(image=ConvTower(widths=[48, 96, 192], stem=4), text=TextTower(8192, 96, depth=1, heads=4, length=24)),

@@ -1,6 +1,6 @@
-"""The front: what is answered before torch is imported, in seconds of a new process, the shortest of five.
+"""Answers of the command line before torch is imported, in seconds of a new process, the shortest of five.
 
-Mistakes are those of the tests and as many again, drawn by lot from the schema.
+Mistakes are those of the tests, and an equal number drawn at random from the schema.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED, MISTAKES, NAMED = 40, 81, 0.95
 
 
 def front() -> Iterator[Row]:
-    """Every first answer of the command line."""
+    """Measure every first answer of the command line."""
     dump.write()
     emoji = ("--config", "contrastive/emoji")
     for name, args in {
@@ -50,7 +50,7 @@ def front() -> Iterator[Row]:
 
 
 def absurd() -> float:
-    """The share of ten absurd runs of which one line tells, before step 1."""
+    """Return the share of ten absurd runs that are reported in one line before step 1."""
     told = 0
     for options, line in ABSURD.values():
         experiment = "contrastive/emoji-slip" if "image-image" in line else "contrastive/emoji"
@@ -61,7 +61,7 @@ def absurd() -> float:
 
 
 def mistakes() -> Iterator[Row]:
-    """Exit code 2 in at most five lines, and the share that names what was meant."""
+    """Check exit code 2 and at most five lines, and measure the share of answers that name the intended word."""
     known = {command: dump.read(command) for command in dump.COMMANDS}
     some = list(itertools.islice(drawn(lambda command: _there(known[command]), SEED), MISTAKES))
     answers = [run(*mistake.args) for mistake in some]
@@ -72,7 +72,7 @@ def mistakes() -> Iterator[Row]:
 
 
 def run(*args: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own and in a folder of these files alone."""
+    """Run a command in its own process, in a folder with only these files."""
     return begun("-m", "descant", *args, files=files)
 
 
@@ -86,7 +86,7 @@ def begun(*words: str, files: Mapping[str, str] | None = None) -> subprocess.Com
 
 
 def shortest(*args: str, times: int = 5, run: Callable[..., Any] = run) -> float:
-    """Seconds."""
+    """Return the shortest time of a few runs, in seconds."""
     took = []
     for _ in range(times):
         began = time.perf_counter()

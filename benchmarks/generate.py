@@ -1,4 +1,4 @@
-"""Generation beside transformers': the same Llama, weights and prompts, the same tokens, interleaved.
+"""Generation beside transformers': the same Llama, weights and prompts give the same tokens; the runs alternate.
 
 Letters: P prompts, T tokens of each, N tokens, D width, V vocabulary.
 """
@@ -19,11 +19,11 @@ from descant.datamodules.tasks.questions import Questions
 from descant.modules.core.objective import means
 from descant.modules.language import CausalLM, Packed, Sampling, generate, log_probabilities, pack
 
-#: transformers' time / ours, without and with prompts that are shared; and what logits may differ by.
+#: Bars: transformers' time / ours, without and with shared prompts; and the largest difference of logits.
 DECODE, GROUPS, SAME = 1.8, 2.5, 1e-5
-#: Padding of packed rows; what a dialogue's loss may differ by from its loss alone.
+#: Padding of packed rows; largest difference of a dialogue's loss in a packed row from its loss alone.
 PADDING, PACKED = 0.03, 1e-4
-#: Peak of memory with a few tokens at a time over that of all of them.
+#: Peak memory with a few tokens at a time, over that with all tokens at once.
 MEMORY = 0.35
 V, D, DEPTH, HEADS, KEY_HEADS, HIDDEN, LENGTH = 512, 128, 4, 4, 2, 344, 512
 
@@ -44,7 +44,7 @@ def llama(**more: Any) -> LlamaConfig:
 
 
 def ours_of(theirs: Any) -> CausalLM:
-    """The same model, ours."""
+    """Build the same model in our code."""
     of = theirs.config
     heads = (of.num_attention_heads, of.num_key_value_heads)
     sizes = (of.hidden_size, of.num_hidden_layers, *heads, of.intermediate_size, of.max_position_embeddings)
@@ -54,20 +54,20 @@ def ours_of(theirs: Any) -> CausalLM:
 
 
 def models(device: str = "cpu", **more: Any) -> tuple[Any, CausalLM]:
-    """The same small Llama twice; ``more``: what its configuration has otherwise."""
+    """Build the same small Llama twice; ``more``: other settings of its configuration."""
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(llama(**more)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim > 1:
-                p.mul_(3)  # so that what is likeliest is clear
+                p.mul_(3)  # makes the most probable token unambiguous
     ours = ours_of(theirs)
     theirs.generation_config.eos_token_id = None
     return theirs.to(device), ours.to(device)
 
 
 def decode(pairs: int = 30, new: int = 64) -> Iterator[Row]:
-    """Tokens a second of greedy decoding, of 16 rows with prompts of 64 tokens: each its own, or 8 rows a prompt."""
+    """Measure tokens a second of greedy decoding of 16 rows with prompts of 64 tokens: one row or 8 rows per prompt."""
     theirs, ours = models()
     ids_PT = torch.randint(3, V, (16, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -84,7 +84,7 @@ def decode(pairs: int = 30, new: int = 64) -> Iterator[Row]:
 def decoders(
     ours: CausalLM, theirs: Any, ids_PT: Tensor, group: int, new: int
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Greedy decoding by ours and by transformers', of as many rows as there are prompts, ``group`` of each prompt."""
+    """Return greedy decoding by ours and by transformers, of ``len(ids_PT)`` rows, ``group`` for each prompt."""
     prompts = ids_PT[: len(ids_PT) // group]
     return _ours(ours, prompts, group, new), _theirs(theirs, prompts.repeat_interleave(group, 0), new)
 
@@ -99,7 +99,7 @@ def _theirs(model: Any, rows: Tensor, new: int) -> Callable[[], Tensor]:
 
 
 def memory(tokens: int = 2048, width: int = 576, vocab: int = 49152) -> Iterator[Row]:
-    """Peak of log-probabilities of tokens and their gradients, of a vocabulary as SmolLM2 has it."""
+    """Measure the peak memory of log-probabilities of tokens and their gradients, with SmolLM2's vocabulary size."""
     h_ND, w_VD = torch.randn(tokens, width), torch.randn(vocab, width) / width**0.5
     token_N = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(2))
 
@@ -115,8 +115,10 @@ def memory(tokens: int = 2048, width: int = 576, vocab: int = 49152) -> Iterator
 
 
 def packing(batches: int = 20, row: int = 128) -> Iterator[Row]:
-    """Padding of the dialogues of training batches, packed or in rows of the longest; and the loss of each, packed
-    beside alone, with the mask of documents and without."""
+    """Measure the padding of training dialogues, packed or in rows of the longest one.
+
+    It also measures each dialogue's loss, packed over alone, with the mask of documents and without it.
+    """
     data = Questions(batch_size=128, size=48, length=64)
     torch.manual_seed(0)
     lm = CausalLM(data.tokenizer.vocabulary + 2, D, 2, HEADS, length=row).eval()
@@ -150,7 +152,7 @@ def _loss(lm: CausalLM, ids_1T: Tensor, segment: Tensor | None) -> Tensor:
 
 
 def _losses(lm: CausalLM, packed: Packed, segment_BT: Tensor, documents: int) -> Tensor:
-    """``[documents]``: mean over the tokens of each of ``- log p``."""
+    """Return the mean over each document's tokens of ``- log p``, ``[documents]``."""
     log_BTV = lm.logits(lm(lm.embed(packed.ids_BT), segment_BT)).log_softmax(dim=2)
     value_BT = -log_BTV[:, :-1].gather(2, packed.ids_BT[:, 1:, None])[..., 0]
     loss_mask_BT = packed.loss_mask_BT[:, 1:]

@@ -1,7 +1,7 @@
-"""``make gpu``: the device tests on CUDA, then GPU benchmarks, in a fixed time, into one JSON file and a page.
+"""``make gpu``: run the device tests on CUDA, then GPU benchmarks, in a fixed time; write one JSON file and a page.
 
-The page names the card. Nothing is fetched. ``--device cpu`` tries the machinery at toy sizes: its figures say nothing,
-and the page says so.
+The page names the card. Nothing is downloaded. ``--device cpu`` tries the code at toy sizes: its figures mean nothing,
+and the page notes that.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from xml.etree import ElementTree
 from benchmarks.budget import Benchmark, Figure, run
 
 SKIPPED = "make gpu: no CUDA device here, nothing was run"
-#: Of all the time, what the tests may take of it.
+#: Share of the whole time that the tests may take.
 TESTS_SHARE = 0.35
-#: Seconds that tests have to end by themselves once they are told to.
+#: Seconds that the tests have to end after an interrupt.
 ENDING = 20.0
 PACKAGES = ("lightning", "transformers", "timm", "open-clip-torch", "lightly", "trl", "bitsandbytes", "triton")
 
 
 def pytest() -> list[str]:
-    """The tests of devices, several at once where pytest can."""
+    """Return the command of the device tests, several at once if pytest can."""
     many = ["-n", "auto", "--maxprocesses", "4"] if find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", *many, "tests/device"]
 
 
 def tests(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
-    """Runs pytest, at most so long, and counts; ``stopped``: it was told to end before it was through."""
+    """Run pytest for at most ``seconds``, and count its tests; ``stopped``: it was interrupted before its end."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
@@ -52,7 +52,7 @@ def tests(command: Sequence[str], seconds: float, **environment: str) -> dict[st
             process.wait(max(seconds - ENDING, 0.5 * seconds))
         except subprocess.TimeoutExpired:
             stopped = True
-            process.send_signal(signal.SIGINT)  # pytest then writes down what it has
+            process.send_signal(signal.SIGINT)  # pytest then writes the results that it has
             try:
                 process.wait(min(ENDING, 0.5 * seconds))
             except subprocess.TimeoutExpired:
@@ -60,7 +60,7 @@ def tests(command: Sequence[str], seconds: float, **environment: str) -> dict[st
                 process.wait()
         found = {"passed": 0, "failed": 0, "skipped": 0}
         if report.exists():
-            for suite in ElementTree.parse(report).iter("testsuite"):  # its cases hold those that were cut short, too
+            for suite in ElementTree.parse(report).iter("testsuite"):  # its cases include interrupted tests
                 count = {kind: int(suite.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")}
                 found["failed"] += count["failures"] + count["errors"]
                 found["skipped"] += count["skipped"]
@@ -70,7 +70,7 @@ def tests(command: Sequence[str], seconds: float, **environment: str) -> dict[st
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What figures depend on: card, driver, versions."""
+    """Return the facts that figures depend on: card, driver, versions."""
     import torch
 
     from benchmarks.timing import cpu
@@ -100,7 +100,7 @@ def _version(package: str) -> str | None:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The report in Markdown: which card, each figure with its interval, and what was left out."""
+    """Format the report as Markdown: the card, each figure with its interval, and what was left out."""
     on = report["machine"]
     lines = ["# Measured on a GPU", ""]
     if on["card"] is None:
@@ -140,7 +140,7 @@ def measured(
     began: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
-    """Runs the benchmarks; writes ``gpu.json`` and ``gpu.md`` after each, so that a killed run leaves what it had."""
+    """Run the benchmarks; write ``gpu.json`` and ``gpu.md`` after each, so that a killed run leaves its results."""
     report |= {"figures": [], "left_out": []}
     into.mkdir(parents=True, exist_ok=True)
     for found in chain([[]], (items for _, items in run(benchmarks, until, clock))):
@@ -154,7 +154,7 @@ def measured(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """0 where all went well or there is no GPU, 1 where a test or a benchmark failed, 2 for a wrong request."""
+    """Return 0 if all went well or there is no GPU, 1 if a test or a benchmark failed, 2 for a wrong request."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks; tests: the device tests (all of them)")
     parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="in all (9)")

@@ -1,4 +1,4 @@
-"""What harmony costs beside the plain backward: whole training steps with and without it, interleaved.
+"""Cost of harmonizers beside the plain backward: whole training steps with and without them; the runs alternate.
 
 Letters: B samples.
 """
@@ -28,14 +28,14 @@ from descant.modules.training_setup.optim import parameter_groups
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.contrastive import Contrastive
 
-#: Of the parameters: steps from one look at the gradients to the next.
+#: Steps between two looks at the gradients of the parameters.
 EVERY = 4
-#: What the probes of a diagnosis may add to a run, at their own interval for three terms.
+#: Largest cost ratio of a diagnosis's probes, and their default interval in steps for three terms.
 DIAGNOSIS, PROBED = 1.005, 400
 
 
 def towers() -> Towers:
-    """Of contrastive/stamps, with random weights."""
+    """Build the towers of contrastive/stamps with random weights."""
     torch.manual_seed(0)
     return Towers(
         image=ConvTower(widths=[64, 128, 256], blocks=1, stem=4),
@@ -45,7 +45,7 @@ def towers() -> Towers:
 
 
 def recipe() -> Contrastive:
-    """The three terms of contrastive/stamps."""
+    """Build the three terms of contrastive/stamps."""
     return Contrastive(towers(), width=128, loss=InfoNCE(temperature=0.1, max_scale=20))
 
 
@@ -64,7 +64,7 @@ def batch(rows: int = 160) -> Batch:
 def steps_of(
     callback: Any, rows: int = 160, number: int = EVERY, make: Callable[[], Recipe] = recipe
 ) -> Callable[[], None]:
-    """``number`` training steps, with what a callback does in its hooks."""
+    """Return a function that takes ``number`` training steps, with the hooks of a callback."""
     model, data, steps = make(), batch(rows), count()
     optimizer = AdamW(parameter_groups(model), lr=1e-4, fused=True)
     trainer: Any = SimpleNamespace(
@@ -97,7 +97,7 @@ def steps_of(
 
 
 def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
-    """Time of four steps of three terms with a harmonizer over that of four plain ones."""
+    """Measure the time of four steps of three terms with a harmonizer over that of four plain steps."""
     arms = {
         "values": Harmonize(FAMO()),
         "features": HarmonizeFeatures(CMGH()),

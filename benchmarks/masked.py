@@ -33,7 +33,7 @@ from descant.recipes.masked import Masked
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and batch that all sides train: timm's ViT-Tiny on 96 pixels, and a decoder of 96 x 4."""
+    """Sizes of the model and batch that all sides train: timm's ViT-Tiny on 96 pixels, and a decoder of 96 x 4."""
 
     image: int = 96
     patch: int = 8
@@ -47,7 +47,7 @@ class Size:
 
 
 def timm_vit(size: Size) -> Any:
-    """timm's ViT with random weights, nothing downloaded."""
+    """Build timm's ViT with random weights; nothing is downloaded."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -61,7 +61,7 @@ def timm_vit(size: Size) -> Any:
 
 
 def recipe(size: Size) -> Masked:
-    """Our recipe: one modality, 75 % masked, squared error of raw pixels."""
+    """Build our recipe: one modality, 75 % masked, squared error of raw pixels."""
     return Masked(
         Adapters(image=PatchAdapter(size=[size.image, size.image], patch=size.patch)),
         Trunk(size.width, size.depth, size.heads),
@@ -71,7 +71,7 @@ def recipe(size: Size) -> Masked:
 
 
 class Owner(nn.Module):
-    """What both rivals share: timm's ViT, and a decoder with its mask token and positions."""
+    """The parts that both rivals share: timm's ViT, and a decoder with its mask token and positions."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Owner(nn.Module):
 
         self.size = size
         self.backbone = MaskedVisionTransformerTIMM(vit=timm_vit(size))
-        with warnings.catch_warnings(action="ignore"):  # of a rename in its next version
+        with warnings.catch_warnings(action="ignore"):  # it warns of a rename in its next version
             self.decoder = MAEDecoderTIMM(
                 num_patches=(size.image // size.patch) ** 2,
                 patch_size=size.patch,
@@ -109,7 +109,7 @@ class Lightly(Owner):
 
 
 class Plain(Owner):
-    """MAE as a plain loop writes it: noise, argsort, gather; a mask token at every place; the error times the mask."""
+    """MAE as a plain loop: noise, argsort, gather; a mask token at every masked place; the error times the mask."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         vit, decoder, p = self.backbone.vit, self.decoder, self.size.patch
@@ -130,7 +130,7 @@ class Plain(Owner):
 
 
 def alike(model: Any, owner: Any) -> None:
-    """Give our recipe the owner's weights and positions."""
+    """Copy the owner's weights and positions to our recipe."""
     size, vit, decoder = owner.size, owner.backbone.vit, owner.decoder
     state = from_timm({k: v for k, v in vit.state_dict().items()})
     adapter, ours = model.adapters["image"], model.decoder
@@ -139,7 +139,7 @@ def alike(model: Any, owner: Any) -> None:
     blocks = {k.replace("decoder_blocks.", "blocks."): v for k, v in decoder.state_dict().items()}
     theirs = from_timm(blocks)
     ours.layers.load_state_dict({k.removeprefix("layers."): v for k, v in theirs.items() if k.startswith("layers.")})
-    # their pixels go by row, column, colour, ours by colour, row, column, as the patch embedding's do
+    # their pixels are ordered by row, column, colour; ours, like the patch embedding's, by colour, row, column
     order_P = torch.arange(size.patch**2 * 3).view(size.patch, size.patch, 3).permute(2, 0, 1).flatten()
     with torch.no_grad():
         adapter.inward.weight.copy_(vit.patch_embed.proj.weight.flatten(1))
@@ -160,7 +160,7 @@ def our_loss(model: Masked, batch: Batch) -> Tensor:
 
 
 def disagreement(model: Any, owner: Any, batch: Batch) -> tuple[float, float]:
-    """Relative differences of loss and of the gradient of the first block's weights, with the same tokens masked."""
+    """Return relative differences of loss and of the first block's weight gradient, with the same tokens masked."""
     model.zero_grad()
     owner.zero_grad()
     _, real = model.raw(batch)
@@ -189,10 +189,10 @@ def batches(size: Size, number: int = 4, device: str = "cpu") -> list[Batch]:
 
 
 def steps(size: Size, device: str = "cpu", bf16: bool = False) -> dict[str, Callable[[], None]]:
-    """A training step of ours, of lightly's MAE and of a plain loop over timm's ViT.
+    """Return training steps of ours, of lightly's MAE and of a plain loop over timm's ViT.
 
-    All three have the same ViT, decoder, batch and optimizer; ours and lightly's begin from the same weights, and that
-    they compute the same loss and gradients where the same tokens are masked is required first.
+    All three have the same ViT, decoder, batch and optimizer. Ours and lightly's start from the same weights. Before
+    that, both must compute the same loss and gradients for the same masked tokens.
     """
     torch.manual_seed(0)
     ours, lightly, plain = recipe(size), Lightly(size), Plain(size)
@@ -218,7 +218,7 @@ def adamw(model: nn.Module) -> AdamW:
 
 
 def step(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
-    """Our training step against lightly's MAE and a plain loop over timm's ViT: the owner's time / ours."""
+    """Measure our training step against lightly's MAE and a plain loop over timm's ViT: the owner's time / ours."""
     ours, *owners = steps(size or Size()).items()
     for name, owner in owners:
         result = ratio(ours[1], owner, pairs)
@@ -226,10 +226,10 @@ def step(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
 
 
 def ideal(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
-    """The measured step over the ideal one: ``(1 - ratio) encoder + decoder``, forward and backward of each alone.
+    """Measure the step over the ideal one: ``(1 - ratio) encoder + decoder``, forward and backward of each alone.
 
-    The encoder is run on all tokens of an image, and a quarter of its time is counted; the decoder on all tokens, as it
-    has to be; nothing else is in the ideal: no masks, no patches, no loss.
+    The encoder runs on all tokens of an image, and a quarter of its time is counted. The decoder runs on all tokens, as
+    it must. The ideal includes nothing else: no masks, no patches, no loss.
     """
     size = size or Size()
     torch.manual_seed(0)
@@ -263,7 +263,10 @@ def ideal(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
 
 
 def absent(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
-    """A batch whose samples lack one of two modalities, half of them either, over the whole batch: time, FLOPs."""
+    """Compare a batch in which each sample lacks one of two modalities with the full batch: time and FLOPs.
+
+    Half of the samples lack the first modality, and half the second.
+    """
     size = size or Size(batch=16)
     torch.manual_seed(0)
     adapters = Adapters(others={m: PatchAdapter([size.image, size.image], size.patch) for m in ("image", "depth")})
@@ -288,15 +291,15 @@ def absent(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
         with FlopCounterMode(display=False) as counter:
             run(batch)
         flops.append(counter.get_total_flops())
-    # half of the tokens, and the global token of each sample, which is there in any case
+    # half of the tokens, and the global token of each sample, which is always present
     yield Row.at_most("masked/half_absent_flops", flops[0] / flops[1], 0.52)
 
 
 def fashion(run: Path = Path("runs/masked-fashion"), bank: int = 20_000) -> Iterator[Row]:
-    """The newest run of ``masked/fashion`` here: errors of k-NN and linear probe over those of its twin and of pixels.
+    """Compare the newest run of ``masked/fashion`` here with its twin and with pixels: errors of k-NN and linear probe.
 
-    The twin is the same model with random weights; all three are judged alike, on the usual test set, from the same
-    training pictures.
+    The twin is the same model with random weights. All three are judged in the same way, on the usual test set, from
+    the same training pictures.
     """
     if not (run / "latest").exists():
         print(f"masked/fashion: skipped, no {run} (descant fit --config masked/fashion makes it)", flush=True)

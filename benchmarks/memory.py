@@ -22,16 +22,16 @@ OPTIONS = "data.batch_size=8 data.fields.text.tokenizer.buckets=512 trainer.chec
 
 
 class ResidentMemory(L.Callback):
-    """Notes the resident memory after each validation."""
+    """Records the resident memory after each validation."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         NOTED.append(status("VmRSS"))
 
 
 def validations(epochs: int = 60, images: int = 420, fifth: int = 5) -> Iterator[Row]:
-    """``contrastive/own`` with small towers, 50 steps and one validation an epoch, its pictures of retrieval included.
+    """Run ``contrastive/own`` with small towers, 50 steps and one validation per epoch, retrieval pictures included.
 
-    the most resident memory after the fifth validation / that at the fifth
+    The row is the largest resident memory after the fifth validation / that at the fifth.
     """
     NOTED.clear()
     with tempfile.TemporaryDirectory() as folder:

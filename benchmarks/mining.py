@@ -1,4 +1,4 @@
-"""What mining hard negatives costs: memory, and time beside the matrix product alone.
+"""Cost of mining hard negatives: memory, and time beside the matrix product alone.
 
 Letters: Q queries, N targets, D width, K results.
 """
@@ -15,15 +15,15 @@ from benchmarks.selection import peak_gigabytes
 from descant.modules.selection.mining import BLOCK, top_k_in_blocks
 
 TARGETS, WIDTH, K, BELOW = 1_000_000, 256, 64, 0.3
-#: Queries of one measurement, and measurements: 20,480 queries in all.
+#: Queries of one measurement, and number of measurements.
 QUERIES, ROUNDS = 1024, 6
 
 
 def mining(targets: int = TARGETS, rounds: int = ROUNDS) -> Iterator[Row]:
-    """Top-64 of a million unit embeddings of width 256, with contents left out and a threshold.
+    """Find the top 64 of a million unit embeddings of width 256, with contents left out and a threshold.
 
-    Each measurement is beside the product of as many blocks of the same shape, which keeps no score. The memory is that
-    of embeddings, blocks and the results of all targets as queries.
+    Each measurement is compared with the product of the same number of blocks of equal shape, which keeps no score. The
+    memory includes embeddings, blocks and the results of all targets as queries.
     """
     before = peak_gigabytes()
     g = torch.Generator().manual_seed(0)

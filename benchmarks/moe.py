@@ -1,4 +1,4 @@
-"""Sparse experts beside a dense layer of equal active FLOPs, transformers' Mixtral, and computing all and blending.
+"""Sparse experts beside a dense layer of equal active FLOPs, transformers' Mixtral, and blending all experts.
 
 Letters: N tokens, D width, F hidden width of an expert, P prompts, T tokens of each.
 """
@@ -26,9 +26,9 @@ from descant.modules.moe import (
     TopPRouter,
 )
 
-#: Sizes of a layer, experts, and those that a token meets.
+#: Tokens, width and hidden width of a layer; number of experts, and of experts per token.
 N, D, HIDDEN, E, K = 4096, 256, 512, 8, 2
-#: Most of the time of a dense layer; of computing all and blending; what time may differ by from the share that runs.
+#: Bars: time over a dense layer; time over computing all and blending; time over the share of slots that run.
 DENSE, BLEND, PROPORTIONAL = 1.25, 0.65, (0.85, 1.15)
 #: transformers' time of decoding / ours.
 DECODE = 1.5
@@ -67,13 +67,13 @@ def forth_and_back(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
 
 
 def against_dense(pairs: int = 30) -> Iterator[Row]:
-    """Forward and backward of 8 experts, top-2, over those of a dense layer of equal active FLOPs."""
+    """Measure forward and backward of 8 experts, top-2, over those of a dense layer of equal active FLOPs."""
     result = ratio(forth_and_back(Dense(K * HIDDEN)), forth_and_back(layer(TopKRouter(K))), pairs)
     yield Row.at_most("moe/time_of_dense", result.value, DENSE, result.interval)
 
 
 def against_mixtral(pairs: int = 30) -> Iterator[Row]:
-    """Forward and backward of transformers' Mixtral block of the same weights: its time / ours."""
+    """Measure forward and backward of transformers' Mixtral block with the same weights: its time / ours."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -91,7 +91,7 @@ def against_mixtral(pairs: int = 30) -> Iterator[Row]:
 
 
 def hard(pairs: int = 30) -> Iterator[Row]:
-    """Two experts by kind, half of the tokens each: the time of a gather over that of computing both and blending."""
+    """Measure two experts by kind, half of the tokens each: the time of a gather over computing both and blending."""
     kind_N = torch.arange(N) % 2
     text, image = Dense(HIDDEN), Dense(HIDDEN)
     mask_N1 = kind_N[:, None].float()
@@ -105,7 +105,7 @@ def hard(pairs: int = 30) -> Iterator[Row]:
 
 
 def linear(pairs: int = 30) -> Iterator[Row]:
-    """Q, K and V by kind, half of the tokens each: the time of a gather over that of computing both and blending."""
+    """Measure Q, K and V by kind, half of the tokens each: the time of a gather over computing both and blending."""
     torch.manual_seed(0)
     marks, made = Marks(torch.arange(N) % 2), ModalityLinear(D, 3 * D)
     nn.init.normal_(made.experts[0], std=0.02)
@@ -121,7 +121,7 @@ def linear(pairs: int = 30) -> Iterator[Row]:
 
 
 def null(pairs: int = 30) -> Iterator[Row]:
-    """Time with null experts over the share of slots that run, of the time without."""
+    """Measure time with null experts over the share of slots that run, relative to the time without."""
     torch.manual_seed(0)
     made = MoELayer(D, HIDDEN, E, TopPRouter(0.4))
     other = MoELayer(D, HIDDEN, E // 2, TopPRouter(0.4, null_experts=E // 2))
@@ -132,7 +132,7 @@ def null(pairs: int = 30) -> Iterator[Row]:
 
 
 def decode(pairs: int = 30, new: int = 32, rows: int = 16) -> Iterator[Row]:
-    """Greedy decoding of 16 rows: transformers' time of the same Mixtral / ours."""
+    """Measure greedy decoding of 16 rows: transformers' time for the same Mixtral / ours."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def decode(pairs: int = 30, new: int = 32, rows: int = 16) -> Iterator[Row]:
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim > 1:
-                p.mul_(3)  # so that what is most probable is clear
+                p.mul_(3)  # makes the most probable token unambiguous
     ours.load_llama(theirs.state_dict())
     theirs.generation_config.eos_token_id = None
     ids_PT = torch.randint(3, 512, (rows, 64), generator=torch.Generator().manual_seed(1))
@@ -167,6 +167,6 @@ def decode(pairs: int = 30, new: int = 32, rows: int = 16) -> Iterator[Row]:
 
 
 def moe(pairs: int = 30) -> Iterator[Row]:
-    """All of them."""
+    """Run all benchmarks of experts."""
     for part in (against_dense, against_mixtral, hard, linear, null, decode):
         yield from part(pairs)

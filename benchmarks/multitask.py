@@ -1,4 +1,4 @@
-"""Four objectives over shared streams beside the same four as recipes of their own, one after the other.
+"""Four objectives over shared streams beside the same four as separate recipes, one after the other.
 
 Letters: B samples.
 """
@@ -23,7 +23,7 @@ from descant.modules.objectives.match import Match
 from descant.modules.towers import PatchTower, TextTower, Towers
 from descant.recipes import MultiTask
 
-#: Time of the shared step / of the four, at most.
+#: Largest time of the shared step / of the four.
 SHARE = 0.5
 VOCAB, LENGTH, CLASSES = 1024, 16, 10
 
@@ -36,7 +36,7 @@ OBJECTIVES: dict[str, Callable[[], TaskObjective]] = {
 
 
 def recipe(*names: str) -> MultiTask:
-    """Towers of 8 and 4 blocks, 64 patches and 16 words, under two fusion layers over all 81 tokens of a pair."""
+    """Build towers of 8 and 4 blocks, 64 patches and 16 words, under two fusion layers over all 81 tokens of a pair."""
     torch.manual_seed(0)
     image, text = PatchTower(64, 8, 96, depth=8, heads=3), TextTower(VOCAB, 96, depth=4, heads=3, length=LENGTH)
     objectives = {name: OBJECTIVES[name]() for name in names}
@@ -44,7 +44,7 @@ def recipe(*names: str) -> MultiTask:
 
 
 def shared(rounds: int = 30, rows: int = 16) -> Iterator[Row]:
-    """A forward and backward pass of all, over the sum of the same of each, in seconds of the CPU."""
+    """Measure a joint forward and backward pass over the sum of the four separate ones, in CPU seconds."""
     drawn = torch.Generator().manual_seed(0)
     inputs = {
         "image": torch.rand(rows, 3, 64, 64, generator=drawn),

@@ -1,10 +1,10 @@
-"""``make newest``: the comparisons with other packages, against their newest releases (or the lowest that are allowed).
+"""``make newest``: run the comparisons with other packages on their newest releases (or the lowest allowed ones).
 
-Bounds are read from pyproject.toml: the dependencies, and the extra ``owners``, which has all that tests compare with.
-The interpreter that runs this gets the releases (``make`` gives it an environment of its own over that of the checks).
-A table says what is installed, what the newest is, what was tried and what the bound is; then every test file that
-imports such a package is run, and on the lowest releases all quick tests. torch and torchvision stay as they are: their
-builds belong to the machine.
+Bounds are read from pyproject.toml: the dependencies, and the extra ``owners`` with all packages that tests compare
+with. The releases are installed for the interpreter that runs this (``make`` gives it its own environment over that of
+the checks). A table lists the installed, newest and tried release and the bound. Then every test file that imports such
+a package runs; on the lowest releases, all quick tests run. torch and torchvision stay as they are: their builds belong
+to the machine.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from packaging.version import Version
 
 from benchmarks.wheels import listed
 
-#: The extra of all that tests compare with; the dependencies that they compare with, too.
+#: The extra with all packages that tests compare with, and the dependencies that they compare with too.
 EXTRA = "owners"
 COMPARED = ("bitsandbytes", "gguf", "peft", "timm", "tokenizers", "torchmetrics", "transformers", "webdataset")
-#: Builds of the machine, which are kept.
+#: Packages whose builds belong to the machine, and are kept.
 HELD = ("torch", "torchvision")
 #: Tests that need processes of their own, as in ``make test``.
 DEVICE = "tests/device"
-#: Where a package is imported by another name than its own.
+#: Package -> name of its module, if it differs.
 MODULES = {"open-clip-torch": "open_clip", "scikit-image": "skimage"}
 
 
 def requirements(project: Mapping[str, Any], extras: Iterable[str] = ()) -> dict[str, Requirement]:
-    """Name -> requirement of a project's dependencies and extras, and of the extras that these name in turn.
+    """Return name -> requirement of a project's dependencies and extras, and of the extras that these name in turn.
 
     Args:
         project: the table ``project`` of a pyproject.toml. extras: of its ``optional-dependencies``.
 
     Raises:
-        ValueError: for an extra that is not there.
+        ValueError: for an extra that does not exist.
 
     >>> extras = {"all": ["Own[few]", "trl<2"], "few": ["onnx>=1.2"]}
     >>> found = requirements({"name": "own", "dependencies": ["trl>=1"], "optional-dependencies": extras}, ["all"])
@@ -76,7 +76,7 @@ def requirements(project: Mapping[str, Any], extras: Iterable[str] = ()) -> dict
 
 
 def compares(file: Path, modules: Iterable[str]) -> bool:
-    """Whether a Python file imports one of these, also by ``pytest.importorskip``."""
+    """Whether a Python file imports one of these modules, also by ``pytest.importorskip``."""
     roots = set(modules)
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -90,7 +90,7 @@ def compares(file: Path, modules: Iterable[str]) -> bool:
 
 
 def comparisons(tests: Path, found: Mapping[str, Requirement], dependencies: Iterable[str]) -> list[Path]:
-    """The test files that import, or are named after, a package that is no dependency or one of ``COMPARED``."""
+    """List the test files that import, or are named after, a package that is no dependency or one of ``COMPARED``."""
     names = {*COMPARED} & set(found) | set(found) - set(dependencies)
     modules = {MODULES.get(name, name.replace("-", "_")) for name in names}
     files = sorted(tests.rglob("test_*.py"))
@@ -100,7 +100,7 @@ def comparisons(tests: Path, found: Mapping[str, Requirement], dependencies: Ite
 def table(
     found: Mapping[str, Requirement], here: Mapping[str, str], newest: Mapping[str, str], tried: Mapping[str, str]
 ) -> str:
-    """Markdown: a row a package, ``here`` before and ``tried`` now; what a bound does not allow is marked.
+    """Return a Markdown table with a row per package, ``here`` before and ``tried`` now; it marks what a bound forbids.
 
     >>> print(table({"trl": Requirement("trl>=1,<2")}, {"trl": "1.3"}, {"trl": "2.0"}, {}))
     | package | installed | newest | tried | bound |
@@ -122,7 +122,7 @@ def _pip(*words: str) -> list[str]:
 
 
 def installed() -> dict[str, str]:
-    """Name -> release of all that this interpreter sees; of two of a name the one that is imported."""
+    """Return name -> release of all packages that this interpreter sees; of two with a name, the imported one."""
     found: dict[str, str] = {}
     for one in metadata.distributions():
         found.setdefault(str(canonicalize_name(one.metadata["Name"])), one.version)
@@ -130,7 +130,7 @@ def installed() -> dict[str, str]:
 
 
 def available(names: Iterable[str]) -> dict[str, str]:
-    """Name -> the newest release that this interpreter could install, each by itself."""
+    """Return name -> the newest release that this interpreter could install, each by itself."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ("--dry-run", "--no-deps", "--ignore-installed", "--report", str(report))
@@ -140,15 +140,15 @@ def available(names: Iterable[str]) -> dict[str, str]:
 
 
 def lowest(found: Mapping[str, Requirement], here: Mapping[str, str]) -> dict[str, str]:
-    """Name -> the lowest release that its bound and those of the others allow, as uv resolves them in seconds.
+    """Return name -> the lowest release that its bound and the other bounds allow, as uv resolves them in seconds.
 
-    The lower ends themselves do not go together (those of datasets, pyarrow, rich and tokenizers are too low for what
-    others ask for), and on them pip tries one release after another for minutes.
+    The lower ends themselves conflict (those of datasets, pyarrow, rich and tokenizers are too low for others), and
+    with them pip tries one release after another for minutes.
     """
     with tempfile.TemporaryDirectory() as folder:
         bounds, held, lock = (Path(folder) / name for name in ("bounds.txt", "held.txt", "lock.txt"))
         bounds.write_text("".join(f"{one}\n" for name, one in found.items() if name not in HELD), encoding="utf-8")
-        kept = {name: Version(here[name]).public for name in HELD if name in here}  # an index has no build of a machine
+        kept = {name: Version(here[name]).public for name in HELD if name in here}  # the index lacks local builds
         held.write_text("".join(f"{name}=={release}\n" for name, release in kept.items()), encoding="utf-8")
         how = ("--resolution", "lowest-direct", "--python", sys.executable, "--no-annotate", "--no-header")
         files = ("--constraint", str(held), "--output-file", str(lock), str(bounds))
@@ -159,7 +159,7 @@ def lowest(found: Mapping[str, Requirement], here: Mapping[str, str]) -> dict[st
 
 
 def install(found: Mapping[str, Requirement], low: bool) -> None:
-    """The newest releases, or the lowest that are allowed, as far as they go together."""
+    """Install the newest releases, or the lowest allowed ones, as far as they are compatible."""
     here = installed()
     least = lowest(found, here) if low else {}
     wanted = []
@@ -196,7 +196,7 @@ def main(args: Sequence[str] | None = None) -> int:
     print(table(found, here, new, installed()), flush=True)
     files = comparisons(root / "tests", found, requirements({**project, "optional-dependencies": {}}))
     runs = [[str(file.relative_to(root)) for file in files]]
-    if asked.lowest:  # a release that is too old fails anywhere, not only where packages are compared
+    if asked.lowest:  # a release that is too old may fail anywhere, not only in comparisons
         runs = [["--doctest-modules", "--ignore", DEVICE, "tests", "descant"], [DEVICE]]
         runs = [["-m", "not slow and not gpu", *words] for words in runs]
     codes = [

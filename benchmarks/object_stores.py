@@ -1,6 +1,6 @@
-"""Shards of an object store on loopback beside the same shards as local files: one loader, the same workers.
+"""Shards in an object store on loopback beside the same shards as local files: one loader, the same workers.
 
-The store has a process of its own: moto's S3 server where it and s3fs are installed (`make stores`), and an HTTP server
+The store runs in its own process: moto's S3 server if it and s3fs are installed (`make stores`), and an HTTP server
 with ranges.
 """
 
@@ -27,7 +27,7 @@ from tests.stores import http_store, no_faults, s3_store, some, without_s3
 
 
 def serve(scheme: str, paths: list[str], line: Connection) -> None:
-    """Serve files until the other end is closed; each number that comes is the share of answers that fail."""
+    """Serve files until the other end closes; each number received sets the share of answers that fail."""
     with s3_store() if scheme == "s3" else http_store() as store:
         urls = [store.put(Path(path).name, Path(path).read_bytes()) for path in paths]
         line.send((urls, {name: value for name, value in os.environ.items() if name.startswith("AWS_")}))
@@ -42,7 +42,7 @@ def serve(scheme: str, paths: list[str], line: Connection) -> None:
 
 @contextmanager
 def served(scheme: str, paths: list[str]) -> Iterator[tuple[list[str], Callable[[float], int]]]:
-    """Addresses of the files in a store, and what sets its share of faults and returns how many there were."""
+    """Serve files from a store; yield their addresses, and a function that sets the share of faults and counts them."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(scheme, paths, there), daemon=True)
     process.start()
@@ -60,7 +60,7 @@ def served(scheme: str, paths: list[str]) -> Iterator[tuple[list[str], Callable[
 
 
 def loader(urls: list[str], samples: int, workers: int, **options: Any) -> Callable[[], list[int]]:
-    """One epoch, another at each call: the content keys of its samples, in order."""
+    """Return a function that runs the next epoch at each call and returns the content keys of its samples in order."""
     fields = Fields(image=ImageField(size=224), text=TextField())
     stream = Stream(urls, samples=samples, **options)
     module = UserData(stream=stream, batch_size=64, num_workers=workers, fields=fields)
@@ -73,15 +73,16 @@ def loader(urls: list[str], samples: int, workers: int, **options: Any) -> Calla
     return run
 
 
-#: Those that are installed.
+#: Schemes whose servers are installed.
 SCHEMES = ("http", "s3") if without_s3 is None else ("http",)
 
 
 def streams(number: int = 2048, workers: int = 2, pairs: int = 30, schemes: Sequence[str] = SCHEMES) -> Iterator[Row]:
-    """Samples a second of an epoch through the loader: JPEG of 256 px, decoded and cropped to 224, with captions.
+    """Measure samples a second of a loader's epoch: JPEG of 256 px, decoded and cropped to 224, with captions.
 
-    Objects against local files, each epoch fetched anew; then with 5 % of the answers failing (statuses 500 and 503,
-    bodies that end early); then with copies on the disk. The samples of every epoch must be those of the local files.
+    Objects are compared with local files, and each epoch downloads them again; then with 5 % of the answers failing
+    (statuses 500 and 503, bodies that end early); then with copies on disk. The samples of every epoch must equal those
+    of the local files.
     """
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, DESCANT_CACHE=f"{name}/cache"):
         some_of_them = photographs(min(number, 300))

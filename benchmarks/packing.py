@@ -1,4 +1,4 @@
-"""What packing saves: padding by first-fit-decreasing and by simpler ways, seconds of a plan, and tokens a second.
+"""Savings of packing: padding by first-fit-decreasing and by simpler methods, seconds of a plan, and tokens a second.
 
 Letters: B documents, K images of one, T text tokens, N tokens, W width.
 """
@@ -29,20 +29,20 @@ from descant.modules.transforms.image import over_white
 from descant.recipes import VisionLanguage
 
 T = TypeVar("T")
-#: Documents and tokens of a row of the plan; seconds and padding that it may take; tokens a second over batch-max.
+#: Documents, and tokens of a row, of the plan; bars of its seconds and padding; bar of tokens a second over batch-max.
 DOCUMENTS, ROW, SECONDS, PADDING, SPEED = 1_000_000, 4096, 20.0, 0.03, 1.8
-#: Side of the grid of image tokens, and most images of a document, as in the paper; sides of the figure.
+#: Side of the grid of image tokens, and most images of a document, as in the paper; sides in the figure.
 SIDE, IMAGES, SIDES = 4, 9, (1, 2, 3, 4)
 #: Documents of a batch whose padding is counted, and tokens of its rows.
 BATCH, SHORT = 128, 512
-#: The same of a step whose time is taken. Attention with a mask computes all pairs of a row: rows of 512 gain 1.7.
+#: The same for a timed step. Attention with a mask computes all pairs of a row: rows of 512 gain 1.7.
 TIMED, TIMED_ROW = 32, 256
-#: What the losses of packed and padded rows may differ by.
+#: Largest difference between the losses of packed and padded rows.
 SAME = 1e-4
 
 
 def plan() -> Iterator[Row]:
-    """A million documents of log-normal lengths, median 240 tokens, cut at a row of 4,096."""
+    """Plan a million documents of log-normal lengths, median 240 tokens, cut at a row of 4,096."""
     g = torch.Generator().manual_seed(0)
     length_N = (5.5 + torch.randn(DOCUMENTS, generator=g)).exp().long().clamp(8, ROW)
     lengths = length_N.tolist()
@@ -55,8 +55,11 @@ def plan() -> Iterator[Row]:
 
 
 def emoji() -> Iterator[Row]:
-    """Training batches of descriptions, an image and a caption each, and of documents of all emoji of a keyword, 1 to 9
-    images: packed as a step packs them."""
+    """Count the padding of training batches, packed as a step packs them.
+
+    The batches are of descriptions (an image and a caption each), and of documents with all emoji of a keyword, 1 to 9
+    images.
+    """
     data = Descriptions(size=48, length=64)
     captions = [
         int(n) for batch in data.train_dataloader() for n in (batch.inputs["text"] != PAD).sum(dim=1) + SIDE**2 - 1
@@ -71,8 +74,11 @@ def emoji() -> Iterator[Row]:
 
 
 def speed(pairs: int = 30, warmup: int = 1, steps: int = 2, width: int = 128, depth: int = 3) -> Iterator[Row]:
-    """Forward and backward of training steps on documents of keywords: packed rows, and one row of the longest
-    document's length for each. The tower, the projector and the head do the same work in both."""
+    """Time forward and backward of training steps on documents of keywords: packed rows over padded ones.
+
+    A padded row holds one document, at the length of the longest one. The tower, the projector and the head do the same
+    work in both.
+    """
     data = Descriptions(size=48, length=64)
     batches = [batch_of(data, chunk) for chunk in list(chunks(documents(data), TIMED))[:steps]]
     packed, padded = models(data, width, depth)
@@ -91,8 +97,10 @@ def speed(pairs: int = 30, warmup: int = 1, steps: int = 2, width: int = 128, de
 
 
 def grids(repeats: int = 7, steps: int = 2, width: int = 128, depth: int = 3) -> Iterator[Row]:
-    """Tokens a second of forward and backward with 1 to 16 tokens an image, in packed rows and in padded ones: medians
-    of interleaved passes. Writes the figure ``runs/packing.png``."""
+    """Measure tokens a second of forward and backward with 1 to 16 tokens per image, in packed rows and in padded ones.
+
+    The figures are medians of alternating passes. Writes the figure ``runs/packing.png``.
+    """
     data = Descriptions(size=48, length=64)
     some = list(chunks(documents(data), TIMED))[:steps]
     batches = [batch_of(data, chunk) for chunk in some]
@@ -114,7 +122,7 @@ def grids(repeats: int = 7, steps: int = 2, width: int = 128, depth: int = 3) ->
 
 @styled
 def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
-    """Tokens a second by tokens an image, a line for packed rows and one for padded ones."""
+    """Plot tokens a second by tokens per image, a line for packed rows and one for padded ones."""
     made = figure(720, 320)
     axes = made.subplots()
     for name, label, colour in (("packed", "packed rows", BLUE), ("padded", "a document a row", VERMILLION)):
@@ -130,7 +138,7 @@ def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
 
 
 class Padded(VisionLanguage):
-    """One document a row, of the length of the longest one of the batch."""
+    """One document per row, padded to the longest one of the batch."""
 
     def answered(self, batch: Batch, routings: object = None) -> tuple[Tensor, Tensor, Tensor]:
         h_BSW, row = self.sequence(batch)
@@ -141,7 +149,7 @@ class Padded(VisionLanguage):
 
 
 def models(data: Descriptions, width: int, depth: int, side: int = SIDE) -> tuple[VisionLanguage, Padded]:
-    """The same parts in a model that packs and in one that pads."""
+    """Build the same parts in a model that packs and in one that pads."""
     torch.manual_seed(0)
     parts: dict[str, Any] = {
         "towers": Towers(image=ConvTower([16, 32, 64], stem=4)),
@@ -155,7 +163,7 @@ def models(data: Descriptions, width: int, depth: int, side: int = SIDE) -> tupl
 
 
 def documents(data: Descriptions) -> list[tuple[list[int], list[int]]]:
-    """Token ids and concepts of a document for each keyword: ``<image> name`` for each emoji that has it."""
+    """Return token ids and concepts of a document for each keyword: ``<image> name`` for each emoji that has it."""
     concepts: dict[str, list[int]] = {}
     for c, row in enumerate(data.pack.rows):
         for word in row["keywords"]["en"] or []:
@@ -170,7 +178,7 @@ def documents(data: Descriptions) -> list[tuple[list[int], list[int]]]:
 
 
 def batch_of(data: Descriptions, chunk: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """A batch of documents; all tokens of their text are learned."""
+    """Make a batch of documents; all tokens of their text are learned."""
     size = data.size
     text_BT = torch.full((len(chunk), max(len(ids) for ids, _ in chunk)), PAD)
     x_BKCHW = torch.zeros(len(chunk), IMAGES, 3, size, size)
@@ -189,7 +197,7 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def next_fit(lengths: Sequence[int], size: int) -> int:
-    """Rows, where a document that does not fit the last one begins another.
+    """Count rows if a document that does not fit the last row begins another.
 
     >>> next_fit([4, 8, 1, 4, 2, 1], size=10)
     3
@@ -203,7 +211,7 @@ def next_fit(lengths: Sequence[int], size: int) -> int:
 
 
 def batch_max(lengths: Sequence[int], batch: int = BATCH) -> int:
-    """Cells of rows of one document, as long as the longest of its batch.
+    """Count the cells of rows that hold one document and are as long as the longest of its batch.
 
     >>> batch_max([1, 3, 2, 2], batch=2)
     10

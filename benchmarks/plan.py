@@ -1,6 +1,7 @@
-"""A plan beside the run: messages, memory and time of the steps of six recipes, planned and measured on this machine.
+"""A plan beside the run: messages, memory and time of steps of six recipes, planned and measured on this machine.
 
-Ranks are processes with one thread and gloo. The machine is calibrated first; times mean something where it is quiet.
+Ranks are processes with one thread and gloo. The machine is calibrated first; times are meaningful only if no other
+program runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from benchmarks import Row
 from benchmarks.planned import FIRST, STEPS
 
-#: Name -> configuration, and callbacks without which it does not run.
+#: Name -> configuration, and callbacks that it needs to run.
 EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
     "contrastive": (["contrastive/emoji"], []),
     "masked": (["masked/emoji"], []),
@@ -35,11 +36,11 @@ EXPERIMENTS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
-#: Before the experiment: a checkpoint that it adapts.
+#: Arguments of a run before the experiment: a checkpoint that it adapts.
 BEFORE = ["--config", "fusion/emoji", "--config", "with/train/mid-fusion", "--config", "on/tiny", "--name", "whole"]
 #: Strategy, ranks, ranks of a shard group; rows are the experiment's own.
 LAYOUTS = [("ddp", 1, 1), ("ddp", 2, 1), ("ddp", 4, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hsdp", 4, 2)]
-#: Of times: ranks, and rows of a whole step.
+#: Numbers of ranks, and of rows of a whole step, for times.
 RANKS, ROWS = (1, 2, 4), (32, 64, 128)
 MEMORY, TIME = 0.10, 0.20
 
@@ -77,7 +78,7 @@ def _python(words: list[str], folder: Path) -> None:
 def measured(
     name: str, what: str, strategy: str, ranks: int, shard: int, rows: int | None, steps: int, beside: str | None = None
 ) -> dict[str, Any]:
-    """Of rank 0: what Measure found in one run. ``beside``: the class of another callback."""
+    """Return what Measure recorded on rank 0 in one run. ``beside``: the class of another callback."""
     configs, callbacks = EXPERIMENTS[name]
     file = _folder() / f"{name}-{what}-{strategy}{ranks}-{rows}"
     measure = json.dumps({"class_path": "benchmarks.planned.Measure", "init_args": {"file": str(file), "what": what}})
@@ -96,7 +97,7 @@ def measured(
 def _rows(name: str, rows: int | None) -> list[str]:
     if rows is None:
         return []
-    if name == "staged":  # of the stage that is measured
+    if name == "staged":  # the batch size of the measured stage
         return ["--data.init_args.stages.captions.init_args.data.init_args.batch_size", str(rows)]
     return ["--data.init_args.batch_size", str(rows)]
 
@@ -113,7 +114,7 @@ def planned(
 
 
 def counts() -> Iterator[Row]:
-    """Bytes of messages (share of cases that are equal) and peak memory of a rank, six recipes x six layouts."""
+    """Compare bytes of messages (share of equal cases) and peak memory of a rank, six recipes x six layouts."""
     for name in EXPERIMENTS:
         plans = planned(name, [(*layout, None) for layout in LAYOUTS])
         for (strategy, ranks, shard), plan in zip(LAYOUTS, plans, strict=True):
@@ -126,9 +127,11 @@ def counts() -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """Seconds of a step under DDP, planned by this machine's calibration over measured, six recipes x 1, 2, 4 ranks x
-    three batch sizes; by the clock, the median of steps. Calibrated before each recipe: the speed of a shared machine
-    changes by a tenth within minutes."""
+    """Compare seconds of a step under DDP, planned over measured, six recipes x 1, 2, 4 ranks x three batch sizes.
+
+    The plan uses this machine's calibration; the measurement is the wall-clock median of steps. The calibration is
+    repeated before each recipe, since the speed of a shared machine changes by a tenth within minutes.
+    """
     for name in EXPERIMENTS:
         here = _folder() / f"here-{name}.yaml"
         _descant("plan", "--calibrate", str(here), folder=_folder())

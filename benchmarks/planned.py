@@ -1,4 +1,4 @@
-"""Two sides of ``benchmarks.plan``: a callback that measures real steps, and a program that plans the same ones.
+"""Two sides of ``benchmarks.plan``: a callback that measures real steps, and a program that plans the same steps.
 
 descant fit ... --trust benchmarks.planned --trainer.callbacks '[{class_path: benchmarks.planned.Measure, ...}]'
 python -m benchmarks.planned OUT HARDWARE CASES -- --config NAME ...
@@ -25,9 +25,9 @@ from descant.plan.costs import nbytes
 from descant.recipes.base.recipe import Recipe
 from tests.collectives import Collectives
 
-#: Steps that are left out, since they make what is made once; and those whose memory is averaged.
+#: Steps that are left out, since they allocate what later steps reuse; and steps whose memory is averaged.
 FIRST, STEPS = 2, 4
-#: The ranges of the profile that are the measured steps.
+#: Name of the profile's ranges that are measured steps.
 WINDOW = "measured step"
 
 
@@ -35,10 +35,10 @@ class Measure(L.Callback):
     """Writes ``FILE.RANK``: what steps send and hold, or how long they take.
 
     Args:
-        file: where to.
-        what: ``counts`` of steps after the first ones: bytes by kind of message of one, and the most bytes at once of
-            what torch's allocator has given out, the mean of :data:`STEPS`; or ``seconds``, from a batch's start to its
-            end, by the clock and of this process: a plan has no data to wait for.
+        file: path of the output.
+        what: ``counts``, after the first steps: bytes by kind of message of one step, and the most bytes at once that
+            torch's allocator gave out, averaged over :data:`STEPS`. Or ``seconds``, from a batch's start to its end, by
+            the clock and of this process: a plan does not wait for data.
     """
 
     def __init__(self, file: str, what: Literal["counts", "seconds"]) -> None:
@@ -84,7 +84,7 @@ class Measure(L.Callback):
 
 
 class Interrupting(L.Callback):
-    """Threads of a rank as the system has them by default, in place of batch work: those that wake interrupt others."""
+    """Gives a rank's threads the system's default scheduling, not batch work: threads that wake interrupt others."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for thread in Path("/proc/self/task").iterdir():
@@ -92,7 +92,7 @@ class Interrupting(L.Callback):
 
 
 def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> float:
-    """The most bytes beyond those at the start of a window, the mean of windows."""
+    """Return the most bytes beyond those at the start of a window, averaged over windows."""
     peaks = []
     for first, last in windows:
         live = peak = 0
@@ -105,13 +105,13 @@ def _beside(memory: list[tuple[int, int]], windows: list[tuple[int, int]]) -> fl
 
 
 def _inputs(batch: Batch) -> int:
-    """Bytes of a batch, which is there before its step begins."""
+    """Return the bytes of a batch, which exists before its step begins."""
     leaves = {id(x): x for field in fields(batch) for x in tree_leaves(getattr(batch, field.name))}
     return sum(map(nbytes, leaves.values()))
 
 
 def _resident(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """Bytes on this rank of weights, buffers, gradients and states of optimizers, and of DDP's buckets."""
+    """Return the bytes on this rank of weights, buffers, gradients, optimizer states and DDP's buckets."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     states = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
     local = [getattr(x, "_local_tensor", x) for x in (*module.parameters(), *module.buffers(), *gradients, *states)]
@@ -127,7 +127,7 @@ def _buckets(trainer: L.Trainer) -> int:
 
 
 def main(words: list[str]) -> int:
-    """Plan the cases ``[[strategy, ranks, shard, rows], ...]`` of one experiment, rows of a whole step or null."""
+    """Plan the cases ``[[strategy, ranks, shard, rows], ...]`` of one experiment; rows of a whole step or null."""
     out, hardware, cases = words[:3]
     from descant.cli.arguments import read
     from descant.cli.main import run

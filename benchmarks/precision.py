@@ -1,4 +1,4 @@
-"""What bfloat16 costs in quality: the same seeds trained in both precisions.
+"""Cost of bfloat16 in quality: the same seeds trained in both precisions.
 
 Letters: S seeds.
 """
@@ -18,17 +18,17 @@ from descant.__main__ import main
 from descant.modules.io.checkpoints import LATEST, followed
 
 SEEDS = (0, 1, 2, 3, 4)
-#: On the development split: what is held out there is trained on elsewhere, so the test sets stay unseen.
+#: Metrics of the development split: other runs train on its held-out data, so the test sets stay unseen.
 METRICS = ("vendor/i2t_r10", "concept/i2t_r10")
-#: Of steps; a ninth of the demo's.
+#: Number of steps; a ninth of the demo's.
 STEPS = 300
 
 
 def retrieval() -> Iterator[Row]:
-    """Retrieval after 300 steps of ``contrastive/emoji`` in bfloat16 less that in float32, seed by seed.
+    """Compare retrieval after 300 steps of ``contrastive/emoji`` in bfloat16 with that in float32, seed by seed.
 
-    The bar is what other seeds change: twice the standard error of a difference between two means of S seeds each,
-    ``2 sd sqrt(2 / S)`` with the standard deviation of the float32 runs. About ten minutes.
+    The bar is the variation between seeds: twice the standard error of a difference between two means of S seeds each,
+    ``2 sd sqrt(2 / S)`` with the standard deviation of the float32 runs. Takes about ten minutes.
     """
     if not has_bf16():
         print("contrastive/bf16_retrieval: skipped, this CPU has no bfloat16 instructions", flush=True)
@@ -42,7 +42,7 @@ def retrieval() -> Iterator[Row]:
 
 
 def judged(name: str, full_S: Sequence[float], half_S: Sequence[float]) -> Row:
-    """The mean difference of paired seeds against what seeds alone change.
+    """Compare the mean difference of paired seeds with the variation between seeds.
 
     >>> judged("x", [0.4, 0.5, 0.6], [0.45, 0.5, 0.55]).ok, judged("x", [0.40, 0.41, 0.42], [0.3, 0.3, 0.3]).ok
     (True, False)
@@ -58,7 +58,7 @@ def run(precision: str, seed: int) -> dict[str, float]:
         "--trainer.precision": precision,
         "--seed_everything": str(seed),
         "--trainer.max_steps": str(STEPS),
-        "--trainer.check_val_every_n_epoch": "1000",  # Sanity would warn: validation is a command of its own here
+        "--trainer.check_val_every_n_epoch": "1000",  # validation is a separate command here, and Sanity would warn
         "--data.development": "true",
         "--test": "false",
     }

@@ -1,6 +1,7 @@
 """Plans of published runs at their own settings, beside their throughput: ``python -m benchmarks plan/published``.
 
-Facts and settings are in ``plans/published.yaml``. A run of which a plan leaves something out says what, and informs.
+Facts and settings are in ``plans/published.yaml``. If a plan leaves out a part of a run, the row names it and only
+informs.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import yaml
 from benchmarks import Row
 
 FOLDER = Path(__file__).parent / "plans"
-#: As published -> hardware that ships, or a file.
+#: Published card -> hardware that ships, or a file.
 CARDS = {
     "A100 40 GB": "a100-40gb",
-    "A100": "a100-40gb",  # JUWELS Booster, where the scaling laws were measured (Cherti 2022)
+    "A100": "a100-40gb",  # JUWELS Booster, on which the scaling laws were measured (Cherti 2022)
     "A100 80 GB": "a100-80gb",
     "H100 96 GB HBM2e, 500 W": str(FOLDER / "hardware" / "h100-96gb-500w.yaml"),
 }
 BAR = (0.75, 1.25)
-#: Other ways in which some of the runs are planned, for what a difference costs.
+#: Other ways to plan some of the runs, to show the cost of a difference.
 OTHERS: dict[str, tuple[Literal["today", "kept"], ...]] = {
     "clip-b32-laion400m": ("today",),
     "clip-l14-laion400m": ("today",),
@@ -37,24 +38,24 @@ OTHERS: dict[str, tuple[Literal["today", "kept"], ...]] = {
 
 @dataclass(frozen=True)
 class Published:
-    """One run as it was published; keys are those of ``published.yaml``."""
+    """One published run; keys are those of ``published.yaml``."""
 
     name: str
     facts: dict[str, Any]
 
     @property
     def rate(self) -> float:
-        """Samples a second and GPU, or tokens."""
+        """Return samples, or tokens, per second and GPU."""
         return float(self.facts["tokens_per_second_per_gpu" if self.tokens else "samples_per_second_per_gpu"])
 
     @property
     def tokens(self) -> int:
-        """Of a row; 0 where rates are of samples."""
+        """Return the tokens of a row; 0 if rates are of samples."""
         return int(self.facts.get("tokens", 0))
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Nodes, and GPUs of each."""
+        """Return the number of nodes, and of GPUs of each."""
         per_node = int(self.facts["gpus_per_node"])
         return int(self.facts["gpus"]) // per_node, per_node
 
@@ -64,18 +65,18 @@ class Published:
 
     @property
     def checkpointing(self) -> bool | None:
-        """Whether blocks are recomputed; None where it is not stated."""
+        """Whether blocks are recomputed; None if it is not stated."""
         stated = self.facts.get("checkpointing")
         return None if stated is None else bool(stated)
 
     @property
     def in_parts(self) -> str:
-        """What torch had no single kernel for at the time: ``attention``, ``norms`` or nothing."""
+        """Return what torch had no single kernel for at the time: ``attention``, ``norms`` or nothing."""
         return str(self.facts.get("in_parts", ""))
 
     @property
     def reason(self) -> str:
-        """Why a plan is not expected to tell the rate within the bar; empty where it is."""
+        """Return why the planned rate may differ from the published one by more than the bar, or an empty string."""
         return str(self.facts.get("beside_the_plan", ""))
 
 
@@ -86,9 +87,10 @@ def runs() -> dict[str, Published]:
 
 
 def attention_of_2021(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Any:
-    """As nn.MultiheadAttention had it before torch 2.0: product, mask added, softmax (autocast: of float32), product.
+    """Compute attention as nn.MultiheadAttention did before torch 2.0: product, added mask, softmax, product.
 
-    Source: torch 1.10, torch/nn/functional.py, _scaled_dot_product_attention.
+    Under autocast, the softmax is of float32. Source: torch 1.10, torch/nn/functional.py,
+    _scaled_dot_product_attention.
     """
     import torch
 
@@ -101,7 +103,10 @@ def attention_of_2021(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: 
 
 
 def _kernels(in_parts: str) -> AbstractContextManager[Any]:
-    """``attention``: :func:`attention_of_2021`. ``norms``: RMSNorm of several kernels, keys copied for each query."""
+    """Patch kernels to those of the time.
+
+    ``attention``: :func:`attention_of_2021`. ``norms``: RMSNorm in several kernels, and keys copied for each query.
+    """
     from descant.plan import fake_device, simulate
 
     of_parts = fake_device.adapted
@@ -113,12 +118,12 @@ def _kernels(in_parts: str) -> AbstractContextManager[Any]:
 
 
 def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
-    """Samples or tokens a second and GPU, of the layout that was published: DDP for samples, FSDP2 for tokens.
+    """Plan samples or tokens per second and GPU in the published layout: DDP for samples, FSDP2 for tokens.
 
-    Blocks are recomputed as stated, else where a step does not fit without. Kernels are those of the time; ``today``:
-    of this torch. ``kept``: nothing is recomputed, whether it fits or not.
+    Blocks are recomputed as stated, otherwise if a step does not fit without it. Kernels are those of the time;
+    ``today``: those of this torch. ``kept``: nothing is recomputed, whether it fits or not.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a group without ranks warns at each message
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's fake process group warns at each message
     from descant.cli.arguments import read
     from descant.cli.main import run as build
     from descant.plan.hardware import load
@@ -150,7 +155,7 @@ def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
 
 
 def published() -> Iterator[Row]:
-    """Planned throughput over the published one, within 25 %; a row that informs says what is beside the plan."""
+    """Compare planned with published throughput, within 25 %; a row that informs names what the plan leaves out."""
     for name, run in runs().items():
         ratio = planned(run) / run.rate
         row = Row.within(f"plan/published {name}", ratio, BAR)

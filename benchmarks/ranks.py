@@ -1,4 +1,4 @@
-"""What it gains that ranks over gloo are batch work of the system."""
+"""Gain from running ranks over gloo as batch work of the system."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from benchmarks import Row
 from benchmarks.plan import measured
 
-#: Steps of a run, and of its begin that are left out.
+#: Steps of a run, and first steps that are left out.
 STEPS, FIRST = 64, 4
 
 
 def batch() -> Iterator[Row]:
-    """The step of contrastive/emoji at 64 rows with threads that interrupt each other, over that of batch work: medians
-    of 60 steps of one thread a rank. On machines with more cores than threads of ranks and gloo (four a rank) about 1.
+    """Time contrastive/emoji at 64 rows with threads that interrupt each other over batch work: medians of 60 steps.
+
+    Each rank has one thread. The ratio is about 1 on machines with more cores than threads of ranks and gloo (four per
+    rank).
     """
     for ranks in (2, 4):
         times = []

@@ -1,7 +1,7 @@
-"""A step of reinforcement beside TRL's: the same Llama, prompts and rewards, answers of the same lengths, interleaved.
+"""A step of reinforcement beside TRL's: the same Llama, prompts and rewards, answers of equal lengths; steps alternate.
 
-Each trainer runs whole, with all that it does between two steps, in a thread of its own that is let go for one step at
-a time. Letters: N prompts, G answers to each, T tokens of a prompt, V vocabulary.
+Each trainer runs completely, with all its work between two steps, in its own thread that is released for one step at a
+time. Letters: N prompts, G answers to each, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.tokenizers.text import BOS, EOS, PAD, Tokenizer
 from descant.recipes import VisionLanguage
 
-#: TRL's time / ours, and generation's share of our step.
+#: Bars: TRL's time / ours, and generation's share of our step.
 STEP, GENERATION = 1.7, 0.45
-#: Answers of the two may differ by this much in their mean length, which is what they cost.
+#: Largest relative difference in mean answer length, which determines the cost.
 LENGTHS = 0.15
 N, G, T, NEW = 8, 8, 64, 64
 ANSWER = V - 1
-FIRST = 3  # words: those before are marks
+FIRST = 3  # the first word; lower ids are special tokens
 
 
 def model(device: str = "cpu", **more: Any) -> Any:
-    """transformers' Llama that has learned one thing: a word in 32 is the last. ``more``: of its configuration."""
+    """Train transformers' Llama so that one word in 32 ends an answer. ``more``: other settings of its config."""
     torch.manual_seed(0)
     made = LlamaForCausalLM(llama(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **more)).to(device)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
@@ -61,14 +61,14 @@ def model(device: str = "cpu", **more: Any) -> Any:
 
 
 def prompts() -> Tensor:
-    """int64 ``[32, T]``, the mark of an answer last."""
+    """Return prompts, int64 ``[32, T]``, which end with the mark of an answer."""
     ids = torch.randint(FIRST, ANSWER, (4 * N, T), generator=torch.Generator().manual_seed(1))
     ids[:, 0], ids[:, -1] = BOS, ANSWER
     return ids
 
 
 def even(words: str) -> float:
-    """The share of words with an even number."""
+    """Return the share of words with an even number."""
     said = [int(number) % 2 == 0 for number in re.findall(r"w(\d+)", words)]
     return sum(said) / max(len(said), 1)
 
@@ -79,7 +79,7 @@ class Even(Verifier):
 
 
 class WordTokenizer(Tokenizer):
-    """Token i is the word ``wi``."""
+    """Tokenizer whose token i is the word ``wi``."""
 
     vocabulary = V - 2
 
@@ -125,7 +125,7 @@ class PromptTask(RolledDialogues, TextTasks):
 
 
 class Gate:
-    """Lets a run in a thread go for one step at a time; what it raises is raised where the step was asked for."""
+    """Releases a run in a thread for one step at a time; errors of the run are raised by the call for its step."""
 
     def __init__(self, run: Callable[[Gate], None]) -> None:
         self._go, self._done, self._error = threading.Semaphore(0), threading.Semaphore(0), list[BaseException]()
@@ -140,11 +140,11 @@ class Gate:
 
         self._thread = threading.Thread(target=inside, daemon=True)
         self._thread.start()
-        self._done.acquire()  # until it stands before its first step
+        self._done.acquire()  # until the run waits for its first step
         self._check()
 
     def wait(self) -> bool:
-        """In the run, before a step: whether there is another."""
+        """Wait before a step, in the run; return whether there is another step."""
         self._done.release()
         self._go.acquire()
         return not self.over
@@ -165,7 +165,7 @@ class Gate:
 
 
 class Timed(VisionLanguage):
-    """Tells how long it generates."""
+    """A VisionLanguage that records how long it generates."""
 
     told: Ours
 
@@ -178,7 +178,7 @@ class Timed(VisionLanguage):
 
 
 class Ours(L.Callback):
-    """Steps of ours, what part of them generation takes, and how long answers are."""
+    """Steps of ours, the share of generation in them, and the lengths of answers."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.gate: Gate | None = None
@@ -233,7 +233,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Theirs:
-    """Steps of TRL's GRPOTrainer, and how long answers are."""
+    """Steps of TRL's GRPOTrainer, and the lengths of answers."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.lengths: list[float] = []
@@ -287,7 +287,7 @@ class Theirs:
 
 
 def step(pairs: int = 30) -> Iterator[Row]:
-    """Steps a second of GRPO on policy, without a KL: 8 prompts of 64 tokens, 8 answers each, of 64 at most."""
+    """Measure steps a second of on-policy GRPO without a KL: 8 prompts of 64 tokens, 8 answers each, of 64 at most."""
     warnings.simplefilter("ignore")
     made, ours, theirs = model(), Ours(), Theirs()
     mine = Gate(lambda gate: ours.run(gate, made))

@@ -1,4 +1,4 @@
-"""What exactness costs while nothing goes wrong: saving, agreeing on signals, and the first batch after a resume."""
+"""Cost of exact resumption while nothing fails: saving, agreeing on signals, and the first batch after a resume."""
 
 from __future__ import annotations
 
@@ -33,38 +33,37 @@ from descant.run.sharded import Sharded
 from descant.run.store import AtomicIO
 from tests.quiet import quiet_trainer
 
-#: What a block of steps begins with: no save, one in the thread, one that training waits for.
+#: How a block of steps begins: without a save, with one in the thread, with one that training waits for.
 ARMS = ("none", "asynchronous", "in_line")
-#: Steps between two resume points, unless one says otherwise.
+#: Default number of steps between two resume points.
 DEFAULT = inspect.signature(Resume).parameters["every"].default
-#: Steps over which the share of signals is taken, so that what comes once in several steps is in it.
+#: Steps over which the share of signals is averaged, to include work done once in several steps.
 CYCLE = 8
 
 
 class Blocks(L.Callback):
-    """Times blocks of steps in one run; each begins with what its arm says, and ends when all of it is on disk.
+    """Times blocks of steps in one run. A block begins as its arm defines, and ends when all of it is on disk.
 
-    A round is one block of each arm, and each round begins with another arm than the one before. The first round
-    warms up and is left out.
+    A round is one block of each arm, and each round begins with another arm. The first round warms up and is left out.
 
     Args:
-        resume: saves, and never on its own.
+        resume: saves only when it is called.
         io: of the same trainer.
         every: steps of a block.
     """
 
     def __init__(self, resume: Resume, io: AtomicIO, every: int) -> None:
         self.resume, self.io, self.every = resume, io, every
-        self.seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}  # of a block, by round
+        self.seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}  # seconds of a block, by round
         self.blocked: dict[str, list[float]] = {arm: [] for arm in ARMS}  # seconds until training goes on
-        self.bytes = 0  # of a file
+        self.bytes = 0  # bytes of a file
         self._arm, self._begin = "", 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         block, within = divmod(trainer.global_step, self.every)
         if within:
             return
-        self.io.wait()  # a write that outlasts its block is paid for there
+        self.io.wait()  # a block includes the rest of its write
         now = time.perf_counter()
         if block > len(ARMS):
             self.seconds[self._arm].append(now - self._begin)
@@ -81,12 +80,12 @@ class Blocks(L.Callback):
 
 
 def saving(rounds: int = 40, every: int = 20) -> Iterator[Row]:
-    """What a save takes of the step time: blocks of 20 steps with one save against such without, interleaved in a run.
+    """Measure a save's share of the step time: alternating blocks of 20 steps with one save, and without.
 
-    A model of 3 M parameters (36 MB with its optimizer) and steps of about 100 ms: 18 MB are saved a second of
-    training. A GPU that saves the 1.8 GB of 150 M parameters every 500 steps of 300 ms saves 12. The thread digests and
-    writes beside the training: on the other core where torch has one thread of two, on the same ones where it has all
-    (``--threads 2``). The absolute times of a save are printed, since the shares say nothing of them.
+    The model has 3 M parameters (36 MB with its optimizer) and steps of about 100 ms, so 18 MB are saved per second of
+    training. A GPU that saves the 1.8 GB of 150 M parameters every 500 steps of 300 ms saves 12 MB per second. The
+    thread computes digests and writes during training: on the other core if torch has one thread of two, on the same
+    cores if it has all (``--threads 2``). The absolute times of a save are printed, since the shares do not show them.
     """
     blocks = _blocks(rounds, every)
     step = statistics.median(blocks.seconds["none"]) / every
@@ -108,14 +107,14 @@ def saving(rounds: int = 40, every: int = 20) -> Iterator[Row]:
 
 
 def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Blocks:
-    """``rounds`` timed rounds of a real fit, in one process."""
+    """Run ``rounds`` timed rounds of a real fit, in one process."""
     torch.manual_seed(0)
     image = PatchTower(size=32, patch=8, width=width, depth=4, heads=4)
     text = TextTower(vocab=1000, width=width, depth=2, heads=4, length=16)
     recipe = Contrastive(Towers(image=image, text=text), width=width, optimizer=adamw_callable)
     io, resume = AtomicIO(asynchronous=True), Resume(every=10**9)
     blocks = Blocks(resume, io, every)
-    steps = (rounds + 1) * len(ARMS) * every + 1  # one more, at whose start the last block ends
+    steps = (rounds + 1) * len(ARMS) * every + 1  # the last block ends at the start of one more step
     _fit(recipe, batch, steps, io, [resume, blocks])
     return blocks
 
@@ -123,7 +122,7 @@ def _blocks(rounds: int, every: int, width: int = 192, batch: int = 64) -> Block
 def _fit(
     recipe: Contrastive, batch: int, steps: int, io: AtomicIO, callbacks: list[L.Callback], **options: Any
 ) -> None:
-    """A real fit on data in memory, on one rank, in a folder that is then removed; ``options`` of the trainer."""
+    """Run a real fit on data in memory, on one rank, in a folder that is then removed; ``options`` of the trainer."""
     quieten()
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {"devices": 1, "max_steps": steps, "max_epochs": -1, "plugins": [io], **options}
@@ -132,13 +131,13 @@ def _fit(
 
 
 class Standing(L.Callback):
-    """Times how long training stands still for a save in a thread, and how long the write takes, beside steps without.
+    """Times the pause of training for a save in a thread, the write, and steps without a save.
 
-    A block of steps begins with a save, once the last one is on disk. The first block warms up: the copies' memory is
-    made in it.
+    A block of steps begins with a save, once the last one is on disk. The first block warms up: it allocates the memory
+    of the copies.
 
     Args:
-        resume: saves, and never on its own.
+        resume: saves only when it is called.
         io: of the same trainer.
         block: steps of a block, at least 2: the last of them is timed.
     """
@@ -148,7 +147,7 @@ class Standing(L.Callback):
         self.blocked: list[float] = []  # seconds until training goes on
         self.written: list[float] = []  # seconds until all is on disk
         self.steps: list[float] = []  # seconds of a step
-        self.bytes = 0  # of a part
+        self.bytes = 0  # bytes of a part
         self._begin = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -172,12 +171,12 @@ class Standing(L.Callback):
 
 
 def parts(rounds: int = 30, every: int = 50) -> Iterator[Row]:
-    """What of the time training stands still for a save of 200 MB in parts, in a thread, every 50 steps.
+    """Measure the share of time that training pauses for a save of 200 MB in parts, in a thread, every 50 steps.
 
-        share = seconds of standing still / (50 seconds of a step + seconds of standing still)
+        share = seconds of the pause / (50 seconds of a step + seconds of the pause)
 
-    A sharded model of 17 M parameters with its optimizer, on one rank: what any rank does for the part that it holds.
-    The next save waits for the last: what the write takes of the 50 steps is below 1, or it would be waited for.
+    The model is sharded and has 17 M parameters with its optimizer, on one rank; any rank does this for its part. The
+    next save waits for the last one, so the write must take less than the 50 steps.
     """
     standing = _standing(rounds)
     still, step = statistics.median(standing.blocked), statistics.median(standing.steps)
@@ -194,7 +193,7 @@ def parts(rounds: int = 30, every: int = 50) -> Iterator[Row]:
 
 
 def _standing(rounds: int, width: int = 384, depth: int = 6, batch: int = 4, block: int = 4) -> Standing:
-    """``rounds`` timed blocks of a real fit of a sharded model, on one rank."""
+    """Run ``rounds`` timed blocks of a real fit of a sharded model, on one rank."""
     torch.manual_seed(0)
     image = PatchTower(size=32, patch=8, width=width, depth=depth, heads=4)
     text = TextTower(vocab=1000, width=width, depth=depth // 2, heads=4, length=16)
@@ -206,7 +205,7 @@ def _standing(rounds: int, width: int = 384, depth: int = 6, batch: int = 4, blo
 
 
 def signals(ranks: int = 2, steps: int = 1240, milliseconds: float = 20.0) -> Iterator[Row]:
-    """What agreeing on signals and seeding every generator take of a step of 20 ms, on two gloo ranks.
+    """Measure the share of agreeing on signals and of seeding every generator in a step of 20 ms, on two gloo ranks.
 
     A share is the mean over 8 steps, since ranks need not agree in each; the row is the median of the shares.
     """
@@ -235,7 +234,7 @@ def _agree(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: f
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:  # busy, as a step is
             pass
-        dist.all_reduce(gradient)  # ranks meet here in any step: waiting for a slow one is no cost of signals
+        dist.all_reduce(gradient)  # ranks synchronize here in any step: waiting for a slow rank is no cost of signals
         begin = time.perf_counter()
         flag.agreed()
         shares.append((time.perf_counter() - begin) / seconds)
@@ -245,7 +244,7 @@ def _agree(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: f
 
 
 def first_batch(n: int = 10**9, batch: int = 4096) -> Iterator[Row]:
-    """Seconds until the loader's order gives its first batch, 99 % into an epoch of a billion samples."""
+    """Measure the seconds until the loader's order gives its first batch, 99 % into an epoch of a billion samples."""
     order = Order(n, batch, seed=0, epoch=7, first=int(0.99 * (n // batch)))
     begin = time.perf_counter()
     next(iter(order))

@@ -1,4 +1,4 @@
-"""What selecting from a large pool costs: seconds and memory, linear in its rows.
+"""Cost of selecting from a large pool: seconds and memory, linear in its rows.
 
 Letters: N rows, K scores.
 """
@@ -19,7 +19,7 @@ ROWS, SCORES, GROUPS, SHARE = 1_000_000, 16, 4, 0.2
 
 
 def selection() -> Iterator[Row]:
-    """A fifth of a million rows by equal quotas over 16 scores and 4 groups, 64 cells; and of half as many."""
+    """Select a fifth of a million rows by equal quotas over 16 scores and 4 groups, 64 cells; and of half the rows."""
     times = {}
     for rows in (ROWS // 2, ROWS):
         g = torch.Generator().manual_seed(rows)
@@ -37,5 +37,5 @@ def selection() -> Iterator[Row]:
 
 
 def peak_gigabytes() -> float:
-    """The most memory that this process has had, in gigabytes."""
+    """Return the peak memory of this process, in gigabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,6 +1,6 @@
 """Series of the archive: a classifier of patches along time beside ROCKET, on the archive's own split.
 
-ROCKET (Dempster 2020, arXiv 1910.13051) is aeon's, in an environment of its own, since it asks for other versions:
+ROCKET (Dempster 2020, arXiv 1910.13051) is aeon's. It has its own environment, since it needs other versions:
 
     python -m venv rocket && rocket/bin/pip install aeon==1.6.0
     ROCKET=rocket/bin/python python -m benchmarks series
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import Row
 from descant.datamodules.prepare.series import SETS
 
-#: Prints the test accuracy of each seed. A shorter series is filled up with zeros, since ROCKET takes one length.
+#: Prints the test accuracy of each seed. Shorter series are padded with zeros, since ROCKET requires one length.
 _ROCKET = """
 import json, sys
 import numpy as np
@@ -36,7 +36,7 @@ fill = lambda of: np.stack([np.pad(np.asarray(s), ((0, 0), (0, longest - len(s[0
 x, x_test = fill(x), fill(x_test)
 print(json.dumps([float(RocketClassifier(random_state=k).fit(x, y).score(x_test, y_test)) for k in range(seeds)]))
 """
-#: Classes of each set.
+#: Number of classes of each set.
 _CLASSES = {
     "JapaneseVowels": 9,
     "BasicMotions": 4,
@@ -47,10 +47,10 @@ _CLASSES = {
 
 
 def rocket(seeds: int = 3) -> Iterator[Row]:
-    """Test accuracy of our classifier less that of ROCKET, on five sets: means over seeds.
+    """Compare the test accuracy of our classifier with that of ROCKET, on five sets: means over seeds.
 
-    One setting for all sets, chosen on none of their tests: twelve patches a series, 400 steps, and 5 % of the training
-    series held out.
+    All sets share one setting, chosen on none of their tests: twelve patches per series, 400 steps, and 5 % of the
+    training series held out.
     """
     python = os.environ.get("ROCKET")
     for name, (channels, steps) in SETS.items():

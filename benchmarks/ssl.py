@@ -1,4 +1,4 @@
-"""Self-supervised steps beside lightly's own modules: the same ViT of timm, heads, batch and views. On the CPU.
+"""Self-supervised steps beside lightly's own modules: the same timm ViT, heads, batch and views. On the CPU.
 
 Letters: B samples, C channels, H and W pixels, D width.
 """
@@ -30,7 +30,7 @@ from descant.recipes.self_supervised import SelfSupervised
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and batch that both sides train."""
+    """Sizes of the model and batch that both sides train."""
 
     image: int = 64
     patch: int = 8
@@ -56,7 +56,7 @@ class TimmViT(Tower):
 
 
 def vit(size: Size) -> Any:
-    """timm's ViT with random weights, nothing downloaded; its features are the class token's."""
+    """Build timm's ViT with random weights; nothing is downloaded. Its features are the class token's."""
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width}
@@ -74,7 +74,7 @@ def objectives(size: Size) -> dict[str, ViewObjective]:
 
 
 class Owner(nn.Module):
-    """lightly's modules of one method, put together as its examples do; a copy of both where there is a teacher."""
+    """lightly's modules of one method, combined as in its examples; with a copy of both if there is a teacher."""
 
     def __init__(self, size: Size, name: str) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Owner(nn.Module):
         self.predictor: Any = mlp(out, hidden, out) if name == "byol" else None
         self.prototypes: Any = heads.SwaVPrototypes(out, prototypes) if name == "swav" else None
         if self.prototypes is not None:
-            self.prototypes.heads[0].bias = None  # as the authors have them
+            self.prototypes.heads[0].bias = None  # as in the authors' code
         self.criterion: Any = {
             "simclr": lambda: loss.NTXentLoss(temperature=0.1),
             "byol": loss.NegativeCosineSimilarity,
@@ -107,7 +107,7 @@ class Owner(nn.Module):
             "swav": loss.SwaVLoss,
         }[name]()
         self.teacher: Any = None
-        if name in ("byol", "dino"):  # made anew: DINO's weight norm cannot be copied
+        if name in ("byol", "dino"):  # built anew: DINO's weight norm cannot be copied
             self.teacher = nn.ModuleList([vit(size), head()]).requires_grad_(False)
             for own, other in zip(self.teacher, (self.backbone, self.head), strict=True):
                 own.load_state_dict(other.state_dict())
@@ -145,7 +145,7 @@ class Owner(nn.Module):
 
 
 def ours(size: Size, name: str, owner: Owner) -> SelfSupervised:
-    """Our recipe with the owner's weights: heads and prototypes lie in one order."""
+    """Build our recipe with the owner's weights: heads and prototypes have the same order."""
     towers = Towers(image=TimmViT(copy.deepcopy(owner.backbone)))
     recipe = SelfSupervised(towers, objectives(size)[name], pool=FirstPool()).train()
     theirs = [
@@ -154,7 +154,7 @@ def ours(size: Size, name: str, owner: Owner) -> SelfSupervised:
     theirs = [p for p in theirs if p.shape[1:] != (1,)]  # without the lengths of DINO's prototypes, which are 1
     objective = cast(Any, recipe.objectives["image"])
     parts = [getattr(objective, part, None) for part in ("head", "projector", "predictor")]
-    # SwAV's prototypes are a module, DINO's a number
+    # SwAV's prototypes are a module, DINO's are a number
     last = objective.prototypes if isinstance(getattr(objective, "prototypes", None), nn.Module) else None
     own = [p for part in (*parts, last) if part is not None for p in part.parameters()]
     with torch.no_grad():
@@ -180,7 +180,7 @@ def _views(batch: Batch) -> list[Tensor]:
 
 
 def steps(size: Size, name: str) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step of ours and of lightly's, teacher included; that their losses are the same is required first."""
+    """Return a training step of ours and of lightly's, including the teacher; their losses must first be equal."""
     torch.manual_seed(0)
     owner = Owner(size, name).train()
     recipe, data = ours(size, name, owner), batches(size)
@@ -204,7 +204,7 @@ def steps(size: Size, name: str) -> tuple[Callable[[], None], Callable[[], None]
 
 
 def step(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
-    """Our training step against lightly's modules, a row a method: the owner's time / ours."""
+    """Measure our training step against lightly's modules, a row per method: the owner's time / ours."""
     if find_spec("lightly") is None:
         print("ssl: skipped, lightly is not installed (pip install 'descant[bench]')", flush=True)
         return

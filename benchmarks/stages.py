@@ -1,4 +1,4 @@
-"""What a stream of tasks costs beside a plain fit of as many steps."""
+"""Cost of a stream of tasks beside a plain fit with the same number of steps."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ STEPS, BATCH = 120, 128
 
 
 def stages(rounds: int = 2) -> Iterator[Row]:
-    """Eight tasks with replay, merged after each, beside a fit of as many steps on all eight at once; in turns.
+    """Compare eight tasks with replay, merged after each, with an equally long fit of all eight at once, in turns.
 
-    Every part has its drawings decoded before: 0.8 s each, once a run, whatever the length of the tasks.
+    The drawings of every part are decoded beforehand: 0.8 s each, once per run, whatever the length of the tasks.
     """
     quieten()
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -51,12 +51,12 @@ def stages(rounds: int = 2) -> Iterator[Row]:
 
 
 def _fit(stream: bool, folder: Path) -> float:
-    """Seconds of the training of all steps, without the setup."""
+    """Return the seconds of training of all steps, without the setup."""
     torch.manual_seed(0)
     tokens = NgramTokenizer(n=3, buckets=4096, length=48)
     parts = {group.partition("-")[0]: Emoji(size=32, text=tokens, groups=[group]) for group in GROUPS}
     mix = {"update": 1.0, "replay": 1.0}
-    # as one task: the same rows of a step, and no boundary
+    # the plain fit is one task: the same rows of a step, and no boundary
     for part in parts.values() if stream else ():
         for vendor in part.vendors:
             part.pack.reduced(vendor, part.size)

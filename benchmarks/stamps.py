@@ -1,4 +1,4 @@
-"""Pictures, captions and speech trained together: what each of the six directions finds on stamps never seen.
+"""Pictures, captions and speech trained together: retrieval in each of the six directions on unseen stamps.
 
 Letters: S seeds, Q queries, G gallery rows.
 """
@@ -18,10 +18,10 @@ from benchmarks.timing import cores, threads
 from descant.__main__ import main
 
 SEEDS = (0, 1, 2)
-#: Experiment -> what its test sets' names begin with: alone, and in batches that emoji share.
+#: Experiment -> prefix of its test sets' names: stamps alone, and in batches shared with emoji.
 EXPERIMENTS = {"stamps": "", "mixture": "stamps-"}
 LETTER = {"i": "image", "t": "text", "a": "audio"}
-#: Which way -> how a person says it.
+#: Direction -> its description.
 WAYS = {
     "i2t": "picture to caption",
     "t2i": "caption to picture",
@@ -35,12 +35,12 @@ KEEP = ("--trust", "benchmarks", "--trainer.callbacks+=benchmarks.control.KeepEm
 
 
 def run(command: str, experiment: str, name: str, seed: int) -> tuple[dict[str, Any], Path]:
-    """The metrics of one run on its test sets, and the folder with its embeddings."""
+    """Return the metrics of one run on its test sets, and the folder with its embeddings."""
     options = ("--name", name, "--seed_everything", str(seed), *KEEP)
     code = main([command, "--config", f"contrastive/{experiment}", *options])
     if code != 0:
         raise RuntimeError(f"{name} ended with exit code {code}")
-    metrics = Path("runs") / name / "metrics.json"  # a link to that of the newest run
+    metrics = Path("runs") / name / "metrics.json"  # a link to the metrics of the newest run
     if command == "test":
         newest = max((Path("runs") / name).glob("test-*/metrics.json"))
         return json.loads(newest.read_text(encoding="utf-8")), newest.parent
@@ -48,7 +48,7 @@ def run(command: str, experiment: str, name: str, seed: int) -> tuple[dict[str, 
 
 
 def chances(embedded: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The 99 % band of recall at 10 each way when the right answers are dealt out at random."""
+    """Return the 99 % band of recall at 10 in each direction for randomly assigned answers."""
     bands = {}
     for way in WAYS:
         a, b = (embedded["present"][LETTER[letter]] for letter in way.split("2"))
@@ -58,9 +58,10 @@ def chances(embedded: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def stamps() -> Iterator[Row]:
-    """Three seeds of ``contrastive/stamps`` and ``contrastive/mixture`` on held-out families of stamps.
+    """Train three seeds of ``contrastive/stamps`` and ``contrastive/mixture``; test on held-out families of stamps.
 
-    Against chance, and against the same picture tower untrained. Writes the figure ``runs/stamps.png``. Forty minutes.
+    The comparisons are chance, and the same picture tower untrained. Writes the figure ``runs/stamps.png``. Takes forty
+    minutes.
     """
     with threads(cores()):
         untrained = [run("test", "stamps", f"stamps-{seed}-untrained", seed)[0] for seed in SEEDS]
@@ -81,7 +82,7 @@ def judged(
     untrained: list[dict[str, Any]],
     bands: Mapping[str, tuple[float, float]],
 ) -> Iterator[Row]:
-    """The rows of an experiment, from S trained and untrained runs' metrics and the bands of chance."""
+    """Yield the rows of an experiment, from the metrics of S trained and untrained runs and the bands of chance."""
     gain = _mean(trained, f"stamps/{KNN}") - _mean(untrained, f"stamps/{KNN}")
     yield Row.informs(f"{experiment}/knn_category_untrained", _mean(untrained, f"stamps/{KNN}"))
     yield Row.at_least(f"{experiment}/knn_category_gain", gain, 0.1)
@@ -98,8 +99,8 @@ def _mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def picture(trained: Mapping[str, list[dict[str, Any]]], bands: Mapping[str, tuple[float, float]], file: Path) -> None:
-    """One row a direction: every seed a point, chance a grey band."""
-    from matplotlib.figure import Figure  # takes a second, and only here
+    """Plot one row per direction: a point per seed, and chance as a grey band."""
+    from matplotlib.figure import Figure  # imported only here: it takes a second
 
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -114,7 +115,7 @@ def picture(trained: Mapping[str, list[dict[str, Any]]], bands: Mapping[str, tup
         axes.fill_between([low, high], row - 0.36, row + 0.36, color="0.87", label=label, linewidth=0)
         for k, (experiment, name, mark, colour, told) in enumerate(series):
             if name == "both" and "a" not in way:
-                continue  # no speech in it, so no language
+                continue  # without speech it has no language
             value_S = [float(metrics[f"{name}/{way}_r10"]) for metrics in trained[experiment]]
             label = told if way == "i2a" else None
             axes.scatter(value_S, [row + 0.2 * (k - 1)] * len(value_S), marker=mark, s=26, color=colour, label=label)

@@ -1,8 +1,8 @@
-"""From the installed wheel, in an empty folder, without a network: how long until the first optimizer step.
+"""From the installed wheel, in an empty folder, without a network: seconds until the first optimizer step.
 
-The wheel is built from this checkout and installed into a folder of its own; ``descant fit --config contrastive/emoji``
-is then started there, as a newcomer would, with no flag but the one that ends it after a step. The clock runs from the
-start of the process to the end of the first optimizer step (a line that a callback prints).
+The wheel is built from this checkout and installed into its own folder. ``descant fit --config contrastive/emoji`` then
+starts there, as a newcomer would start it. Extra flags only end it after a step, and print when that step is done. The
+clock runs from the start of the process to the end of the first optimizer step (a line that a callback prints).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SayStep(L.Callback):
 
 
 def start() -> Iterator[Row]:
-    """Seconds to the first step: the median of three starts, the first of which also reads cold files."""
+    """Measure the seconds to the first step: the median of three starts; the first also reads uncached files."""
     with tempfile.TemporaryDirectory() as folder:
         site = install_wheel(Path(folder))
         times = [first_step(site, Path(folder) / f"empty-{k}") for k in range(3)]
@@ -55,7 +55,7 @@ def help_seconds() -> float:
 
 
 def install_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the checkout, and unpack it into a folder that nothing else shares."""
+    """Build the wheel from a copy of the checkout, and unpack it into a folder of its own."""
     ignore = shutil.ignore_patterns(".venv", "runs", "build", "*.egg-info", ".git", "__pycache__", ".mypy_cache")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=ignore)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -66,13 +66,13 @@ def install_wheel(folder: Path) -> Path:
 
 
 def first_step(site: Path, folder: Path) -> float:
-    """Seconds from the start of the process to the end of its first optimizer step."""
+    """Measure the seconds from the start of the process to the end of its first optimizer step."""
     folder.mkdir()
     shutil.copytree(ROOT / "benchmarks", site / "benchmarks", dirs_exist_ok=True)
     command = [sys.executable, "-m", "descant", "fit", "--config", "contrastive/emoji", "--trainer.max_steps", "1"]
     command += ["--test", "false", "--trust", "benchmarks", "--trainer.callbacks+=benchmarks.start.SayStep"]
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
-    isolate = shutil.which("unshare")  # no network, where the system lets us have none
+    isolate = shutil.which("unshare")  # without a network, if the system allows that
     if isolate and subprocess.run([isolate, "-rn", "true"], capture_output=True).returncode == 0:
         command = [isolate, "-rn", *command]
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A large CSV beside images: how long until the first batch, and how much memory it takes."""
+"""A large CSV beside images: time until the first batch, and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyarrow import csv
 
 from benchmarks import Row
 
-#: What the process of a user does, from the first line that names the data; reads its arguments, prints numbers.
+#: Code of a user's process, from the first line that names the data; reads its arguments, prints numbers.
 _FIRST_BATCH = """
 import json, resource, sys, time
 from descant.datamodules.fields.fields import Fields, ImageField
@@ -35,7 +35,7 @@ print(json.dumps([time.perf_counter() - start, peak / 1e9]))
 
 
 def write(folder: Path, rows: int, numbers: int, categories: int, images: int) -> list[str]:
-    """``data.csv`` with a column of file names, a tenth of whose other cells are missing; and some of the images."""
+    """Write ``data.csv`` with a column of file names, and some of the images; a tenth of the other cells is missing."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), (200, 40, 40)).save(picture, "JPEG")
     for k in range(images):
@@ -51,10 +51,10 @@ def write(folder: Path, rows: int, numbers: int, categories: int, images: int) -
 
 
 def first_batch(rows: int = 1_000_000, numbers: int = 30, categories: int = 19, images: int = 2000) -> Iterator[Row]:
-    """A CSV of a million rows and fifty columns in a folder of images: seconds until the first batch is there, and GB.
+    """Load a CSV of a million rows and fifty columns in a folder of images: seconds until the first batch, and GB.
 
-    Of a process of its own, from :class:`UserData` on: indexing, reading, joining, statistics and categories of the
-    training split, and one batch of 64; the memory is the most that the process ever had, with all its libraries.
+    Both are of a separate process, from :class:`UserData` on: indexing, reading, joining, statistics and categories of
+    the training split, and one batch of 64. The memory is the peak of the process, with all its libraries.
     """
     with tempfile.TemporaryDirectory() as name:
         columns = write(Path(name), rows, numbers, categories, images)

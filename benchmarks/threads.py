@@ -1,4 +1,4 @@
-"""Threads of a run on the CPU beside a busy neighbour: the default against one thread and against all cores."""
+"""Threads of a CPU run beside a busy neighbour: the default against one thread and against all cores."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _STEPS = 120
 
 
 def busy(repeats: int = 7) -> Iterator[Row]:
-    """Samples a second of contrastive/emoji by default / with the better of 1 and all threads, median of repeats.
+    """Measure samples a second of contrastive/emoji by default / with the better of 1 and all threads (medians).
 
-    Once with one other process that keeps a core busy, and once alone. The settings take turns.
+    It runs once beside another process that keeps a core busy, and once alone. The settings alternate.
     """
     for name, neighbours in (("threads/one_neighbour", 1), ("threads/alone", 0)):
         others = [subprocess.Popen([sys.executable, "-c", _LOOP]) for _ in range(neighbours)]

@@ -1,4 +1,4 @@
-"""Comparing two pieces of code on a machine that is never quite quiet: interleaved pairs and their median.
+"""Compare two pieces of code on a machine with other load: alternating pairs and their median.
 
 Letters: P pairs, R resamples.
 """
@@ -21,7 +21,7 @@ import torch
 
 from descant.cli.precision import cpu_bfloat16
 
-#: Fewer pairs give no interval worth a claim.
+#: Least number of pairs for a reliable interval.
 LEAST = 30
 #: "As fast as" the owner: the lower end of the interval of owner's time / ours is at least this.
 AS_FAST = 0.98
@@ -48,10 +48,10 @@ def ratio(
     warmup: int = 3,
     clock: Clock = time.perf_counter,
 ) -> Ratio:
-    """The speed of ``ours`` relative to ``owner``: the median over pairs of the owner's time / ours.
+    """Measure the speed of ``ours`` relative to ``owner``: the median over pairs of the owner's time / ours.
 
-    Both run once a pair, back to back, so that a slow minute of the machine is slow for both; which comes first
-    alternates, so that neither always finds the other's data in the cache.
+    Each pair runs both back to back, so that a slow minute of the machine slows both. The order alternates, so that
+    neither always finds the other's data in the cache.
 
     Raises:
         ValueError: for fewer than 30 pairs.
@@ -81,11 +81,11 @@ def interleaved(
     until: float = math.inf,
     clock: Clock = time.perf_counter,
 ) -> np.ndarray:
-    """Seconds ``[rounds, runs]`` of a call: every round runs all of them, each time another one first.
+    """Measure seconds ``[rounds, runs]`` of a call: every round runs all of them, each time beginning with another.
 
-    A GPU's calls return before their work is done: a time is taken from a moment with nothing queued to the next such
-    moment, of ``block`` calls in a row, so that the CPU runs ahead of the device as it does in training. No round
-    begins after ``until`` on the clock: then there are fewer rounds, none where the first calls already took too long.
+    A GPU's calls return before their work is done. So a time covers ``block`` calls in a row, between two moments with
+    nothing queued, and the CPU runs ahead of the device as in training. No round begins after ``until`` on the clock:
+    then there are fewer rounds, or none if the first calls already took too long.
     """
     times: list[list[float]] = []
     for k in range(-warmup, rounds):
@@ -107,13 +107,13 @@ def interleaved(
 
 
 def wait(device: torch.device | str) -> None:
-    """Return once nothing is queued on the device; at once for the CPU, where nothing ever is."""
+    """Return once nothing is queued on the device; immediately on the CPU, which has no queue."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 class Laps:
-    """Seconds between marks: by events of its own clock on CUDA, which a mark does not wait for; else by the CPU's.
+    """Seconds between marks: on CUDA by its events, for which a mark does not wait; otherwise by the CPU's clock.
 
     >>> laps = Laps("cpu"); laps.mark(); laps.mark()
     >>> len(laps.seconds()), min(laps.seconds()) >= 0
@@ -141,7 +141,7 @@ class Laps:
 
 
 def median(value_P: Sequence[float], resamples: int = 10_000) -> Ratio:
-    """The median with its 95 % bootstrap interval (percentiles of the medians of R resamples; a fixed seed).
+    """Return the median with its 95 % bootstrap interval (percentiles of the medians of R resamples; a fixed seed).
 
     >>> median([1.0] * 30)
     Ratio(value=1.0, low=1.0, high=1.0)
@@ -160,7 +160,7 @@ def _time(run: Callable[[], object], clock: Clock) -> float:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, which would stop one side for what the other left behind."""
+    """Disable garbage collection, so that one side is not charged for the other's garbage."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -173,7 +173,7 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Torch with so many threads inside the block."""
+    """Set the number of torch's threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -183,7 +183,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def machine() -> str:
-    """One line: the CPU's model, how it multiplies bfloat16, torch's threads of how many cores, and torch's version."""
+    """Return one line: the CPU's model, how it multiplies bfloat16, torch's threads and cores, and torch's version."""
     return (
         f"{cpu()} (bfloat16: {cpu_bfloat16() or 'emulated'}), {torch.get_num_threads()} thread(s) of {cores()} cores, "
         f"torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,4 +1,4 @@
-"""Codes of pictures beside principal components and k-means of patches, of as many bits, on another vendor's drawings.
+"""Codes of pictures beside principal components and k-means of patches with equal bits, on another vendor's drawings.
 
 Letters: N pictures, M components, P pixels, S pixels of a side.
 """
@@ -18,20 +18,20 @@ from descant.datamodules.corpora.emoji import Emoji
 from descant.modules.masking.kmeans import KMeansPatches
 from descant.modules.tokenizers.codes import CodeTokenizer
 
-#: dB above the mean training picture that the codes have to reach.
+#: Required dB of the codes above the mean training picture.
 OVER_MEAN = 6.0
 SIZE, PATCH, COMPONENTS, MOST_BITS = 48, 8, 192, 10
 
 
 def pictures(data: Emoji, vendors: list[str]) -> Tensor:
-    """``[N, 3, S, S]`` in -1..1: drawings of training concepts by these vendors, as evaluation sees them."""
+    """Return drawings of training concepts by these vendors, ``[N, 3, S, S]`` in -1..1, as in evaluation."""
     rows = [(c, v) for v in vendors for c in data.seen if data.pack.drawings(v)[1][c]]
     x_N4HW = torch.stack([data.pack.reduced(vendor, data.size)[concept] for concept, vendor in rows])
     return data.pixels(x_N4HW, torch.arange(len(rows)))
 
 
 def quantised(y_N: Tensor, bits: int, reach: Tensor) -> Tensor:
-    """``2^bits`` equal steps over -reach..reach, at their centres; of no bits zero."""
+    """Quantise to the centres of ``2^bits`` equal steps over -reach..reach; zero bits give 0."""
     step = 2 * reach / 2**bits
     return ((y_N / step).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5) * step if bits else y_N * 0
 
@@ -39,8 +39,8 @@ def quantised(y_N: Tensor, bits: int, reach: Tensor) -> Tensor:
 class Components:
     """Principal components of whole training pictures, each quantised in equal steps.
 
-    A component with b bits has the reach, of 24 tried, whose error on the training pictures is least. Bits are dealt
-    out one by one to the component whose error falls most.
+    For each component with b bits, 24 reaches are tried, and the one with the least error on the training pictures is
+    used. Bits are assigned one by one to the component whose error falls most.
     """
 
     def __init__(self, x_NP: Tensor, bits: int, components: int = COMPONENTS) -> None:
@@ -56,25 +56,25 @@ class Components:
 
     @staticmethod
     def _best(y_N: Tensor, bits: int) -> tuple[float, Tensor]:
-        """Square error and reach; the error of fewer bits is never less than that of more."""
+        """Return the least square error and its reach."""
         reaches = y_N.abs().amax() * torch.linspace(1, 24, 24) / 24
         errors = [float((quantised(y_N, bits, reach) - y_N).square().sum()) for reach in reaches]
         return min(errors), reaches[errors.index(min(errors))]
 
     def __call__(self, x_NP: Tensor) -> Tensor:
-        """The pictures that the bits stand for."""
+        """Return the pictures that the bits represent."""
         y_NM = (x_NP - self.mean_P) @ self.axis_PM
         columns = [quantised(y_N, b, r) for y_N, b, r in zip(y_NM.T, self.bits, self.reach, strict=True)]
         return self.mean_P + torch.stack(columns, dim=1) @ self.axis_PM.T
 
 
 def decibels(x: Tensor, y: Tensor) -> float:
-    """PSNR of pictures in -1..1, by the mean square error of all: ``10 log10(4 / mse)``."""
+    """Compute PSNR of pictures in -1..1 from the mean square error over all: ``10 log10(4 / mse)``."""
     return 10 * math.log10(4 / float((x - y).double().square().mean()))
 
 
 def measured(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[str, float]:
-    """PSNR of a trained tokenizer, of the mean training picture, and of two methods of as many bits."""
+    """Return PSNR of a trained tokenizer, of the mean training picture, and of two methods with equal bits."""
     tokenizer = CodeTokenizer.from_run(path, "last")
     bits = math.floor(tokenizer.length * math.log2(tokenizer.codes))
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(x)) for x in unseen.split(256)])
@@ -91,7 +91,7 @@ def measured(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[
 
 
 def tokenizer() -> Iterator[Row]:
-    """Trains multitask/tokenizer and rebuilds drawings of the vendor that it has not seen."""
+    """Train multitask/tokenizer and rebuild drawings of the held-out vendor."""
     code = main(["fit", "--config", "multitask/tokenizer", "--name", "tokenizer", "--test", "false"])
     if code != 0:
         raise RuntimeError(f"the run ended with exit code {code}")

@@ -1,4 +1,4 @@
-"""4M's step beside a plain loop over timm's blocks, its compute by tokens, and codes in parallel beside one by one.
+"""4M's step beside a plain loop over timm's blocks, its compute by tokens, and parallel beside sequential decoding.
 
 Letters: B samples, C channels, H and W pixels, T tokens, K visible and Q target ones, D width.
 """
@@ -29,12 +29,12 @@ from descant.recipes import Masked
 #: Pixels of an image and of a patch, codes of an image and ids; inputs and targets of a step; widths, depths, heads.
 IMAGE, PATCH, CODES, IDS, SEEN, ASKED = 64, 8, 36, 256, 32, 24
 WIDTH, DEPTH, HEADS, OUT, OUT_DEPTH = 192, 6, 3, 96, 4
-#: What compute may differ by from the share of tokens that are seen and asked.
+#: Allowed range of compute over the share of tokens that are inputs and targets.
 PROPORTIONAL = (0.85, 1.15)
 
 
 def recipe(seen: int = SEEN, asked: int = ASKED) -> Masked:
-    """Patches of an image as inputs, and its codes as targets: the component rgb2all of 4M."""
+    """Build a recipe with patches of an image as inputs, and its codes as targets: the component rgb2all of 4M."""
     torch.manual_seed(0)
     adapters = Adapters(image=PatchAdapter([IMAGE, IMAGE], PATCH), others={"codes": TokenAdapter(IDS, CODES, pad=None)})
     budgets = TwoBudgets(seen, asked, [DirichletPair({"image": 1000.0}, {"codes": 0.5})])
@@ -48,7 +48,7 @@ def recipe(seen: int = SEEN, asked: int = ASKED) -> Masked:
 
 
 class Plain(nn.Module):
-    """The same sizes as a plain loop writes them: noise, argsort, gather, timm's blocks, torch's cross-attention."""
+    """The same sizes as a plain loop: noise, argsort, gather, timm's blocks, torch's cross-attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def batches(rows: int, number: int = 4) -> list[Batch]:
 
 
 def step(pairs: int = 40, rows: int = 32) -> Iterator[Row]:
-    """A training step of ours against the plain loop: its time / ours."""
+    """Measure a training step of ours against the plain loop: its time / ours."""
     ours, plain, data = recipe(), Plain().train(), batches(rows)
     result = ratio(
         contrastive.step_of(partial(our_loss, ours), data, adamw(ours)),
@@ -115,7 +115,7 @@ def step(pairs: int = 40, rows: int = 32) -> Iterator[Row]:
 
 
 def decode(pairs: int = 30, rows: int = 8) -> Iterator[Row]:
-    """36 codes of an image: the time of 36 steps of one code / that of 8 steps in parallel; by steps alone 4.5."""
+    """Decode 36 codes of an image: time of 36 steps of one code / that of 8 parallel steps; by steps alone 4.5."""
     model, (data,) = recipe().eval(), batches(rows, 1)
     fast, slow = Sampler(steps=8), Sampler(steps=CODES, order=RandomFirst())
     result = ratio(
@@ -125,7 +125,7 @@ def decode(pairs: int = 30, rows: int = 8) -> Iterator[Row]:
 
 
 def compute(pairs: int = 30, rows: int = 32) -> Iterator[Row]:
-    """Operations and time of a step over a share of the tokens, over that share of those of a step over all."""
+    """Measure operations and time of a step over a share of the tokens, over that share of those of a step over all."""
     data, share = batches(rows), 0.5
     some, whole = recipe(SEEN, CODES // 2), recipe(2 * SEEN, CODES)
     flops = []

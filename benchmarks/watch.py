@@ -1,4 +1,4 @@
-"""What watching ranks takes of a step: the hooks of the main thread, and the two threads beside it."""
+"""Cost of watching ranks in a step: the hooks of the main thread, and the two threads beside it."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ from descant.callbacks.health.heartbeat import Heartbeat, Settings
 from descant.callbacks.health.watch import Watch
 from descant.callbacks.logs.phases import Phases
 
-#: Ranks of the largest run that is asked about.
+#: Ranks of the largest run that is measured.
 MANY = 1024
 #: Steps in which the threads are measured: 30 seconds.
 LONG = 1500
-#: Calls that Lightning has its profiler around in a step of a run with 12 callbacks.
+#: Calls that Lightning's profiler wraps in a step of a run with 12 callbacks.
 CALLS = 100
 
 
 def overhead(ranks: int = 2, steps: int = 8_000, milliseconds: float = 20.0) -> Iterator[Row]:
-    """What the watch takes of a step of 20 ms on two gloo ranks, in the rank that hears the others.
+    """Measure the watch's share of a step of 20 ms on two gloo ranks, in the rank that receives the others' heartbeats.
 
         share = (hooks of a step + CPU time of the threads a step) / 20 ms
 
-    Hooks: what a backward of one product, and 100 calls around which Lightning has its profiler, take longer with all
-    of them, the median of pairs of 100 steps, one of which ends a window, that alternate. Threads: at a beat a second,
-    the median of spans of two seconds. All are CPU times: the most that they can take from training, without what other
-    programs take. The last row is rank 0's share
-    with 1,024 ranks, whose heartbeats are in a store of this machine.
+    Hooks: the added time of a backward of one product and of 100 calls that Lightning's profiler wraps. It is the
+    median of alternating pairs of 100 steps, one of which ends a window. Threads: the median over spans of two seconds,
+    at a beat a second. All are CPU times: the most that they can take from training, without the load of other
+    programs. The last row is rank 0's share with 1,024 ranks, whose heartbeats are in a store of this machine.
     """
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +108,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     x_NN = torch.ones(256, 256)
     shares = list[float]()
     for n in range(steps // watch.window):
-        end = time.perf_counter() + seconds  # busy, as a step is; beats come by time and not by step
+        end = time.perf_counter() + seconds  # busy, as a step is: beats come by time, not by step
         while time.perf_counter() < end:
             x_NN @ x_NN
         if n % 2:
@@ -117,9 +116,9 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
         else:
             having, lacking = _timed(watched, watch.window), _timed(plain, watch.window)
         shares.append(having - lacking)
-    time.sleep(2.0)  # those windows are sent
+    time.sleep(2.0)  # until those windows are sent
     used = [(time.monotonic(), _cpu(heartbeat))]
-    for _ in range(LONG):  # as many windows a second as in training
+    for _ in range(LONG):  # windows come at the rate of training
         end = time.perf_counter() + seconds
         watched()
         while time.perf_counter() < end:
@@ -134,7 +133,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
 
 
 def _timed(what: Callable[[], None], times: int) -> float:
-    """CPU seconds of one of so many calls."""
+    """Return the CPU seconds of one of ``times`` calls."""
     begin = time.thread_time()
     for _ in range(times):
         what()
@@ -142,13 +141,13 @@ def _timed(what: Callable[[], None], times: int) -> float:
 
 
 def _cpu(heartbeat: Heartbeat) -> float:
-    """CPU seconds that the threads of a watch have used."""
+    """Return the CPU seconds that the threads of a watch have used."""
     clocks = (time.pthread_getcpuclockid(thread.ident or 0) for thread in heartbeat._threads)
     return sum(time.clock_gettime(clock) for clock in clocks)
 
 
 def _many(beats: int = 30) -> float:
-    """CPU seconds of a beat of rank 0 of 1,024, which comes once a second."""
+    """Return the CPU seconds of a beat of rank 0 of 1,024, which comes once a second."""
     store = TCPStore("127.0.0.1", _free_port(), is_master=True, timeout=timedelta(seconds=60))
     for rank in range(MANY):
         store.set(f"at/{rank}", Head(1, (5, 2), False, time.time()).dumps())

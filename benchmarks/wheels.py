@@ -1,8 +1,8 @@
-"""``make wheels``: what tests and benchmarks need, as wheels of another Python, for a machine without network.
+"""``make wheels``: packages that tests and benchmarks need, as wheels for another Python on a machine without network.
 
 The releases are those installed here, so that both machines run the same. torch, torchvision, Triton and CUDA's
-packages are not among them: they belong to the machine that the wheels are for. What it has already (``--have``, as
-``pip list --format=freeze`` prints it there) is left out where it is of a release that will do.
+packages are excluded: they belong to the machine that the wheels are for. Packages that it has in a suitable release
+(``--have``, as ``pip list --format=freeze`` prints them there) are left out.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-#: What is asked for: the package's own requirements, the owners that it is measured against, and what tests run with.
+#: Requested packages: this package's requirements, the owners it is measured against, and what tests run with.
 ASKED = ("descant[bench]", "pytest", "pytest-xdist", "mpmath")
-#: Of the machine that the wheels are for.
+#: Packages that belong to the other machine.
 THERE = ("torch", "torchvision", "triton")
 THERE_BEGIN = ("nvidia-", "cuda-")
-#: What a wheel's C library may ask for, the newest first: pip takes each literally.
+#: C library versions that a wheel may require, the newest first: pip matches each literally.
 PLATFORMS = tuple(f"manylinux_2_{n}_{{machine}}" for n in (35, 34, 31, 28, 27, 24, 17, 12, 5))
 PLATFORMS += ("manylinux2014_{machine}", "manylinux2010_{machine}", "manylinux1_{machine}")
 
 
 def needed(asked: Iterable[str], environment: Mapping[str, str], have: Mapping[str, str]) -> list[str]:
-    """All that ``asked`` stands on by its own statements, as installed here, and that is not there already.
+    """List all packages that ``asked`` requires, by the metadata installed here, and that are not there already.
 
-    ``have``: name -> release, an empty one if it is not known; what a package that will do stands on is there as well.
+    ``have``: name -> release, empty if it is not known; the requirements of a suitable package are assumed to be there
+    too.
 
     >>> found = needed(["lightly"], {"python_version": "3.12"}, {"tqdm": "4.67.1"})
     >>> [name in found for name in ("lightly", "hydra-core", "torch", "tqdm")]
@@ -57,7 +58,7 @@ def needed(asked: Iterable[str], environment: Mapping[str, str], have: Mapping[s
 
 
 def listed(lines: Iterable[str]) -> dict[str, str]:
-    """Name -> release of lines as pip prints them; a name alone is one of any release.
+    """Return name -> release from lines as pip prints them; a bare name means any release.
 
     >>> listed(["PyYAML==6.0.2", "torch_geometric", "# a remark"])
     {'pyyaml': '6.0.2', 'torch-geometric': ''}
@@ -67,7 +68,7 @@ def listed(lines: Iterable[str]) -> dict[str, str]:
 
 
 def fetch(name: str, release: str, python: str, machine: str, into: Path) -> bool:
-    """Downloads one wheel; where a package has none, makes one here, which has to be of Python alone."""
+    """Download one wheel; if a package has none, build one here, which must be pure Python."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     platforms = [word for of in PLATFORMS for word in ("--platform", of.format(machine=machine))]
     target = ["--python-version", python, "--implementation", "cp", *platforms]
@@ -77,7 +78,7 @@ def fetch(name: str, release: str, python: str, machine: str, into: Path) -> boo
         return True
     made = subprocess.run([*pip, "wheel", *what, "--wheel-dir", str(into)]).returncode == 0
     other = [wheel for wheel in into.glob(f"{name.replace('-', '_')}-*.whl") if not wheel.name.endswith("-any.whl")]
-    for wheel in other:  # of this Python, not of that one
+    for wheel in other:  # built for this Python, not for the other one
         wheel.unlink()
     return made and not other
 

@@ -1,4 +1,4 @@
-"""``descant claims``: test each paper's claim by paired runs with a placebo, judged by a rule fixed beforehand."""
+"""``descant claims``: test the claims of papers by paired runs with a placebo, judged by a rule fixed beforehand."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ _COMMANDS = ("list", "plan", "tune", "run", "table", "verify")
 
 
 def main(args: Sequence[str]) -> int:
-    """Raises Refusal with one line for whatever the user can correct, before anything is written."""
+    """Run a ``descant claims`` command and return its exit code.
+
+    Raises Refusal with one line, before anything is written, for errors that the user can correct.
+    """
     if not args or args[0] in ("-h", "--help") or args[-1] in ("-h", "--help"):
         print(_HELP)
         return 0
@@ -127,7 +130,7 @@ def _tune(given: argparse.Namespace) -> int:
 
 
 def _settled(claim: Claim, results: Path) -> Claim:
-    """The claim with the settings that were chosen. Raises Refusal where none were."""
+    """Return the claim with its chosen settings. Raises Refusal if none were chosen."""
     if not claim.is_tuned:
         return claim
     if (tuned := store.read_tuned(results, claim)) is None:
@@ -160,7 +163,7 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 def summary(claim: Claim, results: Path) -> dict[str, Any]:
-    """One object of ``descant claims list --json``; numbers are null where the effect was not measured."""
+    """Return one object of ``descant claims list --json``; numbers are null if the effect was not measured."""
     from descant.claims import table
 
     one = table.verdict(claim, results)
@@ -208,7 +211,7 @@ def _table(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    """Exit code 0 where every number equals the stored one to 1e-4; else 1, with the numbers."""
+    """Return exit code 0 if every number equals the stored one to 1e-4; otherwise print the numbers and return 1."""
     differ = 0
     for name in given.names or spec.names():
         claim = spec.load(name)
@@ -226,7 +229,7 @@ def _verify(given: argparse.Namespace) -> int:
         if given.code:
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(arm for arm in pilot["runs"] if arm in claim.arms)
-        with tempfile.TemporaryDirectory() as folder:  # not the runs that exist
+        with tempfile.TemporaryDirectory() as folder:  # existing runs are not reused
             place = run.Place(_settled(claim, given.results), "pilot", Path(folder), tuple(given.trust))
             code = run.run(place, arms, (seed,), given.jobs)
             if code:

@@ -1,4 +1,4 @@
-"""Comparisons: many rules on the settings of several claims, each with one baseline, placebo and oracle for all.
+"""Comparisons: many rules in the settings of several claims; in each, all rules share baseline, placebo and oracle.
 
 Letters: S paired seeds.
 """
@@ -46,14 +46,14 @@ _NEEDED = KEYS[:5]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rules that are run by their defaults in the settings of some claims, and judged as their methods are.
+    """Rules that are run with their defaults in the settings of some claims, and judged as the claims' methods are.
 
     Attributes:
-        claims: each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the same with the
-            arms of the comparison, some of which may be tuned by the claim's metric on its validation set, as a strong
-            baseline is. rules: these arms, and those that each claim has of its own, such as a plain run of as many
-            FLOPs. placebo: one of the arms that is neutral, such as random weights. simple: one of them, or an arm of
-            the claims, that one would try first. answer: what a reader should do, in three lines at most.
+        claims: each gives baseline, oracle, metric, margin, seeds, budget and lock-box. settings: the claims with the
+            arms of the comparison. Some arms, such as a strong baseline, may be tuned by the claim's metric on its
+            validation set. rules: these arms, and arms of each claim's own, such as a plain run with equal FLOPs.
+            placebo: a neutral arm, such as random weights. simple: an arm of the comparison or of the claims that one
+            would try first. answer: what a reader should do, in at most three lines.
     """
 
     name: str
@@ -71,12 +71,12 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Of all comparisons that ship."""
+    """List the names of all comparisons that ship."""
     return sorted(file.stem for file in folder().glob("*.yaml"))
 
 
 def load(name: str) -> Comparison:
-    """The comparison of that name."""
+    """Load a comparison by its name."""
     file = folder() / f"{name}.yaml"
     if not file.is_file():
         fail(f"claims {name}: no such comparison{hint(name, names())}")
@@ -131,7 +131,7 @@ def load(name: str) -> Comparison:
 def execute(
     of: Comparison, results: Path, runs: Path, jobs: int = 1, trust: Sequence[str] = (), slurm: str | None = None
 ) -> int:
-    """Register, run what is missing of all settings, store each rule as it ends and print what it comes to.
+    """Register and run what is missing in all settings, store each rule as it ends, and print the results.
 
     Returns an exit code.
     """
@@ -142,7 +142,7 @@ def execute(
         store.require_free(results, setting, of.name, _required_arms(of))
         lacking = lacking_arms(of, setting, results)
         rules = [arm for arm in lacking if arm in of.rules and arm != of.placebo]
-        # what every rule is compared with comes first
+        # the arms that every rule is compared with come first
         parts = [[arm for arm in lacking if arm not in rules], *([rule] for rule in rules)]
         for arms in parts if slurm is None else [list(lacking)]:
             code = _run_arms(of, setting, arms, results, runs, jobs, trust, slurm) if arms else None
@@ -162,13 +162,13 @@ def _run_arms(
     trust: Sequence[str],
     slurm: str | None,
 ) -> int | None:
-    """Train some arms of a setting, tuned first if they have settings, and store them beside those that are stored."""
+    """Train some arms of a setting, after tuning any that have settings, and add them to the stored ones."""
     stored = read_stored(of, setting, results) or {"runs": {}, "items": {}, "seconds": 0.0, "precision": []}
     seeds, of_arm = setting.seeds["full"], stored["runs"]
     whole = [arm for arm in of_arm if arm not in arms and {*seeds} <= of_arm[arm].keys()]
     kept = {arm: {seed: of_arm[arm][seed] for seed in seeds} for arm in whole}
     file = store.path(results, setting.name, f"{of.name}-registered")
-    if not kept:  # runs that were not registered stay exploratory, whatever is added to them
+    if not kept:  # unregistered runs stay exploratory, whatever is added to them
         store.write_registration(file, store.registration_in(file) or register(setting))
     if is_tuned(setting, arms):
         candidates = setting.candidates()
@@ -186,7 +186,7 @@ def _run_arms(
         return code
     folders = place.folders([*kept, *arms], seeds)
     items = {rule: gains for rule, gains in stored["items"].items() if rule in kept}
-    if {"baseline", of.placebo} <= folders.keys():  # else their files are not here
+    if {"baseline", of.placebo} <= folders.keys():  # otherwise their files are not here
         for rule in (rule for rule in of.rules if rule in arms):
             found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
             items |= {rule: found.stored()} if found is not None else {}
@@ -197,39 +197,39 @@ def _run_arms(
 
 
 def _is_without_room(claim: Claim, results: Path) -> bool:
-    """Whether the claim ended since its oracle gains too little, so that its rules cannot be compared."""
+    """Whether the claim ended because its oracle gains too little, so its rules cannot be compared."""
     known = store.of_design(results, claim, "full")
     return known is not None and known.get("effect") == NO_ROOM
 
 
 def _required_arms(of: Comparison) -> tuple[str, ...]:
-    """The arms without which a stored result is of another design."""
+    """Return the arms without which a stored result has another design."""
     return ("baseline", of.placebo)
 
 
 def read_stored(of: Comparison, setting: Claim, results: Path) -> dict[str, Any] | None:
-    """Read the runs of a comparison in one setting, without rules whose configuration has changed since."""
+    """Read the runs of a comparison in one setting, except rules whose configuration has changed since."""
     return store.of_design(results, setting, of.name, _required_arms(of))
 
 
 def lacking_arms(of: Comparison, setting: Claim, results: Path) -> tuple[str, ...]:
-    """List the arms to train: a stored result lacks a seed of them, or their configuration has changed."""
+    """List the arms to train: a stored result lacks one of their seeds, or their configuration has changed."""
     stored = (read_stored(of, setting, results) or {"runs": {}})["runs"]
     return tuple(arm for arm in setting.arms if not {*setting.seeds["full"]} <= stored.get(arm, {}).keys())
 
 
 def is_tuned(setting: Claim, arms: Iterable[str]) -> bool:
-    """Whether some of these arms has settings to choose from."""
+    """Whether any of these arms has settings to choose from."""
     return any(setting.arms[arm].settings for arm in arms)
 
 
 def tuning(name: str) -> str:
-    """Under which the runs that chose settings are stored."""
+    """Return the name under which the runs that chose settings are stored."""
     return f"{name}-{TUNE}"
 
 
 def _train(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int, slurm: str | None) -> int | None:
-    """Train what is missing; an exit code where it ends there, or goes on in jobs of SLURM."""
+    """Train what is missing; return an exit code if it stops there, or continues in SLURM jobs."""
     if not place.missing(arms, seeds):
         return None
     if slurm is not None:
@@ -238,11 +238,11 @@ def _train(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int, s
 
 
 def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[str, Effect]:
-    """Rule -> its effect in one setting; its word is corrected for the number of rules (Holm).
+    """Map each rule to its effect in one setting, with words corrected for the number of rules (Holm).
 
-    A word that takes the gain over baseline or placebo for other than 0 needs their p values to be rejected among those
-    of all rules that are not identical; else the row cannot tell. A rule that helps needs the same of its gain over the
-    simple alternative; else that does as well.
+    A word that claims a nonzero gain over baseline or placebo requires that Holm's method rejects their p values among
+    those of all distinct rules; otherwise the word is "cannot tell". A rule that helps must pass the same test with its
+    gain over the simple alternative; otherwise the word is "a simpler way does as well".
     """
     runs, found, p_values = stored["runs"], dict[str, Effect](), list[float]()
     seeds, margin = sorted(runs["baseline"]), setting.metric.margin
@@ -270,14 +270,14 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
             if found[rule].word in (HELPS, LITTLE) and rules[0] in beaten:
                 found[rule] = replace(found[rule], word=SIMPLER)
             if found[rule].word in (HELPS, LITTLE) and of.simple is not None and simple_S is None:
-                found[rule] = replace(found[rule], word=UNCLEAR)  # until the simple alternative has run
+                found[rule] = replace(found[rule], word=UNCLEAR)  # open until the simple alternative has run
             if found[rule].word in (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, HURTS) and rules[0] not in kept:
                 found[rule] = replace(found[rule], word=UNCLEAR)
     return found
 
 
 def group_identical(of: Comparison, runs: Runs) -> list[list[str]]:
-    """Group the rules whose runs have the same metrics in every seed: they are one rule in this setting."""
+    """Group the rules whose runs have the same metrics in every seed; in this setting they are one rule."""
     groups: dict[str, list[str]] = {}
     for rule in (rule for rule in of.rules if rule in runs):
         same = {s: {k: v for k, v in m.items() if not _is_cost(k)} for s, m in sorted(runs[rule].items())}
@@ -286,12 +286,12 @@ def group_identical(of: Comparison, runs: Runs) -> list[list[str]]:
 
 
 def _is_cost(metric: str) -> bool:
-    """Whether a metric is about the computation, which may differ where the model does not."""
+    """Whether a metric measures the computation, which may differ between equal models."""
     return "/" not in metric or metric.split("/")[0] in ("speed", "harmony", "train", "balance", "sham")
 
 
 def summary(of: Comparison, results: Path) -> str:
-    """Markdown of a comparison in short: what to do, and a row a word, with its rules."""
+    """Return a short Markdown section of a comparison: what to do, and a row for each word, with its rules."""
     rows: dict[str, dict[str, list[str]]] = {}
     for claim, setting in zip(of.claims, of.settings, strict=True):
         stored = read_stored(of, setting, results)
@@ -312,7 +312,7 @@ def summary(of: Comparison, results: Path) -> str:
 
 
 def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
-    """The page of a comparison: what to do, its settings, and a row a rule.
+    """Return the page of a comparison: what to do, its settings, and a row for each rule.
 
     ``folder``: where its figures and its earlier tables are written.
     """
@@ -352,7 +352,7 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
 
 
 def _table(of: Comparison, setting: Claim, runs: Runs, found: Mapping[str, Effect]) -> list[str]:
-    """A row a rule, or one for all rules that are identical."""
+    """Return a table with a row for each rule, or one for all identical rules."""
     others = [
         metric for metric in setting.secondary if "/" in metric and all(metric in m for m in runs["baseline"].values())
     ]
@@ -397,7 +397,7 @@ def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
 
 
 def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
-    """What validation chose, a line an arm."""
+    """Return a line for each arm with the setting that validation chose."""
     tuned = store.read_tuned(results, setting, tuning(of.name))
     if setting.tuning is None or tuned is None:
         return []

@@ -1,4 +1,4 @@
-"""Digests of a claim: of what the runs of each arm compose to, and of the rule that judges them."""
+"""Digests of a claim: of each arm's composed configuration, and of the rule that judges the arms."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from descant.claims.claim import BEFORE, Claim
 
-#: Contents of the configurations that a name stands for, in the order in which they count.
+#: Names of configurations -> contents of their files, in order of precedence.
 Contents = Callable[[Iterable[str]], list[Any]]
-#: Key of the digest of the rule beside those of the arms.
+#: Key of the rule's digest, beside those of the arms.
 RULE = "rule"
 
 
 def digests(claim: Claim, contents: Contents) -> dict[str, str]:
-    """Arm -> digest of its runs, whatever files and names they stand in; ``RULE`` -> digest of what judges them.
+    """Map each arm to the digest of its runs, and ``RULE`` to the digest of the rule that judges them.
 
-    In place of the names of configurations stands what they compose to: an overlay may become part of an arm, or an
-    experiment move, and the digest stays. So a new arm changes no other. Comments, layout and the order of keys do not
-    count, nor do the module of a class and the callback ``Sanity``, which changes no number.
+    Digests read what configurations compose to, not their names or files. So a digest stays if an overlay becomes part
+    of an arm or an experiment moves, and a new arm changes no other digest. Comments, layout, the order of keys and the
+    module of a class do not count. Neither does the callback ``Sanity``, which changes no number.
     """
     found: dict[str, str] = {}
     for arm in ([BEFORE] if claim.before is not None else []) + list(claim.arms):
@@ -44,9 +44,9 @@ def _of_arm(claim: Claim, arm: str, contents: Contents, known: dict[str, str]) -
 
 
 def compose(parts: Iterable[Any]) -> dict[str, Any]:
-    """Compose the contents of configurations to one. ``trainer.precision: auto`` counts as bf16-mixed.
+    """Compose the contents of configurations into one. ``trainer.precision: auto`` counts as bf16-mixed.
 
-    That is what it is on machines that compute bfloat16; what it was in a result is stored with the result.
+    ``auto`` means bf16-mixed on machines that compute bfloat16; a result stores the precision of its runs.
     """
     config: Any = {}
     for part in parts:
@@ -58,7 +58,7 @@ def compose(parts: Iterable[Any]) -> dict[str, Any]:
 
 
 def merged(first: Any, over: Any) -> Any:
-    """One configuration laid over another: objects merge, lists of keys that end in ``+`` are joined, the rest wins.
+    """Merge ``over`` into ``first``: objects merge, lists at keys that end in ``+`` are joined, the rest is replaced.
 
     >>> merged({"a": {"b": 1, "c+": [1]}, "d": [1]}, {"a": {"c+": [2]}, "d": [2]})
     {'a': {'b': 1, 'c+': [1, 2]}, 'd': [2]}
@@ -74,12 +74,12 @@ def merged(first: Any, over: Any) -> Any:
 
 
 def sha(value: Any) -> str:
-    """SHA-256 of a value of plain types, whatever the order of its keys; the first 16 digits."""
+    """Return the first 16 digits of the SHA-256 of a value of plain types, for any order of its keys."""
     return hashlib.sha256(json.dumps(_plain(value), default=str).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
-    """With sorted keys and classes without their modules, and without ``Sanity``."""
+    """Return a value with sorted keys, with classes without their modules, and without ``Sanity``."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=lambda of: str(of[0]))}
     if isinstance(value, list | tuple):

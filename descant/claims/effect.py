@@ -1,4 +1,4 @@
-"""The effect of a mechanism in one word, by confidence intervals over seeds and over test items.
+"""The effect of a mechanism in one word, from confidence intervals over seeds and over test items.
 
 Letters: S paired seeds, N test items.
 """
@@ -24,7 +24,7 @@ SIMPLER, PLACEBO, WORSE = "a simpler way does as well", "placebo does as well", 
 INVALID, NONE, UNCLEAR, HURTS = "placebo invalid", "no effect", "cannot tell", "hurts"
 NO_ROOM, NOT_TESTABLE = "no room", "not testable here"
 WORDS = (HELPS, LITTLE, SIMPLER, PLACEBO, WORSE, INVALID, NONE, UNCLEAR, HURTS, NO_ROOM, NOT_TESTABLE)
-#: Coverage of the interval of the oracle's gain, whose upper end decides whether there is room.
+#: Coverage of the interval of the oracle's gain; its upper end decides whether there is room for a gain.
 ROOM_LEVEL = 0.90
 #: Resamples of a bootstrap.
 RESAMPLES = 2000
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean gain and its confidence interval; above zero is better, whichever way the metric goes.
+    """A mean gain and its confidence interval; above zero is better, for either direction of the metric.
 
     >>> Interval(0.2, 0.1, 0.3).joined(Interval(0.2, -0.1, 0.25))
     Interval(mean=0.2, low=-0.1, high=0.3)
@@ -50,14 +50,14 @@ class Interval:
         return cls(mean, low, high)
 
     def stored(self) -> list[float]:
-        """Mean and both ends, as results hold them."""
+        """Return the mean and both ends, as results store them."""
         return [self.mean, self.low, self.high]
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     def joined(self, other: Interval | None) -> Interval:
-        """The mean with the lower of both lower ends and the higher of both upper ends."""
+        """Return the mean with the lower of both lower ends and the higher of both upper ends."""
         return self if other is None else Interval(self.mean, min(self.low, other.low), max(self.high, other.high))
 
     def within(self, bound: float) -> bool:
@@ -66,10 +66,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a claim comes to.
+    """The result of a claim.
 
     Attributes:
-        word: one of ``WORDS``. over_baseline, over_placebo, over_simple: gains of the method; the last is None where no
+        word: one of ``WORDS``. over_baseline, over_placebo, over_simple: gains of the method; the last is None if no
             simple alternative ran. placebo: gain of the placebo over the baseline. oracle: gain of the oracle over the
             baseline, with an interval of ``ROOM_LEVEL``, if one ran. margin: smallest gain that counts. seeds: number
             of paired seeds.
@@ -91,14 +91,14 @@ class Effect:
 
     @property
     def share_of_headroom(self) -> float | None:
-        """Gain of the method as a share of the oracle's; None without an oracle that is above the baseline."""
+        """Return the method's gain as a share of the oracle's; None if no oracle is above the baseline."""
         if self.oracle is None or self.oracle.mean <= 0:
             return None
         return self.over_baseline.mean / self.oracle.mean
 
 
 def over_seeds(gain_S: Sequence[float], level: float = LEVEL) -> Interval:
-    """Student's t interval of the mean gain over paired seeds: ``mean +- t(level, S - 1) sd / sqrt(S)``.
+    """Return Student's t interval of the mean gain over paired seeds: ``mean +- t(level, S - 1) sd / sqrt(S)``.
 
     >>> gain = over_seeds([0.25, 0.5, 0.75])
     >>> gain.mean, round(gain.low, 3), round(gain.high, 3)
@@ -111,17 +111,17 @@ def over_seeds(gain_S: Sequence[float], level: float = LEVEL) -> Interval:
 def over_items(
     gain_SN: NDArray[np.float64], weight_N: NDArray[np.float64] | None = None, seed: int = 0, level: float = LEVEL
 ) -> Interval:
-    """Percentile bootstrap over test items of the mean gain, where the seeds stay as they are.
+    """Return a percentile bootstrap interval of the mean gain over test items; the seeds are not resampled.
 
         sum_n w_n mean_S(gain_Sn) / sum_n w_n        over N columns, drawn with replacement, ``RESAMPLES`` times
 
-    ``weight_N``: such as the drawings of a concept, all of which are one item; ones where not given.
+    ``weight_N``: ones by default; for example, the number of drawings of a concept if a concept is one item.
 
     >>> import numpy as np
     >>> over_items(np.array([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]]), seed=0)
     Interval(mean=0.625, low=0.25, high=1.0)
     """
-    import numpy as np  # late: `descant list` imports this file
+    import numpy as np  # imported here, because `descant list` imports this file
 
     gain_N = np.asarray(gain_SN, dtype=np.float64).mean(axis=0)
     if not gain_N.size:
@@ -134,7 +134,7 @@ def over_items(
 
 
 def items_needed(margin: float, sd: float, level: float = LEVEL) -> int:
-    """Test items that a gain of ``margin`` needs to lie outside the interval of no gain: ``(z sd / margin)^2``.
+    """Return how many test items put a gain of ``margin`` outside the interval of no gain: ``(z sd / margin)^2``.
 
     ``sd``: standard deviation of an item's gain; for hits or misses it is at most 1, and ``sqrt(share that differs)``.
 
@@ -155,27 +155,27 @@ def effect(
     oracle: Interval | None = None,
     items: Sequence[Interval | None] = (),
 ) -> Effect:
-    """Decide the word for an effect from paired gains over the baseline. The first row of the table that applies wins.
+    """Decide the word for an effect from paired gains over the baseline. The first matching row of the table applies.
 
     ==========================  ================================================================================
     placebo invalid             the placebo is at least a margin away from the baseline, whatever the method gains
     no room                     the upper end of the oracle's gain is below the margin
-    hurts                       over baseline wholly below 0
-    worse than placebo          over placebo wholly below 0
-    placebo does as well        over baseline above 0, over placebo not
-    a simpler way does as well  over baseline and over placebo above 0, over the simple alternative not
-    helps                       over all of them above 0, mean over baseline at least the margin
-    helps a little              over all of them above 0, mean below the margin
-    no effect                   over baseline wholly within the margin around 0
-    cannot tell                 the rest
+    hurts                       the gain over the baseline is entirely below 0
+    worse than placebo          the gain over the placebo is entirely below 0
+    placebo does as well        the gain over the baseline is above 0, that over the placebo is not
+    a simpler way does as well  both gains are above 0, the gain over the simple alternative is not
+    helps                       all gains are above 0, and the mean over the baseline is at least the margin
+    helps a little              all gains are above 0, and the mean over the baseline is below the margin
+    no effect                   the gain over the baseline is entirely within the margin around 0
+    cannot tell                 none of the above
     ==========================  ================================================================================
 
     Args:
-        method_S, placebo_S, simple_S: gains over the baseline, one a seed, in the same order.
+        method_S, placebo_S, simple_S: gains over the baseline, one per seed, in the same order.
         margin: smallest gain that counts.
         oracle: gain of the oracle over the baseline (:func:`room`).
         items: intervals over test items of the gains over baseline, placebo and simple alternative; each is joined to
-            that over seeds.
+            the interval over seeds.
 
     >>> effect([0.09, 0.08, 0.1], [0.0, 0.01, -0.01], margin=0.05).word
     'helps'
@@ -198,7 +198,7 @@ def effect(
 
 
 def room(oracle_S: Sequence[float]) -> Interval:
-    """Gain of the oracle over the baseline, on pilot seeds and others together, with an interval of ``ROOM_LEVEL``.
+    """Return the oracle's gain over the baseline, over pilot and other seeds, with an interval of ``ROOM_LEVEL``.
 
     >>> round(room([0.1, 0.2, 0.3]).high, 3)
     0.369
@@ -207,7 +207,7 @@ def room(oracle_S: Sequence[float]) -> Interval:
 
 
 def has_room(oracle: Interval | None, margin: float) -> bool:
-    """Whether the oracle may gain as much as a margin; True without an oracle."""
+    """Whether the oracle may gain at least a margin; True without an oracle."""
     return oracle is None or not oracle.high < margin
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Parts = Mapping[str, NDArray[Any]]
 
-#: Arms whose gains are compared by item, the method's over each, beside the simple alternative.
+#: Arms over which the method's gains are compared by item, beside the simple alternative.
 OVER = ("baseline", "sham")
 _STORED = ("over_baseline", "over_placebo", "over_simple")
 
@@ -45,13 +45,13 @@ class ItemGains:
         return self.over_baseline, self.over_placebo, self.over_simple
 
     def stored(self) -> dict[str, Any]:
-        """As it is stored in a result."""
+        """Return the gains as a result stores them."""
         intervals = zip(_STORED, self.intervals, strict=True)
         return {"number": self.number, **{key: of.stored() for key, of in intervals if of is not None}}
 
 
 def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
-    """The gains by item of a result; None where it has none."""
+    """Read the gains by item from a result; None if it has none."""
     items = stored.get("items")
     if items is None:
         return None
@@ -60,8 +60,8 @@ def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
 
 
 def read(folder: Path, metric: str) -> Parts | None:
-    """``id``, ``sum`` and ``weight`` of each item of a metric of a run; None where its test wrote none."""
-    from safetensors import SafetensorError, safe_open  # late: `descant list` imports this package
+    """Read ``id``, ``sum`` and ``weight`` of each item of a run's metric; None if its test wrote none."""
+    from safetensors import SafetensorError, safe_open  # imported here, because `descant list` imports this package
 
     from descant.modules.evaluation.items import FILE, PARTS
 
@@ -77,7 +77,7 @@ def read(folder: Path, metric: str) -> Parts | None:
 
 
 def gains(claim: Claim, arms: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> ItemGains | None:
-    """The method's gains by item; None where the metric is no mean over items.
+    """Return the method's gains by item; None if the metric is no mean over items.
 
     ``arms``: arm -> seed -> folder of its run.
     """
@@ -96,10 +96,10 @@ def gains(claim: Claim, arms: Mapping[str, Mapping[int, Path]], seeds: Sequence[
 
 
 def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None:
-    """Check that there are enough test items for a gain of ``margin`` to be above zero, whichever of them it hits.
+    """Check that there are enough test items to show a gain of ``margin``, whichever items it changes.
 
-    A gain of m in hits or misses changes a share m of the items at least, so that an item's gain has a standard
-    deviation of ``sqrt(m (1 - m))`` or more.
+    A gain of m in hits or misses changes at least a share m of the items, so an item's gain has a standard deviation of
+    ``sqrt(m (1 - m))`` or more.
     """
     for parts in (read(folder, claim.metric.name) for folder in folders):
         if parts is None or not _hits(parts):
@@ -120,7 +120,7 @@ def _hits(parts: Parts) -> bool:
 def _gain(
     claim: Claim, other: str, method: Sequence[Parts | None], against: Sequence[Parts | None]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """``gain_SK`` and ``weight_K`` of the method over another arm."""
+    """Return ``gain_SK`` and ``weight_K`` of the method over another arm."""
     import numpy as np
 
     rows, first = [], method[0]

@@ -18,11 +18,12 @@ Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Judgement:
-    """Word and numbers of a claim. Differences are gains: above zero is better, whichever way the metric goes.
+    """Word and numbers of a claim. Differences are gains: above zero is better, for either direction of the metric.
 
     Attributes:
-        effect: the word, by intervals. needed: seeds that would show a gain of one margin, by these runs. asked: every
-            further condition, its value, and whether it is met. items: gains by test item, where there are any.
+        effect: the word and its intervals. needed: number of seeds that would show a gain of one margin, estimated from
+            these runs. asked: every further condition, its value, and whether it is met. items: gains by test item, if
+            there are any.
     """
 
     effect: Effect
@@ -36,14 +37,14 @@ class Judgement:
 
 
 def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs | None = None) -> Judgement:
-    """The effect of a claim, in one word.
+    """Judge the effect of a claim in one word.
 
-    Where its intervals leave it open, and more seeds than the claim has would be needed to show a gain of one margin,
-    it is not testable.
+    The claim is not testable if its intervals leave the effect open and a gain of one margin needs more seeds than it
+    has.
 
     Args:
         items: gains by test item, whose intervals are joined to those over seeds. pilot: the runs of its pilot, whose
-            oracle counts towards the room that there is.
+            oracle is included in the estimate of room.
     """
     for arm in ARMS:
         if not runs.get(arm) or set(runs[arm]) != set(runs["method"]):
@@ -72,25 +73,25 @@ def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs 
 
 
 def needed_seeds(claim: Claim, runs: Runs) -> int:
-    """Seeds that would show a gain of one margin over baseline and placebo, by what these runs differ."""
+    """Estimate from these runs how many seeds would show a gain of one margin over baseline and placebo."""
     seeds = sorted(runs["method"])
     columns = [column(claim, runs, arm, claim.metric.name, seeds) for arm in ARMS]
     return seeds_needed(claim.metric.margin, upper_deviation(columns))
 
 
 def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:
-    """Gains of an arm over the baseline, one a seed."""
+    """Return the gains of an arm over the baseline, one per seed."""
     pairs = (column(claim, runs, of, claim.metric.name, seeds) for of in (arm, "baseline"))
     return [claim.metric.gain(a, b) for a, b in zip(*pairs, strict=True)]
 
 
 def require_equal(claim: Claim, runs: Runs) -> None:
-    """Check that all runs had the same budget, and that the method's code was called as often in the sham.
+    """Check that all runs had equal budgets, and that method and sham called the method's code equally often.
 
-    Runs from which others begin and arms apart are not compared; arms that continue the method, baseline or sham are
-    compared with each other, since their steps come on top. FLOPs are equal within :data:`WITHIN`, seed by seed. Of
-    seconds, each run needs about as many as the method's of its seed; the sham, which runs the method's code, needs as
-    many steps, in whatever time.
+    Runs from which others begin, and arms apart, are not compared. Arms that continue the method, baseline or sham are
+    compared with each other, since their steps come on top. FLOPs must agree within :data:`WITHIN`, seed by seed. With
+    seconds, each run needs about the seconds of the method's run with its seed. The sham runs the method's code, so it
+    needs the same number of steps, in any time.
     """
     arms = [arm for arm in runs if arm not in claim.uncompared]
     beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
@@ -109,7 +110,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
 def _require_simple(claim: Claim, runs: Runs) -> None:
     """Check that the simple alternative spends no more FLOPs than the method. Runs without the number pass.
 
-    The run from which the method begins has been paid by both.
+    The run from which the method begins costs both the same.
     """
     if claim.simple == BEFORE:
         return
@@ -121,7 +122,7 @@ def _require_simple(claim: Claim, runs: Runs) -> None:
 
 
 def require_flops(claim: Claim, arms: Runs) -> None:
-    """Check that arms spent the FLOPs of the reference arm (of the first one, where that is not among them)."""
+    """Check that arms spent the FLOPs of the reference arm, or of the first arm if the reference is not among them."""
     reference = claim.reference if claim.reference in arms else next(iter(arms), "")
     for arm, of in arms.items():
         for seed, metrics in of.items():
@@ -156,7 +157,7 @@ def _require_equal(claim: Claim, arms: Runs) -> None:
 
 
 def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]) -> list[float]:
-    """One metric of one arm, a value a seed."""
+    """Return one metric of one arm, a value per seed."""
     for seed in seeds:
         found = runs[arm][seed]
         if not math.isfinite(found.get(metric, math.nan)):
@@ -170,7 +171,7 @@ def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int])
 
 
 def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:
-    """Value of a condition, with its interval over seeds, and whether that lies within the bounds."""
+    """Return the value of a condition with its interval over seeds, and whether the interval lies within the bounds."""
 
     def values(arm: str, metric: str) -> list[float]:
         found = column(claim, runs, arm, metric, seeds)
@@ -189,7 +190,7 @@ def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int
 
 
 def lines(claim: Claim, judgement: Judgement, why: str) -> list[str]:
-    """A judgement as text; ``why``: the claim ended with these seeds."""
+    """Format a judgement as text; ``why``: the reason why the claim ended with these seeds."""
     found = judgement.effect
     simple = [] if found.over_simple is None else [f"over {claim.simple}, which is simpler: {found.over_simple}"]
     return [

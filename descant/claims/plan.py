@@ -19,8 +19,8 @@ class Part:
     """A stage of a claim.
 
     Attributes:
-        name: of the stage. runs: how many it has. missing: how many of them are still to be trained. minutes: of one
-            core for these; None where no run of the claim is stored that could show how long one takes.
+        name: of the stage. runs: their number. missing: number of runs still to be trained. minutes: core-minutes of
+            the missing runs; None if no stored run of the claim shows how long one takes.
     """
 
     name: str
@@ -30,9 +30,9 @@ class Part:
 
 
 def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
-    """The stages of a claim with their runs; how many seeds are needed is known once its pilot is stored.
+    """List the stages of a claim with their runs. The number of seeds is known once its pilot is stored.
 
-    Of a claim that has a result only the arms are trained that this lacks.
+    If the claim has a result, only the arms missing from it are trained.
     """
     each, seeds = minutes_a_run(claim, results), claim.seeds
     if (stored := store.of_design(results, claim, "full")) is not None:
@@ -49,7 +49,7 @@ def plan(claim: Claim, results: Path, runs: Path) -> list[Part]:
 
 
 def plan_comparison(of: Comparison, results: Path, runs: Path) -> list[Part]:
-    """The runs of a comparison in the setting of each claim, those that tune arms first."""
+    """List the runs of a comparison in the setting of each claim; runs that tune arms come first."""
     parts = []
     for claim, setting in zip(of.claims, of.settings, strict=True):
         each, name = minutes_a_run(claim, results), claim.name
@@ -78,7 +78,7 @@ def _part(name: str, place: Place, arms: Sequence[str], seeds: Sequence[int], ea
 
 
 def minutes_a_run(claim: Claim, results: Path) -> float | None:
-    """Core-minutes of a run, by the largest stored result of the claim: wall time times cores over its runs."""
+    """Estimate core-minutes of a run from the claim's largest stored result: wall time times cores over its runs."""
     for budget in ("full", "pilot", TUNE):
         stored = store.read(results, claim.name, budget)
         number = sum(len(of) for of in stored["runs"].values()) if stored is not None else 0
@@ -89,7 +89,7 @@ def minutes_a_run(claim: Claim, results: Path) -> float | None:
 
 
 def lines(name: str, parts: Sequence[Part]) -> list[str]:
-    """A plan as text, of a claim or comparison of this name."""
+    """Format the plan of a claim or comparison of this name as text."""
     rows = [f"{name}: {sum(part.missing for part in parts)} runs to train, {_minutes(parts)}"]
     width = max([10, *(len(part.name) for part in parts)])
     rows += [f"  {part.name:{width}} {part.missing:3} of {part.runs:3} runs   {_minutes([part])}" for part in parts]

@@ -1,4 +1,4 @@
-"""SVG figures of claims: the seeds of each arm of one claim, and the gains of all claims."""
+"""Draw SVG figures of claims: the seeds of each arm of one claim, and the gains of all claims."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from descant.claims.judge import Runs, column
 from descant.report import figures
 
 _COLOURS = {"baseline": figures.FAINT, "method": figures.BLUE, "sham": figures.VERMILLION}
-#: Gains are drawn between these, in margins; what lies beyond ends at the edge.
+#: Gains are drawn between these limits, in margins; larger ones end at the edge.
 _SHOWN = (-8.0, 16.0)
 
 
 def svg(claim: Claim, runs: Runs) -> str:
-    """SVG figure of a claim's metric: a column an arm, a point a seed, a bar at the mean, and a line through each seed.
+    """Draw a claim's metric as SVG: a column per arm, a point per seed, a bar at the mean, a line through each seed.
 
-    It has 640 x 300 pixels, more in height where long names of arms are rotated; arms without the metric are left out.
+    The figure has 640 x 300 pixels, and is taller if long names of arms are rotated. Arms without the metric are left
+    out.
     """
     name = claim.metric.name
     arms = [a for a in runs if a != BEFORE and all(name in m for m in runs[a].values())]
@@ -51,9 +52,9 @@ def svg(claim: Claim, runs: Runs) -> str:
 
 
 def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
-    """SVG figure of all claims, by family: gains over baseline and over placebo, in margins, with their intervals.
+    """Draw all claims by family as SVG: gains over baseline and over placebo, in margins, with their intervals.
 
-    The axis is linear up to 1 margin and logarithmic beyond; the band is what counts as no effect.
+    The axis is linear up to 1 margin and logarithmic beyond; the band marks gains that count as no effect.
     """
     rows: list[tuple[str, Effect | None]] = []
     for family, claims in families.items():

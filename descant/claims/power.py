@@ -1,31 +1,31 @@
-"""How many seeds show an effect of one margin, by what the pilot's runs differ. Letters: S seeds, A arms."""
+"""How many seeds show an effect of one margin, estimated from a pilot's runs. Letters: S seeds, A arms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-#: Chance with which an effect of one margin has to be shown, and the share of deviations that the limit covers.
+#: Required probability to show an effect of one margin, and the coverage of the upper limit of deviations.
 POWER, LIMIT = 0.80, 0.80
-#: Coverage of the intervals that a claim is judged by.
+#: Coverage of the intervals that judge a claim.
 LEVEL = 0.95
-#: Seeds of a pilot, and the fewest and the most of a claim; a YAML may ask for up to ``ASKED``.
+#: Seeds of a pilot, and the fewest and most seeds of a claim; a YAML may ask for up to ``ASKED``.
 PILOT, LEAST, MOST, ASKED = 3, 5, 10, 20
 
 
 def upper_deviation(value_AS: Sequence[Sequence[float]]) -> float:
-    """Estimate from a pilot how much a paired difference of two arms varies, as an upper limit.
+    """Estimate from a pilot an upper limit of the standard deviation of a paired difference of two arms.
 
         r_as = x_as - mean_s x_a - mean_a x_s + mean x,    limit = sqrt(2 sum r^2 / chi2(1 - LIMIT, (A - 1) (S - 1)))
 
-    The residuals of the table of arms and seeds pool what the paired differences of all its arms say: with three arms
-    and three seeds they have 4 degrees of freedom, and a single difference has 2. A small pilot underestimates the
-    deviation more often than not, so the limit lies above the estimate.
+    The residuals of the table of arms and seeds pool the paired differences of all arms: three arms and three seeds
+    give 4 degrees of freedom, a single difference gives 2. A small pilot underestimates the deviation more often than
+    not, so the limit lies above the estimate.
 
     >>> round(upper_deviation([[0.1, 0.2, 0.3], [0.2, 0.4, 0.3], [0.1, 0.1, 0.3]]), 3)
     0.172
     """
-    from scipy.special import chdtri  # late: `descant list` imports this package
+    from scipy.special import chdtri  # imported here, because `descant list` imports this package
 
     A, S = len(value_AS), len(value_AS[0]) if value_AS else 0
     if A < 2 or S < 2:
@@ -38,11 +38,11 @@ def upper_deviation(value_AS: Sequence[Sequence[float]]) -> float:
 
 
 def seeds_needed(margin: float, deviation: float, most: int = 999) -> int:
-    """The fewest seeds with which a paired t test shows a gain of ``margin`` with the chance ``POWER``.
+    """Return the fewest seeds with which a paired t test shows a gain of ``margin`` with probability ``POWER``.
 
         P(T' > t(LEVEL, n - 1)) >= POWER,    T' noncentral, with noncentrality margin sqrt(n) / deviation
 
-    Never fewer than ``LEAST``; ``most + 1`` where more than ``most`` are needed.
+    The result is at least ``LEAST``, and ``most + 1`` if more than ``most`` are needed.
 
     >>> seeds_needed(1.0, deviation=0.5), seeds_needed(1.0, deviation=1.0), seeds_needed(1.0, deviation=5.0)
     (5, 10, 199)
@@ -57,7 +57,7 @@ def seeds_needed(margin: float, deviation: float, most: int = 999) -> int:
     def power(seeds: int) -> float:
         quantile = stdtrit(seeds - 1, (1 + LEVEL) / 2)
         missed = float(nctdtr(seeds - 1, margin / deviation * math.sqrt(seeds), quantile))
-        return 1 - missed if math.isfinite(missed) else 1.0  # it underflows where nothing is missed
+        return 1 - missed if math.isfinite(missed) else 1.0  # not finite where it underflows: no miss
 
     low, high = LEAST, most + 1  # power grows with the seeds
     while low < high:

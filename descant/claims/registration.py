@@ -19,16 +19,16 @@ from descant.cli.errors import fail
 from descant.cli.untrusted import yaml_of
 from descant.modules.io.names import PACKAGE, full
 
-#: A configuration of a claim, read once.
+#: Content of a configuration file, read once.
 _content = cache(yaml_of)
 
 
 def register(claim: Claim) -> dict[str, Any]:
-    """What a claim was when it was registered.
+    """Record the state of a claim, to be registered.
 
     Returns:
-        ``digests`` of its arms and rule, ``commit`` of the checkout that its YAML lies in (None outside of one),
-        ``time`` (UTC, ISO 8601) and ``code``, the digest of each source file by its path below the package.
+        ``digests`` of its arms and rule, ``commit`` of the checkout with its YAML (None outside a checkout), ``time``
+            (UTC, ISO 8601) and ``code``, the digest of each source file by its path below the package.
     """
     commit = _git(claim.file.parent, "rev-parse", "HEAD")
     if commit is not None and (files := find_uncommitted_files(claim)):
@@ -42,7 +42,7 @@ def register(claim: Claim) -> dict[str, Any]:
 
 
 def find_uncommitted_files(claim: Claim) -> list[str]:
-    """List the files of a claim that are changed and not committed: its YAML, what it composes, and imported code."""
+    """List changed, uncommitted files of a claim: its YAML, configurations that it composes, and imported code."""
     configs = [name for arm in (*claim.arms.values(), *filter(None, [claim.before])) for name in arm.configs]
     files = {claim.file, *layers(map(find, (claim.experiment, *configs))), *(PACKAGE / file for file in code(claim))}
     found = []
@@ -53,7 +53,7 @@ def find_uncommitted_files(claim: Claim) -> list[str]:
 
 
 def exploratory(claim: Claim, registered: Mapping[str, Any] | None) -> str | None:
-    """Why a result is no test of a claim that was fixed beforehand; None where it is one."""
+    """Return why a result does not test a claim that was fixed beforehand, or None if it does."""
     if claim.exploratory is not None:
         return claim.exploratory
     if not registered or "digests" not in registered:
@@ -66,15 +66,15 @@ def exploratory(claim: Claim, registered: Mapping[str, Any] | None) -> str | Non
 
 
 def changed(registered: Mapping[str, Any], claim: Claim) -> list[str]:
-    """Source files of a claim whose code is not what was registered, such as ``modules/losses/hinge.py``."""
+    """List source files of a claim whose code differs from the registered code, such as ``modules/losses/hinge.py``."""
     then, now = registered.get("code", {}), code(claim)
     return sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
 
 
 def code(claim: Claim) -> dict[str, str]:
-    """File -> digest, for the classes that the configurations of a claim name and all of ours that these import.
+    """Map files to digests, for the classes in a claim's configurations and all code of this package that they import.
 
-    Comments, docstrings and layout do not count. What a class imports is read from its source, so nothing is imported.
+    Comments, docstrings and layout do not count. Imports are read from the source, so nothing is imported.
     """
     arms = [*claim.arms.values(), *([claim.before] if claim.before is not None else [])]
     paths = (full(text.rpartition(".")[2]) for arm in arms for text in _named(claim, arm))
@@ -84,9 +84,9 @@ def code(claim: Claim) -> dict[str, str]:
 
 
 def shared(claim: Claim, arm: str, budget: str) -> str:
-    """Digest of the runs of an arm, and of the code that they import.
+    """Return a digest of an arm's runs and of the code that they import.
 
-    Arms of two claims with the same digest are the same runs, whatever their names are.
+    Arms of two claims with the same digest have the same runs, whatever their names are.
     """
     needs = claim.begins_from(arm) if arm != BEFORE else set()
     alone = replace(claim, arms={name: of for name, of in claim.arms.items() if name in {arm, *needs}})
@@ -94,7 +94,7 @@ def shared(claim: Claim, arm: str, budget: str) -> str:
 
 
 def imported(modules: Iterable[str]) -> set[str]:
-    """The modules and all modules of this package that they import, at any depth.
+    """Return these modules and all modules of this package that they import, at any depth.
 
     >>> sorted(imported(["descant.claims.effect"]))
     ['descant.claims.effect', 'descant.claims.power', 'descant.report.statistics']
@@ -109,7 +109,7 @@ def imported(modules: Iterable[str]) -> set[str]:
 
 
 def _named(claim: Claim, arm: Arm) -> list[str]:
-    """All texts in what the runs of an arm compose to."""
+    """List all texts in the composed configuration of an arm's runs."""
     files = layers(map(find, (claim.experiment, *arm.configs)))
     return texts([[_content(file) for file in files], dict(arm.options), dict(arm.predict or {})])
 
@@ -147,12 +147,12 @@ def _digest(file: Path) -> str:
 
 
 def now() -> str:
-    """The time as it is stored: UTC, ISO 8601."""
+    """Return the current time as it is stored: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints; None outside of a checkout, or without git."""
+    """Return the output of git, or None outside a checkout or without git."""
     command = ["git", "-C", str(folder.resolve()), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout

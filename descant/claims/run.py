@@ -1,4 +1,4 @@
-"""Train the runs of a claim: find those that exist, start the missing ones as parallel processes or SLURM arrays."""
+"""Train the runs of a claim: find existing runs, and start the missing ones as parallel processes or SLURM arrays."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from descant.run import runs as folders
 from descant.run.groups import numbers, seed_of
 from descant.run.processes import Task, run_beside
 
-#: File with the time at which a command began to train; it is there while one trains.
+#: File with the start time of a command; it exists while the command trains.
 _BEGAN = "began"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Run folders of one configuration of a claim; another configuration has other folders."""
+    """Run folders of one configuration of a claim; each configuration has its own folders."""
 
     claim: Claim
     budget: str
@@ -42,48 +42,50 @@ class Place:
         return self.root / "claims" / self.claim.name / self.budget
 
     def home(self, arm: str) -> Path:
-        """Folder of the runs of an arm, by its digest. Claims share the runs of equal baselines and oracles."""
+        """Return the folder of an arm's runs, by its digest. Claims share the runs of equal baselines and oracles."""
         if self.is_shared(arm):
-            if arm not in self._shared:  # it reads and parses the code of the arm
+            if arm not in self._shared:  # slow: it reads and parses the arm's code
                 self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
             return self._shared[arm]
         return self.folder / sha([self.claim.digests.get(arm, ""), self.claim.options(arm, self.budget)])[:8]
 
     def is_shared(self, arm: str) -> bool:
-        """Whether all claims with the same arm have its runs."""
+        """Whether all claims with the same arm share its runs."""
         begins = arm in (BEFORE, "baseline", self.claim.oracle)
         return self.budget != TUNE and begins and not self.claim.limited(arm)
 
     def name(self, arm: str) -> str:
-        """Name of the runs of an arm in that folder."""
+        """Return the name of an arm's runs in that folder."""
         return "run" if self.is_shared(arm) else arm
 
     def seed(self, arm: str, seed: int) -> int:
-        """The seed of a run of an arm: that of the claim's seed, or the one that ``before`` has for all."""
+        """Return the seed of an arm's run: the claim's seed, or the one seed that ``before`` has for all."""
         return self.claim.before_seed if arm == BEFORE and self.claim.before_seed is not None else seed
 
     @property
     def seconds(self) -> float:
-        """Wall time of all the commands that made these runs."""
+        """Return the wall time of all commands that made these runs."""
         try:
             return float((self.folder / "seconds").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return 0.0
 
     def finished(self, arm: str, seed: int) -> dict[str, float] | None:
-        """Metrics of a run that was tested (to choose settings: that ended), wherever it was started; None if none, or
-        if its predictions are missing."""
+        """Return the metrics of a tested run, wherever it was started; None if it is missing or lacks its predictions.
+
+        A run that chooses settings needs no test; it must have ended.
+        """
         folder = self.trained(arm, seed)
         return None if folder is None or self.unpredicted(arm, folder) else _metrics(folder)
 
     def run_of(self, arm: str, seed: int) -> Path:
-        """Folder of a finished run."""
+        """Return the folder of a finished run."""
         folder = self.trained(arm, seed)
         assert folder is not None
         return folder
 
     def folders(self, arms: Iterable[str], seeds: Sequence[int]) -> dict[str, dict[int, Path]]:
-        """Arm -> seed -> folder, of the arms whose runs are all finished and here."""
+        """Map arm -> seed -> folder, for the arms whose runs are all finished and in this place."""
         whole = [arm for arm in arms if all(self.trained(arm, seed) is not None for seed in seeds)]
         return {arm: {seed: self.run_of(arm, seed) for seed in seeds} for arm in whole}
 
@@ -92,7 +94,7 @@ class Place:
         return arm == BEFORE and bool(self.claim.predicting()) and not any(folder.glob(f"predict-*/{TABLE}"))
 
     def trained(self, arm: str, seed: int) -> Path | None:
-        """Folder of a run that was tested; None if there is none."""
+        """Return the folder of a tested run, or None if there is none."""
         steps, seed = self.claim.steps(arm, self.budget), self.seed(arm, seed)
         own = self.name(arm)
         for name in (f"{own}-{seed}", own):  # a local process, or a job of an array
@@ -108,35 +110,35 @@ class Place:
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-        """Missing runs, seed by seed, first those from which others begin."""
+        """List missing runs seed by seed; runs from which others begin come first."""
         return [(arm, seed) for arm, seed in self.every(arms, seeds) if self.finished(arm, seed) is None]
 
     def every(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-        """All runs of these arms and seeds, in the order of :meth:`missing`."""
+        """List all runs of these arms and seeds, in the order of :meth:`missing`."""
         runs = ((arm, self.seed(arm, seed)) for seed in seeds for arm in self.all(arms))
         return list(dict.fromkeys(runs))
 
     def all(self, arms: Sequence[str]) -> list[str]:
-        """The arms, after the run ``before`` and the arms from which they begin."""
+        """List the arms, after the run ``before`` and the arms from which they begin."""
         first = [BEFORE] if self.claim.before is not None else []
-        arms = [arm for arm in arms if arm != BEFORE]  # a signal may read it
+        arms = [arm for arm in arms if arm != BEFORE]  # a signal may read the run ``before``
         needed = {other for arm in arms for other in self.claim.begins_from(arm)}
         return [*first, *(arm for arm in self.claim.arms if arm in needed), *(arm for arm in arms if arm not in needed)]
 
     def waits(self, arm: str, seed: int, unfinished: Iterable[tuple[str, int]]) -> bool:
-        """Whether a run begins from one that is unfinished."""
+        """Whether a run begins from an unfinished one."""
         needs = self.claim.begins_from(arm)
         return any(other_seed == self.seed(other, seed) and other in needs for other, other_seed in unfinished)
 
     def of(self, arm: str, seed: int) -> Path:
-        """Folder of the run of an arm, or of ``before``, from which others of its seed begin."""
+        """Return the folder of an arm's run, or of ``before``, from which others of its seed begin."""
         home, name, seed = self.home(arm), self.name(arm), self.seed(arm, seed)
         local = home / f"{name}-{seed}"
         array = (f for f in reversed(folders.runs_of(home, name)) if _seed(f) == seed)
         return local if folders.runs_of(home, local.name) else next(array, local)
 
     def precisions(self) -> list[str]:
-        """``trainer.precision`` of the runs; warns where they differ."""
+        """Return ``trainer.precision`` of the runs, and warn if they differ."""
         homes = {self.folder, *map(self.home, self.claim.arms)}
         runs = (folder for home in homes for folder in home.glob("*/*") if folder.is_dir())
         every = {folders.precision_of(folder) for folder in runs} - {None}
@@ -146,7 +148,7 @@ class Place:
         return precisions
 
     def collect(self, arms: Sequence[str], seeds: Sequence[int]) -> Runs:
-        """Raises Refusal for a run that ended without the metrics of the claim."""
+        """Collect the metrics of runs. Raises Refusal for a run that ended without the metrics of the claim."""
         collected: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}
         for arm in collected:
             for seed in seeds:
@@ -165,7 +167,7 @@ class Place:
 def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
     """Train the missing runs, ``jobs`` processes at a time, each with its share of the cores. Returns an exit code.
 
-    An interrupted run is resumed; the log of each is beside its folder.
+    An interrupted run is resumed; the log of each run is beside its folder.
     """
     todo = place.missing(arms, seeds)
     total = len(place.every(arms, seeds))
@@ -196,7 +198,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
 
 
 def check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
-    """Refuse what an arm may not say before any run begins; each run checks itself, too."""
+    """Refuse invalid configurations of arms before any run begins; each run also checks itself."""
     if (known := dump.read("fit")) is None:
         return
     for arm, seed in dict(todo).items():
@@ -208,7 +210,7 @@ def check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
 
 
 def _killed(place: Place) -> float:
-    """Seconds of a command that was killed: from its begin to the last line of a run's log."""
+    """Return the seconds of a command that was killed: from its start to the last line in the log of a run."""
     try:
         began = float((place.folder / _BEGAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -219,23 +221,23 @@ def _killed(place: Place) -> float:
 
 
 def command(place: Place, arm: str, seed: int) -> list[str]:
-    """Arguments of ``descant`` that train one arm with one seed."""
+    """Return the arguments of ``descant`` that train one arm with one seed."""
     return [*_fit(place, arm, seed), f"--name={place.name(arm)}-{seed}", "--resume=auto"]
 
 
 def _fit(place: Place, arm: str, seed: int) -> list[str]:
-    """The same without the run's name."""
+    """Return the same arguments without the run's name."""
     words = place.claim.command(arm, seed, place.budget, partial(_path, place, seed))
     words += [f"--trust={module}" for module in place.trust]
     return ["fit", *words, f"--test={str(place.budget != TUNE).lower()}", f"--runs={place.home(arm)}"]
 
 
 def predicting(place: Place, arm: str, seed: int) -> list[str]:
-    """Arguments of ``descant`` that write the predictions of a run after it was trained; none where none are wanted."""
+    """Return the arguments of ``descant`` that write the predictions of a trained run; empty for no predictions."""
     words = place.claim.predicting() if arm == BEFORE else []
     if not words:
         return []
-    folder = place.trained(arm, seed)  # or the run that will then be the latest
+    folder = place.trained(arm, seed)  # None: the run that will be the latest by then
     run = f"{place.name(arm)}-{seed}/latest" if folder is None else "/".join(folder.parts[-2:])
     words += [f"--trust={module}" for module in place.trust]
     return ["predict", f"--run={run}", *words, f"--runs={place.home(arm)}"]
@@ -257,9 +259,9 @@ def _tell(place: Place, arm: str, seed: int, seconds: float) -> None:
 
 
 def submit(place: Place, arms: Sequence[str], seeds: Sequence[int], options: str) -> int:
-    """Submit the missing runs, a SLURM array an arm, a job a seed; ``options`` are those of ``descant submit``.
+    """Submit the missing runs as a SLURM array per arm, a job per seed; ``options`` are those of ``descant submit``.
 
-    Runs from which others begin are submitted first, alone; then the others, an array for each seed.
+    Runs from which others begin are submitted first, alone; then the others, as an array for each seed.
     """
     from descant.slurm.submit import main
 

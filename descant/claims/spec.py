@@ -1,4 +1,4 @@
-"""Read a claim's YAML: its keys, what may stand under them, and one line for whatever is wrong."""
+"""Read a claim's YAML: check its keys and their values, and report each error in one line."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from descant.cli.catalogue import ROOT, find, layers
 from descant.cli.errors import Refusal, fail, hint, one_line, printable
 from descant.cli.untrusted import yaml_of
 
-#: The keys of a claim, of its arms, and of all else in it that has keys; the first eight are needed.
+#: Keys of a claim, of its arms, and of its other objects; the first eight are required.
 KEYS = (
     *("title", "seed", "source", "experiment", "arms", "metric", "seeds", "removes"),
     *("simple", "no_simple", "oracle", "options", "before", "also", "secondary", "calls", "budget", "baseline_tuning"),
     *("tuning", "note", "signal", "lockbox", "exploratory", "like"),
 )
 NEEDED = KEYS[:8]
-#: What an arm may be called: its runs' folders and logs are called after it.
+#: Valid names of arms; the folders and logs of an arm's runs are named after it.
 ARM = re.compile(r"\w[\w.+=-]{0,99}")
 ARM_KEYS = ("configs", "config", "options", "settings")
 #: Keys of ``before`` beside ``experiment``, ``seed`` and those of an arm.
@@ -54,12 +54,12 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Of all claims that ship."""
+    """List the names of all claims that ship."""
     return sorted(file.stem for file in folder().glob("*.yaml"))
 
 
 def load(name: str) -> Claim:
-    """Read a claim that ships, by its name, or one from a YAML file, by its path."""
+    """Read a claim that ships, by its name, or a claim in a YAML file, by its path."""
     file = Path(name) if name.endswith(".yaml") and Path(name).is_file() else folder() / f"{name}.yaml"
     if not file.is_file():
         fail(f"claims {name}: no such claim{hint(name, names())}")
@@ -74,7 +74,7 @@ def load(name: str) -> Claim:
     except Refusal as refusal:
         fail(f"{file.name}: {str(refusal).removeprefix(f'{file.name}: ').removeprefix('--config ')}")
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        # a value of another type than the checks below expect
+        # a value has another type than the checks below expect
         fail(f"{file.name}: {one_line(error)}")
 
 
@@ -82,7 +82,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     where = file.name
     _known(where, content, KEYS)
     own = f"claims/{file.stem}" if file.parent == folder() else str(file)
-    if "like" in content:  # the keys of another claim, but for its own
+    if "like" in content:  # keys that it lacks come from another claim
         content, own = _like(where, content), f"claims/{content['like']}"
     _need(where, content, NEEDED)
     arms = read_arms(where, _mapping(where, content, "arms"), own)
@@ -95,7 +95,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     also = tuple(_condition(f"{where}: also[{n}]", c, known) for n, c in enumerate(content.get("also") or []))
     secondary = tuple(content.get("secondary") or ())
     for name in (metric.name, *(metric for condition in also for _, metric in condition.reads), *secondary):
-        if name.split("/")[0] in ("val", "train"):  # known before the run is over, and other data chose by it
+        if name.split("/")[0] in ("val", "train"):  # known before the run ends, and used for choices
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
     composing = contents()
@@ -146,7 +146,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
 
 
 def _like(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A claim with the keys of another one that ships beside its own, such as other seeds, another budget or metric."""
+    """Return a claim with the keys of another one that ships, and its own keys, such as seeds, budget or metric."""
     name, arms = str(content["like"]), dict(content.get("arms") or {})
     if name not in names():
         fail(f"{where}: like {name}: no such claim{hint(name, names())}")
@@ -161,13 +161,13 @@ def _like(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contents() -> Contents:
-    """Names of configurations -> what their files contain, in the order in which they count; each is read once."""
+    """Return a function: names of configurations -> contents of their files, in order of precedence, each read once."""
     found, read = cache(find), cache(yaml_of)
     return lambda configs: [read(file) for file in layers(map(found, configs))]
 
 
 def read_arms(where: str, content: Mapping[str, Any], own: str) -> dict[str, Arm]:
-    """Arms by name; ``own``: the name under which the ``config`` of one is found."""
+    """Read arms by name; ``own``: the name under which the ``config`` of an arm is found."""
     for name in content:
         if not isinstance(name, str) or not ARM.fullmatch(name):
             fail(f"{where}: arms: {printable(name)[:40]!r}: a name of letters, digits and . + = - is expected")
@@ -175,7 +175,7 @@ def read_arms(where: str, content: Mapping[str, Any], own: str) -> dict[str, Arm
 
 
 def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
-    """``config``: the name under which its own ``config`` is found."""
+    """Read an arm; ``config``: the name under which its own ``config`` is found."""
     _known(where, content, ARM_KEYS)
     settings = content.get("settings") or ()
     if not isinstance(settings, list | tuple):
@@ -191,7 +191,7 @@ def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
 
 
 def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
-    """Check that the arms from whose runs others begin are there."""
+    """Check that the arms from whose runs others begin exist."""
     for name, arm in arms.items():
         for other in sorted(arm.needs()):
             if other not in arms:
@@ -201,7 +201,7 @@ def check_needs(where: str, arms: Mapping[str, Arm]) -> None:
 
 
 def read_tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
-    """Read how runs choose settings, by ``metric``; None where no arm has any."""
+    """Read how runs choose settings, by ``metric``; None if no arm has settings."""
     tuned = [name for name, arm in arms.items() if arm.settings]
     if content.get("tuning") is None:
         if tuned:
@@ -216,7 +216,7 @@ def read_tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm],
 
 
 def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str]) -> tuple[Arm | None, int | None]:
-    """The run from which arms begin, and its seed where it has one for all."""
+    """Read the run from which arms begin, and its seed if it has one for all."""
     if content.get("before") is None:
         return None, None
     if BEFORE in arms:
@@ -236,17 +236,17 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
 
 def _tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm], metric: Metric) -> Tuning | None:
     check_needs(where, arms)
-    by = on_validation(metric) if metric.name.startswith("test/") else metric  # else of development data
+    by = on_validation(metric) if metric.name.startswith("test/") else metric  # others read development sets
     return read_tuning(where, content, arms, by)
 
 
 def on_validation(metric: Metric) -> Metric:
-    """The same metric of the validation set, by which settings are chosen."""
+    """Return the same metric of the validation set, by which settings are chosen."""
     return replace(metric, name=f"val/{metric.name.partition('/')[2]}")
 
 
 def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[str, Arm], tuned: bool) -> str:
-    """The arm whose FLOPs the others spend."""
+    """Read the arm whose FLOPs the others spend."""
     name = str(budget.get("reference", "method"))
     if "reference" in budget and equal != "flops":
         fail(f"{where}: budget.reference: of arms that are equal in flops, not in {equal}")
@@ -260,7 +260,7 @@ def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[
 
 
 def _named(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str]) -> tuple[str, ...]:
-    """Arms beside the three that every claim has."""
+    """Read names of arms beside the three that every claim has."""
     for name in names or ():
         if name in ARMS or name not in arms:
             others = [arm for arm in arms if arm not in ARMS]
@@ -273,9 +273,9 @@ def _in_stages(content: Mapping[str, Any], contents: Contents) -> bool:
     return str(data.get("class_path")).rpartition(".")[2] in _STAGED
 
 
-#: Options that permute a signal, by which a placebo may differ from the method in its data.
+#: Options that permute a signal; a placebo's data may differ from the method's in these.
 _CONTROLS = (".sham", ".shuffle_captions")
-#: Data modules whose stages have budgets of their own.
+#: Data modules with a budget for each stage.
 _STAGED = ("StagedData", "TaskStream")
 
 
@@ -293,7 +293,7 @@ def _require_one_component(where: str, content: Mapping[str, Any], contents: Con
 
 
 def _settings(content: Mapping[str, Any], arm: str, contents: Contents) -> dict[str, Any]:
-    """Key -> value of all that an arm composes to."""
+    """Return key -> value of an arm's composed configuration."""
     given = content["arms"][arm] or {}
     own = dict(given.get("config") or {})
     below = own.pop("extends", ())
@@ -359,7 +359,7 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
 
 
 def _all_seeds(where: str, content: Mapping[str, Any], tuning: Tuning | None) -> dict[str, tuple[int, ...]]:
-    """Budget -> seeds, of which no two budgets share one."""
+    """Read budget -> seeds; no two budgets share a seed."""
     given = _mapping(where, content, "seeds")
     _known(f"{where}: seeds", given, BUDGETS)
     _need(f"{where}: seeds", given, BUDGETS)

@@ -26,7 +26,7 @@ from descant.modules.io.names import PACKAGE
 
 
 class Unfinished(Exception):
-    """Runs of a stage are missing: they were submitted, interrupted, or failed with this exit code."""
+    """Raised when runs of a stage are missing: they were submitted or interrupted, or failed with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -35,11 +35,11 @@ class Unfinished(Exception):
 
 @dataclass
 class Course:
-    """A claim on its way from its test to its word.
+    """The course of a claim from its test to its word.
 
     Args:
-        claim: what is judged. results, runs: folders. jobs: runs at a time. slurm: options of ``descant submit``; the
-            missing runs of a stage are then submitted, and the same command goes on.
+        claim: the claim to judge. results, runs: folders. jobs: runs at a time. slurm: options of ``descant submit``;
+            the missing runs of a stage are then submitted, and repeating the command continues.
     """
 
     claim: Claim
@@ -51,7 +51,7 @@ class Course:
     precisions: set[str] = field(default_factory=set)
 
     def run(self, only_pilot: bool = False) -> int:
-        """Run what is missing; store and print what it comes to. Returns an exit code."""
+        """Run what is missing, store the result and print it. Returns an exit code."""
         stored = store.of_design(self.results, self.claim, "full")
         try:
             if stored is not None and not only_pilot:
@@ -138,7 +138,7 @@ class Course:
     # before the pilot -----------------------------------------------------------------------------------------------
 
     def _require_exact(self) -> None:
-        """Run the test that holds the equation of the paper, where there is a checkout with tests."""
+        """Run the test of the paper's equation if this is a checkout with tests."""
         paper = paper_of(self.claim)
         if paper is None or not (PACKAGE.parent / paper["test"]).is_file():
             say(f"claims {self.claim.name}: exact: no test of its equation is in this installation")
@@ -153,29 +153,29 @@ class Course:
         say(f"claims {self.claim.name}: exact: {what}")
 
     def _register(self) -> None:
-        """Register the claim before its first run. Of a registered claim, name the code that changed since."""
+        """Register the claim before its first run. If it is registered, list the code that has changed since."""
         kept = store.read_registered(self.results, self.claim)
         if kept is None:
-            looks = self._registration.get("looks", {})  # of an earlier design
+            looks = self._registration.get("looks", {})  # looks at an earlier design count
             store.write_registered(self.results, self.claim, {**register(self.claim), "looks": looks})
         elif files := changed(kept, self.claim):
             say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
 
     @property
     def _registration(self) -> dict[str, Any]:
-        """What the registration of the claim holds now."""
+        """Return the current registration of the claim."""
         return store.registration_of(self.results, self.claim.name)
 
     def _update_registration(self, **more: Any) -> None:
         store.write_registered(self.results, self.claim, {**self._registration, **more})
 
     def _count_look(self) -> None:
-        """Count that the gains of a pilot have been seen: once for each method and rule."""
+        """Record that the gains of a pilot have been seen: once for each method and rule."""
         look = f"{self.claim.digests['method']} {self.claim.digests[RULE]}"
         self._update_registration(looks={look: now(), **self._registration.get("looks", {})})
 
     def _open_lockbox(self) -> None:
-        """Note that the claim opens the lock-box, before a run reads it; it does so once."""
+        """Record, before a run reads it, that the claim opens the lock-box; a claim does so once."""
         self._update_registration(opened=self._registration.get("opened", now()))
         say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
 
@@ -215,13 +215,13 @@ class Course:
         store.write(self.results, self.claim, budget, runs, seconds, sorted(self.precisions), outcome)
 
     def _stop(self, word: str, why: str, found: Mapping[str, Any]) -> int:
-        """Store a claim that ends before its effect is measured."""
+        """Store the result of a claim that ends before its effect is measured."""
         self._write("full", {}, {**found, "effect": word, "ended": why})
         print(f"{self.claim.name}: {word}: {why}")
         return 0
 
 
 def listed(files: Sequence[str], most: int = 3) -> str:
-    """The first few files, and how many more there are."""
+    """List the first few files, and how many more there are."""
     more = f" and {len(files) - most} more" if len(files) > most else ""
     return ", ".join(files[:most]) + more

@@ -21,7 +21,7 @@ from descant.modules.io.files import write_json
 
 #: Largest size of a result, in bytes.
 _MOST = 20_000_000
-#: Version of the rules by which a result was made; what is stored of an earlier one is read, and exploratory.
+#: Version of the rules of a result; results of earlier versions are read, but count as exploratory.
 VERSION = 3
 _PACKAGES = ("descant", "torch", "lightning", "timm", "transformers")
 
@@ -31,7 +31,7 @@ def path(folder: Path, name: str, budget: str) -> Path:
 
 
 def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
-    """The stored result of a claim at a budget, or None."""
+    """Read the stored result of a claim at a budget; None if there is none."""
     file = path(folder, name, budget)
     try:
         stored = json_of(file, most=_MOST)
@@ -52,16 +52,16 @@ def read(folder: Path, name: str, budget: str) -> dict[str, Any] | None:
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a result, whatever the order of its keys."""
+    """Return the SHA-256 of a result, for any order of its keys."""
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def of_design(folder: Path, claim: Claim, budget: str, judging: Sequence[str] = (RULE, *ARMS)) -> dict[str, Any] | None:
-    """The stored result of a claim as it is now; None where there is none, or one of another design.
+    """Read the stored result of a claim in its current design; None if there is none, or its design is another.
 
-    An arm that is now another one, or is no longer there, is left out. By another rule, or without one of the arms that
-    are ``judging``, it is of another design.
+    Arms that have changed or no longer exist are left out. The design is another if the rule or an arm in ``judging``
+    has changed.
     """
     stored = read(folder, claim.name, budget)
     if stored is None or not is_of_design(stored, claim, judging):
@@ -71,7 +71,7 @@ def of_design(folder: Path, claim: Claim, budget: str, judging: Sequence[str] = 
 
 
 def read_tuned(folder: Path, claim: Claim, budget: str = TUNE) -> dict[str, Any] | None:
-    """The stored runs that chose the settings of a claim's arms; None where there are none, or of other settings."""
+    """Read the stored runs that chose the settings of a claim's arms; None if there are none for these settings."""
     if not claim.is_tuned:
         return None
     candidates = claim.candidates()
@@ -79,7 +79,7 @@ def read_tuned(folder: Path, claim: Claim, budget: str = TUNE) -> dict[str, Any]
 
 
 def is_of_design(stored: Mapping[str, Any], claim: Claim, judging: Sequence[str] = (RULE, *ARMS)) -> bool:
-    """Whether a result is of the rule of the claim, and of its baseline, method and placebo."""
+    """Whether a result has the rule of the claim, and its baseline, method and placebo."""
     return all(stored["digests"].get(key) == claim.digests.get(key) for key in judging)
 
 
@@ -117,14 +117,13 @@ def write(
     """Store all runs of a claim.
 
     Args:
-        seconds: their wall time. precisions: those of the runs. outcome: what they came to
-            (``effect``, ``ended``, ...).
+        seconds: their wall time. precisions: those of the runs. outcome: their result (``effect``, ``ended``, ...).
     """
     content = {
         "claim": claim.name,
         "version": VERSION,
         "seed": claim.seed,
-        # also of arms that it has no runs of, since it may end before they run
+        # includes arms without runs, since a claim may end before they run
         "digests": {key: claim.digests[key] for key in dict.fromkeys((RULE, *ARMS, *runs)) if key in claim.digests},
         "budget": budget,
         "seconds": round(seconds, 1),
@@ -139,7 +138,7 @@ def write(
 
 
 def outcome_of(judgement: Judgement) -> dict[str, Any]:
-    """Word and gains of a full result, for readers that do not judge it themselves."""
+    """Return word and gains of a full result, for readers that do not judge it themselves."""
     effect = judgement.effect
     numbers: dict[str, Any] = {"gain": effect.over_baseline.stored(), "placebo": effect.placebo.mean}
     if judgement.items is not None:
@@ -148,16 +147,16 @@ def outcome_of(judgement: Judgement) -> dict[str, Any]:
 
 
 def supersede(folder: Path, claim: Claim) -> None:
-    """Set the results of the claim's earlier design aside, where its row stays; once a claim.
+    """Set the results of the claim's earlier design aside, where its row stays; once per claim.
 
-    Where that was done and no result of the new design is there yet, the command was interrupted and goes on.
+    If that was done and no result of the new design is stored yet, an interrupted command continues.
     """
     result, aside = path(folder, claim.name, "full"), path(folder, claim.name, "superseded")
     stored = read(folder, claim.name, "full")
     if stored is None and aside.exists():
         return
     registered = registration_of(folder, claim.name)
-    earlier = registered if stored is None else stored  # the pilot alone may have run
+    earlier = registered if stored is None else stored  # perhaps only the pilot has run
     if "digests" not in earlier or is_of_design(earlier, claim):
         fail(f"--redesign: claims {claim.name}: no result of an earlier design is stored")
     if aside.exists():
@@ -169,11 +168,11 @@ def supersede(folder: Path, claim: Claim) -> None:
     looks = registered.get("looks", {})
     for budget in (*BUDGETS, TUNE, ABLATIONS):
         path(folder, claim.name, budget).unlink(missing_ok=True)
-    write_registered(folder, claim, {"looks": looks})  # gains of an earlier design were looks, too
+    write_registered(folder, claim, {"looks": looks})  # looks at gains of an earlier design count too
 
 
 def judge_stored(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judgement | None:
-    """Judge the stored runs of a claim. None where the claim ended before its effect was measured."""
+    """Judge the stored runs of a claim. None if the claim ended before its effect was measured."""
     if not stored["runs"]:
         return None
     pilot = of_design(folder, claim, "pilot")
@@ -181,12 +180,12 @@ def judge_stored(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judge
 
 
 def registration_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a claim was when it was registered; empty where it was not."""
+    """Read the registration of a claim; empty if it was not registered."""
     return registration_in(path(folder, name, "registered"))
 
 
 def registration_in(file: Path) -> dict[str, Any]:
-    """A registration that is stored in a file; empty where there is none."""
+    """Read a registration from a file; empty if the file does not exist."""
     try:
         content = json_of(file, most=_MOST)
         return dict(content) | {key: dict(content[key]) for key in ("code", "digests", "looks") if key in content}
@@ -197,7 +196,7 @@ def registration_in(file: Path) -> dict[str, Any]:
 
 
 def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
-    """What a claim was when it was registered, or None."""
+    """Read the registration of a claim in its current design, or None if it is not registered."""
     content = registration_of(folder, claim.name)
     if "digests" not in content:
         return None
@@ -208,7 +207,7 @@ def read_registered(folder: Path, claim: Claim) -> dict[str, Any] | None:
 
 
 def openings(folder: Path) -> int:
-    """How many claims have opened the lock-box."""
+    """Count the claims that have opened the lock-box."""
     return sum("opened" in json_of(file, most=_MOST) for file in folder.glob("*.registered.json"))
 
 
@@ -222,7 +221,7 @@ def write_registration(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Name of the processor and number of its cores."""
+    """Return the name of the processor and the number of its cores."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

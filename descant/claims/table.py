@@ -1,4 +1,4 @@
-"""``descant claims table``: writes CLAIMS.md, a page a claim and their figures from stored results; runs nothing."""
+"""``descant claims table``: write CLAIMS.md, a page per claim and their figures from stored results; runs nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from descant.claims.registration import exploratory
 from descant.cli.catalogue import papers
 from descant.run.runs import write_text
 
-#: Most arms that a table shows as columns.
+#: Largest number of arms that a table shows as columns.
 _MAX_COLUMNS = 8
 _HEAD = """\
 # Claims
@@ -49,11 +49,11 @@ _COLUMNS = "| claim | effect | margin | simple | placebo | seeds | FLOPs | cost 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The stored result of a claim with its one word, from which its row and its page are written.
+    """The stored result of a claim with its word; its row and page are written from this.
 
     Attributes:
-        judgement: None where it ended before its effect was measured. exploratory: why it is no test of a claim that
-            was fixed beforehand; None where it is one. registered: what the claim was then; empty where it was not.
+        judgement: None if it ended before its effect was measured. exploratory: why it does not test a claim that was
+            fixed beforehand, or None if it does. registered: its registration; empty if it was not registered.
     """
 
     claim: Claim
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def verdict(claim: Claim, results: Path) -> Verdict | None:
-    """The result of a claim as it is now; None where there is none."""
+    """Return the result of a claim in its current design; None if there is none."""
     stored = store.of_design(results, claim, "full")
     if stored is None:
         return None
@@ -81,10 +81,10 @@ def verdict(claim: Claim, results: Path) -> Verdict | None:
 def write(
     claims: Sequence[Claim], results: Path, page: Path, compared: Sequence[comparison.Comparison] = ()
 ) -> list[str]:
-    """Write the page, and beside it ``docs/claims`` with an overview, and a page and a figure a claim and a comparison.
+    """Write the page, and beside it ``docs/claims``: an overview, and a page and a figure per claim and comparison.
 
     Returns:
-        A line for each claim that lacks a result: it was never run, or its result was deleted.
+        A line for each claim without a result: it was never run, or its result was deleted.
     """
     folder = page.parent / "docs" / "claims"
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,18 +135,18 @@ def _order(one: Verdict) -> tuple[str, str]:
 
 
 def paper_of(claim: Claim) -> Mapping[str, Any] | None:
-    """The paper in the list whose claim it is."""
+    """Return the paper in the list to which the claim belongs."""
     return next((paper for paper in papers() if paper.get("claim") == claim.name), None)
 
 
 def family(claim: Claim) -> str:
-    """Family of its paper, under which it is sorted; ``others`` of no paper."""
+    """Return the family of its paper, by which claims are sorted; ``others`` if it has no paper."""
     paper = paper_of(claim)
     return "others" if paper is None else str(paper["family"])
 
 
 def exact(claim: Claim) -> str | None:
-    """Whether the equation of its paper is held by a test: yes, our reading, or None for a claim of no paper."""
+    """Whether a test covers the equation of its paper: yes, our reading, or None for a claim without a paper."""
     paper = paper_of(claim)
     return None if paper is None else ("yes" if paper["exact"] else "our reading")
 
@@ -187,7 +187,7 @@ def _cost(stored: Mapping[str, Any]) -> str:
 
 
 def _superseded(claim: Claim, results: Path) -> Iterator[str]:
-    """Lines on the earlier designs of a claim: set aside by a redesign, or of another design than it has now."""
+    """Yield lines on the earlier designs of a claim: set aside by a redesign, or different from its current design."""
     for kind in ("superseded", "full"):
         stored = store.read(results, claim.name, kind)
         if stored is None or (kind == "full" and store.is_of_design(stored, claim)):
@@ -268,7 +268,7 @@ def _numbers(one: Verdict, results: Path, judgement: Judgement) -> list[str]:
 
 
 def _budget(claim: Claim, runs: Runs) -> str:
-    """How much the arms were trained."""
+    """Describe how much the arms were trained."""
     clock = claim.equal == EQUAL["seconds"]
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
     spent = f"{max(metrics[claim.equal] for metrics in runs['method'].values()):,.0f} {timed}"
@@ -282,7 +282,7 @@ def _budget(claim: Claim, runs: Runs) -> str:
 
 
 def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
-    """Table of the arms that no word needs, with one seed each."""
+    """Return a table of the arms that no word needs, with one seed each."""
     runs: Runs = stored["runs"]
     seed = next(iter(next(iter(runs.values()))))
     metrics = [m for m in claim.metrics() if any(m in of[seed] for of in runs.values())]
@@ -293,7 +293,7 @@ def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
 
 
 def _spent(claim: Claim, runs: Runs) -> str:
-    """Mean FLOPs and steps of each arm."""
+    """Return mean FLOPs and steps of each arm."""
     means = {arm: {key: _mean(of, key) for key in (claim.equal, EQUAL["steps"])} for arm, of in runs.items()}
     return ", ".join(f"{arm} {of[claim.equal]:.3g} in {of[EQUAL['steps']]:,.0f} steps" for arm, of in means.items())
 
@@ -303,7 +303,7 @@ def _mean(seeds: Mapping[int, Mapping[str, float]], metric: str) -> float:
 
 
 def _means(claim: Claim, runs: Runs) -> list[str]:
-    """Table of mean and standard deviation of each arm: a column an arm, or a row where there are many."""
+    """Return a table of mean and standard deviation of each arm: a column per arm, or a row if there are many."""
     cells = {arm: {metric: _cell(runs[arm], metric) for metric in claim.metrics()} for arm in runs}
     metrics = claim.metrics()
     if len(runs) > _MAX_COLUMNS:
@@ -314,7 +314,7 @@ def _means(claim: Claim, runs: Runs) -> list[str]:
 
 
 def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
-    """Mean and standard deviation over seeds; empty where a seed lacks the metric."""
+    """Return mean and standard deviation over seeds; empty if a seed lacks the metric."""
     values = [metrics[metric] for metrics in seeds.values() if metric in metrics]
     if len(values) < len(seeds):
         return ""
@@ -324,7 +324,7 @@ def _cell(seeds: Mapping[int, Mapping[str, float]], metric: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits after the point, or three in all of a count such as FLOPs.
+    """Format with three digits after the point, or three in all for a large count such as FLOPs.
 
     >>> _number(0.25), _number(1293689893081.6)
     ('0.250', '1.29e+12')

@@ -35,7 +35,7 @@ def main(args: Sequence[str]) -> int:
         fail(f"data {args[0]}: no such command{hint(args[0], commands)}")
     try:
         return commands[args[0]](args[1:])
-    except (ValueError, OSError) as error:  # sources and data modules refuse a wrong request by these
+    except (ValueError, OSError) as error:  # sources and data modules raise these for a wrong request
         fail(one_line(error))
 
 

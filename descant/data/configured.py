@@ -18,14 +18,14 @@ class _DataOnly(DescantCLI):
     """Parses and checks a configuration as ``descant check`` does, and builds only its data module."""
 
     def before_instantiate_classes(self) -> None:
-        """No run folder: nothing is run."""
+        """Skip the run folder: nothing is run."""
 
     def instantiate_classes(self) -> None:
         parser = self._parser(self.subcommand)
         self.datamodule = parser.instantiate_classes(self.options.clone()).data
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing to run."""
+        """Skip the subcommand: nothing is run."""
 
 
 def datamodule(configs: Sequence[str], options: Sequence[tuple[str, str]], trust: Sequence[str]) -> DataModule:

@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclass
 class Duplicates:
-    """Samples that have the same content as another.
+    """Samples with the same content as another sample.
 
     Attributes:
-        groups: contents that occur more than once.
-        extra: samples beyond the first of each group.
-        across: pair of splits -> contents that both have.
-        examples: names of some samples with equal content, those across splits first.
+        groups: number of contents that occur more than once.
+        extra: number of samples beyond the first of each group.
+        across: pair of splits -> number of contents that both have.
+        examples: names of some samples with equal content, first those across splits.
     """
 
     groups: int = 0
@@ -46,7 +46,7 @@ def duplicates(content: Iterable[tuple[Any, str, str]], shown: int = 3) -> Dupli
 
 @dataclass
 class CaptionOverlap:
-    """Captions of one split that another has too: ``equal`` except for case and punctuation, or ``near``."""
+    """Captions of one split that another split has too: ``equal`` except for case and punctuation, or ``near``."""
 
     captions: int = 0
     equal: int = 0
@@ -57,7 +57,7 @@ class CaptionOverlap:
 def caption_overlap(
     texts: Sequence[str], others: Sequence[str], threshold: float = 0.8, shown: int = 3
 ) -> CaptionOverlap:
-    """Count the different captions of ``texts`` that are among ``others``, exactly or nearly.
+    """Count the distinct captions of ``texts`` that are among ``others``, exactly or nearly.
 
     Near: the sets of their words have a Jaccard similarity ``|a & b| / |a | b|`` of at least ``threshold``. Only sets
     that share one of their rarest words are compared (prefix filtering, Chaudhuri 2006).
@@ -86,7 +86,7 @@ def caption_overlap(
 
 
 def _word_sets(texts: Iterable[str]) -> dict[frozenset[str], str]:
-    """Set of words -> the first text that has it; texts without a word are left out."""
+    """Map each set of words to the first text that has it; texts without a word are left out."""
     sets: dict[frozenset[str], str] = {}
     for text in texts:
         words = frozenset(re.findall(r"\w+", text.casefold()))

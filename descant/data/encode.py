@@ -1,4 +1,4 @@
-"""``descant data encode``: the codes of a data set's samples as a parquet file beside it."""
+"""``descant data encode``: write the codes of a data set's samples to a parquet file."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ from descant.data.media import audio_seconds, fault, image_size
 from descant.data.sheet import Tile, sheet
 from descant.data.views import PIXELS, View, view_of, view_of_module
 
-#: Samples whose bytes are read, and whose content is decoded, without ``--all``: seconds instead of hours.
+#: Samples that are read, and samples that are decoded, without ``--all``: seconds instead of hours.
 READ, DECODED = 20_000, 500
 #: Quantiles that are reported.
 _QUANTILES = {"least": 0.0, "5%": 0.05, "half": 0.5, "95%": 0.95, "most": 1.0}
 _TILES = 24
-#: Most unreadable samples that are printed; the JSON names all.
+#: Largest number of unreadable samples that are printed; the JSON lists all.
 _NAMED = 50
 
 
@@ -81,7 +81,7 @@ def look(
 
 
 def report(view: View, every: bool = False) -> dict[str, Any]:
-    """All statistics, as in the JSON file."""
+    """Return all statistics, as in the JSON file."""
     total = sum(map(len, view.splits.values()))
     read = _spread(view, total if every else READ)
     contents = _contents(view, read, set(_spread(view, total if every else DECODED)))
@@ -117,7 +117,7 @@ def report(view: View, every: bool = False) -> dict[str, Any]:
 
 
 def _rows(view: View, total: int) -> dict[str, int]:
-    """Rows of tables and shards: read, merged with another, left out; and files that are named but missing."""
+    """Count rows of tables and shards: read, merged with another, left out; and named files that are missing."""
     sources = getattr(view, "sources", [])
     merged, left_out = sum(s.merged for s in sources), sum(len(s.faults) for s in sources)
     read = sum(map(len, sources)) + merged + left_out if sources else total
@@ -125,7 +125,7 @@ def _rows(view: View, total: int) -> dict[str, int]:
 
 
 def _split(view: View, numbers: np.ndarray) -> dict[str, Any]:
-    """Number of samples in a split, with each modality, and with each pattern of modalities."""
+    """Count the samples of a split, also by modality and by pattern of modalities."""
     has = {m: mask_N[numbers] for m, mask_N in view.has.items()}
     rows = zip(*(mask.tolist() for mask in has.values()), strict=True)
     patterns = Counter("+".join(m for m, present in zip(has, row, strict=True) if present) or "nothing" for row in rows)
@@ -137,7 +137,7 @@ def _split(view: View, numbers: np.ndarray) -> dict[str, Any]:
 
 
 def _captions(view: View, numbers: np.ndarray, texts: Sequence[str]) -> dict[str, Any]:
-    """Captions of a split: how many, their words and tokens, how many are cut, and how many samples have none."""
+    """Count a split's captions, their words and tokens, the truncated ones, and the samples without any."""
     result: dict[str, Any] = {"captions": len(texts), "words": _quantiles([len(text.split()) for text in texts])}
     if "text" in view.has:
         result["without"] = int(len(numbers) - view.has["text"][numbers].sum())
@@ -162,7 +162,7 @@ def _content(view: View, contents: Mapping[int, Content]) -> dict[str, Any]:
 
 
 def _spread(view: View, most: int) -> list[int]:
-    """Up to ``most`` samples, evenly spread over each split, in proportion to its size but at least some."""
+    """Choose up to ``most`` samples, evenly spaced in each split, in proportion to its size but with a minimum."""
     total = sum(len(numbers) for numbers in view.splits.values())
     chosen: list[int] = []
     for numbers in view.splits.values():
@@ -184,7 +184,7 @@ def _contents(view: View, read: Sequence[int], decoded: set[int]) -> dict[int, C
         if "audio" in raw:
             content.seconds = audio_seconds(raw["audio"])
         for kind, header in (("image", content.size), ("audio", content.seconds)):
-            if kind in raw and (i in decoded or header is None):  # without a readable header decoding costs nothing
+            if kind in raw and (i in decoded or header is None):  # without a readable header, decoding is cheap
                 content.fault, content.decoded = content.fault or fault(kind, raw[kind]), True
         return content
 
@@ -203,7 +203,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def lines(statistics: Mapping[str, Any]) -> list[str]:
-    """The statistics as lines of text."""
+    """Format the statistics as lines of text."""
     rows = statistics["rows"]
     notes = [f"{rows['merged']:,} merged with another row of the same file"] if rows["merged"] else []
     notes += [f"{rows['left_out']:,} left out"] if rows["left_out"] else []
@@ -219,7 +219,7 @@ def lines(statistics: Mapping[str, Any]) -> list[str]:
 
 
 def _table(splits: Mapping[str, Any]) -> list[str]:
-    """A row per split: samples, those with each modality, and the patterns of modalities."""
+    """Return a row per split: samples, those with each modality, and the patterns of modalities."""
     modalities = list(dict.fromkeys(m for split in splits.values() for m in split["has"]))
     rows = [["", "samples", *modalities, "patterns"]]
     for name, split in splits.items():
@@ -293,7 +293,7 @@ def _range(quantiles: Mapping[str, float]) -> str:
 
 
 def draw(view: View) -> Image.Image:
-    """Contact sheet of samples spread evenly over each split; the first split has most of the tiles."""
+    """Draw a contact sheet of samples spread evenly over each split; the first split has most of the tiles."""
     names = [name for name, numbers in view.splits.items() if len(numbers)]
     others = min(_TILES // 6, _TILES // (2 * len(names))) if len(names) > 1 else 0
     tiles = []
@@ -307,7 +307,7 @@ def draw(view: View) -> Image.Image:
 
 
 def _note(view: View, i: int) -> str:
-    """Why a sample has no image to show."""
+    """Return why a sample has no image to show."""
     if "image" in view.has and view.has["image"][i]:
         return "unreadable"
     return "recording" if "audio" in view.has and view.has["audio"][i] else "no image"

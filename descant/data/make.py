@@ -37,7 +37,7 @@ _IMAGES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bm
 _AUDIO = {b"OggS": "ogg", b"fLaC": "flac", b"RIFF": "wav", b"ID3": "mp3", b"\xff\xfb": "mp3", b"\xff\xf3": "mp3"}
 #: JPEG quality of resized images.
 QUALITY = 95
-#: Samples that are read ahead; bounds the memory.
+#: Number of samples that are read ahead; it bounds the memory.
 _AHEAD = 64
 
 
@@ -53,7 +53,7 @@ class Shard:
 
 @dataclass
 class Made:
-    """Result of :func:`make`: shards and members by split, and how many fields were left out."""
+    """Result of :func:`make`: shards and members by split, and the number of fields that were left out."""
 
     out: Path
     shards: dict[str, list[Shard]] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Made:
         return sum(shard.samples for shard in self.shards[split])
 
     def report(self) -> str:
-        """Summary for the user."""
+        """Return a summary for the user."""
         lines = []
         for split, shards in self.shards.items():
             size = sum(shard.bytes for shard in shards) / 1e6
@@ -81,7 +81,7 @@ class Made:
 
 @dataclass
 class _Sample:
-    """One sample to be written: extension -> bytes, and (field, reason) of what could not be read."""
+    """One sample to be written: extension -> bytes, and (field, reason) of content that could not be read."""
 
     split: str
     members: dict[str, bytes]
@@ -136,8 +136,8 @@ def make(
 class Plan:
     """Maps the fields of a source to members of a shard.
 
-    The caption becomes ``txt``; other texts and the file's name become one ``json``; an image or recording gets its
-    format's extension, preceded by its field's name where it is not the first of its kind.
+    The caption becomes ``txt``; other texts and the file's name become one ``json``. An image or recording gets its
+    format's extension, preceded by its field's name if it is not the first of its kind.
     """
 
     def __init__(self, source: Source, caption: str | None, resize: int | None) -> None:
@@ -203,7 +203,7 @@ class Plan:
 
 
 def resized(image: Image.Image, side: int) -> bytes:
-    """The image as JPEG with ``side`` pixels on its shorter side, upright, transparent parts white."""
+    """Return the image as JPEG with ``side`` pixels on its shorter side, upright, transparent parts white."""
     scale = side / min(image.size)
     goal = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
     image.draft("RGB", (2 * goal[0], 2 * goal[1]))
@@ -247,7 +247,7 @@ def _write(
 
 
 def _ahead(pool: ThreadPoolExecutor, plan: Plan, order: Sequence[int], splits: Mapping[int, str]) -> Iterator[_Sample]:
-    """The samples in order, read ahead by threads."""
+    """Yield the samples in order, read ahead by threads."""
     waiting: deque[Future[_Sample]] = deque()
     for index in order:
         waiting.append(pool.submit(plan.sample, index, splits[index]))
@@ -289,8 +289,8 @@ class Writer:
             self._close()
         if self._tar is None:
             self.shards.append(Shard(f"{self.split}-{len(self.shards):06d}.tar"))
-            # no times and owners: the same files give the same bytes
-            path = str((self.folder / self.shards[-1].file).absolute())  # a relative folder http: would be a URL
+            # without times and owners, the same files give the same bytes
+            path = str((self.folder / self.shards[-1].file).absolute())  # a relative folder named http: would be a URL
             self._tar = webdataset.TarWriter(path, encoder=False, mtime=0, mode=0o644, user="", group="")
             self._written = 0
         key = f"{sum(shard.samples for shard in self.shards):09d}"

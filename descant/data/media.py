@@ -1,4 +1,4 @@
-"""Encoded images and recordings: whether training can decode them, and their size by the header."""
+"""Encoded images and recordings: whether training can decode them, and their size from the header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _images, _audio = Images(32), AudioField(seconds=1.0)
 
 
 def fault(kind: str, data: bytes) -> str | None:
-    """Why training could not decode an ``image`` or ``audio``, by its own decoders; None where it can.
+    """Return why training cannot decode an ``image`` or ``audio`` with its own decoders, or None if it can.
 
     >>> fault("audio", b""), fault("image", b"\\xff\\xd8\\xff") is None
     ('an empty file', False)
@@ -24,7 +24,7 @@ def fault(kind: str, data: bytes) -> str | None:
 
 
 def image_size(data: bytes) -> tuple[int, int, str] | None:
-    """Width, height and format of an image by its header; None where it has none."""
+    """Return width, height and format of an image from its header, or None if that cannot be read."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return (*image.size, image.format or "unknown")
@@ -33,7 +33,7 @@ def image_size(data: bytes) -> tuple[int, int, str] | None:
 
 
 def audio_seconds(data: bytes) -> float | None:
-    """Length of a recording by its header; None where it has none."""
+    """Return the length of a recording from its header, or None if that cannot be read."""
     try:
         return float(soundfile.info(io.BytesIO(data)).duration)
     except (soundfile.SoundFileError, RuntimeError, TypeError):

@@ -1,4 +1,4 @@
-"""``descant data select``: ids of the rows that a selector takes, by the scores of a table.
+"""``descant data select``: ids of the rows that a selector takes, from the scores of a table.
 
 Letters: N rows of the table, S rows that are taken.
 """
@@ -80,7 +80,7 @@ def select(
 
 
 def _of_run(runs: Path, run: str) -> Path:
-    """The newest table of a run's training samples."""
+    """Return the newest table of a run's training samples."""
     folder = existing(runs, run)
     try:
         return newest_table(folder)

@@ -16,7 +16,7 @@ _EMPTY = 238
 
 @dataclass
 class Tile:
-    """One sample: its image (None: ``note`` gives why there is none), split and caption."""
+    """One sample: its image (if None, ``note`` gives the reason), split and caption."""
 
     image: Image.Image | None
     split: str
@@ -26,7 +26,7 @@ class Tile:
 
 @styled
 def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
-    """The tiles row by row under a title; a coloured line below each image marks its split.
+    """Draw the tiles row by row under a title; a coloured line below each image marks its split.
 
     >>> sheet([Tile(Image.new("RGB", (50, 20)), "train", "a cat")] * 8, "cats").size
     (1058, 540)
@@ -58,7 +58,7 @@ def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """The image with its longer side as large as a tile; enlarged ones show their pixels."""
+    """Resize the image so that its longer side fills a tile; enlarged images show their pixels."""
     scale = _TILE / max(image.size)
     method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)

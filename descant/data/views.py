@@ -27,12 +27,12 @@ from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
 from descant.modules.tokenizers.text import Tokenizer
 
-#: Key of an image that is available as pixels only, not encoded.
+#: Key of an image that is available only as pixels, not encoded.
 PIXELS = "pixels"
-#: Rows of a data module that are read in one batch.
+#: Number of rows of a data module that are read in one batch.
 _ROWS = 256
 _SPLITS = ("train", "val", "test")
-#: Colours of the lines of a series, which differ in lightness too (Okabe and Ito 2008).
+#: Colours of the lines of a series; they also differ in lightness (Okabe and Ito 2008).
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -42,7 +42,7 @@ class View:
     Attributes:
         title: short description.
         splits: name -> sample numbers.
-        fields: name -> (kind, number of samples that have it); empty where there are no raw fields.
+        fields: name -> (kind, number of samples that have it); empty if there are no raw fields.
         has: modality -> bool ``[N]``.
         tokenizer: of the captions, or None.
     """
@@ -57,22 +57,22 @@ class View:
         raise NotImplementedError
 
     def identity(self, i: int) -> int:
-        """Id of the underlying sample: sets of one data module may share samples."""
+        """Return the id of the underlying sample: sets of one data module may share samples."""
         return i
 
     def captions(self, i: int) -> list[str]:
         raise NotImplementedError
 
     def raw(self, i: int) -> dict[str, bytes]:
-        """Modality -> encoded image or recording; raises OSError or ValueError where it cannot be read."""
+        """Return modality -> encoded image or recording; raise OSError or ValueError if it cannot be read."""
         raise NotImplementedError
 
     def image(self, i: int) -> Image.Image | None:
-        """An image to show; None where there is none or it cannot be read."""
+        """Return an image to show, or None if there is none or it cannot be read."""
         raise NotImplementedError
 
     def tokens(self, numbers: Sequence[int]) -> tuple[list[int], int]:
-        """Number of tokens of each caption of these samples, special tokens included, and how many captions are cut."""
+        """Count tokens of each caption of these samples, special tokens included, and the captions that are cut."""
         assert self.tokenizer is not None
         around = len(self.tokenizer.begin) + len(self.tokenizer.end)
         lengths = [len(self.tokenizer.encode(text)) + around for i in numbers for text in self.captions(i)]
@@ -85,7 +85,7 @@ class SourceView(View):
     Args:
         data: the data.
         title: of the view.
-        columns: modality -> the fields that it is read from.
+        columns: modality -> the fields from which it is read.
         tokenizer: of the captions.
     """
 
@@ -112,7 +112,7 @@ class SourceView(View):
         return np.concatenate([s.has(name) if name in s.fields else np.zeros(len(s), dtype=bool) for s in self.sources])
 
     def _at(self, i: int) -> tuple[int, int]:
-        """Index of a sample's source, and its row there."""
+        """Return the index of a sample's source, and its row there."""
         part = int(np.searchsorted(self.firsts, i, side="right")) - 1
         return part, i - int(self.firsts[part])
 
@@ -130,12 +130,12 @@ class SourceView(View):
         for kind in ("image", "audio"):
             names = [name for name in self.columns.get(kind, ()) if name in source.fields]
             for name, raw in source.read(row, names).items():
-                # a second image of a sample has its field's name as key
+                # a second image of a sample is stored under its field's name
                 content[kind if kind not in content else name] = raw if isinstance(raw, bytes) else raw.encode()
         return content
 
     def image(self, i: int) -> Image.Image | None:
-        """The sample's image, else a line plot of its first array."""
+        """Return the sample's image, otherwise a line plot of its first array."""
         part, row = self._at(i)
         source = self.sources[part]
         try:
@@ -212,7 +212,7 @@ class ModuleView(View):
 
 
 def thumbnail(data: bytes, side: int = 320) -> Image.Image:
-    """A small upright version of an encoded image; raises ValueError for one that is too large to decode."""
+    """Return a small upright version of an encoded image; raise ValueError if it is too large to decode."""
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > LIMIT:
             raise ValueError(f"{image.width} x {image.height} pixels")
@@ -224,8 +224,10 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
 
 @styled
 def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
-    """The columns of numbers ``[T]`` or ``[T, W]`` as lines from left to right, the first 8 of them, from the least
-    number below to the greatest above; gaps are left out. None for arrays of other dimensions, or without a number.
+    """Draw the first 8 columns of numbers ``[T]`` or ``[T, W]`` as lines from left to right.
+
+    The lowest number is at the bottom, the highest at the top; gaps are left out. None for arrays of other dimensions,
+    or without a number.
 
     >>> plot = line_plot(np.array([0.0, 1.0, np.nan, 1.0]))
     >>> plot.size, plot.getpixel((0, 319)) != (255, 255, 255)
@@ -248,7 +250,7 @@ def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
 
 
 def view_of(what: Sequence[str], csv: Path | None, caption: str | None, holdout: float) -> SourceView:
-    """Open a folder, parquet files or shards with the splits that training on them has."""
+    """Open a folder, parquet files or shards with the splits that training on them uses."""
     if csv is not None and len(what) != 1:
         raise ValueError(f"--csv {csv}: only with exactly one folder")
     source = None if csv is None else Folder(what[0], csv)
@@ -266,7 +268,7 @@ def _kinds(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def view_of_module(data: DataModule, title: str) -> View:
-    """The view of a configured data module."""
+    """Return the view of a configured data module."""
     if not isinstance(data, UserData) or data.stream is not None:
         return ModuleView(data, title)
     columns = {
@@ -276,7 +278,7 @@ def view_of_module(data: DataModule, title: str) -> View:
 
 
 def captions_of(source: Source, given: str | None = None) -> list[str]:
-    """Find the fields that hold captions: ``given`` (or ``given.0`` ...), else the only candidates, if any."""
+    """Find the fields that hold captions: ``given`` (or ``given.0`` ...), otherwise the only candidates, if any."""
     if given is not None:
         names = numbered(given, source.fields)
         for name in names:

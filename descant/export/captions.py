@@ -1,4 +1,4 @@
-"""Captions of a run's data, which the tokenizer of another package is tried on.
+"""Captions of a run's data, on which the tokenizer of another package is tried.
 
 Letters: N samples.
 """
@@ -12,20 +12,20 @@ import numpy as np
 
 from descant.datamodules.base import BatchDataset, DataModule
 
-#: Samples that are read at most.
+#: Largest number of samples that are read.
 MOST = 10_000
 
 
 def captions_of(data: object, most: int = MOST) -> list[str]:
-    """Different captions of training and evaluation samples, each as ``describe`` has it, in the order of their ids.
+    """List distinct captions of training and evaluation samples, as ``describe`` returns them, in order of sample ids.
 
     Args:
-        data: the data module of a run; None where it cannot be built.
-        most: samples that are read; of more, evenly spaced ones.
+        data: the data module of a run; None if it cannot be built.
+        most: number of samples that are read; if there are more, evenly spaced ones.
 
     Returns:
-        An empty list for data without texts, or whose files are no longer there; of a stream, captions of its
-        evaluation sets alone.
+        An empty list for data without texts, or whose files are no longer there. For a stream, only captions of its
+            evaluation sets.
     """
     if not isinstance(data, DataModule):
         return []
@@ -41,14 +41,14 @@ def captions_of(data: object, most: int = MOST) -> list[str]:
 
 
 def _sets(data: DataModule) -> Iterator[BatchDataset]:
-    with suppress(ValueError, NotImplementedError):  # a stream has none
+    with suppress(ValueError, NotImplementedError):  # a stream has no plain set
         yield data.plain_set()
     for stage in ("validate", "test"):
         yield from data.evaluation_sets(stage).values()
 
 
 def _with_text(part: BatchDataset) -> np.ndarray:
-    """int64 ``[N]``: ids of the samples of a set that have a text."""
+    """Return the ids of a set's samples that have a text, int64 ``[N]``."""
     row_N = np.arange(len(part))
     has_N = part.present(row_N).get("text")
     return part.identity(row_N if has_N is None else row_N[has_N.numpy()])

@@ -181,7 +181,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
 
 
 def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> list[str]:
-    """The folder of another package, with the model card, the run's numbers and the licence of its data."""
+    """Write the folder of another package, with the model card, the run's numbers and the licence of its data."""
     from descant.export import formats
     from descant.export.captions import captions_of
     from descant.modules.io import merge
@@ -209,7 +209,7 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
 
 
 def _warn_of_texts(name: str, changed: Sequence[tuple[str, str]], of: int) -> None:
-    """One line where the package cleans captions of the run's data, so that its tokenizer gives other ids."""
+    """Warn in one line if the package cleans captions of the run's data, so its tokenizer gives other ids."""
     if changed:
         shortest = min(changed, key=lambda pair: len(pair[0]))
         here, there = (printable(text if len(text) <= 60 else f"{text[:57]}...") for text in shortest)
@@ -220,7 +220,7 @@ def _warn_of_texts(name: str, changed: Sequence[tuple[str, str]], of: int) -> No
 
 
 def _preprocessing(source: Saved) -> tuple[Any, dict[str, list[Any]]]:
-    """The data module, of a run whose data is here, and the preprocessing of each modality."""
+    """Return the data module, if the run's data is here, and the preprocessing of each modality."""
     from descant.datamodules.prepared import parts
     from descant.export import loading
 
@@ -237,7 +237,7 @@ def _named(files: Sequence[Path], folder: Path) -> list[str]:
 
 
 def _copy_notice(source: Saved, prepared: object, folder: Path) -> None:
-    """The notice of the data, from its folder or from the export that this one is made from."""
+    """Copy the notice of the data, from its folder or from the export that this one is made from."""
     from descant.report import card
 
     notices = [Path(str(place)) / "NOTICE.md" for place in [getattr(prepared, "folder", None)] if place is not None]
@@ -247,7 +247,7 @@ def _copy_notice(source: Saved, prepared: object, folder: Path) -> None:
 
 
 def _confirm(folder: Path, about: About) -> str:
-    """Write the manifest of the export, and return SHA-256 of its weights."""
+    """Write the manifest of the export, and return the SHA-256 of its weights."""
     from descant.modules.io import manifest, saved
     from descant.modules.io.files import sha256_of
 
@@ -260,7 +260,7 @@ def _confirm(folder: Path, about: About) -> str:
 
 
 def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
-    """``part`` with the weights of ``whole``, without those of dropped towers."""
+    """Return ``part`` with the weights of ``whole``, except those of dropped towers."""
     from descant.modules.adaptation.grow import restructure, structure
     from descant.modules.io import saved
 
@@ -272,7 +272,7 @@ def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -
 
 
 def _words(key: str) -> list[str]:
-    """Names in a key: ``losses.image-audio.scale`` has image and audio."""
+    """Split a key into names: ``losses.image-audio.scale`` has image and audio."""
     return [word for part in key.split(".") for word in part.split("-")]
 
 

@@ -28,23 +28,23 @@ from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
 from descant.run.runs import model_path
 
-#: File of an export with the preprocessing of its modalities.
+#: File in an export with the preprocessing of its modalities.
 PREPROCESS = "preprocess.yaml"
 
 
 def load(path: Path | str, checkpoint: str = "best", trust: Sequence[str] = (), into: Recipe | None = None) -> Recipe:
-    """The recipe of a run or export with its weights, in eval mode: ``load(path).embed(batch)``.
+    """Load the recipe of a run or export with its weights, in eval mode: ``load(path).embed(batch)``.
 
-    Where the run has an EMA average, these weights are the average, as in its own validation. It computes in float32
-    unless the caller casts or autocasts; a run trained in another precision validated in that one.
+    If the run has an EMA average, the weights are this average, as in its own validation. The recipe computes in
+    float32 unless the caller casts or autocasts; a run trained in another precision validated in that precision.
 
     Args:
         path: a run folder (``runs/demo/001``), its name below ``runs`` (``demo/001``), a checkpoint in one, or a folder
             that ``descant export`` wrote.
-        checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; else last), last or a file in it.
+        checkpoint: of a run folder: best (by its ModelCheckpoint's monitor; otherwise last), last or a file in it.
         trust: modules that its configuration may name beside Descant's own.
-        into: a recipe built as the trained one was, which gets the weights: of runs of ``descant.fit``, whose
-            ``config.yaml`` names classes only.
+        into: a recipe built as the trained one was, which gets the weights. It is for runs of ``descant.fit``, whose
+            ``config.yaml`` names only classes.
     """
     with trusting(trust):
         source = saved.find(model_path(Path("runs"), path), checkpoint)
@@ -84,25 +84,25 @@ class Embedder:
         return self.recipe.towers
 
     def texts(self, texts: str | Sequence[str]) -> Tensor:
-        """Strings (or one) -> ``z_ND``."""
+        """Embed strings (or one) as ``z_ND``."""
         (tokenizer,) = self._parts("text")
         return self._embed("text", [texts] if isinstance(texts, str) else texts, tokenizer)
 
     def images(self, images: Any) -> Tensor:
-        """Images of any sizes (or one), each a PIL image, a file, or uint8 ``[3 or 4, H, W]`` -> ``z_ND``."""
+        """Embed images of any sizes (or one) as ``z_ND``: PIL images, files, or uint8 ``[3 or 4, H, W]``."""
         parts = self._parts("image")
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, Tensor) and images.ndim == 3):
             images = [images]
         return self._embed("image", images, lambda some: torch.cat([prepare_image(parts, image) for image in some]))
 
     def sounds(self, files: Path | str | Sequence[Path | str]) -> Tensor:
-        """Sound files (or one) -> ``z_ND``."""
+        """Embed sound files (or one) as ``z_ND``."""
         (field,) = self._parts("audio")
         files = [files] if isinstance(files, Path | str) else files
         return self._embed("audio", files, lambda some: torch.cat([_features(field, Path(file)) for file in some]))
 
     def embed(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Preprocessed inputs (``image=x_NCHW, text=x_NT``) -> modality -> ``z_ND``."""
+        """Embed preprocessed inputs (``image=x_NCHW, text=x_NT``): modality -> ``z_ND``."""
         rows = len(next(iter(inputs.values())))
         present = {m: torch.ones(rows, dtype=torch.bool, device=self.device) for m in inputs}
         with torch.inference_mode():
@@ -125,8 +125,8 @@ class Embedder:
 
 @contextmanager
 def trusting(trust: Sequence[str]) -> Iterator[None]:
-    """Inside, the allow-list of classes applies; afterwards the parser's settings are restored."""
-    from jsonargparse import _common  # its settings can be set by its API, but not read
+    """Apply the allow-list of classes inside the context; afterwards restore the parser's settings."""
+    from jsonargparse import _common  # the public API sets these settings, but cannot read them
 
     before = dict(_common.parsing_settings)
     try:
@@ -139,7 +139,7 @@ def trusting(trust: Sequence[str]) -> Iterator[None]:
 
 
 def allowed(trust: Sequence[str]) -> Callable[[str], None]:
-    """The allow-list for saved configurations; it raises ValueError."""
+    """Return the allow-list check for saved configurations; it raises ValueError."""
 
     def check(name: str) -> None:
         try:
@@ -151,7 +151,7 @@ def allowed(trust: Sequence[str]) -> Callable[[str], None]:
 
 
 def preprocess(source: Saved) -> dict[str, list[Any]]:
-    """Modality -> preprocessing steps up to the tower's input; modalities without known steps are missing."""
+    """Return modality -> preprocessing steps up to the tower's input; modalities without known steps are missing."""
     if source.exported:
         file = source.folder / PREPROCESS
         nodes = saved.read_yaml(file, source.folder) if file.is_file() else {}
@@ -161,7 +161,7 @@ def preprocess(source: Saved) -> dict[str, list[Any]]:
 
 
 def datamodule(source: Saved) -> L.LightningDataModule | None:
-    """The data module of a run's configuration, or None if it cannot be built, such as for missing files."""
+    """Build the data module of a run's configuration; None if that fails, such as for missing files."""
     node = source.config.get("data")
     if not isinstance(node, Mapping):
         return None

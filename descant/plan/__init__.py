@@ -1,1 +1,1 @@
-"""``descant plan``: what a run needs on many accelerators, by a step of the real recipe on tensors without data."""
+"""``descant plan``: what a run needs on many accelerators, from a step of its real recipe on tensors without data."""

@@ -1,4 +1,4 @@
-"""Autocast on a device that torch has no kernels for, by the lists that CUDA goes by.
+"""Autocast for a device without kernels in torch, with the operator lists that CUDA uses.
 
 Source: torch, aten/src/ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, _FP32, _FP32_SET_OPT_DTYPE, _PROMOTE).
 """
@@ -21,7 +21,7 @@ def _names(text: str) -> list[str]:
     return text.split()
 
 
-#: Computed in the lower precision.
+#: Operators computed in the lower precision.
 LOW = _names(
     """
     _convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu
@@ -30,7 +30,7 @@ LOW = _names(
     lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
     """
 )
-#: Computed in float32.
+#: Operators computed in float32.
 HIGH = _names(
     """
     acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm
@@ -41,9 +41,9 @@ HIGH = _names(
     prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum
     """
 )
-#: Those of HIGH that take the type of their result: asked for float32, where none was asked for.
+#: Operators of HIGH with a ``dtype`` argument: autocast sets it to float32 unless the caller gave one.
 TYPED = {"prod", "softmax", "log_softmax", "cumprod", "cumsum", "linalg_vector_norm", "linalg_matrix_norm", "sum"}
-#: Computed in the widest type among their arguments.
+#: Operators computed in the widest type among their arguments.
 WIDEST = _names(
     """
     addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add cat stack
@@ -97,7 +97,7 @@ def _kernel(func: Any, name: str, device: str) -> Callable[..., Any]:
 
 
 def register(device: str) -> list[torch.library.Library]:
-    """Has ``torch.autocast(device)`` cast what CUDA's casts. Keep what is returned: it is undone with it."""
+    """Make ``torch.autocast(device)`` cast what it casts on CUDA, as long as the returned libraries are alive."""
     rest = torch.library.Library("_", "IMPL")
     rest.fallback(torch.library.fallthrough_kernel, KEY)
     library = torch.library.Library("aten", "IMPL")

@@ -1,8 +1,8 @@
-"""Measure the present machine: kernels by class and size, what a step costs beside them, contention, messages.
+"""Measure this machine: kernels by class and size, the other costs of a step, contention, and messages.
 
-On one thread times are those of the processor, which other programs on the machine change little; on several, and on
-CUDA, those of the clock. Every time is a median over turns with inputs that are in no cache and outputs that are kept,
-as in a training step.
+With one thread, times are processor times, which other programs on the machine hardly change. With several threads, and
+on CUDA, they are wall-clock times. Every time is a median over repetitions. As in a training step, no cache holds the
+inputs, and the outputs are kept.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from descant.plan.record import operation_of
 from descant.plan.reference import references, settle_allocator, take_step, trained_steps
 from descant.plan.trace import PHASES, Operation
 
-#: Bytes of arguments that a turn goes through: more than the caches of one core hold.
+#: Bytes of arguments that one repetition reads: more than the caches of one core hold.
 POOL = 24 << 20
-#: Seconds that a trainer takes of a step at least.
+#: Lower bound of the seconds that a trainer adds to a step.
 LEAST = 1e-5
-#: Bytes of the largest operator of a tiny step (of products, a hundredth of the FLOPs).
+#: Bytes of the largest operator in a tiny step (for products, FLOPs / 100).
 SMALL = 1 << 18
-#: Bytes between two modules of a tiny step, and those of a whole step, which leave nothing else in a core's caches.
+#: Bytes that are read after each module of a tiny step, and bytes that evict everything else from a core's caches.
 OTHER, EVICTING = 2 << 20, 40 << 20
 
 
 def calibrate(
     processes: Iterable[int] = (1, 2, 4), turns: int = 5, most: float = float("inf"), device: str | None = None
 ) -> Hardware:
-    """Hardware of the present machine, with curves in place of a data sheet: under a minute on a quiet machine.
+    """Measure this machine as hardware with curves instead of a data sheet: under a minute if no other program runs.
 
     Args:
-        processes: numbers of processes that share the cores, whose contention and messages (gloo) are measured.
-        turns: of each measurement, whose median is taken.
-        most: bytes of the largest operator that is timed (of products, a hundredth of the FLOPs).
-        device: ``cpu`` or ``cuda``; CUDA where there is one.
+        processes: numbers of processes that share the cores; contention and messages (gloo) are measured for each.
+        turns: repetitions of each measurement; the median is taken.
+        most: bytes of the largest operator that is timed (for products, FLOPs / 100).
+        device: ``cpu`` or ``cuda``; by default CUDA if it is available.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settle_allocator()
@@ -85,7 +85,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _card(curves: dict[str, Curve], overhead: dict[str, float], device: torch.device) -> Card:
-    """The best that was reached, as a data sheet would have it, for what has no curve."""
+    """Return a card with the best measured rates, as a data sheet would give them, for operators without a curve."""
 
     def best(key: str) -> float:
         curve = curves[key]
@@ -104,7 +104,7 @@ def _card(curves: dict[str, Curve], overhead: dict[str, float], device: torch.de
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of the processor on one thread, else of the clock when the device is done."""
+    """Return seconds: processor time on one CPU thread, otherwise wall-clock time once the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -113,7 +113,7 @@ def clock(device: torch.device) -> float:
 
 
 def measured_curves(some: Iterable[Kernel], turns: int, device: torch.device) -> dict[str, Curve]:
-    """Seconds by size of each class and dtype; operators of nearly one size are averaged geometrically."""
+    """Measure seconds by size for each class and dtype; times of nearly equal sizes are averaged geometrically."""
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for kernel in some:
         times[kernel.key].append((kernel.size, seconds_of(kernel, turns, device)))
@@ -129,12 +129,12 @@ def _curve(points: list[tuple[float, float]]) -> Curve:
             groups.append([point])
     means = [tuple(statistics.geometric_mean(values) for values in zip(*group, strict=True)) for group in groups]
     sizes, seconds = zip(*means, strict=True)
-    rising = accumulate(seconds, max)  # more is never faster: what measures so is noise
+    rising = accumulate(seconds, max)  # a larger operator is never faster: such a measurement is noise
     return Curve(tuple(map(float, sizes)), tuple(map(float, rising)))
 
 
 def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
-    """The median over turns of one call's time, on arguments that the call before did not have; results are kept."""
+    """Measure the median seconds of a call, on arguments that the previous call did not use; results are kept."""
     if kernel.fresh is not None and device.type == "cpu":
         return _seconds_from_memory(kernel, kernel.fresh, turns, device)
     count = int(min(32, max(2, POOL // max(1, kernel.nbytes))))
@@ -149,12 +149,14 @@ def seconds_of(kernel: Kernel, turns: int, device: torch.device) -> float:
             del kept
             if turn > 1 and time.perf_counter() - began > 0.3:
                 break
-    return max(statistics.median(spent[1:]), 1e-8)  # the first finds no memory of the allocator
+    return max(statistics.median(spent[1:]), 1e-8)  # in the first repetition, the allocator holds no memory yet
 
 
 def _seconds_from_memory(kernel: Kernel, fresh: tuple[int, ...], turns: int, device: torch.device) -> float:
-    """The same where nothing is in a cache, neither weights nor what the library keeps of the operator, but for what
-    the operator before has just made."""
+    """Measure the same with cold caches; only the arguments that the previous operator has just made are cached.
+
+    Neither weights nor data that the library keeps for the operator are in a cache.
+    """
     pool, other, spent = [kernel.make() for _ in range(3)], torch.ones(EVICTING // 4), []
     began = time.perf_counter()
     with torch.no_grad():
@@ -172,7 +174,7 @@ def _seconds_from_memory(kernel: Kernel, fresh: tuple[int, ...], turns: int, dev
 
 
 def measured_fresh(turns: int, device: torch.device) -> float:
-    """Seconds of a byte of memory that the system gives and clears, on the CPU: a tensor too large to be kept."""
+    """Measure the seconds per byte for the system to provide and clear memory, of a CPU tensor too large to be kept."""
     if device.type != "cpu":
         return 0.0
     count, first, again = 1 << 24, [], []
@@ -192,7 +194,7 @@ def measured_fresh(turns: int, device: torch.device) -> float:
 
 
 class _Operations(TorchDispatchMode):
-    """The operations of a step on real tensors, as descant.plan.simulate records those on tensors without data."""
+    """Records the operations of a step on real tensors, as descant.plan.simulate does on tensors without data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ class _Operations(TorchDispatchMode):
 
 @dataclass
 class Measured:
-    """A reference step: its operations, and seconds by phase."""
+    """Operations and seconds by phase of a reference step."""
 
     operations: list[Operation]
     seconds: dict[str, float]
@@ -218,7 +220,7 @@ class Measured:
 def measured_step(
     model: Any, batch: Any, optimizer: torch.optim.Optimizer, turns: int, device: torch.device
 ) -> Measured:
-    """Operations of a step of a recipe, and the medians of its times, when caches hold nothing of it."""
+    """Record the operations of a recipe's step and measure its median times with cold caches."""
     step = partial(take_step, model, batch, optimizer)
     for _ in range(2):
         step()
@@ -238,8 +240,10 @@ def measured_step(
 
 
 class _Cold:
-    """Goes through other memory after every module of a tiny step, forward and backward, as the kernels of a real one
-    do, and adds up how long that took."""
+    """Context that reads other memory after every module, forward and backward, and sums the seconds of these reads.
+
+    The kernels of a full-size step evict the caches in the same way.
+    """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self.model, self.device, self.spent = model, device, 0.0
@@ -267,10 +271,10 @@ class _Cold:
 
 
 def measured_overhead(curves: dict[str, Curve], turns: int, device: torch.device) -> tuple[dict[str, float], float]:
-    """Seconds of an operation beside its kernel, by phase, and of an optimizer beside its operations.
+    """Measure seconds beside kernels: of an operation, by phase, and of an optimizer step.
 
-    From tiny steps of real recipes: the median over steps of ``(measured - kernels) / operations``, with ``curves`` of
-    kernels whose arguments are in the caches, as those of tiny steps are.
+    They come from tiny steps of real recipes, as the median over steps of ``(measured - kernels) / operations``.
+    ``curves`` are of kernels whose arguments are in the caches, as in tiny steps.
     """
     rows: dict[tuple[bool, str], list[Row]] = defaultdict(list)
     for fused, model, batch, optimizer in references(device):
@@ -284,7 +288,7 @@ def measured_overhead(curves: dict[str, Curve], turns: int, device: torch.device
 
 
 class Row(NamedTuple):
-    """Of a phase of a step: seconds of its kernels on their own, its operations, and its seconds as measured."""
+    """One phase of a step: seconds of its kernels alone, number of its operations, and its measured seconds."""
 
     kernels: float
     operations: int
@@ -292,7 +296,7 @@ class Row(NamedTuple):
 
 
 def each(rows: list[Row]) -> float:
-    """Seconds of an operation beside its kernel, at least 0.
+    """Return the seconds of an operation beside its kernel, at least 0.
 
     >>> f"{each([Row(1e-3, 100, 2e-3), Row(1e-3, 200, 3e-3), Row(2e-3, 100, 3e-3)]) * 1e6:.0f} us"
     '10 us'
@@ -308,6 +312,6 @@ def _row(step: Measured, phase: str, curves: dict[str, Curve]) -> Row:
 
 
 def measured_host(turns: int) -> float:
-    """Seconds of a step of Lightning's trainer beside the recipe's own."""
+    """Measure the seconds that Lightning's trainer adds to a step of the recipe."""
     beside = [statistics.median(there) - statistics.median(alone) for there, alone in trained_steps(10 * turns)]
-    return max(LEAST, statistics.mean(beside))  # a difference of two measurements, which may be noise
+    return max(LEAST, statistics.mean(beside))  # the mean may be negative: it is a difference of two noisy measurements

@@ -1,13 +1,14 @@
-"""Processes that share a machine's cores: how much longer they compute, and what messages between them (gloo) take.
+"""Processes that share a machine's cores: how much they slow each other down, and how long their messages (gloo) take.
 
-More processes than cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``. The
-first is of caches and memory, and is measured: of kernels on a small working set and of steps of two towers on larger
-ones, as their geometric mean; and of passes over memory. The second would be measured, too, but for other programs on
-the machine.
+Processes in excess of the cores take turns: ``contention = processor time of n at once / of one x max(1, n / cores)``.
+The first factor comes from caches and memory, and is measured twice. One value is the geometric mean over kernels on a
+small working set and steps of two towers on larger ones; the other is for passes over memory. The second factor is
+computed, because other programs on the machine would distort its measurement.
 
-A message is timed right after another one, and between the forward and backward passes of a small tower, as in a step,
-where each rank waits for the slowest, for a core, and for what the message took from its caches: there a small one
-takes two to five times as long. After longer computation it takes no longer.
+A message is timed twice. The first time it follows another message. The second time it comes between the forward and
+backward passes of a small tower, as in a step. There, each rank waits for the slowest rank, for a core, and for data
+that the message evicted from its caches, so a small message takes two to five times as long. After longer computation
+it takes no longer.
 """
 
 from __future__ import annotations
@@ -35,16 +36,19 @@ from descant.plan.hardware import STREAMED, Link
 from descant.plan.quantities import Curve
 from descant.plan.reference import TextStep, TowerStep, settle_allocator
 
-#: Seconds after which one message is measured no more.
+#: Seconds after which the measurement of one message stops.
 LONGEST = 0.8
-#: Bytes of messages.
+#: Bytes of the messages that are measured.
 SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Contention by the number of processes, of steps and of passes over memory; the link between them; bytes/s of
-    passes over memory of one process, 0 where there is but one."""
+    """Contention and messages by the number of processes.
+
+    ``contention`` is that of steps and ``streams`` that of passes over memory. ``bandwidth`` is the bytes/s with which
+    one process passes over memory; 0 if no more than one process was measured.
+    """
 
     contention: dict[int, float]
     streams: dict[int, float]
@@ -53,7 +57,7 @@ class Ranks:
 
 
 def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SIZES) -> Ranks:
-    """Each number of processes, of one thread each, on the same work at once; then messages in groups of 2 and more."""
+    """Measure each number of single-threaded processes on the same work, then messages in groups of 2 and more."""
     world = max(processes)
     if world == 1:
         return Ranks({1: 1.0}, {}, Link(1e9, 1e-4))
@@ -77,7 +81,7 @@ def measured_ranks(processes: list[int], turns: int, sizes: tuple[int, ...] = SI
 
 
 def _ratio(shared: dict[str, list[dict[str, float]]], kinds: tuple[str, ...], n: str) -> float:
-    """Of times among ``n`` processes to those alone: medians over turns, the geometric mean over kinds of work.
+    """Return the slowdown of ``n`` processes: median of time(n) / time(1), averaged geometrically over kinds of work.
 
     >>> turns = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "2": 16.0}, {"1": 4.0, "2": 4.0}]  # 2, 8 and 1 times as long
     >>> round(_ratio({"kernels": turns, "tower": [{"1": 1.0, "2": 8.0}]}, ("kernels", "tower"), "2"), 6)
@@ -87,8 +91,7 @@ def _ratio(shared: dict[str, list[dict[str, float]]], kinds: tuple[str, ...], n:
 
 
 def rising(seconds: list[float]) -> tuple[float, ...]:
-    """The nearest series that never falls, in least squares: a larger message is not faster, and what measures so is
-    noise.
+    """Return the nearest non-decreasing series in least squares: larger messages that measure faster are noise.
 
     Source: pool adjacent violators, Ayer and others 1955.
 
@@ -106,7 +109,7 @@ def rising(seconds: list[float]) -> tuple[float, ...]:
 def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, sizes: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
     as_batch_work()  # as in a run
-    warnings.simplefilter("ignore")  # of names of collectives that later releases have beside these
+    warnings.simplefilter("ignore")  # newer torch releases rename these collectives and warn
     limit = timedelta(seconds=300)
     dist.init_process_group("gloo", f"file://{folder}/ranks", limit, world, rank)
     groups = {n: dist.new_group(list(range(n)), limit) for n in processes}
@@ -145,7 +148,7 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
 
 
 class _Kernels:
-    """A fifth of a millisecond of products and passes over what caches hold, and no memory from the system."""
+    """A fifth of a millisecond of products and passes over cached data, without new memory from the system."""
 
     def __init__(self) -> None:
         self.a, self.c, self.x = torch.ones(192, 192), torch.ones(192, 192), torch.ones(1 << 20)
@@ -156,7 +159,7 @@ class _Kernels:
 
 
 class _Stream:
-    """A pass over more than the caches of all cores hold, as that of an optimizer."""
+    """A pass over more memory than the caches of all cores hold, as in an optimizer step."""
 
     def __init__(self) -> None:
         self.x, self.y = torch.ones(STREAMED // 4), torch.ones(STREAMED // 4)
@@ -168,7 +171,7 @@ class _Stream:
 def _shared(
     call: Callable[[], object], rank: int, group: Any, times: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of a call in the first rank while the others of its group do the same, and all others wait."""
+    """Measure seconds of a call while the first ranks run it together as a group and all other ranks wait."""
     dist.barrier()
     return _together(call, group, times, clock) if rank < dist.get_world_size(group) else 0.0
 
@@ -176,7 +179,7 @@ def _shared(
 def _message(
     call: Callable[[], object], compute: Callable[[], object], group: Any, turns: int, times: int
 ) -> tuple[float, float]:
-    """Seconds of a message right after another one, and after a computation beyond its own: medians of turns."""
+    """Measure the median seconds of a message right after another one, and those that it adds to a computation."""
 
     def both() -> None:
         compute()
@@ -184,7 +187,7 @@ def _message(
 
     both()
     near, apart, spent = list[float](), list[float](), 0.0
-    while len(apart) < turns and spent < LONGEST:  # by the slowest rank's times, so that all stop alike
+    while len(apart) < turns and spent < LONGEST:  # times of the slowest rank, so that all ranks stop together
         near.append(_together(call, group, times))
         alone, there = _together(compute, group, times), _together(both, group, times)
         apart.append(there - alone)
@@ -195,7 +198,7 @@ def _message(
 def _together(
     call: Callable[[], object], group: Any, times: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of a call, the mean of some, of the slowest rank of a group."""
+    """Return the mean seconds of a call in the slowest rank of a group."""
     dist.barrier(group)
     start = clock()
     for _ in range(times):
@@ -206,7 +209,7 @@ def _together(
 
 
 def _messages(rank: int, n: int, size: int, group: Any) -> dict[str, Callable[[], object]]:
-    """By the names of a trace; ``size`` is of the larger side."""
+    """Return calls by the collective names of a trace; ``size`` is the bytes of the larger side."""
     count = math.ceil(size / 4 / n) * n
     whole, part = torch.ones(count), torch.ones(count // n)
     other = torch.ones(count)

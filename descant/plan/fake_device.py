@@ -1,10 +1,10 @@
-"""A device of tensors without data, for steps of real recipes whose sizes matter and whose numbers do not.
+"""A device of tensors without data, for steps of real recipes in which only sizes matter.
 
-Tensors on ``plan:0`` are torch's FakeTensors: shapes, types and strides, no storage. What is on the CPU stays real, so
-that a step reads its host copies (:mod:`descant.modules.core.host`) as on an accelerator; a value of the device itself
-cannot be read. FSDP2, DTensor, autocast (by the lists of CUDA) and process groups of any number of ranks run on it.
+Tensors on ``plan:0`` are torch's FakeTensors: they have shapes, types and strides, but no storage. CPU tensors stay
+real, so a step reads its host copies (:mod:`descant.modules.core.host`) as on an accelerator. Values on the device
+cannot be read. FSDP2, DTensor, autocast (with CUDA's lists) and process groups of any number of ranks run on it.
 
-torch lets a process register one such device, from Python without kernels: :func:`register`, which is not undone.
+torch allows each process to register one such device from Python without kernels: :func:`register` cannot be undone.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from descant.cli.errors import fail
 from descant.plan import autocast
 
 NAME = "plan"
-#: torch's fake process group, for collectives of tensors on the device.
+#: torch's fake process group, for collectives on tensors of the device.
 GROUP = "plan"
 
 
 class _Stream:
-    """A queue on which nothing is ever late; also an event, and its own context."""
+    """A stream that never has to be waited for; also used as an event, and as its own context."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -54,7 +54,7 @@ class _Stream:
 
 
 class _Backend(_DummyBackendModule):
-    """What is found as ``torch.plan``, by the names of ``torch.cuda`` that FSDP2 asks for."""
+    """The module ``torch.plan``, with the names of ``torch.cuda`` that FSDP2 uses."""
 
     Stream = Event = _Stream
 
@@ -70,7 +70,7 @@ class _Backend(_DummyBackendModule):
     def set_device(self, device: Any) -> None:
         pass
 
-    # nothing is drawn there, and a process that has planned may train next: torch asks each device for its generators
+    # no random numbers are drawn on this device, but torch asks every device for its generators in a later training
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
 
@@ -86,7 +86,7 @@ class _Backend(_DummyBackendModule):
 
 @cache
 def register() -> torch.device:
-    """The device, registered in this process once."""
+    """Return the device; the first call registers it in this process."""
     backend = _Backend()
     _setup_privateuseone_for_python_backend(NAME, backend_module=backend)
     for name in ("Stream", "Event", "current_stream", "stream", "set_device"):
@@ -106,7 +106,7 @@ def register() -> torch.device:
 
 @cache
 def _differentiates() -> None:
-    """Run a first backward, in which autograd makes a queue for each device; a device that comes later has none."""
+    """Run a first backward. In it autograd makes a queue for each device; devices registered later get no queue."""
     try:
         with FakeTensorMode():
             torch.empty(1, device=register(), requires_grad=True).sum().backward()
@@ -116,7 +116,7 @@ def _differentiates() -> None:
         fail("plan: this process computed gradients before: plan in a process of its own")
 
 
-_kept: list[torch.library.Library] = []  # what they register goes with them
+_kept: list[torch.library.Library] = []  # their registrations end when they are freed
 
 
 def _attention(
@@ -130,8 +130,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Fused attention, which keeps inputs, output and one number a row for backward, and no matrix of weights; queries
-    may share keys, which CUDA's does not copy. Where ``torch.nn.attention.sdpa_kernel`` allows none, that of parts.
+    """Compute fused attention, or math attention if ``torch.nn.attention.sdpa_kernel`` allows no fused kernel.
+
+    For backward, fused attention keeps the inputs, the output and one number per row, but no matrix of weights. Queries
+    may share keys; CUDA's kernel does not copy shared keys.
     """
     cuda = torch.backends.cuda
     chosen = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
@@ -149,7 +151,7 @@ def _attention(
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """One kernel on CUDA where the types agree, several on the CPU."""
+    """Compute RMS norm: one kernel on CUDA if the types agree, several on the CPU."""
     one: Any = torch.ops.aten._fused_rms_norm.default
     alike = weight is None or weight.dtype == x.dtype
     made = one(x, shape, weight, eps) if alike and not _of_cpu else one.decompose(x, shape, weight, eps)
@@ -166,15 +168,15 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-#: Single kernels of CUDA, which torch makes of several on a device that has none of its own.
+#: Single kernels on CUDA that torch splits into several on a device without kernels of its own.
 KERNELS: dict[str, Any] = {"_fused_rms_norm": _fused_rms_norm, "silu_backward": _silu_backward}
 
 
 class Simulated(TorchDispatchMode):
-    """Operators of tensors on the device, or that make one, give such tensors; all others run as they are.
+    """Mode in which operators that use the device or its tensors return tensors on it; others run unchanged.
 
-    A number of the device that is read is 1 while ``once`` is set, for what recipes make sure of in their first step;
-    else torch raises an error, that it depends on data.
+    While ``once`` is set, every number read from the device is 1, for checks that recipes make in their first step.
+    Otherwise torch raises an error because the operator depends on data.
     """
 
     def __init__(self) -> None:
@@ -185,7 +187,7 @@ class Simulated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it asks again for its part
+            return NotImplemented  # DTensor calls this again with its local part
         kwargs = kwargs or {}
         if not on_device((args, kwargs)):
             return func(*args, **kwargs)
@@ -199,18 +201,18 @@ class Simulated(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
             if func is torch.ops.aten.convolution.default and any(map(channels_last, args[:2])):
-                # as kernels do, of which torch knows none on this device
+                # real kernels keep the layout, but torch has none for this device
                 out = out.contiguous(memory_format=torch.channels_last)
             return out
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether images or weights have their channels last in memory, and not their columns."""
+    """Whether images or weights are stored with the channels last, and not also contiguous."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def on_device(values: Any) -> bool:
-    """Whether a tensor of the device is among values, or the device itself."""
+    """Whether values contain a tensor of the device, or the device itself."""
     return any(
         isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == NAME) for x in tree_leaves(values)
     )
@@ -218,7 +220,7 @@ def on_device(values: Any) -> bool:
 
 @contextmanager
 def ranks(world: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this is the first, and the only one that there is."""
+    """Open a process group of ``world`` ranks, in which this process is rank 0 and no other rank exists."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     register()
@@ -230,7 +232,7 @@ def ranks(world: int) -> Iterator[None]:
 
 
 class _Chunks(Sequence[Tensor]):
-    """The parts of a tensor along a dimension, empty ones at the end, each made when it is asked for."""
+    """The chunks of a tensor along a dimension, with empty ones at the end; each is made on access."""
 
     def __init__(self, x: Tensor, number: int, dim: int) -> None:
         self.x, self.number, self.dim = x, number, dim
@@ -245,15 +247,18 @@ class _Chunks(Sequence[Tensor]):
         return self.x.narrow(self.dim, first, size) if size else self.x.new_empty(0)
 
 
-#: Not empty while a step is that of processors, which have fewer kernels that do several operations than CUDA.
+#: Not empty while a step on CPUs is simulated: they have fewer fused kernels than CUDA.
 _of_cpu: list[bool] = []
 
 
 @contextmanager
 def adapted(cpu: bool = False) -> Iterator[None]:
-    """torch as far as steps on the device need it: tensors of it cannot tell a stream that they are used there, its
-    current stream is one of these (torch.accelerator's own has no device that is set, and waiting on it fails), and
-    FSDP2 makes the part of one rank and not, of each parameter, those of a thousand. ``cpu``: of whose kernels."""
+    """Patch torch so that steps run on the device. ``cpu``: use the kernels of a CPU instead of CUDA's.
+
+    ``Tensor.record_stream`` does nothing. ``torch.accelerator.current_stream`` returns a stream of this module, since
+    torch's own has no device set and cannot be waited for. FSDP2 makes the chunk of one rank only, not those of a
+    thousand ranks for each parameter.
+    """
     part: Any = _fsdp_param
     _of_cpu[:] = [True] * cpu
     kept = Tensor.record_stream, part._chunk_with_empty, torch.accelerator.current_stream

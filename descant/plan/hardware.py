@@ -1,7 +1,7 @@
-"""Cards, links and nodes as data, read from YAML: those that ship, by name, and a user's own file.
+"""Cards, links and nodes as data, read from YAML: files that ship, by name, or a user's own file.
 
-Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth a second and direction (3.35 TB/s, or
-400 Gb/s in bits), arithmetic (989 TFLOP/s, dense), times (5 us); a number without a unit is of bytes, FLOP and seconds.
+Units are those of data sheets: bytes in powers of ten (80 GB), bandwidth per second and direction (3.35 TB/s, or
+400 Gb/s in bits), arithmetic (989 TFLOP/s, dense), times (5 us). Numbers without a unit are bytes, FLOP or seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from descant.plan.quantities import Curve, quantity, rounded
 
 #: The files that ship.
 FOLDER = Path(__file__).parent / "hardware"
-#: Bytes that an operation moves: caches hold them, and hold them no more when several processes do the same.
+#: Bytes that an operation moves: up to CACHED the caches hold them; from STREAMED on, not with several processes.
 CACHED, STREAMED = 8 << 20, 32 << 20
 
 
@@ -31,14 +31,15 @@ class Card:
     """One accelerator, or one processor.
 
     Attributes:
-        name: as in its data sheet. source: where the numbers are from.
-        memory: bytes. bandwidth: of memory, bytes/s. peak: dense FLOP/s of products, by dtype.
-        launch: seconds of the host for an operation, while the accelerator computes earlier ones.
-        product_share, bandwidth_share: what large products reach of ``peak``, and what streams reach of ``bandwidth``.
-        attention_share: what fused attention reaches of ``peak``: on an A100 0.73 forward and 0.63 backward at most,
-            of 0.5 and more (FlashAttention-2, Dao 2023, arXiv 2307.08691).
-        kernel: seconds that a kernel takes at least, whatever its size: a judgement, near the 2.9 us of one of 500,000
-            numbers on a V100 (Gray 2019, "Getting Started with CUDA Graphs", NVIDIA).
+        name: as in its data sheet. source: where the numbers come from.
+        memory: bytes. bandwidth: of memory, in bytes/s. peak: dense FLOP/s of products, by dtype.
+        launch: seconds of the host per operation, while the accelerator computes earlier operations.
+        product_share, bandwidth_share: share of ``peak`` that large products reach, and of ``bandwidth`` that streams
+            reach.
+        attention_share: share of ``peak`` that fused attention reaches: on an A100 at most 0.73 forward and 0.63
+            backward, and 0.5 or more (FlashAttention-2, Dao 2023, arXiv 2307.08691).
+        kernel: least seconds of a kernel, whatever its size: an estimate near the 2.9 us that one of 500,000 numbers
+            takes on a V100 (Gray 2019, "Getting Started with CUDA Graphs", NVIDIA).
     """
 
     name: str
@@ -53,18 +54,20 @@ class Card:
     kernel: Annotated[float, "time"] = 2.5e-6
 
     def flop_rate(self, dtype: str, share: float | None = None) -> float:
-        """FLOP/s at a share of the peak, by default that of large products; of a dtype without a peak of its own, as of
-        float32."""
+        """Return FLOP/s at a share of the peak, by default that of large products.
+
+        A dtype without its own peak uses the peak of float32.
+        """
         return (self.product_share if share is None else share) * self.peak.get(dtype, self.peak["float32"])
 
 
 @dataclass(frozen=True)
 class Link:
-    """From one rank to the next: ``bandwidth`` in bytes/s a rank and direction, ``latency`` in seconds a message.
+    """A link between ranks: ``bandwidth`` in bytes/s per rank and direction, ``latency`` in seconds per message.
 
-    ``share`` is what large messages reach of the bandwidth. ``curves``, where measured: seconds of a collective of so
-    many ranks by its bytes, such as ``all_reduce/2``, right after another one; ``apart``: the same after so many
-    ``seconds`` of computation, in which ranks drift apart and lose what they had in their caches.
+    ``share`` is the part of the bandwidth that large messages reach. ``curves``, if measured, give the seconds of a
+    collective by its bytes, right after another message; the key ``all_reduce/2`` is for two ranks. ``apart`` gives the
+    same after ``seconds`` of computation, in which ranks drift apart and their caches lose data.
     """
 
     bandwidth: Annotated[float, "bandwidth"]
@@ -75,8 +78,9 @@ class Link:
     seconds: Annotated[float, "time"] = 0.0
 
     def measured(self, key: str, size: float, computed: float) -> float | None:
-        """Seconds of a message after so many seconds of computation: between both curves in proportion, and never more
-        than the second; None where it was not measured.
+        """Return the seconds of a message after ``computed`` seconds of computation, or None if it was not measured.
+
+        They are interpolated linearly between both curves, and never exceed the second one.
 
         >>> near, apart = ({"all_reduce/2": Curve((8.0,), (seconds,))} for seconds in (1.0, 3.0))
         >>> link = Link(1e9, 1e-4, 1.0, near, apart, seconds=0.5)
@@ -92,21 +96,21 @@ class Link:
 
     @property
     def rate(self) -> float:
-        """Bytes/s that large messages reach."""
+        """Return the bytes/s that large messages reach."""
         return self.bandwidth * self.share
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on a machine, in place of the data sheet.
+    """Measurements on a machine, which replace the data sheet.
 
     Attributes:
         machine: processor, threads and torch.
         curves: seconds of an operation by its size, by class and dtype, such as ``product/float32``.
         overhead: seconds of an operation beside its kernel (modules, dispatch, autograd), by phase.
         step: seconds of a step without operations (trainer, hooks, optimizer).
-        fresh: seconds of a byte that the system gives and clears anew in each step: of activations beyond ``kept``
-            bytes, which glibc's allocator holds on to at most (mallopt(3), twice the largest M_MMAP_THRESHOLD).
+        fresh: seconds per byte that the system provides and clears anew in each step. It applies to activations beyond
+            ``kept`` bytes, the most that glibc's allocator keeps (mallopt(3), twice the largest M_MMAP_THRESHOLD).
     """
 
     machine: str
@@ -122,12 +126,12 @@ class Hardware:
     """A card, and the machine around it.
 
     Attributes:
-        within, between: the link between two ranks of a node, and of two nodes.
-        node: ranks of a node. store: bytes/s that a node writes to where checkpoints lie.
-        contention: how many times longer computation takes with so many processes on the cores of a node, by their
-            number; 1 for accelerators. streams: the same of passes over more than caches hold, where it was measured.
-        overlap: share of a message beside the computation that costs the rank nothing; 0 where its cores send it.
-        calibration: what was measured, if it was.
+        within, between: the link between two ranks of a node, and between two nodes.
+        node: ranks of a node. store: bytes/s with which a node writes checkpoints.
+        contention: factor by which computation slows down, by the number of processes on the cores of a node; 1 for
+            accelerators. streams: the same for passes over more memory than caches hold, if measured.
+        overlap: share of an overlapped message that costs the rank nothing; 0 if its cores send the message.
+        calibration: the measurements, if there are any.
     """
 
     card: Card
@@ -141,8 +145,10 @@ class Hardware:
     calibration: Calibration | None = None
 
     def slowdown(self, processes: int, moved: float = 0.0) -> float:
-        """Of ``processes`` on the cores of a node, for an operation that moves so many bytes: between measured numbers
-        in proportion, beyond the last one too; between :data:`CACHED` and :data:`STREAMED` by the logarithm.
+        """Return the slowdown of an operation that moves ``moved`` bytes, with ``processes`` on the cores of a node.
+
+        Between measured numbers of processes it is interpolated linearly; beyond the last one it grows in proportion.
+        Between :data:`CACHED` and :data:`STREAMED` bytes it is interpolated by the logarithm.
 
         >>> from dataclasses import replace
         >>> cpu = replace(load("cpu"), contention={1: 1.0, 2: 1.1, 4: 2.2}, streams={1: 1.0, 2: 1.7, 4: 3.0})
@@ -171,7 +177,7 @@ def _among(known: dict[int, float], processes: int) -> float:
 
 
 def names() -> list[str]:
-    """Of the hardware that ships, in alphabetical order.
+    """List the names of the hardware that ships, in alphabetical order.
 
     >>> "h100" in names(), "cpu" in names()
     (True, True)
@@ -180,7 +186,7 @@ def names() -> list[str]:
 
 
 def load(name_or_file: str | Path) -> Hardware:
-    """Hardware that ships, by its name, or of a YAML file of one's own, which may begin with ``extends: h100``.
+    """Load hardware by its shipped name, or from a YAML file, which may begin with ``extends: h100``.
 
     >>> card = load("h100").card
     >>> card.memory, card.peak["bfloat16"]
@@ -241,7 +247,7 @@ def _require(content: Any, known: list[str], needed: list[str], place: str, file
 
 
 def _part(part: Any, content: Any, place: str, file: str) -> Any:
-    """A dataclass of texts, quantities, and quantities by name."""
+    """Read a dataclass of texts, quantities, and quantities by name."""
     needed = [f.name for f in fields(part) if f.default is MISSING and f.default_factory is MISSING]
     content = _require(content, _keys(part), needed, place, file)
     made: dict[str, Any] = {}
@@ -310,7 +316,7 @@ def _hardware(content: dict[str, Any], file: str) -> Hardware:
 
 
 def to_yaml(hardware: Hardware) -> str:
-    """The content of a file from which :func:`load` reads the same hardware, to six digits."""
+    """Write the YAML text from which :func:`load` reads the same hardware, to six digits."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Curve):

@@ -1,4 +1,4 @@
-"""Operators of every class at some sizes, which a calibration times."""
+"""Operators of every class at several sizes, for a calibration to time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from descant.plan.operators import BY_FLOPS
 
-#: Bytes of the large side of what is measured by bytes; a small one shows what an operator costs that does little.
+#: Bytes of the larger side of kernels measured by bytes; the smallest shows the fixed cost of an operator.
 BYTES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
-#: Rows, inputs and outputs of products, small and thin ones of small models among them.
+#: Rows, inputs and outputs of products, including the small and thin ones of small models.
 PRODUCTS = (
     (16, 16, 16), (64, 64, 64), (32, 128, 128), (512, 64, 64), (128, 256, 256), (2048, 64, 192),
     (2048, 128, 128), (2048, 256, 256), (4096, 128, 512), (4096, 512, 512),
@@ -33,10 +33,11 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator at one size, of its class in FLOPs or bytes: ``make`` gives new arguments for ``call``.
+    """One operator at one size, in the FLOPs or bytes of its class: ``make`` returns new arguments for ``call``.
 
-    ``fresh``: of an operator with weights, the places of the arguments that the one before it in a step has just made;
-    the others come from memory, which a step has gone through since it used them.
+    ``fresh``: for an operator with weights, the positions of the arguments that the previous operator of a step has
+    just made. The other arguments come from main memory: since their last use, the step has evicted them from the
+    caches.
     """
 
     kind: str
@@ -53,7 +54,7 @@ class Kernel:
 
 
 def kernels(dtype: torch.dtype, device: torch.device, most: float = float("inf")) -> Iterator[Kernel]:
-    """All that is measured of a dtype, up to a size (FLOPs / 100 or bytes)."""
+    """Yield all kernels that are measured for a dtype, up to a size (FLOPs / 100 or bytes)."""
     for kernel in (*_by_flops(dtype, device), *_by_bytes(dtype, device)):
         if kernel.size / (100 if kernel.kind in BY_FLOPS else 1) <= most:
             yield kernel

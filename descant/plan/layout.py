@@ -1,4 +1,4 @@
-"""How a step is laid over ranks and in time, and in which types it computes.
+"""How a step is distributed over ranks and split in time, and in which types it computes.
 
 Letters: W ranks.
 """
@@ -19,15 +19,15 @@ from descant.plan.fake_device import NAME
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is laid over ranks and in time.
+    """How a step is distributed over ranks and split in time.
 
     Attributes:
         strategy: ddp, fsdp (parameters freed between forward and backward), kept (FSDP2 that keeps them), or hsdp
-            (split within groups of ``shard`` ranks, replicated over them).
-        world: W. shard: ranks of a shard group, of hsdp.
-        checkpointing: of which blocks are recomputed in backward.
+            (split within groups of ``shard`` ranks, replicated over groups).
+        world: W. shard: ranks of a shard group, for hsdp.
+        checkpointing: the blocks that backward recomputes.
         chunks: pieces of a batch with in-batch negatives (GradCache). micro: micro-batches of a step.
-        exchange: how samples of all ranks meet in losses that have a choice; None is their own.
+        exchange: how samples of all ranks meet in losses that offer a choice; None keeps the loss's own.
         dtype: of parameters in compute under FSDP2; None is the trainer's.
     """
 
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def sharding(self) -> Shard | None:
-        """As a recipe is given it."""
+        """Return the sharding that a recipe is configured with."""
         if self.strategy == "ddp":
             return None
         return Shard(self.strategy != "kept", self.dtype, shard=self.shard if self.strategy == "hsdp" else None)
@@ -50,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Precision:
-    """Of Lightning's names: autocast in a type, or everything in one.
+    """A Lightning precision: autocast in a type, or everything in one type.
 
     >>> Precision.of("bf16-mixed"), Precision.of("32-true")
     (Precision(autocast=torch.bfloat16, whole=None), Precision(autocast=None, whole=None))

@@ -1,4 +1,4 @@
-"""Classes of aten's operators that cost alike on one machine: those that a calibration measures."""
+"""Classes of aten operators with similar cost on one machine; a calibration measures each class."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import cache
 
 from descant.plan.trace import Operation
 
-#: Those whose time goes with their FLOPs; that of all others with their bytes.
+#: Classes whose time depends on their FLOPs; the time of all others depends on their bytes.
 BY_FLOPS = ("product", "batched", "attention", "attention_backward", "convolution", "convolution_backward")
-#: Class -> beginnings of the operators' names, of which the longest that fits decides.
+#: Class -> prefixes of operator names; the longest matching prefix decides.
 CLASSES: dict[str, tuple[str, ...]] = {
     "product": ("mm", "addmm", "addmv", "mv", "linear", "_grouped_mm", "dot"),
     "batched": ("bmm", "baddbmm"),
@@ -59,7 +59,7 @@ _STARTS = sorted(((start, kind) for kind, starts in CLASSES.items() for start in
 
 @cache
 def operator_class(name: str) -> str:
-    """Of an operator of aten; what is in no list is element by element.
+    """Return the class of an aten operator; an operator in no list is elementwise.
 
     >>> [operator_class(name) for name in ("addmm", "native_layer_norm_backward", "add", "all")]
     ['product', 'normalisation_backward', 'elementwise', 'reduction']
@@ -71,10 +71,10 @@ def operator_class(name: str) -> str:
 
 
 def size_of(operation: Operation) -> tuple[str, int]:
-    """Class of an operation, and the size its time goes with: FLOPs of products, else bytes in and out; of what takes
-    rows out of a table, those of the rows.
+    """Return the class of an operation and the size that determines its time.
 
-    A product without counted FLOPs goes as what is element by element.
+    The size is FLOPs for products and bytes in and out otherwise. For operators that take rows from a table, only the
+    bytes of those rows count. A product without counted FLOPs is treated as elementwise.
 
     >>> size_of(Operation("mm", "forward", 60, 84, 40, "float32"))
     ('product', 60)
@@ -90,7 +90,7 @@ def size_of(operation: Operation) -> tuple[str, int]:
 
 
 def curve_keys(kind: str, dtype: str) -> tuple[str, ...]:
-    """Where the curve of a class and dtype is looked for, the nearest first.
+    """Return the keys under which the curve of a class and dtype is looked up, the nearest first.
 
     >>> curve_keys("product", "float16")
     ('product/float16', 'product/float32', 'elementwise/float32')

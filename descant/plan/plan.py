@@ -71,10 +71,10 @@ def main(args: Sequence[str]) -> int:
     if "--calibrate" in options:
         return _calibrated([word for word in options if word != "--calibrate"], command)
     given = _read(options, command)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a group without ranks warns at each message
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's fake process group warns at each message
     from descant.plan.hardware import load
 
-    hardware = load(given.gpu)  # before torch is imported
+    hardware = load(given.gpu)  # a wrong name fails before torch is imported
     request = read("fit", given.command[1:])
     request.command = "check"
     from descant.plan.run import planned
@@ -83,7 +83,8 @@ def main(args: Sequence[str]) -> int:
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """
+    """Split arguments at ``--`` into options and command.
+
     >>> _split(["--nodes", "2", "--", "fit", "--config", "x"])
     (['--nodes', '2'], ['fit', '--config', 'x'])
     """

@@ -1,4 +1,4 @@
-"""Building the recipe of a command for a plan: the real command line, up to the first batch of the training data."""
+"""Build the recipe of a command for a plan: the real command line, up to the first batch of the training data."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from descant.recipes.base.recipe import Recipe
 
 #: Real samples that a planned batch repeats.
 SAMPLES = 256
-#: Numbers in a tensor from which on it is made without storage.
+#: Tensors with at least this many numbers are made without storage.
 LARGE = 1 << 20
-#: Callbacks that choose what trains and on what data; a step is planned without all others.
+#: Callbacks that choose what trains and on what data; steps are planned without any others.
 NEEDED = (Stages, Rollouts, Rounds)
-#: Makers of tensors of values that exist already.
+#: Constructors of tensors from existing values.
 _OF_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_file, torch.frombuffer)
 
 
 class LargeOnMeta(TorchFunctionMode):
-    """Tensors of :data:`LARGE` or more numbers are made without storage; the others are real, for parts that read them.
+    """Mode that makes tensors of :data:`LARGE` or more numbers without storage; smaller ones are real and can be read.
 
     >>> with LargeOnMeta():
     ...     print(torch.nn.Linear(2048, 512).weight.device, torch.arange(3).sum().item())
@@ -54,7 +54,7 @@ class LargeOnMeta(TorchFunctionMode):
 
 
 class Unmoved(SingleDeviceStrategy):
-    """One process whose model stays where it was built: without storage there is nothing to move."""
+    """One process whose model stays where it was built, since tensors without storage cannot be moved."""
 
     def __init__(self) -> None:
         super().__init__(device=torch.device("cpu"))
@@ -67,10 +67,10 @@ class Unmoved(SingleDeviceStrategy):
 
 
 class Building(Check):
-    """Builds the recipe without storage, takes what a plan decides from it, and plans at the first batch.
+    """Builds the recipe without storage, takes over the parts that a plan decides on, and plans at the first batch.
 
     Args:
-        planning: of a recipe in training, some samples, the rows of a whole step, the steps of the run, and
+        planning: is called with a recipe in training, some samples, the rows of a whole step, the steps of the run, and
             the parts that were taken.
         precision: for ``trainer.precision: auto``.
     """
@@ -115,7 +115,7 @@ class Building(Check):
         raise Checked
 
     def steps(self, trainer: L.Trainer) -> float:
-        """Of the run, as it is configured; infinity for one without end."""
+        """Return the steps of the run as configured, or infinity for a run without end."""
         data: Any = datamodule_of(trainer)
         if has(data, StagedDataModule):
             return float(data.steps[data.stage])

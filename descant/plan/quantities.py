@@ -26,7 +26,7 @@ UNITS: dict[str, dict[str, float]] = {
 
 
 def quantity(value: Any, kind: str) -> float:
-    """A number with or without a unit of its kind, in bytes, bytes a second, FLOP a second, seconds or parts of one.
+    """Read a number with or without a unit of its kind, in bytes, bytes/s, FLOP/s, seconds, or as a share.
 
     >>> quantity("80 GB", "bytes"), quantity("400 Gb/s", "bandwidth"), quantity("5 us", "time")
     (80000000000.0, 50000000000.0, 5e-06)
@@ -56,7 +56,7 @@ def _with(kind: str) -> str:
 
 
 def rounded(number: float, digits: int = 6) -> float:
-    """To so many digits.
+    """Round a number to significant digits.
 
     >>> rounded(0.123456789), rounded(5 * 1e-6, 12)
     (0.123457, 5e-06)
@@ -66,8 +66,9 @@ def rounded(number: float, digits: int = 6) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured seconds by size (FLOPs of products, bytes of all else): log-log between points, in proportion beyond
-    the last one, and never less than at the first.
+    """Measured seconds by size (FLOPs of products, bytes of all other operators).
+
+    The curve is log-log between points, proportional to size after the last one, and constant before the first.
 
     >>> curve = Curve((1e3, 1e5), (1e-6, 1e-4))
     >>> f"{curve(1e4):.1e} {curve(1e6):.1e} {curve(1.0):.1e}"

@@ -1,4 +1,4 @@
-"""What a step does, as torch's dispatcher sees it: operations, messages and live bytes."""
+"""Record what torch's dispatcher sees in a step: operations, messages and live bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbyt
 from descant.plan.fake_device import NAME, channels_last
 from descant.plan.trace import Collective, Operation
 
-#: Operators of torch's dispatcher -> names here.
+#: Operators of torch's dispatcher -> names in a trace.
 MESSAGES = {
     "allgather_": "all_gather",
     "_allgather_base_": "all_gather",
@@ -30,20 +30,21 @@ MESSAGES = {
     "recv_": "recv",
     "broadcast_": "broadcast",
 }
-#: Those that ranks wait for each other in, without a byte.
+#: Operators in which ranks wait for each other without sending data.
 _EMPTY = ("barrier", "monitored_barrier_")
-#: Messages whose larger side gloo holds twice, once flat.
+#: Messages for which gloo keeps a second, flat copy of the larger side.
 _COPIED = ("_allgather_base_", "allgather_", "_reduce_scatter_base_", "reduce_scatter_")
-#: Messages that FSDP2 sends beside the computation, and a ring's.
+#: Messages that FSDP2 or a ring sends while the rank computes.
 _BESIDE = ("_allgather_base_", "_reduce_scatter_base_", "send", "recv_")
-#: Convolutions -> which argument their weight is; the one before it is the input.
+#: Convolutions -> position of their weight among the arguments; the input comes just before it.
 _WEIGHTS = {"aten::convolution": 1, "aten::convolution_backward": 2}
 
 
 class Recorder(TorchDispatchMode):
-    """Operations, collectives and live bytes of the tensors on the simulated device that are made inside.
+    """Records the operations, collectives and live bytes of tensors that are made on the simulated device inside it.
 
-    ``copies``: whether backends copy what they gather and scatter, and weights of convolutions, as gloo and oneDNN do.
+    ``copies``: whether backends copy gathered and scattered data, and the weights of convolutions, as gloo and oneDNN
+    do.
     """
 
     def __init__(self, copies: bool = False) -> None:
@@ -54,18 +55,18 @@ class Recorder(TorchDispatchMode):
         self.phase = "forward"
         self.live = self.peak = self.largest = 0
         self._sizes: dict[int, int] = {}
-        self._gathered: dict[int, weakref.ref[Any]] = {}  # storages that FSDP2 frees by their size
+        self._gathered: dict[int, weakref.ref[Any]] = {}  # storages that FSDP2 frees by resizing them
 
     def again(self) -> None:
-        """Forget what was recorded; what is live remains so."""
+        """Clear the recorded operations, collectives and peaks, but keep the live tensors."""
         self.operations, self.collectives = [], []
         self.peak, self.largest = self.live, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it asks again for its part
+            return NotImplemented  # DTensor calls this again with its local part
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for ten thousand times a step
+            return args[0].fake_device  # a shortcut: called ten thousand times a step
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "prim":
@@ -98,7 +99,7 @@ class Recorder(TorchDispatchMode):
         members = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
         if self.copies and name in _COPIED:
             self.peak = max(self.peak, self.live + max(sides))
-        of_copies = bool(self._gathered) and len(members) < dist.get_world_size()  # gradients, among copies of a shard
+        of_copies = bool(self._gathered) and len(members) < dist.get_world_size()  # for hybrid shards
         beside = name in _BESIDE or (name == "allreduce_" and self.phase == "backward" and of_copies)
         stride = members[1] - members[0] if len(members) > 1 else 1
         name, done = MESSAGES.get(name, name), len(self.operations)
@@ -127,8 +128,10 @@ class Recorder(TorchDispatchMode):
 
 
 def _within(func: Any, args: Any, copies: bool) -> int:
-    """Bytes that an operator holds while it runs: logsumexp what it exponentiates; a convolution of oneDNN its weight,
-    or the gradient of that, in a layout of its own, and the weight once more where only the images are channels last.
+    """Return the bytes that an operator holds only while it runs.
+
+    For logsumexp, these are the exponentiated values. A convolution of oneDNN holds its weight, or the weight's
+    gradient, in a layout of its own, and the weight once more if only the images are channels last.
     """
     name = func._overloadpacket._qualified_op_name
     if name == "aten::logsumexp":
@@ -143,9 +146,10 @@ def _within(func: Any, args: Any, copies: bool) -> int:
 def operation_of(
     func: Any, args: Any, kwargs: dict[str, Any], out: Any, phase: str, kind: type[Tensor] = Tensor
 ) -> Operation | None:
-    """What a call of an operator is for a plan; None for what launches nothing, or has no tensor of ``kind``.
+    """Return a call of an operator as an operation of a plan.
 
-    Bytes written are those of what comes out, or of all arguments that are changed in place.
+    It is None if the call launches no kernel, or has no tensor of ``kind``. Bytes written are those of the outputs, or
+    of all arguments changed in place if there are no outputs.
 
     >>> aten, x = torch.ops.aten, torch.zeros(6)
     >>> made = operation_of(aten._foreach_mul_.Scalar, ([x, x[:2]], 2.0), {}, (), "optimizer")
@@ -173,7 +177,7 @@ def operation_of(
 
 
 def _changed(func: Any, args: Any, kwargs: dict[str, Any], kind: type[Tensor]) -> list[Tensor]:
-    """Tensors that an operator writes to, of a call that returns none, such as those of optimizers."""
+    """List the tensors that a call writes in place if it returns none, such as those of optimizers."""
     found: list[Tensor] = []
     for place, name in writes(func):
         value = args[place] if place < len(args) else kwargs.get(name)

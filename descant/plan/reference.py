@@ -1,4 +1,4 @@
-"""Small steps of real recipes on random numbers, whose times show what modules, dispatch, autograd and a trainer cost.
+"""Small steps of real recipes on random numbers, to time what modules, dispatch, autograd and a trainer cost.
 
 Letters: B samples.
 """
@@ -23,14 +23,16 @@ from descant.modules.training_setup.optim import make_optimizer
 from descant.recipes.contrastive import Contrastive
 from descant.recipes.masked import Masked
 
-#: Rows and width.
+#: Rows of a batch, and width of the recipes.
 ROWS, WIDTH = 4, 32
 _LENGTH, _SIDE = 16, 16
 
 
 def settle_allocator() -> None:
-    """As after the first steps of a run: glibc gives memory back to the system only from here on in large pieces, and
-    what was given back has to be cleared at its next use, which takes longer than most operators.
+    """Bring glibc's allocator into its state after the first steps of a run.
+
+    From then on, glibc returns memory to the system only in large pieces. Returned memory must be cleared at its next
+    use, which takes longer than most operators.
 
     Source: mallopt(3), dynamic M_MMAP_THRESHOLD.
     """
@@ -38,7 +40,7 @@ def settle_allocator() -> None:
 
 
 def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.optim.Optimizer]]:
-    """(whether the optimizer is fused, recipe, batch, optimizer): convolutions, attention, masked tokens."""
+    """Yield (whether the optimizer is fused, recipe, batch, optimizer): convolutions, attention, masked tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for recipe, batch in ((_contrastive(WIDTH), _pairs(ROWS)), (_masked(WIDTH), _images(ROWS))):
@@ -51,7 +53,10 @@ def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.o
 def take_step(
     model: Any, batch: Batch, optimizer: torch.optim.Optimizer, phase: Callable[[str], None] = lambda name: None
 ) -> None:
-    """A step of a recipe without a trainer. ``phase`` is called with the name of each as it begins, ``""`` last."""
+    """Take a step of a recipe without a trainer; ``phase`` is called with the name of each phase as it begins.
+
+    The last call, after the step, gets ``""``.
+    """
     phase("forward")
     loss = model.objective_of(batch).total
     model.output = None
@@ -110,7 +115,7 @@ def _images(rows: int) -> Batch:
 
 
 class _Clock(L.Callback):
-    """Processor seconds of each step, from a batch's start to its end."""
+    """Callback that measures processor seconds of each step, from a batch's start to its end."""
 
     def __init__(self) -> None:
         self.spent: list[float] = []
@@ -124,7 +129,7 @@ class _Clock(L.Callback):
 
 
 def trained_steps(count: int) -> Iterator[tuple[list[float], list[float]]]:
-    """Of each recipe on the CPU: processor seconds of so many steps by a trainer, and of the same without one."""
+    """For each recipe, measure processor seconds of ``count`` steps on the CPU with a trainer, then without one."""
     for fused, model, batch, optimizer in references(torch.device("cpu")):
         if not fused:
             continue

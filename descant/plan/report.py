@@ -1,4 +1,4 @@
-"""What a plan shows of its layouts: rows of a table, the details of one, numbers for programs, and overlays."""
+"""Report a plan's layouts: rows of a table, the details of one, numbers for programs, and overlays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant.plan.trace import Collective
 
 
 class Report:
-    """The layouts of one search, as they come; ``steps`` is the length of the run, infinity for one without end."""
+    """The layouts of one search, in the order found; ``steps`` is the length of the run, or infinity."""
 
     def __init__(self, search: Search, steps: float) -> None:
         self.search, self.steps = search, steps
@@ -24,11 +24,11 @@ class Report:
 
     @property
     def chosen(self) -> list[Planned]:
-        """The best of them."""
+        """Return the best layouts."""
         return best(self.lines)
 
     def add(self, line: Planned) -> str:
-        """The row of a layout, which is kept."""
+        """Keep a layout and return its table row."""
         self.lines.append(line)
         return self.row(line)
 
@@ -48,14 +48,15 @@ class Report:
         )
 
     def hours(self, line: Planned) -> float | None:
-        """Of the run, if it has an end."""
+        """Return the hours of the run, or None if it has no end."""
         return self.steps * line.time.total / 3600 if math.isfinite(self.steps) else None
 
     def mfu(self, line: Planned) -> float:
-        """FLOPs of the model over what its card could do meanwhile: ``flops / (seconds x peak)``.
+        """Return the model FLOPs over those that the card could do in the same time: ``flops / (seconds x peak)``.
 
-        FLOPs are those of the first layout without what backward repeats (``Trace.model_flops``); causal attention
-        counts in full. The peak is that of the type of most of them.
+        The FLOPs are those of the first layout, without FLOPs that backward repeats (``Trace.model_flops``). Causal
+        attention counts in full. The peak is that of the dtype with the most FLOPs.
+
         Source: PaLM, Chowdhery 2022, appendix B (model FLOPs utilisation).
         """
         by_type: Counter[str] = Counter()
@@ -66,11 +67,11 @@ class Report:
         return self.lines[0].trace.model_flops / (line.time.total * peak.get(dtype, peak["float32"]))
 
     def samples(self, line: Planned) -> float:
-        """A second, of all ranks."""
+        """Return samples per second over all ranks."""
         return line.trace.rows * line.layout.world / line.time.total
 
     def details(self, line: Planned) -> Iterator[str]:
-        """Memory, messages, checkpoint, tokens, arithmetic and time of a layout."""
+        """Yield lines on memory, messages, checkpoint, tokens, arithmetic and time of a layout."""
         hardware, memory, time, world = self.search.hardware, line.trace.memory, line.time, line.layout.world
         parts = ("weights", "gradients", "optimizer", "buckets", "activations")
         held = ", ".join(f"{name} {size_text(getattr(memory, name))}" for name in parts)
@@ -92,7 +93,7 @@ class Report:
         )
 
     def messages(self, line: Planned) -> Iterator[str]:
-        """Of each kind, group and side of the computation: how many, their bytes and their time."""
+        """Yield the number, bytes and time of messages by kind, group, and whether they overlap the computation."""
         kinds: dict[tuple[str, int, int, bool], list[Collective]] = {}
         for one in line.trace.collectives:
             kinds.setdefault((one.name, one.ranks, one.stride, one.overlapped), []).append(one)
@@ -106,7 +107,7 @@ class Report:
             )
 
     def state(self) -> int:
-        """Bytes of a checkpoint: weights and states of the optimizer, whole."""
+        """Return the bytes of an unsharded checkpoint: weights and optimizer states."""
         whole = next(line for line in self.lines if line.layout.strategy == "ddp")
         return whole.trace.memory.weights + whole.trace.memory.optimizer
 
@@ -116,7 +117,7 @@ class Report:
         return f"{line.name}: {size_text(line.trace.memory.peak)} a rank, {time_text(line.time.total)} a step{length}"
 
     def plain(self, line: Planned) -> dict[str, Any]:
-        """Of one layout, for ``--json``: bytes, seconds, and shares of 1."""
+        """Return the numbers of one layout for ``--json``: bytes, seconds, and shares of 1."""
         return {
             "layout": line.name,
             "ranks": line.layout.world,
@@ -136,11 +137,11 @@ class Report:
 
 
 def overlay(line: Planned, recipe: Any, rows: int, parts: list[Any], nodes: int) -> dict[str, Any]:
-    """Configuration of a layout, to be laid over the experiment.
+    """Return a layout as a configuration to lay over the experiment.
 
     Args:
-        recipe: the experiment's. rows: samples of its whole step. parts: its Shard and Checkpointing, if it has them.
-        nodes: on which the ranks are.
+        recipe: of the experiment. rows: samples of its whole step. parts: its Shard and Checkpointing, if it has them.
+        nodes: number of nodes with ranks.
     """
     accumulate = recipe.trainer.accumulate_grad_batches
     layout = line.layout
@@ -154,7 +155,7 @@ def overlay(line: Planned, recipe: Any, rows: int, parts: list[Any], nodes: int)
         arguments["shard"] = {"class_path": "Shard"}
         if layout.strategy == "hsdp":
             arguments["shard"]["init_args"] = {"shard": "node"}
-        elif any(isinstance(part, Shard) for part in parts):  # whose groups it may have
+        elif any(isinstance(part, Shard) for part in parts):  # which may configure groups: reset them
             arguments["shard"]["init_args"] = {"replicate": None, "shard": None}
     elif any(isinstance(part, Shard) for part in parts):
         arguments["shard"] = None
@@ -178,12 +179,13 @@ def overlay(line: Planned, recipe: Any, rows: int, parts: list[Any], nodes: int)
     return made
 
 
-#: Largest first.
+#: Units of bytes, largest first.
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 def size_text(count: float) -> str:
-    """
+    """Format bytes to three digits, with a unit.
+
     >>> size_text(123), size_text(45_600_000), size_text(16_800_000_000)
     ('123 B', '45.6 MB', '16.8 GB')
     """
@@ -194,7 +196,8 @@ def size_text(count: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """
+    """Format seconds to three digits, with a unit.
+
     >>> time_text(0.0000123), time_text(0.25), time_text(75)
     ('12.3 us', '250 ms', '75 s')
     """
@@ -205,7 +208,8 @@ def time_text(seconds: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """
+    """Format a number to three digits, or to an integer from 100 on.
+
     >>> number_text(0.1234), number_text(12345.6)
     ('0.123', '12,346')
     """

@@ -1,4 +1,4 @@
-"""Seconds of operations, of messages and of a step, from what they are (trace.py) and what they run on (hardware.py).
+"""Seconds of operations, messages and steps, from a trace (trace.py) and the hardware (hardware.py).
 
 Letters: n ranks of a group, L of them on a node, M nodes, S bytes, B bandwidth of a link, a its latency.
 """
@@ -12,16 +12,17 @@ from descant.plan.hardware import Hardware, Link
 from descant.plan.operators import curve_keys, size_of
 from descant.plan.trace import PHASES, Collective, Operation, Trace
 
-#: What a step may be bound by.
+#: What can bound a step.
 BOUNDS = ("compute", "memory", "launches", "links")
 
 
 def time_of(operation: Operation, hardware: Hardware) -> float:
-    """Seconds of one operation alone on its card.
+    """Return the seconds of one operation alone on its card.
 
-    By the data sheet the largest of three: ``FLOPs / (peak of the dtype x share)``, ``bytes / (bandwidth x share)``,
-    and the least a kernel takes; FLOPs are those that the kernel does (``Operation.done``), the share that of products
-    or of fused attention. Calibrated: what was measured of its class at its size, and the overhead of its phase.
+    From a data sheet, they are the largest of three times: ``FLOPs / (peak of the dtype x share)``,
+    ``bytes / (bandwidth x share)``, and the least time of a kernel. FLOPs are those that the kernel does
+    (``Operation.done``); the share is that of products or of fused attention. On calibrated hardware, they are the
+    measured time of its class at its size plus the overhead of its phase.
 
     Source: Williams, Waterman and Patterson 2009, "Roofline".
 
@@ -37,7 +38,7 @@ def time_of(operation: Operation, hardware: Hardware) -> float:
 
 
 def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str, float]:
-    """Seconds, which of :data:`BOUNDS` they are, and the share of them that memory alone would take."""
+    """Return seconds, which of :data:`BOUNDS` limits them, and the share of them that memory alone would take."""
     kind, size = size_of(operation)
     card, measured = hardware.card, hardware.calibration
     share = card.attention_share if kind.startswith("attention") else card.product_share
@@ -57,19 +58,19 @@ def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str, float]
 
 
 def time_of_collective(collective: Collective, hardware: Hardware, computed: float = 0.0) -> float:
-    """Seconds of one message of a group of ``n`` ranks.
+    """Return the seconds of one message of a group of ``n`` ranks.
 
-    In a ring over one link: ``all_reduce 2 (n-1) (S/(n B) + a)``; all_gather, reduce_scatter and all_to_all
-    ``(n-1) (S/(n B) + a)``; broadcast ``S/B + (n-1) a``; send and recv ``S/B + a``.
+    A ring over one link takes, for all_reduce ``2 (n-1) (S/(n B) + a)``; for all_gather, reduce_scatter and all_to_all
+    ``(n-1) (S/(n B) + a)``; for broadcast ``S/B + (n-1) a``; for send and recv ``S/B + a``.
 
-    Of a group with L > 1 ranks on each of M > 1 nodes, each rank with a network card of its own, in levels: all_reduce
-    is a reduce_scatter of S within the node, an all_reduce of S/L between nodes, and an all_gather of S within;
-    all_gather is one of S/L between and one of S within, reduce_scatter the same; all_to_all sends ``S (L-1)/n`` within
-    and ``S (n-L)/n`` between, broadcast S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, of
-    double trees.
+    A group with L > 1 ranks on each of M > 1 nodes works in levels; each rank has its own network card. all_reduce is a
+    reduce_scatter of S within the node, an all_reduce of S/L between nodes, and an all_gather of S within. all_gather
+    is one of S/L between nodes and one of S within; reduce_scatter is the same. all_to_all sends ``S (L-1)/n`` within
+    and ``S (n-L)/n`` between; broadcast sends S over both. An all_reduce between nodes takes ``2 log2 M`` latencies, as
+    in double trees.
 
-    Where a group of so many ranks was measured, that is taken, after so many seconds that were ``computed`` since the
-    message before.
+    If a group of this size was measured, its measured time is used, after ``computed`` seconds of computation since the
+    previous message.
 
     Source: NCCL's tests, doc/PERFORMANCE.md (bus bandwidth); Thakur 2005 (rings); Sanders 2009 (double trees, as in
     NCCL since 2.4).
@@ -111,7 +112,7 @@ def time_of_collective(collective: Collective, hardware: Hardware, computed: flo
 
 
 def _ring(name: str, size: float, n: int, link: Link, computed: float = 0.0, trees: bool = False) -> float:
-    """Of a group on one link; levels of a message after its first come right after another message."""
+    """Return the seconds of a group on one link; later levels of a message directly follow its first level."""
     known = link.measured(f"{name}/{n}", size, computed)
     if known is not None:
         return known
@@ -129,9 +130,9 @@ class StepTime:
     """Seconds of one optimizer step of a rank.
 
     Attributes:
-        forward, backward, optimizer: computation by phase, and waiting for the host that launches it.
-        host: of the trainer, and of memory from the system, beside operations.
-        communication: of all messages. exposed: what of it the rank waits for.
+        forward, backward, optimizer: computation by phase, including the wait for the host that launches it.
+        host: seconds outside operations, of the trainer and of memory from the system.
+        communication: of all messages. exposed: the part of it that the rank waits for.
         parts: seconds by :data:`BOUNDS`; they add up to the total without ``host``.
     """
 
@@ -153,24 +154,25 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """Which of :data:`BOUNDS` most of the step is."""
+        """Return which of :data:`BOUNDS` takes most of the step."""
         return max(BOUNDS, key=lambda name: self.parts[name])
 
 
 def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
-    """Seconds of a step: computation, and the messages that it does not hide.
+    """Return the seconds of a step: computation, and the messages that it does not hide.
 
-    Launches: the host of an accelerator runs ahead of it, by ``launch`` seconds an operation, so that computation takes
-    ``max(sum of kernels, operations x launch)``; what the host takes longer goes to the phases by their operations. Of
-    a calibrated machine each operation takes its own overhead.
+    Launches: the host of an accelerator runs ahead of it and needs ``launch`` seconds per operation. So computation
+    takes ``max(sum of kernels, operations x launch)``; the excess of the host is spread over the phases by their
+    operations. On a calibrated machine, each operation takes its own overhead.
 
-    Overlap: messages that are sent beside the computation (``overlapped``) hide behind that of their own phase, as long
-    as it lasts, by the hardware's ``overlap`` (0 where the cores that compute also send); what is longer, and all other
-    messages, the rank waits for: ``exposed = sum of the others + sum over phases of m - overlap min(m, compute)`` with
-    m the overlapped messages of a phase.
+    Overlap: messages sent while the rank computes (``overlapped``) hide behind the computation of their own phase, as
+    long as it lasts. The hardware's ``overlap`` scales this (0 if the cores that compute also send). The rank waits for
+    the rest and for all other messages, with m the overlapped messages of a phase:
+
+        exposed = sum of the others + sum over phases of m - overlap min(m, compute)
 
     Args:
-        processes: of this node that share its cores; 1 for accelerators.
+        processes: ranks of this node that share its cores; 1 for accelerators.
 
     >>> from descant.plan.hardware import load
     >>> from descant.plan.trace import Memory
@@ -182,7 +184,7 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     """
     slowdown = hardware.slowdown(processes)
     computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
-    launched, done = dict.fromkeys(PHASES, 0.0), [0.0]  # of a rank alone, before each operation and at the end
+    launched, done = dict.fromkeys(PHASES, 0.0), [0.0]  # seconds of a rank alone, up to each operation
     for operation in trace.operations:
         alone, bound, memory = _bound(operation, hardware)
         streams = hardware.slowdown(processes, operation.read + operation.written)
@@ -200,7 +202,7 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     if measured is not None:
         host = slowdown * (measured.step + measured.fresh * max(0.0, held - measured.kept))
     waited, beside = 0.0, dict.fromkeys(PHASES, 0.0)
-    # the message before the first one is the last of the step before
+    # the first message follows the last one of the previous step
     begun = done[trace.collectives[-1].after] - done[-1] - host / slowdown if trace.collectives else 0.0
     for message in trace.collectives:
         seconds = time_of_collective(message, hardware, done[message.after] - begun)

@@ -1,4 +1,4 @@
-"""A plan of one command: its recipe built, its layouts searched, and what was found as text, overlays and a picture."""
+"""Plan one command: build its recipe, search its layouts, and write the results as text, overlays and a picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from descant.recipes.staged import Staged
 
 
 def planned(request: Request, given: Given, hardware: Hardware) -> int:
-    """Plan a command; returns the exit code."""
+    """Plan a command and return the exit code."""
 
     def plan(recipe: Recipe, batch: Batch, rows: int, steps: float, parts: list[Any]) -> None:
         search = Search(recipe, batch, given.batch or rows, hardware, (given.nodes, given.gpus_per_node), parts)
@@ -39,7 +39,7 @@ def planned(request: Request, given: Given, hardware: Hardware) -> int:
 
 
 def _show(report: Report, parts: list[Any]) -> None:
-    """The table, row by row as it is found, and the details of the best layout."""
+    """Print the table, each row as soon as it is found, and the details of the best layout."""
     search, steps = report.search, report.steps
     recipe, card, rows = search.recipe, search.hardware.card, search.rows * search.world
     total = sum(p.numel() for p in recipe.parameters())
@@ -65,7 +65,7 @@ def _show(report: Report, parts: list[Any]) -> None:
 
 
 def _write(report: Report, given: Given, rows: int, parts: list[Any]) -> None:
-    """The files that were asked for; ``rows`` are those of a step of the experiment."""
+    """Write the requested files; ``rows`` are those of a step of the experiment."""
     for n, one in enumerate(report.chosen, 1):
         if given.save:
             content = overlay(one, report.search.recipe, rows, parts, given.nodes)
@@ -80,9 +80,9 @@ def _write(report: Report, given: Given, rows: int, parts: list[Any]) -> None:
 
 
 def _draw(file: Path, report: Report) -> None:
-    """Milliseconds of all ranks together in the best layout's step, on fewer and on all, by what bounds them.
+    """Plot the best layout's step on fewer ranks and on all: milliseconds summed over ranks, by what bounds them.
 
-    Without losses as many on any number: what longer bars have more is the price of being fast.
+    With ideal scaling, all bars would be equally long; a longer bar shows the price of a faster step.
     """
     search, best = report.search, report.chosen[0]
     names, parts = list[str](), {name: list[float]() for name in BOUNDS}

@@ -1,4 +1,4 @@
-"""All layouts of a run on some ranks, each with its memory and time, and the best of them.
+"""Search all layouts of a run on a number of ranks, each with its memory and time, and select the best.
 
 Letters: W ranks, B rows of a rank in a step, P pieces of them.
 """
@@ -27,17 +27,17 @@ from descant.plan.roofline import StepTime, step_time
 from descant.plan.simulate import Simulation
 from descant.plan.trace import Trace
 
-#: Share of a card's memory that a run may fill: the rest is of the driver, libraries and fragments.
+#: Share of a card's memory that a run may fill; the driver, libraries and fragmentation take the rest.
 USABLE = 0.92
-#: Pieces of a batch that are tried, where it does not fit whole.
+#: Numbers of pieces that are tried if a batch does not fit whole.
 PIECES = (2, 4, 8, 16, 32)
-#: Share of a card's memory that logits fill where other exchanges are worth a look; ranks up to which one is simulated.
+#: Other exchanges are tried if logits fill this share of a card's memory, and up to this number of ranks.
 WORTH, MOST = 0.02, 128
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One layout: what a step does and how long it takes; ``most`` rows of a rank fit at once, in all micro-batches."""
+    """One layout, with the trace and time of its step; ``most`` rows of a rank fit at once, over all micro-batches."""
 
     layout: Layout
     trace: Trace
@@ -62,8 +62,8 @@ class Search:
 
     Args:
         recipe: see :class:`~descant.plan.simulate.Simulation`; without sharding. batch: some real samples.
-        rows: of a whole step, on all ranks. ranks: nodes, and ranks of each.
-        parts: Shard and Checkpointing of the configuration, of which dtype and towers are kept.
+        rows: of a whole step, on all ranks. ranks: number of nodes, and ranks of each.
+        parts: Shard and Checkpointing of the configuration; their dtype and towers are kept.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Search:
         self.shard = next((part for part in parts if isinstance(part, Shard)), None)
         given = next((part for part in parts if isinstance(part, Checkpointing)), Checkpointing())
         blocks = any(blocks_of(tower) for _, tower in chosen(recipe, given.towers, LM))
-        #: Of which blocks are recomputed: none, and those that the configuration names, or all.
+        #: Choices of recomputed blocks: none, and those that the configuration names, or all.
         self.checkpointing = [None, given] if blocks else [None]
         if rows % self.world:
             low = rows // self.world * self.world
@@ -105,12 +105,12 @@ class Search:
             yield Simulation(self.recipe, self.batch, layout, gloo=self.on_cpu)
 
     def simulated(self, layout: Layout, rows: int) -> Trace:
-        """A step of a layout with so many rows a micro-batch."""
+        """Trace a step of a layout with ``rows`` rows in a micro-batch."""
         with self.simulation(layout) as simulation:
             return simulation.step(rows)
 
     def lines(self) -> Iterator[Planned]:
-        """Each layout in turn: strategies, with and without checkpointing, then in pieces where that is needed."""
+        """Yield each layout: strategies, with and without checkpointing, then in pieces if it does not fit whole."""
         least: list[float] = []
         for again in self.checkpointing:
             curve: np.ndarray | None = None
@@ -138,9 +138,9 @@ class Search:
         return Layout(strategy, self.world, self.per_node, again, dtype=dtype)
 
     def sizes(self, trace: Trace) -> list[int]:
-        """Rows to measure activations at: where they are most of the memory, and not far from what fits.
+        """Choose numbers of rows to measure activations at: near what fits, with activations as most of the memory.
 
-        The quadratic part is of losses over all pairs.
+        Losses over all pairs need the quadratic part.
         """
         powers = range(3 if self.recipe.in_batch_negatives else 2)
         if trace.memory.activations < self.room() / 4:
@@ -159,7 +159,7 @@ class Search:
         return Planned(layout, trace, step_time(trace, self.hardware, processes), most, fits)
 
     def pieces(self, one: Planned, curve: np.ndarray) -> Planned | None:
-        """The layout in the fewest pieces that fit, if any do."""
+        """Return the layout in the fewest pieces that fit, or None."""
         rest = one.trace.memory.peak - self.rise(curve, self.rows)
         for pieces in PIECES:
             if self.rows % pieces == 0 and rest + self.rise(curve, self.rows // pieces) <= self.room():
@@ -167,7 +167,7 @@ class Search:
         return None
 
     def cut(self, layout: Layout, pieces: int, curve: np.ndarray) -> Planned:
-        """A layout in pieces: GradCache where samples are each other's negatives, else micro-batches."""
+        """Split a layout into pieces: GradCache if samples are each other's negatives, otherwise micro-batches."""
         if self.recipe.in_batch_negatives:
             layout = replace(layout, chunks=pieces)
             return self.planned(layout, self.simulated(layout, self.rows), curve)
@@ -175,12 +175,15 @@ class Search:
         return self.planned(layout, self.simulated(layout, self.rows // pieces), curve)
 
     def exchanges(self, best: Planned) -> Iterator[Planned]:
-        """The best layout with the other ways in which samples of all ranks can meet, where its losses have a choice
-        and logits of all pairs are much of the memory; of :data:`MOST` ranks at most, since each hop is made."""
-        losses = getattr(self.recipe, "losses", {}).values()  # of recipes that are given a loss
+        """Yield the best layout with the other exchanges of samples between ranks.
+
+        This applies if its losses offer a choice and the logits of all pairs take much of the memory. It is limited to
+        :data:`MOST` ranks, because each hop is simulated.
+        """
+        losses = getattr(self.recipe, "losses", {}).values()  # recipes without a configurable loss have none
         if self.world == 1 or not all(hasattr(loss, "exchange") for loss in losses):
             return
-        logits = 2 * 4 * self.rows * self.rows * self.world  # in both directions, as they are without a block
+        logits = 2 * 4 * self.rows * self.rows * self.world  # float32, in both directions, without blocks
         if logits < WORTH * self.hardware.card.memory or self.world > MOST:
             return
         ways: list[Exchange] = [Chunks(), Ring()]
@@ -191,7 +194,7 @@ class Search:
             yield replace(self.planned(layout, trace, curve), most=best.most)
 
     def by_number(self, best: Planned) -> Iterator[tuple[int, Planned]]:
-        """The best layout of the same step on fewer ranks, by their number, down to one node."""
+        """Yield the best layout for the same step on fewer ranks, with their number, down to one node."""
         nodes = self.nodes
         while nodes >= 1:
             world = nodes * self.per_node
@@ -205,6 +208,6 @@ class Search:
 
 
 def best(lines: list[Planned], number: int = 3) -> list[Planned]:
-    """The fastest that fit; of equally fast ones (to two digits), the one in less memory."""
+    """Return the fastest layouts that fit; equally fast ones (to two digits) are ordered by memory."""
     fitting = [one for one in lines if one.fits]
     return sorted(fitting, key=lambda one: (float(f"{one.time.total:.2g}"), one.trace.memory.peak))[:number]

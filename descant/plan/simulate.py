@@ -1,7 +1,9 @@
-"""One training step of the real recipe as a rank of many would take it, on tensors without data.
+"""Simulate one training step of the real recipe as one of many ranks would take it, on tensors without data.
 
-Recipe, parts, optimizer and FSDP2 are those of a run, and so are their kernels, messages and tensors; nothing is
-computed and nothing sent. DDP, whose reducer needs data, follows from its rules. Callbacks do not take part.
+Recipe, parts, optimizer and FSDP2 are the real ones, and so are their kernels, messages and tensors. Nothing is
+computed, and nothing is sent. DDP's reducer needs data, so its messages are derived from its rules. Callbacks do not
+run.
+
 Letters: B rows of a micro-batch on a rank, W ranks.
 """
 
@@ -34,21 +36,21 @@ from descant.plan.layout import Layout, Precision
 from descant.plan.record import Recorder
 from descant.plan.trace import Collective, Memory, Operation, Trace
 
-#: Bytes of DDP's first bucket and of the others, as torch has them.
+#: Bytes of DDP's first bucket and of later ones, as in torch.
 BUCKETS = (1 << 20, 25 << 20)
-#: Where no reader of a value is looked for.
+#: Folders that are skipped in the search for the code that reads a value.
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
 
 
 class Simulation:
-    """A copy of a recipe in one layout, whose steps can be asked for at several batch sizes.
+    """A copy of a recipe in one layout, whose step can be traced at several batch sizes.
 
-    Inside :func:`descant.plan.fake_device.ranks` of the layout's ``world``, if that is above 1.
+    Use it inside :func:`descant.plan.fake_device.ranks` with the layout's ``world`` if that is above 1.
 
     Args:
-        recipe: in training, configured but not sharded, on any device (meta, where it would not fit).
+        recipe: in training, configured but not sharded, on any device (meta if it would not fit).
         batch: some real samples on the CPU, which a planned batch repeats.
-        gloo: whether ranks are on CPUs, whose messages gloo carries.
+        gloo: whether ranks are on CPUs, with messages sent by gloo.
     """
 
     def __init__(self, recipe: Any, batch: Batch, layout: Layout, gloo: bool = False) -> None:
@@ -63,7 +65,7 @@ class Simulation:
         self.twin = _twin(recipe, self.layout, self.precision)
         self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
         for group in self.optimizer.param_groups:
-            if group.get("foreach") is None and not group.get("fused"):  # torch's choice goes by the device's name
+            if group.get("foreach") is None and not group.get("fused"):  # torch decides by the device's name
                 group["foreach"] = not self.record.copies
 
     @contextmanager
@@ -76,7 +78,7 @@ class Simulation:
             trainer.log_every_n_steps = kept
 
     def step(self, rows: int) -> Trace:
-        """Trace a step with ``rows`` samples in each micro-batch of this rank, after the optimizer made its states."""
+        """Trace a step with ``rows`` samples in each micro-batch of this rank, once the optimizer has its states."""
         with self._context(self.twin.trainer), _refused_reads(type(self.twin).__name__):
             tokens = self._one(rows) if self._warm else self._first(rows)
             self._warm = True
@@ -95,15 +97,15 @@ class Simulation:
         return Trace(rows * layout.micro, memory, operations, collectives, tokens)
 
     def _first(self, rows: int) -> int:
-        """A step after what the first one of a run makes: gradients, and states of the optimizer.
+        """Take a step after creating what a run's first step creates: gradients and optimizer states.
 
-        They are those of gradients of zeros; of a real step, where recipes make sure of something in it, or where
-        parameters have no part in one.
+        They come from zero gradients. If the recipe reads values in its first step, or parameters take no part in a
+        step, they come from a real step.
         """
         if (tokens := self._after_zeros(rows)) is not None:
             return tokens
-        del self.twin, self.optimizer  # broken off in the middle of a forward, a copy is of no use
-        gc.collect()  # modules refer to themselves, and what they hold would be counted
+        del self.twin, self.optimizer  # a copy that stopped in the middle of a forward pass cannot be used again
+        gc.collect()  # modules are in reference cycles, and their tensors would be counted
         self._build(self.recipe)
         self.simulated.once = True
         self._one(min(rows, len(self.batch)))
@@ -111,7 +113,7 @@ class Simulation:
         return self._one(rows)
 
     def _after_zeros(self, rows: int) -> int | None:
-        """Tokens of a step after one with gradients of zeros; None where that does not do."""
+        """Return the tokens of a step that follows one with zero gradients, or None if that does not work."""
         trained = [p for p in self.twin.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -123,7 +125,7 @@ class Simulation:
         return tokens if all(p.grad is not None for p in trained) else None
 
     def _one(self, rows: int) -> int:
-        """One optimizer step; returns the tokens in it."""
+        """Take one optimizer step and return its tokens."""
         made = [
             _repeated(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)
         ]
@@ -171,7 +173,7 @@ def _twin(recipe: Any, layout: Layout, precision: Precision) -> Any:
 
 
 def _to_device(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Parameters and buffers as tensors of their shape on the device; what was shared stays shared."""
+    """Replace parameters and buffers by tensors of the same shape on the device; shared ones stay shared."""
     made: dict[int, Tensor] = {}
 
     def like(x: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ def _to_device(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _repeated(batch: Batch, rows: int, layout: Layout) -> Batch:
-    real_N = some(*batch.present.values()).nonzero()[:, 0]  # without rows of padding
+    real_N = some(*batch.present.values()).nonzero()[:, 0]  # skip padding rows
     part = batch.select(real_N[torch.arange(rows) % len(real_N)])
     times = layout.world * layout.micro
     return replace(part, step={name: mask_B.repeat(times) for name, mask_B in part.present.items()})
@@ -222,9 +224,9 @@ def _step(twin: Any, optimizer: Any, batches: list[Batch], precision: Precision,
 
 
 def _reducing(twin: nn.Module, layout: Layout, backward: int) -> Iterator[Collective]:
-    """What DDP sends: buffers from the first rank before a forward, and gradients in buckets, the last ones first.
+    """Yield DDP's messages: buffers from the first rank before a forward, then gradients in buckets, last ones first.
 
-    ``backward``: how many operations of a step come before the end of its backward, where all buckets are put.
+    ``backward``: number of operations of a step up to the end of its backward, where all buckets are placed.
     """
     buffers: dict[torch.dtype, int] = {}
     for buffer in twin.buffers():
@@ -242,9 +244,9 @@ def _reducing(twin: nn.Module, layout: Layout, backward: int) -> Iterator[Collec
 
 
 def _copied(reduced: list[Collective]) -> Iterator[Operation]:
-    """What DDP does to each bucket: gradients go in, divided by the ranks, and back when they have been reduced.
+    """Yield DDP's work on each bucket: copy gradients in, divided by the ranks, and back after the reduction.
 
-    As one kernel each: those of single gradients are launched from C++, several in the time of one from Python.
+    Each is one kernel: those of single gradients are launched from C++, where several take the time of one from Python.
     """
     for bucket in (message for message in reduced if message.name == "all_reduce"):
         for name in ("mul", "copy_"):
@@ -256,6 +258,6 @@ def _local(x: Any) -> Any:
 
 
 def _tokens(batch: Batch) -> int:
-    """Of inputs that are sequences of codes, padding among them; a mask of them is none."""
+    """Count the tokens, padding included, of inputs that are sequences of codes; masks do not count."""
     codes = [x for x in batch.inputs.values() if x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool]
     return sum(x.numel() for x in codes)

@@ -1,11 +1,11 @@
-"""What a training step asks of a rank: kernels, collectives and memory, without times, which depend on the hardware."""
+"""Work of a training step on a rank: kernels, collectives and memory, without times, which depend on the hardware."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-#: In the order of a step.
+#: Phases, in the order of a step.
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -15,13 +15,13 @@ class Operation:
 
     Attributes:
         name: operator of aten, such as ``mm``. phase: one of :data:`PHASES`.
-        flops: of products, convolutions and attention; 0 of others.
-        read, written: bytes of the tensors that go in and come out; a view that comes out is none.
-        dtype: in which it computes, such as ``bfloat16``.
-        done: share of ``flops`` that the kernel does: causal attention skips what is masked, and is counted in full,
-            as MFU has it (Chowdhery 2022, PaLM, appendix B).
-        repeated: share of ``flops`` that the forward pass has done before: the kernel belongs to a block or to logits
-            that backward computes again, or it is the backward of fused attention, which makes its weights again.
+        flops: of products, convolutions and attention; 0 for others.
+        read, written: bytes of input and output tensors; an operator that only returns views is no operation.
+        dtype: the type it computes in, such as ``bfloat16``.
+        done: share of ``flops`` that the kernel does. Causal attention skips masked pairs, but ``flops`` counts them,
+            as MFU does (Chowdhery 2022, PaLM, appendix B).
+        repeated: share of ``flops`` that repeats the forward pass. The kernel belongs to a block or logits that
+            backward recomputes, or it is the backward of fused attention, which recomputes the attention weights.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Collective:
 
     Attributes:
         name: all_gather, reduce_scatter, all_reduce, all_to_all, broadcast, send or recv. phase: as of an operation.
-        bytes: those of the larger of its two sides on a rank: what is gathered, reduced or sent.
-        ranks: of its group. stride: from one rank of the group to the next; at ``gpus_per_node`` or more each is on
+        bytes: those of the larger of its two sides on a rank: the gathered, reduced or sent data.
+        ranks: of its group. stride: from one rank of the group to the next; at ``gpus_per_node`` or more, each is on
             another node.
-        overlapped: whether the rank computes meanwhile, as with parameters and gradients; else it waits.
-        after: how many operations of the step come before it.
+        overlapped: whether the rank computes meanwhile, as with parameters and gradients; otherwise it waits.
+        after: number of operations of the step that precede it.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank: what stays from step to step, and at the moment when most is held.
+    """Bytes on one rank: those that stay from step to step, and the peak.
 
-    ``peak`` is the most at once; ``activations`` is what is in it beside weights, optimizer states, gradients and
-    buckets, so that the parts add up to it. ``largest`` is the largest single tensor that a step makes.
+    ``peak`` is the maximum at any moment. ``activations`` is the part of it that is not weights, optimizer states,
+    gradients or buckets, so the parts add up to the peak. ``largest`` is the largest single tensor made in a step.
     """
 
     weights: int
@@ -78,7 +78,7 @@ class Memory:
 
 @dataclass
 class Trace:
-    """One optimizer step of a rank, with ``rows`` samples (and ``tokens``) in all of its micro-batches.
+    """One optimizer step of a rank, with ``rows`` samples (and ``tokens``) over all of its micro-batches.
 
     Operations and collectives are in the order of the step.
     """
@@ -95,7 +95,7 @@ class Trace:
 
     @property
     def model_flops(self) -> int:
-        """FLOPs of the forward pass and of its gradients, without those that backward repeats.
+        """Return the FLOPs of the forward pass and of its gradients, without those that backward repeats.
 
         >>> again = Operation("mm", "backward", 8, 0, 0, "float32", repeated=1.0)
         >>> Trace(1, Memory(0, 0, 0, 0, 0), [Operation("mm", "forward", 8, 0, 0, "float32"), again]).model_flops
@@ -104,7 +104,7 @@ class Trace:
         return sum(round(operation.flops * (1 - operation.repeated)) for operation in self.operations)
 
     def moved(self) -> Counter[str]:
-        """Bytes by kind of collective.
+        """Count bytes by kind of collective.
 
         >>> trace = Trace(1, Memory(0, 0, 0, 0, 0), [], [Collective("all_reduce", "backward", 8, 2)] * 2)
         >>> trace.moved()

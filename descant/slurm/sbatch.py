@@ -68,15 +68,15 @@ def script(
     head: str = "",
     marks: Sequence[Path] = (),
 ) -> str:
-    """A job script.
+    """Return the text of a job script.
 
     Args:
         given: the options of ``descant submit``.
         stage: the command and its arguments.
         folder: for its runs, the script and the log.
-        grid: of an array, the options of each task.
+        grid: for an array, the options of each task.
         head: a comment, such as the submitting command.
-        marks: of an array, the file that each task creates on success.
+        marks: for an array, the file that each task creates on success.
     """
     parts = ["#!/bin/bash", f"# {head}".replace("\n", " "), *_options(given, folder, len(grid)), ""]
     parts += [f"folder={shlex.quote(str(folder))} requeues={given.requeues} mark=", *given.setup, _START.strip(), ""]
@@ -115,7 +115,7 @@ def _quoted(text: str) -> str:
 
 
 def _step(given: argparse.Namespace, command: str, *args: str) -> str:
-    """The srun command, one option a line."""
+    """Return the srun command, one option per line."""
     rest = list(args)
     if command == "fit":  # after the experiment, which names the run, and before overlays
         first = next((n for n, arg in enumerate(rest) if arg.partition("=")[0] in ("--config", "-c")), len(rest))

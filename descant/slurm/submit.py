@@ -1,4 +1,4 @@
-"""``descant submit``: run descant commands as SLURM jobs, by scripts that can be read and submitted again.
+"""``descant submit``: run descant commands as SLURM jobs, from scripts that can be read and submitted again.
 
 submitit is not used: it pickles a Python call into a job, and saves and requeues in its own way.
 """
@@ -63,7 +63,7 @@ Options:
 _OURS = {key: f"--{key}" for key in ("nodes", "gpus-per-node", "cpus-per-task", "array", "time", "mem")}
 _OURS |= {"ntasks-per-node": "--tasks-per-node", "signal": "--signal-before", "dependency": "--after"}
 _OURS |= dict.fromkeys(("ntasks", "output", "error", "open-mode", "chdir", "parsable", "wait", "no-requeue"), "")
-#: Values of a key, and combinations of all keys, at most: clusters accept no larger array.
+#: Largest number of values of a key, and of combinations of all keys: clusters accept no larger array.
 _MOST = 10_000
 #: A comma between values, not within a list or mapping.
 _LISTED = re.compile(r",(?![^\[{]*[\]}])")
@@ -117,7 +117,7 @@ def array(options: Sequence[str], stage: Sequence[str], tasks: list[dict[str, st
 
 
 def name_of(task: Mapping[str, str]) -> str:
-    """Name of a task of :func:`array`.
+    """Return the name of a task of :func:`array`.
 
     >>> name_of({"run": "lr=1,seed=0/001"})
     'lr=1,seed=0'
@@ -151,12 +151,13 @@ def waiting(folder: Path) -> set[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment for sbatch; parsing a configuration would add to it."""
+    """Return the environment for sbatch, before parsing a configuration adds to it."""
     return {key: value for key, value in os.environ.items() if not _LEFT.fullmatch(key)}
 
 
 def _split(args: Sequence[str]) -> list[list[str]]:
-    """
+    """Split arguments at each ``--``.
+
     >>> _split(["--time", "9", "--", "fit", "--", "test"])
     [['--time', '9'], ['fit'], ['test']]
     """
@@ -170,7 +171,7 @@ def _split(args: Sequence[str]) -> list[list[str]]:
 
 
 def grid(texts: Sequence[str], option: str = "submit: --array") -> list[dict[str, str]]:
-    """Options of each task: all combinations of the keys' values, the last key fastest.
+    """Return the options of each task: all combinations of the keys' values; the last key varies fastest.
 
     ``option``: start of error lines.
 
@@ -233,7 +234,7 @@ def _read(args: Sequence[str]) -> argparse.Namespace:
 
 
 def _seconds(time: str) -> int:
-    """A time limit as sbatch reads it.
+    """Return a time limit in seconds, read as sbatch reads it.
 
     >>> [_seconds(time) for time in ("90", "1:30", "24:00:00", "2-12", "1-00:00:30")]
     [5400, 90, 86400, 216000, 86430]
@@ -249,7 +250,7 @@ def _seconds(time: str) -> int:
 
 
 def _show(text: str, folder: Path) -> None:
-    """Print a script, and what has to be there before it: sbatch fails without a word where its log has no folder."""
+    """Print a script, and the folder to create first: without its log's folder, sbatch fails silently."""
     print(text)
     say(f"its log needs a folder before sbatch: mkdir -p {shlex.quote(str(folder.absolute()))}")
 
@@ -259,9 +260,8 @@ def _folder(
 ) -> tuple[Path, argparse.Namespace]:
     """Check the configuration of a command as far as possible without data.
 
-    Returns the folder of its runs, and its options with the cores that a rank without a GPU uses.
-
-    Each value of an array is tried once, with the first values of the other keys.
+    Returns the folder of its runs, and its options with the number of cores that a rank without a GPU uses. Each value
+    of an array is tried once, with the first values of the other keys.
     """
     command, *args = stage
     if command not in COMMANDS:
@@ -275,7 +275,7 @@ def _folder(
     request = read(command, args)
     run = request.option("run")
     if not first and run and not request.configs and not (Path(request.option("runs") or "runs") / run).exists():
-        return Path(request.option("runs") or "runs") / run.split("/")[0], given  # made by the command before it
+        return Path(request.option("runs") or "runs") / run.split("/")[0], given  # the preceding command makes it
     tried = {tuple((tasks[0] | {key: task[key]}).items()): None for task in tasks for key in task} or {(): None}
     cores = 0
     for values in tried:
@@ -284,7 +284,7 @@ def _folder(
         _divides(config, given.nodes * given.tasks_per_node)
         cores = max(cores, _cores(config["data"]))
     if given.gpus_per_node or any(option.removeprefix("--").startswith("exclusive") for option in given.sbatch):
-        cores = 0  # what the cluster gives each GPU, or the whole node
+        cores = 0  # the cluster's default per GPU, or the whole node
     of_rank = {"cpus_per_task": given.cpus_per_task or cores}
     root = Path(config["runs"])
     require_below(root, root / name, request.trust)
@@ -292,7 +292,7 @@ def _folder(
 
 
 def _cores(data: Mapping[str, Any]) -> int:
-    """Cores of a rank: its threads, and the most processes that read for one of its data modules."""
+    """Return the cores of a rank: its threads, and the most processes that read for one of its data modules."""
     threads, workers = os.environ.get("OMP_NUM_THREADS", ""), [0]
     parts: list[Any] = [data]
     while parts:
@@ -304,7 +304,7 @@ def _cores(data: Mapping[str, Any]) -> int:
 
 
 def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Resolved configuration of a command, and the name of its run."""
+    """Return the resolved configuration of a command, and the name of its run."""
     import yaml
 
     from descant.cli.arguments import read, with_run_config
@@ -318,7 +318,7 @@ def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 
 def _divides(config: Mapping[str, Any], world: int) -> None:
-    """Refuse a batch size of Descant's data modules that is not divisible by the ranks."""
+    """Refuse a batch size of Descant's data modules that the number of ranks does not divide."""
     from descant.cli.signatures import find_class
     from descant.datamodules.base import DataModule
     from descant.datamodules.sampling.resumable_sampler import Order

@@ -77,7 +77,7 @@ def main(args: Sequence[str]) -> int:
         f"{_label(point)},seed={seed}": point | {"seed_everything": str(seed)} for seed in seeds for point in points
     }
     queued = set() if given.slurm is not None and "--dry-run" in given.slurm else submit.waiting(folder)
-    # after the queue: a task that ends is marked first
+    # read after the queue, since a task marks its end before it leaves the queue
     todo = {name: options for name, options in every.items() if not (folder / f"{name}.done").exists()}
     if given.slurm is not None and todo:
         return _submit(given.slurm, todo, queued, len(every), words, folder)
@@ -105,7 +105,7 @@ def _table(folder: Path) -> str:
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options of sweep, and arguments of fit."""
+    """Separate options of sweep from arguments of fit."""
     options: list[str] = []
     fit_args: list[str] = []
     rest = list(args)
@@ -123,7 +123,8 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _seeds(text: str) -> list[int]:
-    """
+    """Read seeds from a number, a list or a range.
+
     >>> _seeds("3"), _seeds("4,7"), _seeds("2..4")
     ([0, 1, 2], [4, 7], [2, 3, 4])
     """
@@ -145,7 +146,7 @@ def _check(request: Request, point: dict[str, str]) -> None:
 
 
 def _digest(request: Request) -> str:
-    """Digest of what the runs share: files and options without --runs."""
+    """Return a digest of what the runs share: files, and options without --runs."""
     shared = hashlib.sha256()
     for file in request.files:
         shared.update(file.read_bytes())
@@ -158,7 +159,7 @@ def _digest(request: Request) -> str:
 
 
 def _words(args: Sequence[str]) -> list[str]:
-    """The arguments without --runs.
+    """Return the arguments without --runs.
 
     >>> _words(["--config", "a", "--runs", "b", "--runs=c", "--name.help"])
     ['--config', 'a', '--name.help']
@@ -168,7 +169,7 @@ def _words(args: Sequence[str]) -> list[str]:
 
 
 def _label(point: dict[str, str]) -> str:
-    """Folder name of a combination.
+    """Return the folder name of a combination.
 
     >>> _label({"model.optimizer.lr": "1e-4", "data.size": "[3, 4]"})
     'model.optimizer.lr=1e-4,data.size=_3,_4_'
@@ -197,7 +198,7 @@ def _submit(
     words: Sequence[str],
     folder: Path,
 ) -> int:
-    """Submit an array of what is not in SLURM's queue; a run that was stopped continues in its folder."""
+    """Submit an array of the runs that are not in SLURM's queue; a stopped run continues in its folder."""
     try:
         given = shlex.split(options)
     except ValueError as error:
@@ -219,7 +220,7 @@ def _submit(
 
 
 def _where(folder: Path, name: str) -> dict[str, str]:
-    """Options: the run to continue, or the name of a new one."""
+    """Return the options for the run to continue, or for the name of a new one."""
     for run in sorted((folder / name).glob("[0-9]*"), reverse=True):
         if runs.newest_point(run)[0] is not None:
             return {"run": f"{name}/{run.name}"}

@@ -1,4 +1,4 @@
-"""What ``descant new`` copies: working modules, each with its YAML and its test.
+"""Files that ``descant new`` copies: working modules, each with its YAML and its test.
 
-They are real files, so the linters and the tests hold them to the house rules; a copy differs by its names alone.
+They are real files, so the linters and the tests check them; a copy differs only by its names.
 """

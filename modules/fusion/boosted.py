@@ -13,8 +13,9 @@ from descant.modules.fusion.classifiers import FusionHead
 class BoostedSum(FusionHead):
     """Sum of a shared classifier's logits: ``logits_b = rate sum_m f(z_bm)`` over the modalities of sample b.
 
-    f is a linear layer, ReLU and another one, the same for all modalities, and the rate a trained number, 1 at first.
-    The terms are the Shapley values. Source: Hua 2024 (ReconBoost), arXiv 2405.09321, the common space of its release.
+    f is a linear layer, a ReLU and another linear layer, the same for all modalities. The rate is a trained number, 1
+    at first. The terms are the Shapley values. Source: Hua 2024 (ReconBoost), arXiv 2405.09321, the common space of its
+    release.
 
     Args:
         hidden: width inside f.
@@ -38,7 +39,7 @@ class BoostedSum(FusionHead):
         self.rate = nn.Parameter(torch.ones(()))
 
     def total(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """Logits of these learners alone; zeros where a sample has none of them."""
+        """Compute the logits of these learners alone; zeros where a sample has none of them."""
         each = [torch.where(present[m][:, None], self._part(m, self.head(z_BD)), 0.0) for m, z_BD in z.items()]
         return self.rate * torch.stack(each).sum(dim=0)
 

@@ -1,6 +1,6 @@
 """Fusion heads: from the latents of all modalities to class logits, and each modality's share of them.
 
-Letters: B samples, T tokens (a class token, then one a modality), D width of a modality's latents, W width inside a
+Letters: B samples, T tokens (a class token, then one per modality), D width of a modality's latents, W width inside a
 fusion, C classes, M modalities.
 """
 
@@ -26,8 +26,8 @@ from descant.modules.towers.image import Block
 class FusionHead(nn.Module):
     """Base of fusion heads: ``fusion(z, present) -> logits_BC``.
 
-    A subclass implements ``made`` (its layers, once widths are known) and ``logits``, which gets zeros as the latents
-    of absent samples: whatever those rows hold, nan or inf, changes nothing and gets no gradient.
+    A subclass implements ``made``, which makes its layers once widths are known, and ``logits``. Absent samples have
+    zeros as latents there, so the content of their rows, even nan or inf, changes nothing and gets no gradient.
 
     Shapes: ``z``: modality -> float ``[B, D_m]``; ``present``: modality -> bool ``[B]``, all True by default.
     """
@@ -39,7 +39,7 @@ class FusionHead(nn.Module):
         self._detached: tuple[str, ...] = ()
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
-        """Makes the layers for modality -> width of its latents, and C outputs, one a class; returns itself."""
+        """Make the layers for ``widths``, modality -> width of its latents, and one output per class; return itself."""
         if not widths:
             raise ValueError("widths: a fusion needs at least one modality")
         if classes < 1:
@@ -59,7 +59,7 @@ class FusionHead(nn.Module):
 
     @contextmanager
     def detaching(self, *modalities: str) -> Iterator[None]:
-        """Context: what these modalities put into the fusion, ``W_m z_m``, passes no gradient to W_m and z_m."""
+        """Detach the fusion's inputs ``W_m z_m`` of these modalities within the context: no gradient to W_m and z_m."""
         before, self._detached = self._detached, modalities
         try:
             yield
@@ -70,14 +70,14 @@ class FusionHead(nn.Module):
         return x.detach() if modality in self._detached else x
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Shapley value of each modality in the logits, ``[B, C]``: with the logits of no modality they sum to all.
+        """Compute the Shapley value of each modality in the logits, ``[B, C]``; with f(none), they sum to the logits.
 
             phi_m = sum over S without m of  |S|! (M - |S| - 1)! / M!  (f(S and m) - f(S))
             f(all) = f(none) + sum_m phi_m
 
-        f(S) are the logits with only the modalities in S present (Shapley 1953; as shares of a fusion: AGM, Li 2023,
-        arXiv 2308.07686, whose sum lacks the empty set). Absent modalities have exactly zero. Costs 2^M fusions, or one
-        where shares are additive (LateFusion).
+        f(S) are the logits with only the modalities in S present (Shapley 1953). AGM (Li 2023, arXiv 2308.07686) uses
+        them as shares of a fusion, but its sum lacks the empty set. Absent modalities have exactly zero. The cost is
+        2^M fusions, or one if shares are additive (LateFusion).
         """
         z, present = self.checked(z, present)
         names = tuple(self.widths)
@@ -87,7 +87,7 @@ class FusionHead(nn.Module):
     def checked(
         self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Latents with zeros where absent, and presence, both in the order of the widths."""
+        """Return latents with zeros where absent, and presence, both in the order of the widths."""
         for name, given in (("z", z), ("present", self.widths if present is None else present)):
             missing = next((m for m in self.widths if m not in given), None)
             if missing is not None:
@@ -100,13 +100,13 @@ class FusionHead(nn.Module):
 
 
 def coalitions(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All subsets, the empty one first, each in the order of the names."""
+    """List all subsets, the empty one first, each in the order of the names."""
     return [subset for size in range(len(names) + 1) for subset in combinations(names, size)]
 
 
 def shapley(f: Mapping[tuple[str, ...], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Shapley values of f by :func:`coalitions`: ``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and m) -
-    f(S))``.
+    """Compute Shapley values of f over :func:`coalitions`: ``sum over S without m of |S|! (M - |S| - 1)! / M! (f(S and
+    m) - f(S))``.
 
     >>> f = {(): torch.tensor(0.0), ("a",): torch.tensor(1.0), ("b",): torch.tensor(2.0), ("a", "b"): torch.tensor(5.0)}
     >>> {m: float(x) for m, x in shapley(f, ("a", "b")).items()}
@@ -148,9 +148,9 @@ class OrthogonalFusion(FusionHead):
     """CRMT's fusion: ``logits_bk = bias_k + sum_m a_mk s_bmk``, with ``s_bm = V_m z_bm``, ``V_m V_m^T = 1`` and ``a >
     0``.
 
-    The unimodal scores s (whose gradients at z are orthonormal over classes) are separate from their weights a (one a
-    class and modality), so that these can be trained afterwards. Source: Yang 2024, arXiv 2402.06244; its code only
-    normalises the rows of V, and lets a become negative.
+    The unimodal scores s, whose gradients at z are orthonormal over classes, are separate from their weights a, one per
+    class and modality. So the weights can be trained afterwards. Source: Yang 2024, arXiv 2402.06244; its code only
+    normalises the rows of V, and allows negative a.
 
     Args:
         weight: initial a; 0.1 in the paper, whose latents are several times as long.
@@ -176,7 +176,7 @@ class OrthogonalFusion(FusionHead):
             raise ValueError(
                 f"classes {classes}: OrthogonalFusion needs a width of as many; {narrow} has {widths[narrow]}"
             )
-        # not torch's Householder map: it rotates V too far a step for the towers to follow
+        # not torch's Householder map: it rotates V farther in a step than the towers can follow
         self.maps = nn.ModuleDict({m: _orthogonal(nn.Linear(w, classes, bias=False)) for m, w in widths.items()})
         log = torch.full((classes,), self.weight).log()
         self.log_weights = nn.ParameterDict({m: nn.Parameter(log.clone()) for m in widths})
@@ -184,11 +184,11 @@ class OrthogonalFusion(FusionHead):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Modality -> ``a_C``, above zero."""
+        """Return modality -> ``a_C``, above zero."""
         return {m: log_C.exp() for m, log_C in self.log_weights.items()}
 
     def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Unimodal scores, modality -> ``s_BC``; zero where absent."""
+        """Compute unimodal scores, modality -> ``s_BC``; zero where absent."""
         return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -200,10 +200,10 @@ class OrthogonalFusion(FusionHead):
 
 
 class _Cayley(_Orthogonal):
-    """torch's Cayley map, bit-identical: ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``.
+    """torch's Cayley map, with bit-identical results: ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``.
 
-    Without torch's check that the system is solvable, which synchronises an accelerator: the eigenvalues of A are
-    imaginary, so it always is.
+    It omits torch's check that the system is solvable, which synchronises an accelerator. The system always is, because
+    the eigenvalues of A are imaginary.
     """
 
     def forward(self, X: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class SoftVoting(FusionHead):
     ``w = softmax(log_weights)`` over the modalities of a sample; these weights are the only parameters, equal at first.
 
     Args:
-        members: modality -> the built fusion of a classifier of this modality alone.
+        members: modality -> the built fusion of a classifier that reads only this modality.
 
     >>> one = LateFusion().build({"image": 4}, classes=2)
     >>> votes = SoftVoting({"image": one}).build({"image": 4}, classes=2)
@@ -291,7 +291,7 @@ class MidFusion(FusionHead):
 
     Args:
         hidden: width of the hidden layers.
-        layers: number of linear layers, at least 2: one would be LateFusion.
+        layers: number of linear layers, at least 2; one would be LateFusion.
 
     >>> fusion = MidFusion(hidden=8).build({"image": 4, "text": 3}, classes=2)
     >>> sum(p.numel() for p in fusion.parameters())  # 7 * 8 + 8, 8 * 2 + 2
@@ -321,18 +321,18 @@ class MidFusion(FusionHead):
 
 
 class AttentionFusion(FusionHead):
-    """Transformer fusion, one token a modality: ``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ..., W_M
-    z_bM + e_M)``.
+    """Transformer fusion, one token per modality: ``logits_b = V norm(h_b0)``, ``h_b = blocks(c, W_1 z_b1 + e_1, ...,
+    W_M z_bM + e_M)``.
 
-    c is the class token, e_m the embedding of a modality. Absent modalities are not attended to; one that is absent in
-    the whole batch has no token.
+    c is the class token, e_m the embedding of a modality. No token attends to absent modalities; a modality that is
+    absent in the whole batch has no token.
 
     Args:
         width: W of the tokens.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of a block's MLP over W.
-        dropout: on the attention weights and on both branches of a block.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of a block's MLP, divided by W.
+        dropout: probability on the attention weights and on both branches of a block.
 
     >>> fusion = AttentionFusion(width=8, depth=1, heads=2).build({"image": 4, "text": 3}, classes=2)
     >>> z, here = {"image": torch.ones(1, 4), "text": torch.ones(1, 3)}, torch.tensor([True])
@@ -367,7 +367,7 @@ class AttentionFusion(FusionHead):
             h_BTW = layer(h_BTW, mask_BT[:, None, None])
         logits_BC = self.out(self.norm(h_BTW[:, 0]))
         if torch.is_grad_enabled():
-            # a rank without a modality reaches its parameters through one row of zeros, as DDP needs
+            # DDP needs every parameter: a rank without a modality uses its parameters on one row of zeros
             for m in z:
                 if m not in used:
                     with self.row_tracker.select(torch.zeros(1, dtype=torch.long)):
@@ -376,13 +376,13 @@ class AttentionFusion(FusionHead):
         return logits_BC
 
     def token(self, z_BD: Tensor, modality: str) -> Tensor:
-        """``[B, D] -> [B, W]``."""
+        """Map a modality's latents to its token, ``[B, D] -> [B, W]``."""
         return self.maps[modality](z_BD) + self.embeddings[modality]
 
 
 def cross_entropy(logits_BC: Tensor, label_B: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with label smoothing, ``[B]``: ``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 - smoothing) [c
-    = label_b] + smoothing / C``.
+    """Compute cross-entropy with label smoothing, ``[B]``: ``-sum_c q_bc log softmax(logits_b)_c``, ``q_bc = (1 -
+    smoothing) [c = label_b] + smoothing / C``.
 
     Rows with a label below 0 (none) hold an arbitrary number.
 
@@ -406,9 +406,9 @@ def class_labels(targets: Mapping[str, Tensor], target: str, classes: int) -> Te
 
 
 def require_classes(known: Mapping[str, Sequence[str]], target: str, classes: int, tiny: bool = False) -> None:
-    """Raises ValueError with the right number or names unless the data's ``target`` has so many classes.
+    """Raise ValueError with the right number or names unless the data's ``target`` has this number of classes.
 
-    ``tiny`` data may lack some.
+    ``tiny`` data may lack some classes.
     """
     if target not in known:
         raise ValueError(f"target: no classes of {target!r} in the data, only of {', '.join(known) or 'none'}")

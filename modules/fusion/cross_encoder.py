@@ -1,4 +1,4 @@
-"""Cross-encoder: tokens of two modalities in one transformer, as a matching score a pair, or as fused tokens.
+"""Cross-encoder: one transformer over the tokens of two modalities, for a matching score per pair, or fused tokens.
 
 Letters: B samples, N pairs (n of them at a time), T tokens, D width.
 """
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import Block, checked_heads
 
-#: Numbers of token features computed at once without gradients.
+#: Maximum number of token feature values computed at once without gradients.
 CELLS = 1 << 22
 
 
 class Fused(NamedTuple):
-    """``first_ND``: of the learned first token; ``a``, ``b``: the tokens of both sides, each having seen the other."""
+    """Fused pairs. ``first_ND``: the learned first token; ``a``, ``b``: the tokens of both sides, after attention."""
 
     first_ND: Tensor
     a: Tokens
@@ -30,7 +30,7 @@ class FusionBlocks(nn.Module):
     """Transformer over pairs of token sequences: ``h_n = norm(blocks([c, a_row(n), b_column(n)]))``.
 
     Args:
-        width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
+        width: D. depth: number of blocks. heads: of their attention. dropout: of the blocks.
     """
 
     def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
@@ -41,12 +41,12 @@ class FusionBlocks(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def at_once(self, a: Tokens, b: Tokens, pairs: int) -> int:
-        """How many of so many pairs are computed at once: without gradients a piece of them, of bounded memory."""
+        """Return how many of the pairs to compute at once: all with gradients, otherwise a piece of bounded memory."""
         T = 1 + a.h_BTD.shape[1] + b.h_BTD.shape[1]
         return max(pairs if torch.is_grad_enabled() else CELLS // (T * self.width), 1)
 
     def first(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
-        """``[N, D]``: the first token of the pairs (row of a, column of b)."""
+        """Compute the first token of the pairs (row of a, column of b), ``[N, D]``."""
         rows = self.at_once(a, b, len(row_N))
         parts = [
             self.norm(self._mixed(a, b, i, j).h_BTD[:, 0])
@@ -55,7 +55,7 @@ class FusionBlocks(nn.Module):
         return torch.cat(parts) if len(row_N) else a.h_BTD.new_zeros(0, self.width)
 
     def pairs(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Fused:
-        """All tokens of the pairs (row of a, column of b)."""
+        """Compute all tokens of the pairs (row of a, column of b)."""
         h_NTD, mask_NT = self._mixed(a, b, row_N, column_N)
         sizes = [1, a.h_BTD.shape[1], b.h_BTD.shape[1]]
         first, *sides = zip(self.norm(h_NTD).split(sizes, dim=1), mask_NT.split(sizes, dim=1), strict=True)
@@ -78,8 +78,8 @@ class FusionLayers(FusionBlocks):
     """Fusion layers over the tokens of any two modalities, each mapped to one width: ``blocks([c, A_a h_a, A_b h_b])``.
 
     Args:
-        width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
-        alone: a modality's embedding is of its tokens behind these layers, with none of the other modality.
+        width: D. depth: number of blocks. heads: of their attention. dropout: of the blocks.
+        alone: pool a modality's embedding from its tokens after these layers, without tokens of the other modality.
 
     >>> layers = FusionLayers(width=8, depth=1, heads=2).build({"image": 4, "text": 6})
     >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
@@ -96,7 +96,7 @@ class FusionLayers(FusionBlocks):
         self.alone = alone
 
     def build(self, widths: Mapping[str, int]) -> Self:
-        """Maps of modality -> width of its tokens; returns itself."""
+        """Make the maps for ``widths``, modality -> width of its tokens; return itself."""
         for m in (m for m in widths if self.alone and widths[m] != self.width):
             raise ValueError(
                 f"fusion: alone: tower {m} has the width {widths[m]}, and these layers {self.width}: one for both"
@@ -105,11 +105,11 @@ class FusionLayers(FusionBlocks):
         return self
 
     def between(self, a: str, b: str) -> FusionBlocks:
-        """The layers for pairs of these modalities: the same for all."""
+        """Return the layers for pairs of these modalities: the same for all pairs."""
         return self
 
     def embedded(self, modality: str, tokens: Tokens) -> Tokens:
-        """What embeddings are pooled from: the tokens, or, with ``alone``, what these layers make of them alone."""
+        """Return the tokens that embeddings are pooled from; with ``alone``, after these layers, without a partner."""
         if not self.alone or modality not in self.maps:
             return tokens
         side, row_B = self.mapped(modality, tokens), torch.arange(len(tokens.h_BTD), device=tokens.h_BTD.device)
@@ -125,7 +125,7 @@ class CrossEncoder(FusionBlocks):
     """Cross-encoder matching score: ``s_n = w . blocks([c, A a_row(n), B b_column(n)])_c`` of N pairs of samples.
 
     Args:
-        width: D. depth: blocks. heads: of their attention. dropout: of the blocks.
+        width: D. depth: number of blocks. heads: of their attention. dropout: of the blocks.
 
     >>> cross = CrossEncoder(width=8, depth=1, heads=2).build(4, 6)
     >>> a = Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool))
@@ -143,6 +143,6 @@ class CrossEncoder(FusionBlocks):
         return self
 
     def forward(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Tensor:
-        """``[N]`` scores of the pairs (row of a, column of b)."""
+        """Compute the scores ``[N]`` of the pairs (row of a, column of b)."""
         a, b = (Tokens(map_(t.h_BTD), t.mask_BT) for map_, t in zip(self.maps, (a, b), strict=True))
         return self.score(self.first(a, b, row_N, column_N))[:, 0]

@@ -1,4 +1,4 @@
-"""MMCosine: late fusion by cosines, in which no modality leads by the norm of its features or weights.
+"""MMCosine: late fusion by cosines, in which no modality dominates by the norm of its features or weights.
 
 Letters: B samples, D width of a modality's latents, C classes.
 """
@@ -19,13 +19,13 @@ class MMCosine(FusionHead):
 
         logits_bk = scale sum_m cos(w_mk, z_bm)                over the modalities of sample b
 
-    The terms are the Shapley values; there is no bias. In training by cross-entropy this is the paper's loss; with M
-    modalities logits lie within M ``scale``, so that a small one bounds the probability of a class. It costs as much as
-    LateFusion. Source: Xu 2023, arXiv 2303.05338, whose release has a scale of 10; its contrastive term between
-    modalities is another loss (``lam``), not part of this head. What is absent adds zero: our reading.
+    The terms are the Shapley values; there is no bias. Trained with cross-entropy, this is the paper's loss. With M
+    modalities, logits lie within M ``scale``, so a small scale bounds the probability of a class. It costs as much as
+    LateFusion. Source: Xu 2023, arXiv 2303.05338, whose release has a scale of 10. Its contrastive term between
+    modalities (``lam``) is another loss, not part of this head. Absent modalities add zero: our reading.
 
     Args:
-        scale: of the cosines.
+        scale: factor of the cosines.
 
     >>> fusion = MMCosine(scale=10.0).build({"image": 2, "text": 2}, classes=2)
     >>> with torch.no_grad():

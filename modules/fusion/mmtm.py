@@ -1,4 +1,4 @@
-"""MMTM fusion: each modality's latents are gated by what all modalities show, then classified on their own.
+"""MMTM fusion: gates computed from all modalities scale each modality's latents, which are classified separately.
 
 Letters: B samples, D width of a modality's latents, S width of the squeeze, C classes, M modalities.
 """
@@ -20,14 +20,14 @@ class MMTMFusion(FusionHead):
         g_bm = sigmoid(E_m relu(sum_n S_n z_bn + s) + e_m)            squeeze by S, excitation by E
         logits_b = mean_m W_m (g_bm * z_bm) + w_m                     over the modalities of sample b
 
-    E_m is all that lets modality m see the others. In the paper gates stand between layers of convolutional networks;
-    here (our reading) they gate latents, so that towers may be of any kind. In training, the gates of the modality
-    ``averaged`` are ``mean_gates``, both written by :class:`descant.callbacks.balance.greedy.GreedyRebalancing`. It
-    costs two small maps a modality beside LateFusion. Source: Joze 2020, arXiv 1911.08670; averaged gates and logits as
-    in Wu 2022, arXiv 2202.05306.
+    Only E_m lets modality m see the others. In the paper, gates are between layers of convolutional networks; here (our
+    reading) they gate latents, so towers may be of any kind. In training, the modality ``averaged`` has ``mean_gates``
+    as its gates; :class:`descant.callbacks.balance.greedy.GreedyRebalancing` sets both. It costs two small maps per
+    modality more than LateFusion. Source: Joze 2020, arXiv 1911.08670; averaged gates and logits as in Wu 2022, arXiv
+    2202.05306.
 
     Args:
-        ratio: of the widths of all latents together to half of S: ``S = 2 sum D / ratio``.
+        ratio: ratio of the summed widths of all latents to half of S: ``S = 2 sum D / ratio``.
 
     >>> fusion = MMTMFusion(ratio=2).build({"image": 4, "text": 2}, classes=2)
     >>> fusion.squeeze["image"].weight.shape, fusion.excite["image"].weight.shape
@@ -52,10 +52,10 @@ class MMTMFusion(FusionHead):
         self.squeeze_S = nn.Parameter(torch.zeros(S))
         self.excite = nn.ModuleDict({m: nn.Linear(S, D) for m, D in widths.items()})
         self.maps = nn.ModuleDict({m: nn.Linear(D, classes) for m, D in widths.items()})
-        self.register_buffer("mean_gates", torch.full((total,), 0.5))  # of all modalities, one after the other
+        self.register_buffer("mean_gates", torch.full((total,), 0.5))  # all modalities, concatenated
 
     def gates(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``g_BD`` in (0, 1)."""
+        """Compute the gates, modality -> ``g_BD`` in (0, 1)."""
         z, _ = self.checked(z, present)
         h_BS = torch.stack([self._linear(m, self.squeeze, self._part(m, z_BD)) for m, z_BD in z.items()]).sum(dim=0)
         return {m: self._linear(m, self.excite, (h_BS + self.squeeze_S).relu()).sigmoid() for m in z}

@@ -1,4 +1,4 @@
-"""Fusion layers in two parts: one stream of both modalities, then a stream of each, without cross-attention.
+"""Fusion layers in two parts: one stream over both modalities, then one stream per modality, without cross-attention.
 
 Letters: B samples, N pairs (n of them at a time), T tokens, D width.
 """
@@ -25,15 +25,16 @@ class SingleThenTwo(FusionLayers):
         [c_a, a]  = norm(upper_a([c, a])),   [c_b, b] = norm(upper_b([c, b]))        no attention between the two
         first     = relu(P_a c_a) * relu(P_b c_b)                                    or their sum
 
-    Source: Lin 2020 (InterBERT, arXiv 2003.13198) and its release: 6 single-stream layers and 6 of each modality, whose
-    poolers are multiplied (``pooling: product``). There either side has a first token of its own; here one is copied.
+    Source: Lin 2020 (InterBERT, arXiv 2003.13198) and its release: 6 single-stream layers and 6 per modality, whose
+    pooled outputs are multiplied (``pooling: product``). There each side has its own first token; here both get a copy
+    of one.
 
     Args:
-        width: D. depth: single-stream blocks. heads: of their attention. dropout: of the blocks.
-        alone: as of FusionLayers.
-        upper: blocks of each modality above them.
-        pooling: of the two first tokens.
-        sham: a control, ``exchange``: above, every second token of one side goes through the stream of the other.
+        width: D. depth: number of single-stream blocks. heads: of their attention. dropout: of the blocks.
+        alone: as in FusionLayers.
+        upper: number of blocks per modality above them.
+        pooling: how the two first tokens are combined.
+        sham: control, ``exchange``: every second token of a side passes through the upper stream of the other side.
 
     >>> layers = SingleThenTwo(width=8, depth=1, heads=2, upper=1).build({"image": 4, "text": 6})
     >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
@@ -87,14 +88,14 @@ class SingleThenTwo(FusionLayers):
         return self.apart(c[:, 0], *sides)
 
     def apart(self, c_ND: Tensor, a: Tokens, b: Tokens) -> Fused:
-        """The upper streams, of what the single stream has made of the first token and of both sides."""
+        """Apply the upper streams to the single stream's outputs: the first token and both sides."""
         if self.sham is not None:
             a, b = exchanged(a, b)
         (c_a, a), (c_b, b) = (self._stream(m, c_ND, side) for m, side in zip(self.sides, (a, b), strict=True))
         if self.sham is not None:
             a, b = exchanged(a, b)
         first_ND = c_a * c_b if self.pooling == "product" else c_a + c_b
-        # an objective may read one side or the first token alone: all parameters have a gradient on all ranks
+        # an objective may read only one side or the first token: this gives all parameters a gradient on all ranks
         every = [*self.streams.parameters(), *self.poolers.parameters()]
         first_ND, h_a, h_b = (touch_parameters(h, every) for h in (first_ND, a.h_BTD, b.h_BTD))
         return Fused(first_ND, Tokens(h_a, a.mask_BT), Tokens(h_b, b.mask_BT))
@@ -111,7 +112,7 @@ class SingleThenTwo(FusionLayers):
 
 
 def exchanged(a: Tokens, b: Tokens) -> tuple[Tokens, Tokens]:
-    """Both sides with every second token of one in the place of the other's, as far as the shorter goes.
+    """Exchange every second token of both sides, up to the length of the shorter one.
 
     >>> a, b = (Tokens(torch.full((1, T, 1), x), torch.ones(1, T, dtype=torch.bool)) for T, x in ((4, 0.0), (3, 1.0)))
     >>> [side.h_BTD.flatten().tolist() for side in exchanged(a, b)]

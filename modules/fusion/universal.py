@@ -1,4 +1,4 @@
-"""Universal layers: transformer layers above the towers that modalities share, images by way of learned latents.
+"""Universal layers: transformer layers above the towers, shared by modalities; images pass through learned latents.
 
     text     h_n = layer_n(h_{n-1})                                                 u = norm(h_N)
     image    q_0 = latents,   q_n = layer_n(q_{n-1} given h)   for n < N
@@ -7,11 +7,11 @@
     layer(h)           f(a),                  a = h + self(norm(h)),   f(a) = a + mlp(norm(a))
     layer(h given c)   f(a + cross(a, c)),    cross: queries of norm(a), keys and values of norm(c)
 
-Self-attention and MLP of a layer have one set of weights, whatever passes.
+Self-attention and MLP of a layer have the same weights for all inputs.
 Source: Xu 2023 (mPLUG-2, arXiv 2302.00402) and its release (X-PLUG/mPLUG-2, modeling_mplug2.py: 2 layers, 50 latents,
-normally distributed; its vision MLPs are built and not called). The release has BERT's norms after each branch, here
-they are before it, as in all blocks. The swap is in the release alone: by a reading note of the paper, which we had no
-copy of, latents query in all layers and are the output (``output: latents``).
+normally distributed; its vision MLPs are built but not called). The release has BERT's norms after each branch; here
+they are before it, as in all blocks. Only the release swaps the roles. By a reading note on the paper, of which we had
+no copy, latents query in all layers and are the output (``output: latents``).
 Letters: B samples, T tokens, S tokens that are attended to, L latents, D width.
 """
 
@@ -31,20 +31,20 @@ from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import Block, all_real, checked_heads, cross_attention, key_mask, xavier
 from descant.modules.towers.text import columns
 
-#: ``layer(h, context)`` -> ``[B, T, D]``: tokens that have attended to themselves and to others.
+#: ``layer(h, context)`` -> ``[B, T, D]``: tokens after attention to themselves and to the context.
 Reads = Callable[[Tokens, Tokens], Tensor]
 
 
 def role_swap(
     h: Tokens, latents_LD: Tensor, layers: Sequence[Reads], handed_on: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """``y_BTD``: latents query the tokens in all layers but the last, where the tokens query the latents.
+    """Compute ``y_BTD``: latents query the tokens in all layers but the last, where tokens query the latents.
 
         q_0 = latents,   q_n = layer_n(q_{n-1}, h)  for n < N,   y = layer_N(h, q_{N-1})
 
     Args:
         h: tokens of each sample. latents_LD: the same for all samples. layers: N of them.
-        handed_on: what the last layer sees of the latents; all as they are where not given.
+        handed_on: maps the latents to those that the last layer reads; unchanged if not given.
 
     >>> h = Tokens(torch.tensor([[[2.0], [4.0]]]), torch.ones(1, 2, dtype=torch.bool))
     >>> layers = [lambda q, c: q.h_BTD + c.h_BTD.mean(dim=1, keepdim=True)] * 2
@@ -56,7 +56,7 @@ def role_swap(
 
 
 def latent_queries(h: Tokens, latents_LD: Tensor, layers: Sequence[Reads]) -> Tokens:
-    """``q_BLD``: latents that have queried the tokens of each sample, layer by layer."""
+    """Let the latents query the tokens of each sample, layer by layer: ``q_BLD``."""
     q_BLD = latents_LD.to(h.h_BTD).expand(len(h.h_BTD), -1, -1)
     for layer in layers:
         q_BLD = layer(Tokens(q_BLD, all_real(q_BLD)), h)
@@ -64,10 +64,10 @@ def latent_queries(h: Tokens, latents_LD: Tensor, layers: Sequence[Reads]) -> To
 
 
 class UniversalBlock(Block):
-    """Transformer block of tokens alone or, with cross-attention between its branches, given others.
+    """Transformer block over tokens that can also read a context, by cross-attention between its two branches.
 
     Args:
-        width, heads, mlp_ratio, dropout: as of the patch tower. crosses: whether it has cross-attention.
+        width, heads, mlp_ratio, dropout: as in the patch tower. crosses: whether it has cross-attention.
 
     >>> block, all_4 = UniversalBlock(8, 2), torch.ones(3, 4, dtype=torch.bool)
     >>> block.given(Tokens(torch.randn(3, 4, 8), all_4), Tokens(torch.randn(3, 5, 8), torch.ones(3, 5).bool())).shape
@@ -89,7 +89,7 @@ class UniversalBlock(Block):
             self.cross.update({**linear, "norm": nn.LayerNorm(width), "norm_given": nn.LayerNorm(width)})
 
     def given(self, h: Tokens, context: Tokens) -> Tensor:
-        """``[B, T, D]``: tokens that attend to themselves, then to the context."""
+        """Let tokens attend to themselves, then to the context: ``[B, T, D]``."""
         h_BTD = h.h_BTD + self._drop(self.attention(self.norm_1(h.h_BTD), key_mask(h.mask_BT), False))
         h_BTD = h_BTD + self._drop(self._cross_attention(h_BTD, context))
         return h_BTD + self._drop(self.mlp(self.norm_2(h_BTD)))
@@ -102,7 +102,7 @@ class UniversalBlock(Block):
 
 
 class ExpertBlock(Block):
-    """Transformer block of dense tokens with sparse experts in place of its MLP; returns where the tokens went, too.
+    """Transformer block on dense tokens with sparse experts instead of its MLP; it also returns their routing.
 
     >>> from descant.modules.moe import TopKRouter
     >>> block = ExpertBlock(8, 2, ExpertLayers(experts=4, router=TopKRouter()).build(8, 32, "gelu"))
@@ -116,7 +116,7 @@ class ExpertBlock(Block):
         del self.mlp
         self.moe = moe
 
-    def forward(  # type: ignore[override]  # with what the experts were given
+    def forward(  # type: ignore[override]  # also takes marks and returns the routing
         self, h_BTD: Tensor, mask: Tensor | None = None, marks: Marks | None = None
     ) -> tuple[Tensor, Routing]:
         h_BTD = h_BTD + self._drop(self.attention(self.norm_1(h_BTD), mask, False))
@@ -125,18 +125,19 @@ class ExpertBlock(Block):
 
 
 class UniversalLayers(nn.Module):
-    """Universal layers of mPLUG-2: the modalities of ``direct`` pass them as they are, others by learned latents.
+    """Universal layers of mPLUG-2: tokens of ``direct`` modalities pass them directly, others by learned latents.
 
         direct: u = norm(layers(h)),     others: u = norm_v(h + norm(role_swap(h, latents, layers)))
 
     Args:
         width: D, of all towers below. depth: N. heads, mlp_ratio, dropout: of the blocks.
-        latents: L; none for plain layers that all modalities pass as they are, one trunk.
-        direct: modalities whose tokens pass the layers themselves: [text] where not given.
-        output: of the others: their ``tokens``, with what they read of the latents (the release), or the ``latents``.
-        sham: ``permute``: the latents that the last layer is given, or that are the output, are another sample's.
-        experts: which layers have sparse experts in place of their MLP, where there are no latents; none where not
-            given. The kind of a token is its modality, in their order, and its task the source of its sample.
+        latents: L; none: plain layers that the tokens of all modalities pass directly, as one trunk.
+        direct: modalities whose tokens pass the layers directly; [text] if not given.
+        output: output of the other modalities: their ``tokens``, after reading the latents (the release), or the
+            ``latents``.
+        sham: ``permute``: the latents that the last layer reads, or that are the output, are another sample's.
+        experts: which layers have sparse experts instead of their MLP, only without latents; none if not given. The
+            kind of a token is its modality, in their order; its task is the source of its sample.
 
     >>> layers = UniversalLayers(width=8, depth=2, heads=2, latents=3).build({"image": 8, "text": 8})
     >>> h = Tokens(torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool))
@@ -180,7 +181,7 @@ class UniversalLayers(nn.Module):
         self.sham, self.modalities = Sham(sham), tuple[str, ...]()
 
     def build(self, widths: Mapping[str, int]) -> Self:
-        """For modalities of towers of these widths; returns itself. What no modality passes is frozen."""
+        """Build for modalities whose towers have these widths; return itself. Freeze parts that no modality uses."""
         for m in (m for m in widths if widths[m] != self.width):
             raise ValueError(
                 f"universal: tower {m} has the width {widths[m]}, and these layers {self.width}: one for all"
@@ -192,7 +193,7 @@ class UniversalLayers(nn.Module):
         return self
 
     def queried(self, modality: str) -> bool:
-        """Whether a modality passes by way of latents."""
+        """Whether learned latents query the tokens of this modality."""
         return self.latents_LD is not None and modality not in self.direct
 
     def forward(
@@ -204,10 +205,10 @@ class UniversalLayers(nn.Module):
         source_B: Tensor | None = None,
         routings: list[list[Routing]] | None = None,
     ) -> Tokens:
-        """Tokens of a modality behind the layers, or as they are where it passes none; absent samples have none.
+        """Return a modality's tokens after the layers, or unchanged if it passes none; absent samples have none.
 
-        ``draw_B``, ``present_B``: keys of the samples and which there are, for the sham. ``source_B``: their tasks, for
-        routers of experts, and ``routings``: a list that gets where the tokens of a call went, layer by layer.
+        ``draw_B``, ``present_B``: keys of the samples and whether they are present, for the sham. ``source_B``: their
+        tasks, for routers of experts. ``routings``: a list to which a call appends the routings of its layers.
         """
         if modality not in self.modalities:
             return tokens
@@ -219,7 +220,7 @@ class UniversalLayers(nn.Module):
 
         if self.latents_LD is None or modality in self.direct:
             T = mask_BT.shape[1]
-            longest = columns(mask_BT) if has_host_copy(mask_BT) else T  # what is padding of all texts is not computed
+            longest = columns(mask_BT) if has_host_copy(mask_BT) else T  # columns of only padding are not computed
             h_BTD = self._passed(h_BTD[:, :longest], mask_BT[:, :longest], modality, source_B, routings)
             h_BTD = F.pad(self.norm(h_BTD), (0, 0, 0, T - longest))
         elif self.norm_v is not None:
@@ -251,7 +252,7 @@ class UniversalLayers(nn.Module):
         return h_BTD
 
     def _marks(self, mask_BT: Tensor, modality: str, source_B: Tensor | None) -> Marks:
-        """Of each token; the tasks are those of the batch, whichever modality their samples have."""
+        """Return the marks of each token; the tasks are those of the whole batch, whatever modalities samples have."""
         if self.experts is None:
             return Marks()
         number = self.modalities.index(modality)

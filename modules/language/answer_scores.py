@@ -20,8 +20,10 @@ from descant.modules.tokenizers.text import EOS, PAD
 
 @dataclass(frozen=True)
 class Answers:
-    """Generated answers of a batch, int64 ``answer_ids_BM`` (zeros after the end), the references ``right_BA`` (without
-    an end), and the teacher network."""
+    """Generated answers of a batch, their references, and the teacher network.
+
+    ``answer_ids_BM``: int64, zeros after the end. ``right_BA``: the references, without an end.
+    """
 
     batch: Batch
     answer_ids_BM: Tensor
@@ -29,13 +31,13 @@ class Answers:
     teacher: nn.Module
 
     def rows(self) -> list[tuple[list[int], list[int]]]:
-        """Tokens of each answer and its reference, without end and padding."""
+        """Return the tokens of each answer and of its reference, without end and padding."""
         pairs = zip(self.answer_ids_BM.tolist(), self.right_BA.tolist(), strict=True)
         return [(spoken(answer), spoken(reference)) for answer, reference in pairs]
 
 
 def spoken(tokens: Sequence[int]) -> list[int]:
-    """Tokens before the first end or padding.
+    """Return the tokens before the first end or padding.
 
     >>> spoken([7, 8, EOS, 9])
     [7, 8]
@@ -52,7 +54,7 @@ class AnswerScorer(nn.Module):
 
 
 class ExactMatchScorer(AnswerScorer):
-    """Exact match: 1 where all tokens equal the reference's, else 0."""
+    """Exact match: 1 if all tokens equal the reference's, otherwise 0."""
 
     def forward(self, answers: Answers) -> Tensor:
         return torch.tensor([float(answer == reference) for answer, reference in answers.rows()])
@@ -69,7 +71,7 @@ class EditDistanceScorer(AnswerScorer):
 
 
 class LikelihoodScorer(AnswerScorer):
-    """Teacher likelihood ``exp(mean over tokens of log p(token | image, question))``, end included; no reference."""
+    """Teacher likelihood ``exp(mean over tokens of log p(token | image, question))``, end included, no reference."""
 
     def forward(self, answers: Answers) -> Tensor:
         if not has(answers.teacher, AnswersQuestions):
@@ -80,14 +82,14 @@ class LikelihoodScorer(AnswerScorer):
 
 
 def _text(tokens: Sequence[int]) -> str:
-    """Token ids as characters, which torchmetrics compares; past the surrogates, which are no text."""
+    """Write token ids as characters, which torchmetrics compares; surrogates, which are not text, are skipped."""
     return "".join(chr(token if token < 0xD800 else token + 0x800) for token in tokens)
 
 
 def answered_with(batch: Batch, answer_ids_BM: Tensor, answer_token: int) -> Batch:
-    """The batch with other answers to the same questions; all their tokens, and the end, are in the loss mask.
+    """Replace the answers of a batch to its questions; the loss mask covers all their tokens, and the end.
 
-    ``answer_ids_BM``: int64, up to an end or padding; an end is added where there is none.
+    ``answer_ids_BM``: int64, read up to an end or padding; a missing end is added.
     """
     text_BT = batch.inputs["text"]
     rows = []

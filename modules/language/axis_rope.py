@@ -1,7 +1,7 @@
 """Rotary positions of three axes: time, height and width (M-RoPE; the 3-D RoPE of Uni-MoE-2.0-Omni).
 
-A token of text has one position on all three axes, and so the factors of plain RoPE. What each frequency of a head
-reads is an axis's position; what positions tokens have is a matter of their grids.
+A token of text has the same position on all three axes, and therefore the factors of plain RoPE. Each frequency of a
+head reads the position on one axis. The positions of other tokens come from their grids.
 
 Letters: B rows, T tokens, F frequencies of a head (half its width), N frames or units of time, I tokens of a grid, R
 runs of tokens.
@@ -19,16 +19,16 @@ AXES = 3
 
 
 def axis_factors(position_BT3: Tensor, axis_F: Tensor, frequency_F: Tensor, table_PF: Tensor | None = None) -> Tensor:
-    """Rotary factors of positions of several axes, complex ``[B, T, F]``.
+    """Compute rotary factors of positions on several axes, complex ``[B, T, F]``.
 
         factor_btf = exp(i position_bt,axis(f) frequency_f)
 
-    Where a token's positions are equal these are RoPE's factors; a score ``q . k`` depends on differences of positions
-    alone, axis by axis.
+    If a token's positions are equal, these are RoPE's factors. A score ``q . k`` depends only on differences of
+    positions, axis by axis.
 
     Args:
         position_BT3: whole or fractional; float64 gives complex128.
-        table_PF: RoPE's factors of positions 0, 1, ...: whole positions are read from it, to the bit.
+        table_PF: RoPE's factors of positions 0, 1, ...; those of whole positions are read from it, bit-identically.
 
     >>> position_BT3 = torch.tensor([[[4.0, 4.0, 4.0], [1.0, 2.0, 3.0]]])
     >>> axis_factors(position_BT3, torch.tensor([0, 1, 2, 0]), torch.tensor([0.5, 0.5, 0.5, 0.25])).angle().tolist()
@@ -42,7 +42,7 @@ def axis_factors(position_BT3: Tensor, axis_F: Tensor, frequency_F: Tensor, tabl
 
 
 class AxisRoPE:
-    """M-RoPE: each frequency of a head turns with one of three axes, in three sections, the highest with time.
+    """M-RoPE: each frequency of a head turns with one of three axes, in three sections; the highest turn with time.
 
         axis(f) = 0 for f < t, 1 for f < t + h, 2 else,        t + h + w = F
 
@@ -50,13 +50,13 @@ class AxisRoPE:
     2025, arXiv 2511.12609, its released code).
 
     Args:
-        split: frequencies t, h and w of time, height and width; shares as in the source by default.
+        split: numbers t, h and w of frequencies for time, height and width; by default, shares as in the source.
 
     >>> AxisRoPE().axes(8).tolist()
     [0, 0, 1, 1, 1, 2, 2, 2]
     """
 
-    #: Share of the frequencies that height has, and width.
+    #: Share of the frequencies for height, and also for width.
     share = 3 / 8
 
     def __init__(self, split: Sequence[int] | None = None) -> None:
@@ -65,12 +65,12 @@ class AxisRoPE:
         self.split = None if split is None else tuple(split)
 
     def shares(self, frequencies: int) -> tuple[int, ...]:
-        """The default split."""
+        """Return the default split."""
         side = int(self.share * frequencies)
         return frequencies - 2 * side, side, side
 
     def axes(self, frequencies: int) -> Tensor:
-        """Int64 ``[F]``: the axis of each frequency."""
+        """Return the axis of each frequency, int64 ``[F]``."""
         split = self.split or self.shares(frequencies)
         if sum(split) != frequencies or min(split) < 1:
             raise ValueError(f"split {list(split)}: a head has {frequencies} frequencies, and each axis takes some")
@@ -81,14 +81,14 @@ class AxisRoPE:
 
 
 class InterleavedAxisRoPE(AxisRoPE):
-    """M-RoPE with axes in turns: each has high and low frequencies, and what is left at the end is time's.
+    """M-RoPE with interleaved axes: each has high and low frequencies, and the remaining ones at the end are time's.
 
         axis(f) = 1 if f mod 3 = 1 and f < 3 h,  2 if f mod 3 = 2 and f < 3 w,  else 0
 
     Source: Qwen3-VL (Bai 2025, arXiv 2511.21631; as in transformers), 24, 20 and 20 at F = 64.
 
     Args:
-        split: as of AxisRoPE.
+        split: as in AxisRoPE.
 
     >>> InterleavedAxisRoPE([4, 2, 2]).axes(8).tolist()
     [0, 1, 2, 0, 1, 2, 0, 0]
@@ -107,15 +107,15 @@ class InterleavedAxisRoPE(AxisRoPE):
 
 
 def grid_offsets(time_N: Tensor, height: int, width: int, tile: int | None = None) -> Tensor:
-    """Offsets of an image's or video's tokens from where it begins, ``[I, 3]`` with I = N height width.
+    """Compute offsets of an image's or video's tokens from its beginning, ``[I, 3]`` with I = N height width.
 
         offset_n,y,x = (time_n, y, x)
 
     Args:
-        time_N: of each frame, from 0 on: ``[0]`` for an image. Seconds s become positions by a rate: ``trunc(25 s)`` in
-            Qwen2.5-Omni, ``round(2 s)`` in the release of Uni-MoE-2.0-Omni and ``theta s`` in its paper.
-        height, width: of the grid, tokens.
-        tile: tokens are listed tile after tile of this side (Uni-MoE-2's crops), and not row after row.
+        time_N: time of each frame, from 0 on: ``[0]`` for an image. A rate converts seconds s to positions: ``trunc(25
+            s)`` in Qwen2.5-Omni, ``round(2 s)`` in the release of Uni-MoE-2.0-Omni and ``theta s`` in its paper.
+        height, width: of the grid, in tokens.
+        tile: tokens are ordered tile by tile of this side (Uni-MoE-2's crops) instead of row by row.
 
     >>> grid_offsets(torch.tensor([0, 2]), 1, 2).tolist()
     [[0, 0, 0], [0, 0, 1], [2, 0, 0], [2, 0, 1]]
@@ -134,10 +134,10 @@ def grid_offsets(time_N: Tensor, height: int, width: int, tile: int | None = Non
 
 
 def sound_offsets(time_N: Tensor, tokens: int) -> Tensor:
-    """Offsets of sound's tokens, ``[N tokens, 3]``: those of a unit of time share its position on all axes.
+    """Compute offsets of audio tokens, ``[N tokens, 3]``: tokens of a time unit share its position on all axes.
 
-    Uni-MoE-2.0-Omni has 20 tokens of 3 seconds each: its release moves on by 3 a unit, its paper by ``3 theta``, with
-    the ``theta`` of video (2 in the release). One token a unit is Qwen2.5-Omni's, of 40 ms.
+    Uni-MoE-2.0-Omni has 20 tokens per unit of 3 seconds. Its release advances by 3 per unit, its paper by ``3 theta``,
+    with the ``theta`` of video (2 in the release). Qwen2.5-Omni has one token per unit of 40 ms.
 
     >>> sound_offsets(torch.tensor([0, 3]), tokens=2).tolist()
     [[0, 0, 0], [0, 0, 0], [3, 3, 3], [3, 3, 3]]
@@ -146,7 +146,7 @@ def sound_offsets(time_N: Tensor, tokens: int) -> Tensor:
 
 
 def axis_positions(offset_BT3: Tensor, span_BT: Tensor, segment_BT: Tensor | None = None) -> Tensor:
-    """Positions of text and of grids among it, ``[B, T + 1, 3]``, including that after the last token.
+    """Compute positions of text and of the grids in it, ``[B, T + 1, 3]``, including that after the last token.
 
         text:    position_t = 1 + max over axes of the positions before it,  on all axes
         a grid:  position_t = (1 + max before its first token) + offset_t
@@ -154,9 +154,9 @@ def axis_positions(offset_BT3: Tensor, span_BT: Tensor, segment_BT: Tensor | Non
     Source: ``get_rope_index`` of Qwen2-VL, Qwen2.5-Omni and Uni-MoE-2.0-Omni.
 
     Args:
-        offset_BT3: of the tokens of grids, integers or floats of at least 0; others' are not read.
+        offset_BT3: offsets of grid tokens, integers or floats of at least 0; those of other tokens are ignored.
         span_BT: int64, the number of a token's grid in its row; 0 for text. Tokens of a grid are adjacent.
-        segment_BT: documents of a packed row, each counted from 0; one a row by default.
+        segment_BT: documents of a packed row, each counted from 0; one per row by default.
 
     >>> span_BT = torch.tensor([[0, 1, 1, 1, 1, 0, 0]])
     >>> offset_BT3 = torch.zeros(1, 7, 3, dtype=torch.long)
@@ -167,7 +167,7 @@ def axis_positions(offset_BT3: Tensor, span_BT: Tensor, segment_BT: Tensor | Non
     text_BT = span_BT == 0
     offset_BT3 = offset_BT3.masked_fill(text_BT[..., None], 0)
     first_BT = torch.zeros_like(text_BT) if segment_BT is None else _changes(segment_BT)
-    run_BT = (text_BT | first_BT | _changes(span_BT)).cumsum(dim=1)  # a token of text is a run by itself
+    run_BT = (text_BT | first_BT | _changes(span_BT)).cumsum(dim=1)  # each text token is a run by itself
     run_BT = run_BT - run_BT[:, :1]
     step_BT = offset_BT3.amax(dim=2) + 1
     step_BR = torch.zeros_like(step_BT).scatter_reduce(1, run_BT, step_BT, "amax")
@@ -180,5 +180,5 @@ def axis_positions(offset_BT3: Tensor, span_BT: Tensor, segment_BT: Tensor | Non
 
 
 def _changes(x_BT: Tensor) -> Tensor:
-    """Bool ``[B, T]``: whether an entry differs from the one before."""
+    """Whether an entry differs from the one before, bool ``[B, T]``."""
     return torch.nn.functional.pad(x_BT[:, 1:] != x_BT[:, :-1], (1, 0))

@@ -13,15 +13,15 @@ from descant.modules.tokenizers.unified import TEXT, UnifiedVocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSampling(Sampling):
-    """Sampling of answers that always parse: words, and blocks of codes that are whole.
+    """Sampling of answers that always parse: words, and whole blocks of codes.
 
         p(token | before) = softmax(logits / temperature) of the ids that may follow, 0 of others
 
-    Which may follow is that of :meth:`UnifiedVocabulary.allowed`; prompts end outside of blocks. Log-probabilities are
-    those of the model, over all ids, as of :class:`Sampling`.
+    :meth:`UnifiedVocabulary.allowed` decides which ids may follow; prompts end outside of blocks. Log-probabilities are
+    those of the model, over all ids, as in :class:`Sampling`.
 
     Args:
-        vocabulary: of text and codes. only: modalities of an answer; all where not given.
+        vocabulary: of text and codes. only: modalities of an answer; all if not given.
 
     >>> from descant.modules.tokenizers.unified import CodeFormat
     >>> BlockSampling(vocabulary=UnifiedVocabulary(264, {"image": CodeFormat((2,), 8)}), only=("images",))

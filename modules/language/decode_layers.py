@@ -1,7 +1,7 @@
-"""Layers of a language model on one token a row, as generation runs them: few operations on plain weights.
+"""Layers of a language model on one token per row, as generation needs them: few operations on plain weights.
 
-Letters: S rows, M of experts, D width, H heads, K key heads, E width of a head, O outputs of a layer, V vocabulary; of
-experts E, N padded rows of each, K slots of a row.
+Letters: S rows, M rows of experts, D width, H heads, K key heads, E width of a head, O outputs of a layer, V
+vocabulary; for experts, E experts, N padded rows of each, K slots of a row.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from descant.modules.moe import Marks, ModalityLinear, MoELayer, Routing, SwiGLU
 from descant.modules.moe.modality_linear import projected
 from descant.modules.moe.routing import top_k
 
-#: Tensors of up to this many numbers are copied, where that is faster than indirection.
+#: Tensors of at most this many numbers are copied where that is faster than indirection.
 SMALL = 1 << 20
-#: Rows of a CPU whose experts are found in Python; padded rows of experts, over the slots that compute, at most.
+#: The most rows on a CPU whose experts are found in Python; the largest ratio of the experts' padded rows to slots.
 FEW, PADDED = 128, 4
 EXACT = (torch.float32, torch.float64)
 
 
 def require_causal(lm: CausalLM) -> None:
-    """Raises ValueError for a model whose routers, in their mode, decide by later tokens too: none are there yet."""
+    """Raise ValueError if a router, in its present mode, also decides by later tokens, which do not exist yet."""
     for depth, layer in zip(lm.layers, lm.blocks(), strict=True):
         if isinstance(depth, DepthLayer) and not depth.causal:
             raise ValueError(
@@ -47,11 +47,11 @@ def require_causal(lm: CausalLM) -> None:
 
 
 class DecodeLayer:
-    """A layer on one token a row, ``[S, D]``.
+    """Layer on one token per row, ``[S, D]``.
 
-    Plain layers are computed from their weights: at this size calling modules takes longer than the products. Small
-    weights are transposed once, with those of the preceding norm multiplied in. Replaced parts, such as adapters, are
-    called, and so are experts. With ``text`` the new tokens are of kind 0, which needs no visual expert.
+    Plain layers are computed from their weights: at this size, calling modules takes longer than the products. Small
+    weights are transposed once and multiplied by those of the preceding norm. Replaced parts, such as adapters, are
+    called, and so are experts. With ``text``, the new tokens are of kind 0, which needs no visual expert.
     """
 
     def __init__(self, layer: Layer, text: bool = True) -> None:
@@ -71,7 +71,7 @@ class DecodeLayer:
                 self.experts = DecodeExperts(self.moe)
 
     def split_qkv(self, h_SD: Tensor, rope: Tensor, marks: Marks) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_SHE``, ``k_SKE``, ``v_SKE``; ``rope``: complex ``[S, 1, E / 2]``."""
+        """Project to ``q_SHE``, ``k_SKE`` and ``v_SKE``. ``rope``: complex ``[S, 1, E / 2]``."""
         layer = self.layer
         x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else projected(layer.qkv, layer.norm_1(h_SD), marks)
         qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
@@ -89,10 +89,10 @@ class DecodeLayer:
 
 
 class DecodeExperts:
-    """Experts on one token a row: ``h + moe(x)``, of few rows for each expert, on transposed weights.
+    """Experts on one token per row: ``h + moe(x)`` with few rows for each expert, on transposed weights.
 
-    Few rows on a CPU are padded to as many for each expert, in two batched products, unless one has far more than the
-    others; else each expert's rows are a product of their own.
+    On a CPU, few rows are padded to the same number for each expert and computed in two batched products, unless one
+    expert has far more rows than the others. Otherwise each expert's rows are a separate product.
     """
 
     def __init__(self, moe: MoELayer) -> None:
@@ -140,9 +140,9 @@ class DecodeExperts:
 
 
 def padded_slots(expert_SK: Sequence[Sequence[int]], experts: int) -> tuple[list[int], list[int], int]:
-    """Rows ``[E most]`` that experts compute, padded by row 0 to as many each; the place of each slot; and most.
+    """Pad each expert's rows to the same count by row 0: return rows ``[E most]``, the place of each slot, and most.
 
-    Slots of expert E compute nothing; their place is 0.
+    Slots with expert number E compute nothing; their place is 0.
 
     >>> padded_slots([[1, 0], [1, 2]], 2)
     ([0, 0, 0, 1], [2, 0, 3, 0], 2)
@@ -163,7 +163,7 @@ def padded_slots(expert_SK: Sequence[Sequence[int]], experts: int) -> tuple[list
 
 
 def _products(x_MI: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Sorted rows times the weights ``[I, O]`` of their experts."""
+    """Multiply sorted rows by the weights ``[I, O]`` of their experts."""
     parts = [torch.mm(x, w) for x, w in zip(x_MI.split(counts), weights, strict=True) if len(x)]
     return torch.cat(parts) if parts else x_MI.new_zeros(0, weights[0].shape[1])
 
@@ -177,15 +177,14 @@ def _transposed(w_OD: Tensor) -> Tensor:
 
 
 def _folded(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
-    """A norm and the transposed weights ``[D, O]`` of the layer after it; the norm's weights are folded into small
-    ones."""
+    """Return a norm and the transposed weights ``[D, O]`` of the layer after it; small ones include the norm's."""
     if linear.weight.numel() > SMALL:
         return _Norm(norm, norm.weight), linear.weight.t()
     return _Norm(norm, None), _transposed(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
 
 
 class _Norm:
-    """RMSNorm in few operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``, or without w and sqrt(D)."""
+    """RMSNorm in few operations: ``w sqrt(D) x / hypot(|x|, sqrt(D eps))``, or the same without w and sqrt(D)."""
 
     def __init__(self, norm: nn.RMSNorm, weight: Tensor | None) -> None:
         size = norm.normalized_shape[0]
@@ -199,7 +198,7 @@ class _Norm:
 
 
 class DecodeHead:
-    """Last hidden states to logits, ``[S, D] -> [S, V]``; plain ones as in :class:`DecodeLayer`."""
+    """Head from last hidden states to logits, ``[S, D] -> [S, V]``; plain parts work as in :class:`DecodeLayer`."""
 
     def __init__(self, lm: CausalLM) -> None:
         self.lm = lm

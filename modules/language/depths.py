@@ -1,4 +1,4 @@
-"""Mixture of depths: a layer takes the tokens that its router scores highest, and the others pass it by (MoMa).
+"""Mixture of depths: a layer takes the tokens that its router scores highest, and the others skip it (MoMa).
 
 Letters: B rows, T tokens, K slots of a row, D width.
 """
@@ -21,10 +21,10 @@ from descant.modules.moe.routing import UNMARKED, Marks, Routing, logits
 
 
 def best_of_documents(score_BT: Tensor, document_BT: Tensor, share: float) -> Tensor:
-    """Bool ``[B, T]``: the ``ceil(share N)`` highest scores of each document's N tokens; ties by order.
+    """Select the ``ceil(share N)`` highest scores of each document's N tokens, bool ``[B, T]``; ties by order.
 
-    Document 0 is padding, of which none is taken. A document's tokens are the same alone, and packed with others. The
-    ceiling is that of ``share_of``.
+    Document 0 is padding, and none of it is selected. A document's selection is the same alone and packed with others.
+    ``share_of`` defines the ceiling.
 
     >>> score_BT, document_BT = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.2, 1.0]]), torch.tensor([[1, 1, 1, 2, 2, 0]])
     >>> best_of_documents(score_BT, document_BT, 0.5).int().tolist()
@@ -43,7 +43,7 @@ def best_of_documents(score_BT: Tensor, document_BT: Tensor, share: float) -> Te
 
 
 def slots(chosen_BT: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Places of the chosen tokens of each row, in their order, int64 ``[B, K]``; and bool, whether a slot has one.
+    """Return the places of each row's chosen tokens, in order, int64 ``[B, K]``; and bool, whether a slot has one.
 
     >>> [x.tolist() for x in slots(torch.tensor([[True, False, True], [False, True, False]]), 2)]
     [[[0, 2], [1, 0]], [[True, True], [True, False]]]
@@ -55,12 +55,12 @@ def slots(chosen_BT: Tensor, most: int) -> tuple[Tensor, Tensor]:
 def some_pass(
     branch: Callable[[Tensor], Tensor], h_BTD: Tensor, weight_BT: Tensor, index_BK: Tensor, used_BK: Tensor
 ) -> Tensor:
-    """Mixture of depths: ``branch`` on some tokens of each row alone; all others stay as they are, to the bit.
+    """Apply ``branch`` to only some tokens of each row (mixture of depths); all others stay bit-identical.
 
         h'_t = h_t + a_t (branch(h)_t - h_t)    for the tokens taken,  h_t else
 
     Args:
-        branch: ``[B, K, D]`` to the same, a layer with its own residual.
+        branch: ``[B, K, D]`` to the same shape, a layer with its own residual.
         weight_BT: a. index_BK: the tokens. used_BK: bool; a slot that is not used changes nothing.
 
     >>> h_BTD, half_BT = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.full((1, 3), 0.5)
@@ -75,27 +75,28 @@ def some_pass(
 
 
 class DepthRouting(Routing):
-    """Which tokens a layer took: a routing ``[B T, 1]`` whose one expert is the layer."""
+    """Tokens that a layer took: a routing ``[B T, 1]`` whose only expert is the layer."""
 
 
 class MixtureOfDepths:
-    """Which layers of a language model take only a part of the tokens, and how much.
+    """Mixture of depths: which layers of a language model take only a share of the tokens, and which share.
 
         s = w . h,   the layer takes the top ceil(c N) of a document's N tokens,   h' = h + sigmoid(s) (layer(h) - h)
 
-    They attend to one another, at their positions. Which are taken depends on later tokens, so with ``auxiliary``
-    evaluation and generation decide token by token, by a router that learned to predict it (binary cross-entropy,
-    whose gradient reaches nothing else): they take what is likelier taken than not, whatever its number.
+    The taken tokens attend to one another, at their positions. Which ones are taken depends on later tokens. So with
+    ``auxiliary``, evaluation and generation decide token by token, by a router that learned to predict the choice
+    (binary cross-entropy, whose gradient reaches nothing else). They take each token that is more probably taken than
+    not, whatever their number.
 
     Source: Raposo 2024 (arXiv 2404.02258), c = 1/8, every second layer, and the score itself as the weight; MoMa (Lin
-    2024, arXiv 2407.21770), c = 1/4, every second layer from the first, and a sigmoid. MoMa takes the top of a batch;
-    here it is that of a sequence, as Raposo's: of a document, so that packing and ranks change nothing.
+    2024, arXiv 2407.21770), c = 1/4, every second layer from the first, and a sigmoid. MoMa takes the top tokens of a
+    batch, Raposo those of a sequence; here it is a document, so that packing and ranks change nothing.
 
     Args:
         capacity: c.
-        every, first: layers ``first``, ``first + every``, ... (from 0) are such.
+        every, first: layers ``first``, ``first + every``, ... (counted from 0) take a share.
         linear: the weight is the score (Raposo), not its sigmoid.
-        auxiliary: the causal router; without, evaluation chooses as training does, and generation is refused.
+        auxiliary: the causal router; without it, evaluation chooses as training does, and generation is refused.
 
     >>> depths = MixtureOfDepths(every=2)
     >>> [depths.at(i) for i in range(4)]
@@ -117,18 +118,18 @@ class MixtureOfDepths:
         self.capacity, self.every, self.first, self.linear, self.auxiliary = capacity, every, first, linear, auxiliary
 
     def at(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, takes a part of the tokens."""
+        """Whether a layer, counted from 0, takes only a share of the tokens."""
         return layer >= self.first and (layer - self.first) % self.every == 0
 
     def wrap(self, layers: Sequence[nn.Module], width: int) -> list[nn.Module]:
-        """Layers of a model, some of them in a :class:`DepthLayer`."""
+        """Wrap some layers of a model in a :class:`DepthLayer`."""
         if self.first >= len(layers):
             raise ValueError(f"depths.first {self.first}: of {len(layers)} layers the last is {len(layers) - 1}")
         return [DepthLayer(layer, width, self) if self.at(i) else layer for i, layer in enumerate(layers)]
 
 
 class DepthLayer(nn.Module):
-    """A layer of :class:`MixtureOfDepths`: it takes some tokens of each row, chosen by a router of its own."""
+    """Layer of :class:`MixtureOfDepths`: it takes some tokens of each row, which its own router chooses."""
 
     def __init__(self, layer: nn.Module, width: int, depths: MixtureOfDepths) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class DepthLayer(nn.Module):
         return self.auxiliary is not None and not self.training and not self.by_choice
 
     def choose(self, h_BTD: Tensor, document_BT: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights ``[B, T]``, bool, which tokens are taken, and in training the auxiliary router's loss of each."""
+        """Return weights ``[B, T]``, the taken tokens (bool), and the auxiliary router's loss of each one, or None."""
         score_BT = logits(h_BTD, self.gate_1D)[..., 0]
         weight_BT = score_BT if self.linear else score_BT.sigmoid()
         guess_BT = None if self.auxiliary is None else self.auxiliary(h_BTD)[..., 0]
@@ -162,9 +163,9 @@ class DepthLayer(nn.Module):
         marks: Marks = UNMARKED,
         document_BT: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None, DepthRouting]:
-        """As the layer, whose routing of experts is that of the tokens it took; and which those are.
+        """Apply the layer to its tokens; also return their routing of experts, and which tokens they are.
 
-        ``document_BT``: 1, 2, ... in a row, 0 for padding; one a row, of the valid tokens, by default.
+        ``document_BT``: 1, 2, ... in a row, 0 for padding; by default one document per row, of its valid tokens.
         """
         B, T, _ = h_BTD.shape
         if document_BT is None and marks.valid is not None:
@@ -172,7 +173,7 @@ class DepthLayer(nn.Module):
         elif document_BT is None:
             document_BT = to_device(torch.ones(B, T, dtype=torch.long), h_BTD.device)
         weight_BT, chosen_BT, loss_BT = self.choose(h_BTD, document_BT)
-        # how many the documents give is known on the host, whatever the scores
+        # the number of taken tokens depends only on the documents, not on scores, so the host knows it
         number_BT = (
             chosen_BT if self.causal else best_of_documents(torch.zeros(B, T), host_copy(document_BT), self.capacity)
         )
@@ -201,7 +202,7 @@ class DepthLayer(nn.Module):
 
 
 def depth_terms(routings: Sequence[DepthRouting]) -> dict[str, Term]:
-    """``depths/causal``: the auxiliary routers' loss of a micro-batch of all ranks, mean over its tokens and layers."""
+    """Return ``depths/causal``: the auxiliary routers' mean loss over a micro-batch's tokens (all ranks) and layers."""
     sums = [sum_and_count(routing.causal, routing) for routing in routings if routing.causal is not None]
     if not sums:
         return {}

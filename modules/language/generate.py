@@ -1,5 +1,4 @@
-"""Generation with a key-value cache: prompts are encoded once and shared by their completions; finished rows are
-dropped.
+"""Generation with a key-value cache: completions share their encoded prompt, and finished rows are dropped.
 
 Letters: P prompts, G completions of each, R = P G rows, S rows still computed, T tokens of a prompt, N new tokens, D
 width, H heads, K key heads, Q = H / K, E width of a head, V vocabulary.
@@ -23,18 +22,18 @@ from descant.modules.language.model import CausalLM
 from descant.modules.moe import Marks
 from descant.modules.moe.routing import UNMARKED
 
-#: Finished rows are dropped together, once they are this share of those computed.
+#: Finished rows are dropped together, once they are this share of the computed rows.
 LEAVE = 0.25
 
 
 class Generated(NamedTuple):
-    """Completions.
+    """Completions of prompts.
 
     Attributes:
         token_RN: int64, 0 after the end.
         log_RN: float32, log-probability of each token at the temperature, over the whole vocabulary.
-        length_R: tokens, including a stop token.
-        ended_R: whether there was one.
+        length_R: number of tokens, including a stop token.
+        ended_R: whether there was a stop token.
     """
 
     token_RN: Tensor
@@ -43,7 +42,7 @@ class Generated(NamedTuple):
     ended_R: Tensor
 
     def cut(self, length_R: Tensor, ended_R: Tensor) -> Generated:
-        """The first ``length_R`` tokens of each."""
+        """Keep the first ``length_R`` tokens of each completion."""
         real_RN = torch.arange(self.token_RN.shape[1], device=length_R.device) < length_R[:, None]
         return Generated(self.token_RN.where(real_RN, 0), self.log_RN.where(real_RN, 0.0), length_R, ended_R)
 
@@ -52,7 +51,7 @@ class Generated(NamedTuple):
 class Sampling:
     """Sampling of the next token from ``softmax(logits / temperature)``, with top-k and nucleus (top-p) truncation.
 
-    A pure function of the row's seed and the token's position, independent of the other rows.
+    It is a pure function of the row's seed and the token's position, independent of the other rows.
 
     Args:
         temperature: 0 is greedy decoding.
@@ -73,13 +72,13 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p:g}: above 0, at most 1")
 
     def allowed(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor | None:
-        """Bool ``[S, V]``: which ids may stand at ``place`` of some rows, by their tokens before it; None: all."""
+        """Return the ids allowed at ``place`` of some rows, by their earlier tokens: bool ``[S, V]``; None: all."""
         return None
 
     def draw(
         self, logits_RV: Tensor, seed_R: Tensor, place: int, allowed_RV: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[R]``, of those that are allowed, and their log-probabilities ``[R]`` over the whole vocabulary.
+        """Draw tokens ``[R]`` from the allowed ones; return their log-probabilities ``[R]`` over the whole vocabulary.
 
         >>> logits_RV = torch.tensor([[1.0, 3.0, 2.0]]).repeat(40000, 1)
         >>> token_R, log_R = Sampling(top_k=2).draw(logits_RV, torch.arange(40000), 0)
@@ -98,7 +97,7 @@ class Sampling:
             if order is None:
                 candidates, order = candidates.sort(dim=1, descending=True)
             p = candidates.softmax(dim=1)
-            candidates = candidates.masked_fill(p.cumsum(dim=1) - p >= self.top_p, -torch.inf)  # the first stays
+            candidates = candidates.masked_fill(p.cumsum(dim=1) - p >= self.top_p, -torch.inf)  # the first always stays
         below_RV = candidates.softmax(dim=1).double().cumsum(dim=1)
         u_R1 = uniform_N(seed_R, "generate", place).to(below_RV)[:, None] * below_RV[:, -1:]
         at_R1 = torch.searchsorted(below_RV, u_R1, right=True).clamp(max=candidates.shape[1] - 1)
@@ -124,21 +123,21 @@ def generate(
     prefix: bool = False,
     marks: Marks = UNMARKED,
 ) -> Generated:
-    """Completions of each prompt, ``group`` of them in consecutive rows.
+    """Generate completions of each prompt, ``group`` of them in consecutive rows.
 
     Args:
         lm: in eval mode, if it has dropout.
         prompt: token ids ``[P, T]``, or embeddings ``[P, T, D]``, such as of text and images.
         mask_PT: real tokens, left-aligned; all by default.
-        new: maximum tokens of a completion. group: G.
+        new: maximum number of tokens in a completion. group: G.
         stop: ids that end a completion.
-        sampling: of tokens; plain sampling at temperature 1 by default.
-        seed_R: int64, a seed a row; 0, 1, ... by default.
-        position_PT: of the tokens and of the first new one, ``[P, T + 1]``; or ``[P, T + 1, 3]`` of three axes, where
-            new tokens count on from the greatest; counted by default.
+        sampling: how tokens are sampled; plain sampling at temperature 1 by default.
+        seed_R: int64, one seed per row; 0, 1, ... by default.
+        position_PT: positions of the tokens and of the first new one, ``[P, T + 1]``; or ``[P, T + 1, 3]`` on three
+            axes, where new tokens count on from the greatest. By default they are counted.
         prefix: tokens of a prompt see one another in both directions.
-        marks: for routers of experts, of the tokens and in the last column of all new ones, ``[P, T + 1]`` each; where
-            the model has kinds by id, new tokens are of the kind of their ids.
+        marks: marks of the tokens for routers of experts, ``[P, T + 1]`` each; the last column is for all new tokens.
+            If the model has kinds by id, the kinds of new tokens are those of their ids.
     """
     sampling = sampling or Sampling()
     require_causal(lm)
@@ -175,7 +174,7 @@ def generate(
     row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
         token_S, log_S = sampling.draw(logits, seed_R[row_S], n, sampling.allowed(token_RN, row_S, n))
-        ended_S = ended_R[row_S]  # finished, not dropped yet
+        ended_S = ended_R[row_S]  # finished, but not dropped yet
         token_S = token_S.masked_fill(ended_S, 0)
         token_RN[row_S, n], log_RN[row_S, n] = token_S, log_S.masked_fill(ended_S, 0.0)
         if len(stops):
@@ -209,8 +208,10 @@ def generate_some(
     prefix: bool = False,
     marks: Marks = UNMARKED,
 ) -> Generated:
-    """:func:`generate` for the prompts that have tokens, as long as the longest; empty ones give ended, empty
-    completions."""
+    """Run :func:`generate` on the prompts that have tokens, cut to the longest; empty ones give empty completions.
+
+    Empty completions count as ended.
+    """
     some_P = mask_PT.any(dim=1)
     some_R = some_P.repeat_interleave(group)
     zeros, R = h_PTD.new_zeros, len(some_R)
@@ -233,22 +234,22 @@ def _rows(x_R: Tensor, row_S: Tensor) -> Tensor:
 
 @dataclass
 class _State:
-    """Key-value cache on a grid of slots: p prompts, g completions of each.
+    """Key-value cache on a grid of slots: p prompts, and g completions of each.
 
-    Shared prompts are stored once, in ``prompt``. Where no prompt is shared, ``prompt`` is None and ``by_row`` holds
-    prompt and completion. Keys have their tokens last, as the product with queries reads them.
+    Shared prompts are stored once, in ``prompt``. If no prompt is shared, ``prompt`` is None and ``by_row`` holds
+    prompt and completion. The last axis of keys is their tokens, as the product with queries reads them.
     """
 
-    prompt: list[tuple[Tensor, Tensor]] | None  # a layer: keys [p K, E, T], values [p K, T, E]
-    by_row: list[tuple[Tensor, Tensor]]  # a layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
-    hide: list[Tensor | None]  # a layer: 0, or -inf for tokens that it has not: [p, T], or [p, T + N]; None without
-    depths: list[DepthLayer | None]  # a layer: what takes a part of the tokens; then no prompt is shared
+    prompt: list[tuple[Tensor, Tensor]] | None  # per layer: keys [p K, E, T], values [p K, T, E]
+    by_row: list[tuple[Tensor, Tensor]]  # per layer: keys [p K g, E, N], values [p K g, N, E]; with prompts N is T + N
+    hide: list[Tensor | None]  # per layer: 0, or -inf for tokens it lacks: [p, T], or [p, T + N]; None if it has all
+    depths: list[DepthLayer | None]  # per layer: set if it takes a share of the tokens; then no prompt is shared
     length_S: Tensor
     group: int
     filled: int  # tokens in the cache
 
     def step(self, layers: Sequence[DecodeLayer], h_SD: Tensor, rope: Tensor, marks: Marks) -> Tensor:
-        """One more token: ``[S, D] -> [S, D]``, before the last norm."""
+        """Compute one more token: ``[S, D] -> [S, D]``, before the last norm."""
         at, g = self.filled, self.group
         self.filled += 1
         S = len(h_SD)
@@ -272,7 +273,7 @@ class _State:
         return h_SD
 
     def _attended(self, q: Tensor, i: int) -> Tensor:
-        """``[S, D]``: attention of queries ``[p K g, Q, E]`` over prompt and completion."""
+        """Compute attention of queries ``[p K g, Q, E]`` over prompt and completion: ``[S, D]``."""
         (n, Q, E), g, S, hide = q.shape, self.group, len(self.length_S), self.hide[i]
         K = n // S
         keys, values = self.by_row[i][0][:, :, : self.filled], self.by_row[i][1][:, : self.filled]
@@ -293,8 +294,10 @@ class _State:
         return x.view(S // g, K, g, Q * E).transpose(1, 2).reshape(S, -1)
 
     def without(self, ended_S: Tensor) -> tuple[Tensor, _State]:
-        """Drops finished slots: the slots that stay, and their state, with fewer prompts or fewer completions of each
-        as far as the grid allows."""
+        """Drop finished slots: return the slots that stay, and their state.
+
+        The state has fewer prompts, or fewer completions of each, as far as the grid allows.
+        """
         g = self.group
         active_pg = ~ended_S.view(-1, g)
         count_p = active_pg.sum(dim=1)
@@ -332,10 +335,10 @@ def _read(
     prefix: bool = False,
     marks: Marks = UNMARKED,
 ) -> tuple[_State, Tensor]:
-    """Cache of the prompts, and what the head reads at the last token of each, ``[P, D]``."""
+    """Encode the prompts: return their cache, and what the head reads at the last token of each, ``[P, D]``."""
     P, T, D = h_PTD.shape
     length_P = mask_PT.sum(dim=1)
-    # small prompts are copied to their completions: fewer operations a step
+    # small prompts are copied to their completions: fewer operations per step
     small, depths = P * group * (T + new) * D <= SMALL, [x if isinstance(x, DepthLayer) else None for x in lm.layers]
     copies = group if small or any(depths) else 1
     group //= copies

@@ -1,6 +1,6 @@
-"""Images in token sequences: where each is named in the text, and the sequence with room for its tokens.
+"""Images in token sequences: the places where a text names them, and rows with room for their tokens.
 
-Letters: B samples, K images of each, P that are shown, T text tokens, I tokens of an image, S tokens of a sample.
+Letters: B samples, K images of each, P shown images, T text tokens, I tokens of an image, S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from descant.modules.tokenizers.text import PAD
 
 
 class ShownImages(NamedTuple):
-    """The images that texts name and samples have: ``x_P``, and on the CPU the sample and text position of each.
+    """Images that texts name and samples have: ``x_P``, and on the CPU the sample and text position of each.
 
-    Without any, one image of zeros (of sample 0, without a position), so that every rank reaches the same parameters.
+    If there are none, it holds one image of zeros (of sample 0, without a position), so that every rank reaches the
+    same parameters.
     """
 
     x_P: Tensor
@@ -28,8 +29,9 @@ class ShownImages(NamedTuple):
 
 
 def shown(batch: Batch, image_token: int) -> ShownImages:
-    """Images in the order in which the text names them; ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` of
-    several.
+    """Collect the images of a batch in the order in which its texts name them.
+
+    ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` for several.
     """
     image = batch.inputs["image"] if batch.inputs["image"].ndim == 5 else batch.inputs["image"][:, None]
     named_BT = host_copy(batch.inputs["text"]) == image_token
@@ -43,17 +45,17 @@ def shown(batch: Batch, image_token: int) -> ShownImages:
     number_P = (named_BT.cumsum(dim=1) - 1)[sample_P, word_P]
     at = (to_device(sample_P, image.device), to_device(number_P, image.device))
     x_P, known = image[at], known_finite(batch.inputs["image"])
-    if known is not None:  # of images of any size, what is beside them
+    if known is not None:  # images of any size: which pixels are padding
         x_P = with_finite(x_P, lambda: known().view(image.shape)[sample_P, number_P])
     return ShownImages(x_P, sample_P, word_P, some=True)
 
 
 class Interleaved(NamedTuple):
-    """Rows in which each image has I tokens or fewer, and an absent one none.
+    """Rows in which each image has at most I tokens, and an absent image has none.
 
     Attributes:
         ids_BS: int64, the image id for all tokens of an image.
-        loss_mask_BS, real_BS: bool, tokens to be predicted, and tokens that are no padding.
+        loss_mask_BS, real_BS: bool, tokens to be predicted, and tokens that are not padding.
         at_PI: positions of each image's tokens in their rows; on the CPU.
         kept_PI: bool, on the CPU, which of ``at_PI`` are tokens of an image; None: all.
         position_BS: float32 ``[B, S + 1]``, position ids including that after the last token; None: counted one by one.
@@ -68,7 +70,7 @@ class Interleaved(NamedTuple):
 
 
 def placed(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleaved) -> Tensor:
-    """Embeddings with the tokens of each image inserted; without images the projector gets a gradient of zero."""
+    """Insert the tokens of each image into the embeddings; without images, the projector gets a gradient of zero."""
     h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
     if not images.some:
         return h_BSW
@@ -80,7 +82,7 @@ def placed(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleave
 
 
 def unillustrated(batch: Batch) -> Interleaved:
-    """Rows of samples without images."""
+    """Return the rows of samples without images."""
     ids_BT = batch.inputs["text"]
     real_BT = derived(_real, ids_BT, batch.present["text"])
     loss_mask_BT = derived(torch.logical_and, batch.inputs["loss_mask"], real_BT)
@@ -94,8 +96,9 @@ def _real(ids_BT: Tensor, present_B: Tensor) -> Tensor:
 def interleave(
     batch: Batch, images: ShownImages, cells: int, image_token: int, kept_PI: Tensor | None = None
 ) -> Interleaved:
-    """Rows with room for ``cells`` tokens at each shown image, or for those of them that are kept (bool, on the CPU,
-    the first ones of each image); text after it moves to the right.
+    """Make rows with room for ``cells`` tokens at each shown image; text after it moves to the right.
+
+    With ``kept_PI`` (bool, on the CPU), only the kept tokens get room, the first ones of each image.
 
     >>> text = torch.tensor([[1, 9, 5, 9, 6], [1, 9, 5, 0, 0]])
     >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
@@ -110,7 +113,7 @@ def interleave(
     B, T = ids_BT.shape
     named_BT = ids_BT == image_token
     at_P = images.sample_P[: len(images.word_P)], images.word_P
-    more_BT = named_BT * torch.where(host_copy(batch.present["image"]), cells - 1, -1)[:, None]  # tokens than in text
+    more_BT = named_BT * torch.where(host_copy(batch.present["image"]), cells - 1, -1)[:, None]  # beyond the text's
     S = T + max(cells - 1, 0) * max(int(named_BT.sum(dim=1).max()), 1)
     if kept_PI is not None:
         kept_PI = kept_PI[: len(images.word_P)]

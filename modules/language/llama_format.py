@@ -1,4 +1,4 @@
-"""A causal language model's weights and settings as transformers has them: LlamaForCausalLM and MixtralForCausalLM."""
+"""A causal language model's weights and settings in transformers' format: LlamaForCausalLM and MixtralForCausalLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from descant.modules.moe import TopKRouter
 
 
 def llama_config(lm: CausalLM) -> dict[str, Any]:
-    """The settings of a model as arguments of LlamaConfig, or of MixtralConfig where its layers have experts.
+    """Return the settings of a model as arguments of LlamaConfig, or of MixtralConfig if its layers have experts.
 
     >>> config = llama_config(CausalLM(vocab=11, width=8, depth=1, heads=2))
     >>> config["model_type"], config["intermediate_size"]
@@ -45,7 +45,7 @@ def llama_config(lm: CausalLM) -> dict[str, Any]:
 
 
 def _mixtral(lm: CausalLM) -> dict[str, Any]:
-    """Settings of experts; ValueError for those that Mixtral has not."""
+    """Return the settings of experts; raise ValueError for those that Mixtral lacks."""
     experts, router = lm.experts, lm.experts and lm.experts.router
     assert experts is not None
     if type(router) is not TopKRouter or router.norm != "after" or router.bias_rate is not None:
@@ -65,7 +65,7 @@ def _mixtral(lm: CausalLM) -> dict[str, Any]:
 
 
 def to_llama(lm: CausalLM) -> dict[str, Tensor]:
-    """Weights named and ordered as in LlamaForCausalLM or MixtralForCausalLM; the inverse of ``CausalLM.load_llama``.
+    """Name and order weights as in LlamaForCausalLM or MixtralForCausalLM: the inverse of ``CausalLM.load_llama``.
 
     >>> import torch
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2, tie=False)
@@ -102,7 +102,7 @@ def _mlp(layer: Any) -> Mapping[str, Tensor]:
 
 
 def unpaired(w_ND: Tensor, head_width: int) -> Tensor:
-    """Rows of a head projection from adjacent pairs to pairs half a head apart, as Llama has them.
+    """Reorder rows of a head projection from adjacent pairs to pairs half a head apart, as in Llama.
 
     >>> import torch
     >>> unpaired(torch.tensor([0.0, 2.0, 1.0, 3.0])[:, None], 4).flatten().tolist()

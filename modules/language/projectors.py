@@ -26,15 +26,14 @@ class ImageProjector(nn.Module):
 
     @property
     def image_tokens(self) -> int | None:
-        """I of the present settings, where it does not depend on the tower's tokens."""
+        """Return I of the present settings if it does not depend on the tower's tokens, otherwise None."""
         return None
 
     def made(self, width: int, to: int) -> None:
         raise NotImplementedError
 
     def kept(self, tokens: Tokens) -> Tensor | None:
-        """Bool ``[B, I]`` on the CPU: the outputs that are of an image, where images have different numbers of them;
-        None: all."""
+        """Return which outputs belong to an image, bool ``[B, I]`` on the CPU, if their numbers differ; None: all."""
         return None
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -47,7 +46,7 @@ def mlp(width: int, to: int, norm: bool = True) -> nn.Sequential:
 
 
 def different_lengths(tokens: Tokens) -> Tensor | None:
-    """The mask of tokens on the CPU, where some are padding; None: all are real, or that is known on a device alone.
+    """Return the token mask on the CPU if some are padding; None: all are real, or only a device knows.
 
     >>> different_lengths(Tokens(torch.zeros(1, 2, 4), torch.tensor([[True, False]]))).tolist()
     [[True, False]]
@@ -59,11 +58,11 @@ def different_lengths(tokens: Tokens) -> Tensor | None:
 
 
 class EachToken(ImageProjector):
-    """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output a token (Liu 2023, LLaVA 1.5, arXiv 2310.03744), of images of
-    any size as many as each has.
+    """LLaVA's projector, ``h_bi = MLP(h_bi)``: one output per token, for images of any size (Liu 2023, LLaVA 1.5, arXiv
+    2310.03744).
 
     Args:
-        norm: a LayerNorm first. LLaVA has none: without it the model can be exported as LLaVA.
+        norm: begin with a LayerNorm. LLaVA has none; without it the model can be exported as LLaVA.
 
     >>> EachToken().build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
     torch.Size([2, 9, 6])
@@ -87,11 +86,11 @@ class PooledGrid(ImageProjector):
     """Average-pooled projector: ``h_bi = MLP(mean of the tokens in cell i)`` of side x side cells, row by row.
 
     For towers whose tokens are a square map (Lin 2023, arXiv 2312.06742, averages likewise). No weight depends on the
-    side, so a stage may set another: from few tokens of an image to many, as in Open-Qwen2VL (Wang 2025, arXiv
-    2504.00595; 144 in pre-training, then 729), by ``set: {projector.side: 4}``.
+    side, so a stage may change it by ``set: {projector.side: 4}``: from few tokens per image to many, as in
+    Open-Qwen2VL (Wang 2025, arXiv 2504.00595; 144 in pre-training, then 729).
 
     Args:
-        side: of the grid.
+        side: side of the grid.
 
     >>> PooledGrid(2).build(8, 6)(Tokens(torch.randn(2, 16, 8), torch.ones(2, 16, dtype=torch.bool))).shape
     torch.Size([2, 4, 6])
@@ -128,7 +127,7 @@ class Resampler(ImageProjector):
     attend to all tokens (Alayrac 2022, arXiv 2204.14198).
 
     Args:
-        queries: I. heads: of the attention.
+        queries: I. heads: number of attention heads.
 
     >>> Resampler(3, heads=2).build(8, 6)(Tokens(torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool))).shape
     torch.Size([2, 3, 6])

@@ -1,4 +1,4 @@
-"""Contrastive losses: one value a sample, negatives gathered over ranks."""
+"""Contrastive losses: one value per sample, with negatives from all ranks."""
 
 from descant.modules.core.ranks import gather as gather
 from descant.modules.losses.contrastive import ContrastiveLoss as ContrastiveLoss

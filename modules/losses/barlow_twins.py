@@ -1,6 +1,6 @@
 """Barlow Twins: redundancy reduction between two views or modalities (arXiv 2103.03230).
 
-Letters: B samples here, G of all ranks, D width.
+Letters: B samples on this rank, G samples on all ranks, D width.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from descant.modules.losses.contrastive import ContrastiveLoss
 def barlow_twins(
     a_GD: Tensor, b_GD: Tensor, redundancy: float = 5e-3, valid_G: Tensor | None = None, epsilon: float = 0.0
 ) -> Tensor:
-    """Scalar ``sum_i (1 - C_ii)^2 + redundancy sum_{i != j} C_ij^2`` of the cross-correlation C of two embeddings.
+    """Return the scalar ``sum_i (1 - C_ii)^2 + redundancy sum_{i != j} C_ij^2``; C is the cross-correlation of a and b.
 
-    C is over the valid samples, of columns with mean 0 and variance 1, or ``var / (var + epsilon)`` as the release's
-    batch norm makes them (1e-5); of fewer than two samples the value is 0.
+    C is computed over the valid samples. Its columns have mean 0 and variance 1, or ``var / (var + epsilon)`` as in
+    the release's batch norm (1e-5). With fewer than two samples the value is 0.
     Source: Zbontar 2021, arXiv 2103.03230.
 
     >>> x = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
@@ -35,11 +35,11 @@ def barlow_twins(
 
 
 class BarlowTwins(ContrastiveLoss):
-    """Barlow Twins between two modalities, over the samples of all ranks that have both; no negatives.
+    """Barlow Twins between two modalities, over all ranks' samples that have both; without negatives.
 
     Args:
         redundancy: weight of the off-diagonal correlations.
-        weight: of the whole.
+        weight: factor of the whole loss.
     """
 
     def __init__(self, redundancy: float = 5e-3, weight: float = 0.1) -> None:

@@ -18,12 +18,15 @@ from descant.modules.losses.exchange import Blocks, excluded
 
 
 def _marks(key_B: Tensor, valid_B: Tensor) -> Tensor:
-    """Keys and presence, which travel as one tensor."""
+    """Stack keys and presence into one tensor, so that they are sent together."""
     return torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)
 
 
 class _Block(NamedTuple):
-    """Rows of this rank, their products with the rows met, the excluded pairs, and where the positives begin."""
+    """A block of logits: this rank's rows, their products with the other rows, excluded pairs, the positives' diagonal.
+
+    ``diagonal`` is the offset of the positives, None if the block has none.
+    """
 
     rows: slice
     dot_RB: Tensor
@@ -44,11 +47,12 @@ def _blocks(
 
 
 def log_sums(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, exchange: Blocks) -> tuple[Tensor, Tensor]:
-    """The logarithms of InfoNCE's two denominators, ``[B]`` each, of all ranks:
+    """Compute the logarithms of InfoNCE's two denominators over all ranks, ``[B]`` each:
 
         ab_b = log(e^{a_b.b_b} + sum_g e^{a_b.b_g}),    ba_b = log(e^{b_b.a_b} + sum_g e^{b_b.a_g})
 
-    over the pairs that are negatives (:func:`excluded`). Each product is made once for both, where its row is.
+    The sums run over the negatives (:func:`excluded`). Each product is computed once for both directions, on the rank
+    of its row.
 
     >>> from descant.modules.losses.exchange import Ring
     >>> z, key, valid = torch.eye(2), torch.arange(2), torch.ones(2, dtype=torch.bool)
@@ -97,7 +101,7 @@ class _LogSums(torch.autograd.Function):
 def sigmoid_sums(
     a_BD: Tensor, b_BD: Tensor, scale: Tensor, bias: Tensor, key_B: Tensor, valid_B: Tensor, exchange: Blocks
 ) -> Tensor:
-    """SigLIP's value, ``[B]``: ``-sum_g log sigmoid(y_bg (scale a_b.b_g + bias))`` over all ranks.
+    """Compute SigLIP's value, ``[B]``: ``-sum_g log sigmoid(y_bg (scale a_b.b_g + bias))`` over all ranks.
 
     y is 1 for the positive and -1 elsewhere.
 
@@ -110,7 +114,7 @@ def sigmoid_sums(
 
 
 def _signed(block: _Block, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """``y * logits`` and ``y``, ``[R, B]``."""
+    """Return ``y * logits`` and ``y``, ``[R, B]`` each."""
     y_RB = torch.full_like(block.dot_RB, -1.0)
     if block.diagonal is not None:
         y_RB.diagonal(block.diagonal).fill_(1.0)

@@ -1,6 +1,6 @@
-"""Contrastive losses (InfoNCE, SigLIP, NT-Xent), one value a sample, negatives from all ranks.
+"""Contrastive losses (InfoNCE, SigLIP, NT-Xent): one value per sample, with negatives from all ranks.
 
-Letters: B samples on this rank, G samples on all ranks, D width, K hard negatives of a sample.
+Letters: B samples on this rank, G samples on all ranks, D width, K hard negatives per sample.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core import sham as shams  # the module: importing the class would be circular
+from descant.modules.core import sham as shams  # importing the class itself would be circular
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.output import Scorer
@@ -25,29 +25,29 @@ from descant.modules.towers.heads import Projection
 
 
 def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
-    """:func:`excluded` of this rank's rows against those of all ranks; on one rank it is symmetric."""
+    """Apply :func:`excluded` to this rank's rows and the rows of all ranks; on one rank the result is symmetric."""
     key_G, valid_G = gather(torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)).unbind(dim=1)
     return excluded(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
 
 
 def with_negatives(log_sum_B: Tensor, negative_BK: Tensor, valid_BK: Tensor) -> Tensor:
-    """The logarithm of an InfoNCE denominator with K hard negatives of each sample in it.
+    """Add K hard negatives per sample to the logarithm of an InfoNCE denominator.
 
         log(e^{s_bb} + sum_g e^{s_bg} + sum_k e^{n_bk}),    log_sum_b = log(e^{s_bb} + sum_g e^{s_bg})
 
     Source: SAIL-Embedding (arXiv 2510.12709), no code released.
 
     Args:
-        log_sum_B: over the positive and the negatives of the batch.
+        log_sum_B: log-sum over the positive and the negatives of the batch.
         negative_BK: logits of the hard negatives, on the same scale.
-        valid_BK: bool; which of them there are.
+        valid_BK: bool; marks the hard negatives that exist.
 
     >>> log_sum_B, negative_BK = torch.tensor([2.0, 2.0]).log(), torch.tensor([[1.0, 1.0], [1.0, 1.0]]).log()
     >>> valid_BK = torch.tensor([[True, True], [True, False]])
     >>> [round(v, 4) for v in with_negatives(log_sum_B, negative_BK, valid_BK).exp().tolist()]
     [4.0, 3.0]
     """
-    # the lowest finite number, not -inf: a row without any has a finite gradient
+    # the lowest finite number instead of -inf keeps the gradient of a row without hard negatives finite
     negative_BK = negative_BK.masked_fill(~valid_BK, torch.finfo(negative_BK.dtype).min)
     return torch.logaddexp(log_sum_B, negative_BK.logsumexp(dim=1))
 
@@ -55,7 +55,7 @@ def with_negatives(log_sum_B: Tensor, negative_BK: Tensor, valid_BK: Tensor) -> 
 class ContrastiveLoss(nn.Module):
     """Base of contrastive losses: ``loss(z_a_BD, z_b_BD, key_B, valid_B) -> value_B`` of unit-length paired embeddings.
 
-    ``valid_B`` marks samples with both sides present: the others are neither rows nor negatives.
+    ``valid_B`` marks samples with both sides present. The other samples are neither rows nor negatives.
     """
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class ContrastiveLoss(nn.Module):
 
 
 def similarity_scorer(loss: nn.Module, z_a_BD: Tensor, z_b_BD: Tensor) -> Scorer:
-    """``scale z_a . z_b`` of rows of one modality and rows of the other, with the scale of the loss, or 1."""
+    """Return a scorer ``scale z_a . z_b`` of rows of both modalities; the scale is that of the loss, or 1."""
 
     def score(row_N: Tensor, column_N: Tensor) -> Tensor:
         scale = loss.scale() if has(loss, Scaled) else 1.0
@@ -77,15 +77,15 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
     z_b_b.z_a_g)[b]) / 2``.
 
     Source: van den Oord 2018 (arXiv 1807.03748); Radford 2021 (CLIP, arXiv 2103.00020). The scale ``s`` is learned and
-    clamped. Samples of equal content and absent samples are no negatives. A hard negative ``z_neg_b`` of the sample, if
-    given, enters the first of both denominators (:func:`with_negatives`).
+    clamped. Samples of equal content and absent samples are not negatives. If given, a hard negative ``z_neg_b`` of the
+    sample is added to the first of the two denominators (:func:`with_negatives`).
 
     Args:
-        temperature: 1/s at the start; None for raw cosines, as in the release of UniPT (arXiv 2309.01420), of which the
-            mean over B samples is never below ``log(1 + (B - 1) e^{-B / (B - 1)})``, that of a regular simplex.
+        temperature: 1/s at the start; None for raw cosines, as in the release of UniPT (arXiv 2309.01420). The mean
+            over B samples then is at least ``log(1 + (B - 1) e^{-B / (B - 1)})``, its value at a regular simplex.
         learn: whether the scale is learned.
         max_scale: upper bound of s.
-        exchange: how the samples of all ranks meet: AllGather where not given, Chunks or Ring for large batches.
+        exchange: how samples are exchanged between ranks: AllGather by default, Chunks or Ring for large batches.
 
     >>> loss = InfoNCE(temperature=1.0)
     >>> z = torch.eye(2)
@@ -112,7 +112,7 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
         z_neg_BD: Tensor | None = None,
         has_neg_B: Tensor | None = None,
     ) -> Tensor:
-        with torch.autocast(z_a_BD.device.type, enabled=False):  # 100 times a bfloat16 cosine is noise
+        with torch.autocast(z_a_BD.device.type, enabled=False):  # a scale of 100 amplifies bfloat16's rounding errors
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
             if isinstance(self.exchange, Blocks):
                 ab_B, ba_B = log_sums(a_BD, b_BD, key_B, valid_B, self.exchange)
@@ -126,13 +126,13 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
             return (ab_B + ba_B) / 2 - positive_B
 
     def logits(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, G]`` of both directions, the lowest finite number at what is no negative."""
+        """Return the logits ``[B, G]`` of both directions; excluded pairs have the lowest finite number."""
         with torch.autocast(z_a_BD.device.type, enabled=False):
             return _similarities(promote(z_a_BD) * self.scale(), promote(z_b_BD), key_B, valid_B)[:2]
 
 
 def _similarities(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``a_b . b_g`` and ``b_b . a_g``, ``[B, G]`` each, lowest at what is no negative, and ``a_b . b_b``."""
+    """Return ``a_b . b_g`` and ``b_b . a_g``, ``[B, G]`` each, with excluded pairs masked, and ``a_b . b_b``."""
     out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
     a_GD, b_GD = gather_both(a_BD, b_BD)
     ab_BG = a_BD @ b_GD.T
@@ -145,14 +145,14 @@ def _similarities(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor) ->
 class SigLIP(LearnedTemperature, ContrastiveLoss):
     """SigLIP's sigmoid loss (Zhai 2023, arXiv 2303.15343): ``value_b = -sum_g log sigmoid(y_bg (s z_a_b.z_b_g + c))``.
 
-    y is 1 on the diagonal and -1 elsewhere. Samples of equal content and absent samples are no negatives. Scale and
+    y is 1 on the diagonal and -1 elsewhere. Samples of equal content and absent samples are not negatives. Scale and
     bias are learned.
 
     Args:
         temperature: 1/s at the start (the paper's 0.1).
         bias: c at the start (the paper's -10).
         max_scale: upper bound of s.
-        exchange: how the samples of all ranks meet: AllGather where not given, Chunks or Ring for large batches.
+        exchange: how samples are exchanged between ranks: AllGather by default, Chunks or Ring for large batches.
     """
 
     def __init__(
@@ -182,11 +182,11 @@ class Intra(nn.Module):
     """NT-Xent between two views of one modality (SimCLR; the intra-modal term of SLIP, Mu 2021, arXiv 2112.12750).
 
     ``value_b`` is the mean over both views of ``-log(exp(s u.v_b) / (exp(s u.v_b) + sum over other rows of both
-    views))``, on a projection head of its own. The sham pairs each sample with the second view of another one.
+    views))``, computed on a separate projection head. The sham pairs each sample with another sample's second view.
 
     Args:
-        modality: whose two views (``inputs[modality]`` and ``inputs[modality + "@2"]``).
-        width: of the modality's tower features. out: of the projection. hidden: of its hidden layer.
+        modality: the modality with two views (``inputs[modality]`` and ``inputs[modality + "@2"]``).
+        width: width of the modality's tower features. out: width of the projection. hidden: width of its hidden layer.
         temperature: 1/s, fixed.
         sham: ``permute`` for the control.
 
@@ -215,13 +215,13 @@ class Intra(nn.Module):
 
 
 def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: float) -> Tensor:
-    """NT-Xent of two views with unit length, ``[B]``: negatives of a row are all other rows of both views.
+    """Compute NT-Xent ``[B]`` of two unit-length views: the negatives of a row are all other rows of both views.
 
         value_b = (l(u, v) + l(v, u)) / 2, l(u, v) = log(e^{u_b.v_b} + sum_{g != b} e^{u_b.v_g} + e^{u_b.u_g}) - u_b.v_b
 
-    of s times the cosines.
+    The dot products here are cosines times ``scale``.
 
-    Source: Chen 2020 (SimCLR, arXiv 2002.05709). Samples of equal content and absent samples are no negatives.
+    Source: Chen 2020 (SimCLR, arXiv 2002.05709). Samples of equal content and absent samples are not negatives.
 
     >>> z, everyone = torch.eye(2), torch.ones(2, dtype=torch.bool)
     >>> [round(v, 4) for v in ntxent(z, z, torch.arange(2), everyone, scale=1.0).tolist()]  # log(e + 2) - 1
@@ -236,7 +236,7 @@ def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: fl
         _exclude(uv_BG, out_BG)
         vu_BG = uv_BG.T if world() == 1 else _exclude(v_BD @ u_GD.T, out_BG)
         same_BG = out_BG.clone()
-        same_BG.diagonal(first).fill_(True)  # a view is no negative of itself
+        same_BG.diagonal(first).fill_(True)  # a view is not its own negative
         uu_BG, vv_BG = (_exclude(x_BD @ x_GD.T, same_BG) for x_BD, x_GD in ((u_BD, u_GD), (v_BD, v_GD)))
         u_B = torch.logaddexp(uv_BG.logsumexp(dim=1), uu_BG.logsumexp(dim=1))
         v_B = torch.logaddexp(vu_BG.logsumexp(dim=1), vv_BG.logsumexp(dim=1))
@@ -244,10 +244,10 @@ def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: fl
 
 
 def one_way(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: float) -> Tensor:
-    """InfoNCE of rows against the gathered rows of another view, ``[B]``: ``-log softmax_g(s a_b.b_g)[b]``.
+    """Compute InfoNCE ``[B]`` of rows against another view's rows of all ranks: ``-log softmax_g(s a_b.b_g)[b]``.
 
     Both have unit length. Source: van den Oord 2018 (arXiv 1807.03748). Samples of equal content and absent samples are
-    no negatives.
+    not negatives.
 
     >>> z, everyone = torch.eye(2), torch.ones(2, dtype=torch.bool)
     >>> [round(v, 4) for v in one_way(z, z, torch.arange(2), everyone, scale=1.0).tolist()]
@@ -260,8 +260,8 @@ def one_way(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: f
 
 
 def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:
-    """Masks logits in place (each matrix may be the largest tensor of a run).
+    """Mask logits in place, since each matrix may be the largest tensor in a run.
 
-    With the lowest finite number, not -inf: a row without negatives stays finite.
+    The mask value is the lowest finite number instead of -inf, so a row without negatives stays finite.
     """
     return logits_BG.masked_fill_(out_BG, torch.finfo(logits_BG.dtype).min)

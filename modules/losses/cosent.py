@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def cosent(score_N: Tensor, label_N: Tensor, temperature: float = 0.05) -> Tensor:
-    """CoSENT, pairs of higher label above pairs of lower label: one value for all pairs.
+    """Compute CoSENT, one value for all pairs: pairs of higher label should score above pairs of lower label.
 
         log(1 + sum over i, j with label_i > label_j: e^{(score_j - score_i) / temperature})
 
     Source: Su 2022 (CoSENT, a note without a paper; its released code has temperature 1/20), as named by SAIL-Embedding
     (arXiv 2510.12709).
 
-    Shapes: scores, cosines of pairs, ``[N]``; labels ``[N]``, of which only the order counts.
+    Shapes: scores (cosines of pairs) ``[N]``; labels ``[N]``, only their order matters.
 
     >>> score_N, label_N = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 2])
     >>> [round(float(cosent(s, label_N, temperature=1.0)), 4) for s in (score_N, score_N.flip(0))]

@@ -1,6 +1,6 @@
-"""How the samples of all ranks meet as negatives: gathered at once, gathered and met in blocks, or around a ring.
+"""Exchange samples between ranks as negatives: gather all, gather and compute in blocks, or pass around a ring.
 
-Letters: B samples of a rank, W ranks, G = W B, R rows of a block, D width.
+Letters: B samples per rank, W ranks, G = W B, R rows per block, D width.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from descant.modules.core.ranks import Passing, rank, world
 
 
 def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:
-    """Pairs that are no negatives, bool ``[B, G]``: one is absent, or both have the same content.
+    """Return a bool mask ``[B, G]`` of pairs that are not negatives: one is absent, or both have the same content.
 
-    ``diagonal`` is the column of row 0's positive, None where the columns hold none. Positives are never excluded, so
-    the row of an absent sample stays finite.
+    ``diagonal`` is the column of row 0's positive, or None if the columns contain no positives. Positives are never
+    excluded, so the row of an absent sample stays finite.
 
     >>> key, valid = torch.tensor([7, 7, 8]), torch.tensor([True, True, False])
     >>> excluded(key, valid, key, valid, diagonal=0).int().tolist()
@@ -33,21 +33,21 @@ def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, dia
     return out_BG
 
 
-#: What is met in one hop: the tensors of a rank, what is carried for its rows (or None), and whether it is this rank.
+#: One hop: the tensors of a rank, the carried tensor for its rows (or None), and whether it is this rank.
 Hop = tuple[list[Tensor], Any, bool]
 
 
 class Exchange:
-    """Where the samples of other ranks come from, for the negatives of InfoNCE and SigLIP; the value is the same.
+    """Base of the ways to get samples from other ranks, as negatives for InfoNCE and SigLIP; all give the same value.
 
-    What a rank holds beside its own embeddings, the numbers that it receives, and its products of ``[B, D]`` with
-    ``[D, B]`` or ``[B, B]`` with ``[B, D]``, forward and backward, of InfoNCE:
+    For InfoNCE, the columns are: numbers that a rank holds besides its own embeddings; numbers that it receives; its
+    products of ``[B, D]`` with ``[D, B]`` or ``[B, B]`` with ``[B, D]``. The last two count forward and backward.
 
         AllGather    2 B G + 2 G D    4 (W - 1) B D    6 W
         Chunks       R B + 2 G D      3 (W - 1) B D    4 W
         Ring         R B + 4 B D      (3 W - 2) B D    4 W, while embeddings are on their way
 
-    since the last two make each product once for both directions, and again backward.
+    Chunks and Ring compute each product once for both directions, and once more in backward.
     """
 
     def hops(
@@ -56,27 +56,28 @@ class Exchange:
         carried: list[Tensor] | None = None,
         combine: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Hop]:
-        """The rows of each rank in turn, this rank's own first.
+        """Yield the rows of each rank in turn, this rank's own first.
 
         Args:
-            sent: tensors ``[B, ...]`` of this rank, which the others get.
-            carried: a list of one tensor ``[B, ...]`` that belongs to the rows of ``sent``: of each hop that of the
-                rows met, for the caller to add to in place; after the last hop that of this rank's rows, from all
-                ranks. It begins as what ``combine`` ignores, such as 0 of a sum.
-            combine: ``[W, B, ...] -> [B, ...]`` of what W ranks have added.
+            sent: tensors ``[B, ...]`` of this rank, which the other ranks receive.
+            carried: a list of one tensor ``[B, ...]`` that belongs to the rows of ``sent``. Each hop yields the tensor
+                of that hop's rows, and the caller adds to it in place. After the last hop, the list holds the tensor
+                of this rank's rows, with what all ranks added. It starts as the neutral value of ``combine``, such as
+                0 for a sum.
+            combine: ``[W, B, ...] -> [B, ...]``, combines what W ranks have added.
         """
         raise NotImplementedError
 
 
 class AllGather(Exchange):
-    """Gather all embeddings and make the whole matrices of logits: the fastest while ``[B, G]`` is small."""
+    """Exchange that gathers all embeddings and computes full logit matrices: the fastest if ``[B, G]`` is small."""
 
 
 class Blocks(Exchange):
-    """Logits block by block, never all of them; backward makes each block again.
+    """Base of exchanges that compute logits block by block, never all at once; backward recomputes each block.
 
     Args:
-        rows: R, of one block; None takes all B at once.
+        rows: R, rows of one block; None takes all B at once.
     """
 
     def __init__(self, rows: int | None = 1024) -> None:
@@ -85,16 +86,16 @@ class Blocks(Exchange):
         self.rows = rows
 
     def slices(self, rows: int) -> Iterator[slice]:
-        """The blocks of so many rows."""
+        """Return slices that divide ``rows`` rows into blocks."""
         size = self.rows or max(rows, 1)
         return (slice(first, first + size) for first in range(0, rows, size))
 
 
 class Chunks(Blocks):
-    """Gather the embeddings of one side, and meet them rank by rank, in blocks of rows.
+    """Exchange that gathers one side's embeddings and compares with them rank by rank, in blocks of rows.
 
-    For large batches, where logits and not embeddings fill the memory. Inf-CL (Cheng 2024, arXiv 2410.17243) has such
-    blocks within a rank.
+    For large batches, in which logits and not embeddings fill the memory. Inf-CL (Cheng 2024, arXiv 2410.17243) uses
+    such blocks within a rank.
     """
 
     def hops(
@@ -119,10 +120,10 @@ class Chunks(Blocks):
 
 
 class Ring(Blocks):
-    """Pass the embeddings of one side around the ranks, while each computes with those that it has.
+    """Exchange that passes one side's embeddings around the ranks, while each rank computes with those that it holds.
 
-    The least memory, whatever W, and the most messages: about 3 W a step. Algorithm 1 of SigLIP (Zhai 2023, arXiv
-    2303.15343, section 3.3), and Inf-CL (Cheng 2024, arXiv 2410.17243) for InfoNCE.
+    It needs the least memory, independent of W, and the most messages, about 3 W per step. Algorithm 1 of SigLIP (Zhai
+    2023, arXiv 2303.15343, section 3.3), and Inf-CL (Cheng 2024, arXiv 2410.17243) for InfoNCE.
     """
 
     def hops(
@@ -135,14 +136,14 @@ class Ring(Blocks):
         for hop in range(world()):
             passing = Passing(now) if hop + 1 < world() else None
             yield now, carried[0] if carried else None, hop == 0
-            if carried and world() > 1:  # after W hops it is back at its rank
+            if carried and world() > 1:  # after W hops the tensor is back on its own rank
                 (carried[0],) = Passing(carried).wait()
             if passing is not None:
                 now = passing.wait()
 
 
 def _gathered(x_B: Tensor) -> Tensor:
-    """``[B, ...] -> [W, B, ...]``, without gradients."""
+    """Gather ``[B, ...] -> [W, B, ...]``, without gradients."""
     x_WB = x_B.new_empty(world(), *x_B.shape)
     dist.all_gather(list(x_WB), x_B.contiguous())
     return x_WB

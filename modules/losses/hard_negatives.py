@@ -14,17 +14,17 @@ from descant.modules.losses.hinge import PairMarginLoss
 class Negatives(nn.Module):
     """Loss on the hard negatives of the data: ``value_b = loss(z_a_b, z_b_b, z_neg_b)``.
 
-    ``inputs["text_neg"]`` is a false caption of image b, ``present["text_neg"]`` whether it has one. The sham gives
-    every image the hard negative of another one.
+    ``inputs["text_neg"]`` holds a false caption of image b; ``present["text_neg"]`` marks the images that have one. The
+    sham gives every image the hard negative of another image.
 
-    With ``denominator`` there is no loss of its own: z_neg_b is one more negative of z_a_b in the InfoNCE of the pair
-    (SAIL-Embedding, arXiv 2510.12709; :func:`descant.modules.losses.contrastive.with_negatives`).
+    With ``denominator`` hard negatives have no separate loss: z_neg_b is one more negative of z_a_b in the pair's
+    InfoNCE (SAIL-Embedding, arXiv 2510.12709; :func:`descant.modules.losses.contrastive.with_negatives`).
 
     Args:
         pair: two modalities; the second has the hard negatives.
-        loss: of one sample; by default a hinge of margin 0.1.
+        loss: loss of one sample; by default a hinge with margin 0.1.
         sham: ``permute`` for the control.
-        denominator: of the InfoNCE of the pair, instead of a term of their own.
+        denominator: whether they join the denominator of the pair's InfoNCE, instead of forming a separate term.
 
     Shapes: ``z_a_BD, z_b_BD, z_neg_BD``, ``draw_B`` int64, ``valid_B`` bool (all three are present) ``-> value_B``.
 
@@ -51,7 +51,7 @@ class Negatives(nn.Module):
             )
         self.denominator = denominator
         self.pair, self.loss, self.sham = (pair[0], pair[1]), loss or PairMarginLoss(), Sham(sham)
-        #: name of the term, and the modalities that its samples must have
+        #: Name of the term, and below the modalities that its samples must have.
         self.name = f"{pair[0]}-{pair[1]}" + ("" if denominator else "/negative")
         self.given = (*self.pair, pair[1] + NEGATIVE)
 

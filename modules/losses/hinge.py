@@ -1,4 +1,4 @@
-"""Hinge (margin ranking) losses against a given hard negative, or the hardest of the batch.
+"""Hinge (margin ranking) losses against a given hard negative, or the hardest negative of the batch.
 
 Letters: B samples on this rank, G samples on all ranks, D width.
 """
@@ -18,12 +18,12 @@ from descant.modules.losses.contrastive import ContrastiveLoss, gathered_exclude
 
 
 class PairMarginLoss(nn.Module):
-    """Margin loss against one hard negative a sample: ``value_b = max(0, margin + z_a_b . z_neg_b - z_a_b . z_b_b)``.
+    """Margin loss against a hard negative per sample: ``value_b = max(0, margin + z_a_b . z_neg_b - z_a_b . z_b_b)``.
 
     The second term of Structure-CLIP (Huang 2023, arXiv 2305.06152).
 
     Args:
-        margin: of cosines; the paper's 0.1.
+        margin: margin between cosines; the paper's 0.1.
 
     Shapes: unit-length ``z_a_BD, z_b_BD, z_neg_BD -> value_B``.
 
@@ -46,17 +46,18 @@ class HardestInBatchHinge(ContrastiveLoss):
     """VSE++ max-of-hinges: ``value_b = max_g [m + z_a_b.z_b_g - p_b]+ + max_g [m + z_b_b.z_a_g - p_b]+``, ``p_b =
     z_a_b.z_b_b``.
 
-    g runs over all other samples but those of equal content and the absent; without any the value is 0. Source: Faghri
-    2018 (arXiv 1707.05612); the first term of Structure-CLIP, whose release has a margin of 0.2 whatever is given.
+    g runs over all other samples except absent ones and those of equal content; if there are none, the value is 0.
+    Source: Faghri 2018 (arXiv 1707.05612); the first term of Structure-CLIP, whose release always uses a margin of 0.2.
 
-    During warm-up the direction from b to a takes a mean over g instead of the maximum, against collapse of an
-    untrained tower: the hinge of the mean similarity, the positive included, ``[m + mean_g z_b_b.z_a_g - p_b]+``, as in
-    Structure-CLIP's release; or the mean of the hinges of the negatives (our variant).
+    During warm-up the direction from b to a averages over g instead of taking the maximum, so that an untrained tower
+    does not collapse. ``similarities`` is the hinge of the mean similarity, including the positive, ``[m + mean_g
+    z_b_b.z_a_g - p_b]+``, as in Structure-CLIP's release. ``hinges`` is the mean of the negatives' hinges (our
+    variant).
 
     Args:
-        margin: m, of cosines; the paper's 0.2.
-        warmup: training steps with the mean (the paper's 100); count in the checkpoint.
-        average: of ``similarities``, or of ``hinges``, in those steps.
+        margin: m, margin between cosines; the paper's 0.2.
+        warmup: number of training steps that use the mean (the paper's 100); the checkpoint stores the count.
+        average: what is averaged in those steps, ``similarities`` or ``hinges``.
 
     Shapes: unit-length ``z_a_BD, z_b_BD``, ``key_B`` int64, ``valid_B`` bool ``-> value_B``.
 
@@ -84,7 +85,7 @@ class HardestInBatchHinge(ContrastiveLoss):
             ab_BG = a_BD @ b_GD.T
             ba_BG = ab_BG.T if world() == 1 else b_BD @ a_GD.T
             positive_B1 = ab_BG.diagonal(first)[:, None]
-            out_BG.diagonal(first).fill_(True)  # the positive is no negative
+            out_BG.diagonal(first).fill_(True)  # the positive is not a negative
             hinge_ab_BG, hinge_ba_BG = (
                 F.relu(self.margin + x_BG - positive_B1).masked_fill(out_BG, 0.0) for x_BG in (ab_BG, ba_BG)
             )
@@ -102,7 +103,7 @@ class HardestInBatchHinge(ContrastiveLoss):
         if not self.warmup or not self.training:
             return False
         with torch.no_grad():
-            count = host_copy(self.steps) + 1  # read from a device once only
+            count = host_copy(self.steps) + 1  # read from the device only once
             self.steps += 1
         with_host_copy(self.steps, lambda: count)
         return int(count) <= self.warmup

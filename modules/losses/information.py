@@ -1,10 +1,10 @@
-"""Lower bounds of mutual information: how likely the target's representation is, given what is predicted of it.
+"""Lower bounds of mutual information: the likelihood of the target's representation, given a prediction of it.
 
     I(x; y) >= H(z_y) + E log p(z_y | f(z_x)),      loss = -log p,     H held up by negatives, or by a slow teacher
 
-p normal around the prediction: masked autoencoders and BYOL. p a softmax over candidates: SimCLR, CLIP, classification.
-Source: M3I (Su 2022, arXiv 2211.09807); no code released.
-Letters: N predictions, C candidates, B samples on this rank, G on all ranks, Q predictions of a sample, D width.
+A normal p around the prediction gives masked autoencoders and BYOL. A softmax over candidates gives SimCLR, CLIP and
+classification. Source: M3I (Su 2022, arXiv 2211.09807); no code released.
+Letters: N predictions, C candidates, B samples on this rank, G on all ranks, Q predictions per sample, D width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from descant.modules.losses.temperature import LearnedTemperature
 
 
 def normal_loss(prediction_ND: Tensor, target_ND: Tensor, deviation: float = 0.5**0.5) -> Tensor:
-    """Negative log-likelihood of a normal distribution, a channel, up to a constant: the mean squared error by default.
+    """Compute the negative log-likelihood of a normal distribution, averaged over channels, up to a constant.
+
+    With the default deviation it is the mean squared error.
 
         value_n = mean over d of (p_nd - t_nd)^2 / (2 deviation^2)
 
@@ -31,33 +33,35 @@ def normal_loss(prediction_ND: Tensor, target_ND: Tensor, deviation: float = 0.5
 
 
 def softmax_loss(logit_NC: Tensor, share_NC: Tensor, out_NC: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of a softmax over candidates: ``value_n = -sum_c y_nc log softmax_c(s_n)``.
+    """Compute a softmax's negative log-likelihood over candidates: ``value_n = -sum_c y_nc log softmax_c(s_n)``.
 
     Args:
-        share_NC: y, the share of each candidate in the target: one of 1, or several that sum to 1.
-        out_NC: bool; candidates that are left out of the sum, never ones with a share.
+        share_NC: y, the share of each candidate in the target: a single 1, or several shares that sum to 1.
+        out_NC: bool; candidates to leave out of the softmax; none of them may have a share.
 
     >>> softmax_loss(torch.zeros(1, 4), torch.tensor([[0.75, 0.25, 0.0, 0.0]])).item() == torch.tensor(4.0).log().item()
     True
     """
     logit_NC = promote(logit_NC)
-    lowest = torch.finfo(logit_NC.dtype).min  # not -inf, whose product with a share of 0 is nan
+    lowest = torch.finfo(logit_NC.dtype).min  # not -inf: -inf times a share of 0 is nan
     kept_NC = logit_NC if out_NC is None else logit_NC.masked_fill(out_NC, lowest)
     return kept_NC.logsumexp(dim=-1) * share_NC.sum(dim=-1) - (share_NC * logit_NC).sum(dim=-1)
 
 
 class Likelihood(nn.Module):
-    """Base of likelihoods of representations: ``likelihood(prediction_BQD, target_BQD) -> value_B``, their mean."""
+    """Base of likelihoods of representations: ``likelihood(prediction_BQD, target_BQD) -> value_B``, a mean over Q."""
 
     def forward(self, prediction_BQD: Tensor, target_BQD: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 class Normal(Likelihood):
-    """:func:`normal_loss` of each prediction, against collapse by a slow teacher alone (BYOL, data2vec), or by pixels.
+    """Normal likelihood (:func:`normal_loss`), for targets of a slow teacher (BYOL, data2vec) or pixels.
+
+    It has no negatives: only such targets prevent collapse.
 
     Args:
-        deviation: of the distribution; by default the loss is the mean squared error.
+        deviation: standard deviation; by default the loss is the mean squared error.
 
     >>> Normal()(torch.zeros(1, 3, 2), torch.ones(1, 3, 2)).tolist()
     [1.0]
@@ -74,11 +78,11 @@ class Normal(Likelihood):
 
 
 class Boltzmann(LearnedTemperature, Likelihood):
-    """:func:`softmax_loss` of cosines over a temperature; a sample's other targets are its negatives.
+    """Softmax likelihood (:func:`softmax_loss`) of cosines over a temperature; a sample's other targets are negatives.
 
     Args:
-        temperature: at the start.
-        learn: whether it is learned.
+        temperature: temperature at the start.
+        learn: whether the temperature is learned.
         max_scale: upper bound of 1 / temperature.
 
     >>> loss = Boltzmann(temperature=1.0)
@@ -97,7 +101,7 @@ class Boltzmann(LearnedTemperature, Likelihood):
 
 
 def one_hot(label_B: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """``[B, C]``; rows of a label below 0, which is none, are zero.
+    """Encode labels as one-hot rows ``[B, C]``; a label below 0 means no label, and its row is zero.
 
     >>> one_hot(torch.tensor([1, -1]), 2, torch.float32).tolist()
     [[0.0, 1.0], [0.0, 0.0]]
@@ -106,7 +110,9 @@ def one_hot(label_B: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def mixed_shares(source_G: Tensor, valid_G: Tensor, share: float, dtype: torch.dtype) -> Tensor:
-    """``y_GG``: of each mixture's target, m its own row, and 1 - m the row of the second image; none of absent ones.
+    """Return the target shares ``y_GG`` of mixtures: m for the own row, 1 - m for the second image's row.
+
+    Absent rows have a share of 0.
 
     >>> mixed_shares(torch.tensor([1, 2, 0]), torch.ones(3, dtype=torch.bool), 0.75, torch.float32)[0].tolist()
     [0.75, 0.25, 0.0]
@@ -117,16 +123,16 @@ def mixed_shares(source_G: Tensor, valid_G: Tensor, share: float, dtype: torch.d
 
 
 def mixed_pairs(z_BD: Tensor, t_BD: Tensor, key_B: Tensor, valid_B: Tensor, source_B: Tensor, share: float) -> Tensor:
-    """InfoNCE of mixtures of two images and texts: each mixture fits two texts, and each text two mixtures.
+    """Compute InfoNCE of two-image mixtures and texts: each mixture fits two texts, and each text fits two mixtures.
 
         value_b = (softmax_loss(z_b . t_g, y_bg) + softmax_loss(t_b . z_g, y_gb)) / 2,      y of :func:`mixed_shares`
 
-    What fits either image of a mixture is no negative of it. Texts and mixtures are of all ranks.
+    A text that fits either image of a mixture is not a negative of it. Texts and mixtures come from all ranks.
 
     Args:
-        z_BD: embeddings of mixtures, times the logit scale. t_BD: of the texts.
+        z_BD: embeddings of the mixtures, times the logit scale. t_BD: embeddings of the texts.
         key_B: content ids. valid_B: bool. source_B: rows of the second images, numbered over all ranks.
-        share: m, of the first image.
+        share: m, share of the first image.
 
     >>> eye, all_B = torch.eye(3), torch.ones(3, dtype=torch.bool)
     >>> value_B = mixed_pairs(eye, eye, torch.arange(3), all_B, torch.tensor([1, 2, 0]), 0.5)

@@ -1,10 +1,10 @@
-"""Losses of a predicted number, and the scale that they see it on.
+"""Losses for predicting a number, and the scale on which they are computed.
 
     t = (y - mean) / scale          mean and scale of the training samples
     loss = l(f(x), t)               prediction in the units of y:  mean + scale * f(x)
 
-So losses, learning rates and their sums with other terms hang on no unit, and predictions have that of the data.
-Letters: B samples, K outputs of the network (1, or 2 of a likelihood).
+So losses, learning rates and sums with other terms do not depend on the unit, and predictions have the data's unit.
+Letters: B samples, K outputs of the network (1, or 2 for a likelihood).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from descant.modules.core.objective import Term
 
 
 class NumberLoss:
-    """Base of losses of a number: ``loss(raw_BK, t_B) -> value_B``, for targets of mean 0 and standard deviation 1.
+    """Base of losses for a number: ``loss(raw_BK, t_B) -> value_B``, for targets of mean 0 and standard deviation 1.
 
     The first output predicts the number. ``outputs``: K.
     """
@@ -33,7 +33,7 @@ class NumberLoss:
 
 
 class SquaredError(NumberLoss):
-    """``value_b = (f_b - t_b)^2``, which the mean minimizes.
+    """Squared error ``value_b = (f_b - t_b)^2``, which the mean minimizes.
 
     >>> SquaredError()(torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 0.0])).tolist()
     [1.0, 9.0]
@@ -44,7 +44,7 @@ class SquaredError(NumberLoss):
 
 
 class AbsoluteError(NumberLoss):
-    """``value_b = |f_b - t_b|``, which the median minimizes.
+    """Absolute error ``value_b = |f_b - t_b|``, which the median minimizes.
 
     >>> AbsoluteError()(torch.tensor([[1.0], [-3.0]]), torch.tensor([0.0, 0.0])).tolist()
     [1.0, 3.0]
@@ -55,11 +55,11 @@ class AbsoluteError(NumberLoss):
 
 
 class Huber(NumberLoss):
-    """``value_b = e^2 / 2`` where ``|e| <= delta``, else ``delta (|e| - delta / 2)``, with ``e = f_b - t_b`` (Huber
-    1964).
+    """Huber loss ``value_b = e^2 / 2`` if ``|e| <= delta``, else ``delta (|e| - delta / 2)``, with ``e = f_b - t_b``
+    (Huber 1964).
 
     Args:
-        delta: in standard deviations of the training targets.
+        delta: threshold, in standard deviations of the training targets.
 
     >>> Huber(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.tensor([0.0, 0.0])).tolist()
     [0.125, 2.5]
@@ -75,13 +75,13 @@ class Huber(NumberLoss):
 
 
 class GaussianLikelihood(NumberLoss):
-    """``value_b = (log v_b + (f_b - t_b)^2 / v_b) / 2``, ``v_b = exp(s_b)``: each sample's variance is learned, too.
+    """Gaussian likelihood with learned variance: ``value_b = (log v_b + (f_b - t_b)^2 / v_b) / 2``, ``v_b = exp(s_b)``.
 
-    Up to a constant the negative log-likelihood (Nix and Weigend 1994; with the log-variance, Kendall and Gal 2017,
-    arXiv 1703.04977).
+    It is the negative log-likelihood up to a constant (Nix and Weigend 1994; with the log-variance, Kendall and Gal
+    2017, arXiv 1703.04977).
 
     Args:
-        floor: least standard deviation, in those of the training targets; below it s has no gradient.
+        floor: smallest standard deviation, in standard deviations of the training targets; below it s has no gradient.
 
     >>> raw_BK = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     >>> [round(float(x), 3) for x in GaussianLikelihood()(raw_BK, torch.zeros(2))]
@@ -104,11 +104,11 @@ class GaussianLikelihood(NumberLoss):
 
 
 class NumberScale(nn.Module):
-    """A target that is a number: its loss, and the mean and scale of its training samples, kept with the weights.
+    """Numeric target: its loss, and the mean and scale of its training samples, which the state dict stores.
 
     Args:
-        target: of the data, float ``[B]`` in its own unit; nan where a sample has none.
-        loss: of the number on the scale of mean 0 and standard deviation 1.
+        target: name of the target in the data, float ``[B]`` in its own unit; nan for samples without it.
+        loss: loss of the number, scaled to mean 0 and standard deviation 1.
 
     >>> number = NumberScale("age", SquaredError()).set(mean=40.0, scale=10.0)
     >>> number.predictions(torch.tensor([[0.0], [1.5]])).tolist()
@@ -133,7 +133,7 @@ class NumberScale(nn.Module):
         return self
 
     def read(self, data: Any) -> None:
-        """Take mean and scale of the training samples. Raises ValueError for data without such a number."""
+        """Read mean and scale of the training samples. Raises ValueError if the data lacks this number."""
         found = data.number_scale(self.target) if hasattr(data, "number_scale") else None
         if found is None:
             raise ValueError(
@@ -143,7 +143,7 @@ class NumberScale(nn.Module):
         self.set(*found)
 
     def truth(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """``y_B`` in its own unit. Raises ValueError for a target that is absent, or holds classes."""
+        """Return ``y_B`` in its own unit. Raises ValueError for a target that is absent or holds classes."""
         if self.target not in targets:
             raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(targets) or 'none'}")
         y_B = targets[self.target]
@@ -152,11 +152,11 @@ class NumberScale(nn.Module):
         return y_B
 
     def predictions(self, raw_BK: Tensor) -> Tensor:
-        """``[B]`` in the unit of the target."""
+        """Return the predictions ``[B]`` in the unit of the target."""
         return self.mean + self.scale * raw_BK[:, 0]
 
     def term(self, raw_BK: Tensor, targets: Mapping[str, Tensor], here_B: Tensor, norm: Any) -> Term:
-        """The loss of the rows that are here and have a number."""
+        """Return the loss term of the rows that ``here_B`` marks and that have a number."""
         y_B = self.truth(targets)
         t_B = torch.where(y_B.isfinite(), (y_B - self.mean) / self.scale, torch.zeros_like(y_B)).to(raw_BK.dtype)
         return Term(self.loss(raw_BK, t_B), valid=here_B & y_B.isfinite(), norm=norm)

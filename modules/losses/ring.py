@@ -1,4 +1,4 @@
-"""SigLIP without a full matrix of logits: embeddings are passed around the ranks, one block of logits at a time."""
+"""SigLIP without a full logit matrix: ranks pass embeddings around a ring and compute one block of logits at a time."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from descant.modules.losses.exchange import Ring
 
 
 class RingSigLIP(SigLIP):
-    """Chunked SigLIP: the value of :class:`SigLIP`, with logits computed block by block; ``SigLIP(exchange=Ring())``.
+    """Chunked SigLIP: :class:`SigLIP` with logits computed block by block; the same as ``SigLIP(exchange=Ring())``.
 
-    Algorithm 1 of Zhai 2023 (arXiv 2303.15343, section 3.3): in each of W hops a rank compares its ``z_a`` with the
-    ``z_b`` of one rank and passes these on, with keys and presence. Backward goes round again, recomputes each block,
-    and returns the gradients of ``z_b``. Memory is ``rows * B`` logits and two ``[B, D]`` for any W, where gathering
-    takes B * G and G * D, of B samples a rank and G on all.
+    Algorithm 1 of Zhai 2023 (arXiv 2303.15343, section 3.3). In each of W hops, a rank compares its ``z_a`` with the
+    ``z_b`` of one rank and passes that ``z_b`` on, with its keys and presence. Backward goes around the ring again,
+    recomputes each block, and returns the gradients of ``z_b``. Memory is ``rows * B`` logits and two ``[B, D]`` for
+    any W; gathering takes B * G and G * D (B samples per rank, G on all ranks).
 
     Args:
         temperature: 1/s at the start (the paper's 0.1).
         bias: c at the start (the paper's -10).
         max_scale: upper bound of s.
-        rows: R, of one block; None takes all B at once.
+        rows: R, rows of one block; None takes all B at once.
 
     >>> import torch
     >>> z, key, valid = torch.eye(2), torch.arange(2), torch.ones(2, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Learned temperature of InfoNCE and SigLIP: the logit scale ``s = 1 / temperature``, and where it is clamped."""
+"""Learned temperature of InfoNCE and SigLIP: the logit scale ``s = 1 / temperature`` and its clamping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LearnedTemperature(nn.Module):
     """Base of losses with a learned logit scale ``s = exp(log_scale)``, clamped at ``max_scale`` in training.
 
     Args:
-        temperature: 1/s at the start; None for s = 1, which is not learned: raw cosines.
+        temperature: 1/s at the start; None for raw cosines, with a fixed s = 1.
         learn: whether the scale is learned.
         max_scale: upper bound of s.
 
@@ -32,6 +32,6 @@ class LearnedTemperature(nn.Module):
 
     def scale(self) -> Tensor:
         if self.training:
-            with torch.no_grad():  # clamped in place: in the graph its gradient would be 0 at the bound
+            with torch.no_grad():  # clamp in place: a clamp in the graph would stop the gradient at the bound
                 self.log_scale.clamp_(max=self.max_log_scale)
         return self.log_scale.exp()

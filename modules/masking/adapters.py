@@ -1,7 +1,7 @@
-"""Adapters of masked models: an input as tokens, their embedding, and the loss on predicted tokens. Here: patches.
+"""Adapters of masked models: they split an input into tokens, embed them, and compute the loss of predicted tokens.
 
-Categories, token ids and tables are in ``discrete_adapters.py``. Letters: B samples, T tokens of a sample, N tokens of
-all samples, P raw numbers of a token, D width of the encoder, E width of the decoder.
+This file is for patches; categories, token ids and tables are in ``discrete_adapters.py``. Letters: B samples, T tokens
+of a sample, N tokens of all samples, P raw numbers per token, D width of the encoder, E width of the decoder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from descant.modules.towers.timm import read_weights
 
 
 class PixelLoss(nn.Module):
-    """Base of pixel losses, one value a token: ``mean_p |y_np - target_np|^power``, on standardised patches if
-    ``norm``.
+    """Base of pixel losses, one value per token: ``mean_p |y_np - target_np|^power``.
 
     Args:
-        norm: the target is ``(x - mean_n) / std_n`` of each patch (MAE, arXiv 2111.06377; std with P - 1 degrees of
-            freedom).
+        norm: whether the target is the standardised patch, ``(x - mean_n) / std_n`` (MAE, arXiv 2111.06377; std with
+            P - 1 degrees of freedom).
 
     Shapes: predictions and patches ``[N, P] -> [N]``, float32.
     """
@@ -77,10 +76,11 @@ class L1(PixelLoss):
 
 
 class Arranged(NamedTuple):
-    """Tokens of a modality as encoder and decoder get them: content ``[B, T, P]``, masks bool ``[B, T]``.
+    """Tokens of a modality as encoder and decoder receive them: content ``[B, T, P]``, masks bool ``[B, T]``.
 
-    ``x_BTP``: of the encoder, where ``visible_BT``. ``wanted_BTP``: what is predicted where ``target_BT``, and counts
-    where ``loss_BT``. ``given_BTP``: the token before each target, where targets are predicted in order, else None.
+    ``x_BTP``: encoder inputs, used where ``visible_BT``. ``wanted_BTP``: content to predict where ``target_BT``; it
+    counts in the loss where ``loss_BT``. ``given_BTP``: the token before each target if targets are predicted in order,
+    else None.
     """
 
     x_BTP: Tensor
@@ -92,103 +92,104 @@ class Arranged(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Base of adapters: one modality as tokens. ``build`` is called once with the widths of encoder and decoder.
+    """Base of adapters, which turn one modality into tokens.
 
+    The model calls ``build`` once, with the widths of encoder and decoder.
     A subclass sets ``grid`` and implements ``raw``, ``content``, ``losses``, ``predict`` and ``whole``.
     """
 
     grid: Grid
     place_TD: Tensor
-    #: True if targets are predicted one after the other, from those before.
+    #: Whether targets are predicted one after the other, each from the earlier ones.
     ordered = False
 
     @property
     def relative(self) -> bool:
-        """True if predictions are not in the units of the input, such as patches standardised one by one."""
+        """Whether predictions are not in the units of the input, such as patches that are standardised individually."""
         return False
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens, T."""
         return math.prod(self.grid)
 
     @property
     def numbers(self) -> int:
-        """P."""
+        """Raw numbers per token, P."""
         return 1
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of ids that an input may have, from 0; None for numbers."""
+        """Number of ids that an input may have, counted from 0; None for numbers."""
         return None
 
     @property
     def layers(self) -> int:
-        """Blocks of tokens whose ids do not overlap; 1 unless there are several codes a token."""
+        """Number of blocks of tokens with disjoint ids; 1 unless a token has several codes."""
         return 1
 
     @property
     def output_size(self) -> int:
-        """Numbers that are predicted for a token: logits, or P."""
+        """Number of outputs per token: logits, or P."""
         return self.numbers
 
     def build(self, width: int, out: int) -> None:
-        """Layers into D = ``width`` and out of E = ``out``; with ``out`` 0 no output layer."""
+        """Make input layers to D = ``width`` and output layers from E = ``out``; no output layers if ``out`` is 0."""
         self.modality_D = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("place_TD", sincos(self.grid, width), persistent=False)
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, ...]`` -> raw content ``[B, T, P]``, and bool ``[B, T]``: real tokens (not padding)."""
+        """Return raw content ``[B, T, P]`` of an input ``[B, ...]``, and bool ``[B, T]``: real tokens (not padding)."""
         raise NotImplementedError
 
     def arrange(
         self, x_BTP: Tensor, real_BT: Tensor, visible_BT: Tensor, target_BT: Tensor, loss_BT: Tensor
     ) -> Arranged:
-        """Tokens of encoder and decoder, by the masks of the raw ones; each stays at its place by default."""
+        """Arrange raw tokens and their masks for encoder and decoder; by default each token keeps its place."""
         return Arranged(x_BTP, visible_BT, x_BTP, target_BT, loss_BT)
 
     def embed(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
-        """``[N, D]`` of raw content with positions."""
+        """Embed raw content with positions, ``[N, D]``."""
         return self.content(x_NP, place_N) + self.place_TD[place_N] + self.modality_D
 
     def visible(self, x_BTP: Tensor, at: At) -> Tensor:
-        """``[N, D]`` of the tokens that the encoder sees; of each alone by default."""
+        """Embed the tokens that the encoder sees, ``[N, D]``; by default each token separately."""
         return self.embed(x_BTP[at.row_N, at.place_N], at.place_N)
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         raise NotImplementedError
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
-        """Name of each loss ("" if there is one only) -> float32 ``[N]``, of the decoder's features."""
+        """Compute losses from the decoder's features: name ("" if there is only one) -> float32 ``[N]``."""
         raise NotImplementedError
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """Raw content ``[N, P]`` predicted from the decoder's features, or class ids."""
+        """Predict raw content ``[N, P]``, or class ids, from the decoder's features."""
         raise NotImplementedError
 
     def scores(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """Logits ``[N, P, C]`` of the ids of a token, where it has some; ``-inf`` of ids that its place lacks."""
+        """Return logits ``[N, P, C]`` of a token's ids, if tokens have ids; ``-inf`` for ids not possible there."""
         raise NotImplementedError
 
     def given(self, x_NP: Tensor) -> Tensor:
-        """``[N, E]``: what an ordered decoder gets of the token before each target."""
+        """Embed the token before each target for an ordered decoder, ``[N, E]``."""
         raise NotImplementedError
 
     def whole(self, x_BTP: Tensor) -> Tensor:
-        """Raw content of all tokens, in the shape of the input."""
+        """Return raw content of all tokens in the shape of the input."""
         raise NotImplementedError
 
     def like(self, y: Tensor, x: Tensor) -> Tensor:
-        """What :meth:`whole` gave, in the shape of an input ``x`` that may be smaller."""
+        """Crop a result of :meth:`whole` to the shape of an input ``x``, which may be smaller."""
         return y
 
     def input(self, x_BTP: Tensor) -> Tensor:
-        """Raw content of all tokens, in shape and units of the input: the inverse of ``raw``."""
+        """Return raw content of all tokens in shape and units of the input: the inverse of ``raw``."""
         return self.whole(x_BTP)
 
 
 def require_ids(x_BT: Tensor, real_BT: Tensor, vocabulary: int, name: str) -> None:
-    """Checks that real token ids are in ``[0, vocabulary)``, on the CPU: nothing is read of a device.
+    """Check on the CPU that real token ids are in ``[0, vocabulary)``. It skips ids without a host copy.
 
     >>> require_ids(torch.tensor([[3, 9]]), torch.tensor([[True, True]]), 9, "codes")
     Traceback (most recent call last):
@@ -209,16 +210,16 @@ class PatchAdapter(Adapter):
     """Patches of an image, volume, spectrogram or video: ``h = W patch + b + sincos(place) + modality``.
 
     Any number of axes: ``size: [64, 64], patch: [8, 8]`` for images ``[B, C, 64, 64]``; ``[32, 32, 32]`` for volumes
-    ``[B, C, 32, 32, 32]``; ``[64, 250], [16, 10]`` for spectrograms ``[B, 64, 250]``, where one channel needs no axis.
+    ``[B, C, 32, 32, 32]``; ``[64, 250], [16, 10]`` for spectrograms ``[B, 64, 250]``. One channel needs no axis.
 
     Args:
-        size: of each axis.
-        patch: of each axis, or one number for all.
+        size: size of each axis.
+        patch: patch size of each axis, or one number for all.
         channels: C.
-        losses: on predicted patches, each with its own output layer; by default MSE of raw pixels.
-        mean, spread: that inputs are standardised by.
-        padded: non-finite numbers are padding: a patch with any is not real (audio frames of ``-inf``), and inputs of
-            smaller sizes are padded at the end of each axis: images of any size, within ``size``.
+        losses: losses of predicted patches, each with its own output layer; by default MSE of raw pixels.
+        mean, spread: mean and spread that inputs are standardised with.
+        padded: whether inputs may have padding. A patch with non-finite numbers then is not real (audio frames of
+            ``-inf``). Smaller inputs are padded at the end of each axis: images of any size, within ``size``.
         weights: a local file of a plain timm ViT with such patches, for the patch embedding.
 
     >>> adapter = PatchAdapter(size=[4, 4], patch=2, channels=3)
@@ -276,14 +277,14 @@ class PatchAdapter(Adapter):
         return y[inside] if self.padded else y
 
     def _grown(self, x: Tensor, value: float) -> Tensor:
-        """An input of smaller sizes, padded at the end of each axis; one of a larger size as it is."""
+        """Pad a smaller input at the end of each axis; return a larger one unchanged."""
         missing = [most - side for most, side in zip(self.size, x.shape[-len(self.size) :], strict=True)]
         if not any(missing) or min(missing) < 0:
             return x
         return F.pad(x, [n for side in reversed(missing) for n in (0, side)], value=value)
 
     def _cut(self, x: Tensor) -> Tensor:
-        """Standardised patches ``[B, T, P]``."""
+        """Standardise an input and cut it into patches ``[B, T, P]``."""
         n = len(self.size)
         if self.channels == 1 and x.ndim == n + 1:
             x = x.unsqueeze(1)
@@ -315,7 +316,7 @@ class PatchAdapter(Adapter):
         return values if len(values) > 1 else {"": next(iter(values.values()))}
 
     def predict(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """From the output layer of a loss on raw pixels if there is one, else from the first."""
+        """Predict with the output layer of the first loss on raw pixels, or else of the first loss."""
         layer = next((k for k, term in enumerate(self.losses_of()) if not term.norm), 0)
         return self.outward[layer](h_NE)
 
@@ -328,7 +329,7 @@ class PatchAdapter(Adapter):
 
 
 class Adapters(nn.ModuleDict):
-    """Adapters of a masked model, one optional one a modality; any adapter reads any modality of its shape.
+    """Adapters of a masked model, at most one per modality; any adapter fits any modality of its shape.
 
     Args:
         image, sketch, palette: an image, its edge map, its map of colour names.
@@ -364,12 +365,12 @@ class Adapters(nn.ModuleDict):
         super().__init__(adapters)
 
     def each(self) -> dict[str, Adapter]:
-        """Modality -> adapter."""
+        """Return the adapters by modality."""
         return {name: adapter for name, adapter in self.items() if isinstance(adapter, Adapter)}
 
 
 def checked_patch(size: Sequence[int], patch: Sequence[int] | int) -> tuple[int, ...]:
-    """One patch size an axis; raises ValueError naming the nearest size that divides an axis.
+    """Return one patch size per axis. Raises ValueError with the nearest size that divides an axis.
 
     >>> checked_patch((64, 250), 10)
     Traceback (most recent call last):
@@ -386,7 +387,7 @@ def checked_patch(size: Sequence[int], patch: Sequence[int] | int) -> tuple[int,
 
 
 def _take_patches(layer: nn.Linear, path: Path) -> None:
-    """Copies a ViT's patch convolution, which is the same matrix in the order of channels, then axes."""
+    """Copy a ViT's patch convolution; its weight is the same matrix, ordered by channels, then axes."""
     state = read_weights(path)
     weight = state.get("patch_embed.proj.weight")
     if weight is None or weight.flatten(1).shape != layer.weight.shape:

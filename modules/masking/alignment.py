@@ -1,4 +1,4 @@
-"""Contrast inside masked modelling: what is seen of one modality alone, against another.
+"""Contrast inside masked modelling: the visible tokens of one modality alone against another modality.
 
 Letters: B samples, N tokens of all samples, D width of the encoder, E of the shared space.
 """
@@ -23,20 +23,20 @@ from descant.modules.towers.heads import MeanPool, Projection
 
 
 class Alignment(nn.Module):
-    """A contrastive term between a modality that the encoder sees alone and another, which a tower of its own reads.
+    """Contrastive term between a modality that the encoder sees alone and another, which a separate tower reads.
 
         z_a = unit(W_a norm(sum over visible t of h_at)),   z_b = unit(W_b norm(pool(tower(x_b)))),   loss(z_a, z_b)
 
-    Only samples count of which tokens of ``modality`` and of no other are visible, so that nothing of ``other`` is in
-    z_a, and that have ``other``. They are each other's negatives; the hidden tokens are predicted beside it.
-    Source: the combination of both terms as in CAV-MAE (Gong 2022, arXiv 2210.07839), whose encoder makes both sides; a
-    tower for the other side, such as a BagTower of names, is a fraction of its cost (our reading).
+    A sample counts if it has ``other`` and its visible tokens are all of ``modality``, so that z_a contains nothing of
+    ``other``. Such samples are each other's negatives. The hidden tokens are predicted as well.
+    Source: CAV-MAE combines both terms (Gong 2022, arXiv 2210.07839), and its encoder computes both sides. A separate
+    tower for the other side, such as a BagTower of names, costs a fraction of that (our reading).
 
     Args:
-        modality: what the encoder sees. other: what the tower reads.
-        tower: of the other modality's input.
+        modality: modality that the encoder sees. other: modality that the tower reads.
+        tower: tower for the other modality's input.
         width: E.
-        loss: of pairs of unit vectors; InfoNCE where not given.
+        loss: loss of pairs of unit vectors; InfoNCE by default.
 
     >>> from descant.modules.towers.text import BagTower
     >>> align = Alignment("rgb", "text", BagTower(vocab=9, width=4)).build(("rgb", "text"), 8)
@@ -55,7 +55,7 @@ class Alignment(nn.Module):
 
     @property
     def name(self) -> str:
-        """Of the term."""
+        """Name of the term."""
         return f"align/{self.modality}-{self.other}"
 
     def build(self, modalities: Sequence[str], width: int) -> Alignment:
@@ -69,14 +69,14 @@ class Alignment(nn.Module):
         h_ND, at = encoded.h[self.modality], encoded.at[self.modality]
         alone_B = to_device(alone({m: other.count_B for m, other in encoded.at.items()}, self.modality), h_ND.device)
         valid_B = alone_B & batch.both(self.modality, self.other)
-        h_BD = h_ND.new_zeros(len(batch), h_ND.shape[1]).index_add(0, at.row_N, h_ND)  # normalised: the sum will do
+        h_BD = h_ND.new_zeros(len(batch), h_ND.shape[1]).index_add(0, at.row_N, h_ND)  # heads normalise: a sum suffices
         z_a_BE, z_b_BE = self.head_seen(h_BD), self.head_other(self.pool(self.tower(batch.inputs[self.other])))
         z_a_BE, z_b_BE = (F.normalize(promote(z_BE), dim=-1) for z_BE in (z_a_BE, z_b_BE))
         return {self.name: Term(self.loss(z_a_BE, z_b_BE, batch.content_id, valid_B), valid=valid_B)}
 
 
 def alone(count: Mapping[str, Tensor], modality: str) -> Tensor:
-    """Bool ``[B]``: samples of which tokens of a modality are visible and none of another; from counts ``[B]``.
+    """Return bool ``[B]``: samples whose visible tokens are all of one modality, from counts ``[B]`` by modality.
 
     >>> alone({"rgb": torch.tensor([4, 4, 0]), "text": torch.tensor([0, 2, 0])}, "rgb").tolist()
     [True, False, False]

@@ -1,6 +1,7 @@
-"""Decoder of 4M: targets of any modalities, in parallel or in order, from the encoded tokens of all.
+"""Decoder of 4M: predicts targets of any modalities, in parallel or in order, from the encoded tokens of all.
 
-Letters: B samples, N tokens of all samples, K and Q tokens of a sample, D width of the encoder, E width of the decoder.
+Letters: B samples, N tokens of all samples, K encoded and Q target tokens of a sample, D width of the encoder, E width
+of the decoder.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from descant.modules.towers.vit import EPS, take
 
 
 class AnyToAnyDecoder(Decoder):
-    """Decoder of 4M (arXiv 2312.06647): one transformer for targets of all modalities, which do not see each other.
+    """Decoder of 4M (arXiv 2312.06647): one transformer for the targets of all modalities.
 
         c = [W g; W h + place]  of all modalities,   y = mask + place;  in order: y = embed(token before) + place
         y = y + attention(norm(y))  within the modality; in order: of this target and those before
         y = y + attention(norm(y), norm(c)),   y = y + mlp(norm(y)),   norm(y) at the end
 
-    What differs from 4M: GELU and biases in place of SwiGLU without, and a global token among the encoded ones.
+    Targets of different modalities do not see each other. Unlike 4M, it has GELU and biases instead of SwiGLU without
+    biases, and a global token among the encoded tokens.
 
     Args:
         width: E.
         depth: number of blocks.
-        heads: of the attention.
+        heads: number of attention heads.
         mlp_ratio: hidden width of the MLP over E.
 
     >>> decoder = AnyToAnyDecoder(width=8, depth=1, heads=2)
@@ -67,7 +69,7 @@ class AnyToAnyDecoder(Decoder):
         for m, at in targets.items():
             token_NE = encoded.given.get(m, self.mask_E)
             queries.append((token_NE + self.places(m, at.place_N)).to(contexts[0].dtype))
-        if all(m in encoded.given for m in targets):  # every rank's backward reaches the same parameters
+        if all(m in encoded.given for m in targets):  # every rank's backward must reach the unused mask_E as well
             contexts[0] = contexts[0] + 0.0 * self.mask_E
         context = _Slots([row_B, *(at.host_row_N for at in encoded.at.values())], B, device)
         query = _Slots([at.host_row_N for at in targets.values()], B, device)
@@ -81,7 +83,7 @@ class AnyToAnyDecoder(Decoder):
 
     @staticmethod
     def _own(query: _Slots, ordered: Sequence[bool], device: torch.device) -> Tensor | None:
-        """Which targets a target sees: those of its modality, in order up to itself; None where it sees all."""
+        """Mask the targets that a target sees: its modality's, and up to itself if ordered. None if each sees all."""
         if query.full and query.groups == 1 and not ordered[0]:  # attention without a mask is faster
             return None
         group_BQ, order_Q = query.group_BK, torch.arange(query.group_BK.shape[1], device=device)
@@ -93,10 +95,10 @@ class AnyToAnyDecoder(Decoder):
 
 
 class _Slots:
-    """Places of ragged groups in a dense ``[B, K]``: within a sample they follow each other, the rest is padding.
+    """Slots of ragged groups in a dense ``[B, K]``: within a sample, groups follow each other, then padding.
 
-    ``group_BK``: number of the group, and their number for padding. ``slot_N``: place of each token in ``[B * K]``.
-    ``full``: there is no padding.
+    ``group_BK``: index of the group; the number of groups marks padding. ``slot_N``: index of each token in
+    ``[B * K]``. ``full``: whether there is no padding.
     """
 
     def __init__(self, rows: Sequence[Tensor], samples: int, device: torch.device) -> None:
@@ -115,14 +117,14 @@ class _Slots:
         self.slot_N, self.group_BK = to_device(slot_N, device), to_device(group_BK, device)
 
     def dense(self, groups: Sequence[Tensor]) -> Tensor:
-        """``[B, K, E]``, zeros in padding."""
+        """Place the groups' tokens in ``[B, K, E]``, with zeros in padding."""
         x_NE = torch.cat(list(groups))
         shape = self.group_BK.shape
         return x_NE.new_zeros(shape.numel(), x_NE.shape[1]).index_copy(0, self.slot_N, x_NE).view(*shape, -1)
 
 
 class _CrossBlock(Block):
-    """Pre-norm block with a cross-attention between self-attention and MLP."""
+    """Pre-norm block with cross-attention between self-attention and MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__(width, heads, mlp_ratio)

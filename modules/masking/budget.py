@@ -1,4 +1,7 @@
-"""Token budgets over modalities, as in MultiMAE and 4M. Letters: B samples, T tokens, M modalities, U tokens of all."""
+"""Token budgets over modalities, as in MultiMAE and 4M.
+
+Letters: B samples, T tokens of a modality, M modalities, U tokens of all modalities.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from descant.modules.masking.corruptions import Corruption, Grid, Masks, last, n
 
 
 class TokenBudget(Corruption):
-    """Dirichlet token budget (MultiMAE, arXiv 2204.01678): a fixed number of visible tokens, shared among modalities at
-    random.
+    """Dirichlet token budget (MultiMAE, arXiv 2204.01678): a fixed number of visible tokens, randomly divided among
+    modalities.
 
         share_b ~ Dirichlet(alpha, ..., alpha),   n_bm = round(share_bm * visible),   any n_bm tokens of m
 
-    Random tokens are added or dropped where rounding or short modalities change the sum: ``visible`` tokens of every
-    complete sample, and the same share of an incomplete one.
+    If rounding or short modalities change the sum, random tokens are added or dropped. So every complete sample has
+    ``visible`` visible tokens, and an incomplete sample has the same share of its tokens.
 
     Args:
         visible: number of visible tokens of a complete sample.
-        alpha: of the Dirichlet distribution: small for one visible modality a sample, large for equal shares.
-        subset_first: sample a non-empty set of modalities first, and shares among those.
-        targets: maximum number of targets that count, sampled from the masked tokens (4M, arXiv 2312.06647); all by
-            default.
+        alpha: parameter of the Dirichlet distribution: small for one visible modality per sample, large for equal
+            shares.
+        subset_first: whether to sample a non-empty set of modalities first, and then the shares among them.
+        targets: maximum number of targets, sampled from the masked tokens (4M, arXiv 2312.06647); by default all.
 
     >>> real = {m: torch.ones(3, 16, dtype=torch.bool) for m in ("image", "depth")}
     >>> masks = TokenBudget(visible=8)(real, {"image": (4, 4), "depth": (4, 4)}, torch.arange(3))
@@ -65,15 +68,15 @@ class TokenBudget(Corruption):
         for (m, mask_BT), wanted_B in zip(real.items(), wanted_BM.unbind(dim=1), strict=True):
             u_BT = noise(draw_B, f"mask/{m}", math.prod(grids[m])).to(mask_BT.device)
             rank_BT = ranks(u_BT.masked_fill(~mask_BT, -1.0), descending=True)
-            # wanted tokens come last, so they stay visible; others only where too few are wanted
+            # wanted tokens have the highest values and stay visible; others do only if too few are wanted
             order.append(u_BT + (rank_BT < wanted_B.to(mask_BT.device)[:, None]))
         real_BU = torch.cat(list(real.values()), dim=1)
-        # fresh noise: dropping tokens of an overfull sample must not depend on their rank in a modality
+        # fresh noise: which tokens of an overfull sample are dropped must not depend on their rank in a modality
         order_BU = torch.cat(order, dim=1).floor() + noise(draw_B, "mask/all", real_BU.shape[1]).to(real_BU.device)
         return parted(last(order_BU, real_BU, visible_B.to(real_BU.device)), real)
 
     def shares(self, present_BM: Tensor, draw_B: Tensor) -> Tensor:
-        """Float ``[B, M]``: shares of the modalities that a sample has, which sum to 1 (or are all 0)."""
+        """Draw float ``[B, M]``: shares of the modalities that a sample has, which sum to 1 (or are all 0)."""
         rows = []
         for key, present_M in zip(mix_N(draw_B, "mask/shares").tolist(), present_BM.numpy(), strict=True):
             generator = np.random.Generator(np.random.Philox(key))

@@ -1,5 +1,8 @@
-"""Adapter of masked models for codes of any input. Letters: B samples, T tokens of a sample, N of all samples, P
-raw numbers of a token, E width of the decoder, C ids of all layers."""
+"""Adapter of masked models for codes of any input.
+
+Letters: B samples, T tokens of a sample, N tokens of all samples, P raw numbers per token, E width of the decoder, C
+ids of all layers.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from descant.modules.tokenizers.codes import CodeTokenizer
 
 
 class CodeAdapter(TokenAdapter):
-    """Codes that a tokenizer makes of an input, as tokens in and out: an embedding each, and cross-entropy (4M).
+    """Adapter for a tokenizer's codes of an input, as inputs and targets, with embeddings and cross-entropy (4M).
 
         x_t = encode(x)_t,   h_t = w[x_t] + sincos(place) + modality,   loss_t = -log softmax(W y_t)[x_t]
 
-    The softmax is over the codes of the token's own layer, as no others can stand there. The data has the input itself,
-    such as images, augmented as for any recipe; what is predicted is decoded, so that reconstructions are in the
-    input's shape and units. With several layers the first axis of the grid is the layer.
+    The softmax is over the codes of the token's own layer, the only ones possible at its position. The data has the
+    input itself, such as images, augmented as for any recipe. Predictions are decoded, so that reconstructions have the
+    input's shape and units. With several layers, the first axis of the grid is the layer.
     Source: Mizrahi 2023 (4M, arXiv 2312.06647).
 
     Args:
-        tokenizer: of the input; frozen.
+        tokenizer: tokenizer of the input; it is frozen.
 
     >>> from descant.modules.masking.kmeans import KMeansPatches
     >>> CodeAdapter(KMeansPatches(size=[48, 48], patch=8, codes=256, layers=2)).grid
@@ -39,7 +42,7 @@ class CodeAdapter(TokenAdapter):
 
     @property
     def vocabulary(self) -> None:  # type: ignore[override]
-        """Inputs have no ids."""
+        """None: inputs have no ids."""
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

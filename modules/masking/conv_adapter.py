@@ -1,4 +1,7 @@
-"""Adapter of masked models for images that pass a convolutional network. Letters as in ``adapters.py``; R samples."""
+"""Adapter of masked models for images that pass through a convolutional network.
+
+Letters as in ``adapters.py``; R samples with visible tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from descant.modules.towers.base import Tower
 class ConvAdapter(PatchAdapter):
     """Patches of an image through a convolutional network: ``h = W tower(x of visible patches)_t + sincos + modality``.
 
-    Hidden patches are zeros before the network, so that no token depends on them, as in ConvMAE (Gao 2022, arXiv
-    2205.03892); samples of which nothing is visible do not pass it. Convolutions make more of few images than patches
-    alone do. As a target it is as a PatchAdapter.
+    Hidden patches are set to zero before the network, so that no token depends on them, as in ConvMAE (Gao 2022, arXiv
+    2205.03892). Samples without visible tokens skip the network. With few images, convolutions learn more than patch
+    embeddings do. Targets and losses are those of PatchAdapter.
 
     Args:
-        tower: of images, with one token a patch, such as ConvTower; its norm may not depend on a batch: ``group``.
-        kwargs: of PatchAdapter; ``patch`` is the tower's stride.
+        tower: tower for images with one token per patch, such as ConvTower; its norm must not depend on the batch
+            (``group``).
+        kwargs: arguments of PatchAdapter; ``patch`` is the tower's stride.
 
     >>> from descant.modules.towers.image import ConvTower
     >>> ConvAdapter(ConvTower(widths=[8, 8], stem=4, norm="group"), size=[32, 32], patch=8).grid
@@ -43,7 +47,7 @@ class ConvAdapter(PatchAdapter):
 
     def visible(self, x_BTP: Tensor, at: At) -> Tensor:
         row_R, of_N = at.host_row_N.unique(return_inverse=True)
-        if not len(row_R):  # every rank's backward reaches the same parameters: one sample of no token
+        if not len(row_R):  # run one sample without tokens, so that every rank's backward reaches the same parameters
             row_R = torch.zeros(1, dtype=torch.long)
         row_R, of_N = to_device(row_R, x_BTP.device), to_device(of_N, x_BTP.device)
         seen_RTP = x_BTP.new_zeros(len(row_R), *x_BTP.shape[1:])

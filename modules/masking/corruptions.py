@@ -1,8 +1,8 @@
 """Masking of tokens for masked modelling: which tokens are visible, which are predicted, and which count in the loss.
 
-A mask is a pure function of a sample's random key (seed, epoch, index), whatever the rank, batch and order. Structured
-masks (blocks, tubes, spans) are in ``structured.py``, token budgets over modalities in ``budget.py``. Letters: B
-samples, T tokens of one modality, M modalities, U tokens of all modalities.
+A mask is a pure function of a sample's random key (seed, epoch, index), independent of rank, batch and order.
+Structured masks (blocks, tubes, spans) are in ``structured.py``, token budgets over modalities in ``budget.py``.
+Letters: B samples, T tokens of one modality, M modalities, U tokens of all modalities.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from descant.modules.core.errors import nearest, no_such
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rng import uniform_NK
 
-#: Tokens of a modality along each axis: (4, 4) patches of an image, (2, 4, 4) of a volume, (80,) of a text.
+#: Number of a modality's tokens along each axis: (4, 4) patches of an image, (2, 4, 4) of a volume, (80,) of a text.
 Grid = tuple[int, ...]
 
 
 @dataclass
 class Masks:
-    """Masks of a batch, one bool ``[B, T]`` a modality each.
+    """Masks of a batch, each a bool ``[B, T]`` per modality.
 
     Attributes:
         visible: encoder inputs.
-        target: tokens to be predicted, none of them visible.
+        target: tokens to predict; none of them is visible.
         loss: targets that count in the loss.
     """
 
@@ -46,10 +46,10 @@ class Corruption:
     """
 
     def __call__(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
-        """Masks of a batch.
+        """Make the masks of a batch.
 
         Args:
-            real: modality -> bool ``[B, T]``: real tokens (none of an absent modality).
+            real: modality -> bool ``[B, T]``: real tokens (none if the sample lacks the modality).
             grids: modality -> tokens along each axis.
             draw_B: int64, random key of each sample.
         """
@@ -58,26 +58,26 @@ class Corruption:
         return Masks(visible, target, dict(target))
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hide the same tokens of any batch: of one class, with equal arguments."""
+        """Whether both hide the same tokens in every batch: same class, equal arguments."""
         return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash(type(self))
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
-        """Modality -> bool ``[B, T]``."""
+        """Return visible tokens: modality -> bool ``[B, T]``."""
         raise NotImplementedError
 
     def check(self, grids: Mapping[str, Grid]) -> None:
-        """Raises ValueError if a complete sample would have no visible, or no masked, token."""
+        """Raise ValueError if a complete sample would have no visible or no masked token."""
 
     def predicts(self, modality: str) -> bool:
-        """Whether tokens of a modality may be targets."""
+        """Whether a modality's tokens may be targets."""
         return True
 
 
 class Ratio(Corruption):
-    """Base of masks with a fixed ratio: of each modality, the tokens that come first in a random order are masked.
+    """Base of masks with a fixed ratio: in each modality, the first tokens of a random order are masked.
 
         n_visible = round((1 - ratio) * n_real),   at least one, and at least one masked of two or more
 
@@ -91,7 +91,7 @@ class Ratio(Corruption):
         self.ratio = ratio
 
     def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
-        """Float ``[B, T]``: tokens with the lowest values are masked first."""
+        """Return float ``[B, T]``: tokens with the lowest values are masked first."""
         raise NotImplementedError
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class Ratio(Corruption):
         return {m: last(order[m], mask_BT, self.count(mask_BT.sum(dim=1))) for m, mask_BT in real.items()}
 
     def count(self, real_B: Tensor) -> Tensor:
-        """Int64 ``[B]``: number of visible tokens of so many real ones."""
+        """Return the number of visible tokens for a number of real tokens, int64 ``[B]``."""
         kept_B = ((1 - self.ratio) * real_B).round().long()
         return torch.where(real_B > 1, kept_B.clamp(min=1).minimum(real_B - 1), real_B)
 
@@ -117,11 +117,11 @@ class Ratio(Corruption):
 
 
 class UniformMask(Ratio):
-    """Uniform random masking (MAE, He 2021, arXiv 2111.06377), by modality or over all of them together.
+    """Uniform random masking (MAE, He 2021, arXiv 2111.06377), by modality or over all modalities together.
 
     Args:
         ratio: share of a sample's real tokens that is masked.
-        joint: the share is of the tokens of all modalities together (BM-MAE).
+        joint: whether the ratio applies to the tokens of all modalities together (BM-MAE).
 
     >>> real = {"image": torch.ones(2, 16, dtype=torch.bool)}
     >>> masks = UniformMask(0.75)(real, {"image": (4, 4)}, torch.arange(2))
@@ -156,11 +156,11 @@ class Hide(Corruption):
         visible_m = none of m,  loss_m = all real of m      for the hidden m
         visible_m = all real of m, or as masked by ``base``;  loss_m = none       for the others
 
-    Targets of ``base`` are predicted, but do not count.
+    Targets of ``base`` are predicted, but do not count in the loss.
 
     Args:
-        modalities: that are hidden.
-        base: mask of the others; none by default.
+        modalities: the hidden modalities.
+        base: mask of the others; by default they are not masked.
 
     >>> real = {"image": torch.ones(1, 3, dtype=torch.bool), "edges": torch.ones(1, 2, dtype=torch.bool)}
     >>> masks = Hide(["image"])(real, {"image": (3,), "edges": (2,)}, torch.arange(1))
@@ -203,10 +203,10 @@ class Hide(Corruption):
 
 
 class From(Corruption):
-    """One direction: all of some modalities is visible, all of others is a target, and no other is either.
+    """Prediction in one direction: some modalities are fully visible, others are targets, the rest are neither.
 
     Args:
-        given, targets: modalities.
+        given, targets: the visible modalities and the target modalities.
 
     >>> real = {m: torch.ones(1, 2, dtype=torch.bool) for m in ("image", "text", "audio")}
     >>> masks = From(["image"], ["text"])(real, dict.fromkeys(real, (2,)), torch.arange(1))
@@ -237,7 +237,7 @@ class From(Corruption):
 
 
 def corrupted(corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
-    """``corruption(real, grids, draw_B)``, computed on the CPU, since visible tokens decide the shapes of a step.
+    """Compute ``corruption(real, grids, draw_B)`` on the CPU, because visible tokens determine the shapes of a step.
 
     >>> real = {"image": torch.ones(1, 4, dtype=torch.bool)}
     >>> corrupted(UniformMask(0.5), real, {"image": (2, 2)}, torch.arange(1)).visible["image"].sum().item()
@@ -256,7 +256,7 @@ def corrupted(corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping
 
 
 def noise(draw_B: Tensor, purpose: str, tokens: int) -> Tensor:
-    """Float ``[B, T]`` in [0, 1): one random number a token, from the key of each sample."""
+    """Draw float ``[B, T]`` in [0, 1): one random number per token, from the key of each sample."""
     return uniform_NK(draw_B, _purposes(purpose, tokens))
 
 
@@ -266,7 +266,7 @@ def _purposes(purpose: str, tokens: int) -> tuple[str, ...]:
 
 
 def ranks(x_BT: Tensor, descending: bool = False) -> Tensor:
-    """Int64 ``[B, T]``: rank of each entry in its row.
+    """Return the rank of each entry in its row, int64 ``[B, T]``.
 
     >>> ranks(torch.tensor([[0.3, 0.1, 0.2]])).tolist()
     [[2, 0, 1]]
@@ -277,13 +277,13 @@ def ranks(x_BT: Tensor, descending: bool = False) -> Tensor:
 
 
 def last(order_BT: Tensor, real_BT: Tensor, count_B: Tensor) -> Tensor:
-    """Bool ``[B, T]``: the ``count_B`` real tokens of each row with the highest values."""
+    """Mark the ``count_B`` real tokens with the highest values in each row, bool ``[B, T]``."""
     rank_BT = ranks(order_BT.masked_fill(~real_BT, -1.0), descending=True)
     return (rank_BT < count_B[:, None]) & real_BT
 
 
 def first_of(covered: Tensor, dim: int) -> Tensor:
-    """Int64: the first True along ``dim``, or its size where there is none.
+    """Return the index of the first True along ``dim``, or the size of ``dim`` if there is none, int64.
 
     >>> first_of(torch.tensor([[False, True, True], [False, False, False]]), dim=1).tolist()
     [1, 3]
@@ -293,5 +293,5 @@ def first_of(covered: Tensor, dim: int) -> Tensor:
 
 
 def parted(mask_BU: Tensor, real: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``[B, U]`` split by modality."""
+    """Split ``[B, U]`` by modality."""
     return dict(zip(real, mask_BU.split([mask_BT.shape[1] for mask_BT in real.values()], dim=1), strict=True))

@@ -1,4 +1,4 @@
-"""Decoders of masked models: from the encoder's visible tokens to features of masked ones.
+"""Decoders of masked models: they predict features of masked tokens from the encoder's visible tokens.
 
 Letters: B samples, T tokens of a modality, N tokens of all samples, D width of the encoder, E width of the decoder.
 """
@@ -22,9 +22,9 @@ from descant.modules.towers.vit import EPS, Layout, RaggedBlock, attend, take
 
 
 class At(NamedTuple):
-    """Index of some tokens of one modality: sample and place of each, and their number a sample.
+    """Index of some tokens of one modality: sample and place of each, and their number per sample.
 
-    ``row_N``, ``place_N``: int64, sample by sample. ``count_B``: int64, on the CPU, as it decides shapes.
+    ``row_N``, ``place_N``: int64, sample by sample. ``count_B``: int64, on the CPU, because it determines shapes.
     """
 
     row_N: Tensor
@@ -33,7 +33,7 @@ class At(NamedTuple):
 
     @staticmethod
     def of(mask_BT: Tensor) -> At:
-        """Index of the True entries.
+        """Index the True entries of a mask.
 
         >>> At.of(torch.tensor([[True, False, True]])).place_N.tolist()
         [0, 2]
@@ -53,9 +53,9 @@ class Encoded:
     """Encoder output for the visible tokens.
 
     Attributes:
-        h: modality -> ``[N, D]`` of its visible tokens. at: modality -> their index.
-        global_BD: of the global tokens.
-        given: modality -> ``[N, E]``, of the token before each target, for those that are predicted in order.
+        h: modality -> features ``[N, D]`` of its visible tokens. at: modality -> their index.
+        global_BD: features of the global tokens.
+        given: modality predicted in order -> embedding ``[N, E]`` of the token before each target.
     """
 
     h: dict[str, Tensor]
@@ -64,7 +64,7 @@ class Encoded:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     def pooled(self, whole: bool = False) -> Tensor:
-        """Unit-length ``z_BD``: mean of a sample's tokens, or its global token; float32 at least."""
+        """Return unit-length ``z_BD``: the mean of a sample's tokens, or its global token; float32 or finer."""
         z_BD = promote(self.global_BD)
         if not whole:
             z_BD = torch.zeros_like(z_BD)  # normalised below, so the sum serves as the mean
@@ -91,14 +91,14 @@ class Places(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Base of decoders: ``decoder(encoded, targets) -> {modality: h_NE}`` of the target tokens. ``build`` is called
-    once.
+    """Base of decoders: ``decoder(encoded, targets) -> {modality: h_NE}`` of the target tokens. The model calls
+    ``build`` once.
 
     Args:
         width: E.
     """
 
-    #: True if it can predict targets in order, each from those before.
+    #: Whether it can predict targets in order, each from the earlier ones.
     ordered = False
 
     def __init__(self, width: int) -> None:
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         self.width = width
 
     def build(self, grids: Mapping[str, Grid], width: int, targets: Collection[str] | None = None) -> None:
-        """Layers for an encoder of D = ``width`` and modalities of these grids, of which ``targets`` are predicted."""
+        """Make the layers, for an encoder of D = ``width``, modalities with these grids, and ``targets`` to predict."""
         raise NotImplementedError
 
     def forward(self, encoded: Encoded, targets: Mapping[str, At]) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class JointDecoder(Decoder):
     Args:
         width: E.
         depth: number of blocks.
-        heads: of the attention.
+        heads: number of attention heads.
         mlp_ratio: hidden width of the MLP over E.
 
     >>> decoder = JointDecoder(width=8, depth=1, heads=2)
@@ -164,8 +164,8 @@ class JointDecoder(Decoder):
 
 
 class CrossDecoder(Decoder):
-    """MultiMAE decoder (arXiv 2204.01678): a small decoder a modality, with one cross-attention to visible tokens of
-    all.
+    """MultiMAE decoder (arXiv 2204.01678): a small decoder per modality, with one cross-attention to the visible tokens
+    of all modalities.
 
         q = [W h_m + place; mask + place],   c = [W g; W h + place]   of all modalities
         y = attention(norm(q), norm(c)),   y = y + mlp(norm(y)),   y = block_n(... block_1(y)) within the modality
@@ -174,8 +174,8 @@ class CrossDecoder(Decoder):
 
     Args:
         width: E.
-        depth: self-attention blocks after the cross-attention; may be 0.
-        heads: of the attention.
+        depth: number of self-attention blocks after the cross-attention; may be 0.
+        heads: number of attention heads.
         mlp_ratio: hidden width of the MLP over E.
 
     >>> decoder = CrossDecoder(width=8, depth=1, heads=2)
@@ -204,7 +204,7 @@ class CrossDecoder(Decoder):
 
 
 class _ModalityDecoder(nn.Module):
-    """The decoder of one modality."""
+    """Decoder of one modality."""
 
     def __init__(
         self, grids: Mapping[str, Grid], width: int, out: int, depth: int, heads: int, mlp_ratio: float
@@ -231,7 +231,7 @@ class _ModalityDecoder(nn.Module):
         mask_NE = (self.mask_E + self.places(modality, at.place_N)).to(global_BE.dtype)
         device = global_BE.device
         one_B = torch.ones(len(global_BE), dtype=torch.long)
-        # a sample without targets has no queries either
+        # a sample without targets needs no queries
         query_B = encoded.at[modality].count_B * (at.count_B > 0)
         query_NE = visible[modality]
         if bool((query_B < encoded.at[modality].count_B).any()):
@@ -261,7 +261,7 @@ class _ModalityDecoder(nn.Module):
                 q = q.unflatten(2, (self.heads, E // self.heads)).transpose(1, 2)
                 k, v = kv.unflatten(2, (2, self.heads, E // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
                 parts.append(attend(q, k, v).transpose(1, 2).reshape(-1, E))
-        # without targets, parameters still get a gradient of zero
+        # without targets, parameters still receive a gradient of zero
         empty = q_ME + kv_KE[:0, :E] if len(q_ME) == 0 else q_ME
         with self.row_tracker.select(layout.rows):
             return self.out(torch.cat(parts) if len(parts) > 1 else parts[0] if parts else empty)

@@ -1,6 +1,6 @@
 """Adapters of masked models for maps of classes, token ids and table columns, with cross-entropy losses.
 
-Letters: B samples, T tokens of a sample, N tokens of all samples, P raw numbers of a token, D width of the encoder, E
+Letters: B samples, T tokens of a sample, N tokens of all samples, P raw numbers per token, D width of the encoder, E
 width of the decoder, C classes.
 """
 
@@ -16,13 +16,15 @@ from descant.modules.masking.adapters import Adapter, PatchAdapter
 
 
 class CategoryAdapter(Adapter):
-    """Semantic maps, int64 ``[B, H, W]``: pixel embeddings in patches, and cross-entropy (MultiMAE, arXiv 2204.01678).
+    """Adapter for semantic maps, int64 ``[B, H, W]``: patches of pixel embeddings, and cross-entropy.
 
         loss_n = mean_p -log softmax(y_np)[x_np], in float32 whatever the run's precision
 
+    Source: MultiMAE (arXiv 2204.01678).
+
     Args:
-        classes: C; pixels below 0 are unknown: they embed to zero and add no loss.
-        size, patch: as of :class:`PatchAdapter`.
+        classes: C; pixels below 0 are unknown: their embedding is zero and they add no loss.
+        size, patch: as in :class:`PatchAdapter`.
         embedding: width of a pixel's embedding (64 in the paper).
 
     >>> adapter = CategoryAdapter(classes=3, size=[4, 4], patch=2)
@@ -61,7 +63,7 @@ class CategoryAdapter(Adapter):
         return self.inward(self.table(torch.where(x_NP < 0, self.classes, x_NP)).flatten(1))
 
     def scores(self, h_NE: Tensor, place_N: Tensor) -> Tensor:
-        """``[N, P, C]``."""
+        """Return logits ``[N, P, C]``."""
         return self.outward(h_NE).unflatten(1, (self.cut.numbers, self.classes)).float()
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:
@@ -74,11 +76,11 @@ class CategoryAdapter(Adapter):
 
 
 class TokenAdapter(Adapter):
-    """Token ids, int64 ``[B, T]``: an embedding each, and cross-entropy over the vocabulary.
+    """Adapter for token ids, int64 ``[B, T]``: an embedding per id, and cross-entropy over the vocabulary.
 
     Args:
         vocab: C. length: T.
-        pad: id of the padding, neither visible nor a target; None where every id is real, such as codes of images.
+        pad: id of the padding, neither visible nor a target; None if every id is real, such as codes of images.
 
     >>> adapter = TokenAdapter(vocab=9, length=3)
     >>> adapter.raw(torch.tensor([[4, 5, 0]]))[1].tolist()
@@ -129,12 +131,12 @@ class TokenAdapter(Adapter):
 
 
 class TableAdapter(Adapter):
-    """Table columns, float ``[B, T]``, one token each: numbers (squared error) and categories (cross-entropy).
+    """Adapter for table columns, float ``[B, T]``, one token each: numbers (squared error), categories (cross-entropy).
 
         h_t = x_t w_t + b_t of a number,   w_t[x_t] of a category;   nan: a missing cell, neither visible nor a target
 
     Args:
-        columns: one entry a column: 0 for a number (standardise it in the data), else its number of categories.
+        columns: one entry per column: 0 for a number (standardise it in the data), else the number of its categories.
 
     >>> TableAdapter([0, 3]).raw(torch.tensor([[0.5, float("nan")]]))[1].tolist()
     [[True, False]]
@@ -149,7 +151,7 @@ class TableAdapter(Adapter):
         if len(columns) < 2 or min(columns) < 0 or 1 in columns:
             raise ValueError(f"columns {columns}: at least two, each 0 for a number or its categories (2 or more)")
         self.grid, self.columns = (len(columns),), tuple(columns)
-        # outputs of all columns in one row: one of a number, as many as categories of a category
+        # one row holds the outputs of all columns: one output for a number, one per category for a category
         outputs = [max(c, 1) for c in columns]
         first = [sum(outputs[:t]) for t in range(len(outputs))]
         self.outputs = sum(outputs)
@@ -180,7 +182,7 @@ class TableAdapter(Adapter):
         return self.table(row_N) * torch.where(number_N, x_N, 1.0)[:, None] + self.bias(place_N)
 
     def _scores(self, h_NE: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[N, C]``, ``-inf`` outside each token's column, and predicted numbers ``[N]``."""
+        """Return logits ``[N, C]``, ``-inf`` outside each token's column, and predicted numbers ``[N]``."""
         y_NC, first_N = self.outward(h_NE).float(), self.first_T[place_N]
         at_C = torch.arange(self.outputs, device=y_NC.device)
         column_NC = (at_C >= first_N[:, None]) & (at_C < (first_N + self.count_T[place_N])[:, None])
@@ -200,10 +202,11 @@ class TableAdapter(Adapter):
 
 
 class DistributionAdapter(Adapter):
-    """Probabilities of classes, float ``[B, T, C]``, as targets alone: ``loss_n = sum_c p_nc (log p_nc - log q_nc)``.
+    """Adapter for target class probabilities, float ``[B, T, C]``: ``loss_n = sum_c p_nc (log p_nc - log q_nc)``.
 
-    The Kullback-Leibler divergence from the predicted ``q = softmax(W h)``, in float32 at least; of
-    one class that is certain it is the cross-entropy. Source: masked regions of InterBERT (arXiv 2003.13198).
+    The loss is the Kullback-Leibler divergence from the predicted ``q = softmax(W h)``, in float32 or finer. If one
+    class is certain, it is the cross-entropy. Such tokens are only targets, never inputs. Source: masked regions of
+    InterBERT (arXiv 2003.13198).
 
     Args:
         classes: C. length: T.

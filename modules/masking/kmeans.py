@@ -1,4 +1,4 @@
-"""Tokenizers of patches and of vectors that need no training: centres of k-means.
+"""Tokenizers for patches and vectors that need no training: their codes are centres of k-means.
 
 Letters: B samples, T tokens, P numbers of a patch, N patches, K codes, L layers, G groups of a vector, W its width.
 """
@@ -20,7 +20,7 @@ from descant.modules.towers.image import require_divisor
 
 
 def centres(x_NP: Tensor, codes: int, seed: int) -> Tensor:
-    """``[K, P]``: means of the clusters of k-means, in float64 and on the CPU: the same sums on every device.
+    """Compute the cluster means of k-means, ``[K, P]``, in float64 on the CPU, so that all devices get the same sums.
 
     >>> centres(torch.tensor([[0.0], [1.0], [8.0]]), 2, seed=0).sort(dim=0).values.tolist()
     [[0.5], [8.0]]
@@ -32,19 +32,19 @@ def centres(x_NP: Tensor, codes: int, seed: int) -> Tensor:
 
 
 class KMeansPatches(CodeTokenizer):
-    """Patches of a picture, spectrogram, volume or video as the nearest centres of k-means, layer by layer.
+    """Tokenizer for patches of a picture, spectrogram, volume or video: nearest centres of k-means, layer by layer.
 
         code_tl = argmin_k |r_tl - c_lk|^2,   r_(l+1) = r_l - c_(l, code_l),   x_t = sum_l c_(l, code_tl)   of patch t
 
-    The centres are fitted once, before the first step, on patches of some training samples, and saved with the model:
-    a resumed run, an export and every rank have the same. It is what a trained tokenizer has to beat; with patches of
-    few pixels its pictures are recognisable. Distances as of :func:`residual_vq`.
+    The centres are fitted once, before the first step, on patches of some training samples. The model saves them, so a
+    resumed run, an export and every rank have the same centres. A trained tokenizer has to beat this baseline; with
+    patches of few pixels its pictures are recognisable. Distances are those of :func:`residual_vq`.
 
     Args:
-        size, patch, channels, padded: as of PatchAdapter.
-        codes: K of each layer.
-        layers: of residual quantisation.
-        samples: of training that it is fitted on.
+        size, patch, channels, padded: as in PatchAdapter.
+        codes: K, number of codes of each layer.
+        layers: number of layers of residual quantisation.
+        samples: number of training samples to fit on.
 
     >>> tokenizer = KMeansPatches(size=[4, 4], patch=2, channels=1, codes=2)
     >>> x_BCHW = torch.zeros(1, 1, 4, 4)
@@ -97,7 +97,7 @@ class KMeansPatches(CodeTokenizer):
         if not self.fitted:
             raise ValueError("KMeansPatches: not fitted; a fit with Masked does it, or `fit(x)`")
         x_BTP, _ = self.cut.raw(x)
-        with torch.autocast(x.device.type, enabled=False):  # distances in bfloat16 would choose other centres
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 distances would select other centres
             id_NL = residual_vq(x_BTP.flatten(0, 1).to(self.centre_LKP.dtype), self.centre_LKP).id_NL
         return self.joined(id_NL.unflatten(0, x_BTP.shape[:2]))
 
@@ -112,20 +112,20 @@ class KMeansPatches(CodeTokenizer):
 
 
 class VectorTokens(CodeTokenizer):
-    """A vector as one id of each of some codebooks: product quantisation by k-means (global features of 4M-21).
+    """Tokenizer for vectors, one id per codebook: product quantisation by k-means (global features of 4M-21).
 
         id_g = g codes + argmin_k |x_g - c_gk|^2,   x'_g = c_(g, id_g)   of the g-th of equal parts x_g of x
 
-    Fitted once, before the first step, and saved with the model. 4M-21 trains an MLP with memory codes of 8 books;
-    this needs no training. For residual layers of whole vectors there is KMeansPatches of one patch.
+    It is fitted once, before the first step, and saved with the model. 4M-21 trains an MLP with memory codes of 8
+    books; this class needs no training. For residual layers of whole vectors, use KMeansPatches with one patch.
     Source: Jegou 2011 (product quantisation), Bachmann 2024 (4M-21, arXiv 2406.09406).
 
     Args:
-        width: W, numbers of a vector.
-        books: G, which divides it.
-        codes: K of each.
-        cosine: vectors are divided by their length first, so that codes are of directions alone.
-        samples: of training that it is fitted on.
+        width: W, numbers per vector.
+        books: G, number of codebooks; it must divide ``width``.
+        codes: K, number of codes of each book.
+        cosine: whether vectors are first divided by their length, so that codes describe directions only.
+        samples: number of training samples to fit on.
 
     >>> tokenizer = VectorTokens(width=4, books=2, codes=2)
     >>> x_BW = torch.tensor([[0.0, 0.0, 9.0, 9.0], [5.0, 5.0, 0.0, 0.0]])

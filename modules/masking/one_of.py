@@ -1,4 +1,4 @@
-"""One of several masks for each sample. Letters: B samples, T tokens of a modality, C corruptions."""
+"""Masking of each sample by one of several corruptions. Letters: B samples, T tokens of a modality, C corruptions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from descant.modules.masking.corruptions import Corruption, Grid, Masks
 
 
 class OneOf(Corruption):
-    """Each sample is masked by one of several corruptions, drawn with equal chances, such as one direction of many.
+    """Mixture of corruptions: each sample is masked by one of them, drawn uniformly, such as one of many directions.
 
         c_b = floor(C u_b),   masks_b = corruption_{c_b}(tokens_b)
 
     Args:
-        corruptions: C of them.
+        corruptions: the C corruptions.
 
     >>> from descant.modules.masking.corruptions import From
     >>> real = {m: torch.ones(5, 1, dtype=torch.bool) for m in ("image", "text")}

@@ -1,6 +1,6 @@
-"""Two images in one: patches of the one where the other is hidden.
+"""Mixtures of two images: patches of the second image replace hidden patches of the first.
 
-Letters: B samples, T patches, Q hidden ones of the first, H pixels a side.
+Letters: B samples, T patches, Q hidden patches of the first image, H pixels per side.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from descant.modules.core.sham import sources, taken
 
 
 class MixedImages(NamedTuple):
-    """``x_BCHH``; ``source_B``, the row of the second image, numbered over all ranks; ``first_BT``, bool: which patches
-    are of the first; ``hidden_BQ``, the places of the others; ``share`` of the first."""
+    """Mixed images ``x_BCHH``, and how they were mixed.
+
+    ``source_B``: row of the second image, numbered over all ranks. ``first_BT``: bool, patches of the first image.
+    ``hidden_BQ``: places of the other patches. ``share``: share of the first image's patches.
+    """
 
     x_BCHH: Tensor
     source_B: Tensor
@@ -28,15 +31,15 @@ class MixedImages(NamedTuple):
 
 
 class PatchMix(nn.Module):
-    """A second image in place of hidden patches of the first: ``x_b where first_bt else x_source(b)``.
+    """Mixture in which a second image fills the hidden patches of the first: ``x_b where first_bt else x_source(b)``.
 
-    Sources are a random cycle through the samples of all ranks that have an image, so that each is the second image
-    once; exactly ``round(share T)`` patches are of the first. Source: MixMIM (Liu 2022, arXiv 2205.13137) and M3I
-    (2211.09807).
+    The second images form a random cycle through the samples of all ranks that have an image, so each is the second
+    image once. Exactly ``round(share T)`` patches are from the first image. Source: MixMIM (Liu 2022, arXiv 2205.13137)
+    and M3I (2211.09807).
 
     Args:
-        patches: a side; T is its square.
-        share: of patches of the first image.
+        patches: patches per side; T is its square.
+        share: share of patches from the first image.
 
     >>> mixture = PatchMix(patches=2)(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.arange(2))
     >>> mixture.source_B.tolist(), mixture.first_BT.sum(dim=1).tolist(), mixture.x_BCHH.mean(dim=(1, 2, 3)).tolist()

@@ -1,4 +1,4 @@
-"""How the losses of tokens of several modalities are averaged into one. Letters: B samples, M modalities."""
+"""Reductions that average the token losses of several modalities into one loss. Letters: B samples, M modalities."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from descant.modules.evaluation.metrics import wide
 
 
 class Scale(NamedTuple):
-    """Scale of one modality's term, whose value is the mean over a sample's counted tokens: ``weight_B``, or ones, and
-    the ``norm`` that the sum over samples is divided by."""
+    """Scale of one modality's term, whose value is the mean over a sample's counted tokens.
+
+    ``weight_B``: weight of each sample, None for ones. ``norm``: divisor of the sum over samples.
+    """
 
     weight_B: Tensor | None
     norm: Tensor
 
 
 class TargetCounts(NamedTuple):
-    """Targets of a batch. ``tokens``: modality -> int64 ``[B]``, n_bm; ``sizes``: modality -> numbers predicted for a
-    token, C_m; ``parts``: micro-batches of an optimizer step, over all ranks."""
+    """Targets of a batch.
+
+    ``tokens``: modality -> number of targets, int64 ``[B]``, n_bm. ``sizes``: modality -> outputs per token, C_m.
+    ``parts``: number of micro-batches in an optimizer step, over all ranks.
+    """
 
     tokens: Mapping[str, Tensor]
     sizes: Mapping[str, int]
@@ -31,18 +36,18 @@ class TargetCounts(NamedTuple):
     parts: int = 1
 
     def samples(self) -> Tensor:
-        """Samples of the whole optimizer step that have any of the modalities."""
+        """Count the samples of the whole optimizer step that have any of the modalities, at least 1."""
         return derived(Tensor.sum, some(*(self.batch.step[m] for m in self.tokens))).clamp(min=1)
 
     @staticmethod
     def example() -> TargetCounts:
-        """Two samples, the second without b, for the examples below."""
+        """Make two samples, the second without b, for the examples below."""
         batch = Batch({}, {"a": torch.tensor([True, True]), "b": torch.tensor([True, False])})
         return TargetCounts({"a": torch.tensor([3, 1]), "b": torch.tensor([1, 0])}, {"a": 2, "b": 100}, batch)
 
 
 class Reduction(nn.Module):
-    """Base of reductions: ``reduction(counts)``: modality -> :class:`Scale`."""
+    """Base of reductions: ``reduction(counts)`` returns modality -> :class:`Scale`."""
 
     def forward(self, of: TargetCounts) -> dict[str, Scale]:
         raise NotImplementedError
@@ -62,7 +67,8 @@ class SumOfModalities(Reduction):
 class MeanOfModalities(Reduction):
     """Mean over a sample's modalities that have targets: ``L = mean_b mean_m mean_t loss_bmt``, 4M's default.
 
-    The mean over samples is over those with any modality. Source: arXiv 2312.06647; by sample it is our reading.
+    The mean over samples includes those with any modality. Source: arXiv 2312.06647; the mean per sample is our
+    reading.
 
     >>> [scale.weight_B.tolist() for scale in MeanOfModalities()(TargetCounts.example()).values()]
     [[0.5, 1.0], [0.5, 1.0]]
@@ -75,7 +81,7 @@ class MeanOfModalities(Reduction):
 
 
 class MeanOfTokens(Reduction):
-    """Mean over all of a sample's targets, whatever their modality: ``L = mean_b sum_mt loss_bmt / sum_m n_bm``.
+    """Mean over all targets of a sample, of any modality: ``L = mean_b sum_mt loss_bmt / sum_m n_bm``.
 
     >>> [scale.weight_B.tolist() for scale in MeanOfTokens()(TargetCounts.example()).values()]
     [[0.75, 1.0], [0.25, 0.0]]
@@ -88,10 +94,10 @@ class MeanOfTokens(Reduction):
 
 
 class ReleasedModalities(Reduction):
-    """The loss ``mod`` of 4M's release: ``L = 1/M sum_m mean over all targets of m in the micro-batch``.
+    """Loss ``mod`` of 4M's release: ``L = 1/M sum_m mean over all targets of m in the micro-batch``.
 
-    M counts the modalities of the model; one without a target in the micro-batch adds 0. A long sample counts more than
-    a short one, and the loss depends on how a step is cut.
+    M is the number of the model's modalities; one without a target in the micro-batch adds 0. A long sample counts more
+    than a short one, and the loss depends on how a step is divided into micro-batches.
 
     Source: apple/ml-4m, ``FourM.forward_mod_loss``.
 
@@ -106,10 +112,10 @@ class ReleasedModalities(Reduction):
 
 
 class ReleasedTokens(Reduction):
-    """The loss ``token`` of 4M's release: ``L = sum_bmt C_m loss_bmt / sum_bm C_m n_bm`` over a micro-batch.
+    """Loss ``token`` of 4M's release: ``L = sum_bmt C_m loss_bmt / sum_bm C_m n_bm`` over a micro-batch.
 
-    Its mean is over logits, so that a modality counts by its tokens times its vocabulary C_m, and the loss depends on
-    how a step is cut. Source: apple/ml-4m, ``FourM.forward_token_loss``.
+    It averages over logits, so a modality's weight is its number of tokens times its vocabulary C_m. The loss depends
+    on how a step is divided into micro-batches. Source: apple/ml-4m, ``FourM.forward_token_loss``.
 
     >>> ReleasedTokens()(TargetCounts.example())["b"]
     Scale(weight_B=tensor([100,   0]), norm=tensor(108))

@@ -1,4 +1,7 @@
-"""Masks of regions of an image: none that is hidden can be read off another one. Letters: B samples, T regions."""
+"""Masks of image regions that hide overlapping regions together, so that visible ones do not reveal hidden ones.
+
+Letters: B samples, T regions.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from descant.modules.masking.corruptions import Corruption, Grid, Masks, noise
 
 
 def pairwise_iou(box_BT4: Tensor, pixel: float = 0.0) -> Tensor:
-    """Intersection over union of all pairs of a sample's boxes, ``[B, T, T]``; 0 with a box without area.
+    """Compute the intersection over union of all pairs of a sample's boxes, ``[B, T, T]``; 0 for boxes without area.
 
     Args:
         box_BT4: left, top, right and bottom.
-        pixel: added to every width and height, where right and bottom are the last pixel inside.
+        pixel: size to add to every width and height, if right and bottom are the last pixel inside the box.
 
     >>> box_BT4 = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.5]]])
     >>> pairwise_iou(box_BT4)[0, 0].tolist(), pairwise_iou(box_BT4, pixel=1.0)[0, 0].tolist()
@@ -28,7 +31,7 @@ def pairwise_iou(box_BT4: Tensor, pixel: float = 0.0) -> Tensor:
 
 
 def region_mask(iou_BTT: Tensor, u_BT: Tensor, rate: float, threshold: float) -> Tensor:
-    """Bool ``[B, T]``: seed regions, and all that overlap one.
+    """Mark seed regions and all regions that overlap one, bool ``[B, T]``.
 
         hidden_t = any over s of  u_s < rate  and  IoU_st >= threshold
 
@@ -40,16 +43,16 @@ def region_mask(iou_BTT: Tensor, u_BT: Tensor, rate: float, threshold: float) ->
 
 
 class RegionMask(Corruption):
-    """Masked regions of InterBERT: each region is a seed with chance ``rate``; what overlaps a seed is hidden with it.
+    """Masked regions of InterBERT: each region is a seed with probability ``rate``, and hides regions that overlap it.
 
-    See :func:`region_mask`. A sample without a seed, of T regions a share ``(1 - rate)^T``, has nothing hidden.
-    Source: Lin 2020 (InterBERT, arXiv 2003.13198) and its release, whose IoU counts a pixel more of each side
-    (``pixel: 1 / width``) and which takes a feature of zeros in the data for a hidden one.
+    See :func:`region_mask`. A sample of T regions has no seed, and so no hidden region, with probability
+    ``(1 - rate)^T``. Source: Lin 2020 (InterBERT, arXiv 2003.13198) and its release. The release's IoU adds one pixel
+    to each side (``pixel: 1 / width``), and it treats an all-zero feature in the data as hidden.
 
     Args:
-        rate: chance of each region to be a seed.
-        iou: from which on a region is hidden with a seed; above 1 the seeds alone.
-        pixel: of :func:`pairwise_iou`, in the unit of the boxes.
+        rate: probability of each region to be a seed.
+        iou: smallest IoU with a seed at which a region is hidden; above 1 only the seeds are hidden.
+        pixel: as in :func:`pairwise_iou`, in the unit of the boxes.
 
     >>> box_BT4 = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.5]]])
     >>> RegionMask(0.9).masks("regions", torch.ones(1, 2) > 0, box_BT4, torch.tensor([3])).target["regions"].tolist()
@@ -64,7 +67,7 @@ class RegionMask(Corruption):
         self.rate, self.iou, self.pixel = rate, iou, pixel
 
     def masks(self, modality: str, real_BT: Tensor, box_BT4: Tensor, draw_B: Tensor) -> Masks:
-        """Masks of a batch, computed on the CPU, as those of other corruptions."""
+        """Compute the masks of a batch, on the CPU as for other corruptions."""
         real_host_BT, u_BT = host_copy(real_BT), noise(draw_B, f"mask/{modality}", real_BT.shape[1])
         iou_BTT = pairwise_iou(host_copy(box_BT4).float(), self.pixel)
         target_BT = region_mask(iou_BTT, u_BT, self.rate, self.iou) & real_host_BT

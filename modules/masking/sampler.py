@@ -1,6 +1,7 @@
 """Sampling from a masked model of token ids: in parallel, in random order or in order, one modality after the other.
 
-Letters: B samples, T tokens of a modality, n hidden ones, P ids of a token, C classes, N tokens of all samples.
+Letters: B samples, T tokens of a modality, n hidden tokens, P ids of a token, C classes, N tokens of all samples, S
+samples that are still decoded.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from descant.modules.masking.adapters import Adapter
 from descant.modules.masking.corruptions import noise, ranks
 from descant.modules.masking.decoders import At, Encoded
 
-#: Texts that have ended leave together, once they are this share of those computed.
+#: Finished texts leave the computation together, once they are this share of the texts in it.
 LEAVE = 0.25
 
 
 def cosine_counts(tokens: int, steps: int) -> list[int]:
-    """Tokens that are decided in each step: ``floor(tokens cos(pi/2 k/steps))`` are hidden after step k, one at least a
-    step (MaskGIT, Chang 2022, arXiv 2202.04200).
+    """Count the tokens to decode in each step, at least one.
+
+        hidden after step k = floor(tokens cos(pi/2 k/steps))
+
+    Source: MaskGIT (Chang 2022, arXiv 2202.04200).
 
     >>> cosine_counts(36, 8)
     [1, 2, 4, 4, 5, 7, 6, 7]
@@ -43,10 +47,10 @@ def cosine_counts(tokens: int, steps: int) -> list[int]:
 def sampled(
     score_NPC: Tensor, u_NP: Tensor, temperature: float, allowed_C: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ids ``[N, P]`` of ``softmax(score / temperature)`` over allowed ones, by inversion, and their log-probability.
+    """Sample ids ``[N, P]`` from ``softmax(score / temperature)`` over allowed ids; also return their log-probability.
 
     Args:
-        u_NP: draws in [0, 1). allowed_C: bool.
+        u_NP: draws in [0, 1), used to invert the cumulative distribution. allowed_C: bool.
 
     >>> sampled(torch.tensor([[[0.0, 0.0, 9.0]]]), torch.tensor([[0.75]]), 1.0, torch.tensor([True, True, False]))[0]
     tensor([[1]])
@@ -61,15 +65,15 @@ def sampled(
 
 
 class DecodingOrder:
-    """Base of the orders in which tokens are decided: those with the highest ``key(logp_BT, u_BT)`` first."""
+    """Base of decoding orders: tokens with the highest ``key(logp_BT, u_BT)`` are decoded first."""
 
     def key(self, logp_BT: Tensor, u_BT: Tensor) -> Tensor:
-        """Float ``[B, T]``, of the log-probability of what each token would be, and of one draw a token."""
+        """Return float ``[B, T]`` from the log-probability of each token's sampled id and one random draw per token."""
         raise NotImplementedError
 
 
 class ConfidentFirst(DecodingOrder):
-    """The most probable tokens first (MaskGIT, arXiv 2202.04200; without its noise, as in 4M's release).
+    """Order by probability, highest first (MaskGIT, arXiv 2202.04200; without its noise, as in 4M's release).
 
     >>> ConfidentFirst().key(torch.tensor([[-0.1, -2.0]]), torch.tensor([[0.3, 0.8]])).tolist()[0][1]
     -2.0
@@ -80,7 +84,7 @@ class ConfidentFirst(DecodingOrder):
 
 
 class RandomFirst(DecodingOrder):
-    """Any order (ROAR of 4M, arXiv 2312.06647).
+    """Random order (ROAR of 4M, arXiv 2312.06647).
 
     >>> RandomFirst().key(torch.tensor([[-0.1, -2.0]]), torch.tensor([[0.25, 0.75]])).tolist()
     [[0.25, 0.75]]
@@ -91,19 +95,20 @@ class RandomFirst(DecodingOrder):
 
 
 class Sampler:
-    """Generates modalities of token ids from others with a masked model, one after the other (4M, arXiv 2312.06647).
+    """Sampler that generates modalities of token ids from others with a masked model, one by one.
 
         score = free + guidance (score of all inputs - free),   free: without any input but the modality's own tokens
 
-    Each generated modality is an input of the next. One of ids at places is decoded in ``steps``, as many at a time as
-    :func:`cosine_counts` gives; a text (SequenceAdapter) token by token. Draws depend on a sample's ``rng_seed`` alone.
+    Each generated modality is an input of the next. A modality with ids at fixed places is decoded in ``steps``;
+    :func:`cosine_counts` gives the number of tokens per step. A text (SequenceAdapter) is decoded token by token. Draws
+    depend only on a sample's ``rng_seed``. Source: 4M (arXiv 2312.06647).
 
     Args:
-        steps: of a modality that is decoded in parallel.
-        order: ConfidentFirst where not given.
-        temperature: by modality; 1 where not given.
-        guidance: scale of classifier-free guidance; 1 is none and runs the model once a step.
-        allowed: modality -> the ids that may be sampled; all where not given.
+        steps: number of steps for a modality that is decoded in parallel.
+        order: decoding order; ConfidentFirst by default.
+        temperature: modality -> temperature; 1 by default.
+        guidance: scale of classifier-free guidance; with 1, no guidance and one model run per step.
+        allowed: modality -> ids that may be sampled; all by default.
     """
 
     def __init__(
@@ -122,10 +127,11 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, model: Any, batch: Batch, given: Sequence[str], targets: Sequence[str]) -> dict[str, Tensor]:
-        """Modality -> what was generated of all samples, in the shape of its input: ids, or what they decode to.
+        """Generate target modalities of all samples: modality -> ids or decoded ids, in the shape of its input.
 
         Args:
-            model: a recipe with the protocol DecodesTokens. given, targets: modalities, the latter in their order.
+            model: a recipe with the protocol DecodesTokens. given, targets: modalities; targets are generated in
+                this order.
         """
         adapters: dict[str, Adapter] = model.adapters.each()
         self.check(model, given, targets)
@@ -142,7 +148,7 @@ class Sampler:
         return {m: adapters[m].input(raw[m]) for m in targets}
 
     def check(self, model: Any, given: Sequence[str], targets: Sequence[str]) -> None:
-        """Raises ValueError for what cannot be generated, whatever the batch."""
+        """Raise ValueError for a request that no batch can satisfy."""
         adapters: dict[str, Adapter] = model.adapters.each()
         for m in (*given, *targets, *self.temperature, *self.allowed):
             if m not in adapters:
@@ -163,7 +169,7 @@ class Sampler:
                 )
 
     def _allowed(self, adapter: Adapter, m: str) -> Tensor:
-        """Bool ``[C]``, the ids that content may have."""
+        """Mark the ids that content may have, bool ``[C]``."""
         id_C = torch.arange(adapter.output_size // adapter.numbers)
         content_C = id_C < _ids(adapter)
         if (pad := getattr(adapter, "pad", None)) is not None:
@@ -173,12 +179,12 @@ class Sampler:
         )
 
     def _encoded(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str) -> list[Encoded]:
-        """What the encoder makes of all inputs; with guidance also of the modality's own tokens alone."""
+        """Encode all inputs; with guidance, also encode the modality's own tokens alone."""
         own = {name: x if name == m else torch.zeros_like(x) for name, x in seen.items()}
         return [model.encode(raw, of) for of in ([seen] if self.guidance == 1 else [seen, own])]
 
     def _scores(self, model: Any, encoded: list[Encoded], m: str, asked_BT: Tensor, given: Tensor | None) -> Tensor:
-        """``[N, P, C]`` of the asked tokens of a modality, guided."""
+        """Compute guided scores ``[N, P, C]`` of the requested tokens of a modality."""
         adapter, at, scores = model.adapters.each()[m], At.of(asked_BT), list[Tensor]()
         for part in encoded:
             part.given = {} if given is None else {m: adapter.given(given)}
@@ -215,13 +221,13 @@ class Sampler:
     def _in_order(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str, seed_B: Tensor) -> Tensor:
         adapter: Any = model.adapters.each()[m]
         B, T, device = len(seed_B), adapter.tokens, seed_B.device
-        content_C, end = self._allowed(adapter, m).to(device), adapter.vocab + 1  # the sentinel behind the only span
+        content_C, end = self._allowed(adapter, m).to(device), adapter.vocab + 1  # the sentinel after the only span
         s_BT = torch.full((B, T + 1), adapter.pad, device=device)
         s_BT[:, 0] = adapter.vocab
-        row_S = torch.arange(B, device=device)  # of the samples that are still computed
+        row_S = torch.arange(B, device=device)  # samples still in the computation
         encoded, open_S = list[Encoded](), torch.ones(B, dtype=torch.bool, device=device)
         for step in range(T - 1):
-            if not encoded:  # the targets before are no inputs, so that it is encoded once
+            if not encoded:  # earlier targets are not encoder inputs, so encoding once suffices
                 raw_S, seen_S = ({name: x[row_S] for name, x in of.items()} for of in (raw, seen))
                 encoded = self._encoded(model, raw_S, seen_S, m)
             asked_ST = (torch.arange(T, device=device) <= step).expand(len(row_S), T)
@@ -242,5 +248,5 @@ class Sampler:
 
 
 def _ids(adapter: Adapter) -> int:
-    """Number of ids that content may have, without sentinels."""
+    """Return the number of ids that content may have, without sentinels."""
     return adapter.vocabulary or adapter.output_size // adapter.numbers

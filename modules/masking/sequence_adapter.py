@@ -12,11 +12,12 @@ from descant.modules.masking.spans import Spans, with_sentinels
 
 
 class SequenceAdapter(TokenAdapter):
-    """Token ids of a text, int64 ``[B, T]``, whose hidden spans are predicted in order (T5; 4M, arXiv 2312.06647).
+    """Adapter for a text's token ids, int64 ``[B, T]``, whose hidden spans are predicted in order.
 
-    The encoder gets visible tokens, and one sentinel for each hidden span; the decoder the sentinel of each span and
-    its tokens, and predicts the next of them: see :func:`descant.modules.masking.spans.with_sentinels`. Sentinels have
-    the ids behind the vocabulary. It needs a decoder for ordered targets, such as AnyToAnyDecoder.
+    The encoder receives visible tokens and one sentinel per hidden span. The decoder receives the sentinel of each span
+    and its tokens, and predicts the next one each time (:func:`descant.modules.masking.spans.with_sentinels`). The ids
+    of sentinels follow the vocabulary. The model needs a decoder for ordered targets, such as AnyToAnyDecoder.
+    Source: T5; 4M (arXiv 2312.06647).
 
     Args:
         vocab: C. length: T.
@@ -58,7 +59,7 @@ class SequenceAdapter(TokenAdapter):
         masks = (real_BT, visible_BT, target_BT, loss_BT)
         spans = with_sentinels(x_BTP.squeeze(2), *masks, first=self.vocab)
 
-        def on_host() -> Spans:  # which slots are used decides shapes
+        def on_host() -> Spans:  # the used slots determine shapes
             real_BT, visible_BT, target_BT, loss_BT = (host_copy(mask_BT) for mask_BT in masks)
             return with_sentinels(real_BT.long(), real_BT, visible_BT, target_BT, loss_BT, self.vocab)
 
@@ -71,5 +72,5 @@ class SequenceAdapter(TokenAdapter):
         return x_BTP.squeeze(2)[:, : self.length]
 
     def given(self, x_NP: Tensor) -> Tensor:
-        """``[N, E]``: embeddings of tokens as the decoder gets them."""
+        """Embed tokens for the decoder, ``[N, E]``."""
         return self.follows(x_NP.squeeze(1))

@@ -1,4 +1,4 @@
-"""Spans of a text that are hidden, in T5's and 4M's format. Letters: B samples, T tokens, S tokens with sentinels."""
+"""Hidden spans of a text, in T5's and 4M's format. Letters: B samples, T tokens, S tokens with sentinels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def starts(hidden_BT: Tensor) -> Tensor:
-    """Bool ``[B, T]``: the first token of each span of hidden tokens.
+    """Mark the first token of each span of hidden tokens, bool ``[B, T]``.
 
     >>> starts(torch.tensor([[True, True, False, True]])).int().tolist()
     [[1, 0, 0, 1]]
@@ -19,7 +19,7 @@ def starts(hidden_BT: Tensor) -> Tensor:
 
 
 def lengths(kept_BT: Tensor, hidden_BT: Tensor) -> Tensor:
-    """Int64 ``[B]``: length of the encoder's input, kept tokens and one sentinel a span.
+    """Compute the length of the encoder's input, kept tokens and one sentinel per span, int64 ``[B]``.
 
     >>> lengths(torch.tensor([[False, False, True, False]]), torch.tensor([[True, True, False, True]])).tolist()
     [3]
@@ -28,7 +28,9 @@ def lengths(kept_BT: Tensor, hidden_BT: Tensor) -> Tensor:
 
 
 def cost(hidden_BT: Tensor) -> Tensor:
-    """Int64 ``[B, T]``: what each hidden token takes of a budget of targets: itself, its span's sentinel, the last one.
+    """Compute each hidden token's cost in a target budget, int64 ``[B, T]``: itself, and sentinels that it brings.
+
+    A span's first token brings the span's sentinel; the last hidden token brings the final sentinel.
 
     >>> cost(torch.tensor([[True, True, False, True]])).tolist()
     [[2, 1, 0, 3]]
@@ -38,13 +40,14 @@ def cost(hidden_BT: Tensor) -> Tensor:
 
 
 def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
-    """Bool ``[B, T]``: the hidden tokens that are targets, so that with their sentinels they fit a budget (4M).
+    """Choose the hidden tokens that are targets, so that with their sentinels they fit a budget (4M), bool ``[B, T]``.
 
-    Where all do not fit, they begin with a random span, and end where the budget does; if less is left from there on
-    than the budget, with the earliest span from which all fit. The sentinel at the end comes with the last token alone.
+    If not all fit, the targets start at a random span and end where the budget ends. If the rest from that span does
+    not fill the budget, they start at the earliest span from which the rest fits. Only the last hidden token brings the
+    final sentinel.
 
     Args:
-        budget_B: int64, tokens with sentinels. u_B: draws in [0, 1), for the span.
+        budget_B: int64, number of tokens and sentinels. u_B: draws in [0, 1), which select the span.
 
     Source: apple/ml-4m, ``UnifiedMasking.sequence_mask``, which may cut between the last token and the last sentinel.
 
@@ -57,11 +60,12 @@ def target_run(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> Tensor:
 
 
 def target_window(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and those that count, bool ``[B, T]`` each: as :func:`target_run`, but the sequence of targets is cut.
+    """Choose targets and those that count in the loss, bool ``[B, T]`` each, if the budget cuts the target sequence.
 
-    Sentinels and tokens fill the budget. Where it ends after the last token of a span, that span's tokens are the last
-    targets; where it ends one later, the next sentinel is predicted too. The last place is no token: a target there
-    marks a window, which counts there if its end is a sentinel. Source: apple/ml-4m, ``UnifiedMasking.sequence_mask``.
+    As :func:`target_run`, but sentinels and tokens fill the budget. If it ends after the last token of a span, that
+    span's tokens are the last targets. If it ends one later, the next sentinel is predicted as well. The last place
+    holds no token: a target there marks a window, and it counts in the loss if the window ends with a sentinel.
+    Source: apple/ml-4m, ``UnifiedMasking.sequence_mask``.
 
     >>> hidden_BT, u_1 = torch.tensor([[True, True, False, True, False, True, False]]), torch.tensor([0.4])
     >>> [target_window(hidden_BT, torch.tensor([n]), u_1)[1].int().tolist() for n in (2, 3)]
@@ -76,7 +80,7 @@ def target_window(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Ten
 
 
 def _from_begin(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Int64 ``[B, T]`` each: what the tokens from the first target to before each one cost, and what it costs."""
+    """Compute int64 ``[B, T]`` each: the cost from the first target up to, not including, a token, and its own cost."""
     start_BT, cost_BT = starts(hidden_BT), cost(hidden_BT)
     through_BT = cost_BT.cumsum(dim=1)
     before_BT, total_B, budget_B1 = through_BT - cost_BT, through_BT[:, -1], budget_B[:, None]
@@ -89,10 +93,10 @@ def _from_begin(hidden_BT: Tensor, budget_B: Tensor, u_B: Tensor) -> tuple[Tenso
 
 
 class Spans(NamedTuple):
-    """A text with hidden spans, ids and masks ``[B, S]``, with S = T.
+    """Text with hidden spans: ids and masks ``[B, S]``, with S = T.
 
-    ``input_BS``, real where ``visible_BS``: kept tokens, and one sentinel a span. ``given_BS`` and ``wanted_BS``, real
-    where ``target_BS``: each token of the targets and the one behind it; it counts where ``loss_BS``.
+    ``input_BS``: kept tokens and one sentinel per span, real where ``visible_BS``. ``given_BS`` and ``wanted_BS``: each
+    token of the target sequence and the token after it, real where ``target_BS``; it counts where ``loss_BS``.
     """
 
     input_BS: Tensor
@@ -106,12 +110,12 @@ class Spans(NamedTuple):
 def with_sentinels(
     x_BT: Tensor, real_BT: Tensor, visible_BT: Tensor, target_BT: Tensor, loss_BT: Tensor, first: int
 ) -> Spans:
-    """Span corruption of 4M and T5: ``a b c d`` without b and d is ``a <0> c <1>``, with targets ``<0> b <1> d <2>``.
+    """Insert sentinels (4M, T5): ``a b c d`` without b and d becomes ``a <0> c <1>``, with targets ``<0> b <1> d <2>``.
 
-    The first sentinel of the targets is given and not predicted. Of a text without a visible token nothing is an input,
-    not even a sentinel. Hidden tokens that are no targets are left out of the targets. The sentinel at the end comes
-    with the last hidden token; in a window, as :func:`target_window` has it. T is one more than the tokens of a text at
-    most, since targets may be one longer than it.
+    The first sentinel of the targets is given, not predicted. A text without visible tokens has no inputs, not even
+    sentinels. The target sequence omits hidden tokens that are not targets. The final sentinel comes with the last
+    hidden token; in a window, it follows :func:`target_window`. T is one more than the longest text, since the target
+    sequence may be one longer than the text.
 
     Args:
         first: id of sentinel <0>.
@@ -125,11 +129,11 @@ def with_sentinels(
     T, hidden_BT = x_BT.shape[1], real_BT & ~visible_BT
     window_B1, target_BT = (target_BT & ~hidden_BT)[:, -1:], target_BT & hidden_BT
     start_BT = starts(hidden_BT)
-    number_BT = start_BT.cumsum(dim=1)  # of the span, from 1
+    number_BT = start_BT.cumsum(dim=1)  # number of the span, from 1
     sentinel_BT, place = first - 1 + number_BT, torch.arange(T, device=x_BT.device)
     input_BT = (visible_BT | start_BT) & visible_BT.any(dim=1, keepdim=True)
     seen_BS = _packed(torch.where(visible_BT, x_BT, sentinel_BT), input_BT.cumsum(dim=1) - 1, input_BT, T)
-    # of each span that has a target: its sentinel before the first of them; one sentinel more behind the last token
+    # each span with targets has its sentinel before its first target; one more sentinel follows the last token
     at_BT = torch.where(target_BT, number_BT, 0)
     head_BT = target_BT & (number_BT > F.pad(at_BT.cummax(dim=1).values[:, :-1], (1, 0)))
     last_BT = target_BT & (hidden_BT.cumsum(dim=1) == hidden_BT.sum(dim=1, keepdim=True))
@@ -150,6 +154,6 @@ def with_sentinels(
 
 
 def _packed(value_BT: Tensor, place_BT: Tensor, used_BT: Tensor, size: int) -> Tensor:
-    """``[B, size]``: used values at their places, zeros elsewhere."""
+    """Scatter used values to their places in ``[B, size]``, with zeros elsewhere."""
     out_BS = value_BT.new_zeros(len(value_BT), size + 1)
     return out_BS.scatter(1, torch.where(used_BT, place_BT, size), value_BT)[:, :size]

@@ -15,11 +15,11 @@ from descant.modules.masking.corruptions import Corruption, Grid, Ratio, first_o
 class BlockMask(Ratio):
     """Block-wise masking (BEiT, Bao 2021, arXiv 2106.08254): random rectangles of patches, up to the ratio.
 
-    The last two axes of a grid are height and width; each step of the others has its own rectangles.
+    The last two axes of a grid are height and width; each step of the other axes has its own rectangles.
 
     Args:
         ratio: share of a sample's real tokens that is masked.
-        least, most: share of the grid's area that one rectangle covers.
+        least, most: smallest and largest share of the grid's area that one rectangle covers.
         aspect: height over width is between ``aspect`` and 1 / ``aspect``.
 
     >>> real = {"image": torch.ones(1, 16, dtype=torch.bool)}
@@ -37,7 +37,7 @@ class BlockMask(Ratio):
 
     def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
         high, wide, steps = grid[-2], grid[-1], math.prod(grid[:-2])
-        blocks = math.ceil(4 * self.ratio / self.least) + 4  # enough, although they overlap
+        blocks = math.ceil(4 * self.ratio / self.least) + 4  # enough even if they overlap
         what = ("area", "aspect", "top", "left")
         purposes = [f"mask/{name}/{w}{s}.{k}" for w in what for s in range(steps) for k in range(blocks)]
         area, aspect, top, left = uniform_NK(draw_B, purposes).view(-1, 4, steps, blocks).unbind(dim=1)
@@ -60,8 +60,8 @@ class BlockMask(Ratio):
 
 
 class TubeMask(Ratio):
-    """Tube masking (VideoMAE, Tong 2022, arXiv 2203.12602): the same patches in every step of the first axis, such as
-    time.
+    """Tube masking (VideoMAE, Tong 2022, arXiv 2203.12602): the same masked patches in every step of the first axis,
+    such as time.
 
     Args:
         ratio: share of a sample's real tokens that is masked.
@@ -75,7 +75,7 @@ class TubeMask(Ratio):
         return noise(draw_B, f"mask/{name}", math.prod(grid[1:]))
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
-        # a patch that is real in any step is masked, or visible, in all
+        # a patch that is real in any step is either masked or visible in all steps
         steps = {m: real[m].unflatten(1, (grids[m][0], -1)) for m in real}
         once = super().visible({m: mask_BST.any(dim=1) for m, mask_BST in steps.items()}, grids, draw_B)
         return {m: (mask_BST & once[m][:, None]).flatten(1) for m, mask_BST in steps.items()}
@@ -86,7 +86,7 @@ class TubeMask(Ratio):
 
 
 def require_axes(grids: Mapping[str, Grid], mask: str, shape: str) -> None:
-    """Raises ValueError for a modality with a grid of one axis."""
+    """Raise ValueError if a modality's grid has only one axis."""
     for m, grid in grids.items():
         if len(grid) < 2:
             raise ValueError(f"{mask}: {m} has {len(grid)} axis, and {shape} need 2; use SpanMask for it")
@@ -97,7 +97,7 @@ class SpanMask(Ratio):
 
     Args:
         ratio: share of a sample's real tokens that is masked.
-        mean: span length; the last span of a sample is cut at the ratio.
+        mean: mean span length; the last span of a sample is cut at the ratio.
 
     >>> real = {"text": torch.ones(1, 12, dtype=torch.bool)}
     >>> SpanMask(0.5, mean=3)(real, {"text": (12,)}, torch.tensor([3])).target["text"].int().tolist()
@@ -124,14 +124,14 @@ class SpanMask(Ratio):
 
 
 def one_segment(n_B: Tensor, start_B: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """First token and number of tokens ``[B]`` of one segment of n, of two draws in [0, 1): InterBERT's release.
+    """Choose the start and length ``[B]`` of one segment among n tokens, from two draws in [0, 1): InterBERT's release.
 
         s = floor(start (n + 1)),   L = 1 + floor(length n),   hidden: min(L, n - s)
 
         P(k hidden) = (2 (n - k) + 1) / (n (n + 1)) for k > 0,   P(0) = 1 / (n + 1),   mean (2n + 1) / 6
 
-    A start at n hides nothing, a segment that would reach beyond the end is cut, and of fewer than four tokens none is
-    hidden: all three as released.
+    As in the release, a start at n hides nothing, a segment is cut at the end of the text, and texts with fewer than
+    four tokens have none hidden.
 
     >>> one_segment(torch.tensor([10, 10, 3]), torch.tensor([0.2, 0.8, 0.0]), torch.tensor([0.35, 0.95, 0.9]))
     (tensor([2, 8, 0]), tensor([4, 2, 0]))
@@ -142,9 +142,11 @@ def one_segment(n_B: Tensor, start_B: Tensor, length_B: Tensor) -> tuple[Tensor,
 
 
 def anchored_segments(anchor_BT: Tensor, length_BT: Tensor, rate: float, most: int) -> Tensor:
-    """Bool ``[B, T]``: each token begins a segment with chance ``rate``, of 1 to ``most`` tokens, as likely each.
+    """Hide segments, bool ``[B, T]``: each token starts one with probability ``rate``, of 1 to ``most`` tokens.
 
         P(t hidden) = 1 - product over k = 0 .. min(t, most - 1) of (1 - rate (most - k) / most)
+
+    All lengths are equally likely.
 
     Args:
         anchor_BT, length_BT: draws in [0, 1).
@@ -154,7 +156,7 @@ def anchored_segments(anchor_BT: Tensor, length_BT: Tensor, rate: float, most: i
     """
     length_BT = torch.where(anchor_BT < rate, 1 + (length_BT * most).long(), 0)
     hidden_BT = torch.zeros_like(length_BT, dtype=torch.bool)
-    for k in range(min(most, hidden_BT.shape[1])):  # tokens that are k behind an anchor
+    for k in range(min(most, hidden_BT.shape[1])):  # tokens k places after an anchor
         hidden_BT[:, k:] |= length_BT[:, : hidden_BT.shape[1] - k] > k
     return hidden_BT
 
@@ -162,12 +164,12 @@ def anchored_segments(anchor_BT: Tensor, length_BT: Tensor, rate: float, most: i
 class SegmentMask(Corruption):
     """Masked segments of InterBERT (Lin 2020, arXiv 2003.13198): one of any length, or short ones at random anchors.
 
-    See :func:`one_segment`, which is the release's, and :func:`anchored_segments`, our reading of the paper: about 15 %
-    of a text. One segment hides more, 35 % of 10 tokens. A sample may have nothing hidden.
+    :func:`one_segment` is the release's form; it hides 35 % of 10 tokens. :func:`anchored_segments` is our reading of
+    the paper; it hides about 15 % of a text. A sample may have nothing hidden.
 
     Args:
-        anchors: chance of each token to begin a segment; one segment a sample where not given.
-        most: tokens of a segment at an anchor.
+        anchors: probability of each token to start a segment; by default one segment per sample.
+        most: maximum number of tokens in a segment at an anchor.
 
     >>> real = {"text": torch.ones(1, 12, dtype=torch.bool)}
     >>> SegmentMask()(real, {"text": (12,)}, torch.tensor([3])).target["text"].int().tolist()
@@ -185,7 +187,7 @@ class SegmentMask(Corruption):
         return {m: real_BT & ~self.hidden(m, real_BT, draw_B).to(real_BT.device) for m, real_BT in real.items()}
 
     def hidden(self, name: str, real_BT: Tensor, draw_B: Tensor) -> Tensor:
-        """Bool ``[B, T]``, where the places of real tokens are counted without the padding."""
+        """Mark hidden tokens, bool ``[B, T]``; places count real tokens only, not padding."""
         place_BT, n_B, purpose = real_BT.cumsum(dim=1) - 1, real_BT.sum(dim=1), f"mask/{name}/segment"
         if self.anchors is None:
             u_B2 = uniform_NK(draw_B, (f"{purpose}/start", f"{purpose}/length")).to(real_BT.device)

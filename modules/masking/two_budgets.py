@@ -1,4 +1,7 @@
-"""Two token budgets a sample, of inputs and of targets (4M). Letters: B samples, T tokens, M modalities, K draws."""
+"""Two token budgets per sample, for inputs and for targets (4M).
+
+Letters: B samples, T tokens, M modalities, K draws.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ from descant.modules.masking.spans import cost, lengths, target_run, target_wind
 
 
 def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
-    """Int64 ``[B, M]``: tokens of each modality of a budget, ``n = min(floor(share tokens) + extra, most)`` (4M).
+    """Divide a budget among modalities, int64 ``[B, M]``: ``n = min(floor(share tokens) + extra, most)`` (4M).
 
     Each token that the floor leaves over goes to the largest share of one more draw. A row of zeros gets nothing.
 
     Args:
         share_BM: float64, shares that sum to 1, or zeros.
-        more_BKM: float64, K further draws of the same; as many as there are modalities are enough.
-        tokens: the budget, of all samples or of each, ``[B, 1]``.
-        most_BM: int64, what a sample has.
+        more_BKM: float64, K further draws of shares; M of them are enough.
+        tokens: the budget, one for all samples or one per sample, ``[B, 1]``.
+        most_BM: int64, number of tokens that a sample has.
 
     Source: apple/ml-4m, ``UnifiedMasking.input_token_budget``.
 
@@ -44,7 +47,9 @@ def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: 
 
 
 def refilled(count_BM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
-    """Int64 ``[B, M]``: what a budget lost at ``most``, in the modalities that have tokens left, in proportion to them.
+    """Give tokens that a budget lost at ``most`` to modalities with tokens left, in proportion to the tokens left.
+
+    Returns the new counts, int64 ``[B, M]``.
 
     >>> refilled(torch.tensor([[5, 4, 0]]), 12, torch.tensor([[5, 9, 1]])).tolist()
     [[5, 7, 0]]
@@ -59,13 +64,13 @@ def refilled(count_BM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
 
 
 class DirichletPair:
-    """One component of the mixture of :class:`TwoBudgets`: a Dirichlet distribution of inputs and one of targets.
+    """Component of the mixture of :class:`TwoBudgets`: one Dirichlet distribution for inputs, and one for targets.
 
     Args:
-        inputs: modality -> alpha; those left out are no input.
-        targets: the same of targets.
-        weight: of the component.
-        visible: its budget of inputs, where it is another than that of TwoBudgets.
+        inputs: modality -> alpha; other modalities are not inputs.
+        targets: modality -> alpha; other modalities are not targets.
+        weight: weight of the component.
+        visible: its input budget, if it differs from that of TwoBudgets.
     """
 
     def __init__(
@@ -88,27 +93,27 @@ class DirichletPair:
 
 
 class TwoBudgets(Corruption):
-    """Two Dirichlet token budgets a sample, one of inputs and one of targets, disjoint (4M, arXiv 2312.06647).
+    """Two Dirichlet token budgets per sample, for inputs and for targets, which are disjoint (4M, arXiv 2312.06647).
 
         c_b ~ weights,   s_b ~ Dirichlet(alpha_in of c_b),   r_b ~ Dirichlet(alpha_out of c_b),   independently
         n_bm = min(s_bm visible, tokens of m),   k_bm = min(r_bm targets, tokens of m - n_bm)        inputs, targets
 
-    Any n_bm tokens of m are visible, and any k_bm others are targets: see :func:`allotted` for the rounding. Alphas of
-    modalities that a sample lacks count as 0. Of a sequence, random tokens are kept with a chance that is drawn from
-    [0, 1) and lowered by a tenth until they fit n_bm with one sentinel for each hidden span; these spans are targets as
-    far as they fit k_bm with their sentinels and the last one, all of which k_bm is at most
+    Random n_bm tokens of m are visible, and random k_bm others are targets; :func:`allotted` rounds. Alphas of
+    modalities that a sample lacks count as 0. In a sequence, random tokens are kept with a probability drawn from
+    [0, 1). It is lowered by a tenth until the kept tokens fit n_bm, with one sentinel per hidden span. The hidden spans
+    are targets as far as they fit k_bm, with their sentinels and the final one; k_bm is at most the cost of all these
     (:func:`descant.modules.masking.spans.target_run`).
 
     Args:
         visible, targets: the budgets, in tokens.
-        mixture: components, one of which is drawn for each sample: 4M's ``rgb2all`` has alpha 1000 of pixels as inputs,
-            ``all2all`` 0.5 of all.
-        sequences: modalities of which spans are hidden: those with a SequenceAdapter.
-        refill: what the minimum cuts off goes to modalities of the component with tokens left. By default it is lost,
-            as in the release (113.5 of 128 inputs in the mean where its ``all2all`` was run).
-        cut: what a budget cuts of a sequence: its ``tokens``, each with the sentinels that it needs, as in the claims
-            that are stored; or its ``targets``, sentinels among them, as in the release: it predicts the next sentinel
-            too where the budget ends there, and may end before the last one
+        mixture: components, one of which is drawn for each sample. 4M's ``rgb2all`` has alpha 1000 for pixels as
+            inputs, ``all2all`` 0.5 for all modalities.
+        sequences: modalities whose spans are hidden: those with a SequenceAdapter.
+        refill: whether tokens that the minimum cuts off go to modalities of the component with tokens left. By default
+            they are lost, as in the release (a run of its ``all2all`` had 113.5 of 128 inputs on average).
+        cut: what a budget cuts in a sequence. ``tokens``: the tokens, each with the sentinels that it needs, as in the
+            stored claims. ``targets``: the targets including sentinels, as in the release. Then the next sentinel is
+            predicted as well if the budget ends there, and the targets may end before the final sentinel
             (:func:`descant.modules.masking.spans.target_window`).
 
     >>> real = {m: torch.ones(3, 16, dtype=torch.bool) for m in ("image", "depth")}
@@ -201,7 +206,7 @@ def _require(name: str, tokens: int, modalities: Mapping[str, object], size: Map
 
 
 def kept(real_BT: Tensor, budget_B: Tensor, draw_B: Tensor, purpose: str) -> Tensor:
-    """Bool ``[B, T]``: the tokens of a sequence that are inputs, at most ``budget_B`` with sentinels of hidden spans.
+    """Choose a sequence's input tokens, bool ``[B, T]``: at most ``budget_B``, with the sentinels of hidden spans.
 
     >>> real_BT = torch.ones(2, 6, dtype=torch.bool)
     >>> kept_BT = kept(real_BT, torch.tensor([3, 0]), torch.arange(2), "x")
@@ -210,7 +215,7 @@ def kept(real_BT: Tensor, budget_B: Tensor, draw_B: Tensor, purpose: str) -> Ten
     """
     kept_BT, chance_B = torch.zeros_like(real_BT), uniform_N(draw_B, f"{purpose}/keep")
     row_R = (budget_B > 0).nonzero().squeeze(1)
-    for attempt in range(200):  # by then a token is kept once in a billion
+    for attempt in range(200):  # by then a token is kept with a probability below 1e-9
         if len(row_R) == 0:
             break
         u_RT = noise(draw_B[row_R], f"{purpose}/keep/{attempt}", real_BT.shape[1])
@@ -222,7 +227,9 @@ def kept(real_BT: Tensor, budget_B: Tensor, draw_B: Tensor, purpose: str) -> Ten
 
 
 def dirichlet(alpha_BM: Tensor, draws: int, key_B: np.ndarray) -> Tensor:
-    """Float64 ``[B, K, M]``: K draws of each row's Dirichlet distribution over its alphas above 0; zeros without any.
+    """Draw K times from each row's Dirichlet distribution over its alphas above 0, float64 ``[B, K, M]``.
+
+    A row without such alphas is zero.
 
     >>> dirichlet(torch.tensor([[1000.0, 0.0], [0.0, 0.0]]), 1, np.arange(2)).tolist()
     [[[1.0, 0.0]], [[0.0, 0.0]]]
@@ -231,7 +238,7 @@ def dirichlet(alpha_BM: Tensor, draws: int, key_B: np.ndarray) -> Tensor:
     for share_KM, key, alpha_M in zip(share_BKM, key_B.tolist(), alpha_BM.numpy(), strict=True):
         chosen = np.flatnonzero(alpha_M)
         if len(chosen) == 1:
-            share_KM[:, chosen] = 1.0  # whatever is drawn; a generator a sample is dear
+            share_KM[:, chosen] = 1.0  # every draw is 1; a generator per sample is costly
         elif len(chosen):
             share_KM[:, chosen] = np.random.Generator(np.random.Philox(key)).dirichlet(alpha_M[chosen], draws)
     return torch.from_numpy(share_BKM)

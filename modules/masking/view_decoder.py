@@ -1,6 +1,6 @@
-"""Decoder that is asked by place: features at any place of a view, also outside the image that was seen.
+"""Decoder queried by place: predicts features at any place of a view, also outside the image that the encoder saw.
 
-Letters: B samples, T tokens seen, Q places asked for, D width of tokens, E width of the decoder.
+Letters: B samples, T tokens seen, Q queried places, D width of tokens, E width of the decoder.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from descant.modules.towers.image import checked_heads, cross_attention, key_mas
 
 
 class ViewDecoder(nn.Module):
-    """Cross-attention of places to the tokens seen: queries know where, and nothing of what is there.
+    """Decoder with cross-attention from places to the tokens seen: queries contain only places, no content.
 
         q = mask + sincos(place),    c = W norm(h) + sincos(grid)
         q = q + attention(norm(q), c),    q = q + mlp(norm(q))    a block;     out = V norm(q)
 
-    Places are in patches of the image seen, from its top left; they may lie outside, and between patches. Source: M3I
-    (Su 2022, arXiv 2211.09807), which gives no details of its decoder: our reading.
+    Places are measured in patches from the top left of the image seen; they may lie outside it, and between patches.
+    Source: M3I (Su 2022, arXiv 2211.09807), which gives no details of its decoder: our reading.
 
     Args:
-        width: E. depth: blocks. heads: of their attention.
+        width: E. depth: number of blocks. heads: number of attention heads.
 
     >>> decoder = ViewDecoder(width=8, depth=1, heads=2).build(width=6, side=2)
     >>> tokens = Tokens(torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool))
@@ -37,7 +37,7 @@ class ViewDecoder(nn.Module):
         self.width, self.depth, self.heads = width, depth, checked_heads(width, heads)
 
     def build(self, width: int, side: int) -> Self:
-        """Layers for a square grid of tokens of D = ``width``; returns itself."""
+        """Make the layers for a square grid of tokens of D = ``width``; returns itself."""
         self.register_buffer("grid_TE", sincos((side, side), self.width), persistent=False)
         self.mask_E = nn.Parameter(torch.randn(self.width) * 0.02)
         self.norm, self.inward = nn.LayerNorm(width), nn.Linear(width, self.width)
@@ -46,7 +46,7 @@ class ViewDecoder(nn.Module):
         return self
 
     def forward(self, tokens: Tokens, place_BQ2: Tensor) -> Tensor:
-        """``[B, Q, D]``."""
+        """Predict features at the queried places, ``[B, Q, D]``."""
         grid_TE = cast(Tensor, self.grid_TE)
         c_BTE = self.inward(self.norm(tokens.h_BTD)) + grid_TE.to(tokens.h_BTD.dtype)
         q_BQE = (self.mask_E + sincos_of(place_BQ2.to(self.mask_E.dtype), self.width)).to(c_BTE.dtype)

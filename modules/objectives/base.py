@@ -1,4 +1,4 @@
-"""Task objectives of :class:`descant.recipes.MultiTask`: what each reads of the shared streams, and its terms.
+"""Base of the task objectives of :class:`descant.recipes.MultiTask`, which compute terms from shared streams.
 
 Letters: B samples, D width.
 """
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Facts(NamedTuple):
-    """What an objective is built for: towers by modality, the width of the shared space, that of the fusion layers.
+    """Facts that an objective is built from: towers by modality, widths of the shared space and the fusion layers.
 
-    ``fusion``: None where there are no fusion layers.
+    ``fusion``: None without fusion layers.
     """
 
     towers: Mapping[str, Tower]
@@ -35,13 +35,13 @@ class Facts(NamedTuple):
     fusion: int | None
 
     def require(self, modalities: Iterable[str]) -> None:
-        """Raises ValueError for a modality without a tower."""
+        """Raise ValueError for a modality without a tower."""
         for m in modalities:
             if m not in self.towers:
                 raise ValueError(f"{m!r}: {no_such(m, self.towers)}")
 
     def fused(self, a: str, b: str) -> int:
-        """Width of fused tokens. Raises ValueError for the same modality twice, or without fusion layers."""
+        """Return the width of fused tokens. Raises ValueError for the same modality twice, or without fusion layers."""
         self.require((a, b))
         if a == b:
             raise ValueError(f"{a} with {b}: two modalities are fused")
@@ -50,8 +50,8 @@ class Facts(NamedTuple):
         return self.fusion
 
     def maskable(self, modality: str) -> None:
-        """Raises ValueError for a tower whose tokens cannot be hidden between its ``embed`` and ``encode``."""
-        if hasattr(self.towers[modality], "places"):  # of each sample
+        """Raise ValueError for a tower whose tokens cannot be hidden between its ``embed`` and ``encode``."""
+        if hasattr(self.towers[modality], "places"):  # position embeddings per sample
             return
         tower = self.towers[modality]
         if not has(tower, Encodes) or not hasattr(tower, "positions_TD"):
@@ -61,19 +61,20 @@ class Facts(NamedTuple):
 
 
 class TaskObjective(nn.Module):
-    """Base of objectives over shared streams: ``objective(streams, batch) -> {part: Term}``, one named "" or several.
+    """Base of objectives over shared streams: ``objective(streams, batch) -> {part: Term}``.
 
-    ``build`` makes the layers and sets what the recipe has to know:
+    The terms are one part named "" or several parts. ``build`` makes the layers and sets the attributes below, which
+    the recipe reads.
 
     Attributes:
         reads: modalities whose towers it needs.
-        latents: part -> modalities whose embedding ``z`` has a gradient of that part's term.
-        pools: modalities whose pooled features it reads, whatever the embedding is.
+        latents: part -> modalities whose embedding ``z`` receives a gradient from that part's term.
+        pools: modalities whose pooled features it reads directly, not through the embedding.
         fuses: pairs of modalities whose tokens it needs fused.
-        hidden: modalities of which it hides tokens.
-        hiding: what :meth:`hides` depends on beside the batch; objectives where it is equal share their streams.
+        hidden: modalities whose tokens it hides.
+        hiding: everything besides the batch that :meth:`hides` depends on; objectives with equal values share streams.
         in_batch_negatives: whether samples of a batch are contrasted.
-        momentum: decay of the average of the recipe's weights that teaches it; None where nothing does.
+        momentum: decay of its teacher, a moving average of the recipe's weights; None without a teacher.
     """
 
     in_batch_negatives = False
@@ -90,54 +91,54 @@ class TaskObjective(nn.Module):
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """The modalities whose hidden tokens are replaced by a learned one: all that it hides."""
+        """Modalities whose hidden tokens are replaced by a learned token; by default all of ``hidden``."""
         return self.hidden
 
     def build(self, facts: Facts) -> Self:
-        """Raises ValueError for an unknown modality, or a stream that is not made."""
+        """Make the layers. Raises ValueError for an unknown modality, or a stream that the model does not compute."""
         raise NotImplementedError
 
     def require_data(self, data: Any, training: bool) -> None:
-        """Raises ValueError for data that it cannot be trained, or judged, on."""
+        """Raise ValueError for data that it cannot be trained or evaluated on."""
 
     def require_samples(self, samples: float) -> None:
-        """Raises ValueError for a number of training samples that it cannot be trained on."""
+        """Raise ValueError if it cannot be trained on this number of samples."""
 
     def hides(self, batch: Batch) -> Masks | None:
-        """The tokens that are hidden in the streams that it asks for with ``streams.masks``; none by default."""
+        """Return the tokens to hide in the streams that it requests with ``streams.masks``; none by default."""
         return None
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         raise NotImplementedError
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """Quality numbers in evaluation by name; those of losses begin with ``loss``."""
+        """Compute evaluation scores by name; names of losses begin with ``loss``."""
         return {}
 
     def answers(self, streams: Streams, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """What it predicts of a target of the data: ``logits``, target -> ``[B, C]``, or ``numbers``, target -> ``[B]``
-        in its own unit; nan in rows without what it reads."""
+        """Predict targets of the data: ``logits``, target -> ``[B, C]``, or ``numbers``, target -> ``[B]`` in its own
+        unit; nan in rows that lack an input."""
         return {}
 
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
-        """Makes the decisions that soft labels are compared at; None for an objective without any."""
+        """Return a function that makes the decisions at which soft labels are compared; None without decisions."""
         return None
 
     def reconstruct(self, streams: Streams, batch: Batch) -> dict[str, ReconstructionOutput]:
-        """What it rebuilds, by modality."""
+        """Return reconstructions by modality."""
         return {}
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
-        """Part -> how well rows of one modality match rows of another."""
+        """Return part -> scorer of how well rows of one modality match rows of another."""
         return {}
 
     def scored(self) -> dict[str, tuple[str, str]]:
-        """Part -> the pair of modalities that :meth:`scorers` scores."""
+        """Return part -> the pair of modalities that :meth:`scorers` scores."""
         return {}
 
 
 def named(objective: str, part: str) -> str:
-    """Name of a term.
+    """Return the name of a term.
 
     >>> named("contrast", ""), named("contrast", "image-text")
     ('contrast', 'contrast/image-text')
@@ -147,7 +148,7 @@ def named(objective: str, part: str) -> str:
 
 @contextmanager
 def naming(objective: str) -> Iterator[None]:
-    """Inside, ValueErrors begin with the name of the objective."""
+    """Prefix ValueErrors from the block with the objective's name."""
     try:
         yield
     except ValueError as error:
@@ -155,7 +156,7 @@ def naming(objective: str) -> Iterator[None]:
 
 
 def differently_hidden(objectives: Mapping[str, TaskObjective]) -> list[str]:
-    """A line for each modality that several objectives hide, and not alike."""
+    """Return a line for each modality whose tokens several objectives hide differently."""
     lines = []
     for m in dict.fromkeys(m for objective in objectives.values() for m in objective.hidden):
         first = dict[Hashable, str]()
@@ -168,5 +169,5 @@ def differently_hidden(objectives: Mapping[str, TaskObjective]) -> list[str]:
 
 
 def scattered(value_V: Tensor, row_V: Tensor, rows: int) -> Tensor:
-    """``[B]``: values at their rows, zero elsewhere."""
+    """Scatter values to their rows in ``[B]``, with zeros elsewhere."""
     return value_V.new_zeros(rows).index_put((row_V,), value_V)

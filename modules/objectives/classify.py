@@ -1,4 +1,4 @@
-"""Classification as one of several objectives. Letters: B samples, V rows that have both modalities, C classes."""
+"""Classification as one of several objectives. Letters: B samples, V rows with both modalities, C classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from descant.modules.towers.heads import Projection
 
 
 class SampleHead(nn.Module):
-    """Project each sample to ``[B, K]``, from the embedding of one modality or the fused first token of two."""
+    """Head that projects samples to ``[B, K]``, from one modality's embedding or the fused first token of two."""
 
     def __init__(self, modalities: list[str]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class SampleHead(nn.Module):
         self.reads = tuple(modalities)
 
     def build(self, facts: Facts, outputs: int) -> tuple[tuple[tuple[str, str], ...], dict[str, tuple[str, ...]]]:
-        """Make the layers; returns ``fuses`` and ``latents`` of the objective."""
+        """Make the layers, and return ``fuses`` and ``latents`` of the objective."""
         facts.require(self.reads)
         if len(self.reads) == 2:
             a, b = self.reads
@@ -36,7 +36,7 @@ class SampleHead(nn.Module):
         return (), {"": self.reads}
 
     def forward(self, streams: Streams) -> Tensor:
-        """Rows without the modalities hold anything finite."""
+        """Compute the outputs; rows without the modalities hold any finite values."""
         if len(self.reads) == 1:
             return promote(self.projection(streams.z(self.reads[0])))
         a, b = self.reads
@@ -49,14 +49,14 @@ class SampleHead(nn.Module):
 class Classify(TaskObjective):
     """Classification of samples: ``value_b = cross_entropy(W norm(h_b), label_b)``.
 
-    h is the embedding z of one modality, or the first token of two, fused. A sample without a label, or without one of
-    the modalities, adds zero; the sum is over all samples of the step that have them.
+    h is the embedding z of one modality, or the first fused token of two. A sample without a label, or without one of
+    the modalities, adds zero. The sum is divided by the number of the step's samples that have the modalities.
 
     Args:
-        target: of the data, int64 ``[B]``; below 0 is no label.
+        target: name of the target in the data, int64 ``[B]``; values below 0 mean no label.
         classes: C.
         modalities: one, or two that are fused.
-        smoothing: of the labels in training.
+        smoothing: label smoothing in training.
     """
 
     def __init__(self, target: str, classes: int, modalities: list[str], smoothing: float = 0.0) -> None:
@@ -83,7 +83,7 @@ class Classify(TaskObjective):
         return {"": Term(value_B, valid=valid_B, norm=batch.count(*self.reads).clamp(min=1))}
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """``accuracy``, 1 or 0, of the rows with a label."""
+        """Compute ``accuracy``, 1 or 0, of the rows with a label."""
         label_B, logits_BC = class_labels(batch.targets, self.target, self.classes), self.head(streams)
         right_B = (logits_BC.argmax(dim=1) == label_B).to(logits_BC.dtype)
         return {"accuracy": Term(right_B, valid=batch.both(*self.reads) & (label_B >= 0))}

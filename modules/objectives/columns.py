@@ -1,4 +1,4 @@
-"""Masked columns of a table as one of several objectives: categories and numbers from what is left, and an image.
+"""Masked table columns as one of several objectives: predict categories and numbers from the rest, and an image.
 
 Letters: B samples, C columns, N hidden categories and M hidden numbers of all samples, K categories of all columns, T
 = 1 + C tokens, D width.
@@ -30,11 +30,11 @@ from descant.modules.transforms.table import random_columns
 def cell_losses(
     score_NK: Tensor, code_N: Tensor, row_N: Tensor, y_M: Tensor, x_M: Tensor, row_M: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` of hidden cells, half of it of categories and half of numbers, and which samples have any.
+    """Compute the loss ``[B]`` of hidden cells, half from categories and half from numbers, and mark samples with any.
 
         value_b = (mean over n of b: cross_entropy(s_n, code_n) + mean over m of b: (y_m - x_m)^2) / 2
 
-    A half without cells is 0, in the loss of a sample and of a batch.
+    A half without cells is 0, for a sample as for a batch.
 
     Args:
         score_NK, code_N: logits of the codes of all columns, and the true code.
@@ -52,26 +52,26 @@ def cell_losses(
 
 
 class MaskedColumns(TaskObjective):
-    """Masked tabular reconstruction (TIP): hidden cells of a table from the others, and from what it is fused with.
+    """Masked tabular reconstruction (TIP): predicts hidden cells of a table from the others, and a fused modality.
 
         value_b = :func:`cell_losses` of the hidden cells, from the tokens of their columns
 
-    In each sample exactly ``round(rate C)`` columns are hidden, at random; those that are missing there are no targets.
-    To the tower a hidden cell is a missing one: its value changes no bit of any token, and ``TableTower.missing`` is
-    who attends to it.
+    In each sample exactly ``round(rate C)`` random columns are hidden; columns that the sample lacks are not targets.
+    The tower treats a hidden cell as missing: its value changes no bit of any token, and ``TableTower.missing`` decides
+    which tokens attend to it.
 
     Source: Du 2024 (TIP, arXiv 2407.07582) and its release: one layer for the codes of all columns, one for all
-    numbers. There a batch without a hidden category, or without a hidden number, has the loss nan; the means are over
-    the cells of a batch, here over those of a sample, so that any cut of a step is the same; and ``exp(-loss)`` of a
-    category is 1e-8 at least.
+    numbers. The release differs in three points. A batch without a hidden category or number has the loss nan. Its
+    means are over the cells of a batch; here they are over those of a sample, so that the loss does not depend on how a
+    step is divided. And it bounds ``exp(-loss)`` of a category below by 1e-8.
 
     Args:
         modality: the table.
-        given: the modality that it is fused with, such as image; without it the tower's own tokens predict.
+        given: the modality that it is fused with, such as image; without it, the tower's own tokens predict.
         rate: share of the columns that is hidden.
-        codes: what the softmax of a category is over: ``all`` codes of all columns, as in the release, or those of its
+        codes: codes in the softmax of a category: ``all`` codes of all columns, as in the release, or those of its
             ``column``.
-        sham: ``permute`` has the hidden values of a column trade places among the samples.
+        sham: ``permute`` exchanges the hidden values of a column among the samples.
     """
 
     first_C: Tensor
@@ -111,7 +111,7 @@ class MaskedColumns(TaskObjective):
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        return ()  # the tower has a token for what is missing
+        return ()  # the tower has its own token for missing cells
 
     def hides(self, batch: Batch) -> Masks:
         real_BC = derived(of_present, derived(_present, batch.inputs[self.modality]), batch.present[self.modality])
@@ -122,7 +122,7 @@ class MaskedColumns(TaskObjective):
         return Masks(*({self.modality: mask_BC} for mask_BC in (visible_BC, target_BC, target_BC)))
 
     def cells(self, streams: Streams, batch: Batch) -> tuple[At, Tensor, Tensor, At, Tensor, Tensor]:
-        """Hidden categories: index, logits ``[N, K]``, codes ``[N]``; hidden numbers: index, ``y_M``, ``x_M``."""
+        """Return hidden categories (index, logits ``[N, K]``, codes ``[N]``) and numbers (index, ``y_M``, ``x_M``)."""
         assert streams.masks is not None
         hidden_BC = derived(of_present, streams.masks.loss[self.modality], batch.both(*self.reads))
         x_BC, host_BC = self._targets(batch, hidden_BC), host_copy(hidden_BC)
@@ -150,7 +150,7 @@ class MaskedColumns(TaskObjective):
         return {"": Term(value_B, valid=has_B, norm=batch.count(*self.reads).clamp(min=1))}
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """``loss``, and ``accuracy`` of the hidden categories of each sample."""
+        """Compute ``loss``, and ``accuracy`` of the hidden categories, for each sample."""
         at_N, score_NK, code_N, at_M, y_M, x_M = self.cells(streams, batch)
         value_B, has_B = cell_losses(score_NK, code_N, at_N.row_N, y_M, x_M, at_M.row_N, len(batch))
         right_B, some_B = means((score_NK.argmax(dim=1) == code_N).to(score_NK.dtype), at_N.row_N, len(batch))
@@ -158,7 +158,7 @@ class MaskedColumns(TaskObjective):
 
 
 def own_codes(score_NK: Tensor, first_N: Tensor, count_N: Tensor) -> Tensor:
-    """Logits of the codes of each cell's own column, minus infinity elsewhere.
+    """Keep the logits of the codes of each cell's own column, and set the others to minus infinity.
 
     >>> own_codes(torch.zeros(1, 4), torch.tensor([1]), torch.tensor([2])).tolist()
     [[-inf, 0.0, 0.0, -inf]]

@@ -1,6 +1,6 @@
 """Contrast of pairs of modalities as one of several objectives.
 
-Letters: B samples, G samples of all ranks, V samples that have both modalities, N decisions.
+Letters: B samples, G samples on all ranks, V samples with both modalities, N decisions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from descant.modules.objectives.streams import Streams
 
 
 class Contrast(TaskObjective):
-    """Contrastive objective of pairs of embeddings: ``value_b = loss(z_a, z_b)_b``, a term a pair.
+    """Contrastive objective of pairs of embeddings: ``value_b = loss(z_a, z_b)_b``, one term per pair.
 
     Args:
-        pairs: which modalities meet, such as [[image, text]].
-        loss: of one pair, InfoNCE where not given; each pair has its own copy.
+        pairs: pairs of modalities to contrast, such as [[image, text]].
+        loss: loss of one pair, by default InfoNCE; each pair has its own copy.
 
     >>> from descant.modules.towers import VectorTower
     >>> facts = Facts({"image": VectorTower(4, 8), "text": VectorTower(3, 8)}, width=8, fusion=None)
@@ -62,7 +62,7 @@ class Contrast(TaskObjective):
         return terms
 
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
-        """Of one pair with InfoNCE, in both directions: a sample's match among all."""
+        """Return the decisions of a single pair with InfoNCE: a sample's match among all, in both directions."""
         return (
             partial(self._decisions, streams) if len(self.pairs) == 1 and isinstance(self.losses[0], InfoNCE) else None
         )

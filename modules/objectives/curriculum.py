@@ -12,20 +12,21 @@ from descant.modules.core.sham import Sham
 
 
 class Curriculum:
-    """Drops samples whose terms have conflicting gradients, such as mismatched pairs.
+    """Curriculum that drops samples whose terms have conflicting gradients, such as mismatched pairs.
 
         keep_i = cos_i > threshold(t),      t a share of the run: ``start`` at ``warmup``, ``end`` at ``until``
 
-    Before ``warmup`` all count, since cosines mean nothing yet; and so they do in a step that would keep less than
-    ``floor`` of them. Source: Wu 2022, arXiv 2211.02077 (CMGH), whose numbers are not published: our reading.
+    Before ``warmup`` all samples count, because cosines are not meaningful yet. All samples also count in a step that
+    would keep less than ``floor`` of them. Source: Wu 2022, arXiv 2211.02077 (CMGH), whose numbers are not published:
+    our reading.
 
     Args:
         start, end: thresholds.
         warmup, until: shares of the run's steps.
         floor: share of the samples of a step.
-        only: the terms that lose a sample, such as those of the modality that is noisy; all that meet if not given.
-        oracle: a target of the data that is true where a sample is noise: that is dropped, whatever its cosine.
-        sham: ``permute`` drops as many, by the cosines of other samples.
+        only: terms that lose a dropped sample, such as those of a noisy modality; by default all terms at the fork.
+        oracle: a target of the data that is true for noisy samples: these are dropped, whatever their cosine.
+        sham: ``permute`` drops the same number of samples, by the cosines of other samples.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Curriculum:
         self.only, self.oracle, self.sham = only, oracle, Sham(sham)
 
     def threshold(self, share: float) -> float:
-        """Of a share of the run; minus infinity while all count.
+        """Return the threshold at a share of the run; minus infinity while all samples count.
 
         >>> rise = Curriculum(-0.4, 0.0, warmup=0.2, until=0.6)
         >>> rise.threshold(0.1), rise.threshold(0.2), round(rise.threshold(0.5), 3), rise.threshold(0.9)
@@ -61,11 +62,11 @@ class Curriculum:
         return self.start + (self.end - self.start) * min(done, 1.0)
 
     def seen(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
-        """The cosines that decide; with the sham those of other samples."""
+        """Return the cosines that decide; with the sham, those of other samples."""
         return self.sham(cos_B, batch.rng_seed, valid_B)
 
     def kept(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:
-        """Bool ``[B]``; samples that are not valid have no conflict. ``cos_B``: of :meth:`seen`."""
+        """Mark the samples to keep, bool ``[B]``; invalid samples have no conflict. ``cos_B``: from :meth:`seen`."""
         if self.oracle is not None:
             return ~batch.targets[self.oracle].bool()
         return ~valid_B | (cos_B > self.threshold(share))

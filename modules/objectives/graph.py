@@ -1,4 +1,4 @@
-"""Module graph: which modules above the towers the streams of each objective pass (mPLUG-2)."""
+"""Module graph: the modules above the towers that each objective's streams pass through (mPLUG-2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Part = Literal["universal", "fusion"]
 
 
 class Graph(NamedTuple):
-    """``behind``: objectives whose tokens are behind the universal layers; ``embeddings``: whether embeddings are."""
+    """Module graph. ``behind``: objectives whose tokens have passed the universal layers; ``embeddings``: whether
+    embeddings have, too."""
 
     behind: frozenset[str]
     embeddings: bool
@@ -23,7 +24,7 @@ class Graph(NamedTuple):
 def composed(
     graph: Mapping[str, list[Part]] | None, objectives: Mapping[str, TaskObjective], universal: UniversalLayers | None
 ) -> Graph:
-    """Return the modules of each objective: those given, or all that it can use."""
+    """Return the modules of each objective: those given in ``graph``, or else all that it can use."""
     graph = graph or {}
     for name in (name for name in graph if name not in objectives):
         raise ValueError(f"graph: {name!r}: {no_such(name, objectives)}")

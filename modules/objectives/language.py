@@ -1,6 +1,6 @@
 """Training objectives of a vision-language model: supervised fine-tuning (SFT), GRPO and DPO.
 
-Letters: B samples, N tokens of answers, W width.
+Letters: B samples, N answer tokens, W width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from descant.modules.policy.losses import FAR
 
 
 class AnswerModel(Protocol):
-    """What an objective needs of a model: hidden states before answer tokens, and the language model's head."""
+    """Model interface that objectives need: hidden states before answer tokens, and the language model's head."""
 
     lm: CausalLM
     sampling: Sampling
@@ -40,18 +40,18 @@ class AnswerModel(Protocol):
 
 
 class LanguageObjective:
-    """``objective(model, batch) -> Output``: training objective of a vision-language model on a batch of token rows."""
+    """Training objective of a vision-language model on a batch of token rows: ``objective(model, batch) -> Output``."""
 
-    #: Whether the model runs without dropout, because log-probabilities are compared with those of other passes.
+    #: Whether the model runs without dropout, so that log-probabilities are comparable between forward passes.
     deterministic = False
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares the model with a reference, which ``model.distill`` names."""
+        """Whether it compares the model with a reference, set by ``model.distill``."""
         return False
 
     def require(self, model: AnswerModel) -> None:
-        """Raises ValueError for a model that it cannot train."""
+        """Raise ValueError for a model that it cannot train."""
 
     def __call__(self, model: AnswerModel, batch: Batch) -> Output:
         raise NotImplementedError
@@ -62,8 +62,8 @@ class SFT(LanguageObjective):
 
         loss_b = - mean_t log p(token_bt | all before it)
 
-    Every answer counts alike, however long it is, so gradients are the same however a step is cut. Where the language
-    model has experts, their balance is an auxiliary term.
+    Every answer has the same weight, whatever its length, so gradients do not depend on how a step is divided. If the
+    language model has experts, their load balancing is an auxiliary term.
     """
 
     def __call__(self, model: AnswerModel, batch: Batch) -> Output:
@@ -82,13 +82,13 @@ class GRPO(LanguageObjective):
         l_n  = log p(token n | all before it) / temperature
         loss = PolicyLoss(l, l at sampling time, advantage)
 
-    Log-probabilities at sampling time are those of generation: no further pass, and none of a reference without a KL.
-    What the loss divides by is of the whole step and known before it, so micro-batches and ranks change nothing.
-    The callback Rollouts samples, rewards and scores the answers. Source: Shao 2024 (GRPO, arXiv 2402.03300); the
-    others in descant.modules.policy.
+    Generation provides the log-probabilities at sampling time, so they need no further pass. A reference runs only for
+    a KL term. The divisors of the loss belong to the whole step and are known before it, so micro-batches and ranks
+    change nothing. The callback Rollouts samples, rewards and scores the answers. Source: Shao 2024 (GRPO, arXiv
+    2402.03300); for the others see descant.modules.policy.
 
     Args:
-        loss: PolicyLoss of Clipped tokens and TokenMean where not given.
+        loss: by default a PolicyLoss with Clipped tokens and TokenMean.
     """
 
     deterministic = True
@@ -137,8 +137,8 @@ class DPO(LanguageObjective):
     Data: QuestionPairs. Source: Rafailov 2023, arXiv 2305.18290.
 
     Args:
-        beta: how far the policy may go from its reference; the smaller the farther.
-        by_length: divide each answer's gain by its number of tokens.
+        beta: a smaller value lets the policy move farther from its reference.
+        by_length: whether to divide each answer's gain by its number of tokens.
     """
 
     deterministic = True
@@ -176,7 +176,7 @@ class DPO(LanguageObjective):
 def answer_log_probabilities(
     model: AnswerModel | nn.Module, batch: Batch, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities ``[N]`` of the answers' tokens; the sample of each, and its place in the answer."""
+    """Compute log-probabilities ``[N]`` of answer tokens; also return each token's sample and place in its answer."""
     network: Any = model
     before_NW, token_N, sample_N = network.answered(batch)
     log_N = log_probabilities(before_NW, network.lm.head.weight, token_N, temperature)
@@ -186,7 +186,7 @@ def answer_log_probabilities(
 
 
 def _whole(network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``[B]``: the log-probability of each answer, its end included, and its number of tokens."""
+    """Return the log-probability of each answer, including its end, and its number of tokens, ``[B]`` each."""
     before_NW, token_N, sample_N = network.answered(batch)
     log_N = log_probabilities(before_NW, network.lm.head.weight, token_N)
     log_B = log_N.new_zeros(len(batch)).index_add(0, sample_N, log_N)

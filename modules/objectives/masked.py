@@ -1,6 +1,6 @@
 """Masked tokens as one of several objectives: words, patches, categories or columns, by adapter.
 
-Letters: B samples, V samples that have both modalities, N hidden tokens of all samples, T tokens, D width, C words.
+Letters: B samples, V samples with both modalities, N hidden tokens of all samples, T tokens, D width, C words.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class MaskedTokens(TaskObjective):
         value_b = mean over hidden t of loss(head(h_bt), x_bt)        h: of the tower's tokens, or of fused ones
 
     Hidden tokens keep their place and lose their content between the tower's ``embed`` and ``encode``. The adapter
-    brings what is predicted and the loss: TokenAdapter a cross-entropy over the vocabulary, PatchAdapter a regression
-    of pixels, CategoryAdapter classes, TableAdapter columns; its own embeddings are not used.
+    provides targets and loss: TokenAdapter a cross-entropy over the vocabulary, PatchAdapter a regression of pixels,
+    CategoryAdapter classes, TableAdapter columns. Its own embeddings are not used.
     Source: Devlin 2019 (BERT, arXiv 1810.04805), Xie 2022 (SimMIM, 2111.09886), given the other modality as in ALBEF
-    (2107.07651). All hidden tokens are replaced by one embedding, where BERT leaves a tenth and changes a tenth.
+    (2107.07651). One embedding replaces all hidden tokens; BERT leaves a tenth unchanged and changes a tenth.
 
     Args:
-        modality: whose tokens are hidden.
-        adapter: of its input: tokens, their loss, and the grid of the corruption.
-        given: the modality that it is fused with, whose tokens are all visible; none predicts it from itself.
-        corruption: what is hidden; UniformMask(0.15) where not given.
-        target: the input that is predicted, of the same grid; the modality's own where not given.
+        modality: the modality whose tokens are hidden.
+        adapter: adapter of its input: tokens, their loss, and the grid of the corruption.
+        given: modality to fuse with, whose tokens are all visible; without it, the modality is predicted from itself.
+        corruption: chooses the hidden tokens; UniformMask(0.15) by default.
+        target: input to predict, with the same grid; by default the modality's own input.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class MaskedTokens(TaskObjective):
         facts.maskable(m)
         self.corruption.check({m: self.adapter.grid})
         width, self.hidden = facts.towers[m].width, (m,)
-        same = type(self.adapter), self.adapter.grid, getattr(self.adapter, "pad", None)  # by these it has real tokens
+        same = type(self.adapter), self.adapter.grid, getattr(self.adapter, "pad", None)  # decide its real tokens
         self.hiding = (m, self.target, self.corruption, *same)
         if given is not None:
             width, self.fuses = facts.fused(m, given), ((m, given),)
         self.adapter.build(1, width)
-        self.adapter.requires_grad_(False)  # the tower embeds
+        self.adapter.requires_grad_(False)  # unused: the tower embeds
         self.adapter.outward.requires_grad_(True)
         return self
 
     def raw(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
+        """Return raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
         if self.target not in batch.inputs:
             raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(batch.inputs)}")
         raw_BTP, real_BT = self.adapter.raw(batch.inputs[self.target])
@@ -97,14 +97,14 @@ class MaskedTokens(TaskObjective):
         return terms
 
     def predicted(self, streams: Streams) -> tuple[Tensor, At]:
-        """Features of the hidden tokens ``[N, D]``, and their index."""
+        """Return features of the hidden tokens, ``[N, D]``, and their index."""
         m, masks, valid_B = self.modality, streams.masks, streams.batch.both(*self.reads)
         assert masks is not None
         at = At.of(derived(of_present, masks.loss[m], valid_B))
         return hidden_tokens(streams, m, self.given, at), at
 
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
-        """Of words, over the vocabulary."""
+        """Return decisions over the vocabulary for a TokenAdapter, otherwise None."""
         return partial(self._decisions, streams) if isinstance(self.adapter, TokenAdapter) else None
 
     def _decisions(self, streams: Streams) -> Decisions:
@@ -114,12 +114,12 @@ class MaskedTokens(TaskObjective):
         return Decisions(logits_NC.__getitem__, at.row_N)
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """``loss`` of the hidden tokens, by part."""
+        """Compute ``loss`` of the hidden tokens, by part."""
         return {f"loss_{part}" if part else "loss": term for part, term in self.forward(streams, batch).items()}
 
 
 def hidden_tokens(streams: Streams, modality: str, given: str | None, at: At) -> Tensor:
-    """``[N, D]``: of a modality with hidden tokens those at ``at``, alone or fused with another that is given."""
+    """Return a modality's tokens at ``at``, ``[N, D]``: from it alone, or fused with a given modality."""
     if given is None:
         return streams.tokens(modality, streams.masks).h_BTD[at.row_N, at.place_N]
     fused, row_V = streams.own(modality, given, streams.masks)

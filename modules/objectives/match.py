@@ -1,6 +1,6 @@
 """Image-text matching as one of several objectives, with negatives drawn by similarity.
 
-Letters: B samples, G samples of all ranks, V samples that have both modalities, N pairs, D width.
+Letters: B samples, G samples on all ranks, V samples with both modalities, N pairs, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from descant.modules.evaluation.metrics import wide
 from descant.modules.objectives.base import Facts, TaskObjective, scattered
 from descant.modules.objectives.streams import Streams
 
-#: What TIP's release adds to each probability of a negative.
+#: Probability that TIP's release adds to each negative.
 FLOOR = 1e-4
 
 
@@ -39,19 +39,20 @@ def matching_negatives(
     kind_G: Tensor | None = None,
     floor: float | None = None,
 ) -> Tensor:
-    """Int64 ``[B]``: a negative of each row, drawn by similarity; -1 where there is none.
+    """Draw a negative of each row by similarity, int64 ``[B]``; -1 for rows without an allowed negative.
 
         P(g | b) = exp(s_bg) / sum over allowed g' of exp(s_bg'),     allowed: present, other content than b, its kind
 
-    With ``floor`` each probability is that among all columns that are present, own content included, plus the floor.
-    Drawn by inverting the cumulative distribution: the first g at which it exceeds ``u_b``. Computed in float64, where
-    the device has it.
+    With ``floor``, the softmax runs over all present columns, including own content, and the floor is added to each
+    probability. The draw inverts the cumulative distribution: it takes the first g at which this exceeds ``u_b``. It is
+    computed in float64 if the device supports it.
 
     Args:
-        s_BG: similarities of rows to columns, over the temperature.
-        key_B, key_G: content ids; the rows' where none are given for the columns.
-        valid_B, valid_G: bool, as ``key``: which samples there are.
-        kind_B, kind_G: a class that negatives share with their sample, as ``key``; all are of one where not given.
+        s_BG: similarities of rows to columns, divided by the temperature.
+        key_B, key_G: content ids; those of the rows also serve for the columns by default.
+        valid_B, valid_G: bool, marks present samples; default as for ``key``.
+        kind_B, kind_G: a class that negatives share with their sample; default as for ``key``. Without both, all
+            samples have the same class.
         u_B: draws in [0, 1).
         floor: such as 1e-4 in TIP's release (siyi-wind/TIP, ``cal_image_tabular_matching_loss``).
 
@@ -64,7 +65,7 @@ def matching_negatives(
     allowed_BG = (key_B[:, None] != key_G) & valid_B[:, None] & valid_G
     if kind_B is not None:
         allowed_BG &= kind_B[:, None] == (kind_B if kind_G is None else kind_G)
-    # a row without any is uniform here, and -1 below; the lowest finite number, as minus infinity would be nan
+    # a row without negatives is uniform here, and -1 below; with minus infinity it would be nan
     dtype = wide(s_BG.device)
     among_BG = allowed_BG if floor is None else valid_B[:, None] & valid_G
     s_BG = s_BG.to(dtype).masked_fill(~among_BG, torch.finfo(dtype).min)
@@ -75,26 +76,27 @@ def matching_negatives(
 
 
 class Match(TaskObjective):
-    """Image-text matching (ALBEF) of fused pairs: a sample's own pair against a negative of each of its sides.
+    """Image-text matching (ALBEF) of fused pairs: a sample's own pair against one negative for each side.
 
         s_ij = w . first(a_i, b_j),    n_b, n'_b drawn with P ~ exp(z_b . z_g / temperature), never of b's content
         binary: value_b = (softplus(-s_bb) + softplus(s_bn) + softplus(s_n'b)) / 3
         list:   value_b = (softplus(s_bn - s_bb) + softplus(s_n'b - s_bb)) / 2          as Matching's, of two each
 
-    A side without any negative adds zero. In training negatives are of all ranks (their tokens travel, with gradients),
-    in evaluation of the rank's own. The embeddings that weigh are detached: some other objective has to train them.
-    Source: Li 2021 (arXiv 2107.07651). Its release draws among the samples of a rank, takes repeated content for a
-    negative, and has the learned temperature of its contrastive loss; two logits of its head are one difference here.
+    A side without a negative adds zero. In training, negatives come from all ranks (their tokens are gathered with
+    gradients), in evaluation from the own rank. The embeddings for the similarities are detached; another objective has
+    to train them. Source: Li 2021 (arXiv 2107.07651). Its release draws among the samples of one rank, allows repeated
+    content as a negative, and uses the learned temperature of its contrastive loss. Its head has two logits; here their
+    difference is one score.
 
     Args:
         pair: two modalities, such as [image, text].
-        negatives: by similarity (ALBEF); ``floored``, by similarity with 1e-4 added to each probability, as in TIP's
-            release; or any as likely.
-        temperature: of the similarities.
-        form: of the loss.
-        sham: ``permute`` takes any of the three pairs of a sample for its own, each as likely, so that nothing is to be
-            learned from which it is.
-        within: a target that negatives share with their sample, such as a class: hard negatives.
+        negatives: ``similarity`` draws by similarity (ALBEF). ``floored`` does, with 1e-4 added to each probability, as
+            in TIP's release. ``random`` draws uniformly.
+        temperature: temperature of the similarities.
+        form: form of the loss.
+        sham: ``permute`` treats a random one of a sample's three pairs as its own, so that the labels carry no
+            information.
+        within: a target that negatives share with their sample, such as a class, which makes them hard negatives.
     """
 
     in_batch_negatives = True
@@ -123,13 +125,13 @@ class Match(TaskObjective):
         return self
 
     def negative_rows(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor]:
-        """Int64 ``[B]`` each: the row of b for each sample's a, and the row of a for each sample's b; -1 for none."""
+        """Choose negatives, int64 ``[B]`` each: the row of b for a sample's a, and of a for its b; -1 for none."""
         gather_rows = gather if across else lambda x: x
         (a, b), valid_B = self.pair, batch.both(*self.pair)
         kind_B = torch.zeros_like(batch.content_id) if self.within is None else self.kinds(batch)
         every_G = gather_rows(torch.stack([batch.content_id, valid_B.long(), batch.rng_seed, kind_B], dim=1))
         key_G, valid_G, seed_G, kind_G = every_G.unbind(dim=1)
-        # columns in the order of their random keys: the negative of a sample does not depend on where its batch is cut
+        # columns in the order of their random keys: a sample's negative does not depend on how the batch is divided
         order_G = seed_G.argsort(stable=True)
         columns = key_G[order_G], valid_G[order_G].bool()
         rows = []
@@ -151,7 +153,7 @@ class Match(TaskObjective):
         return batch.targets[self.within]
 
     def judged(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``s_V`` of own pairs, ``s_2V`` of negatives of both sides, bool ``has_2V``, and the rows ``[V]``."""
+        """Score own pairs, ``s_V``, and negatives of both sides, ``s_2V``; also return ``has_2V`` and rows ``[V]``."""
         fused, row_V = streams.own(*self.pair)
         negative_b_B, negative_a_B = self.negative_rows(streams, batch, across)
         own_V, V = row_V + (first_row(len(batch)) if across else 0), len(row_V)
@@ -166,7 +168,7 @@ class Match(TaskObjective):
     def scored_pairs(
         self, streams: Streams, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False
     ) -> Tensor:
-        """``s_N`` of pairs, as of :meth:`Streams.first`."""
+        """Score pairs, ``s_N``; arguments as for :meth:`Streams.first`."""
         h_ND = streams.first(*self.pair, row_N, column_N, sample_N, across)
         with streams.rows(sample_N):
             return promote(self.score(h_ND))[:, 0]
@@ -182,7 +184,7 @@ class Match(TaskObjective):
         return {"": Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
 
     def _roles(self, s_V: Tensor, s_2V: Tensor, has_2V: Tensor, draw_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The scores and which there are, own pairs and negatives, as they are or, as a sham, in other roles."""
+        """Return the scores of own pairs and negatives, and a mask of existing ones; the sham permutes their roles."""
         draw_3V = torch.stack([torch.from_numpy(mix_N(draw_V, "match/role", k)) for k in range(3)], dim=1)
         has_3V = torch.cat([torch.ones_like(has_2V[: len(s_V)]), has_2V])
         s_3V, has_3V = (
@@ -192,7 +194,7 @@ class Match(TaskObjective):
         return s_3V[: len(s_V)], s_3V[len(s_V) :], has_3V[len(s_V) :]
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """``accuracy``: share of a sample's negatives that fit worse than its own pair; half where equal."""
+        """Compute ``accuracy``: share of a sample's negatives that score below its own pair; ties count half."""
         s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=False)
         better_2V = torch.where(s_V.repeat(2) > s_2V, 1.0, torch.where(s_V.repeat(2) == s_2V, 0.5, 0.0))
         count_V = has_2V.view(2, -1).sum(dim=0)

@@ -1,6 +1,6 @@
-"""Tokens of a modality quantised and decoded again, as one of several objectives: what trains a tokenizer.
+"""Autoencoder of quantised tokens as one of several objectives: it trains a tokenizer.
 
-Letters: B samples, T tokens of a sample, N tokens of all samples, L layers, P raw numbers of a token, D width of the
+Letters: B samples, T tokens of a sample, N tokens of all samples, L layers, P raw numbers per token, D width of the
 tower, E width of the decoder.
 """
 
@@ -30,21 +30,21 @@ from descant.modules.towers.vit import EPS, Layout, RaggedBlock
 
 
 class QuantizedTokens(TaskObjective):
-    """Autoencoder of discrete tokens: a modality rebuilt from quantised tokens of its tower (VQ-VAE, SoundStream, FSQ).
+    """Autoencoder that rebuilds a modality from its tower's quantised tokens (VQ-VAE, SoundStream, FSQ).
 
         z'_bt = quantise(W h_bt),   y_b = norm(block_n(... block_1(V z'_b + place)))       h: the tokens of the tower
         rebuild_b = mean_t loss(head(y_bt), x_bt),   commit_b = commitment mean_t commit(z_bt)
 
-    The adapter brings what is rebuilt and its losses; its own embeddings are not used. Padding is quantised too, since
-    codes have no padding, but neither counts as use of a code nor adds a loss. Codes move once an optimizer step, in
-    training alone. ``CodeTokenizer.from_run`` loads the result.
+    The adapter provides targets and losses; its own embeddings are not used. Padding is quantised too, because codes
+    have no padding, but it neither counts as use of a code nor adds a loss. Codes are updated once per optimizer step,
+    in training only. ``CodeTokenizer.from_run`` loads the result.
 
     Args:
-        modality: whose tokens are quantised.
-        adapter: of its input, with a token for each of the tower's.
+        modality: the modality whose tokens are quantised.
+        adapter: adapter of its input, with one token for each token of the tower.
         quantizer: VQ, RVQ or FSQ.
-        width: E; that of the tower where not given.
-        depth, heads, mlp_ratio: of the decoder.
+        width: E; by default the width of the tower.
+        depth, heads, mlp_ratio: blocks, attention heads and MLP ratio of the decoder.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class QuantizedTokens(TaskObjective):
         self.modality, self.adapter, self.quantizer = modality, adapter, quantizer
         self.width, self.depth, self.heads, self.mlp_ratio = width, depth, heads, mlp_ratio
         self.row_tracker = RowTracker()
-        self._rows, self._step = 0, 0  # rows of the optimizer step so far, and which it is
+        self._rows, self._step = 0, 0  # rows of the optimizer step so far, and its number
 
     def build(self, facts: Facts) -> Self:
         self.reads = (self.modality,)
@@ -75,7 +75,7 @@ class QuantizedTokens(TaskObjective):
         blocks = (RaggedBlock(out, checked_heads(out, self.heads), self.mlp_ratio) for _ in range(self.depth))
         self.layers, self.norm = nn.ModuleList(blocks), nn.LayerNorm(out, EPS)
         self.adapter.build(1, out)
-        self.adapter.requires_grad_(False)  # the tower embeds
+        self.adapter.requires_grad_(False)  # unused: the tower embeds
         self.adapter.outward.requires_grad_(True)
         return self
 
@@ -121,7 +121,7 @@ class QuantizedTokens(TaskObjective):
             return self.quantizer(h_BTD[at.row_N, at.place_N])
 
     def decoded(self, z_NC: Tensor, at: At) -> Tensor:
-        """``y_NE`` of the tokens ``at``, all of a sample."""
+        """Decode ``y_NE`` of the tokens ``at``, which must be all tokens of their samples."""
         with self.row_tracker.select(at.host_row_N):
             y_NE = self.quantizer.outward(z_NC.to(self.quantizer.outward.weight.dtype))
             y_NE = y_NE + cast(Tensor, self.place_TE).to(y_NE.dtype)[at.place_N]
@@ -134,18 +134,18 @@ class QuantizedTokens(TaskObjective):
         return layout.part(y_NE)[0]
 
     def ids(self, h_BTD: Tensor) -> Tensor:
-        """Int64 ``[B, T, L]`` of a tower's tokens."""
+        """Quantise a tower's tokens to ids, int64 ``[B, T, L]``."""
         at = At.of(everyone(h_BTD.shape[:2], h_BTD.device))
         return self.quantized(h_BTD, at).id_NL.unflatten(0, h_BTD.shape[:2])
 
     def rebuilt(self, id_BTL: Tensor) -> Tensor:
-        """The input that ids stand for, in its units; of one channel, with or without an axis for it."""
+        """Decode ids to an input, in its units; one channel may have an axis or not."""
         at = At.of(everyone(id_BTL.shape[:2], id_BTL.device))
         y_NE = self.decoded(self.quantizer.vectors(id_BTL.flatten(0, 1)), at)
         return self.adapter.input(self.adapter.predict(y_NE, at.place_N).unflatten(0, id_BTL.shape[:2]))
 
     def _observe(self, found: Quantized, real_N: Tensor, at: At, batch: Batch, step: int) -> None:
-        """Count the use of codes; a step is over with as many rows as it has, or, cut short, when the next begins."""
+        """Count the use of codes. A step ends with its last row, or when the next one begins if it was cut short."""
         self._rows = self._rows if self._step == step else 0
         first, self._step = self._rows == 0, step
         self._rows += len(batch) * world()

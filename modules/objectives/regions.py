@@ -13,20 +13,22 @@ from descant.modules.objectives.masked import MaskedTokens
 
 
 class MaskedRegions(MaskedTokens):
-    """Classes of hidden regions, hidden with all that overlap them (masked region modelling of InterBERT).
+    """Prediction of the classes of hidden regions, as in InterBERT's masked region modelling.
 
         value_b = mean over hidden t of KL(p_bt || softmax(W h_bt))       h: fused with the other modality, or alone
 
-    Own pairs alone have hidden regions: the mismatched pairs of :class:`Match` are of tokens that are all visible, and
-    add nothing here. In the release a sample is a mismatched pair half of the time, whose masked loss is zeroed.
-    Source: Lin 2020 (arXiv 2003.13198) and its release, where p is a detector's.
+    Regions are hidden together with all that overlap them. Only own pairs have hidden regions: the mismatched pairs of
+    :class:`Match` have only visible tokens and add nothing here. In the release, half of the samples are mismatched
+    pairs, whose masked loss is set to zero. Source: Lin 2020 (arXiv 2003.13198) and its release, in which a detector
+    gives p.
 
     Args:
         classes: C of the target.
         regions: T.
-        modality: of the regions. boxes: the input with their boxes ``[B, T, 4]``; one without area is padding.
-        given: the modality that it is fused with; none predicts regions from regions.
-        mask: what is hidden.
+        modality: modality of the regions. boxes: the input with their boxes ``[B, T, 4]``; boxes without area are
+            padding.
+        given: the modality to fuse with; without it, regions are predicted from regions.
+        mask: chooses the hidden regions; RegionMask by default.
         target: the input with the probabilities ``[B, T, C]``.
 
     >>> MaskedRegions(classes=64, regions=24).adapter.grid

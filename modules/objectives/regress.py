@@ -17,13 +17,13 @@ from descant.modules.objectives.streams import Streams
 class Regress(TaskObjective):
     """Regression of a number: ``value_b = l(W norm(h_b), (y_b - mean) / scale)``, mean and scale of training samples.
 
-    h is the embedding z of one modality, or the first token of two, fused. A sample without a number, or without one of
-    the modalities, adds zero; the sum is over all samples of the step that have them.
+    h is the embedding z of one modality, or the first fused token of two. A sample without a number, or without one of
+    the modalities, adds zero. The sum is divided by the number of the step's samples that have the modalities.
 
     Args:
-        target: of the data, float ``[B]`` in its own unit; nan where a sample has none.
+        target: name of the target in the data, float ``[B]`` in its own unit; nan for samples without it.
         modalities: one, or two that are fused.
-        loss: of the number; SquaredError where not given.
+        loss: loss of the number; SquaredError by default.
     """
 
     def __init__(self, target: str, modalities: list[str], loss: NumberLoss | None = None) -> None:
@@ -36,7 +36,7 @@ class Regress(TaskObjective):
         return self
 
     def require_data(self, data: Any, training: bool) -> None:
-        if training:  # a resumed run has the scale of its checkpoint, which is read later
+        if training:  # a resumed run loads the scale from its checkpoint later
             self.number.read(data)
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
@@ -44,7 +44,7 @@ class Regress(TaskObjective):
         return {"": self.number.term(self.head(streams), batch.targets, batch.both(*self.reads), norm)}
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        """``loss`` of the rows with a number, on the scale of training."""
+        """Compute ``loss`` of the rows with a number, on the training scale."""
         return {"loss": self.number.term(self.head(streams), batch.targets, batch.both(*self.reads), "valid")}
 
     def answers(self, streams: Streams, batch: Batch) -> dict[str, dict[str, Tensor]]:

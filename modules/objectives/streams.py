@@ -1,4 +1,4 @@
-"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once, whichever objectives ask.
+"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once for all objectives.
 
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
@@ -8,9 +8,9 @@
     latent(m)           z = normalise(head_m(features(m)))
     own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
 
-Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % of other and 10 % of own tokens, and in SimMIM
-(2111.09886); hidden columns as in TIP (2407.07582).
-Letters: B samples, G samples of all ranks, R rows that run, V rows that have both of two modalities, N pairs, T tokens,
+Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % random and 10 % unchanged tokens, and as in
+SimMIM (2111.09886); hidden columns as in TIP (2407.07582).
+Letters: B samples, G samples on all ranks, R rows that run, V rows that have both of two modalities, N pairs, T tokens,
 D width.
 """
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class StreamModel(Protocol):
-    """What streams are computed with: towers, pools and heads, fusion layers, and the learned mask of each modality."""
+    """Model interface that streams need: towers, pools, heads, fusion layers, and one learned mask per modality."""
 
     towers: nn.ModuleDict
     pools: nn.ModuleDict
@@ -67,19 +67,19 @@ class StreamModel(Protocol):
 
 
 class Streams:
-    """Everything that objectives read of a batch. ``of(name, masks)``: as one of them sees it."""
+    """Streams of a batch, which objectives read. ``of(name, masks)``: the streams as one objective sees them."""
 
     name: Callable[[str], str]
     masks: Masks | None = None
 
     def __init__(self, model: StreamModel, batch: Batch, taught: Streams | None = None) -> None:
-        """``taught``: those of the recipe's own teacher, whose average of weights it is."""
+        """Prepare streams, computed on demand. ``taught``: those of the recipe's teacher, an average of its weights."""
         self.model, self.batch, self.made, self.taught = model, batch, dict[Hashable, Any](), taught
-        self.universal = model.before_pools  # the layers that tokens have passed
-        self.routings = list[list[Routing]]()  # where their experts took the tokens, of each call and layer
+        self.universal = model.before_pools  # layers that tokens pass through
+        self.routings = list[list[Routing]]()  # expert routing of tokens, by call and layer
 
     def of(self, name: Callable[[str], str], masks: Masks | None, universal: UniversalLayers | None = None) -> Streams:
-        """The same streams for an objective: ``name(part)`` of its terms, the tokens that it hides, its layers."""
+        """Return the same streams for one objective: with its terms' ``name(part)``, hidden tokens and layers."""
         seen = copy.copy(self)
         seen.name, seen.masks, seen.universal = name, masks, universal
         return seen
@@ -105,17 +105,17 @@ class Streams:
         return self.once(("universal", *key), lambda: universal(tower(), modality, *keys, *more))
 
     def features(self, modality: str, view: str = "") -> Tensor:
-        """``h_BD``, the pooled tokens of a view; of absent rows anything finite."""
+        """Return ``h_BD``, the pooled tokens of a view; absent rows hold any finite values."""
         seen = copy.copy(self)
         seen.universal = self.model.before_pools
         return self.once(("h", modality, view), lambda: pooled(self.model, seen.tokens(modality, view=view), modality))
 
     def latent(self, modality: str) -> Tensor:
-        """``z_BD``, of unit length; absent rows are zero."""
+        """Return unit-length ``z_BD``; absent rows are zero."""
         return self.once(("z", modality), lambda: self._latent(modality))
 
     def z(self, modality: str, part: str = "") -> Tensor:
-        """:meth:`latent` for the term of this part, at the fork where gradients of several terms meet."""
+        """Return :meth:`latent` for this part's term, from the fork where gradients of several terms meet."""
         fork = self.model.hooks.fork
         copies = self.once(("fork", modality), lambda: fork(self.latent(modality), self.model.forks[modality]))
         return copies[self.name(part)]
@@ -140,7 +140,7 @@ class Streams:
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
         if host_copy(seen_B).all():
             return _chunked(encode, (x, *more), step, tower)
-        rows = RunningRows(seen_B, x.device, least=step.chunks)  # one row a chunk
+        rows = RunningRows(seen_B, x.device, least=step.chunks)  # one row per chunk
         with rows.running(tower, model.row_tracker):
             h_RTD, mask_RT = _chunked(encode, (rows.take(x), *map(rows.choose, more)), step, tower)
         return Tokens(rows.put(h_RTD), rows.put(mask_RT))
@@ -148,10 +148,12 @@ class Streams:
     # two modalities ---------------------------------------------------------------------------------------------------
 
     def own(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
-        """The samples that have both, each fused with itself, and their rows ``[V]``; one row, of no tokens, if none
-        has."""
+        """Fuse the own pairs of samples that have both; return the fused tokens and the rows ``[V]``.
+
+        If no sample has both, the result is one row without tokens.
+        """
         places = list(self.model.towers)
-        if places.index(a) > places.index(b):  # one order, whichever is asked for: attention has none
+        if places.index(a) > places.index(b):  # compute one order for both: attention ignores order
             fused, row_V = self.own(b, a, masks)
             return Fused(fused.first_ND, fused.b, fused.a), row_V
         key = ("own", a, b, hidden(masks, a), hidden(masks, b), self.universal)
@@ -166,7 +168,7 @@ class Streams:
             return self.fusion.between(a, b).pairs(tokens_a, tokens_b, row_V, row_V), row_V
 
     def together(self, a: str, b: str, fused: bool) -> Tensor:
-        """``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
+        """Return ``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
         parts = [self.latent(a), self.latent(b)]
         if fused:
             tokens, row_V = self.own(a, b)
@@ -176,9 +178,9 @@ class Streams:
         return z_BD.masked_fill(~self.batch.both(a, b)[:, None], 0.0)
 
     def first(self, a: str, b: str, row_N: Tensor, column_N: Tensor, sample_N: Tensor, across: bool = False) -> Tensor:
-        """``[N, D]``: the first token of fused pairs, row of a and column of b, numbered over all ranks if ``across``.
+        """Return the first token of fused pairs, ``[N, D]``: row of a and column of b, over all ranks if ``across``.
 
-        ``sample_N``: the row of the batch that each pair is for.
+        ``sample_N``: the row of the batch that each pair belongs to.
         """
         get = self.gathered if across else self.mapped
         tokens_a, tokens_b = get(a), get(b)
@@ -190,12 +192,12 @@ class Streams:
         return torch.cat(parts)
 
     def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
-        """Tokens in the width of the fusion layers."""
+        """Map tokens to the width of the fusion layers."""
         key = ("mapped", modality, hidden(masks, modality), self.universal)
         return self.once(key, lambda: self.fusion.mapped(modality, self.tokens(modality, masks)))
 
     def gathered(self, modality: str) -> Tokens:
-        """:meth:`mapped` of the samples of all ranks, with gradients."""
+        """Gather :meth:`mapped` tokens of the samples of all ranks, with gradients."""
         return self.once(("all", modality, self.universal), lambda: _unpacked(gather(_packed(self.mapped(modality)))))
 
     @property
@@ -204,18 +206,18 @@ class Streams:
         return self.model.fusion
 
     def rows(self, sample_N: Tensor) -> AbstractContextManager[None]:
-        """Inside, row n of what modules see is row ``sample_N[n]`` of the batch."""
+        """Return a context in which row n of module inputs is row ``sample_N[n]`` of the batch."""
         return self.model.row_tracker.select(host_copy(sample_N))
 
 
 def pooled(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
-    """``h_BD``: the pooled tokens of a tower, or those that fusion layers with ``alone`` make of them."""
+    """Pool a tower's tokens to ``h_BD``, or the tokens that fusion layers with ``alone`` make from them."""
     tokens = tokens if model.fusion is None else model.fusion.embedded(modality, tokens)
     return model.pools[modality](tokens)
 
 
 def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real_BT: Tensor) -> Tokens:
-    """``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep their place and lose their content."""
+    """Compute ``encode(where(hidden, mask + position, embed(x)))``: hidden tokens keep only their place."""
     h_BTD = tower.embed(x)
     if hidden_BT.shape[1] != h_BTD.shape[1]:
         raise ValueError(f"the adapter has {hidden_BT.shape[1]} tokens, and {type(tower).__name__} {h_BTD.shape[1]}")
@@ -225,16 +227,16 @@ def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real
 
 
 def hidden(masks: Masks | None, modality: str) -> int | None:
-    """Identity of the masks that hide tokens of a modality; None where its tokens are as they are.
+    """Return the identity of the masks that hide a modality's tokens; None if its tokens are not hidden.
 
-    Objectives that hide alike have one object (:attr:`TaskObjective.hiding`), on every rank: equal masks do not count,
-    since a rank whose samples lack the modality would run its tower less often than the others.
+    Objectives that hide alike share one object on every rank (:attr:`TaskObjective.hiding`). Equality of masks is not
+    compared: a rank whose samples lack the modality would then run its tower less often than the others.
     """
     return None if masks is None or modality not in masks.target else id(masks)
 
 
 def _chunked(encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: Step, tower: nn.Module) -> Tokens:
-    """``encode(*inputs)``, with the activations of one of ``step.chunks`` pieces at a time in training."""
+    """Compute ``encode(*inputs)``; in training, keep activations of only one of ``step.chunks`` pieces at a time."""
     if step.chunks == 1 or not torch.is_grad_enabled():
         return encode(*inputs)
 
@@ -246,7 +248,7 @@ def _chunked(encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: St
 
 
 def _packed(tokens: Tokens) -> Tensor:
-    """``[B, T, D + 1]``: features, and 1 at real tokens."""
+    """Pack tokens into ``[B, T, D + 1]``: features, and 1 at real tokens."""
     return torch.cat([tokens.h_BTD, tokens.mask_BT[..., None].to(tokens.h_BTD.dtype)], dim=2)
 
 

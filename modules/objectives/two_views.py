@@ -1,4 +1,4 @@
-"""Two views of one modality as one of several objectives. Letters: B samples, D width, P of projections."""
+"""Two views of one modality as one of several objectives. Letters: B samples, D width, P width of projections."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from descant.modules.objectives.streams import Streams
 
 
 class TwoViews(TaskObjective):
-    """Self-supervision or self-distillation by two views: ``value_b = objective(h_1, h_2, t_1, t_2)_b``.
+    """Self-supervision or self-distillation with two views: ``value_b = objective(h_1, h_2, t_1, t_2)_b``.
 
-    h_v are the pooled features of view v, the first of which other objectives share; t_v the teacher's projections,
-    if the objective has one: an average of all weights of the recipe. A loss of a batch, such as that of VICReg, is one
-    value a step.
+    h_v are the pooled features of view v; other objectives share those of the first view. t_v are the teacher's
+    projections, if the objective has a teacher: an average of all weights of the recipe. A loss per batch, such as that
+    of VICReg, is one value per step.
 
     Args:
-        modality: of which the data has two views, such as ``data.views {image: 2}``.
-        objective: over the views, such as SimCLR, BYOL or DINO.
+        modality: modality with two views in the data, such as ``data.views {image: 2}``.
+        objective: objective over the views, such as SimCLR, BYOL or DINO.
 
     >>> from descant.modules.losses.views import BYOL
     >>> from descant.modules.towers import VectorTower
@@ -35,7 +35,7 @@ class TwoViews(TaskObjective):
     (('image',), 0.996)
     """
 
-    in_batch_negatives = True  # or batch norms, a centre, a queue
+    in_batch_negatives = True  # samples also interact through batch norms, a centre or a queue
 
     def __init__(self, modality: str, objective: ViewObjective) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class TwoViews(TaskObjective):
         m, valid_B = self.reads[0], batch.present[self.reads[0]]
         h = [streams.features(m, view) for view in ("", "@2")]
         value = self.objective(Views(h, batch.content_id, valid_B, self._targets(streams)))
-        if self.objective.whole:  # the same number on each rank, of all rows: their mean
+        if self.objective.whole:  # every rank computes the same number from all rows: take the mean
             return {"": Term(value, norm=float(world()), whole=True)}
         return {"": Term(value, valid=valid_B, given=(m,))}
 
     @torch.no_grad()
     def _targets(self, streams: Streams) -> list[Tensor]:
-        """The teacher's projections of both views."""
+        """Return the teacher's projections of both views; empty without a teacher."""
         theirs = streams.taught
         if self.momentum is None or theirs is None:
             return []

@@ -1,6 +1,6 @@
-"""Tokenizers of anything but text: pictures, speech or vectors as a fixed number of ids, and back.
+"""Tokenizers of anything but text: they convert pictures, speech or vectors to a fixed number of ids, and back.
 
-Imports no network: data modules may. Letters: B samples, T places of a layer, L layers.
+This module imports no network, so data modules may import it. Letters: B samples, T places of a layer, L layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from descant.modules.core.host import everyone
 class CodeTokenizer(nn.Module):
     """Base of tokenizers of codes: ``encode(x) -> code_BT``; ``decode(code_BT) -> x``, in shape and units of the input.
 
-    Ids are int64 ``[B, length]``, layer by layer in blocks of equal length, as of SpeechTokenizer in MIO (arXiv
-    2409.17692); those of layer l are ``l * codes`` to ``(l + 1) * codes - 1``. No id is padding; of padding any id. No
-    model trains the tokenizer whose codes it reads: no gradient passes it.
+    Ids are int64 ``[B, length]``, layer by layer in blocks of equal length, as SpeechTokenizer's in MIO (arXiv
+    2409.17692). Those of layer l are ``l * codes`` to ``(l + 1) * codes - 1``. No id means padding; padding has any id.
+    No model trains the tokenizer whose codes it reads: no gradient passes it.
 
     Args:
-        grid: tokens along each axis. codes: ids of one layer. layers: of residual quantizers.
+        grid: tokens along each axis. codes: number of ids of one layer. layers: number of residual quantizers.
 
     >>> tokenizer = CodeTokenizer(grid=[2], codes=8, layers=2)
     >>> code_BT = tokenizer.joined(torch.tensor([[[1, 7], [3, 0]]]))
@@ -39,25 +39,25 @@ class CodeTokenizer(nn.Module):
 
     @property
     def length(self) -> int:
-        """Ids of a sample."""
+        """Return the number of ids of a sample."""
         return self.layers * math.prod(self.grid)
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids, of all layers."""
+        """Return the number of ids of all layers."""
         return self.layers * self.codes
 
-    #: Training samples that :meth:`fit` asks for before the first step; 0 for a tokenizer that needs none.
+    #: Number of training samples that :meth:`fit` needs before the first step; 0 for a tokenizer that needs none.
     samples: int = 0
-    #: Whether it has been fitted, in this process or by the weights that were loaded.
+    #: Whether it has been fitted, in this process or by loaded weights.
     fitted: bool = False
 
     def fit(self, x: Tensor) -> None:
-        """Learn from the inputs of some training samples; only where ``samples`` are asked for."""
+        """Learn from the inputs of some training samples; only if ``samples`` is above 0."""
         raise NotImplementedError
 
     def real(self, x: Tensor) -> Tensor:
-        """Bool ``[B, length]``: ids that stand for content, and not for padding; all by default."""
+        """Return which ids are content and not padding, bool ``[B, length]``; all by default."""
         return everyone((len(x), self.length), x.device)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -67,19 +67,19 @@ class CodeTokenizer(nn.Module):
         raise NotImplementedError
 
     def cover(self, x_BT: Tensor) -> Tensor:
-        """Values of tokens, such as masks, at all numbers of the input that each stands for; of the first layer's."""
+        """Copy values of the first layer's tokens, such as masks, to all input numbers that each token represents."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
-        """Always in eval mode."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def joined(self, id_BTL: Tensor) -> Tensor:
-        """Ids of each layer, from 0, as one row ``[B, length]``."""
+        """Join ids of each layer, from 0, to one row ``[B, length]``."""
         return (id_BTL + self.codes * torch.arange(self.layers, device=id_BTL.device)).transpose(1, 2).flatten(1)
 
     def split(self, code_BT: Tensor) -> Tensor:
-        """The inverse of ``joined``."""
+        """Split a row into the ids of each layer, from 0: the inverse of ``joined``."""
         if code_BT.ndim != 2 or code_BT.shape[1] != self.length:
             sizes = f"{' x '.join(map(str, self.grid))} in {self.layers} layer{'s' * (self.layers > 1)}"
             raise ValueError(f"codes {list(code_BT.shape)}: this tokenizer has rows of {self.length} ids, {sizes}")
@@ -92,7 +92,7 @@ class CodeTokenizer(nn.Module):
         return id_BLT.transpose(1, 2)
 
     def digest(self) -> str:
-        """Hexadecimal digest of kind, sizes and weights: equal where the same input gets the same ids."""
+        """Compute a hexadecimal digest of type, sizes and weights; if equal, the same input gets the same ids."""
         digest = hashlib.blake2b(
             f"{type(self).__name__} {self.grid} {self.codes} {self.layers}".encode(), digest_size=16
         )
@@ -103,13 +103,13 @@ class CodeTokenizer(nn.Module):
 
     @staticmethod
     def from_run(path: Path | str, checkpoint: str = "best", objective: str | None = None) -> CodeTokenizer:
-        """The tokenizer that a run of MultiTask has trained as an objective :class:`QuantizedTokens`.
+        """Load the tokenizer that a run of MultiTask has trained as an objective :class:`QuantizedTokens`.
 
         Args:
             path: a run folder, a checkpoint in one, or an export.
-            checkpoint: of a run folder: best, last or a file in it.
-            objective: its name; needed where the run has several.
+            checkpoint: in a run folder: best, last or a file in it.
+            objective: its name; needed if the run has several.
         """
-        from descant.modules.adaptation.saved_tokenizer import SavedTokenizer  # late: networks
+        from descant.modules.adaptation.saved_tokenizer import SavedTokenizer  # late, since it imports networks
 
         return SavedTokenizer(Path(path), checkpoint, objective)

@@ -1,6 +1,6 @@
-"""Quantizers, vectors to ids of codes and back: VQ, residual VQ and FSQ, whose statistics are of all ranks.
+"""Quantizers, from vectors to ids of codes and back: VQ, residual VQ and FSQ, with statistics over all ranks.
 
-Letters: N tokens, L layers, K codes of a layer, C width of a code, D and E widths before and behind, R candidates.
+Letters: N tokens, L layers, K codes of a layer, C width of a code, D and E widths before and after, R candidates.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NEVER = torch.iinfo(torch.int64).max
 class Quantized(NamedTuple):
     """Quantised vectors.
 
-    ``z_NC``: the code of each, with the gradient of the vector as it came (straight-through). ``id_NL``: int64, 0 to
-    K - 1. ``commit_N``: how far vectors are from their codes; None where the method has no such loss. ``left_NLC``:
-    what each layer quantised, without gradient; of width 0 where no codebook follows it.
+    ``z_NC``: the code of each, with the gradient of the original vector (straight-through). ``id_NL``: int64, 0 to
+    K - 1. ``commit_N``: how far vectors are from their codes; None if the method has no such loss. ``left_NLC``: the
+    input that each layer quantised, without gradient; of width 0 if no codebook follows it.
     """
 
     z_NC: Tensor
@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
 
 
 def residual_vq(z_NC: Tensor, code_LKC: Tensor) -> Quantized:
-    """Nearest codes, layer by layer of what the layers before have left; with one layer the VQ of VQ-VAE.
+    """Find nearest codes, each layer for the residual of the layers before; with one layer, this is VQ-VAE's VQ.
 
         i_l = argmin_k |r_l - e_lk|^2,   r_1 = z,   r_(l+1) = r_l - e_(l, i_l),   z' = sum_l e_(l, i_l) + z - sg(z)
         commit = sum_l mean_c (r_l - sg(e_(l, i_l)))_c^2
@@ -58,7 +58,7 @@ def residual_vq(z_NC: Tensor, code_LKC: Tensor) -> Quantized:
 
 
 def fsq(z_NC: Tensor, levels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Finite scalar quantisation: each coordinate rounded to one of a few levels; ``z_NC`` in -1..1, and ``id_N``.
+    """Round each coordinate to one of a few levels, finite scalar quantisation: ``z_NC`` in -1..1, and ``id_N``.
 
         b_c = h_c tanh(z_c + tan(o_c / h_c)) - o_c,   h = (levels - 1) (1 - 0.001) / 2,   o = 1/2 of even levels, else 0
         q_c = round(b_c),   z'_c = q_c / w_c,   id = sum_c (q_c + w_c) prod_(d<c) levels_d,   w = floor(levels / 2)
@@ -77,10 +77,10 @@ def fsq(z_NC: Tensor, levels_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Seen(NamedTuple):
-    """Statistics of the real tokens of an optimizer step, and candidates that dead codes are replaced by.
+    """Statistics of the real tokens of an optimizer step, and candidates that replace dead codes.
 
-    ``count_LK``, ``sum_LKC``: tokens of each code, and the sum of their vectors. ``key_R``: int64, ascending;
-    ``z_RLC``: what each layer quantised of the candidates.
+    ``count_LK``, ``sum_LKC``: number of tokens of each code, and the sum of their vectors. ``key_R``: int64, ascending;
+    ``z_RLC``: the inputs that each layer quantised of the candidates.
     """
 
     count_LK: Tensor
@@ -90,7 +90,7 @@ class Seen(NamedTuple):
 
     @staticmethod
     def of(found: Quantized, real_N: Tensor, key_N: Tensor, codes: int, most: int) -> Seen:
-        """``key_N``: a draw for each token; the ``most`` smallest are candidates."""
+        """Collect statistics. ``key_N``: one draw per token; tokens with the ``most`` smallest are candidates."""
         N, L, C = found.left_NLC.shape
         z_NLC = found.left_NLC.masked_fill(~real_N[:, None, None], 0.0)
         at_M = (found.id_NL + codes * torch.arange(L, device=real_N.device)).flatten()
@@ -100,13 +100,13 @@ class Seen(NamedTuple):
         return Seen(count_LK, sum_LKC, *smallest(key_N.masked_fill(~real_N, NEVER), z_NLC, most))
 
     def with_(self, other: Seen) -> Seen:
-        """Of two micro-batches together."""
+        """Combine the statistics of two micro-batches."""
         key_R, z_RLC = torch.cat([self.key_R, other.key_R]), torch.cat([self.z_RLC, other.z_RLC])
         candidates = smallest(key_R, z_RLC, len(self.key_R))
         return Seen(self.count_LK + other.count_LK, self.sum_LKC + other.sum_LKC, *candidates)
 
     def of_ranks(self) -> Seen:
-        """Of all ranks, the same on each."""
+        """Combine the statistics of all ranks, with the same result on each."""
         flat = total_of_ranks(torch.cat([self.count_LK.flatten(), self.sum_LKC.flatten()]))
         count, total = flat.split([self.count_LK.numel(), self.sum_LKC.numel()])
         candidates = smallest(gather(self.key_R), gather(self.z_RLC), len(self.key_R))
@@ -114,7 +114,7 @@ class Seen(NamedTuple):
 
 
 def smallest(key_N: Tensor, z_NLC: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The ``most`` tokens of the smallest keys, in their order; behind the last one ``NEVER``, and zeros.
+    """Return the ``most`` tokens with the smallest keys, in order; after the last one, ``NEVER`` and zeros.
 
     >>> key_R, z_RLC = smallest(torch.tensor([7, 2, 5]), torch.tensor([[[0.5]], [[0.25]], [[1.0]]]), 2)
     >>> key_R.tolist(), z_RLC.flatten().tolist()
@@ -125,13 +125,14 @@ def smallest(key_N: Tensor, z_NLC: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def moved(count_LK: Tensor, sum_LKC: Tensor, seen: Seen, decay: float, dead: float | None) -> tuple[Tensor, Tensor]:
-    """Moving averages of use and of sums after a step; codes that are hardly used begin anew at tokens of the batch.
+    """Update moving averages of use and of sums after a step; rarely used codes restart at tokens of the batch.
 
         n_k = decay n_k + (1 - decay) count_k,    m_k = decay m_k + (1 - decay) sum_k,    e_k = m_k / n_k
         n_k < dead mean(n):   n_k = mean(n),  m_k = n_k z     z: the first candidate that no code before it has taken
 
-    A step without tokens changes nothing. Source: van den Oord 2017, appendix A.1; that dead codes are replaced by
-    random vectors of the batch, SoundStream, where dead is a use below 2: here a share of even use, whatever the batch.
+    A step without tokens changes nothing. Source: van den Oord 2017, appendix A.1; SoundStream for replacing dead codes
+    by random vectors of the batch. There a code is dead if its use is below 2; here, below a share of even use,
+    whatever the batch.
     """
     rate = (1 - decay) * (seen.count_LK.sum() > 0).to(count_LK.dtype)
     count_LK, sum_LKC = count_LK.lerp(seen.count_LK, rate), sum_LKC.lerp(seen.sum_LKC, rate)
@@ -147,7 +148,7 @@ def moved(count_LK: Tensor, sum_LKC: Tensor, seen: Seen, decay: float, dead: flo
 
 
 def usage(count_LK: Tensor, dead: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Perplexity of the codes as a share of their number, the mean over layers, and the number of dead codes.
+    """Compute the codes' perplexity as a share of their number, mean over layers, and the number of dead codes.
 
         exp(-sum_k p_k log p_k) / K,    p_k = n_k / sum_j n_j;    dead: p_k < dead / K
 
@@ -162,17 +163,18 @@ def usage(count_LK: Tensor, dead: float = 0.1) -> tuple[Tensor, Tensor]:
 class Quantizer(nn.Module):
     """Base of quantizers: ``quantizer(h_ND) -> Quantized``, with linear maps from D to the width of a code and on to E.
 
-    A subclass implements ``quantize`` and ``vectors``. Quantisation is in float32 or finer, also inside autocast. The
-    use of codes is averaged over optimizer steps, of the real tokens of all ranks and micro-batches, and saved.
+    A subclass implements ``quantize`` and ``vectors``. Quantisation is in float32 or higher precision, also inside
+    autocast. The use of codes is averaged over optimizer steps, for the real tokens of all ranks and micro-batches, and
+    saved.
 
     Args:
-        codes: K. layers: L. width: C. decay: of the averages, a step.
+        codes: K. layers: L. width: C. decay: of the averages, per step.
     """
 
     count_LK: Tensor
-    #: Weight of the commitment loss, of a method that has one.
+    #: Weight of the commitment loss, if the method has one.
     commitment = 0.0
-    #: How many candidates for dead codes a step keeps.
+    #: Number of candidates for dead codes that a step keeps.
     candidates = 0
 
     def __init__(self, codes: int, layers: int, width: int, decay: float = 0.99) -> None:
@@ -181,10 +183,10 @@ class Quantizer(nn.Module):
             raise ValueError(f"codes {codes}: at least 2")
         self.codes, self.layers, self.width, self.decay = codes, layers, width, decay
         self.register_buffer("count_LK", torch.zeros(layers, codes))
-        self._seen: Seen | None = None  # of the micro-batches of a step so far
+        self._seen: Seen | None = None  # statistics of a step's micro-batches so far
 
     def build(self, width: int, out: int) -> Self:
-        """Layers from D = ``width`` and to E = ``out``."""
+        """Make the layers from D = ``width`` and to E = ``out``; return itself."""
         self.inward, self.outward = nn.Linear(width, self.width), nn.Linear(self.width, out)
         return self
 
@@ -197,14 +199,15 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def vectors(self, id_NL: Tensor) -> Tensor:
-        """``z_NC`` of ids."""
+        """Return ``z_NC`` of ids."""
         raise NotImplementedError
 
     @torch.no_grad()
     def observe(self, found: Quantized, real_N: Tensor, key_N: Tensor, first: bool = True, last: bool = True) -> None:
-        """Count the tokens of a micro-batch; after the last one of an optimizer step codes move. Collective.
+        """Count the tokens of a micro-batch; after the last one of an optimizer step, update the codes. Collective.
 
-        ``real_N``: bool, False for padding. ``key_N``: int64, a draw for each token. ``first``, ``last``: of the step.
+        ``real_N``: bool, False for padding. ``key_N``: int64, one draw per token. ``first``, ``last``: whether the
+        micro-batch is the first or last of the step.
         """
         finite_N = found.left_NLC.isfinite().flatten(1).all(dim=1)  # a step that is skipped leaves no nan
         seen = Seen.of(found, real_N & finite_N, key_N, self.codes, self.candidates)
@@ -214,12 +217,12 @@ class Quantizer(nn.Module):
             self._seen = None
 
     def learn(self, seen: Seen) -> None:
-        """What a step of all ranks changes."""
+        """Apply the changes of a step of all ranks."""
         none_LKC = self.count_LK.new_zeros(*self.count_LK.shape, seen.sum_LKC.shape[2])
         self.count_LK.copy_(moved(self.count_LK, none_LKC, seen, self.decay, None)[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Averages move to a device and are never in half precision, in which they would soon stop moving."""
+        """Move averages to a device, but never to half precision, in which they would soon stop moving."""
         kept = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, recurse)
         for name, x in kept.items():
@@ -230,13 +233,13 @@ class Quantizer(nn.Module):
 
 
 class RVQ(Quantizer):
-    """Residual vector quantisation (SoundStream): each layer quantises what is left, by a codebook of moving averages.
+    """Residual vector quantisation (SoundStream): each layer quantises the residual, by a codebook of moving averages.
 
     See :func:`residual_vq` and :func:`moved`. The first step of training replaces unused codes by vectors of its batch.
 
     Args:
-        codes: K, of each layer. layers: L. width: C. decay: of the averages that codes are.
-        commitment: weight of the loss that holds vectors near their codes.
+        codes: K, of each layer. layers: L. width: C. decay: of the moving averages that are the codes.
+        commitment: weight of the loss that keeps vectors near their codes.
         dead: codes used less than this share of even use are replaced by vectors of the batch; None for never.
 
     >>> RVQ(codes=8, layers=2, width=4).build(width=16, out=16)(torch.randn(5, 16)).id_NL.shape
@@ -261,7 +264,7 @@ class RVQ(Quantizer):
         self.register_buffer("sum_LKC", torch.zeros(layers, codes, width))
 
     def fitted(self, z: Tensor) -> Tensor:
-        """Vectors and codes as they are compared."""
+        """Prepare vectors and codes for the comparison; unchanged here."""
         return z
 
     def quantize(self, z_NC: Tensor) -> Quantized:
@@ -283,12 +286,12 @@ class RVQ(Quantizer):
 
 
 class VQ(RVQ):
-    """Vector quantisation (VQ-VAE): the nearest code of one codebook, which is a moving average of its vectors.
+    """Vector quantisation (VQ-VAE) to the nearest code of one codebook; a code is a moving average of its vectors.
 
     Args:
         codes: K. width: C; a narrow one keeps more codes in use (ViT-VQGAN, arXiv 2110.04627).
-        cosine: vectors and codes are of unit length, as there.
-        decay, commitment, dead: as of :class:`RVQ`.
+        cosine: vectors and codes have unit length, as in ViT-VQGAN.
+        decay, commitment, dead: as in :class:`RVQ`.
 
     >>> VQ(codes=8, width=4).build(width=16, out=16)(torch.randn(2, 16)).z_NC.norm(dim=1).round().tolist()
     [1.0, 1.0]

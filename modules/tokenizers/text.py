@@ -19,7 +19,7 @@ from descant.modules.core.rng import salt
 from descant.modules.io.pretrained import locate, padding_of, reading, tokenizer_of
 
 PAD, BOS, EOS = 0, 1, 2
-#: Special ids before those of text: padding, begin, end, mask, and reserved ones.
+#: Number of special ids before those of text: padding, begin, end, mask, and reserved ones.
 SPECIAL = 8
 #: Marks the image in a dialogue written by a chat template.
 PLACE = "\x00"
@@ -29,8 +29,8 @@ class Tokenizer:
     """Base of tokenizers, text -> token ids. A subclass sets ``vocabulary`` (number of ids) and ``comma`` (ids between
     two pieces).
 
-    A row begins with ``begin``, ends with ``end`` and is filled with ``pad``: ``<bos>`` 1, ``<eos>`` 2 and ``<pad>`` 0
-    here, the model's own in a pretrained tokenizer.
+    A row begins with ``begin``, ends with ``end`` and is filled with ``pad``. These are ``<bos>`` 1, ``<eos>`` 2 and
+    ``<pad>`` 0 here, and the model's own in a pretrained tokenizer.
 
     Args:
         length: T, tokens of a row; longer texts are truncated, without ``<eos>``.
@@ -51,25 +51,25 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of these ids, without begin and end; for lossless tokenizers."""
+        """Decode ids to text, without begin and end; for lossless tokenizers."""
         raise NotImplementedError
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text; raises ValueError for one without content."""
+        """Return the token ids of a text; raise ValueError for one without content."""
         ids = self.encode(text) if text.strip() else []
         if not ids:
             raise ValueError(f"an empty caption has no tokens: {text!r}")
         return ids
 
     def question(self, text: str, image: int | None, answer: int) -> list[int]:
-        """Ids of a dialogue up to the answer: ``<bos> image text answer``.
+        """Return the ids of a dialogue up to the answer: ``<bos> image text answer``.
 
         ``image``, ``answer``: the special ids of an image, if there is one, and of the beginning of an answer.
         """
         return [BOS, *_maybe(image), *self.ids(text), answer]
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
-        """Token pieces -> ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
+        """Join token pieces to ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
         return self._padded([*self.begin, *self._joined(pieces), *self.end][: self.length])
 
     def _joined(self, pieces: Sequence[Sequence[int]]) -> list[int]:
@@ -82,7 +82,7 @@ class Tokenizer:
         return ids + [self.pad] * (self.length - len(ids))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Int64 ``[N, T]``."""
+        """Encode texts to int64 ``[N, T]``."""
         return torch.tensor([self.row([self.ids(text)]) for text in texts])
 
 
@@ -122,8 +122,8 @@ class BPETokenizer(Tokenizer):
     Args:
         path: the file.
         length: T, tokens of a row.
-        size: ids that are kept: those of the first merges, so that texts have more tokens and a softmax over them is
-            cheaper; all where not given.
+        size: number of ids to keep, those of the first merges: texts get more tokens, and a softmax over the ids gets
+            cheaper. All if not given.
     """
 
     def __init__(self, path: Path | str, length: int = 24, size: int | None = None) -> None:
@@ -139,7 +139,7 @@ class BPETokenizer(Tokenizer):
             self.tokenizer = tokenizers.Tokenizer.from_str(_first_merges(path, size))
         self.vocabulary = self.tokenizer.get_vocab_size()
         self.comma = self.encode(",")
-        self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that it decodes before a text
+        self.ahead = self.tokenizer.decode(self.encode("a")).removesuffix("a")  # a space that decoding puts first
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -149,8 +149,7 @@ class BPETokenizer(Tokenizer):
 
 
 def _first_merges(path: Path, size: int) -> str:
-    """The tokenizer file with ids below ``size`` alone: a byte-pair encoding with fewer merges, each of which adds the
-    next id."""
+    """Cut a tokenizer file to ids below ``size``: a byte-pair encoding with fewer merges, each of which adds one id."""
     file = json.loads(path.read_text(encoding="utf-8"))
     vocab, merges = file["model"].get("vocab"), file["model"].get("merges")
     if file["model"].get("type") != "BPE":
@@ -165,13 +164,13 @@ def _first_merges(path: Path, size: int) -> str:
 class PretrainedTokenizer(Tokenizer):
     """Tokenizer of a pretrained Hugging Face model: the ids of its own ``__call__``, padded on the right.
 
-    Equals ``tokenizer([text], padding="max_length", truncation=True, max_length=length)``: its own begin and end
-    (``[CLS]`` and ``[SEP]`` of BERT, often none of a language model), also in truncated texts, and its own padding.
-    Pieces are joined as in ``a, b``; where a space belongs to the next word (byte-level BPE), they are decoded and
-    encoded again.
+    It equals ``tokenizer([text], padding="max_length", truncation=True, max_length=length)``. A row has the tokenizer's
+    own begin and end (``[CLS]`` and ``[SEP]`` of BERT, often none of a language model), also for truncated texts, and
+    its own padding. Pieces are joined as in ``a, b``; if a space belongs to the next word (byte-level BPE), they are
+    decoded and encoded again.
 
     Args:
-        folder: of the tokenizer's files, such as a model's folder.
+        folder: folder of the tokenizer's files, such as a model's folder.
         gguf: name of a GGUF file in the folder or package, or the path of one.
         package: name of an installed package that carries such a folder or file.
         length: T, tokens of a row.
@@ -197,18 +196,18 @@ class PretrainedTokenizer(Tokenizer):
         if len(self.begin) + len(self.end) >= length:
             raise ValueError(f"length {length}: {place.label} adds {len(self.begin) + len(self.end)} ids to a text")
         with reading(place):
-            #: a piece has the same ids alone and behind a comma
+            #: whether a piece has the same ids alone and after a comma
             self.joins = self._words("red apple, fruit") == [*self._words("red apple"), ",", *self._words("fruit")]
             self.comma = self.encode(",") if self.joins else []
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids that the tokenizer adds before and after a text."""
+        """Find the ids that the tokenizer adds before and after a text."""
         inner, ids = self.encode("a"), self.tokenizer.encode("a").ids
         start = next(k for k in range(len(ids)) if ids[k : k + len(inner)] == inner)
         return tuple(ids[:start]), tuple(ids[start + len(inner) :])
 
     def _words(self, text: str) -> list[str]:
-        """Pre-tokenized words of a text, which no token crosses."""
+        """Split a text into pre-tokenized words, which no token crosses."""
         normalizer, cutter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         text = text if normalizer is None else normalizer.normalize_str(text)
         return [text] if cutter is None else [word for word, _ in cutter.pre_tokenize_str(text)]
@@ -220,9 +219,9 @@ class PretrainedTokenizer(Tokenizer):
         return self.tokenizer.decode(list(ids))
 
     def question(self, text: str, image: int | None, answer: int) -> list[int]:
-        """A user's turn in the tokenizer's chat template, the image before the text.
+        """Encode a user's turn in the tokenizer's chat template, with the image before the text.
 
-        Raises ValueError for a tokenizer without a template, or one whose turns do not end with id 2.
+        Raise ValueError for a tokenizer without a template, or one whose turns do not end with id 2.
         """
         if not self.template:
             raise ValueError(f"{self.source}: no chat template; use the tokenizer of an instruction-tuned model")
@@ -246,7 +245,7 @@ class PretrainedTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """Byte tokenizer, one id a UTF-8 byte: any language, lossless, every digit a token.
+    """Byte tokenizer, one id per UTF-8 byte: any language, lossless, every digit a token.
 
     Args:
         length: T, tokens of a row.
@@ -264,7 +263,7 @@ class ByteTokenizer(Tokenizer):
         return [SPECIAL + byte for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Invalid UTF-8 becomes U+FFFD."""
+        """Decode bytes; invalid UTF-8 becomes U+FFFD."""
         return bytes(i - SPECIAL for i in ids if SPECIAL <= i < self.vocabulary).decode(errors="replace")
 
 
@@ -304,9 +303,9 @@ class WordTokenizer(Tokenizer):
 class NgramTokenizer(Tokenizer):
     """Words and their character n-grams, hashed into buckets (fastText; Bojanowski 2017, arXiv 1607.04606).
 
-    ``ids(text)`` holds, once each, a bucket for every word ``w`` and for every n-gram of ``<w>``: rare words
-    (sunglasses, sunflower) share n-grams with known ones. Any language, no file; word order is lost, so use it with a
-    bag of embeddings.
+    ``ids(text)`` holds, once each, a bucket for every word ``w`` and for every n-gram of ``<w>``. So rare words
+    (sunglasses, sunflower) share n-grams with known ones. It takes any language and needs no file. Word order is lost,
+    so use it with a bag of embeddings.
 
     Args:
         n: characters of an n-gram.

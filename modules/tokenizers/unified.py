@@ -1,10 +1,10 @@
-"""One vocabulary of text and of the codes of other modalities, and which id may follow which.
+"""One vocabulary for text and for the codes of other modalities, with the rules of which id may follow which.
 
     0 ... text - 1 | marks of dialogues | begin, codes of layer 0, codes of layer 1, ..., end | begin, codes, end | ...
 
-Source: MIO (arXiv 2409.17692), whose ids are those of text, of image codes and of speech codes; those of a sample stand
-between two marks, layer by layer in blocks of equal length. Letters: B rows, T codes of a sample, S = T + 2 with its
-marks, R rows that are generated, N tokens of one so far, V ids, Z states.
+Source: MIO (arXiv 2409.17692), with ids of text, of image codes and of speech codes. The codes of a sample are between
+two marks, layer by layer in blocks of equal length. Letters: B rows, T codes of a sample, S = T + 2 with its marks, R
+generated rows, N tokens of one so far, V ids, Z states.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ class CodeFormat:
 
     @property
     def length(self) -> int:
-        """Ids of a sample."""
+        """Return the number of ids of a sample."""
         return self.layers * math.prod(self.grid)
 
     @property
     def first_T(self) -> Tensor:
-        """The first code that each place may have: those of its layer."""
+        """Return the first code that each place may have: that of its layer."""
         return self.codes * torch.arange(self.layers).repeat_interleave(math.prod(self.grid))
 
 
 class UnifiedVocabulary:
-    """Disjoint ranges of ids of one language model: text, and a begin, all codes and an end of each modality.
+    """Disjoint ranges of ids of one language model: text, and for each modality a begin, all codes and an end.
 
         id(m, layer l, code c) = first_m + 1 + l K_m + c,   first_m and first_m + 1 + L_m K_m: its begin and its end
 
     Args:
-        text: ids of the text's tokenizer. formats: modality -> its codes, in the order of ids.
-        marks: ids between them that are neither, those of an image and of an answer in dialogues.
+        text: number of ids of the text tokenizer. formats: modality -> format of its codes, in the order of ids.
+        marks: number of ids between these, such as those of an image and of an answer in dialogues.
 
     >>> vocabulary = UnifiedVocabulary(264, {"image": CodeFormat((2,), 8), "audio": CodeFormat((2,), 4, layers=2)})
     >>> vocabulary.size, vocabulary.range("image"), vocabulary.range("audio")
@@ -82,7 +82,7 @@ class UnifiedVocabulary:
         self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def range(self, modality: str) -> range:
-        """Ids of a modality, without its begin and end. Raises ValueError for an unknown one."""
+        """Return the ids of a modality, without its begin and end. Raise ValueError for an unknown one."""
         if modality == TEXT:
             return range(self.text)
         if modality not in self.formats:
@@ -91,7 +91,7 @@ class UnifiedVocabulary:
         return range(self.begins[modality] + 1, self.begins[modality] + 1 + format.layers * format.codes)
 
     def kind(self, token: int) -> str:
-        """What an id is, in words."""
+        """Describe an id in words."""
         for modality in (TEXT, *self.formats):
             ids = self.range(modality)
             if token in ids:
@@ -101,7 +101,7 @@ class UnifiedVocabulary:
         return "a mark" if self.text <= token < self.size else f"outside every range of the {self.size} ids"
 
     def wrap(self, modality: str, code_BT: Tensor) -> Tensor:
-        """Codes of samples, from 0, as ids between begin and end: ``[B, T] -> [B, S]``."""
+        """Convert codes of samples, from 0, to ids between begin and end: ``[B, T] -> [B, S]``."""
         ids = self.range(modality)
         ends_B1 = (code_BT.new_full((len(code_BT), 1), i) for i in (ids.start - 1, ids.stop))
         id_BS = torch.cat([next(ends_B1), code_BT + ids.start, next(ends_B1)], dim=1)
@@ -109,7 +109,7 @@ class UnifiedVocabulary:
         return id_BS
 
     def unwrap(self, modality: str, id_BS: Tensor) -> Tensor:
-        """The inverse of ``wrap``."""
+        """Convert ids between begin and end to codes: the inverse of ``wrap``."""
         ids, format, host_BS = self.range(modality), self.formats[modality], id_BS.cpu()
         least_S = torch.cat([torch.tensor([-1]), format.first_T, torch.tensor([len(ids)])]) + ids.start
         most_S = least_S + (format.codes - 1)
@@ -124,7 +124,7 @@ class UnifiedVocabulary:
         return id_BS[:, 1:-1] - ids.start
 
     def parse(self, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """An answer as its parts, text ids and codes of whole samples, in order; ends at ``<eos>``.
+        """Split an answer into its parts, text ids and codes of whole samples, in order; parsing ends at ``<eos>``.
 
         >>> UnifiedVocabulary(9, {"image": CodeFormat((2,), 4)}).parse([8, 11, 12, 15, 16, 2])
         [('text', [8]), ('image', [0, 3])]
@@ -145,11 +145,11 @@ class UnifiedVocabulary:
         return parts
 
     def allowed(self, token_RN: Tensor, left: int, only: Sequence[str] | None = None) -> Tensor:
-        """Bool ``[R, V]``: ids that may follow so that each row stays parts, of ``only`` these modalities.
+        """Return which ids may follow, bool ``[R, V]``, so that rows still parse. ``only``: modalities of their parts.
 
-        A block that has begun has its codes layer by layer and then its end, and begins only if all of it fits into the
-        ``left`` tokens; elsewhere there are words, begins and, behind the first token, ``<eos>``. A row without any id
-        cannot be completed.
+        Inside a block come its codes, layer by layer, and then its end. A block begins only if all of it fits into the
+        ``left`` tokens. Outside of blocks come words, begins and, after the first token, ``<eos>``. A row without any
+        allowed id cannot be completed.
         """
         table_ZV, block_V, need_V, state_M, length_M = self._on(token_RN.device)
         R, N = token_RN.shape
@@ -171,10 +171,13 @@ class UnifiedVocabulary:
         return torch.where(inside_R[:, None], table_ZV[state_R], outside_V) & fits_R[:, None]
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """On a device: ids that each state allows ``[Z, V]``; the modality that each id begins, or -1, and how many
-        tokens it needs; of each modality its first state and its length."""
+        """Return the tables of :meth:`allowed` on a device.
+
+        They are the ids that each state allows ``[Z, V]``; for each id, the modality that it begins, or -1, and how
+        many tokens it needs; for each modality, its first state and its length.
+        """
         if device not in self._tables:
-            states = [1]  # 0 is outside; inside, one for each number of tokens behind the begin
+            states = [1]  # state 0 is outside; inside, there is one for each number of tokens after the begin
             for format in self.formats.values():
                 states.append(states[-1] + format.length + 1)
             table_ZV = torch.zeros(states[-1], self.size, dtype=torch.bool)

@@ -15,18 +15,18 @@ from descant.modules.tokenizers.codes import CodeTokenizer
 
 
 class ScalarTokens(CodeTokenizer):
-    """Columns of numbers and categories, one id each: the bin of a number, or the category (metadata of 4M-21).
+    """Tokenizer of columns, one id each: the bin of a number, or the category (metadata of 4M-21).
 
         id_c = c codes + sum_q [x_c > border_cq],   border_cq: quantile q / bins of training,   x'_c: mean of a bin
 
-    A column is a layer, whose ids are a block of their own; its place shows which it is, as key tokens do in 4M-21.
-    nan is a missing cell, and no token. Bins are fitted once, before the first step, and saved with the model.
-    Source: Bachmann 2024 (4M-21, arXiv 2406.09406), there bins of equal width.
+    Each column is a layer with its own block of ids. Its place identifies it, as key tokens do in 4M-21. nan is a
+    missing cell, and no token. Bins are fitted once, before the first step, and saved with the model.
+    Source: Bachmann 2024 (4M-21, arXiv 2406.09406), where bins have equal width.
 
     Args:
-        columns: one entry a column: 0 for a number, else its number of categories.
-        bins: of each number.
-        samples: of training that bins are fitted on.
+        columns: one entry per column: 0 for a number, otherwise its number of categories.
+        bins: number of bins of each number.
+        samples: number of training samples that bins are fitted on.
 
     >>> tokenizer = ScalarTokens(columns=[0, 3], bins=2)
     >>> x_BC = torch.tensor([[0.0, 2.0], [1.0, 0.0], [4.0, 1.0], [7.0, torch.nan]])
@@ -67,7 +67,7 @@ class ScalarTokens(CodeTokenizer):
             border_Q = x_N.quantile(at_Q).to(self.border_CQ)
             id_N = (x_N[:, None] > border_Q.cpu()).sum(dim=1)
             count_K, sum_K = (id_N.bincount(weights=w_N, minlength=self.codes) for w_N in (torch.ones_like(x_N), x_N))
-            # of a bin between equal quantiles, which holds nothing, the border
+            # an empty bin, between equal quantiles, gets its border
             edge_K = border_Q.cpu().double()[torch.arange(self.codes).clamp(max=self.bins - 2)]
             self.border_CQ[c], self.mean_CK[c] = (
                 border_Q,
@@ -103,14 +103,15 @@ class ScalarTokens(CodeTokenizer):
 
 
 class PaletteTokens(CodeTokenizer):
-    """The colours of a palette, in their order, one id a channel: ``id_mc = c levels + floor((x_mc + 1) levels / 2)``.
+    """Tokenizer of a palette's colours, one id per channel: ``id_mc = c levels + floor((x_mc + 1) levels / 2)``.
 
-    With :func:`descant.modules.transforms.palette.dominant_colours` those of a picture, the commonest first.
+    :func:`descant.modules.transforms.palette.dominant_colours` finds those of a picture, the most frequent first. Ids
+    keep the order of the colours.
     Source: Bachmann 2024 (4M-21, arXiv 2406.09406), which writes palettes as texts of quantised values.
 
     Args:
         colours: M.
-        levels: of each channel, of equal width in -1..1.
+        levels: number of levels of each channel, of equal width in -1..1.
 
     >>> tokenizer = PaletteTokens(colours=1, levels=4)
     >>> code_BT = tokenizer.encode(torch.tensor([[[-1.0, 0.1, 1.0]]]))

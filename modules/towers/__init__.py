@@ -1,7 +1,7 @@
-"""Towers: encoders of one modality each, input to tokens. Pooling and projection are separate
-(``modules.towers.heads``).
+"""Towers: encoders that turn the input of one modality into tokens.
 
-timm, transformers and open_clip are imported when a tower of theirs is built, not here.
+Pooling and projection are separate (``modules.towers.heads``). timm, transformers and open_clip are imported when a
+tower needs them, not here.
 """
 
 from descant.modules.towers.any_size import AnySizeTower as AnySizeTower

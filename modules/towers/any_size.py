@@ -1,7 +1,7 @@
-"""Vision transformer on images of any size and aspect: as many tokens a sample as it has patches, none of padding.
+"""Vision transformer on images of any size and aspect: one token per patch of each image, and none for padding.
 
 Letters: B samples, C channels, H and W pixels of a batch, R rows and S columns of patches, N patches of all samples,
-T tokens, K places of the learned grid (G a side), D width, P pixels a side of a patch.
+T tokens, K places of the learned grid (G per side), D width, P pixels per side of a patch.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from descant.modules.towers.vit import Layout, RaggedBlock
 
 class AnySizeTower(Tower):
     """Vision transformer on images of any size and aspect (NaFlex, NaViT): ``h = norm(block_n(... block_1(patches(x) +
-    positions)))`` of each image's own patches.
+    positions)))`` over each image's own patches.
 
-    ``x_BCHW -> [B, T, width]``, T the most patches of a sample and the rest masked. Images stand at the top left of
-    H x W pixels; what is not finite there is padding, and no token. Samples of equal length are computed together, so
-    that all tokens computed are real, and none depends on other samples.
+    ``x_BCHW -> [B, T, width]``; T is the largest number of patches of a sample, and the remaining tokens are masked. An
+    image occupies the top left of H x W pixels; non-finite pixels are padding and get no token. Samples of equal length
+    are computed together, so only real tokens are computed, and no token depends on other samples.
 
         position of (r, s) in a grid of R x S patches = sum_ij A_R[r, i] A_S[s, j] position[i, j]
 
     with ``A_R`` the antialiased bilinear resampling from G to R places (SigLIP 2's NaFlex, arXiv 2502.14786); or sines
-    and cosines of (r, s) itself, each axis by its own (NaViT's factorized absolute ones, arXiv 2307.06304). On square
-    images of ``size`` it is :class:`PatchTower` with the same parameters. Not as there: no resampling of positions at
-    the ratio of sides alone, and no packing of several images in a row with a mask, which computes all pairs of a row.
+    and cosines of r and of s, each axis separately (NaViT's factorized absolute positions, arXiv 2307.06304). On square
+    images of ``size`` it is :class:`PatchTower` with the same parameters. Unlike in the papers, positions are not
+    resampled by the ratio of sides alone, and images are not packed into a masked row, which computes all its pairs.
 
     Args:
-        size: P times the side of the learned grid, in pixels: an image of ``size`` x ``size`` has positions as learned.
+        size: P times the side of the learned grid, in pixels; images of ``size`` x ``size`` get the learned positions.
         patch: P.
         width: D.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
         channels: C.
         positions: learned on a square grid and resampled, or fixed sines and cosines of row and column.
 
@@ -74,7 +74,7 @@ class AnySizeTower(Tower):
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         learned = positions == "learned"
         self.positions_TD = nn.Parameter(torch.randn(self.side**2, width) * 0.02) if learned else None
-        self.norm = nn.LayerNorm(width)  # of one epsilon with those of the blocks, PatchTower's
+        self.norm = nn.LayerNorm(width)  # the blocks use its epsilon, which is PatchTower's
         blocks = (RaggedBlock(width, heads, mlp_ratio, dropout, self.norm.eps) for _ in range(depth))
         self.layers = nn.ModuleList(blocks)
 
@@ -98,7 +98,7 @@ class AnySizeTower(Tower):
         return dense(layout.part(h_MD)[0], count_B)
 
     def _real(self, x_BCHW: Tensor) -> Tensor:
-        """Bool ``[B, R, S]`` on the CPU: patches of an image, by their first pixel."""
+        """Return the mask of patches that belong to an image, by their first pixel: bool ``[B, R, S]`` on the CPU."""
         p, (channels, high, wide) = self.patch, x_BCHW.shape[1:]
         if channels != self.channels or high % p or wide % p or not high * wide:
             takes = f"{self.channels} channels and sides that are multiples of {p}"
@@ -109,14 +109,14 @@ class AnySizeTower(Tower):
         return host_copy(x_BCHW[:, 0, ::p, ::p].isfinite())
 
     def _patches(self, x_BCHW: Tensor, at_N: Tensor) -> Tensor:
-        """``[N, D]``: the convolution at the patches of images alone."""
+        """Convolve only the patches of images: ``[N, D]``."""
         p = self.patch
         x_BRSCPP = x_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
         x_NP = x_BRSCPP[to_device(at_N, x_BCHW.device).unbind(dim=1)].flatten(1)
         return F.linear(x_NP, self.patches.weight.flatten(1), self.patches.bias)
 
     def _positions(self, grid_B2: Tensor, at_N: Tensor) -> Tensor:
-        """``[N, D]`` of places (sample, row, column) in grids of samples."""
+        """Compute positions ``[N, D]`` for places (sample, row, column) in the grids of the samples."""
         device = self.patches.weight.device
         if self.positions_TD is None:
             return sincos_of(to_device(at_N[:, 1:].contiguous(), device), self.width)
@@ -125,12 +125,12 @@ class AnySizeTower(Tower):
             to_device(resampling_rows(grid_N2[:, k], at_N[:, 1 + k], self.side), device).to(self.positions_TD)
             for k in range(2)
         )
-        # one product of matrices, whose gradient is the same bits in each run; that of interpolate is not on a GPU
+        # one matrix product, whose gradient is bit-identical in each run; that of interpolate is not on a GPU
         return (down_NG[:, :, None] * across_NG[:, None, :]).flatten(1) @ self.positions_TD
 
 
 def dense(h_ND: Tensor, count_B: Tensor) -> Tokens:
-    """Tokens ``[N, D]``, sample by sample, as ``[B, T, D]`` with zeros after those of a sample; at least one place.
+    """Pad tokens ``[N, D]``, stored sample by sample, with zeros to ``[B, T, D]``; T is at least 1.
 
     >>> dense(torch.ones(3, 1), torch.tensor([2, 1])).h_BTD[:, :, 0].tolist()
     [[1.0, 1.0], [1.0, 0.0]]
@@ -147,8 +147,9 @@ def dense(h_ND: Tensor, count_B: Tensor) -> Tokens:
 
 @lru_cache(maxsize=4096)
 def resampling(places: int, side: int) -> Tensor:
-    """Float64 ``[places, side]``: antialiased bilinear resampling of one axis, as that of ``interpolate``; rows sum to
-    1.
+    """Return the matrix of antialiased bilinear resampling along one axis, float64 ``[places, side]``.
+
+    It resamples as ``interpolate`` does. Its rows sum to 1.
 
     >>> resampling(4, 2).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
@@ -158,7 +159,7 @@ def resampling(places: int, side: int) -> Tensor:
 
 
 def resampling_rows(places_N: Tensor, place_N: Tensor, side: int) -> Tensor:
-    """Float64 ``[N, side]``: row ``place_n`` of ``resampling(places_n, side)``, on the CPU.
+    """Return row ``place_n`` of ``resampling(places_n, side)`` for each n: float64 ``[N, side]`` on the CPU.
 
     >>> resampling_rows(torch.tensor([4, 2]), torch.tensor([1, 1]), 2).tolist()
     [[0.75, 0.25], [0.0, 1.0]]

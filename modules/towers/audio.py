@@ -1,5 +1,7 @@
-"""Audio tower: a 1-D ConvNeXt on log-mel features. Letters: B samples, F mel filters, T frames in and tokens out, D
-width."""
+"""Audio tower: a 1-D ConvNeXt on log-mel features.
+
+Letters: B samples, F mel filters, T frames in and tokens out, D width.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,17 @@ class LogMelTower(Tower):
     """Audio tower on log-mel features, 1-D ConvNeXt: ``h = norm(block_n(... block_1(stem((x - mean) / spread))))``.
 
     ``x_BFT -> [B, ceil(T / 4), width]``. The stem is two strided convolutions over time that read all filters; a block
-    is ``h + mlp(norm(depthwise(h)))`` (Liu 2022, arXiv 2201.03545). Frames of ``-inf`` are padding: zeroed before every
-    convolution, so tokens do not depend on how many follow.
+    is ``h + mlp(norm(depthwise(h)))`` (Liu 2022, arXiv 2201.03545). Frames of ``-inf`` are padding. They are zeroed
+    before every convolution, so tokens do not depend on the amount of padding.
 
     Args:
         mels: F.
         width: D.
         depth: number of blocks.
-        kernel: of a block's convolution, in tokens; odd.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the branch of a block.
-        mean, spread: decibels that inputs are standardised by.
+        kernel: size of a block's convolution, in tokens; odd.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the branch of a block.
+        mean, spread: mean and scale that standardise the inputs, in decibels.
 
     >>> tower = LogMelTower(mels=8, width=16, depth=1)
     >>> x_BFT = torch.zeros(2, 8, 10); x_BFT[1, :, 5:] = -torch.inf
@@ -54,7 +56,7 @@ class LogMelTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: bool ``[B, T]``, real frames; by default those without ``-inf``."""
+        """Encode features. ``mask``: bool ``[B, T]``, True at real frames; by default those without ``-inf``."""
         if x.shape[1] != self.mels:
             raise ValueError(f"features {tuple(x.shape[1:])}: this tower takes {self.mels} mel filters")
         mask_BT = x[:, 0] > -torch.inf if mask is None else mask
@@ -71,7 +73,7 @@ class LogMelTower(Tower):
 class ConvBlock(nn.Module):
     """ConvNeXt block over time: ``h + mlp(norm(depthwise(h)))``, with masked tokens zeroed before the convolution.
 
-    Arguments as of :class:`LogMelTower`.
+    For the arguments, see :class:`LogMelTower`.
 
     >>> ConvBlock(8, 3)(torch.zeros(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)).shape
     torch.Size([2, 5, 8])

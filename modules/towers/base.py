@@ -12,7 +12,7 @@ from descant.modules.core.modalities import given, with_others
 
 
 class Tokens(NamedTuple):
-    """``h_BTD``: features of T tokens. ``mask_BT``: bool, True where a token is real (not padding)."""
+    """Tokens of a batch. ``h_BTD``: features of T tokens. ``mask_BT``: bool, True at real tokens, False at padding."""
 
     h_BTD: Tensor
     mask_BT: Tensor
@@ -23,9 +23,9 @@ class Tower(Loadable):
 
     A subclass sets ``width`` (D). ``mask`` is bool ``[B, T_in]``, True at the real positions of a sequence.
     ``blocks()`` lists the repeated blocks, the units of activation checkpointing and sharding: ``layers`` by default. A
-    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding), ``pretrained`` (its ids belong
-    to another tokenizer) and, where it pools at it, ``end`` (id that ends a text). ``projected``: its one token a
-    sample is an embedding already, which no head projects.
+    text tower sets ``vocabulary`` (number of token ids), ``pad`` (id of the padding), ``pretrained`` (it needs the ids
+    of its own tokenizer) and ``end`` (the id that ends a text, if the tower pools there). ``projected``: its single
+    token per sample is already an embedding, so no head projects it.
     """
 
     width: int
@@ -54,7 +54,7 @@ class Tower(Loadable):
 
 
 class Frozen(Tower):
-    """Frozen tower: no gradients, and always in eval mode, whatever ``train()`` is called with.
+    """Frozen tower: it has no gradients and stays in eval mode, also after ``train()``.
 
     In train mode, dropout and running statistics of a frozen tower would still change its features.
     """
@@ -79,8 +79,9 @@ class Frozen(Tower):
 
 
 class Towers(nn.ModuleDict):
-    """Towers of a recipe, one optional tower a modality. A class, not a dict: a second YAML that names one keeps the
-    others.
+    """Towers of a recipe, at most one per modality.
+
+    It is a class instead of a dict, so that a second YAML file can set one tower and keep the others.
 
     Args:
         image: pixels ``[B, 3, H, W]``.
@@ -118,7 +119,7 @@ class Towers(nn.ModuleDict):
         super().__init__(with_others(given(locals()), others))
 
     def width(self, modality: str) -> int:
-        """D of a modality's tokens."""
+        """Return D of a modality's tokens."""
         tower = self[modality]
         assert isinstance(tower, Tower)
         return tower.width

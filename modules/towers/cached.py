@@ -1,6 +1,6 @@
-"""Frozen tower with a feature cache: locked-tower training (LiT) without computing the locked tower again.
+"""Frozen tower with a feature cache: locked-tower training (LiT) that does not recompute the locked tower.
 
-Letters: B samples, M uncached of them, N cached rows, T tokens, D width.
+Letters: B samples, M of them not cached, N cached rows, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ DIGEST = 16
 class Cached(Frozen):
     """Frozen tower whose pooled features are cached by the content of each input row: ``h_b = pool(tower(x))_b``.
 
-    ``x [B, ...] -> [B, 1, D]``, one token a sample. A repeated row costs a look-up; an augmented row is a new one. Rows
-    are computed in float32 (autocast off) and always ``rows`` at a time, so values depend neither on the batch nor on
-    the trainer's precision, and a resumed run is bit-identical. The cache is part of no state dict or copy, and is
-    cleared by new weights (a checkpoint) or another device.
+    ``x [B, ...] -> [B, 1, D]``, one token per sample. A repeated row costs one look-up; an augmented row is a new row.
+    Rows are computed in float32 (autocast off) and always ``rows`` at a time. So values depend neither on the batch nor
+    on the trainer's precision, and a resumed run is bit-identical. State dicts and copies do not contain the cache. New
+    weights (a checkpoint) or another device clear it.
 
-    With ``folder`` it is kept on disk, in a sub-folder named by a hash of weights, settings, device and version of
-    torch. Each process writes its own files and reads all, so ranks and runs may share it.
+    With ``folder``, the cache is kept on disk, in a sub-folder named by a hash of weights, settings, device and torch
+    version. Each process writes its own files and reads all files, so ranks and runs may share the folder.
 
     Args:
-        tower: frozen here, in eval mode.
-        pool: tokens to one vector a sample; by default the mean of real tokens. Frozen too.
-        capacity: maximum N, ``4 D`` bytes each in main memory; the least recently used row is dropped first.
-        rows: computed at a time; fewer are filled up.
-        folder: of the cache on disk; None keeps it in cache.
+        tower: the tower, which is frozen here, in eval mode.
+        pool: maps tokens to one vector per sample; by default the mean of real tokens. It is frozen too.
+        capacity: maximum N, with ``4 D`` bytes each in main memory; the least recently used row is dropped first.
+        rows: number of rows computed at a time; a smaller group is filled up.
+        folder: folder of the cache on disk; None keeps it in memory.
 
     Source: Zhai 2022 (arXiv 2111.07991) for the locked tower.
 
@@ -76,11 +76,11 @@ class Cached(Frozen):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """None: ranks compute different rows, so a block must not contain a collective."""
+        """Return no blocks: ranks compute different rows, so a block must not contain a collective."""
         return []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: rows are computed once, and compiled code differs in the last bits."""
+        """Do nothing: rows are computed once, and compiled code differs in the last bits."""
 
     @torch.compiler.disable
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -107,7 +107,7 @@ class Cached(Frozen):
             return _tokens(h_BD, real_B, x.device)
 
     def _compute(self, x: Tensor, mask: Tensor | None, uncached: list[int]) -> tuple[Tensor, Tensor]:
-        """Features ``[M, D]`` and bool ``[M]`` (has the row a real token?) of some rows, in batches of one shape."""
+        """Compute features ``[M, D]`` of rows, in batches of one shape, and which have a real token, bool ``[M]``."""
         h, real = [], []
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(uncached), self.rows):
@@ -122,7 +122,7 @@ class Cached(Frozen):
         if self._cache is None:
             place = None if self.folder is None else Path(self.folder) / identity([self.tower, self.pool], x.device)
             self._cache = _Cache(self.capacity, place)
-            # also at the end of the interpreter
+            # runs when the interpreter exits, at the latest
             weakref.finalize(self, self._cache.write)
         return self._cache
 
@@ -139,7 +139,7 @@ class Cached(Frozen):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the cache."""
+        """Return the state without the cache."""
         return {**self.__dict__, "_cache": None}
 
 
@@ -148,13 +148,13 @@ def _tokens(h_BD: Tensor, real_B: Tensor, device: torch.device) -> Tokens:
 
 
 class _Cache:
-    """Least-recently-used cache of rows by digest, at most ``capacity`` of them, with its files in ``folder``."""
+    """Least-recently-used cache of at most ``capacity`` rows, found by digest, with its files in ``folder``."""
 
     def __init__(self, capacity: int, folder: Path | None) -> None:
         self.capacity, self.folder = capacity, folder
         self.slots: OrderedDict[bytes, int] = OrderedDict()
         self.h_ND, self.real_N = torch.empty(0, 0), torch.empty(0, dtype=torch.bool)
-        self.computed: dict[bytes, None] = {}  # computed by this process: what its file holds
+        self.computed: dict[bytes, None] = {}  # rows that this process computed, which its file holds
         self.written = 0
         self.file = f"{os.getpid()}-{secrets.token_hex(4)}.safetensors"
         if folder is not None:
@@ -162,7 +162,7 @@ class _Cache:
                 self._read(file)
 
     def find(self, keys: list[bytes]) -> list[int]:
-        """Slot of each key, -1 where it is not cached."""
+        """Return the slot of each key, -1 if it is not cached."""
         slots = [self.slots.get(key, -1) for key in keys]
         for key, slot in zip(keys, slots, strict=True):
             if slot >= 0:
@@ -170,7 +170,7 @@ class _Cache:
         return slots
 
     def add(self, keys: list[bytes], h_MD: Tensor, real_M: Tensor, computed: bool = True) -> None:
-        """Adds rows; of more than ``capacity`` the last."""
+        """Add rows; if there are more than ``capacity``, only the last ones."""
         if self.capacity == 0:
             return
         keys, h_MD, real_M = keys[-self.capacity :], h_MD[-self.capacity :], real_M[-self.capacity :]
@@ -185,7 +185,7 @@ class _Cache:
         self.h_ND[slot_M], self.real_N[slot_M] = h_MD, real_M
         if computed:
             self.computed |= dict.fromkeys(keys)
-            # whenever the file doubles: writing in all costs twice the last
+            # write whenever the file doubles: all writes together cost twice the last one
             if self.folder is not None and len(self.computed) >= max(256, 2 * self.written):
                 self.write()
 
@@ -199,7 +199,7 @@ class _Cache:
             self.h_ND[: len(old_ND)], self.real_N[: len(old_ND)] = old_ND, old_N
 
     def write(self) -> None:
-        """Writes this process's file, atomically."""
+        """Write this process's file atomically."""
         if self.folder is None or len(self.computed) <= self.written:
             return
         slot_M = torch.tensor([self.slots[key] for key in self.computed])
@@ -227,7 +227,7 @@ class _Cache:
 
 
 def digests(x: Tensor, mask: Tensor | None = None) -> list[bytes]:
-    """128-bit digest of each row: its bytes, shape and type, and its mask.
+    """Compute a 128-bit digest of each row from its bytes, shape, dtype and mask.
 
     >>> a, b, c = digests(torch.tensor([[1, 2], [1, 3], [1, 2]]))
     >>> a == c, a == b
@@ -245,12 +245,12 @@ def digests(x: Tensor, mask: Tensor | None = None) -> list[bytes]:
 
 
 def _bytes(x: Tensor) -> Any:
-    """uint8 ``[B, bytes of a row]`` on the CPU."""
+    """Return the bytes of each row, uint8 ``[B, bytes of a row]`` on the CPU."""
     return host_copy(x).detach().reshape(len(x), -1).contiguous().view(torch.uint8).numpy()
 
 
 def identity(parts: list[nn.Module], device: torch.device) -> str:
-    """Hash of what features depend on: weights and settings of ``parts``, type of device, version of torch."""
+    """Hash everything that features depend on: weights and settings of ``parts``, device type, torch version."""
     digest = hashlib.blake2b(f"{device.type} {torch.__version__}".encode(), digest_size=DIGEST)
     for part in parts:
         digest.update(repr(part).encode())
@@ -265,11 +265,11 @@ def identity(parts: list[nn.Module], device: torch.device) -> str:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module (heads, epsilon, padding id), and its transformers configuration."""
+    """Collect the plain attributes of a module (heads, epsilon, padding id) and its transformers configuration."""
     settings, config = dict(vars(module)), getattr(module, "config", None)
     if callable(getattr(config, "to_dict", None)):
         settings |= {f"config.{name}": value for name, value in cast(Any, config).to_dict().items()}
-    # these do not change what is computed
+    # these do not change the features
     ignored = {"training", "name_or_path", "config._name_or_path", "config.transformers_version"}
     return {name: value for name, value in settings.items() if name[0] != "_" and name not in ignored and _plain(value)}
 

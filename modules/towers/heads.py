@@ -1,4 +1,4 @@
-"""Pooling (tokens to one vector a sample) and projection heads. Letters: B samples, T tokens, D width, H heads."""
+"""Pooling (tokens to one vector per sample) and projection heads. Letters: B samples, T tokens, D width, H heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from descant.modules.towers.image import checked_heads, cross_attention, key_mas
 
 
 class Pool(nn.Module):
-    """``pool(tokens) -> h_BD``: one vector a sample, from its real tokens only; zeros without any."""
+    """Base of pooling: ``pool(tokens) -> h_BD``, one vector per sample from its real tokens; zeros without any."""
 
     def forward(self, tokens: Tokens) -> Tensor:
         raise NotImplementedError
@@ -66,12 +66,12 @@ def _take(tokens: Tokens, t_B: Tensor) -> Tensor:
 
 
 class MaxPool(Pool):
-    """Max pooling over real tokens, each coordinate by itself: ``h_bd = max over t of (W h_bt)_d``; zeros without any.
+    """Max pooling over real tokens, for each coordinate: ``h_bd = max over t of (W h_bt)_d``; zeros without any.
 
-    Source: the release of UniPT (ZhiyinShao-H/UniPT), which projects tokens before the maximum, and counts padding.
+    Source: the release of UniPT (ZhiyinShao-H/UniPT), which projects tokens before the maximum, but includes padding.
 
     Args:
-        width: D of the tokens, which a linear map projects first; no map where not given.
+        width: D of the tokens, for a linear map before the maximum; no map if not given.
 
     >>> h_BTD = torch.tensor([[[1.0, 4.0], [3.0, 2.0], [9.0, 9.0]]])
     >>> MaxPool()(Tokens(h_BTD, torch.tensor([[True, True, False]]))).tolist()
@@ -90,8 +90,8 @@ class MaxPool(Pool):
 
 
 class AttentionPool(Pool):
-    """Attention pooling: ``h_b = W_o concat_h(sum_t softmax_t(q_h . k_bt / sqrt(D / H)) v_bt)``, one learned query a
-    head.
+    """Attention pooling with one learned query per head: ``h_b = W_o concat_h(sum_t softmax_t(q_h . k_bt / sqrt(D / H))
+    v_bt)``.
 
     Args:
         width: D of the tokens.
@@ -118,21 +118,21 @@ class AttentionPool(Pool):
 
 
 class MAPPool(Pool):
-    """Multihead attention pooling with an MLP behind it, as SigLIP pools images: ``a_b = W_o attention(W_q p, W_k h_b,
-    W_v h_b)`` of one learned query p, ``h_b = a_b + mlp(norm(a_b))``.
+    """Multihead attention pooling followed by an MLP, as SigLIP pools images: ``a_b = W_o attention(W_q p, W_k h_b,
+    W_v h_b)`` with one learned query p, ``h_b = a_b + mlp(norm(a_b))``.
 
-    It is the head of transformers' ``SiglipVisionModel`` (with ``eps=1e-6, tanh=True``, as its tower has them) and
-    timm's ``AttentionPoolLatent``; in a shared space without a projection (``project: {image: false}``) its output is
-    the embedding.
+    It is the head of transformers' ``SiglipVisionModel`` (with that tower's ``eps=1e-6, tanh=True``) and timm's
+    ``AttentionPoolLatent``. In a shared space without a projection (``project: {image: false}``), its output is the
+    embedding.
 
     Source: Zhai 2022 (arXiv 2106.04560, appendix), big_vision's MAPHead.
 
     Args:
         width: D of the tokens, and of the output.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        eps: of the norm.
-        tanh: the MLP's GELU by its approximation with a tanh.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        eps: epsilon of the norm.
+        tanh: use the tanh approximation of the MLP's GELU.
 
     >>> pool = MAPPool(8, 2, mlp_ratio=2.0)
     >>> pool(Tokens(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))).shape
@@ -164,7 +164,7 @@ class MAPPool(Pool):
 
 
 class FlattenPool(Pool):
-    """Flatten and project: ``h_b = W vec(h_bTD)``, which keeps spatial position where a mean would lose it.
+    """Flattening and projection: ``h_b = W vec(h_bTD)``. It keeps spatial positions, which a mean would lose.
 
     For towers with a fixed number of tokens, such as image towers; padding counts as zeros.
 
@@ -192,7 +192,7 @@ class FlattenPool(Pool):
 
 
 class Pools(nn.ModuleDict):
-    """Pool of each modality, :class:`MeanPool` where none is given. A class, so that YAML files can be overlaid.
+    """Pool of each modality, :class:`MeanPool` by default. It is a class, so that YAML files can be overlaid.
 
     Args:
         image, text, audio, video, depth, volume, bands, table, others: as in ``Towers``.
@@ -221,8 +221,7 @@ class Pools(nn.ModuleDict):
 
 
 class Projection(nn.Module):
-    """Projection head: ``z = W_n act(... act(W_1 norm(h) + b_1) ...)``, an optional LayerNorm, then a linear map or
-    MLP.
+    """Projection head: optional LayerNorm, then linear map or MLP: ``z = W_n act(... act(W_1 norm(h) + b_1) ...)``.
 
     The last layer has no bias; the output is not normalised.
 
@@ -231,7 +230,7 @@ class Projection(nn.Module):
         width: D of the shared space.
         layers: number of linear layers; 1 is a linear map.
         hidden: width of the hidden layers; ``width_in`` by default.
-        norm: a LayerNorm first.
+        norm: begin with a LayerNorm.
 
     >>> sum(p.numel() for p in Projection(8, 4, layers=2, hidden=16, norm=False).parameters())
     208

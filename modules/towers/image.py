@@ -21,7 +21,7 @@ Activation = Literal["relu", "gelu", "silu"]
 class Block(nn.Module):
     """Pre-norm transformer block (Xiong 2020, arXiv 2002.04745): ``h + attention(norm(h))``, then ``h + mlp(norm(h))``.
 
-    Arguments as of :class:`PatchTower`.
+    For the arguments, see :class:`PatchTower`.
 
     >>> Block(8, 2)(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
@@ -37,7 +37,7 @@ class Block(nn.Module):
         xavier(self.qkv, self.out, self.mlp[0], self.mlp[2])
 
     def forward(self, h_BTD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """``mask``: bool, broadcastable to ``[B, heads, T, T]``, True where a query may attend to a key."""
+        """Apply the block. ``mask``: bool, broadcastable to ``[B, heads, T, T]``, True where a query may see a key."""
         h_BTD = h_BTD + self._drop(self.attention(self.norm_1(h_BTD), mask, causal))
         return h_BTD + self._drop(self.mlp(self.norm_2(h_BTD)))
 
@@ -53,10 +53,10 @@ class Block(nn.Module):
 
 
 def cross_attention(q_BQD: Tensor, kv_BTC: Tensor, heads: int, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """``softmax(q k^T / sqrt(D / heads)) v`` of each head, ``[B, Q, D]``.
+    """Compute ``softmax(q k^T / sqrt(D / heads)) v`` of each head, ``[B, Q, D]``.
 
     Args:
-        q_BQD: projected queries. kv_BTC: projected keys, then values, ``C = 2 D``. mask: as of :class:`Block`.
+        q_BQD: projected queries. kv_BTC: projected keys, then values, ``C = 2 D``. mask: as in :class:`Block`.
 
     >>> cross_attention(torch.zeros(1, 1, 2), torch.tensor([[[0.0, 0, 1, 2], [0, 0, 3, 6]]]), 2, None).tolist()
     [[[2.0, 4.0]]]
@@ -68,7 +68,7 @@ def cross_attention(q_BQD: Tensor, kv_BTC: Tensor, heads: int, mask: Tensor | No
 
 
 def xavier(*layers: nn.Module) -> None:
-    """Uniform weights by Glorot's rule and no biases, layer by layer."""
+    """Initialise each layer with uniform weights by Glorot's rule and zero biases."""
     for layer in layers:
         nn.init.xavier_uniform_(cast(nn.Linear, layer).weight)
         nn.init.zeros_(cast(nn.Linear, layer).bias)
@@ -81,13 +81,13 @@ class PatchTower(Tower):
     ``x_BCHW -> [B, (size / patch)^2, width]``, patches in row order, no class token.
 
     Args:
-        size: of the square image, in pixels.
-        patch: of a square patch, in pixels.
+        size: side of the square image, in pixels.
+        patch: side of a square patch, in pixels.
         width: D.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
         channels: C.
         positions: learned, or fixed sines and cosines of row and column.
 
@@ -121,13 +121,13 @@ class PatchTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
-        """Patches with positions, ``[B, C, H, W] -> [B, T, D]``; masked methods drop tokens here."""
+        """Embed patches with positions, ``[B, C, H, W] -> [B, T, D]``; masked methods drop tokens after this step."""
         if x_BCHW.shape[1:] != self.shape:
             raise ValueError(f"image {tuple(x_BCHW.shape[1:])}: this tower takes {self.shape}")
         return self.patches(x_BCHW).flatten(2).transpose(1, 2) + self.positions_TD
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm over any subset of the patches; those whose mask is False are not attended to."""
+        """Apply blocks and norm to any subset of the patches; no token attends to those whose mask is False."""
         keys_B11T = None if mask_BT is None else key_mask(mask_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, keys_B11T)
@@ -139,13 +139,13 @@ class PatchTower(Tower):
 
 
 class PatchEmbed(PatchTower):
-    """Patches with their positions and no block, in place of an encoder: ``h = norm(W patch + position)``.
+    """Patch embeddings with positions instead of an encoder, without any block: ``h = norm(W patch + position)``.
 
     For a language model that reads images itself. ``x_BCHW -> [B, (size / patch)^2, width]``.
     Source: Luo 2024 (Mono-InternVL, arXiv 2410.08202), whose small MLP is the projector of the recipe.
 
     Args:
-        size, patch, width, channels, positions: as of PatchTower.
+        size, patch, width, channels, positions: as in PatchTower.
 
     >>> PatchEmbed(size=16, patch=4, width=8)(torch.zeros(2, 3, 16, 16)).h_BTD.shape
     torch.Size([2, 16, 8])
@@ -163,7 +163,7 @@ class PatchEmbed(PatchTower):
 
 
 def sincos(grid: Sequence[int], width: int) -> Tensor:
-    """Sine-cosine positions of a grid of n axes, ``[T, D]``, as :func:`sincos_of` of its places, row by row.
+    """Compute sine-cosine positions of a grid of n axes, ``[T, D]``: :func:`sincos_of` of its places, row by row.
 
     >>> sincos((2, 2), 8)[0].tolist()
     [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
@@ -172,9 +172,9 @@ def sincos(grid: Sequence[int], width: int) -> Tensor:
 
 
 def sincos_of(place_TN: Tensor, width: int) -> Tensor:
-    """Sine-cosine positions of places on n axes, ``[..., n] -> [..., D]``: ``sin(place w)``, ``cos(place w)`` of each.
+    """Compute sine-cosine positions on n axes, ``[..., n] -> [..., D]``: ``sin(place w)`` and ``cos(place w)`` of each.
 
-    D / 2n channels each, with frequencies from 1 down to 1 / 10,000; channels left over are zero.
+    Each sine and cosine has D / 2n channels, with frequencies from 1 down to 1 / 10,000; remaining channels are zero.
 
     >>> sincos_of(torch.tensor([0.0]), 4).tolist()
     [0.0, 0.0, 1.0, 1.0]
@@ -191,7 +191,7 @@ class Residual(nn.Module):
     ResNet-D's shortcut.
 
     ``width_in``, ``width``: channels in and out. ``stride``: of the first convolution. ``norm``: batch, or groups of at
-    most 16 channels. Other arguments as of :class:`ConvTower`.
+    most 16 channels. For the other arguments, see :class:`ConvTower`.
     """
 
     def __init__(
@@ -224,13 +224,13 @@ class Residual(nn.Module):
 class ConvTower(Tower):
     """Small residual conv net: ``h = stage_n(... stage_1(stem(x)))``, with the last feature map as tokens.
 
-    ``x_BCHW -> [B, T, widths[-1]]`` for any image size; the stem divides height and width by its stride, each later
+    ``x_BCHW -> [B, T, widths[-1]]`` for any image size. The stem divides height and width by its stride; each later
     stage halves them.
 
     Args:
         widths: channels of each stage.
         blocks: residual blocks of each stage, or one number for all.
-        stem: stride of the first convolution, on patches of stem + 2 pixels.
+        stem: stride of the first convolution, whose kernel has stem + 2 pixels.
         expand: hidden channels of a block over its width.
         activation: relu is the fastest on a CPU.
         norm: batch, or group for tiny batches.
@@ -293,23 +293,23 @@ def _activation(name: Activation) -> nn.Module:
 
 
 def all_real(h_BTD: Tensor) -> Tensor:
-    """A token mask without padding."""
+    """Return a token mask without padding."""
     return torch.ones(h_BTD.shape[:2], dtype=torch.bool, device=h_BTD.device)
 
 
 def key_mask(mask_BT: Tensor) -> Tensor:
-    """Attention mask of real tokens, bool ``[B, 1, 1, T]``; a row of padding has all (no key: NaN)."""
+    """Return the attention mask of real tokens, bool ``[B, 1, 1, T]``; a row of padding has all (no key: NaN)."""
     return (mask_BT | ~mask_BT.any(dim=1, keepdim=True))[:, None, None]
 
 
 def checked_heads(width: int, heads: int) -> int:
-    """``heads``, or ValueError naming the nearest number of heads that divides ``width``."""
+    """Return ``heads``, or raise ValueError with the nearest number of heads that divides ``width``."""
     require_divisor("heads", heads, "width", width)
     return heads
 
 
 def require_divisor(name: str, value: int, whole: str, size: int) -> None:
-    """Raises ValueError, naming the nearest number that fits, unless ``value`` divides ``size``."""
+    """Raise ValueError with the nearest number that fits, unless ``value`` divides ``size``."""
     if value < 1 or size % value:
         nearest = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - value), n))
         raise ValueError(f"{name} {value} does not divide {whole} {size}; the nearest that does is {nearest}")

@@ -26,28 +26,28 @@ from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.encoders import Encoder, Output, Part, encoder_of
 from descant.modules.towers.transformers import misfit
 
-#: Mean and deviation of pixels in -1..1, as data modules give them by default.
+#: Mean and deviation of pixels in -1..1, as data modules return them by default.
 HALF: Colour = (0.5, 0.5, 0.5)
 
 
 class PretrainedTower(Tower):
     """Model of open_clip, transformers (CLIP, SigLIP, DINO, ...), timm or sentence-transformers: ``x -> h_B1D``.
 
-    Its files show whose folder it is. An embedding is what the owner's package computes, its pooling and projection
-    included; a recipe of one space, whose ``width`` has to be D, adds no head, so that training begins with the owner's
-    embeddings. ``tokens`` ``[B, T, D]`` are what is pooled (not of open_clip), for a pool, a fusion or a
-    language model that learns.
+    The files of the folder show which package owns it. An embedding is what the owner's package computes, including its
+    pooling and projection. A recipe with one shared space adds no head, so that training begins with the owner's
+    embeddings; its ``width`` has to be D. ``tokens`` ``[B, T, D]`` are the features before pooling (not for open_clip),
+    for a trainable pool, fusion or language model.
 
-    Images are float ``[B, 3, S, S]`` in -1..1, as data modules give them by default, and get the owner's mean and
-    deviation here. Texts are ids ``[B, T]`` of its own tokenizer: ``PretrainedTokenizer`` of the same folder.
+    Images are float ``[B, 3, S, S]`` in -1..1, as data modules return them by default; the tower applies the owner's
+    mean and deviation. Texts are ids ``[B, T]`` of its own tokenizer: ``PretrainedTokenizer`` of the same folder.
 
     Args:
         folder: a local folder as the owner's package saves it; or ``hub:OWNER/NAME[@REVISION]``, with ``--trust hub``.
-        part: image or text, of a model that has both.
+        part: image or text, for a model that has both.
         output: embedding, or tokens before pooling.
-        weights: false keeps random weights of the folder's architecture, whose weights are not read.
-        size: S, pixels a side, where it is not that of the folder and the model takes others.
-        mean, std: of pixels in 0..1, where the folder has no file with them.
+        weights: false: random weights in the folder's architecture; the folder's weights are not read.
+        size: S, pixels per side, if it is not the folder's and the model takes other sizes.
+        mean, std: of pixels in 0..1, if the folder has no file with them.
 
     >>> import tempfile, timm
     >>> sizes = dict(img_size=32, depth=1, embed_dim=16, num_heads=2)
@@ -79,7 +79,7 @@ class PretrainedTower(Tower):
         place = locate(folder, None, None, CONFIG, OPEN_CLIP, SENTENCE)
         owner = owner_of(place)
         self.folder, self.owner, self.label = place.folder, owner, place.label
-        with reading(place), torch.random.fork_rng(devices=[]):  # what is overwritten should not shift other draws
+        with reading(place), torch.random.fork_rng(devices=[]):  # initial weights must not shift other draws
             self.encoder = encoder = encoder_of(place, owner, part, output, weights)
             known = image_input(place, owner) if encoder.reads == "image" else None
         if part is not None and part != encoder.reads:
@@ -91,7 +91,7 @@ class PretrainedTower(Tower):
             raise ValueError(
                 f"{place.label}: size, mean, std: of images, and {encoder.kind} reads text here; leave them out"
             )
-        #: How the owner prepares images; None of a tower of texts.
+        #: How the owner prepares images; None for a text tower.
         self.input = None
         if self.reads == "image":
             self.input = _input(place, size, mean, std, known)
@@ -103,7 +103,7 @@ class PretrainedTower(Tower):
             mean_3, std_3 = torch.tensor(self.input.mean), torch.tensor(self.input.std)
             self.register_buffer("scale_311", (0.5 / std_3).view(3, 1, 1), persistent=False)
             self.register_buffer("shift_311", ((0.5 - mean_3) / std_3).view(3, 1, 1), persistent=False)
-        self.train()  # packages give eval mode
+        self.train()  # packages return models in eval mode
 
     def require_data(self, name: str, data: Any, stage: str) -> None:
         super().require_data(name, data, stage)
@@ -140,7 +140,7 @@ class PretrainedTower(Tower):
         self._require_ids(x)
         mask = self._real(x) if mask is None else mask
         try:
-            # a row of padding alone attends to all of it: a softmax over no key is NaN in some kernels
+            # a row of only padding attends to all of it: a softmax over no key is NaN in some kernels
             return encoder.encode(x, mask | ~mask.any(dim=1, keepdim=True))
         except (IndexError, RuntimeError) as error:
             line = misfit(x, encoder.kind, self.vocabulary, encoder.most)
@@ -149,7 +149,7 @@ class PretrainedTower(Tower):
             raise ValueError(line) from error
 
     def _real(self, x_BT: Tensor) -> Tensor:
-        """Which ids are no padding; where a text ends with the id that pads, the first is its end."""
+        """Return which ids are not padding; if a text ends with the padding id, the first one is its end."""
         real_BT = x_BT != self.pad
         return real_BT | ((~real_BT).cumsum(dim=1) == 1) if self.encoder.closed else real_BT
 
@@ -184,14 +184,14 @@ def _shape(x: Tensor) -> str:
 def _input(
     place: Place, size: int | None, mean: Colour | None, std: Colour | None, known: ImageInput | None
 ) -> ImageInput:
-    """What is in the folder, or the arguments where nothing is."""
+    """Return the folder's image settings, or make them from the arguments if the folder has none."""
     if known is None:
         if size is None or mean is None or std is None:
             raise ValueError(f"{place.label}: no preprocessor_config.json in it: give size, mean and std of its images")
         return make_image_input(place, (size, size), mean, std, "", "")
     for name, given, own in (("mean", mean, known.mean), ("std", std, known.std)):
         if given is not None and (
-            len(given) != 3 or any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True))  # as they are printed
+            len(given) != 3 or any(abs(a - b) > 1e-4 for a, b in zip(given, own, strict=True))  # allows printed digits
         ):
             raise ValueError(f"{place.label}: {name} {list(given)}, and its folder has {list(own)}; leave it out")
     if not known.size and size is None:

@@ -12,19 +12,19 @@ from descant.modules.towers.image import Block, key_mask
 
 
 class RegionTower(Tower):
-    """Regions as tokens, each its features and where it is: ``h = norm(blocks(norm(W f + V [box, area])))``.
+    """Image regions as tokens, each from its features and its box: ``h = norm(blocks(norm(W f + V [box, area])))``.
 
     ``x: [B, T, P + 4] -> [B, T, width]``, the box last: left, top, right and bottom. A region without area is padding.
-    A hidden region keeps its box, and has a learned vector in place of ``W f`` (zeros of f in the release).
-    Source: the image embeddings of InterBERT (arXiv 2003.13198) and its release; its dropout is in the blocks here.
+    A hidden region keeps its box, and a learned vector replaces ``W f`` (in the release, f is zero).
+    Source: the image embeddings of InterBERT (arXiv 2003.13198) and its release; here its dropout is in the blocks.
 
     Args:
         features: P.
         width: D.
-        depth: number of blocks; without any, regions are left to themselves, as the paper does below its fusion layers.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
+        depth: number of blocks; without any, regions do not interact, as in the paper below its fusion layers.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
 
     >>> tower = RegionTower(features=3, width=8)
     >>> tower(torch.tensor([[[1.0, 0, 0, 0, 0, 0.5, 0.5], [0.0] * 7]])).mask_BT.tolist()
@@ -48,13 +48,13 @@ class RegionTower(Tower):
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth or 0))
 
     def places(self, x_BTP: Tensor) -> Tensor:
-        """``[B, T, D]`` of the boxes alone: what is left of a hidden region."""
+        """Embed only the boxes, ``[B, T, D]``: the remaining input of a hidden region."""
         box_BT4 = x_BTP[..., -4:]
         area_BT1 = (box_BT4[..., 2:] - box_BT4[..., :2]).prod(dim=2, keepdim=True)
         return self.place(torch.cat([box_BT4, area_BT1], dim=2))
 
     def embed(self, x_BTP: Tensor) -> Tensor:
-        """Regions with their places, ``[B, T, P + 4] -> [B, T, D]``."""
+        """Embed regions with their boxes, ``[B, T, P + 4] -> [B, T, D]``."""
         if x_BTP.shape[2:] != (self.features + 4,):
             raise ValueError(f"features {self.features}, and 4 of the box: these regions have {tuple(x_BTP.shape[2:])}")
         return self.content(x_BTP[..., :-4]) + self.places(x_BTP)

@@ -19,24 +19,24 @@ from descant.modules.towers.image import Block, key_mask, sincos_of, xavier
 class SeriesTower(Tower):
     """Transformer over patches of a series: ``h = norm(block_n(... block_1(W [x', real] + place)))``.
 
-    ``x_BWT -> [B, N, width]`` with channels mixed, ``[B, W N, width]`` with channels independent; ``N = ceil(T / P)``.
-    A patch is P steps of x' and, beside each number, whether it is there: nan is a gap, or behind the end of a series.
-    x' is ``(x - mean) / spread``, zero in gaps; a patch without a number is no token, so a series may have any length,
-    and padding changes nothing. Patches with channels apart as in PatchTST (Nie 2023, arXiv 2211.14730), where each
-    channel runs by itself; here all tokens of a sample attend to each other.
+    ``x_BWT -> [B, N, width]`` with mixed channels, ``[B, W N, width]`` with independent channels; ``N = ceil(T / P)``.
+    A patch holds P steps of x' and, for each number, whether it is real: nan is a gap, or after the end of a series.
+    x' is ``(x - mean) / spread``, and zero in gaps. A patch without a real number is no token, so a series may have any
+    length, and padding changes nothing. Independent channels are as in PatchTST (Nie 2023, arXiv 2211.14730). There
+    each channel is processed alone; here all tokens of a sample attend to each other.
 
     Args:
         channels: W.
         patch: P.
         width: D.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
-        mix: a token reads all channels of its steps, or those of one channel, which has an embedding of its own.
-        scale: each channel of each series to mean 0 and standard deviation 1 over its own numbers first; what is lost,
-            both of them, is read beside the numbers.
-        mean, spread: that inputs are standardised by, before ``scale``.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
+        mix: a token reads all channels of its steps (``channels``), or one channel, with its own embedding (``none``).
+        scale: first scale each channel of each series to mean 0 and standard deviation 1 over its own numbers; tokens
+            also read that mean and deviation.
+        mean, spread: standardise the inputs, before ``scale``.
 
     >>> tower = SeriesTower(channels=2, patch=4, width=8, depth=1, heads=2)
     >>> x_BWT = torch.zeros(2, 2, 10); x_BWT[1, :, 4:] = torch.nan
@@ -75,7 +75,7 @@ class SeriesTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def patches(self, x_BWT: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens read, ``[B, T', numbers]``, and which are real, bool ``[B, T']``."""
+        """Return the numbers that tokens read, ``[B, T', numbers]``, and which tokens are real, bool ``[B, T']``."""
         if x_BWT.ndim != 3 or x_BWT.shape[1] != self.channels:
             raise ValueError(f"series {tuple(x_BWT.shape[1:])}: this tower takes {self.channels} channels, then steps")
         real_BWT = x_BWT.isfinite()
@@ -98,7 +98,7 @@ class SeriesTower(Tower):
         return numbers_BWNF.transpose(1, 2).flatten(2), any_BWN.any(dim=1)
 
     def embed(self, x_BWT: Tensor) -> Tensor:
-        """Patches with their places in time, ``[B, W, T] -> [B, T', D]``."""
+        """Embed patches with their positions in time, ``[B, W, T] -> [B, T', D]``."""
         return self._embed_numbers(self.patches(x_BWT)[0])
 
     def _embed_numbers(self, numbers_BTF: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class SeriesTower(Tower):
         return h_BWND.flatten(1, 2)
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm; tokens whose mask is False are not attended to and give zeros."""
+        """Apply blocks and norm; tokens whose mask is False are not attended to and give zeros."""
         keys_B11T = None if mask_BT is None else key_mask(mask_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, keys_B11T)
@@ -120,7 +120,7 @@ class SeriesTower(Tower):
         return h_BTD if mask_BT is None else h_BTD.masked_fill(~mask_BT[..., None], 0.0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: bool ``[B, T]``, real steps; by default all numbers that are finite are real."""
+        """Encode series. ``mask``: bool ``[B, T]``, real steps; by default all finite numbers are real."""
         x_BWT = x if mask is None else x.masked_fill(~mask[:, None], torch.nan)
         numbers_BTF, mask_BT = self.patches(x_BWT)
         return Tokens(self.encode(self._embed_numbers(numbers_BTF), mask_BT), mask_BT)

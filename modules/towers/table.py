@@ -1,5 +1,7 @@
-"""Tower of tables with missing cells. Letters: B samples, C columns, N of numbers, K of categories, T = 1 + C tokens, D
-width."""
+"""Tower of tables with missing cells.
+
+Letters: B samples, C columns, N with numbers, K with categories, T = 1 + C tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from descant.modules.towers.image import Block
 
 
 def present_keys(mask_BT: Tensor) -> Tensor:
-    """Attention mask ``[B, 1, T, T]``: a token attends to the present ones and to itself.
+    """Make an attention mask ``[B, 1, T, T]`` in which a token attends to present tokens and to itself.
 
         allowed_bqk = mask_bk or q = k
 
@@ -35,23 +37,24 @@ class TableTower(Tower):
         h_c = m + e_c              of a missing cell
         h   = norm(block_n(... block_1(norm([class token; h]))))
 
-    ``x_BC -> [B, 1 + C, width]``, the class token first. A cell is missing where it is nan, or where ``mask`` is False:
-    then its stored value changes no bit of any token. The token of a missing column attends to all present ones, so
-    that its value can be predicted from it. Who attends to it is ``missing``.
+    ``x_BC -> [B, 1 + C, width]``, the class token first. A cell is missing if it is nan, or if ``mask`` is False; then
+    its stored value changes no bit of any token. The token of a missing column attends to all present ones, so that its
+    value can be predicted from it. ``missing`` decides which tokens attend to it.
 
     Source: Du 2024 (TIP, arXiv 2407.07582) and its release: one ``w`` and ``b`` for all numbers, a norm of the
-    embeddings, attention from any token to missing columns blocked except from itself; its fusion layers attend to
-    them, where the default here does not. The norm at the end and the initialisation are those of our other towers.
+    embeddings, and no attention to missing columns except from themselves. TIP's fusion layers attend to them; by
+    default they do not here. The norm at the end and the initialisation are those of our other towers.
 
     Args:
-        columns: one entry a column: 0 for a number, else its number of categories (2 or more).
+        columns: one entry per column: 0 for a number, otherwise its number of categories (2 or more).
         width: D.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
-        missing: which tokens attend to that of a missing column: ``blocked``, none, and no pool sees it; ``fused``,
-            those of fusion layers, as in TIP's release, and pools see it; ``attended``, those of the other columns too.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
+        missing: which tokens attend to the token of a missing column. ``blocked``: none, and pools ignore it;
+            ``fused``: those of fusion layers, as in TIP's release, and pools see it; ``attended``: also those of the
+            other columns.
 
     >>> tower = TableTower([0, 3], width=8, depth=1, heads=2)
     >>> tower(torch.tensor([[0.5, float("nan")]])).mask_BT.tolist()
@@ -81,7 +84,7 @@ class TableTower(Tower):
         self.attended, self.fused = missing == "attended", missing != "blocked"
         numbers = [c for c, count in enumerate(columns) if not count]
         categories = [c for c, count in enumerate(columns) if count]
-        first = [sum(columns[:c]) for c in categories]  # of all categories in one table of embeddings
+        first = [sum(columns[:c]) for c in categories]  # one table of embeddings holds all categories
         places = {c: k for k, c in enumerate([*numbers, *categories])}
         for name, values in (("number_N", numbers), ("category_K", categories), ("first_K", first)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
@@ -100,10 +103,10 @@ class TableTower(Tower):
             require_columns(name, columns, self)
 
     def embed(self, x_BC: Tensor, mask_BC: Tensor | None = None) -> Tensor:
-        """Tokens before the blocks, ``[B, C] -> [B, 1 + C, D]``."""
+        """Embed the class token and all cells, ``[B, C] -> [B, 1 + C, D]``, before the blocks."""
         mask_BC = derived(_present, x_BC) if mask_BC is None else mask_BC
         x_BC = x_BC.masked_fill(~mask_BC, 0.0)
-        # products and no linear layer: autocast would round the numbers
+        # products instead of a linear layer, in which autocast would round the numbers
         number_BND = x_BC[:, self.number_N, None] * self.weight_D + self.bias_D
         category_BKD = self.codes(x_BC[:, self.category_K].long() + self.first_K)
         h_BCD = torch.cat([number_BND, category_BKD], dim=1)[:, self.order_C]
@@ -111,14 +114,14 @@ class TableTower(Tower):
         return self.norm_in(torch.cat([self.class_D.expand(len(x_BC), 1, -1), h_BCD], dim=1))
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm; tokens whose mask is False are attended to by themselves alone."""
+        """Apply blocks and norm; a token whose mask is False is attended to only by itself."""
         allowed_B1TT = None if mask_BT is None else present_keys(mask_BT)
         for layer in self.layers:
             h_BTD = layer(h_BTD, allowed_B1TT)
         return self.norm(h_BTD)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: bool ``[B, C]``, True where a cell is present; by default where it is not nan."""
+        """Encode a table. ``mask``: bool ``[B, C]``, True at present cells; by default those that are not nan."""
         if x.shape[1:] != (len(self.columns),):
             raise ValueError(f"columns: a table of {tuple(x.shape[1:])} columns; this tower takes {len(self.columns)}")
         if x.dtype in _EXACT and max(self.columns) > _EXACT[x.dtype]:
@@ -130,7 +133,7 @@ class TableTower(Tower):
         return Tokens(h_BTD, all_BT if self.fused else mask_BT)
 
 
-#: Up to which all whole numbers are exact.
+#: dtype -> the number up to which all whole numbers are exact.
 _EXACT = {torch.bfloat16: 256, torch.float16: 2048}
 
 
@@ -143,10 +146,10 @@ def _with_class(mask_BC: Tensor) -> Tensor:
 
 
 def require_columns(modality: str, columns: Sequence[int], tower: nn.Module) -> None:
-    """Check that the columns of a data module's table fit a tower; one without ``columns`` is not checked.
+    """Check that the columns of a data module's table fit a tower; a tower without ``columns`` is not checked.
 
     Args:
-        columns: of the data, 0 for a number, else its number of categories.
+        columns: of the data, 0 for a number, otherwise its number of categories.
 
     >>> require_columns("table", [0, 3], TableTower([0, 8], width=8, depth=1))
     """

@@ -18,21 +18,21 @@ class TextTower(Tower):
     """Text transformer, pre-norm: ``h = norm(block_n(... block_1(embedding(x) + positions)))``.
 
     ``x_BT -> [B, T, width]``. Padding (id 0, or where ``mask`` is False) is not attended to and gives zeros, unless
-    ``attend_padding``. Columns beyond the longest text of a batch are not computed.
+    ``attend_padding``. Columns after the longest text of a batch are not computed.
 
     Args:
         vocab: number of token ids.
         width: D.
         depth: number of blocks, at least 1 (without any: :class:`BagTower`).
-        heads: of the attention.
-        length: maximum tokens of a text.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
-        causal: a token attends to itself and those before it only.
-        attend_padding: padding is a token like any other, and no text is shorter than its row (SigLIP's texts; pool
-            them with ``LastPool``).
-        std: of the token embeddings at initialisation, twice that of the positions; larger values help to learn word
-            order from few examples.
+        heads: number of attention heads.
+        length: maximum number of tokens in a text.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
+        causal: a token attends only to itself and to earlier ones.
+        attend_padding: padding is a token like any other, and every text fills its row (as SigLIP's texts; pool them
+            with ``LastPool``).
+        std: standard deviation of the initial token embeddings, twice that of the positions; larger values help to
+            learn word order from few examples.
 
     >>> tower = TextTower(vocab=9, width=8, depth=1, heads=2, length=6)
     >>> tower(torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]])).mask_BT.sum(dim=1).tolist()
@@ -65,11 +65,11 @@ class TextTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def embed(self, x_BT: Tensor) -> Tensor:
-        """Token embeddings with positions, ``[B, T] -> [B, T, D]``; model inversion optimises these."""
+        """Embed tokens with positions, ``[B, T] -> [B, T, D]``; model inversion optimises the result."""
         return self.embedding(x_BT) + self.positions_TD[: x_BT.shape[1]]
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm; tokens whose mask is False are not attended to and give zeros."""
+        """Apply blocks and norm; tokens whose mask is False are not attended to and give zeros."""
         mask_BT = all_real(h_BTD) if mask_BT is None else mask_BT
         attend = self._attention_mask(mask_BT)
         for layer in self.layers:
@@ -91,7 +91,7 @@ class TextTower(Tower):
         return Tokens(F.pad(h_BTD, (0, 0, 0, T - longest)) if longest < T else h_BTD, mask_BT)
 
     def _attention_mask(self, mask_BT: Tensor) -> Tensor:
-        """Attention mask, bool ``[B, 1, 1 or T, T]``, with at least one key a query (a softmax over none is NaN)."""
+        """Make the attention mask, bool ``[B, 1, 1 or T, T]``, with at least one key per query (none gives NaN)."""
         if not self.causal:
             return key_mask(mask_BT)
         T = mask_BT.shape[1]
@@ -105,16 +105,16 @@ def _real(x_BT: Tensor) -> Tensor:
 
 
 def columns(mask_BT: Tensor) -> int:
-    """Columns up to the last real token of any text; at least 1."""
+    """Count the columns up to the last real token of any text; at least 1."""
     columns = host_copy(mask_BT).any(dim=0).nonzero()
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
 class BagTower(Tower):
-    """Bag of token embeddings: one token a text, ``h_b = mean over real tokens of embedding(x_bt)``.
+    """Bag of token embeddings: one token per text, ``h_b = mean over real tokens of embedding(x_bt)``.
 
-    ``x_BT -> [B, 1, width]``; a text without real tokens gives zeros and no token. The same as a mean pool over
-    embeddings, in about a tenth of the time for rows of eighty n-grams.
+    ``x_BT -> [B, 1, width]``; a text without real tokens gives zeros and no token. It equals a mean pool over
+    embeddings, but takes about a tenth of the time for rows of eighty n-grams.
 
     Args:
         vocab: number of token ids.

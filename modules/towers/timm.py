@@ -25,9 +25,10 @@ class TimmTower(Tower):
     unless ``weights`` names a file.
 
     Args:
-        name: of the model, such as vit_tiny_patch16_224 or resnet18.
-        weights: a local file of the same model, safetensors or torch's (read without code); its classifier is dropped.
-        size: of the square image in pixels, for models that need it.
+        name: name of the model, such as vit_tiny_patch16_224 or resnet18.
+        weights: a local file of the same model, safetensors or torch's (loaded without running code); its classifier is
+            dropped.
+        size: side of the square image in pixels, for models that need it.
         options: further arguments of the model, such as in_chans, drop_path_rate, embed_dim.
 
     >>> import torch
@@ -84,13 +85,13 @@ class TimmTower(Tower):
         return Tokens(h, all_real(h))
 
     def blocks(self) -> list[nn.Module]:
-        """Transformer blocks, or the residual blocks of all stages."""
+        """List the transformer blocks, or the residual blocks of all stages."""
         parts = ("blocks", "stages", "layers", "layer1", "layer2", "layer3", "layer4")
         return [block for part in parts for block in _flat(getattr(self.model, part, None))]
 
 
 def _after_features(model: nn.Module) -> list[nn.Module]:
-    """The parts of a timm model that ``forward_features`` does not run (mostly norms of the classifier)."""
+    """List the parts of a timm model that ``forward_features`` does not run (mostly norms of the classifier)."""
     names = ["head", "head_dist", "classifier", "fc", "fc_norm", "pre_logits"]
     if type(model).__name__ == "MobileNetV3":  # an EfficientNet runs its own in forward_features
         names += ["conv_head", "norm_head"]
@@ -131,7 +132,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """``load_state_dict`` of all keys or none; raises ValueError with the number of keys that do not fit."""
+    """Load a state dict if all keys fit; otherwise raise ValueError with the number of keys that do not."""
     wanted = model.state_dict()
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     shaped = {key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape}

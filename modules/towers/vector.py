@@ -11,15 +11,16 @@ from descant.modules.towers.base import Tokens, Tower
 
 
 class VectorTower(Tower):
-    """MLP over float vectors, one token a sample: ``h = relu(W_n ... relu(W_1 x + b_1) ... + b_n)``.
+    """MLP over float vectors, one token per sample: ``h = relu(W_n ... relu(W_1 x + b_1) ... + b_n)``.
 
     ``[B, inputs] -> [B, 1, width]``, for table columns, sensors and synthetic data.
 
     Args:
-        inputs: numbers of a vector.
-        width: D, of each layer.
+        inputs: length of a vector.
+        width: D of each layer.
         depth: number of layers, at least 1.
-        relu: after each layer; without it the tower is linear, and certified radii of a linear decision are exact.
+        relu: apply it after each layer; without it the tower is linear, and certified radii of a linear decision are
+            exact.
 
     >>> import torch
     >>> VectorTower(inputs=6, width=8)(torch.zeros(3, 6)).h_BTD.shape

@@ -19,7 +19,7 @@ from descant.modules.towers.image import Block, PatchTower, all_real, key_mask, 
 class TimeAttention(nn.Module):
     """Attention of each patch over the frames, ``W_o softmax(q k^T / sqrt(D / heads)) v`` of ``norm(h)``.
 
-    ``[B, F, P, D] -> [B, F, P, D]``; a patch reads only the same patch of frames that are real.
+    ``[B, F, P, D] -> [B, F, P, D]``; a patch attends only to the same patch of real frames.
 
     >>> TimeAttention(8, 2)(torch.randn(3, 4, 5, 8), torch.ones(3, 4, 5, dtype=torch.bool)).shape
     torch.Size([3, 4, 5, 8])
@@ -44,7 +44,7 @@ class TimeAttention(nn.Module):
 class DividedBlock(Block):
     """Block of divided space-time attention: ``h + time(h)``, then a transformer block within each frame.
 
-    Arguments as of :class:`VideoTower`.
+    For the arguments, see :class:`VideoTower`.
 
     >>> DividedBlock(8, 2)(torch.randn(3, 4, 5, 8), torch.ones(3, 4, 5, dtype=torch.bool)).shape
     torch.Size([3, 4, 5, 8])
@@ -67,18 +67,18 @@ class VideoTower(Tower):
 
     ``x_BFCHW -> [B, F (size / patch)^2, width]``, frame by frame and within a frame in row order, without a class
     token. ``time`` attends to the same patch of all frames, ``space`` to all patches of the same frame. A frame of
-    ``-inf`` is padding, as in audio: its content is not read, it is attended to by none, and its tokens are zero.
-    The release adds a linear layer behind ``time``, zero at first in all blocks but one, for weights of an image model.
+    ``-inf`` is padding, as in audio: its content is not read, no token attends to it, and its tokens are zero. For the
+    weights of an image model, the release adds a linear layer after ``time``, zero at first in all blocks but one.
 
     Args:
-        size: of the square frames, in pixels.
-        patch: of a square patch, in pixels.
-        frames: the most that a clip has.
+        size: side of the square frames, in pixels.
+        patch: side of a square patch, in pixels.
+        frames: maximum number of frames in a clip.
         width: D.
         depth: number of blocks.
-        heads: of both attentions.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on the branches of a block.
+        heads: number of heads of both attentions.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on the branches of a block.
         channels: C.
         positions: learned, or fixed sines and cosines of row and column, and of time.
 
@@ -118,7 +118,7 @@ class VideoTower(Tower):
         self.norm = nn.LayerNorm(width)
 
     def embed(self, x_BFCHW: Tensor) -> Tensor:
-        """Patches with positions in space and time, ``[B, F, C, H, W] -> [B, T, D]``."""
+        """Embed patches with positions in space and time, ``[B, F, C, H, W] -> [B, T, D]``."""
         shape, places = tuple(x_BFCHW.shape[1:]), (self.frames, *self.shape)
         if len(shape) != 4 or shape[1:] != self.shape or not 0 < shape[0] <= self.frames:
             raise ValueError(f"clip {shape}: this tower takes up to {self.frames} frames of {places[1:]}")
@@ -127,7 +127,7 @@ class VideoTower(Tower):
         return h_BFPD.flatten(1, 2)
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Blocks and norm; tokens whose mask is False are not attended to and give zeros."""
+        """Apply blocks and norm; tokens whose mask is False are not attended to and give zeros."""
         mask_BT = all_real(h_BTD) if mask_BT is None else mask_BT
         grid = (-1, len(self.positions_PD))
         h_BFPD, mask_BFP = h_BTD.unflatten(1, grid), mask_BT.unflatten(1, grid)
@@ -136,7 +136,7 @@ class VideoTower(Tower):
         return self.norm(h_BFPD.flatten(1, 2)).masked_fill(~mask_BT[..., None], 0.0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: bool ``[B, F]``, real frames; by default those that do not begin with ``-inf``."""
+        """Encode clips. ``mask``: bool ``[B, F]``, real frames; by default those that do not begin with ``-inf``."""
         mask_BF = x[:, :, 0, 0, 0] > -torch.inf if mask is None else mask
         mask_BT = mask_BF.repeat_interleave(len(self.positions_PD), dim=1)
         h_BTD = self.embed(x.masked_fill(~mask_BF[..., None, None, None], 0.0))

@@ -1,8 +1,7 @@
-"""Vision transformer on ragged batches: any number of tokens a sample, of several modalities. On one modality it is
-timm's ViT.
+"""Vision transformer on ragged batches: any number of tokens per sample, from several modalities.
 
-Letters: B samples, S groups of tokens (global ones, then one a modality), N tokens of all samples, M with global ones,
-K tokens of one sample, D width.
+On one modality it is timm's ViT. Letters: B samples, S groups of tokens (global ones, then one per modality), N tokens
+of all samples, M with global ones, K tokens of one sample, D width.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ EPS = 1e-6
 class Layout:
     """Memory layout of ragged tokens for dense attention: samples of equal length are stored together.
 
-    Within a sample its groups follow each other; ``join`` packs groups into this order, and ``part`` unpacks them.
+    Within a sample its groups follow each other. ``join`` packs groups into this order, and ``part`` unpacks them.
 
     Args:
-        counts: int64 ``[B]`` of each group, on the CPU: tokens of each sample.
-        by: int64 ``[B]``: what samples of one piece have in common, where that is more than their length; layouts with
-            equal ``by`` have equal pieces.
+        counts: for each group, the tokens of each sample: int64 ``[B]`` on the CPU.
+        by: int64 ``[B]``: a key that samples of one piece share, if it is finer than their length; layouts with equal
+            ``by`` have equal pieces.
         device: of the tokens; by default that of the counts.
 
     Attributes:
-        pieces: (samples, tokens a sample), in memory order.
+        pieces: (samples, tokens per sample), in memory order.
         sample_B: the samples in that order, on the CPU.
-        order_M: index in the concatenated groups of each token in memory; None where all samples have equal counts.
+        order_M: for each token in memory, its index in the concatenated groups; None if all samples have equal counts.
 
     >>> layout = Layout([torch.tensor([1, 1, 1]), torch.tensor([2, 0, 2])])
     >>> layout.pieces, layout.sample_B.tolist(), layout.order_M.tolist()
@@ -80,7 +79,7 @@ class Layout:
         self.order_M = to_device(rank_M.argsort(stable=True), device)
 
     def join(self, groups: Sequence[Tensor]) -> Tensor:
-        """Groups ``[N, D]``, each sample by sample, to ``[M, D]`` in memory order."""
+        """Pack groups ``[N, D]``, each ordered by sample, into ``[M, D]`` in memory order."""
         if self.order_M is not None:
             return take(torch.cat(list(groups)), self.order_M)
         assert self.sizes is not None
@@ -89,7 +88,7 @@ class Layout:
         return torch.cat(views, dim=1).flatten(0, 1)
 
     def part(self, h_MD: Tensor) -> list[Tensor]:
-        """The inverse of ``join``."""
+        """Unpack tokens in memory order into groups: the inverse of ``join``."""
         if self.order_M is not None:
             inverse_M = torch.empty_like(self.order_M)
             inverse_M[self.order_M] = torch.arange(len(inverse_M), device=inverse_M.device)
@@ -100,19 +99,19 @@ class Layout:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Int64 ``[M]`` on the CPU: the sample of each token in memory order."""
+        """Return the sample of each token in memory order, int64 ``[M]`` on the CPU."""
         return self.sample_B.repeat_interleave(self.count_SB.sum(dim=0)[self.sample_B])
 
     @cached_property
     def kinds(self) -> Tensor:
-        """Int64 ``[M]`` on the CPU: the group of each token in memory order."""
+        """Return the group of each token in memory order, int64 ``[M]`` on the CPU."""
         S, B = self.count_SB.shape
         return torch.arange(S).repeat(B).repeat_interleave(self.count_SB[:, self.sample_B].T.flatten())
 
     def split(self, h_MD: Tensor) -> list[Tensor]:
-        """Pieces ``[samples, tokens, ...]`` of tokens in memory order."""
+        """Split tokens in memory order into pieces ``[samples, tokens, ...]``."""
         if len(self.pieces) == 1:
-            return [h_MD.view(*self.pieces[0], *h_MD.shape[1:])]  # the backward of a split is a copy
+            return [h_MD.view(*self.pieces[0], *h_MD.shape[1:])]  # without a split, whose backward is a copy
         parts = h_MD.split([rows * tokens for rows, tokens in self.pieces])
         return [part.view(*piece, *h_MD.shape[1:]) for part, piece in zip(parts, self.pieces, strict=True)]
 
@@ -132,7 +131,7 @@ class _Take(torch.autograd.Function):
 
 
 def take(h_ND: Tensor, index_K: Tensor) -> Tensor:
-    """``h_ND[index_K]`` for distinct indices: the backward copies gradients, where that of indexing would add them.
+    """Return ``h_ND[index_K]`` for distinct indices; backward copies gradients, where that of indexing adds them.
 
     >>> take(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0])).tolist()
     [[3.0], [1.0]]
@@ -140,15 +139,15 @@ def take(h_ND: Tensor, index_K: Tensor) -> Tensor:
     return _Take.apply(h_ND, index_K)
 
 
-#: Most keys for which attention in bfloat16 on a CPU is two matrix products, with weights kept for backward.
+#: The most keys for which bfloat16 attention on a CPU is two matrix products, with weights kept for backward.
 SHORT = 512
 
 
 def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attention ``softmax(q k^T / sqrt(E)) v``: torch's fused kernel, except for short bfloat16 sequences on a CPU.
+    """Compute attention ``softmax(q k^T / sqrt(E)) v`` by torch's fused kernel, except short bfloat16 ones on a CPU.
 
-    There the fused backward takes 3 to 12 times as long as two matrix products (33 to 145 tokens, AMX); the latter
-    round the logits to bfloat16, as unfused attention under autocast does.
+    For short bfloat16 sequences on a CPU, the fused backward takes 3 to 12 times as long as two matrix products (33 to
+    145 tokens, AMX). The products round the logits to bfloat16, as unfused attention under autocast does.
 
     >>> attend(*(torch.ones(1, 1, 2, 4) for _ in range(3)))[0, 0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0]
@@ -187,7 +186,7 @@ class RaggedBlock(Block):
 
 
 class RoutedBlock(RaggedBlock):
-    """A :class:`RaggedBlock` with sparse experts in place of its MLP; returns where the tokens went, too.
+    """:class:`RaggedBlock` with sparse experts instead of its MLP; it also returns the routing of the tokens.
 
     >>> from descant.modules.moe import TopKRouter
     >>> block = RoutedBlock(8, 2, ExpertLayers(experts=4, router=TopKRouter()).build(8, 32, "gelu"))
@@ -201,7 +200,7 @@ class RoutedBlock(RaggedBlock):
         del self.mlp
         self.moe = moe
 
-    def forward(  # type: ignore[override]  # with what the experts were given
+    def forward(  # type: ignore[override]  # also takes marks and returns the routing
         self, h_ND: Tensor, layout: Layout, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing]:
         h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))
@@ -213,19 +212,19 @@ class Trunk(Tower):
     """ViT encoder over ragged tokens, ``[N, D] -> [B + N, D]``: ``h = norm(block_n(... block_1([cls; tokens])))``
     within each sample.
 
-    Each sample begins with one global token (timm's class token). Registered as a tower of the recipe, it can be
-    adapted, checkpointed, compiled and sharded.
+    Each sample begins with one global token (timm's class token). As a registered tower of the recipe, the encoder can
+    be adapted, checkpointed, compiled and sharded.
 
     Args:
         width: D.
         depth: number of blocks.
-        heads: of the attention.
-        mlp_ratio: hidden width of the MLP over D.
-        dropout: on the attention weights and on both branches of a block.
-        weights: a local file of a plain timm ViT (safetensors, or torch's read without code): its blocks, norm and
-            class token; patches and positions belong to the adapters.
-        experts: which blocks have sparse experts in place of their MLP; none where not given. The kind of a token is
-            its group: 0 the global token's, then one a modality.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP, divided by D.
+        dropout: probability on the attention weights and on both branches of a block.
+        weights: a local file of a plain timm ViT (safetensors, or torch's, loaded without running code). Its blocks,
+            norm and class token are read; patches and positions belong to the adapters.
+        experts: which blocks have sparse experts instead of their MLP; none if not given. The kind of a token is its
+            group: 0 for global tokens, then one per modality.
 
     >>> layout = Layout([torch.tensor([1, 1]), torch.tensor([2, 3])])  # global tokens, and five of a modality
     >>> Trunk(width=8, depth=1, heads=2)(torch.randn(5, 8), layout).h_BTD.shape
@@ -270,15 +269,15 @@ class Trunk(Tower):
         task_B: Tensor | None = None,
         routings: list[Routing] | None = None,
     ) -> Tokens:
-        """Encodes global tokens and ``x``.
+        """Encode global tokens and ``x``.
 
         Args:
             x: ``[N, D]``, tokens with positions of all samples, group by group; or dense ``[B, K, D]``.
-            mask: the layout of one global token a sample and the groups; for dense ``x`` a bool ``[B, K]`` or None:
-                masked tokens are not computed and are zero in the output, which has the shape of ``x``, without global
+            mask: the layout of one global token per sample and the groups; for dense ``x``, a bool ``[B, K]`` or None.
+                Masked tokens are not computed and are zero in the output, which has the shape of ``x``, without global
                 tokens.
-            task_B: int64, of each sample, for routers of experts.
-            routings: a list to which each block of experts appends where its tokens went.
+            task_B: int64, the task of each sample, for routers of experts.
+            routings: a list to which each block with experts appends its routing.
         """
         if isinstance(mask, Layout):
             sizes = mask.count_SB.sum(dim=1).tolist()
@@ -316,12 +315,12 @@ class Trunk(Tower):
 
 
 def _marks(layout: Layout, task_B: Tensor | None, device: torch.device) -> Marks:
-    """Kind and task of tokens in memory order."""
+    """Return kind and task of tokens in memory order."""
     kind_M, row_M = to_device(layout.kinds, device), to_device(layout.rows, device)
     return Marks(kind_M, None if task_B is None else derived(lambda task, row: task[row], task_B, row_M))
 
 
-#: Keys of a timm ViT that are not the trunk's.
+#: Keys of a timm ViT that the trunk does not have.
 OUTSIDE = ("patch_embed.", "pos_embed", "head.", "fc_norm.", "head_dist.")
 _NAMES = {
     "norm_1": "norm1",
@@ -334,14 +333,14 @@ _NAMES = {
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A timm ViT's state dict under the trunk's names; other keys are unchanged."""
+    """Rename the keys of a timm ViT's state dict to the trunk's; other keys are unchanged."""
     to_ours = {f"{timm}.": f"{ours}." for ours, timm in _NAMES.items()}
     named = {_named(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
     return named | ({"cls_D": state["cls_token"].flatten()} if "cls_token" in state else {})
 
 
 def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
-    """State dict of a plain timm ViT with the trunk's features on one modality.
+    """Return a state dict with which a plain timm ViT computes the trunk's features on one modality.
 
     It fits timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``.
 
@@ -367,15 +366,15 @@ def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
     }
 
 
-#: Places of a timm ViT that write into its residual stream.
+#: Parameters of a timm ViT that write into its residual stream.
 _INTO_STREAM = ("patch_embed.proj.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
 
 
 def patch_tower_to_timm(tower: PatchTower) -> dict[str, Tensor]:
-    """State dict of timm's ``VisionTransformer`` without a class token that computes what a PatchTower does.
+    """Return a state dict with which timm's ``VisionTransformer`` without class token computes what a PatchTower does.
 
-    The layer norms of timm have an epsilon of 1e-6, those of a PatchTower 1e-5. A norm of ``c h`` with epsilon
-    ``e c^2`` is that of ``h`` with ``e``, and norms alone read the residual stream: so all that is written into it is
+    timm's layer norms have an epsilon of 1e-6, those of a PatchTower 1e-5. A norm of ``c h`` with epsilon ``e c^2``
+    equals that of ``h`` with epsilon ``e``, and only norms read the residual stream. So everything written into it is
     multiplied by ``c = sqrt(1e-6 / 1e-5)``.
 
     >>> from descant.modules.towers import PatchTower

@@ -10,11 +10,11 @@ from descant.modules.transforms.image import HALF, Colour, colours, normalise
 
 
 class CanvasPixels(nn.Module):
-    """Preprocessing: uint8 ``[B, 4, H, W]`` -> float ``[B, 3, H, W]``, ``(x / 255 - mean) / std``, and ``-inf`` where
-    the fourth channel is 0: outside of an image.
+    """Preprocessing: uint8 ``[B, 4, H, W]`` -> float ``[B, 3, H, W]``, ``(x / 255 - mean) / std``, and ``-inf`` outside
+    of an image, where the fourth channel is 0.
 
     Args:
-        mean, std: of each colour, as a pretrained tower was trained with; by default pixels in -1..1.
+        mean, std: of each colour, as in the training of a pretrained tower; by default pixels in -1..1.
 
     >>> x_B4HW = torch.tensor([255, 255, 255, 255, 0, 0, 0, 0], dtype=torch.uint8).view(1, 2, 4, 1).transpose(1, 2)
     >>> CanvasPixels()(x_B4HW, torch.zeros(1, dtype=torch.long))[0, 0].tolist()

@@ -31,10 +31,10 @@ CELLS = 1 << 19
 
 
 def mel(hertz: Tensor) -> Tensor:
-    """Hertz to mel on Slaney's scale: ``3 f / 200`` up to 1000 Hz, above it ``15 + 27 log(f / 1000) / log(6.4)``.
+    """Convert hertz to mel on Slaney's scale: ``3 f / 200`` up to 1000 Hz, above ``15 + 27 log(f / 1000) / log(6.4)``.
 
-    Linear at low frequencies, so that with windows of 25 ms no filter falls between two bins, as with the HTK scale.
-    Source: Slaney 1998, Auditory Toolbox (as in librosa and Whisper).
+    The scale is linear at low frequencies, so with windows of 25 ms no filter falls between two bins, as some do on the
+    HTK scale. Source: Slaney 1998, Auditory Toolbox (as in librosa and Whisper).
 
     >>> mel(torch.tensor([500.0, 1000.0, 6400.0])).tolist()
     [7.5, 15.0, 42.0]
@@ -43,7 +43,7 @@ def mel(hertz: Tensor) -> Tensor:
 
 
 def hertz(mels: Tensor) -> Tensor:
-    """Mel to hertz, the inverse of :func:`mel`.
+    """Convert mel to hertz, the inverse of :func:`mel`.
 
     >>> hertz(torch.tensor([7.5, 42.0])).round().tolist()
     [500.0, 6400.0]
@@ -52,7 +52,7 @@ def hertz(mels: Tensor) -> Tensor:
 
 
 def mel_filters(mels: int, fft: int, rate: int, low: float, high: float) -> Tensor:
-    """Mel filter bank ``w_FK``: triangles of height 1 over the ``fft / 2 + 1`` bins, evenly spaced in mel.
+    """Compute the mel filter bank ``w_FK``: triangles of height 1 over ``fft / 2 + 1`` bins, evenly spaced in mel.
 
     >>> mel_filters(mels=4, fft=64, rate=16000, low=0.0, high=8000.0).shape
     torch.Size([4, 33])
@@ -70,10 +70,10 @@ def mel_filters(mels: int, fft: int, rate: int, low: float, high: float) -> Tens
 
 
 def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
-    """Resamples waveforms by truncating (or zero-padding) their spectrum: ``S -> ceil(S after / before)``.
+    """Resample waveforms by truncating (or zero-padding) their spectrum: ``S -> ceil(S after / before)``.
 
-    No aliasing above the new Nyquist frequency, no change below it. Ends are padded with silence, since a spectrum is
-    periodic; for whole recordings, not for pieces.
+    Nothing aliases above the new Nyquist frequency, and nothing changes below it. Ends are padded with silence, since a
+    spectrum is periodic. Use it for whole recordings, not for pieces.
 
     >>> t = torch.arange(441) / 44100
     >>> x_NS = resample(torch.sin(2 * torch.pi * 1000 * t)[None], 44100, 16000)
@@ -92,7 +92,7 @@ def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
 
 
 def quantized(x: Tensor) -> Tensor:
-    """Floats in -1..1 to int16, rounded and clipped.
+    """Convert floats in -1..1 to int16, rounded and clipped.
 
     >>> quantized(torch.tensor([0.5, -1.0, 2.0])).tolist()
     [16384, -32768, 32767]
@@ -105,12 +105,12 @@ class LogMel(nn.Module):
     T]``.
 
     ``X`` is the short-time spectrum under a Hann window, scaled so that the power of a full-scale sine sums to 1 over
-    all bins: 0 dB in a wide filter, up to 3 dB less in one narrower than the window's main lobe. Frame t covers the
-    samples from ``t hop`` on, ``T = ceil(S / hop)``; a sample of length L has ``ceil(L / hop)`` frames, independent of
-    padding, and later frames are ``-inf``.
+    all bins. So a wide filter has 0 dB, and a filter narrower than the window's main lobe up to 3 dB less. Frame t
+    covers the samples from ``t hop`` on; ``T = ceil(S / hop)``. A sample of length L has ``ceil(L / hop)`` frames,
+    whatever the padding, and later frames are ``-inf``.
 
     Args:
-        rate: samples a second.
+        rate: samples per second.
         mels: F.
         window: samples of a frame (25 ms at 16 kHz).
         hop: samples between frames.
@@ -147,11 +147,11 @@ class LogMel(nn.Module):
         self.register_buffer("filters_FK", mel_filters(mels, self.fft, rate, low, high), persistent=False)
 
     def frames(self, samples: int) -> int:
-        """T for S samples."""
+        """Return T for S samples."""
         return -(-samples // self.hop)
 
     def forward(self, x_BS: Tensor, length_B: Tensor | None = None) -> Tensor:
-        """``x_BS``: int16 or float in -1..1. ``length_B``: real samples of each; all S by default."""
+        """Compute features. ``x_BS``: int16, or float in -1..1. ``length_B``: real samples of each; all by default."""
         B, S = x_BS.shape
         length_B = torch.full((B,), S, device=x_BS.device) if length_B is None else length_B
         T = self.frames(S)
@@ -160,7 +160,7 @@ class LogMel(nn.Module):
         return self.marked(x_BFT, length_B)
 
     def marked(self, x_BFT: Tensor, length_B: Tensor) -> Tensor:
-        """The features, in place, with ``-inf`` in frames behind each sample's length in samples of the waveform."""
+        """Set frames after each sample's length, in samples of the waveform, to ``-inf``, in place."""
         real_BT = derived(partial(self._real, x_BFT.shape[2]), length_B)
         x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
         # real frames are finite: their decibels have a floor
@@ -183,11 +183,11 @@ class LogMel(nn.Module):
 
 
 def noisy(x_BS: Tensor, length_B: Tensor, snr: float, draw_B: Tensor) -> Tensor:
-    """Adds white noise at a signal-to-noise ratio: float ``[B, S]``, in -1..1 as far as x.
+    """Add white noise at a signal-to-noise ratio: float ``[B, S]``, on a scale of -1..1.
 
         x'_s = x_s + sigma n_s,   sigma^2 = mean over its real samples of x^2 / 10^(snr / 10)
 
-    Noise is a function of the sample's key; padding and silent clips get none.
+    The noise is a function of the sample's key; padding and silent clips get none.
 
     Args:
         x_BS: int16, or float. length_B: real samples of each. snr: decibels. draw_B: keys.
@@ -210,16 +210,16 @@ class AudioAugment(nn.Module):
     [B, F, T]``.
 
     ``x'(f, t) = x(f + pitch, tempo (t - shift)) + gain``, then bands of filters and of frames are set to the sample's
-    mean (SpecAugment, Park 2019, arXiv 1904.08779), each sampled uniformly from the sample's key. Where nothing may be
-    changed, x is returned as it is.
+    mean (SpecAugment, Park 2019, arXiv 1904.08779). Each is sampled uniformly from the sample's key. If no change is
+    configured, x is returned as it is.
 
     Args:
         tempo: log-uniform factor between 1/tempo and tempo.
-        pitch: filters up or down.
-        shift: frames later (padded in front), or earlier (cut).
-        gain: decibels up or down.
-        masks: bands of each kind. filters, frames: maximum width of these.
-        floor: decibels of silence, as of the LogMel.
+        pitch: at most this many filters up or down.
+        shift: at most this many frames later (padded in front) or earlier (cut).
+        gain: at most this many decibels up or down.
+        masks: number of bands of each kind. filters, frames: their maximum widths.
+        floor: decibels of silence, as in LogMel.
         stream: name of the random stream; two views of one sample use two streams.
 
     >>> x_BFT = torch.zeros(1, 4, 6); x_BFT[:, :, 4:] = -torch.inf
@@ -277,8 +277,10 @@ class AudioAugment(nn.Module):
         return (tempo_B * math.log(self.tempo)).exp(), (shift_B * (self.shift + 0.5)).round()
 
     def _moved(self, real_BT: Tensor, u_BK: Tensor) -> Tensor:
-        """Real frames after shift and tempo; on the CPU where real frames are known there, for bit-identical
-        exponentials."""
+        """Find the real frames after shift and tempo.
+
+        It runs on the CPU if real frames are known there, so that exponentials are bit-identical.
+        """
         device, known = real_BT.device, has_host_copy(real_BT)
         real_BT, u_BK = (host_copy(real_BT), host_copy(u_BK)) if known else (real_BT, u_BK)
         (tempo_B, shift_B), T = self._tempo_and_shift(u_BK), real_BT.shape[1]
@@ -287,7 +289,7 @@ class AudioAugment(nn.Module):
         return to_device(moved_BT, device)
 
     def _grid(self, tempo_B: Tensor, shift_B: Tensor, pitch_B: Tensor, x_BFT: Tensor) -> Tensor:
-        """Sampling grid ``[B, F, T, 2]``: where each output lies in ``x``, in the -1..1 of grid_sample."""
+        """Make the sampling grid ``[B, F, T, 2]``: the place of each output in ``x``, in grid_sample's -1..1."""
         B, filters, T = x_BFT.shape
         zero, one = torch.zeros_like(tempo_B), torch.ones_like(tempo_B)
         row_t = torch.stack([tempo_B, zero, (tempo_B - 1) * (1 - 1 / T) - 2 * tempo_B * shift_B / T], dim=-1)
@@ -296,7 +298,7 @@ class AudioAugment(nn.Module):
 
 
 def _bands(u_BM2: Tensor, size: int, widest: int) -> Tensor:
-    """Bool ``[B, size]``: M bands a sample, of random width up to ``widest`` at random places."""
+    """Draw M bands per sample, of random width up to ``widest`` at random places: bool ``[B, size]``."""
     width_BM1 = (u_BM2[..., :1] * (min(widest, size) + 1)).floor()
     start_BM1 = (u_BM2[..., 1:] * (size - width_BM1 + 1)).floor()
     place = torch.arange(size, device=u_BM2.device)

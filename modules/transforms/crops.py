@@ -1,4 +1,4 @@
-"""Crops of images that are normalised already, for multi-crop and for views whose place in the image is known.
+"""Crops of images that are already normalised, for multi-crop and for views whose place in the image is known.
 
 Letters: B samples, C channels, S pixels out, T patches.
 """
@@ -16,14 +16,14 @@ from descant.modules.core.rng import uniform_NK
 
 
 class CropBox(NamedTuple):
-    """A square part of each image: ``side_B``, a share of the image's, and ``centre_B2``, x and y from -1 to 1."""
+    """Square part of each image: ``side_B``, as a share of the image's side, and ``centre_B2``, x and y in -1..1."""
 
     side_B: Tensor
     centre_B2: Tensor
 
     @classmethod
     def drawn(cls, draw_B: Tensor, name: str, scale: tuple[float, float], like: Tensor) -> CropBox:
-        """At random places, of random shares of the area from ``scale``; on the device and of the dtype of ``like``."""
+        """Draw random places and shares of the area from ``scale``; device and dtype are those of ``like``."""
         least, largest = scale
         u_B3 = to_device(uniform_NK(draw_B, [f"{name}/{what}" for what in ("area", "x", "y")]), like.device)
         side_B = (least + (largest - least) * u_B3[:, 0]).sqrt()
@@ -31,7 +31,7 @@ class CropBox(NamedTuple):
         return cls(side_B.to(like.dtype), centre_B2.to(like.dtype))
 
     def of(self, x_BCHW: Tensor, size: int) -> Tensor:
-        """``[B, C, S, S]``: the part, bilinear."""
+        """Crop this part of images, bilinearly: ``[B, C, S, S]``."""
         theta_B23 = x_BCHW.new_zeros(len(x_BCHW), 2, 3)
         for axis in range(2):
             theta_B23[:, axis, axis], theta_B23[:, axis, 2] = self.side_B, self.centre_B2[:, axis]
@@ -39,7 +39,7 @@ class CropBox(NamedTuple):
         return F.grid_sample(x_BCHW, F.affine_grid(theta_B23, shape, align_corners=False), align_corners=False)
 
     def places(self, seen: CropBox, side: int) -> Tensor:
-        """``[B, T, 2]``: row and column of this crop's patches, counted in the patches of another from its top left.
+        """Return row and column of this crop's patches, in patches of another from its top left: ``[B, T, 2]``.
 
             place_i = n (corner - corner' + s (i + 1/2) / n) / s' - 1/2,      n = ``side``; primed: of ``seen``
 
@@ -58,13 +58,13 @@ class CropBox(NamedTuple):
 
 
 class LocalCrops(nn.Module):
-    """``number`` small crops of each image, bilinear: a square of a random share of the area, at a random place.
+    """Small square crops of each image, ``number`` of them, bilinear: random shares of the area, at random places.
 
-    Parameters come from each sample's random key, as those of :class:`Augment`. The tower has to take images of that
-    size, as ConvTower does. Source: SwAV (Caron 2020, arXiv 2006.09882) and DINO.
+    Parameters come from each sample's random key, as in :class:`Augment`. The tower has to take images of that size, as
+    ConvTower does. Source: SwAV (Caron 2020, arXiv 2006.09882) and DINO.
 
     Args:
-        number: of crops.
+        number: number of crops.
         size: S.
         scale: least and largest share of the area.
 
@@ -84,6 +84,6 @@ class LocalCrops(nn.Module):
         self.number, self.size, self.scale = number, size, scale
 
     def forward(self, views: list[Tensor], draw_B: Tensor) -> list[Tensor]:
-        """``[B, C, S, S]`` each, of the views in turn."""
+        """Crop the views in turn: ``[B, C, S, S]`` each."""
         x = [views[k % len(views)] for k in range(self.number)]
         return [CropBox.drawn(draw_B, f"crop/{k}", self.scale, x_k).of(x_k, self.size) for k, x_k in enumerate(x)]

@@ -6,8 +6,9 @@
 
 Source: Tay 2022 (UL2, arXiv 2205.05131), whose appendix calls ``random_spans_noise_mask`` and ``prefix_lm`` of T5's
 release (google-research/text-to-text-transfer-transformer, t5/data/preprocessors.py). Where paper and release differ,
-both are there: ``deviation`` and ``free`` of :class:`SpanCorruption`, ``share`` and ``uniform`` of :class:`Suffix`.
-Letters: B texts, T tokens of one, K segments, U slots of a target, D denoisers.
+both are available: by ``deviation`` and ``free`` of :class:`SpanCorruption`, and ``share`` and ``uniform`` of
+:class:`Suffix`.
+Letters: B texts, T tokens of a text, K segments, U slots of a target, D denoisers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SPANS, SEQUENTIAL = ((3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 
 
 
 def mode_number(mode: str) -> int:
-    """Place of a mode in MODES. Raises ValueError for one that does not exist, with the nearest.
+    """Return the place of a mode in MODES. Raise ValueError with the nearest for one that does not exist.
 
     >>> mode_number("X")
     2
@@ -43,10 +44,10 @@ def mode_number(mode: str) -> int:
 
 
 def segments(items_B: Tensor, parts_B: Tensor, u_BT: Tensor) -> Tensor:
-    """Random lengths of ``parts`` non-empty segments of ``items``, all ways equally likely: int64 ``[B, K = T]``.
+    """Draw lengths of ``parts`` non-empty segments of ``items``, all ways equally likely: int64 ``[B, K = T]``.
 
-    The ``parts - 1`` least draws among the first ``items`` cut, as in T5's ``_random_segmentation``; T is at least
-    ``items``. Behind the last segment lengths are 0.
+    The ``parts - 1`` smallest draws among the first ``items`` are cuts, as in T5's ``_random_segmentation``; T is at
+    least ``items``. After the last segment, lengths are 0.
 
     >>> segments(torch.tensor([5]), torch.tensor([2]), torch.tensor([[0.0, 0.5, 0.1, 0.7, 0.3, 0.0]])).tolist()
     [[2, 3, 0, 0, 0, 0]]
@@ -59,7 +60,7 @@ def segments(items_B: Tensor, parts_B: Tensor, u_BT: Tensor) -> Tensor:
 
 
 def _weighted_segments(items_B: Tensor, parts_B: Tensor, weight_BK: Tensor) -> Tensor:
-    """Lengths of ``parts`` segments of ``items``: one each, the rest in proportion to weights, int64 ``[B, K]``."""
+    """Compute lengths of ``parts`` segments of ``items``: one each, the rest by weights, int64 ``[B, K]``."""
     there_BK = torch.arange(weight_BK.shape[1]) < parts_B[:, None]
     total_BK = (weight_BK * there_BK).double().cumsum(dim=1)
     end_BK = (total_BK / total_BK[:, -1:] * (items_B - parts_B)[:, None]).round().long()
@@ -67,7 +68,7 @@ def _weighted_segments(items_B: Tensor, parts_B: Tensor, weight_BK: Tensor) -> T
 
 
 def span_counts(length_B: Tensor, mean: float, rate: float) -> tuple[Tensor, Tensor]:
-    """Hidden tokens, ``max(1, round(L rate))``, and spans, ``max(1, round(hidden / mean))``: int64 ``[B]`` each.
+    """Count hidden tokens, ``max(1, round(L rate))``, and spans, ``max(1, round(hidden / mean))``: int64 ``[B]`` each.
 
     At least one token stays visible, and one between any two spans.
 
@@ -80,7 +81,7 @@ def span_counts(length_B: Tensor, mean: float, rate: float) -> tuple[Tensor, Ten
 
 
 def _span_mask(span_BK: Tensor, gap_BK: Tensor, tokens: int) -> Tensor:
-    """Bool ``[B, tokens]``, True in spans: ``gap_0 span_0 gap_1 span_1 ...``."""
+    """Mark spans, bool ``[B, tokens]``: ``gap_0 span_0 gap_1 span_1 ...``."""
     end_BK = (span_BK + gap_BK).cumsum(dim=1)
     edge_BT = torch.zeros(len(end_BK), tokens + 1, dtype=torch.long)
     for place_BK, step in ((end_BK - span_BK, 1), (end_BK, -1)):
@@ -89,13 +90,13 @@ def _span_mask(span_BK: Tensor, gap_BK: Tensor, tokens: int) -> Tensor:
 
 
 class Denoiser:
-    """Chooses the tokens of a text that are hidden and to be predicted.
+    """Base of denoisers, which choose the tokens of a text to hide and to predict.
 
     Args:
-        mode: token before the input, R, S or X. weight: of the denoiser in a mixture, 0 or more.
+        mode: token before the input, R, S or X. weight: weight of the denoiser in a mixture, 0 or more.
     """
 
-    #: Whether a hidden span has a sentinel in the input; else it is the end of the text.
+    #: Whether a hidden span has a sentinel in the input; otherwise it is the end of the text.
     marked = True
 
     def __init__(self, mode: str, weight: float) -> None:
@@ -104,26 +105,26 @@ class Denoiser:
             raise ValueError(f"weight {weight:g}: 0 or more")
 
     def hidden(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
-        """Bool ``[B, T - 2]``: the hidden tokens of texts of 2 to T - 2 tokens, by draws from [0, 1)."""
+        """Return the hidden tokens of texts of 2 to T - 2 tokens, by draws from [0, 1): bool ``[B, T - 2]``."""
         raise NotImplementedError
 
     def spans(self, length: int) -> int:
-        """Sentinels of a text. Raises ValueError for a text that is no longer than a span."""
+        """Count the sentinels of a text. Raise ValueError for a text that is no longer than a span."""
         return 0
 
 
 class SpanCorruption(Denoiser):
-    """Hides ``round(L rate)`` tokens in ``round(L rate / mean)`` spans that are apart from one another (T5).
+    """Span corruption (T5): it hides ``round(L rate)`` tokens in ``round(L rate / mean)`` separate spans.
 
     Args:
-        mean: mean tokens of a span. rate: share of the tokens that are hidden.
-        mode: R or X; X for a mean of 12 or a rate of 0.3 and more where not given (UL2's definition).
-        weight: in a mixture.
-        free: spans lie anywhere. Else a text begins with a visible token and ends with a hidden one, as in T5's
-            release: a single span, as of UL2's (64, .15), is then always the end of the text.
-        deviation: spans have lengths of a normal distribution, as in UL2's paper, with this standard deviation in units
-            of ``mean``, at least 1 and scaled to the number of tokens (our reading). Else all ways to cut are equally
-            likely, as in the release.
+        mean: mean number of tokens in a span. rate: share of the tokens that are hidden.
+        mode: R or X; if not given, X for a mean of 12 or more or a rate of 0.3 or more (UL2's definition).
+        weight: weight in a mixture.
+        free: spans may be anywhere. Otherwise a text begins with a visible token and ends with a hidden one, as in T5's
+            release; a single span, as in UL2's (64, .15), is then always the end of the text.
+        deviation: draw span lengths from a normal distribution, as in UL2's paper, with this standard deviation in
+            units of ``mean``; they are at least 1 and scaled to the number of tokens (our reading). Otherwise all ways
+            to cut are equally likely, as in the release.
 
     >>> u_B2T = torch.rand(1, 2, 12, generator=torch.Generator().manual_seed(0))
     >>> SpanCorruption(2, 0.4).hidden(torch.tensor([10]), u_B2T).int().tolist()
@@ -152,7 +153,7 @@ class SpanCorruption(Denoiser):
         if self.deviation is not None:
             normal_BK = (2 * u_B2T[:, 0].double().clamp(min=1e-9) - 1).erfinv() * 2**0.5
             span_BK = _weighted_segments(hidden_B, spans_B, (1 + self.deviation * normal_BK).clamp(min=1 / self.mean))
-        ends = int(self.free)  # the first gap and the one behind the last span may then be empty
+        ends = int(self.free)  # the first gap and the one after the last span may then be empty
         gap_BK = segments(length_B - hidden_B + 2 * ends, spans_B + ends, u_B2T[:, 1])
         gap_BK[:, 0] -= ends
         return _span_mask(span_BK, gap_BK, u_B2T.shape[2] - 2)
@@ -164,13 +165,13 @@ class SpanCorruption(Denoiser):
 
 
 class Suffix(Denoiser):
-    """Hides the end of a text, without a sentinel (prefix language modelling).
+    """Prefix language modelling: it hides the end of a text, without a sentinel.
 
     Args:
-        share: of the tokens, on average.
-        uniform: the length is drawn from 1 to ``2 share L - 1``: with share 0.25 as UL2's paper has it (our reading),
-            with 0.5 as T5's ``prefix_lm``, which UL2's appendix calls. Else it is ``round(share L)``.
-        mode, weight: as of every denoiser.
+        share: hidden share of the tokens, on average.
+        uniform: draw the length from 1 to ``2 share L - 1``: with share 0.25 as in UL2's paper (our reading), with 0.5
+            as in T5's ``prefix_lm``, which UL2's appendix calls. Otherwise it is ``round(share L)``.
+        mode, weight: as in every denoiser.
 
     >>> Suffix(0.25, uniform=False).hidden(torch.tensor([8]), torch.zeros(1, 2, 10)).int().tolist()
     [[0, 0, 0, 0, 0, 0, 1, 1]]
@@ -200,9 +201,9 @@ class Denoised(NamedTuple):
     """Inputs and targets of B texts, real tokens first, then 0.
 
     Attributes:
-        input_BT, target_BU: int64 ids. real_BT, real_BU: bool, those that are no padding.
+        input_BT, target_BU: int64 ids. real_BT, real_BU: bool, those that are not padding.
         text_BU: bool, tokens of the text: neither sentinels nor padding.
-        mode_B: int64, the place of the mode token in MODES. denoiser_B: int64, which one of the mixture.
+        mode_B: int64, the place of the mode token in MODES. denoiser_B: int64, the denoiser's number in the mixture.
     """
 
     input_BT: Tensor
@@ -215,7 +216,7 @@ class Denoised(NamedTuple):
 
 
 def compacted(keep_BT: Tensor, *x_BT: Tensor) -> tuple[Tensor, ...]:
-    """Kept entries first, in their order, and zeros behind them: of ``keep_BT`` itself and of each other tensor."""
+    """Move kept entries to the front, in order, with zeros after them: in ``keep_BT`` itself and each other tensor."""
     order_BT = (~keep_BT).long().argsort(dim=1, stable=True)
     kept_BT = keep_BT.gather(1, order_BT)
     return kept_BT, *(x.gather(1, order_BT).where(kept_BT, torch.zeros((), dtype=x.dtype)) for x in x_BT)
@@ -224,7 +225,7 @@ def compacted(keep_BT: Tensor, *x_BT: Tensor) -> tuple[Tensor, ...]:
 def divided(
     ids_BT: Tensor, length_B: Tensor, hidden_BT: Tensor, marked_B: Tensor, first: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The first five tensors of :class:`Denoised`; the k-th span of a text has the sentinel ``first + k``.
+    """Return the first five tensors of :class:`Denoised`; the k-th span of a text has the sentinel ``first + k``.
 
     A target ends with the last span, as in T5's release.
 
@@ -237,17 +238,18 @@ def divided(
     begins_BT = hidden_BT & ~F.pad(hidden_BT[:, :-1], (1, 0))
     sentinel_BT, mark_BT = first - 1 + begins_BT.long().cumsum(dim=1), begins_BT & marked_B[:, None]
     seen_BT, input_BT = compacted((real_BT & ~hidden_BT) | mark_BT, torch.where(mark_BT, sentinel_BT, ids_BT))
-    pairs = (mark_BT, hidden_BT), (sentinel_BT, ids_BT), (torch.zeros_like(hidden_BT), hidden_BT)  # before each token
-    keep_BU, both_BU, text_BU = (torch.stack(pair, dim=2).flatten(1) for pair in pairs)  # there is room for a sentinel
+    # before each token there is a slot for a sentinel
+    pairs = (mark_BT, hidden_BT), (sentinel_BT, ids_BT), (torch.zeros_like(hidden_BT), hidden_BT)
+    keep_BU, both_BU, text_BU = (torch.stack(pair, dim=2).flatten(1) for pair in pairs)
     asked_BU, target_BU, text_BU = compacted(keep_BU, both_BU, text_BU)
     return input_BT, seen_BT, target_BU, asked_BU, text_BU
 
 
 class MixtureOfDenoisers:
-    """Corrupts each text by one of several denoisers, drawn by weight, and names it by a mode token (UL2).
+    """Mixture of denoisers (UL2): each text is corrupted by one, drawn by weight, which a mode token names.
 
     Args:
-        denoisers: UL2's seven where not given: S has a fifth, and the others equal parts of the rest.
+        denoisers: UL2's seven if not given: S has a fifth, and the others equal parts of the rest.
         sham: ``permute`` gives each text the mode token of an independent draw from the same mixture.
 
     >>> ids_BT, length_B = torch.arange(100, 164).expand(2, 64), torch.tensor([64, 50])
@@ -268,19 +270,19 @@ class MixtureOfDenoisers:
         self._number_D = torch.tensor([denoiser.number for denoiser in denoisers])
 
     def spans(self, length: int) -> int:
-        """The most sentinels of a text. Raises ValueError for a text that is no longer than a span."""
+        """Return the most sentinels of a text. Raise ValueError for a text that is no longer than a span."""
         return max(denoiser.spans(length) for denoiser in self.denoisers)
 
     def draw(self, key_B: np.ndarray, purpose: str = "denoiser") -> Tensor:
-        """Int64 ``[B]``: the denoiser of each text, by its key."""
+        """Draw the denoiser of each text by its key: int64 ``[B]``."""
         return torch.bucketize(uniform_N(key_B, purpose).double(), self._below_D, right=True)
 
     def __call__(
         self, ids_BT: Tensor, length_B: Tensor, key_B: np.ndarray, first: int, denoiser_B: Tensor | None = None
     ) -> Denoised:
-        """A pure function of texts (int64, of 2 tokens or more) and keys.
+        """Corrupt texts (int64, of 2 tokens or more), as a pure function of texts and keys.
 
-        ``first``: id of the first sentinel; ``denoiser_B``: numbers of denoisers that are not drawn but given.
+        ``first``: id of the first sentinel; ``denoiser_B``: numbers of the denoisers, if not drawn.
         """
         if (length_B < 2).any():
             raise ValueError(f"a text of {int(length_B.min())} tokens: 2 are the least, one to see and one to predict")

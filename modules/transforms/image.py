@@ -2,7 +2,7 @@
 normalisation.
 
 Parameters come from each sample's random key, so an augmentation is a pure function of (seed, epoch, index) on any
-device and in any batch. torchvision pipelines by sample are many times slower (``benchmarks/data.py``); data modules
+device and in any batch. torchvision pipelines per sample are many times slower (``benchmarks/data.py``); data modules
 take them as ``transform``. Letters: B samples, C channels, H and W pixels in, S pixels out.
 """
 
@@ -25,7 +25,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
-    """Composites RGBA (or RGB) in 0..1 over a background colour, white by default: RGB ``[B, 3, H, W]``."""
+    """Composite RGBA (or RGB) in 0..1 over a background colour, white by default: RGB ``[B, 3, H, W]``."""
     if x_BCHW.shape[1] == 3:
         return x_BCHW
     rgb, alpha = x_BCHW[:, :3], x_BCHW[:, 3:4]
@@ -34,7 +34,7 @@ def over_white(x_BCHW: Tensor, background_B3: Tensor | None = None) -> Tensor:
 
 
 def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
-    """Downsamples uint8 RGBA ``[N, 4, H, W]`` to ``[N, 4, size, size]``, colours weighted by opacity."""
+    """Downsample uint8 RGBA ``[N, 4, H, W]`` to ``[N, 4, size, size]``, with colours weighted by opacity."""
     parts = []
     for x in x_NCHW.split(256):  # in parts: a whole corpus as floats would be gigabytes
         rgb, alpha = x[:, :3].float(), x[:, 3:].float() / 255
@@ -45,9 +45,9 @@ def reduce_rgba(x_NCHW: Tensor, size: int) -> Tensor:
 
 
 def edges(x_B3HW: Tensor) -> Tensor:
-    """Edge map of pixels in -1..1: ``min(|grad luma|, 1) * 2 - 1`` by Sobel's masks, float ``[B, 1, H, W]``.
+    """Compute an edge map of pixels in -1..1: ``min(|grad luma|, 1) * 2 - 1`` by Sobel's masks, float ``[B, 1, H, W]``.
 
-    1 where brightness steps by half its range or more, -1 on even ground.
+    It is 1 where brightness changes by half its range or more, and -1 where it is constant.
 
     >>> x_B3HW = torch.ones(1, 3, 4, 6)
     >>> x_B3HW[..., 3:] = -1
@@ -58,7 +58,7 @@ def edges(x_B3HW: Tensor) -> Tensor:
 
 
 def gradient(x_B3HW: Tensor) -> Tensor:
-    """Gradient of the luma, across and down, by Sobel's masks: float ``[B, 2, H, W]``, in steps of a pixel.
+    """Compute the gradient of the luma per pixel, across and down, by Sobel's masks: float ``[B, 2, H, W]``.
 
     >>> gradient(torch.arange(3.0).expand(1, 3, 3, 3))[0, :, 1, 1].tolist()
     [2.0, 0.0]
@@ -86,7 +86,7 @@ BASIC_COLOURS = {
 
 
 def colour_names(x_B3HW: Tensor) -> Tensor:
-    """Nearest of the :data:`BASIC_COLOURS` of each pixel in -1..1: int64 ``[B, H, W]``, 0 to 10.
+    """Find the nearest of the :data:`BASIC_COLOURS` for each pixel in -1..1: int64 ``[B, H, W]``, 0 to 10.
 
     >>> white_and_red = torch.tensor([[1.0, 0.7], [1.0, -0.8], [1.0, -0.7]]).view(1, 3, 1, 2)
     >>> [list(BASIC_COLOURS)[k] for k in colour_names(white_and_red).flatten()]
@@ -112,7 +112,7 @@ class Pixels(nn.Module):
 
     Args:
         size: S, pixels out (antialiased resize).
-        mean, std: of each colour, as a pretrained tower was trained with; by default pixels in -1..1.
+        mean, std: of each colour, as in the training of a pretrained tower; by default pixels in -1..1.
 
     >>> Pixels(2)(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)).unique().tolist()
     [1.0]
@@ -131,7 +131,7 @@ class Pixels(nn.Module):
 
 
 def colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour]:
-    """Both as tuples of three numbers; raises ValueError otherwise."""
+    """Return both as tuples of three numbers; raise ValueError otherwise."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name} {list(values)}: three numbers, one a colour")
@@ -143,7 +143,7 @@ def colours(mean: Sequence[float], std: Sequence[float]) -> tuple[Colour, Colour
 
 
 def normalise(x_B3HW: Tensor, mean: Colour, std: Colour) -> Tensor:
-    """``(x - mean) / std`` of float pixels in 0..1, in place.
+    """Compute ``(x - mean) / std`` of float pixels in 0..1, in place.
 
     >>> normalise(torch.full((1, 3, 1, 1), 0.75), HALF, (0.5, 0.25, 0.125)).flatten().tolist()
     [0.5, 1.0, 2.0]
@@ -170,7 +170,7 @@ class Augment(nn.Module):
 
     Args:
         size: S, pixels out.
-        rotate: degrees, from -rotate..rotate.
+        rotate: degrees, drawn from -rotate..rotate.
         scale: log-uniform factor between 1/scale and scale. stretch: the same, of width against height.
         shear: degrees. shift: share of the image.
         mirror: probability of a horizontal flip.
@@ -179,7 +179,7 @@ class Augment(nn.Module):
         background: probability of a random background behind transparent pixels (else white).
         texture: probability of a random 3 x 3 filter, blended with the image at random (RandConv, Xu 2021, arXiv
             2007.13003): changes texture, not shape.
-        erase: largest share of the side of a grey square over the image (0 none).
+        erase: largest side of a grey square over the image, as a share of the image's side (0 none).
         stream: name of the random stream; two views of one sample use two streams.
         mean, std: as in :class:`Pixels`.
     """
@@ -215,18 +215,18 @@ class Augment(nn.Module):
         self.mean, self.std = colours(mean, std)
 
     def stream_copy(self, stream: str) -> Augment:
-        """The same augmentation with another random stream, for a second view."""
+        """Copy the augmentation with another random stream, for a second view."""
         twin = copy.copy(self)
         twin.stream = stream
         return twin
 
     def _u(self, draw_B: Tensor, device: torch.device, *what: str) -> tuple[Tensor, ...]:
-        """Uniform in -1..1, one a sample and purpose."""
+        """Draw uniformly from -1..1, once per sample and purpose."""
         u_BK = uniform_NK(draw_B, [f"augment/{self.stream}/{w}" for w in what]) * 2 - 1
         return to_device(u_BK, device).unbind(dim=1)
 
     def affine(self, draw_B: Tensor, device: torch.device) -> Tensor:
-        """``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
+        """Compute ``A`` of every sample: ``[B, 2, 3]``, from output to input coordinates in -1..1."""
         purposes = ("rotate", "shear", "scale", "stretch", "mirror", "x", "y")
         rotate, shear, scale, stretch, mirror, x, y = self._u(draw_B, device, *purposes)
         angle, shear = rotate * math.radians(self.rotate), shear * math.radians(self.shear)
@@ -239,7 +239,7 @@ class Augment(nn.Module):
         return torch.cat([torch.stack([row_x, row_y], dim=1), shift[:, :, None]], dim=2)
 
     def mixing(self, draw_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``M`` and ``c`` of every sample: ``[B, 3, 3]`` and ``[B, 3]``, for colours in -1..1."""
+        """Compute ``M`` and ``c`` of every sample: ``[B, 3, 3]`` and ``[B, 3]``, for colours in -1..1."""
         is_grey, gain, is_negative, offset = self._u(draw_B, device, "grey", "contrast", "invert", "brightness")
         noise = torch.stack(self._u(draw_B, device, *(f"colour{k}" for k in range(9))), dim=-1).view(-1, 3, 3)
         # rows of the noise sum to zero, so greys stay grey
@@ -276,13 +276,13 @@ class Augment(nn.Module):
         return x if (self.mean, self.std) == (HALF, HALF) else normalise(x.mul_(0.5).add_(0.5), self.mean, self.std)
 
     def _background(self, draw_B: Tensor, device: torch.device) -> Tensor:
-        """Background colour of each image, ``[B, 3]``: white, or random."""
+        """Choose the background colour of each image, ``[B, 3]``: white, or random."""
         coloured, *rgb = self._u(draw_B, device, "background", "back0", "back1", "back2")
         back = torch.stack(rgb, dim=-1) * 0.5 + 0.5
         return torch.where((coloured < 2 * self.background - 1)[:, None], back, torch.ones_like(back))
 
     def _filter(self, x: Tensor, draw_B: Tensor) -> Tensor:
-        """``b * x + (1 - b) * conv(x, w)`` with ``w`` a random 3 x 3 filter between all channels of each sample."""
+        """Compute ``b * x + (1 - b) * conv(x, w)`` with a random 3 x 3 filter ``w`` on all channels of a sample."""
         rows, device = len(x), x.device
         filtered_B, keep, *weights = self._u(draw_B, device, "texture", "blend", *(f"filter{k}" for k in range(81)))
         w = torch.stack(weights, dim=-1).view(rows * 3, 3, 3, 3)
@@ -305,12 +305,12 @@ class Crop(nn.Module):
     S]``.
 
     ``x'(p) = 2 x(c + s p) / 255 - 1`` with ``s`` half the sides of a box of area ``a ~ U(scale)`` and aspect ``r``,
-    ``log r ~ U(log ratio)``, the first of ten that fits (else the whole image), its centre ``c`` uniform; bicubic,
-    clamped to -1..1.
+    ``log r ~ U(log ratio)``. The box is the first of ten that fits, otherwise the whole image, and its centre ``c`` is
+    uniform. Sampling is bicubic, clamped to -1..1.
 
     Args:
         size: S, pixels out.
-        scale: of the box's area, as a share of the image's. ratio: of its width to its height.
+        scale: range of the box's area, as a share of the image's. ratio: range of its width over its height.
         flip: probability of a horizontal flip.
 
     >>> x_B1HW = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
@@ -339,8 +339,10 @@ class Crop(nn.Module):
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
 
     def boxes(self, draw_B: Tensor, device: torch.device) -> Tensor:
-        """Affine maps ``[B, 2, 3]`` from output to input coordinates in -1..1: half sides on the diagonal, then the
-        centre."""
+        """Draw affine maps ``[B, 2, 3]`` from output to input coordinates in -1..1.
+
+        The diagonal holds half the sides, the last column the centre.
+        """
         attempts = [f"crop/{what}{k}" for what in ("area", "ratio") for k in range(self.ATTEMPTS)]
         u_BK = to_device(uniform_NK(draw_B, [*attempts, "crop/x", "crop/y", "crop/flip"]), device)
         u_area_BK, u_ratio_BK = u_BK[:, : self.ATTEMPTS], u_BK[:, self.ATTEMPTS : 2 * self.ATTEMPTS]

@@ -1,4 +1,4 @@
-"""What a picture is of in a few numbers: its dominant colours, and the orientations of its edges.
+"""Descriptions of pictures in a few numbers: their dominant colours, and the orientations of their edges.
 
 Letters: B pictures, N pixels, V cells of colour space, M colours, H and W pixels of a side, C cells, O orientations.
 """
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 from descant.modules.core.host import to_device
 from descant.modules.transforms.image import gradient
 
-#: Sides of the cells that pixels of 0..255 are counted in, and the least that all channels of background have.
+#: Side of the cells in which pixels of 0..255 are counted; the lowest value of any channel of a background pixel.
 _SIDE, _WHITE = 32, 243
 
 
 def dominant_colours(x_B3HW: Tensor, colours: int = 4, rounds: int = 8) -> Tensor:
-    """Colours of a picture by k-means, those of most pixels first: float ``[B, M, 3]`` in -1..1, of pixels in -1..1.
+    """Find a picture's colours by k-means, the most frequent first: ``[B, M, 3]`` in -1..1, of pixels in -1..1.
 
         c_m = mean of the pixels nearest to c_m,   begun at the commonest cell of 8 x 8 x 8, then at argmax n_v d_v^2
 
-    with n pixels in cell v, whose mean is d from the nearest colour. Nearly white pixels are background, and count
-    where there are no others. A picture of fewer colours repeats its commonest. Sums are of whole numbers, so that a
-    picture has the same bits in any batch and on any device.
-    Source: Bachmann 2024 (4M-21, arXiv 2406.09406), dominant colours of pictures; our reading of how.
+    with n pixels in cell v, whose mean is d from the nearest colour. Nearly white pixels are background, and count only
+    if there are no others. A picture with fewer colours repeats its most frequent one. Sums are of whole numbers, so
+    the colours of a picture are bit-identical in any batch and on any device.
+    Source: Bachmann 2024 (4M-21, arXiv 2406.09406), dominant colours of pictures; the method is our reading.
 
     >>> x_B3HW = torch.ones(1, 3, 2, 3)
     >>> x_B3HW[0, 1:, :, 0], x_B3HW[0, :2, 0, 1] = -1, -1
@@ -59,7 +59,7 @@ def dominant_colours(x_B3HW: Tensor, colours: int = 4, rounds: int = 8) -> Tenso
 
 
 def _sums(at_BN: Tensor, n_BN: Tensor, x_BN3: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Counts and sums of groups, int64 ``[B, G]`` and ``[B, G, 3]``."""
+    """Compute counts and sums of groups, int64 ``[B, G]`` and ``[B, G, 3]``."""
     at_N = (at_BN + groups * torch.arange(len(at_BN), device=at_BN.device)[:, None]).flatten()
     n_G = n_BN.new_zeros(len(at_BN) * groups).index_add(0, at_N, n_BN.flatten())
     sum_G3 = x_BN3.new_zeros(len(at_BN) * groups, 3).index_add(0, at_N, x_BN3.flatten(0, 1))
@@ -67,7 +67,7 @@ def _sums(at_BN: Tensor, n_BN: Tensor, x_BN3: Tensor, groups: int) -> tuple[Tens
 
 
 def orientations(x_B3HW: Tensor, cells: int = 4, bins: int = 8) -> Tensor:
-    """Histograms of oriented gradients of cells x cells parts of a picture, of length 1: float ``[B, C C O]``.
+    """Compute histograms of oriented gradients of cells x cells parts of a picture, of length 1: float ``[B, C C O]``.
 
         h_co = mean over pixels of c whose gradient lies in bin o of [0, pi):  |gradient of the luma|
 
@@ -88,12 +88,12 @@ def orientations(x_B3HW: Tensor, cells: int = 4, bins: int = 8) -> Tensor:
 
 
 def hue_error(asked_BM3: Tensor, made_BK3: Tensor, grey: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Mean angle from each asked colour to the nearest made one, in degrees; float ``[B]``, and bool: has a hue.
+    """Compute the mean angle in degrees from asked colours to the nearest made ones, float ``[B]``; bool: has a hue.
 
         e_b = sum_m w_m min_k angle(h(asked_m), h(made_k)) / sum_m w_m,   w_m = |h(asked_m)| of those above grey
         h(r, g, b) = (r - (g + b) / 2,  sqrt(3) / 2 (g - b))
 
-    A made colour that is grey has no hue, and is 90 degrees from any. Colours in -1..1, lengths in 0..2.
+    A made colour that is grey has no hue and counts as 90 degrees from any. Colours are in -1..1, lengths in 0..2.
 
     >>> red, orange, blue = [1.0, -1.0, -1.0], [1.0, 0.0, -1.0], [-1.0, -1.0, 1.0]
     >>> made_BK3 = torch.tensor([[orange, blue], [blue, blue]])

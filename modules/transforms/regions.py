@@ -15,7 +15,7 @@ from descant.modules.core.rng import uniform_NK
 
 
 class Regions:
-    """An image as ``grid^2`` cells and ``crops`` random squares over them: what a detector gives, without a detector.
+    """Regions of an image without a detector: ``grid^2`` cells and ``crops`` random squares over them.
 
         box_t = (left, top, right, bottom) in [0, 1],     feature_t = RoIAlign(image, box_t), side x side pixels
         word_t = one-hot(argmin_k |feature_t - w_k|^2),   or softmax_k(-|feature_t - w_k|^2 / temperature)
@@ -26,11 +26,11 @@ class Regions:
 
     Args:
         grid: cells along a side.
-        crops: random squares.
+        crops: number of random squares.
         scale: least and largest side of a crop, as a share of the image's.
         side: pixels along a side of a region's features.
         words: K.
-        temperature: of the words; without one, the nearest alone.
+        temperature: temperature of the words; without one, only the nearest word.
 
     >>> regions = Regions(grid=2, crops=1, scale=(0.5, 0.5), side=1, words=2)
     >>> box_BT4 = regions.boxes(torch.tensor([3]))
@@ -57,7 +57,7 @@ class Regions:
         self.words, self.temperature = words, temperature
 
     def boxes(self, draw_B: Tensor) -> Tensor:
-        """``[B, T, 4]`` on the CPU, cells first, row by row."""
+        """Compute boxes ``[B, T, 4]`` on the CPU, cells first, row by row."""
         at = torch.arange(self.grid) / self.grid
         top_T, left_T = torch.meshgrid(at, at, indexing="ij")
         corner_T2 = torch.stack([left_T.flatten(), top_T.flatten()], dim=1)
@@ -70,21 +70,21 @@ class Regions:
         return torch.cat([cell_T4.expand(len(crop_BK4), -1, -1), crop_BK4], dim=1)
 
     def features(self, x_BCHW: Tensor, box_BT4: Tensor) -> Tensor:
-        """``[B, T, P]``: the pixels of each box, reduced to ``side`` x ``side``."""
+        """Reduce the pixels of each box to ``side`` x ``side``: ``[B, T, P]``."""
         shape, size = [self.side, self.side], [x_BCHW.shape[3], x_BCHW.shape[2]] * 2
         pixel_BT4 = torch.stack([x_BT * n for x_BT, n in zip(box_BT4.float().unbind(2), size, strict=True)], dim=2)
-        # in float32 whatever the run's precision: words are compared
+        # in float32 whatever the run's precision, since words are compared
         cut_NCSS = roi_align(x_BCHW.float(), list(pixel_BT4), shape, sampling_ratio=2, aligned=True)
         return cut_NCSS.flatten(1).view(len(x_BCHW), box_BT4.shape[1], -1)
 
     def fit(self, feature_NP: Tensor) -> Tensor:
-        """``w_KP``: the centres of k-means of regions of training images."""
+        """Compute ``w_KP``: the k-means centres of regions of training images."""
         word_N = kmeans(feature_NP, self.words, seed=0, restarts=1, rounds=50)
         one_hot_NK = F.one_hot(word_N, self.words).to(feature_NP)
         return one_hot_NK.T @ feature_NP / one_hot_NK.sum(dim=0).clamp(min=1)[:, None]
 
     def probabilities(self, feature_BTP: Tensor, w_KP: Tensor) -> Tensor:
-        """``[B, T, K]``: the words of regions."""
+        """Compute the words of regions, ``[B, T, K]``."""
         far_BTK = torch.cdist(feature_BTP, w_KP).square()
         if self.temperature is not None:
             return (-far_BTK / self.temperature).softmax(dim=2)

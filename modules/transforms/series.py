@@ -10,7 +10,7 @@ from descant.modules.core.rng import normal_NK, uniform_N
 
 
 class SeriesAugment:
-    """Changed copies of series, ``x_BWT -> x_BWT``: stretched channels, noise, and a gap of some steps.
+    """Augmentation of series, ``x_BWT -> x_BWT``: stretched channels, noise, and a gap of some steps.
 
         x' = x (1 + stretch e_w) + jitter e_wt,   e standard normal;   nan in a stretch of ``gap u T`` steps, u in 0..1
 
@@ -19,7 +19,7 @@ class SeriesAugment:
     Args:
         stretch: standard deviation of the factor of each channel.
         jitter: standard deviation of the noise, in the unit of x.
-        gap: most of a series that is missing.
+        gap: largest share of a series that is missing.
 
     >>> x_BWT = torch.ones(1, 2, 100)
     >>> y_BWT = SeriesAugment(stretch=0.0, jitter=0.0, gap=0.5)(x_BWT, torch.tensor([3]))

@@ -12,7 +12,7 @@ from descant.modules.core.rng import mix, uniform_NK
 
 
 def random_columns(key_B: np.ndarray | Tensor, columns: int, hidden: int, purpose: str) -> Tensor:
-    """Bool ``[B, C]``: for each key a random subset of exactly ``hidden`` columns, a pure function of (key, purpose).
+    """Choose exactly ``hidden`` random columns for each key, bool ``[B, C]``: a pure function of (key, purpose).
 
         the K columns of the smallest u_bc,   u_bc uniform in [0, 1)
 
@@ -25,18 +25,19 @@ def random_columns(key_B: np.ndarray | Tensor, columns: int, hidden: int, purpos
 
 
 class ColumnMissing:
-    """Hides exactly ``round(rate * C)`` of the columns of each sample, whatever is missing there already.
+    """Hidden columns: exactly ``round(rate * C)`` of the columns of each sample, whatever is already missing.
 
-    In training they are sampled anew at each visit, by (seed, epoch, index); in evaluation by the sample's id alone, so
-    that every run is evaluated on the same cells. TIP (arXiv 2407.07582) is evaluated on missing values, drawn from
-    all cells of a set, and on missing columns; its release draws the latter once for all sets, as ``whole`` does.
+    In training, they are drawn again at each visit, by (seed, epoch, index). In evaluation, they depend only on the
+    sample's id, so that every run is evaluated on the same cells. TIP (arXiv 2407.07582) is evaluated on missing
+    values, drawn from all cells of a set, and on missing columns. Its release draws the columns once for all sets, as
+    ``whole`` does.
 
     Args:
         rate: share of the columns that are hidden in training.
-        evaluation: the same in evaluation sets; ``rate`` where not given.
-        whole: the same columns in all samples of all sets, in place of others in each sample.
-        fill: imputation, a value a column for its hidden and missing cells, which then count as present: 0, the mean,
-            of a standardised number, and the commonest code of a category.
+        evaluation: the same in evaluation sets; ``rate`` if not given.
+        whole: hide the same columns in all samples of all sets, instead of other ones in each sample.
+        fill: imputation, one value per column for its hidden and missing cells, which then count as present: 0, the
+            mean, for a standardised number, and the most frequent code for a category.
 
     >>> x_BC = torch.zeros(2, 10)
     >>> ColumnMissing(rate=0.6)(x_BC, np.arange(2), training=True).isnan().sum(dim=1).tolist()
@@ -53,12 +54,12 @@ class ColumnMissing:
                 raise ValueError(f"{name} {share}: a share of the columns, from 0 to 1")
 
     def __call__(self, x_BC: Tensor, key_B: np.ndarray, training: bool) -> Tensor:
-        """The table with hidden cells as nan, or filled.
+        """Return the table with hidden cells as nan, or filled.
 
         Args:
             x_BC: a table, nan where a cell is missing.
-            key_B: of training, the draws of the samples; of evaluation, their ids.
-            training: which of the two it is.
+            key_B: in training, the draws of the samples; in evaluation, their ids.
+            training: whether this is training.
         """
         x_BC = self._hidden(x_BC, key_B, training)
         if self.fill is None:

@@ -51,7 +51,7 @@ def _open_clip(recipe: Recipe) -> ModelFormat:
     return OpenClipFormat()
 
 
-#: Name -> its maker: a format imports its package only where it is asked for.
+#: Name -> function that makes the format; it imports the format's package only when it is called.
 FORMATS: dict[str, Callable[[Recipe], ModelFormat]] = {
     "onnx": _onnx,
     "open_clip": _open_clip,
@@ -61,11 +61,11 @@ FORMATS: dict[str, Callable[[Recipe], ModelFormat]] = {
 
 
 def require(name: str) -> None:
-    """Refusal for a name of no format."""
+    """Raise Refusal if no format has this name."""
     if name not in FORMATS:
         fail(f"--to {name}: no such format{hint(name, FORMATS, most=4)}")
 
 
 def of(name: str, recipe: Recipe) -> ModelFormat:
-    """The format of this name that fits a recipe's family."""
+    """Return the format of this name that fits a recipe's family."""
     return FORMATS[name](recipe)

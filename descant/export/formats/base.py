@@ -1,4 +1,4 @@
-"""A format of another package: what of a model it can hold, written and read back with that package."""
+"""Base of the formats of other packages: each holds certain models, and writes and reads them with its package."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.towers.base import Frozen
 from descant.recipes.base.recipe import Recipe
 
-#: Largest difference, of numbers of size 1, between what a written model and ours compute in float32.
+#: Largest difference in float32 between the outputs of a written model and ours, for numbers of size 1.
 NEAR = 1e-5
 Parts = Mapping[str, Sequence[Any]]
 
 
 class ModelFormat(ABC):
-    """One format. ``write`` leaves a folder that the package loads from its path alone, without code of ours."""
+    """One format. ``write`` leaves a folder that the package loads from its path alone, without Descant's code."""
 
-    #: Most that outputs may differ by.
+    #: Largest allowed difference of outputs.
     near: float = NEAR
     #: Whether the package cleans texts before it tokenizes them.
     cleans: bool = False
@@ -39,22 +39,22 @@ class ModelFormat(ABC):
 
     @abstractmethod
     def outputs(self, recipe: Recipe, folder: Path) -> tuple[Tensor, Tensor]:
-        """What the recipe and the written folder, loaded by the package, compute of the same random inputs."""
+        """Return outputs of the recipe, and of the folder as the package loads it, for the same random inputs."""
 
     @abstractmethod
     def usage(self, folder: str) -> str:
-        """Python that loads the folder, for the model card."""
+        """Return Python code that loads the folder, for the model card."""
 
     def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
-        """Of a package that ``cleans``: texts that get other ids by that, each with what it becomes."""
+        """Return texts that get other ids because the package cleans texts, each with its cleaned form."""
         return []
 
     def weights(self, folder: Path) -> list[Path]:
-        """The files that hold the weights."""
+        """List the files with the weights."""
         return sorted(folder.glob("*.safetensors"))
 
     def require_near(self, recipe: Recipe, folder: Path) -> float:
-        """The largest difference of :meth:`outputs`; ValueError above ``near``."""
+        """Return the largest difference of :meth:`outputs`; raise ValueError if it is above ``near``."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             ours, theirs = self.outputs(recipe, folder)
@@ -69,8 +69,9 @@ class ImageSteps:
     """How an image becomes the input of a tower.
 
     Attributes:
-        size: pixels of a side. mean, std: of each colour, of pixels in 0..1.
-        square: whether the central square is taken, after the shorter side is resized; else an image is squashed.
+        size: pixels of a side. mean, std: of each colour, for pixels in 0..1.
+        square: whether the central square is cropped after the shorter side is resized; otherwise the image is
+            squashed.
         filter: of the resizing, with antialiasing: bilinear or bicubic.
     """
 
@@ -82,7 +83,7 @@ class ImageSteps:
 
     @classmethod
     def of(cls, parts: Parts) -> ImageSteps | None:
-        """None where the preprocessing of images is not known."""
+        """Read the steps from the preprocessing; None if the preprocessing of images is not known."""
         steps = parts.get("image", [])
         pixels = next((step for step in reversed(steps) if hasattr(step, "std")), None)
         if pixels is None:
@@ -94,7 +95,7 @@ class ImageSteps:
         return cls(pixels.size, tuple(pixels.mean), tuple(pixels.std), files is not None, filter)
 
     def processor(self) -> Any:
-        """transformers' image processor."""
+        """Return transformers' image processor."""
         from transformers import CLIPImageProcessor
 
         sides = {"height": self.size, "width": self.size}
@@ -109,13 +110,13 @@ class ImageSteps:
 
 
 def unfrozen(tower: nn.Module) -> nn.Module:
-    """The tower inside one that is only frozen."""
+    """Return the tower inside wrappers that only freeze it."""
     while type(tower) is Frozen:
         tower = tower.tower
     return tower
 
 
 def tokenizer_of(parts: Parts) -> Tokenizer | None:
-    """The tokenizer of texts, where it is known."""
+    """Return the tokenizer of texts, or None if it is not known."""
     tokenizer = next(iter(parts.get("text", [])), None)
     return tokenizer if isinstance(tokenizer, Tokenizer) else None

@@ -1,4 +1,4 @@
-"""CLIP: towers of CLIP's architecture as transformers' CLIPModel, and as a folder of open_clip."""
+"""CLIP: towers with CLIP's architecture, written as transformers' CLIPModel or as a folder of open_clip."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from descant.recipes.base.recipe import Recipe
 class Clip:
     """The parts of a recipe that is a CLIP.
 
-    A text ends with the id ``eos``. transformers reads 2, ours by default, as "the largest id of the text", from models
-    of before; it is therefore the one behind the last here, with the same embedding.
+    A text ends with the id ``eos``. For the sake of older models, transformers reads id 2, our default, as "the largest
+    id of the text". So an export then ends texts with a new id after the last one here, with the same embedding.
     """
 
     recipe: Contrastive
@@ -40,12 +40,12 @@ class Clip:
 
     @property
     def vocabulary(self) -> int:
-        """Ids that the text tower reads here."""
+        """Return the number of ids that the text tower reads here."""
         return cast(int, self.text.vocabulary)
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: Tokenizer | None = None) -> Clip:
-        """Raises ValueError for a recipe that is none; names the part."""
+        """Take the parts from a recipe. Raises ValueError with the part that no CLIP has."""
         if type(recipe) is not Contrastive or recipe.knowledge is not None:
             raise ValueError(f"{type(recipe).__name__}: a CLIP is a Contrastive of images and texts, and no more")
         kinds = {"image": "clip_vision_model", "text": "clip_text_model"}
@@ -77,11 +77,11 @@ class Clip:
 
     @property
     def moved(self) -> bool:
-        """Whether the id that ends a text is another than here."""
+        """Whether an export ends texts with another id than here."""
         return self.eos == self.vocabulary
 
     def state(self) -> dict[str, Tensor]:
-        """Weights under the names of transformers' CLIPModel."""
+        """Return the weights under the names of transformers' CLIPModel."""
         heads = self.heads
         state = {
             "logit_scale": self.scale,
@@ -99,7 +99,7 @@ class Clip:
         return {name: x.detach() for name, x in state.items() if not name.endswith("position_ids")}
 
     def config(self) -> Any:
-        """transformers' CLIPConfig."""
+        """Return transformers' CLIPConfig."""
         from transformers import CLIPConfig
 
         text, image = self.text.model.config.to_dict(), self.image.model.config.to_dict()
@@ -108,7 +108,7 @@ class Clip:
         return CLIPConfig(text_config=text, vision_config=image, projection_dim=self.recipe.width)
 
     def probe(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random pixels, ids of texts of two lengths as the recipe reads them, and as an export does."""
+        """Return random pixels, and ids of texts of two lengths, as the recipe and as an export reads them."""
         side = self.image.model.config.image_size
         length = int(self.text.model.config.max_position_embeddings)
         ids_BT = torch.randint(SPECIAL, self.vocabulary, (2, length))
@@ -207,7 +207,7 @@ class OpenClipFormat(ModelFormat):
 
 
 def open_clip_config(clip: Clip) -> dict[str, Any]:
-    """``model_cfg`` of open_clip; ValueError for a setting that it has not."""
+    """Return ``model_cfg`` of open_clip; raise ValueError for a setting that open_clip lacks."""
     image, text = clip.image.model.config, clip.text.model.config
     acts = {side.hidden_act for side in (image, text)}
     if not (acts <= {"gelu"} or acts <= {"quick_gelu"}):
@@ -247,7 +247,7 @@ def open_clip_config(clip: Clip) -> dict[str, Any]:
     }
 
 
-#: Beginnings of the names of transformers' CLIPModel -> of open_clip's CLIP.
+#: Prefixes of names in transformers' CLIPModel -> prefixes in open_clip's CLIP.
 _PLACES = {
     "vision_model.embeddings.patch_embedding.": "visual.conv1.",
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
@@ -270,7 +270,7 @@ _INSIDE = {
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of transformers' CLIPModel under the names of open_clip's CLIP."""
+    """Return weights of transformers' CLIPModel under the names of open_clip's CLIP."""
     out = {"logit_scale": state["logit_scale"]}
     out["visual.proj"], out["text_projection"] = state["visual_projection.weight"].T, state["text_projection.weight"].T
     for name, x in state.items():

@@ -1,4 +1,4 @@
-"""Tokenizers as transformers' fast ones, with the ids that they have here, and the chat template of a dialogue."""
+"""Tokenizers as transformers' fast tokenizers with unchanged ids, and the chat template of a dialogue."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from descant.modules.tokenizers.text import (
     Tokenizer,
 )
 
-#: Names of the special ids before those of text.
+#: Names of the special ids, which precede those of text.
 NAMES = ["<pad>", "<bos>", "<eos>", "<mask>", *(f"<special-{i}>" for i in range(4, SPECIAL))]
-#: Names of the ids at which an image stands and behind which an answer begins.
+#: Names of the id that an image replaces, and of the id after which an answer begins.
 IMAGE, ANSWER = "<image>", "<answer>"
 
 
 def fast(
     tokenizer: Tokenizer, vocabulary: int, length: int, marks: Mapping[int, str] | None = None, eos: int | None = None
 ) -> Any:
-    """A ``PreTrainedTokenizerFast``, or the pretrained one itself.
+    """Return a ``PreTrainedTokenizerFast``, or a copy of the pretrained tokenizer itself.
 
     Args:
-        vocabulary: ids of the model that reads them. length: its longest text.
-        marks: names of ids behind those of the tokenizer, such as ``<answer>``.
-        eos: ids of a text are ``<bos> text <eos>``, and this is that of ``<eos>``; where not given, ``<bos> text``.
+        vocabulary: number of ids of the model that reads them. length: its longest text.
+        marks: names of ids after those of the tokenizer, such as ``<answer>``.
+        eos: the id of ``<eos>`` if a text's ids are ``<bos> text <eos>``; None for ``<bos> text``.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +63,7 @@ def fast(
 
 
 def _add(backend: Any, first: int, marks: Mapping[int, str]) -> None:
-    """Add marks that a tokenizer of ids below ``first`` has not, with these ids."""
+    """Add marks with these ids to a tokenizer whose ids are below ``first``."""
     names = [marks.get(i, f"<special-{i}>") for i in range(first, max(marks, default=-1) + 1)]
     backend.add_special_tokens(names)
     for i, name in marks.items():
@@ -72,7 +72,7 @@ def _add(backend: Any, first: int, marks: Mapping[int, str]) -> None:
 
 
 def _framed(backend: Any, eos: int, ends: bool) -> Any:
-    """A copy with ``<bos>`` before a text and, where it ends with one, ``<eos>``, of this id, behind it."""
+    """Return a copy that puts ``<bos>`` before a text and, if ``ends``, ``<eos>`` with this id after it."""
     import tokenizers
     from tokenizers import processors
 
@@ -90,7 +90,7 @@ def _framed(backend: Any, eos: int, ends: bool) -> Any:
 
 
 def byte_level(vocabulary: int, marks: Mapping[int, str] | None = None) -> Any:
-    """ByteTokenizer as one of the tokenizers package: byte pairs without a merge.
+    """Return ByteTokenizer as a tokenizer of the tokenizers package: byte pairs without a merge.
 
     >>> byte_level(266, {265: "<answer>"}).encode("7+5<answer>").ids
     [1, 63, 51, 61, 265]
@@ -111,7 +111,7 @@ def byte_level(vocabulary: int, marks: Mapping[int, str] | None = None) -> Any:
 
 
 def _letters() -> dict[int, str]:
-    """Byte -> the printable letter that byte-level encodings write for it (GPT-2)."""
+    """Map each byte to the printable letter that byte-level encodings write for it (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in plain)
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -132,10 +132,10 @@ _TEMPLATE = """\
 
 
 def chat_template(tokenizer: Tokenizer, whole: Any) -> str:
-    """Jinja of one question and its answer, as ``tokenizer.question`` and the rows of dialogues have them.
+    """Return a Jinja template of one question and its answer, as ``tokenizer.question`` and dialogue rows have them.
 
     Args:
-        tokenizer: that of the run. whole: what :func:`fast` made of it, with ``<answer>``.
+        tokenizer: that of the run. whole: the result of :func:`fast` for it, with ``<answer>``.
     """
     before, after = whole.bos_token, ""
     if isinstance(tokenizer, PretrainedTokenizer):
@@ -148,7 +148,7 @@ def chat_template(tokenizer: Tokenizer, whole: Any) -> str:
 
 
 def require_question(tokenizer: Tokenizer, whole: Any, image: int | None, answer: int) -> None:
-    """Raises ValueError where a question has other ids by ``whole``'s chat template than it has here."""
+    """Raise ValueError if a question has other ids by ``whole``'s chat template than it has here."""
     text = "Which of two?"
     parts = [*([{"type": "image"}] if image is not None else []), {"type": "text", "text": text}]
     written = whole.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)

@@ -57,7 +57,7 @@ class LlamaFormat(ModelFormat):
 
 
 def _language_model(recipe: Recipe) -> CausalLM:
-    """The recipe's language model; ValueError where transformers' text models cannot hold the recipe."""
+    """Return the recipe's language model; raise ValueError if transformers' text models cannot hold the recipe."""
     lm = getattr(recipe, "lm", None)
     if not isinstance(lm, CausalLM):
         raise ValueError(f"{type(recipe).__name__}: it has no causal language model, which transformers would hold")
@@ -66,6 +66,6 @@ def _language_model(recipe: Recipe) -> CausalLM:
 
 
 def require_causal(recipe: Recipe) -> None:
-    """Raises ValueError for a recipe whose prefixes are read in both directions."""
+    """Raise ValueError for a recipe whose prefixes are read in both directions."""
     if getattr(recipe, "prefix_sight", False):
         raise ValueError("prefix_sight: a prefix read in both directions is in no causal model of transformers")

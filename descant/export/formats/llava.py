@@ -30,7 +30,7 @@ from descant.recipes.base.recipe import Recipe
 
 @dataclass(frozen=True)
 class Vision:
-    """A tower as LLaVA's: its configuration, its weights, and how many of its tokens are of no patch."""
+    """A tower as LLaVA's: its configuration, its weights, and the number of its tokens that belong to no patch."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Vision:
 
     @classmethod
     def of(cls, tower: nn.Module) -> Vision:
-        """Raises ValueError for a tower of another architecture."""
+        """Convert a tower. Raises ValueError for a tower of another architecture."""
         tower = unfrozen(tower)
         if type(tower) is PatchTower:
             half = patches_as_siglip(tower)
@@ -50,13 +50,14 @@ class Vision:
                 "clip_vision_model or siglip_vision_model"
             )
         config = tower.model.config.to_dict()
-        # hidden_states[-1] is before the last norm in both; our tokens are behind SigLIP's, and CLIP's is the pool's
+        # hidden_states[-1] precedes the last norm in both: SigLIP's is part of our tower, CLIP's serves only its pooled
+        # token
         config["tie_last_hidden_states"] = kind == "siglip_vision_model"
         return cls(config, dict(tower.model.state_dict()), extra=int(kind == "clip_vision_model"))
 
     @property
     def tokens(self) -> int:
-        """Of an image."""
+        """Return the number of tokens of an image."""
         return (self.config["image_size"] // self.config["patch_size"]) ** 2 + self.extra
 
 
@@ -71,7 +72,7 @@ class Llava:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Llava:
-        """Raises ValueError for a recipe that is none; names the part."""
+        """Take the parts from a recipe. Raises ValueError with the part that no LLaVA has."""
         if type(recipe) is not VisionLanguage or recipe.image_token is None:
             raise ValueError(f"{type(recipe).__name__}: LLaVA is a VisionLanguage of images and texts")
         require_causal(recipe)
@@ -88,7 +89,7 @@ class Llava:
         return cls(recipe, recipe.lm, Vision.of(recipe.towers["image"]), recipe.image_token)
 
     def config(self) -> Any:
-        """transformers' LlavaConfig."""
+        """Return transformers' LlavaConfig."""
         from transformers import AutoConfig, LlavaConfig
 
         text, vision = llama_config(self.lm), dict(self.vision.config)
@@ -108,7 +109,7 @@ class Llava:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Weights under the names of LlavaForConditionalGeneration."""
+        """Return the weights under the names of LlavaForConditionalGeneration."""
         first, _, second = list(self.recipe.projector.mlp)[1:]  # type: ignore[arg-type]
         text = to_llama(self.lm)
         return {
@@ -120,7 +121,7 @@ class Llava:
         }
 
     def probe(self) -> Batch:
-        """Two images, each in the middle of a random text."""
+        """Return two images, each in the middle of a random text."""
         config = self.vision.config
         x_BCHW = torch.randn(2, config.get("num_channels", 3), config["image_size"], config["image_size"])
         words = max(min(self.lm.length - self.vision.tokens, 16), 2)
@@ -170,7 +171,7 @@ class LlavaFormat(ModelFormat):
 
 
 def _write_processor(seeing: Llava, parts: Parts, folder: Path) -> None:
-    """Its files, where the preprocessing of both is known; of texts alone, those of the tokenizer."""
+    """Write the processor if the preprocessing of texts and images is known; without images, only the tokenizer."""
     from transformers import LlavaProcessor
 
     tokenizer, recipe = tokenizer_of(parts), seeing.recipe

@@ -1,6 +1,6 @@
-"""ONNX: a graph of each modality of a contrastive run, from preprocessed inputs to embeddings of unit length.
+"""ONNX: a graph for each modality of a contrastive run, from preprocessed inputs to embeddings of unit length.
 
-Beside them stand ``preprocessing.json``, how images and texts become inputs, and ``tokenizer.json``.
+The same folder has ``preprocessing.json``, which describes how images and texts become inputs, and ``tokenizer.json``.
 Letters: N inputs, D width, S pixels of a side, T tokens.
 """
 
@@ -29,17 +29,17 @@ from descant.modules.tokenizers.text import EOS, SPECIAL, NgramTokenizer, Tokeni
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.base.shared_space import SharedSpace
 
-#: Version of the operators: the oldest that torch writes, which runtimes since 2023 read.
+#: Operator set version: the oldest that torch writes, which runtimes since 2023 read.
 OPSET = 18
-#: Bytes of weights above which they stand in a file beside the graph: a graph has less than 2 GiB.
+#: Bytes of weights above which they are in a file beside the graph, since a graph is limited to 2 GiB.
 INSIDE = 1 << 30
 DESCRIPTION, FILE = "preprocessing.json", "tokenizer.json"
-#: Modality -> name of its graph's input, as transformers has it; the output is ``image_embeds``, ``text_embeds``.
+#: Modality -> name of its graph's input, as in transformers; the outputs are ``image_embeds`` and ``text_embeds``.
 INPUTS = {"image": "pixel_values", "text": "input_ids"}
 
 
 class OnnxFormat(ModelFormat):
-    """``image.onnx`` and ``text.onnx``, tried by onnxruntime with two numbers of inputs that are not the exporter's."""
+    """``image.onnx`` and ``text.onnx``, tested in onnxruntime with two numbers of inputs other than the exporter's."""
 
     near = 1e-4  # kernels of another runtime
 
@@ -48,7 +48,7 @@ class OnnxFormat(ModelFormat):
 
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
         space = _space(recipe)
-        # all refusals before the graphs, which take seconds
+        # refuse before the graphs are made, which takes seconds
         graphs = {modality: described(parts, modality) for modality in space.towers}
         if "text" in graphs:
             self.tokenizer = tokenizer_of(parts)
@@ -64,7 +64,7 @@ class OnnxFormat(ModelFormat):
         import onnxruntime
 
         space, options = _space(recipe), onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()  # by default one a core, whatever the process may use
+        options.intra_op_num_threads = torch.get_num_threads()  # the default ignores limits of the process
         ours, theirs = [], []
         for modality, graph in json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["graphs"].items():
             session = onnxruntime.InferenceSession(str(folder / graph["file"]), options)
@@ -102,7 +102,7 @@ class OnnxFormat(ModelFormat):
         )
 
 
-#: Ids of NgramTokenizer, for which the tokenizers package has no form.
+#: Code for the ids of NgramTokenizer, which the tokenizers package cannot represent.
 _NGRAMS = """\
 import hashlib, re
 
@@ -119,7 +119,7 @@ def ids(text):
 
 
 class ModalityGraph(nn.Module):
-    """``x -> z_ND``: tower, pool and head of one modality of which nothing is missing."""
+    """``x -> z_ND``: tower, pool and head of one modality, for inputs without missing samples."""
 
     def __init__(self, space: SharedSpace, modality: str) -> None:
         super().__init__()
@@ -130,7 +130,10 @@ class ModalityGraph(nn.Module):
 
 
 def _space(recipe: Recipe) -> SharedSpace:
-    """Raises ValueError for a recipe whose towers have no space of their own, or other towers than are held."""
+    """Return the recipe as a SharedSpace.
+
+    Raises ValueError if its towers have no shared space of their own, or if it has towers that the format cannot hold.
+    """
     if not isinstance(recipe, SharedSpace) or recipe.before_pools is not None:
         kind = type(recipe).__name__
         raise ValueError(f"{kind}: --to onnx holds towers, pools and heads of one shared space, as of Contrastive")
@@ -142,7 +145,7 @@ def _space(recipe: Recipe) -> SharedSpace:
 
 
 def described(parts: Parts, modality: str) -> dict[str, Any]:
-    """A graph's file, names, shapes without N, and what makes its input; ValueError where that is not known.
+    """Describe a graph: file, names, shapes without N, and preprocessing; raise ValueError if that is not known.
 
     >>> from descant.modules.tokenizers.text import ByteTokenizer
     >>> described({"text": [ByteTokenizer(24)]}, "text")["shape"]
@@ -174,7 +177,7 @@ def described(parts: Parts, modality: str) -> dict[str, Any]:
 
 
 def example(graph: dict[str, Any], rows: int) -> Tensor:
-    """Random inputs of a graph; texts of several lengths."""
+    """Return random inputs of a graph, with texts of several lengths."""
     shape = (rows, *graph["shape"][1:])
     if graph["type"] == "float32":
         return torch.randn(shape)
@@ -184,7 +187,7 @@ def example(graph: dict[str, Any], rows: int) -> Tensor:
 
 
 def _similarity(space: SharedSpace) -> dict[str, dict[str, float]]:
-    """Of each pair that has a scale: logits are ``scale * cosine + bias``."""
+    """Return scale and bias of each pair with a scale: logits are ``scale * cosine + bias``."""
     pairs = {name: loss for name, loss in getattr(space, "losses", {}).items() if hasattr(loss, "log_scale")}
     return {
         name: {"scale": loss.log_scale.exp().item(), "bias": loss.bias.item() if hasattr(loss, "bias") else 0.0}
@@ -193,7 +196,7 @@ def _similarity(space: SharedSpace) -> dict[str, dict[str, float]]:
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> Any:
-    """A tokenizer of the tokenizers package that makes whole rows; ValueError where it makes others."""
+    """Return a tokenizer of the tokenizers package that makes whole rows; raise ValueError if its ids differ."""
     import tokenizers
 
     assert tokenizer is not None
@@ -212,7 +215,7 @@ def _tokenizer(tokenizer: Tokenizer | None) -> Any:
 
 
 def program_of(module: nn.Module, modality: str, x: Tensor) -> Any:
-    """torch's graph of any number of inputs; ValueError with the layer that it cannot hold."""
+    """Trace a module as torch's graph for any number of inputs; raise ValueError with the layer that it cannot hold."""
     with _quiet(), torch.no_grad():
         try:
             return torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("N")},), strict=False)
@@ -222,7 +225,7 @@ def program_of(module: nn.Module, modality: str, x: Tensor) -> Any:
 
 
 def _export(module: nn.Module, modality: str, x: Tensor, file: Path) -> None:
-    """Write a graph; ValueError with the layer, and the operator, that it cannot hold."""
+    """Write a graph; raise ValueError with the layer, and the operator, that it cannot hold."""
     program = program_of(module, modality, x)
     with _quiet():
         names: dict[str, Any] = {"input_names": [INPUTS[modality]], "output_names": [f"{modality}_embeds"]}
@@ -235,13 +238,13 @@ def _export(module: nn.Module, modality: str, x: Tensor, file: Path) -> None:
         assert made is not None
         for graph in (made.model.graph, *made.model.functions.values()):
             for node in graph.all_nodes():
-                node.metadata_props.clear()  # source lines and paths of this machine
+                node.metadata_props.clear()  # they hold source lines and paths of this machine
         size = sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
         made.save(str(file), external_data=size > INSIDE)
 
 
 def _reason(error: Exception) -> str:
-    """What a tower does that a graph cannot."""
+    """Describe what a tower does that a graph cannot represent."""
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return "it branches on a value of its inputs"
     if "specialized it to be a constant" in str(error):
@@ -252,14 +255,14 @@ def _reason(error: Exception) -> str:
 
 
 def _place(module: nn.Module, layer: str | None, modality: str) -> str:
-    """``towers.text.layers.0 (Block)``, of ``tower.layers.0``."""
+    """Return ``towers.text.layers.0: Block`` for ``tower.layers.0``."""
     part, _, rest = (layer or "tower").partition(".")
     name = f"{part}s.{modality}" + (f".{rest}" if rest else "")
     return f"{name}: {type(module.get_submodule(layer or 'tower')).__name__}"
 
 
 def _layer(error: BaseException, module: nn.Module) -> str | None:
-    """The innermost layer whose ``forward`` an error came from."""
+    """Return the innermost layer whose ``forward`` raised an error."""
     names, found = {id(part): name for name, part in module.named_modules() if name}, None
     trace = error.__traceback__
     while trace is not None:
@@ -269,7 +272,7 @@ def _layer(error: BaseException, module: nn.Module) -> str | None:
 
 
 def _operator(error: BaseException | None, program: Any) -> tuple[str | None, str | None]:
-    """The operator without a form in ONNX that an error names, and the layer that calls it."""
+    """Return the operator that an error names because ONNX lacks it, and the layer that calls it."""
     while error is not None:
         if match := re.search(r"OpOverload\(op='([\w.]+)'", str(error)):
             operator = match[1]
@@ -286,7 +289,7 @@ def _named(node: Any, operator: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the exporter prints, logs and warns of nothing: what fails is raised."""
+    """Silence the exporter's prints, logs and warnings; failures are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

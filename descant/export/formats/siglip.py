@@ -1,7 +1,7 @@
-"""SigLIP: towers of its architecture as transformers' SiglipModel.
+"""SigLIP: towers with its architecture, written as transformers' SiglipModel.
 
-Images are pooled by attention with an MLP behind it and no projection, texts at the last place of their row, padding or
-not, and projected. Source: transformers' models/siglip.
+Images are pooled by attention followed by an MLP, without a projection. Texts are pooled at the last position of their
+row, which may be padding, and projected. Source: transformers' models/siglip.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Half:
 
 
 def blocks_as_siglip(layers: nn.ModuleList) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Blocks of ours as those of SigLIP, which compute the same."""
+    """Convert our transformer blocks to SigLIP's, which compute the same."""
     first: Any = layers[0]
     config = {
         "intermediate_size": first.mlp[0].out_features,
@@ -57,7 +57,7 @@ def blocks_as_siglip(layers: nn.ModuleList) -> tuple[dict[str, Any], dict[str, T
 
 
 def patches_as_siglip(tower: PatchTower) -> Half:
-    """A PatchTower as a SiglipVisionModel without its pooling head."""
+    """Convert a PatchTower to a SiglipVisionModel without its pooling head."""
     config, state = blocks_as_siglip(tower.layers)
     config |= {
         "model_type": "siglip_vision_model",
@@ -74,7 +74,7 @@ def patches_as_siglip(tower: PatchTower) -> Half:
 
 
 def _vision(tower: nn.Module, pool: nn.Module) -> Half:
-    """The image half; ValueError for a tower or a pool of another architecture."""
+    """Convert the image half; raise ValueError for a tower or a pool of another architecture."""
     if isinstance(tower, PretrainedTower) and tower.encoder.kind == "siglip" and tower.projected:
         return _of_pretrained(tower)
     kind = getattr(tower, "kind", None) or type(tower).__name__
@@ -109,7 +109,7 @@ def _vision(tower: nn.Module, pool: nn.Module) -> Half:
 
 
 def _text(tower: nn.Module, pool: nn.Module, head: nn.Module) -> Half:
-    """The text half; ValueError for a tower, a pool or a head of another architecture."""
+    """Convert the text half; raise ValueError for a tower, a pool or a head of another architecture."""
     if isinstance(tower, PretrainedTower) and tower.encoder.kind == "siglip" and tower.projected:
         return _of_pretrained(tower)
     if type(tower) is not TextTower or tower.causal or not tower.attend_padding:
@@ -150,7 +150,7 @@ class Siglip:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Siglip:
-        """Raises ValueError for a recipe that is none; names the part."""
+        """Take the parts from a recipe. Raises ValueError with the part that no SigLIP has."""
         if type(recipe) is not Contrastive or recipe.knowledge is not None:
             raise ValueError(f"{type(recipe).__name__}: a SigLIP is a Contrastive of images and texts, and no more")
         if set(recipe.towers) != {"image", "text"}:
@@ -165,13 +165,13 @@ class Siglip:
         return cls(recipe, image, _text(towers["text"], recipe.pools["text"], recipe.heads["text"]), loss)
 
     def config(self) -> Any:
-        """transformers' SiglipConfig."""
+        """Return transformers' SiglipConfig."""
         from transformers import SiglipConfig
 
         return SiglipConfig(text_config=self.text.config, vision_config=self.image.config)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights under the names of SiglipModel."""
+        """Return the weights under the names of SiglipModel."""
         state = {"logit_scale": self.loss.log_scale[None], "logit_bias": self.loss.bias[None]}
         for side, half in (("vision_model", self.image), ("text_model", self.text)):
             state |= {f"{side}.{name}": x for name, x in half.state.items()}
@@ -179,21 +179,21 @@ class Siglip:
 
     @property
     def length(self) -> int:
-        """Places of the longest text."""
+        """Return the number of positions of the longest text."""
         return int(self.text.config["max_position_embeddings"])
 
     @property
     def vocabulary(self) -> int:
-        """Ids that the text tower reads."""
+        """Return the number of ids that the text tower reads."""
         return int(self.text.config["vocab_size"])
 
     def theirs(self, x_BCHW: Tensor) -> Tensor:
-        """The pixels of SiglipModel for pixels of the recipe, which a pretrained tower normalises by itself."""
+        """Convert the recipe's pixels to SiglipModel's pixels; a pretrained tower normalises pixels itself."""
         tower = unfrozen(self.recipe.towers["image"])
         return x_BCHW * tower.scale_311 + tower.shift_311 if isinstance(tower, PretrainedTower) else x_BCHW
 
     def ours(self, x_BCHW: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of images and of texts, and the logits of each image with each text."""
+        """Return embeddings of images and texts, and the logits of each image with each text."""
         image_BD, text_BD = (
             F.normalize(self.recipe.heads[m](self.recipe.features(x, m)), dim=1)
             for m, x in (("image", x_BCHW), ("text", ids_BT))
@@ -224,7 +224,7 @@ class SiglipFormat(ModelFormat):
         ids_BT[1, length // 2 :] = siglip.text.config["pad_token_id"] or 0
         output = model(input_ids=ids_BT, pixel_values=siglip.theirs(x_BCHW))
         image_BD, text_BD, logits_BB = siglip.ours(x_BCHW, ids_BT)
-        size = float(siglip.loss.log_scale.exp() + siglip.loss.bias.abs())  # logits as small as embeddings
+        size = float(siglip.loss.log_scale.exp() + siglip.loss.bias.abs())  # scales logits to the size of embeddings
         their = (output.image_embeds, output.text_embeds, output.logits_per_image / size)
         own = (image_BD, text_BD, logits_BB / size)
         return torch.cat([x.flatten() for x in own]), torch.cat([x.flatten() for x in their])
@@ -239,7 +239,7 @@ class SiglipFormat(ModelFormat):
 
 
 def _write_processor(siglip: Siglip, parts: Parts, folder: Path) -> None:
-    """Its files, where the preprocessing of both is known; else those of what is known."""
+    """Write the files of the processor, or only those of the tokenizer or of the images if the other is unknown."""
     from transformers import SiglipProcessor
 
     tokenizer, steps = tokenizer_of(parts), ImageSteps.of(parts)
@@ -256,9 +256,9 @@ def _write_processor(siglip: Siglip, parts: Parts, folder: Path) -> None:
 
 
 def _padded(tokenizer: Tokenizer, siglip: Siglip) -> Any:
-    """Its fast form; no mask among its outputs, as padding is attended to."""
+    """Return the fast tokenizer; it outputs no mask, since padding is attended to."""
     pretrained = isinstance(tokenizer, PretrainedTokenizer)
     whole = fast(tokenizer, siglip.vocabulary, tokenizer.length, eos=None if pretrained else EOS)
     whole.model_max_length, whole.padding_side = tokenizer.length, "right"
-    whole.model_input_names = whole.init_kwargs["model_input_names"] = ["input_ids"]  # the second is what is saved
+    whole.model_input_names = whole.init_kwargs["model_input_names"] = ["input_ids"]  # init_kwargs are saved
     return whole

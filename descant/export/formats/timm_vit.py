@@ -1,4 +1,4 @@
-"""timm: the encoder of a masked model, a PatchTower or a tower of timm's own, as a folder for ``timm.create_model``."""
+"""timm: the encoder of a masked model, a PatchTower or a TimmTower, as a folder for ``timm.create_model``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TimmFormat(ModelFormat):
 
 
 def _encoder(recipe: Recipe) -> TimmTower | PatchTower | tuple[Trunk, PatchAdapter]:
-    """The part that timm can hold: a tower, or the encoder of a masked model with one of its adapters."""
+    """Return the part that timm can hold: a tower, or the encoder of a masked model with one of its adapters."""
     adapters, towers = getattr(recipe, "adapters", None), recipe.towers
     if isinstance(adapters, Adapters):
         trunk = towers["encoder"]
@@ -80,7 +80,7 @@ def _vit(trunk: Trunk, adapter: PatchAdapter) -> nn.Module:
 
 
 def _patch_vit(tower: PatchTower) -> nn.Module:
-    """A ViT of patches alone: the class token is left out, and its mean pool is ours (MeanPool)."""
+    """Build a ViT without a class token; its mean pool equals ours (MeanPool)."""
     size, patch = tower.shape[1], tower.patches.kernel_size[0]
     pool = {"class_token": False, "global_pool": "avg", "fc_norm": False}
     return _made(tower.arguments, size, patch, tower.shape[0], patch_tower_to_timm(tower), **pool)
@@ -110,7 +110,7 @@ def _made(
 
 
 def _data_config(model: Any, parts: Parts) -> dict[str, Any]:
-    """timm's description of the preprocessing: size, crop, mean and deviation of pixels in 0..1."""
+    """Return timm's description of the preprocessing: size, crop, mean and standard deviation of pixels in 0..1."""
     steps = ImageSteps.of(parts)
     size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (steps.size,) * 2 if steps else (224, 224)
     channels = model.pretrained_cfg.get("input_size", (3,))[0]

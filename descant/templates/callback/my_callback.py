@@ -1,4 +1,4 @@
-"""Share of the gradient norm of each tower: which modality the run learns from.
+"""Share of each tower in the gradient norm: which modality the run learns from.
 
 Letters: M towers.
 """
@@ -18,19 +18,19 @@ from descant.modules.training_setup.trainer import log_interval
 
 
 class MyCallback(L.Callback):
-    """Logs each tower's share of the gradient norm, at every logging step.
+    """Logs each tower's share of the gradient norm at every logging step.
 
         n_m = sqrt(sum over parameters p of tower m of |dL/dp|^2)
         share/m = n_m / sum over the M towers of n
 
-    A share near 0 means that this modality hardly learns any more. The callback works with every recipe that has the
-    protocol HasTowers: ``towers``, one module a modality.
+    If a share is near 0, its modality hardly learns any more. The callback works with every recipe that has the
+    protocol HasTowers: ``towers``, one module per modality.
 
     Args:
-        prefix: of the names that are logged.
+        prefix: of the logged names.
     """
 
-    #: Listed twice (by an experiment and an overlay), the last one counts.
+    #: If an experiment and an overlay both list it, the last one counts.
     once = True
 
     def __init__(self, prefix: str = "share") -> None:
@@ -41,11 +41,11 @@ class MyCallback(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer):
-            return  # only at logging steps, so that the others cost nothing
-        # gradients are complete here: summed over micro-batches and ranks, unscaled, not yet clipped
+            return  # only logging steps cost time
+        # here, gradients are complete: summed over micro-batches and ranks, unscaled, not yet clipped
         towers = cast(HasTowers, pl_module).towers
         norms = {m: _norm(tower) for m, tower in towers.items()}
-        total = sum(norms.values()) + 1e-12  # where no tower has a gradient, shares are 0
+        total = sum(norms.values()) + 1e-12  # if no tower has a gradient, shares are 0
         shares = {f"{self.prefix}/{m}": norm / total for m, norm in norms.items()}
         pl_module.log_dict(shares, on_step=True, on_epoch=False, batch_size=1)
 

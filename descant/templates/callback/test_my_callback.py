@@ -1,4 +1,4 @@
-"""MyCallback: its numbers, what it leaves unchanged, what it refuses. Letters: B samples, M towers."""
+"""Test the numbers of MyCallback, that training stays unchanged, and its errors. Letters: B samples, M towers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from descant.templates.callback.my_callback import MyCallback
 
 
 class Pair(L.LightningModule):
-    """``loss = mean_b (3 a_b x_image + 4 b_b x_text)`` of two scalars: gradients (3, 4) where x is 1.
+    """``loss = mean_b (3 a_b x_image + 4 b_b x_text)`` with two scalars: gradients (3, 4) if x is 1.
 
-    ``idle`` is a third tower that the loss does not depend on.
+    ``idle`` is a third tower, on which the loss does not depend.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Pair(L.LightningModule):
 
 
 class Bare(Pair):
-    """The same without the protocol."""
+    """The same model without the protocol."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Bare(Pair):
 
 
 def fit(model: L.LightningModule, *callbacks: L.Callback, every: int = 1, accumulate: int = 1) -> L.Trainer:
-    rows: DataLoader[Tensor] = DataLoader([torch.ones(1)] * 8, batch_size=2)  # type: ignore[arg-type]  # a list will do
+    rows: DataLoader[Tensor] = DataLoader([torch.ones(1)] * 8, batch_size=2)  # type: ignore[arg-type]  # a list works
     trainer = L.Trainer(
         max_steps=2,
         log_every_n_steps=every,
@@ -57,7 +57,7 @@ def fit(model: L.LightningModule, *callbacks: L.Callback, every: int = 1, accumu
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_shares_by_hand(accumulate: int) -> None:
-    """Gradients 3 and 4, and none: shares 3/7, 4/7 and 0."""
+    """Check shares 3/7, 4/7 and 0 for gradients 3 and 4 and no gradient."""
     logged = fit(Pair(), MyCallback(), accumulate=accumulate).logged_metrics
     shares = {name: float(value) for name, value in logged.items()}
     assert shares == pytest.approx({"share/image": 3 / 7, "share/text": 4 / 7, "share/idle": 0.0})

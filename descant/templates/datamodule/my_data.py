@@ -1,7 +1,7 @@
-"""Images with short texts from one ``.npz`` file, or synthetic where no file is given.
+"""Images with short texts from one ``.npz`` file, or synthetic ones if no file is given.
 
-Letters: N samples of a set, B of a batch, S pixels, K texts of a sample, T tokens. Token 0 is padding; a sample with
-fewer than K texts has rows of padding after them, and one without any lacks the modality.
+Letters: N samples of a set, B of a batch, S pixels, K texts of a sample, T tokens. Token 0 is padding. A sample with
+fewer than K texts has rows of padding after them; a sample without any text lacks the modality.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.transforms.image import Pixels
 
-#: What a file holds, and the dimensions of each array.
+#: Arrays of a file -> number of dimensions.
 ARRAYS = {"image": 4, "text": 3, "label": 1}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50)}
 
 
 @dataclass
 class Corpus:
-    """In memory: ``image`` uint8 ``[N, 3, S, S]``, ``text`` int64 ``[N, K, T]``, ``label`` int64 ``[N]``."""
+    """Samples in memory: ``image`` uint8 ``[N, 3, S, S]``, ``text`` int64 ``[N, K, T]``, ``label`` int64 ``[N]``."""
 
     image: np.ndarray
     text: np.ndarray
@@ -48,18 +48,18 @@ class Corpus:
 
     @cached_property
     def texts_N(self) -> np.ndarray:
-        """How many texts each sample has."""
+        """Return the number of texts of each sample."""
         return np.asarray(self.text.any(axis=2).sum(axis=1))
 
     @cached_property
     def key_N(self) -> np.ndarray:
-        """Samples of equal first text share a key, and are never each other's negatives."""
+        """Return content ids: samples with equal first text share one, so they are never each other's negatives."""
         key_N = np.unique(self.text[:, 0], axis=0, return_inverse=True)[1].reshape(-1)
         return np.where(self.texts_N > 0, key_N, len(key_N) + np.arange(len(key_N)))
 
 
 def read(file: Path) -> Corpus:
-    """The arrays ``image``, ``text`` and ``label`` of an ``.npz`` file: replace it by the reader of your own files."""
+    """Read ``image``, ``text`` and ``label`` of an ``.npz`` file: replace this by a reader of your own files."""
     try:
         with np.load(file, allow_pickle=False) as npz:  # a pickle may run code
             arrays = dict(npz)
@@ -72,7 +72,7 @@ def read(file: Path) -> Corpus:
 
 
 def synthetic(n: int, seed: int = 0, size: int = 16) -> Corpus:
-    """``n`` images of a coloured square on a 4 x 4 board, with texts like "red 3 1" and "red"; one in ten has none.
+    """Make ``n`` images of a coloured square on a 4 x 4 board, and texts like "red 3 1" and "red"; one in ten has none.
 
     >>> corpus = synthetic(4)
     >>> corpus.image.shape, corpus.text.shape, corpus.text[0].tolist()
@@ -95,9 +95,9 @@ class Pairs(BatchDataset):
     """Some rows of a corpus.
 
     Args:
-        corpus: of all samples. row_N: which of them are in this set.
+        corpus: all samples. row_N: the samples of this set.
         seed: of everything random about a sample.
-        random: sample one of a sample's texts at each visit; else the first is read.
+        random: draw one of a sample's texts at each visit; otherwise the first is read.
         drop: modality -> probability that a present sample is made absent.
     """
 
@@ -147,7 +147,7 @@ class MyData(DataModule):
         drop: modality -> probability that a training sample is made absent.
         tiny: a few synthetic samples, for tests and for `check`.
         file: the ``.npz``; 2,000 synthetic images by default.
-        size: pixels of the images that towers see.
+        size: pixels of a side of the images that towers read.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class MyData(DataModule):
 
     @cached_property
     def part_N(self) -> np.ndarray:
-        """The tenth of each sample, 0 to 9: 0 validates, 1 tests, the others train. A function of the text alone."""
+        """Return each sample's tenth, 0 to 9, which depends on its text alone: 0 validates, 1 tests, others train."""
         return mix_N(self.corpus.key_N, "split") % 10
 
     def _set(self, parts: tuple[int, ...], **options: bool | dict[str, float]) -> Pairs:
@@ -198,6 +198,6 @@ class MyData(DataModule):
         return torch.from_numpy(self.corpus.image[index])
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        # uint8 until here, where the batch is on the device
+        # images are uint8 until here, where the batch is on the device
         batch.inputs["image"] = self.pixels(batch.inputs["image"], batch.rng_seed)
         return batch

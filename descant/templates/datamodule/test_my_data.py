@@ -1,4 +1,4 @@
-"""MyData: which samples are seen, how often, and what determines them."""
+"""Test which samples MyData serves, how often, and what determines them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from descant.templates.datamodule.my_data import MyData, read, synthetic
 
 
 def batches(data: MyData, epoch: int = 0) -> list[Batch]:
-    """One epoch as training loads it."""
+    """Return one epoch as training loads it."""
     data.position = (epoch, 0)
     return list(data.train_dataloader())
 
 
 def texts_of(some: Iterable[Batch]) -> dict[int, tuple[bool, list[int]]]:
-    """Sample id -> whether its text is there, and which text it is."""
+    """Map each sample id to whether its text is present, and to the text."""
     texts = {}
     for batch in some:
         for b in batch.present["image"].nonzero().squeeze(1).tolist():  # padding rows have no modality
@@ -90,7 +90,7 @@ def test_training_samples_a_text_and_evaluation_reads_the_first() -> None:
 
 
 def saved(folder: Path, text: list[list[list[int]]]) -> Path:
-    """A file of samples with these texts."""
+    """Save a file of samples with these texts."""
     n, file = len(text), folder / "corpus.npz"
     np.savez(file, image=np.zeros((n, 3, 2, 2), np.uint8), text=np.array(text), label=np.zeros(n))
     return file

@@ -1,14 +1,14 @@
-"""A field: from what a file or a cell holds to the inputs of one modality. Letters: B samples, T numbers.
+"""A field: from the content of a file or a cell to the inputs of one modality. Letters: B samples, T numbers.
 
-What every field does:
+Every field implements
 
     decode(raw_B, draw_B) -> (tensor [B, ...], errors_B)
 
-``raw_B`` has one entry a sample: bytes of a file, the text of a cell, or None where the sample lacks the modality; a
-row of None becomes padding and has no error. A row that cannot be read becomes padding too, and ``errors_B`` has the
-reason at its place: the run notes it in its ledger with the file's name, and goes on. ``draw_B`` has a seed a sample
-in training, and is None in evaluation, when nothing may be random. ``kind`` determines which columns are found when
-none is named, and ``synthetic`` what `data.tiny` and tests put into them.
+``raw_B`` has one entry per sample: bytes of a file, the text of a cell, or None if the sample lacks the modality; a row
+of None becomes padding and has no error. A row that cannot be read becomes padding too, and ``errors_B`` has the reason
+at its index. The run writes it to its ledger with the file's name, and continues. ``draw_B`` has a seed per sample in
+training. It is None in evaluation, in which nothing may be random. ``kind`` determines which columns are found if none
+is named. ``synthetic`` is the content that `data.tiny` and tests put into them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from descant.datamodules.fields.fields import Decoded, Field, Row, filled
 
 
 class MyField(Field):
-    """Numbers in one cell of a table, such as ``0.1 0.4 0.2`` -> float32 ``[B, 1, T]``, nan behind the last one.
+    """Numbers in one cell of a table, such as ``0.1 0.4 0.2`` -> float32 ``[B, 1, T]``, nan after the last one.
 
     A :class:`SeriesTower` of one channel reads them; nan is a gap.
 
@@ -44,7 +44,7 @@ class MyField(Field):
 
     @property
     def synthetic(self) -> str:
-        return "bit"  # one number a cell
+        return "bit"  # one number per cell
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         rows_BT, errors = filled(

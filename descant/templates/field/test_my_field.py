@@ -1,4 +1,4 @@
-"""MyField: what it reads, what it refuses, and a table of one's own from its file to a batch."""
+"""Test what MyField reads and refuses, and a user's table from its file to a batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_training_and_evaluation_read_the_same(tmp_path: Path) -> None:
     fields = Fields(others={"numbers": own}, labels={"kind": LabelField("kind")})
     data = UserData(num_workers=0, path=str(tmp_path), fields=fields, batch_size=4)
     batch = next(iter(data.train_dataloader()))
-    here_B = batch.present["numbers"]  # a step may be filled up with rows that are not there
+    here_B = batch.present["numbers"]  # a step may end with padding rows
     assert batch.inputs["numbers"].shape == (4, 1, 2) and int(here_B.sum()) >= 2
     first_B = batch.inputs["numbers"][:, 0, 0].long()
     assert torch.equal(first_B[here_B] % 2, batch.targets["kind"][here_B])

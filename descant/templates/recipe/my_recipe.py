@@ -1,14 +1,15 @@
 """Contrastive image-text pre-training with an alignment term weighted towards the worst pairs.
 
-Claim: in one sentence, what the method does that its baseline does not; the experiment measures by how much.
+Claim: in one sentence, what the method does that its baseline does not; the experiment measures the effect.
 
     z_m = normalise(head_m(pool(tower_m(x_m))))         for m = image, text
     contrast_b = InfoNCE(z_image, z_text)_b             with in-batch negatives
     align_b = w_b |z_image_b - z_text_b|^2              w_b = (|z_image_b - z_text_b|^2 / 4)^focus, a constant
     loss = mean_b contrast_b + mean_b align_b           over the pairs of the whole optimizer step
 
-What differs from CLIP (Radford 2021): the term ``align``; its weight lies in 0..1 and takes no gradient.
-Source: arXiv 2103.00020 (CLIP); name the paper of the rest.
+It differs from CLIP (Radford 2021) by the term ``align``, whose weight lies in 0..1 and takes no gradient. Source:
+arXiv 2103.00020 (CLIP); name the paper of the rest.
+
 Letters: B samples, D width.
 """
 
@@ -33,13 +34,13 @@ TERMS = ("contrast", "align")
 class MyRecipe(SharedSpace):
     """InfoNCE between images and texts, and a focal alignment term.
 
-    The base has towers, pools and heads, runs them on present samples only, and averages each term, one value a
-    sample, over the step. Fixed coefficients of terms are its ``mix``, such as ``--model.mix '{align: 0.5}'``.
+    The base has towers, pools and heads, and runs them only on present samples. It averages each term, one value per
+    sample, over the step. Its ``mix`` sets fixed coefficients of terms, such as ``--model.mix '{align: 0.5}'``.
 
     Args:
         towers: one for image and one for text.
         width: D of the shared space.
-        focus: exponent of the weight of ``align``; 0 weighs all pairs alike.
+        focus: exponent of the weight of ``align``; 0 weighs all pairs equally.
         loss: contrastive loss of the pairs; InfoNCE by default.
     """
 
@@ -64,14 +65,14 @@ class MyRecipe(SharedSpace):
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Modality -> the terms that share its embedding."""
+        """Return modality -> the terms that share its embedding."""
         return dict.fromkeys(MODALITIES, TERMS)
 
     def forward(self, batch: Batch) -> Output:
         missing = [m for m in MODALITIES if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        # one copy a term, so that a callback can harmonize the gradients where they meet
+        # one copy per term, so that a callback can harmonize the gradients where they meet
         z = {m: self.hooks.fork(z_BD, TERMS) for m, z_BD in self.embed(batch).items()}
         valid_B = batch.both(*MODALITIES)
         contrast_B = self.loss(z["image"]["contrast"], z["text"]["contrast"], batch.content_id, valid_B)
@@ -84,7 +85,7 @@ class MyRecipe(SharedSpace):
 
 
 def align(z_a_BD: Tensor, z_b_BD: Tensor, focus: float) -> tuple[Tensor, Tensor]:
-    """``value_b = |z_a_b - z_b_b|^2`` and ``weight_b = (value_b / 4)^focus``, a constant to the gradient.
+    """Compute ``value_b = |z_a_b - z_b_b|^2`` and ``weight_b = (value_b / 4)^focus``, a constant to the gradient.
 
     Shapes: unit-length ``z_a_BD, z_b_BD -> value_B, weight_B``. The value is at most 4, the weight at most 1.
 

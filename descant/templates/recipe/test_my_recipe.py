@@ -1,4 +1,4 @@
-"""MyRecipe: its terms in numbers, and that it learns. Letters: B samples, D width."""
+"""Test the terms of MyRecipe in numbers, and that it learns. Letters: B samples, D width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTHS = {"image": 8, "text": 6}
 
 
 class Line(Tower):
-    """``[B, width_in] -> [B, 1, width]``."""
+    """Linear tower, ``[B, width_in] -> [B, 1, width]``."""
 
     def __init__(self, width_in: int, width: int = 16) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def recipe(focus: float = 1.0) -> MyRecipe:
 
 
 def pairs(rows: int, seed: int = 0) -> Batch:
-    """Two linear views of one hidden code."""
+    """Make two linear views of one hidden code."""
     g, views = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(9)
     code_B4 = torch.randn(rows, 4, generator=g)
     inputs = {m: code_B4 @ torch.randn(4, width, generator=views) for m, width in WIDTHS.items()}
@@ -47,7 +47,7 @@ def gradients(model: MyRecipe, batch: Batch) -> dict[str, Tensor]:
 
 
 def test_align_by_hand() -> None:
-    """The same, a right angle, opposite: squared distances 0, 2, 4; the weight takes no gradient."""
+    """Check squared distances 0, 2, 4 for equal, orthogonal and opposite vectors; the weight takes no gradient."""
     z_a_BD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]], requires_grad=True)
     z_b_BD = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.6, -0.8]])
     for focus, wanted in ((0.0, [1.0, 1.0, 1.0]), (1.0, [0.0, 0.5, 1.0]), (3.0, [0.0, 0.125, 1.0])):

@@ -1,13 +1,13 @@
 """A tower: from the inputs of one modality to tokens. Letters: B samples, C channels, S side, T tokens, D width.
 
-What every tower does, whatever its modality:
+Every tower implements, for any modality,
 
     tower(x) -> Tokens(h_BTD, mask_BT)
 
-``x`` is a batch of inputs as the data module makes them, of the samples that have the modality. ``h_BTD`` has D numbers
-for each of T tokens. ``mask_BT`` is bool, True where a token is real: of a sample with fewer tokens the rest are False,
-and what they hold must change nothing. ``self.width`` is D. Pooling and the projection to the shared space follow
-outside. A tower has no loss, moves nothing between devices and reads nothing back.
+``x`` is a batch of inputs from the data module, only of samples that have the modality. ``h_BTD`` has D numbers for
+each of T tokens. ``mask_BT`` is bool, True for real tokens. A sample with fewer tokens has False for the rest, whose
+values must not affect any result. ``self.width`` is D. Pooling and the projection to the shared space follow outside. A
+tower has no loss, moves nothing between devices and reads nothing back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from descant.modules.towers.base import Tokens, Tower
 
 
 class MyTower(Tower):
-    """Patches with an MLP each: ``h_t = W_2 gelu(W_1 patch_t) + place_t``; one token a patch, all of them real.
+    """An MLP on each patch: ``h_t = W_2 gelu(W_1 patch_t) + place_t``; one token per patch, and all tokens are real.
 
     Args:
         channels: C.
@@ -45,7 +45,7 @@ class MyTower(Tower):
         self.place_TD = nn.Parameter(torch.randn((size // patch) ** 2, width) * 0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``mask``: of sequences, which of their positions are real; images have none."""
+        """Compute the tokens. ``mask``: real positions of sequences; images have none."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"images {tuple(x.shape[1:])}: this tower takes {self.shape}")
         h_BTD = self.out(nn.functional.gelu(self.patches(x)).flatten(2).transpose(1, 2)) + self.place_TD

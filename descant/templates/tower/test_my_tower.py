@@ -1,4 +1,4 @@
-"""MyTower: its formula by hand, and samples apart from each other. Letters: B samples, T tokens."""
+"""Test the formula of MyTower by hand, and that samples do not affect each other. Letters: B samples, T tokens."""
 
 from __future__ import annotations
 

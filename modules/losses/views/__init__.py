@@ -1,4 +1,4 @@
-"""Self-supervised objectives over views of one modality, a file a method."""
+"""Self-supervised objectives over views of one modality, one file per method."""
 
 from descant.modules.losses.views.barlow_twins import BarlowTwinsViews as BarlowTwinsViews
 from descant.modules.losses.views.base import ViewObjective as ViewObjective

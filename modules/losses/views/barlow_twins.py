@@ -1,4 +1,4 @@
-"""Barlow Twins between two views of a modality. Letters: D width, P of projections."""
+"""Barlow Twins between two views of a modality. Letters: D width, P width of projections."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from descant.modules.losses.views.base import MLPHead, ViewObjective, Views
 
 
 class BarlowTwinsViews(ViewObjective):
-    """Barlow Twins: no negatives and no teacher; one number for the batch of all ranks (:func:`barlow_twins`).
+    """Barlow Twins, without negatives or teacher: one number for the batch of all ranks (:func:`barlow_twins`).
 
     Source: Zbontar 2021, arXiv 2103.03230, and its release, whose batch norm adds ``epsilon`` to variances; the paper
-    has 0. On several ranks the release normalises each rank's columns by itself; here all samples are one batch.
+    has 0. On several ranks the release normalises each rank's columns separately; here all ranks form one batch.
 
     Args:
-        hidden, out: of the projector of three layers.
+        hidden, out: widths of the three-layer projector.
         redundancy: weight of the off-diagonal correlations.
         epsilon: added to variances.
     """

@@ -1,8 +1,8 @@
-"""Objectives over two or more views of one modality: what they share. SimCLR, BYOL, DINO and others are a file each.
+"""Shared parts of objectives over two or more views of one modality. SimCLR, BYOL, DINO and others have a file each.
 
     h_v = pool(tower(view v))     z_v = projector(h_v)     p_v = predictor(z_v)     t_v = z_v of the teacher's weights
 
-Letters: B samples on this rank, R of them present, D width of features, P of projections.
+Letters: B samples on this rank, R of them present, D width of features, P width of projections.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Views:
     """Views of B samples of one modality.
 
     Attributes:
-        h: features ``[B, D]``, one a view; of the first two the images are whole, further ones are of local crops.
-        key_B: int64; samples of one key have equal content and are not each other's negatives.
-        valid_B: bool; which samples there are.
-        target: the teacher's projections ``[B, P]`` of the first two views; none without a teacher.
+        h: features ``[B, D]`` per view; the first two views are whole images, further ones are local crops.
+        key_B: int64; samples with the same key have equal content and are not each other's negatives.
+        valid_B: bool; marks present samples.
+        target: the teacher's projections ``[B, P]`` of the first two views; empty without a teacher.
     """
 
     h: Sequence[Tensor]
@@ -41,32 +41,32 @@ class Views:
 
 
 class ViewObjective(nn.Module):
-    """Base of objectives over views: ``objective(views)`` is one value a sample, ``[B]``, or one a batch, ``[1]``.
+    """Base of objectives over views: ``objective(views)`` is one value per sample, ``[B]``, or one per batch, ``[1]``.
 
-    ``build(width)`` makes the heads, once the width of the features is known. A loss of a batch (``whole``) is computed
-    from the rows of all ranks and cannot be divided over samples.
+    ``build(width)`` makes the heads, once the width of the features is known. A loss per batch (``whole``) is computed
+    from the rows of all ranks and cannot be split into values per sample.
     """
 
-    #: One number for the batch, not one a sample.
+    #: Whether the loss is one number per batch, not one per sample.
     whole: ClassVar[bool] = False
-    #: Takes more views than two.
+    #: Whether it takes more than two views.
     multi_crop: ClassVar[bool] = False
-    #: Projections have length 1.
+    #: Whether projections have length 1.
     unit_length: ClassVar[bool] = False
-    #: Decay of the teacher, an average of the student's weights; None without a teacher.
+    #: Decay of the teacher, a moving average of the student's weights; None without a teacher.
     momentum: float | None = None
     projector: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
-        #: Of earlier projections, where there is one.
+        #: Queue of earlier projections, if the method has one.
         self.queue: Queue | None = None
 
     def build(self, width: int) -> Self:
         raise NotImplementedError
 
     def require_samples(self, samples: float, modality: str) -> None:
-        """Raises ValueError for a queue that is longer than the training data."""
+        """Raise ValueError if the queue is longer than the training data."""
         if self.queue is not None and self.queue.length > samples:
             raise ValueError(
                 f"objective: a queue of {self.queue.length} rows is longer than the data, {samples:.0f} samples of "
@@ -74,7 +74,7 @@ class ViewObjective(nn.Module):
             )
 
     def project(self, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-        """``[B, D] -> [B, P]``, of a student and of its teacher."""
+        """Project features ``[B, D] -> [B, P]``, for a student as for its teacher."""
         z_BP = present_rows(self.projector, h_BD, valid_B)
         return unit(z_BP) if self.unit_length else z_BP
 
@@ -83,13 +83,13 @@ class ViewObjective(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Projector or predictor: ``z = W_n relu(norm(... relu(norm(W_1 h))))``, with batch norms, as the releases have.
+    """Projector or predictor: ``z = W_n relu(norm(... relu(norm(W_1 h))))``, with batch norms as in the releases.
 
     Args:
-        width_in: D. hidden: of the layers between. out: P.
-        layers: of linear maps.
-        norm: batch norms between; without them hidden layers have a bias, as in ReSSL.
-        last_norm: a batch norm without scale and bias at the end, as in MoCo v3.
+        width_in: D. hidden: width of the hidden layers. out: P.
+        layers: number of linear maps.
+        norm: whether hidden layers have batch norms; without them all layers have a bias, as in ReSSL.
+        last_norm: whether a batch norm without scale and bias follows at the end, as in MoCo v3.
 
     >>> sum(p.numel() for p in MLPHead(8, 16, 4).parameters())
     224
@@ -110,7 +110,7 @@ class MLPHead(nn.Module):
 
 
 def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
-    """``head(h)`` of the valid rows alone, so that its batch norms count no absent one; zeros elsewhere.
+    """Compute ``head(h)`` of the valid rows only, so that batch norms ignore absent rows; zeros elsewhere.
 
     >>> norm, h_BD = nn.BatchNorm1d(1), torch.tensor([[1.0], [3.0], [99.0]])
     >>> present_rows(norm, h_BD, torch.tensor([True, True, False])).flatten().round().tolist()
@@ -118,23 +118,23 @@ def present_rows(head: nn.Module, h_BD: Tensor, valid_B: Tensor) -> Tensor:
     """
     if host_copy(valid_B).all():
         return head(h_BD)
-    rows = RunningRows(valid_B, h_BD.device, least=1 if world() > 1 else 2)  # a batch norm of one process needs two
+    rows = RunningRows(valid_B, h_BD.device, least=1 if world() > 1 else 2)  # on one process, batch norm needs two rows
     with rows.running(head):
         return rows.put(head(rows.take(h_BD)))
 
 
 def require_positive(objective: ViewObjective, **values: float) -> None:
-    """Raises ValueError naming the first value that is not above 0."""
+    """Raise ValueError for the first value that is not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{type(objective).__name__}: {name} {value:g}: must be above 0")
 
 
 def unit(z_BP: Tensor) -> Tensor:
-    """Rows of length 1, in float32 or finer."""
+    """Normalize rows to length 1, in float32 or finer."""
     return F.normalize(promote(z_BP), dim=-1)
 
 
 def learning(objective: nn.Module) -> bool:
-    """Whether this forward is of training, so that queues and centres move."""
+    """Whether this forward pass belongs to training, so that queues and centres are updated."""
     return objective.training and torch.is_grad_enabled()

@@ -10,11 +10,11 @@ from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, pre
 
 
 def byol(p_1_BP: Tensor, p_2_BP: Tensor, t_1_BP: Tensor, t_2_BP: Tensor, mean_cosine: bool = False) -> Tensor:
-    """``[B]``: squared distance of predictions of unit length from the teacher's projections of the other view.
+    """Compute ``[B]``, squared distances of unit-length predictions from the teacher's projections of the other view.
 
         value_b = 2 - 2 cos(p_1, t_2) + 2 - 2 cos(p_2, t_1)      or, mean_cosine,  -(cos(p_1, t_2) + cos(p_2, t_1)) / 2
 
-    The second is lightly's: the same minimum, a quarter of the gradient. Source: Grill 2020, arXiv 2006.07733.
+    The second form is lightly's: same minimum, a quarter of the gradient. Source: Grill 2020, arXiv 2006.07733.
 
     >>> import torch
     >>> x, y = torch.eye(2)[:1], torch.eye(2)[1:]
@@ -26,14 +26,14 @@ def byol(p_1_BP: Tensor, p_2_BP: Tensor, t_1_BP: Tensor, t_2_BP: Tensor, mean_co
 
 
 class BYOL(ViewObjective):
-    """BYOL: a predictor of the teacher's projection of the other view; no negatives (:func:`byol`).
+    """BYOL: predicts the teacher's projection of the other view, without negatives (:func:`byol`).
 
     Source: Grill 2020, arXiv 2006.07733. The release raises the teacher's decay to 1 along a cosine; here it is fixed.
 
     Args:
-        hidden, out: of projector and predictor, of two layers each.
+        hidden, out: widths of projector and predictor, which have two layers each.
         momentum: decay of the teacher.
-        mean_cosine: lightly's form of the loss.
+        mean_cosine: whether to use lightly's form of the loss.
     """
 
     def __init__(self, hidden: int = 4096, out: int = 256, momentum: float = 0.996, mean_cosine: bool = False) -> None:

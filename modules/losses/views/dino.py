@@ -1,6 +1,6 @@
 """DINO: self-distillation from a centred and sharpened teacher, with local crops.
 
-Letters: B samples, G of all ranks, D width, K prototypes, S and T views of student and teacher.
+Letters: B samples, G samples on all ranks, D width, K prototypes, S and T views of student and teacher.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def dino(
     temperature: float = 0.1,
     teacher_temperature: float = 0.04,
 ) -> Tensor:
-    """``[B]``: cross-entropy of student views against the teacher's other views, a mean over pairs.
+    """Compute ``[B]``, the cross-entropy of student views against the teacher's other views, averaged over pairs.
 
         value_b = mean_{t != s} -softmax((y_t - centre) / tau_t) . log softmax(x_s / tau_s)
 
     Source: Caron 2021, arXiv 2104.14294.
 
     Args:
-        student, teacher: logits ``[B, K]``, one a view; the teacher's are the first of the student's views.
+        student, teacher: logits ``[B, K]`` per view; the teacher's views are the first of the student's.
 
     >>> x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, 0.0]])
     >>> round(dino([x, x], [y, y], torch.zeros(2)).item(), 4)  # log 2: the student is undecided
@@ -50,7 +50,7 @@ def dino(
 
 
 class DINOHead(nn.Module):
-    """``x = V l2(MLP(h))``: three layers with GELU, a bottleneck of unit length and prototypes of unit length."""
+    """DINO head ``x = V l2(MLP(h))``: three layers with GELU; bottleneck output and prototypes have unit length."""
 
     def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
@@ -67,16 +67,16 @@ class DINOHead(nn.Module):
 
 
 class DINO(ViewObjective):
-    """DINO: the student classifies a view as its centred teacher does another view (:func:`dino`).
+    """DINO: the student classifies a view as its centred teacher classifies another view (:func:`dino`).
 
-    The centre is a moving average of the teacher's logits over the samples of all ranks, moved after the loss of each
-    step and saved with the run. Source: Caron 2021, arXiv 2104.14294. The release warms the teacher's temperature up,
-    raises its decay to 1 and freezes the prototypes in the first epoch; here neither.
+    The centre is a moving average of the teacher's logits over the samples of all ranks. It is updated after the loss
+    of each step and saved with the run. Source: Caron 2021, arXiv 2104.14294. The release warms up the teacher's
+    temperature, raises its decay to 1 and freezes the prototypes in the first epoch; this class does none of these.
 
     Args:
-        hidden, bottleneck: of the head of three layers. prototypes: K.
-        temperature, teacher_temperature: of the softmax of student and teacher.
-        centre_momentum: of the moving average.
+        hidden, bottleneck: widths of the three-layer head. prototypes: K.
+        temperature, teacher_temperature: temperatures of the student's and teacher's softmax.
+        centre_momentum: decay of the moving average.
         momentum: decay of the teacher.
     """
 
@@ -116,10 +116,10 @@ class DINO(ViewObjective):
 
     @torch.no_grad()
     def _move_centre(self, views: Views) -> None:
-        """``centre = m centre + (1 - m) mean over samples and views of the teacher's logits``."""
+        """Update ``centre = m centre + (1 - m) mean over samples and views of the teacher's logits``."""
         mean_BK, centre_K = torch.stack([*views.target]).mean(dim=0), promote(self.centre_K)
         valid_B = views.valid_B.to(mean_BK.dtype)
-        # sum and count in one exchange
+        # one exchange sums both logits and counts
         total = total_of_ranks(torch.cat([(mean_BK * valid_B[:, None]).sum(dim=0), valid_B.sum()[None]]))
         moved_K = centre_K.lerp(total[:-1] / total[-1].clamp(min=1), 1 - self.centre_momentum)
         self.centre_K.copy_(torch.where(total[-1] > 0, moved_K, centre_K))

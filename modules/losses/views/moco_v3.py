@@ -1,4 +1,7 @@
-"""MoCo v3: InfoNCE of predictions against the teacher's projections. Letters: B samples, D width, P of projections."""
+"""MoCo v3: InfoNCE of predictions against the teacher's projections.
+
+Letters: B samples, D width, P width of projections.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, pre
 
 
 class MoCoV3(ViewObjective):
-    """MoCo v3: a predictor of the teacher's keys, with all keys of the step as negatives, both ways (:func:`one_way`).
+    """MoCo v3: predicts the teacher's keys, with all keys of the step as negatives, in both directions.
 
         value_b = 2 T (one_way(q_1, k_2) + one_way(q_2, k_1)),      q = predictor(projector(h)),  scale 1 / T
 
-    Source: Chen 2021, arXiv 2104.02057, and its release. The release raises the teacher's decay to 1 along a cosine and
-    freezes the patch embedding; here neither.
+    See :func:`one_way`. Source: Chen 2021, arXiv 2104.02057, and its release, which raises the teacher's decay to 1
+    along a cosine and freezes the patch embedding; this class does neither.
 
     Args:
-        hidden, out: of the projector, of three layers, and the predictor, of two.
+        hidden, out: widths of the three-layer projector and the two-layer predictor.
         temperature: T.
         momentum: decay of the teacher.
     """

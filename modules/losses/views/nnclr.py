@@ -1,4 +1,4 @@
-"""NNCLR: the positive is the nearest neighbour in a queue. Letters: B samples, K rows of the queue, P projections."""
+"""NNCLR: the positive is the nearest neighbour in a queue. Letters: B samples, K queue rows, P projection width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from descant.modules.losses.views.queue import Queue
 
 
 def nearest(z_BP: Tensor, rows_KP: Tensor, valid_K: Tensor) -> Tensor:
-    """``[B, P]``: of each row the queue's valid row with the largest cosine; both have unit length.
+    """Return ``[B, P]``, for each row the valid queue row with the largest cosine; both have unit length.
 
     >>> rows_KP, valid_K = torch.eye(2), torch.tensor([True, True])
     >>> nearest(torch.tensor([[0.6, 0.8]]), rows_KP, valid_K).tolist()
@@ -32,18 +32,18 @@ def nearest(z_BP: Tensor, rows_KP: Tensor, valid_K: Tensor) -> Tensor:
 
 
 class NNCLR(ViewObjective):
-    """NNCLR: InfoNCE between a view's nearest neighbour among earlier samples and the prediction of the other view.
+    """NNCLR: InfoNCE between a view's nearest neighbour among earlier samples and the prediction from the other view.
 
         value_b = (one_way(n_1, p_2) + one_way(n_2, p_1)) / 2,      n = nearest(z, queue),  p = predictor(z)
 
-    Source: Dwibedi 2021, arXiv 2104.14548, no code released: its pseudo-code, which queues the first view. lightly's
-    form is :func:`ntxent` of n and p, whose negatives are those of the same side too: ``same_side``.
+    Source: Dwibedi 2021, arXiv 2104.14548, no code released; as in its pseudo-code, the first view is queued. With
+    ``same_side`` the loss is lightly's form, :func:`ntxent` of n and p, which also has negatives from the same side.
 
     Args:
-        hidden, out: of the projector, of three layers. predictor_hidden: of the predictor, of two.
-        temperature: of the cosines.
-        queue: rows of earlier samples.
-        same_side: lightly's form.
+        hidden, out: widths of the three-layer projector. predictor_hidden: hidden width of the two-layer predictor.
+        temperature: temperature of the cosines.
+        queue: number of queued rows of earlier samples.
+        same_side: whether to use lightly's form.
     """
 
     def __init__(

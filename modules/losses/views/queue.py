@@ -1,4 +1,4 @@
-"""Queue of the projections of earlier steps, the same on all ranks.
+"""Queue of projections from earlier steps, identical on all ranks.
 
 Letters: B samples on this rank, G samples on all ranks, K rows of the queue, P width of projections.
 """
@@ -14,14 +14,14 @@ from descant.modules.core.ranks import gather, world
 
 
 class Queue(nn.Module):
-    """The last K rows of all ranks, oldest first to go; part of the state dict, so that a resumed run goes on with it.
+    """First-in-first-out queue of the last K rows of all ranks, stored in the state dict for resumed runs.
 
-    It begins with random rows of unit length, as in the releases of MoCo and ReSSL, or ``empty``. Absent samples take a
-    row, which ``valid_K`` excludes: which rows go does not depend on who is absent, or on the order of a batch.
+    It starts with random unit-length rows, as in the releases of MoCo and ReSSL, or ``empty``. Absent samples also take
+    a row, which ``valid_K`` excludes. So the replaced rows do not depend on absences or on the order of a batch.
 
     Args:
         length: K, a multiple of the rows of a step. width: P.
-        empty: whether the rows of the beginning are invalid.
+        empty: whether the initial rows are invalid.
 
     >>> queue = Queue(length=4, width=1, empty=True)
     >>> queue.push(torch.tensor([[1.0], [2.0]]), torch.tensor([True, False]))
@@ -43,7 +43,7 @@ class Queue(nn.Module):
         self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
 
     def push(self, z_BP: Tensor, valid_B: Tensor) -> None:
-        """Replace the oldest rows by those of all ranks."""
+        """Replace the oldest rows by these rows of all ranks."""
         rows = len(z_BP) * world()
         if self.length % rows:
             near = max(round(self.length / rows), 1) * rows
@@ -55,10 +55,10 @@ class Queue(nn.Module):
         self.pushed.add_(rows)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """``rows_KP, valid_K``: copies in float32 or finer, which a push leaves as they are."""
+        """Return copies of ``rows_KP, valid_K``, rows in float32 or finer; a later push does not change them."""
         return promote(self.rows_KP.clone()), self.valid_K.clone()
 
     @property
     def full(self) -> Tensor:
-        """Bool scalar: whether all rows of the beginning are replaced."""
+        """Whether all initial rows have been replaced, as a bool scalar."""
         return self.pushed >= self.length

@@ -1,4 +1,7 @@
-"""ReSSL: a sample's relations to earlier ones as its teacher sees them. Letters: B samples, K queued, P projections."""
+"""ReSSL: match the teacher's similarities to earlier samples.
+
+Letters: B samples, K queued rows, P width of projections.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def ressl(
     temperature: float = 0.1,
     teacher_temperature: float = 0.04,
 ) -> Tensor:
-    """``[B]``: ``-softmax(t_b . rows / tau_t) . log softmax(s_b . rows / tau_s)`` over the valid rows of a queue.
+    """Compute ``-softmax(t_b . rows / tau_t) . log softmax(s_b . rows / tau_s)``, ``[B]``, over a queue's valid rows.
 
     Source: Zheng 2021, arXiv 2107.09282, and its release.
 
@@ -32,20 +35,20 @@ def ressl(
         (z_BP @ rows_KP.T / tau).masked_fill(~valid_K, lowest)
         for z_BP, tau in ((t_BP, teacher_temperature), (s_BP, temperature))
     )
-    # where: a row without any weight is no 0 times -inf
+    # where() drops invalid rows, whose 0 times -inf would be nan
     return -torch.where(valid_K, q_BK.softmax(dim=1) * log_p_BK.log_softmax(dim=1), 0.0).sum(dim=1)
 
 
 class ReSSL(ViewObjective):
-    """ReSSL: match the teacher's sharper similarities to a queue of earlier samples (:func:`ressl`).
+    """ReSSL: the student matches the teacher's sharper similarities to a queue of earlier samples (:func:`ressl`).
 
-    The student sees the first view and the teacher the second, whose augmentation should be the weaker, and which is
+    The student sees the first view, and the teacher the second, which should have the weaker augmentation and is
     queued. Source: Zheng 2021, arXiv 2107.09282, and its release.
 
     Args:
-        hidden, out: of the projector of two layers, without batch norm.
-        temperature, teacher_temperature: of the similarities.
-        queue: rows of earlier samples.
+        hidden, out: widths of the two-layer projector, which has no batch norm.
+        temperature, teacher_temperature: temperatures of the student's and teacher's similarities.
+        queue: number of queued rows of earlier samples.
         momentum: decay of the teacher.
     """
 

@@ -11,14 +11,14 @@ from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, req
 
 
 class SimCLR(ViewObjective):
-    """SimCLR: InfoNCE of two views, whose negatives are all other rows of both (:func:`ntxent`).
+    """SimCLR: InfoNCE of two views, with all other rows of both views as negatives (:func:`ntxent`).
 
-    Source: Chen 2020, arXiv 2002.05709. The release computes it on one batch of both views, so that its batch norms see
-    both; here, as in lightly, each view is normalised by itself.
+    Source: Chen 2020, arXiv 2002.05709. The release puts both views into one batch, so that its batch norms see both;
+    here, as in lightly, batch norms see each view separately.
 
     Args:
-        hidden, out: of the projector of two layers.
-        temperature: of the cosines.
+        hidden, out: widths of the two-layer projector.
+        temperature: temperature of the cosines.
 
     >>> import torch
     >>> objective = SimCLR(hidden=8, out=4).build(6)

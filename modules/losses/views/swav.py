@@ -1,6 +1,7 @@
 """SwAV: predict a view's cluster codes from another view, with balanced codes.
 
-Letters: B samples, G of all ranks, N rows of a code, K prototypes, D width, P of projections.
+Letters: B samples, G samples on all ranks, N rows that codes are balanced over, K prototypes, D width, P width of
+projections.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from descant.modules.losses.views.queue import Queue
 
 
 def sinkhorn_codes(score_NK: Tensor, valid_N: Tensor | None = None, epsilon: float = 0.05, rounds: int = 3) -> Tensor:
-    """Balanced soft codes ``[N, K]`` by a few rounds of Sinkhorn's iteration, with logarithms; each row has sum 1.
+    """Compute balanced soft codes ``[N, K]`` by a few Sinkhorn rounds, in log space; each row sums to 1.
 
-    Each round makes the prototypes' masses equal, then the samples'. With many rounds it is N times the plan of
-    :func:`~descant.modules.selection.transport.sinkhorn` of the cost ``-score``, which stops at a tolerance instead and
-    so reads the device. Invalid rows take no mass. Source: SwAV's release; Cuturi 2013 (arXiv 1306.0895).
+    Each round equalizes the masses of the prototypes, then those of the samples. With many rounds, the result is N
+    times the plan of :func:`~descant.modules.selection.transport.sinkhorn` for the cost ``-score``. That function stops
+    at a tolerance instead, so it has to read from the device. Invalid rows take no mass. Source: SwAV's release; Cuturi
+    2013 (arXiv 1306.0895).
 
     >>> sinkhorn_codes(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()  # both like the first: halves of each
     [[0.5, 0.5], [0.5, 0.5]]
@@ -38,15 +40,15 @@ def sinkhorn_codes(score_NK: Tensor, valid_N: Tensor | None = None, epsilon: flo
 
 
 def swav(scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float = 0.1) -> Tensor:
-    """``[B]``: cross-entropy of each view's prediction against the codes of the other views, a mean over pairs.
+    """Compute ``[B]``, the cross-entropy of each view's prediction against other views' codes, averaged over pairs.
 
         value_b = mean_{i != v} -code_i . log softmax(score_v / temperature)
 
     Source: Caron 2020, arXiv 2006.09882.
 
     Args:
-        scores: ``[B, K]`` of each view, cosines with the prototypes.
-        codes: ``[B, K]`` of the first of these views.
+        scores: ``[B, K]`` per view, cosines with the prototypes.
+        codes: ``[B, K]`` per view, for the first of these views.
 
     >>> score, code = torch.tensor([[0.1, 0.0]]), torch.tensor([[1.0, 0.0]])
     >>> round(swav([score, score], [code, code]).item(), 4)  # log(1 + 1/e)
@@ -61,14 +63,16 @@ def swav(scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float =
 
 
 class SwAV(ViewObjective):
-    """SwAV: codes of two views over learned prototypes, balanced over the samples of all ranks (:func:`swav`).
+    """SwAV: predicts codes of two views over learned prototypes, balanced over the samples of all ranks (:func:`swav`).
 
-    Source: Caron 2020, arXiv 2006.09882, and its release, which freezes the prototypes in the first epoch; here not.
+    Source: Caron 2020, arXiv 2006.09882, and its release, which freezes the prototypes in the first epoch; this class
+    does not.
 
     Args:
-        hidden, out: of the projector of two layers. prototypes: K, of unit length.
-        temperature: of predictions. epsilon, rounds: of :func:`sinkhorn_codes`.
-        queue: rows of earlier steps that balance the codes of small batches; used once it is full; 0 for none.
+        hidden, out: widths of the two-layer projector. prototypes: K, prototypes have unit length.
+        temperature: temperature of the predictions. epsilon, rounds: as for :func:`sinkhorn_codes`.
+        queue: number of rows from earlier steps that help to balance the codes of small batches; used once the queue is
+            full; 0 for no queue.
     """
 
     multi_crop, unit_length = True, True
@@ -87,7 +91,7 @@ class SwAV(ViewObjective):
         require_positive(self, temperature=temperature, epsilon=epsilon)
         self.hidden, self.out, self.temperature, self.epsilon, self.rounds = hidden, out, temperature, epsilon, rounds
         self.prototypes = nn.Linear(out, prototypes, bias=False)
-        # of both views side by side
+        # a queue row holds both views side by side
         self.queue = Queue(queue, 2 * out, empty=True) if queue else None
 
     def build(self, width: int) -> Self:

@@ -1,4 +1,7 @@
-"""VICReg: invariance, variance and covariance of two views. Letters: G samples of all ranks, P of projections."""
+"""VICReg: invariance, variance and covariance of two views.
+
+Letters: G samples on all ranks, P width of projections.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ def vicreg(
     paper_scale: bool = False,
     epsilon: float = 1e-4,
 ) -> Tensor:
-    """Scalar ``invariance s(a, b) + variance (v(a) + v(b)) / 2 + covariance (c(a) + c(b))`` over the valid samples.
+    """Compute ``invariance s(a, b) + variance (v(a) + v(b)) / 2 + covariance (c(a) + c(b))`` over the valid samples.
 
         s = mean_gp (a_gp - b_gp)^2    v(a) = mean_p max(0, 1 - sqrt(var_p + epsilon))    c(a) = sum_{p != q} C_pq^2 / P
 
-    with C the covariance, over n - 1. The paper sums s over p and does not halve v; ``paper_scale`` does so. The
-    default is the release's, which lightly's equals. Source: Bardes 2022, arXiv 2105.04906.
+    The value is a scalar. C is the covariance, divided by n - 1. The paper sums s over p and does not halve v, as with
+    ``paper_scale``. The default is the release's form, which is also lightly's. Source: Bardes 2022, arXiv 2105.04906.
 
     >>> a_GP = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # variances 2 and 0
     >>> round(vicreg(a_GP, a_GP).item(), 3), round(vicreg(a_GP, a_GP, paper_scale=True).item(), 3)
@@ -49,14 +52,14 @@ def vicreg(
 
 
 class VICReg(ViewObjective):
-    """VICReg: no negatives and no teacher; one number for the batch of all ranks (:func:`vicreg`).
+    """VICReg, without negatives or teacher: one number for the batch of all ranks (:func:`vicreg`).
 
     Source: Bardes 2022, arXiv 2105.04906, and its release.
 
     Args:
-        hidden, out: of the projector of three layers.
-        invariance, variance, covariance: weights of the three.
-        paper_scale: the paper's form in place of the release's.
+        hidden, out: widths of the three-layer projector.
+        invariance, variance, covariance: weights of the three parts.
+        paper_scale: whether to use the paper's form instead of the release's.
     """
 
     whole = True
@@ -80,5 +83,5 @@ class VICReg(ViewObjective):
 
     def forward(self, views: Views) -> Tensor:
         a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)
-        with torch.autocast(a_BP.device.type, enabled=False):  # a covariance in bfloat16 has no small entries
+        with torch.autocast(a_BP.device.type, enabled=False):  # bfloat16 would lose small covariances
             return vicreg(*gather_both(a_BP, b_BP), gather(views.valid_B), *self.weights, self.paper_scale)[None]

@@ -1,7 +1,7 @@
-"""Encoders of other packages from their folders, which :class:`PretrainedTower` holds: a file an owner.
+"""Encoders loaded from folders of other packages, for :class:`PretrainedTower`: one file per package (owner).
 
-Each computes with its owner's own modules, and holds no parameter that its output does not use. Their classes are
-private: no configuration names one, a :class:`PretrainedTower` does.
+Each encoder computes with its owner's modules and holds no parameter that its output does not use. The classes are
+private: configurations name a :class:`PretrainedTower` instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an encoder of another package is to :class:`PretrainedTower`. Letters: B samples, T tokens, D width."""
+"""Interface of other packages' encoders for :class:`PretrainedTower`. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Output = Literal["embedding", "tokens"]
 
 
 class Encoder(nn.Module):
-    """``encode(x, mask)``: an embedding ``[B, 1, D]``, or tokens ``[B, T, D]``, with their mask.
+    """Encoder of another package: ``encode(x, mask)`` returns an embedding ``[B, 1, D]`` or tokens ``[B, T, D]``.
 
-    ``kind``: of the model, for error lines. ``reads``: images or texts. Of texts ``vocabulary``, ``pad`` and ``end`` as
-    of towers; ``most``: ids of the longest text; ``exactly``: a text has as many, padding included; ``closed``: its end
-    is the id that pads; ``sees_padding``: padding is attended to, as it was in training. Of images ``multiple``: of how
-    many pixels a side is one.
+    ``kind``: name of the model, for error messages. ``reads``: image or text. For texts: ``vocabulary``, ``pad`` and
+    ``end`` as in towers; ``most``: ids of the longest text; ``exactly``: every text has ``most`` ids, padding included;
+    ``closed``: the padding id also ends a text; ``sees_padding``: tokens attend to padding, as they did in training.
+    For images: ``multiple``: each side is a multiple of this many pixels.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         return outer_blocks(self)
 
     def learn_ids(self, place: Place, pad: int) -> None:
-        """``pad``, and whether texts end with it, of the folder's tokenizer; ``pad`` as given where it has none."""
+        """Set ``pad`` and ``closed`` from the folder's tokenizer; without its padding id, keep the given ``pad``."""
         self.pad = pad
         if (place.folder / "tokenizer_config.json").is_file():
             tokenizer = tokenizer_of(place)
@@ -59,13 +59,13 @@ def one_token(z_BD: Tensor) -> Tokens:
 
 
 def require_part(place: Place, kind: str, part: Part | None) -> None:
-    """Refusal where one of two towers has to be named."""
+    """Raise ValueError unless ``part`` names one of the model's two towers."""
     if part is None:
         raise ValueError(f"{place.label}: part: image or text; {kind} has both")
 
 
 def weights_of(place: Place, *names: str) -> Path:
-    """The first of these files that is there; ValueError for a folder without any."""
+    """Return the first of these files that exists; raise ValueError for a folder without any."""
     file = next((place.folder / name for name in names if (place.folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{place.label}: no weights in it ({' or '.join(names)})")

@@ -15,7 +15,7 @@ from descant.modules.towers.timm import load_exactly, read_weights
 
 
 class _OpenClipEncoder(Encoder):
-    """The image or the text tower of a CLIP of open_clip with its projection."""
+    """Image or text tower of an open_clip CLIP model, with its projection."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _OpenClipEncoder(Encoder):
 
 
 def _require_here(place: Place, side: str, settings: dict[str, Any]) -> None:
-    """Refusal of parts that open_clip would fetch from a hub by their names."""
+    """Refuse parts that open_clip would download from a hub by name."""
     import timm
 
     if settings.get("hf_model_name"):

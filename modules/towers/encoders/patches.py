@@ -1,7 +1,7 @@
-"""Encoders of images that take patches of their own making: SigLIP 2 of any size (NaFlex), and Qwen-VL's vision tower.
+"""Encoders of models that take images as patches in their own layout: SigLIP 2 NaFlex, and Qwen-VL's vision tower.
 
-Squares of one size are read here. Letters: B samples, C channels, S side, T tokens, D width, p side of a patch, g
-patches a side, m patches a side that are merged into a token.
+Images are squares of one size here. Letters: B samples, C channels, S side, T tokens, D width, p side of a patch, g
+patches per side, m patches per side that are merged into one token.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ QWEN |= {f"{kind}_vision": made for kind, made in QWEN.items()}
 
 
 class _NaFlexEncoder(_TransformersEncoder):
-    """SigLIP 2 whose images are rows of patches with a mask and a shape (``Siglip2VisionModel``); its text half.
+    """SigLIP 2 that reads images as patches with a mask and a shape (``Siglip2VisionModel``), or its text tower.
 
-    A patch is read row by row, colours last, as the owner's processor flattens it.
+    Each patch is flattened row by row, colours last, as in the owner's processor.
     """
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
@@ -50,10 +50,10 @@ class _NaFlexEncoder(_TransformersEncoder):
 
 
 class _QwenEncoder(Encoder):
-    """Vision tower of Qwen2-VL or Qwen2.5-VL: its merged tokens, which their language model reads, ``[B, T, D]``.
+    """Vision tower of Qwen2-VL or Qwen2.5-VL: its merged tokens ``[B, T, D]``, which their language model reads.
 
-    ``T = (S / p / m)^2``, in rows of the image. Of a folder of the whole model only the tensors of its vision tower are
-    read. A frame stands twice in a patch (``temporal_patch_size``), as the owner's processor writes images.
+    ``T = (S / p / m)^2``, row by row of the image. From a folder of the whole model, only the tensors of the vision
+    tower are read. A patch holds the image twice (``temporal_patch_size``), as in the owner's processor.
     """
 
     def __init__(self, place: Place, kind: str, output: Output, weights: bool) -> None:
@@ -94,7 +94,7 @@ class _QwenEncoder(Encoder):
 
 
 def _load_vision(model: Any, place: Place, alone: bool) -> None:
-    """Weights of a vision tower, which is ``alone`` in the folder, or part of the model there."""
+    """Load the weights of a vision tower. ``alone``: the folder holds only this tower, not the whole model."""
     index = json_of(place.folder / "model.safetensors.index.json")
     names = sorted({str(name) for name in index["weight_map"].values()}) if isinstance(index, dict) else []
     files = [inside(place, name) for name in names] or [weights_of(place, "model.safetensors")]
@@ -112,6 +112,6 @@ def _load_vision(model: Any, place: Place, alone: bool) -> None:
                         state[name] = opened.get_tensor(key).float()
                     elif not whole:
                         state[key] = opened.get_tensor(key).float()
-        except Exception as error:  # safetensors raises its own kinds
+        except Exception as error:  # safetensors raises its own types of error
             raise ValueError(f"{file}: cannot be read ({one_line(error, 200)})") from None
     load_exactly(model, state, files[0], "a vision tower")

@@ -15,9 +15,9 @@ from descant.modules.towers.encoders.transformers import _TransformersEncoder
 from descant.modules.towers.heads import FirstPool, LastPool, MaxPool, MeanPool
 from descant.modules.towers.timm import load_exactly, read_weights
 
-#: Modules of sentence-transformers that are read, by the last part of their type.
+#: Supported modules of sentence-transformers, by the last part of their type.
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
-#: Its earlier keys of pooling -> what they are called now, in the order in which several are joined.
+#: Earlier keys of pooling -> their present names, in the order in which several are concatenated.
 POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -31,7 +31,7 @@ ACTIVATIONS = {name: getattr(nn, name) for name in ("Tanh", "Identity", "ReLU", 
 
 
 class _SentenceEncoder(Encoder):
-    """A model of sentence-transformers: a transformer, pooling, and dense layers or a normalisation behind it."""
+    """Model of sentence-transformers: a transformer, then pooling, then dense layers or a normalisation."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _SentenceEncoder(Encoder):
 
     @staticmethod
     def _length(place: Place, positions: int | None) -> int | None:
-        """Ids of the longest text that is not cut; warns of what is put before each text."""
+        """Return the number of ids of the longest text that is not truncated; warn of a prompt before each text."""
         own = object_of(place.folder / "sentence_bert_config.json")
         if own.get("do_lower_case"):
             raise ValueError(f"{place.label}: do_lower_case: its texts are lowered before its tokenizer, and not here")
@@ -86,7 +86,7 @@ class _SentenceEncoder(Encoder):
 
 
 class _SentencePool(nn.Module):
-    """Pooling of sentence-transformers: ``tokens -> h_BD``, several ways side by side."""
+    """Pooling of sentence-transformers: ``tokens -> h_BD``, with several modes concatenated."""
 
     def __init__(self, modes: tuple[str, ...]) -> None:
         super().__init__()

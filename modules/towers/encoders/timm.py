@@ -13,7 +13,7 @@ from descant.modules.towers.timm import TimmTower
 
 
 class _TimmEncoder(Encoder):
-    """A model of timm without its classifier; its embedding is what the model pools, as with ``num_classes=0``."""
+    """timm model without its classifier; its embedding is the model's pooled output, as with ``num_classes=0``."""
 
     def __init__(self, place: Place, output: Output, weights: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Encoders of transformers, and those of its CLIP and SigLIP. Letters: B samples, T tokens, D width."""
+"""Encoders of transformers, including the towers of CLIP and SigLIP. Letters: B samples, T tokens, D width."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from descant.modules.towers.encoders.base import Encoder, Output, Part, one_toke
 from descant.modules.towers.image import all_real
 from descant.modules.towers.transformers import from_place, width_of
 
-#: Models of an image and a text tower that are read, and whether linear maps project what the towers pool.
+#: Supported models with an image and a text tower -> whether linear maps project the towers' pooled outputs.
 PAIRS = {"clip": True, "siglip": False, "siglip2": False}
 
 
 class _TransformersEncoder(Encoder):
-    """An encoder of transformers, or one of the two of a CLIP or SigLIP; its embedding is what the model pools."""
+    """Encoder of transformers, or one tower of a CLIP or SigLIP; its embedding is the model's pooled output."""
 
     def __init__(self, place: Place, part: Part | None, output: Output, weights: bool) -> None:
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
@@ -44,7 +44,7 @@ class _TransformersEncoder(Encoder):
         elif model.config.is_encoder_decoder:
             model = model.get_encoder()
         inputs = {"pixel_values": "image", "input_ids": "text"}
-        # in some releases the half of a pair has another name of its input
+        # in some releases, one tower of a pair has another name for its input
         reads = part if kind in PAIRS else inputs.get(model.main_input_name)
         if reads is None:
             raise ValueError(f"{place.label}: {kind} reads {model.main_input_name}, neither images nor texts")
@@ -71,16 +71,16 @@ class _TransformersEncoder(Encoder):
         self.most = getattr(config, "max_position_embeddings", None)
         self.learn_ids(place, int(getattr(config, "pad_token_id", None) or 0))
         if self.kind.startswith("siglip"):
-            # pools the last position, and has attended to padding; unless its tokenizer gives a mask
+            # it pools the last position and attends to padding, unless its tokenizer returns a mask
             tokenizer = object_of(place.folder / "tokenizer_config.json")
             self.sees_padding = "attention_mask" not in tokenizer.get("model_input_names", ())
             self.exactly = embeds
         elif self.kind == "clip" and embeds:
-            # 2 stands in configurations of before: the highest id of the text
+            # 2 in old configurations means the highest id of the text
             self.end = self.vocabulary - 1 if config.eos_token_id == 2 else int(config.eos_token_id)
 
     def _leave_unused(self) -> None:
-        """No gradient and no memory for what the output does not use."""
+        """Freeze or drop parts that the output does not use, so that they cost no gradient and no memory."""
         model: Any = self.model
         for name, parameter in model.named_parameters():
             if name.endswith("mask_token"):
@@ -92,7 +92,7 @@ class _TransformersEncoder(Encoder):
         if getattr(model, "head", None) is not None:  # SigLIP's
             model.head, model.use_head = nn.Identity(), False
         if self.kind.startswith("clip") and self.reads == "image":
-            model.post_layernorm.requires_grad_(False)  # norms the pooled token alone
+            model.post_layernorm.requires_grad_(False)  # it normalises only the pooled token
 
     def encode(self, x: Tensor, mask_BT: Tensor | None) -> Tokens:
         if self.reads == "image":
@@ -105,10 +105,10 @@ class _TransformersEncoder(Encoder):
                 raise ValueError(f"{self.kind}: it pools nothing; output tokens")
             return one_token(self.projection(output.pooler_output))
         h_BTD = output.last_hidden_state
-        if h_BTD.ndim == 4:  # a conv net's map
+        if h_BTD.ndim == 4:  # the feature map of a conv net
             h_BTD = h_BTD.flatten(2).transpose(1, 2)
         return Tokens(h_BTD, all_real(h_BTD) if mask_BT is None else mask_BT)
 
     def images(self, x_BCSS: Tensor) -> Any:
-        """The model's own output of normalised pixels."""
+        """Run the model on normalised pixels and return its own output."""
         return self.model(pixel_values=x_BCSS, return_dict=True)
