@@ -112,3 +112,10 @@ def test_a_command_without_the_one_before_names_it_in_a_line(command: str, cli: 
     *before, told = done.err.splitlines()
     assert done.rc == 2 and all(line.startswith("descant: precision ") for line in before), done.err
     assert ALONE[command] in told and told.endswith(("makes it", "writes one of yours")), told
+
+
+def test_the_examples_of_the_contracts_run() -> None:
+    page = (ROOT / "docs/guides/contracts.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 8
+    exec("\n".join(blocks), {})  # its lines assert what they state
