@@ -1,6 +1,6 @@
-"""Data modules: corpora of files, mixtures and tasks, each of which makes :class:`descant.modules.core.batch.Batch`.
+"""Data modules: corpora of files, mixtures and tasks. Each makes :class:`descant.modules.core.batch.Batch`.
 
-``from descant.datamodules import Emoji`` imports the module of Emoji and none of the others.
+``from descant.datamodules import Emoji`` imports only the module of Emoji.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # jsonargparse looks for a class in each parent package of its module, to write the shortest path into config.yaml.
-    # It has no option for the full path, which runs have had so far and which a resumed run is compared with.
+    # It has no option for the full path. Earlier runs recorded the full path, and a resumed run is compared with them.
     if name not in __dir__() or sys._getframe(1).f_code.co_name == "get_import_path":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     path = full(name)

@@ -74,12 +74,12 @@ class _Batches(Iterator[Any]):
 
 
 def available_cores(devices: int) -> int:
-    """Processor cores of this process's rank, of ``devices`` ranks on this machine."""
+    """Return the number of processor cores for this rank, one of ``devices`` ranks on this machine."""
     try:
-        cores = len(os.sched_getaffinity(0))  # those of this process, not of the machine
+        cores = len(os.sched_getaffinity(0))  # this process's cores, not the machine's
     except AttributeError:  # not on macOS
         cores = os.cpu_count() or 1
-    share = os.environ.get("SLURM_CPUS_PER_TASK", "")  # of a rank started by srun, which sees only its own cores
+    share = os.environ.get("SLURM_CPUS_PER_TASK", "")  # set by srun; its ranks see only their own cores
     return min(cores, int(share)) if "SLURM_PROCID" in os.environ and share.isdecimal() else cores // devices
 
 
@@ -102,7 +102,7 @@ def _end_with(parent: int) -> None:
 
 
 def _last_line(error: ValueError) -> str:
-    """A worker's error: torch puts its whole traceback into the message, with the error itself on the last line."""
+    """Extract a worker's error from torch's message: the whole traceback, with the error on the last line."""
     text = str(error)
     if not text.startswith("Caught "):
         return text
@@ -120,9 +120,9 @@ class DataModule(L.LightningDataModule):
         drop: modality -> probability that a training sample is made absent.
         tiny: small synthetic data of the same shapes, or a part of the corpus, for tests and for `check`; nothing is
             fetched.
-        selected: a parquet file whose column ``index`` has the ids of the training samples to take, such as
-            `descant data select` writes; all where not given.
-        selection: in place of such a file, samples by the scores of a table.
+        selected: a parquet file whose column ``index`` lists the ids of the training samples to use, such as
+            `descant data select` writes; all samples by default.
+        selection: selects samples by the scores of a table, instead of such a file.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny, self.selected = drop or {}, tiny, None if selected is None else Path(selected)
         self.selection = selection
-        self.mined: MinedNegatives | None = None  # set by a callback that mines them
+        self.mined: MinedNegatives | None = None  # a callback that mines negatives sets it
         self.position = (0, 0)  # (epoch, micro-batch) to start from; a resumed run sets it before the loader is made
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
@@ -154,7 +154,7 @@ class DataModule(L.LightningDataModule):
                 raise ValueError(f"drop: {modality} 1: all samples would lack it, so it could not be trained")
 
     def __getstate__(self) -> dict[str, Any]:
-        # of the sets in workers that are spawned, which need no trainer
+        # a set may carry the data module into spawned workers, which need no trainer
         return {name: None if name in ("trainer", "_trainer") else value for name, value in self.__dict__.items()}
 
     # the corpus ------------------------------------------------------------------------------------------------
@@ -168,58 +168,58 @@ class DataModule(L.LightningDataModule):
 
     @cached_property
     def selected_ids(self) -> np.ndarray | None:
-        """Ids of the training samples to take; None: of all."""
+        """Return the ids of the training samples to use; None for all."""
         if self.selection is not None:
             return self.selection.ids()
         return None if self.selected is None else read_ids(self.selected)
 
     @property
     def selected_by(self) -> str:
-        """The place that the ids are from, for errors."""
+        """Return the place that the ids come from, for errors."""
         return str(self.selected if self.selection is None else self.selection.table)
 
     def selected_set(self) -> BatchDataset:
-        """The training samples that are taken."""
+        """Return the training set, limited to the selected samples."""
         data, id_N = self.training_set(), self.selected_ids
         return data if id_N is None else SelectedSet(data, positions_of(data, id_N, self.selected_by))
 
     def with_mined(self, data: BatchDataset) -> BatchDataset:
-        """A training set with mined negatives, where training reads those."""
+        """Add mined negatives to a training set, if training reads them."""
         return data if self.mined is None else MinedSet(data, self.mined)
 
     def read_mined(self, modality: str) -> None:
-        """From now on training batches have mined negatives of this modality; absent until there are some."""
+        """Add mined negatives of this modality to training batches from now on; absent until some are mined."""
         self.mined = MinedNegatives(modality)
-        self.with_mined(self.selected_set())  # raises where they cannot be read
+        self.with_mined(self.selected_set())  # raises if they cannot be read
 
     def training_ids(self) -> Tensor:
-        """int64 ``[N]``: ids of the training samples that are taken."""
+        """Return int64 ``[N]``: the ids of the training samples to use."""
         data = self.selected_set()
         return torch.from_numpy(data.identity(np.arange(len(data))))
 
     def renew_mined(self, id_N: Tensor, negative_NK: Tensor, version: int) -> None:
-        """Replaces the mined negatives: ids of samples, ascending, and of up to K negatives of each, then -1."""
+        """Replace the mined negatives: ascending sample ids, and the ids of up to K negatives each, padded with -1."""
         assert self.mined is not None
         self.mined.load({"version": version, "id": id_N, "negative": negative_NK})
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
-        """Name -> set, for ``stage`` "validate" or "test". Metrics are logged as NAME/METRIC."""
+        """Return name -> set, for ``stage`` "validate" or "test". Metrics are logged as NAME/METRIC."""
         raise NotImplementedError
 
     def bank_set(self) -> BatchDataset:
-        """Training samples without augmentation, to fit k-NN and linear probes on."""
+        """Return training samples without augmentation, to fit k-NN and linear probes on."""
         raise NotImplementedError
 
     def plain_set(self) -> BatchDataset:
-        """All training samples without augmentation; of a mixture those of all its parts, whatever their weights."""
+        """Return all training samples without augmentation; a mixture returns all parts, whatever their weights."""
         return self.bank_set()
 
     def prompts(self, target: str) -> tuple[Tensor, list[str]]:
-        """For zero-shot classification of ``target``: token ids ``[C, P, T]`` (P prompts a class) and class names."""
+        """Return token ids ``[C, P, T]`` (P prompts per class) and class names, to classify ``target`` zero-shot."""
         raise NotImplementedError
 
     def class_names(self, target: str) -> list[str] | None:
-        """Class names of a target as ``prompts`` has them, without writing the prompts; None: it has no such names."""
+        """Return a target's class names as in ``prompts``, without writing prompts; None if it has no such names."""
         try:
             known: Mapping[str, list[str]] = getattr(self, "classes", {})
             return list(known[target]) if target in known else self.prompts(target)[1]
@@ -232,42 +232,44 @@ class DataModule(L.LightningDataModule):
         return False
 
     def sample_name(self, index: int) -> str:
-        """The sample's name in its corpus (its file, its key), by its id."""
+        """Return the sample's name in its corpus (its file, its key), by its id."""
         return str(index)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, where there are texts; data that shares a text tower must share it."""
+        """Return the tokenizer if there are texts; data modules that share a text tower must share it."""
         return None
 
     @property
     def keys(self) -> str | None:
-        """Name of what ``content_id`` numbers: data modules with the same name give equal content equal keys, also in a
-        mixture. None: keys are comparable within this data module only."""
+        """Name the key space of ``content_id``; None if keys are comparable only within this data module.
+
+        Data modules with the same name give equal content equal keys, also in a mixture.
+        """
         return None
 
     @property
     def table_columns(self) -> dict[str, list[int]]:
-        """Modality that is a table -> of each column 0 for a number, else its categories; where this is known."""
+        """Return table modality -> for each column, 0 if numeric, else its number of categories; empty if unknown."""
         return {}
 
     def describe(self, index: int) -> str:
-        """One line on a sample by its id, for image grids and ledgers."""
+        """Describe a sample by its id in one line, for image grids and ledgers."""
         return str(index)
 
     def picture(self, index: int) -> Tensor | None:
-        """The sample's image as uint8 ``[3, H, W]``, or None where it has none."""
+        """Return the sample's image as uint8 ``[3, H, W]``, or None if it has none."""
         return None
 
     # resuming ----------------------------------------------------------------------------------------------------
 
     @property
     def policy(self) -> DataPolicy:
-        """The trainer's ``data_policy``; the default where there is none."""
+        """Return the trainer's ``data_policy``, or the default."""
         return getattr(self.trainer, "data_policy", None) or DataPolicy()
 
     def corpora(self) -> dict[str, Corpus]:
-        """Name -> properties of its files and samples as they were indexed: here of the pack in ``folder``, if any."""
+        """Return name -> properties of the files and samples as indexed; here of the pack in ``folder``, if any."""
         folder = getattr(self, "folder", None)
         return {"pack": pack(folder)} if isinstance(folder, Path) and folder.is_dir() and not self.tiny else {}
 
@@ -285,7 +287,7 @@ class DataModule(L.LightningDataModule):
         return {"corpora": self._corpora, **mined}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where a run is resumed with data that has changed, unless the policy allows that."""
+        """Load mined negatives. Raise ValueError if a run resumes with changed data, unless the policy allows that."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             require(self.known_corpora, state_dict.get("corpora", {}), self.policy)
             if self.mined is not None and "mined" in state_dict:
@@ -295,9 +297,9 @@ class DataModule(L.LightningDataModule):
 
     @property
     def transform_key(self) -> str | None:
-        """All that ``on_after_batch_transfer`` depends on beside the batch and ``training``; None: not known.
+        """Return all that ``on_after_batch_transfer`` depends on besides the batch and ``training``; None if unknown.
 
-        Parts of a mixture with an equal one are transformed at once.
+        Parts of a mixture with equal keys are transformed together.
         """
         return None
 
@@ -320,7 +322,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def workers(self) -> int:
-        """Worker processes of each rank; none with mined negatives, since workers would not see new ones."""
+        """Return the number of workers per rank; 0 with mined negatives, since workers would not see new ones."""
         return self.num_workers if self.mined is None else 0
 
     def _loader(self, data: BatchDataset, order: Order) -> DataLoader[Any]:
@@ -337,7 +339,7 @@ class DataModule(L.LightningDataModule):
         return loader
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        """The order of training; ``cut``: rank, world, accumulate, and the epoch and first to start from."""
+        """Return the training order; ``cut``: rank, world, accumulate, and the epoch and first to start from."""
         return Order(len(data), self.batch_size, self.seed, shuffle=True, **cut)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -355,15 +357,16 @@ class DataModule(L.LightningDataModule):
         return data, self.order(data, rank=rank, world=world, accumulate=accumulate)
 
     def steps_for(self, samples: int) -> int:
-        """Compute the fewest optimizer steps that see so many training samples. Padding rows do not count."""
+        """Compute the fewest optimizer steps that see ``samples`` training samples. Padding rows do not count."""
         _, order = self._budget_order()
         if samples < (one := order.n // order.global_batches):
             raise ValueError(f"samples {samples}: less than one step, which has {one}")
         return order.steps_for(samples)
 
     def first_batches(self, steps: int) -> tuple[int, Iterator[Batch]]:
-        """The first ``steps`` of a pass, or all where it has fewer: their number, and this rank's micro-batches of them
-        as training gets them.
+        """Return the number of steps, and this rank's micro-batches, of the first ``steps`` of a pass.
+
+        The micro-batches are as training gets them. A shorter pass has fewer steps.
         """
         data, order = self._budget_order()
         data = self.with_mined(data)
@@ -406,7 +409,7 @@ class DataModule(L.LightningDataModule):
 
 
 class CompositeDataModule(DataModule):
-    """Base of data modules of other data modules, ``inner``, which take part in each hook of the trainer."""
+    """Base of data modules that combine others, ``inner``; these take part in each hook of the trainer."""
 
     @property
     def inner(self) -> list[DataModule]:

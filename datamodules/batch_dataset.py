@@ -19,16 +19,16 @@ class BatchDataset(Dataset[Batch]):
     """A data set that is read a window at a time: one call makes the whole :class:`Batch`.
 
     A subclass implements ``rows(index_B, draw_B)``, and ``modalities`` or ``present(index_N)``. Windows, not samples,
-    are read, so that an in-memory set needs one indexing operation a modality.
+    are read, so that an in-memory set needs one indexing operation per modality.
 
     Args:
-        seed: of everything random about a sample; with (epoch, index) it makes the sample's ``rng_seed``.
+        seed: seed of everything random about a sample; with (epoch, index) it gives the sample's ``rng_seed``.
         drop: modality -> probability that a present sample is made absent.
     """
 
-    #: Of the samples, where ``present`` is not overridden.
+    #: Modalities of all samples, unless a subclass overrides ``present``.
     modalities: Sequence[str]
-    #: False for a stream, which can only be read in its own order: its indices are mere positions of an epoch.
+    #: False for a stream, which can only be read in its own order: its indices are only positions in an epoch.
     by_position = True
 
     def __init__(self, seed: int, drop: Mapping[str, float] | None = None) -> None:
@@ -39,32 +39,32 @@ class BatchDataset(Dataset[Batch]):
         raise NotImplementedError
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        """The content of some samples; all randomness is a function of ``draw_B``."""
+        """Return the content of some samples; all randomness is a function of ``draw_B``."""
         raise NotImplementedError
 
     def visit(self, slots: Sequence[Slot], draw_B: np.ndarray) -> Rows:
-        """``rows`` of some slots; overridden by sets whose rows depend on the epoch."""
+        """Return the ``rows`` of some slots; sets whose rows depend on the epoch override this."""
         return self.rows(np.array([s.sample for s in slots]), draw_B)
 
     def input_of(self, modality: str, slots: Sequence[Slot], draw_B: np.ndarray) -> Tensor:
-        """One input of some slots, as ``visit`` has it; overridden by sets that can read it without the others."""
+        """Return one input of some slots, as ``visit`` does; sets that can read it without the others override this."""
         return self.visit(slots, draw_B).inputs[modality]
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> bool ``[N]``: which modalities these samples have, without reading them; by default all."""
+        """Return modality -> bool ``[N]``: which modalities the samples have, without reading them; by default all."""
         return {modality: torch.ones(len(index_N), dtype=torch.bool) for modality in self.modalities}
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
-        """Stable global ids of some rows: a sample has the same id in every set."""
+        """Return stable global ids of some rows: a sample has the same id in every set."""
         return index_B
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
-        """``mix(seed, "sample", epoch, sample)`` of each slot."""
+        """Compute ``mix(seed, "sample", epoch, sample)`` for each slot."""
         epoch_N, sample_N = (np.array(column, dtype=np.uint64) for column in list(zip(*slots, strict=True))[:2])
         return mix_N(np.array([self.seed]), "sample", epoch_N, sample_N)
 
     def presence(self, slots: Sequence[Slot], draw_N: np.ndarray) -> dict[str, Tensor]:
-        """``present`` without dropped and padding samples: a pure function of (seed, epoch, index)."""
+        """Return ``present`` without dropped and padding samples: a pure function of (seed, epoch, index)."""
         real_N = torch.tensor([s.real for s in slots])
         present = self.present(np.array([s.sample for s in slots]))
         for modality, probability in self.drop.items():
@@ -89,7 +89,7 @@ class BatchDataset(Dataset[Batch]):
         )
 
     def arrived(self, batch: Batch) -> None:
-        """Called with each batch that a loader returns, in the main process, which shares no state with workers."""
+        """Handle a batch that a loader returns; runs in the main process, which shares no state with workers."""
 
 
 class NumberedDataset(BatchDataset):
@@ -108,9 +108,9 @@ class NumberedDataset(BatchDataset):
 class Rows:
     """Content of some samples: inputs and targets ``[B, ...]``, and their content keys ``[B]``.
 
-    ``index``: the samples that were read, where unreadable ones were replaced by others. ``readable``: modality ->
-    bool ``[B]``, where some could not be read and are not replaced; the counts of the whole step, which are known
-    before reading, do not include this: for evaluation only, which divides by no counts.
+    ``index``: the samples that were read, if others replaced unreadable ones. ``readable``: modality -> bool ``[B]``,
+    given if some samples could not be read and are not replaced. The counts of the whole step are known before reading
+    and do not include this, so it serves only evaluation, which divides by no counts.
     """
 
     inputs: dict[str, Tensor]

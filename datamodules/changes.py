@@ -1,6 +1,6 @@
-"""Detect data that changed between a stop and a resume: digests of names, sizes, texts and contents in resume points.
+"""Detect data that changed between a stop and a resume, by digests of names, sizes, texts and contents.
 
-Of each property of a corpus (sample names, file sizes, captions) a resume point holds a digest of all values, and
+For each property of a corpus (sample names, file sizes, captions), a resume point holds a digest of all values, and
 CRC-32s of up to ``PARTS`` runs of consecutive values, which locate a difference.
 Letters: N values of a property, K runs of them.
 """
@@ -21,11 +21,11 @@ import torch
 from descant.datamodules.prepare.package import sha256_of
 from descant.modules.core.errors import say
 
-#: Most runs of values that have a CRC of their own: 16 KiB of a resume point for each property.
+#: The most runs of values with their own CRC: 16 KiB of a resume point for each property.
 PARTS = 4096
-#: Bytes of a pack whose content is always hashed: a tenth of a second.
+#: The content of a pack of at most this many bytes is always hashed, which takes a tenth of a second.
 SMALL = 1 << 26
-#: Names that a message lists.
+#: How many names a message lists.
 _FEW = 3
 
 Values = Sequence[str | None] | np.ndarray
@@ -44,13 +44,13 @@ class DataPolicy:
 
 @dataclass
 class Property:
-    """One property of a corpus: N values, and ``name(n)``, the name of the sample or file with the n-th."""
+    """One property of a corpus: N values, and ``name(n)``, the name of the sample or file that has the n-th value."""
 
     values: Values
     name: Callable[[int], str]
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """``n``, ``step`` values a run, ``digest`` of all, ``crc`` int64 ``[K]``.
+        """Return ``n``, ``step`` (values per run), ``digest`` of all values, and ``crc``, int64 ``[K]``.
 
         >>> state = Property(["a", "b"], str).state()
         >>> state["n"], state["step"], state["crc"].tolist() == [zlib.crc32(b"a"), zlib.crc32(b"b")]
@@ -66,7 +66,7 @@ class Property:
         return {"n": n, "step": step, "digest": digest.hexdigest(), "crc": crc}
 
     def differing(self, then: Mapping[str, Any]) -> list[int]:
-        """The number of the first value of each run that differs from an earlier ``state``."""
+        """Return the number of the first value in each run that differs from an earlier ``state``."""
         step = int(then["step"])
         now = self.state(step)
         if now["digest"] == then["digest"] and now["n"] == then["n"]:
@@ -91,13 +91,13 @@ class Corpus:
     """Properties of a source's samples and files.
 
     Args:
-        place: of the source, for messages.
-        parts: property, as named in messages -> its values; ``samples`` are the sample names, in order.
+        place: place of the source, for messages.
+        parts: property name, as in messages -> its values; ``samples`` are the sample names, in order.
         files: paths of the M files of the data, below ``root``.
-        size_M, time_M: bytes and modification time of each file; -1 and 0 where it is missing.
+        size_M, time_M: bytes and modification time of each file; -1 and 0 if it is missing.
         known: SHA-256 of some files, from a manifest.
         root: folder of ``files``.
-        content: SHA-256 of all files, once they were hashed.
+        content: SHA-256 of all files, once they have been hashed.
     """
 
     place: str
@@ -110,13 +110,13 @@ class Corpus:
     content: list[str] | None = None
 
     def hashed(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
-        """SHA-256 of the content of some files, or of all; empty for one that cannot be read."""
+        """Compute the SHA-256 of the content of some files, or of all; empty for a file that cannot be read."""
         chosen = range(len(self.files)) if numbers is None else numbers
         with ThreadPoolExecutor(8) as pool:
             return dict(zip(chosen, pool.map(_content, (Path(self.root, self.files[k]) for k in chosen)), strict=True))
 
     def verify(self) -> str | None:
-        """Hash all files; a message on the first whose SHA-256 differs from its manifest, or None."""
+        """Hash all files; return a message on the first whose SHA-256 differs from its manifest, or None."""
         if self.content is None:
             self.content = list(self.hashed().values())
         for file, digest in zip(self.files, self.content, strict=True):
@@ -125,7 +125,7 @@ class Corpus:
         return None
 
     def _contents(self) -> Property | None:
-        """SHA-256 of all files: hashed, else from manifests; None where some are unknown."""
+        """Return the SHA-256 of all files, as hashed, otherwise from manifests; None if some are unknown."""
         if self.content is not None:
             return Property(self.content, self._file)
         if self.files and all(file in self.known for file in self.files):
@@ -136,7 +136,7 @@ class Corpus:
         return Path(self.files[number]).name
 
     def state(self, verify: bool = False) -> dict[str, Any]:
-        """Plain values and tensors for a resume point; with ``verify`` the content of all files is hashed."""
+        """Return plain values and tensors for a resume point; with ``verify``, hash the content of all files."""
         if verify and self.content is None:
             self.content = list(self.hashed().values())
         contents = self._contents()
@@ -148,11 +148,11 @@ class Corpus:
         }
 
     def changes(self, then: Mapping[str, Any], verify: bool = False) -> list[str]:
-        """Differences from an earlier ``state``, in a few words each; empty where there are none.
+        """List the differences from an earlier ``state``, in a few words each.
 
-        Modification times are only a hint, as copies have new ones. Where they differ the content decides, if its
-        hashes are known. If not: where only some files have new times, those were changed in place; where all have,
-        they were copied, which is reported without being a difference.
+        Modification times are only a hint, since copies have new ones. If times differ and the hashes of the content
+        are known, the content decides. Otherwise, if only some files have new times, they were changed in place. If all
+        files have new times, they were copied, which is reported but is no difference.
         """
         known = {name: part for name, part in self.parts.items() if name in then["parts"]}
         for name, part in known.items():
@@ -173,7 +173,7 @@ class Corpus:
         return differences or self._rewritten(then, verify)
 
     def _rewritten(self, then: Mapping[str, Any], verify: bool) -> list[str]:
-        """Differences in the content of files that have the same names and sizes."""
+        """List the differences in the content of files that have the same names and sizes."""
         old, times = then["content"], Property(self.time_M, self._file)
         newer = times.differing(then["times"])
         if old is not None and (verify or newer):
@@ -201,7 +201,7 @@ class Corpus:
 def corpus_of(
     place: str, parts: dict[str, Property], files: Sequence[Path], known: Mapping[str, str] | None = None
 ) -> Corpus:
-    """The corpus of files that exist, with their sizes and modification times."""
+    """Build the corpus of existing files, with their sizes and modification times."""
     stats = [file.stat() for file in files]
     size_M = np.array([status.st_size for status in stats], dtype=np.int64)
     time_M = np.array([status.st_mtime_ns for status in stats], dtype=np.int64)
@@ -209,8 +209,10 @@ def corpus_of(
 
 
 def pack(folder: Path) -> Corpus:
-    """The corpus of a folder that ships with its data module: names, sizes and, of a small one, contents of its files.
+    """Build the corpus of a folder that ships with its data module: names and sizes of its files.
 
+    For a small folder, it includes the files' contents. It omits notices, licences, and modification times, which are
+    those of the installation.
     Modification times are those of the installation and left out; so are notices and licences.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".md", ".pyc"))

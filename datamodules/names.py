@@ -1,4 +1,4 @@
-"""Names of files, and unknown names refused in one line that lists the valid ones, or the nearest of many."""
+"""Names of files, and a check of names; its error lists the valid names in one line, or the nearest of many."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from descant.modules.core.errors import closest
 
 #: File of the embeddings of a run's training samples, as ``descant predict --sets train`` writes it.
 TABLE = "embeddings-train.parquet"
-MANY = 20  # names: more of them do not fit into a line
+MANY = 20  # the most names that fit into a line
 
 
 def require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError for the first of ``given`` that is not ``known``.
+    """Raise ValueError for the first of ``given`` that is not ``known``.
 
     >>> require_known("vendors", ["noto"], ("noto", "fluent"))
     """

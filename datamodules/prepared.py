@@ -1,4 +1,4 @@
-"""What a data module does to an image, a text or a sound before a tower reads it, and other data prepared alike.
+"""How a data module prepares an image, a text or a sound before a tower reads it, and other data prepared alike.
 
 Letters: B samples of a batch, S pixels of a side.
 """
@@ -43,10 +43,10 @@ from descant.modules.transforms.audio import LogMel
 
 
 def parts(data: Any) -> dict[str, list[Any]]:
-    """Finds what a data module does to each modality in evaluation; it reads these attributes.
+    """Find how a data module prepares each modality in evaluation, from these attributes.
 
     ``tokenizer`` of texts; ``pixels``: ``nn.Module`` from uint8 images to the tower's input; ``features`` and
-    ``seconds`` of sound; ``fields`` where it decodes files; ``parts`` of a mixture, the first that has each.
+    ``seconds`` of sound; ``fields`` if it decodes files; ``parts`` of a mixture, the first that has each.
     """
     if isinstance(inner := getattr(data, "parts", None), Mapping):
         several = [parts(part) for part in reversed(list(inner.values()))]
@@ -64,7 +64,7 @@ def parts(data: Any) -> dict[str, list[Any]]:
 
 
 def _attribute(data: Any, name: str) -> Any:
-    """An attribute, or None where there is none or the files that it reads are missing."""
+    """Return an attribute, or None if it is missing or the files that it reads are missing."""
     try:
         return getattr(data, name, None)
     except (ValueError, OSError):
@@ -72,10 +72,10 @@ def _attribute(data: Any, name: str) -> Any:
 
 
 def prepare_image(steps: Sequence[Any], image: Any) -> Tensor:
-    """One image as the tower's input, ``[1, 3, S, S]``.
+    """Prepare one image as the tower's input, ``[1, 3, S, S]``.
 
     Args:
-        steps: of :func:`parts`. image: a file, its bytes, a PIL image, or uint8 ``[3 or 4, H, W]``.
+        steps: from :func:`parts`. image: a file, its bytes, a PIL image, or uint8 ``[3 or 4, H, W]``.
     """
     *decoder, view = steps
     if decoder:  # the run read files: crop and resampling are the decoder's
@@ -104,7 +104,7 @@ def _to_uint8(image: Any) -> Tensor:
 
 
 def _encode(image: Any) -> bytes:
-    """A file's bytes, else a lossless PNG."""
+    """Return a file's bytes, or encode an image as a lossless PNG."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
@@ -124,7 +124,7 @@ class _PreparedImages(Field):
     """Encoded images -> the tower's input, float32 ``[B, 3, S, S]``, as the data module of a run prepares them.
 
     Args:
-        steps: of :func:`parts`.
+        steps: from :func:`parts`.
     """
 
     kind, usual, field = "image", IMAGE_ENDINGS, None
@@ -144,15 +144,15 @@ class _PreparedImages(Field):
 
 
 class OtherData(UserData):
-    """Data that a trained model is judged on: all rows of a path, prepared as the data that it was trained with.
+    """Data on which a trained model is evaluated: all rows of a path, prepared as the data of its training.
 
-    A column that has the name of a target of that data is its label. There is one evaluation set, ``val`` of
-    "validate" and ``test`` of "test" and "predict", and no training set.
+    A column with the name of a target of that data is its label. There is one evaluation set, ``val`` of "validate" and
+    ``test`` of "test" and "predict", and no training set.
 
     Args:
-        path: as of :class:`UserData`.
-        trained: the data module of the run; of a table, with the codes of its checkpoint.
-        split: train, val or test: the rows of this split alone, by a column ``split`` or by files of these names.
+        path: as in :class:`UserData`.
+        trained: the data module of the run; for a table, with the codes of its checkpoint.
+        split: train, val or test: only the rows of this split, by a column ``split`` or by files of these names.
     """
 
     def __init__(self, path: str, trained: L.LightningDataModule, split: str | None = None) -> None:
@@ -212,7 +212,7 @@ def _find_source(path: str, split: str | None) -> Source:
 
 
 def _choose_fields(source: Source, trained: L.LightningDataModule, path: str) -> Fields:
-    """The fields of a source that the run has modalities for, and labels that are called as its targets."""
+    """Choose the fields of a source for the run's modalities, and the labels that are named as its targets."""
     steps = parts(trained)
     ways: dict[str, Field] = {"image": _PreparedImages(steps["image"])} if "image" in steps else {}
     ways |= {"text": TextField(tokenizer=steps["text"][0])} if "text" in steps else {}
@@ -255,7 +255,7 @@ def _find_reader(field: Field, source: Source) -> Field | None:
 
 
 def _classes(trained: L.LightningDataModule, target: str) -> list[str] | None:
-    """Names of a target's classes in the run's data; None where it has no such target, or its files are gone."""
+    """Return a target's class names in the run's data; None if it has no such target, or its files are gone."""
     try:
         return trained.class_names(target) if isinstance(trained, DataModule) else None
     except OSError:
@@ -263,7 +263,7 @@ def _classes(trained: L.LightningDataModule, target: str) -> list[str] | None:
 
 
 def require_alike(given: L.LightningDataModule, trained: L.LightningDataModule) -> None:
-    """Raises ValueError, with the two values, where a data module prepares a modality in another way than the run's."""
+    """Raise ValueError, with the two values, if a data module prepares a modality in another way than the run's."""
     now, then = parts(given), parts(trained)
     for modality in (m for m in now if m in then):
         for what, describe in _DESCRIBED[modality].items():
@@ -285,7 +285,7 @@ def _measure_range(steps: Sequence[Any]) -> list[float]:
     return [round(float(x_CHW.mean()), 4) for x_CHW in ends]
 
 
-#: Modality -> what of its preprocessing a tower is trained for, and its value.
+#: Modality -> the properties of its preprocessing that a tower is trained for, and their values.
 _DESCRIBED: dict[str, dict[str, Callable[[Any], Any]]] = {
     "image": {"shape": _measure_shape, "black and white are": _measure_range},
     "text": {

@@ -1,4 +1,4 @@
-"""Mixtures of corpora: each step has samples of all parts by weight, or each batch is of one part.
+"""Mixtures of corpora: each step has samples of all parts by weight, or each batch is from one part.
 
 Letters: B samples of a batch, R of them of one part.
 """
@@ -27,7 +27,7 @@ from descant.modules.core.protocols import SeriesAxes, SeriesData
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer
 
-#: Parts that share a text tower must have equal token ids for this.
+#: Parts that share a text tower must have equal token ids for this text.
 _PROBE = "Two red foxes, 10 o'clock"
 
 
@@ -37,25 +37,26 @@ class Mixture(CompositeDataModule):
         samples of a part after n steps = n * batch_size * weight / sum of weights, to the nearest one or two
 
     in any window of training, over epochs, ranks and workers: shares are exact, not random. Each pass over a part has
-    all of its samples once, in a new order. ``batch.source`` is a row's part; each part's transforms are applied to
-    its rows. A modality that a part lacks is absent there. Evaluation sets are called ``part-set``.
+    all its samples once, in a new order. ``batch.source`` is a row's part; each part's transforms are applied to its
+    rows. A modality that a part lacks is absent in its rows. Evaluation sets are named ``part-set``.
 
     Args:
         parts: name -> a data module; its batch sizes, workers and ``tiny`` are the mixture's.
-        weights: name -> share of the samples (of homogeneous batches: of the batches). By default a part's share
-            is its size, so that an epoch has every sample of all parts once. 0: the part is evaluated only.
+        weights: name -> share of the samples (with homogeneous batches: of the batches). By default a part's share is
+            its size, so that an epoch has every sample of all parts once. 0: the part is only evaluated.
         alpha: instead of weights, shares proportional to size ** alpha (temperature sampling): 1 is by size, 0 equal
             shares (our reading of Fleming-VL, arXiv 2511.00916, and of multilingual training).
-        times: with alpha, how often a small part is seen at most during as many samples as all parts have.
-        samples: of an epoch; by default the sum of the parts with a weight.
+        times: with alpha, the most times that a small part is seen while the mixture takes as many samples as all parts
+            have.
+        samples: samples per epoch; by default the sum over the parts with a weight.
         batches: mixed, or homogeneous: each step's samples from one part.
         repeat: whether a part may start again within an epoch; if not, a part that is too small is an error.
-        balance: instead of weights, those by the distance of each part from a reference part.
-        only: part -> the modalities that its rows have, in evaluation too, for tasks of some of a corpus, such as
-            {names: [text], drawings: [image]}; all where not given.
+        balance: instead of weights, those computed from the distance of each part to a reference part.
+        only: part -> the modalities that its rows have, also in evaluation, for tasks that use some modalities of a
+            corpus, such as {names: [text], drawings: [image]}; all by default.
         bank: the part for k-NN, probes and prompts; the first by default.
-        num_workers: processes that read ahead; by default the most of all parts.
-        kwargs: of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
+        num_workers: processes that read ahead; by default the largest number among the parts.
+        kwargs: arguments of every data module; ``drop`` adds to that of the parts, and ``tiny`` is passed on to them.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Mixture(CompositeDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if self.balance is not None and "shares" in state_dict:  # of its beginning, whatever the table is now
+        if self.balance is not None and "shares" in state_dict:  # of the run's beginning, whatever the table is now
             self.shares = {name: Fraction(share) for name, share in state_dict["shares"].items()}
 
     def corpora(self) -> dict[str, Corpus]:
@@ -171,13 +172,13 @@ class Mixture(CompositeDataModule):
         return self._mixed({self.bank: data}, training=False)
 
     def plain_set(self) -> MixtureSet:
-        sets = {name: part.plain_set() for name, part in self.parts.items()}  # of parts that are not trained on, too
+        sets = {name: part.plain_set() for name, part in self.parts.items()}  # also of parts that are not trained on
         self._check(sets, training=False)
         return self._mixed(sets, training=False)
 
     @cached_property
     def shares(self) -> dict[str, Fraction] | None:
-        """Share of each part; None where its size decides."""
+        """Return the share of each part; None if its size decides."""
         return self.weights if self.balance is None else _weights(self.balance.weights(list(self.parts)), [*self.parts])
 
     @property
@@ -197,7 +198,7 @@ class Mixture(CompositeDataModule):
         return MixtureSet(members, keys, self._layouts[training], self.seed, only)
 
     def _check(self, sets: Mapping[str, BatchDataset], training: bool) -> None:
-        """Read one sample of each part. Raises ValueError for parts that do not fit together."""
+        """Read one sample of each part. Raise ValueError for parts that do not fit together."""
         one = [Slot(0, 0, True)]
         batches = {name: data[Window(one, one)] for name, data in sets.items() if len(data)}
         self._layouts[training] = {name: Layout.of(batch) for name, batch in batches.items()}
@@ -215,9 +216,10 @@ class Mixture(CompositeDataModule):
         _same_classes({name: self.parts[name] for name in sets}, after)
 
     def _equal_transforms(self, layouts: Mapping[str, Layout]) -> dict[int, int]:
-        """Number of each part -> that of the first with its transforms and layout: their rows are transformed at once.
+        """Map each part's number to that of the first part with equal transforms and layout.
 
-        Each call has a fixed cost, of which a stream of many tasks has one a task and step.
+        The rows of such parts are transformed together. Each call has a fixed cost, which a stream of many tasks would
+        pay once per task and step.
         """
         numbers, first = {name: k for k, name in enumerate(self.parts)}, list[tuple[str, str, Layout]]()
         together = {}
@@ -312,7 +314,7 @@ class Mixture(CompositeDataModule):
 
 
 def _weights(given: Mapping[str, float] | None, parts: Sequence[str]) -> dict[str, Fraction] | None:
-    """Exact fractions of the decimal numbers: 0.1 is one tenth."""
+    """Convert weights to exact fractions of the decimal numbers: 0.1 is one tenth."""
     if given is None:
         return None
     for name, weight in given.items():
@@ -350,7 +352,7 @@ def _enough(names: Sequence[str], sizes: Sequence[int], weights: Sequence[Fracti
 
 
 def _same_tokens(parts: Mapping[str, DataModule]) -> None:
-    """Raises ValueError for parts of different tokenizers: one text tower would get two meanings of an id."""
+    """Raise ValueError for parts with different tokenizers: one text tower would get two meanings of an id."""
     first: tuple[str, list[int]] | None = None
     for name, part in parts.items():
         tokenizer = part.tokenizer
@@ -365,7 +367,7 @@ def _same_tokens(parts: Mapping[str, DataModule]) -> None:
 
 
 def _same_classes(parts: Mapping[str, DataModule], layouts: Mapping[str, Layout]) -> None:
-    """Raises ValueError for parts that number classes differently; parts without class names are not compared."""
+    """Raise ValueError for parts that number classes differently; parts without class names are not compared."""
     for target in dict.fromkeys(target for layout in layouts.values() for target in layout.targets):
         names = [name for name, layout in layouts.items() if target in layout.targets]
         if len(names) == 1:
@@ -380,7 +382,7 @@ def _same_classes(parts: Mapping[str, DataModule], layouts: Mapping[str, Layout]
 
 
 def _cut(inputs: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The inputs of a part in its shapes."""
+    """Cut the inputs of a part to its shapes."""
     return {
         name: inputs[name][(slice(None), *(slice(0, size) for size in shape))]
         for name, (shape, _) in layout.inputs.items()

@@ -27,7 +27,7 @@ Spec = tuple[torch.Size, torch.dtype]
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape and dtype of one sample by name, of a part's inputs and targets, and its modalities."""
+    """Shape and dtype of one sample, for each input and target of a part by name, and the part's modalities."""
 
     inputs: dict[str, Spec]
     targets: dict[str, Spec]
@@ -43,13 +43,14 @@ class MixtureSet(BatchDataset):
     """The data sets of some parts as one; sample i counts through them in their order.
 
     A modality that a part lacks is absent in its rows: zeros in the inputs, -1 (nan) in the targets. Inputs of
-    different shapes, as of transforms on the device, are in the corner of a tensor that is large enough for all.
+    different shapes, which transforms on the device make equal, are in the corner of a tensor that is large enough for
+    all.
 
     Args:
         members: number of a part -> its data set.
         keys: number of a part -> salt of its content keys; equal salts share keys.
-        layouts: name -> layout, of all parts that the batch has columns for.
-        seed: of the mixture.
+        layouts: name -> layout, of all parts for which the batch has columns.
+        seed: seed of the mixture.
         modalities: number of a part -> the modalities that its rows have; the others are absent there.
     """
 
@@ -73,7 +74,7 @@ class MixtureSet(BatchDataset):
         return self.size
 
     def _by_part(self, index_N: np.ndarray) -> Iterator[tuple[int, BatchDataset, np.ndarray, np.ndarray]]:
-        """Number of each part, its data set, its rows, and their indices in it."""
+        """Yield the number of each part, its data set, its rows, and their indices in it."""
         for number, data in self.members.items():
             local_N = index_N - self.first[number]
             row_R = np.flatnonzero((local_N >= 0) & (local_N < len(data)))
@@ -94,7 +95,7 @@ class MixtureSet(BatchDataset):
         return id_B
 
     def _split(self, slots: Sequence[Slot]) -> dict[int, tuple[list[int], list[Slot]]]:
-        """Number of each part -> its rows, and their slots in it."""
+        """Map each part's number to its rows, and their slots in it."""
         numbers, first_P = list(self.first), np.array(list(self.first.values()))
         found: dict[int, tuple[list[int], list[Slot]]] = {number: ([], []) for number in numbers}
         part_B = np.searchsorted(first_P, [slot.sample for slot in slots], side="right") - 1
@@ -166,7 +167,7 @@ def _differ(name: str, layouts: Mapping[str, Layout], kind: str, part: str) -> V
 
 
 def row_index(rows: list[int]) -> slice | Tensor:
-    """Rows as a slice if they are consecutive, as those of a part mostly are: a view, or one copy."""
+    """Return rows as a slice if they are consecutive, as those of a part mostly are: a view, or one copy."""
     low, high = rows[0], rows[-1] + 1
     return slice(low, high) if high - low == len(rows) else torch.tensor(rows)
 

@@ -21,24 +21,24 @@ DECIMALS = 4
 
 
 class TransportBalance:
-    """Adaptive balancing of sources (SAIL-Embedding): what is close to the task in embeddings gets more weight.
+    """Adaptive balancing of sources (SAIL-Embedding): sources whose embeddings are close to the task get more weight.
 
         w = softmax(g / temperature),    g_s = -transport cost between centroids of source s and of the reference
 
-    An embedding of a sample is the normalized sum of the features' normalized ones. The reference part stands for the
-    task, as a validation set does, and is not trained on. The weights are computed where the data are first read.
-    Source: SAIL-Embedding (arXiv 2510.12709), no code released; the sum and the temperature are our reading
+    A sample's embedding is the normalized sum of the normalized embeddings of its features. The reference part stands
+    for the task, as a validation set does, and is not trained on. The weights are computed when the data are first
+    read. Source: SAIL-Embedding (arXiv 2510.12709), no code released; the sum and the temperature are our reading
     (:func:`~descant.modules.selection.transport.source_weights`).
 
     Args:
-        table: a parquet file, or a run's folder, whose newest `descant predict --sets train` is read: of a mixture of
-            the same parts in the same order.
+        table: a parquet file, or a run's folder, whose newest table of `descant predict --sets train` is read. It must
+            be from a mixture of the same parts in the same order.
         reference: the part that stands for the task.
-        temperature: of the softmax, in units of the cost.
+        temperature: temperature of the softmax, in units of the cost.
         features: embeddings, by default ``[image, text]``, or ``image*text`` for the elementwise product of two.
         k: centroids of each part.
-        sham: ``permute`` for the control: the rows of all sources are permuted among these before they are measured, by
-            the run's seed, so that all sources are alike.
+        sham: ``permute`` for the control: before the distances are measured, the rows of all sources are permuted among
+            these sources, by the run's seed, so that all sources are alike.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TransportBalance:
         self.features = ["image", "text"] if features is None else features
 
     def weights(self, parts: Sequence[str]) -> dict[str, float]:
-        """Name of each part -> its weight, rounded; 0 of the reference."""
+        """Return part name -> its weight, rounded; 0 for the reference."""
         if self.reference not in parts or len(parts) < 2:
             raise ValueError(
                 f"balance.reference {self.reference}: one of several parts; {no_such(self.reference, parts)}"

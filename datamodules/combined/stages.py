@@ -1,4 +1,4 @@
-"""Staged data: a sequence of data modules, one a stage of training."""
+"""Staged data: a sequence of data modules, one per stage of training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ class StageData:
     """Data and length of a stage: epochs, or optimizer steps, training samples or FLOPs in one epoch.
 
     Args:
-        data: of the stage, with its own batch size.
-        epochs: of the stage, by default 1; 0 skips it.
-        steps: optimizer steps of an epoch, which continues in the data's order where the previous one ended; by
+        data: data of the stage, with its own batch size.
+        epochs: epochs of the stage, by default 1; 0 skips it.
+        steps: optimizer steps per epoch; an epoch continues in the data's order where the previous one ended. By
             default a whole pass.
-        samples: training samples of the stage, over as many passes as it takes, padding rows not counted; rounded up
-            to whole optimizer steps.
-        flops: of the stage's forward and backward passes on all ranks, rounded up to whole optimizer steps. What a
-            step costs is counted before training, as the mean of the first steps of a pass (:data:`COUNTED`), with the
-            stage's objective and trainable parameters: matrix products, convolutions and attention that are computed,
-            so none of absent modalities.
-        memory_adjusted: FLOPs count times the memory of a step relative to full fine-tuning
-            (:func:`descant.modules.training_setup.memory.step_cost`), so that a method of less memory gets more steps.
+        samples: training samples of the stage, over as many passes as it takes, without padding rows; rounded up to
+            whole optimizer steps.
+        flops: FLOPs of the stage's forward and backward passes on all ranks, rounded up to whole optimizer steps. The
+            cost of a step is counted before training, as the mean of the first steps of a pass (:data:`COUNTED`), with
+            the stage's objective and trainable parameters. It includes the matrix products, convolutions and attention
+            that are computed, so none of absent modalities.
+        memory_adjusted: multiply FLOPs by the memory of a step relative to full fine-tuning
+            (:func:`descant.modules.training_setup.memory.step_cost`), so that a method with less memory gets more
+            steps.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class StagedOrder(Order):
     """An order whose epochs are consecutive pieces of another order; ``facts`` are those of all stages.
 
     Args:
-        order: of the stage's data.
-        steps: of an epoch; by default a whole pass.
-        since: the stage's first epoch; facts: of the run.
+        order: order of the stage's data.
+        steps: steps per epoch; by default a whole pass.
+        since: the stage's first epoch; facts: facts of the run.
         epoch, first: where to start, ``first`` in micro-batches.
 
     >>> order = StagedOrder(Order(n=6, batch_size=2, seed=0), steps=2, since=5, epoch=6)
@@ -109,7 +110,7 @@ class StagedOrder(Order):
 
 
 class StagedData(CompositeDataModule):
-    """Trains on one data module after the other, each in its :class:`StageData`; the recipe is Staged.
+    """Data for training on one data module after the other, each in its :class:`StageData`; the recipe is Staged.
 
     Epochs are counted through all stages, and their sum ends the run. Evaluation is the same in all stages: everything
     but training batches comes from the data of one stage, by default the last.
@@ -117,9 +118,9 @@ class StagedData(CompositeDataModule):
     Args:
         stages: name -> data and length, in this order.
         evaluate: the stage whose data has the evaluation sets.
-        num_workers: of all stages except those of rollouts or pools, which read in the main process; by default that
-            of each stage's data.
-        tiny: of the data of all stages.
+        num_workers: workers of all stages except those of rollouts or pools, which read in the main process; by default
+            those of each stage's data.
+        tiny: ``tiny`` for the data of all stages.
         sham: a control: the data of the stages in reverse order, each for the length of the stage whose place it takes.
     """
 
@@ -172,16 +173,16 @@ class StagedData(CompositeDataModule):
 
     @property
     def since(self) -> int:
-        """The first epoch of the current stage."""
+        """Return the first epoch of the current stage."""
         return self._begins(self.stage)
 
     @property
     def stage(self) -> str:
-        """The name of the current stage."""
+        """Return the name of the current stage."""
         return self.stage_at(self.position[0])
 
     def stage_at(self, epoch: int) -> str:
-        """The name of the stage of an epoch; of the last one beyond the end."""
+        """Return the name of the stage of an epoch; beyond the end, that of the last one."""
         for name, stage in self.stages.items():
             if epoch < stage.epochs:
                 return name
@@ -194,7 +195,7 @@ class StagedData(CompositeDataModule):
 
     @property
     def current(self) -> DataModule:
-        """The data of the current stage."""
+        """Return the data of the current stage."""
         return self.stages[self.stage].data
 
     def __getattr__(self, name: str) -> Any:
@@ -247,7 +248,7 @@ class StagedData(CompositeDataModule):
                 self._facts |= {f"{name}.{key}": value for key, value in order.facts.items()}
                 self._facts |= {f"{name}.epochs": stage.epochs, f"{name}.steps": stage.steps}
                 self._facts |= {f"{name}.samples": stage.samples, f"{name}.flops": stage.flops}
-                if stage.memory_adjusted:  # else resume points of earlier versions would lack it
+                if stage.memory_adjusted:  # otherwise resume points of earlier versions would lack it
                     self._facts[f"{name}.memory_adjusted"] = True
                 self._lengths[name] = self._length(name, order)
                 self.steps[name] = stage.epochs * (self._lengths[name] or len(order) // accumulate)
@@ -260,7 +261,7 @@ class StagedData(CompositeDataModule):
         return stage.data._loader(stage.data.with_mined(data), pieces)
 
     def _length(self, name: str, order: Order) -> int | None:
-        """Optimizer steps of an epoch of a stage; None: a whole pass."""
+        """Return the optimizer steps of an epoch of a stage; None: a whole pass."""
         stage = self.stages[name]
         if stage.samples is not None:
             if stage.samples < (one := order.n // order.global_batches):
@@ -278,7 +279,7 @@ class StagedData(CompositeDataModule):
         return self._counted[name]
 
     def batches_of(self, stage: str, number: int) -> Iterator[Batch]:
-        """This rank's first micro-batches of a pass over a stage's data, as training gets them."""
+        """Yield this rank's first micro-batches of a pass over a stage's data, as training gets them."""
         part = self.stages[stage].data
         yield from islice(part.first_batches(-(-number // self._world()[2]))[1], number)
 

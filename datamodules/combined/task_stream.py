@@ -10,30 +10,30 @@ from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.combined.stages import StageData, StagedData
 from descant.datamodules.names import require_known
 
-#: What a batch is mixed of: the current task, earlier tasks, and what the model was trained on before the stream.
+#: The parts of a batch: the current task, earlier tasks, and the data that the model was trained on before the stream.
 UPDATE, REPLAY, PRETRAINING = "update", "replay", "pretraining"
 
 
 class TaskStream(StagedData):
-    """One stage a task; each step mixes the current task with earlier tasks and with the original data.
+    """One stage per task; each step mixes the current task with earlier tasks and with the original data.
 
         rows of a step:    mix[update] task t,    mix[replay] / (t - 1) of each task before,    mix[pretraining]
 
-    to the sum of those that there are; the first task has nothing to replay. Replayed rows count in the budget. All
-    stages end having seen the same tasks, whatever their order. The evaluation sets are those of every task and of the
-    original data at every stage, as ``task-set``, so that what is learned and what is forgotten can be read
-    (the callback Accumulation). The recipe is Staged, and one Stage serves all tasks (``each: {class_path: Stage}``).
+    divided by the sum of those that exist; the first task has nothing to replay. Replayed rows count in the budget.
+    After all stages, the model has seen the same tasks, whatever their order. At every stage, the evaluation sets are
+    those of every task and of the original data, as ``task-set``, so that both learning and forgetting can be read (the
+    callback Accumulation). The recipe is Staged, and one Stage serves all tasks (``each: {class_path: Stage}``).
     Source: Roth 2024 (FoMo-in-Flux), arXiv 2408.14471, whose default mixture is equal thirds.
 
     Args:
         tasks: name -> data, with equal modalities, tokens and shapes.
-        pretraining: the original data, for replay and to see what is kept of it.
-        mix: shares of ``update``, ``replay`` and ``pretraining``; all of the current task where not given.
-        order: of the tasks; as given by default.
-        joint: an upper bound: every stage has all tasks, those to come too, in equal shares of update and replay.
-        sealed: of all data, which have to have a lock-box, such as Emoji.
+        pretraining: the original data, for replay and to see how much of it is kept.
+        mix: shares of ``update``, ``replay`` and ``pretraining``; by default all of the current task.
+        order: order of the tasks; as given by default.
+        joint: an upper bound: every stage has all tasks, also later ones, in equal shares of update and replay.
+        sealed: use the lock-box of all data, which must have one, such as Emoji.
         steps, samples, flops: the budget of each task, one of the three (see StageData).
-        batch_size, eval_batch_size, num_workers, tiny: of all data.
+        batch_size, eval_batch_size, num_workers, tiny: arguments of all data.
     """
 
     def __init__(

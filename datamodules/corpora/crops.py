@@ -1,4 +1,4 @@
-"""Crops of one scan or scene as a corpus: random crops of a training region, a grid of crops of the others.
+"""Crops of one scan or scene as a corpus: random crops of a training region, a grid of crops of the other regions.
 
 Regions have gaps between them, so no evaluation crop touches a training crop.
 Letters: A axes of space, B samples, C channels, N crops of a set, P places (A axes of numbers), S side of a crop.
@@ -41,7 +41,7 @@ class Box:
 
 
 def share_of(mask: np.ndarray, size: int) -> np.ndarray:
-    """Share of True in the crop that begins at each place, on A axes: float64, ``size - 1`` shorter on each.
+    """Compute the share of True in the crop that begins at each place, on A axes: float64, each ``size - 1`` shorter.
 
     >>> share_of(np.array([[0, 1, 1], [0, 1, 1]]) > 0, 2).tolist()
     [[0.5, 1.0]]
@@ -62,12 +62,13 @@ class CropSet(BatchDataset):
     A crop's id and content key is the number of its first place in the whole field, in all sets.
 
     Args:
-        fields: modality -> uint8 ``[C, *space]``, all of one space.
-        start_N: int64, numbers of first places.
+        fields: modality -> uint8 ``[C, *space]``, all with the same space.
+        start_N: int64, numbers of the first places of crops.
         size: S.
-        samples: crops of an epoch, sampled anew at each visit; None takes each of ``start_N`` once, unchanged.
+        samples: crops per epoch, sampled anew at each visit; None takes each of ``start_N`` once, unchanged.
         flip: with probability 1/2 on each axis, a sampled crop is reversed, in all modalities alike.
-        turn: likewise the last two axes are exchanged: with flips, all eight positions of a square.
+        turn: with probability 1/2, the last two axes are exchanged likewise; with flips, all eight positions of a
+            square.
     """
 
     def __init__(
@@ -91,11 +92,11 @@ class CropSet(BatchDataset):
         return len(self.start_N) if self.samples is None else self.samples
 
     def ids(self, index_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
-        """The crops of some samples with these seeds."""
+        """Return the ids of the crops that some samples get with these draws."""
         return self.start_N[index_B if self.samples is None else mix_N(draw_B, "crop") % len(self.start_N)]
 
     def identity(self, index_B: np.ndarray) -> np.ndarray:
-        """Of samples that differ at each visit: those of the first epoch."""
+        """Return the crop ids of some samples; if they differ at each visit, those of the first epoch."""
         return self.ids(index_B, self.draws([Slot(0, int(i), True) for i in index_B]))
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
@@ -107,10 +108,10 @@ class CropSet(BatchDataset):
 
     def __getitem__(self, window: Window) -> Batch:
         batch = super().__getitem__(window)
-        return replace(batch, index=batch.content_id)  # of this visit, not of the first epoch
+        return replace(batch, index=batch.content_id)  # the crops of this visit, not of the first epoch
 
     def crops(self, id_B: np.ndarray) -> dict[str, Tensor]:
-        """Modality -> uint8 ``[B, C, S, ...]``, neither flipped nor turned."""
+        """Return modality -> uint8 ``[B, C, S, ...]``, neither flipped nor turned."""
         place_AB = np.unravel_index(id_B, self.space)
         size, axes = (self.size,) * len(self.space), tuple(range(1, 1 + len(self.space)))
         at: tuple[Any, ...] = (slice(None), *place_AB)
@@ -129,18 +130,18 @@ class CropSet(BatchDataset):
 
 
 class CropModule(DataModule):
-    """Base of data modules of crops of one field; a subclass implements ``read``, ``cut`` and ``content_mask``.
+    """Base of data modules that crop one field; a subclass implements ``read``, ``cut`` and ``content_mask``.
 
-    A batch holds uint8 ``[B, C, S, ...]`` of each modality, and on the device float32 ``(x - mean) / std``, with mean
-    and deviation of each channel over the crops of ``bank_set``, which are of the training region.
+    A batch holds uint8 ``[B, C, S, ...]`` of each modality; on the device it becomes float32 ``(x - mean) / std``. Mean
+    and deviation of each channel are taken over the crops of ``bank_set``, which lie in the training region.
 
     Args:
         size: S, which fits into every region.
-        samples: training crops of an epoch.
+        samples: training crops per epoch.
         stride: places from one crop of the grids to the next; half of ``size`` by default.
         flip: with probability 1/2 on each axis, a training crop is reversed.
         turn: with probability 1/2, the last two axes of a training crop are exchanged.
-        kwargs: of every data module.
+        kwargs: arguments of every data module.
     """
 
     #: Names of the axes of space.
@@ -167,22 +168,22 @@ class CropModule(DataModule):
     # what a subclass implements ------------------------------------------------------------------------------------
 
     def read(self) -> dict[str, np.ndarray]:
-        """Modality -> uint8 ``[C, *space]``, fetched if necessary."""
+        """Return modality -> uint8 ``[C, *space]``, fetched if necessary."""
         raise NotImplementedError
 
     def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
-        """``train``, ``val`` and ``test`` of a space, for crops of a size."""
+        """Return the boxes ``train``, ``val`` and ``test`` of a space, for crops of a size."""
         raise NotImplementedError
 
     def content_mask(self) -> tuple[np.ndarray, float]:
-        """Bool ``[*space]``, and the least share of it that a crop must have."""
+        """Return a mask, bool ``[*space]``, and the least share of it that a crop must have."""
         return np.ones(self.space, dtype=bool), 0.0
 
     # the corpus and its splits -------------------------------------------------------------------------------------
 
     @cached_property
     def fields(self) -> dict[str, np.ndarray]:
-        """Modality -> uint8 ``[C, *space]``."""
+        """Return modality -> uint8 ``[C, *space]``."""
         return self.read()
 
     @property
@@ -191,7 +192,7 @@ class CropModule(DataModule):
 
     @cached_property
     def regions(self) -> dict[str, Box]:
-        """The box of each set, which contains its crops."""
+        """Return the box of each set, which contains its crops."""
         regions = self.cut(self.space, self.size)
         for name, box in regions.items():
             if min(box.shape) < self.size:
@@ -205,7 +206,7 @@ class CropModule(DataModule):
 
     @cached_property
     def places(self) -> dict[str, np.ndarray]:
-        """Region -> int64, the numbers of all first places whose crop is in the region and has enough content."""
+        """Return region -> int64, the numbers of first places whose crop is in the region and has enough content."""
         mask, least = self.content_mask()
         places = {}
         for name, box in self.regions.items():
@@ -219,7 +220,7 @@ class CropModule(DataModule):
         return places
 
     def grid(self, region: str) -> np.ndarray:
-        """int64 ``[N]``: the ``places`` on the grid, or else the middle one of them."""
+        """Return int64 ``[N]``: the ``places`` on the grid, or only the middle one of all if none is on the grid."""
         id_P, box = self.places[region], self.regions[region]
         at_AP = np.stack(np.unravel_index(id_P, self.space)) - np.array(box.low)[:, None]
         on_P = (at_AP % self.stride == 0).all(axis=0)
@@ -227,7 +228,7 @@ class CropModule(DataModule):
 
     @cached_property
     def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Modality -> mean and standard deviation ``[C]`` in float32, of the crops of the bank."""
+        """Compute modality -> mean and standard deviation ``[C]`` in float32, of the crops of the bank."""
         statistics = {}
         for modality, x in self.bank_set().crops(self.grid("train")).items():
             count_CV = [np.bincount(channel.flatten().numpy(), minlength=256) for channel in x.unbind(1)]
@@ -254,7 +255,7 @@ class CropModule(DataModule):
     # what evaluation reads -----------------------------------------------------------------------------------------
 
     def _place(self, index: int) -> list[int]:
-        """First place of a crop, by its id."""
+        """Return the first place of a crop, by its id."""
         whole = math.prod(self.space)
         if not 0 <= index < whole:
             raise ValueError(f"index {index}: crops have ids from 0 to {whole - 1:,}")

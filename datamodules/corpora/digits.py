@@ -1,4 +1,4 @@
-"""Drawn digits and their spoken names, each of a chosen noise: two modalities of which either may be the harder.
+"""Drawn digits and their spoken names, each with a chosen noise: two modalities, and either may be the harder one.
 
 Letters: B samples of a batch, N of a set, P points of a digit's lines, H pixels of a side.
 """
@@ -24,12 +24,12 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def _arc(x: float, y: float, wide: float, high: float, begin: float, end: float) -> list[tuple[float, float]]:
-    """Seven points of an ellipse around (x, y), from one angle to another, in turns; 0 is right, 1/4 is down."""
+    """Return seven points of an ellipse around (x, y), from one angle to another, in turns; 0 is right, 1/4 is down."""
     turns = [begin + (end - begin) * k / 6 for k in range(7)]
     return [(x + wide * cos(2 * pi * turn), y + high * sin(2 * pi * turn)) for turn in turns]
 
 
-#: Of each digit, the lines that it is drawn with, through points in -1..1, y downwards.
+#: For each digit, the lines that draw it, through points in -1..1, y downwards.
 LINES: tuple[list[list[tuple[float, float]]], ...] = (
     [[*_arc(0, 0, 0.5, 0.8, 0, 0.5), *_arc(0, 0, 0.5, 0.8, 0.5, 1)]],
     [[(-0.25, -0.5), (0.1, -0.8), (0.1, 0.8)]],
@@ -45,12 +45,12 @@ LINES: tuple[list[list[tuple[float, float]]], ...] = (
 
 
 def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tensor:
-    """Pictures of digits, each drawn in its own way: float32 ``[N, 1, H, H]``, ink 1 on paper 0, plus noise.
+    """Draw pictures of digits, each in its own way: float32 ``[N, 1, H, H]``, ink 1 on paper 0, plus noise.
 
         x(p) = clamp((w - d(p)) H / 2 + 1/2, 0, 1) + noise e,      d(p) = distance of pixel p to the digit's lines
 
-    with lines whose points are shifted one by one (0.05), then turned, slanted, stretched and moved, and of a width
-    w between 0.08 and 0.16 of half the picture; e standard normal.
+    Each point of the lines is shifted by itself (0.05); then the lines are turned, slanted, stretched and moved. Their
+    width w is between 0.08 and 0.16 of half the picture; e is standard normal.
 
     Args:
         digit_N: 0 to 9. draw_N: keys. size: H. noise: standard deviation.
@@ -79,7 +79,7 @@ def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tenso
 
 
 def _placed(point_NP2: Tensor, u_N6: Tensor) -> Tensor:
-    """Points turned by up to 15 degrees, slanted by up to 0.3, stretched by up to 15 % and moved by up to 0.15."""
+    """Turn points by up to 15 degrees, slant them by up to 0.3, stretch by up to 15 % and move by up to 0.15."""
     turn, slant, wide, high, x, y = (u_N[:, None] for u_N in u_N6.unbind(1))
     across, down = point_NP2.unbind(2)
     across, down = (across + 0.3 * slant * down) * (0.85 + 0.15 * wide), down * (0.85 + 0.15 * high)
@@ -90,7 +90,7 @@ def _placed(point_NP2: Tensor, u_N6: Tensor) -> Tensor:
 
 
 def _distance(pixel_HH2: Tensor, begin_N2: Tensor, end_N2: Tensor) -> Tensor:
-    """Distance of each pixel to the segment between two points, ``[N, H, H]``."""
+    """Compute the distance of each pixel to the segment between two points, ``[N, H, H]``."""
     along_N2 = (end_N2 - begin_N2)[:, None, None]
     offset_NHH2 = pixel_HH2 - begin_N2[:, None, None]
     share_NHH = (offset_NHH2 * along_N2).sum(-1) / along_N2.square().sum(-1).clamp(min=1e-9)
@@ -119,18 +119,18 @@ class Digits(DataModule):
     """Pictures of drawn digits, and the same digits spoken, for classifiers of two modalities that compete.
 
     Modalities ``image``, float ``[B, 1, size, size]``, and ``audio``, ``[B, F, T]``; target ``digit``, 0 to 9. Each
-    has a chosen noise, and with it one is the harder. A picture is a pure function of its sample's id; a
-    training clip has another voice and other noise at each visit. Evaluation sets: "validate" has ``val``, "test" has
-    ``test``, spoken by a voice that no training clip has.
+    modality has a chosen noise; together they decide which modality is harder. A picture is a pure function of its
+    sample's id; a training clip has another voice and other noise at each visit. Evaluation sets: "validate" has
+    ``val``, "test" has ``test``, spoken by a voice that no training clip has.
 
     Args:
-        noise: standard deviation of the noise of pixels, whose ink is 1.
+        noise: standard deviation of the pixel noise; ink is 1.
         speech: voices and noise (``snr``) of the clips; half a second by default.
-        size: pixels of a side.
-        samples: of training.
-        held_out: of an evaluation set.
-        sealed: evaluation sets are those of the lock-box, which have ids of their own.
-        kwargs: of every data module.
+        size: pixels per side.
+        samples: number of training samples.
+        held_out: number of samples in an evaluation set.
+        sealed: use the evaluation sets of the lock-box, whose samples have their own ids.
+        kwargs: arguments of every data module.
 
     >>> data = Digits(noise=0.5, tiny=True)
     >>> batch = next(iter(data.train_dataloader()))

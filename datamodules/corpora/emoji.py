@@ -43,7 +43,7 @@ from descant.modules.transforms.image import Augment
 from descant.modules.transforms.regions import Regions
 from descant.modules.transforms.table import ColumnMissing
 
-#: Of how many training drawings the regions are that visual words are fitted on.
+#: Number of training drawings whose regions the visual words are fitted on.
 WORD_DRAWINGS = 400
 
 
@@ -52,54 +52,57 @@ class Emoji(ImageViews):
 
     Evaluation sets of "validate": ``val`` (drawings held out of training, among the names of all training concepts).
     Of "test": ``vendor`` (Fluent's drawings of training concepts, among all names of the pack), ``concept`` (the 200
-    held-out concepts by the training vendors, among their 200 names), ``both`` (these by Fluent) and ``apart`` (as
-    ``concept``, images of concepts without a relative in training only: no "man running" where "woman running" was
-    trained on); with more than one training language ``language`` (images of training concepts among their names in
-    pt); and a set for each ``foreign`` language, by its code (``vendor``'s images among their names in it), with the
-    target ``distance``, the edits from the English name.
+    held-out concepts by the training vendors, among their 200 names), ``both`` (these concepts by Fluent) and ``apart``
+    (as ``concept``, but only with images of concepts that have no relative in training: no "man running" if "woman
+    running" was trained on). With more than one training language: ``language`` (images of training concepts among
+    their names in pt). For each ``foreign`` language: a set named by its code (``vendor``'s images among their names in
+    that language), with the target ``distance``, the number of edits from the English name.
 
     Args:
-        size: pixels of a side of the images.
+        size: pixels per side of the images.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
-        groups: of the concepts of all sets, such as [animals-nature]; all where not given.
-        languages: of the training captions.
-        vendors: of the training images.
-        bank_vendors: of the images of the bank, in which evaluations search and fit; ``vendors`` where not given.
-        name_only: probability that a training caption is the name alone.
-        nameless: probability that a training caption of keywords lacks the name.
+        groups: groups of the concepts in all sets, such as [animals-nature]; all by default.
+        languages: languages of the training captions.
+        vendors: vendors of the training images.
+        bank_vendors: vendors of the images in the bank, in which evaluations search and fit; ``vendors`` by default.
+        name_only: probability that a training caption is only the name.
+        nameless: probability that a training caption with keywords lacks the name.
         token_dropout: probability that a token of a training caption becomes padding.
-        keywords: whether evaluation captions hold the keywords beside the name.
-        augment: of training images, on the device, a whole batch at once.
+        keywords: whether evaluation captions hold the keywords besides the name.
+        augment: augmentation of training images, on the device, a whole batch at once.
         transform: a per-sample torchvision v2 transform of the uint8 RGBA image before that, or none.
         views: modality -> 2 for a second view (``image@2``), another training vendor's drawing of the concept.
         sketch: a third modality, the edges of each image ``[B, 1, size, size]``.
-        palette: another, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
-        rgb: another, the image again, for models that read its pixels and predict its codes.
-        derived: more of the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``, of its edges.
-        speech: another, ``audio``: English names as synthetic speech, present where the text is.
-        table: another, facts of the drawing, its code and its name as 21 columns, nan where missing (emoji_table.py).
-        missing: cells of the table that are hidden beside those.
-        regions: another, cells and crops of each image: ``regions [B, T, P + 4]``, features and box, with the inputs
-            ``boxes [B, T, 4]`` and ``words [B, T, K]``, classes of k-means of training images.
-        foreign: languages of retrieval by names that are in no training caption.
-        development: to choose settings without the test sets: Twemoji is the held-out vendor and 150 training
-            concepts are the held-out ones; "validate" has the sets of "test".
-        sealed: the lock-box is held out in place of the test set: 100 training concepts, and EmojiOne's drawings in
-            place of Fluent's. Only a claim at its effect stage reads it (``lockbox`` of the claim).
+        palette: another modality, the name of each pixel's colour: int64 ``[B, size, size]``, 0 to 10.
+        rgb: another modality, a copy of the image, for models that read its pixels and predict its codes.
+        derived: further modalities from the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``,
+            of its edges.
+        speech: another modality, ``audio``: English names as synthetic speech, present where the text is.
+        table: another modality, facts of the drawing, its code and its name as 21 columns, nan if missing
+            (emoji_table.py).
+        missing: hides further cells of the table.
+        regions: another modality, cells and crops of each image: ``regions [B, T, P + 4]``, features and box, with the
+            inputs ``boxes [B, T, 4]`` and ``words [B, T, K]``, k-means classes fitted on training images.
+        foreign: languages for retrieval by names that are in no training caption.
+        development: for choosing settings without the test sets. Twemoji is the held-out vendor, 150 training concepts
+            are held out, and "validate" has the sets of "test".
+        sealed: hold out the lock-box instead of the test set: 100 training concepts, and EmojiOne's drawings instead of
+            Fluent's. Only a claim at its effect stage reads it (``lockbox`` of the claim).
         shuffle_captions: a control: training images get the captions of other concepts, by a fixed permutation.
         readout: float targets in the evaluation sets, for Readout: ``visual`` ``[B, 8]`` (colour and shape of the
             drawing), ``valence`` ``[B]`` (mean rating of the words of name and keywords; nan without such words),
-            ``product`` ``[B, 8]`` (of something visual and something of the text), ``noise`` ``[B, 8]`` and
+            ``product`` ``[B, 8]`` (of a visual and a text fact), ``noise`` ``[B, 8]`` and
             ``semantic`` ``[B, 8]`` (principal components of the words of all names and keywords).
-        families: a further target, ``family``: concepts of one are variants of each other in gender, role or hair, or
-            look alike, so that the caption of one is nearly true of another.
-        paired: every evaluation row has its image and its text, for classifiers: no rows of names alone, and of
-            ``vendor`` and ``apart`` only the rows with an image.
-        mixer: samples the source of each training caption at each visit, names or what is measured in the drawing, in
-            English; ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
-        vocab: ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by default.
-        folder: of the pack.
-        kwargs: of every data module.
+        families: a further target, ``family``. Concepts of one family are variants of each other in gender, role or
+            hair, or look alike, so that the caption of one is nearly true of another.
+        paired: every evaluation row has its image and its text, for classifiers. Rows of names alone are left out, also
+            those of ``vendor`` and ``apart``.
+        mixer: samples the source of each training caption at each visit: names or measurements of the drawing, in
+            English. ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
+        vocab: number of ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by
+            default.
+        folder: folder of the pack.
+        kwargs: arguments of every data module.
     """
 
     def __init__(
@@ -207,7 +210,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def test_N(self) -> np.ndarray:
-        """Bool ``[N]``: concepts that are not in training."""
+        """Return bool ``[N]``: concepts that are not in training."""
         test = np.array([row["split"] == "test" for row in self.pack.rows])
         if not self.development:
             return test
@@ -219,7 +222,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def usable_N(self) -> np.ndarray:
-        """Bool ``[N]``: the concepts of ``groups``, in development without those of the test sets."""
+        """Return bool ``[N]``: the concepts of ``groups``; in development, without those of the test sets."""
         group_N = np.array([row["group"] for row in self.pack.rows])
         usable_N = np.ones(len(group_N), dtype=bool)
         if self.groups is not None:
@@ -229,7 +232,7 @@ class Emoji(ImageViews):
 
     @property
     def seen(self) -> np.ndarray:
-        """The concepts of training."""
+        """Return the concepts of training."""
         return np.flatnonzero(~self.test_N & self.usable_N)
 
     @property
@@ -237,15 +240,18 @@ class Emoji(ImageViews):
         return DEVELOPMENT_VENDOR if self.development else str(self.manifest["held_out_vendor"])
 
     def _validates(self, concept: int | np.integer[Any], vendor: str) -> bool:
-        """Whether a drawing of a training concept is held out for validation: one in twenty, by a hash; none in
-        development, and none that another concept has byte by byte ("man" and "person" of some vendors)."""
+        """Whether a drawing of a training concept is held out for validation: one in twenty, by a hash.
+
+        Never in development, and never if another concept's drawing has the same bytes ("man" and "person" of some
+        vendors).
+        """
         row = self.pack.rows[concept]
         chosen = not self.development and name_hash(f"val/{row['hexcode']}/{vendor}") % 20 == 0
         return chosen and self.copies[row[vendor]] == 1
 
     @cached_property
     def copies(self) -> Counter[bytes]:
-        """Number of drawings that have these bytes."""
+        """Return the bytes of each drawing -> number of drawings that have these bytes."""
         return Counter(row[vendor] for row in self.pack.rows for vendor in VENDORS)
 
     @cached_property
@@ -263,7 +269,7 @@ class Emoji(ImageViews):
         return label
 
     def facts(self, vendors: Sequence[str]) -> dict[str, dict[int, Tensor]]:
-        """Name -> vendor number -> a float target of all concepts, computed once; nan where it is of no drawing."""
+        """Return name -> vendor number -> a float target of all concepts, computed once; nan without a drawing."""
         for vendor in vendors:
             if vendor not in self._visual:
                 images, good = self.pack.drawings(vendor)
@@ -281,7 +287,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def _text_facts(self) -> dict[str, Tensor]:
-        """The float targets that depend on no drawing, of all concepts."""
+        """Return the float targets of all concepts that depend on no drawing."""
         codes = [row["hexcode"] for row in self.pack.rows]
         texts = [[row["names"]["en"], *row["keywords"]["en"]] for row in self.pack.rows]
         return {
@@ -302,7 +308,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def cells(self) -> dict[int, Tensor]:
-        """Vendor number -> the table of its drawings, ``[N, C]``, numbers standardised by those of training."""
+        """Return vendor number -> the table of its drawings, ``[N, C]``, numbers standardised by those of training."""
         concept_N = concept_facts(self.pack.rows, self._valence)
         raw = {}
         for vendor in VENDORS:
@@ -314,7 +320,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def visual_words(self) -> Tensor:
-        """``[K, P]``: the centres of the regions of some training drawings, as they look in evaluation."""
+        """Fit ``[K, P]``: the centres of the regions of some training drawings, as they look in evaluation."""
         assert self.regions is not None
         step = max(len(self.training_rows) // WORD_DRAWINGS, 1)
         rows = [(concept, vendor) for concept, vendor, _, _ in self.training_rows[::step]]
@@ -326,7 +332,7 @@ class Emoji(ImageViews):
     # the sets --------------------------------------------------------------------------------------------------
 
     def rows_by(self, vendors: Sequence[str]) -> list[Row]:
-        """Every drawing of a training concept by these vendors, less those held out for validation."""
+        """List every drawing of a training concept by these vendors, except those held out for validation."""
         return [(int(c), v, True, True) for v in vendors for c in self.seen if not self._validates(c, v)]
 
     @cached_property
@@ -336,7 +342,7 @@ class Emoji(ImageViews):
 
     @cached_property
     def mixed(self) -> MixedCaptions | None:
-        """The captions that the mixer has for each training drawing, written once; each visit samples one."""
+        """Write the mixer's captions of each training drawing, once; each visit samples one."""
         if self.mixer is None:
             return None
         concept, vendor, _, _ = zip(*self.training_rows, strict=True)
@@ -353,11 +359,11 @@ class Emoji(ImageViews):
 
     @property
     def shams(self) -> tuple[CaptionMixer, ...]:
-        """Parts with a control that counts its calls (in this process: workers count their own)."""
+        """Return the parts with a control that counts its calls (in this process: workers count their own)."""
         return () if self.mixer is None else (self.mixer,)
 
     def caption_statistics(self, epoch: int) -> dict[str, float] | None:
-        """Of the captions of a training epoch, over all ranks; None without a mixer."""
+        """Compute statistics of the captions of a training epoch, over all ranks; None without a mixer."""
         if self.mixed is None:
             return None
         data = self.training_set()
@@ -381,7 +387,7 @@ class Emoji(ImageViews):
         # a concept's name is in the gallery once, however many vendors draw it
         drawings = [(int(c), v, True, k == 0) for k, v in enumerate(self.vendors) for c in unseen]
         sets: dict[str, BatchDataset] = {"vendor": EmojiSet(self, names)}
-        if len(unseen):  # of a small group of a tiny pack there may be none
+        if len(unseen):  # a small group of a tiny pack may have none
             sets["concept"] = EmojiSet(self, drawings)
             sets["both"] = EmojiSet(self, [(int(c), vendor, True, True) for c in unseen])
             trained = {self.pack.rows[c]["family"] for c in seen}
@@ -396,12 +402,12 @@ class Emoji(ImageViews):
         return sets
 
     def _named(self, language: str, vendor: str) -> tuple[list[Row], Captions]:
-        """Training concepts by a vendor that have a name in a language, and their captions in it."""
+        """Return rows of training concepts by a vendor that have a name in a language, and their captions in it."""
         captions = Captions(self.pack, self.tokenizer, [language], 1.0, 0.0)
         return [(int(c), vendor, True, True) for c in self.seen if captions.has(int(c))], captions
 
     def _distance(self, language: str) -> np.ndarray:
-        """int64 ``[N]``: edits between the name in a language and the English one (Levenshtein); -1 without one."""
+        """Return int64 ``[N]``: edits between names in a language and in English (Levenshtein); -1 without a name."""
         from torchmetrics.functional.text import edit_distance  # late: it takes long to import
 
         named = {c: row["names"] for c, row in enumerate(self.pack.rows) if row["names"][language]}

@@ -26,30 +26,30 @@ from descant.modules.transforms.image import reduce_rgba
 
 PACK = Path(__file__).parents[1] / "packs" / "emoji"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
-#: The lock-box beside the shards: concepts and drawings that only claims at their effect stage are tested on.
+#: The lock-box beside the shards: only claims at their effect stage are tested on its concepts and drawings.
 SEALED, SEALED_VENDOR = "sealed.parquet", "emojione"
-#: Flat and without outlines, as the held-out Fluent: the training vendor that is most like it.
+#: The training vendor most like the held-out Fluent: flat and without outlines.
 DEVELOPMENT_VENDOR = "twemoji"
 
 
 class Decoded:
-    """Decoded drawings of one vendor: uint8 ``[N, 4, 64, 64]``, bool ``[N]`` (which could be), and smaller copies."""
+    """Decoded drawings of one vendor: uint8 ``[N, 4, 64, 64]``, bool ``[N]`` (decoded or not), and smaller copies."""
 
     def __init__(self, images: Tensor, good: np.ndarray) -> None:
         self.images, self.good = images, good
         self.reduced: dict[int, Tensor] = {images.shape[-1]: images}
 
 
-#: Digest of the encoded drawings of a vendor -> what they decode to, while a pack of the process has it: the data
-#: modules of a stream or a mixture share it.
+#: Digest of a vendor's encoded drawings -> the decoded drawings, while a pack of the process has them. The data modules
+#: of a stream or a mixture share them.
 _DECODED: weakref.WeakValueDictionary[bytes, Decoded] = weakref.WeakValueDictionary()
 
 
 class Pack:
-    """The rows of the pack, and their drawings as uint8 ``[4, 64, 64]``, each vendor decoded once in a process.
+    """The rows of the pack, and their drawings as uint8 ``[4, 64, 64]``; each vendor is decoded once per process.
 
     Args:
-        folder: of the parquet shards. ledger: where undecodable drawings are recorded.
+        folder: folder of the parquet shards. ledger: records undecodable drawings.
     """
 
     def __init__(self, folder: Path = PACK, ledger: Ledger | None = None) -> None:
@@ -79,10 +79,10 @@ class Pack:
         self.rows, self.file = [self.rows[c] for c in concepts], [self.file[c] for c in concepts]
 
     def unseal(self) -> None:
-        """Hold out the lock-box in place of the test set: its concepts, and the drawings of its vendor.
+        """Hold out the lock-box instead of the test set: its concepts, and the drawings of its vendor.
 
-        The concepts of the test set are dropped; those of the lock-box take their place, and the sealed vendor that of
-        the held-out one, under its name. Concepts that it does not draw have no drawing there.
+        The concepts of the test set are dropped, and those of the lock-box take their place. The sealed vendor takes
+        the place and the name of the held-out vendor. Concepts that it does not draw have no drawing there.
         """
         self.keep([n for n, row in enumerate(self.rows) if row["split"] != "test"])
         sealed = self.unseal_vendor()
@@ -90,7 +90,7 @@ class Pack:
             row["split"] = "test" if row["hexcode"] in sealed else "train"
 
     def unseal_vendor(self) -> set[str]:
-        """Replace the held-out vendor's drawings by those of the sealed vendor, under its name, or by none.
+        """Replace the held-out vendor's drawings, under its name, by those of the sealed vendor, or by none.
 
         Returns the codes of the sealed concepts, whose split stays as it is.
         """
@@ -110,22 +110,22 @@ class Pack:
 
     @cached_property
     def names(self) -> list[str]:
-        """The English name of each concept."""
+        """Return the English name of each concept."""
         return [row["names"]["en"] for row in self.rows]
 
     @cached_property
     def key_N(self) -> np.ndarray:
-        """Content keys: concepts of equal English name have one, the number of the first of them."""
+        """Return content keys: concepts with equal English names share one, the number of the first of them."""
         first: dict[str, int] = {}
         return np.array([first.setdefault(name.casefold(), i) for i, name in enumerate(self.names)])
 
     def drawings(self, vendor: str) -> tuple[Tensor, np.ndarray]:
-        """uint8 ``[N, 4, 64, 64]`` of a vendor, and bool ``[N]``: which of them could be decoded."""
+        """Return uint8 ``[N, 4, 64, 64]`` of a vendor, and bool ``[N]``: which of them could be decoded."""
         found = self._of(vendor)
         return found.images, found.good
 
     def reduced(self, vendor: str, size: int) -> Tensor:
-        """uint8 ``[N, 4, size, size]`` of a vendor, averaged down once for all visits."""
+        """Return uint8 ``[N, 4, size, size]`` of a vendor, averaged down once for all visits."""
         found = self._of(vendor)
         size = min(size, found.images.shape[-1])
         if size not in found.reduced:
@@ -136,12 +136,12 @@ class Pack:
         if vendor not in self._decoded:
             digest = hashlib.sha256()
             for row in self.rows:
-                # none is not an empty one, which cannot be decoded and is noted
+                # a missing drawing differs from an empty one, which cannot be decoded and is recorded
                 size = -1 if row[vendor] is None else len(row[vendor])
                 digest.update(size.to_bytes(8, "little", signed=True) + (row[vendor] or b""))
             skipped = self.ledger.skipped
             decoded = _DECODED.get(digest.digest()) or self._decode(vendor)
-            if self.ledger.skipped == skipped:  # else each pack notes its own
+            if self.ledger.skipped == skipped:  # otherwise each pack records its own
                 _DECODED[digest.digest()] = decoded
             self._decoded[vendor] = decoded
         return self._decoded[vendor]
@@ -164,7 +164,7 @@ class Pack:
 
 
 def load_pack(folder: Path, ledger: Ledger, tiny: bool, sealed: bool = False) -> Pack:
-    """The pack, or every twelfth concept of it; ``sealed``: with the lock-box for its test set."""
+    """Load the pack, or every twelfth concept of it; ``sealed``: with the lock-box as its test set."""
     pack = Pack(folder, ledger)
     if sealed:
         pack.unseal()
@@ -178,8 +178,8 @@ class Captions:
 
     Args:
         pack, tokenizer: where texts and ids come from.
-        languages: of a sample, one is sampled among those in which the concept has a name.
-        name_only: probability of a caption that is the name alone; others add a random part of the keywords.
+        languages: one is sampled for each sample, among those in which the concept has a name.
+        name_only: probability of a caption that is only the name; others add a random part of the keywords.
         nameless: probability that a caption with keywords leaves the name out.
     """
 
@@ -203,14 +203,14 @@ class Captions:
         return any(self.names[language][concept] for language in self.languages)
 
     def fixed(self, concept: int, keywords: bool) -> list[int]:
-        """The name, with all its keywords or without, in the first language that names the concept."""
+        """Return the name, with or without all its keywords, in the first language that names the concept."""
         language = next(lang for lang in self.languages if self.names[lang][concept])
         name = self.names[language][concept]
         assert name is not None
         return self.tokenizer.row([name, *(self.keywords[language][concept] if keywords else ())])
 
     def random(self, concept_B: np.ndarray, draw_B: np.ndarray) -> list[list[int]]:
-        """A caption of each concept; language, form and keywords are sampled from the sample's seed."""
+        """Sample a caption of each concept: language, form and keywords come from the sample's seed."""
         u_BF, u_BK = uniform_NK(draw_B, self._purposes).split([4, self.most], dim=1)
         each = zip(concept_B.tolist(), u_BF.tolist(), u_BK.numpy(), strict=True)
         return [self._caption(concept, u_F, u_K) for concept, u_F, u_K in each]

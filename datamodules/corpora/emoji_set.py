@@ -26,15 +26,15 @@ Row = tuple[int, str, bool, bool]
 
 
 class EmojiSet(NumberedDataset):
-    """Rows of (concept, vendor); either side may be absent: more names of a gallery are rows without an image.
+    """Rows of (concept, vendor). Image or text may be absent: further names of a gallery are rows without an image.
 
     Args:
         data: module with the pack and the options of all its sets.
         rows: concept, vendor, and which side is present.
-        captions: of the text; those of ``data`` by default.
-        label: label tables of all concepts, beside those of ``data``.
-        random: a training set: captions, views and voices are sampled anew at each visit.
-        trained: of training samples, whose captions are those of other concepts where ``data`` has shuffled them.
+        captions: source of the texts; that of ``data`` by default.
+        label: label tables of all concepts, besides those of ``data``.
+        random: whether this is a training set: captions, views and voices are sampled anew at each visit.
+        trained: whether these are training samples; if ``data`` shuffles captions, they have those of other concepts.
         keywords: whether fixed captions hold the keywords; as in ``data`` by default.
     """
 
@@ -88,7 +88,7 @@ class EmojiSet(NumberedDataset):
         if self.views == 2:
             choice_B = torch.floor(uniform_N(draw_B, "view/vendor") * len(self.data.vendors)).long().numpy()
             second_B = self.second_V[choice_B]
-            # a concept that the other vendor does not draw has its own drawing again
+            # if the other vendor does not draw the concept, its own drawing is used again
             second_B = np.where(self.drawn_VN[choice_B, concept_B], second_B, vendor_B)
             inputs["image@2"] = self._images(concept_B, second_B, draw_B, "image@2")
         inputs["text"], key_B = self._texts(index_B, draw_B, epoch_B)
@@ -110,7 +110,7 @@ class EmojiSet(NumberedDataset):
         return self._texts(np.array([s.sample for s in slots]), draw_B, np.array([s.epoch for s in slots]))[0]
 
     def _texts(self, index_B: np.ndarray, draw_B: np.ndarray, epoch_B: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        """Token ids ``[B, T]`` and content keys ``[B]``."""
+        """Return token ids ``[B, T]`` and content keys ``[B]``."""
         text_BT, key_B = self._captions(index_B, draw_B, epoch_B)
         dropout = self.data.token_dropout if self.random else 0.0
         return drop_tokens(text_BT, dropout, draw_B, self.captions.tokenizer.pad), key_B

@@ -1,4 +1,4 @@
-"""A table of facts of each emoji drawing, numbers and categories, some of which are missing by nature.
+"""A table of facts of each emoji drawing: numbers and categories, some of them missing by nature.
 
 Letters: N concepts, C columns.
 """
@@ -20,22 +20,22 @@ from descant.modules.transforms.image import BASIC_COLOURS, colour_names, over_w
 
 #: First code points of Unicode's blocks that have emoji, each up to the next one.
 BLOCKS = (0x0, 0x2190, 0x2600, 0x2700, 0x27C0, 0x1F000, 0x1F300, 0x1F600, 0x1F650, 0x1F700, 0x1F900, 0x1FA00)
-#: Languages whose number of keywords is a column: of 1,586 concepts 38, 131 and 209 have none.
+#: Languages whose number of keywords is a column. Of 1,586 concepts, 38, 131 and 209 have none.
 COUNTED = ("de", "hi", "vi")
 _TEXT = ("letters", "words", "keywords", "letters a word")
 _DRAWING = ("red", "green", "blue", "saturation", "spread", "edges", "opacity", "aspect", "bytes")
-#: Columns of numbers, then of categories and how many each has.
+#: Columns of numbers, then columns of categories and the number of categories in each.
 NUMBERS = (*_TEXT, *(f"keywords in {language}" for language in COUNTED), "valence", *_DRAWING)
 CATEGORIES = {"block": len(BLOCKS), "code points": 4, "joined": 2, "colour": len(BASIC_COLOURS)}
 COLUMNS = [0] * len(NUMBERS) + list(CATEGORIES.values())
 
 
 def concept_facts(rows: Sequence[Mapping[str, Any]], valence_N: Tensor) -> Tensor:
-    """Facts of concepts: numbers of text ``[N, 8]`` and categories ``[N, 3]`` of the code, in one tensor ``[N, 11]``.
+    """Compute facts of concepts, ``[N, 11]``: numbers of text ``[N, 8]``, then categories ``[N, 3]`` of the code.
 
-    Letters, words and keywords of the English name, letters of a word, number of keywords in three more languages
-    (nan without any), mean valence (nan where no word is rated); Unicode block, code points (1, 2, 3, more), and
-    whether they are joined by U+200D. No name, group or number of the code is among them.
+    The numbers are: letters, words and keywords of the English name, letters per word, number of keywords in three more
+    languages (nan without any), and mean valence (nan if no word is rated). The categories are: Unicode block, code
+    points (1, 2, 3, more), and whether U+200D joins them. No name, group or number of the code is among them.
 
     >>> row = {"hexcode": "1F600", "names": {"en": "grinning face"}, "keywords": {"en": ["happy"], "de": ["a", "b"]}}
     >>> concept_facts([row], torch.tensor([2.0]))[0, [0, 4, 5, 8]].tolist()
@@ -52,10 +52,10 @@ def concept_facts(rows: Sequence[Mapping[str, Any]], valence_N: Tensor) -> Tenso
 
 
 def drawing_facts(x_N4HW: Tensor, good_N: np.ndarray, size_N: np.ndarray) -> Tensor:
-    """Facts of drawings ``[N, 10]``: :func:`visual_facts`, log of the encoded bytes, and the commonest colour.
+    """Compute facts of drawings ``[N, 10]``: :func:`visual_facts`, log of the encoded bytes, and the commonest colour.
 
-    The colour is that of most pixels that are not white, by :func:`colour_names` of the drawing at 16 pixels; nan
-    where a drawing is missing or white.
+    The colour is that of most pixels that are not white, by :func:`colour_names` of the drawing at 16 pixels; nan if a
+    drawing is missing or white.
     """
     facts_N10 = torch.full((len(x_N4HW), 10), torch.nan)
     facts_N10[good_N, :8] = visual_facts(x_N4HW[good_N])
@@ -69,12 +69,12 @@ def drawing_facts(x_N4HW: Tensor, good_N: np.ndarray, size_N: np.ndarray) -> Ten
 
 
 def emoji_table(concept_N: Tensor, drawing_N: Tensor) -> Tensor:
-    """The columns ``[N, C]`` of :data:`COLUMNS`, not standardised, of :func:`concept_facts` and those of drawings."""
+    """Join :func:`concept_facts` and facts of drawings into the columns ``[N, C]`` of :data:`COLUMNS`, not scaled."""
     return torch.cat([concept_N[:, :8], drawing_N[:, :9], concept_N[:, 8:], drawing_N[:, 9:]], dim=1)
 
 
 def standardised(x_NC: Tensor, training_RC: Tensor) -> Tensor:
-    """``x_NC`` with its numbers less the mean of training rows, over their deviation."""
+    """Standardise the numbers in ``x_NC`` by the mean and deviation of training rows."""
     z_NC = x_NC.clone()
     for c in range(len(NUMBERS)):
         code = NumberCode.of(training_RC[:, c].double().numpy())

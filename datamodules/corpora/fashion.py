@@ -1,7 +1,7 @@
 """Fashion-MNIST: grey images of ten classes of clothes (the Debian package dataset-fashion-mnist).
 
-60,000 training images, a twelfth of which, by a hash of its number, is for validation, and the usual 10,000 for
-the test. Letters: B samples of a batch, N of a set, M of the whole corpus, S pixels out.
+A twelfth of the 60,000 training images, chosen by a hash of the image's number, is for validation. The usual 10,000 are
+for the test. Letters: B samples of a batch, N of a set, M of the whole corpus, S pixels out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.transforms.image import Crop
 
-#: One training image in so many is for validation: 5,000 of 60,000.
+#: One training image in this many is for validation: 5,000 of 60,000.
 VALIDATION = 12
 
 
@@ -31,7 +31,7 @@ class FashionSet(NumberedDataset):
 
     Args:
         image, label: uint8 ``[M, 28, 28]`` and int64 ``[M]`` of all M images.
-        id_N: which of them are in this set; an image's place in the corpus is its id.
+        id_N: which of them are in this set; an image's id is its place in the corpus.
     """
 
     modalities = ("image",)
@@ -50,18 +50,18 @@ class FashionSet(NumberedDataset):
 class Fashion(DebianPackaged):
     """Fashion-MNIST as one modality, ``image``, with the target ``label``.
 
-    A batch holds uint8 ``[B, 1, 28, 28]``, and on the device float32 ``[B, 1, S, S]`` in -1..1, padded with black.
-    Evaluation sets: "validate" has ``val``, the twelfth of the training images that is first by
-    ``mix(i, "fashion/split")`` and left out of training; "test" has ``test``, the usual 10,000.
+    A batch holds uint8 ``[B, 1, 28, 28]``; on the device it becomes float32 ``[B, 1, S, S]`` in -1..1, padded with
+    black. Evaluation sets: "validate" has ``val``, the first twelfth of the training images by
+    ``mix(i, "fashion/split")``, which is left out of training; "test" has ``test``, the usual 10,000.
 
     The package is fetched once by ``apt-get download``, or given as a file, and unpacked into the cache (30 MB).
 
     Args:
         size: S, 32 (padded by two black pixels) or 28.
-        augment: of training images, on the device; none by default.
+        augment: augmentation of training images, on the device; none by default.
         limit: number of training images, the first in the order of the split; all by default.
-        bank: most training images that k-NN and probes are fitted on; None for all.
-        kwargs: of every data module of a Debian package.
+        bank: the most training images that k-NN and probes are fitted on; None for all.
+        kwargs: arguments of every data module of a Debian package.
 
     >>> data = Fashion(tiny=True, batch_size=8)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -102,7 +102,7 @@ class Fashion(DebianPackaged):
 
     @cached_property
     def parts(self) -> tuple[Pictures, Pictures]:
-        """Training images, and test images."""
+        """Return training images, and test images."""
         if self.tiny:
             return synthetic(600, 0), synthetic(100, 1)
         folder = self.package_folder()
@@ -110,17 +110,17 @@ class Fashion(DebianPackaged):
 
     @cached_property
     def image(self) -> Tensor:
-        """uint8 ``[M, 28, 28]``: training images, then those of the test."""
+        """Return uint8 ``[M, 28, 28]``: training images, then those of the test."""
         return torch.from_numpy(np.concatenate([part.image for part in self.parts]))
 
     @cached_property
     def label(self) -> Tensor:
-        """int64 ``[M]``."""
+        """Return labels, int64 ``[M]``."""
         return torch.from_numpy(np.concatenate([part.label for part in self.parts]))
 
     @cached_property
     def order_N(self) -> np.ndarray:
-        """Ids of the training images by their hash: the first twelfth validates, ``limit`` cuts the rest."""
+        """Return ids of the training images by their hash: the first twelfth validates, ``limit`` cuts the rest."""
         return np.argsort(mix_N(np.arange(len(self.parts[0])), "fashion/split"), kind="stable")
 
     @property
@@ -159,7 +159,7 @@ class Fashion(DebianPackaged):
 
 
 def synthetic(pictures: int, seed: int) -> Pictures:
-    """Ten classes for tests: a soft bar through the middle, its angle is the class; width and shade vary."""
+    """Make ten classes for tests: a soft bar through the middle, whose angle is the class; width and shade vary."""
     random = np.random.default_rng(seed)
     label = np.arange(pictures) % len(CLASSES)
     y, x = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE), indexing="ij")

@@ -32,7 +32,7 @@ WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 
 class Source:
-    """A source of frames: ``asks`` is a question and its answer, ``shows`` uint8 RGBA ``[F, 4, S, S]``.
+    """A source of frames: ``asks`` returns a question and its answer, ``shows`` uint8 RGBA ``[F, 4, S, S]``.
 
     The question is a function of the problem's key; ``visit`` is sampled anew at each visit of training.
     """
@@ -82,7 +82,7 @@ class Stacks(Source):
 
     Args:
         frames: slices, 3 to 8.
-        about: replaces that question, with slices of one concept only: as of Stills.
+        about: replaces that question as in Stills; then all slices show one concept.
     """
 
     def __init__(self, frames: int = 4, about: Literal["name", "group"] | None = None) -> None:
@@ -113,7 +113,7 @@ class Slices(Stacks):
     Problems of a split are about the same region of the brain, so test problems show no training voxels.
 
     Args:
-        volumes: of crops of the size of the frames.
+        volumes: source of crops, which have the size of the frames.
         frames: slices, 3 to 8.
     """
 
@@ -137,7 +137,7 @@ class Slices(Stacks):
         region = next(name for name in SPLITS if in_split(np.array([key]), name))
         place_P = self.volumes.places["test" if data.unseen_C[concept] else region]
         crop_FSS, odd = self._crop(place_P, visit, "place"), self._odd(key)
-        # of four candidates the most different one: at the rim of the head slices are alike
+        # take the most different of four candidates: at the rim of the head, slices are alike
         others_SS = [self._crop(place_P, visit, f"other{attempt}")[odd] for attempt in range(4)]
         crop_FSS[odd] = max(others_SS, key=lambda x_SS: float(np.abs(x_SS.astype(int) - crop_FSS[odd]).mean()))
         x = torch.full((self.frames, 4, data.size, data.size), 255, dtype=torch.uint8)
@@ -145,7 +145,7 @@ class Slices(Stacks):
         return x
 
     def _crop(self, place_P: np.ndarray, visit: int, what: str) -> np.ndarray:
-        """uint8 ``[F, S, S]``: the slices of a random crop."""
+        """Return uint8 ``[F, S, S]``: the slices of a random crop."""
         S = self.volumes.size
         a, b, c = self.volumes._place(int(place_P[int(_uniform(visit, f"frames/{what}") * len(place_P))]))
         levels = [c + f * (S - 1) // (self.frames - 1) for f in range(self.frames)]
@@ -157,7 +157,7 @@ class Clips(Source):
 
     Args:
         frames: 2 to 64; more are slower.
-        about: replaces that question: as of Stills.
+        about: replaces that question as in Stills.
     """
 
     def __init__(self, frames: int = 8, about: Literal["name", "group"] | None = None) -> None:
@@ -188,7 +188,7 @@ def _uniform(key: int, purpose: str) -> float:
 
 
 def _one(vendors: Sequence[int], visit: int, frame: int) -> int:
-    """The vendor of a frame."""
+    """Return the vendor of a frame."""
     return int(vendors[int(_uniform(visit, f"frames/vendor{frame}") * len(vendors))])
 
 
@@ -209,7 +209,7 @@ class FrameSet(QuestionSet):
     def _canvas(
         self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
     ) -> Tensor:
-        """uint8 RGBA ``[B, F, 4, S, S]``, empty after the last frame."""
+        """Draw frames, uint8 RGBA ``[B, F, 4, S, S]``, empty after the last frame."""
         data, other_B3 = self.data, self._others(p)
         x = torch.zeros(len(p), data.most, 4, data.size, data.size, dtype=torch.uint8)
         for b, (kind, concept, key, visit) in enumerate(zip(p.kind_N, p.concept_N, p.key_N, visit_B, strict=True)):
@@ -229,9 +229,9 @@ class Frames(Questions):
         sources: name -> source of frames; Stills, Stacks and Clips by default.
         train: name -> number of its training problems; all by default.
         alpha: a source's share of training is proportional to its problems ** alpha; to their number by default.
-        times: with alpha, how often problems of a small source are seen at most while the others' are seen once.
+        times: with alpha, the most times that problems of a small source are seen while the others' are seen once.
         sham: ``permute`` for the control of alpha: it permutes which problems are the frequent ones.
-        kwargs: as of Questions, whose kinds are the sources here.
+        kwargs: arguments of Questions, whose kinds are the sources here.
 
     >>> data = Frames(tiny=True, batch_size=8, length=64)
     >>> batch = next(iter(data.train_dataloader()))
@@ -324,7 +324,7 @@ class Frames(Questions):
         return sets
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """All frames of a sample are augmented alike."""
+        """Augment all frames of a sample alike."""
         B, F = batch.inputs["image"].shape[:2]
         batch.inputs["image"], draw_B = batch.inputs["image"].flatten(0, 1), batch.rng_seed
         batch.rng_seed = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
@@ -334,7 +334,7 @@ class Frames(Questions):
 
 
 class FrameRollouts(RolledDialogues, Frames):
-    """Rollouts of questions about frames: the model's own answers, with the shares of sources of Frames.
+    """Rollouts of questions about frames: the model's own answers, with the source shares of Frames.
 
     An epoch is one pass over the answers; arguments and errors are those of RolledDialogues and Frames.
     """

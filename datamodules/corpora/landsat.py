@@ -21,21 +21,21 @@ class Landsat(CropModule, DebianPackaged):
 
     S is at most 88.
 
-    Regions: ``test`` is the left third of the scene; of the rest, ``val`` is the lower quarter and ``train`` what is
-    above it, with gaps of at least S pixels. The sea is on the right, so a test on that third would be of what training
-    has none of (infrared from visible light, by least squares on colours trained on the rest: R^2 of 0.28, 0.69 and
-    0.80 on the left third, below -0.5 on the right one).
+    Regions: ``test`` is the left third of the scene. In the rest, ``val`` is the lower quarter and ``train`` the part
+    above it, with gaps of at least S pixels. The sea is on the right, so a test on the right third would show what
+    training lacks. (Infrared from visible light, by least squares on colours trained on the rest, has an R^2 of 0.28,
+    0.69 and 0.80 on the left third, and below -0.5 on the right one.)
 
     Crops are standardised by the mean and deviation of the training region. An epoch is ``samples`` crops at random
-    places, rotated and mirrored into one of eight positions; evaluation takes those of a grid, upright.
+    places, rotated and mirrored into one of eight positions. Evaluation takes the crops of a grid, upright.
 
     The package is fetched once by ``apt-get download``, or given as a file; one image of it is read.
 
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        turn: training crops in all eight positions, or upright.
-        kwargs: of every data module of crops and of a Debian package.
+        turn: whether training crops take all eight positions; otherwise they are upright.
+        kwargs: arguments of every data module of crops and of a Debian package.
 
     >>> data = Landsat(tiny=True, batch_size=4, size=16)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -72,14 +72,14 @@ class Landsat(CropModule, DebianPackaged):
         }
 
     def picture(self, index: int) -> Tensor:
-        """In true colours: bands 3, 2, 1."""
+        """Show the crop in true colours: bands 3, 2, 1."""
         row, column = self._place(index)
         x_3SS = self.fields["visible"][::-1, row : row + self.size, column : column + self.size]
         return torch.from_numpy(x_3SS.copy())
 
 
 def synthetic(side: int) -> dict[str, np.ndarray]:
-    """A scene for tests: soft patches of three classes of ground, each with its own brightness in six bands."""
+    """Make a scene for tests: soft patches of three classes of ground, each with its own brightness in six bands."""
     random = np.random.default_rng(0)
     y, x = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side), indexing="ij")
     ground_KHW = np.zeros((3, side, side))

@@ -29,11 +29,11 @@ COLOURS = {
 }
 OPAQUE = 128  # alpha from which a pixel belongs to the drawing
 SECOND = 0.15  # share of a drawing's area from which its second colour is named
-BITS = 6  # of a colour channel, in the table of nearest terms
+BITS = 6  # bits per colour channel, in the table of nearest terms
 
 
 def oklab(rgb_N3: Tensor) -> Tensor:
-    """sRGB in 0..1 to Oklab ``[N, 3]`` (lightness 0..1, two of hue), where equal distances look about equal.
+    """Convert sRGB in 0..1 to Oklab ``[N, 3]`` (lightness 0..1, two of hue), where equal distances look about equal.
 
         Lab = M2 (M1 linear(rgb))^(1/3)        Ottosson 2020, "A perceptual color space for image processing"
 
@@ -60,7 +60,7 @@ def oklab(rgb_N3: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _nearest() -> tuple[Tensor, Tensor]:
-    """For each colour of 6 bits a channel: the number of its nearest term, and its lightness."""
+    """Return the number of the nearest term, and the lightness, for each colour of 6 bits per channel."""
     side = 1 << BITS
     level = (torch.arange(side) + 0.5) / side
     lab_N3 = oklab(torch.cartesian_prod(level, level, level))
@@ -72,13 +72,13 @@ def _nearest() -> tuple[Tensor, Tensor]:
 
 @dataclass
 class MeasuredCaption:
-    """Measurements of R drawings: ``share_RK`` of each colour in the area, and its place.
+    """Measurements of R drawings; ``share_RK``: share of each colour in the area.
 
-    ``x_RK``, ``y_RK``: its centre less that of the drawing, in sides of the drawing's box (right and down are
-    positive). ``far_RK``: its mean distance from the drawing's centre, over that of the whole drawing. ``side_R``: the
-    longer side of the box over that of the image. ``wide_R``: the box's width over its height. ``filled_R``: share of
-    the box that is opaque. ``light_R``: mean Oklab lightness. ``dark_R``: share of black in the rim. ``mirror_R``:
-    intersection over union with the mirror image. An empty drawing has zeros.
+    ``x_RK``, ``y_RK``: the colour's centre minus that of the drawing, in sides of the drawing's box (right and down are
+    positive). ``far_RK``: its mean distance from the drawing's centre, divided by that of the whole drawing.
+    ``side_R``: the longer side of the box, divided by that of the image. ``wide_R``: the box's width divided by its
+    height. ``filled_R``: share of the box that is opaque. ``light_R``: mean Oklab lightness. ``dark_R``: share of black
+    in the rim. ``mirror_R``: intersection over union with the mirror image. An empty drawing has zeros.
     """
 
     share_RK: np.ndarray
@@ -93,7 +93,7 @@ class MeasuredCaption:
     mirror_R: np.ndarray
 
     def colours(self, r: int) -> list[int]:
-        """Numbers of the drawing's one or two main colours, by area; none of an empty drawing."""
+        """Return the numbers of the drawing's one or two main colours, by area; none for an empty drawing."""
         order = np.argsort(-self.share_RK[r], kind="stable")[:2]
         return [int(k) for i, k in enumerate(order) if self.share_RK[r, k] >= (SECOND if i else 1e-9)]
 
@@ -131,7 +131,7 @@ def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
     cx_R, cy_R = ((t * mask_RHW).sum(dim=(1, 2)) / area_R for t in (x_RHW, y_RHW))
     dx_RHW, dy_RHW = ((t - c[:, None, None]) / side_R[:, None, None] for t, c in ((x_RHW, cx_R), (y_RHW, cy_R)))
     far_RHW = (dx_RHW**2 + dy_RHW**2).sqrt()
-    # one bin a (drawing, colour): each sum over pixels is one pass
+    # one bin per (drawing, colour): each sum over pixels is one pass
     terms_K = len(COLOURS)
     bin_N = (torch.arange(rows)[:, None, None] * terms_K + term_RHW)[mask_RHW]
 
@@ -165,7 +165,7 @@ def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
 
 
 def first_and_end(any_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """First True, and one past the last; both 0 where there is none."""
+    """Return the index of the first True, and one past the last; both are 0 if there is none."""
     size = any_RN.shape[1]
     some_R = any_RN.any(dim=1)
     first_R, last_R = any_RN.int().argmax(dim=1), size - any_RN.flip(1).int().argmax(dim=1)
@@ -173,7 +173,7 @@ def first_and_end(any_RN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mirrored(mask_RHW: Tensor, left_R: Tensor, right_R: Tensor) -> Tensor:
-    """The mirror image within the drawing's box."""
+    """Mirror a mask within the drawing's box."""
     wide = mask_RHW.shape[2]
     from_RW = (left_R + right_R - 1)[:, None] - torch.arange(wide)
     inside_RW = (from_RW >= 0) & (from_RW < wide)

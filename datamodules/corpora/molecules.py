@@ -1,4 +1,4 @@
-"""Small molecules: their spelling, their fingerprint, and two numbers to predict (the list that rdkit carries).
+"""Small molecules: their spelling, their fingerprint, and two numbers to predict (from the list that rdkit ships).
 
 Letters: B samples of a batch, N molecules, K spellings of one, T tokens, W bits.
 """
@@ -26,7 +26,7 @@ from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
 
 
 class SpelledSet(TensorSet):
-    """Molecules whose spelling is drawn, as ``spelling_NKT`` has them; the first one where ``random`` is False."""
+    """Molecules with a spelling sampled from ``spelling_NKT``; the first spelling if ``random`` is False."""
 
     def __init__(self, spelling_NKT: Tensor, random: bool, *of: Any) -> None:
         super().__init__(*of)
@@ -43,22 +43,22 @@ class SpelledSet(TensorSet):
 class Molecules(DataModule):
     """4,892 small molecules, as text and as a vector: modalities ``text`` and ``fingerprint``.
 
-    ``text`` is int64 ``[B, T]``, a SMILES: in training one of K random spellings, else the canonical one.
-    ``fingerprint`` is float32 ``[B, W]``, 0 or 1: which surroundings of an atom, up to two bonds far, a molecule has
+    ``text`` is int64 ``[B, T]``, a SMILES: in training one of K random spellings, otherwise the canonical one.
+    ``fingerprint`` is float32 ``[B, W]``, 0 or 1: which surroundings of an atom, up to two bonds away, a molecule has
     (Morgan's). Targets ``logp`` and ``tpsa`` are float32 numbers that rdkit computes from the structure.
 
-    Molecules with one scaffold (their rings, and what links these) are in one part: of the scaffolds, by a hash, 80 %
-    train, 10 % validate and 10 % test. So the test asks about rings that no training molecule has. Evaluation sets:
-    "validate" has ``val``, "test" has ``test``.
+    Molecules with the same scaffold (their rings and the links between them) are in the same part. A hash assigns 80 %
+    of the scaffolds to training, 10 % to validation and 10 % to the test. So the test asks about rings that no training
+    molecule has. Evaluation sets: "validate" has ``val``, "test" has ``test``.
 
-    The list lies in the package rdkit, by ``pip install 'descant[molecules]'``; its own data are described in some
+    The list is in the package rdkit (``pip install 'descant[molecules]'``). Its molecules are described in some
     seconds, and kept in memory.
 
     Args:
         bits: W of the fingerprint.
-        spellings: K; 0 trains on the canonical one alone.
-        tokenizer: of the spellings; one token a byte, 96 a row, by default.
-        kwargs: of every data module.
+        spellings: K; 0 trains only on the canonical one.
+        tokenizer: tokenizer of the spellings; by default one token per byte, 96 per row.
+        kwargs: arguments of every data module.
 
     >>> data = Molecules(tiny=True, batch_size=8, bits=64)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -104,12 +104,12 @@ class Molecules(DataModule):
 
     @cached_property
     def spelling_NKT(self) -> Tensor:
-        """The canonical spelling of each molecule, or of a training set its random ones."""
+        """Tokenize the canonical spelling of each molecule, then its random ones."""
         described, T = self.described, self.smiles_tokenizer
         return torch.stack([T([name, *more]) for name, more in zip(described.smiles, described.spellings, strict=True)])
 
     def number_scale(self, target: str) -> tuple[float, float] | None:
-        """Mean and standard deviation of a number over the training set."""
+        """Return mean and standard deviation of a number over the training set."""
         y_N = self.described.numbers.get(target)
         return None if y_N is None else mean_and_deviation(y_N[self.splits["train"]], f"Molecules: {target}")
 
@@ -141,7 +141,7 @@ class Molecules(DataModule):
 
 
 def synthetic(bits: int, spellings: int) -> Described:
-    """Chains of atoms for tests: a bit is a pair of neighbours, ``logp`` the share of carbon, a scaffold the end."""
+    """Make chains of atoms for tests: a bit is a neighbour pair, ``logp`` the share of carbon, a scaffold the end."""
     random = np.random.default_rng(0)
     names = sorted({"".join(random.choice(list("CCNOS"), random.integers(4, 13))) for _ in range(160)})[:128]
     bits_NW = np.zeros((len(names), bits), dtype=np.uint8)

@@ -29,7 +29,7 @@ from descant.modules.core.rng import mix_N, uniform_N, uniform_NK
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
-#: Motion -> direction of its way (right, down), of its size and of its angle. Backwards, each is its opposite.
+#: Motion -> direction of its path (right, down), of its size and of its angle. Played backwards, each is its opposite.
 MOTIONS: dict[str, tuple[int, int, int, int]] = {
     "standing still": (0, 0, 0, 0),
     "moving left": (-1, 0, 0, 0),
@@ -41,18 +41,18 @@ MOTIONS: dict[str, tuple[int, int, int, int]] = {
     "turning clockwise": (0, 0, 0, 1),
     "turning anticlockwise": (0, 0, 0, -1),
 }
-#: Captions: pieces that the tokenizer joins; evaluation has the first.
+#: Captions: pieces that the tokenizer joins; evaluation uses the first.
 FORMS = (("{name}", "{motion}"), ("{motion}", "{name}"), ("a clip of {name}", "{motion}"))
-#: Least and most of: side and way as shares of the frame, last size over first, radians.
+#: Least and most: side and path as shares of the frame, ratio of last size to first, turn in radians.
 SIDE, WAY, RATIO, TURN = (0.38, 0.46), (0.25, 0.4), (1.6, 2.2), (math.radians(75), math.radians(150))
 #: Pixels of the ten digits, three by five: a row of three bits each.
 DIGITS = ("75557", "26227", "71747", "71717", "55711", "74717", "74757", "71122", "75757", "75717")
-#: Share of the side that the middle of the plate is below that of the drawing.
+#: How far the middle of the plate is below that of the drawing, as a share of the side.
 BELOW = 0.25
 
 
 def plates() -> Tensor:
-    """Plates of the ten digits, uint8 ``[10, 7, 5]``: black on a grey by which the mean of each plate is 128.
+    """Make plates of the ten digits, uint8 ``[10, 7, 5]``: black on the grey that makes the mean of each plate 128.
 
     >>> plates()[7, 1:6, 1:4].eq(0).int().tolist()
     [[1, 1, 1], [0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 1, 0]]
@@ -64,8 +64,11 @@ def plates() -> Tensor:
 
 
 class Motion(NamedTuple):
-    """Course of clips: numbers of motions and digits ``[B]``; middles ``[B, F, 2]`` (right, down) and sides ``[B, F]``
-    as shares of the frame; clockwise angles ``[B, F]`` in radians."""
+    """Course of clips: motion and digit, and the place, size and angle in each frame.
+
+    Numbers of motions and digits ``[B]``; middles ``[B, F, 2]`` (right, down) and sides ``[B, F]`` as shares of the
+    frame; clockwise angles ``[B, F]`` in radians.
+    """
 
     motion_B: Tensor
     digit_B: Tensor
@@ -75,11 +78,11 @@ class Motion(NamedTuple):
 
 
 def motions(draw_B: np.ndarray, frames: int) -> Motion:
-    """Clips of a motion, a digit, a size, a place and a speed each, all uniform, of random keys.
+    """Sample clips from random keys: each has a uniform motion, digit, size, place and speed.
 
         middle(t) = m + t way,   side(t) = s ratio^t,   angle(t) = t turn,   t = f / (F - 1) - 1/2
 
-    with the drawing inside the frame from the first frame to the last, and upright in the middle of its turn.
+    The drawing is inside the frame from the first frame to the last, and upright in the middle of its turn.
 
     >>> clip = motions(np.arange(3), frames=3)
     >>> list(MOTIONS)[clip.motion_B[0]], [round(x, 2) for x in clip.middle_BF2[0, :, 0].tolist()]
@@ -92,7 +95,7 @@ def motions(draw_B: np.ndarray, frames: int) -> Motion:
     way_B2 = sign_B4[:, :2] * between(WAY, u_speed)[:, None]
     log_B = sign_B4[:, 2] * between(RATIO, u_speed).log()
     turn_B, side_B = sign_B4[:, 3] * between(TURN, u_speed), between(SIDE, u_side)
-    # half of the largest side, or of the diagonal of what turns, and half of the way
+    # half of the largest side, or of the diagonal if the drawing turns; below, also half of the path
     half_B = side_B / 2 * (log_B.abs() / 2).exp() * torch.where(turn_B == 0, 1.0, math.sqrt(2))
     room_B2 = 0.5 - half_B[:, None] - way_B2.abs() / 2
     middle_B2 = 0.5 + room_B2 * (2 * torch.stack(u_2, dim=1) - 1)
@@ -110,7 +113,9 @@ def between(bounds: tuple[float, float], u_B: Tensor) -> Tensor:
 
 
 def render(x_B4RR: Tensor, clip: Motion, size: int) -> Tensor:
-    """Frames of moving drawings, uint8 RGBA ``[B, 4, R, R] -> [B, F, 4, S, S]``, bilinear; the plate on whole pixels.
+    """Render frames of moving drawings, uint8 RGBA ``[B, 4, R, R] -> [B, F, 4, S, S]``, bilinear.
+
+    The plate is on whole pixels.
 
     >>> clip = motions(np.arange(3), frames=3)
     >>> x_BF4SS = render(torch.full((3, 4, 8, 8), 255, dtype=torch.uint8), clip, 32)
@@ -122,7 +127,7 @@ def render(x_B4RR: Tensor, clip: Motion, size: int) -> Tensor:
     a_BF22 = (
         torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2) / clip.side_BF[..., None, None]
     )
-    a_BF23 = torch.cat([a_BF22, -a_BF22 @ middle[..., None]], dim=-1)  # from a place of the frame to one of the drawing
+    a_BF23 = torch.cat([a_BF22, -a_BF22 @ middle[..., None]], dim=-1)  # maps a place in the frame to one in the drawing
     grid = F.affine_grid(a_BF23.flatten(0, 1), [B * frames, 4, size, size], align_corners=False)
     x = x_B4RR.float() / 255
     x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], dim=1).repeat_interleave(frames, dim=0)  # premultiplied
@@ -140,7 +145,7 @@ def render(x_B4RR: Tensor, clip: Motion, size: int) -> Tensor:
 
 
 def corners(clip: Motion, size: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the plate's first pixel, int64 ``[B, F]`` each: it turns with the drawing and stays upright."""
+    """Locate the plate's first pixel: row and column, int64 ``[B, F]``. It turns with the drawing but stays upright."""
     down = torch.stack([-clip.angle_BF.sin(), clip.angle_BF.cos()], dim=-1)
     middle_BF2 = (clip.middle_BF2 + BELOW * clip.side_BF[..., None] * down) * size
     high, wide = plates().shape[1:]
@@ -149,7 +154,7 @@ def corners(clip: Motion, size: int) -> tuple[Tensor, Tensor]:
 
 
 class ClipSet(NumberedDataset):
-    """Clips of the drawings of a set of :class:`Emoji`; in evaluation, all about a clip is drawn by its id."""
+    """Clips of the drawings of a set of :class:`Emoji`; in evaluation, the id decides everything about a clip."""
 
     def __init__(self, data: MovingEmoji, drawings: EmojiSet, random: bool = False) -> None:
         super().__init__(data.seed, data.drop if random else None)
@@ -181,20 +186,21 @@ class MovingEmoji(ImageViews):
     """Clips of moving emoji and their captions: "fox, moving left", one of nine motions, with a digit on the drawing.
 
     Inputs: ``video``, float ``[B, F, 3, size, size]``, and ``text``. Targets: ``group`` and ``subgroup`` of the
-    concept, ``identity``, its number, ``motion``, 0 to 8, and ``digit``, 0 to 9, of three by five pixels at every size:
-    of frames reduced to a quarter, template matching at the known place finds three in ten. A training clip is a
-    pure function of (seed, epoch, index), a clip of an evaluation set of its id. Equal content is an equal name with an
-    equal motion. Evaluation sets are those of Emoji with ``paired``.
+    concept, ``identity``, its number, ``motion``, 0 to 8, and ``digit``, 0 to 9. The digit has three by five pixels at
+    every size: in frames reduced to a quarter, template matching at the known place finds three in ten. A training clip
+    is a pure function of (seed, epoch, index), an evaluation clip a function of its id. Clips with equal names and
+    equal motions have equal content. Evaluation sets are those of Emoji with ``paired``.
 
     Args:
         batch_size: rows of one whole optimizer step.
-        size: S, pixels of a side of the frames.
+        size: S, pixels per side of the frames.
         frames: F.
         image: a further modality ``image``, the middle frame.
         text: the tokenizer; the pack's own BPE with rows of 24 by default.
-        groups, vendors, development, sealed, folder: as of Emoji.
-        augment: of training frames, on the device, the same for all frames of a clip; by default colours alone.
-        kwargs: of every data module.
+        groups, vendors, development, sealed, folder: as in Emoji.
+        augment: augmentation of training frames, on the device, the same for all frames of a clip; by default only
+            colours.
+        kwargs: arguments of every data module.
 
     >>> data = MovingEmoji(tiny=True, batch_size=8, size=24, frames=4)
     >>> batch = next(iter(data.train_dataloader()))
@@ -239,7 +245,7 @@ class MovingEmoji(ImageViews):
 
     @property
     def emoji(self) -> Emoji:
-        self._emoji.tiny = self.tiny  # as a mixture may have set it since
+        self._emoji.tiny = self.tiny  # a mixture may have set it since
         return self._emoji
 
     def setup(self, stage: str) -> None:
@@ -256,7 +262,7 @@ class MovingEmoji(ImageViews):
     # what a clip is made of --------------------------------------------------------------------------------------
 
     def pieces(self, form: int, concept: int, motion: int) -> list[str]:
-        """Pieces of a caption."""
+        """Return the pieces of a caption."""
         words = {"name": self.emoji.pack.names[concept], "motion": list(MOTIONS)[motion]}
         return [piece.format(**words) for piece in FORMS[form]]
 
@@ -266,7 +272,7 @@ class MovingEmoji(ImageViews):
         return self._ids[piece]
 
     def sprites(self, concept_B: np.ndarray, vendor_B: np.ndarray) -> Tensor:
-        """Drawings, uint8 ``[B, 4, R, R]``."""
+        """Return drawings, uint8 ``[B, 4, R, R]``."""
         drawings = {v: self.emoji.pack.reduced(VENDORS[v], self.emoji.size) for v in np.unique(vendor_B)}
         return torch.stack([drawings[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
 
@@ -292,7 +298,7 @@ class MovingEmoji(ImageViews):
         return class_prompts(target, self.classes, {"-": " "}, ("{}", "a clip of {}"), self.tokenizer)
 
     def _clip(self, index: int) -> Motion:
-        """The clip of an id, as in evaluation."""
+        """Return the clip of an id, as in evaluation."""
         return motions(fixed(np.array([index])), self.frames)
 
     def describe(self, index: int) -> str:
@@ -313,5 +319,5 @@ class MovingEmoji(ImageViews):
 
 
 def fixed(id_N: np.ndarray) -> np.ndarray:
-    """Keys of clips of evaluation sets, of their ids."""
+    """Compute the keys of clips in evaluation sets, from their ids."""
     return mix_N(id_N, "clip/fixed")

@@ -44,9 +44,9 @@ class PartialInformation(DataModule):
         x_m = Q_m s_m + noise_m e,      s_m in {-1, 1}^K,   Q_m fixed and orthonormal,   e standard normal
         label = unique bits of each modality, shared bits, and parities over all modalities, as one binary number
 
-    A unique or shared bit is in s_m as ``factors_m`` signs whose product it is, all but one of them fair coins: with 1
-    it can be read off linearly, with 2 it is an XOR that is slow to learn. Shared bits are the same in all modalities.
-    Parity j is the XOR of one bit of each modality, each a sign: without all modalities nothing is known of it.
+    A unique or shared bit is the product of ``factors_m`` signs in s_m, all but one of them fair coins. With 1 sign it
+    can be read off linearly; with 2 it is an XOR that is slow to learn. Shared bits are the same in all modalities.
+    Parity j is the XOR of one bit of each modality, each a sign; only all modalities together reveal it.
 
     A sample is a pure function of its id. Targets: ``label`` and each part of it, ``unique_{modality}``, ``shared`` and
     ``synergy``. Evaluation sets: "validate" has ``val``, "test" has ``test``.
@@ -54,13 +54,13 @@ class PartialInformation(DataModule):
 
     Args:
         noise: modality -> standard deviation of its noise; {a: 0.3, b: 0.4} by default.
-        factors: modality -> signs of a unique or shared bit; 1 where not given.
+        factors: modality -> signs of a unique or shared bit; 1 by default.
         width: D.
-        unique, shared, synergy: bits of each part; unique ones of each modality.
-        samples: of training.
-        held_out: of an evaluation set.
-        sealed: evaluation sets are those of the lock-box, which have ids of their own.
-        kwargs: of every data module.
+        unique, shared, synergy: bits of each part; ``unique`` bits for each modality.
+        samples: number of training samples.
+        held_out: number of samples in an evaluation set.
+        sealed: use the evaluation sets of the lock-box, whose samples have their own ids.
+        kwargs: arguments of every data module.
 
     >>> data = PartialInformation({"a": 0.3, "b": 1.0}, unique=1, shared=0, synergy=0, tiny=True)
     >>> [round(data.bayes(*given), 3) for given in (("a",), ("b",), ("a", "b"))]  # the bit of the other is guessed
@@ -109,7 +109,7 @@ class PartialInformation(DataModule):
 
     @property
     def parts(self) -> dict[str, int]:
-        """Part of the label -> its number of bits, in the order of the label's digits."""
+        """Return part of the label -> its number of bits, in the order of the label's digits."""
         parts = {**{f"unique_{m}": self.unique for m in self.noise}, "shared": self.shared, "synergy": self.synergy}
         return {name: count for name, count in parts.items() if count}
 
@@ -122,17 +122,17 @@ class PartialInformation(DataModule):
 
     @property
     def signs(self) -> dict[str, int]:
-        """Modality -> K."""
+        """Return modality -> K."""
         return {m: each * (self.unique + self.shared) + self.synergy for m, each in self.factors.items()}
 
     @cached_property
     def maps(self) -> dict[str, Tensor]:
-        """Modality -> ``Q_DK``, float64 with orthonormal columns."""
+        """Return modality -> ``Q_DK``, float64 with orthonormal columns."""
         rows_D = np.arange(self.width)
         return {m: torch.linalg.qr(_normal(rows_D, count, f"map/{m}"))[0] for m, count in self.signs.items()}
 
     def generate(self, id_N: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs, float32 ``[N, D]`` by modality, and targets, int64 ``[N]`` by name, of the samples with these ids."""
+        """Generate inputs, float32 ``[N, D]`` by modality, and targets, int64 ``[N]`` by name, of samples by id."""
         unique = {m: _bits(id_N, self.unique, f"unique/{m}") for m in self.noise}
         parity = {m: _bits(id_N, self.synergy, f"synergy/{m}") for m in self.noise}
         shared_NP = _bits(id_N, self.shared, "shared")
@@ -149,14 +149,15 @@ class PartialInformation(DataModule):
         return inputs, {name: _number(bits_NP) for name, bits_NP in bits.items()}
 
     def bayes(self, *given: str, target: str = LABEL) -> float:
-        """Bayes accuracy: that of the best decision on ``target``, from the modalities ``given`` (all by default).
+        """Compute the Bayes accuracy, that of the best decision on ``target`` from the modalities ``given`` (or all).
 
-        Of one bit, where ``c_m = 2 Phi(1 / noise_m) - 1`` and ``L_m`` is the log-odds of the bit from x_m alone:
+        For one bit, with ``c_m = 2 Phi(1 / noise_m) - 1`` and ``L_m`` the log-odds of the bit from x_m alone:
 
             unique of m: (1 + c_m^factors_m) / 2     synergy: (1 + prod_m c_m) / 2     shared: P(sum over given L_m > 0)
 
-        and 1/2 where a modality that it needs is not given. Bits are independent, so a target of several has the
-        product. The shared one is ``Phi(sqrt(sum noise_m^-2))`` where all factors are 1, else from 2^18 fixed draws.
+        and 1/2 if a modality that it needs is not given. Bits are independent, so a target of several bits has the
+        product. The shared one is ``Phi(sqrt(sum noise_m^-2))`` if all factors are 1, otherwise it comes from 2^18
+        fixed draws.
         """
         require_known("given", given, self.modalities)
         require_known("target", [target], [LABEL, *self.parts])
@@ -174,7 +175,7 @@ class PartialInformation(DataModule):
         if all(self.factors[m] == 1 for m in seen):
             return _phi(sqrt(sum(std**-2 for std in seen.values())))
         total_N = torch.zeros(DRAWS, dtype=torch.float64)
-        for m, std in seen.items():  # the signs may all be 1: two that change together change neither bit nor odds
+        for m, std in seen.items():  # all signs may be 1: flipping two together changes neither bit nor odds
             draws = torch.Generator().manual_seed(salt(f"partial/bayes/{m}"))
             y_KN = 1 + std * torch.randn(self.factors[m], DRAWS, generator=draws, dtype=torch.float64)
             total_N += reduce(_product_odds, 2 * y_KN / std**2)
@@ -197,12 +198,12 @@ class PartialInformation(DataModule):
 
 
 def _bits(id_N: np.ndarray, count: int, purpose: str) -> Tensor:
-    """Fair 0 and 1, int64 ``[N, count]``."""
+    """Draw fair 0 and 1, int64 ``[N, count]``."""
     return (uniform_NK(id_N, [f"partial/{purpose}/{k}" for k in range(count)]) < 0.5).long()
 
 
 def _normal(id_N: np.ndarray, count: int, purpose: str) -> Tensor:
-    """Standard normal numbers, independent of each other, float64 ``[N, count]``."""
+    """Draw independent standard normal numbers, float64 ``[N, count]``."""
     u_NK = uniform_NK(id_N, [f"partial/{purpose}/{k}" for k in range(count)])
     return torch.special.ndtri(u_NK.double() + 2.0**-25)
 
@@ -216,5 +217,5 @@ def _phi(x: float) -> float:
 
 
 def _product_odds(a_N: Tensor, b_N: Tensor) -> Tensor:
-    """Log-odds that the product of two signs is 1, from those of either: ``2 artanh(tanh(a / 2) tanh(b / 2))``."""
+    """Compute log-odds that a product of two signs is 1, from those of each: ``2 artanh(tanh(a / 2) tanh(b / 2))``."""
     return torch.logaddexp(torch.zeros_like(a_N), a_N + b_N) - torch.logaddexp(a_N, b_N)

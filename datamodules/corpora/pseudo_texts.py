@@ -9,13 +9,13 @@ from descant.modules.selection.pseudo_captions import CAPTIONS
 
 
 class PseudoTexts(CaptionSource):
-    """Pseudo captions from the table of a run: what ``descant predict`` wrote with WritePseudoCaptions.
+    """Pseudo captions from the table of a run, which ``descant predict`` wrote with WritePseudoCaptions.
 
     The sham of a mixer gives each drawing the captions of another one. Source: UniPT (arXiv 2309.01420).
 
     Args:
-        table: the table, or the folder of a run (or of all runs of a name), whose newest one is read.
-        number: which of the captions of an image, 0 for the first.
+        table: the table, or the folder of a run (or of all runs of a name), of which the newest table is read.
+        number: which caption of an image to take, 0 for the first.
     """
 
     def __init__(self, table: str, number: int = 0) -> None:

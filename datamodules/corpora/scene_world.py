@@ -17,7 +17,7 @@ from descant.datamodules.corpora.emoji_pack import VENDORS, Pack
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import Tokenizer
 
-#: Of one-word names and distinct drawings; none of them is held out in the split of the emoji pack by concept.
+#: Concepts with one-word names and distinct drawings. The emoji pack's split by concept holds none of them out.
 CONCEPTS = (
     *("fox", "cat", "elephant", "panda", "lion", "zebra", "giraffe", "frog", "whale", "octopus", "turtle", "butterfly"),
     *("flamingo", "snail", "cactus", "mushroom", "tulip", "sunflower", "pizza", "egg", "avocado", "tomato", "grapes"),
@@ -36,8 +36,8 @@ STEPS = {
 #: Relations that still hold when their two objects are exchanged: their captions have no negative.
 SYMMETRIC = {name for name, steps in STEPS.items() if {(-r, -c) for r, c in steps} == set(steps)}
 SIZES = ("small", "large")
-TRIPLES, ELEMENT = 6, 5  # of a sample, and tokens of an element of a triple, as in Structure-CLIP
-CACHED = 1 << 16  # sentences whose tokens are cached
+TRIPLES, ELEMENT = 6, 5  # triples per sample, and tokens per element of a triple, as in Structure-CLIP
+CACHED = 1 << 16  # the most sentences whose tokens are cached
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Graph:
     large_B2: np.ndarray
 
     def swapped(self, sizes_B: np.ndarray) -> Graph:
-        """With the two objects of the first clause exchanged, or where ``sizes_B`` their two sizes."""
+        """Exchange the two objects of the first clause, or where ``sizes_B`` their two sizes."""
         head_BR, tail_BR = self.head_BR.copy(), self.tail_BR.copy()
         objects_B = ~sizes_B
         head_BR[objects_B, 0], tail_BR[objects_B, 0] = self.tail_BR[objects_B, 0], self.head_BR[objects_B, 0]
@@ -62,7 +62,7 @@ class Graph:
         return replace(self, head_BR=head_BR, tail_BR=tail_BR, large_B2=large_B2)
 
     def rows(self) -> list[list[int]]:
-        """All numbers of a caption, one list a scene."""
+        """List all numbers of each caption, one list per scene."""
         columns = (self.head_BR, self.relation_BR, self.tail_BR, self.large_B2)
         return np.concatenate(columns, axis=1).tolist()
 
@@ -71,7 +71,7 @@ class Graph:
 class Scene:
     """B scenes: concept, vendor, cell, size and place of each of K objects, and the caption.
 
-    ``concept_BK``, ``vendor_BK``, ``cell_BK`` (row by row), ``large_BK``; ``pixels_BK`` of a side, ``top_BK`` and
+    ``concept_BK``, ``vendor_BK``, ``cell_BK`` (row by row), ``large_BK``; ``pixels_BK`` per side, ``top_BK`` and
     ``left_BK`` on the canvas. ``sizes_B``: whether the negative exchanges the sizes, not the objects.
     """
 
@@ -90,10 +90,10 @@ class World:
     """Layouts, canvases, sentences and triples of scenes.
 
     Args:
-        pack: of the concepts' drawings only, in the order of ``names``.
-        names: of the concepts. relations: of the captions.
-        tokenizer: of the captions.
-        size: S. grid: cells of a side. objects: K.
+        pack: only the concepts' drawings, in the order of ``names``.
+        names: names of the concepts. relations: relations in the captions.
+        tokenizer: tokenizer of the captions.
+        size: S. grid: cells per side. objects: K.
         sizes: whether objects are large or small, and captions state it.
     """
 
@@ -125,9 +125,9 @@ class World:
             self.element_VW[1 + number, : len(ids)] = ids
 
     def _layouts(self) -> None:
-        """The L ways to put K objects into cells such that some relation holds from each to the next.
+        """List the L ways to put K objects into cells such that some relation holds from each to the next.
 
-        Sorted by the relation of the first two; a layout for which several hold is listed for each of them.
+        They are sorted by the relation of the first two; a layout for which several hold is listed for each of them.
         """
         cells = range(self.grid**2)
         holds_ccR = self.holds_9R[self.step(np.arange(self.grid**2)[:, None], np.arange(self.grid**2))]
@@ -144,34 +144,34 @@ class World:
         self.layout_R = self.layouts_R.cumsum() - self.layouts_R
 
     def step(self, cell_B: np.ndarray, other_B: np.ndarray) -> np.ndarray:
-        """The direction from one cell to another, as a row number of ``holds_9R``."""
+        """Return the direction from one cell to another, as a row number of ``holds_9R``."""
         row_B, column_B = (np.sign(b - a) for a, b in zip(self.place(cell_B), self.place(other_B), strict=True))
         return 3 * (row_B + 1) + column_B + 1
 
     def place(self, cell_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column of a cell."""
+        """Return row and column of a cell."""
         return cell_B // self.grid, cell_B % self.grid
 
     # pixels --------------------------------------------------------------------------------------------------------
 
     def pixels(self, large: int) -> tuple[int, int]:
-        """The least and the most pixels of a side of a drawing; ``large`` is -1 where there are no sizes."""
+        """Return the least and the most pixels per side of a drawing; ``large`` is -1 if there are no sizes."""
         low, high = {-1: (0.75, 1.0), 0: (0.45, 0.6), 1: (0.85, 1.0)}[large]
         return round(low * self.cell), round(high * self.cell)
 
     def packed(self, vendor: int, pixels: int) -> np.ndarray:
-        """int32 ``[C, pixels^2]``: drawings of one vendor at one size, the four bytes of a pixel as one number."""
+        """Return int32 ``[C, pixels^2]``: drawings of one vendor at one size, a pixel's four bytes as one number."""
         if (vendor, pixels) not in self._packed:
             x_CHW4 = self.pack.reduced(VENDORS[vendor], pixels).permute(0, 2, 3, 1).contiguous().numpy()
             self._packed[vendor, pixels] = x_CHW4.view(np.int32).reshape(len(x_CHW4), -1)
         return self._packed[vendor, pixels]
 
     def canvas(self, scene: Scene) -> Tensor:
-        """uint8 RGBA ``[B, 4, S, S]``, transparent around the objects, which are in different cells."""
+        """Draw scenes, uint8 RGBA ``[B, 4, S, S]``, transparent around the objects, which are in different cells."""
         B, S = len(scene.concept_BK), self.size
         canvas_BSS = np.zeros((B, S, S), dtype=np.int32)
         start_BK = np.arange(B)[:, None] * S * S + scene.top_BK * S + scene.left_BK
-        group_BK = scene.vendor_BK * (S + 1) + scene.pixels_BK  # all of one vendor and size are written at once
+        group_BK = scene.vendor_BK * (S + 1) + scene.pixels_BK  # drawings of one vendor and size are written at once
         for group in np.unique(group_BK):
             here_BK = group_BK == group
             vendor, pixels = divmod(int(group), S + 1)
@@ -184,7 +184,7 @@ class World:
     # words ---------------------------------------------------------------------------------------------------------
 
     def sentence(self, row: Sequence[int]) -> str:
-        """One row of :meth:`Graph.rows` in words."""
+        """Write one row of :meth:`Graph.rows` in words."""
         R = self.objects - 1
         head, relation, tail, large = row[:R], row[R : 2 * R], row[2 * R : 3 * R], row[3 * R :]
         sizes = [f"{SIZES[size]} " if size >= 0 else "" for size in large]
@@ -197,7 +197,7 @@ class World:
         return " and ".join(clauses)
 
     def tokens(self, graph: Graph) -> Tensor:
-        """int64 ``[B, T]``; each sentence is encoded once."""
+        """Return token ids, int64 ``[B, T]``; each sentence is encoded once."""
         rows = []
         for row in map(tuple, graph.rows()):
             if len(self._tokens) >= CACHED:  # long chains hardly ever repeat
@@ -208,7 +208,7 @@ class World:
         return torch.from_numpy(np.array(rows, dtype=np.int64))
 
     def triples(self, graph: Graph, exchanged: bool = False) -> Tensor:
-        """Token ids ``[B, 6, 3, W]``: (head, relation, tail) of each clause, then (object, is, size)."""
+        """Return token ids ``[B, 6, 3, W]``: (head, relation, tail) of each clause, then (object, is, size)."""
         B, R = graph.head_BR.shape
         C = len(self.names)
         number_BK3 = np.zeros((B, TRIPLES, 3), dtype=np.int64)
@@ -223,7 +223,7 @@ class World:
         return torch.from_numpy(self.element_VW[number_BK3])
 
     def key(self, graph: Graph) -> Tensor:
-        """int64 ``[B]``: content keys, equal for equal meanings: "a is right of b" and "b is left of a"."""
+        """Return content keys, int64 ``[B]``, equal for equal meanings: "a is right of b" and "b is left of a"."""
         backward_R = np.array([name in ("right of", "below") for name in self.relations])
         upright_R = np.array([STEPS[name][0][0] != 0 for name in self.relations])
         turn_BR, axis_BR = backward_R[graph.relation_BR], upright_R[graph.relation_BR].astype(np.int64)

@@ -1,9 +1,9 @@
 """Scenes: a few emoji on a canvas, with captions whose meaning depends on the order of words.
 
-"The fox is left of the apple" with the two nouns exchanged has the same words and is false: the sample's hard
-negative. Held out of training: a fifth of the pairs of concepts, and the vendor Fluent. A tenth of the pairs, drawn by
-Twemoji, is for choosing settings: no test set has any of them. Letters: B samples of a batch, N of a set, C concepts,
-P pairs of concepts, K objects of a scene, R = K - 1 clauses of a caption, S pixels of a side.
+"The fox is left of the apple" with the two nouns exchanged has the same words but is false: it is the sample's hard
+negative. Training holds out a fifth of the pairs of concepts, and the vendor Fluent. A tenth of the pairs, drawn by
+Twemoji, is for choosing settings: no test set has any of them. Letters: B samples of a batch, N of a set, C concepts, P
+pairs of concepts, K objects of a scene, R = K - 1 clauses of a caption, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from descant.modules.tokenizers.text import Tokenizer, WordTokenizer
 from descant.modules.transforms.image import Augment
 
 HELD_OUT_VENDOR = "fluent"
-#: Where the splits of the pairs of concepts end.
+#: Where each split of the pairs of concepts ends.
 SPLITS = {"test": 0.2, "val": 0.3, "train": 1.0}
-#: Set -> the split of its pairs, the vendor (None: those of training), and the splits of the pairs that further
-#: objects of a scene may make.
+#: Set -> the split of its pairs, the vendor (None: those of training), and the splits whose pairs further objects of a
+#: scene may form.
 SETS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "train": ("train", None, ("train",)),
     "val": ("val", DEVELOPMENT_VENDOR, ("train", "val")),
@@ -47,15 +47,15 @@ TESTS = ("vendor", "pairs", "both")
 class SceneSet(NumberedDataset):
     """One row for each relation between the concepts of a pair, in both orders.
 
-    Everything else about a scene (places, sizes, vendors, further objects) is sampled: by the seed of the visit in
-    training, by the id of the scene in evaluation, which has the same scenes in every run.
+    Everything else about a scene (places, sizes, vendors, further objects) is sampled. The seed of the visit decides in
+    training, the id of the scene in evaluation, so every run evaluates the same scenes.
 
     Args:
         data: module with the world and its splits.
         name: one of ``SETS``.
-        scenes: number of them, chosen by a hash of their ids; all by default.
-        random: a training set: sampled anew at each visit.
-        exchanged: heads and tails of the triples are exchanged: a control of the benefit of triples.
+        scenes: number of scenes, chosen by a hash of their ids; all by default.
+        random: whether this is a training set, sampled anew at each visit.
+        exchanged: exchange heads and tails of the triples: a control of the benefit of triples.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SceneSet(NumberedDataset):
         self.stream = "scene/sealed" if sealed else "scene"
         if scenes is not None:
             order = np.argsort(mix_N(self.id_N, "scenes/chosen"))
-            # the lock-box takes the other end: no scene of the open test set, if there are enough
+            # the lock-box takes the other end: it has no scene of the open test set, if there are enough
             chosen = np.sort(order[-scenes:] if sealed else order[:scenes])
             self.fact_N3, self.id_N = self.fact_N3[chosen], self.id_N[chosen]
         _, vendor, beside = SETS[name]
@@ -87,7 +87,7 @@ class SceneSet(NumberedDataset):
         return {"image": all_N, "text": all_N.clone(), "text" + NEGATIVE: ~symmetric_N}
 
     def scene(self, index_B: np.ndarray, draw_B: np.ndarray) -> Scene:
-        """Objects and captions of some rows."""
+        """Sample objects and captions of some rows."""
         world, K = self.world, self.world.objects
 
         def u_BK(what: str) -> np.ndarray:
@@ -96,7 +96,7 @@ class SceneSet(NumberedDataset):
         first_B, relation_B, second_B = self.fact_N3[index_B].T
         concept_BK = self._concepts(np.stack([first_B, second_B], axis=1), u_BK("concept"))
         vendor_BK = self.vendors[_floor(u_BK("vendor"), len(self.vendors))]
-        # a layout with the relation of the first two; then a relation that holds from each of the others to its next
+        # a layout with the relation of the first two; then a relation that holds from each other object to the next
         layout_B = world.layout_R[relation_B] + _floor(u_BK("layout")[:, 0], world.layouts_R[relation_B])
         cell_BK = world.layout_LK[layout_B]
         relation_BR = _pick(world.holds_9R[world.step(cell_BK[:, :-1], cell_BK[:, 1:])], u_BK("relation")[:, 1:])
@@ -110,12 +110,12 @@ class SceneSet(NumberedDataset):
         left_BK = column_BK * world.cell + _floor(u_BK("left"), world.cell - pixels_BK + 1)
 
         graph = Graph(concept_BK[:, :-1], relation_BR, concept_BK[:, 1:], large_BK[:, :2])
-        differ_B = large_BK[:, 0] != large_BK[:, 1]  # equal sizes exchanged would be the same caption
+        differ_B = large_BK[:, 0] != large_BK[:, 1]  # exchanging equal sizes would give the same caption
         sizes_B = (u_BK("swap")[:, 0] < 0.5) & differ_B
         return Scene(concept_BK, vendor_BK, cell_BK, large_BK, pixels_BK, top_BK, left_BK, graph, sizes_B)
 
     def _concepts(self, pair_B2: np.ndarray, u_BK: np.ndarray) -> np.ndarray:
-        """The pair, and for each further object one of the concepts that may be with all before it."""
+        """Return the pair, and for each further object a concept that may be with all before it."""
         chosen = [pair_B2[:, 0], pair_B2[:, 1]]
         for k in range(2, self.world.objects):
             free_BC = np.logical_and.reduce([self.together_CC[c_B] for c_B in chosen])
@@ -137,12 +137,12 @@ class SceneSet(NumberedDataset):
 
 
 def _floor(u_B: np.ndarray, count_B: np.ndarray | int) -> np.ndarray:
-    """A uniform whole number below ``count_B``, of a uniform number in 0..1."""
+    """Return a uniform whole number below ``count_B``, from a uniform number in 0..1."""
     return (u_B * count_B).astype(np.int64)
 
 
 def _pick(free_BC: np.ndarray, u_B: np.ndarray) -> np.ndarray:
-    """A uniform choice among the places that are True in the last axis."""
+    """Choose uniformly among the places that are True in the last axis."""
     reach_BC = free_BC.cumsum(axis=-1)
     return (reach_BC > _floor(u_B, reach_BC[..., -1])[..., None]).argmax(axis=-1)
 
@@ -152,8 +152,8 @@ class Scenes(ImageViews):
 
     Inputs: ``image``; ``text`` and ``text_neg``; ``triples`` and ``triples_neg``, token ids ``[B, 6, 3, 5]``. Targets:
     ``relation``, what the negative exchanges (a relation's number; the one after the last for sizes), and ``concept``,
-    ``cell`` and ``large`` of each object. A negative has the same words, and is false of the scene; a caption of a
-    symmetric relation has none.
+    ``cell`` and ``large`` of each object. A negative has the same words but is false for the scene; a caption with a
+    symmetric relation has no negative.
 
     Evaluation sets: "validate" has ``val`` (a tenth of the pairs, drawn by Twemoji; no other set has either); "test"
     has ``vendor`` (Fluent's drawings of training pairs), ``pairs`` (held-out pairs, training vendors) and ``both``.
@@ -162,22 +162,22 @@ class Scenes(ImageViews):
     Args:
         batch_size: rows of one whole optimizer step.
         size: S, pixels of the canvas, which the grid divides.
-        grid: cells of a side.
-        objects: K of a scene; the caption states the relation from each to the next.
+        grid: cells per side.
+        objects: K, objects of a scene; the caption states the relation from each to the next.
         concepts: English names of the emoji pack; 48 one-word names by default.
-        relations: of the captions.
-        sizes: objects are large or small, and the caption states it for the first two.
-        vendors: of the training images.
-        text: the tokenizer; one id a word by default.
-        scenes: of an evaluation set.
-        exchanged: also a test set ``exchanged``, the scenes of ``both`` with heads and tails of all triples exchanged:
-            a control on which a model that uses the triples is worse.
-        augment: of training images, on the device.
-        folder: of the pack.
-        sealed: the lock-box is tested on in place of the test set: EmojiOne's drawings in place of Fluent's, of the
-            pairs of which it draws both concepts, and other scenes of the held-out pairs. The held-out pairs, training
+        relations: relations in the captions.
+        sizes: whether objects are large or small; the caption states it for the first two.
+        vendors: vendors of the training images.
+        text: the tokenizer; one id per word by default.
+        scenes: number of scenes in an evaluation set.
+        exchanged: add a test set ``exchanged``, the scenes of ``both`` with heads and tails of all triples exchanged: a
+            control on which a model that uses the triples is worse.
+        augment: augmentation of training images, on the device.
+        folder: folder of the pack.
+        sealed: test on the lock-box instead of the test set: on EmojiOne's drawings instead of Fluent's, for pairs of
+            which EmojiOne draws both concepts, and on other scenes of the held-out pairs. The held-out pairs, training
             and validation are unchanged. Only a claim at its effect stage reads it (``lockbox`` of the claim).
-        kwargs: of every data module.
+        kwargs: arguments of every data module.
 
     >>> batch = next(iter(Scenes(tiny=True, batch_size=8).train_dataloader()))
     >>> batch.inputs["image"].shape, batch.inputs["triples_neg"].shape, sorted(batch.present)
@@ -253,7 +253,7 @@ class Scenes(ImageViews):
             return self.text
         texts = ["the", "is", "and", *SIZES, *self.relations, *self.concepts]
         words = dict.fromkeys(word for text in texts for word in text.split())
-        # <bos>, <eos>, nine words a clause at most, and "and" between
+        # <bos>, <eos>, at most nine words per clause, and "and" between
         return WordTokenizer(list(words), length=2 + 9 * (self.objects - 1) + self.objects - 2 + 2 * self.sizes)
 
     @property
@@ -262,12 +262,12 @@ class Scenes(ImageViews):
 
     @cached_property
     def pair_P2(self) -> np.ndarray:
-        """All unordered pairs of concepts."""
+        """Return all unordered pairs of concepts."""
         return np.stack(np.triu_indices(len(self.concepts), k=1), axis=1)
 
     @cached_property
     def split_P(self) -> np.ndarray:
-        """The split of every pair: exact shares of the order by a hash of both names."""
+        """Return the split of every pair: exact shares of the order by a hash of both names."""
         names = [sorted((self.concepts[a], self.concepts[b])) for a, b in self.pair_P2]
         order_P = np.argsort([salt(f"scenes/{a}/{b}") for a, b in names])
         splits, start = np.empty(len(names), dtype="<U5"), 0
@@ -277,18 +277,18 @@ class Scenes(ImageViews):
         return splits
 
     def drawn(self, vendor: str | None) -> np.ndarray:
-        """Bool ``[C]``: the concepts that a vendor draws; all, except of the lock-box's vendor."""
+        """Return bool ``[C]``: the concepts that a vendor draws; all, except for the lock-box's vendor."""
         return self.world.pack.drawings(vendor)[1] if vendor else np.ones(len(self.concepts), dtype=bool)
 
     def together(self, *splits: str) -> np.ndarray:
-        """Bool ``[C, C]``: the pairs of some splits."""
+        """Return bool ``[C, C]``: the pairs of some splits."""
         together_CC = np.zeros((len(self.concepts), len(self.concepts)), dtype=bool)
         a_P, b_P = self.pair_P2[np.isin(self.split_P, splits)].T
         together_CC[a_P, b_P] = together_CC[b_P, a_P] = True
         return together_CC
 
     def facts(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """``[N, 3]`` of a set: first concept, relation, second; and the ids: pair, order and relation, then the set."""
+        """Return ``[N, 3]`` of a set (first concept, relation, second), and ids of pair, relation, order and set."""
         split, vendor, _ = SETS[name]
         pairs = np.flatnonzero((self.split_P == split) & self.drawn(vendor)[self.pair_P2].all(axis=1))
         if not len(pairs) and self.sealed:
@@ -318,7 +318,7 @@ class Scenes(ImageViews):
     # what evaluation reads -------------------------------------------------------------------------------------------
 
     def _one(self, index: int) -> Scene:
-        """The scene of an id, as in evaluation."""
+        """Return the scene of an id, as in evaluation."""
         rows = SceneSet(self, list(SETS)[index % len(SETS)])
         (row,) = np.flatnonzero(rows.id_N == index)
         return rows.scene(np.array([row]), rows.draws([Slot(0, int(row), True)]))
@@ -331,9 +331,9 @@ class Scenes(ImageViews):
 
 
 def gentle(size: int) -> Augment:
-    """The default augmentation: relations between places stay true.
+    """Return the default augmentation: relations between places stay true.
 
-    No random background: with one, a conv tower learned nothing on the validation set in two hundred steps.
+    It has no random background: with one, a conv tower learned nothing on the validation set in two hundred steps.
     """
     return Augment(
         size,

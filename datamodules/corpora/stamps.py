@@ -1,7 +1,7 @@
 """Stamps: images, captions in many languages and recorded speech, some of it missing (tuxpaint-stamps-default).
 
-702 stamps (951 with symbols), their recordings in up to 13 languages. Held out of training: families of stamps, split
-70/10/20 by a hash of the family's name, and one spoken language. Missing recordings are missing in the corpus.
+702 stamps (951 with symbols), with recordings in up to 13 languages. Held out of training: families of stamps, split
+70/10/20 by a hash of the family's name, and one spoken language. Missing recordings are missing in the corpus itself.
 Letters: B samples of a batch, N of a set, L spoken languages, K choices of a sample, S samples of a waveform, T tokens.
 """
 
@@ -35,20 +35,21 @@ from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from descant.modules.transforms.image import Augment, reduce_rgba
 
-#: In ``text_languages``: the language of the recording.
+#: Name in ``text_languages`` for the language of the recording.
 SAME = "same"
 SPLITS = {"train": 0.7, "val": 0.8, "test": 1.0}  # where each ends
 
 
 class StampsSet(NumberedDataset):
-    """One row a stamp; the languages of its recording and caption are sampled at each visit, or fixed.
+    """One row per stamp; the languages of its recording and caption are sampled at each visit, or fixed.
 
     Args:
         data: module with the corpus of M stamps and the options of all its sets.
-        split: of the stamps.
-        spoken: languages of the recordings: one is sampled of those that the stamp has.
-        random: a training set: the language of a caption is sampled likewise of ``text_languages``, in which ``same``
-            is that of the recording; else it is the first that the stamp has. English if it has none of them.
+        split: split of the stamps.
+        spoken: languages of the recordings; one is sampled among those that the stamp has.
+        random: whether this is a training set. Then the language of a caption is sampled likewise from
+            ``text_languages``, in which ``same`` is that of the recording. Otherwise it is the first that the stamp
+            has. English if it has none of them.
     """
 
     def __init__(self, data: Stamps, split: str, spoken: Sequence[str], random: bool = False) -> None:
@@ -57,7 +58,7 @@ class StampsSet(NumberedDataset):
         self.corpus, self.id_N = data.corpus, np.flatnonzero(data.split_M == split)
         self.clips = self.corpus.clips[[self.corpus.languages.index(language) for language in spoken]]
         self.has = self.clips[:, :, 1] > 0
-        # the recordings that each stamp has are first: sampling one is a look-up
+        # the recordings that each stamp has come first, so sampling one is a look-up
         self.choice = np.argsort(~self.has, axis=0, kind="stable")
         self._tokens: dict[tuple[int, str], list[int]] = {}
 
@@ -105,8 +106,8 @@ class Stamps(ImageViews, DebianPackaged):
 
     Evaluation sets: "validate" has ``val``; "test" has ``stamps`` (held-out families, spoken in ``speech``),
     ``language`` (training stamps, spoken in the held-out language) and ``both`` (held-out families in the held-out
-    language). Stamps of equal English caption have one content key. The stamps of ``language`` are those of the bank,
-    so k-NN accuracy means something on the other sets only.
+    language). Stamps with equal English captions share a content key. The stamps of ``language`` are those of the bank,
+    so k-NN accuracy is meaningful only on the other sets.
 
     The package is fetched once by ``apt-get download``, or given as a file, and decoded into the cache: about 500 MB
     in ``DESCANT_CACHE``, or ``descant`` in the platform's folder for caches.
@@ -114,23 +115,23 @@ class Stamps(ImageViews, DebianPackaged):
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        size: pixels of a side of the images, at most 64.
-        seconds: of speech in an input, at most 4; nine in ten recordings are shorter than 2.5.
+        size: pixels per side of the images, at most 64.
+        seconds: seconds of speech in an input, at most 4; nine in ten recordings are shorter than 2.5.
         text: the tokenizer; character trigrams in rows of 80 by default.
-        text_languages: of the captions; ``same`` is the language of the recording. Training samples one, evaluation
-            takes the first.
+        text_languages: languages of the captions; ``same`` is the language of the recording. Training samples one,
+            evaluation takes the first.
         spoken: languages of the training recordings; all but the held-out one by default. ``sound`` is the sound of
             what the stamp shows (a lion's roar), which 134 stamps have.
         speech: language of the evaluation recordings.
         held_out: the spoken language that is not in training.
-        symbols: with the 249 stamps of letters, coins, digits and signs. Not by default: their captions are templates
-            ("The letter j."), from which nothing is learned for others, and as a quarter of the corpus in one easy
-            class they would raise every accuracy.
+        symbols: include the 249 stamps of letters, coins, digits and signs. By default they are left out: their
+            captions are templates ("The letter j.") that teach nothing about others. As a quarter of the corpus in one
+            easy class, they would raise every accuracy.
         token_dropout: probability that a token of a training caption becomes padding.
-        augment: of training images, on the device.
-        augment_audio: of the features of training speech, on the device.
-        features: from waveforms to the input of the audio tower, on the device.
-        kwargs: of every data module of a Debian package.
+        augment: augmentation of training images, on the device.
+        augment_audio: augmentation of the features of training speech, on the device.
+        features: maps waveforms to the input of the audio tower, on the device.
+        kwargs: arguments of every data module of a Debian package.
 
     >>> data = Stamps(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
@@ -187,7 +188,7 @@ class Stamps(ImageViews, DebianPackaged):
     def corpus(self) -> Corpus:
         corpus = synthetic() if self.tiny else Corpus.load(self.package_folder())
         ledger = run_ledger(self.trainer)
-        for skipped in corpus.skipped:  # when the corpus was prepared; every run reports them
+        for skipped in corpus.skipped:  # skipped when the corpus was prepared; every run reports them
             ledger.skip(*skipped)
             ledger.read()
         require_known("spoken", self.spoken or [], corpus.languages)
@@ -203,13 +204,13 @@ class Stamps(ImageViews, DebianPackaged):
 
     @cached_property
     def images(self) -> Tensor:
-        """uint8 ``[M, 4, size, size]`` of all stamps, averaged down once."""
+        """Return uint8 ``[M, 4, size, size]`` of all stamps, averaged down once."""
         images = torch.from_numpy(np.array(self.corpus.images))
         return images if self.size == images.shape[-1] else reduce_rgba(images, self.size)
 
     @cached_property
     def split_M(self) -> np.ndarray:
-        """The split of every stamp, by a hash of its family's name alone; "" for a symbol that is left out."""
+        """Return the split of every stamp, by a hash of only its family's name; "" for a symbol that is left out."""
         shares = [name_hash(f"stamps/{family}") / 2**64 for family in families(self.corpus)]
         splits = [next(split for split, end in SPLITS.items() if share < end) for share in shares]
         used = [self.symbols or not name.startswith("symbols/") for name in self.corpus.names]
@@ -217,7 +218,7 @@ class Stamps(ImageViews, DebianPackaged):
 
     @cached_property
     def key_M(self) -> np.ndarray:
-        """Content keys: stamps of equal English caption share one; a stamp without a caption has a key of its own."""
+        """Return content keys: stamps with equal English captions share one; a stamp without a caption has its own."""
         first: dict[str, int] = {}
         captions = [texts.get(ENGLISH, f"\n{i}").casefold() for i, texts in enumerate(self.corpus.texts)]
         return np.array([first.setdefault(caption, i) for i, caption in enumerate(captions)])
@@ -274,7 +275,7 @@ class Stamps(ImageViews, DebianPackaged):
 
 
 def synthetic(stamps: int = 96) -> Corpus:
-    """A corpus for tests: shapes in colours, their names as captions, and tones for recordings; some are missing."""
+    """Make a corpus for tests: shapes in colours, their names as captions, tones as recordings; some are missing."""
     things, languages = ["disc", "square", "bar", "cross"], ["fr", "ru", "es", ENGLISH, SOUND]
     place = np.stack(np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64)))
     shapes = [

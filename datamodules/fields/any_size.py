@@ -20,19 +20,19 @@ from descant.modules.core.rng import uniform_NK
 from descant.modules.transforms.any_size import CanvasPixels
 from descant.modules.transforms.image import HALF, Colour
 
-#: Of longer images the middle is taken: a batch has room for the longest side of any of them, both ways.
+#: Largest aspect, either way: of longer images the middle is taken, since a batch is as high and wide as its largest.
 LONGEST = 4
 #: An image with more tokens than the budget is made smaller, or ends the run.
 Oversize = Literal["resize", "error"]
 
 
 def grids(shape_N2: np.ndarray, patch: int, tokens: int, enlarge: bool = False) -> np.ndarray:
-    """Rows and columns of patches, int64 ``[N, 2]``, of images of (height, width):
+    """Compute rows and columns of patches, int64 ``[N, 2]``, of images of (height, width):
 
         (ceil(s height / patch), ceil(s width / patch))    at the largest s of at most ``tokens`` patches
 
-    and, unless ``enlarge``, of at most 1. NaFlex's rule (timm's ``get_image_size_for_seq``), in whole numbers: the
-    largest s is one at which a side is whole patches.
+    where s is at most 1 unless ``enlarge``. This is NaFlex's rule (timm's ``get_image_size_for_seq``), in whole
+    numbers: at the largest s, one side is a whole number of patches.
 
     >>> grids(np.array([[64, 128], [480, 640], [16, 16]]), patch=16, tokens=64).tolist()
     [[4, 8], [7, 9], [1, 1]]
@@ -43,14 +43,14 @@ def grids(shape_N2: np.ndarray, patch: int, tokens: int, enlarge: bool = False) 
     down_N, across_N = _most(high_N, wide_N, tokens), _most(wide_N, high_N, tokens)
     by_down_N2 = np.stack([down_N, -(-wide_N * down_N // high_N)], axis=1)
     by_across_N2 = np.stack([-(-high_N * across_N // wide_N), across_N], axis=1)
-    larger_N1 = (down_N * wide_N >= across_N * high_N)[:, None]  # s of the one is down / height, of the other ...
+    larger_N1 = (down_N * wide_N >= across_N * high_N)[:, None]  # s is down / height or across / width, the larger one
     most_N2 = np.where(larger_N1, by_down_N2, by_across_N2)
     own_N2 = -(-shape_N2.astype(np.int64) // patch)
     return most_N2 if enlarge else np.where((own_N2.prod(axis=1) <= tokens)[:, None], own_N2, most_N2)
 
 
 def _most(side_N: np.ndarray, other_N: np.ndarray, tokens: int) -> np.ndarray:
-    """The most patches n along one side for which ``n ceil(n other / side) <= tokens``; 0 where 1 is too many."""
+    """Return the most patches n along one side for which ``n ceil(n other / side) <= tokens``; 0 if 1 is too many."""
     low_N, high_N = np.zeros_like(side_N), np.full_like(side_N, tokens)
     for _ in range(tokens.bit_length() + 1):
         middle_N = (low_N + high_N + 1) // 2
@@ -60,18 +60,17 @@ def _most(side_N: np.ndarray, other_N: np.ndarray, tokens: int) -> np.ndarray:
 
 
 class AnySizeImages(Images):
-    """Encoded images -> uint8 ``[B, 4, H, W]``: each at the top left, at its own grid of patches; the fourth channel is
-    255 on it and 0 beside it.
+    """Encoded images -> uint8 ``[B, 4, H, W]``: each at the top left, at its own grid of patches.
 
-    In training a box of ``scale`` of the area with the aspect of the image, at a random place, and flips; in evaluation
-    all of it. Tokens do not depend on the box: it is resized to the grid of the whole. Formats and errors as of
-    :class:`Images`.
+    The fourth channel is 255 on the image and 0 beside it. Training takes a box of ``scale`` of the area with the
+    aspect of the image, at a random place, and flips; evaluation takes the whole image. The number of tokens does not
+    depend on the box, which is resized to the grid of the whole. Formats and errors are those of :class:`Images`.
 
     Args:
-        patch: pixels a side of a patch.
-        tokens: most patches of an image.
-        enlarge: images of fewer patches are enlarged to the budget, too.
-        scale, flip, limit, filter, gap, stream: as of Images; ``gap`` over the pixels of the grid.
+        patch: pixels per side of a patch.
+        tokens: the most patches per image.
+        enlarge: images with fewer patches are enlarged to the budget, too.
+        scale, flip, limit, filter, gap, stream: as in Images; ``gap`` is relative to the pixels of the grid.
 
     >>> import simplejpeg
     >>> white = simplejpeg.encode_jpeg(np.full((20, 40, 3), 255, dtype=np.uint8))
@@ -98,7 +97,7 @@ class AnySizeImages(Images):
         self.patch, self.tokens, self.enlarge = patch, tokens, enlarge
 
     def grids(self, shape_N2: np.ndarray) -> np.ndarray:
-        """Rows and columns of patches, int64 ``[N, 2]``, of images of (height, width)."""
+        """Compute rows and columns of patches, int64 ``[N, 2]``, of images of (height, width)."""
         return grids(_within_longest(shape_N2), self.patch, self.tokens, self.enlarge)
 
     def boxes(self, shape_B2: np.ndarray, draw_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -150,20 +149,24 @@ def _within_longest(shape_N2: np.ndarray) -> np.ndarray:
 
 
 class AnySizeField(ImageField):
-    """Encoded images of any size and aspect -> uint8 ``[B, 4, H, W]``, each at its own grid of patches, within a budget
-    of tokens; on the device ``-inf`` beside an image. For :class:`AnySizeTower` and a PatchAdapter with ``padded``.
+    """Encoded images of any size and aspect -> uint8 ``[B, 4, H, W]``, each at its own grid of patches.
 
-    Sides become whole patches, by less than a patch, and aspects are kept otherwise: see :func:`grids`. Of an image
-    more than 4 times as long as high, or as high as long, the middle is taken.
+    Each image has at most a budget of tokens; on the device, pixels beside it are ``-inf``. For :class:`AnySizeTower`
+    and a PatchAdapter with ``padded``.
+
+    Each side changes to whole patches, by less than a patch; aspects are kept otherwise: see :func:`grids`. If an image
+    is more than 4 times as long as high, or as high as long, only its middle is taken.
 
     Args:
-        field: as of ImageField.
-        patch: pixels a side of a patch, as of the tower.
-        tokens: most patches of an image.
-        oversize: an image of more is resized to the budget, or refused: then sizes of all are read before training.
-        enlarge: images of fewer are enlarged to the budget, as NaFlex does; else they stay as they are.
-        scale: share of the area of a training image's box; the aspect is the image's. flip: of a mirrored image.
-        filter, limit, mean, std: as of ImageField.
+        field: as in ImageField.
+        patch: pixels per side of a patch, as in the tower.
+        tokens: the most patches per image.
+        oversize: an image with more is resized to the budget, or refused. To refuse, the sizes of all are read before
+            training.
+        enlarge: images with fewer are enlarged to the budget, as NaFlex does; otherwise they stay as they are.
+        scale: share of the area in a training image's box; the aspect is the image's. flip: probability of a mirrored
+            image.
+        filter, limit, mean, std: as in ImageField.
 
     >>> AnySizeField(patch=8, tokens=16).decode([b"no picture", None], None)[0].shape
     torch.Size([2, 4, 8, 8])
@@ -192,13 +195,13 @@ class AnySizeField(ImageField):
         return None
 
     def counts(self, shape_N2: np.ndarray) -> np.ndarray:
-        """int64 ``[N]``: tokens of images of (height, width); the budget where a shape is not known, 0 x 0."""
+        """Count the tokens of images of (height, width), int64 ``[N]``; the budget if a shape is not known, 0 x 0."""
         known_N = shape_N2.min(axis=1) > 0
         count_N = self.sizes.grids(np.where(known_N[:, None], shape_N2, 1)).prod(axis=1)
         return np.where(known_N, count_N, self.tokens)
 
     def require(self, shape_N2: np.ndarray, name: Callable[[int], str]) -> None:
-        """Raises ValueError, by ``name`` of its number, for the largest image over the budget, if those are refused."""
+        """Raise ValueError, by ``name`` of its number, for the largest image over the budget, if those are refused."""
         if self.oversize == "resize" or not len(shape_N2):
             return
         own_N2 = -(-_within_longest(shape_N2) // self.patch)

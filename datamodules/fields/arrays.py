@@ -13,15 +13,15 @@ from descant.datamodules.sources.arrays import array_of
 
 
 class ArrayField(Field):
-    """Arrays of numbers -> float32 ``[B, W]``, or ``[B, T, W]`` with rows of nan behind those that a sample has.
+    """Arrays of numbers -> float32 ``[B, W]``, or ``[B, T, W]``, where rows of nan fill the place of missing rows.
 
-    Of ``.npy`` files, and of parquet columns that are lists of floats, or lists of such lists: features ``[W]`` or
-    ``[T, W]`` of another model, points ``[T, 3 + W']``. Of more than T rows it takes T, evenly spaced, the first and
-    the last among them.
+    Reads ``.npy`` files, and parquet columns that are lists of floats, or lists of such lists: features ``[W]`` or
+    ``[T, W]`` of another model, points ``[T, 3 + W']``. From more than T rows it takes T, evenly spaced, including the
+    first and the last.
 
     Args:
         width: W.
-        rows: T; one vector a sample where not given.
+        rows: T; by default one vector per sample.
         field: name of the field; several as ``npy;points``. The only field with arrays by default.
 
     >>> raw = array_bytes([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])

@@ -1,4 +1,4 @@
-"""Which fields of a corpus hold the images, recordings and captions, by their names and first values.
+"""Find the fields of a corpus that hold images, recordings and captions, by their names and first values.
 
 Letters: B samples of a batch, N of a source, F fields of a modality, G groups of fields.
 """
@@ -14,23 +14,23 @@ import numpy as np
 from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, VIDEO_ENDINGS, Raw, Source, media
 from descant.modules.core.rng import uniform_N
 
-#: Names of captions; a text of another name is a caption if it is the only one.
+#: Names of captions; a text field with another name holds captions if it is the only one.
 _CAPTIONS = ("caption", "captions", "text", "txt", "description", "sentence", "sentences", "alt_text")
 #: Names of texts that are metadata and never captions.
 _ABOUT = re.compile(
     r"split|lang(uage)?|label|class|category|folder|file_?(name)?|path|u?id|key|url|uri|license|licence|author|source|"
     r"status|md5|sha\d*|hash|date|time(stamp)?|width|height|size|exif|.*_(id|url|path|name)|__.*__"
 )
-#: Values of a column that are inspected.
+#: How many values of a column are inspected.
 _INSPECTED = 10
 
 
 class Column:
-    """The fields of a modality: one, the first of several that a sample has, or one sampled of them.
+    """The fields of a modality: one, or several, of which a sample takes the first that it has or a sampled one.
 
     Args:
         names: F fields. has_NF: bool, which sample has which.
-        group_F: fields of equal number are parts of one list (``caption.0``, ``caption.1``), and share its weight.
+        group_F: fields with equal numbers are parts of one list (``caption.0``, ``caption.1``), and share its weight.
         weight_G: sampling weight of each group.
     """
 
@@ -51,11 +51,11 @@ class Column:
         return np.asarray(self.has_NF.any(axis=1))
 
     def pick(self, row_B: np.ndarray, draw_B: np.ndarray | None, purpose: str) -> np.ndarray:
-        """int64 ``[B]``: the field of each sample, -1 for none; without ``draw_B`` the first that it has."""
+        """Choose the field of each sample, int64 ``[B]``, -1 for none; without ``draw_B``, the first that it has."""
         has_BF = self.has_NF[row_B]
         if draw_B is None or len(self.names) == 1:
             return np.where(has_BF.any(axis=1), has_BF.argmax(axis=1), -1)
-        # a group's weight is shared by the parts that the sample has
+        # the parts that the sample has share the weight of their group
         parts_BG = np.maximum(has_BF @ self.member_FG.astype(np.int64), 1)
         weight_BF = has_BF * ((self.weight_G / parts_BG) @ self.member_FG.T)
         reach_BF = weight_BF.cumsum(axis=1)
@@ -65,7 +65,7 @@ class Column:
 
 
 def kinds(source: Source) -> dict[str, str]:
-    """Field -> ``image``, ``audio``, ``video``, ``array``, ``text``, ``number`` or ``unknown``, by its first values."""
+    """Map fields to ``image``, ``audio``, ``video``, ``array``, ``text``, ``number`` or ``unknown`` by first values."""
     cache: dict[int, dict[str, Raw]] = {}  # each sample is read once: one JSON may hold a thousand fields
     return {field: _kind(source, field, cache) for field in source.fields}
 
@@ -84,18 +84,18 @@ def _kind(source: Source, field: str, cache: dict[int, dict[str, Raw]]) -> str:
     if texts:
         numbers = all(re.fullmatch(r"[-+\d.,eE%: ]*|true|false", text.strip()) for text in texts)
         return "number" if numbers else "text"
-    name = field.rpartition(".")[2].lower()  # nothing of it can be read: go by its name
+    name = field.rpartition(".")[2].lower()  # no value can be read: go by the name
     endings = {"image": IMAGE_ENDINGS, "audio": SOUND_ENDINGS, "video": VIDEO_ENDINGS, "array": ("npy",)}
     return next((kind for kind, names in endings.items() if name in (*names, kind)), "unknown")
 
 
 def _readable(source: Source, index: int) -> dict[str, Raw]:
-    """The fields of a sample that can be read; of bytes the first ones."""
+    """Read the fields of a sample that can be read; of bytes, only the first ones."""
     wanted = [field for field in source.fields if source.has(field)[index]]
     with contextlib.suppress(OSError, ValueError, KeyError):
         return {field: _begin(raw) for field, raw in source.read(index, wanted).items()}
     readable: dict[str, Raw] = {}
-    for field in wanted:  # one by one, as one of them is broken
+    for field in wanted:  # one by one, since one of them is broken
         with contextlib.suppress(OSError, ValueError, KeyError):
             readable |= {name: _begin(raw) for name, raw in source.read(index, [field]).items()}
     return readable
@@ -106,7 +106,7 @@ def _begin(raw: Raw) -> Raw:
 
 
 def named_column(source: Source, field: str | None, kind: str) -> Column:
-    """Join the columns ``a;b``, by default all fields of a kind, to one, if no sample has two of them."""
+    """Join the columns ``a;b``, by default all fields of a kind, into one, if no sample has two of them."""
     if field is not None:
         names = split_names(field)
     else:
@@ -129,7 +129,7 @@ def split_names(field: str) -> list[str]:
 
 
 def caption_fields(source: Source) -> list[str]:
-    """The field of captions. Raises ValueError where there is none, or more than one candidate."""
+    """Return the field of captions. Raise ValueError if there is none, or more than one candidate."""
     known = kinds(source)
     groups: dict[str, None] = {}
     for name, kind in known.items():
@@ -137,7 +137,7 @@ def caption_fields(source: Source) -> list[str]:
         last = whole.rpartition(".")[2].lower()
         if (kind == "text" and not _ABOUT.fullmatch(last)) or (kind == "number" and last in _CAPTIONS):
             groups[whole] = None
-    if "txt" in groups:  # the custom of shards; a JSON beside it repeats it
+    if "txt" in groups:  # usual in shards; a JSON beside it repeats the text
         return ["txt"]
     choice = [name for name in groups if name.rpartition(".")[2].lower() in _CAPTIONS] or list(groups)
     if len(choice) == 1:
@@ -155,7 +155,7 @@ def _listed(known: dict[str, str]) -> str:
 
 
 def numbered(name: str, fields: Sequence[str]) -> list[str]:
-    """The parts of a field that is a list (``caption.0``, ...), or itself.
+    """Return the parts of a field that is a list (``caption.0``, ...), or the field itself.
 
     >>> numbered("caption", ["image", "caption.0", "caption.1"]), numbered("title", ["title"])
     (['caption.0', 'caption.1'], ['title'])

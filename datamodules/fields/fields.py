@@ -32,13 +32,13 @@ from descant.modules.transforms.image import HALF, Colour, Pixels
 
 #: The int16 after the end of a recording; the lowest real sample is one above it.
 ENDED = -32768
-#: Most different numbers, not all whole, that may be names of classes.
+#: The most different numbers, not all whole, that may be names of classes.
 MANY = 20
-#: Most decoded bytes of one recording.
+#: The most decoded bytes of one recording.
 SOUND = 1 << 28
 #: A tensor ``[B, ...]``, and for each row why it could not be read, or None.
 Decoded = tuple[Tensor, list[str | None]]
-#: A row that is decoded: raw, reduced by an image cache, or missing.
+#: A row to decode: raw, reduced by an image cache, or missing.
 Row = Raw | Reduced | None
 
 
@@ -46,48 +46,48 @@ class Field:
     """One modality: ``column(source)`` finds its fields, ``decode`` makes the tensor."""
 
     kind: str
-    #: Names of fields by default, where the samples cannot be inspected first.
+    #: Default names of fields, if the samples cannot be inspected first.
     usual: tuple[str, ...] = ()
     field: str | None
 
     @property
     def synthetic(self) -> str:
-        """Kind of synthetic content for it."""
+        """Return the kind of synthetic content for the field."""
         return self.kind
 
     @property
     def wanted(self) -> list[str]:
-        """The fields of which a sample of a stream must have one."""
+        """Return the fields of which a sample of a stream must have one."""
         return split_names(self.field) if self.field else list(self.usual)
 
     def explicit(self) -> Self:
-        """A copy that names its fields, ``wanted``."""
+        """Return a copy that names its fields, ``wanted``."""
         twin = copy.copy(self)
         twin.field = ";".join(self.wanted)
         return twin
 
     def column(self, source: Source) -> Column:
-        """The fields in a source. Raises ValueError for none, naming the nearest, or more than one candidate."""
+        """Find the fields in a source. Raise ValueError for none, naming the nearest, or more than one candidate."""
         return named_column(source, self.field, self.kind)
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
-        """``[B, ...]`` and the errors of unreadable rows; a row of None is zero (or padding), without error.
+        """Decode ``[B, ...]`` and list errors of unreadable rows; a row of None is zero (or padding), without error.
 
         Without ``draw_B``, as in evaluation, nothing is random. Only fields with a ``memory`` get reduced rows.
         """
         raise NotImplementedError
 
     def memory(self, rows: int) -> ImageCache | None:
-        """A cache for the decoded rows of a source, or None."""
+        """Return a cache for the decoded rows of a source, or None."""
         return None
 
     def reduced(self, raw: Raw) -> Reduced:
-        """The cached form of a row, for fields with a ``memory``. Raises ValueError where it cannot be read."""
+        """Return the cached form of a row, for fields with a ``memory``. Raise ValueError if it cannot be read."""
         raise NotImplementedError
 
 
 def filled(padding_B: Tensor, raw_B: Sequence[Row], read: Callable[[int, bytes], Tensor]) -> Decoded:
-    """``padding_B`` with ``read(row, bytes)`` at the beginning of each row that has some; and its ValueErrors."""
+    """Fill ``padding_B`` with ``read(row, bytes)`` at the beginning of each row that has some; collect ValueErrors."""
     errors: list[str | None] = [None] * len(raw_B)
     for row, raw in enumerate(raw_B):
         if raw is None or isinstance(raw, Reduced):
@@ -107,11 +107,12 @@ class ImageField(Field):
         field: name of the field; several as ``jpg;png``, the first that a sample has. The only field with images by
             default.
         size: S, pixels out.
-        scale, ratio, flip, filter, limit: of the crops and the decoder, as in :class:`Images`.
-        mean, std: of each colour on the device, as a pretrained tower was trained with; pixels in -1..1 by default.
-        keep: cache decoded images, at ``keep * size`` pixels a side (at most 2 GiB of them), and take crops of these;
-            1.5 is enough for crops of half the area. By default images are decoded whenever they are read. For
-            folders, tables, parquet and shards; no effect on streams, where no sample is read twice.
+        scale, ratio, flip, filter, limit: options of the crops and the decoder, as in :class:`Images`.
+        mean, std: of each colour, applied on the device, as in a pretrained tower's training; pixels in -1..1 by
+            default.
+        keep: cache decoded images, at ``keep * size`` pixels per side (at most 2 GiB of them), and take crops of these;
+            1.5 is enough for crops of half the area. By default images are decoded whenever they are read. It works for
+            folders, tables, parquet and shards. It has no effect on streams, where no sample is read twice.
 
     >>> ImageField(size=8).decode([b"no picture", None], None)[1][1] is None
     True
@@ -152,14 +153,14 @@ class ImageField(Field):
 class AudioField(Field):
     """Recordings -> int16 ``[B, S]``, mono, at one sampling rate, padded with ``ENDED``.
 
-    Of a longer recording training takes a random excerpt, evaluation the beginning.
+    From a longer recording, training takes a random excerpt and evaluation the beginning.
 
     Args:
         field: name of the field; several as ``wav;flac``. The only field with recordings by default.
-        rate: samples a second of the output.
-        seconds: of the output; ``S = rate * seconds``.
-        log_mel: features of the waveform, computed on the device; of ``rate`` by default.
-        augment: of the features in training, or none.
+        rate: samples per second of the output.
+        seconds: seconds of the output; ``S = rate * seconds``.
+        log_mel: features of the waveform, computed on the device; with ``rate`` by default.
+        augment: augmentation of the features in training, or none.
     """
 
     kind, usual = "audio", SOUND_ENDINGS
@@ -185,7 +186,7 @@ class AudioField(Field):
         return filled(ended_BS, raw_B, lambda row, data: self._read(data, 0.0 if u_B is None else u_B[row]))
 
     def _read(self, data: bytes, start: float) -> Tensor:
-        """An excerpt of a recording, ``start`` in 0..1 of the possible beginnings; nothing else is decoded."""
+        """Read an excerpt of a recording, ``start`` in 0..1 of the possible beginnings; nothing else is decoded."""
         if not data:
             raise ValueError("an empty file")
         try:
@@ -209,7 +210,7 @@ class AudioField(Field):
         return (x_1S[0, : self.samples] * 32768).round().clamp(ENDED + 1, 32767).to(torch.int16)
 
     def features(self, x_BS: Tensor, draw_B: Tensor | None = None) -> Tensor:
-        """``[B, S]`` -> log-mel ``[B, F, T]`` on its device, augmented with the seeds ``draw_B`` if given."""
+        """Compute log-mel ``[B, F, T]`` of ``[B, S]`` on its device, augmented with the seeds ``draw_B`` if given."""
         real_BS = x_BS != ENDED
         x_BFT = self.log_mel.to(x_BS.device)(x_BS.masked_fill(~real_BS, 0), real_BS.sum(dim=1))
         return x_BFT if self.augment is None or draw_B is None else self.augment(x_BFT, draw_B)
@@ -219,10 +220,10 @@ class TextField(Field):
     """Captions -> token ids int64 ``[B, T]``.
 
     Args:
-        captions: the field, or fields with weights, such as {alt: 0.3, title: 0.7}: training samples one of those that
-            a sample has, evaluation takes the first of them. A field of weight 0 is never read. By default the only
+        captions: the field, or fields with weights, such as {alt: 0.3, title: 0.7}: of those that a sample has,
+            training samples one and evaluation takes the first. A field of weight 0 is never read. By default the only
             field that can be a caption.
-        tokenizer: of the captions; hashed character n-grams by default.
+        tokenizer: tokenizer of the captions; hashed character n-grams by default.
     """
 
     kind = "text"
@@ -271,7 +272,7 @@ class TextField(Field):
         return torch.from_numpy(np.array(rows, dtype=np.int64)), errors
 
     def cut(self, texts: Sequence[str]) -> int:
-        """Number of texts that are longer than a row and are truncated."""
+        """Count the texts that are longer than a row and are truncated."""
         room = self.tokenizer.length - len(self.tokenizer.begin) - len(self.tokenizer.end)
         return sum(len(self.tokenizer.ids(text)) > room for text in texts)
 
@@ -283,11 +284,11 @@ class TargetField:
 
 
 class LabelField(TargetField):
-    """Class names -> integers, for classifiers and metrics; -1 where a sample has none.
+    """Class names -> integers, for classifiers and metrics; -1 if a sample has none.
 
     Args:
-        field: of the class names.
-        classes: in the order of their numbers; by default all of the corpus, sorted.
+        field: field of the class names.
+        classes: class names in the order of their numbers; by default all of the corpus, sorted.
         prompts: texts for zero-shot classification, with {} for the class name.
     """
 
@@ -299,7 +300,7 @@ class LabelField(TargetField):
             raise ValueError(f"prompts: {plain!r} has no {{}} for the class name")
 
     def numbers(self, texts: Sequence[str | None], classes: Sequence[str], place: Callable[[int], str]) -> np.ndarray:
-        """int64 ``[N]``. Raises ValueError, with its place, for a label that is none of the ``classes``."""
+        """Number labels, int64 ``[N]``. Raise ValueError, with its place, for a label that is not in ``classes``."""
         self.require_classes(classes, place(0))
         known = {name: k for k, name in enumerate(classes)}
         label_N = np.full(len(texts), -1, dtype=np.int64)
@@ -311,7 +312,7 @@ class LabelField(TargetField):
         return label_N
 
     def require_classes(self, classes: Sequence[str], place: str) -> None:
-        """Raises ValueError where the classes that were found are numbers, not all of them whole, and many."""
+        """Raise ValueError if the classes that were found are numbers, not all of them whole, and many."""
         if self.classes is not None or len(classes) <= MANY:
             return
         numbers = [number_of(name) for name in classes]
@@ -323,10 +324,10 @@ class LabelField(TargetField):
 
 
 class NumberField(TargetField):
-    """A number to predict, in its own unit -> float32; nan where a sample has none.
+    """A number to predict, in its own unit -> float32; nan if a sample has none.
 
     Args:
-        field: of the numbers.
+        field: field of the numbers.
 
     >>> NumberField("age").numbers(["31", None, "4.5e1"], "row {}".format).tolist()
     [31.0, nan, 45.0]
@@ -336,7 +337,7 @@ class NumberField(TargetField):
         self.field = field
 
     def numbers(self, texts: Sequence[str | None], place: Callable[[int], str]) -> np.ndarray:
-        """float32 ``[N]``; empty cells are none. Raises ValueError, with its place, for what is no finite number."""
+        """Parse float32 ``[N]``, nan if empty. Raise ValueError, with its place, for what is no finite number."""
         y_N = np.full(len(texts), np.nan, dtype=np.float32)
         for row, text in enumerate(texts):
             if text is not None and text.strip():
@@ -350,7 +351,7 @@ class NumberField(TargetField):
 
 
 def number_of(text: str) -> float | None:
-    """The finite float32 that a text is, else None.
+    """Return the finite float32 that a text spells, or None.
 
     >>> number_of("4.5"), number_of("nan"), number_of("four")
     (4.5, None, None)
@@ -363,7 +364,7 @@ def number_of(text: str) -> float | None:
 
 
 def mean_and_deviation(y_N: np.ndarray, place: str) -> tuple[float, float]:
-    """Measure a number over training samples; nan is none. Raises ValueError, with its place, where it does not vary.
+    """Measure a number over training samples, without nan. Raise ValueError, with its place, if it does not vary.
 
     >>> mean_and_deviation(np.array([1.0, 3.0, np.nan]), "age")
     (2.0, 1.0)
@@ -376,7 +377,7 @@ def mean_and_deviation(y_N: np.ndarray, place: str) -> tuple[float, float]:
 
 
 class Fields:
-    """One optional field a modality. A class, not a dict, so that a second YAML can override one of them.
+    """One optional field per modality. A class, not a dict, so that a second YAML can override one of them.
 
     Args:
         image: images.

@@ -11,7 +11,7 @@ import numpy as np
 
 from descant.datamodules.fields.images import Reduced
 
-#: Most bytes of a cache: further images are decoded whenever they are read.
+#: The most bytes of a cache: further images are decoded whenever they are read.
 MOST = 1 << 31
 
 
@@ -24,7 +24,7 @@ class ImageCache:
     Args:
         rows: N of the source.
         side: S.
-        most: bytes; rows beyond them are not cached.
+        most: the most bytes; rows beyond them are not cached.
 
     >>> cache = ImageCache(2, side=1)
     >>> cache.put(1, Reduced(30, 40, np.full((1, 1, 3), 7, dtype=np.uint8)))
@@ -45,7 +45,7 @@ class ImageCache:
         return ImageCache, (self.rows, self.side, self.most)
 
     def get(self, row: int) -> Reduced | None:
-        """The image of a row; None if it has not been decoded, or is beyond ``most``."""
+        """Return the image of a row; None if it has not been decoded, or is beyond ``most``."""
         if row >= self.N or not self.shape_N2[row].all():
             return None
         height, width = self.shape_N2[row].tolist()

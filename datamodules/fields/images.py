@@ -1,11 +1,11 @@
 """Decode, crop and resize encoded images into one uint8 batch, with the work of one decode and one resampling each.
 
-- A JPEG is decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 of its size where the crop is that much larger than the result.
+- libjpeg-turbo decodes a JPEG at 1/2, 1/4 or 1/8 of its size if the crop is that much larger than the result.
 - The crop is a view of the decoded image, and the resampling writes into the batch.
 - The crops of a batch are sampled at once, each with its sample's own seed, so they do not depend on the batch.
 
-The batch is channels-last in memory, as decoders write images, of shape ``[B, 3, S, S]``. Normalisation to floats is on
-the device (:class:`descant.modules.transforms.image.Pixels`).
+The batch is channels-last in memory, as decoders write images, with shape ``[B, 3, S, S]``. Normalisation to floats
+happens on the device (:class:`descant.modules.transforms.image.Pixels`).
 Letters: B samples, S pixels out, H and W pixels of an image, C channels, K attempts at a crop.
 """
 
@@ -29,19 +29,19 @@ from descant.modules.core.rng import uniform_NK
 
 #: Formats by Pillow's names; others are errors, whatever decoders are installed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-#: Most pixels of an image: where Pillow begins to warn of decompression bombs.
+#: The most pixels of an image: above it, Pillow warns of decompression bombs.
 LIMIT = 89_478_485
-#: Most bytes of a decoded image: the limit above at three bytes a pixel. A process decodes one image at a time.
+#: The most bytes of a decoded image: the limit above at three bytes per pixel. A process decodes one image at a time.
 BYTES = 1 << 28
-#: Pixels of a large image that are converted to RGB at a time, as conversions make several copies.
+#: Pixels of a large image that are converted to RGB at a time, since conversions make several copies.
 _STRIP = 1 << 20
-#: Bytes of a pixel by Pillow's mode; 4 for all others.
+#: Bytes per pixel by Pillow's mode; 4 for all others.
 _DEPTH = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-#: Bytes of a pixel by decoder: WebP's holds the canvas of an animation twice.
+#: Bytes per pixel by decoder: WebP's holds the canvas of an animation twice.
 _DECODERS = {"WEBP": 12}
-#: Boxes that do not fit before the largest central one is taken, as in torchvision's RandomResizedCrop.
+#: Random boxes to try before the largest central one is taken, as in torchvision's RandomResizedCrop.
 _ATTEMPTS = 10
-#: Evaluation resizes at most so many times the shorter side of an image, of which it takes the central square.
+#: Evaluation resizes at most this many times the shorter side of an image, and takes the central square.
 _LONGEST = 4
 #: F.interpolate has no ``out``, and makes a channels-last image contiguous, which costs another copy.
 _RESAMPLE = {
@@ -77,21 +77,21 @@ class Images:
     """Encoded images -> uint8 ``[B, 3, S, S]``: random-resized crops with flips; in evaluation the central square.
 
     Crops are those of torchvision's ``RandomResizedCrop``: of area ``a H W`` and aspect ``r`` with ``a ~ U(scale)`` and
-    ``log r ~ U(log ratio)``, the first of ten that fits, else the largest central one. The central square is that of
-    ``Resize(S)`` and ``CenterCrop(S)``. JPEG, PNG, WebP and GIF are read, of animations the first frame. Images are
+    ``log r ~ U(log ratio)``, the first of ten that fits, otherwise the largest central one. The central square is that
+    of ``Resize(S)`` and ``CenterCrop(S)``. It reads JPEG, PNG, WebP and GIF; of animations, the first frame. Images are
     rotated by their EXIF orientation; grey and CMYK become RGB, 16 bits become 8, transparency becomes white. Colour
     profiles are not applied.
 
     Args:
         size: S, pixels out.
-        scale: of the crop's area, as a share of the image's.
-        ratio: of the crop's width to its height.
+        scale: range of the crop's area, as a share of the image's area.
+        ratio: range of the crop's width divided by its height.
         flip: probability of a mirrored image.
-        limit: an image of more pixels, or of more than 256 MiB when decoded (RGBA and 16 bits have more bytes a
+        limit: an image with more pixels, or with more than 256 MiB when decoded (RGBA and 16 bits have more bytes per
             pixel), is an error and is not decoded. Pillow, which reads all but JPEG, warns above 89,478,485 pixels.
-        filter: of the resampling, always with antialias.
+        filter: filter of the resampling, always with antialias.
         gap: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 at which the crop still has ``gap * size`` pixels
-            a side; ``inf`` decodes all pixels.
+            per side; ``inf`` decodes all pixels.
         stream: name of the random stream; two views of one sample use two streams.
 
     >>> white = simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8))
@@ -129,7 +129,7 @@ class Images:
         self.limit, self.filter, self.gap, self.stream = limit, filter, gap, stream
 
     def stream_copy(self, stream: str) -> Images:
-        """The same distribution with another random stream: a second view."""
+        """Return a copy with the same distribution and another random stream: a second view."""
         twin = copy.copy(self)
         twin.stream = stream
         return twin
@@ -137,13 +137,13 @@ class Images:
     def __call__(
         self, data: Sequence[bytes | Reduced | None], draw_B: np.ndarray | None = None
     ) -> tuple[Tensor, list[str | None]]:
-        """The batch, and for each row why it could not be read, or None.
+        """Decode the batch, and return for each row why it could not be read, or None.
 
         Args:
-            data: one encoded (or :meth:`reduced`) image a row; None for a row of zeros.
+            data: one encoded (or :meth:`reduced`) image per row; None for a row of zeros.
             draw_B: each sample's seed, or None for evaluation: the central square, nothing random.
         """
-        # numpy's memory, because it asks for huge pages: touching fresh ones is a twentieth of the time otherwise
+        # in numpy's memory, which asks for huge pages: otherwise touching fresh pages takes a twentieth of the time
         x_BSS3 = np.empty((len(data), self.size, self.size, 3), dtype=np.uint8)
         x_B3SS = torch.from_numpy(x_BSS3).permute(0, 3, 1, 2)
         errors: list[str | None] = [None] * len(data)
@@ -182,8 +182,9 @@ class Images:
         return x_B3SS, errors
 
     def reduced(self, data: bytes, side: int) -> Reduced:
-        """The whole of an encoded image resized to ``side`` x ``side`` pixels, with its shape as numbers: crops of it
-        are those of the image, resampled twice.
+        """Resize a whole encoded image to ``side`` x ``side`` pixels, and keep its shape as numbers.
+
+        Crops of the result are those of the image, resampled twice.
 
         >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
         >>> whole.height, whole.width, whole.x_SS3.shape
@@ -201,7 +202,7 @@ class Images:
         _RESAMPLE[self.filter](x_1CHW, list(out_1CHW.shape[2:]), False, None, None, out=out_1CHW)
 
     def _central(self, x_1CHW: Tensor, shape: Sequence[int], out_13SS: Tensor) -> None:
-        """An image of ``shape`` with its shorter side resized to S, and the middle of the longer one."""
+        """Resize the shorter side of an image of ``shape`` to S, and take the middle of the longer one."""
         high, wide = (self.size * side // min(shape) for side in shape)
         if high == wide:
             self._resample(x_1CHW, out_13SS)
@@ -214,9 +215,10 @@ class Images:
     # boxes of the crops ----------------------------------------------------------------------------------------
 
     def boxes(self, shape_B2: np.ndarray, draw_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Crops ``[B, 4]`` as (top, left, height, width) in images of (height, width), and bool ``[B]``: mirrored.
+        """Sample crops ``[B, 4]``, (top, left, height, width) in images of (height, width), and bool ``[B]``: mirrored.
 
-        A pure function of each image's shape and seed. Without seeds: all of it, of very long images the middle.
+        A pure function of each image's shape and seed. Without seeds: the whole image, or the middle of a very long
+        one.
         """
         high_B, wide_B = shape_B2.T
         if draw_B is None:
@@ -271,19 +273,19 @@ class Images:
     def decode(
         self, header: Header, box: Sequence[int], out: Sequence[int] | None = None
     ) -> tuple[np.ndarray, list[int]]:
-        """The upright image as uint8 ``[H, W, 3]``, at reduced size if ``box`` allows it, and the box in it.
+        """Decode the upright image as uint8 ``[H, W, 3]``, at reduced size if ``box`` allows it, and the box in it.
 
-        ``out``: height and width that the box is resized to; a square of ``size`` where not given.
+        ``out``: height and width that the box is resized to; a square of ``size`` by default.
         """
         high, wide = header[:2] if header.orientation < 5 else header[1::-1]
         times = self.reduction(box, out) if header.image is None else 1
         try:
             if header.image is None:
                 try:
-                    # no shape above these: other fractions of libjpeg-turbo, such as 3/8, are slow
+                    # ask for no larger shape: other fractions of libjpeg-turbo, such as 3/8, are slow
                     least = {"min_height": -(-high // times), "min_width": -(-wide // times)}
                     x_HWC = simplejpeg.decode_jpeg(header.data, **least)
-                except ValueError:  # warnings of libjpeg are errors here; Pillow reads the harmless ones
+                except ValueError:  # simplejpeg raises libjpeg's warnings; Pillow reads images with harmless ones
                     times, x_HWC = 1, rgb_of(_open(header.data))
             else:
                 x_HWC = rgb_of(header.image)
@@ -295,7 +297,7 @@ class Images:
         return _upright(x_HWC, header.orientation), [top, left, bottom - top, right - left]
 
     def reduction(self, box: Sequence[int], out: Sequence[int] | None = None) -> int:
-        """1, 2, 4 or 8: how many times smaller a JPEG may be decoded for a crop (top, left, height, width).
+        """Return 1, 2, 4 or 8: how many times smaller a JPEG may be decoded for a crop (top, left, height, width).
 
         >>> [Images(224).reduction([0, 0, side, side]) for side in (256, 640, 1024, 4000)]
         [1, 2, 2, 8]
@@ -306,7 +308,7 @@ class Images:
 
 
 def _within(image: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """The pixels of a reduced image, and the box of the full image in them, at least a pixel a side."""
+    """Return the pixels of a reduced image, and the full image's box in them, at least one pixel per side."""
     side = len(image.x_SS3)
     down, across = side / image.height, side / image.width
     top, left = min(round(box[0] * down), side - 1), min(round(box[1] * across), side - 1)
@@ -318,7 +320,7 @@ def _within(image: Reduced, box: Sequence[int]) -> tuple[np.ndarray, list[int]]:
 
 
 def _jpeg_exif(data: bytes) -> bytes | None:
-    """The EXIF block among the first application segments and comments of a JPEG."""
+    """Find the EXIF block among the first application segments and comments of a JPEG."""
     at = 2
     for _ in range(64):
         marker = data[at : at + 2]
@@ -332,7 +334,7 @@ def _jpeg_exif(data: bytes) -> bytes | None:
 
 
 def _announced(data: bytes) -> tuple[int, int, bool]:
-    """Height and width by the first bytes, and whether the fast JPEG decoder reads it; zeros if unknown."""
+    """Read height and width from the first bytes, and whether the fast JPEG decoder reads it; zeros if unknown."""
     width = height = 0
     if data.startswith(b"\xff\xd8"):
         try:
@@ -355,7 +357,7 @@ def _announced(data: bytes) -> tuple[int, int, bool]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Pillow's image, not yet decoded."""
+    """Open an image with Pillow, without decoding it."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -366,7 +368,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def rgb_of(image: Image.Image) -> np.ndarray:
-    """uint8 RGB ``[H, W, 3]`` of any of Pillow's modes, over white."""
+    """Convert an image of any Pillow mode to uint8 RGB ``[H, W, 3]``, over white."""
     image.load()
     strip = max(_STRIP // max(image.width, 1), 1)
     if image.height <= strip:
@@ -389,7 +391,7 @@ def _strip_of(image: Image.Image) -> np.ndarray:
 
 
 def _bounded(image: Image.Image) -> None:
-    """Raises ValueError for an image of more than ``BYTES`` when decoded."""
+    """Raise ValueError for an image of more than ``BYTES`` when decoded."""
     depth = _DECODERS.get(image.format or "", _DEPTH.get(image.mode, 4))
     size = image.width * image.height * depth
     if size > BYTES:
@@ -398,7 +400,7 @@ def _bounded(image: Image.Image) -> None:
 
 
 def _orientation(exif: bytes | None) -> int:
-    """1 to 8, as in EXIF; 1 by default."""
+    """Return the orientation, 1 to 8, as in EXIF; 1 by default."""
     if not exif:
         return 1
     tags = Image.Exif()
@@ -412,7 +414,7 @@ def _orientation(exif: bytes | None) -> int:
 
 
 def _upright(x_HWC: np.ndarray, orientation: int) -> np.ndarray:
-    """The image rotated by its EXIF orientation; a copy, unless it was upright."""
+    """Rotate an image by its EXIF orientation; return a copy, unless it was upright."""
     if orientation == 1:
         return x_HWC
     if orientation >= 5:

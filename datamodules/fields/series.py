@@ -13,24 +13,24 @@ from descant.datamodules.sources.arrays import array_of
 from descant.modules.core.protocols import SeriesAxes
 from descant.modules.core.rng import uniform_N
 
-#: Most steps of a series on a grid of times.
+#: The most steps of a series on a grid of times.
 _LONGEST = 1 << 22
 
 
 class SeriesField(Field):
-    """Time series -> float32 ``[B, W, T]``; nan is a gap, or behind the end of a series.
+    """Time series -> float32 ``[B, W, T]``; nan marks a gap, or is after the end of a series.
 
-    Of ``.npy`` files and of parquet columns that are lists, ``[steps, W]``, or ``[steps]`` of one channel. Of a longer
-    series training takes a random stretch, evaluation the beginning, as of a recording.
+    Reads ``.npy`` files and parquet columns that are lists, ``[steps, W]``, or ``[steps]`` of one channel. From a
+    longer series, training takes a random stretch and evaluation the beginning, as from a recording.
 
-    With ``time``, steps lie at uneven times: step ``round((t - t_1) / period)`` has the values of time t, and steps
+    With ``time``, steps have uneven times: step ``round((t - t_1) / period)`` has the values of time t, and steps
     without any are gaps.
 
     Args:
-        channels: W, without the one of times.
+        channels: W, without the column of times.
         steps: T.
         field: name of the field; several as ``npy;series``. The only field with arrays by default.
-        time: which column of an array has the times, such as 0; they ascend.
+        time: which column of an array has the times, such as 0; times ascend.
         period: time between two steps, in the unit of ``time``.
 
     >>> from descant.datamodules.sources.arrays import array_bytes
@@ -70,7 +70,7 @@ class SeriesField(Field):
 
     @property
     def axes(self) -> SeriesAxes:
-        """Names of the channels, by their columns in the array, and the time between two steps.
+        """Return the names of the channels, by their columns in the array, and the time between two steps.
 
         >>> SeriesField(channels=2, steps=4, time=0, period=0.5).axes[:2]
         (['column 1', 'column 2'], 0.5)
@@ -87,7 +87,7 @@ class SeriesField(Field):
         return x_BTW.transpose(1, 2).contiguous(), errors
 
     def _read(self, array: np.ndarray, start: float) -> Tensor:
-        """A stretch of a series, ``start`` in 0..1 of its possible beginnings."""
+        """Read a stretch of a series, ``start`` in 0..1 of its possible beginnings."""
         columns = self.channels + (self.time is not None)
         x = array[:, None] if array.ndim == 1 and columns == 1 else array
         if x.ndim != 2 or x.shape[1] != columns or not len(x):
@@ -103,7 +103,7 @@ class SeriesField(Field):
         return x_TW
 
     def _on_grid(self, x_RW: np.ndarray) -> np.ndarray:
-        """Put R rows at their times on a grid of one step a ``period``; the last of several rows at one step counts."""
+        """Put R rows at their times on a grid, one step per ``period``; of several rows in a step, the last counts."""
         assert self.time is not None and self.period is not None
         t_R = x_RW[:, self.time].astype(np.float64)
         if not np.isfinite(t_R).all():

@@ -19,7 +19,7 @@ _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?(inf|Inf|INF|nan|NaN)$
 
 
 class Unseen(NamedTuple):
-    """Cells of categories that training lacks, and one of these."""
+    """Number of cells with categories that training lacks, and one such category."""
 
     cells: int
     such_as: str
@@ -39,14 +39,14 @@ class NumberCode:
 
     @classmethod
     def of(cls, x_N: np.ndarray) -> NumberCode:
-        """Of the values of training, those that are missing or infinite left out. Raises ValueError for a constant."""
+        """Build the code from training values, without missing or infinite ones. Raise ValueError for a constant."""
         x_N = x_N[np.isfinite(x_N)]
         if not len(x_N) or x_N.min() == x_N.max():
             raise ValueError(_single(x_N.tolist()))
         return cls(float(x_N.mean()), float(x_N.std()))
 
     def __call__(self, values: pa.ChunkedArray) -> tuple[np.ndarray, Unseen | None]:
-        """Float32 ``[N]``, nan where missing or infinite; and None. Raises ValueError for a text."""
+        """Encode float32 ``[N]``, nan if missing or infinite; also return None. Raise ValueError for a text."""
         x_N = numbers_of(values)
         z_N = ((x_N - self.mean) / self.std).astype(np.float32)
         z_N[~np.isfinite(z_N)] = np.nan
@@ -69,7 +69,7 @@ class CategoryCode:
 
     @classmethod
     def of(cls, at_N: np.ndarray, texts: pa.Array, most: int) -> CategoryCode:
-        """Of places of the values of training among texts. Raises ValueError for one text, or more than ``most``."""
+        """Build the code from places of training values in texts. Raise ValueError for one text, or over ``most``."""
         distinct = texts.take(pa.array(np.unique(at_N[at_N >= 0]))).to_pylist()
         if len(distinct) > most:
             why = "leave it out of columns, or raise data.fields.table.most"
@@ -79,10 +79,10 @@ class CategoryCode:
         return cls(tuple(sorted(distinct)))
 
     def __call__(self, values: pa.ChunkedArray) -> tuple[np.ndarray, Unseen | None]:
-        """Float32 ``[N]``, nan where missing or not of training; and the values that training lacks."""
+        """Encode float32 ``[N]``, nan if missing or not in training; also return the values that training lacks."""
         at_N, texts = categories_of(values)
         code_K = pc.index_in(texts, value_set=pa.array(self.values, pa.string()))
-        x_N = np.append(floats_of(code_K), np.nan)[at_N].astype(np.float32)  # -1: the last
+        x_N = np.append(floats_of(code_K), np.nan)[at_N].astype(np.float32)  # -1 takes the last, nan
         unseen = np.flatnonzero(np.isnan(x_N) & (at_N >= 0))
         return x_N, Unseen(len(unseen), texts[int(at_N[unseen[0]])].as_py()) if len(unseen) else None
 
@@ -91,12 +91,12 @@ Code = NumberCode | CategoryCode
 
 
 def code_of(values: pa.ChunkedArray, row_N: np.ndarray, category: bool, most: int) -> Code:
-    """The code of a column by its values in the rows of training.
+    """Build the code of a column from its values in the training rows.
 
     Args:
-        values: of all rows. row_N: those of training.
+        values: values of all rows. row_N: the training rows.
         category: whether they are categories whatever they look like.
-        most: categories at most.
+        most: the most categories.
     """
     if not category and _is_number(values.type):
         return NumberCode.of(floats_of(values)[row_N])
@@ -110,12 +110,12 @@ def code_of(values: pa.ChunkedArray, row_N: np.ndarray, category: bool, most: in
 
 
 def state_of(code: Code) -> dict[str, Any]:
-    """Plain values, for a checkpoint."""
+    """Return plain values, for a checkpoint."""
     return {"mean": code.mean, "std": code.std} if isinstance(code, NumberCode) else {"values": list(code.values)}
 
 
 def from_state(state: Mapping[str, Any]) -> Code:
-    """The inverse of :func:`state_of`.
+    """Invert :func:`state_of`.
 
     >>> from_state(state_of(CategoryCode(("a", "b"))))
     CategoryCode(values=('a', 'b'))
@@ -127,7 +127,7 @@ def from_state(state: Mapping[str, Any]) -> Code:
 
 
 def numbers_of(values: pa.ChunkedArray) -> np.ndarray:
-    """Float64 ``[N]``, nan where missing. Raises ValueError naming the first text that is no number."""
+    """Read float64 ``[N]``, nan if missing. Raise ValueError naming the first text that is no number."""
     if _is_number(values.type):
         return floats_of(values)
     texts = texts_of(values)
@@ -147,7 +147,7 @@ class NotANumber(ValueError):
 
 
 def texts_of(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
-    """Any values as texts without blanks around them, null where missing; whole numbers without a fraction."""
+    """Convert any values to texts without blanks around them, null if missing; whole numbers without a fraction."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         values, kind = pc.cast(values, kind.value_type), kind.value_type
@@ -158,7 +158,7 @@ def texts_of(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
 
 
 def categories_of(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Int ``[N]``, the place of each value among K distinct texts, -1 where missing; and these texts.
+    """Return int ``[N]``, the place of each value among K distinct texts, -1 if missing; and these texts.
 
     >>> at_N, texts = categories_of(pa.chunked_array([["b", "NA", "a", "b"]]))
     >>> at_N.tolist(), texts.to_pylist()
@@ -166,7 +166,7 @@ def categories_of(values: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """
     coded = values if pa.types.is_dictionary(values.type) else pc.dictionary_encode(texts_of(values))
     whole = coded.unify_dictionaries().combine_chunks()
-    if isinstance(whole, pa.ChunkedArray):  # without a row
+    if isinstance(whole, pa.ChunkedArray):  # no rows
         return np.zeros(0, dtype=np.int64), pa.array([], pa.string())
     texts = texts_of(whole.dictionary)
     distinct = pc.drop_null(pc.unique(texts))
@@ -183,7 +183,7 @@ def _matches(texts: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
 
 
 def floats_of(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """Float64 ``[N]``, nan for null."""
+    """Convert to float64 ``[N]``, nan for null."""
     return np.asarray(pc.cast(values, pa.float64(), safe=False), dtype=np.float64)
 
 

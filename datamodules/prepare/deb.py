@@ -107,7 +107,7 @@ def _take(file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, under: str,
 
 
 def _data_member(file: Path, archive: IO[bytes]) -> tuple[str, int, int]:
-    """Name, first byte and size of ``data.tar*`` in an ar archive: after 8 magic bytes, entries of 60 and a body."""
+    """Find name, first byte and size of ``data.tar*`` in an ar archive: 8 magic bytes, entries of 60 and a body."""
     total = file.stat().st_size
     if archive.read(8) != b"!<arch>\n":
         raise ValueError(f"{file.name}: not a Debian package (no ar archive)")

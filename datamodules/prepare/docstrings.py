@@ -12,10 +12,10 @@ from pathlib import Path
 
 @cache
 def library_texts() -> dict[str, str]:
-    """Name -> text: a chapter of the reference (``reference/while``), or all docstrings of a module (``zipfile``).
+    """Return name -> text: a chapter of the reference (``reference/while``), or a module's docstrings (``zipfile``).
 
-    Files are parsed, and nothing is run but the module that holds the reference. Other versions of Python have slightly
-    other texts.
+    Files are parsed and not run, except for the module that holds the reference. Other versions of Python have slightly
+    different texts.
     """
     root, texts = Path(sysconfig.get_paths()["stdlib"]), dict[str, str]()
     for file in sorted(root.glob("*.py")):
@@ -29,7 +29,7 @@ def library_texts() -> dict[str, str]:
 
 
 def docstrings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Of a module or class and what it defines, in the order of the file.
+    """Yield the docstrings of a module or class and of what it defines, in the order of the file.
 
     >>> list(docstrings(ast.parse("'''A.'''\\ndef f():\\n  'B.'\\nclass C:\\n  def g(self):\\n    'D.'")))
     ['A.', 'B.', 'D.']

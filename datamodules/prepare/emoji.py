@@ -1,4 +1,4 @@
-"""Build the emoji pack: one concept a row, drawn by four vendors, named in 28 languages.
+"""Build the emoji pack: one concept per row, drawn by four vendors, named in 28 languages.
 
     python -m descant.datamodules.prepare emoji [--cache DIR] [--out DIR]
 
@@ -52,7 +52,7 @@ SEALED = "sealed.parquet"
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 VOCABULARY = 8192
-# English is what most experiments read; repeated this often, its words win merges over 26 other languages.
+# Most experiments read English; repeated this often, its words win merges over 26 other languages.
 ENGLISH_REPEATS = 8
 
 PACKAGES = {
@@ -133,7 +133,7 @@ def draw_svg(svg: str) -> Image.Image:
 
 
 def read_datasource(tarball: Path, vendor: str) -> dict[str, Image.Image]:
-    """The two emoji-datasource packages: PNGs that are 64 px already."""
+    """Read an emoji-datasource package (there are two), whose PNGs are 64 px already."""
     folder = f"img/{vendor}/{SIDE}/"
     content = read_package(tarball, lambda path: path == "emoji.json" or path.startswith(folder))
     return {
@@ -150,7 +150,7 @@ def read_openmoji(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
 
 
 def read_fluent(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
-    """The icon set keeps SVG bodies by name, and the name of each code."""
+    """Draw the icons of a set that keeps SVG bodies by name, and the name of each code."""
     icons, chars = read_icons(tarball)
     return {
         code: draw_icon(icons, chars[code]) for code in sorted(wanted & chars.keys()) if chars[code] in icons["icons"]
@@ -158,7 +158,7 @@ def read_fluent(tarball: Path, wanted: set[str]) -> dict[str, Image.Image]:
 
 
 def read_emojione(tarball: Path, concepts: Iterable[Concept]) -> dict[str, Image.Image]:
-    """The icon set has no codes: its names are the English ones of the concepts, as "grinning-face"."""
+    """Draw the icons of a set without codes: its names are the English ones of the concepts, as "grinning-face"."""
     icons, _ = read_icons(tarball)
     named = {
         concept.hexcode: re.sub(r"[^a-z0-9]+", "-", (concept.names["en"] or "").casefold()) for concept in concepts
@@ -167,14 +167,14 @@ def read_emojione(tarball: Path, concepts: Iterable[Concept]) -> dict[str, Image
 
 
 def read_icons(tarball: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """An icon set: the frame and the SVG bodies of its icons, and bare code -> name of an icon."""
+    """Read an icon set: the frame and the SVG bodies of its icons, and bare code -> name of an icon."""
     content = read_package(tarball, lambda path: path in ("icons.json", "chars.json"))
     chars = json.loads(content["chars.json"])
     return json.loads(content["icons.json"]), {bare(code): name for code, name in dict(chars).items()}
 
 
 def draw_icon(icons: dict[str, Any], name: str) -> Image.Image:
-    """The frame around a body is ours to write."""
+    """Draw an icon, and add the frame that its SVG body lacks."""
     icon = icons["icons"][name]
     width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
     view = f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}"'
@@ -182,7 +182,7 @@ def draw_icon(icons: dict[str, Any], name: str) -> Image.Image:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Lossless WebP; method 4 is twenty times faster than method 6 and 4 % larger.
+    """Encode as lossless WebP; method 4 is twenty times faster than method 6 and 4 % larger.
 
     WebP drops an alpha channel that is opaque everywhere, so readers ask for RGBA when they decode.
     """
@@ -192,7 +192,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def pixel_hash(image: Image.Image) -> str | None:
-    """A hash of the visible pixels, or None for a blank image: colour under full transparency does not count."""
+    """Hash the visible pixels, or return None for a blank image: colour under full transparency does not count."""
     if image.getchannel("A").getextrema()[1] == 0:
         return None
     visible = Image.new("RGBA", image.size)
@@ -221,12 +221,12 @@ def attach_images(concepts: list[Concept], drawings: dict[str, dict[str, Image.I
 
 
 def twin_keys(concept: Concept) -> list[tuple[str, str]]:
-    """The very pixels, in any vendor: two names for one image."""
+    """Return keys of the exact pixels, in any vendor: two names for one image."""
     return list(concept.pixels.items())
 
 
 def family_keys(concept: Concept) -> list[tuple[str, str]]:
-    """The pixels, the code and the name, less gender, colour, size, state and direction: look-alikes."""
+    """Return keys of pixels, code and name, without gender, colour, size, state and direction: look-alikes."""
     name = concept.names["en"] or concept.hexcode
     return [("code", code_key(concept.hexcode)), ("name", name_key(name)), *twin_keys(concept)]
 
@@ -234,13 +234,13 @@ def family_keys(concept: Concept) -> list[tuple[str, str]]:
 def group_by(
     concepts: Sequence[Concept], keys: Callable[[Concept], list[tuple[str, str]]] = family_keys
 ) -> list[list[Concept]]:
-    """Groups of concepts that share a key, directly or through others."""
+    """Group concepts that share a key, directly or through others."""
     return [[concepts[n] for n in group] for group in connected([keys(concept) for concept in concepts])]
 
 
-# 4. Split: concepts in the order of a salted hash, until exactly 200 are held out; what shares an image stays
-# together. A held-out concept may have relatives in training (a woman runs, a man runs): its family is stored, so that
-# those without any can be judged apart.
+# 4. Split: concepts in the order of a salted hash, until exactly 200 are held out; concepts that share an image stay
+# together. A held-out concept may have relatives in training (a woman runs, a man runs). Its family is stored, so that
+# concepts without relatives can be evaluated separately.
 
 
 def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONCEPTS) -> None:
@@ -250,7 +250,7 @@ def split_groups(groups: Sequence[list[Concept]], test_concepts: int = TEST_CONC
 
 
 def held_out(groups: Sequence[list[Concept]], number: int, salt: str) -> list[Concept]:
-    """Select so many concepts in whole groups by a salted hash."""
+    """Select ``number`` concepts in whole groups by a salted hash."""
 
     def rank(group: list[Concept]) -> str:
         return hashlib.sha256(f"{salt}:{group[0].hexcode}".encode()).hexdigest()
@@ -263,11 +263,11 @@ def held_out(groups: Sequence[list[Concept]], number: int, salt: str) -> list[Co
     return chosen
 
 
-# The lock-box: what shares an image with a concept in it is in it too, and the further vendor draws all of it.
+# The lock-box: concepts that share an image with one in it are in it too, and the further vendor draws all of them.
 
 
 def write_sealed(concepts: Sequence[Concept], drawings: dict[str, Image.Image], out: Path) -> Path:
-    """A row a concept that the sealed vendor draws: its drawing, and whether the concept is in the lock-box."""
+    """Write a row per concept that the sealed vendor draws: its drawing, and whether the concept is in the lock-box."""
     images = {}
     for concept in concepts:
         image = drawings[code].convert("RGBA") if (code := bare(concept.hexcode)) in drawings else None
@@ -288,7 +288,7 @@ def write_sealed(concepts: Sequence[Concept], drawings: dict[str, Image.Image], 
     return out / SEALED
 
 
-# 5. Shards: the settings are all fixed here, because a default that moves would move the bytes.
+# 5. Shards: the settings are all fixed here, because a changed default would change the bytes.
 
 WRITING: dict[str, Any] = {
     "version": "2.6",
@@ -337,17 +337,17 @@ def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
 
 
 def read_pack(pack: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of all shards, in order."""
+    """Read the rows of all shards, in order."""
     shards = sorted(pack.glob("emoji-*.parquet"), key=lambda path: int(path.stem.split("-")[1]))
     chosen = list(columns) if columns else None
     return [row for shard in shards for row in pq.read_table(shard, columns=chosen).to_pylist()]
 
 
-# 6. Tokenizer: trained on what a training run may see, so the held-out language and concepts stay unseen.
+# 6. Tokenizer: trained on texts that a training run may see, so the held-out language and concepts stay unseen.
 
 
 def training_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Names and keywords of the training concepts in all languages but the held-out one."""
+    """Yield names and keywords of the training concepts in all languages except the held-out one."""
     for row in rows:
         if row["split"] != "train":
             continue
@@ -359,7 +359,7 @@ def training_lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE knows every script. The prefix space gives a word one id, first in a text or later."""
+    """Train a byte-level BPE, which knows every script; its prefix space gives a word one id, first or later."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -398,7 +398,7 @@ def manifest(concepts: Sequence[Concept], families: int, files: Sequence[Path]) 
 
 
 def build(cache: Path, out: Path) -> str:
-    """Build the pack from scratch; returns one line on what was written."""
+    """Build the pack from scratch; return one line on what was written."""
     tarballs = {role: fetch_package(package, cache) for role, package in PACKAGES.items()}
     text = read_package(tarballs["text"], re.compile(r"meta/groups\.json|[\w-]+/data\.json").fullmatch)
     concepts = read_concepts(text)

@@ -1,4 +1,4 @@
-"""Keys by which emoji are look-alikes: equal codes or names, less gender, colour, size, state and direction."""
+"""Keys by which emoji are look-alikes: equal codes or names, without gender, colour, size, state and direction."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ VARIANT_WORD = re.compile(
 
 
 def bare(hexcode: str) -> str:
-    """A code without the variation selector, which sources place differently."""
+    """Return a code without the variation selector, which sources place differently."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def code_key(hexcode: str) -> str:
-    """The base of a joined sequence: polar bear joins bear, a runner of any gender joins the runner."""
+    """Return the base of a joined sequence: polar bear joins bear, a runner of any gender joins the runner."""
     silent = {"200D"} | GENDER_OR_SIDE | HAIR
     parts = [part for part in bare(hexcode).split("-") if part not in silent]
     if not parts:  # the gender signs themselves
         return bare(hexcode)
-    if parts[0] in PERSONS:  # what joins a person is the meaning (a rocket: astronaut), so it stays
+    if parts[0] in PERSONS:  # the part joined to a person is the meaning (a rocket: astronaut), so it stays
         return "-".join(["1F9D1", *parts[1:]])
     return parts[0] if "200D" in hexcode else "-".join(parts)
 
 
 def name_key(name: str) -> str:
-    """The English name without gender, colour, size, state and direction."""
+    """Return the English name without gender, colour, size, state and direction."""
     text = name.casefold()
     for pattern, label in SERIES:
         text = re.sub(f"^{pattern}$", label, text)

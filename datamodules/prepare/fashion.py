@@ -39,7 +39,7 @@ class Pictures:
 
     @staticmethod
     def load(folder: Path, part: str) -> Pictures:
-        """``part`` is ``train`` or ``t10k``, as the files are named."""
+        """Load a part: ``train`` or ``t10k``, as the files are named."""
         images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
         image, label = idx(images, 3), idx(labels, 1)
         if image.shape[1:] != (SIDE, SIDE) or not len(image):

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 
 def connected(keys_N: Sequence[Iterable[Hashable]]) -> list[list[int]]:
-    """Groups of item numbers, each ascending, ordered by their first item.
+    """Return groups of item numbers, each ascending, ordered by their first item.
 
     >>> connected([["a"], ["b"], ["c", "a"], ["c"]])
     [[0, 2, 3], [1]]

@@ -26,13 +26,13 @@ MAX_PIXELS = 2**26
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
-    """Modality -> uint8 ``[C, H, W]``. Raises ValueError naming the file, where it is missing or broken."""
+    """Return modality -> uint8 ``[C, H, W]``. Raise ValueError naming the file if it is missing or broken."""
     x_CHW = bands(folder / "L7_ETMs.tif")
     return {modality: np.ascontiguousarray(x_CHW[list(planes)]) for modality, planes in BANDS.items()}
 
 
 def bands(file: Path) -> np.ndarray:
-    """uint8 ``[6, H, W]`` of a TIFF; Pillow reads none of six bands."""
+    """Read uint8 ``[6, H, W]`` from a TIFF; Pillow does not read six bands."""
     import tifffile  # needed here only
 
     try:

@@ -1,4 +1,4 @@
-"""Read the molecules of the National Cancer Institute's list that rdkit carries, and describe each one.
+"""Read the molecules of the National Cancer Institute's list that rdkit ships, and describe each one.
 
 rdkit (the extra ``molecules``) is imported when a molecule is described. Letters: N molecules, K spellings, W bits.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-#: Of rdkit's folder of data.
+#: The list, below rdkit's folder of data.
 _LIST = Path("NCI") / "first_5K.smi"
 
 
@@ -22,7 +22,7 @@ class Described:
 
     Attributes:
         smiles: the canonical spelling. spellings: K random ones of each.
-        scaffold: Murcko's, the rings and what links them; of a molecule without a ring its own spelling.
+        scaffold: Murcko's, the rings and the links between them; for a molecule without a ring, its own spelling.
         bits_NW: uint8, Morgan's fingerprint. numbers: name -> float32 ``[N]``.
         unread: lines of the list that are no molecule.
     """
@@ -36,13 +36,13 @@ class Described:
 
 
 def require_rdkit() -> None:
-    """Raises ValueError where rdkit is not installed."""
+    """Raise ValueError if rdkit is not installed."""
     if find_spec("rdkit") is None:
         raise ValueError("Molecules: the package rdkit is missing; pip install 'descant[molecules]'")
 
 
 def list_file() -> Path:
-    """The list of about 5,000 molecules in rdkit's own folder of data."""
+    """Return the file of about 5,000 molecules in rdkit's own folder of data."""
     require_rdkit()
     from rdkit import RDConfig
 
@@ -50,7 +50,7 @@ def list_file() -> Path:
 
 
 def read_list(file: Path) -> list[str]:
-    """The first word of each line, a SMILES."""
+    """Read the first word of each line, a SMILES."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -59,10 +59,10 @@ def read_list(file: Path) -> list[str]:
 
 
 def describe(smiles: Sequence[str], spellings: int, bits: int, radius: int = 2) -> Described:
-    """Spellings, fingerprint, scaffold and numbers of each different molecule, in the order of the list.
+    """Compute spellings, fingerprint, scaffold and numbers of each different molecule, in the order of the list.
 
     ``logp`` is Crippen's estimate of the octanol-water partition coefficient (Wildman 1999), a sum over atoms;
-    ``tpsa`` the topological polar surface in square angstroms (Ertl 2000). Random spellings have a fixed seed.
+    ``tpsa`` is the topological polar surface in square angstroms (Ertl 2000). Random spellings have a fixed seed.
     """
     require_rdkit()
     from rdkit import Chem
@@ -70,7 +70,7 @@ def describe(smiles: Sequence[str], spellings: int, bits: int, radius: int = 2) 
     from rdkit.Chem.Scaffolds import MurckoScaffold
     from rdkit.rdBase import BlockLogs
 
-    with BlockLogs():  # it prints each line that is no molecule
+    with BlockLogs():  # rdkit prints each line that is no molecule
         read = [(text, Chem.MolFromSmiles(text)) for text in smiles]
     unread = [text for text, molecule in read if molecule is None]
     molecules = {Chem.MolToSmiles(molecule): molecule for _, molecule in reversed(read) if molecule is not None}

@@ -26,7 +26,7 @@ class Package:
 
     @property
     def tarball(self) -> str:
-        """The file name `npm pack` gives this package."""
+        """Return the file name that `npm pack` gives this package."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 

@@ -31,7 +31,7 @@ class DataPackage(ABC):
     """A package by name, and its known versions.
 
     Attributes:
-        name: for the tool that fetches it.
+        name: name for the tool that fetches it.
         known: SHA-256 of the whole file -> its version.
         under: only the content of this folder of the package is unpacked, without the folder's own path.
         option: a data module's argument that gives the package as a file.
@@ -44,27 +44,27 @@ class DataPackage(ABC):
 
     @abstractmethod
     def fetch(self, folder: Path) -> Path:
-        """Fetch the package as a file in ``folder``. Raises ValueError in one line with the remedy."""
+        """Fetch the package as a file in ``folder``. Raise ValueError in one line with the remedy."""
 
     @abstractmethod
     def check(self, file: Path) -> None:
-        """Raises ValueError where the file is truncated or no such package."""
+        """Raise ValueError if the file is truncated or no such package."""
 
     @abstractmethod
     def unpack(self, file: Path, folder: Path) -> None:
-        """Write the content of ``under`` into ``folder``. Raises ValueError for a broken or hostile file."""
+        """Write the content of ``under`` into ``folder``. Raise ValueError for a broken or hostile file."""
 
 
 def unpacked(
     package: DataPackage, file: Path | str | None = None, accept: Sequence[str] = (), cache: Path | str | None = None
 ) -> Path:
-    """The folder with the package's content, named by its SHA-256: from the cache, else fetched.
+    """Return the folder with the package's content, named by its SHA-256: from the cache, otherwise fetched.
 
     Args:
         package: which one.
         file: used instead of fetching one.
-        accept: SHA-256 to accept beside the known ones.
-        cache: folder of all packages; :func:`cache_folder` where not given.
+        accept: SHA-256 to accept besides the known ones.
+        cache: folder of all packages; :func:`cache_folder` by default.
     """
     home = Path(cache or cache_folder()) / package.name
     for sha in accept:
@@ -80,7 +80,7 @@ def unpacked(
         source = package.fetch(Path(stack.enter_context(scratch(home)))) if file is None else Path(file)
         sha = sha256_of(source)
         if sha not in {*package.known, *accept}:
-            package.check(source)  # a truncated file is reported as that
+            package.check(source)  # reports a truncated file as such
             known = ", ".join(f"{s[:12]}... ({version})" for s, version in package.known.items())
             fault = f"SHA-256 {sha} is not a known {package.name} ({known})"
             raise ValueError(f"{source.name}: {fault}; to use it all the same: accept: [{sha}]")
@@ -95,7 +95,7 @@ def unpacked(
 
 @contextlib.contextmanager
 def scratch(home: Path) -> Iterator[str]:
-    """A temporary folder in ``home``, removed at the end: its content is moved out by :func:`move_into_place`."""
+    """Make a temporary folder in ``home``, removed at the end: :func:`move_into_place` moves its content out."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".part-", dir=home)
@@ -108,7 +108,7 @@ def scratch(home: Path) -> Iterator[str]:
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder. Where another process was first, its identical copy stays."""
+    """Rename a finished folder. If another process was first, its identical copy stays."""
     try:
         folder.rename(target)
     except OSError as error:
@@ -117,7 +117,7 @@ def move_into_place(folder: Path, target: Path) -> None:
 
 
 def derived(source: Path, name: str, build: Callable[[Path], None], message: str) -> Path:
-    """The folder ``name`` beside ``source``; where it is missing, ``message`` is printed and ``build`` fills it."""
+    """Return the folder ``name`` beside ``source``; if it is missing, print ``message`` and let ``build`` fill it."""
     target = source.with_name(name)
     if not target.is_dir():
         print(f"descant: {message}", file=sys.stderr, flush=True)
@@ -130,7 +130,7 @@ def derived(source: Path, name: str, build: Callable[[Path], None], message: str
 
 
 def write_member(source: IO[bytes], target: Path) -> int:
-    """Write a member of an archive to a new file (a duplicate name is an error); returns its size."""
+    """Write a member of an archive to a new file (a duplicate name is an error); return its size."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with source, target.open("xb") as out:
         shutil.copyfileobj(source, out, PIECE)
@@ -138,7 +138,7 @@ def write_member(source: IO[bytes], target: Path) -> int:
 
 
 def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
-    """Target of an archive member: the parts of its name below ``under``; None where it lies elsewhere.
+    """Return the target of an archive member: the parts of its name below ``under``; None if it lies elsewhere.
 
     >>> place_of(Path("x.whl"), "pack/data/a/b.txt", "pack/data"), place_of(Path("x.whl"), "other/b.txt", "pack")
     (('a', 'b.txt'), None)
@@ -150,7 +150,7 @@ def place_of(file: Path, member: str, under: str) -> tuple[str, ...] | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class.
+    """Return the first line of an error's message, or the name of its class.
 
     >>> first_line(ValueError("a\\nb")), first_line(EOFError())
     ('a', 'EOFError')

@@ -28,7 +28,7 @@ SETS: dict[str, tuple[int, int]] = {
 
 
 def load(folder: Path, name: str, part: str) -> tuple[list[np.ndarray], list[str]]:
-    """Series ``[T, W]`` and classes of a set. Raises ValueError naming file and line, where it is missing or broken."""
+    """Load series ``[T, W]`` and classes of a set. Raise ValueError naming file and line if it is missing or broken."""
     file = folder / name / f"{name}_{part}.ts"
     try:
         text = file.read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def load(folder: Path, name: str, part: str) -> tuple[list[np.ndarray], list[str
 
 
 def parse(text: str, place: str) -> tuple[list[np.ndarray], list[str]]:
-    """Series float32 ``[T, W]`` and classes of the text of a ``.ts`` file; ``?`` and ``NaN`` are gaps.
+    """Parse series float32 ``[T, W]`` and classes from the text of a ``.ts`` file; ``?`` and ``NaN`` are gaps.
 
     >>> series, classes = parse("@data\\n1,2,3:4,?,6:up", "a.ts")
     >>> series[0].tolist(), classes

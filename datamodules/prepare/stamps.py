@@ -1,7 +1,7 @@
 """The stamps of Tux Paint as arrays: the Debian package tuxpaint-stamps-default, decoded once into the cache.
 
 A stamp is an image with captions (one English, then up to 77 languages), a spoken description in some languages, and
-sometimes its own sound. The package is under the GPL, so it is fetched at run time and is no part of Descant.
+sometimes its own sound. The package is under the GPL, so it is fetched at run time and is not part of Descant.
 Letters: N stamps, L spoken languages, S samples of all recordings.
 """
 
@@ -29,12 +29,12 @@ DEB = Deb(
     known={"6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb": "2025.03.31-1"},
     under="usr/share/tuxpaint/stamps",
 )
-#: Version of the arrays: another number prepares them again.
+#: Version of the arrays: with a new number, they are prepared again.
 FORMAT = 1
 SIDE = 64
 RATE = 16000
 SECONDS = 4.0
-#: The language of recordings whose name has none, and the entry of a stamp's own sound among the languages.
+#: The language of recordings whose name has none, and the name of a stamp's own sound among the languages.
 ENGLISH, SOUND = "en", "sound"
 # far above the largest (1,417 x 1,778 pixels), far below what would hurt
 MAX_PIXELS = 64 * 2**20
@@ -53,8 +53,8 @@ class Corpus:
         texts: language -> caption, of each stamp.
         images: uint8 ``[N, 4, 64, 64]``. pictured: bool ``[N]``, which images could be decoded.
         wave: int16 ``[S]``, all recordings, 16 kHz.
-        languages: of recordings, the most frequent first. clips: int64 ``[L, N, 2]``, first sample and length in
-            ``wave``; length 0 where a stamp has no such recording.
+        languages: languages of recordings, the most frequent first. clips: int64 ``[L, N, 2]``, first sample and length
+            in ``wave``; length 0 if a stamp has no such recording.
         skipped: (file, sample, reason) of each file that could not be read.
     """
 
@@ -89,11 +89,11 @@ class Corpus:
 
 
 def prepared(file: Path | None = None, accept: list[str] | None = None, cache: Path | None = None) -> Path:
-    """The folder with the arrays, for :meth:`Corpus.load`: fetched, unpacked and decoded once.
+    """Return the folder with the arrays, for :meth:`Corpus.load`: fetched, unpacked and decoded once.
 
     Args:
-        file: the package as a file; downloaded by apt-get where not given. accept: more SHA-256 to accept.
-        cache: folder of the cache; the user's own where not given.
+        file: the package as a file; apt-get downloads it by default. accept: more SHA-256 to accept.
+        cache: folder of the cache; the user's own by default.
     """
     source = unpacked(DEB, file, accept or (), cache)
     message = "preparing the stamps: images and speech are decoded once; this takes a minute"
@@ -158,7 +158,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def render(path: Path) -> bytes:
-    """An svg as png, by resvg. Raises ValueError where it is not installed or refuses."""
+    """Render an svg as png, by resvg. Raise ValueError if resvg is not installed or refuses."""
     try:
         resvg = importlib.import_module("resvg_py")
     except ImportError:
@@ -172,7 +172,7 @@ def render(path: Path) -> bytes:
 
 
 def captions(path: Path) -> dict[str, str]:
-    """Language -> caption: an English line, then ``LANGUAGE.utf8=CAPTION`` lines. Empty where there is no file."""
+    """Read language -> caption: an English line, then ``LANGUAGE.utf8=CAPTION`` lines. Empty if there is no file."""
     if not path.is_file():
         return {}
     first, *rest = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
@@ -185,7 +185,7 @@ def captions(path: Path) -> dict[str, str]:
 
 
 def recordings(folder: Path, names: list[str], ledger: Notes) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """``wave``, ``languages`` and ``clips`` of a :class:`Corpus`."""
+    """Read ``wave``, ``languages`` and ``clips`` of a :class:`Corpus`."""
     place = {name: i for i, name in enumerate(names)}
     files: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -213,7 +213,7 @@ def recordings(folder: Path, names: list[str], ledger: Notes) -> tuple[np.ndarra
 
 
 def recording(path: Path) -> np.ndarray:
-    """int16 ``[S]`` at 16 kHz, its first 4 seconds. Raises ValueError or RuntimeError where there is no sound in it."""
+    """Read int16 ``[S]`` at 16 kHz, the first 4 seconds. Raise ValueError or RuntimeError if it has no sound."""
     import soundfile  # needed here only
 
     with soundfile.SoundFile(path) as file:
@@ -230,7 +230,7 @@ def recording(path: Path) -> np.ndarray:
 
 
 def first_word(name: str) -> str:
-    """Family name of a file: the first word of its stem that is no colour, without its number.
+    """Return the family name of a file: the first word of its stem that is no colour, without its number.
 
     >>> [first_word(f"a/{s}") for s in ("ant", "ant2", "apple_red", "red-apple", "3_earth", "frog-1", "001")]
     ['ant', 'ant', 'apple', 'apple', 'earth', 'frog', 'a/001']
@@ -241,7 +241,7 @@ def first_word(name: str) -> str:
 
 
 def families(corpus: Corpus) -> list[str]:
-    """One name a stamp, equal for relatives: by the first word of the file name, or by an equal English caption.
+    """Return one name per stamp, equal for relatives: equal first words of file names, or equal English captions.
 
     Relatives of relatives are relatives, so that no split separates stamps that look or sound alike.
     """

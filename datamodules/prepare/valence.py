@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"""^  (?:"([^"]+)"|'([^']+)'|(\w+)): (-?[0-5]),?$""", re.MU
 
 
 def read_ratings(tarball: Path) -> dict[str, int]:
-    """Word -> valence, from the package's module of one entry a line; it is read as text and never run."""
+    """Read word -> valence from the package's module of one entry per line; it is read as text and never run."""
     content = read_package(tarball, "index.js".__eq__)
     if "index.js" not in content:
         raise ValueError(f"{tarball.name}: no index.js")
@@ -37,7 +37,7 @@ def read_ratings(tarball: Path) -> dict[str, int]:
 
 
 def words(texts: Iterable[str]) -> list[str]:
-    """The distinct words of some texts, sorted: a repeated word counts once.
+    """Return the distinct words of some texts, sorted: a repeated word counts once.
 
     >>> words(["grinning cat with smiling eyes", "Cat", "tears-of-joy"])
     ['cat', 'eyes', 'grinning', 'joy', 'of', 'smiling', 'tears', 'with']
@@ -46,7 +46,7 @@ def words(texts: Iterable[str]) -> list[str]:
 
 
 def rate(rows: Iterable[Mapping[str, Any]], ratings: Mapping[str, int]) -> dict[str, list[float]]:
-    """Hexcode -> [mean valence, words counted], for the rows that have a rated word.
+    """Compute hexcode -> [mean valence, words counted], for the rows that have a rated word.
 
     >>> row = {"hexcode": "1F602", "names": {"en": "face with tears of joy"}, "keywords": {"en": ["lol"]}}
     >>> rate([row], {"joy": 3, "tears": -2, "lol": 4})
@@ -61,7 +61,7 @@ def rate(rows: Iterable[Mapping[str, Any]], ratings: Mapping[str, int]) -> dict[
 
 
 def build(cache: Path, out: Path) -> str:
-    """Rate the pack's concepts; returns one line on what was written."""
+    """Rate the pack's concepts; return one line on what was written."""
     ratings = read_ratings(fetch_package(AFINN, cache))
     rated = rate(read_pack(PACK_DIR, ["hexcode", "names", "keywords"]), ratings)
     lines = ",\n".join(f"{json.dumps(code)}: {json.dumps(pair)}" for code, pair in sorted(rated.items()))

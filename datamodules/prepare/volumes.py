@@ -1,4 +1,4 @@
-"""MNI152 brain template (ICBM 2009a, symmetric) from the nilearn wheel: T1, grey and white matter, 1 mm a voxel.
+"""MNI152 brain template (ICBM 2009a, symmetric) from the nilearn wheel: T1, grey and white matter, 1 mm per voxel.
 
 Three maps of 197 x 233 x 189 voxels of uint8 (Fonov 2011, NeuroImage 54:313). The template is the mean of 152 heads and
 of their mirror images: its left half *is* its right half, mirrored, bit for bit.
@@ -37,7 +37,7 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 
 
 def volume(file: Path) -> np.ndarray:
-    """uint8 ``[X, Y, Z]`` of a NIfTI file, its axes turned so that they lead right, to the front and up."""
+    """Read uint8 ``[X, Y, Z]`` from a NIfTI file, its axes turned so that they lead right, to the front and up."""
     import nibabel  # needed here only
 
     try:

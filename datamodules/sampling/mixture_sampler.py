@@ -1,4 +1,4 @@
-"""Batch sampler of a mixture of corpora: how many samples of a step are of which part, and which."""
+"""Batch sampler of a mixture of corpora: how many samples of a step come from each part, and which."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.modules.core.rng import mix
 
 
 class Shares:
-    """How many of the first ``n`` of a sequence are of each part: whole numbers, a function of ``n`` alone.
+    """Number of each part's samples among the first ``n`` of a sequence: a function of ``n`` alone.
 
     The parts are the leaves of a Huffman tree of the weights, and each node divides its ``n`` among its two children:
 
@@ -48,7 +48,7 @@ class Shares:
         self.nodes = nodes[::-1]  # from the root down
 
     def at(self, n: int) -> list[int]:
-        """The share of each part in the first ``n``."""
+        """Return the share of each part in the first ``n``."""
         count = [0] * (2 * self.parts - 1)
         count[-1] = n
         for node, left, right, part, whole in self.nodes:
@@ -58,21 +58,21 @@ class Shares:
 
 
 class MixedOrder(Order):
-    """The order of a mixture: a pure function of (seed, epoch, position), as :class:`Order` is of one corpus.
+    """The order of a mixture: a pure function of (seed, epoch, position), as :class:`Order` is for one corpus.
 
-    Each part has permutations of its own, one a pass; ``Shares`` gives its progress at any position, over epochs: an
+    Each part has its own permutations, one per pass. ``Shares`` gives its progress at any position, over epochs: an
     epoch continues where the previous one ended. A slot's ``sample`` counts through all parts, and its ``epoch`` is the
-    pass of its part, so (epoch, sample) is one visit with random numbers of its own.
+    pass of its part, so (epoch, sample) is one visit with its own random numbers.
 
     Args:
         sizes: samples of each part.
-        names: of the parts; a part's permutations depend on its name, not on the other parts.
-        weights: of the parts, all positive.
-        samples: of an epoch; of homogeneous batches, rounded up to whole batches.
+        names: names of the parts; a part's permutations depend on its name, not on the other parts.
+        weights: weights of the parts, all positive.
+        samples: samples per epoch; with homogeneous batches, rounded up to whole batches.
         homogeneous: each batch from one part. The weights then count batches, and a pass is cut into batches of nearly
             equal size, as Order cuts an epoch, so no batch spans two passes.
         blocked: part -> the order of its passes, for parts that are read a block at a time.
-        batch_size, seed, cut: as of Order.
+        batch_size, seed, cut: as in Order.
 
     >>> order = MixedOrder([2, 6], ["a", "b"], [Fraction(1), Fraction(3)], samples=8, batch_size=4, seed=0)
     >>> [sorted(slot.sample for slot in window.step) for window in order]
@@ -121,7 +121,7 @@ class MixedOrder(Order):
         return steps
 
     def _all_parts(self, epoch: int, batch: int) -> list[Slot]:
-        """The samples of a global batch, part by part."""
+        """Return the samples of a global batch, part by part."""
         bounds = (epoch * self.n + self.n * b // self.global_batches for b in (batch, batch + 1))
         walked, goal = map(self.shares.at, bounds)
         return [s for part, (a, b) in enumerate(zip(walked, goal, strict=True)) for s in self._walk(part, a, b)]
@@ -130,7 +130,7 @@ class MixedOrder(Order):
         return self._walk(*self._bounds(epoch * self.global_batches + batch))
 
     def _bounds(self, number: int) -> tuple[int, int, int]:
-        """The part of a homogeneous batch, and which samples of the part's sequence it holds."""
+        """Return the part of a homogeneous batch, and which samples of the part's sequence it holds."""
         walked, goal = self.shares.at(number), self.shares.at(number + 1)
         part = next(part for part in range(len(goal)) if goal[part] > walked[part])
         size, batches = self.sizes[part], -(-self.sizes[part] // self.batch_size)
@@ -139,7 +139,7 @@ class MixedOrder(Order):
         return part, low, high
 
     def _walk(self, part: int, low: int, high: int) -> list[Slot]:
-        """Samples ``low`` to ``high`` of a part's sequence of permutations."""
+        """Return samples ``low`` to ``high`` of a part's sequence of permutations."""
         size, slots = self.sizes[part], []
         while low < high:
             turn, start = divmod(low, size)
@@ -160,7 +160,7 @@ class MixedOrder(Order):
 
 
 def require_temperature(alpha: float | None, times: float | None, what: str) -> None:
-    """Raises ValueError for arguments that :func:`tempered` cannot use; ``what`` names the parts."""
+    """Raise ValueError for arguments that :func:`tempered` cannot use; ``what`` names the parts."""
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha:g}: from 0, all {what} alike, to 1, by their sizes; such as 0.5")
     if times is not None and (alpha is None or not times > 1):
@@ -168,7 +168,7 @@ def require_temperature(alpha: float | None, times: float | None, what: str) -> 
 
 
 def tempered(sizes: Sequence[int], alpha: float, times: float | None = None) -> list[Fraction]:
-    """Shares proportional to ``size ** alpha``, each at most ``times`` its share by size; the rest goes to the others.
+    """Compute shares proportional to ``size ** alpha``, each at most ``times`` its share by size; others get the rest.
 
     >>> [float(share) for share in tempered([900, 100], alpha=0.5)], [float(x) for x in tempered([900, 100], 0.5, 2.0)]
     ([0.75, 0.25], [0.8, 0.2])

@@ -19,12 +19,13 @@ _ROUNDS = 6
 class Permutation:
     """``perm(n, key)``, a permutation of ``0..n-1`` that is a function of both.
 
-    Small ones are made at once. Slices of a large one are computed on demand, in constant memory: a Feistel network of
-    six rounds permutes the numbers below ``4^h >= n``, applied again to results of n or more (Black and Rogaway 2002).
+    Small ones are made at once. Slices of a large one are computed on demand, in constant memory. A Feistel network of
+    six rounds permutes the numbers below ``4^h >= n``, and is applied again to results of n or more (Black and Rogaway
+    2002).
 
     Args:
         n: how many numbers.
-        key: of the permutation.
+        key: key of the permutation.
         whole: the largest n that is made at once.
 
     >>> permutation = Permutation(10, key=3, whole=0)
@@ -41,7 +42,7 @@ class Permutation:
         return self.n
 
     def __getitem__(self, place: slice) -> Tensor:
-        """Int64: the numbers at a slice of positions."""
+        """Return the numbers at a slice of positions, int64."""
         low, high, _ = place.indices(self.n)
         if self._whole is not None:
             return self._whole[low:high]

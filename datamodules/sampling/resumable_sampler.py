@@ -27,8 +27,7 @@ class Slot(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Rows that one rank loads for one micro-batch, those of the whole optimizer step, and the micro-batch's number in
-    the epoch."""
+    """One rank's rows of a micro-batch, the whole optimizer step's rows, and the micro-batch's number in the epoch."""
 
     slots: list[Slot]
     step: list[Slot]
@@ -39,14 +38,14 @@ class Order(DistributedSampler[Window]):
     """A batch sampler over ``n`` samples. Global batch g of epoch e is a slice of ``perm(seed, e)``.
 
     The epoch is cut into ``ceil(n / batch_size)`` global batches of nearly equal size (n/G rounded up or down), so
-    every sample is seen exactly once an epoch; the rows missing to ``batch_size`` are padding slots
-    (``real=False``), so every cut on every rank has the same shape. A global batch is cut into ``accumulate * world``
-    equal pieces. Lightning splits no ``DistributedSampler`` over ranks a second time; nothing else is inherited.
+    every sample is seen exactly once per epoch. Padding slots (``real=False``) fill the rows missing to ``batch_size``,
+    so every cut on every rank has the same shape. A global batch is cut into ``accumulate * world`` equal pieces.
+    Lightning does not split a ``DistributedSampler`` over ranks a second time; nothing else is inherited.
 
     Args:
         n: samples in the data set.
         batch_size: rows of one whole optimizer step, over all ranks and micro-batches.
-        seed: of the order. shuffle: False walks 0..n-1 every epoch.
+        seed: seed of the order. shuffle: False walks 0..n-1 every epoch.
         rank, world, accumulate: this process's share; ``accumulate * world`` must divide ``batch_size``.
         epoch, first: where to start, ``first`` in micro-batches; a resumed run sets them before the loader is made.
 
@@ -82,12 +81,12 @@ class Order(DistributedSampler[Window]):
 
     @property
     def sampler(self) -> Order:
-        """Itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
+        """Return itself: Lightning looks for ``set_epoch`` on ``loader.batch_sampler.sampler``."""
         return self
 
     @property
     def facts(self) -> dict[str, int | bool | str]:
-        """Arguments that determine the order, beside the position: a resumed run must have the same."""
+        """Return the arguments that determine the order, besides the position: a resumed run must have the same."""
         return {"order": type(self).__name__, "samples": self.n, "batch_size": self.batch_size, "seed": self.seed}
 
     def set_epoch(self, epoch: int) -> None:
@@ -98,7 +97,7 @@ class Order(DistributedSampler[Window]):
         return self.global_batches * self.accumulate  # always the full epoch: Lightning adds the restored position
 
     def steps_for(self, samples: int) -> int:
-        """The fewest optimizer steps from the beginning that see so many samples; padding rows are not counted.
+        """Compute the fewest optimizer steps from the beginning that see ``samples`` samples, without padding rows.
 
         >>> Order(n=5, batch_size=4, seed=0).steps_for(7), Order(n=5, batch_size=4, seed=0).steps_for(8)  # 2, 5, 7, 10
         (3, 4)
@@ -106,7 +105,7 @@ class Order(DistributedSampler[Window]):
         return whole_steps(samples, self.n, self.global_batches)
 
     def permutation(self, epoch: int) -> Permutation | Tensor:
-        """The sample order of an epoch."""
+        """Return the sample order of an epoch."""
         return Permutation(self.n, mix(self.seed, "order", epoch)) if self.shuffle else torch.arange(self.n)
 
     def __iter__(self) -> Iterator[Window]:
@@ -118,7 +117,7 @@ class Order(DistributedSampler[Window]):
             yield self.window(slots, micro)._replace(number=position)
 
     def window(self, real: list[Slot], micro: int) -> Window:
-        """This rank's part of an optimizer step, given the step's samples: padded, then cut."""
+        """Return this rank's part of an optimizer step, given the step's samples: padded, then cut."""
         # padding repeats samples of the same step, so that it has ordinary content
         pads = (real[i % len(real)] for i in range(self.batch_size - len(real)))
         step = [*real, *(Slot(slot.epoch, slot.sample, False) for slot in pads)]
@@ -129,13 +128,13 @@ class Order(DistributedSampler[Window]):
 class BlockShuffle(Order):
     """An order for data that is read in blocks: blocks are shuffled, then the samples of a few blocks at once.
 
-    A reader that caches ``together`` blocks reads each of them once an epoch. Otherwise as :class:`Order`: every sample
-    once an epoch, whatever the ranks.
+    A reader that caches ``together`` blocks reads each of them once per epoch. Otherwise as :class:`Order`: every
+    sample once per epoch, whatever the ranks.
 
     Args:
         block_N: the block of each of the n samples.
-        together: blocks that are shuffled as one.
-        batch_size, seed, cut: as of Order.
+        together: number of blocks that are shuffled as one.
+        batch_size, seed, cut: as in Order.
 
     >>> order = BlockShuffle(np.array([0, 0, 1, 1, 2, 2]), together=1, batch_size=6, seed=3)
     >>> (order.permutation(0) // 2).tolist()

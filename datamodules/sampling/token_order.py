@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: as many samples a step as their tokens allow. Letters: N samples."""
+"""Batches by a budget of tokens, which limits how many samples a step has. Letters: N samples."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from descant.datamodules.sampling.resumable_sampler import Order, Slot, Window
 class TokenOrder(Order):
     """The samples of another order, cut into steps of nearly equal numbers of tokens, none above a budget.
 
-    With ``c_i`` the tokens before sample i in an epoch's order, ``total`` those of all and ``longest`` of one sample:
+    With ``c_i`` the tokens before sample i in an epoch's order, ``total`` those of all and ``longest`` the most of one
+    sample:
 
         step of sample i = floor(G c_i / total),    G = ceil(total / (budget - longest + 1))
 
-    The tokens of a step begin within ``total / G`` of each other, so that they are at most ``total / G + longest - 1``.
-    G is the same in each epoch; every sample is seen once an epoch, in the same step whatever the ranks. Within a step
-    the longest samples come first, and go round the ``accumulate * world`` micro-batches: their tokens differ by less
-    than those of two samples, their rows by at most one, which is padding.
+    The samples of a step begin within ``total / G`` tokens of each other, so a step has at most
+    ``total / G + longest - 1``. G is the same in each epoch; every sample is seen once per epoch, in the same step
+    whatever the ranks. Within a step, the longest samples come first, and go round the ``accumulate * world``
+    micro-batches. The micro-batches' tokens differ by less than those of two samples, their rows by at most one, which
+    is padding.
 
     Args:
-        order: of the samples, whose seed, ranks and position are taken.
+        order: order of the samples; its seed, ranks and position are used.
         count_N: int64, tokens of each sample; one without any counts as 1.
-        budget: most tokens of one whole optimizer step, over all ranks and micro-batches.
+        budget: the most tokens of one whole optimizer step, over all ranks and micro-batches.
 
     >>> order = TokenOrder(Order(n=6, batch_size=2, seed=0, shuffle=False), np.array([4, 1, 1, 3, 4, 3]), budget=16)
     >>> [[slot.sample for slot in window.slots] for window in order]
@@ -44,7 +46,7 @@ class TokenOrder(Order):
         self.rank, self.world, self.accumulate = order.rank, order.world, order.accumulate
         self.epoch, self.first = order.epoch, order.first
         self.global_batches = -(-self.total // (budget - longest + 1))
-        self.batch_size = -(-self.n // self.global_batches)  # of a mean step; here for who asks
+        self.batch_size = -(-self.n // self.global_batches)  # of a mean step, for code that reads it
 
     @property
     def facts(self) -> dict[str, int | bool | str]:
@@ -53,7 +55,7 @@ class TokenOrder(Order):
         return {name: value for name, value in self.order.facts.items() if name != "batch_size"} | own
 
     def steps_for(self, samples: int) -> int:
-        """The fewest optimizer steps from the beginning that see so many samples.
+        """Compute the fewest optimizer steps from the beginning that see ``samples`` samples.
 
         >>> order = TokenOrder(Order(n=6, batch_size=2, seed=0, shuffle=False), np.array([4, 1, 1, 3, 4, 3]), budget=16)
         >>> order.steps_for(4), order.steps_for(5), order.steps_for(10)
@@ -66,7 +68,7 @@ class TokenOrder(Order):
         return epochs * self.global_batches + int(torch.searchsorted(ends_G, left)) + 1
 
     def cut(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Samples of an epoch ``[N]``, and where each of its steps begins and the last ends ``[G + 1]``."""
+        """Return the samples of an epoch ``[N]``, and where each of its steps begins and the last ends ``[G + 1]``."""
         permutation = self.order.permutation(epoch)
         sample_N = permutation[0 : self.n]
         count_N = self.count_N[sample_N]
@@ -84,6 +86,6 @@ class TokenOrder(Order):
 
     def window(self, real: list[Slot], micro: int) -> Window:
         parts = self.world * self.accumulate
-        pads = (Slot(slot.epoch, slot.sample, False) for slot in real[-1:] * (-len(real) % parts))  # of the shortest
+        pads = (Slot(slot.epoch, slot.sample, False) for slot in real[-1:] * (-len(real) % parts))  # the shortest one
         step = [*real, *pads]
         return Window(step[micro * self.world + self.rank :: parts], step)

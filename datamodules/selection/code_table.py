@@ -1,4 +1,4 @@
-"""Codes of a data set's samples as a table, in memory or in a parquet file. Letters: N samples, T codes of one."""
+"""Codes of a data set's samples as a table, in memory or in a parquet file. Letters: N samples, T codes per sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant.datamodules.selection.selected import COLUMN
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.unified import CodeFormat
 
-#: Stands where a code is of padding.
+#: Marks a code as padding.
 PADDING = -1
 _COLUMNS = (COLUMN, "key", "set", "name")
 
@@ -29,9 +29,9 @@ class CodeTable:
         index_N, key_N: int64, stable ids of samples and of their content.
         set_N: the data set of each, such as train. name_N: its text.
         codes: modality -> int64 ``[N, T]``, from 0; -1 for padding.
-        formats: modality -> sizes of its codes, and the digest of the tokenizer that has made them.
-        about: what the codes are of, such as the options of a data module.
-        tokenizers: that have made them, in this process.
+        formats: modality -> sizes of its codes, and the digest of the tokenizer that made them.
+        about: what the codes were made from, such as the options of a data module.
+        tokenizers: the tokenizers that made them, in this process.
     """
 
     index_N: np.ndarray
@@ -44,14 +44,14 @@ class CodeTable:
     tokenizers: dict[str, CodeTokenizer] = field(default_factory=dict)
 
     def rows(self, name: str) -> np.ndarray:
-        """Rows of a data set. Raises ValueError for one that has none."""
+        """Return the rows of a data set. Raise ValueError if it has none."""
         rows_R = np.flatnonzero(self.set_N == name)
         if not len(rows_R):
             raise ValueError(f"codes: no rows of {name}; there are {', '.join(sorted(set(self.set_N.tolist())))}")
         return rows_R
 
     def write(self, file: Path) -> None:
-        """As a new parquet file, complete or not at all. Raises ValueError where there is one."""
+        """Write a new parquet file, completely or not at all. Raise ValueError if the file exists."""
         import pyarrow as pa  # late: it takes long to import
         import pyarrow.parquet as pq
 
@@ -72,7 +72,7 @@ class CodeTable:
 
 
 def read_codes(file: Path) -> CodeTable:
-    """A table that ``CodeTable.write`` has written. Raises ValueError for another file."""
+    """Read a table that ``CodeTable.write`` wrote. Raise ValueError for another file."""
     import pyarrow as pa  # late: it takes long to import
     import pyarrow.parquet as pq
 
@@ -92,7 +92,7 @@ def read_codes(file: Path) -> CodeTable:
 
 
 def require_same(table: CodeTable, tokenizers: dict[str, CodeTokenizer], about: dict[str, Any]) -> None:
-    """Raises ValueError for codes of another tokenizer, as far as known before it is fitted, or of other options."""
+    """Raise ValueError for codes of another tokenizer, as far as known before it is fitted, or of other options."""
     for modality, tokenizer in tokenizers.items():
         mine, made = CodeFormat.of(tokenizer), table.formats.get(modality, CodeFormat((0,), 0))
         if mine != (made if tokenizer.fitted or not tokenizer.samples else CodeFormat(*made.sizes, mine.digest)):

@@ -23,13 +23,13 @@ def _none() -> Tensor:
 
 @dataclass
 class MinedNegatives:
-    """The table of a training set: up to K negatives of each sample.
+    """The mined negatives of a training set: up to K for each sample.
 
     Attributes:
-        modality: of the negatives.
-        id_N: int64, ascending: ids of the samples that have been mined for.
-        negative_NK: int64: ids of their negatives; the first ones of a row, then -1.
-        version: how often they have been mined, from 0 on; -1 before the first time.
+        modality: modality of the negatives.
+        id_N: int64, ascending: ids of the samples for which negatives were mined.
+        negative_NK: int64: ids of their negatives; they come first in a row, then -1.
+        version: number of the mining, from 0 on; -1 before the first.
     """
 
     modality: str
@@ -38,7 +38,7 @@ class MinedNegatives:
     version: int = -1
 
     def of(self, id_B: np.ndarray, draw_B: np.ndarray) -> np.ndarray:
-        """int64 ``[B]``: one of the negatives of each sample by its draw, all equally likely; -1 where it has none.
+        """Choose one of each sample's negatives by its draw, int64 ``[B]``, all equally likely; -1 if it has none.
 
         >>> mined = MinedNegatives("text", torch.tensor([3, 5]), torch.tensor([[5, 9], [-1, -1]]))
         >>> mined.of(np.array([3, 3, 5, 4]), np.array([2, 3, 3, 3])).tolist()
@@ -62,8 +62,8 @@ class MinedNegatives:
 class MinedSet(BatchDataset):
     """A training set with one of the mined negatives of each sample, as ``inputs["text_neg"]``.
 
-    It is another sample's text, read with the draw of the sample that it is a negative of: its caption, dropped words
-    and augmentation are of the same kind, and another of the K comes in each epoch.
+    The negative is another sample's text, read with the draw of the sample that it belongs to. So its caption, dropped
+    words and augmentation are of the same kind, and each epoch takes another of the K.
 
     Args:
         whole: the samples.
@@ -111,7 +111,7 @@ class MinedSet(BatchDataset):
         return batch
 
     def _negatives(self, slots: Sequence[Slot]) -> tuple[np.ndarray, Tensor]:
-        """The number of each slot's negative, its own where it has none, and bool ``[B]``, whether it has one."""
+        """Return the number of each slot's negative, or else its own, and bool ``[B]``: whether it has a negative."""
         index_B = np.array([slot.sample for slot in slots])
         id_B = self.mined.of(self.whole.identity(index_B), self.draws(slots))
         place_B = np.searchsorted(self.id_N, id_B).clip(max=len(self.id_N) - 1)

@@ -1,4 +1,4 @@
-"""Scores, groups and costs of the rows of a parquet table; of a few graded rows, those of all others.
+"""Scores, groups and costs of the rows of a parquet table; a few graded rows give those of all others.
 
 Letters: N rows of the table, L graded rows, K scores, D width of features.
 """
@@ -39,15 +39,15 @@ def read(file: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def columns_of(scores: Sequence[str]) -> list[str]:
-    """The columns that scores need: ``quality`` itself, and embeddings for ``image,text``."""
+    """Return the columns that scores need: ``quality`` itself, and embeddings for ``image,text``."""
     return [column for name in scores for column in ([f"z_{m}" for m in name.split(",")] if "," in name else [name])]
 
 
 def score(rows: pa.Table, name: str) -> Tensor:
-    """A column of numbers, or the cosine of two embeddings, ``image,text``.
+    """Return a column of numbers, or the cosine of two embeddings, ``image,text``.
 
     Returns:
-        float64 ``[N]``; nan where a row has none.
+        float64 ``[N]``; nan if a row has none.
     """
     if "," not in name:
         if not pa.types.is_floating(kind := rows.schema.field(name).type) and not pa.types.is_integer(kind):
@@ -72,17 +72,17 @@ def groups(rows: pa.Table, column: str) -> tuple[list[str], Tensor]:
 
 
 def embeddings(features: Sequence[str]) -> list[str]:
-    """The columns that features need: ``image`` one, and ``image*text`` two."""
+    """Return the columns that features need: one for ``image``, and two for ``image*text``."""
     return [f"z_{m}" for name in features for m in name.split("*")]
 
 
 def with_features(rows: pa.Table, features: Sequence[str]) -> pa.Table:
-    """The rows that have all of them."""
+    """Select the rows that have all features."""
     return rows.filter(reduce(pc.and_, (rows[column].is_valid() for column in embeddings(features))))
 
 
 def features_ND(rows: pa.Table, features: Sequence[str]) -> Tensor:
-    """Features of rows that have them: embeddings, and elementwise products of normalized ones.
+    """Compute features of rows that have them: embeddings, and elementwise products of normalized ones.
 
     A linear scorer of ``image`` and ``text`` cannot see whether they match; ``image*text`` sums to their cosine.
 
@@ -121,11 +121,11 @@ def read_few(file: Path, columns: Sequence[str]) -> pa.Table:
 def graded(
     rows: pa.Table, few: pa.Table, scores: Sequence[str], group: str | None, features: Sequence[str], where: str
 ) -> pa.Table:
-    """The rows with a column of expected grades for each score, and of styles in that of the group.
+    """Add a column of expected grades for each score, and a column of styles for the group.
 
     Args:
         rows: with ``index`` and all features. few: ``index``, and grades 0, 1, ... in a column for each of ``scores``,
-            and styles in that of ``group``. where: the place of the grades, for errors.
+            and styles in the column ``group``. where: the place of the grades, for errors.
     """
     x_ND = features_ND(rows, features)
     at = {index: n for n, index in enumerate(rows[COLUMN].to_pylist())}
@@ -157,6 +157,6 @@ def _with(rows: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 
 def _vectors(column: pa.ChunkedArray) -> Tensor:
-    """float64 ``[N, D]``."""
+    """Return float64 ``[N, D]``."""
     lists = column.combine_chunks()
     return torch.from_numpy(lists.flatten().to_numpy().astype(np.float64)).view(len(lists), -1)

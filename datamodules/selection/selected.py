@@ -13,7 +13,7 @@ from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 
-#: Column of the ids in a file of them.
+#: Column of the ids in a file.
 COLUMN = "index"
 
 
@@ -22,7 +22,7 @@ class SelectedSet(BatchDataset):
 
     Args:
         whole: all samples.
-        index_S: int64: numbers of the selected ones in it.
+        index_S: int64: numbers of the selected samples in it.
     """
 
     def __init__(self, whole: BatchDataset, index_S: np.ndarray) -> None:
@@ -64,12 +64,12 @@ class SelectedSet(BatchDataset):
 
 
 def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray | slice]:
-    """The whole data set, and an index of its samples that are taken: a slice for all, however long a stream is."""
+    """Return the whole data set, and an index of its samples in use: a slice for all, however long a stream is."""
     return (data.whole, data.index_S) if isinstance(data, SelectedSet) else (data, slice(None))
 
 
 def positions_of(whole: BatchDataset, id_N: np.ndarray, where: str) -> np.ndarray:
-    """Numbers of the samples that have these ids, in the order of the set.
+    """Return the numbers of the samples that have these ids, in the order of the set.
 
     >>> class Numbers(BatchDataset):
     ...     def __len__(self): return 4
@@ -111,6 +111,6 @@ def read_ids(file: Path) -> np.ndarray:
 
 
 def id_corpus(id_N: np.ndarray, place: str) -> Corpus:
-    """The ids as part of a resume point, by which a change of them is found."""
+    """Return the ids as part of a resume point, which detects a change of them."""
     nothing_M = np.array([], dtype=np.int64)
     return Corpus(place, {"ids": Property(np.sort(id_N), lambda n: f"number {n}")}, [], nothing_M, nothing_M)

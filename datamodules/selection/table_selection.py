@@ -1,4 +1,4 @@
-"""Which training samples a run takes, by the scores of a table. Letters: N rows of the table, K scores."""
+"""Select the training samples of a run by the scores of a table. Letters: N rows of the table, K scores."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ class Pool:
 
 
 class TableSelection:
-    """Samples that a selector takes by the scores of a table: what `descant data select` writes, without a file of ids.
+    """Selection of samples by the scores of a table, as `descant data select` does, without a file of ids.
 
-    The ids are computed where the data are first read, and are part of a resume point.
+    The ids are computed when the data are first read, and are part of a resume point.
 
     Args:
         table: a parquet file with a column ``index`` of ids, or the folder of a run (or of all runs of a name), whose
-            newest `descant predict --sets train` is read.
+            newest table of `descant predict --sets train` is read.
         scores: columns of numbers, or by default ``image,text``, the cosine of two embeddings; a row without one is not
             taken.
-        selector: by default the better half by their mean.
+        selector: chooses samples by their scores; by default the better half by their mean.
         group, cost: columns of groups, and of costs such as tokens.
-        graded: a parquet file of few rows with grades 0, 1, ... in columns named as ``scores`` (and styles in that of
-            ``group``), from which all rows get theirs (:class:`~descant.modules.selection.scorers.RichScorer`).
-        graded_share: the same of a random share of the table's own rows, whose columns of grades are in the table.
-        features: what grades are learned from, by default ``[image, text]``: embeddings, or ``image*text`` for the
-            elementwise product of two.
-        seed: of draws, such as the order of rows with equal scores; by default the run's.
+        graded: a parquet file of few rows with grades 0, 1, ... in columns named as ``scores`` (and styles in the
+            column ``group``), from which the grades of all rows are predicted
+            (:class:`~descant.modules.selection.scorers.RichScorer`).
+        graded_share: the same, for a random share of the table's own rows; the table then has the columns of grades.
+        features: features that grades are learned from, by default ``[image, text]``: embeddings, or ``image*text`` for
+            the elementwise product of two.
+        seed: seed of draws, such as the order of rows with equal scores; by default the run's.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class TableSelection:
         )
 
     def select(self, pool: Pool) -> Selection:
-        """The rows of a pool that are taken."""
+        """Select rows from a pool."""
         draw_N = torch.from_numpy(mix_N(pool.id_N, "select", self.seed))
         return self.selector(pool.score_NK, pool.group_N, draw_N, pool.cost_N)
 
     def ids(self) -> np.ndarray:
-        """int64: ids of the samples that are taken."""
+        """Return int64: ids of the selected samples."""
         pool = self.pool()
         return np.asarray(pool.id_N[self.select(pool).index_S.numpy()], dtype=np.int64)
 

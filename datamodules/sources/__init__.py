@@ -18,7 +18,7 @@ from descant.datamodules.sources.shards import Shards, expand, lost
 from descant.datamodules.sources.tables import TABLES
 
 _KINDS = (".tar", ".parquet", ".arrow")
-#: End of the name of a file of several.
+#: End of a file's name if it is one of several.
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 #: Beginning of an address; a drive of Windows has one letter.
 _ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
@@ -30,12 +30,12 @@ def find(
     outside: bool = False,
     beside: Path | None = None,
 ) -> dict[str, Source]:
-    """The corpus at a path, by the type of its files: split -> source, or one source under ``""``.
+    """Find the corpus at a path, by the type of its files: split -> source, or one source under ``""``.
 
     A folder of images (or its CSV, TSV or JSON-lines file) is a :class:`Folder`; tar files and patterns of them, and
-    folders that hold them, are :class:`Shards`, parquet files :class:`Parquet`. Files named ``train-*``, ``val-*`` or
-    ``test-*`` are these splits. A folder that ``save_to_disk`` of `datasets` wrote is :class:`Arrow`, and so are arrow
-    files, whose split may also stand at the end (``NAME-train.arrow``, as `datasets` caches them).
+    folders that hold them, are :class:`Shards`, parquet files are :class:`Parquet`. Files named ``train-*``, ``val-*``
+    or ``test-*`` are these splits. A folder that ``save_to_disk`` of `datasets` wrote is :class:`Arrow`, and so are
+    arrow files, whose split may also be at the end (``NAME-train.arrow``, as `datasets` caches them).
 
     Args:
         path: files, patterns or a folder; an object of `datasets`.
@@ -83,7 +83,7 @@ def find(
 
 
 def _streamed(address: str) -> str:
-    """Message on an address given as a path: it has to be streamed, with the samples of an epoch."""
+    """Build the message on an address given as a path: it has to be streamed, with a number of samples per epoch."""
     scheme = address.partition(":")[0].lower()
     if scheme == "pipe" or (scheme in SCHEMES and ".tar" in address):
         allowed = " --data.stream.allow_pipes true" if scheme == "pipe" else ""
@@ -115,7 +115,7 @@ def _holds(given: Sequence[str | Path], ending: str) -> bool:
 
 
 def _split(file: Path) -> str:
-    """The split in ``train-00000-of-00004.parquet``, ``val.tar`` and ``NAME-test.arrow``; empty for others."""
+    """Return the split in ``train-00000-of-00004.parquet``, ``val.tar`` and ``NAME-test.arrow``; empty for others."""
     stem = _PART.sub("", file.stem).replace("_", "-").replace(".", "-")
     last = stem.rpartition("-")[2] if file.suffix == ".arrow" else ""
     return split_named(stem.partition("-")[0]) or split_named(last) or ""

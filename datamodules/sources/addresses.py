@@ -1,7 +1,7 @@
 """Open shards by address: local files, objects of stores (http, https, s3, gs), and shell pipes where allowed.
 
-No address is interpreted by another scheme than the one checked here, and no other code is run for it. None has a
-credential in it: addresses are written to the run's folder, and into messages.
+Each address is read only by the scheme that is checked here, and no other code is run for it. No address contains a
+credential, since addresses are written to the run's folder and into messages.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SECRET = re.compile(
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of an address; empty for a file."""
+    """Return the scheme of an address; empty for a file."""
     return url.partition(":")[0].lower() if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", url) else ""
 
 
@@ -41,12 +41,12 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local address."""
+    """Return the path of a local address."""
     return Path(url2pathname(urlsplit(url).path) if scheme_of(url) == "file" else url)
 
 
 def require_allowed(url: str, allow_pipes: bool) -> None:
-    """Raises ValueError for an address of an unknown scheme, with odd characters, or of a pipe that is not allowed."""
+    """Raise ValueError for an address with an unknown scheme or odd characters, or for a pipe that is not allowed."""
     # parsers of addresses strip these, and would then read another scheme than the one checked here
     if url != url.strip() or not url.isprintable():
         raise ValueError(f"urls: {url!r} has blanks around it or a control character, which no address has")
@@ -73,7 +73,7 @@ def require_allowed(url: str, allow_pipes: bool) -> None:
 
 
 def open_address(url: str, remote: Remote) -> Any:
-    """The bytes of an address as a file object, by its scheme; ``remote`` is of objects of a store."""
+    """Open the bytes of an address as a file object, by its scheme; ``remote``: options for objects of a store."""
     scheme = scheme_of(url)
     if scheme == "pipe":
         return gopen_pipe(f"pipe:{url[5:]}")
@@ -87,7 +87,7 @@ def open_address(url: str, remote: Remote) -> Any:
 
 
 def one_line(error: Exception, url: str) -> str:
-    """An error of reading an address, in one line without the address."""
+    """Describe an error of reading an address, in one line without the address."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, StoreError):

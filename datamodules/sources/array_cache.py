@@ -14,19 +14,19 @@ import numpy as np
 
 from descant.modules.io.cache import cache_folder
 
-#: Version of the arrays' layout: another number discards older ones.
+#: Version of the arrays' layout: a new number discards older arrays.
 VERSION = 2
 
 
 def cached(
     file: Path, kind: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """``build()``, or its earlier result for this file (path, size and modification time), as :func:`cached_by`.
+    """Return ``build()``, or its earlier result for this file (path, size, modification time), as :func:`cached_by`.
 
     Args:
         file: what the arrays are about.
-        kind: of the arrays. build: makes them; plain arrays, no objects.
-        folder: of the cache.
+        kind: kind of the arrays. build: makes them; plain arrays, no objects.
+        folder: folder of the cache.
     """
     status = file.stat()
     mark = f"{kind}\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
@@ -36,19 +36,19 @@ def cached(
 def cached_by(
     mark: str, label: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """``build()``, or its earlier result for this mark.
+    """Return ``build()``, or its earlier result for this mark.
 
-    Written to a temporary name and renamed, so several processes may do this at once; where nothing can be written,
-    nothing is cached.
+    The file is written to a temporary name and renamed, so several processes may do this at once. If nothing can be
+    written, nothing is cached.
 
     Args:
         mark: all that the arrays depend on. label: beginning of the file's name.
         build: makes them; plain arrays, no objects.
-        folder: of the cache.
+        folder: folder of the cache.
     """
     name = hashlib.blake2b(f"{VERSION}\0{mark}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     place = (folder or cache_folder()) / "index" / f"{label}-{name}.npz"
-    # SystemError: of threads that parse NumPy's headers at once, in CPython 3.11 (its AST counts one depth for all)
+    # threads that parse NumPy's headers at once raise SystemError in CPython 3.11 (its AST counts one depth for all)
     broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SystemError)
     with contextlib.suppress(*broken), np.load(place, allow_pickle=False) as stored:
         return dict(stored)
@@ -58,7 +58,7 @@ def cached_by(
         handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as out:
-                np.savez(out, **arrays)  # type: ignore[arg-type]  # its keyword for pickles is another type
+                np.savez(out, **arrays)  # type: ignore[arg-type]  # its keyword for pickles has another type
             os.replace(temporary, place)
         except BaseException:
             os.unlink(temporary)

@@ -12,7 +12,7 @@ ARRAY = b"\x93NUMPY"
 
 
 def array_of(data: bytes) -> np.ndarray:
-    """The array of numbers in a ``.npy`` file, without pickles. Raises ValueError for anything else.
+    """Read the array of numbers in a ``.npy`` file, without pickles. Raise ValueError for anything else.
 
     >>> array_of(b"no array")
     Traceback (most recent call last):
@@ -32,7 +32,7 @@ def array_of(data: bytes) -> np.ndarray:
 
 
 def array_bytes(values: object) -> bytes:
-    """Lists of numbers, or of lists of equal length, as a ``.npy`` file. Raises ValueError for ragged ones."""
+    """Write lists of numbers, or of lists of equal length, as a ``.npy`` file. Raise ValueError for ragged ones."""
     try:
         array = np.array(values, dtype=np.float32)
     except (ValueError, TypeError):

@@ -19,8 +19,8 @@ from descant.datamodules.sources.columnar import UNREADABLE
 from descant.datamodules.sources.saved import SPLITS, is_saved, read_saved
 from descant.datamodules.sources.shards import expand
 
-# pyarrow alone reads a row in 6 us where the datasets package takes 31 us (12 us in its arrow format), starts 0.6 s
-# sooner and needs no further packages; the order of samples, resume and damage are ours either way.
+# pyarrow alone reads a row in 6 us; the datasets package takes 31 us (12 us in its arrow format). pyarrow starts 0.6 s
+# sooner and needs no further packages. We handle the order of samples, resuming and damage either way.
 
 #: Beginning of the names of files that `datasets` keeps beside its cached data: results of map and filter.
 _CACHED = "cache-"
@@ -33,10 +33,10 @@ class Arrow(ArrowRows):
     any number of processes; every value is checked against the bounds of its batch before it is first read.
 
     Args:
-        paths: the folder of one saved dataset (of a saved DatasetDict: of one split), arrow files,
+        paths: the folder of one saved dataset (or of one split of a saved DatasetDict), arrow files,
             ``train-{00..07}.arrow``, ``*.arrow``, or a folder of them.
-        damaged: ``skip`` leaves out what follows damage in a file, and columns of batches with damage, each listed in
-            ``faults``.
+        damaged: ``skip`` leaves out the rest of a file after damage, and damaged columns of batches; ``faults`` lists
+            each.
         outside: whether a column of paths may name files outside the folder of its file.
 
     >>> import tempfile
@@ -55,7 +55,7 @@ class Arrow(ArrowRows):
         folder = Path(given[0]) if len(given) == 1 and is_saved(Path(given[0])) else None
         saved = read_saved(folder) if folder is not None else None
         files = arrow_files(given) if saved is None else saved.files
-        # rows that an order counts must all be there
+        # an order counts all rows, so none may be missing
         self.damaged = "refuse" if saved is not None and saved.indices else damaged
         faults: list[Fault] = []
         read = {}
@@ -100,7 +100,7 @@ class Arrow(ArrowRows):
 
 
 def arrow_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Files of braces, patterns and folders; of a folder without what `datasets` caches of map and filter there."""
+    """Return the files of braces, patterns and folders, without those that `datasets` cached in folders."""
     files = expand(paths, ".arrow")
     folders = {Path(path) for path in paths if Path(path).is_dir()}
     return [file for file in files if not (file.parent in folders and file.name.startswith(_CACHED))] or files
@@ -115,7 +115,7 @@ def _require_alike(first: pa.Schema, other: pa.Schema, file: Path, than: Path) -
 
 
 def _order(files: Sequence[Path], rows: int) -> np.ndarray:
-    """Int64 ``[N]``: the rows that a saved order lists. Raises ValueError for one that is damaged, or lists others."""
+    """Return the rows that a saved order lists, int64 ``[N]``. Raise ValueError if it is damaged, or lists others."""
     parts = []
     for file in files:
         try:

@@ -23,7 +23,7 @@ _HEADER, _DATA, _COMPRESSION = 2, 1, 3
 
 
 class Batches(NamedTuple):
-    """What a file holds: its schema, the batches up to the first damaged one, and the damage."""
+    """Content of a file: its schema, the batches up to the first damaged one, and the damage."""
 
     schema: pa.Schema
     batches: list[pa.RecordBatch]
@@ -31,9 +31,9 @@ class Batches(NamedTuple):
 
 
 def read_batches(path: Path) -> Batches:
-    """The record batches of a file. Their memory is the file's, so a file that is cut off later ends the process.
+    """Read the record batches of a file. Their memory is the file's, so cutting off the file later ends the process.
 
-    Offsets within a batch are not checked yet: ``column.validate(full=True)`` comes before the first value is read.
+    Offsets within a batch are not checked yet: call ``column.validate(full=True)`` before the first value is read.
     """
     if not path.is_file():
         raise ValueError("not a regular file")
@@ -64,7 +64,7 @@ def read_batches(path: Path) -> Batches:
 
 
 def _require_names(fields: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError for names that are no UTF-8, which Arrow reads, and Python not."""
+    """Raise UnicodeDecodeError for names that are not UTF-8, which Arrow reads but Python does not."""
     for field in fields:
         _ = field.name
         _require_names(field.type.field(n) for n in range(field.type.num_fields))
@@ -84,11 +84,11 @@ def _compressed(content: pa.Buffer) -> bool:
         except StopIteration:
             return False
         except (*UNREADABLE, struct.error):
-            return False  # the reader of batches has the reason
+            return False  # the reader of batches reports the reason
 
 
 def _has_codec(data: memoryview, dictionary: bool) -> bool:
-    """A slot of the flatbuffer of one message, which the reader of messages has verified.
+    """Whether a message's flatbuffer, which the reader of messages has verified, has a slot for compression.
 
     A table begins with the distance to its list of slots, each of which is the distance of a field from the table.
     """

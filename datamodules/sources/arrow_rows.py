@@ -53,14 +53,14 @@ from descant.datamodules.sources.columnar import (
 )
 from descant.datamodules.sources.features import READ, Feature, features_of, names_of, type_of, within
 
-#: Errors of pyarrow on a value that Python has none of: a date of the year 300,000, a time zone that is unknown.
+#: Errors of pyarrow on a value that Python cannot hold: a date in the year 300,000, an unknown time zone.
 _CONVERTING = (pa.ArrowException, OverflowError, LookupError, ImportError)
 
 
 class Leaf(NamedTuple):
-    """A field: its column, the steps into it (into a list?, number), what it holds, and names of its classes.
+    """A field: its column, the steps into it (into a list?, number), the kind of its content, and names of its classes.
 
-    ``parts``: numbers of ``bytes`` and ``path`` of media, -1 where there is none.
+    ``parts``: numbers of ``bytes`` and ``path`` of media, -1 if there is none.
     """
 
     column: int
@@ -74,22 +74,22 @@ class ArrowRows(Source):
     """Rows of record batches. A field is a column, or a part of one, by its type and its feature of `datasets`:
 
     - binary, and images, audio and video (a struct of ``bytes`` and ``path``): bytes;
-    - texts, numbers, booleans, dates: texts; of a ClassLabel the names of its classes, and none for -1;
+    - texts, numbers, booleans, dates: texts; for a ClassLabel, the names of its classes, and none for -1;
     - lists of floats, or of such lists, and Array2D to Array5D: arrays;
-    - other lists: their first parts, ``caption.0``, ``images.1``, ...; structs: ``info.author``, and both, nested.
+    - other lists: their first parts, ``caption.0``, ``images.1``, ...; structs: ``info.author``; also both, nested.
     """
 
     damaged: Damaged = "refuse"
-    #: Files of the batches, in order; of what has none, one name.
+    #: Files of the batches, in order; one name if there are no files.
     paths: list[Path]
     on_disk = True
 
     def _begin(self, schema: pa.Schema, features: Mapping[str, Any], outside: bool) -> None:
-        """Before the batches are known.
+        """Set attributes before the batches are known.
 
         Args:
-            schema: of all batches.
-            features: column -> its feature, as ``Features.to_dict`` has it; those in the schema where empty.
+            schema: schema of all batches.
+            features: column -> its feature, as ``Features.to_dict`` has it; if empty, those in the schema.
             outside: whether a column of paths may name files outside the folder of its file.
         """
         self.schema, self.outside = schema, outside
@@ -104,7 +104,7 @@ class ArrowRows(Source):
         self._marks: dict[str, tuple[str, np.ndarray]] = {}  # CRC-32 of each batch's texts or sizes of a field
 
     def _load(self) -> list[pa.RecordBatch]:
-        """The batches of all files."""
+        """Load the batches of all files."""
         raise NotImplementedError
 
     def _plan(self, file_B: Sequence[int]) -> None:
@@ -125,7 +125,7 @@ class ArrowRows(Source):
             raise ValueError(f"{self.place(0)}: no column that anything reads ({self._unread_line() or 'none at all'})")
 
     def _within(self, kind: pa.DataType, feature: Feature, name: str, at: Leaf) -> Iterator[tuple[str, Leaf]]:
-        """The fields of a column or a part of it; what nothing reads is noted."""
+        """Yield the fields of a column or a part of it, and note parts that nothing reads."""
         kind, of = stored_type(kind), type_of(feature)
         if of is not None and of not in READ:
             self.unread[name] = f"a feature {of[:40]}"
@@ -151,7 +151,7 @@ class ArrowRows(Source):
             self.unread[name] = f"of type {str(kind)[:40]}"
 
     def _longest(self, at: Leaf) -> int:
-        """Entries of the longest list that lies there."""
+        """Return the number of entries of the longest list there."""
         longest = 0
         for batch in range(len(self.batches)):
             values = self._readable(batch, at)
@@ -260,7 +260,7 @@ class ArrowRows(Source):
         return self._mapped
 
     def _row(self, index: int) -> tuple[int, int]:
-        """The file of a sample and its row there."""
+        """Return the file of a sample and its row there."""
         place = index if self._index is None else int(self._index[index])
         file = self._file[bisect_right(self._first, place) - 1]
         return file, place - self._file_first[file]
@@ -275,7 +275,7 @@ class ArrowRows(Source):
         raise ValueError(f"{place}: no column {field!r}{nearest(field, self._leaves)}")
 
     def _column(self, batch: int, column: int) -> pa.Array:
-        """A column of a batch, whose offsets, indices and texts are checked when it is first read."""
+        """Return a column of a batch; its offsets, indices and texts are checked when it is first read."""
         key = (batch, column)
         if key not in self._checked:
             values = self.batches[batch].column(column)
@@ -296,7 +296,7 @@ class ArrowRows(Source):
         self.faults += [fault] if fault not in self.faults else []
 
     def _readable(self, batch: int, leaf: Leaf) -> tuple[pa.Array, np.ndarray] | None:
-        """Values of a field in a batch, and int ``[n]``, where each row's is; None where it is damaged and left out."""
+        """Return a field's values in a batch, and int ``[n]``: where each row's is; None if damaged and left out."""
         try:
             return walk(self._column(batch, leaf.column), leaf.path)
         except UNREADABLE as error:
@@ -305,7 +305,7 @@ class ArrowRows(Source):
             return None
 
     def _of_file(self, file: int, field: str, leaf: Leaf) -> dict[str, np.ndarray]:
-        """``mask``: which rows of a file have a field; ``crc``: of each batch, CRC-32 of its texts or sizes."""
+        """Compute ``mask``: which rows of a file have a field, and ``crc``: CRC-32 of each batch's texts or sizes."""
 
         def build() -> dict[str, np.ndarray]:
             batches = [batch for batch, of in enumerate(self._file) if of == file]
@@ -316,7 +316,7 @@ class ArrowRows(Source):
                 "crc": np.array([crc for _, crc in parts], np.uint32),
             }
 
-        # losses are reported at every start, so damage is searched again
+        # losses are reported at every start, so damage is searched for again
         if self.damaged == "skip" or not self.on_disk:
             return build()
         return cached(self.paths[file], f"arrow/{field}/{leaf.kind}/{bool(leaf.names)}", build)

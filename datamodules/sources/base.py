@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 #: One field of one sample as stored: encoded images and sound are bytes, captions and labels are texts.
 Raw = bytes | str
-#: Most bytes of one field: a larger one is no image or recording, and must not fill the memory.
+#: The most bytes of one field: a larger one is no image or recording, and must not fill the memory.
 LIMIT = 1 << 28
-#: Most characters of a file's name: more than file systems allow.
+#: The most characters of a file's name: more than file systems allow.
 _NAME = 1000
-#: Most names of a folder that are compared with a missing one.
+#: The most names of a folder that are compared with a missing one.
 _BESIDE = 10_000
-#: Most entries of one JSON object, and most different fields of a corpus (there is a mask of samples for each).
+#: The most entries of one JSON object, and the most different fields of a corpus (each has a mask of samples).
 ENTRIES, FIELDS = 1000, 10_000
-#: Parts of a list (``caption.0`` ...) that become fields.
+#: How many parts of a list (``caption.0`` ...) become fields.
 PARTS = 32
 
-#: A damaged corpus is refused, or the rest of it is read and the loss is noted in the ledger.
+#: A damaged corpus is refused, or the rest of it is read and the ledger notes the loss.
 Damaged = Literal["refuse", "skip"]
 #: End of a line that refuses damaged data.
 REMEDY = "damaged: skip reads the rest"
@@ -62,17 +62,17 @@ class Source:
     """N samples, read by position in any order. Fields are raw; data modules decode them.
 
     A field is named as in the corpus: the extension of a shard's member (``jpg``, ``txt``, ``json.caption`` for one
-    entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` gives this
+    entry of a JSON member), the column of a parquet file or CSV. A sample may lack any field: ``has`` shows this
     without reading samples, so that missing modalities are known before an epoch begins.
     """
 
     #: Losses found while indexing.
     faults: Sequence[Fault] = ()
-    #: Rows on disk that were merged into the sample of another row of the same file.
+    #: Number of rows on disk that were merged into the sample of another row of the same file.
     merged: int = 0
     #: Columns that nothing reads, and what they are.
     unread: Mapping[str, str] = {}
-    #: Named files that do not exist, as far as that is known before reading.
+    #: Number of named files that do not exist, as far as that is known before reading.
     absent: int = 0
 
     def __len__(self) -> int:
@@ -80,60 +80,62 @@ class Source:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All fields that any sample has."""
+        """Return all fields that any sample has."""
         raise NotImplementedError
 
     def has(self, field: str) -> np.ndarray:
-        """Bool ``[N]``: which samples have a field; a blank text is none.
+        """Return bool ``[N]``: which samples have a field; a blank text counts as missing.
 
-        Raises ValueError naming the nearest field where there is none of this name.
+        Raises ValueError, naming the nearest field, if there is no field of this name.
         """
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The sample's name (its key in a shard, its file in a folder): stable, unique within the source."""
+        """Return the sample's name (its key in a shard, its file in a folder): stable, unique within the source."""
         raise NotImplementedError
 
     def place(self, index: int) -> str:
-        """The file that holds the sample, for ledgers and messages."""
+        """Return the file that holds the sample, for ledgers and messages."""
         raise NotImplementedError
 
     def file_of(self, index: int, field: str) -> str:
-        """The file that holds one field of the sample, where each may have a file of its own."""
+        """Return the file that holds one field of the sample; each field may have its own file."""
         return self.place(index)
 
     def read(self, index: int, fields: Sequence[str]) -> dict[str, Raw]:
-        """Those of ``fields`` that the sample has. Raises OSError or ValueError where one is unreadable."""
+        """Read those of ``fields`` that the sample has. Raise OSError or ValueError if one is unreadable."""
         raise NotImplementedError
 
     def origin(self, field: str) -> str:
-        """The file or folder that a field is from, for messages."""
+        """Return the file or folder that a field is from, for messages."""
         return self.place(0)
 
     def values(self, field: str) -> pa.ChunkedArray:
-        """A field of all N samples as a column of Arrow: texts, or values of the file's own types; null for none."""
-        import pyarrow as pa  # late: tokenizers and streams need none
+        """Return a field of all N samples as a column of Arrow: texts, or the file's own types; null for none."""
+        import pyarrow as pa  # late: tokenizers and streams do not need it
 
         return pa.chunked_array([pa.array(self.texts(field), pa.string())])
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:
-        """Int64 ``[N]``, the block that each sample is read with, and how many blocks a process caches; None where any
-        order costs the same, since samples are read one by one or all blocks are cached."""
+        """Return int64 ``[N]``, the block that each sample is read with, and how many blocks a process caches.
+
+        Return None if any order costs the same, since samples are read one by one or all blocks are cached.
+        """
         return None
 
     def corpus(self) -> Corpus | None:
-        """Properties that detect a change of the data; None where there are no files."""
+        """Return properties that detect a change of the data; None if there are no files."""
         return None
 
     def texts(self, field: str) -> list[str | None]:
-        """A text field of all N samples (captions, labels, a split), None where a sample lacks it."""
+        """Return a text field of all N samples (captions, labels, a split); None for a sample that lacks it."""
         raws = (self.read(i, [field]).get(field) if has else None for i, has in enumerate(self.has(field).tolist()))
         return [None if raw is None else text_of(raw) for raw in raws]
 
 
 def text_of(raw: Raw) -> str:
-    """A raw field as text. Raises ValueError where it is not UTF-8, such as half a surrogate pair from cut JSON."""
+    """Return a raw field as text. Raise ValueError if it is not UTF-8, such as half a surrogate pair from cut JSON."""
     try:
         if isinstance(raw, str):
             raw.encode()
@@ -145,7 +147,7 @@ def text_of(raw: Raw) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """End of a line that refuses ``name``: ``; nearest: X``, or all choices where none is near.
+    """Return the end of a line that refuses ``name``: ``; nearest: X``, or all choices if none is near.
 
     >>> nearest("captoin", ["caption", "image"]), nearest("zzz", ["caption", "image"])
     ('; nearest: caption', '; there are caption, image')
@@ -158,7 +160,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def similar(path: Path) -> str:
-    """``; nearest: X`` for a missing path: a similar name beside its first missing part, if any.
+    """Return ``; nearest: X`` for a missing path: a similar name beside its first missing part, if any.
 
     A folder is never listed completely: it may be the root of the file system, or hold a million files.
 
@@ -178,7 +180,7 @@ def similar(path: Path) -> str:
 
 
 def and_more(places: Sequence[object]) -> str:
-    """The first of some places, and the number of the others.
+    """Return the first of some places, and the number of the others.
 
     >>> and_more(["a.tar"]), and_more(["a.tar", "b.tar", "c.tar"])
     ('a.tar', 'a.tar and 2 more')
@@ -187,7 +189,7 @@ def and_more(places: Sequence[object]) -> str:
 
 
 def many(names: Iterable[str]) -> str:
-    """Message on a corpus of more than ``FIELDS`` fields."""
+    """Build the message on a corpus of more than ``FIELDS`` fields."""
     few = ", ".join(sorted(names)[:3])
     return f"more than {FIELDS:,} different fields ({few} ...): keys that differ in each sample cannot be fields"
 
@@ -202,7 +204,7 @@ def held_out(name: str, share: float) -> bool:
 
 
 def hold_out(names: Sequence[str], share: float) -> np.ndarray:
-    """Bool: which of some samples are held out; at least two of more than three, as retrieval needs several."""
+    """Choose which samples are held out, as bool; at least two of more than three, since retrieval needs several."""
     held_N = np.array([held_out(name, share) for name in names])
     if held_N.sum() < 2 and len(names) > 3:
         held_N[np.argsort([rank_of(name) for name in names])[:2]] = True
@@ -210,7 +212,7 @@ def hold_out(names: Sequence[str], share: float) -> np.ndarray:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8 bytes of any text, including lone surrogates and names that were not UTF-8."""
+    """Encode any text as UTF-8 bytes, including lone surrogates and names that were not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -218,7 +220,7 @@ def encoded(text: str) -> bytes:
 
 
 def short(text: str, most: int = 200) -> str:
-    """A text as quoted in a message: cut to ``most`` characters.
+    """Cut a text to ``most`` characters, to quote it in a message.
 
     >>> short("abc", 2)
     'ab ...'
@@ -227,7 +229,7 @@ def short(text: str, most: int = 200) -> str:
 
 
 def rank_of(name: str) -> float:
-    """Hash of a name in [0, 1): samples below a share are held out."""
+    """Hash a name to [0, 1): samples below a share are held out."""
     digest = hashlib.blake2b(encoded(f"split/{name}"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
 
@@ -240,7 +242,7 @@ _SPLITS = {
 
 
 def split_named(word: str) -> str | None:
-    """``train``, ``val`` or ``test`` for these and their usual synonyms; None for any other word.
+    """Return ``train``, ``val`` or ``test`` for these and their usual synonyms; None for any other word.
 
     >>> split_named("Validation"), split_named("cats")
     ('val', None)
@@ -249,7 +251,7 @@ def split_named(word: str) -> str | None:
 
 
 def media(raw: Raw) -> str:
-    """Type of a raw field by its first bytes: ``image``, ``audio``, ``video``, ``array``, ``text`` or ``unknown``.
+    """Return a field's type by its first bytes: ``image``, ``audio``, ``video``, ``array``, ``text`` or ``unknown``.
 
     >>> media(b"GIF89a"), media(b"OggS"), media("a cat"), media(b""), media(b"....ftypisom")
     ('image', 'audio', 'text', 'unknown', 'video')
@@ -266,7 +268,7 @@ def media(raw: Raw) -> str:
 
 
 def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """The texts and numbers in a JSON-like value, by dotted names; blank texts are left out.
+    """Yield the texts and numbers in a JSON-like value, by dotted names; blank texts are left out.
 
     >>> dict(flat({"caption": ["a cat", " "], "size": {"w": 3}}, "json"))
     {'json.caption.0': 'a cat', 'json.size.w': '3'}
@@ -284,7 +286,7 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def entries(data: str | bytes, name: str) -> dict[str, str]:
-    """The texts in JSON by dotted names below ``name``; with an empty name, ``data`` has to be an object.
+    """Return the texts in JSON by dotted names below ``name``; with an empty name, ``data`` has to be an object.
 
     >>> entries('{"a": [1, "b"]}', "json")
     {'json.a.0': '1', 'json.a.1': 'b'}
@@ -311,7 +313,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def require_relative(name: str) -> None:
-    """Raises ValueError for a file's name that is absolute or has ``..`` in it.
+    """Raise ValueError for a file's name that is absolute or has ``..`` in it.
 
     >>> require_relative("a/b.jpg") is None
     True
@@ -321,12 +323,12 @@ def require_relative(name: str) -> None:
 
 
 def too_large(size: int) -> str:
-    """Message on a field of more than ``LIMIT`` bytes."""
+    """Build the message on a field of more than ``LIMIT`` bytes."""
     return f"{size:,} bytes, more than the limit of {LIMIT:,} for one field"
 
 
 def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
-    """A regular file's bytes. Raises OSError where there is none, ValueError where it is larger than ``LIMIT``."""
+    """Read a regular file's bytes. Raise OSError if there is none, ValueError if it is larger than ``LIMIT``."""
     if len(path.name) > _NAME:
         raise ValueError(f"a name of {len(path.name):,} characters")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not hang the run
@@ -340,7 +342,7 @@ def read_file(path: Path, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def read_at(handle: int, offset: int, size: int) -> bytes:
-    """``size`` bytes of an open file from ``offset``, by ``pread``: forked processes may share the handle."""
+    """Read ``size`` bytes of an open file from ``offset``, by ``pread``: forked processes may share the handle."""
     if size > LIMIT:
         raise ValueError(too_large(size))
     parts = []

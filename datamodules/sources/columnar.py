@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 
 from descant.datamodules.sources.base import LIMIT, flat, too_large
 
-#: Errors of pyarrow on a damaged file: its own, and Python's where the footer is wrong.
+#: Errors of pyarrow on a damaged file: its own, and Python's if the footer is wrong.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
 def checksum(values: pa.ChunkedArray) -> int:
-    """CRC-32 of texts and their lengths, independent of chunks."""
+    """Compute the CRC-32 of texts and their lengths, independent of chunks."""
     checksum = zlib.crc32(np.asarray(pc.fill_null(pc.binary_length(values), -1)).astype(np.int64).tobytes())
     for chunk in values.chunks:
         if len(chunk):
@@ -39,7 +39,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_array(kind: pa.DataType) -> bool:
-    """A list of floats, or of such lists."""
+    """Whether a type is a list of floats, or of such lists."""
     if not (is_list(kind) or pa.types.is_fixed_size_list(kind)):
         return False
     inner = kind.value_type
@@ -47,7 +47,7 @@ def is_array(kind: pa.DataType) -> bool:
 
 
 def is_media(kind: pa.DataType) -> bool:
-    """A struct of bytes and path."""
+    """Whether a type is a struct of bytes and path."""
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or kind.num_fields > 2:
         return False
     return is_bytes(kind.field("bytes").type)
@@ -57,12 +57,12 @@ def is_media(kind: pa.DataType) -> bool:
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
-    """The type that a type of an extension is stored as; others themselves."""
+    """Return the type that an extension type is stored as; return other types unchanged."""
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def stored(value: Any) -> Any:
-    """The stored form of an array or scalar of an extension type; others themselves."""
+    """Return the stored form of an array or scalar of an extension type; return others unchanged."""
     if not isinstance(value.type, pa.BaseExtensionType):
         return value
     return value.storage if isinstance(value, pa.Array) else value.value
@@ -73,7 +73,7 @@ def is_any_list(kind: pa.DataType) -> bool:
 
 
 def is_numbers(kind: pa.DataType) -> bool:
-    """Lists of numbers, or of such lists."""
+    """Whether a type is a list of numbers, or of such lists."""
     if not is_any_list(kind):
         return False
     inner = kind.value_type
@@ -81,7 +81,7 @@ def is_numbers(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Texts, categories of them, and what has one text: numbers, booleans, dates and times."""
+    """Whether a type has one text per value: texts, categories of them, numbers, booleans, dates and times."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
@@ -91,7 +91,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def edges(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Int64 ``[n]``, where each list begins and ends in ``lists.values``."""
+    """Return where each list begins and ends in ``lists.values``, int64 ``[n]``."""
     if pa.types.is_fixed_size_list(lists.type):
         size = lists.type.list_size
         low_n = (lists.offset + np.arange(len(lists), dtype=np.int64)) * size
@@ -101,7 +101,7 @@ def edges(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def walk(values: pa.Array, path: Sequence[tuple[bool, int]]) -> tuple[pa.Array, np.ndarray]:
-    """The values after some steps (into a list?, number), and int64 ``[n]``, the place of each row's; -1 for none.
+    """Return the values after some steps (into a list?, number), and int64 ``[n]``: each row's place; -1 for none.
 
     >>> rows = pa.array([{"a": ["x", "y"]}, None, {"a": ["z"]}])
     >>> found, at_n = walk(rows, [(False, 0), (True, 1)])
@@ -129,7 +129,7 @@ def walk(values: pa.Array, path: Sequence[tuple[bool, int]]) -> tuple[pa.Array, 
 
 
 def array_in(values: pa.Array) -> np.ndarray:
-    """The array of numbers that lists of equal length are. Raises ValueError for others, and more than ``LIMIT`` bytes.
+    """Return lists of equal length as an array of numbers. Raise ValueError for others, or above ``LIMIT`` bytes.
 
     >>> array_in(pa.array([[1.0, 2.0], [3.0, 4.0]])).shape
     (2, 2)
@@ -150,7 +150,7 @@ def array_in(values: pa.Array) -> np.ndarray:
 
 
 def text_in(value: object, names: Sequence[str] = ()) -> str | None:
-    """The text of a value, the class of a number where they have names; None for a blank one, and for class -1.
+    """Return a value's text, or a number's class if they have names; None for a blank text, and for class -1.
 
     >>> text_in(1, ["cat", "dog"]), text_in(-1, ["cat", "dog"]), text_in(True), text_in(" ")
     ('dog', None, 'true', None)
@@ -161,7 +161,7 @@ def text_in(value: object, names: Sequence[str] = ()) -> str | None:
 
 
 def texts_in(values: pa.Array, at_n: np.ndarray, names: Sequence[str]) -> list[str | None]:
-    """The text of each row, by :func:`walk`."""
+    """Return the text of each row, by :func:`walk`."""
     if pa.types.is_dictionary(values.type):  # each category once
         words = values.dictionary.to_pylist()
         number_n = np.asarray(values.indices.fill_null(0)).astype(np.int64)
@@ -172,7 +172,7 @@ def texts_in(values: pa.Array, at_n: np.ndarray, names: Sequence[str]) -> list[s
 
 
 def filled_in(values: pa.Array, kind: str, named: bool) -> np.ndarray:
-    """Bool: which values are not blank, empty or of no class; null values may be either."""
+    """Return bool: which values are not blank, empty or of no class; null values may be either."""
     if kind == "media":
         parts = [np.asarray(values.field(k).is_valid()) for k in range(values.type.num_fields)]
         return np.any(parts, axis=0)
@@ -191,7 +191,7 @@ def filled_in(values: pa.Array, kind: str, named: bool) -> np.ndarray:
 
 
 def mark_of(values: pa.Array, kind: str) -> int:
-    """CRC-32 of texts and numbers, and of the sizes of media, bytes and arrays."""
+    """Compute the CRC-32 of texts and numbers, and of the sizes of media, bytes and arrays."""
     if pa.types.is_dictionary(values.type):
         return zlib.crc32(np.asarray(values.indices.fill_null(-1 if kind == "text" else 0)).tobytes())
     if kind == "media":

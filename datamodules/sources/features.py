@@ -1,4 +1,4 @@
-"""Features of Hugging Face's `datasets` as they are written in files: names of classes, and which of them are read.
+"""Features of Hugging Face's `datasets` as files store them: names of classes, and which features are read.
 
 A feature is an object with ``_type``; a struct is an object of features, a list ``{"_type": "List", "feature": ...}``,
 and in older files a list of one feature (datasets/features/features.py, ``Features.from_dict``).
@@ -24,7 +24,7 @@ READ = (
 
 
 def features_of(schema: pa.Schema) -> Mapping[str, Any]:
-    """Column -> its feature, as the metadata of a schema has it; empty where it has none."""
+    """Return column -> its feature, as in the metadata of a schema; empty if it has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -33,7 +33,7 @@ def features_of(schema: pa.Schema) -> Mapping[str, Any]:
 
 
 def type_of(feature: Feature) -> str | None:
-    """The type of a feature; None for a struct, and where nothing is known.
+    """Return the type of a feature; None for a struct, and if nothing is known.
 
     >>> type_of({"_type": "Image"}), type_of({"author": {"dtype": "string", "_type": "Value"}}), type_of(None)
     ('Image', None, None)
@@ -43,7 +43,7 @@ def type_of(feature: Feature) -> str | None:
 
 
 def names_of(feature: Feature) -> tuple[str, ...]:
-    """Names of the classes of a ClassLabel; none for anything else."""
+    """Return the class names of a ClassLabel; none for anything else."""
     names = feature.get("names") if type_of(feature) == "ClassLabel" else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()
@@ -51,7 +51,7 @@ def names_of(feature: Feature) -> tuple[str, ...]:
 
 
 def within(feature: Feature, name: str | None) -> Feature:
-    """The feature of a part: of a struct by its name, of a list without one; None where it is unknown.
+    """Return the feature of a part: of a struct by its name, of a list without one; None if it is unknown.
 
     >>> within({"_type": "List", "feature": {"_type": "Image"}}, None)
     {'_type': 'Image'}

@@ -34,41 +34,40 @@ from descant.datamodules.sources.base import (
 )
 from descant.datamodules.sources.tables import MEDIA, TABLES, Columns, grouped, holds_files, nonblank, read_table
 
-#: Tables that are read without being named, where a folder holds several.
+#: Tables that are read without being named, if a folder holds several.
 _USUAL = ("metadata", "captions", "data", "index")
-#: Name of the table of a sub-folder on data hubs; others there, such as captions.csv, may belong to other corpora.
+#: Name of the table of a sub-folder on data hubs; other tables there, such as captions.csv, may be of other corpora.
 _INNER = "metadata"
-#: Most rows of a table that are left out: one with more is another kind of file, or was cut in the middle.
+#: The most rows of a table that are left out: with more, it is another kind of file, or was cut in the middle.
 _BROKEN = 1000
-#: Files whose sizes are read at once.
+#: How many file sizes are read at once.
 _AT_ONCE = 4096
 
 
 class _Outside(ValueError):
-    """A file that lies outside the folder."""
+    """Raised for a file that lies outside the folder."""
 
 
 class NoMedia(ValueError):
-    """A folder without an image, a recording or a video."""
+    """Raised for a folder without an image, a recording or a video."""
 
 
 class Folder(Source):
     """Files of a folder as samples, with the texts that belong to them.
 
-    With a table (``csv``), a sample is a file of its first file column; every other column is a field: a column of
+    With a table (``csv``), a sample is a file of its first file column, and every other column is a field. A column of
     file names is read as bytes, all others are texts. Rows of one file are one sample: a column in which they differ
     (five captions of one image) becomes ``caption.0``, ``caption.1``, ...; ``merged`` counts the rows beyond the first
-    of a file. In a folder without media, each row of a table without names of files is a sample. Where the
-    sub-folders hold tables instead (``train/metadata.jsonl``, the layout of data hubs), all of them are read, each
-    relative to its own folder. Without a table, a sample is an image or a recording at any depth, with the files of the
-    same name beside it: fields ``image``, ``audio``, ``caption`` (from ``name.txt``), ``json.*``.
-    Where files lie in sub-folders, ``folder`` is the name of the innermost, and ``split`` that of the first, if it is
-    a split (train, val, test).
+    of a file. In a folder without media, each row of a table without file names is a sample. If the sub-folders hold
+    tables instead (``train/metadata.jsonl``, the layout of data hubs), all of them are read, each relative to its own
+    folder. Without a table, a sample is an image or a recording at any depth, with the files of the same name beside
+    it: fields ``image``, ``audio``, ``caption`` (from ``name.txt``), ``json.*``. If files lie in sub-folders,
+    ``folder`` is the name of the innermost, and ``split`` that of the first, if it is a split (train, val, test).
 
     Args:
         root: the folder; paths in the table are relative to it.
-        csv: the table, relative to ``root`` too; the only one in ``root`` (or ``metadata.*``, ``captions.*``) where
-            not given, and files alone where there is none.
+        csv: the table, relative to ``root`` too. By default the only one in ``root`` (or ``metadata.*``,
+            ``captions.*``), and only files if there is none.
         damaged: ``skip`` leaves out rows of the table that cannot be read, each listed in ``faults``.
         outside: whether files may lie outside ``root``: named by an absolute path or with .., or behind a link.
         beside: a table in ``root`` that is not to be read, since another source has its rows.
@@ -125,8 +124,9 @@ class Folder(Source):
     # path confinement and sizes --------------------------------------------------------------------------------
 
     def _read_sizes(self, columns: Sequence[Sequence[str | None]]) -> None:
-        """Set ``size_FN`` and ``time_FN``, bytes and modification times of files (-1 and 0 where there is none), and
-        ``given_FN``, where one is named.
+        """Set ``size_FN`` and ``time_FN``, bytes and modification times of files, and ``given_FN``: which are named.
+
+        Bytes and times are -1 and 0 if there is no file.
         """
         shape, root = (len(columns), len(self.names)), f"{self.root}/"
         given = [[name is not None for name in column] for column in columns]
@@ -150,7 +150,7 @@ class Folder(Source):
         self.size_FN[self.given_FN], self.time_FN[self.given_FN] = facts_M2.T
 
     def _size(self, name: str) -> tuple[int, int]:
-        """Bytes and modification time of a file, also behind a link; -1 and 0 where it is missing."""
+        """Return bytes and modification time of a file, also behind a link; -1 and 0 if it is missing."""
         try:
             if os.path.islink(self.root / name):
                 self._require_link_inside(name)
@@ -162,7 +162,7 @@ class Folder(Source):
         return status.st_size, status.st_mtime_ns
 
     def _require_inside(self, names: Sequence[str]) -> None:
-        """Raises ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
+        """Raise ValueError for a name that leads out of the folder, by itself or by a folder on its way."""
         if self.outside:
             return
         every = "\0".join(["", *names])
@@ -175,7 +175,7 @@ class Folder(Source):
             self._require_link_inside(folder)
 
     def _require_link_inside(self, name: str) -> None:
-        """Raises ValueError for a link that leads out of the folder."""
+        """Raise ValueError for a link that leads out of the folder."""
         try:
             if not self.outside and "\0" not in name:
                 inside(self.root, name)
@@ -185,7 +185,7 @@ class Folder(Source):
     # tables ----------------------------------------------------------------------------------------------------
 
     def _inner_tables(self) -> dict[str, Path]:
-        """Sub-folder -> its table; files of a sub-folder without one are noted as lost."""
+        """Return sub-folder -> its table; files of a sub-folder without one are noted as lost."""
         with os.scandir(self.root) as root:
             folders = sorted(e.name for e in root if e.is_dir() and not e.name.startswith("."))
         inner: dict[str, Path] = {}
@@ -279,7 +279,7 @@ class Folder(Source):
             self.columns[name] = [nonblank(text.get(name)) for text in texts]
 
     def _texts(self, row: Mapping[str, str], name: str) -> dict[str, str]:
-        """The texts beside the file ``name``; those that cannot be read are noted, or refused."""
+        """Read the texts beside the file ``name``; note those that cannot be read, or refuse them."""
         texts: dict[str, str] = {}
         file = self.root
         try:
@@ -296,7 +296,7 @@ class Folder(Source):
         return texts
 
     def _add_folders(self) -> None:
-        """Columns of the sub-folders: the class of an image, or its split."""
+        """Add columns of the sub-folders: the class of an image, or its split."""
         parts = [name.split("/")[:-1] for name in self.names]
         if "folder" not in self.columns and any(parts):
             self.columns["folder"] = [p[-1] if p else None for p in parts]
@@ -360,7 +360,7 @@ class Folder(Source):
 
 
 def _files(root: Path) -> Iterator[str]:
-    """Paths of all files below, relative and with /, in order; hidden ones are left out."""
+    """Yield the paths of all files below, relative and with /, in order; hidden ones are left out."""
     for folder, inner, names in os.walk(root, followlinks=False):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         for name in sorted(names):
@@ -368,7 +368,7 @@ def _files(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-#: What is a sample without a table, and its endings.
+#: Kinds of files that are samples without a table, and their endings.
 _KINDS = {"image": IMAGE_ENDINGS, "audio": SOUND_ENDINGS, "video": VIDEO_ENDINGS}
 
 

@@ -1,4 +1,4 @@
-"""Objects of Hugging Face's `datasets`: rows of a Dataset, and an IterableDataset as a stream; of Python, not of YAML.
+"""Objects of Hugging Face's `datasets`: rows of a Dataset, and an IterableDataset as a stream; for Python, not YAML.
 
 Letters: N samples.
 """
@@ -23,10 +23,10 @@ from descant.datamodules.sources.columnar import text_in
 from descant.datamodules.sources.features import READ, Feature, names_of, type_of, within
 from descant.datamodules.sources.stream import BEGINNING, Sample, Stream
 
-#: Samples in a row without all fields, from the beginning of a pass, after which a stream is refused.
+#: A stream is refused if this many samples in a row, from the beginning of a pass, lack fields.
 _NONE = 10_000
-#: Steps of an IterableDataset whose ``state_dict`` is exact. Of others (a shuffle buffer is lost in it, and a batched
-#: map of arrow tables may skip a batch) a resumed pass is read from its beginning.
+#: Steps of an IterableDataset whose ``state_dict`` is exact. With other steps (``state_dict`` loses a shuffle buffer,
+#: and a batched map of arrow tables may skip a batch), a resumed pass is read from its beginning.
 _EXACT = (
     *("Arrow", "Cycling", "ExamplesIterable", "Filtered", "Formatted", "Horizontally", "Mapped", "Rebatched", "Repeat"),
     *("Select", "Skip", "Step", "Take", "Vertically"),
@@ -54,10 +54,10 @@ def hub_sources(value: Any) -> dict[str, Source]:
 
 
 class HubDataset(ArrowRows):
-    """A ``datasets.Dataset``, with what ``select``, ``shuffle``, ``filter`` and ``map`` made of it; fields as of Arrow.
+    """A ``datasets.Dataset``, also after ``select``, ``shuffle``, ``filter`` and ``map``; fields as in Arrow.
 
     Values are read as they are stored: a format (``with_format``) changes nothing, and a ``set_transform`` is refused,
-    since its values are decoded ones.
+    since its values are decoded.
 
     Args:
         dataset: the object.
@@ -79,7 +79,7 @@ class HubDataset(ArrowRows):
             raise ValueError("source: the dataset has a transform, and stored values are read: use map, or none")
         self.dataset = dataset
         self._begin(dataset.data.table.schema, dataset.features.to_dict(), outside=True)
-        self.paths = [Path(f"datasets ({dataset.split or label})")]  # no file: what messages name
+        self.paths = [Path(f"datasets ({dataset.split or label})")]  # no file: a name for messages
         self._label = label
         order = dataset._indices
         self._plan([0] * len(self.batches))
@@ -98,14 +98,14 @@ class HubDataset(ArrowRows):
 class HubStream(Stream):
     """A ``datasets.IterableDataset``, read in its own order, as it shuffles, maps and filters itself.
 
-    R readers (ranks times workers) share it as ``split_dataset_by_node`` does: whole shards where R divides their
-    number, else every R-th sample. A pass after the first one, and every epoch, is another ``set_epoch`` of it. It
-    resumes by its own ``state_dict``; where that is not exact, since there is a shuffle buffer, a resumed pass is read
-    again from its beginning, and the samples before the resume point are passed over without being decoded.
+    R readers (ranks times workers) share it as ``split_dataset_by_node`` does: whole shards if R divides their number,
+    otherwise every R-th sample. Every epoch, and every pass after the first, is another ``set_epoch`` of it. It resumes
+    by its own ``state_dict``. If that is not exact, because there is a shuffle buffer, a resumed pass is read again
+    from its beginning, and the samples before the resume point are passed over without being decoded.
 
     Args:
-        dataset: the object. A map over it before gets decoded values, unless ``decode(False)`` comes first.
-        samples: of one epoch, over all ranks.
+        dataset: the object. An earlier map over it gets decoded values, unless ``decode(False)`` comes first.
+        samples: samples of one epoch, over all ranks.
 
     >>> from datasets import Dataset
     >>> stream = HubStream(Dataset.from_dict({"caption": ["a cat", "a dog"]}).to_iterable_dataset(), samples=2)
@@ -147,7 +147,7 @@ class HubStream(Stream):
 
     @property
     def exact(self) -> bool:
-        """Whether its state is all that a later sample depends on."""
+        """Whether its state determines all later samples."""
         steps = [getattr(self.dataset, "_ex_iterable", None)]
         for step in steps:
             tables = getattr(getattr(step, "formatting", None), "is_table", False)
@@ -200,7 +200,7 @@ class HubStream(Stream):
             turn, whole, taken, state = turn + 1, int(not found), 0, None
 
     def _fields(self, row: Mapping[str, Any]) -> tuple[dict[str, Raw], list[str]]:
-        """The raw fields of a sample, and why others cannot be read."""
+        """Return the raw fields of a sample, and why others cannot be read."""
         raws: dict[str, Raw] = {}
         faults = []
         for name, value in row.items():
@@ -215,7 +215,7 @@ _TEXTS = (str, bool, int, float, np.generic, date, time, timedelta, Decimal)
 
 
 def _parts(value: Any, feature: Feature, name: str) -> Iterator[tuple[str, Raw]]:
-    """The raw fields in a value: bytes, texts, arrays, and parts of lists and structs by dotted names."""
+    """Yield the raw fields in a value: bytes, texts, arrays, and parts of lists and structs by dotted names."""
     if value is None or (type_of(feature) or READ[0]) not in READ:
         return
     if isinstance(value, bytes):
@@ -252,7 +252,7 @@ def _floats(value: Any) -> bool:
 
 
 def _opened(path: str | None) -> bytes | None:
-    """The content of a path or address that the dataset itself names."""
+    """Read the content of a path or address that the dataset itself names."""
     if not path:
         return None
     if "://" not in path:

@@ -15,9 +15,9 @@ from descant.modules.core.errors import say
 
 
 def image_shapes(source: Source, column: Column, images: Images) -> np.ndarray:
-    """Upright (height, width) of each sample's image, int64 ``[N, 2]``; 0 x 0 where there is none that can be read.
+    """Return upright (height, width) of each sample's image, int64 ``[N, 2]``; 0 x 0 if none can be read.
 
-    No pixel is decoded, but each file is opened once; then they are in the cache until the corpus changes.
+    No pixel is decoded, but each file is opened once; then the shapes are in the cache until the corpus changes.
 
     >>> from descant.datamodules.sources.synthetic import Synthetic
     >>> source = Synthetic(2, size=48)
@@ -48,6 +48,6 @@ def _read(source: Source, column: Column, images: Images) -> np.ndarray:
 
 
 def _digests(state: Mapping[str, Any]) -> list[Any]:
-    """Digests of all that a resume point holds of a corpus."""
+    """List the digests of all that a resume point holds of a corpus."""
     parts = [*state["parts"].values(), state["sizes"], state["times"]]
     return [part["digest"] for part in parts if part is not None]

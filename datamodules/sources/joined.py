@@ -22,20 +22,20 @@ from descant.datamodules.prepare.package import first_line
 from descant.datamodules.sources.base import Fault, Raw, Source, nearest, similar
 from descant.datamodules.sources.tables import holds_files
 
-#: Rows that are looked at for the column of names.
+#: How many rows are inspected to find the column of names.
 _FIRST = 1000
 
 
 class Joined(Source):
     """The samples of a source, with the columns of a table as further fields.
 
-    The table is read at once by pyarrow, a million rows of fifty columns in seconds; a row that is malformed refuses
-    the whole file. A sample without a row lacks its fields; rows that name no sample are counted in ``unmatched``.
+    pyarrow reads the table at once, a million rows of fifty columns in seconds; a single malformed row makes the whole
+    file an error. A sample without a row lacks its fields; ``unmatched`` counts the rows that name no sample.
 
     Args:
-        source: of the samples.
+        source: source of the samples.
         path: the table, a CSV, TSV or parquet file.
-        key: its column with the names of samples, such as images/a.jpg; the first one of file names where not given.
+        key: its column with the names of samples, such as images/a.jpg; by default the first column of file names.
     """
 
     def __init__(self, source: Source, path: str | Path, key: str | None = None) -> None:
@@ -88,7 +88,7 @@ class Joined(Source):
         return len(self.source)
 
     @property
-    def faults(self) -> Sequence[Fault]:  # type: ignore[override]  # of the source, which finds them as it is read
+    def faults(self) -> Sequence[Fault]:  # type: ignore[override]  # the source finds them as it is read
         return self.source.faults
 
     @property
@@ -149,7 +149,7 @@ class Joined(Source):
 
     @cached_property
     def table_corpus(self) -> Corpus:
-        """Properties that detect a change of the table."""
+        """Return properties that detect a change of the table."""
         names = list(self.columns)
         return corpus_of(str(self.path), {"columns": Property(names, lambda n: names[n])}, [self.path])
 
@@ -162,10 +162,10 @@ def _read(path: Path) -> pa.Table:
 
 
 def _read_csv(path: Path) -> pa.Table:
-    """A CSV by the types of its first block; where a later value is of another type, by those of all values.
+    """Read a CSV with the types of its first block; if a later value has another type, with those of all values.
 
-    The types are given, since inferring them over the whole file takes twice the time and all of its text in memory;
-    and a first attempt cuts the file at any line break, which fails where one is within a quoted cell.
+    The types are given, since inferring them over the whole file takes twice the time and all of its text in memory. A
+    first attempt cuts the file at any line break, which fails if one is within a quoted cell.
     """
     delimiter = _delimiter(path)
     parse, careful = (csv.ParseOptions(delimiter=delimiter, newlines_in_values=newlines) for newlines in (False, True))
@@ -180,7 +180,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _delimiter(path: Path) -> str:
-    """The most frequent of , ; and tab in the header."""
+    """Return the most frequent of , ; and tab in the header."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     with path.open(encoding="utf-8-sig", errors="replace") as file:

@@ -15,13 +15,13 @@ except ImportError:  # not on Windows, where two processes might note one sample
 
 
 class Ledger:
-    """Counts unreadable samples and writes one JSON line each to ``ledger.jsonl`` in the run folder.
+    """Counter of unreadable samples, which writes one JSON line each to ``ledger.jsonl`` in the run folder.
 
     Processes may share the file: each sample is noted once, whatever the processes and epochs.
 
     Args:
-        folder: of the file; None only counts.
-        in_a_row: so many failures without a success in between are an error: the data is broken, not a sample.
+        folder: folder of the file; None only counts.
+        in_a_row: this many failures without a success in between are an error: the data is broken, not a sample.
 
     >>> ledger = Ledger(None, in_a_row=2)
     >>> ledger.skip("a.tar", "cat.jpg", "truncated"); ledger.read(); ledger.skipped
@@ -39,7 +39,7 @@ class Ledger:
         self._streak = 0
 
     def skip(self, file: str, sample: str, why: str) -> None:
-        """Note a sample that could not be read. Raises ValueError after ``in_a_row`` of them."""
+        """Note a sample that could not be read. Raise ValueError after ``in_a_row`` of them."""
         self._streak += 1
         self.lose(file, sample, why)
         if self._streak >= self.in_a_row:
@@ -51,7 +51,7 @@ class Ledger:
         self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
 
     def noted(self) -> list[dict[str, str]]:
-        """All lines of the file, by any process; empty where there is none."""
+        """Return all lines of the file, by any process; empty if there is no file."""
         if self.path is None or not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_bytes().splitlines()]

@@ -1,7 +1,8 @@
 """Objects of stores (http, https, s3, gs) as files that are read once, in order: retried, checked, and cached.
 
-fsspec has the protocols and the credentials; here is what it leaves open: one count of attempts for all of them, a body
-that ends early or an object that changes meanwhile as an error, blocks that are fetched ahead, and one line.
+fsspec has the protocols and the credentials. This module adds what fsspec leaves open: one count of attempts for all of
+them, an error if a body ends early or an object changes meanwhile, blocks that are fetched ahead, and one-line
+messages.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from urllib.parse import urlsplit
 from descant.datamodules.sources.shard_cache import CopyWriter, ShardCache, ShardCopy
 from descant.modules.core.errors import Outage, warn
 
-#: Most bytes of one request; of the first one, so that the first sample need not wait for many of them; and blocks that
-#: are fetched while the last one is decoded.
+#: The most bytes of one request; those of the first, so that the first sample need not wait for many of them; and the
+#: number of blocks that are fetched while the last one is decoded.
 BLOCK, FIRST, AHEAD = 8 << 20, 1 << 20, 2
 #: Seconds before the second attempt, doubled for each further one, at most the second number.
 _WAIT, _LONGEST_WAIT = 0.1, 30.0
@@ -40,7 +41,7 @@ _KEYLESS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", 
 _BUGS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, MemoryError)
 
 #: Every file system that was made, by its identity. fsspec forgets them in a forked process, where the end of one would
-#: close its connections: the parent shares the epoll they are registered with, and would wait in vain for answers.
+#: close its connections. The parent shares the epoll they are registered with, and would wait in vain for answers.
 _MADE: dict[int, Any] = {}
 
 Result = TypeVar("Result")
@@ -50,8 +51,8 @@ class Remote(NamedTuple):
     """How objects are fetched.
 
     Attributes:
-        attempts: at one request, before it is given up. timeout: seconds without an answer or a byte.
-        cache: most bytes of the node's cache; 0 keeps nothing.
+        attempts: attempts at one request, before it is given up. timeout: seconds without an answer or a byte.
+        cache: the most bytes of the node's cache; 0 keeps nothing.
     """
 
     attempts: int = 10
@@ -60,23 +61,23 @@ class Remote(NamedTuple):
 
 
 class StoreError(ValueError):
-    """An object that cannot be read: why, the status, the attempts, in one line without its address."""
+    """Raised for an object that cannot be read: why, the status, the attempts, in one line without its address."""
 
 
 class StoreOutage(StoreError, Outage):
-    """The same where a later attempt may succeed: the store is not there, or overloaded."""
+    """Raised if the same may succeed in a later attempt: the store is not there, or overloaded."""
 
 
 class _Changed(Exception):
-    """Another object has the name now."""
+    """Raised if another object has the name now."""
 
 
 class _Short(Exception):
-    """Fewer bytes came than there are."""
+    """Raised if fewer bytes came than there are."""
 
 
 def missing_package(scheme: str) -> str | None:
-    """The line for a scheme whose package is not installed.
+    """Return the error line for a scheme whose package is not installed, otherwise None.
 
     >>> missing_package("https") is None
     True
@@ -88,10 +89,10 @@ def missing_package(scheme: str) -> str | None:
 
 
 def open_object(url: str, remote: Remote) -> StoreObject | ShardCopy:
-    """An object of a store, or its copy in the cache where length and tag are still the same.
+    """Open an object of a store, or its copy in the cache if length and tag are still the same.
 
     Raises:
-        StoreError: for one that is not there or not readable. StoreOutage: where the store fails in all attempts.
+        StoreError: for one that is not there or not readable. StoreOutage: if the store fails in all attempts.
     """
     object = StoreObject(url, remote)
     if not remote.cache or object.tag is None or object.size is None:
@@ -108,9 +109,9 @@ def open_object(url: str, remote: Remote) -> StoreObject | ShardCopy:
 class StoreObject:
     """One object of a store, read from its beginning to its end.
 
-    A thread of its own fetches blocks ahead, each by a request of its range, with ``If-Match`` where the protocol has
-    it. A failed one is tried again from the byte where it failed. Where the server has no ranges, one response is read,
-    and another one up to that byte after it failed.
+    A separate thread fetches blocks ahead, each by a request of its range, with ``If-Match`` if the protocol has it. A
+    failed request is tried again from the byte where it failed. If the server has no ranges, one response is read;
+    after it fails, another one is read up to that byte.
     """
 
     def __init__(self, url: str, remote: Remote) -> None:
@@ -118,7 +119,7 @@ class StoreObject:
         self.files = filesystem(self.scheme, remote.timeout)
         self._ranged, self._known, self._begun = True, False, False
         self._file: Any = None
-        self._at = 0  # bytes that came
+        self._at = 0  # bytes received
         self._stop, self._room = threading.Event(), threading.Semaphore(AHEAD)
         self._blocks: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
         self._rest: memoryview | None = memoryview(b"")
@@ -127,16 +128,16 @@ class StoreObject:
         self._tried(self._open)
 
     def begin(self, writer: CopyWriter | None) -> StoreObject:
-        """Start fetching; what comes is also given to ``writer``."""
+        """Start fetching; the bytes are also given to ``writer``."""
         self._begun = True
         threading.Thread(target=self._fetch, args=(writer,), name="object-store", daemon=True).start()
         return self
 
     def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes, fewer only at the end, as of a file.
+        """Read up to ``size`` bytes, fewer only at the end, as from a file.
 
         Raises:
-            StoreError: where the object has changed. StoreOutage: where they do not come in all attempts.
+            StoreError: if the object has changed. StoreOutage: if the bytes do not come in all attempts.
         """
         parts = []
         while size != 0 and self._rest is not None:
@@ -191,7 +192,7 @@ class StoreObject:
             self._drop()
 
     def _block(self) -> bytes:
-        """The bytes from ``_at`` on; none at the end."""
+        """Read the bytes from ``_at`` on; none at the end."""
         if self._file is None:
             self._open()
         at = self._at
@@ -203,14 +204,14 @@ class StoreObject:
         return data
 
     def _open(self) -> None:
-        """Make fsspec's file, at byte ``_at``, of the object that was there first."""
+        """Open fsspec's file, at byte ``_at``, for the object that was there first."""
         options: dict[str, Any] = {"cache_type": "none"}
         if self.scheme in ("http", "https"):
             details = self.files.info(self.url)
             options["size"] = details["size"]
             self._ranged &= details["size"] is not None
             tag = str(details.get("ETag") or "")
-            if tag.startswith('"'):  # a weak one matches nothing
+            if tag.startswith('"'):  # a weak tag matches nothing
                 options["headers"] = {**self.files.kwargs.get("headers", {}), "If-Match": tag}
             self._same(details)
             self._file = self.files.open(self.url, "rb", block_size=BLOCK if self._ranged else 0, **options)
@@ -227,7 +228,7 @@ class StoreObject:
                 raise _Short(f"cut off by the store: now at byte {passed:,}, before at byte {self._at:,}")
 
     def _unchanged(self) -> None:
-        if self.scheme != "s3":  # which compares the tag at each request
+        if self.scheme != "s3":  # s3 compares the tag at each request
             self.files.invalidate_cache()
             self._same(self.files.info(self.url))
 
@@ -248,11 +249,11 @@ class StoreObject:
         if file is not None:
             try:
                 file.close()
-            except Exception:  # of a broken connection
+            except Exception:  # a broken connection
                 return
 
     def _tried(self, call: Callable[[], Result]) -> Result:
-        """The result of a call that asks the store, which is asked again after a passing fault."""
+        """Return the result of a call to the store, which is repeated after a passing fault."""
         number, began = 0, time.monotonic()
         while True:
             try:
@@ -270,14 +271,14 @@ class StoreObject:
                     took = f" in {time.monotonic() - began:.0f} s" if number > 1 else ""
                     kind = StoreOutage if passing else StoreError
                     raise kind(f"{why}, {number} attempt{'s' if number > 1 else ''}{took}{remedy}") from None
-                # not of the generators that a run is seeded with
+                # not from the generators that a run seeds
                 wait = min(_WAIT * 2 ** (number - 1), _LONGEST_WAIT) * random.SystemRandom().uniform(0.5, 1)
                 if number == self.remote.attempts // 2:
                     warn(f"{self.url}: {why}, attempt {number} of {self.remote.attempts}; again in {wait:.1f} s")
                 self._stop.wait(wait)
 
     def _why(self, error: BaseException) -> tuple[str, bool, str]:
-        """What is wrong, in no text that could hold a credential; whether it may pass; a remedy."""
+        """Return what is wrong, in a text that cannot hold a credential; whether it may pass; and a remedy."""
         status, code = _status(error)
         chain = _chain(error)
         names = {type(each).__name__ for each in chain}
@@ -299,9 +300,9 @@ class StoreObject:
 
 
 def filesystem(scheme: str, timeout: float) -> Any:
-    """fsspec's file system of a scheme, without attempts of its own where an option turns them off.
+    """Return fsspec's file system of a scheme, without attempts of its own where an option turns them off.
 
-    Endpoints and credentials are those of the environment and of fsspec's configuration, which stands above this.
+    Endpoints and credentials come from the environment and from fsspec's configuration, which overrides these options.
     """
     import fsspec
     from fsspec.config import conf
@@ -311,8 +312,8 @@ def filesystem(scheme: str, timeout: float) -> Any:
         from aiohttp import ClientTimeout
 
         waits = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        # proxies and ~/.netrc of the environment; answers that are errors are closed, which fsspec forgets; what is
-        # compressed on the way would have another length
+        # proxies and ~/.netrc come from the environment; error answers are closed, which fsspec forgets; content that
+        # is compressed on the way would have another length
         session = {"timeout": waits, "trust_env": True, "raise_for_status": True}
         options = {"client_kwargs": session, "headers": {"Accept-Encoding": "identity"}}
     elif scheme == "s3":
@@ -327,7 +328,7 @@ def filesystem(scheme: str, timeout: float) -> Any:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception and its causes, the first cause last."""
+    """Return an exception and its causes, the first cause last."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -335,7 +336,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _status(error: BaseException) -> tuple[int | None, str]:
-    """The status of an answer and the store's word for it, out of the errors of aiohttp, botocore and gcsfs."""
+    """Return the status of an answer and the store's word for it, from the errors of aiohttp, botocore and gcsfs."""
     chain = _chain(error)
     for each in chain:
         answer = getattr(each, "response", None)

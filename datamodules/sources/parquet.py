@@ -51,8 +51,8 @@ class Parquet(Source):
     - lists of these: ``caption.0``, ``caption.1``, ... and other structs: ``info.author``.
 
     A row group's column is decoded when one of its samples is read, and the latest ones are cached. A shuffled order
-    would decode a whole row group for nearly every sample, so where ``memory`` does not hold them all, training
-    shuffles row groups, and then the samples of as many as are cached at once (``blocks``). Each worker has a cache.
+    would decode a whole row group for nearly every sample. So if ``memory`` does not hold them all, training shuffles
+    row groups, and then the samples of as many as are cached at once (``blocks``). Each worker has its own cache.
 
     Args:
         paths: files, ``train-{00..07}.parquet``, ``train-*.parquet``, or a folder of them.
@@ -101,7 +101,7 @@ class Parquet(Source):
         self._columns: dict[str, tuple[str, int | str | None]] = dict(self._fields())
 
     def _schema(self, path: Path) -> pa.Schema | None:
-        """None for a file that cannot be read and is left out."""
+        """Read the schema of a file; None if the file cannot be read and is left out."""
         try:
             return pq.read_schema(path)
         except UNREADABLE as error:
@@ -116,7 +116,7 @@ class Parquet(Source):
         self.faults += [fault] if fault not in self.faults else []
 
     def _fields(self) -> Iterator[tuple[str, tuple[str, int | str | None]]]:
-        """Field -> (column, part): the number in a list, the dotted name in a struct, or None for the whole."""
+        """Yield field -> (column, part): the number in a list, the dotted name in a struct, or None for the whole."""
         for column in self.schema:
             kind = column.type
             if pa.types.is_dictionary(kind):
@@ -137,7 +137,7 @@ class Parquet(Source):
                 yield column.name, (column.name, None)
 
     def _most(self, column: str, group: int) -> int:
-        """Entries of the longest list of a row group; 0 for lists of numbers as long as embeddings."""
+        """Count the entries of the longest list of a row group; 0 for lists of numbers as long as embeddings."""
         values = self._readable(group, column)
         return 0 if values is None else int(pc.max(pc.list_value_length(values)).as_py() or 0)
 
@@ -171,7 +171,7 @@ class Parquet(Source):
                     masks = [self._mask(g, field, text_G) for g in groups]
                     return {"mask": np.concatenate([np.zeros(0, bool), *masks]), "text": np.array(text_G, np.uint32)}
 
-                # losses are reported at every start, so damage is searched again
+                # losses are reported at every start, so damage is searched for again
                 arrays = build() if self.damaged == "skip" else cached(path, f"parquet/{field}", build)
                 masks.append(arrays["mask"])
                 texts.append(arrays["text"])
@@ -242,7 +242,7 @@ class Parquet(Source):
     # row groups ------------------------------------------------------------------------------------------------
 
     def _row(self, index: int) -> tuple[int, int]:
-        """The file of a sample and its row there."""
+        """Return the file of a sample and its row there."""
         group = int(np.searchsorted(self._first, index, side="right")) - 1
         file = self.groups[group][0]
         return file, index - self._file_first[file]
@@ -259,7 +259,7 @@ class Parquet(Source):
         return self._open[file]
 
     def _values(self, group: int, column: str, keep: bool = True) -> pa.ChunkedArray:
-        """A column of a row group; the latest are cached, up to ``memory`` bytes."""
+        """Return a column of a row group; the latest are cached, up to ``memory`` bytes."""
         key = (group, column)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -281,7 +281,7 @@ class Parquet(Source):
         return values
 
     def _readable(self, group: int, column: str) -> pa.ChunkedArray | None:
-        """A column of a row group, not cached; None where it cannot be read and is left out."""
+        """Return a column of a row group, not cached; None if it cannot be read and is left out."""
         try:
             return self._values(group, column, keep=False)
         except ValueError as error:
@@ -291,9 +291,9 @@ class Parquet(Source):
             return None
 
     def _mask(self, group: int, field: str, text_G: list[int]) -> np.ndarray:
-        """Bool: which rows of a row group have a field; the CRC-32 of texts is added to ``text_G``.
+        """Return bool: which rows of a row group have a field; the CRC-32 of texts is added to ``text_G``.
 
-        Bytes are read only where some are null and others are not.
+        Bytes are read only if some are null and others are not.
         """
         column, part = self._columns[field]
         rows = int(self._first[group + 1] - self._first[group])
@@ -327,7 +327,7 @@ class Parquet(Source):
         return np.array([self._raw(scalar, part, Path()) is not None for scalar in values], dtype=bool)
 
     def _nulls(self, group: int, column: str) -> int | None:
-        """Number of nulls of a bytes column according to the footer; None where it has no statistics."""
+        """Return the number of nulls of a bytes column according to the footer; None if it has no statistics."""
         file, number = self.groups[group]
         footer = self._file(file).metadata.row_group(number)
         for k in range(footer.num_columns):
@@ -366,7 +366,7 @@ class Parquet(Source):
 
 
 def _footer(path: Path) -> int:
-    """CRC-32 of a file's footer: types, positions and statistics of columns."""
+    """Compute the CRC-32 of a file's footer: types, positions and statistics of columns."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 8, 0))

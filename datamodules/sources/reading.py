@@ -35,7 +35,7 @@ class Read:
 
     Attributes:
         inputs: modality -> ``[B, ...]``. key_B: content keys.
-        errors: (modality, row) -> why it is unreadable. files: the same -> the file at fault.
+        errors: (modality, row) -> why it is unreadable. files: (modality, row) -> the file at fault.
     """
 
     inputs: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Read:
     files: dict[tuple[str, int], str]
 
     def faults(self, modalities: Container[str]) -> dict[int, tuple[str, str]]:
-        """Row -> the file at fault and why, for the first of some modalities that cannot be read."""
+        """Return row -> the file at fault and the reason, for the first of some modalities that cannot be read."""
         faults: dict[int, tuple[str, str]] = {}
         for (m, b), why in self.errors.items():
             if m in modalities:
@@ -53,14 +53,14 @@ class Read:
 
 
 class Reader:
-    """Reads rows of one source by its fields.
+    """Reader of a source's rows by its fields.
 
     Args:
-        source: of the raw fields.
+        source: source of the raw fields.
         fields: modality -> its decoder.
         columns: modality -> its fields in the source.
-        keep: whether decoded images are cached, by fields that do so; a waste for rows that are read once.
-        cells: modality -> its table, of all rows of the source; read once, so none of it is unreadable later.
+        keep: whether fields that can cache decoded images do so; a waste for rows that are read once.
+        cells: modality -> its table, of all rows of the source; it is read once, so none of it is unreadable later.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Reader:
 
     @property
     def present(self) -> dict[str, np.ndarray]:
-        """Modality -> bool ``[N]``: which samples of the source have it."""
+        """Return modality -> bool ``[N]``: which samples of the source have it."""
         of_columns = {m: column.present_N for m, column in self.columns.items()}
         return of_columns | {m: cells.present_N for m, cells in self.cells.items()}
 
     def read(self, row_B: np.ndarray, draw_B: np.ndarray | None) -> Read:
-        """The samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
+        """Read the samples at ``row_B`` of the source; nothing is random without ``draw_B``."""
         picks = {m: column.pick(row_B, draw_B, f"field/{m}") for m, column in self.columns.items()}
         first_B = self.columns["text"].pick(row_B, None, "") if "text" in self.columns else np.full(len(row_B), -1)
         raws: dict[str, list[Raw | Reduced | None]] = {m: [None] * len(row_B) for m in self.columns}
@@ -112,7 +112,7 @@ class Reader:
         return Read(inputs, key_B, errors, files)
 
     def _cached(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
-        """The reduced image, cached; ``raw`` where it cannot be read, or the next read may pick another field."""
+        """Return the reduced image, cached; ``raw`` if it cannot be read, or the next read may pick another field."""
         if self.columns[m].has_NF[row].sum() > 1:
             return raw
         try:
@@ -123,7 +123,7 @@ class Reader:
         return image
 
     def _raw(self, row: int, names: set[str]) -> tuple[dict[str, Raw], dict[str, str]]:
-        """Raw fields of a sample, and the reasons why others cannot be read."""
+        """Return raw fields of a sample, and the reasons why others cannot be read."""
         try:
             raws = self.source.read(row, sorted(names))
             return raws, {name: "gone" for name in names - set(raws)}
@@ -147,7 +147,7 @@ class Reader:
 
 
 def replaced(x: Tensor, row: int, y: Tensor) -> Tensor:
-    """``x[row] = y``; where y has other sizes (an image of any size), both with zeros up to the larger ones.
+    """Set ``x[row] = y``; if y has other sizes (an image of any size), pad both with zeros up to the larger ones.
 
     >>> replaced(torch.ones(2, 1, 2), 1, torch.full((2, 1), 7.0)).tolist()
     [[[1.0, 1.0], [0.0, 0.0]], [[7.0, 0.0], [7.0, 0.0]]]
@@ -162,7 +162,7 @@ def replaced(x: Tensor, row: int, y: Tensor) -> Tensor:
 
 
 def key_of(text: str) -> int:
-    """The content key of a text: equal for the same words in other spacing and case.
+    """Compute the content key of a text: equal for the same words in other spacing and case.
 
     >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
     (True, False)
@@ -180,14 +180,14 @@ def _why(error: Exception) -> str:
 class UserDataset(NumberedDataset):
     """Some samples of a source.
 
-    In training, an unreadable sample is replaced by the next one with the same modalities (or more, of which the rest
-    stay absent), the same one on every rank, so that the counts of a step never change. In evaluation it is absent.
-    Both are noted in the ledger.
+    In training, the next sample with the same modalities replaces an unreadable one (or a sample with more modalities,
+    of which the rest stay absent). It is the same on every rank, so that the counts of a step never change. In
+    evaluation, an unreadable sample is absent. The ledger notes both.
 
     Args:
-        reader: of the source. row_N: the samples of this set.
-        seed: of everything random. random: training's view.
-        ledger: for unreadable samples.
+        reader: reader of the source. row_N: the samples of this set.
+        seed: seed of everything random. random: read samples as in training.
+        ledger: ledger of unreadable samples.
         label: target -> class numbers of the whole source. key: content keys of the whole source, instead of captions.
         first: the id of the source's sample 0.
         drop: modality -> probability that a present sample is made absent.
@@ -241,7 +241,7 @@ class UserDataset(NumberedDataset):
         self.ledger.skip(file, self.reader.source.name(int(self.row_N[index])), why)
 
     def _replace(self, read: Read, b: int, index: int, draw_1: np.ndarray, file: str, why: str) -> int:
-        """Put another sample at row ``b``, whose own cannot be read, and ``why``; returns its index."""
+        """Put another sample at row ``b``, whose own cannot be read (``why``); return its index."""
         for other in self._others(index):
             one = self.reader.read(self.row_N[[other]], draw_1)
             # modalities that the replaced sample lacks stay absent, so their faults do not matter
@@ -258,7 +258,7 @@ class UserDataset(NumberedDataset):
         raise ValueError(f"{file}: {name} cannot be read ({why}), and no other sample has {had}")
 
     def _others(self, index: int) -> Iterator[int]:
-        """The samples after this one, cyclically, that have the same modalities; then those that have more."""
+        """Yield the samples after this one, cyclically, that have the same modalities; then those that have more."""
         has_NM = np.stack(list(self.has.values()), axis=1)
         more_N = (has_NM >= has_NM[index]).all(axis=1)
         same_N = (has_NM == has_NM[index]).all(axis=1)
@@ -276,29 +276,29 @@ class Marked(Batch):
 
 #: Reader -> epoch, number and position after it (a Mark) of its last batches.
 Marks = dict[int, list[tuple[Any, ...]]]
-#: Batches of a reader whose marks are stored: the last trained on, the current one, and one fetched ahead.
+#: How many batches of a reader have stored marks: the last trained on, the current one, and one fetched ahead.
 _KEPT = 3
 
 
 class StreamSet(BatchDataset):
     """The samples of a stream in its order: position p of an epoch is the next sample of its reader.
 
-    Every sample has all modalities: one that lacks some, or cannot be read, is passed over, so the counts of a step
-    are known before its samples are. Batch n of an epoch belongs to
+    Every sample has all modalities: one that lacks some, or cannot be read, is passed over, so the counts of a step are
+    known before its samples are read. Batch n of an epoch belongs to
 
         reader = rank * workers + n mod workers    of    world * workers,
 
-    whichever process reads it, and each reader reads its own share of the stream from the epoch's beginning,
-    independently of the others. A batch carries its reader's mark to the main process, which collects them in
-    ``marks``; a set with these resumes after any of their batches.
+    whichever process reads it. Each reader reads its own share of the stream from the epoch's beginning, independently
+    of the others. A batch carries its reader's mark to the main process, which collects the marks in ``marks``. A set
+    with these marks resumes after any of their batches.
 
     Args:
-        stream: of the samples. fields: modality -> its decoder.
-        seed: of the order and of everything random.
-        rank, world: of this process.
-        ledger: for unreadable samples and shards.
+        stream: source of the samples. fields: modality -> its decoder.
+        seed: seed of the order and of everything random.
+        rank, world: rank of this process, and number of ranks.
+        ledger: ledger of unreadable samples and shards.
         drop: modality -> probability that a present sample is made absent.
-        marks: of the readers, to resume within an epoch.
+        marks: marks of the readers, to resume within an epoch.
         damaged: ``skip`` goes on after a shard that cannot be read to its end.
     """
 
@@ -344,7 +344,7 @@ class StreamSet(BatchDataset):
         return Marked(**vars(batch), at=(reader, epoch, number, *self._mark))
 
     def _mark_after(self, reader: int, epoch: int, number: int) -> tuple[Any, ...]:
-        """Position of a reader after a batch; the beginning for a negative number."""
+        """Return the position of a reader after a batch; the beginning for a negative number."""
         if number < 0:
             return BEGINNING
         for row in self.marks.get(reader, ()):

@@ -1,8 +1,8 @@
 """Folders that ``Dataset.save_to_disk`` and ``DatasetDict.save_to_disk`` of Hugging Face's `datasets` write.
 
 Facts of the format: `load_from_disk` in datasets/arrow_dataset.py, releases 1.1 to 5.2. ``state.json`` lists the arrow
-files in order; ``dataset_info.json`` has the features; of early releases ``indices.arrow`` has the rows in order;
-``dataset_dict.json`` lists sub-folders, one a split. Nothing of them is code.
+files in order; ``dataset_info.json`` has the features; in early releases, ``indices.arrow`` has the rows in order;
+``dataset_dict.json`` lists sub-folders, one per split. None of these is code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 from descant.datamodules.sources.base import FIELDS, encoded, nearest, read_file, short, split_named
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
-#: Most bytes of one of these files.
+#: The most bytes of one of these files.
 _JSON = 1 << 24
 #: A file or folder that they may list: a plain name.
 _PLAIN = re.compile(r"(?!\.)[^/\\\0]{1,255}")
 
 
 class Saved(NamedTuple):
-    """The arrow files of one saved dataset, those of its order, and its features, where they are known."""
+    """The arrow files of one saved dataset, those of its order, and its features, if they are known."""
 
     files: list[Path]
     indices: list[Path]
@@ -104,7 +104,7 @@ def _listed(folder: Path, state: Mapping[str, Any], key: str) -> list[Path]:
 
 
 def _inside(folder: Path, name: str, by: Path) -> Path:
-    """The path of a listed name. Raises ValueError for one that leads outside, by its name or by a link."""
+    """Return the path of a listed name. Raise ValueError if it leads outside, by its name or by a link."""
     path = folder / name if _PLAIN.fullmatch(name) and encoded(name).decode(errors="ignore") == name else None
     if path is None or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{by}: {short(name)!r} is no file of this folder, and a saved dataset lists no others")

@@ -1,8 +1,8 @@
 """Copies of shards on a node's disk, of bounded size, shared by its ranks and workers.
 
-A copy is written under another name and renamed when it is whole. All of its size is taken from the bound before its
-first byte, under a lock of the folder, and the copies that were used longest ago make room. Readers and writers hold a
-lock of their file, which the system releases when they end, however they end: what no process holds may be removed.
+A copy is written under another name and renamed when it is whole. Its full size is reserved before its first byte,
+under a lock of the folder; the copies that were used longest ago make room. Readers and writers hold a lock of their
+file, which the system releases when they end, however they end. A file that no process holds may be removed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class ShardCopy(io.FileIO):
     """A whole copy, which no process removes while it is open."""
 
     def forget(self) -> None:
-        """Remove it: what is in it is damaged, and may not be in the store."""
+        """Remove the copy: its content is damaged, while the store's may not be."""
         with contextlib.suppress(OSError):
             os.unlink(str(self.name))
 
 
 class CopyWriter:
-    """A copy that is being written, of a size that is known. Its lock ends with its process."""
+    """A copy that is being written, of a known size. Its lock ends with its process."""
 
     def __init__(self, cache: ShardCache, name: str, size: int) -> None:
         self.cache, self.path, self.part = cache, cache.folder / name, cache.folder / (name + _PART)
@@ -44,7 +44,7 @@ class CopyWriter:
         os.ftruncate(self._file, size)  # the bound counts it from now on
 
     def write(self, data: bytes) -> bool:
-        """Append; False, and the copy is dropped, where the disk takes no more."""
+        """Append data. Return False, and drop the copy, if the disk takes no more."""
         rest = memoryview(data)
         try:
             while rest and self._file is not None:
@@ -58,15 +58,15 @@ class CopyWriter:
         """Give the copy its name, if all of it is on the disk."""
         if self._file is not None and self._written == self.size:
             with contextlib.suppress(OSError):
-                os.fsync(self._file)  # or a power cut could leave a name whose bytes were never written
-                with self.cache.locked():  # or one that counts would see neither name
+                os.fsync(self._file)  # otherwise a power cut could leave a name whose bytes were never written
+                with self.cache.locked():  # otherwise a process that counts could see neither name
                     os.replace(self.part, self.path)
                 os.close(self._file)
                 self._file = None
         self.discard()
 
     def discard(self) -> None:
-        """Remove what was written, unless it has its name."""
+        """Remove the written bytes, unless the copy has its name."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.part)
@@ -78,8 +78,8 @@ class ShardCache:
     """Files of at most ``limit`` bytes together, in ``$DESCANT_CACHE/streams``.
 
     Args:
-        limit: bytes, of whole copies and of those that are being written.
-        folder: instead of the one of the user's cache; on a disk of the node.
+        limit: the most bytes, of whole copies and of those that are being written.
+        folder: used instead of the user's cache folder; on a disk of the node.
     """
 
     def __init__(self, limit: int, folder: Path | None = None) -> None:
@@ -88,7 +88,7 @@ class ShardCache:
         self.limit, self.folder = limit, folder or cache_folder() / "streams"
 
     def name(self, url: str, size: int, tag: str) -> str:
-        """The file's name for one version of an object.
+        """Return the file's name for one version of an object.
 
         >>> ShardCache(1).name("s3://bucket/a.tar", 10, "ETag x")
         'a.tar-42d20642d5a5fb45ab132688eec2a554'
@@ -97,7 +97,7 @@ class ShardCache:
         return f"{url.rpartition('/')[2][:60]}-{digest}"
 
     def open(self, name: str, size: int) -> ShardCopy | None:
-        """A whole copy; None where there is none."""
+        """Open a whole copy; None if there is none."""
         try:
             copy = ShardCopy(str(self.folder / name))
         except OSError:
@@ -112,7 +112,7 @@ class ShardCache:
         return None
 
     def reserve(self, name: str, size: int) -> CopyWriter | None:
-        """Room for a copy; None where there is none, the copy is there or being written, or nothing can be written."""
+        """Reserve room for a copy; None without room, if the copy is there or being written, or if writing fails."""
         if size > self.limit:
             return None
         with contextlib.suppress(OSError), self.locked():
@@ -135,7 +135,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder is this process's alone meanwhile, among all that count or give names."""
+        """Lock the folder against all other processes that count files or give names."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.folder / _LOCK, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -143,7 +143,7 @@ class ShardCache:
 
 
 def _removed(path: Path) -> bool:
-    """Remove a file that no process holds; whether it is gone."""
+    """Remove a file that no process holds; return whether it is gone."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -41,29 +41,31 @@ from descant.modules.io.addresses import expand as expand_braces
 
 #: Last part of an extension whose members are texts; a blank one counts as absent.
 TEXTS = ("txt", "text", "caption", "transcript", "title", "alt", "label", "cls", "cls2", "split", "lang")
-#: Most bytes of a text member that is checked for being blank.
+#: The most bytes of a text member that is checked for being blank.
 _LOOK = 1 << 12
-#: Most bytes of a JSON member.
+#: The most bytes of a JSON member.
 _JSON = 1 << 22
-#: Most members of one sample.
+#: The most members of one sample.
 MEMBERS = 256
-#: Most shards that one process holds open.
+#: The most shards that one process holds open.
 _OPEN = 128
 
 
 class Shards(Source):
-    """Samples of WebDataset shards: members of one name up to its first dot are one sample, extensions its fields.
+    """Samples of WebDataset shards.
+
+    Members with the same name up to its first dot are one sample, and their extensions are its fields.
 
     The headers of every tar are read once (a second start reads the index from the cache); samples are then read by
-    one ``pread`` a field, in any order, by any number of processes. A JSON member's entries are fields of their own:
+    one ``pread`` per field, in any order, by any number of processes. A JSON member's entries are separate fields:
     ``json.caption``. Members of a sample need not be next to each other.
 
     A shard is whole if it ends as a tar does, with two empty blocks and nothing after them, and if it has the size and
-    the number of samples in the ``manifest.json`` beside it, where there is one.
+    the number of samples in the ``manifest.json`` beside it, if there is one.
 
     Args:
         paths: files, ``data-{000..031}.tar`` or ``data-*.tar``.
-        cache: folder of the index; ``$DESCANT_CACHE`` or the user's cache folder where not given.
+        cache: folder of the index; ``$DESCANT_CACHE`` or the user's cache folder by default.
         damaged: ``skip`` reads the readable samples of a damaged shard, and ``faults`` lists the losses.
     """
 
@@ -91,7 +93,7 @@ class Shards(Source):
                 self.faults.append(Fault(self.place(int(low) + row), self.name(int(low) + row), why))
 
     def _manifests(self, damaged: Damaged) -> dict[Path, Written]:
-        """Shard -> its entry in the manifest beside it."""
+        """Return shard -> its entry in the manifest beside it."""
         listed: dict[Path, Written] = {}
         for folder in dict.fromkeys(path.parent for path in self.paths):
             try:
@@ -103,7 +105,7 @@ class Shards(Source):
         return listed
 
     def _damage(self, path: Path, part: dict[str, np.ndarray]) -> str | None:
-        """Fault of a shard that is not whole, with the number of lost samples where that is known."""
+        """Return the fault of a shard that is not whole, with the number of lost samples if that is known."""
         why = next(iter(part["why"].tolist()), None)
         written, size = self.written.get(path), path.stat().st_size
         if written is None:
@@ -207,7 +209,7 @@ class Shards(Source):
         )
 
     def _handle(self, shard: int) -> int:
-        """An open shard. ``pread`` uses no shared position, so forked processes may read it at the same time."""
+        """Return an open shard. ``pread`` uses no shared position, so forked processes may read it at the same time."""
         if shard not in self._handles:
             while len(self._handles) >= _OPEN:
                 os.close(self._handles.popitem(last=False)[1])
@@ -224,13 +226,13 @@ class Shards(Source):
 
 
 def _checksums(names: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """CRC-32 of each name."""
+    """Compute the CRC-32 of each name."""
     text, edges = names.tobytes(), start.tolist()
     return np.array([zlib.crc32(text[a:b]) for a, b in pairwise(edges)], dtype=np.uint32)
 
 
 def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list[Path]:
-    """Files of braces and patterns, in order. Raises ValueError naming a missing one, and the nearest."""
+    """Return the files of braces and patterns, in order. Raise ValueError naming a missing one, and the nearest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files: list[Path] = []
     for text in (t for p in given for t in expand_braces(str(p))):
@@ -269,9 +271,9 @@ def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fau
 
 
 def index(path: Path) -> dict[str, np.ndarray]:
-    """Positions of all members of a shard: ``offset``, ``size`` and ``there`` ``[N, F]``, ``keyed`` ``[N, K]``.
+    """Return positions of all members of a shard: ``offset``, ``size`` and ``there`` ``[N, F]``, ``keyed`` ``[N, K]``.
 
-    ``why`` has one text where the shard is damaged, and the samples are those before the damage. ``broken`` are rows
+    ``why`` has one text if the shard is damaged; then the samples are those before the damage. ``broken`` are rows
     whose texts cannot be read, ``whys`` the reasons, and ``text`` ``[N]`` the CRC-32 of each sample's texts.
     """
     rows: dict[str, dict[str, Member]] = {}
@@ -351,7 +353,7 @@ def index(path: Path) -> dict[str, np.ndarray]:
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Key and extension of a member: its name up to the first dot of the last part, and the rest.
+    """Split a member's name into key and extension, at the first dot of its last part.
 
     >>> split_name("a.b/0001.seg.PNG"), split_name("__meta__/x.txt"), split_name("README")
     (('a.b/0001', 'seg.png'), (None, ''), (None, ''))
@@ -378,12 +380,12 @@ def is_json(field: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _json_member(key: str, fields: tuple[str, ...]) -> str:
-    """The JSON member of a dotted field: the longest, as ``meta.json`` and ``json`` may both exist."""
+    """Return the JSON member of a dotted field: the longest, since ``meta.json`` and ``json`` may both exist."""
     return max((f for f in fields if is_json(f) and key.startswith(f"{f}.")), key=len)
 
 
 def json_fields(data: bytes, member: str) -> dict[str, str]:
-    """The texts of a JSON member by field. Raises ValueError for invalid JSON, or too many entries."""
+    """Return the texts of a JSON member by field. Raise ValueError for invalid JSON, or too many entries."""
     try:
         return entries(data, member)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Stream WebDataset shards sequentially from files, URLs and pipes, with exact resume.
 
-The webdataset library opens addresses; its tar iteration drops a damaged rest silently and cannot resume within a
-shard, so both are written here.
+The webdataset library opens addresses. Its tar iteration silently drops the rest of a damaged shard and cannot resume
+within a shard, so this module does both itself.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Mark(NamedTuple):
     """Position of a reader in an epoch, between two of its samples.
 
     Attributes:
-        turn: number of its pass over the shards. whole: 1 for a pass of all shards, 0 for one of its share.
-        shard: number of the shard in that pass. taken: samples of it that the reader has yielded.
+        turn: number of its pass over the shards. whole: 1 for a pass over all shards, 0 for one over its share.
+        shard: number of the shard in that pass. taken: number of its samples that the reader has yielded.
     """
 
     turn: int
@@ -71,27 +71,26 @@ class Sample(NamedTuple):
 class Stream:
     """Shards read sequentially, in another order in every pass; a reader at the end of a pass begins the next one.
 
-    R readers (ranks times workers) share the shards of a pass: reader r takes every R-th one, and where there are
-    fewer shards than readers, readers of one shard take its samples in turns. The samples of a reader in an epoch
-    depend on (seed, epoch, r, R) alone. An epoch has ``samples`` samples by definition, so uneven shards end no rank
-    early. A sample that lacks a required field is passed over.
+    R readers (ranks times workers) share the shards of a pass: reader r takes every R-th one. If there are fewer shards
+    than readers, the readers of one shard take its samples in turns. The samples of a reader in an epoch depend only on
+    (seed, epoch, r, R). An epoch has ``samples`` samples by definition, so uneven shards end no rank early. A sample
+    that lacks a required field is passed over.
 
-    A reader resumes from any mark exactly: it opens the shard of the mark again, if it has more samples, and none
-    before. So its shuffle buffer never mixes two shards, and shards are best written in random order, as
-    ``descant data make`` does.
+    A reader resumes exactly from any mark: it opens again only the shard of the mark, if that has more samples. So its
+    shuffle buffer never mixes two shards, and shards are best written in random order, as ``descant data make`` does.
 
-    Objects of stores are read through fsspec, by its credentials; a request that fails for a passing reason (a status
+    Objects of stores are read through fsspec, with its credentials. A request that fails for a passing reason (a status
     of 500 or more, 408 or 429, a broken connection, fewer bytes than were promised) is repeated from the byte where it
-    failed, after 0.1 s, 0.2 s, ... 30 s. The order of samples does not depend on it.
+    failed, after 0.1 s, 0.2 s, ... 30 s. The order of samples does not depend on this.
 
     Args:
         urls: files, http(s)://, s3:// or gs:// addresses, or pipe:COMMAND; with braces ``{000..031}``.
-        samples: of one epoch, over all ranks.
+        samples: samples of one epoch, over all ranks.
         buffer: size of the shuffle buffer, in samples of one shard.
         allow_pipes: whether ``pipe:`` may run its command in a shell.
-        attempts: at one request to a store, before the shard is given up.
+        attempts: attempts at one request to a store, before the shard is given up.
         timeout: seconds without an answer or a byte, after which an attempt has failed.
-        cache_gb: most gigabytes of shards of stores that the ranks and workers of a node keep together, in
+        cache_gb: the most gigabytes of shards of stores that the ranks and workers of a node keep together, in
             ``$DESCANT_CACHE/streams``; those used longest ago leave first. 0 keeps none.
     """
 
@@ -125,25 +124,25 @@ class Stream:
 
     @property
     def place(self) -> str:
-        """What messages name it by."""
+        """Return the name of the stream in messages."""
         return self.urls[0]
 
     @property
     def cut(self) -> dict[str, int]:
-        """Settings that determine the samples of a reader, beside ranks and workers."""
+        """Return the settings that determine the samples of a reader, besides ranks and workers."""
         return {"shards": len(self.urls), "buffer": self.buffer}
 
     @property
     def files(self) -> dict[str, Path]:
-        """Address -> file, of local addresses."""
+        """Return address -> file, for local addresses."""
         return {url: local_path(url) for url in self.urls if is_local(url)}
 
     def require_whole(self) -> None:
-        """Raises ValueError for the first local shard that is missing or cut off, by its size and last bytes.
+        """Raise ValueError for the first local shard that is missing or cut off, by its size and last bytes.
 
-        Of the objects of stores the first is asked for, so that a wrong name or credential is known before step 1; a
-        store that does not answer is a StoreOutage.
-        Damage in the middle of a shard, and any of another object, is detected when it is read.
+        Of the objects of stores, only the first is requested, so that a wrong name or credential is known before step
+        1. A store that does not answer raises StoreOutage. Damage in the middle of a shard, and any damage of other
+        objects, is detected when they are read.
         """
         for url, path in self.files.items():
             try:
@@ -161,10 +160,10 @@ class Stream:
                 raise ValueError(f"{url}: {error}") from None
 
     def corpus(self) -> Corpus:
-        """Addresses; of local files also sizes, modification times and the SHA-256 of a manifest beside them."""
+        """List addresses; for local files also sizes, modification times and the SHA-256 in a manifest beside them."""
         files = {url: path for url, path in self.files.items() if path.is_file()}
         known = {str(path): written.sha256 for url, path in files.items() if (written := _written(url)) is not None}
-        # of a local file the name alone: the same shards may be in another folder
+        # for a local file only the name: the same shards may be in another folder
         names = [local_path(url).name if is_local(url) else url for url in self.urls]
         parts = {"shards": Property(names, lambda n: self.urls[n])}
         return corpus_of(self.urls[0], parts, list(files.values()), known)
@@ -180,7 +179,7 @@ class Stream:
         mark: tuple[Any, ...] = BEGINNING,
         fault: Callable[[str, str, str], None] | None = None,
     ) -> Iterator[Sample]:
-        """The samples of one reader in one epoch, without end.
+        """Yield the samples of one reader in one epoch, without end.
 
         Args:
             seed, epoch, reader, readers: arguments that determine the order.
@@ -190,8 +189,9 @@ class Stream:
             fault: called with (shard, sample, why) for each sample with a text that cannot be read.
 
         Raises:
-            ValueError: where a whole pass yields nothing.
-            StoreOutage: in its place, and for what ``skip`` raises, where a store does not answer after all attempts.
+            ValueError: if a whole pass yields nothing.
+            StoreOutage: instead of that error, and of errors from ``skip``, if a store does not answer after all
+                attempts.
         """
         turn, whole, first, taken = mark
         yielded, count, fault_line = mark != BEGINNING, 0, ""  # any later mark follows a sample of its pass
@@ -232,12 +232,12 @@ class Stream:
             if not yielded and whole:
                 why = f"none of {count} samples has all fields" if count else fault_line or "no samples"
                 raise refusal(f"{and_more(self.urls)}: the stream yields nothing ({why})")
-            # a share may be empty where the whole is not (a shard of one sample, shared by two readers): then the
-            # reader's next pass is of the whole
+            # a share may be empty although the whole is not (a shard of one sample, shared by two readers); then the
+            # reader's next pass is over the whole
             turn, whole, first, yielded, count, fault_line = turn + 1, int(not yielded), 0, False, 0, ""
 
     def share(self, seed: int, epoch: int, turn: int, reader: int, readers: int) -> list[tuple[str, int, int]]:
-        """The shards of one reader in one pass, in order: (url, every ``step``-th sample, from ``start`` on).
+        """Return the shards of one reader in one pass, in order: (url, every ``step``-th sample, from ``start`` on).
 
         >>> Stream(["a.tar", "b.tar"], samples=8).share(0, 0, 0, reader=2, readers=3)
         [('a.tar', 2, 1)]
@@ -251,7 +251,7 @@ class Stream:
 
 
 def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) -> Iterator[tuple[Sample, bool]]:
-    """Samples shuffled by a buffer of ``size``, each with whether more follow."""
+    """Yield samples shuffled by a buffer of ``size``, each with whether more follow."""
     buffer: list[Sample] = []
 
     def pop() -> Sample:
@@ -260,7 +260,7 @@ def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) ->
         return buffer.pop()
 
     for number, sample in enumerate(samples):
-        # filled while it is used, two in and one out, so that the first batch need not wait for a full buffer
+        # the buffer fills while it is used, two in and one out, so that the first batch need not wait for a full one
         if len(buffer) == size or (number % 2 and number > 32):
             yield pop(), True
         buffer.append(sample)
@@ -269,7 +269,7 @@ def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) ->
 
 
 def _written(url: str) -> Written | None:
-    """A local shard's entry in the manifest beside it. Raises ValueError for a manifest that is not readable."""
+    """Return a local shard's entry in the manifest beside it. Raise ValueError for a manifest that is not readable."""
     if not is_local(url):
         return None
     path = local_path(url)
@@ -277,7 +277,7 @@ def _written(url: str) -> Written | None:
 
 
 def _cut(path: Path, written: Written | None) -> str | None:
-    """Fault of a shard that is not whole, by its size and its last bytes."""
+    """Return the fault of a shard that is not whole, by its size and its last bytes."""
     size = path.stat().st_size
     lost = "" if written is None else f"; some of its {written.samples:,} samples are lost"
     if written is not None and size != written.bytes:
@@ -291,10 +291,10 @@ def _cut(path: Path, written: Written | None) -> str | None:
 
 
 def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _DEFAULT) -> Iterator[Sample]:
-    """The samples of one shard; ``skip(shard, why)`` is called where it is damaged, with the loss where it is known.
+    """Yield the samples of one shard; if it is damaged, call ``skip(shard, why)``, with the loss if it is known.
 
     Raises:
-        StoreOutage: where its store does not answer after all attempts.
+        StoreOutage: if its store does not answer after all attempts.
     """
     faults: list[str] = []
     stream: Any = None
@@ -339,7 +339,7 @@ def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _D
 
 
 def _members(tape: StreamTape, url: str, faults: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each member; damage is added to ``faults``."""
+    """Yield name and bytes of each member; add damage to ``faults``."""
     try:
         for member in members(tape):
             if member.size > LIMIT:  # skipped without holding its bytes
@@ -357,7 +357,7 @@ def _members(tape: StreamTape, url: str, faults: list[str]) -> Iterator[tuple[st
 
 
 def _decoded(sample: Sample) -> Sample:
-    """A sample whose members became fields, named as by :class:`Shards`."""
+    """Turn the members of a sample into fields, named as by :class:`Shards`."""
     raw: dict[str, Raw] = {}
     faults = []
     for field, data in sample.raw.items():
@@ -386,7 +386,7 @@ def _close(stream: Any, url: str, faults: list[str], skip: Callable[[str, str], 
 
 
 def _fields(field: str, data: bytes) -> dict[str, Raw]:
-    """The fields of a member: JSON by dotted names, no blank texts. Raises ValueError for invalid content."""
+    """Return the fields of a member: JSON by dotted names, no blank texts. Raise ValueError for invalid content."""
     if is_json(field):
         return dict(json_fields(data, field))
     if is_text(field):

@@ -1,4 +1,4 @@
-"""The bytes of a tar that is read sequentially, from a file, an object or a program; unpacked where compressed."""
+"""The bytes of a tar that is read sequentially, from a file, an object or a program; unpacked if compressed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 class StreamTape:
-    """The bytes of a tar that is read sequentially, and decompressed where needed."""
+    """The bytes of a tar that is read sequentially, and decompressed if needed."""
 
     end: int | None = None
 
@@ -36,7 +36,7 @@ class StreamTape:
                 break
 
     def _more(self, size: int) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end."""
+        """Read up to ``size`` bytes; fewer only at the end."""
         parts = []
         while size > 0:
             part = self.stream.read(min(size, 1 << 20))

@@ -22,10 +22,10 @@ _SECONDS, _RATE = 0.3, 16000
 
 
 class Synthetic(Source):
-    """Sample i is a coloured shape, the same in every process. Images are JPEG, tones WAV.
+    """Synthetic samples: each is a coloured shape, the same in every process. Images are JPEG, tones WAV.
 
     Args:
-        n: N, samples.
+        n: N, number of samples.
         size: pixels of the images.
         fields: name of a field -> ``image``, ``audio``, ``text``, ``label``, ``bit`` (0 or 1: number and category),
             ``video`` (frames as an array) or ``array 4 3`` of such a shape.

@@ -1,6 +1,6 @@
 """Read a CSV, TSV or JSON-lines file into columns of texts, naming each row that cannot be read."""
 
-# By hand around the standard csv and json: pandas and pyarrow.csv neither name the line of each bad row nor read on
+# Written around the standard csv and json: pandas and pyarrow.csv neither name the line of each bad row nor read on
 # after a quote that is not closed.
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from descant.datamodules.sources.base import FIELDS, IMAGE_ENDINGS, SOUND_ENDING
 TABLES = (".csv", ".tsv", ".jsonl")
 MEDIA = (*IMAGE_ENDINGS, *SOUND_ENDINGS, *VIDEO_ENDINGS, "npy")
 
-#: Name -> text of each row, None where it has none.
+#: Name -> text of each row, None if it has none.
 Columns = dict[str, list[str | None]]
 #: Called with the line of a row that cannot be read, and the reason, which continues a sentence after the line.
 Bad = Callable[[int, str], None]
@@ -26,14 +26,14 @@ def read_table(table: Path, bad: Bad) -> Columns:
 
 
 def holds_files(values: Sequence[str | None]) -> bool:
-    """Whether nearly all of the first values end as images, recordings, videos or arrays do, and are no addresses."""
+    """Whether nearly all of the first values end like images, recordings, videos or arrays, and are no addresses."""
     first = [v.strip().lower() for v in values[:1000] if v is not None]
     named = sum(v.rpartition(".")[2] in MEDIA and "\n" not in v and "://" not in v for v in first)
     return bool(first) and named >= 0.9 * len(first)
 
 
 def grouped(columns: Columns, lead: str, table: Path) -> tuple[Columns, tuple[str, ...]]:
-    """One row a file of column ``lead``, and the columns that hold files.
+    """Merge the rows of each file in column ``lead``; also return the columns that hold files.
 
     A column in which rows of one file differ (five captions of one image) becomes ``NAME.0``, ``NAME.1``, ...
     """
@@ -59,7 +59,7 @@ def grouped(columns: Columns, lead: str, table: Path) -> tuple[Columns, tuple[st
 
 
 def nonblank(text: str | None) -> str | None:
-    """A text, or None where it is blank."""
+    """Return a text, or None if it is blank."""
     return text if text is not None and text.strip() else None
 
 
@@ -152,13 +152,13 @@ class _Lines(Iterator[str]):
 
 
 def _quoting(error: Exception, first: int, last: int) -> str:
-    """The fault of a row; one of several lines has an opening quote that is not closed."""
+    """Describe the fault of a row; one of several lines has an opening quote that is not closed."""
     what = " ".join(str(error).split())
     return f": {what}" if last <= first else f": a quote opens that is not closed, as line {last} shows ({what})"
 
 
 def _invalid_byte(row: Sequence[str]) -> int | None:
-    """A byte that is not UTF-8, decoded as a surrogate, if there is one."""
+    """Return a byte that is not UTF-8, decoded as a surrogate, if there is one."""
     odd = (cell for cell in row if not cell.isascii())
     return next((ord(c) - 0xDC00 for cell in odd for c in cell if "\udc80" <= c <= "\udcff"), None)
 

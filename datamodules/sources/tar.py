@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 BLOCK = 512
-#: Most bytes of a long name.
+#: The most bytes of a long name.
 _NAME = 1 << 16
-#: Most zeros after the end of a tar: writers fill their last record, of 10 KiB by default, with them.
+#: The most zeros after the end of a tar: writers fill their last record, of 10 KiB by default, with them.
 _FILLED = 1 << 20
 
 _PACKED = {
@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 
 class Tape(Protocol):
-    """The bytes of a tar. ``at(offset, size)`` gives fewer at its end only; ``end`` is its length, where known."""
+    """The bytes of a tar. ``at(offset, size)`` returns fewer only at its end; ``end`` is its length, if known."""
 
     end: int | None
 
@@ -103,7 +103,7 @@ def members(tape: Tape) -> Iterator[Member]:
 
 
 def _require_end(tape: Tape, at: int) -> None:
-    """Raises ValueError unless a second empty block is at ``at``, and only a few more follow.
+    """Raise ValueError unless a second empty block is at ``at``, and only a few more follow.
 
     A header that was overwritten with zeros looks like the end, and so does the tail of a file that was never filled.
     """
@@ -147,7 +147,7 @@ def _text(raw: bytes) -> str:
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
-    """``LENGTH KEY=VALUE\\n`` records."""
+    """Yield ``LENGTH KEY=VALUE\\n`` records."""
     while data.strip(b"\0"):
         length, space, _ = data.partition(b" ")
         if not space or not length.isdigit() or len(length) > 9 or not len(length) < int(length) <= len(data):

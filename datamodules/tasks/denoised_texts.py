@@ -1,4 +1,4 @@
-"""Texts that denoisers corrupt, as dialogues: the corrupted text is the question, what it lacks is the answer.
+"""Texts that denoisers corrupt, as dialogues: the corrupted text is the question, its missing part the answer.
 
 Letters: B samples of a batch, N windows of a set, T tokens of one, S of a row.
 """
@@ -32,16 +32,16 @@ from descant.modules.transforms.denoisers import (
     mode_number,
 )
 
-#: Sentinels, as many as T5 has; and where the share of each split of the texts ends.
+#: Number of sentinels, as in T5; and where the share of each split of the texts ends.
 SENTINELS, SPLITS = 100, {"test": 0.1, "sealed": 0.2, "val": 0.3, "train": 1.0}
 
 
 class DenoisedSet(NumberedDataset):
-    """Windows of texts, each corrupted by a denoiser of training that is drawn at each visit, or by some tasks in turn.
+    """Windows of texts, each corrupted by a training denoiser drawn at each visit, or by some tasks in turn.
 
     Args:
-        window_N3: first token of each window, and the first one and the end of its text.
-        tasks: numbers of tasks of evaluation. Each corrupts a window always alike, and tokens of the text alone are
+        window_N3: first token of each window, and the first token and the end of its text.
+        tasks: numbers of evaluation tasks. Each corrupts a window always alike, and only tokens of the text are
             predicted. Without any, a window moves by up to half its length at each visit.
         wrong: the mode token is one of the two others.
     """
@@ -84,22 +84,22 @@ class DenoisedTexts(Dialogues):
     """Windows of long texts, corrupted by denoisers: ``<bos> [mode] input <answer> target <eos>`` (UL2).
 
     Texts are the language reference and the docstrings of the Python that runs, so that nothing is downloaded, or those
-    of a folder. By a hash of its name a tenth of the texts each is for the test, a lock-box and validation. Modality
-    ``text``; in training all tokens of a target are predicted. Evaluation sets have whole windows, each corrupted by
-    all ``tasks`` in turn, and predict tokens of the text alone, so that models of other denoisers are judged by the
-    same ones: "validate" has ``val``; "test" has ``texts``, ``wrong`` (other mode tokens) and each task by its name.
+    of a folder. By a hash of their names, a tenth of the texts each is for the test, a lock-box and validation.
+    Modality ``text``; training predicts all tokens of a target. Evaluation sets have whole windows, each corrupted by
+    all ``tasks`` in turn, and predict only tokens of the text, so that models of other denoisers are compared on the
+    same tokens: "validate" has ``val``; "test" has ``texts``, ``wrong`` (other mode tokens) and each task by its name.
 
     Args:
-        tokens: T. Longer rows are needed: ``length`` of the data is the longest.
-        denoisers: of training; UL2's mixture where not given.
-        tasks: name -> denoiser of evaluation; ``infill`` (3, .15), ``suffix`` (a quarter) and ``gap`` (64, .5) where
-            not given, spans anywhere in a text.
-        mode: the mode token of all rows, R, S or X; that of each denoiser where not given.
-        folder: of .txt files, one text each, in place of Python's.
-        held_out: most windows of an evaluation set, before each denoiser.
-        text: the tokenizer; bytes where not given.
-        sealed: evaluation sets are those of the lock-box.
-        kwargs: of every data module.
+        tokens: T. Rows are longer: ``length`` of the data is that of the longest.
+        denoisers: denoisers of training; UL2's mixture by default.
+        tasks: name -> denoiser of evaluation; by default ``infill`` (3, .15), ``suffix`` (a quarter) and ``gap`` (64,
+            .5), spans anywhere in a text.
+        mode: the mode token of all rows, R, S or X; by default that of each denoiser.
+        folder: folder of .txt files, one text each, instead of Python's.
+        held_out: the most windows of an evaluation set, before they are repeated for each denoiser.
+        text: the tokenizer; bytes by default.
+        sealed: use the evaluation sets of the lock-box.
+        kwargs: arguments of every data module.
 
     >>> last = MixtureOfDenoisers([Suffix(0.25, uniform=False)])
     >>> data = DenoisedTexts(tokens=80, denoisers=last, tiny=True, batch_size=4)
@@ -148,7 +148,7 @@ class DenoisedTexts(Dialogues):
 
     @property
     def embedded(self) -> int:
-        """Ids that a model embeds: of the tokenizer, image and answer, modes and sentinels."""
+        """Return the number of ids that a model embeds: of the tokenizer, image and answer, modes and sentinels."""
         return self.answer_token + 1 + len(MODES) + SENTINELS
 
     # the texts ------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class DenoisedTexts(Dialogues):
 
     @cached_property
     def _read(self) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Ids of all texts, windows ``[N, 3]``, and the number from [0, 1) that chooses the split of each."""
+        """Return ids of all texts, windows ``[N, 3]``, and the number from [0, 1) that chooses the split of each."""
         ids, windows, splits, begin = list[Tensor](), list[np.ndarray](), list[np.ndarray](), 0
         for name, text in self.texts.items():
             ids.append(torch.tensor(self.tokenizer.encode(text), dtype=torch.long))
@@ -194,7 +194,7 @@ class DenoisedTexts(Dialogues):
         return self._read[0]
 
     def windows(self, split: str, whole: bool = False) -> np.ndarray:
-        """``[N, 3]``: those of a split; only whole ones, and of these some, evenly spaced, for evaluation."""
+        """Return the windows of a split, ``[N, 3]``; for evaluation only whole ones, some of them, evenly spaced."""
         _, window_N3, u_N = self._read
         low = max((end for end in SPLITS.values() if end < SPLITS[split]), default=0.0)
         window_N3 = window_N3[(u_N >= low) & (u_N < SPLITS[split])]
@@ -208,7 +208,7 @@ class DenoisedTexts(Dialogues):
         return window_N3
 
     def assembled(self, out: Denoised, mode_B: Tensor, words_alone: bool) -> tuple[Tensor, Tensor]:
-        """``text_BS`` and ``loss_mask_BS``: tokens of the target, or those of the text among them."""
+        """Return ``text_BS`` and ``loss_mask_BS``: tokens of the target, or only those of the text among them."""
         B, one_B1 = len(mode_B), torch.ones(len(mode_B), 1, dtype=torch.long)
         parts = [BOS * one_B1, self.answer_token + 1 + mode_B[:, None], out.input_BT]
         parts += [self.answer_token * one_B1, out.target_BU, EOS * one_B1]

@@ -16,7 +16,7 @@ from descant.datamodules.tasks.questions import Questions, QuestionSet
 from descant.modules.core.rng import salt, uniform_N, uniform_NK
 from descant.modules.transforms.image import BASIC_COLOURS
 
-#: Most keywords of a caption, and its parts.
+#: The most keywords of a caption, and its parts.
 WORDS, PARTS = 4, ("name", "group", "colour", "keywords")
 
 
@@ -33,7 +33,7 @@ class ShuffledCaptions(QuestionSet):
 
 
 class WrongCaptions(ShuffledCaptions):
-    """Some captions are of other concepts. Target ``matched``: 1, or 0 where the caption is another's."""
+    """Captions, some of other concepts. Target ``matched``: 1, or 0 if the caption is another concept's."""
 
     def captioned_C(self) -> np.ndarray:
         return cast(Descriptions, self.data).captioned_C
@@ -47,15 +47,15 @@ class WrongCaptions(ShuffledCaptions):
 class Descriptions(Questions):
     """Captions: name, group, colour if it is clear, and some keywords, such as ``red apple, food drink, red, fruit``.
 
-    In the form of Questions, ``<bos> <image> what does it show? <answer> caption <eos>``; eight captions of each
-    concept. Sets are those of Questions: its test concepts are in no training caption.
+    The form is that of Questions, ``<bos> <image> what does it show? <answer> caption <eos>``; each concept has eight
+    captions. Sets are those of Questions: its test concepts are in no training caption.
 
     Args:
         shuffle_captions: a control: training images get captions of other training concepts, by a fixed permutation.
-        wrong: share of the training concepts, chosen by a hash, whose captions are those of another one, the same at
-            every visit; training and bank set have the target ``matched``.
-        parts: of a caption, name or group among them; all where not given.
-        kwargs: as of Questions, without ``kinds`` and ``think``.
+        wrong: share of the training concepts, chosen by a hash, whose captions are those of another concept, the same
+            at every visit; training and bank set then have the target ``matched``.
+        parts: parts of a caption, name or group among them; all by default.
+        kwargs: arguments of Questions, without ``kinds`` and ``think``.
 
     >>> data = Descriptions(tiny=True, batch_size=8)
     >>> data.wording("name", 0, 0, np.arange(1, 4), 0, key=7)
@@ -78,20 +78,20 @@ class Descriptions(Questions):
 
     @cached_property
     def _circle(self) -> np.ndarray:
-        """The training concepts in the order of a hash."""
+        """Return the training concepts in the order of a hash."""
         concepts = np.flatnonzero(~self.unseen_C)
         return np.array(sorted(concepts, key=lambda c: name_hash(f"shuffled/{self.pack.rows[c]['hexcode']}")))
 
     @cached_property
     def other_C(self) -> np.ndarray:
-        """The concept whose caption each training concept has as a control: the next one in the order of a hash."""
+        """Return the concept whose caption each training concept has as a control: the next in the order of a hash."""
         other_C = np.arange(len(self.pack))
         other_C[self._circle] = np.roll(self._circle, -1)
         return other_C
 
     @cached_property
     def captioned_C(self) -> np.ndarray:
-        """The concept whose caption each training concept has: ``wrong`` of them that of any other."""
+        """Return the concept whose caption each training concept has: for a share ``wrong``, that of another."""
         hash_N = np.array([name_hash(f"wrong/{self.pack.rows[c]['hexcode']}") for c in self._circle], dtype=np.uint64)
         away_N = 1 + (uniform_N(hash_N, "away").numpy() * (len(hash_N) - 1)).astype(np.int64)
         other_N = self._circle[(np.arange(len(hash_N)) + away_N) % len(hash_N)]

@@ -1,6 +1,6 @@
 """Questions and answers as rows of tokens, with or without images.
 
-Each problem has a key; by a hash of it a tenth of all problems is for validation and another for the test.
+Each problem has a key; by a hash of the key, a tenth of all problems is for validation and another tenth for the test.
 Letters: B samples of a batch, N problems, T tokens, A of an answer.
 """
 
@@ -19,7 +19,7 @@ from descant.datamodules.base import BatchDataset, DataModule
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import EOS, PAD, Tokenizer
 
-#: Where the share of each split of the problems ends.
+#: Where each split of the problems ends.
 SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
 ANSWER = 16  # tokens of a target answer
 
@@ -33,7 +33,7 @@ class Columns:
         return len(self.key_N)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Name without its letters -> array, as for :meth:`of`."""
+        """Return name without its letters -> array, as for :meth:`of`."""
         return {field.name.removesuffix("_N"): getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
@@ -49,7 +49,7 @@ class Columns:
 
 
 def in_split(key_N: np.ndarray, name: str) -> np.ndarray:
-    """Bool ``[N]``: which keys are of a split, by their hash.
+    """Return bool ``[N]``: which keys are of a split, by their hash.
 
     >>> [float(in_split(np.arange(100000), name).mean().round(2)) for name in SPLITS]
     [0.1, 0.1, 0.8]
@@ -64,11 +64,11 @@ class DialogueSet(BatchDataset):
 
     Args:
         data: module with the texts and the tokenizer.
-        problems: one a row.
-        random: part of a row is sampled at each visit; else it is a function of the problem.
+        problems: one per row.
+        random: sample part of a row at each visit; otherwise it is a function of the problem.
     """
 
-    #: Whether a sample's id is its number in this set; else it is the key of its problem.
+    #: Whether a sample's id is its number in this set; otherwise it is the key of its problem.
     numbered = False
 
     def __init__(self, data: Dialogues, problems: Any, random: bool = False) -> None:
@@ -91,7 +91,7 @@ class Dialogues(DataModule):
     Args:
         length: T.
         answer_length: A.
-        kwargs: of every data module.
+        kwargs: arguments of every data module.
     """
 
     def __init__(self, length: int, answer_length: int = ANSWER, **kwargs: Any) -> None:
@@ -106,28 +106,28 @@ class Dialogues(DataModule):
 
     @property
     def image_token(self) -> int | None:
-        """The id of an image: the first after those of the tokenizer. None: there are no images."""
+        """Return the id of an image: the first after those of the tokenizer. None if there are no images."""
         return self.tokenizer.vocabulary if "image" in self.modalities else None
 
     @property
     def images(self) -> int:
-        """The most images of a dialogue."""
+        """Return the maximum number of images in a dialogue."""
         return int("image" in self.modalities)
 
     @property
     def answer_token(self) -> int:
-        """The id before an answer, the same with and without images."""
+        """Return the id before an answer, the same with and without images."""
         return self.tokenizer.vocabulary + 1
 
     def ids(self, text: str) -> list[int]:
         return self._cached(text, self.tokenizer.ids)
 
     def spell(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without those of images and answers."""
+        """Decode tokens to text, without those of images and answers."""
         return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocabulary])
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The ids of a dialogue up to its answer."""
+        """Return the ids of a dialogue up to its answer."""
         return self._cached(
             question, lambda text: self.tokenizer.question(text, self.image_token, self.answer_token), "prompt "
         )
@@ -142,7 +142,7 @@ class Dialogues(DataModule):
     def dialogue_rows(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor]:
-        """``text_BT`` and ``loss_mask_BT``. Raises ValueError for a dialogue that is longer than a row."""
+        """Return ``text_BT`` and ``loss_mask_BT``. Raise ValueError for a dialogue that is longer than a row."""
         text_BT = torch.full((len(prompts), self.length), PAD, dtype=torch.long)
         loss_mask_BT = torch.zeros(len(prompts), self.length, dtype=torch.bool)
         for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -154,7 +154,7 @@ class Dialogues(DataModule):
         return text_BT, loss_mask_BT
 
     def answers(self, texts: Sequence[str]) -> Tensor:
-        """int64 ``[B, A]``: the tokens of answers, padded and truncated."""
+        """Return int64 ``[B, A]``: the tokens of answers, padded and truncated."""
         ids_BA = torch.full((len(texts), self.answer_length), PAD, dtype=torch.long)
         for b, text in enumerate(texts):
             ids = self.ids(text)[: self.answer_length]
@@ -167,7 +167,7 @@ class Dialogues(DataModule):
 
     @contextmanager
     def as_evaluated(self) -> Iterator[None]:
-        """Inside, training batches are not augmented."""
+        """Disable the augmentation of training batches within the block."""
         self.plain = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Names, drawings and spoken names of emoji as codes, in documents of one vocabulary, each from any others.
+"""Names, drawings and spoken names of emoji as codes, in documents of one vocabulary, each predicted from any others.
 
 Letters: B samples of a batch, N rows of a table, R rows of a set, S ids of a block with its marks, T codes of a sample.
 """
@@ -31,19 +31,19 @@ from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, Tokenizer
 from descant.modules.tokenizers.unified import TEXT, CodeFormat, UnifiedVocabulary
 
-#: What has been encoded in this process, while a data module has it: the stages of a run share it.
+#: Tables encoded in this process, while a data module holds them: the stages of a run share them.
 _ENCODED: weakref.WeakValueDictionary[tuple[Any, ...], CodeTable] = weakref.WeakValueDictionary()
-#: Samples that are encoded at once.
+#: How many samples are encoded at once.
 CHUNK = 256
 
 
 class CodeDocument:
-    """Modalities of a document in their order, the last one behind the mark of an answer.
+    """Modalities of a document in their order, the last one after the mark of an answer.
 
     Args:
         order: at least two, each once, such as [image, text]: a drawing, then its name.
-        weight: of such documents in a mixture, 0 or more.
-        whole: all tokens are learned, as in pre-training; else those of the last modality.
+        weight: weight of such documents in a mixture, 0 or more.
+        whole: learn all tokens, as in pre-training; otherwise only those of the last modality.
 
     >>> CodeDocument(["image"])
     Traceback (most recent call last):
@@ -59,11 +59,11 @@ class CodeDocument:
 
 
 class CodeDocuments(NumberedDataset):
-    """Samples as documents: of the data's mixture in training, else of each of some directions in turn.
+    """Samples as documents: from the data's mixture in training, otherwise from each of some directions in turn.
 
     Args:
-        rows_R: of the data's table. directions: (source, target) of evaluation, where content alone is predicted, no
-            marks and no padding. other: the source is of another concept.
+        rows_R: rows of the data's table. directions: (source, target) of evaluation, where only content is predicted,
+            no marks and no padding. other: take the source from another concept.
     """
 
     modalities = (TEXT,)
@@ -111,22 +111,23 @@ class EmojiCodes(Dialogues):
 
         <bos> part ... <answer> part <eos>,     part: bytes of the name, or begin, codes layer by layer, end
 
-    The codes are those of a file that ``descant data encode`` has written, or are encoded once, before the first step,
-    without augmentation; a training drawing has one of the voices. Modality ``text``; each document has its tokens to
-    learn. "validate" has ``val``; "test" has ``vendor``, trained names by an unseen vendor and ``voice`` of the
-    speech, ``concept``, unseen names by vendors of training, and ``shuffled``, as vendor with sources of other
-    concepts. Each has all directions, and ``val`` and ``vendor`` also each alone, as ``vendor_text_from_image``.
+    The codes come from a file that ``descant data encode`` wrote, or are encoded once, before the first step, without
+    augmentation; a training drawing has one of the voices. Modality ``text``; each document has its own tokens to
+    learn. "validate" has ``val``; "test" has ``vendor`` (trained names by an unseen vendor and ``voice`` of the
+    speech), ``concept`` (unseen names by vendors of training) and ``shuffled`` (as ``vendor``, with sources of other
+    concepts). Each has all directions; ``val`` and ``vendor`` also have each alone, as ``vendor_text_from_image``.
 
     Args:
-        documents: of training, by weight; each direction alike, all tokens learned, where not given.
-        tokenizers: modality, image or audio, -> its tokenizer; fitted on training samples where it needs that.
-        codes: a file, in place of encoding; ``tokenizers``, where given too, must be those that have made it.
+        documents: documents of training, by weight; by default all directions with equal weight, all tokens learned.
+        tokenizers: modality, image or audio, -> its tokenizer; fitted on training samples if it needs that.
+        codes: a file, instead of encoding; ``tokenizers``, if given too, must be those that made it.
         size: pixels of a drawing's side.
         speech: how names are spoken; its ``voice`` is that of evaluation.
-        letters: most tokens of a name. held_out: most samples of an evaluation set, before each direction.
-        text: the tokenizer of names; bytes where not given.
-        development, sealed, folder: as of Emoji.
-        kwargs: of every data module.
+        letters: the most tokens of a name. held_out: the most samples of an evaluation set, before they are repeated
+            for each direction.
+        text: the tokenizer of names; bytes by default.
+        development, sealed, folder: as in Emoji.
+        kwargs: arguments of every data module.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class EmojiCodes(Dialogues):
 
     @property
     def directions(self) -> list[tuple[str, str]]:
-        """(source, target): every modality from each other one."""
+        """Return (source, target): every modality from each other one."""
         return list(itertools.permutations((TEXT, *self.formats), 2))
 
     @cached_property
@@ -182,12 +183,12 @@ class EmojiCodes(Dialogues):
 
     @cached_property
     def unified(self) -> UnifiedVocabulary:
-        """Ids of text and of all codes."""
+        """Return the ids of text and of all codes."""
         return UnifiedVocabulary(self.tokenizer.vocabulary, self.formats)
 
     @property
     def embedded(self) -> int:
-        """Ids that a model embeds."""
+        """Return the number of ids that a model embeds."""
         return self.unified.size
 
     # codes ------------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class EmojiCodes(Dialogues):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the codes depend on beside the tokenizers."""
+        """Return the options that the codes depend on, besides the tokenizers."""
         speech = {"voices": self.speech.voices, "voice": self.speech.voice, "seconds": self.speech.seconds}
         options = {"size": self.size, "development": self.development, "sealed": self.sealed, "tiny": self.tiny}
         return {**options, **(speech if "audio" in self.formats else {})}
@@ -223,7 +224,7 @@ class EmojiCodes(Dialogues):
         return self.read
 
     def encoded(self) -> CodeTable:
-        """The codes of all samples, made once in a process."""
+        """Return the codes of all samples, made once in a process."""
         made_by = [(m, t.digest(), t.samples, t.fitted) for m, t in self.tokenizers.items()]
         key = (str(self.about), str(made_by), str(self.folder_of))
         table = _ENCODED.get(key)
@@ -259,7 +260,7 @@ class EmojiCodes(Dialogues):
         )
 
     def _rows(self) -> dict[str, list[Row]]:
-        """Set -> concept and vendor of its drawings; none for validation in development."""
+        """Return set -> concept and vendor of its drawings; none for validation in development."""
         emoji = self.emoji
         vendor, unseen = emoji.held_out_vendor, np.flatnonzero(emoji.test_N & emoji.usable_N)
         val = emoji.evaluation_sets("validate").get("val")
@@ -274,7 +275,7 @@ class EmojiCodes(Dialogues):
         return {name: rows for name, rows in drawn.items() if rows}
 
     def _inputs(self, rows: Sequence[Row], random: bool) -> Any:
-        """Inputs of tokenizers, some rows at a time; ``random``: by a voice of training, else by that of evaluation."""
+        """Yield inputs of tokenizers, some rows at a time; ``random``: by a training voice, else the fixed one."""
         emoji = self.emoji
         some = EmojiSet(emoji, rows, random=random)
         for first in range(0, len(some), CHUNK):
@@ -290,7 +291,7 @@ class EmojiCodes(Dialogues):
 
     @cached_property
     def _blocks(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Modality -> ids of each row between begin and end, and which of them are content: ``[N, S]`` each."""
+        """Return modality -> ids of each row between begin and end, and which are content: ``[N, S]`` each."""
         blocks = dict[str, tuple[np.ndarray, np.ndarray]]()
         for modality, format in self.formats.items():
             code_NT = self.table.codes[modality]
@@ -299,7 +300,7 @@ class EmojiCodes(Dialogues):
         return blocks
 
     def part(self, modality: str, row: int) -> tuple[list[int], list[bool]]:
-        """Ids of a modality of a row of the table, and which of them are content."""
+        """Return the ids of a modality of a row of the table, and which of them are content."""
         if modality == TEXT:
             ids = self.ids(str(self.table.name_N[row]))[: self.letters]
             return ids, [True] * len(ids)
@@ -321,7 +322,7 @@ class EmojiCodes(Dialogues):
         return CodeDocuments(self, self._some("train"), self.directions)
 
     def _some(self, name: str) -> np.ndarray:
-        """Rows of a set, at most ``held_out`` of them, evenly spaced."""
+        """Return rows of a set, at most ``held_out`` of them, evenly spaced."""
         rows_R = self.table.rows(name)
         return rows_R[:: -(-len(rows_R) // self.held_out)]
 

@@ -18,12 +18,12 @@ from descant.datamodules.tasks.rollout_buffer import PooledDialogues, RolledDial
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import EOS, PAD
 
-#: Candidate variants of a problem, one in five of which is of another split.
+#: Candidate variants of a problem; one in five of them is in another split.
 TRIES = 16
 
 
 class PoolSet(QuestionSet):
-    """The questions of the pool at present, with the teacher's answers."""
+    """The current questions of the pool, with the teacher's answers."""
 
     def __init__(self, data: QuestionPool) -> None:
         super().__init__(data, data.pool, data.numbers, data.seen_C, random=True)
@@ -40,11 +40,14 @@ class PoolSet(QuestionSet):
 
 
 class PooledQuestions(PooledDialogues, Questions):
-    """Questions of which training has ``items`` at a time; arguments and errors of PooledDialogues and Questions."""
+    """Questions, of which training has ``items`` at a time.
+
+    Arguments and errors are those of PooledDialogues and Questions.
+    """
 
     @property
     def numbers(self) -> list[int]:
-        """Numbers of the training vendors."""
+        """Return the numbers of the training vendors."""
         data = self.training_problems
         assert isinstance(data, QuestionSet)
         return data.vendors.tolist()
@@ -75,8 +78,8 @@ class QuestionPool(PooledQuestions):
     those of Questions. The pool is in every checkpoint.
 
     Args:
-        items: N; of a tiny pack a twelfth, but at least a step.
-        kwargs: as of Questions.
+        items: N; with a tiny pack a twelfth of it, but at least one step.
+        kwargs: arguments of Questions.
 
     >>> data = QuestionPool(tiny=True, batch_size=8, items=16)
     >>> len(data.pool), data.version
@@ -92,8 +95,10 @@ class QuestionPool(PooledQuestions):
         self.answer_ids_NM = np.full((self.items, self.answer_length), PAD)
 
     def variants(self, index_N: Tensor, round: int) -> Problems:
-        """For each of these numbers another training problem of the same kind and concept, of other options or counts.
-        Of colour there is one problem a concept, which stays."""
+        """Return for each number another training problem of its kind and concept, with other options or counts.
+
+        Each concept has one problem about colour, which stays.
+        """
         old = self.pool.where(index_N.numpy())
         row_N, shape = np.arange(len(old)), (len(old), TRIES)
         draw_NV = mix_N(old.key_N[:, None], "variant", self.seed, round, np.arange(TRIES, dtype=np.uint64)[None])
@@ -106,7 +111,7 @@ class QuestionPool(PooledQuestions):
         return Problems(old.kind_N, old.concept_N, key_N)
 
     def renew(self, problems: Problems, answer_ids_NM: Tensor, version: int) -> None:
-        """Raises ValueError for another number of problems or answers."""
+        """Renew the pool. Raise ValueError for another number of problems or answers."""
         if not len(problems) == len(answer_ids_NM) == self.items:
             raise ValueError(
                 f"QuestionPool: {len(problems)} problems and {len(answer_ids_NM)} answers; it has {self.items}"

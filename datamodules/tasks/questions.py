@@ -1,8 +1,8 @@
 """Questions about emoji: its name, its group, its colour, and how many there are.
 
-A problem is a kind of question, a concept and options; each has a key, and by a hash of it a tenth of all problems is
-for validation and another for the test. Also held out: 200 concepts, the vendor Fluent, and larger counts. Letters:
-B samples of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels of a side.
+A problem is a kind of question, a concept and options. Each has a key; by a hash of the key, a tenth of all problems is
+for validation and another tenth for the test. Also held out: 200 concepts, the vendor Fluent, and larger counts.
+Letters: B samples of a batch, N problems, C concepts, P of a pool, V vendors, K colours, S pixels of a side.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from descant.modules.transforms.image import BASIC_COLOURS, Augment, colour_name
 #: Kinds of questions.
 KINDS = ("name", "group", "colour", "count")
 LETTERS = ("a", "b", "c", "d")
-#: Numbers of objects in training and in the test of counts; cells of a side.
+#: Numbers of objects in training and in the test of counts; cells per side.
 COUNTS, MORE, GRID = range(1, 6), range(6, 9), 3
 VARIANTS = 8  # problems of one kind and concept
 THOUGHT = 24  # tokens of an answer with its reasoning
@@ -37,7 +37,7 @@ THOUGHT = 24  # tokens of an answer with its reasoning
 
 @dataclass(frozen=True)
 class Problems(Columns):
-    """N of them: ``kind_N`` (number of a kind), ``concept_N``, ``key_N`` (int64, the seed of options and counts)."""
+    """N problems: ``kind_N`` (number of a kind), ``concept_N``, ``key_N`` (int64, the seed of options and counts)."""
 
     kind_N: np.ndarray
     concept_N: np.ndarray
@@ -49,10 +49,10 @@ class QuestionSet(DialogueSet):
 
     Args:
         data: module with the texts and drawings.
-        problems: one a row. vendors: their numbers: one is sampled at each visit in training.
-        pool: concepts that may be wrong options, or beside the counted ones.
+        problems: one per row. vendors: their numbers; training samples one at each visit.
+        pool: concepts that may be wrong options, or be shown beside the counted ones.
         counts: numbers of objects to sample.
-        random: sampled anew at each visit; else a function of the problem.
+        random: sample anew at each visit; otherwise a function of the problem.
     """
 
     def __init__(
@@ -93,19 +93,19 @@ class QuestionSet(DialogueSet):
         return Rows(inputs, targets, torch.from_numpy(p.key_N))
 
     def front(self, of: Any, question: str) -> list[int]:
-        """The ids of a problem, as arguments of ``wording``, up to its answer."""
+        """Return the ids of a problem, given as arguments of ``wording``, up to its answer."""
         return self.data.prompt_ids(question)
 
     def more(self, each: list[Any], prompts: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
-        """Further inputs of these problems."""
+        """Return further inputs of these problems."""
         return {}
 
     def replies(self, each: list[Any], index_B: np.ndarray, correct: Sequence[str]) -> list[list[int]]:
-        """The answers to train on, as ids."""
+        """Return the answers to train on, as ids."""
         return [self.data.ids(self.data.reply(of, answer)) for of, answer in zip(each, correct, strict=True)]
 
     def _others(self, p: Problems) -> np.ndarray:
-        """``other_B3``: three different concepts of the pool, none of the name of the problem's concept."""
+        """Return ``other_B3``: three different concepts of the pool, none with the name of the problem's concept."""
         order_BP = mix_N(p.key_N[:, None], "question/other", self.pool.astype(np.uint64))
         names_C = self.data.pack.key_N
         same_BP = names_C[self.pool] == names_C[p.concept_N][:, None]
@@ -115,7 +115,7 @@ class QuestionSet(DialogueSet):
     def _canvas(
         self, p: Problems, vendor_B: np.ndarray, other_B: np.ndarray, count_B: np.ndarray, visit_B: np.ndarray
     ) -> Tensor:
-        """uint8 RGBA ``[B, 4, S, S]``: the drawing, or ``count`` copies of it with up to two others beside them."""
+        """Draw uint8 RGBA ``[B, 4, S, S]``: the drawing, or ``count`` copies with up to two others beside them."""
         data = self.data
         image = torch.stack([data.drawing(int(v), int(c)) for v, c in zip(vendor_B, p.concept_N, strict=True)])
         cell = data.size // GRID
@@ -134,7 +134,7 @@ class QuestionSet(DialogueSet):
 
 
 class PairSet(QuestionSet):
-    """With each correct answer a wrong one to the same question, sampled anew at each visit."""
+    """Questions with a correct answer and a wrong one, which is sampled anew at each visit."""
 
     def more(self, each: list[Any], prompts: list[list[int]], visit_B: np.ndarray) -> dict[str, Tensor]:
         choice_B = (uniform_N(visit_B, "question/wrong") * 3).long().tolist()
@@ -152,27 +152,28 @@ class Questions(ImageViews, Dialogues):
     Inputs: ``image``, and those of Dialogues. More targets: ``kind`` and ``concept``.
 
     Evaluation sets: "validate" has ``val`` (a tenth of the problems, drawn by Twemoji); "test" has ``problems``
-    (another tenth, training concepts and vendors), ``vendor`` (these drawn by Fluent), ``concept`` (200 held-out
-    concepts, also as options) and ``counts`` (six to eight; training has one to five).
+    (another tenth, training concepts and vendors), ``vendor`` (these problems drawn by Fluent), ``concept`` (200
+    held-out concepts, also as options) and ``counts`` (six to eight; training has one to five).
 
     Args:
         batch_size: rows of one whole optimizer step.
         eval_batch_size: rows of an evaluation batch on each rank.
         size: S, at most 64 and a multiple of 3.
         length: tokens of a row.
-        kinds: of questions.
-        letters: answers are letters of options; else their words, which small models learn sooner.
-        think: answers have reasoning before them, ``think group colour answer ANSWER``; the text after the last
-            "answer" is scored.
-        vendors: of the training images.
+        kinds: kinds of questions.
+        letters: answers are letters of options; otherwise their words, which small models learn sooner.
+        think: answers begin with reasoning, ``think group colour answer ANSWER``; the text after the last "answer" is
+            scored.
+        vendors: vendors of the training images.
         text: the tokenizer of a pretrained language model, whose chat template writes the dialogues; by default the
             pack's own.
-        augment: of training images, on the device.
-        share: of the training concepts, chosen by a hash, that training asks about; the others are wrong options alone.
-        folder: of the pack.
-        sealed: the lock-box is held out in place of the test set, as in Emoji: ``concept`` has its concepts, ``vendor``
-            EmojiOne's drawings. ``problems`` and ``counts`` stay those of training concepts and vendors.
-        kwargs: of every data module.
+        augment: augmentation of training images, on the device.
+        share: share of the training concepts, chosen by a hash, that training asks about; the others are only wrong
+            options.
+        folder: folder of the pack.
+        sealed: hold out the lock-box instead of the test set, as in Emoji: ``concept`` has its concepts, and ``vendor``
+            EmojiOne's drawings. ``problems`` and ``counts`` still have training concepts and vendors.
+        kwargs: arguments of every data module.
 
     >>> data = Questions(tiny=True, batch_size=8)
     >>> batch = next(iter(data.train_dataloader()))
@@ -249,16 +250,16 @@ class Questions(ImageViews, Dialogues):
 
     @cached_property
     def unseen_C(self) -> np.ndarray:
-        """Bool: concepts that are not in training."""
+        """Return bool: concepts that are not in training."""
         return np.array([row["split"] == "test" for row in self.pack.rows])
 
     def drawing(self, vendor: int, concept: int, size: int | None = None) -> Tensor:
-        """uint8 RGBA ``[4, size, size]``."""
+        """Return uint8 RGBA ``[4, size, size]``."""
         return self.pack.reduced(VENDORS[vendor], size or self.size)[concept]
 
     @cached_property
     def colour_VC(self) -> np.ndarray:
-        """The basic colour of most pixels of each drawing; -1 where no colour clearly prevails."""
+        """Return the basic colour of most pixels of each drawing; -1 if no colour clearly prevails."""
         colour_VC = np.full((len(VENDORS), len(self.pack)), -1)
         for v, vendor in enumerate(VENDORS):
             x = self.pack.reduced(vendor, 32)
@@ -271,12 +272,12 @@ class Questions(ImageViews, Dialogues):
         return colour_VC
 
     def _concepts(self, unseen: bool, vendors: Sequence[int]) -> np.ndarray:
-        """The test concepts, or the others, that all of these vendors draw."""
+        """Return the test concepts, or the others, that all of these vendors draw."""
         good_C = np.logical_and.reduce([self.pack.drawings(VENDORS[v])[1] for v in vendors])
         return np.flatnonzero((self.unseen_C == unseen) & good_C)
 
     def problems(self, unseen: bool, kinds: Sequence[str], vendors: Sequence[int]) -> Problems:
-        """All problems of some concepts; about colour only where it clearly is the same for all these vendors."""
+        """Return all problems of some concepts; about colour only if it clearly is the same for all these vendors."""
         concepts = self._concepts(unseen, vendors)
         kind_N, concept_N, variant_N = (
             x.ravel()
@@ -287,12 +288,12 @@ class Questions(ImageViews, Dialogues):
             return Problems(kind_N, concept_N, key_N)
         colour_VC = self.colour_VC[list(vendors)]
         clear_C = (colour_VC >= 0).all(axis=0) & (colour_VC == colour_VC[0]).all(axis=0)
-        # problems about colour have no options, so there is one of each concept
+        # problems about colour have no options, so each concept has one
         valid_N = (kind_N != self.every.index("colour")) | (clear_C[concept_N] & (variant_N == 0))
         return Problems(kind_N, concept_N, key_N).where(valid_N)
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
-        """int64: the seeds of these problems."""
+        """Return the seeds of these problems, int64."""
         code_C = np.array([salt(f"question/{row['hexcode']}") for row in self.pack.rows], dtype=np.uint64)
         return mix_N(code_C[concept_N], "problem", kind_N.astype(np.uint64), variant_N.astype(np.uint64))
 
@@ -317,7 +318,7 @@ class Questions(ImageViews, Dialogues):
         return self._asked(self._set("train", False, self.vendors))
 
     def _asked(self, questions: QuestionSet) -> QuestionSet:
-        """The set with questions about ``share`` of its concepts alone."""
+        """Keep the questions about a fixed fraction (``share``) of the concepts."""
         if self.share < 1:
             asked_C = np.array([name_hash(f"asked/{row['hexcode']}") < self.share * 2**64 for row in self.pack.rows])
             questions.problems = questions.problems.where(asked_C[questions.problems.concept_N])
@@ -342,7 +343,7 @@ class Questions(ImageViews, Dialogues):
     def wording(
         self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int
     ) -> tuple[str, str]:
-        """The question, and the correct answer."""
+        """Return the question, and the correct answer."""
         correct = self.correct_answer(kind, concept, vendor, count)
         if kind == "colour":
             return "what colour is it?", correct
@@ -355,7 +356,7 @@ class Questions(ImageViews, Dialogues):
         return f"{what} {listed}", LETTERS[place] if self.letters else correct
 
     def reply(self, of: tuple[Any, ...], correct: str) -> str:
-        """The answer to train on, with reasoning if asked for, of a problem as arguments of ``wording``."""
+        """Return the answer to train on, with reasoning if ``think``, of a problem as arguments of ``wording``."""
         if not self.think:
             return correct
         _, concept, vendor, *_ = of
@@ -370,11 +371,11 @@ class Questions(ImageViews, Dialogues):
         return f" {self.spell(answer)}".rpartition(" answer ")[2] == self.spell(correct)
 
     def _place(self, key: int) -> int:
-        """The place of the correct option."""
+        """Return the place of the correct option."""
         return int(uniform_N(np.array([key]), "question/place")[0] * len(LETTERS))
 
     def correct_answer(self, kind: str, concept: int, vendor: int, count: int) -> str:
-        """The correct answer in words."""
+        """Return the correct answer in words."""
         if kind == "colour":
             return list(BASIC_COLOURS)[self.colour_VC[vendor, concept]]
         if kind == "count":
@@ -385,7 +386,7 @@ class Questions(ImageViews, Dialogues):
         return self.pack.rows[concept]["group"].replace("-", " ")
 
     def wrong_answers(self, kind: str, correct: str, others: np.ndarray, key: int) -> list[str]:
-        """Three wrong answers in words: the wrong options of multiple choice."""
+        """Return three wrong answers in words: the wrong options of multiple choice."""
         if kind == "name":
             return [self.pack.names[c] for c in others]
         answers = {"colour": list(BASIC_COLOURS), "count": [str(n) for n in (*COUNTS, *MORE)]}
@@ -394,7 +395,7 @@ class Questions(ImageViews, Dialogues):
         return [wrong[k] for k in order[:3]]
 
     def wrong_answer(self, choice: int, *of: Any) -> str:
-        """The first, second or third wrong answer to a problem, as arguments of ``wording``."""
+        """Return the first, second or third wrong answer to a problem, given as arguments of ``wording``."""
         kind, concept, vendor, others, count, key = of
         if self.letters and kind in ("name", "group"):
             place = self._place(key)
@@ -411,7 +412,7 @@ class QuestionPairs(Questions):
     Evaluation is that of Questions.
 
     Args:
-        kwargs: as of Questions.
+        kwargs: arguments of Questions.
 
     >>> data = QuestionPairs(tiny=True, batch_size=8, kinds=["colour"])
     >>> batch = next(iter(data.train_dataloader()))

@@ -1,6 +1,6 @@
 """Rated questions: a pool of instruction data of four capabilities and four styles, part of it poor.
 
-A problem is a capability, a concept and options, as of Questions; its image, style and flaw are functions of its key.
+A problem is a capability, a concept and options, as in Questions; its image, style and flaw are functions of its key.
 Letters: B samples of a batch, N problems, S pixels of a side.
 """
 
@@ -32,10 +32,10 @@ CAPABILITIES = {
 }
 #: A question that asks nothing, in the same form.
 TRIVIAL = ("what is it?", "it is {}", ("an emoji", "a photo", "a word", "a number"))
-#: Flaw -> grade of the item; one without a flaw comes first.
+#: Flaw -> grade of the item; the first entry has no flaw.
 FLAWS = {"": 5, "trivial question": 1, "blank image": 1, "other image": 0, "wrong answer": 0}
 ASKED, IMAGE, OTHER, ANSWER = range(1, len(FLAWS))
-#: Problems of each evaluation set.
+#: Number of problems in each evaluation set.
 EVALUATED = 1000
 
 
@@ -67,8 +67,8 @@ def _yes_no(what: str, form: str, answers: Sequence[str], place: int) -> RatedIt
     return RatedItem(f"{what} {answers[place % 2]}, yes or no?", *words)
 
 
-#: Interaction style -> the item, from a question, the form of a sentence, the correct answer and three wrong ones, and
-#: the place of the correct option.
+#: Interaction style -> function that makes the item from a question, the form of a sentence, the correct answer and
+#: three wrong ones, and the place of the correct option.
 STYLES: dict[str, Callable[[str, str, Sequence[str], int], RatedItem]] = {
     "choice": _choice,
     "short": _short,
@@ -78,7 +78,7 @@ STYLES: dict[str, Callable[[str, str, Sequence[str], int], RatedItem]] = {
 
 
 class Traits(NamedTuple):
-    """What is sampled for an item by its key: style, place, place of the correct option, first wrong answer."""
+    """Traits that an item's key samples: style, place, place of the correct option, first wrong answer."""
 
     style_N: np.ndarray
     place_N: np.ndarray
@@ -87,7 +87,7 @@ class Traits(NamedTuple):
 
     @classmethod
     def of(cls, key_N: np.ndarray) -> Traits:
-        """int64 each, independent of each other, by one number of 63 bits.
+        """Sample traits, int64 each, independent of each other, from one number of 63 bits.
 
         >>> Traits.of(np.arange(4)).style_N.tolist()
         [2, 1, 0, 3]
@@ -100,7 +100,7 @@ class Traits(NamedTuple):
 
 
 def styled(what: str, form: str, answers: Sequence[str], traits: Traits) -> RatedItem:
-    """A question and its answers, the correct one first, in the style of an item."""
+    """Return a question and its answers, the correct one first, in the style of an item."""
     return list(STYLES.values())[traits.style_N[0]](what, form, answers, int(traits.option_N[0]))
 
 
@@ -108,9 +108,9 @@ class RatedSet(QuestionSet):
     """Items of the pool: image, dialogue, and the grade of each capability.
 
     Args:
-        args: as of QuestionSet.
-        poor: share of the items that have a flaw; each flaw is as likely as the others.
-        kwargs: as of QuestionSet.
+        args: as in QuestionSet.
+        poor: share of the items that have a flaw; all flaws are equally likely.
+        kwargs: as in QuestionSet.
     """
 
     def __init__(self, *args: Any, poor: float = 0.0, **kwargs: Any) -> None:
@@ -119,12 +119,12 @@ class RatedSet(QuestionSet):
 
     @cached_property
     def flaws(self) -> dict[int, int]:
-        """Key -> number in :data:`FLAWS`."""
+        """Return key -> number in :data:`FLAWS`."""
         key_N = self.problems.key_N
         return dict(zip(key_N.tolist(), self.flaw_N(key_N).tolist(), strict=True))
 
     def flaw_N(self, key_N: np.ndarray) -> np.ndarray:
-        """int64: numbers in :data:`FLAWS`."""
+        """Return int64: numbers in :data:`FLAWS`."""
         poor_N = uniform_N(key_N, "rated/poor").numpy() < self.poor
         return np.where(poor_N, 1 + mix_N(key_N, "rated/flaw") % (len(FLAWS) - 1), 0)
 
@@ -140,7 +140,7 @@ class RatedSet(QuestionSet):
         return replace(rows, targets={**rows.targets, "style": style_B, "tokens": tokens_B, **grades})
 
     def item(self, of: Any) -> RatedItem:
-        """The question and the answers of a problem, as arguments of ``wording``, or trivial ones in its style."""
+        """Return question and answers of a problem, given as arguments of ``wording``, or trivial ones in its style."""
         if self.flaws[of[-1]] == ASKED:
             return styled(*TRIVIAL, Traits.of(np.array(of[-1:])))
         return cast(RatedQuestions, self.data).asked(*of)
@@ -178,18 +178,19 @@ class RatedQuestions(Questions):
 
     Capabilities (target ``kind``): the group of the emoji, its colour, how many there are, and where it is. Styles
     (target ``style``): multiple choice, short answer, sentence, yes or no. Training items may have one of the
-    :data:`FLAWS`: a trivial question, a blank image, the image of another problem, or a wrong answer. Grades of 0 to 5
-    are targets ``quality/CAPABILITY``, 0 for what an item does not exercise: by the generation what graders of a sample
-    would give (GPT-4o for 14 capabilities in mmSSR, Ge 2025, arXiv 2503.13383). Target ``tokens``: length of the
-    dialogue, as a cost. An item is the same at each visit, but for its augmentation.
+    :data:`FLAWS`: a trivial question, a blank image, the image of another problem, or a wrong answer. Targets
+    ``quality/CAPABILITY`` are grades of 0 to 5, 0 for a capability that an item does not exercise. The generation
+    determines the grades that graders of a sample would give (GPT-4o for 14 capabilities in mmSSR, Ge 2025, arXiv
+    2503.13383). Target ``tokens``: length of the dialogue, as a cost. An item is the same at each visit, except for its
+    augmentation.
 
-    Evaluation sets have no flaws: ``val``, ``problems``, ``vendor`` and ``concept`` as of Questions, equally many
-    of each capability.
+    Evaluation sets have no flaws: ``val``, ``problems``, ``vendor`` and ``concept`` as in Questions, with the same
+    number for each capability.
 
     Args:
-        items: of the pool, equally many of each capability.
-        poor: share of them that have a flaw.
-        kwargs: as of Questions, without ``letters`` and ``think``; kinds are capabilities.
+        items: items of the pool, the same number for each capability.
+        poor: share of the items that have a flaw.
+        kwargs: arguments of Questions, without ``letters`` and ``think``; kinds are capabilities.
 
     >>> data = RatedQuestions(tiny=True, batch_size=8, items=64)
     >>> batch = next(iter(data.train_dataloader()))
@@ -208,14 +209,14 @@ class RatedQuestions(Questions):
         if items < len(self.kinds):
             raise ValueError(f"items {items}: {len(self.kinds)} is the least, one of each capability")
         self.items, self.poor = items, poor
-        self._asked_items: dict[tuple[int, int], RatedItem] = {}  # wording takes longer than all else of a row
+        self._asked_items: dict[tuple[int, int], RatedItem] = {}  # wording takes longer than the rest of a row
 
     @property
     def classes(self) -> dict[str, list[str]]:
         return {**super().classes, "style": list(STYLES)}
 
     def problems(self, unseen: bool, kinds: Sequence[str], vendors: Sequence[int]) -> Problems:
-        """All problems; about colour only where it is clear for the vendor whose drawing it has."""
+        """Return all problems; about colour only if it is clear for the vendor of the drawing."""
         numbers = [self.every.index(kind) for kind in kinds]
         grid = np.meshgrid(numbers, self._concepts(unseen, vendors), np.arange(VARIANTS), indexing="ij")
         kind_N, concept_N, variant_N = (x.ravel() for x in grid)
@@ -257,7 +258,7 @@ class RatedQuestions(Questions):
         return self.asked(*of)[:2]
 
     def asked(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
-        """The item of these columns in the style of its key."""
+        """Return the item of these columns in the style of its key."""
         if (item := self._asked_items.get((vendor, key))) is None:
             item = self._asked_items[vendor, key] = self._worded(kind, concept, vendor, others, count, key)
         return item
@@ -272,7 +273,7 @@ class RatedQuestions(Questions):
 
     @cached_property
     def words(self) -> dict[str, list[str]]:
-        """Capability -> all answers."""
+        """Return capability -> all answers."""
         counts = [str(n) for n in COUNTS]
         groups = [group.replace("-", " ") for group in self.groups]
         return {"group": groups, "colour": list(BASIC_COLOURS), "count": counts, "place": list(PLACES)}

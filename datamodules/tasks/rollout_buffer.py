@@ -22,17 +22,18 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
 from descant.modules.tokenizers.text import PAD
 
-#: What is stored of the answers of earlier rollouts.
+#: Stored arrays of the answers of earlier rollouts.
 KEPT = ("said", "length", "ended")
 
 
 class PooledDialogues(Dialogues):
-    """Mixin before a Dialogues class, as in ``class PooledQuestions(PooledDialogues, Questions)``: training has
-    ``items`` of its training problems at a time.
+    """Mixin before a Dialogues class, as in ``class PooledQuestions(PooledDialogues, Questions)``.
+
+    Training has ``items`` of its training problems at a time.
 
     Args:
         items: N.
-        kwargs: as of that class.
+        kwargs: arguments of that class.
     """
 
     def __init__(self, items: int, **kwargs: Any) -> None:
@@ -43,7 +44,7 @@ class PooledDialogues(Dialogues):
         self._pool: Any = None
 
     def asked_set(self, problems: Any) -> DialogueSet:
-        """Some problems as an evaluation set."""
+        """Return some problems as an evaluation set."""
         raise NotImplementedError
 
     @cached_property
@@ -54,7 +55,7 @@ class PooledDialogues(Dialogues):
         return data
 
     def selected_set(self) -> BatchDataset:
-        return self.training_set()  # its problems are of the selected ones
+        return self.training_set()  # its problems come from the selected ones
 
     @property
     def pool(self) -> Any:
@@ -63,7 +64,7 @@ class PooledDialogues(Dialogues):
         return self._pool
 
     def fresh(self, round: int, again: int = 0) -> Any:
-        """Training problems in random order by (seed, round): the first ``items``, or with ``again`` later ones."""
+        """Return training problems in random order by (seed, round): the first ``items``, with ``again`` later ones."""
         problems = self.training_problems.problems
         if len(problems) < self.items:
             raise ValueError(f"items {self.items}: there are {len(problems)} training problems")
@@ -77,7 +78,7 @@ class PooledDialogues(Dialogues):
             yield from self.evaluation_loader(data)
 
     def arrays(self) -> dict[str, Any]:
-        """The problems, for a checkpoint."""
+        """Return the problems, for a checkpoint."""
         pool: Columns = self.pool
         return dict(pool.arrays())
 
@@ -96,22 +97,24 @@ class PooledDialogues(Dialogues):
 
 @dataclass
 class StoredRollouts:
-    """Questions of the latest rollouts, the last one behind, and all answers to each: ``said`` ``[R, M]``, ``length``
-    and ``ended`` ``[R]``."""
+    """Questions of the latest rollouts, the newest last, and all answers to each.
+
+    Answers are ``said`` ``[R, M]``, ``length`` and ``ended`` ``[R]``.
+    """
 
     problems: Any
     rolled: dict[str, np.ndarray]
 
     def answers(self, row_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens ``[B, M]`` of some answers, how many each has, its end included, and whether it has one."""
+        """Return tokens ``[B, M]`` of some answers, how many each has, including its end, and whether it has an end."""
         return tuple(self.rolled[name][row_B] for name in KEPT)
 
 
 class RolloutSet(BatchDataset):
     """The model's own answers, G to each question, and their advantages.
 
-    Inputs are those of the rollout. More targets: ``advantage``, ``live`` (valid answers), log-probabilities of the
-    tokens when they were sampled, ``old`` ``[B, M]``, and by a reference, ``reference`` ``[B, M]``, and ``step``
+    Inputs are those of the rollout. More targets: ``advantage``; ``live`` (valid answers); log-probabilities of the
+    tokens when they were sampled, ``old`` ``[B, M]``, and by a reference, ``reference`` ``[B, M]``; and ``step``
     ``[B, 2]``: valid answers and their tokens in the whole optimizer step.
     """
 
@@ -148,17 +151,18 @@ class RolloutSet(BatchDataset):
 
 
 class RolledDialogues(PooledDialogues):
-    """Mixin before a Dialogues class: a buffer of ``group`` answers of the model to each question, renewed by the
-    callback Rollouts.
+    """Mixin before a Dialogues class: a buffer of ``group`` answers of the model to each question.
+
+    The callback Rollouts renews the buffer.
 
     An epoch is one pass over the answers: ``items x group / batch_size`` optimizer steps. The answers are in every
     checkpoint, so that a run resumes in the middle of them.
 
     Args:
         items: N, questions of a rollout.
-        group: G, answers to each.
-        keep: the latest rollouts that are stored, for RolloutPairs of a later stage; none where not given.
-        kwargs: as of that class.
+        group: G, answers to each question.
+        keep: how many of the latest rollouts are stored, for RolloutPairs of a later stage; none by default.
+        kwargs: arguments of that class.
     """
 
     def __init__(self, items: int = 32, group: int = 8, keep: int | None = None, **kwargs: Any) -> None:
@@ -189,7 +193,7 @@ class RolledDialogues(PooledDialogues):
 
     @property
     def length_R(self) -> np.ndarray:
-        """Tokens of answers, including an end."""
+        """Return the number of tokens of each answer, including an end."""
         return self.rolled["length"]
 
     @property
@@ -206,7 +210,7 @@ class RolledDialogues(PooledDialogues):
     def sampled_rows(
         self, prompts: Sequence[Sequence[int]], ids_BM: np.ndarray, length_B: np.ndarray, ended_B: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        """``text_BT`` and ``loss_mask_BT`` of sampled answers; an end that was not sampled is not learned."""
+        """Return ``text_BT`` and ``loss_mask_BT`` of sampled answers; an end that was not sampled is not learned."""
         answers = [ids_M[:n].tolist() for ids_M, n in zip(ids_BM, length_B - ended_B, strict=True)]
         text_BT, loss_mask_BT = self.dialogue_rows(prompts, answers)
         for b in np.flatnonzero(~ended_B):
@@ -214,16 +218,16 @@ class RolledDialogues(PooledDialogues):
         return text_BT, loss_mask_BT
 
     def rows(self) -> Iterator[Batch]:
-        """Batches of all answers, this rank's part; their ``index`` are numbers of answers."""
+        """Yield batches of all answers, this rank's part; their ``index`` are numbers of answers."""
         with self.as_evaluated():
             yield from self.evaluation_loader(RolloutSet(self))
 
     def entry(self, problems: Any, number: int) -> Any:
-        """More about one of some problems than its correct answer, for a verifier, or None."""
+        """Return more data on one of some problems than its correct answer, for a verifier, or None."""
         return None
 
     def renew(self, problems: Any, rolled: Mapping[str, Tensor], version: int) -> None:
-        """Raises ValueError for another number of problems or answers."""
+        """Renew problems and answers. Raise ValueError for another number of problems or answers."""
         name = type(self).__name__
         for what, x in rolled.items():
             if x.shape != self.rolled[what].shape:

@@ -1,4 +1,4 @@
-"""Preference pairs of stored rollouts: a correct and a wrong answer of the model to each question.
+"""Preference pairs from stored rollouts: a correct and a wrong answer of the model to each question.
 
 Letters: N questions, G answers to each, B samples of a batch, M tokens of an answer.
 """
@@ -21,7 +21,7 @@ from descant.modules.tokenizers.text import PAD
 
 
 def correct_and_wrong(correct_NG: np.ndarray, u_NG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64 ``[N]`` each: one of the correct answers and one of the others, those of the least draw; -1 where none is.
+    """Return one correct answer and one other, int64 ``[N]`` each, those of the least draw; -1 if there is none.
 
     >>> correct_NG = np.array([[True, False, True], [False, False, False]])
     >>> [x_N.tolist() for x_N in correct_and_wrong(correct_NG, np.array([[0.9, 0.5, 0.1], [0.3, 0.2, 0.4]]))]
@@ -33,7 +33,7 @@ def correct_and_wrong(correct_NG: np.ndarray, u_NG: np.ndarray) -> tuple[np.ndar
 
 
 class RolloutPairSet(BatchDataset):
-    """A pair of each stored question, drawn anew at each visit; a question without a wrong answer is absent."""
+    """A pair for each stored question, drawn anew at each visit; a question without a wrong answer is absent."""
 
     def __init__(self, data: RolloutPairs) -> None:
         super().__init__(data.source.seed)
@@ -61,7 +61,7 @@ class RolloutPairSet(BatchDataset):
         row_B = at_B * source.group + good_B.clip(min=0)
         text_BT, loss_mask_BT = source.sampled_rows(prompts, *stored.answers(row_B))
         own_B = torch.from_numpy(good_B >= 0)[:, None]
-        for_BT, for_mask_BT = source.dialogue_rows(prompts, references)  # where no answer of the model is correct
+        for_BT, for_mask_BT = source.dialogue_rows(prompts, references)  # used if no answer of the model is correct
         rows.inputs["text"] = torch.where(own_B, text_BT, for_BT)
         rows.inputs["loss_mask"] = torch.where(own_B, loss_mask_BT, for_mask_BT)
         wrong = source.sampled_rows(prompts, *stored.answers(at_B * source.group + bad_B.clip(min=0)))
@@ -70,18 +70,18 @@ class RolloutPairSet(BatchDataset):
 
 
 class RolloutPairs(DataModule):
-    """Pairs of the rollouts that an earlier stage has kept, for DPO (GSPO, then DPO, of Uni-MoE-2.0-Omni).
+    """Pairs from the rollouts that an earlier stage kept, for DPO (GSPO, then DPO, as in Uni-MoE-2.0-Omni).
 
-    Chosen is a correct answer of the model, or where it has none that of the data, and rejected one of its wrong
-    answers; a question that it always answered correctly has no pair. Which ones, is drawn at each visit. The images
-    are those of the rollout. In a StagedData alone, which evaluates by another stage.
+    Chosen is a correct answer of the model, or that of the data if the model has none. Rejected is one of the model's
+    wrong answers; a question that it always answered correctly has no pair. The answers are drawn at each visit. The
+    images are those of the rollout. Use it only in a StagedData, which evaluates by another stage.
 
-    Source: Li 2025 (arXiv 2511.12609), where a stronger model writes the answers that are missing, and a judge reads
-    the reasoning of those that are correct; our reading, no code of this was released.
+    Source: Li 2025 (arXiv 2511.12609), where a stronger model writes missing answers, and a judge reads the reasoning
+    of correct ones; our reading, no code of this was released.
 
     Args:
         of: the stage with the rollouts; its data keeps some.
-        kwargs: of every data module.
+        kwargs: arguments of every data module.
     """
 
     def __init__(self, of: str, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class RolloutPairs(DataModule):
         self._judged: tuple[StoredRollouts, np.ndarray] | None = None
 
     def link(self, name: str, stages: Mapping[str, DataModule]) -> None:
-        """Find the rollouts; ``name``: of the own stage, ``stages``: the data of all."""
+        """Find the rollouts; ``name``: name of this stage, ``stages``: the data of all stages."""
         earlier = list(stages)[: list(stages).index(name)]
         source = stages.get(self.of)
         if self.of not in earlier:
@@ -128,7 +128,7 @@ class RolloutPairs(DataModule):
 
     @property
     def correct_NG(self) -> np.ndarray:
-        """Which answers are correct, of those that ended."""
+        """Return which answers are correct, among those that ended."""
         if self._judged is None or self._judged[0] is not self.stored:
             self._judged = self.stored, self._judge()
         return self._judged[1]

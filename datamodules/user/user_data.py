@@ -36,33 +36,33 @@ from descant.modules.core.protocols import SeriesAxes
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
 
-#: Columns that are used as the split where none is named.
+#: Columns that are used as the split if none is named.
 SPLITS = ("split", "json.split")
-#: Most workers of one rank: beyond that, disks and memory are the limit.
+#: The most workers of one rank: beyond that, disks and memory are the limit.
 _WORKERS = 12
 
 
 class UserData(UserSizes):
     """User data by its ``path``: images, captions and recordings, any of which a sample may lack.
 
-    Evaluation sets: "validate" has ``val``; "test" has ``test`` where there is such a split, else ``val`` again. The
-    split is a column, or sub-folders, or files named train-* and val-*; without one, ``holdout`` of the samples are
+    Evaluation sets: "validate" has ``val``; "test" has ``test`` if there is such a split, otherwise ``val`` again. A
+    column, sub-folders, or files named train-* and val-* give the split; without one, ``holdout`` of the samples are
     held out of training by a hash of their names. Unreadable samples are noted in ``ledger.jsonl``.
 
     Args:
-        num_workers: worker processes of each rank; by default one less than its cores.
+        num_workers: worker processes per rank; by default one less than its cores.
         path: a folder of images, its CSV, TSV or JSON-lines file, parquet files or shards (a pattern, a list, or
             their folder), a folder that Hugging Face's `datasets` saved, or its arrow files; in Python also a Dataset
-            or DatasetDict itself, by ``pip install 'descant[datasets]'``.
+            or DatasetDict itself (``pip install 'descant[datasets]'``).
         source: the same as an object, for options beyond a path.
-        validate, test: sources of these sets, where they are elsewhere.
+        validate, test: sources of these sets, if they are elsewhere.
         stream: instead of a path: shards that are read sequentially.
-        fields: one object a modality; where not given, images, captions and recordings, as far as there are any.
-        split: name of the column of train, val and test; ``split`` where there is one.
-        holdout: share of the samples that is held out for validation, where there is no split.
-        key: a field whose equal values are the same content, so no negatives of each other; the caption by default.
-        augment: augmentation of training images on the device, after the crops and flips of ``fields.image``; none
-            where not given.
+        fields: one object per modality; by default images, captions and recordings, as far as there are any.
+        split: name of the column of train, val and test; by default ``split``, if there is one.
+        holdout: share of the samples that is held out for validation, if there is no split.
+        key: a field whose equal values are the same content, so never each other's negatives; the caption by default.
+        augment: augmentation of training images on the device, after the crops and flips of ``fields.image``; none by
+            default.
         damaged: ``refuse`` a table with a row that cannot be read, and shards or parquet files that are cut off or
             missing; or ``skip`` them, and list the losses in the ledger. A single sample is always skipped.
         outside: whether a table may name files outside its own folder.
@@ -116,7 +116,7 @@ class UserData(UserSizes):
             raise ValueError(f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")
         self._workers = num_workers
         self._streamed: StreamSet | None = None  # the training set
-        self._marks: Marks = {}  # of a resume point
+        self._marks: Marks = {}  # from a resume point
         self._report = DataReport(self)
         super().__init__(num_workers=num_workers or 0, **kwargs)
         image = self.given.image if self.given is not None else None
@@ -159,7 +159,7 @@ class UserData(UserSizes):
 
     @cached_property
     def sources(self) -> dict[str, Source]:
-        """Source of each set: ``train``, and ``val`` and ``test`` where they have their own."""
+        """Return the source of each set: ``train``, and ``val`` and ``test`` if they have their own."""
         if self.tiny:
             return {"train": synthetic(self.given, self.key)}
         sources: dict[str, Source] = {}
@@ -179,7 +179,7 @@ class UserData(UserSizes):
 
     @cached_property
     def fields(self) -> dict[str, Field]:
-        """Modality -> its field: as given, or as found in the corpus."""
+        """Return modality -> its field: as given, or as found in the corpus."""
         if self.given is not None:
             return self.given.of
         if self.tiny or self.stream is not None:
@@ -201,13 +201,13 @@ class UserData(UserSizes):
 
     @cached_property
     def firsts(self) -> dict[str, int]:
-        """The id of each source's first sample."""
+        """Return the id of each source's first sample."""
         sizes = [len(source) for source in self.sources.values()]
         return dict(zip(self.sources, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
 
     @cached_property
     def splits(self) -> dict[str, tuple[str, np.ndarray]]:
-        """``train``, ``val``, ``test`` -> the source and its rows."""
+        """Return ``train``, ``val``, ``test`` -> the source and its rows."""
         splits: dict[str, tuple[str, np.ndarray]] = {
             name: (name, np.arange(len(source))) for name, source in self.sources.items() if name != "train"
         }
@@ -225,7 +225,7 @@ class UserData(UserSizes):
         return ({"train": ("train", train_N)} if len(train_N) else {}) | splits
 
     def _split_column(self, source: Source) -> np.ndarray:
-        """``train``, ``val`` or ``test`` for each sample."""
+        """Return ``train``, ``val`` or ``test`` for each sample."""
         column = self.split
         given = {name for name, source in (("val", self.validate), ("test", self.test)) if source is not None}
         if column is None and not {"val", "test"} & set(self.sources) - given:  # no files named val-*
@@ -317,14 +317,14 @@ class UserData(UserSizes):
         return loader
 
     def _cut(self) -> dict[str, int]:
-        """Settings that determine the samples of a stream's reader, and could differ when a run is resumed."""
+        """Return settings that determine the samples of a stream's reader, and could differ when a run is resumed."""
         assert self.stream is not None
         _, world, accumulate = self._world()
         cut = {"ranks": world, "num_workers": max(self.workers, 1), "accumulate_grad_batches": accumulate}
         return {**cut, **self.stream.cut}
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""
+        """Return states of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""
         if self._streamed is None:
             return {**super().state_dict(), **self.codes_state()}
         marks = dict(self._streamed.marks)
@@ -335,7 +335,7 @@ class UserData(UserSizes):
         return {**super().state_dict(), "cut": self._cut(), "marks": marks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError where the data has changed, or the stream's ranks, workers or other settings have."""
+        """Load the state. Raise ValueError if the data or the stream's ranks, workers or other settings changed."""
         super().load_state_dict(state_dict)
         self.load_codes(state_dict)
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
@@ -354,7 +354,7 @@ class UserData(UserSizes):
 
     @cached_property
     def _content(self) -> Mapping[str, np.ndarray]:
-        """Source -> content keys by the field ``key``; a sample without it has a key of its own."""
+        """Return source -> content keys by the field ``key``; a sample without it has a key of its own."""
         assert self.key is not None
         return {
             name: np.array(
@@ -370,7 +370,7 @@ class UserData(UserSizes):
     # evaluation ------------------------------------------------------------------------------------------------
 
     def _at(self, index: int) -> tuple[str, int] | None:
-        """The source of a sample, and its row there; None for samples of a stream."""
+        """Return the source of a sample, and its row there; None for samples of a stream."""
         for name, first in reversed(self.firsts.items()):
             if first <= index < first + len(self.sources[name]):
                 return name, index - first

@@ -15,7 +15,7 @@ from descant.modules.core.errors import warn
 if TYPE_CHECKING:
     from descant.datamodules.user.user_data import UserData
 
-#: Captions that are tokenized to estimate how many are truncated, and the share of truncated ones that is reported.
+#: How many captions are tokenized to estimate the share of truncated ones, and from which share on it is reported.
 _SAMPLE, _TRUNCATED = 500, 0.02
 
 
@@ -42,7 +42,7 @@ class DataReport:
             self._losses()
 
     def drawn_faults(self, rows: int = 32) -> list[str]:
-        """Read some samples of each set, evenly spaced, and describe those that cannot be read: one line a set."""
+        """Read some samples of each set, evenly spaced, and describe those that cannot be read: one line per set."""
         lines = []
         for split, (name, row_N) in self.data.splits.items():
             reader = self.data.readers[name]
@@ -71,7 +71,7 @@ class DataReport:
                     warn(f"{many}, such as {name!r} ({rows:,} samples): they cannot be predicted")
 
     def _count_classes(self, target: str, split: str) -> np.ndarray:
-        """Samples of each class in a split."""
+        """Count the samples of each class in a split."""
         name, row_N = self.data.splits[split]
         label_N = self.data.target_values[target][name][row_N]
         return np.bincount(label_N[label_N >= 0], minlength=len(self.data.classes[target]))
@@ -101,7 +101,7 @@ class DataReport:
         print(f"descant: data: {line}{where}", flush=True)
 
     def _present(self, name: str, row_N: np.ndarray) -> np.ndarray:
-        """Bool ``[N, M]``: the modalities of those rows that have any."""
+        """Return bool ``[N, M]``: the modalities of those rows that have any."""
         present = self.data.readers[name].present
         has_NM = np.stack([present[m][row_N] for m in self.data.modalities], axis=1)
         return np.asarray(has_NM[has_NM.any(axis=1)])
@@ -136,7 +136,7 @@ class DataReport:
         warn(f"{first} ({len(faults):,} in all: {data.ledger.path or 'the ledger'})")
 
     def epoch_end(self) -> None:
-        """Report how many samples could not be read, where these are more than reported before."""
+        """Report how many samples could not be read, if these are more than reported before."""
         notes = self.data.ledger.noted()
         count = len({(note["file"], note["sample"]) for note in notes}) - self.lost
         if count <= self.unread:

@@ -19,7 +19,7 @@ from descant.modules.transforms.image import Augment
 
 
 class UserSizes(UserTargets):
-    """Base of :class:`UserData`: what images of any size need of it."""
+    """Base of :class:`UserData` for images of any size."""
 
     batch_tokens: int | None
 
@@ -37,7 +37,7 @@ class UserSizes(UserTargets):
 
     @property
     def of_any_size(self) -> bool:
-        """Whether batches have images of several sizes, and another shape each."""
+        """Whether images have several sizes, and each batch another shape."""
         return self.given is not None and isinstance(self.given.image, AnySizeField)
 
     def needs_shapes(self) -> dict[str, Any]:
@@ -52,14 +52,14 @@ class UserSizes(UserTargets):
 
     @staticmethod
     def require_augment(augment: Augment, image: ImageField) -> None:
-        """Raises ValueError for an augmentation of images of another size, or of images of any size."""
+        """Raise ValueError for an augmentation of images of another size, or of images of any size."""
         if isinstance(image, AnySizeField):
             raise ValueError("augment: images of an AnySizeField have no one size; it has scale and flip instead")
         if augment.size != image.size:
             raise ValueError(f"augment.size {augment.size} is not fields.image.size {image.size}")
 
     def shapes(self, name: str, field: AnySizeField) -> np.ndarray:
-        """Height and width of the images of a source, int64 ``[N, 2]``; 0 x 0 where there is none."""
+        """Return height and width of the images of a source, int64 ``[N, 2]``; 0 x 0 if there is none."""
         known: dict[str, np.ndarray] = self.__dict__.setdefault("_shapes", {})
         if name not in known:
             reader = self.readers[name]
@@ -67,27 +67,27 @@ class UserSizes(UserTargets):
         return known[name]
 
     def require_budget(self, name: str, row_N: np.ndarray) -> None:
-        """Raises ValueError, naming it, for an image of these rows over the budget, where those are refused."""
+        """Raise ValueError, naming it, for an image of these rows over the budget, if those are refused."""
         field = self.fields.get("image")
         if isinstance(field, AnySizeField) and field.oversize == "error":
             source = self.sources[name]
             field.require(self.shapes(name, field)[row_N], lambda at: source.name(int(row_N[at])))
 
     def token_order(self, name: str, row_N: np.ndarray, blocks: tuple[np.ndarray, int] | None, **cut: int) -> Order:
-        """Training by a budget of tokens, of these rows of a source."""
+        """Return the training order by a budget of tokens, for these rows of a source."""
         assert self.batch_tokens is not None
         field = self.fields["image"]
         assert isinstance(field, AnySizeField)
         has_N = self.readers[name].present["image"][row_N]
         count_N = np.where(has_N, field.counts(self.shapes(name, field)[row_N]), 1)
-        parts = cut.get("world", 1) * cut.get("accumulate", 1)  # the batch size is of no account here
+        parts = cut.get("world", 1) * cut.get("accumulate", 1)  # the batch size does not matter here
         order = Order(len(row_N), parts, self.seed, True, **cut)
         if blocks is not None:
             order = BlockShuffle(blocks[0][row_N], blocks[1], parts, self.seed, **cut)
         return TokenOrder(order, count_N, self.batch_tokens)
 
     def shown(self, x_CHW: Tensor) -> Tensor:
-        """An image as uint8 ``[3, H, W]``, without what is beside it; a tower's input from its least to its most."""
+        """Return an image as uint8 ``[3, H, W]``, without the area beside it; scale a tower's input to its range."""
         if x_CHW.is_floating_point():
             least, most = x_CHW.amin(), x_CHW.amax()
             x_CHW = (x_CHW - least) / (most - least).clamp(min=1e-6)

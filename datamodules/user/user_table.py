@@ -20,12 +20,12 @@ from descant.modules.core.errors import warn
 
 
 class UserTable(DataModule):
-    """Base of :class:`UserData`: modalities that are tables, columns of its sources by the codes of training."""
+    """Base of :class:`UserData` for modalities that are tables: columns of its sources by the codes of training."""
 
     given: Fields | None
     table: str | None
     table_key: str | None
-    #: Of a checkpoint.
+    #: Codes of a checkpoint.
     _codes: dict[str, Code] | None = None
 
     @property
@@ -38,7 +38,7 @@ class UserTable(DataModule):
 
     @property
     def tables(self) -> dict[str, TableField]:
-        """Modality -> its columns."""
+        """Return modality -> its columns."""
         return self.given.tables if self.given is not None else {}
 
     @property
@@ -48,7 +48,7 @@ class UserTable(DataModule):
 
     @cached_property
     def codes(self) -> dict[str, Code]:
-        """Column of a table -> its code: of the checkpoint, if one was loaded, else of the training split."""
+        """Return table column -> its code: from the checkpoint, if one was loaded, else from the training split."""
         if self._codes is not None and not self.tiny:
             return self._codes
         name, row_N = self.splits["train"]
@@ -62,11 +62,11 @@ class UserTable(DataModule):
             warn(line)
 
     def cells(self, source: Source) -> dict[str, Cells]:
-        """Modality -> the table of a source."""
+        """Return modality -> the table of a source."""
         return {m: field.cells(source, self.codes, self._warn) for m, field in self.tables.items()}
 
     def with_table(self, source: Source) -> Source:
-        """A source with the columns of ``table``, where that is given and it has none."""
+        """Add the columns of ``table`` to a source, if ``table`` is given and the source has none."""
         if self.table is None or isinstance(source, Joined):
             return source
         return Joined(source, self.table, self.table_key)
@@ -79,7 +79,7 @@ class UserTable(DataModule):
         return {"codes": {name: state_of(code) for name, code in self.codes.items()}} if self.tables else {}
 
     def load_codes(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the codes of a checkpoint, so that other files are read as its training was."""
+        """Take the codes of a checkpoint, so that other files are read as in its training."""
         if self.tables and "codes" in state_dict:
             self._codes = {name: from_state(code) for name, code in state_dict["codes"].items()}
             for cached in ("codes", "readers"):
@@ -87,7 +87,7 @@ class UserTable(DataModule):
 
 
 def synthetic(given: Fields | None, key: str | None) -> Synthetic:
-    """Synthetic data with all requested fields."""
+    """Make synthetic data with all requested fields."""
     if given is None:
         return Synthetic(fields={"image": "image", "caption": "text"})
     names = {n: f.synthetic for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}

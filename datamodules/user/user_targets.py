@@ -1,6 +1,6 @@
 """Targets of user data: classes by their names, and numbers in their own unit.
 
-Letters: N samples of a source, C classes, P prompts a class, T tokens.
+Letters: N samples of a source, C classes, P prompts per class, T tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from descant.datamodules.user.user_table import UserTable
 
 
 class UserTargets(UserTable):
-    """Base of :class:`UserData`: what its fields call labels."""
+    """Base of :class:`UserData` for targets, which its fields call labels."""
 
     @property
     def _labels(self) -> dict[str, LabelField]:
@@ -28,7 +28,7 @@ class UserTargets(UserTable):
 
     @cached_property
     def classes(self) -> dict[str, list[str]]:
-        """Target -> its classes in the order of their numbers."""
+        """Return target -> its classes in the order of their numbers."""
         classes = {}
         for target, field in self._labels.items():
             names = {text.strip() for source in self.sources.values() for text in source.texts(field.field) if text}
@@ -37,7 +37,7 @@ class UserTargets(UserTable):
 
     @cached_property
     def target_values(self) -> dict[str, dict[str, np.ndarray]]:
-        """Target -> source -> class number (int64, -1 for none) or number (float32, nan for none) of each sample."""
+        """Return target -> source -> class number (int64, -1: none) or number (float32, nan: none) of each sample."""
         values: dict[str, dict[str, np.ndarray]] = {}
         for name, source in self.sources.items():
             for target, label in self._labels.items():
