@@ -21,7 +21,7 @@ import torch
 from descant.datamodules.prepare.package import sha256_of
 from descant.modules.core.errors import say
 
-#: The most runs of values with their own CRC: 16 KiB of a resume point for each property.
+#: The most runs of values with their own CRC: 32 KiB of a resume point for each property.
 PARTS = 4096
 #: The content of a pack of at most this many bytes is always hashed, which takes a tenth of a second.
 SMALL = 1 << 26

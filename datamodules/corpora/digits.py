@@ -125,7 +125,7 @@ class Digits(DataModule):
 
     Args:
         noise: standard deviation of the pixel noise; ink is 1.
-        speech: voices and noise (``snr``) of the clips; half a second by default.
+        speech: voices and noise (``snr``) of the clips; 0.8 seconds by default.
         size: pixels per side.
         samples: number of training samples.
         held_out: number of samples in an evaluation set.

@@ -137,7 +137,7 @@ class Parquet(Source):
                 yield column.name, (column.name, None)
 
     def _most(self, column: str, group: int) -> int:
-        """Count the entries of the longest list of a row group; 0 for lists of numbers as long as embeddings."""
+        """Count the entries of the longest list of a row group; 0 if the column cannot be read."""
         values = self._readable(group, column)
         return 0 if values is None else int(pc.max(pc.list_value_length(values)).as_py() or 0)
 
