@@ -1,4 +1,4 @@
-"""Adapt: a change to a recipe's towers before training; and how towers and layers are selected by name."""
+"""Adapt: a change to a recipe's towers before training; and the selection of towers and layers by name."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple
 
 
 def innermost(recipe: nn.Module) -> nn.Module:
-    """The recipe inside wrappers, such as those of stages; itself where there is none."""
+    """Return the recipe inside wrappers, such as those of stages; the recipe itself if it has none."""
     while isinstance(inner := getattr(recipe, "inner", None), nn.Module):
         recipe = inner
     return recipe
 
 
 def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str]:
-    """The dotted names that are ``end`` or end in ``.end``; ValueError with the nearest if there are none."""
+    """Select the dotted names that are ``end`` or end in ``.end``; ValueError with the nearest if there are none."""
     matches = [name for name in names if name == end or name.endswith(f".{end}")]
     if not matches:
         leaves = dict.fromkeys(re.sub(r"^(.*\.)?([A-Za-z_]\w*)", r"\2", name) for name in names)

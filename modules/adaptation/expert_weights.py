@@ -1,4 +1,4 @@
-"""Weights of dense layers as those of sparse experts, and back.
+"""Conversion of the weights of dense layers to those of sparse experts, and back.
 
 Letters: E experts, F hidden units of each.
 """
@@ -22,7 +22,7 @@ from descant.modules.moe.layer import Experts
 
 #: Parameters of experts -> those of a dense layer, and the axis of its hidden units.
 PARTS: dict[str, tuple[str, int | None]] = {
-    "gate_up": ("gate_up.weight", 0),  # two numbers a unit
+    "gate_up": ("gate_up.weight", 0),  # two numbers per unit
     "down": ("down.weight", 1),
     "inward": ("mlp.0.weight", 0),
     "inward_bias": ("mlp.0.bias", 0),
@@ -34,7 +34,7 @@ State = Mapping[str, Tensor]
 
 
 def units_dealt(x_E: Tensor, turn_EF: Tensor, axis: int | None) -> Tensor:
-    """Hidden unit f of expert e from expert ``turn[e, f]``, of a parameter ``[E, ...]`` with its units on an axis.
+    """Take hidden unit f of expert e from expert ``turn[e, f]``, in a parameter ``[E, ...]`` with units on an axis.
 
     >>> units_dealt(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [1, 0]]), axis=0).tolist()
     [[1.0, 4.0], [3.0, 2.0]]
@@ -48,7 +48,7 @@ def units_dealt(x_E: Tensor, turn_EF: Tensor, axis: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class _Converted(Growth):
-    """Growth to the same tower with other experts, or with none."""
+    """Growth to the same tower with other experts, or without experts."""
 
     def changed(self) -> dict[str, Any]:
         return {name: vars(self.fresh)[name] for name in ("experts", "routes") if name in vars(self.fresh)}
@@ -56,7 +56,7 @@ class _Converted(Growth):
 
 @dataclass(frozen=True)
 class _ToExperts(_Converted):
-    """Experts with the weights of a tower's dense layers, or of those of other towers; gates are fresh."""
+    """Growth to experts with the weights of the tower's dense layers, or those of other towers; gates are fresh."""
 
     sources: Sequence[State] = ()
     noise: float | None = None
@@ -94,7 +94,7 @@ class _ToExperts(_Converted):
 
 @dataclass(frozen=True)
 class _ToDense(_Converted):
-    """Dense layers with the weights of one expert, or with the mean over experts."""
+    """Growth to dense layers with the weights of one expert, or with the mean over experts."""
 
     experts: int = 1
     expert: int | None = None

@@ -18,11 +18,11 @@ class Freeze(Adapt):
     """Locked-image tuning (LiT; Zhai 2022, arXiv 2111.07991): some towers are frozen, everything else trains.
 
     With ``capacity``, each input row of a frozen tower is computed and pooled once and then looked up
-    (``towers.Cached``): for inputs that repeat, such as captions; useless where every row is augmented.
+    (``towers.Cached``). This helps if inputs repeat, such as captions, but not if every row is augmented.
 
     Args:
         towers: names of the towers to freeze.
-        capacity: rows to cache for each tower, of ``4 D`` bytes a row; 0 computes every time.
+        capacity: rows to cache for each tower, ``4 D`` bytes per row; 0 computes every time.
         folder: where cached rows are stored across runs; None: in memory only.
 
     >>> from descant.modules.towers import TextTower, Towers

@@ -21,22 +21,22 @@ class Grow(StageChange):
 
         theta' = beta inherit(theta) + (1 - beta) fresh
 
-    New blocks come last and have no output (their last projections are zero), new hidden units are read by zero
-    weights: at ``beta`` 1 embeddings and loss are unchanged, and the zero weights have a gradient at once. The grown
+    New blocks come last and have no output (their last projections are zero), and zero weights read the new hidden
+    units. So at ``beta`` 1 embeddings and loss are unchanged, and the zero weights have a gradient at once. The grown
     tower is one that its class builds with the larger arguments; a conv tower grows in its last stage.
 
-    The width of a tower and its number of heads stay. Zeros beside the old features change mean and variance in a
-    layer norm, and pools and heads read the width; more heads of the same width cut the dot products of attention in
-    two, which no weights undo.
+    The width of a tower and its number of heads stay. Zeros next to the old features would change mean and variance in
+    a layer norm, and pools and heads read the width. More heads of the same width would cut the dot products of
+    attention in two, which no weights can undo.
 
-    Source: Deng 2023, arXiv 2308.11331. Our reading, no code was released: the blocks are appended, and of the model
-    those towers that grow are drawn towards fresh values. The other reading of momentum is ``mode: average``.
+    Source: Deng 2023, arXiv 2308.11331. Our reading, as no code was released: the blocks are appended, and only the
+    towers that grow are drawn towards fresh values. The other reading of momentum is ``mode: average``.
 
     Args:
-        towers: names of the towers to grow, ``lm`` for the language model; all where not given.
+        towers: names of the towers to grow, ``lm`` for the language model; by default all.
         depth: blocks to add.
-        mlp_ratio: new hidden width of the MLPs over the width, as the towers have it (``expand`` of a conv tower).
-        beta: 1 inherits all; 0 nothing, which is the control.
+        mlp_ratio: new hidden width of the MLPs over the width, as in the towers (``expand`` of a conv tower).
+        beta: 1 inherits everything; 0 inherits nothing, which is the control.
         mode: inherit the weights, or an average of them over steps, such as that of EMA.
 
     >>> from descant.modules.towers import TextTower, Towers
@@ -69,7 +69,7 @@ class Grow(StageChange):
         self.reads = frozenset({AVERAGE}) if mode == "average" else frozenset()
 
     def require(self, recipe: nn.Module) -> None:
-        """Raises ValueError, before training, for what ``apply`` would refuse, and for frozen towers."""
+        """Raise ValueError, before training, for changes that ``apply`` would refuse, and for frozen towers."""
         for name, tower in self._chosen(recipe):
             if not any(p.requires_grad for p in tower.parameters()):
                 raise ValueError(f"Grow: tower {name}: it is frozen; new blocks would not be of use")
@@ -86,7 +86,7 @@ class Grow(StageChange):
         return self.grow(recipe, seed)
 
     def grow(self, recipe: nn.Module, seed: int) -> dict[str, Growth]:
-        """Grow the towers of a recipe in place, with fresh values of a seed: name of a tower's module -> its growth."""
+        """Grow a recipe's towers in place, with fresh values from a seed; return name of a tower's module -> growth."""
         growths = {tower: self._growth(name, tower, seed) for name, tower in self._chosen(recipe)}
         place = {module: name for name, module in recipe.named_modules()}
         for tower, growth in growths.items():
@@ -114,12 +114,12 @@ def _load(recipe: nn.Module, average: Mapping[str, Tensor]) -> None:
 
 
 def structure(recipe: nn.Module) -> dict[str, dict[str, Any]]:
-    """Sizes and experts of all towers that can grow, by the name of their module: plain data, for a checkpoint."""
+    """Return sizes and experts of all towers that can grow, by the name of their module, as data for a checkpoint."""
     return {name: shape(module) for name, module in recipe.named_modules() if growable(module) is not None}
 
 
 def shape(tower: nn.Module) -> dict[str, Any]:
-    """Sizes of a tower that can grow, and ``experts`` where it has some, as plain data."""
+    """Return the sizes of a tower that can grow, and its ``experts`` if it has some, as plain data."""
     experts = getattr(tower, "experts", None)
     return sizes(tower) | ({} if experts is None else {"experts": described(experts)})
 

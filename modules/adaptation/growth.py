@@ -21,7 +21,7 @@ from descant.modules.towers.vit import Trunk
 
 
 def padded(x_NM: Tensor, into_NM: Tensor, stacked: int = 1) -> Tensor:
-    """``into`` with ``x`` in the first entries of every axis; in each of ``stacked`` equal parts of the first axis.
+    """Return ``into`` with ``x`` in the first entries of each axis, in each of ``stacked`` parts of the first axis.
 
     >>> padded(torch.ones(2, 1), torch.zeros(4, 2), stacked=2).tolist()
     [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
@@ -35,9 +35,9 @@ def padded(x_NM: Tensor, into_NM: Tensor, stacked: int = 1) -> Tensor:
 
 
 def inherit(inherited: Tensor, fresh: Tensor, beta: float) -> Tensor:
-    """Parameter inheriting with momentum (PIM): ``beta inherited + (1 - beta) fresh``; at ``beta`` 1 to the bit.
+    """Inherit a parameter with momentum (PIM): ``beta inherited + (1 - beta) fresh``; at ``beta`` 1 to the bit.
 
-    Source: GrowCLIP (Deng 2023, arXiv 2308.11331); our reading, no code was released.
+    Source: GrowCLIP (Deng 2023, arXiv 2308.11331); our reading, as no code was released.
 
     >>> inherit(torch.tensor([1.0]), torch.tensor([3.0]), beta=0.75)
     tensor([1.5000])
@@ -47,10 +47,10 @@ def inherit(inherited: Tensor, fresh: Tensor, beta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Transformer:
-    """How pre-norm transformers grow: the arguments of their class, and what keeps the function.
+    """Growth rule of pre-norm transformers: arguments of their class, and parameters that preserve the function.
 
     ``last``: parameters that are zero in a block without output. ``reads``: the weight that reads the hidden units,
-    zero where they are new. ``stacked``: parameters of several matrices over the hidden units, one below the other.
+    zero for new ones. ``stacked``: parameters that hold several matrices over the hidden units, one below the other.
     """
 
     sizes: tuple[str, str] = ("depth", "mlp_ratio")
@@ -93,12 +93,12 @@ _KINDS: dict[type[nn.Module], _Transformer] = {
 
 
 def growable(module: nn.Module) -> type[nn.Module] | None:
-    """The class by which a module grows, its own or one that it derives from; None for modules that cannot."""
+    """Return the class by which a module grows, its own or one that it derives from; None if it cannot grow."""
     return next((base for base in type(module).__mro__ if base in _KINDS), None)
 
 
 def sizes(module: nn.Module, depth: int | None = None, mlp_ratio: float | None = None) -> dict[str, Any]:
-    """Arguments of a module's class that growth changes: as they are, or for ``depth`` more blocks and a wider MLP.
+    """Return the arguments that growth changes: as they are, or for ``depth`` more blocks and a wider MLP.
 
     >>> tower = PatchTower(size=8, patch=4, width=8, depth=1, heads=2)
     >>> sizes(tower), sizes(tower, depth=2)
@@ -118,18 +118,18 @@ def sizes(module: nn.Module, depth: int | None = None, mlp_ratio: float | None =
 
 @dataclass(frozen=True)
 class Growth:
-    """A growth of one tower: ``growth(values)`` maps values of its parameters to those of the larger tower.
+    """Growth of one tower: ``growth(values)`` maps values of its parameters to those of the larger tower.
 
         theta' = beta inherit(theta) + (1 - beta) fresh
 
-    ``inherit`` pads with blocks without output and with hidden units that nothing reads, all else of which is fresh: at
-    ``beta`` 1 the function is unchanged. The map is affine, so that an average of weights grows as the weights do.
-    Running statistics are inherited whole.
+    ``inherit`` pads with blocks without output and with hidden units that nothing reads; their other weights are fresh.
+    So at ``beta`` 1 the function is unchanged. The map is affine, so that an average of weights grows as the weights
+    do. Running statistics are inherited whole.
 
     Attributes:
         fresh: a tower of the same class with the larger arguments, at its initialisation.
-        blocks: number that there were.
-        beta: of the inheritance.
+        blocks: number of blocks before the growth.
+        beta: share that is inherited.
     """
 
     fresh: nn.Module
@@ -184,7 +184,7 @@ class Growth:
                 setattr(tower, name, value)
 
     def changed(self) -> dict[str, Any]:
-        """Arguments and attributes of the tower that differ afterwards."""
+        """Return the arguments and attributes of the tower that differ afterwards."""
         return sizes(self.fresh)
 
 
@@ -192,7 +192,7 @@ def growth_of(tower: nn.Module, to: Mapping[str, Any], beta: float = 1.0) -> Gro
     """Plan the growth of a tower to other :func:`sizes`, with new values from torch's generator."""
     base = cast(type[nn.Module], growable(tower))
     arguments = {**cast(dict[str, Any], tower.arguments), **to}
-    if "weights" in arguments:  # a file of the smaller one
+    if "weights" in arguments:  # a file of the smaller tower
         arguments["weights"] = None
     if arguments.get("visual") is not None:
         raise ValueError(f"{base.__name__} with visual experts cannot grow")

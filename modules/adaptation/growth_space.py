@@ -1,4 +1,4 @@
-"""Which of several growths is worth its cost: gain per FLOP after a short training of each."""
+"""Choice of the growth that is worth its cost: gain per FLOP after a short training of each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from descant.modules.adaptation.stage_changes import StageChange, Trial
 
 
 def best_growth(candidates: Mapping[str, tuple[float, float]]) -> str | None:
-    """The candidate of most gain per FLOP; None where none gains anything.
+    """Return the candidate with the most gain per FLOP; None if none gains anything.
 
         argmax gain / flops   over   gain > 0;   of equal ones the cheapest, then the first by name
 
     Args:
-        candidates: name -> gain of a validation score over not growing, and by how many FLOPs a step costs more.
+        candidates: name -> gain of a validation score over not growing, and the additional FLOPs of a step.
 
     >>> best_growth({"deep": (0.3, 2.0), "wide": (0.5, 4.0), "useless": (0.0, 0.1)})
     'deep'
@@ -30,17 +30,17 @@ def best_growth(candidates: Mapping[str, tuple[float, float]]) -> str | None:
 
 
 class GrowthSpace(StageChange):
-    """Grows in the way of most gain per FLOP, after a short training of each, or not at all (GrowCLIP's search).
+    """Grow in the way with the most gain per FLOP after a short training of each, or not at all (GrowCLIP's search).
 
-    Where the stage begins, a copy of the model is grown in each way and trained for a few steps on the first
-    micro-batches of its data, with the stage's objective and optimizer; its score is minus the loss of those after
-    them. One copy does not grow: what all others are measured by. ``train_flops`` leaves these trials out. Source: Deng
-    2023, arXiv 2308.11331; no code was released, so how it searches is our reading.
+    When the stage begins, a copy of the model is grown in each way and trained for a few steps on the first
+    micro-batches of its data, with the stage's objective and optimizer. Its score is minus the loss on those after
+    them. One copy does not grow; all others are compared with it. ``train_flops`` leaves these trials out. Source: Deng
+    2023, arXiv 2308.11331; no code was released, so the search is our reading.
 
     Args:
         growths: name -> the growth.
-        steps: micro-batches that a copy is trained on.
-        judged: micro-batches of the score.
+        steps: micro-batches on which a copy is trained.
+        judged: micro-batches on which the score is computed.
 
     >>> space = GrowthSpace({"deep": Grow(depth=1), "wide": Grow(mlp_ratio=8)})
     >>> scores = {None: Trial(0.50, 100.0), 1: Trial(0.56, 130.0), 8: Trial(0.58, 150.0)}
@@ -65,7 +65,7 @@ class GrowthSpace(StageChange):
                 raise ValueError(f"GrowthSpace: growths.{name}: {error}") from None
 
     def choose(self, trial: Callable[[StageChange | None], Trial]) -> str | None:
-        """The name of the best growth by :func:`best_growth`, or None."""
+        """Return the name of the best growth by :func:`best_growth`, or None."""
         score, flops = trial(None)
         trials = {name: trial(grow) for name, grow in self.growths.items()}
         return best_growth({name: (one.score - score, one.flops - flops) for name, one in trials.items()})

@@ -17,20 +17,20 @@ from descant.modules.towers.base import Tower
 
 #: Attributes of a recipe that map a modality into the shared space.
 PARTS = ("towers", "pools", "heads")
-#: Names of the weights of a masked model's adapters begin so.
+#: Prefix of the names of weights of a masked model's adapters.
 ADAPTERS = "adapters."
 
 
 class Inherit(Adapt):
-    """Initializes (and freezes) towers, pools and heads of some modalities from a run, to attach new ones to its space.
+    """Initialize (and freeze) towers, pools and heads of some modalities from a run, to attach new ones to its space.
 
     The old modalities keep their shared space, and only the new tower learns to match one of them in it (CACARA, arXiv
-    2512.00496; before it LiT and ImageBind). A space that several modalities or languages share then contains the new
-    one too, for pairs without training data.
+    2512.00496; before it LiT and ImageBind). A space that several modalities or languages share then also contains the
+    new one, for pairs without training data.
 
     Args:
         path: a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
-        modalities: to load; their towers here must equal those of the run.
+        modalities: modalities to load; their towers here must equal those of the run.
         frozen: freeze them, with towers in eval mode; False trains them further.
         checkpoint: best (by the run's monitor; else the last), last, or a file.
         sham: ``permute`` shuffles the rows of every matrix, such as the embeddings of the vocabulary: the same numbers
@@ -76,9 +76,9 @@ class Inherit(Adapt):
 
 
 class Begin(Adapt):
-    """Starts from all weights of a run of the same model, without its optimizer and its teacher.
+    """Start from all weights of a run of the same model, without its optimizer and its teacher.
 
-    For a stage that continues the one before it.
+    This is for a stage that continues the one before it.
 
     Args:
         path: a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
@@ -89,7 +89,7 @@ class Begin(Adapt):
         self.path, self.checkpoint = path, checkpoint
 
     def find(self) -> saved.Saved:
-        """The run on disk; ValueError if there is none."""
+        """Find the run on disk; ValueError if there is none."""
         return saved.find(self.path, self.checkpoint)
 
     def apply(self, recipe: nn.Module) -> None:
@@ -104,22 +104,22 @@ class Begin(Adapt):
             model.distill = teacher
 
     def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of the recipe that stay as they are; ValueError if it does not go with the run's."""
+        """Return the recipe's weights that stay as they are; ValueError if the recipe does not fit the run."""
         return {}
 
 
 class Extend(Begin):
-    """Starts a masked model from a run with fewer modalities: old weights to the bit, new ones as initialised (4M-21).
+    """Start a masked model from a run with fewer modalities: old weights to the bit, new ones as initialised (4M-21).
 
-        theta = [theta_run; theta_new],   theta_new: whatever belongs to the adapters that the run has not
+        theta = [theta_run; theta_new],   theta_new: the weights of adapters that the run lacks
 
-    The run's modalities come first and new ones behind them, in ``others`` of Adapters, so that right after extension
-    losses and predictions of old modalities from old inputs are the same to the bit. Old and new weights are trained
-    by one optimizer, which begins anew.
+    The run's modalities come first and new ones after them, in ``others`` of Adapters. So right after the extension,
+    losses and predictions of old modalities from old inputs are the same to the bit. One optimizer, which starts anew,
+    trains old and new weights.
     Source: Bachmann 2024 (4M-21, arXiv 2406.09406), which starts from 4M of 7 modalities.
 
     Args:
-        path, checkpoint: as of Begin.
+        path, checkpoint: as in Begin.
     """
 
     def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class Extend(Begin):
 
 
 def permuted(x: Tensor, name: str) -> Tensor:
-    """The rows of a matrix in an order that depends on the name only; vectors and scalars unchanged.
+    """Permute the rows of a matrix in an order that depends on the name only; vectors and scalars stay unchanged.
 
     >>> permuted(torch.arange(6.0).view(3, 2), "embedding").sum(0).tolist()
     [6.0, 9.0]

@@ -16,14 +16,14 @@ from descant.modules.towers.base import Frozen
 class Lora(Adapt):
     """Low-rank adapters (LoRA; Hu 2021): ``W x + (alpha / r) B A x``, with B = 0 at the start.
 
-    The adapted tower starts unchanged. All of it but A and B is frozen, running statistics of batch norms included.
+    The adapted tower starts unchanged. All of it except A and B is frozen, including running statistics of batch norms.
 
     Args:
         r: rank.
         alpha: the update is scaled by alpha / r.
         targets: ends of the names of layers to adapt, such as [qkv, mlp.0]; or a regular expression for whole names;
             or all-linear.
-        dropout: on the adapter's input.
+        dropout: dropout on the adapter's input.
         dora: train the norm of each output's weights separately from their direction (DoRA; Liu 2024).
         towers: names of the towers to adapt; by default all that are not frozen.
 
@@ -71,11 +71,11 @@ class Lora(Adapt):
 
 
 def _targets(tower: nn.Module, targets: list[str] | str) -> list[str]:
-    """Full names of the layers to adapt."""
+    """Return the full names of the layers to adapt."""
     types = nn.Linear if targets == "all-linear" else (nn.Linear, nn.Conv2d, nn.Embedding)
     bare = getattr(tower, "bare", ())
     layers = [(name, m) for name, m in tower.named_modules() if isinstance(m, types) and name not in bare]
-    names = [name for name, module in layers if not isinstance(module, ModalityLinear)]  # one adapter is not by kind
+    names = [name for name, module in layers if not isinstance(module, ModalityLinear)]  # adapters ignore kinds
     cls = type(tower).__name__
     if targets == "all-linear":
         if not names:

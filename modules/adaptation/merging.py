@@ -1,4 +1,4 @@
-"""Weights of a model merged with those that it had before: interpolation, spherical interpolation, task arithmetic."""
+"""Merging of a model's weights with earlier ones: interpolation, spherical interpolation, task arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ORDER = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """A parameter at three moments of a run in stages.
+    """Parameter at three moments of a run in stages.
 
     Attributes:
         tuned: as the stage left it. before: as the stage before left it. first: as the first stage began with it.
@@ -26,14 +26,14 @@ class Weights:
 
 
 class MergeRule:
-    """``rule(weights) -> merged``, of one parameter and of its dtype; a pure function."""
+    """Base of merge rules: ``rule(weights) -> merged``, for one parameter and in its dtype; a pure function."""
 
     def __call__(self, x: Weights) -> Tensor:
         raise NotImplementedError
 
 
 class Interpolate(MergeRule):
-    """``w * tuned + (1 - w) * anchor``; tuned to the bit at ``w = 1``, and the anchor at 0.
+    """Linear interpolation, ``w * tuned + (1 - w) * anchor``; tuned to the bit at ``w = 1``, and the anchor at 0.
 
     With the anchor ``before``, and training that continues from the merged weights, this is an exponential moving
     average over tasks (EMA-merge); with ``first`` it pulls back to the weights that the run began with (WiSE-FT,
@@ -41,7 +41,7 @@ class Interpolate(MergeRule):
 
     Args:
         w: share of the tuned weights.
-        anchor: what they are merged with.
+        anchor: the weights with which they are merged.
 
     >>> x = Weights(torch.tensor([4.0]), torch.tensor([2.0]), torch.tensor([0.0]))
     >>> Interpolate(0.25)(x).item(), Interpolate(0.25, "first")(x).item(), Interpolate(1.0)(x).item()
@@ -62,8 +62,8 @@ class Slerp(Interpolate):
 
         merged = (sin(w a) tuned + sin((1 - w) a) anchor) / sin(a),    a: angle between tuned and anchor
 
-    Where the cosine is above 0.9995, as :class:`Interpolate`. Source: Shoemake 1985; as a merge of parameters in the
-    release of Roth 2024, arXiv 2408.14471, which has w on the anchor (w = 0.25 here is 0.75 there).
+    If the cosine is above 0.9995 or below -0.9995, it equals :class:`Interpolate`. Source: Shoemake 1985; as a merge of
+    parameters in the release of Roth 2024, arXiv 2408.14471, which has w on the anchor (w = 0.25 here is 0.75 there).
 
     >>> x = Weights(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), torch.zeros(2))
     >>> [round(v, 4) for v in Slerp(0.5)(x).tolist()]
@@ -81,13 +81,13 @@ class Slerp(Interpolate):
 
 
 class TaskArithmetic(MergeRule):
-    """``first + scale * ((tuned - first) + (before - first))``: the sum of two task vectors.
+    """Sum of two task vectors, ``first + scale * ((tuned - first) + (before - first))``.
 
-    At scale 0.5 the mean of tuned and before. Source: Ilharco 2023, arXiv 2212.04089; over a stream of tasks Roth 2024,
-    arXiv 2408.14471, whose release adds them unweighted.
+    At scale 0.5 it is the mean of tuned and before. Source: Ilharco 2023, arXiv 2212.04089; over a stream of tasks Roth
+    2024, arXiv 2408.14471, whose release adds them unweighted.
 
     Args:
-        scale: of the sum of task vectors.
+        scale: factor of the sum of task vectors.
 
     >>> x = Weights(torch.tensor([4.0]), torch.tensor([3.0]), torch.tensor([1.0]))
     >>> TaskArithmetic()(x).item(), TaskArithmetic(0.5)(x).item()
@@ -102,7 +102,7 @@ class TaskArithmetic(MergeRule):
 
 
 class Permuted(MergeRule):
-    """Control of a rule: what it adds to a parameter, with its numbers permuted, the same way in every run.
+    """Control of a merge rule: permutes the entries of its change to a parameter, the same way in every run.
 
         merged = tuned + permuted(rule(x) - tuned)
 

@@ -24,7 +24,7 @@ for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions
 class Quantize(Adapt):
     """Store the weights of linear layers in 4 or 8 bits (bitsandbytes, on GPU and CPU) and freeze the tower.
 
-    Before :class:`Lora` this is QLoRA (Dettmers 2023). Gradients pass through to earlier layers.
+    Put before :class:`Lora`, this is QLoRA (Dettmers 2023). Gradients pass through to earlier layers.
 
     Args:
         bits: 4 (blocks of 64 weights share a scale) or 8 (one scale per output).
@@ -90,7 +90,7 @@ class Quantize(Adapt):
 
 
 def require_trained(recipe: nn.Module) -> None:
-    """Raises ValueError for a quantized tower whose weights were never loaded: in 4 or 8 bits nothing trains them."""
+    """Raise ValueError for a quantized tower whose weights were never loaded: in 4 or 8 bits nothing trains them."""
     for name, part in recipe.named_modules():
         for bits in (4, 8):
             if getattr(part, f"is_loaded_in_{bits}bit", False) and not was_loaded(part):
@@ -109,7 +109,7 @@ def bitsandbytes() -> Any:
 
 @contextmanager
 def no_kernels() -> Iterator[None]:
-    """Block imports of the package ``kernels``, by which importing bitsandbytes would download code and run it."""
+    """Block imports of the package ``kernels``, through which importing bitsandbytes would download and run code."""
     if "kernels" in sys.modules:
         yield
         return

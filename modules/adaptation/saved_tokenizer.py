@@ -18,12 +18,12 @@ KIND = "QuantizedTokens"
 class SavedTokenizer(CodeTokenizer):
     """Tokenizer that a run of MultiTask has trained as an objective QuantizedTokens: tower, quantizer and decoder.
 
-    Frozen and always in eval mode; the tower is that of :class:`SavedTower`. ``CodeTokenizer.from_run`` makes it.
+    It is frozen and always in eval mode; its tower is a :class:`SavedTower`. ``CodeTokenizer.from_run`` creates it.
 
     Args:
         path: a run folder, a checkpoint in one, or an export.
-        checkpoint: of a run folder: best, last or a file in it.
-        objective: its name; needed where the run has several.
+        checkpoint: checkpoint of a run folder: best, last or a file in it.
+        objective: its name; needed if the run has several.
     """
 
     def __init__(self, path: Path, checkpoint: str = "best", objective: str | None = None) -> None:

@@ -18,14 +18,14 @@ class SavedTower(Tower):
 
     The class is rebuilt from the configuration beside the weights, and all weights must fit. Adapters are merged and
     quantised layers dequantised (8-bit layers also round their inputs, which is lost), so the tower can be frozen,
-    adapted or cached like any other. Averaged weights are taken where the run kept an average.
+    adapted or cached like any other. If the run kept an average of its weights, the average is loaded.
 
     ``path`` is read whenever the run is built (resumed, validated, loaded); an export of the run does not need it.
 
     Args:
         path: a run folder, a checkpoint in one, or an export.
         tower: its modality there, such as image.
-        checkpoint: of a run folder: best, last or a file in it.
+        checkpoint: checkpoint of a run folder: best, last or a file in it.
     """
 
     def __init__(self, path: Path, tower: str, checkpoint: str = "best") -> None:
@@ -38,7 +38,7 @@ class SavedTower(Tower):
         run = saved.find(path, checkpoint)
         recipe = run.model.get("init_args", {})
         towers = (recipe.get("towers") or {}).get("init_args", {})
-        towers = {**towers, **(towers.get("others") or {})}  # of any name
+        towers = {**towers, **(towers.get("others") or {})}  # towers of any name
         names = [name for name, node in towers.items() if node is not None and name != "others"]
         if tower not in names:
             raise ValueError(f"tower {tower!r} of {path}: {no_such(tower, names)}")
@@ -71,7 +71,7 @@ class SavedTower(Tower):
 
 
 def _only(tower: str, part: dict[str, Any]) -> dict[str, Any] | None:
-    """An adaptation of a recipe, restricted to one tower; None where it does not concern it."""
+    """Restrict an adaptation of a recipe to one tower; None if it does not concern the tower."""
     arguments = part.get("init_args") or {}
     if arguments.get("towers") is None:
         return part

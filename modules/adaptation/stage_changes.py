@@ -1,4 +1,4 @@
-"""What changes a model where one stage of a run ends and the next begins."""
+"""Changes of a model where one stage of a run ends and the next begins."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from descant.modules.adaptation.merging import Interpolate, MergeRule, Weights
 if TYPE_CHECKING:
     from descant.modules.adaptation.growth import Growth
 
-#: Weights that a change may read: those that the stage before left, those that the first stage began with, and their
-#: average over steps (EMA), where there is one.
+#: Weights that a change may read: those at the end of the stage before, those at the start of the first stage, and
+#: their average over steps (EMA), if there is one.
 BEFORE, FIRST, AVERAGE = "before", "first", "average"
 State = dict[str, Tensor]
 
 
 def left_by(stage: str) -> str:
-    """The weights that an earlier stage left, which a change may read, too."""
+    """Return the key of the weights that an earlier stage left, which a change may also read."""
     return f"left by {stage}"
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where one stage ends and another begins.
+    """Boundary where one stage ends and another begins.
 
     Attributes:
-        stage: its name. weights: earlier parameters, of :data:`BEFORE`, :data:`FIRST`, :data:`AVERAGE` or a stage
+        stage: its name. weights: earlier parameters, by :data:`BEFORE`, :data:`FIRST`, :data:`AVERAGE` or a stage
             (:func:`left_by`).
-        seed: of this boundary, equal on all ranks and in a resumed run.
+        seed: seed of this boundary, equal on all ranks and in a resumed run.
     """
 
     stage: str
@@ -41,50 +41,50 @@ class Boundary:
 
 
 class Trial(NamedTuple):
-    """``score``: of a model after a short training, more is better. ``flops``: of a micro-batch, on all ranks."""
+    """Trial of a model: ``score`` after a short training, more is better; ``flops`` of a micro-batch, on all ranks."""
 
     score: float
     flops: float
 
 
 class StageChange:
-    """A change of a model when a stage begins or ends: ``apply(recipe, boundary)``, once, equal on all ranks.
+    """Change of a model when a stage begins or ends: ``apply(recipe, boundary)`` runs once, equal on all ranks.
 
-    One that adds or removes parameters is ``structural``: ``rebuild`` repeats that alone, before weights are loaded
-    from a checkpoint of its stage or of a later one. One that enlarges towers returns their growths by the names of
-    their modules, which averages and teachers follow.
+    A change that adds or removes parameters is ``structural``: ``rebuild`` repeats only that, before weights are loaded
+    from a checkpoint of its stage or of a later one. A change that enlarges towers returns their growths by the names
+    of their modules; averages and teachers follow them.
     """
 
     structural = False
-    #: Name -> the changes of which one is made, or none: the one that ``choose(trial)`` names after trying each.
+    #: Name -> alternative changes, of which at most one is made: ``choose(trial)`` names it after trying each.
     alternatives: Mapping[str, StageChange] = {}
-    #: Weights that it reads, which are then kept, and saved in checkpoints (an average is saved by its callback).
+    #: Weights that it reads, which are then kept and saved in checkpoints (its callback saves an average).
     reads: frozenset[str] = frozenset()
 
     def require(self, recipe: nn.Module) -> None:
-        """Raises ValueError, before training, for a recipe that it cannot change."""
+        """Raise ValueError, before training, for a recipe that it cannot change."""
 
     def apply(self, recipe: nn.Module, boundary: Boundary) -> Mapping[str, Growth] | None:
         raise NotImplementedError
 
     def choose(self, trial: Callable[[StageChange | None], Trial]) -> str | None:
-        """Which of the alternatives is made; of a change that has some. ``trial(None)``: of no change."""
+        """Choose the alternative that is made, if the change has some. ``trial(None)`` tries no change."""
         raise NotImplementedError
 
     def rebuild(self, recipe: nn.Module, seed: int) -> Mapping[str, Growth] | None:
-        """Modules as ``apply`` leaves them, with any weights; of a structural change."""
+        """Build the modules as ``apply`` leaves them, with any weights; for a structural change."""
 
 
 class TaskMerge(StageChange):
-    """At the end of a stage, merges each parameter with what it was before: ``theta <- rule(tuned, before, first)``.
+    """Merge each parameter with its earlier values at the end of a stage: ``theta <- rule(tuned, before, first)``.
 
-    Parameters alone: buffers stay, and running statistics of batch norms, which belong to other weights, are estimated
-    anew by the recipe. A temperature is merged in the log domain where it is learned there. The next stage has a new
+    Only parameters are merged. Buffers stay, and the recipe estimates anew the running statistics of batch norms, which
+    belong to other weights. A temperature is merged in the log domain if it is learned there. The next stage has a new
     optimizer, so no moments are carried over. Source: Roth 2024 (A Practitioner's Guide to Continual Multimodal
-    Pretraining), arXiv 2408.14471; its release merges buffers too.
+    Pretraining), arXiv 2408.14471; its release also merges buffers.
 
     Args:
-        rule: of one parameter; by default half of each.
+        rule: rule for one parameter; by default half of each.
     """
 
     reads = frozenset({BEFORE, FIRST})
@@ -101,13 +101,13 @@ class TaskMerge(StageChange):
 
 
 class Rewind(StageChange):
-    """At the beginning of a stage, goes back to the parameters that the first stage began with, or an earlier one left.
+    """Reset the parameters, at the beginning of a stage, to the start of the first stage or the end of an earlier one.
 
-    With :class:`TaskMerge` at its end, every task is learned from the same weights, and merged into what the tasks
-    before left (ZS-merge of Roth 2024, arXiv 2408.14471).
+    With :class:`TaskMerge` at its end, every task is learned from the same weights, and merged into those that the
+    tasks before left (ZS-merge of Roth 2024, arXiv 2408.14471).
 
     Args:
-        to: the stage whose weights at its end are taken.
+        to: the stage whose weights at its end are taken; by default the start of the first stage.
     """
 
     def __init__(self, to: str | None = None) -> None:

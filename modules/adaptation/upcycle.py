@@ -1,4 +1,4 @@
-"""Dense layers to sparse experts and back: upcycling, assembly from several models, and distribution."""
+"""Changes from dense layers to sparse experts and back: upcycling, assembly from several models, and distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from descant.modules.moe import ExpertLayers
 
 
 class _Converting(StageChange, Adapt):
-    """Base of changes between dense layers and experts: of towers by name, by default of all that may have some."""
+    """Base of changes between dense layers and experts: in towers by name, by default in all that may have experts."""
 
     structural = True
 
@@ -28,14 +28,14 @@ class _Converting(StageChange, Adapt):
         self.towers = towers
 
     def change(self, place: str, tower: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Growth | None:
-        """Of the tower that is the module ``place``, from these earlier weights; with any weights where None."""
+        """Plan the change of the tower that is the module ``place``, from these earlier weights; None: any weights."""
         raise NotImplementedError
 
     def require(self, recipe: nn.Module) -> None:
-        """Raises ValueError, before training, for what ``apply`` would refuse."""
+        """Raise ValueError, before training, for changes that ``apply`` would refuse."""
         self._changes(recipe, 0, None)
 
-    def apply(  # type: ignore[override]  # as an Adapt, what it returns is not read
+    def apply(  # type: ignore[override]  # an Adapt's return value is not read
         self, recipe: nn.Module, boundary: Boundary | None = None
     ) -> Mapping[str, Growth]:
         at = boundary or Boundary("adapt", {}, mix(global_seed(), "adapt"))
@@ -75,20 +75,20 @@ class _Converting(StageChange, Adapt):
 
 
 class Upcycle(_Converting):
-    """Sparse experts in place of dense layers, each of which begins with the weights of the dense one.
+    """Sparse experts instead of dense layers; each expert starts with the weights of the dense layer.
 
-        FFN_e = FFN,   so that  sum_k w_k FFN_(e_k)(h) = FFN(h)  where  sum_k w_k = 1
+        FFN_e = FFN,   so that  sum_k w_k FFN_(e_k)(h) = FFN(h)  if  sum_k w_k = 1
 
-    Outputs stay as they are, but for rounding. Gates are fresh; all other weights stay. In ``begin`` of a stage, or in
-    ``adapt`` after Begin, which loads the dense model. A capacity drops tokens in training all the same.
+    Outputs stay as they are, except for rounding. Gates are fresh; all other weights stay. Use it in ``begin`` of a
+    stage, or in ``adapt`` after Begin, which loads the dense model. A capacity still drops tokens in training.
 
     Source: sparse upcycling (Komatsuzaki 2023, arXiv 2212.05055), without its noise unless asked; our reading: noise on
     the matrices of each expert, ``W_e = W + noise std(W) N(0, 1)``.
 
     Args:
-        experts: which layers, how many experts, and their router, whose weights have to sum to 1.
-        towers: names of the towers to change, ``lm`` for the language model; all that may have experts where not given.
-        noise: relative to the spread of each matrix; none where not given.
+        experts: the layers, their number of experts and their router, whose weights have to sum to 1.
+        towers: names of the towers to change, ``lm`` for the language model; by default all that may have experts.
+        noise: noise relative to the spread of each matrix; by default none.
 
     >>> from descant.modules.language import CausalLM
     >>> from descant.modules.moe import TopKRouter
@@ -109,11 +109,11 @@ class Upcycle(_Converting):
             raise ValueError(f"{owner}: experts.shared {experts.shared}: they add to the output; leave it out")
         if noise is not None and not noise > 0:
             raise ValueError(f"{owner}: noise {noise:g}: above 0, such as 0.01, or none")
-        described(experts)  # now, and not when a checkpoint is written
+        described(experts)  # fail now, and not when a checkpoint is written
         self.experts, self.noise = experts, noise
 
     def sources(self, place: str, tower: nn.Module, weights: Mapping[str, State]) -> dict[str, Any]:
-        """Where weights come from that are not the tower's own."""
+        """Return the sources of weights that are not the tower's own."""
         return {}
 
     def change(self, place: str, tower: nn.Module, seed: int, weights: Mapping[str, State] | None) -> Growth | None:
@@ -128,17 +128,17 @@ class Assemble(Upcycle):
 
         FFN_e = FFN of paths[e], or of the weights that stages[e] left
 
-    All other weights stay: give Begin before it, which loads those of one of the models, or Rewind.
+    All other weights stay: put Begin before it, which loads those of one of the models, or Rewind.
 
     Source: Uni-MoE (Li 2024, arXiv 2405.11273): experts that were trained on one modality each, then together.
 
     Args:
-        experts: as of Upcycle; as many as paths or stages.
-        paths: of each expert a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
-        stages: in place of paths: of each expert an earlier stage of the run, whose steps then count as the run's.
-        towers: as of Upcycle.
+        experts: as in Upcycle; one expert for each path or stage.
+        paths: for each expert a run folder, a checkpoint in one, or the folder of all runs of a name (the latest).
+        stages: instead of paths: for each expert an earlier stage of the run, whose steps then count as the run's.
+        towers: as in Upcycle.
         checkpoint: best (by the run's monitor; else the last), last, or a file.
-        sham: ``permute`` deals each hidden unit of a layer to a random expert: the same numbers, and no expert has
+        sham: ``permute`` deals each hidden unit of a layer to a random expert: the same numbers, but no expert has
             those of one model.
     """
 
@@ -176,15 +176,15 @@ class Assemble(Upcycle):
 
 
 class Distribute(_Converting):
-    """Dense layers in place of sparse experts, with the weights of one expert or with their mean.
+    """Dense layers instead of sparse experts, with the weights of one expert or with their mean.
 
         FFN = FFN_e   or   FFN = 1 / E sum_e FFN_e (of the weights)
 
-    So that a model of experts leaves as a dense one. Outputs change, unless all experts are equal.
+    A model with experts thus becomes a dense one. Outputs change, unless all experts are equal.
 
     Args:
-        expert: its number; the mean of all where not given.
-        towers: names of the towers to change, ``lm`` for the language model; all that have experts where not given.
+        expert: its number; by default the mean of all.
+        towers: names of the towers to change, ``lm`` for the language model; by default all that have experts.
     """
 
     def __init__(self, expert: int | None = None, towers: list[str] | None = None) -> None:

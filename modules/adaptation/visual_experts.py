@@ -1,4 +1,4 @@
-"""Visual experts of a language model that was trained on text: where they begin."""
+"""Initial weights for visual experts of a language model that was trained on text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.modules.moe.modality_linear import text_weight
 
 
 def language_model(owner: str, recipe: nn.Module) -> CausalLM:
-    """The recipe's language model; ValueError where it has none with visual experts."""
+    """Return the recipe's language model; ValueError if it has none with visual experts."""
     recipe = innermost(recipe)
     lm = getattr(recipe, LM, None)
     if getattr(lm, "visual", None) is None:
@@ -24,11 +24,11 @@ def language_model(owner: str, recipe: nn.Module) -> CausalLM:
 
 
 class CopyToVisualExperts(StageChange):
-    """At the beginning of a stage, visual experts take the weights of words: ``W^1 <- W^0`` (Mono-InternVL).
+    """Copy the text weights to visual experts at the beginning of a stage: ``W^1 <- W^0`` (Mono-InternVL).
 
-    For a run whose stages before trained the language model on text. Give this stage and those after it a ``train``
-    without the model's other weights, such as ``experts|towers|projector``: text is then what it was, to the bit.
-    Source: Luo 2024, arXiv 2410.08202.
+    This is for a run whose earlier stages trained the language model on text. Give this stage and those after it a
+    ``train`` without the model's other weights, such as ``experts|towers|projector``: outputs for text then stay the
+    same to the bit. Source: Luo 2024, arXiv 2410.08202.
 
     >>> from descant.modules.moe import VisualExperts
     >>> recipe = nn.Module()
@@ -47,13 +47,13 @@ class CopyToVisualExperts(StageChange):
 
 
 class BeginText(Begin):
-    """Starts from a run of a language model on text: visual experts are copies of its weights, and whatever else it
-    lacks, such as the tower and projector of images, stays as initialised.
+    """Start from a run of a language model on text; visual experts are copies of its weights.
 
-    For ``load`` of a stage or ``adapt``. Without visual experts in the recipe it adds the ability to see alone.
+    Other parts that the run lacks, such as the tower and projector of images, stay as initialised. Use it for ``load``
+    of a stage or in ``adapt``. Without visual experts in the recipe, it adds only the ability to see.
 
     Args:
-        path, checkpoint: as of Begin.
+        path, checkpoint: as in Begin.
     """
 
     def fresh(self, recipe: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

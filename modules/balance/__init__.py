@@ -1,1 +1,1 @@
-"""Modality balancing: one file a method, named after its paper."""
+"""Modality balancing: one file per method, named after its paper."""

@@ -14,7 +14,7 @@ Slow = Literal["ahead", "behind"]
 
 
 def agm_factors(score_M: Tensor, mean_M: Tensor, alpha: float = 1.0, cap: float = 7.0, slow: Slow = "ahead") -> Tensor:
-    """AGM's gradient factors ``[M]`` of this step's losses and their mean over earlier steps; zeros at the first one.
+    """Compute AGM's gradient factors ``[M]`` from this step's losses and their mean over earlier steps, zeros at first.
 
     >>> [round(k, 3) for k in agm_factors(torch.tensor([0.5, 1.5]), torch.ones(2)).tolist()]  # exp(1 - e), exp(1 - 1/e)
     [0.179, 1.882]
@@ -25,17 +25,17 @@ def agm_factors(score_M: Tensor, mean_M: Tensor, alpha: float = 1.0, cap: float 
 
 
 class AGM(Pacing):
-    """Adaptive gradient modulation: hold each modality to its lead in the mean of earlier steps.
+    """Adaptive gradient modulation: hold each modality to its mean lead in earlier steps.
 
         s_m = mean cross-entropy(logits_m, label)              r_m = exp(M / (M - 1) (mean s - s_m))
-        tau_m = the same of the mean of s over earlier steps   factor_m = exp(alpha min(tau_m - r_m, cap))
+        tau_m = the same for the mean of s over earlier steps  factor_m = exp(alpha min(tau_m - r_m, cap))
 
-    A modality whose loss is lower relative to the others than before is ahead, and is slowed down, as in the authors'
+    A modality whose loss, relative to the others, is lower than before is ahead and is slowed down, as in the authors'
     release; tau is 1 at the first step. ``slow: behind`` is the sign of BalanceBenchmark, r_m = exp(M / (M - 1) (s_m -
-    mean s)), which slows the one behind. Source: Li 2023, arXiv 2308.07686.
+    mean s)), which slows the modality that is behind. Source: Li 2023, arXiv 2308.07686.
 
     Args:
-        alpha: how strongly; 0 not at all.
+        alpha: strength; 0 for none.
         cap: bound of the exponent over alpha; the release has 7, 10 or none.
         slow: ``ahead``, or ``behind``.
 
@@ -58,7 +58,7 @@ class AGM(Pacing):
     def pace(self, score_M: Tensor) -> Tensor:
         score_M = score_M.double()
         count = self.state.get("count", torch.zeros((), dtype=torch.float64)) + 1
-        mean_M = self.state.get("mean", torch.zeros_like(score_M)).to(score_M)  # of a checkpoint it is on the CPU
+        mean_M = self.state.get("mean", torch.zeros_like(score_M)).to(score_M)  # from a checkpoint it is on the CPU
         factor_M = agm_factors(score_M, mean_M, self.alpha, self.cap, self.slow)
         self.state = {"count": count, "mean": mean_M + (score_M - mean_M) / count.to(score_M)}
         return factor_M

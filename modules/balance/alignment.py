@@ -1,4 +1,4 @@
-"""LFM's alignment of modalities: their decisions, or their latents, are drawn together (NeurIPS 2024).
+"""LFM's alignment of modalities: pulls their decisions, or their latents, together (NeurIPS 2024).
 
 Letters: B samples, G samples of all ranks, C classes, D width.
 """
@@ -25,10 +25,10 @@ class LogitAlignment(Regularizer):
 
         value_b = mean over pairs (m, n) of  (KL(r, p_m) + KL(r, p_n)) / 2,       r = (p_m + p_n) / 2
 
-    over the pairs that the sample has, with p the softmax of ``f(none) + M_b share_m``, whose mean over the sample's
-    M_b modalities are the fused logits, as in the release. Its divergence has the mean first: Jensen and Shannon's has
-    it second (:func:`descant.modules.balance.mcr.js_divergence`). Source: Yang 2024 (LFM, NeurIPS 2024), the code at
-    github.com/njustkmg/NeurIPS24-LFM; the mean over more pairs as in BalanceBenchmark.
+    over the pairs that the sample has. p is the softmax of ``f(none) + M_b share_m``, whose mean over the sample's M_b
+    modalities is the fused logits, as in the release. This divergence has the mean first; that of Jensen and Shannon
+    has it second (:func:`descant.modules.balance.mcr.js_divergence`). Source: Yang 2024 (LFM, NeurIPS 2024), the code
+    at github.com/njustkmg/NeurIPS24-LFM; the mean over more pairs as in BalanceBenchmark.
     """
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
@@ -50,12 +50,12 @@ class LatentAlignment(Regularizer):
 
         value_b = mean over pairs (m, n), both ways, of  - log softmax_g(z_mb . z_ng / temperature)_b
 
-    of unit length, over the samples of all ranks that have both (the loss of CLIP). The paper describes an unsupervised
-    contrast, and its release has :class:`LogitAlignment` instead; the form is our reading. Source: Yang 2024 (LFM,
-    NeurIPS 2024).
+    with latents of unit length, over the samples of all ranks that have both (the loss of CLIP). The paper describes an
+    unsupervised contrast, but its release has :class:`LogitAlignment` instead; the form is our reading. Source: Yang
+    2024 (LFM, NeurIPS 2024).
 
     Args:
-        temperature: what similarities are divided by.
+        temperature: divisor of the similarities.
     """
 
     in_batch_negatives = True
@@ -80,6 +80,6 @@ class LatentAlignment(Regularizer):
         return {ALIGNMENT: Term(total_B / pairs_B.clamp(min=1), valid=pairs_B > 0, norm=context.rows)}
 
     def _contrast(self, u_BD: Tensor, own_BD: Tensor, all_GD: Tensor, both_G: Tensor) -> Tensor:
-        # the lowest number, not -inf: rows stay finite where no sample has both
+        # the lowest number, not -inf: rows stay finite if no sample has both
         sim_BG = (u_BD @ all_GD.T / self.temperature).masked_fill(~both_G, torch.finfo(u_BD.dtype).min)
         return sim_BG.logsumexp(dim=1) - (u_BD * own_BD).sum(dim=1) / self.temperature

@@ -1,8 +1,8 @@
-"""Per-modality gradient modulation: from how well each modality does alone to a factor of its gradients.
+"""Per-modality gradient modulation: a factor for each modality's gradients, from how well the modality does alone.
 
     s_m = mean over samples of score(logits_m, label)        factor = pace(s)
 
-Rules get the same numbers on every rank and give the same factors; their state is in the checkpoint.
+Rules get the same numbers on every rank and return the same factors; checkpoints contain their state.
 Letters: B samples, C classes, M modalities.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Pacing:
-    """``score`` of one modality's part of the logits, sample by sample, and ``pace`` of their means, once a step."""
+    """Base of modulation rules: ``score`` a modality's logits by sample, and ``pace`` by the means, once per step."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -23,7 +23,7 @@ class Pacing:
         raise NotImplementedError
 
     def pace(self, score_M: Tensor) -> Tensor:
-        """Float64 factors ``[M]``, 1 for an unchanged modality; updates the state."""
+        """Compute float64 factors ``[M]``, 1 for an unchanged modality; updates the state."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:

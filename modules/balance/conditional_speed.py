@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class ConditionalSpeed:
-    """Which modality learns alone in the next step, if any, by how fast each learns from the others.
+    """Choice of the modality that learns alone in the next step, if any, by how fast each learns from the others.
 
         mu = sum over regular steps of |g|^2 / |theta|^2          of a group of parameters
-        speed_m = log10( mu(what lets m see the others) / mu(what is of m alone) )
+        speed_m = log10( mu(parameters that let m see the others) / mu(parameters of m alone) )
 
-    Where the largest speed exceeds the smallest by more than ``epsilon``, the modality of the largest learns alone for
-    ``window`` steps, which do not count for mu. For two modalities as in nyukat/greedy_multimodal_learning; the largest
-    and the smallest of more are our reading. Source: Wu 2022, arXiv 2202.05306.
+    If the largest speed exceeds the smallest by more than ``epsilon``, the modality with the largest learns alone for
+    ``window`` steps, which do not count for mu. For two modalities this is as in nyukat/greedy_multimodal_learning;
+    taking the largest and the smallest of more is our reading. Source: Wu 2022, arXiv 2202.05306.
 
     >>> rule = ConditionalSpeed(epsilon=0.5, window=2)
     >>> even, greedy = torch.ones(2, 2), torch.tensor([[19.0, 1.0], [1.0, 1.0]])
@@ -29,7 +29,7 @@ class ConditionalSpeed:
 
     def __init__(self, epsilon: float = 0.01, window: int = 5) -> None:
         self.epsilon, self.window = epsilon, window
-        self.left, self.alone = 0, 0  # steps of this re-balancing to come, and the modality that it is of
+        self.left, self.alone = 0, 0  # remaining steps of this re-balancing, and its modality
         self.mu_2M = torch.zeros(2, 0, dtype=torch.float64)
 
     @property
@@ -37,9 +37,9 @@ class ConditionalSpeed:
         return (self.mu_2M[0] / self.mu_2M[1]).log10()
 
     def decide(self, ratio_2M: Tensor, free: bool = True) -> int | None:
-        """The modality's number; of ``|g|^2 / |theta|^2`` of what lets each see the others, and of what is its own.
+        """Return the number of the modality that learns alone, if any. Without ``free`` no re-balancing begins.
 
-        Without ``free`` no re-balancing begins.
+        ``ratio_2M``: ``|g|^2 / |theta|^2`` of the parameters that let each see the others, and of its own parameters.
         """
         if self.left:
             self.left -= 1

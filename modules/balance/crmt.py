@@ -21,7 +21,7 @@ class UnimodalMargin(Regularizer):
     Source: Yang 2024, arXiv 2402.06244.
 
     Args:
-        weight: of the term.
+        weight: weight of the term.
     """
 
     def __init__(self, weight: float = 2.0) -> None:

@@ -21,7 +21,7 @@ from descant.modules.core.sham import partners
 
 
 def js_divergence(a_BC: Tensor, b_BC: Tensor) -> Tensor:
-    """``[B]``: ``(KL(p, m) + KL(q, m)) / 2`` of the softmax p and q of two logits, ``m = (p + q) / 2``; in nats.
+    """Compute ``(KL(p, m) + KL(q, m)) / 2``, ``[B]``, of two logits' softmax p and q, ``m = (p + q) / 2``; in nats.
 
     >>> js_divergence(torch.tensor([[50.0, 0.0], [1.0, 2.0]]), torch.tensor([[0.0, 50.0], [1.0, 2.0]])).tolist()
     [0.6931471824645996, 0.0]
@@ -38,16 +38,16 @@ class Game(Regularizer):
         D(a; i) = mean_s JS(f with z_i of other samples, f),        where player a alone takes a gradient
         value_b = weight sum over players a and modalities i of  stake(a, i) D_b(a; i)
 
-    f with z_i of others: latents are permuted along S random cycles through the samples of this micro-batch that
-    have i, so no tower runs again. The undisturbed f takes its gradient too, and so does the fusion. Samples
-    with one modality add zero. With a game the decision has to be trained (a cross-entropy), or logits grow for ever.
+    For f with z_i of others, latents are permuted along S random cycles through the samples of this micro-batch that
+    have i, so no tower runs again. The undisturbed f gets its gradient as well, and so does the fusion. Samples with
+    one modality add zero. A game also needs a loss of the decision (a cross-entropy), or logits grow for ever.
     Source: Kontras 2024 (MCR, arXiv 2411.07335), for two modalities; the sum over more is our reading.
 
     Args:
-        weight: of the term. permutations: S.
-        detach: what of the others takes no gradient in D: ``projections``, W_m z_m, as in the authors' release, or
-            ``latents``, z_m alone (our variant). The gradients at z are the same; at W_m of a greedy game they cancel
-            with ``latents``, and with ``projections`` W_m plays as its latents do.
+        weight: weight of the term. permutations: S.
+        detach: part of the other modalities that gets no gradient in D: ``projections``, W_m z_m, as in the authors'
+            release, or ``latents``, only z_m (our variant). The gradients at z are the same. Those at W_m of a greedy
+            game cancel with ``latents``; with ``projections`` W_m plays like its latents.
     """
 
     by_rank = "permutes latents among the rows of a micro-batch"
@@ -61,7 +61,7 @@ class Game(Regularizer):
         self.weight, self.permutations, self.detach = weight, permutations, detach
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
-        """Coefficient of D(player; disturbed): negative to maximise it, positive to minimise it."""
+        """Return the coefficient of D(player; disturbed): negative to maximise it, positive to minimise it."""
         raise NotImplementedError
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
@@ -83,13 +83,13 @@ class Game(Regularizer):
         return {"game": Term(self.weight * value_B, valid=several_B, norm=context.rows)}
 
     def still(self, z: Mapping[str, Tensor], player: str) -> tuple[str, ...]:
-        """Modalities that take no gradient where others' latents are handed on."""
+        """Return the modalities that get no gradient when latents are permuted."""
         return tuple(m for m in z if m != player)
 
     def disturbed(
         self, context: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
     ) -> Tensor:
-        """``d_B``: mean divergence from the logits as they are, with z_i handed on by S circles."""
+        """Compute ``d_B``, the mean divergence from the undisturbed logits with z_i permuted along S cycles."""
         S = self.permutations
         z_SB = {m: z_BD[source_SB] if m == i else z_BD.repeat(S, 1) for m, z_BD in z.items()}
         f_SBC = context.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
@@ -101,18 +101,18 @@ def _several(*masks: Tensor) -> Tensor:
 
 
 class IndependentGame(Game):
-    """Each modality maximises the influence of its own latents: ``- sum_a D(a; a)``."""
+    """Game in which each modality maximises the influence of its own latents: ``- sum_a D(a; a)``."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         return -1.0 if player == disturbed else 0.0
 
 
 class GreedyGame(Game):
-    """Each modality maximises the influence of its own latents and minimises that of the others:
+    """Game in which each modality maximises the influence of its own latents and minimises that of the others:
 
         sum_a ( - D(a; a) + 1 / (M - 1) sum_{i != a} D(a; i) )
 
-    For two modalities that all samples have its value is always zero, and its gradients at the latents are not.
+    For two modalities that all samples have, its value is always zero, but its gradients at the latents are not.
     """
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
@@ -120,7 +120,7 @@ class GreedyGame(Game):
 
 
 class CollaborativeGame(Game):
-    """All modalities maximise the influence of each: ``- sum_i D(i)``, where all latents take a gradient."""
+    """Game in which all modalities maximise the influence of each: ``- sum_i D(i)``; all latents get a gradient."""
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
         return -1.0 if player == disturbed else 0.0  # once each
@@ -130,13 +130,13 @@ class CollaborativeGame(Game):
 
 
 def nt_xent(sim_AG: Tensor, positive_AG: Tensor, negative_AG: Tensor) -> Tensor:
-    """``[A]``: sum over positives p of an anchor of ``- log(e^s_p / (e^s_p + sum over negatives n of e^s_n))``.
+    """Sum ``- log(e^s_p / (e^s_p + sum over negatives n of e^s_n))`` over each anchor's positives p, ``[A]``.
 
     >>> sim_AG, one_AG = torch.zeros(1, 4), torch.tensor([[True, True, False, False]])
     >>> round(nt_xent(sim_AG, one_AG, ~one_AG).item(), 4)  # 2 log 3
     2.1972
     """
-    lowest = torch.finfo(sim_AG.dtype).min  # not -inf: an anchor without negatives stays finite, and is worth 0
+    lowest = torch.finfo(sim_AG.dtype).min  # not -inf: an anchor without negatives stays finite, and adds 0
     negatives_A1 = sim_AG.masked_fill(~negative_AG, lowest).logsumexp(dim=1, keepdim=True)
     return torch.where(positive_AG, torch.logaddexp(sim_AG, negatives_A1) - sim_AG, 0.0).sum(dim=1)
 
@@ -146,12 +146,12 @@ class LabelContrast(Regularizer):
 
         L = mean over pairs (a, p) of one label, of  - log(e^s_ap / (e^s_ap + sum over n of another label of e^s_an))
 
-    with ``s = z_a . z_p / temperature`` of unit-length latents of any modality, present and labelled, of all ranks. A
-    sample's value is the sum of its latents' pairs, scaled so that the mean over samples is L. Source: Kontras 2024
-    (MCR, arXiv 2411.07335); :class:`CrossModalSupCon` is our variant.
+    with ``s = z_a . z_p / temperature`` over the unit-length latents of all modalities and ranks that are present and
+    labelled. A sample's value is the sum of its latents' pairs, scaled so that the mean over samples is L. Source:
+    Kontras 2024 (MCR, arXiv 2411.07335); :class:`CrossModalSupCon` is our variant.
 
     Args:
-        weight: of the term. temperature: what similarities are divided by.
+        weight: weight of the term. temperature: divisor of the similarities.
     """
 
     in_batch_negatives = True
@@ -169,7 +169,7 @@ class LabelContrast(Regularizer):
         label_A, here_A, any_B = label_B.repeat(len(z)), here_MB.flatten(), here_MB.any(dim=0)
         both_AG, same_AG = here_A[:, None] & gather(here_A), label_A[:, None] == gather(label_A)
         positive_AG = same_AG & both_AG
-        positive_AG.diagonal(first_row(len(u_AD))).fill_(False)  # a latent is no pair of its own
+        positive_AG.diagonal(first_row(len(u_AD))).fill_(False)  # a latent is not its own pair
         pairs = gather(positive_AG.sum(dim=1)).sum().clamp(min=1)
         sum_A = nt_xent(u_AD @ gather(u_AD).T / self.temperature, positive_AG, ~same_AG & both_AG)
         value_B = sum_A.unflatten(0, here_MB.shape).sum(dim=0) * gather(any_B).sum() / pairs
@@ -181,8 +181,8 @@ class CrossModalSupCon(LabelContrast):
 
         value_b = mean over p with y_p = y_b of  - log softmax_p (z_a,b . z_c,p / temperature),  both ways, all pairs
 
-    of unit length, over the samples of all ranks that have both: one modality's latents are no negatives of each
-    other, and all positives are in the denominator. Source: Khosla 2020, arXiv 2004.11362, between modalities.
+    with latents of unit length, over the samples of all ranks that have both. Latents of one modality are not negatives
+    of each other, and all positives are in the denominator. Source: Khosla 2020, arXiv 2004.11362, between modalities.
     Arguments: those of :class:`LabelContrast`.
     """
 
@@ -197,7 +197,7 @@ class CrossModalSupCon(LabelContrast):
             same_BG = (label_B[:, None] == label_G) & both_G
             for one, other in ((a, c), (c, a)):
                 sim_BG = (u[one] @ all_G[other].T / self.temperature).masked_fill(~both_G, -torch.inf)
-                # rows that lack one are level, so that they stay finite
+                # rows that lack one get equal similarities, so that they stay finite
                 sim_BG = torch.where(both_B[:, None], sim_BG, 0.0)
                 log_BG = torch.where(same_BG, sim_BG.log_softmax(dim=1), 0.0)
                 value_B = -log_BG.sum(dim=1) / same_BG.sum(dim=1).clamp(min=1)
@@ -211,10 +211,10 @@ class Bottleneck(Regularizer):
 
         value_b = mean over numbers of  ([z_1 ... z_M]_b - g(logits_b))^2,      g: two linear layers, no bias
 
-    with no gradient to the logits (the conditional entropy bound of MCR). Of absent modalities nothing counts.
+    with no gradient to the logits (the conditional entropy bound of MCR). Absent modalities do not count.
 
     Args:
-        weight: of the term. hidden: width inside g.
+        weight: weight of the term. hidden: width inside g.
     """
 
     def __init__(self, weight: float = 1.0, hidden: int = 256) -> None:

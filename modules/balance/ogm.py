@@ -30,7 +30,7 @@ class OGM(Pacing):
 
     @staticmethod
     def lead(score_M: Tensor) -> Tensor:
-        """Float64 ``rho_M``."""
+        """Compute ``rho_M`` in float64."""
         score_M = score_M.double()
         others_M = (score_M.sum() - score_M) / (len(score_M) - 1)
         # a score over zero is an infinite lead, unless it is zero itself

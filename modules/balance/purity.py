@@ -1,4 +1,4 @@
-"""Separability of latents: k-means, and how pure its clusters are in classes.
+"""Separability of latents: k-means, and the purity of its clusters by class.
 
 Letters: N rows, D width, K clusters.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def kmeans(x_ND: Tensor, clusters: int, seed: int, restarts: int = 4, rounds: int = 300) -> Tensor:
-    """Int64 ``[N]``: the cluster of each row, in the best of some runs of Lloyd's algorithm from k-means++ centres.
+    """Find each row's cluster, int64 ``[N]``, by the best of several runs of Lloyd's algorithm from k-means++ centres.
 
-    In float64 on the CPU, by draws of the seed alone, so that it is the same on every rank and device. A run ends when
-    no row changes its cluster. An empty cluster keeps its centre.
+    It computes in float64 on the CPU and draws only from the seed, so that the result is the same on every rank and
+    device. A run ends when no row changes its cluster. An empty cluster keeps its centre.
 
     >>> kmeans(torch.tensor([[0.0], [0.1], [5.0], [5.2]]), 2, seed=0).bincount().tolist()
     [2, 2]
@@ -36,7 +36,7 @@ def kmeans(x_ND: Tensor, clusters: int, seed: int, restarts: int = 4, rounds: in
 
 
 def _seeds(x_ND: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next centre is a row, drawn by its squared distance from the nearest one."""
+    """Draw k-means++ centres: each next centre is a row, drawn by its squared distance from the nearest one so far."""
     rows = [int(torch.randint(len(x_ND), (1,), generator=generator))]
     far_N = (x_ND - x_ND[rows[0]]).square().sum(dim=1)
     for _ in range(clusters - 1):
@@ -47,13 +47,13 @@ def _seeds(x_ND: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
 
 
 def _nearest(x_ND: Tensor, c_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance from the nearest centre, and which it is."""
+    """Return the squared distance from the nearest centre, and that centre's number."""
     far_NK = x_ND.square().sum(dim=1)[:, None] - 2 * x_ND @ c_KD.T + c_KD.square().sum(dim=1)
     return far_NK.min(dim=1)
 
 
 def purity(cluster_N: Tensor, label_N: Tensor) -> float:
-    """Share of rows whose label is the most frequent one of their cluster.
+    """Compute the share of rows whose label is the most frequent one in their cluster.
 
     >>> purity(torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 1, 1]))
     0.75
@@ -64,7 +64,7 @@ def purity(cluster_N: Tensor, label_N: Tensor) -> float:
 
 
 def separability(z_ND: Tensor, label_N: Tensor, classes: int, seed: int) -> float:
-    """Purity of as many clusters as there are classes, of latents whose numbers are each scaled to [-1, 1].
+    """Compute the purity of ``classes`` clusters of latents, each feature of which is scaled to [-1, 1].
 
     >>> z_ND, label_N = torch.tensor([[0.0, 9.0], [0.1, 9.0], [5.0, 9.0], [5.2, 9.0]]), torch.tensor([0, 0, 1, 1])
     >>> separability(z_ND, label_N, classes=2, seed=0)

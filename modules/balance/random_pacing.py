@@ -10,14 +10,14 @@ from descant.modules.core.rng import global_seed, mix
 
 
 class RandomPacing(Pacing):
-    """Scale down the gradients of one modality a step, whichever is drawn: modulation that chooses nothing.
+    """Scale down the gradients of one randomly drawn modality per step: modulation without a choice.
 
         factor_m = factor for one m, drawn by (seed, step), and 1 for the others
 
-    Ours: a control, of the same cost as :class:`OGM`, whose scores it reads and leaves unused.
+    This is our control. It costs the same as :class:`OGM`, whose scores it computes but does not use.
 
     Args:
-        factor: of the modality that is drawn.
+        factor: factor of the drawn modality.
 
     >>> rule = RandomPacing(factor=0.25)
     >>> sorted(rule.pace(torch.tensor([0.6, 0.3])).tolist())

@@ -1,4 +1,4 @@
-"""Regularizers of a multimodal classifier: loss terms beside its own, of its fusion inputs and logits.
+"""Regularizers of a multimodal classifier: additional loss terms from its fusion inputs and logits.
 
 Letters: B samples, C classes.
 """
@@ -19,13 +19,13 @@ from descant.modules.fusion.classifiers import FusionHead
 
 @dataclass(frozen=True)
 class FusionContext:
-    """What a regularizer reads of a forward pass: fusion inputs, logits, and the fusion itself.
+    """Parts of a forward pass that a regularizer reads: fusion inputs, logits, and the fusion itself.
 
     Attributes:
         inputs: latents, presence and labels. present: presence masks that the fusion got, after a callback's dropout.
-        logits_BC: of the fusion.
-        fuse: from latents and presence to logits. fusion: the module that does it.
-        batch: of the samples. rows: samples of the whole step with a modality, which terms are divided by.
+        logits_BC: logits of the fusion.
+        fuse: maps latents and presence to logits. fusion: the module that does it.
+        batch: batch of the samples. rows: number of the whole step's samples with a modality; terms are divided by it.
     """
 
     inputs: FusionInputs
@@ -38,13 +38,13 @@ class FusionContext:
 
 
 class Regularizer(nn.Module):
-    """``regularizer(context)`` -> named terms that join the recipe's own."""
+    """Base of regularizers: ``regularizer(context)`` -> named terms that join the recipe's own."""
 
-    #: Whether samples of the batch are compared, so that micro-batches of a step would have fewer of them.
+    #: Whether it compares samples of the batch, of which the micro-batches of a step would have fewer.
     in_batch_negatives = False
 
     def build(self, widths: Mapping[str, int], classes: int) -> Self:
-        """Makes its layers, if it has some, for modality -> width of its latents."""
+        """Create its layers, if it has any, for modality -> width of its latents."""
         return self
 
     def forward(self, context: FusionContext) -> dict[str, Term]:

@@ -3,7 +3,7 @@
     loss = own terms + sum over targets:  weight mean over samples b of the whole step of  value_b
 
 The teacher runs without gradients, in eval mode, on the batch that the student sees.
-Letters: B samples, N decisions (a sample has one, or one a token), K choices, D width.
+Letters: B samples, N decisions (one per sample, or one per token), K choices, D width.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from descant.modules.core.protocols import Embeds
 if TYPE_CHECKING:
     from descant.modules.adaptation.growth import Growth
 
-#: Logits that are there at once.
+#: Number of logits that are in memory at once.
 CELLS = 1 << 22
 
 
 @runtime_checkable
 class MakesDecisions(Protocol):
-    """``decide(batch)``: its decisions; ``choices``: between how many. Training has them in ``Output.decisions``."""
+    """Network with ``decide(batch)``: decisions among ``choices``. In training they are in ``Output.decisions``."""
 
     @property
     def choices(self) -> int: ...
@@ -47,13 +47,16 @@ class MakesDecisions(Protocol):
 
 @runtime_checkable
 class MakesLabels(Protocol):
-    """``label_logits(batch)``: objective -> makes its decisions. Training has the student's in ``Output.logits``."""
+    """Network with ``label_logits(batch)``: objective -> function that makes its decisions.
+
+    In training, those of the student are in ``Output.logits``.
+    """
 
     def label_logits(self, batch: Batch) -> Mapping[str, Callable[[], Decisions]]: ...
 
 
 class Teacher(nn.Module):
-    """Where a teacher comes from: ``network(student)``, asked once, before training.
+    """Base of teachers: ``network(student)`` provides the network and is called once, before training.
 
     ``follow(student)`` is called after every optimizer step.
     """
@@ -62,13 +65,13 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def follow(self, student: nn.Module) -> None:
-        """Nothing, unless the teacher changes."""
+        """Update the teacher after an optimizer step. By default it does not change."""
 
     def grow(self, growths: Mapping[str, Growth]) -> None:
-        """Called with what ``Grow.grow`` did to towers of the student; nothing, unless the teacher is a copy of it."""
+        """Apply what ``Grow.grow`` did to the student's towers, if the teacher is a copy. By default do nothing."""
 
     def begin(self, student: nn.Module) -> None:
-        """Called at each stage of a run in stages; nothing, unless the teacher is what the stage began with."""
+        """Begin a stage, in a run in stages, if the teacher is a copy of the stage's start. By default do nothing."""
 
 
 class DistillContext:
@@ -76,9 +79,9 @@ class DistillContext:
 
     Args:
         student: in training mode. teacher: used without gradients.
-        batch: of both.
-        output: of the student.
-        taught: the teacher's decisions, where they are computed already.
+        batch: the batch of both.
+        output: the student's output.
+        taught: the teacher's decisions, if they are already computed.
     """
 
     def __init__(
@@ -93,12 +96,12 @@ class DistillContext:
 
     @cached_property
     def rows(self) -> Tensor:
-        """How many samples of the whole step have a modality: what targets are divided by."""
+        """Count the samples of the whole step that have a modality, by which targets are divided."""
         return some(*self.batch.step.values()).sum().clamp(min=1)
 
     @cached_property
     def decisions(self) -> Decisions:
-        """The student's."""
+        """Compute the student's decisions."""
         if self.output.decisions is None:
             raise ValueError(f"distill: {type(self.student).__name__} has no decisions for a target to compare")
         return self.output.decisions()
@@ -112,10 +115,10 @@ class DistillContext:
 
 
 class Target(nn.Module):
-    """``target(context)`` -> named terms that join the student's own."""
+    """Base of targets: ``target(context)`` -> named terms that join the student's own."""
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:
-        """Makes its layers, if it has some."""
+        """Create its layers, if it has any."""
         return self
 
     def forward(self, context: DistillContext) -> dict[str, Term]:
@@ -123,17 +126,17 @@ class Target(nn.Module):
 
 
 class Distill(Teaching):
-    """What a recipe learns from another network, beside its own terms (``model.distill``).
+    """Distillation from another network, besides a recipe's own terms (``model.distill``).
 
     Args:
         teacher: a run, or the student's own average.
-        targets: what is learned of it; none for a teacher that only a callback asks (Rounds).
+        targets: what the student learns from it; none for a teacher that only a callback uses (Rounds).
     """
 
     def __init__(self, teacher: Teacher, targets: list[Target] | None = None) -> None:
         super().__init__()
         self.teacher, self.targets = teacher, nn.ModuleList(targets or [])
-        self._network: list[nn.Module] = []  # a list, so that a frozen teacher is no part of the run
+        self._network: list[nn.Module] = []  # a list, so that a frozen teacher is not a submodule
 
     @property
     def prepared(self) -> bool:
@@ -141,10 +144,11 @@ class Distill(Teaching):
 
     @property
     def network(self) -> nn.Module:
-        """The teacher, in eval mode, once training has begun."""
+        """Return the teacher in eval mode; it exists once training has begun."""
         return self._network[0].eval()
 
     def prepare(self, student: nn.Module) -> None:
+        """Create the teacher and the targets' layers, once, before training."""
         if not self._network:
             network = self.teacher.network(student).requires_grad_(False).eval()
             self._network.append(network)
@@ -166,7 +170,7 @@ class Distill(Teaching):
 
 
 def require_decisions(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ValueError unless both decide, between as many choices."""
+    """Raise ValueError unless both make decisions, among the same number of choices."""
     for who, network in (("the student", student), ("the teacher", teacher)):
         if not has(network, MakesDecisions):
             raise ValueError(
@@ -181,7 +185,7 @@ def require_decisions(student: nn.Module, teacher: nn.Module) -> None:
 
 
 class DecisionTarget(Target):
-    """A target of decisions: one value each, and of a sample their mean."""
+    """Target with one value per decision; a sample's value is their mean."""
 
     name = ""
 
@@ -199,7 +203,7 @@ class DecisionTarget(Target):
         return {self.name: Term(self.weight * value_B, valid=valid_B, norm=context.rows)}
 
     def values(self, decisions: Decisions, taught: Decisions, choices: int, B: int) -> tuple[Tensor, Tensor]:
-        """The mean over a sample's decisions ``[B]``, and which samples have some."""
+        """Return the mean over each sample's decisions ``[B]``, and which samples have any."""
         mine_N, theirs_N = in_common(decisions.sample_N, taught.sample_N)
         rows, all_at_once = max(CELLS // choices, 1), len(mine_N) * choices <= CELLS
 
@@ -208,7 +212,7 @@ class DecisionTarget(Target):
                 t_nK = taught.logits(theirs_n)
             return self.value(decisions.logits(mine_n), t_nK.detach())
 
-        # logits that do not fit are made once more in backward, and never all kept
+        # logits that do not fit are recomputed in backward, and never all kept
         parts = [
             part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
             for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
@@ -220,12 +224,12 @@ class DecisionTarget(Target):
 
 
 class SoftTarget(DecisionTarget):
-    """``T^2 KL(softmax(t / T), softmax(s / T))`` of the teacher's logits t and the student's s; one term, "soft".
+    """Soft target, ``T^2 KL(softmax(t / T), softmax(s / T))`` of teacher logits t and student logits s: term "soft".
 
     Source: Hinton 2015, arXiv 1503.02531.
 
     Args:
-        temperature: T. weight: of the term.
+        temperature: T. weight: weight of the term.
 
     >>> s, t = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     >>> round(SoftTarget().value(s, t).item(), 4), round(SoftTarget(temperature=10).value(s, t).item(), 4)
@@ -245,17 +249,17 @@ class SoftTarget(DecisionTarget):
 
 
 class SoftLabels(SoftTarget):
-    """Soft labels of several objectives: :class:`SoftTarget` of the logits of each, ``soft-{objective}``.
+    """Soft labels of several objectives: :class:`SoftTarget` of each one's logits, as term ``soft-{objective}``.
 
         (1 - alpha) CE(label, s) + alpha CE(softmax t, s)     with weight alpha, and 1 - alpha in ``mix`` of the recipe
 
-    less the entropy of the label, which has no gradient; both are averaged over the same samples. With TeacherAverage
-    it is momentum distillation. Source: Li 2021 (ALBEF, arXiv 2107.07651: alpha 0.4, decay 0.995) and mPLUG-2, whose
-    release moves its average in each forward, before the step, and without buffers and fusion layers.
+    minus the entropy of the label, which has no gradient. Both are averaged over the same samples. With TeacherAverage
+    this is momentum distillation. Source: Li 2021 (ALBEF, arXiv 2107.07651: alpha 0.4, decay 0.995) and mPLUG-2, whose
+    release updates its average in each forward, before the step, and without buffers and fusion layers.
 
     Args:
         objectives: names of Contrast and MaskedTokens objectives of MultiTask.
-        temperature: of both. weight: alpha.
+        temperature: temperature of both. weight: alpha.
     """
 
     def __init__(self, objectives: list[str], temperature: float = 1.0, weight: float = 0.4) -> None:
@@ -286,7 +290,7 @@ class SoftLabels(SoftTarget):
 
 
 class HardTarget(DecisionTarget):
-    """``- log softmax(s)[argmax t]``: what the teacher would choose is the label; one term, "hard".
+    """Hard target, ``- log softmax(s)[argmax t]``: the teacher's choice is the label; one term, "hard".
 
     >>> round(HardTarget().value(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 2.0]])).item(), 4)
     1.3133
@@ -299,13 +303,13 @@ class HardTarget(DecisionTarget):
 
 
 class FeatureTarget(Target):
-    """``1 - cos(W z_b, t_b)`` of the embeddings of one modality, z the student's and t the teacher's.
+    """Feature target, ``1 - cos(W z_b, t_b)`` of one modality's embeddings, z the student's and t the teacher's.
 
-    W is learned and only of training. One term a modality, ``features-{modality}``. Source: FitNets (Romero 2015,
-    arXiv 1412.6550), with a cosine in place of squares.
+    W is learned and used only in training. Each modality has one term, ``features-{modality}``. Source: FitNets (Romero
+    2015, arXiv 1412.6550), with a cosine instead of squares.
 
     Args:
-        modality: whose embeddings. weight: of the term.
+        modality: the modality whose embeddings are compared. weight: weight of the term.
     """
 
     def __init__(self, modality: str, weight: float = 1.0) -> None:
@@ -339,9 +343,10 @@ class FeatureTarget(Target):
 
 
 def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which decisions are of the same samples, as numbers of both.
+    """Find the decisions that both make for the same samples, as row numbers of each.
 
-    All where both have the same in the same order; else a sample has one, and some are known to one of the two alone.
+    These are all decisions if both have the same samples in the same order. Otherwise a sample must have only one
+    decision, and samples that only one of the two has are left out.
 
     >>> in_common(torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
     (tensor([1, 2]), tensor([1, 2]))
@@ -358,9 +363,9 @@ def in_common(sample_N: Tensor, other_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(s_NK: Tensor, t_NK: Tensor, temperature: float = 1.0) -> Tensor:
-    """``[N]``: ``T^2 KL(softmax(t / T), softmax(s / T))``, in float32 or what is finer.
+    """Compute ``T^2 KL(softmax(t / T), softmax(s / T))``, ``[N]``, in float32 or finer.
 
-    T^2 keeps gradients at the student's logits of one size, whatever T is. Choices of -inf in both count 0.
+    T^2 keeps the gradients at the student's logits equally large, whatever T is. Choices of -inf in both count 0.
     """
     s_NK, t_NK = (promote(x_NK) / temperature for x_NK in (s_NK, t_NK))
     log_t_NK = t_NK.log_softmax(dim=1)

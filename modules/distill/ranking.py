@@ -1,16 +1,16 @@
 """DCD: ranking distillation from a cross-encoder that mines hard negatives, weighted by its confidence.
 
-For each image the teacher scores F drawn texts; the own text and the wrong ones that it scores highest make a list, in
-one order for both:
+For each image the teacher scores F drawn texts. The own text and the wrong ones that it scores highest form a list, in
+the same order for teacher and student:
 
     t_bk, s_bk = scores of teacher and student,  k = 0 the own text,  k = 1 ... K - 1 the hardest first
-    truth      = mean over b of  v_b mean_k BCE(s_bk, k = 0)                 v: more for what the teacher doubts
-    rank       = mean over b of  u_b mean_k (s_bk - t_bk)^2                  u: more for what it is sure of
+    truth      = mean over b of  v_b mean_k BCE(s_bk, k = 0)                 v: more if the teacher is unsure
+    rank       = mean over b of  u_b mean_k (s_bk - t_bk)^2                  u: more if it is sure
 
-Source: Rao 2022 (DCD, arXiv 2207.01426). Its release averages before it weighs in rank, so that u does nothing, and
-regresses scores of other pairs wherever the teacher does not rank the own text first. Our variants: the softmax
+Source: Rao 2022 (DCD, arXiv 2207.01426). In rank, its release averages before it applies the weights, so that u has no
+effect, and regresses scores of other pairs if the teacher does not rank the own text first. Our variants: the softmax
 cross-entropy in truth, and a KL divergence or centred scores in rank.
-Letters: B samples on this rank, F drawn, K of a list.
+Letters: B samples on this rank, F drawn texts, K texts of a list.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from descant.modules.distill.distill import DistillContext, Target, divergence
 
 @dataclass(frozen=True)
 class Lists:
-    """Scores of teacher and student ``[B, K]``, the own text first, and which rows count, bool ``[B]``."""
+    """Scores of teacher and student ``[B, K]``, the own text first, and the rows that count, bool ``[B]``."""
 
     t_BK: Tensor
     s_BK: Tensor
     valid_B: Tensor
 
     def entropy(self) -> Tensor:
-        """``[B]``: of ``softmax_k t_b``, over log K: 0 for a confident teacher, 1 for a uniform one."""
+        """Compute the entropy of ``softmax_k t_b`` over log K, ``[B]``: 0 for a sure teacher, 1 for a uniform one."""
         log_BK = self.t_BK.log_softmax(dim=1)
         return -(log_BK.exp() * log_BK).sum(dim=1) / torch.tensor(float(self.t_BK.shape[1])).log()
 
 
 class Weighting(nn.Module):
-    """``weighting(lists)`` -> a weight a sample ``[B]``, none below 0, of any scale: their mean becomes 1."""
+    """Base of weightings: ``weighting(lists)`` -> weights ``[B]`` of samples, not below 0; their mean becomes 1."""
 
     def forward(self, lists: Lists) -> Tensor:
         raise NotImplementedError
 
 
 class UniformWeighting(Weighting):
-    """All samples count 1."""
+    """Weight 1 for all samples."""
 
     def forward(self, lists: Lists) -> Tensor:
         return torch.ones_like(lists.t_BK[:, 0])
 
 
 class TeacherConfidence(Weighting):
-    """``1 - H_b / log K``, H the entropy of the teacher's list: who is sure is imitated (our reading of DCD).
+    """Weight ``1 - H_b / log K``, H the entropy of the teacher's list: imitate a sure teacher (our reading of DCD).
 
     >>> lists = Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool())
     >>> sure = TeacherConfidence()(lists)
@@ -78,7 +78,7 @@ class TeacherConfidence(Weighting):
 
 
 class TeacherUncertainty(Weighting):
-    """``H_b``: what the teacher doubts is learned of the labels (DCD).
+    """Weight ``H_b``: samples that the teacher doubts are learned from the labels (DCD).
 
     >>> lists = Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool())
     >>> unsure = TeacherUncertainty()(lists)
@@ -91,7 +91,7 @@ class TeacherUncertainty(Weighting):
 
 
 class AsReleased(Weighting):
-    """``softmax_b((1 - h_b)^2)`` with ``h_b = H_b / sum H``: DCD's own weights, which hardly differ between samples.
+    """Weight ``softmax_b((1 - h_b)^2)``, ``h_b = H_b / sum H``: DCD's own, which hardly differ between samples.
 
     >>> lists = Lists(torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.zeros(2, 2), torch.ones(2).bool())
     >>> [round(x, 3) for x in AsReleased()(lists).tolist()]
@@ -106,7 +106,7 @@ class AsReleased(Weighting):
 
 
 class StudentLag(Weighting):
-    """``1 - exp(- CE(s_b) / CE(t_b))``: more where the student is worse than the teacher (DCD's other weighting).
+    """Weight ``1 - exp(- CE(s_b) / CE(t_b))``: more if the student is worse than the teacher (DCD's other weighting).
 
     >>> lists = Lists(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(1).bool())
     >>> round(StudentLag()(lists).item(), 4)
@@ -119,14 +119,14 @@ class StudentLag(Weighting):
 
 
 class Imitation(nn.Module):
-    """``imitation(lists)`` -> how far the student's list is from the teacher's, ``[B]``."""
+    """Base of imitation losses: ``imitation(lists)`` -> distance of the student's list from the teacher's, ``[B]``."""
 
     def forward(self, lists: Lists) -> Tensor:
         raise NotImplementedError
 
 
 class ListKL(Imitation):
-    """``T^2 KL(softmax_k(t_b / T), softmax_k(s_b / T))``.
+    """KL divergence of the lists, ``T^2 KL(softmax_k(t_b / T), softmax_k(s_b / T))``.
 
     Args:
         temperature: T.
@@ -143,7 +143,7 @@ class ListKL(Imitation):
 
 
 class ListMSE(Imitation):
-    """``mean_k (s_bk - t_bk)^2`` (DCD; its temperature cancels).
+    """Mean squared error of the lists, ``mean_k (s_bk - t_bk)^2`` (DCD; its temperature cancels).
 
     >>> t, s = torch.tensor([[5.0, 3.0]]), torch.tensor([[2.0, 1.0]])
     >>> ListMSE()(Lists(t, s, torch.ones(1).bool())).item()
@@ -155,7 +155,7 @@ class ListMSE(Imitation):
 
 
 class CentredListMSE(Imitation):
-    """:class:`ListMSE` of scores less their mean over the list, which is all that a ranking fixes (our variant).
+    """:class:`ListMSE` of scores minus their mean over the list, which a ranking does not fix (our variant).
 
     >>> t, s = torch.tensor([[5.0, 3.0]]), torch.tensor([[2.0, 1.0]])
     >>> CentredListMSE()(Lists(t, s, torch.ones(1).bool())).item()
@@ -168,7 +168,9 @@ class CentredListMSE(Imitation):
 
 
 def truth_loss(s_BK: Tensor, form: Literal["binary", "softmax"]) -> Tensor:
-    """``[B]``: ``binary``, the mean over k of the cross-entropy of sigmoid s_k and whether k = 0 (DCD); or ``softmax``,
+    """Compute the loss of choosing the own text, k = 0, for each list, ``[B]``.
+
+    ``binary``: the mean over k of the cross-entropy of sigmoid s_k and whether k = 0 (DCD). ``softmax``:
     ``- log softmax_k s`` at 0 (our variant).
 
     >>> [round(truth_loss(torch.zeros(1, 4), form).item(), 4) for form in ("binary", "softmax")]  # log 2, log 4
@@ -180,24 +182,24 @@ def truth_loss(s_BK: Tensor, form: Literal["binary", "softmax"]) -> Tensor:
 
 
 class RankTarget(Target):
-    """DCD: lists of hard negative texts mined by a teacher, to classify (``truth``) and to rank as it does (``rank``).
+    """DCD: a teacher mines hard negative texts, which the student classifies (``truth``) and ranks (``rank``).
 
-    Texts are of the same rank's batch, never of a sample without the pair or of the same content. A sample for which
-    there are fewer than ``kept`` has no list.
+    Texts come from the same rank's batch, never from a sample without the pair or with the same content. A sample with
+    fewer than ``kept`` such texts has no list.
 
     Args:
-        pair: of modalities that both networks score.
-        drawn: F, texts that the teacher scores for each image; all that there are where there are fewer.
+        pair: the pair of modalities that both networks score.
+        drawn: F, texts that the teacher scores for each image; if there are fewer, all of them.
         kept: K - 1, wrong texts of a list.
-        mine: the teacher's highest; or ``random``, the first ones drawn.
-        imitation: of the lists, :class:`ListMSE` where not given; its weight, and that of the truth, by name (``rank``,
-            ``truth``; the release has 0.2 and 0.8).
-        truth_form: of :func:`truth_loss`: ``binary``, or ``softmax``.
-        weigh: samples in ``rank``. weigh_truth: samples in ``truth``.
-        sham: ``permute`` for the control: samples have each other's weights.
+        mine: keep the texts with the teacher's highest scores, or, with ``random``, the first ones drawn.
+        imitation: loss between the lists, by default :class:`ListMSE`. Its weight is ``rank``, and that of the truth
+            ``truth`` (the release has 0.2 and 0.8).
+        truth_form: form of :func:`truth_loss`: ``binary``, or ``softmax``.
+        weigh: weights of samples in ``rank``. weigh_truth: weights of samples in ``truth``.
+        sham: ``permute`` for the control: samples get each other's weights.
     """
 
-    #: Warned of at the start of a run on several ranks: the teacher would have to score pairs across them.
+    #: Warning at the start of a run on several ranks: otherwise the teacher would have to score pairs across them.
     by_rank = "draws its lists of the rows of a rank"
 
     def __init__(
@@ -251,10 +253,10 @@ class RankTarget(Target):
         }
 
     def mined(self, batch: Batch, scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns ``[B, K]`` and the teacher's scores of them, in the same order, and who has a whole list."""
+        """Return columns ``[B, K]``, the teacher's scores in the same order, and which samples have a whole list."""
         a, b = self.pair.split("-")
         here_B = batch.both(a, b)
-        device, here_B, key_B = batch.device, host_copy(here_B), host_copy(batch.content_id)  # who is asked: on the CPU
+        device, here_B, key_B = batch.device, host_copy(here_B), host_copy(batch.content_id)  # chosen on the CPU
         wrong_BB = here_B[:, None] & here_B & (key_B[:, None] != key_B)
         draw_B = host_copy(batch.rng_seed).numpy()
         turn_BB = torch.from_numpy(mix_N(draw_B[:, None], "list", draw_B[None].astype(np.uint64)))
@@ -284,7 +286,7 @@ class RankTarget(Target):
         return column_BK.gather(1, kept_BK), t_BK, valid_B
 
     def _weights(self, weighting: Weighting, lists: Lists) -> Tensor:
-        """To mean 1 over the lists of all ranks."""
+        """Scale the weights to mean 1 over the lists of all ranks."""
         w_B = torch.where(lists.valid_B, weighting(lists).detach(), 0.0)
         total, count = gather(w_B).sum(), gather(lists.valid_B).sum()
         return w_B * count / total.clamp(min=1e-12)

@@ -23,16 +23,16 @@ from descant.modules.core.rows import RowTracker, share_rows
 
 
 class Nudge:
-    """``z = nudge(delta_BN)``: latents of a batch whose inputs are perturbed by delta, differentiable by delta.
+    """Perturbation of a batch: ``z = nudge(delta_BN)`` are latents of inputs moved by delta, differentiable by delta.
 
-    Perturbs the inputs of a modality if they are floats, or else the embeddings of its tokens. Numbers that are not
+    It perturbs a modality's inputs if they are floats, or else the embeddings of its tokens. Numbers that are not
     finite are padding and do not change. Inference tensors, which have no autograd, are copied.
 
     Args:
-        recipe: with towers and latents.
-        batch: of it.
-        modalities: whose inputs are perturbed.
-        rows: modality -> bool ``[B]``, the samples whose inputs are; all where not given.
+        recipe: a recipe with towers and latents.
+        batch: a batch of the recipe.
+        modalities: the modalities to perturb.
+        rows: modality -> bool ``[B]``, the samples to perturb; by default all.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Nudge:
         self.sizes = [math.prod(x.shape[1:]) for x in self.clean.values()]
 
     def zero(self) -> Tensor:
-        """A ``delta_BN`` of zeros."""
+        """Return a ``delta_BN`` of zeros."""
         return torch.zeros(len(self.batch), sum(self.sizes), device=self.batch.device, dtype=self._dtype())
 
     def _dtype(self) -> torch.dtype:
         return next(iter(self.clean.values())).dtype
 
     def size_B(self) -> Tensor:
-        """``|x_b - mean x_b|``: the distance of the perturbed inputs from constant ones."""
+        """Compute ``|x_b - mean x_b|``, the distance of the inputs to perturb from constant ones."""
         return torch.stack([size_B.square() for size_B in self.sizes_B().values()]).sum(dim=0).sqrt()
 
     def sizes_B(self) -> dict[str, Tensor]:
-        """Modality -> :meth:`size_B` of it alone."""
+        """Compute :meth:`size_B` for each modality alone."""
         sizes = {}
         for m, x in self.clean.items():
             x_BN = x.flatten(1)
@@ -71,7 +71,7 @@ class Nudge:
         return sizes
 
     def perturbed(self, delta_BN: Tensor) -> dict[str, Tensor]:
-        """Modality -> its perturbed inputs, of those that are floats."""
+        """Return modality -> perturbed inputs, for modalities whose inputs are floats."""
         each = ((m, x, delta) for m, x, delta in self._each(delta_BN) if self.batch.inputs[m].is_floating_point())
         return {m: torch.where(x.isfinite(), x + delta, x) for m, x, delta in each}
 
@@ -90,7 +90,7 @@ class Nudge:
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
     def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
-        """``d value / d delta``. Raises ValueError if there is none, as for a tower that runs without gradients."""
+        """Compute ``d value / d delta``. Raise ValueError without one, as for a tower that runs without gradients."""
         gradient = None
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value, delta_BN, retain_graph=True, allow_unused=True)
@@ -144,12 +144,12 @@ def _perturbed(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iter
 def attacked(
     nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 20, restarts: int = 1, step: float = 2.5
 ) -> Tensor:
-    """Bool ``[B]``: whether projected gradient ascent (PGD) finds a misclassified input within a radius.
+    """Return bool ``[B]``: whether projected gradient ascent (PGD) finds a misclassified input within a radius.
 
         delta <- project(delta + step radius / steps  g / |g|),   g = d cross_entropy(fuse(z(delta)), label) / d delta
 
     onto ``|delta_b| <= radius_b``, from zero and, in further restarts, from random points; all points on the way count.
-    A lower bound of the worst case. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
+    This is a lower bound of the worst case. Source: Madry 2018, arXiv 1706.06083, in the l2 norm.
     """
     recipe, draw_B = nudge.recipe, nudge.batch.rng_seed
     wrong_B = torch.zeros_like(label_B, dtype=torch.bool)
@@ -169,7 +169,7 @@ def attacked(
 
 
 def worst(nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 5, step: float = 2.5) -> Tensor:
-    """``delta_BN`` at the end of the ascent of :func:`attacked` from zero."""
+    """Return ``delta_BN`` at the end of the ascent of :func:`attacked` from zero."""
     with torch.inference_mode(False), torch.enable_grad():
         delta_BN = nudge.zero()
         for _ in range(steps):
@@ -180,7 +180,7 @@ def worst(nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 5, step:
 def _ascended(
     nudge: Nudge, delta_BN: Tensor, radius_B1: Tensor, label_B: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits at delta, and delta after a step of this share of the radius."""
+    """Return the logits at delta, and delta after a step of this share of the radius."""
     delta_BN.requires_grad_()
     logits_BC = nudge.recipe.fuse(nudge(delta_BN), nudge.batch.present)
     g_BN = nudge.gradient(F.cross_entropy(logits_BC, label_B, reduction="sum"), delta_BN)
@@ -192,7 +192,7 @@ def _ascended(
 
 
 def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) -> Tensor:
-    """A random point in the ball for each sample, uniform in volume."""
+    """Draw a random point in the ball for each sample, uniform in volume."""
     x_BN = normal_NK(draw_B, like_BN.shape[1], f"attack/{restart}", like_BN.device).to(like_BN)
     far_B1 = uniform_N(draw_B, f"attack/far/{restart}")[:, None].to(like_BN) ** (1 / like_BN.shape[1])
     return x_BN / x_BN.norm(dim=1, keepdim=True) * far_B1 * radius_B1
@@ -202,10 +202,10 @@ def _within(draw_B: Tensor, restart: int, like_BN: Tensor, radius_B1: Tensor) ->
 
 
 def slopes(nudge: Nudge, m: str) -> Tensor:
-    """``tau_BC = |d s_bmk / d x_bm|``: gradient norms of a modality's logits with respect to its input.
+    """Compute ``tau_BC = |d s_bmk / d x_bm|``, gradient norms of a modality's logits with respect to its input.
 
-    Of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before its weights. Towers
-    have to be in eval mode, where samples are independent. A backward pass a class.
+    The logits are those of a fusion with margins (:class:`descant.modules.fusion.classifiers.OrthogonalFusion`), before
+    its weights. Towers must be in eval mode, in which samples are independent. Each class costs a backward pass.
     """
     fusion: Any = nudge.recipe.fusion
     with torch.inference_mode(False), torch.enable_grad():
@@ -216,7 +216,7 @@ def slopes(nudge: Nudge, m: str) -> Tensor:
 
 
 def steepest(recipe: Any, batches: Iterable[Batch], rows: int) -> Tensor:
-    """``tau_MC``: the largest :func:`slopes` over at least so many rows of these batches, of all ranks."""
+    """Compute ``tau_MC``, the largest :func:`slopes` over at least ``rows`` rows of these batches, on all ranks."""
     most_MC = torch.zeros(len(recipe.modalities), recipe.classes, device=recipe.device, dtype=recipe.dtype)
     seen = 0
     for batch in batches:
@@ -238,14 +238,15 @@ def certified_radius(
     present: Mapping[str, Tensor],
     label_B: Tensor,
 ) -> Tensor:
-    """Certified radius (CRMT) ``[B]``: how far all inputs of a sample together may move before another class can win.
+    """Compute the certified radius (CRMT) ``[B]``: how far a sample's inputs may move before another class can win.
 
         radius_b = min over k != y of  (h_by - h_bk) / sqrt( sum_m (a_my tau_my + a_mk tau_mk)^2 )
 
-    h: logits of an OrthogonalFusion, a: its weights ``[C]`` a modality, tau: the largest slope of each class ``[C]``,
-    over the modalities that a sample has. Negative where another class wins already. Proved for slopes that hold
-    everywhere (of linear towers); an estimate for those of some samples. Source: Yang 2024, arXiv 2402.06244, for the
-    runner-up alone, although another class may be nearer.
+    h: logits of an OrthogonalFusion, a: its weights ``[C]`` per modality, tau: the largest slope of each class ``[C]``;
+    the sum is over the modalities that a sample has. All inputs of a sample move together. The radius is negative if
+    another class already wins. It is proved for slopes that hold everywhere (of linear towers), and an estimate for
+    slopes of some samples. Source: Yang 2024, arXiv 2402.06244, which takes only the runner-up, although another class
+    may be nearer.
 
     >>> one, here = {"image": torch.ones(2)}, {"image": torch.tensor([True])}
     >>> certified_radius(torch.tensor([[3.0, 1.0]]), one, one, here, torch.tensor([0])).item()

@@ -1,4 +1,4 @@
-"""Whether the terms of a loss conflict, and whether a modality lags behind what its latents hold, with intervals.
+"""Diagnosis with intervals: whether terms of a loss conflict, and whether a modality lags behind what its latents hold.
 
 Letters: N rows of a set or numbers of a series, D width, C classes, S steps, Q pairs of terms.
 """
@@ -16,13 +16,13 @@ from torch.nn.functional import one_hot
 
 from descant.modules.core.rng import uniform_N
 
-#: Fewer probes of the gradients, or fewer rows, are not judged: the intervals below are of large numbers. A readout of
-#: more rows takes too much memory, ``N^2`` numbers.
+#: With fewer gradient probes or rows nothing is judged, because the intervals below assume large numbers of them. A
+#: readout of more than MOST_ROWS rows takes too much memory, ``N^2`` numbers.
 PROBES, ROWS, MOST_ROWS, FOLDS = 20, 100, 5000, 5
 
 
 class Interval(NamedTuple):
-    """An estimate, and its interval of confidence."""
+    """Estimate with its confidence interval."""
 
     value: float
     low: float
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 def quantile(level: float, tests: int) -> float:
-    """Of the standard normal: so many two-sided intervals hold together at this level (Bonferroni).
+    """Return the standard normal quantile at which this many two-sided intervals hold together (Bonferroni).
 
     >>> round(quantile(0.95, 1), 2), round(quantile(0.95, 2), 2)
     (1.96, 2.24)
@@ -39,7 +39,7 @@ def quantile(level: float, tests: int) -> float:
 
 
 def share_interval(hits: int, of: int, z: float) -> Interval:
-    """Wilson's interval of a share, ``{p: |hits / of - p| <= z sqrt(p (1 - p) / of)}``.
+    """Compute Wilson's interval of a share, ``{p: |hits / of - p| <= z sqrt(p (1 - p) / of)}``.
 
     Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
 
@@ -52,7 +52,7 @@ def share_interval(hits: int, of: int, z: float) -> Interval:
 
 
 def mean_interval(value_N: Tensor, z: float) -> Interval:
-    """``mean -+ z sqrt(var / N)``, of independent numbers.
+    """Compute ``mean -+ z sqrt(var / N)`` of independent numbers.
 
     >>> [round(x, 3) for x in mean_interval(torch.tensor([0.0, 1.0, 0.0, 1.0]), 1.96)]
     [0.5, -0.066, 1.066]
@@ -63,7 +63,7 @@ def mean_interval(value_N: Tensor, z: float) -> Interval:
 
 
 class Conflict(NamedTuple):
-    """The cosines of one pair of terms: over all ``probes``, or over the last half of them (``late``)."""
+    """Cosines of one pair of terms: over all ``probes``, or over the last half of them (``late``)."""
 
     pair: str
     probes: int
@@ -76,17 +76,17 @@ class Conflict(NamedTuple):
 def conflict(
     cosines: Mapping[str, Sequence[float]], share: float = 0.25, cosine: float = 0.05, level: float = 0.95
 ) -> Conflict | None:
-    """The pair of terms that conflicts most; None where no pair has 20 probes.
+    """Find the pair of terms that conflicts most; None if no pair has 20 probes.
 
-    A pair *matters* where, of all probes or of the last half of them:
+    A pair *matters* if, over all probes or over the last half of them:
 
         share of angles above 90 degrees >= share, the whole interval,     mean cosine <= -cosine, and its interval < 0
 
-    The first alone would flag terms that have nothing to do with each other: noise is above 90 degrees half of the
-    time, with a mean of 0. The level is that of all pairs and halves together. Probes count as independent.
+    The first condition alone would flag unrelated terms: noise is above 90 degrees half of the time, with a mean of 0.
+    The level holds for all pairs and halves together. Probes count as independent.
 
     Args:
-        cosines: of each pair of terms, a probe each.
+        cosines: cosines of each pair of terms, one per probe.
         share, cosine, level: see :class:`descant.callbacks.Diagnose`.
 
     >>> found = conflict({"a~b": [-0.4, -0.2, 0.1, -0.3] * 10, "a~c": [0.3, -0.1] * 20})
@@ -106,9 +106,9 @@ def conflict(
 
 
 class Lag(NamedTuple):
-    """A modality against the most accurate one, on the same rows.
+    """Comparison of a modality with the most accurate one, the leader, on the same rows.
 
-    ``behind``: accuracy of the leader alone less its own. ``room``: accuracy of a readout of its latents less its own.
+    ``behind``: the leader's accuracy minus its own. ``room``: the accuracy of a readout of its latents minus its own.
     """
 
     modality: str
@@ -125,18 +125,19 @@ def lag(
     room: float = 0.02,
     level: float = 0.95,
 ) -> Lag | None:
-    """The modality that lags most; None of fewer than 100 rows.
+    """Find the modality that lags most; None for fewer than 100 rows.
 
-    It *matters* where both intervals, of paired differences, are beyond the thresholds:
+    It *matters* if both intervals, of paired differences, are beyond the thresholds:
 
         accuracy of the leader - its own >= behind,     accuracy of a readout of its latents - its own >= room
 
-    The first alone would flag a modality of which nothing more can be learned, such as noise; the second alone two
-    modalities that are both used less than they could be. The level is that of all modalities together.
+    The first condition alone would flag a modality from which nothing more can be learned, such as noise. The second
+    alone would flag two modalities that are both used less than they could be. The level holds for all modalities
+    together.
 
     Args:
-        right: modality -> bool ``[N]``, whether a row is decided correctly by this modality alone.
-        readout: the same by a readout of its latents: :func:`cross_fitted`.
+        right: modality -> bool ``[N]``, whether this modality alone decides a row correctly.
+        readout: the same for a readout of its latents: :func:`cross_fitted`.
         behind, room, level: see :class:`descant.callbacks.Diagnose`.
 
     >>> row_N = torch.arange(200)
@@ -157,13 +158,13 @@ def lag(
 
 
 def cross_fitted(z_ND: Tensor, label_N: Tensor, id_N: Tensor, l2: float = 0.03) -> Tensor:
-    """Bool ``[N]``: whether a readout that is fitted on the rows of the other folds decides a row correctly.
+    """Return bool ``[N]``: whether a readout that is fitted on the rows of the other folds decides a row correctly.
 
         scores = k(z, Z) (k(Z, Z) + l2)^-1 (Y - mean),    k(x, y) = exp(-|x - y|^2 / median of the squared distances)
 
-    Kernel ridge regression of the labels as unit vectors on standardized latents: not a linear one, since a tower that
-    has barely learned passes on what it does not yet separate. The five folds are drawn by the rows' ids. All are False
-    where a latent is not finite. Costs five solutions of N equations.
+    The readout is kernel ridge regression of one-hot labels on standardized latents. It is not linear, because a tower
+    that has barely learned passes on information that it does not yet separate. The five folds are drawn by the rows'
+    ids. If any latent is not finite, all are False. The cost is five solutions of N equations.
 
     >>> z_N2 = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))  # an XOR, which no linear one decides
     >>> right_N = cross_fitted(z_N2, (z_N2 > 0).all(1) ^ (z_N2 > 0).any(1), torch.arange(400))

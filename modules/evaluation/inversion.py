@@ -23,13 +23,13 @@ MARK = 50  # steps between two recorded losses
 
 
 class Frame(NamedTuple):
-    """The embeddings ``h_TD`` around the pseudo-tokens, with positions alone at the places ``place_V``."""
+    """Embeddings ``h_TD`` around the pseudo-tokens; the places ``place_V`` hold only position embeddings."""
 
     h_TD: Tensor
     place_V: Tensor
 
     def filled(self, v_BVD: Tensor) -> Tensor:
-        """``h_BTD``: the frame with the pseudo-tokens of each sample in it.
+        """Return ``h_BTD``, the frame filled with each sample's pseudo-tokens.
 
         >>> frame = Frame(torch.tensor([[1.0], [10.0], [2.0]]), torch.tensor([1]))
         >>> frame.filled(torch.tensor([[[3.0]], [[4.0]]])).squeeze(2).tolist()
@@ -40,8 +40,11 @@ class Frame(NamedTuple):
 
 
 class Inverted(NamedTuple):
-    """``z_BD``: unit-length embeddings of the pseudo-tokens ``v_BVD``; ``cos_B``: their cosines with the targets;
-    ``loss_KB``: 1 - cos before the first step, after every 50th and after the last."""
+    """Result of an inversion.
+
+    ``z_BD``: unit-length embeddings of the pseudo-tokens ``v_BVD``; ``cos_B``: their cosines with the targets;
+    ``loss_KB``: 1 - cos before the first step, after every 50th and after the last.
+    """
 
     z_BD: Tensor
     v_BVD: Tensor
@@ -49,7 +52,7 @@ class Inverted(NamedTuple):
     loss_KB: Tensor
 
     def monotone(self) -> Tensor:
-        """Share of the marks with a lower mean loss than the mark before; 1 for a loss that only falls."""
+        """Return the share of marks with a lower mean loss than the mark before; 1 for a loss that only falls."""
         mean_K = self.loss_KB.mean(dim=1)
         return (mean_K[1:] < mean_K[:-1]).float().mean()
 
@@ -59,15 +62,15 @@ class ModalityInversion:
 
         v_b = argmin over v of  1 - cos(f(frame with v), z_b)
 
-    By AdamW from N(0, std^2), with frozen encoders: f's parameters get no gradient and do not change, nor do their
-    flags and modes. Samples are independent, whatever the batch and its order: each starts from a function of its key,
-    and Adam is elementwise. Weight decay bounds the norm of v, on which the loss does not depend behind a layer norm.
-    OTI is this through a text tower (150 steps), OVI through one of patches (1000).
+    AdamW starts from N(0, std^2) with frozen encoders: f's parameters get no gradient and do not change, nor do their
+    flags and modes. A sample's result does not depend on the batch and its order: each starts from a function of its
+    key, and Adam is elementwise. Weight decay bounds the norm of v, on which the loss does not depend if a layer norm
+    follows. OTI is this through a text tower (150 steps), OVI through a patch tower (1000).
 
     Args:
-        steps, lr, weight_decay: of the optimizer.
+        steps, lr, weight_decay: settings of the optimizer.
         tokens: V.
-        std: of the initial pseudo-tokens.
+        std: standard deviation of the initial pseudo-tokens.
         batch: samples inverted at once.
 
     Source: arXiv 2502.04263.
@@ -98,9 +101,9 @@ class ModalityInversion:
                 raise ValueError(f"ModalityInversion: {name} {value} is negative; 0 is the least")
 
     def __call__(self, model: Inverts, modality: str, frame: Frame, target_BD: Tensor, key_B: Tensor) -> Inverted:
-        """Pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 seeds each sample.
+        """Optimize pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 seeds each sample.
 
-        Runs under ``no_grad`` and ``inference_mode`` alike.
+        It also runs under ``no_grad`` and ``inference_mode``.
         """
         if len(target_BD) == 0:
             raise ValueError("ModalityInversion: no target to invert")
@@ -128,7 +131,7 @@ class ModalityInversion:
             if step % MARK == 0 or step == self.steps:
                 marks.append(loss_B.detach())
             if step < self.steps:
-                # of the tokens alone: no encoder parameter gets a gradient, whatever its flag
+                # only for the tokens: no encoder parameter gets a gradient, whatever its flag
                 (v_BVD.grad,) = torch.autograd.grad(loss_B.sum(), v_BVD)
                 optimizer.step()
         return Inverted(z_BD.detach(), v_BVD.detach(), 1 - loss_B.detach(), torch.stack(marks))
@@ -154,9 +157,9 @@ def text_frame(model: Inverts, modality: str, tokenizer: Tokenizer, template: st
 
 
 def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
-    """Pseudo-tokens in place of the patches of an image, at the positions of the first of them.
+    """Build a frame with pseudo-tokens instead of an image's patches, at the positions of the first patches.
 
-    Our reading: the paper has a class token beside them, and our tower has none; its mean is over pseudo-tokens.
+    This is our reading: the paper has a class token as well, but our tower has none and averages over pseudo-tokens.
     """
     positions_TD = _positions(tower_of(model, modality))
     if tokens > len(positions_TD):
@@ -166,7 +169,7 @@ def patch_frame(model: Inverts, modality: str, tokens: int) -> Frame:
 
 
 def tower_of(model: Inverts, modality: str) -> nn.Module:
-    """The tower of inversion. Raises ValueError for one without token embeddings."""
+    """Return the tower of inversion. Raise ValueError if it has no token embeddings."""
     if modality not in model.towers:
         raise ValueError(f"no tower {modality!r}; the towers are {', '.join(model.towers)}")
     tower = model.towers[modality]
@@ -179,7 +182,7 @@ def tower_of(model: Inverts, modality: str) -> nn.Module:
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """The texts before and after the one place of a template.
+    """Return the texts before and after the one place of a template.
 
     >>> split_template("{}, emoji")
     ('', ', emoji')
@@ -191,9 +194,9 @@ def split_template(template: str) -> tuple[str, str]:
 
 
 def rows_of_other_keys(key_N: Tensor) -> Tensor:
-    """Row numbers ``[N]`` of a sham: for each row one of another key (or itself, if none), in a cycle of the keys.
+    """Return row numbers ``[N]`` for a sham: for each row, the first row of the next key in a random cycle of the keys.
 
-    A pure function of the keys and of their first rows.
+    This is a pure function of the keys and of their first rows. A single key is followed by itself.
 
     >>> key_N = torch.tensor([5, 5, 8, 9])
     >>> bool((key_N[rows_of_other_keys(key_N)] != key_N).all()), rows_of_other_keys(torch.tensor([3, 3])).tolist()
@@ -210,7 +213,7 @@ def rows_of_other_keys(key_N: Tensor) -> Tensor:
 
 
 def normal(key_B: Tensor, count: int) -> Tensor:
-    """``[B, count]`` draws from N(0, 1), each a pure function of its sample's key (Box and Muller 1958), on the CPU.
+    """Draw ``[B, count]`` from N(0, 1), each a pure function of its sample's key (Box and Muller 1958), on the CPU.
 
     >>> wide_BN = normal(torch.arange(100), 100)
     >>> torch.equal(wide_BN[7:8], normal(torch.tensor([7]), 100)), round(wide_BN.std().item(), 1)

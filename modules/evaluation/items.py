@@ -15,18 +15,18 @@ from torchmetrics.utilities import dim_zero_cat
 
 from descant.modules.io.files import write_bytes
 
-#: The file of a run with the items of its test, and the parts of each metric in it.
+#: File of a run with the items of its test, and the parts of each metric in it.
 FILE = "items.safetensors"
 PARTS = ("sum", "weight", "id")
 
 
 @dataclass(frozen=True)
 class Items:
-    """A metric as the mean of one value a row: ``sum_n w_n value_n / sum_n w_n``.
+    """Metric as the mean of one value per row: ``sum_n w_n value_n / sum_n w_n``.
 
     Attributes:
         value_N: float ``[N]``. id_N: int64 ``[N]``, the content of a row: rows with the same id are one item, such as
-            drawings of one concept, which a bootstrap takes together. weight_N: float ``[N]``; ones where not given.
+            drawings of one concept, and a bootstrap draws them together. weight_N: float ``[N]``; by default ones.
 
     >>> items = Items(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([7, 7, 3]))
     >>> round(float(items.mean()), 4), items.by_id()["sum"].tolist()
@@ -38,13 +38,13 @@ class Items:
     weight_N: Tensor | None = None
 
     def mean(self) -> Tensor:
-        """The metric, in the dtype of its values."""
+        """Return the metric, in the dtype of its values."""
         if self.weight_N is None:
             return self.value_N.mean()
         return (self.weight_N * self.value_N).sum() / self.weight_N.sum()
 
     def by_id(self) -> dict[str, Tensor]:
-        """``id`` int64 ``[K]`` ascending, ``sum`` of ``w value`` and ``weight`` float64 ``[K]`` of each, on the CPU."""
+        """Sum by id, on the CPU: ``id`` int64 ``[K]`` ascending; ``sum`` of ``w value`` and ``weight`` in float64."""
         id_N, value_N = self.id_N.cpu(), self.value_N.detach().cpu().double()
         weight_N = torch.ones_like(value_N) if self.weight_N is None else self.weight_N.cpu().double()
         id_K, at_N = id_N.unique(return_inverse=True)
@@ -57,7 +57,7 @@ class Items:
 
 
 def mean_of(parts: list[Items]) -> Items:
-    """The mean of several metrics as one: ``1/P sum_p mean_p``, such as over sets or over groups.
+    """Return the mean of several metrics as one metric: ``1/P sum_p mean_p``, such as over sets or over groups.
 
     >>> a, b = (Items(torch.tensor(v), torch.arange(len(v))) for v in ([1.0, 0.0], [1.0]))
     >>> float(mean_of([a, b]).mean())
@@ -72,7 +72,7 @@ def mean_of(parts: list[Items]) -> Items:
 
 
 def per_group(value_N: Tensor, group_N: Tensor, id_N: Tensor) -> Items:
-    """The macro average, the mean over groups of each group's mean, as one.
+    """Return the macro average as one metric: the mean over groups of each group's mean.
 
     >>> float(per_group(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([7, 7, 9]), torch.arange(3)).mean())
     0.5
@@ -82,7 +82,7 @@ def per_group(value_N: Tensor, group_N: Tensor, id_N: Tensor) -> Items:
 
 
 class ItemStore(Metric):
-    """Collects values and ids batch by batch; ``items()`` gathers those of all ranks.
+    """Store of values and ids, collected batch by batch; ``items()`` gathers those of all ranks.
 
     >>> store = ItemStore()
     >>> store.update(torch.tensor([1.0]), torch.tensor([5]))

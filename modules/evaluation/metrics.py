@@ -13,13 +13,13 @@ CELLS = 1 << 24  # scores computed at once: 64 MB of float32, so a gallery of 10
 
 
 def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, cells: int = CELLS) -> Tensor:
-    """The number of wrong gallery rows ranked before a query's best match; a match is a row of equal key.
+    """Count the wrong gallery rows ranked before a query's best match; a match is a row of equal key.
 
         rank_q = #{g : key_g != key_q and not z_q . z_g < best_q}
         best_q = max over key_g = key_q of z_q . z_g
 
-    Ties count against the query, and so does nan, as the score of a wrong row or (rank ``G``) of all matches: a
-    collapsed model has no hits. hit@k is ``rank < k``.
+    Ties count against the query, so that a collapsed model has no hits. So does nan as the score of a wrong row; if all
+    matches have nan, the rank is ``G``. hit@k is ``rank < k``.
 
     Shapes: ``z_q_QD, key_Q, z_g_GD, key_G -> rank_Q`` int64, 0 at best, -1 without a match in the gallery.
 
@@ -42,7 +42,7 @@ def retrieval_ranks(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor
 
 
 def recall_by_chance(matches_Q: Tensor, gallery: int, k: int) -> Tensor:
-    """Expected recall at k of a random order of the gallery, for each query.
+    """Compute, for each query, the expected recall at k if the gallery is in random order.
 
         p_q = 1 - C(G - m_q, k) / C(G, k),   m_q: matches among the G rows of the gallery
 
@@ -66,7 +66,7 @@ def average_precision(
     id_G: Tensor | None = None,
     cells: int = CELLS,
 ) -> Tensor:
-    """Average precision of each query; a match is a row of equal label.
+    """Compute the average precision of each query; a match is a row of equal label.
 
         AP_q = 1 / |matches_q|  sum over matches g of  #{matches up to rank g} / rank g
 
@@ -74,8 +74,8 @@ def average_precision(
     with the ``id`` of the query is excluded. (RetrievalMAP of torchmetrics 1.9 ignores matches with a score of 0 or
     below, which embeddings do have.)
 
-    Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> [Q]`` float64 (float32 where the device has none); nan
-    for a query without a match.
+    Shapes: ``z_q_QD, label_Q, z_g_GD, label_G``, ids int64 ``-> [Q]`` float64 (float32 if the device lacks float64);
+    nan for a query without a match.
 
     >>> z_GD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
     >>> label_G, id_G = torch.tensor([0, 1, 0, 0]), torch.arange(4)
@@ -90,7 +90,7 @@ def average_precision(
         score_RG = z_q_QD[rows] @ z_g_GD.T
         score_RG = score_RG.masked_fill(score_RG.isnan() & ~match_RG, torch.inf)
         score_RG = score_RG.masked_fill(score_RG.isnan() | self_RG, -torch.inf)
-        # among equal scores wrong rows first, then matches; the query itself last of all
+        # among equal scores, wrong rows come first, then matches; the query itself comes last
         order_RG = (match_RG.int() + 2 * self_RG.int()).argsort(dim=1, stable=True)
         order_RG = order_RG.gather(1, score_RG.gather(1, order_RG).argsort(dim=1, stable=True, descending=True))
         hit_RG = match_RG.gather(1, order_RG).to(dtype)
@@ -102,11 +102,11 @@ def average_precision(
 def chance_average_precision(
     label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None = None, id_G: Tensor | None = None, cells: int = CELLS
 ) -> Tensor:
-    """Expected mean of :func:`average_precision` of a random order, for these labels.
+    """Compute the expected mean of :func:`average_precision` for these labels in random order.
 
         E AP = (H_G + (R - 1) / (G - 1) (G - H_G)) / G,   H_G = 1 + 1/2 + ... + 1/G,   R matches among G
 
-    Shapes: as there, ``-> []`` float64 (float32 where the device has none).
+    Shapes: as there, ``-> []`` float64 (float32 if the device lacks float64).
 
     >>> round(float(chance_average_precision(torch.tensor([0]), torch.tensor([0, 1]))), 4)  # rank 1 or rank 2
     0.75
@@ -126,7 +126,7 @@ def chance_average_precision(
 def _matches(
     rows: slice, label_Q: Tensor, label_G: Tensor, id_Q: Tensor | None, id_G: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Bool ``[R, G]`` twice: the matches of some queries without the queries themselves, and where those are."""
+    """Return two bool ``[R, G]``: some queries' matches without the queries themselves, and the queries' own places."""
     match_RG = label_Q[rows, None] == label_G
     self_RG = torch.zeros_like(match_RG) if id_Q is None or id_G is None else id_Q[rows, None] == id_G
     return match_RG & ~self_RG, self_RG
@@ -135,7 +135,7 @@ def _matches(
 def knn_scores(
     z_QD: Tensor, z_bank_ND: Tensor, label_N: Tensor, classes: int, k: int, temperature: float, cells: int = CELLS
 ) -> Tensor:
-    """Class scores of weighted k-NN (instance discrimination, Wu et al. 2018, arXiv 1805.01978; DINO).
+    """Compute class scores of weighted k-NN (instance discrimination, Wu et al. 2018, arXiv 1805.01978; DINO).
 
         score_c = sum over the k nearest n with label_n = c of exp(z . z_n / temperature)
 
@@ -157,11 +157,11 @@ def knn_scores(
 
 
 def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, steps: int = 200) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression by L-BFGS, in the precision of ``x``, without a penalty on the biases.
+    """Fit multinomial logistic regression by L-BFGS, in the precision of ``x``, without a penalty on the biases.
 
         W, b = argmin  mean_n cross_entropy(W x_n + b, y_n) + l2 / 2 * ||W||^2
 
-    Shapes: ``x_ND, y_N -> W_CD, b_C``. Runs under ``no_grad`` and ``inference_mode`` alike.
+    Shapes: ``x_ND, y_N -> W_CD, b_C``. It also runs under ``no_grad`` and ``inference_mode``.
 
     >>> x_ND, y_N = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]]), torch.tensor([0, 0, 1, 1])
     >>> w_CD, b_C = fit_logistic(x_ND, y_N, classes=2)
@@ -186,7 +186,7 @@ def fit_logistic(x_ND: Tensor, y_N: Tensor, classes: int, l2: float = 1e-3, step
 
 
 def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Tensor:
-    """Mean recall of the classes that occur; nan without rows.
+    """Compute the mean recall of the classes that occur; nan without rows.
 
     A class that is predicted but does not occur has no recall and is left out (torchmetrics' macro average counts it
     as 0, so that the result would depend on the classes missing in a small set).
@@ -202,10 +202,10 @@ def balanced_accuracy(predicted_N: Tensor, label_N: Tensor, classes: int) -> Ten
 
 
 def swap_hits(score_N: Tensor, score_neg_N: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """``[s > s'] + [s ~ s'] / 2`` of each positive against its hard negative, float64 ``[N]``, and whether it is a tie.
+    """Compare each positive with its hard negative: ``[s > s'] + [s ~ s'] / 2``, float64 ``[N]``, and whether they tie.
 
-    Scores within ``tolerance`` are ties; nan is a miss and no tie. Chance is 1/2, exactly so for a model that scores
-    both the same. Their mean by type of negative: :func:`descant.modules.evaluation.items.per_group`.
+    Scores within ``tolerance`` are ties; nan is a miss and not a tie. Chance is 1/2, which a model that scores both the
+    same gets exactly. For the mean by type of negative see :func:`descant.modules.evaluation.items.per_group`.
 
     >>> hit_N, tie_N = swap_hits(torch.tensor([0.9, 0.5]), torch.tensor([0.1, 0.5]))
     >>> hit_N.tolist(), tie_N.tolist()
@@ -216,7 +216,7 @@ def swap_hits(score_N: Tensor, score_neg_N: Tensor, tolerance: float = 1e-6) -> 
 
 
 def psnr(mse: Tensor, span: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, ``10 log10(span^2 / mse)``; span: the largest number less the smallest.
+    """Compute peak signal-to-noise ratio in dB, ``10 log10(span^2 / mse)``; span: the largest number minus the least.
 
     >>> round(float(psnr(torch.tensor(0.01), torch.tensor(2.0))), 2)
     26.02
@@ -225,7 +225,7 @@ def psnr(mse: Tensor, span: Tensor) -> Tensor:
 
 
 def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
-    """Ridge regression from moments that add up over batches and ranks, with an unpenalized intercept.
+    """Fit ridge regression from moments that add up over batches and ranks, with an unpenalized intercept.
 
         W, b = argmin  mean_n ||y_n - W x_n - b||^2 + l2 v ||W||^2,   v: the mean variance of the features
 
@@ -233,10 +233,10 @@ def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
 
     Args:
         moments_RR: ``sum_n z_n z_n'`` of ``z = [1, x, y]``, float64.
-        features: P, the width of x; the rest, Q, is y's.
+        features: P, the width of x; the rest, Q, is the width of y.
         l2: strength of the penalty.
 
-    Shapes: ``[1 + P + Q, 1 + P + Q] -> [1 + P, Q]``, b in the first row; nan where the moments are not finite.
+    Shapes: ``[1 + P + Q, 1 + P + Q] -> [1 + P, Q]``, b in the first row; nan if the moments are not finite.
 
     >>> z_N3 = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 3.0], [1.0, 2.0, 5.0]], dtype=torch.float64)  # y = 1 + 2 x
     >>> ridge_weights(z_N3.T @ z_N3, features=1, l2=0.0).flatten().round(decimals=6).tolist()
@@ -255,7 +255,7 @@ def ridge_weights(moments_RR: Tensor, features: int, l2: float) -> Tensor:
 
 
 def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The P positive pairs of two modalities: a row with itself, or else with the first row of its key that has b.
+    """Find the P positive pairs of two modalities: a row with itself, or else with the first row of its key that has b.
 
     Shapes: bool ``[N]``, bool ``[N]``, ``key_N`` -> row numbers, two int64 ``[P]``, the first ascending.
 
@@ -275,7 +275,7 @@ def matched_rows(present_a_N: Tensor, present_b_N: Tensor, key_N: Tensor) -> tup
 
 
 def modality_gap(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
-    """Modality gap ``|| mean z_a - mean z_b ||`` over pairs (Liang et al. 2022, arXiv 2203.02053).
+    """Compute the modality gap ``|| mean z_a - mean z_b ||`` over pairs (Liang et al. 2022, arXiv 2203.02053).
 
     Shapes: ``z_a_ND, z_b_ND -> []``.
 
@@ -286,19 +286,20 @@ def modality_gap(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
 
 
 def effective_rank(z_ND: Tensor) -> Tensor:
-    """Effective rank, RankMe (Garrido et al. 2023, arXiv 2210.02885): ``exp(entropy(s / sum s))``, s singular values.
+    """Compute the effective rank, ``exp(entropy(s / sum s))`` of the singular values s.
 
-    Between 1 (all rows on a line) and ``min(N, D)``; 0 if all rows are zero. Computed from the smaller Gram matrix in
-    float64, so that 100,000 rows cost one matrix product.
+    This is RankMe (Garrido et al. 2023, arXiv 2210.02885). It lies between 1 (all rows on a line) and ``min(N, D)``; it
+    is 0 if all rows are zero. It is computed from the smaller Gram matrix in float64, so that 100,000 rows cost one
+    matrix product.
 
-    Shapes: ``z_ND -> []`` float64 (float32 where the device has no float64).
+    Shapes: ``z_ND -> []`` float64 (float32 if the device lacks float64).
 
     >>> round(float(effective_rank(torch.eye(4))), 3), round(float(effective_rank(torch.ones(8, 4))), 3)
     (4.0, 1.0)
     """
     x_ND = z_ND.to(wide(z_ND.device))
     if not bool(x_ND.isfinite().all()):
-        return x_ND.new_tensor(torch.nan)  # where the eigenvalue solver would raise and end the run
+        return x_ND.new_tensor(torch.nan)  # the eigenvalue solver would raise and end the run
     gram = x_ND.T @ x_ND if x_ND.shape[0] >= x_ND.shape[1] else x_ND @ x_ND.T
     value = torch.linalg.eigvalsh(gram)
     # square roots would turn the rounding errors of the product into rank
@@ -311,9 +312,9 @@ def effective_rank(z_ND: Tensor) -> Tensor:
 
 
 def feature_std(z_ND: Tensor) -> Tensor:
-    """Mean over features of their standard deviation over rows; 0 if collapsed (Chen & He 2020, arXiv 2011.10566).
+    """Average the features' standard deviations over rows; 0 if collapsed (Chen & He 2020, arXiv 2011.10566).
 
-    ``1 / sqrt(D)`` for unit-length rows in all directions alike.
+    It is ``1 / sqrt(D)`` for unit-length rows that are spread evenly over all directions.
 
     Shapes: ``z_ND -> []``.
 
@@ -324,7 +325,9 @@ def feature_std(z_ND: Tensor) -> Tensor:
 
 
 def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
-    """Alignment ``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242); 0 is best.
+    """Compute the alignment ``mean ||z_a - z_b||^2`` over positive pairs (Wang & Isola 2020, arXiv 2005.10242).
+
+    0 is best.
 
     Shapes: ``z_a_ND, z_b_ND -> []``.
 
@@ -335,7 +338,9 @@ def alignment(z_a_ND: Tensor, z_b_ND: Tensor) -> Tensor:
 
 
 def uniformity(z_ND: Tensor, t: float = 2.0, cells: int = CELLS) -> Tensor:
-    """Uniformity ``log mean over pairs n != m of exp(-t ||z_n - z_m||^2)`` (Wang & Isola 2020); collapse is 0.
+    """Compute uniformity, ``log mean over pairs n != m of exp(-t ||z_n - z_m||^2)`` (Wang & Isola 2020).
+
+    A collapsed model has 0.
 
     Shapes: unit-length ``z_ND -> []``; nan with fewer than two rows.
 
@@ -357,5 +362,5 @@ def _chunks(rows: int, columns: int, cells: int) -> list[slice]:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """float64, or float32 where the device has none."""
+    """Return float64, or float32 if the device lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64

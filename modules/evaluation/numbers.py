@@ -1,4 +1,4 @@
-"""How far predicted numbers are off, in their own unit. Letters: N rows of a set."""
+"""Errors of predicted numbers, in their own unit. Letters: N rows of a set."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from descant.modules.evaluation.metrics import wide
 
 
 def number_errors(predicted_N: Tensor, y_N: Tensor, id_N: Tensor) -> dict[str, Tensor | Items]:
-    """``rmse`` and ``mae`` in the unit of y, and ``r2 = 1 - sum (y - f)^2 / sum (y - mean y)^2``, of rows with both.
+    """Compute ``rmse``, ``mae`` in y's unit and ``r2 = 1 - sum (y - f)^2 / sum (y - mean y)^2`` over rows with both.
 
-    Empty without a row; ``r2`` is nan where all y are equal. The mean absolute error has a value an item.
+    Without such rows the result is empty; ``r2`` is nan if all y are equal. ``mae`` has one value per item.
 
-    Shapes: float ``[N]``, nan for none; ``id_N``: int64, the content of each row.
+    Shapes: float ``[N]``, nan if missing; ``id_N``: int64, the content of each row.
 
     >>> y_N = torch.tensor([1.0, 2.0, 3.0, torch.nan])
     >>> errors = number_errors(torch.tensor([1.0, 2.0, 4.0, 9.0]), y_N, torch.arange(4))

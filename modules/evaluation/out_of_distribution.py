@@ -13,15 +13,15 @@ from descant.modules.evaluation.metrics import CELLS, wide
 
 
 class Detector:
-    """Base of the detectors: a score of each row, larger for those further from the reference.
+    """Base of the detectors: score each row, higher if it is further from the reference.
 
-    ``name``: by which its metrics are logged.
+    ``name``: the name under which its metrics are logged.
     """
 
     name: str
 
     def __call__(self, z_QD: Tensor, z_ND: Tensor) -> Tensor:
-        """``score_Q`` of rows, from the rows ``z_ND`` of the reference; nan where there is no distance."""
+        """Compute ``score_Q`` of rows, given the reference rows ``z_ND``; nan if there is no distance."""
         raise NotImplementedError
 
 
@@ -31,7 +31,7 @@ class Mahalanobis(Detector):
         score = (z - mean)' (Sigma + shrink v I)^-1 (z - mean),    v: the mean variance, tr(Sigma) / D
 
     Args:
-        shrink: of the covariance, which features of less than full rank need (our choice).
+        shrink: shrinkage of the covariance, which features without full rank need (our choice).
 
     >>> z_ND = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]], dtype=torch.float64)
     >>> score_Q = Mahalanobis(shrink=1e-9)(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 4.0]]), z_ND)
@@ -59,12 +59,12 @@ class Mahalanobis(Detector):
 
 
 class NearestNeighbours(Detector):
-    """Distance to the k-th nearest row of the reference, of unit-length rows (Sun 2022, arXiv 2204.06507).
+    """Distance to the k-th nearest row of the reference, with rows scaled to unit length (Sun 2022, arXiv 2204.06507).
 
         score = || z / ||z|| - z_(k) / ||z_(k)|| ||
 
     Args:
-        k: the neighbour whose distance counts; the farthest row where there are fewer.
+        k: the neighbour whose distance counts; if there are fewer rows, the farthest one.
 
     >>> z_ND = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
     >>> round(NearestNeighbours(k=2)(torch.tensor([[2.0, 0.0]]), z_ND).item(), 4)
@@ -86,11 +86,11 @@ class NearestNeighbours(Detector):
 
 
 def auroc_shares(score_N: Tensor, score_out_M: Tensor) -> Tensor:
-    """Each row's share of the rows out of distribution that score higher, equal scores by half; its mean is the AUROC.
+    """Compute each row's share of out-of-distribution rows that score higher, ties by half; its mean is the AUROC.
 
         share_n = 1/M sum_m [s_m > s_n] + [s_m = s_n] / 2
 
-    Shapes: ``score_N, score_out_M -> [N]`` float64 (float32 where the device has none); nan with a score that is none.
+    Shapes: ``score_N, score_out_M -> [N]`` float64 (float32 if the device lacks float64); nan if any score is nan.
 
     >>> auroc_shares(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 4.0])).tolist()
     [1.0, 0.75, 0.0]

@@ -1,7 +1,7 @@
 """Linear readout: cross-validated ridge regression on features, and significance tests between two models.
 
 Ridge regression on contiguous folds, and a paired bootstrap with a false discovery rate (Subramaniam et al. 2024,
-arXiv 2406.14481). All in float64 (float32 where the device has none).
+arXiv 2406.14481). Everything is computed in float64 (float32 if the device lacks float64).
 Letters: N stimuli, P features, S sites (the columns of a target), K folds, A alphas, R resamples, J projected features,
 E eigenvalues, Q principal components, T training rows, H held-out rows.
 """
@@ -23,10 +23,10 @@ ALPHAS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 
 
 class Reading(NamedTuple):
-    """Results of a readout; ``...`` is the shape of a target beyond its rows: nothing, ``[S]`` or ``[S, bins]``.
+    """Results of a readout; ``...`` is the shape of a target without its rows: nothing, ``[S]`` or ``[S, bins]``.
 
-    ``r [...]``, its folds ``r_fold [K, ...]``, the selected strength ``alpha [K, ...]``; and by stimulus, nan where not
-    tested: ``predicted [N, ...]`` and ``truth [N, ...]``, with ``fold [N, ...]`` int64 (-1 where not tested).
+    ``r [...]``, its values by fold ``r_fold [K, ...]``, and the selected strength ``alpha [K, ...]``. By stimulus:
+    ``predicted [N, ...]`` and ``truth [N, ...]``, nan if not tested, and ``fold [N, ...]`` int64, -1 if not tested.
     """
 
     r: Tensor
@@ -38,12 +38,12 @@ class Reading(NamedTuple):
 
 
 class Products:
-    """Fused features: two sets concatenated with the products of their leading principal components.
+    """Fused features: two feature sets, concatenated with the products of their leading principal components.
 
         [x_a, x_b, c_a (x) c_b],   c = the first Q principal components of z-scored features, of unit variance
 
-    A linear readout of these can use interactions, which that of the concatenation alone cannot. Components are those
-    of the training rows.
+    A linear readout of these can use interactions; a readout of the concatenation alone cannot. The components are
+    computed from the training rows.
 
     Args:
         x_a_NP, x_b_NP: features of the same stimuli; their widths may differ.
@@ -62,7 +62,7 @@ class Products:
         self.parts, self.components = (x_a_NP, x_b_NP), components
 
     def __call__(self, train_T: Tensor) -> Tensor:
-        """``[N, P_a + P_b + Q_a Q_b]`` for the training rows of a fold."""
+        """Compute the features ``[N, P_a + P_b + Q_a Q_b]``, with statistics of a fold's training rows."""
         parts = [standardise(x_NP.to(wide(x_NP.device)), train_T) for x_NP in self.parts]
         a_NQ, b_NQ = (self._components(x_NP, train_T) for x_NP in parts)
         return torch.cat([*parts, (a_NQ[:, :, None] * b_NQ[:, None]).flatten(1)], dim=1)
@@ -80,23 +80,23 @@ class RidgeReadout:
 
         w_s, b_s = argmin ||X w + b - y_s||^2 + alpha_s ||w||^2,    r_s = mean over folds of Pearson r on its test half
 
-    A target's valid rows (those that are not nan) are cut into contiguous folds, without shuffling, since neighbours in
-    time or class must not be on both sides. Half of a held-out block is for validation, which selects alpha by r, and
-    half for the test: one for each target, by its mean over folds, as in the authors' release, or one for each target
-    and fold (our variant). Features are z-scored by the training rows; the intercept is not penalized
-    (in the paper's code it is). One eigendecomposition a fold, of the smaller Gram matrix, serves all alphas and
-    targets. Features that are not finite have r nan.
+    A target's valid rows (those that are not nan) are split into contiguous folds, without shuffling, because
+    neighbours in time or class must not be on both sides. Half of a held-out block is for validation, which selects
+    alpha by r, and half for the test. Each target has one alpha, by its mean r over folds, as in the authors' release,
+    or one alpha per fold (our variant). Features are z-scored by the training rows; the intercept is not penalized
+    (in the paper's code it is). One eigendecomposition per fold, of the smaller Gram matrix, serves all alphas and
+    targets. If features are not finite, r is nan.
 
     Args:
-        alphas: to select from.
+        alphas: values to select from.
         folds: K.
         eps: features beyond the Johnson-Lindenstrauss size for this distortion are projected first
-            (:func:`sparse_projection`); None for never.
-        seed: of the projection.
-        select: an alpha for each ``target``, or for each target of a ``fold``.
+            (:func:`sparse_projection`); None: never.
+        seed: seed of the projection.
+        select: one alpha for each ``target``, or for each target of a ``fold``.
 
-    Shapes: ``x_NP`` (or :class:`Products`), ``y [N]``, ``[N, S]`` or ``[N, S, bins]`` ``-> Reading``. A target that is
-    constant, or has fewer than four valid rows a fold, has r nan; a prediction that is constant has r 0.
+    Shapes: ``x_NP`` (or :class:`Products`), ``y [N]``, ``[N, S]`` or ``[N, S, bins]`` ``-> Reading``. r is nan for a
+    target that is constant or has fewer than four valid rows per fold, and 0 for a constant prediction.
 
     >>> x_NP = torch.linspace(-1, 1, 40)[:, None].sin()
     >>> round(float(RidgeReadout()(x_NP, 3 * x_NP[:, 0] + 1).r), 6)
@@ -145,7 +145,7 @@ class RidgeReadout:
         return Reading(*(value.reshape((*value.shape[:-1], *y.shape[1:])) for value in reading))
 
     def _read(self, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor, reading: Reading) -> None:
-        """Fills in the results of targets with the same valid rows."""
+        """Fill in the results of targets with the same valid rows."""
         tests, predictions, selections = zip(
             *(self._fold(k, x, y_NS, rows_V, columns) for k in range(self.folds)), strict=True
         )
@@ -164,10 +164,10 @@ class RidgeReadout:
     def _fold(
         self, k: int, x: Tensor | Products, y_NS: Tensor, rows_V: Tensor, columns: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Test rows of a fold, their predictions for every alpha ``[A, h, S]``, and r on validation rows ``[A, S]``."""
+        """Return a fold's test rows, their predictions per alpha ``[A, h, S]``, and r on validation rows ``[A, S]``."""
         first, last = (len(rows_V) * edge // self.folds for edge in (k, k + 1))
         train_T, held_H = torch.cat([rows_V[:first], rows_V[last:]]), rows_V[first:last]
-        # held-out rows are transformed by statistics of the training rows alone
+        # held-out rows are transformed only by statistics of the training rows
         x_NP = standardise(x(train_T) if isinstance(x, Products) else x, train_T)
         mean_S = y_NS[train_T][:, columns].mean(0)
         predicted_AHS = mean_S + self._ridge(x_NP[train_T], y_NS[train_T][:, columns] - mean_S, x_NP[held_H])
@@ -176,7 +176,7 @@ class RidgeReadout:
         return held_H[middle:], predicted_AHS[:, middle:], select_AS
 
     def _ridge(self, x_TP: Tensor, y_TS: Tensor, x_HP: Tensor) -> Tensor:
-        """``[A, H, S]``: predictions for centred targets from centred features."""
+        """Predict centred targets from centred features: ``[A, H, S]``."""
         if not bool(torch.cat([x_TP, x_HP]).isfinite().all()):
             # the eigenvalue solver would raise and end the run
             return y_TS.new_full((len(self.alphas), len(x_HP), y_TS.shape[1]), torch.nan)
@@ -191,19 +191,19 @@ class RidgeReadout:
 
 
 class ModelContrast:
-    """Which of two models predicts better, by site: a paired bootstrap over stimuli with a false discovery rate.
+    """Test of which model predicts better, by site: a paired bootstrap over stimuli with a false discovery rate.
 
         p_s = (1 + #{resamples: not r_s(a) > r_s(b)}) / (1 + R),   r = mean over folds of Pearson r of the resample
 
-    A resample has the same stimuli for every model and site. Flagged are the sites that Benjamini-Hochberg selects at
-    the given rate. A resample in which a model has no r counts against it. The test covers the sampling of stimuli, not
-    that of training runs.
+    A resample has the same stimuli for every model and site. Sites are flagged if Benjamini-Hochberg selects them at
+    the given rate. A resample in which a model has no r counts against model a. The test covers the sampling of
+    stimuli, not that of training runs.
 
     Args:
         resamples: R.
         fdr: false discovery rate.
-        seed: of the resamples.
-        bins: flagged bins that flag a site, where targets are ``[N, S, bins]`` (the paper: 10 of 161).
+        seed: seed of the resamples.
+        bins: number of flagged bins that flag a site, if targets are ``[N, S, bins]`` (the paper: 10 of 161).
 
     >>> y_NS, noise_NS = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0)).unbind()
     >>> good, bad = RidgeReadout()(y_NS + 0.1 * noise_NS, y_NS), RidgeReadout()(noise_NS, y_NS)
@@ -219,10 +219,10 @@ class ModelContrast:
         if bins < 1:
             raise ValueError(f"bins {bins}: 1 is the least")
         self.resamples, self.fdr, self.seed, self.bins = resamples, fdr, seed, bins
-        self._counts = torch.zeros(0, 0, dtype=torch.float64)  # of the last number of stimuli
+        self._counts = torch.zeros(0, 0, dtype=torch.float64)  # for the last number of stimuli
 
     def counts(self, stimuli: int) -> Tensor:
-        """Float64 ``[R, N]``: how often a resample has each stimulus; a pure function of the seed and N."""
+        """Count how often a resample has each stimulus, float64 ``[R, N]``; a pure function of the seed and N."""
         if self._counts.shape[1] == stimuli:
             return self._counts
         generator = torch.Generator().manual_seed(mix(self.seed, "bootstrap"))
@@ -232,7 +232,7 @@ class ModelContrast:
         return self._counts
 
     def resample(self, reading: Reading) -> Tensor:
-        """``r [R, ...]`` of every resample, by weighted moments; nan where a target is constant in it."""
+        """Compute ``r [R, ...]`` of every resample, by weighted moments; nan if a target is constant in it."""
         dtype, shape = reading.predicted.dtype, reading.r.shape
         p_NS, y_NS, fold_NS = (x.reshape(len(x), -1) for x in (reading.predicted, reading.truth, reading.fold))
         count_RN = self.counts(len(p_NS)).to(p_NS.device, dtype)
@@ -253,7 +253,7 @@ class ModelContrast:
         return r_RS.masked_fill((yy_RS <= 1e-12) | ~y_S | broken_S, torch.nan)
 
     def p_value(self, a: Reading, b: Reading) -> Tensor:
-        """``p [...]``, one-sided: small where a predicts better than b."""
+        """Compute the one-sided ``p [...]``, which is small if a predicts better than b."""
         if not torch.equal(a.fold, b.fold) or not torch.equal(a.truth.nan_to_num(), b.truth.nan_to_num()):
             raise ValueError(
                 "ModelContrast: the two models were tested on different stimuli; use the same rows and targets"
@@ -262,15 +262,15 @@ class ModelContrast:
         return (1 + self.resamples - wins).to(a.r) / (1 + self.resamples)
 
     def beats(self, a: Reading, b: Reading) -> Tensor:
-        """Bool ``[S]``: the sites where a predicts better than b."""
+        """Return bool ``[S]``: the sites where a predicts better than b."""
         return self.sites(benjamini_hochberg(self.p_value(a, b), self.fdr))
 
     def sites(self, flagged: Tensor) -> Tensor:
-        """Bool ``[]`` or ``[S]``: whether enough bins of a site are flagged; a site without bins is one bin."""
+        """Return bool ``[]`` or ``[S]``: whether enough bins of a site are flagged; a site without bins is one bin."""
         return flagged.sum(-1) >= self.bins if flagged.ndim > 1 else flagged
 
     def integration(self, multi: Reading, vision: Reading, language: Reading, concat: Reading | None = None) -> Tensor:
-        """Bool ``[S]``: where a multimodal model beats vision, language and both concatenated, in enough bins."""
+        """Return bool ``[S]``: sites where ``multi`` beats vision, language and both concatenated, in enough bins."""
         others = [vision, language, *([] if concat is None else [concat])]
         flags = [benjamini_hochberg(self.p_value(multi, other), self.fdr) for other in others]
         return self.sites(torch.stack(flags).all(0))
@@ -280,7 +280,7 @@ class ModelContrast:
 
 
 def standardise(x_NP: Tensor, train_T: Tensor) -> Tensor:
-    """Z-scores by mean and standard deviation of the training rows; a feature that is constant in these becomes 0.
+    """Compute z-scores by mean and standard deviation of the training rows; features constant in these become 0.
 
     >>> standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0], [9.0, 6.0]]), torch.tensor([0, 1])).tolist()
     [[-1.0, 0.0], [1.0, 0.0], [7.0, 0.0]]
@@ -291,7 +291,7 @@ def standardise(x_NP: Tensor, train_T: Tensor) -> Tensor:
 
 
 def pearson(p_HS: Tensor, y_HS: Tensor) -> Tensor:
-    """Pearson's r over rows, ``[..., H, S], [H, S] -> [..., S]``: nan of a constant truth, 0 of a constant prediction.
+    """Compute Pearson's r over rows, ``[..., H, S], [H, S] -> [..., S]``: nan for constant truth, 0 for constant p.
 
     >>> y_HS = torch.tensor([[1.0, 4.0], [2.0, 4.0], [3.0, 4.0]], dtype=torch.float64)
     >>> pearson(-2 * y_HS, y_HS).round(decimals=9).tolist(), pearson(torch.ones_like(y_HS), y_HS)[0].item()
@@ -304,18 +304,20 @@ def pearson(p_HS: Tensor, y_HS: Tensor) -> Tensor:
 
 
 def _scaled(x_NS: Tensor, tested_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 over the tested rows of each column, 0 elsewhere; and bool ``[S]``: not constant."""
+    """Scale each column's tested rows to mean 0 and variance 1, others to 0; also return bool ``[S]``: not constant."""
     x_NS = x_NS.where(tested_NS, 0.0)
     size_S = tested_NS.sum(-2, keepdim=True).clamp(min=1)
     large_S = x_NS.abs().amax(-2, keepdim=True)
     x_NS = (x_NS - x_NS.sum(-2, keepdim=True) / size_S).where(tested_NS, 0.0)
     std_S = (x_NS.square().sum(-2, keepdim=True) / size_S).sqrt()
-    varies_S = ~(std_S <= 1e-9 * large_S)  # true of nan, which stays nan
+    varies_S = ~(std_S <= 1e-9 * large_S)  # true for nan, which stays nan
     return x_NS / std_S.where(varies_S, torch.ones_like(std_S)), varies_S.squeeze(-2)
 
 
 def benjamini_hochberg(p: Tensor, fdr: float) -> Tensor:
-    """Bool, of p's shape: the k smallest p, k the largest rank with ``p_(k) <= fdr k / m`` (Benjamini & Hochberg 1995).
+    """Select the k smallest p, k the largest rank with ``p_(k) <= fdr k / m``, as bool of p's shape.
+
+    Benjamini & Hochberg 1995.
 
     >>> benjamini_hochberg(torch.tensor([0.03, 0.9, 0.01, 0.02]), 0.05).tolist()
     [True, False, True, True]
@@ -329,7 +331,7 @@ def benjamini_hochberg(p: Tensor, fdr: float) -> Tensor:
 
 
 def projected_size(stimuli: int, eps: float = 0.1) -> int:
-    """Johnson-Lindenstrauss size ``4 ln N / (eps^2 / 2 - eps^3 / 3)``, for distances within a factor 1 +- eps.
+    """Compute the Johnson-Lindenstrauss size ``4 ln N / (eps^2 / 2 - eps^3 / 3)``, for distances within 1 +- eps.
 
     >>> projected_size(1000)
     5920
@@ -338,7 +340,7 @@ def projected_size(stimuli: int, eps: float = 0.1) -> int:
 
 
 def sparse_projection(x_NP: Tensor, size: int | None = None, eps: float = 0.1, seed: int = 0) -> Tensor:
-    """Very sparse random projection ``x R`` (Li et al. 2006; Achlioptas 2003) of more than J features into J.
+    """Project more than J features to J by a very sparse random ``x R`` (Li et al. 2006; Achlioptas 2003).
 
         R_pj = +-sqrt(sqrt(P) / J) with probability 1 / sqrt(P), else 0:   E ||x R||^2 = ||x||^2
 
@@ -346,9 +348,9 @@ def sparse_projection(x_NP: Tensor, size: int | None = None, eps: float = 0.1, s
 
     Args:
         x_NP: features.
-        size: J; that of :func:`projected_size` where not given.
+        size: J; by default that of :func:`projected_size`.
         eps: distortion of distances.
-        seed: of R.
+        seed: seed of R.
 
     Shapes: ``x_NP -> [N, J]``.
 

@@ -16,16 +16,16 @@ from torch.nn import functional as F
 
 from descant.modules.evaluation.metrics import psnr, ridge_weights, wide
 
-BINS = 10  # of the mean of an input
+BINS = 10  # bins of the mean of an input
 
 
 class Nulls(NamedTuple):
-    """Predictions of a target that need no model, fitted on the bank by :class:`NullFit`.
+    """Predictions of a target without a model, fitted on the bank by :class:`NullFit`.
 
     ``mean``: the mean target ``[...]``. ``bins``: given modality -> edges ``[K - 1]`` of its mean and the mean target
     of each bin ``[K, ...]``. ``ridge``: weights ``[1 + P, Q]`` from given patches to the patch in the same place, or
-    None.
-    ``span``: the largest less the smallest number of a target. ``classes``: of given categories. ``patch``: its side.
+    None. ``span``: the largest minus the smallest number of a target. ``classes``: number of categories of a given
+    modality. ``patch``: side of a patch.
     """
 
     mean: Tensor
@@ -36,7 +36,7 @@ class Nulls(NamedTuple):
     patch: int
 
     def predictions(self, given: Mapping[str, Tensor], x_B: Tensor) -> dict[str, Tensor]:
-        """Predictor -> ``[B, ...]``, or what broadcasts to it."""
+        """Return predictor -> prediction ``[B, ...]``, or a tensor that broadcasts to it."""
         sample_mean_B = row_means(x_B).to(x_B).reshape(-1, *[1] * (x_B.ndim - 1))
         predictions = {"mean": self.mean, "sample mean": sample_mean_B}
         for m, (edge, mean_K) in self.bins.items():
@@ -49,11 +49,11 @@ class Nulls(NamedTuple):
         return predictions
 
     def scores(self, error: Mapping[str, Tensor], sham: bool) -> dict[str, Tensor]:
-        """Key, with a place for ``target_from_given`` -> R2 or PSNR.
+        """Compute R2 and PSNR by key; each key has a place ``{}`` for ``target_from_given``.
 
         Args:
-            error: summed square errors of these predictions, of ``model`` and of ``shuffled``; ``count`` of numbers.
-            sham: whether there is other content to be given, so that ``shuffled`` means something.
+            error: summed squared errors of these predictions, of ``model`` and of ``shuffled``; ``count`` of numbers.
+            sham: whether other content can be given, so that ``shuffled`` means something.
         """
         mse = {name: e / error["count"] for name, e in error.items()}
         r2 = {name: 1 - e / error["mean"] for name, e in error.items()}
@@ -74,8 +74,8 @@ class NullFit:
 
     Args:
         edges: given modality -> edges of the bins of its mean.
-        classes: of given categories.
-        patch: side.
+        classes: number of categories of a given modality.
+        patch: side of a patch.
 
     >>> fit = NullFit({}, {}, patch=2)
     >>> fit.add(torch.tensor([[[[0.0, 4.0]]], [[[2.0, 0.0]]]]), {})
@@ -94,7 +94,7 @@ class NullFit:
         self.sums[name] = value if name not in self.sums else self.sums[name] + value
 
     def add(self, x_B: Tensor, given: Mapping[str, Tensor]) -> None:
-        """Adds rows that have the target and all given modalities; none of them is fine."""
+        """Add rows that have the target and all given modalities; zero rows are fine."""
         x_B = x_B.to(wide(x_B.device))
         real_B = x_B.isfinite()
         x_0_B, n_B = torch.where(real_B, x_B, 0.0), real_B.to(x_B)
@@ -116,7 +116,7 @@ class NullFit:
             self._sum("moments", all_LR.T @ all_LR)
 
     def done(self, reduce: Callable[[Tensor, str], Tensor], l2: float) -> Nulls:
-        """``reduce(value, "sum" or "max")`` goes over ranks."""
+        """Compute the predictions from the sums; ``reduce(value, "sum" or "max")`` reduces over ranks."""
         sums = {name: reduce(value, "sum") for name, value in self.sums.items()}
         mean, bins = sums["x"] / sums["n"].clamp(min=1), {}
         for m, edge in self.edges.items():
@@ -129,24 +129,24 @@ class NullFit:
 
 
 def row_means(x: Tensor) -> Tensor:
-    """Float32 ``[B]``: the mean over the finite numbers of each row; 0 without any."""
+    """Compute the mean over the finite numbers of each row, float32 ``[B]``; 0 without any."""
     x = x.flatten(1).to(wide(x.device))
     real = x.isfinite()
     return (torch.where(real, x, 0.0).sum(1) / real.sum(1).clamp(min=1)).float()
 
 
 def deciles(mean_N: Tensor) -> Tensor:
-    """The nine edges of ten bins of equal counts."""
+    """Compute the nine edges of ten bins of equal counts."""
     return mean_N.quantile(torch.arange(1, BINS, device=mean_N.device) / BINS)
 
 
 def _extent(x_B: Tensor) -> tuple[int, ...]:
-    """Of a target: both axes of ``[B, F, T]``, and those after the channels of ``[B, C, ...]``."""
+    """Return the sizes of a target's axes: both of ``[B, F, T]``, or those after the channels of ``[B, C, ...]``."""
     return tuple(x_B.shape[1:] if x_B.ndim == 3 else x_B.shape[2:])
 
 
 def _channels(x: Tensor, extent: tuple[int, ...], classes: int | None) -> Tensor | None:
-    """``[B, C, ...]`` of this extent, categories as one-hot; None for an input of another extent."""
+    """Return the input as ``[B, C, ...]`` of this extent, categories as one-hot; None if it has another extent."""
     if x.shape[1:] == extent:
         x = x.unsqueeze(1)
     if x.shape[2:] != extent:
@@ -155,14 +155,14 @@ def _channels(x: Tensor, extent: tuple[int, ...], classes: int | None) -> Tensor
         return x
     if classes is None or x.shape[1] != 1:
         return None
-    known = (x >= 0) & (x < classes)  # a category that is not in the bank has zeros
+    known = (x >= 0) & (x < classes)  # a category that is not in the bank gets zeros
     return (F.one_hot(x.clamp(0, classes - 1), classes) * known[..., None]).squeeze(1).movedim(-1, 1)
 
 
 def _patches(
     given: Mapping[str, Tensor], x_B: Tensor, classes: Mapping[str, int], patch: int
 ) -> tuple[Tensor, Tensor] | None:
-    """``[L, P]`` and ``[L, Q]``: patches of the given inputs of the target's extent, and of the target; or None."""
+    """Cut patches ``[L, P]`` of given inputs that have the target's extent, and ``[L, Q]`` of the target; or None."""
     extent = _extent(x_B)
     channels = [_channels(x, extent, classes.get(m)) for m, x in given.items()]
     aligned = [x.to(x_B) for x in channels if x is not None]
@@ -176,7 +176,7 @@ def _patches(
 
 
 def _patch(x_BC: Tensor, patch: int) -> Tensor:
-    """``[B, C, ...] -> [L, C patch^d]``, L = B times the patches of a sample."""
+    """Cut patches, ``[B, C, ...] -> [L, C patch^d]``, L = B times the patches of a sample."""
     extent = x_BC.shape[2:]
     sides = itertools.chain.from_iterable((side // patch, patch) for side in extent)
     x = x_BC.reshape(*x_BC.shape[:2], *sides)
@@ -186,7 +186,7 @@ def _patch(x_BC: Tensor, patch: int) -> Tensor:
 
 
 def _unpatch(y_LQ: Tensor, x_B: Tensor, patch: int) -> Tensor:
-    """The inverse, in the shape of ``x_B``."""
+    """Invert the cutting of patches, in the shape of ``x_B``."""
     extent = _extent(x_B)
     d, grid = len(extent), [side // patch for side in extent]
     y = y_LQ.reshape(len(x_B), *grid, y_LQ.shape[1] // patch**d, *[patch] * d)

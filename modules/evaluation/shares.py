@@ -1,4 +1,4 @@
-"""Shares of the labels, as benchmarks of self-supervised learning have them: nested, stratified and drawn statelessly.
+"""Shares of the labels, as in benchmarks of self-supervised learning: nested, stratified and drawn statelessly.
 
 Letters: N labelled rows, C classes that occur, R rows of a share.
 """
@@ -14,7 +14,7 @@ from descant.modules.evaluation.metrics import wide
 
 
 def stratified_order(label_N: Tensor, draw_N: Tensor) -> Tensor:
-    """Rows in an order whose every beginning of at least C rows is stratified by class.
+    """Order rows so that each prefix of at least C rows is stratified by class.
 
         the r-th row of a class of N_c rows by their draws, r = 0, 1, ..., has the place (r + 1/2) / N_c; r = 0 is ahead
 
@@ -27,7 +27,7 @@ def stratified_order(label_N: Tensor, draw_N: Tensor) -> Tensor:
     [1, 5, 3, 2, 4, 0]
     """
     order_N = draw_N.argsort(stable=True)
-    order_N = order_N[label_N[order_N].argsort(stable=True)]  # by class, and within one by draw
+    order_N = order_N[label_N[order_N].argsort(stable=True)]  # by class, and within a class by draw
     _, class_N, count_C = label_N[order_N].unique_consecutive(return_inverse=True, return_counts=True)
     r_N = torch.arange(len(order_N), device=order_N.device) - (count_C.cumsum(0) - count_C)[class_N]
     # correctly rounded quotients: equal fractions of two classes stay equal, and the smaller class number is first
@@ -36,7 +36,7 @@ def stratified_order(label_N: Tensor, draw_N: Tensor) -> Tensor:
 
 
 def share_rows(label_N: Tensor, draw_N: Tensor, share: float) -> Tensor:
-    """The rows of a share of the labels, ascending: ``max(round(share N), C)``, so that no class is without one.
+    """Select the rows of a share of the labels, ascending: ``max(round(share N), C)``, so that each class has a row.
 
     Shapes: ``label_N`` int64, ``draw_N`` -> row numbers ``[R]``.
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from descant.modules.core.rng import mix
 
-MOST = 10  # modalities, whose 1023 subsets are all evaluated by default
+MOST = 10  # the most modalities of which all subsets (1023) are evaluated by default
 Subset = tuple[str, ...]
 
 
 def subsets_of(modalities: Sequence[str], count: int | None = None) -> list[Subset]:
-    """Non-empty subsets, small ones first: all ``2^M - 1``, or ``count`` of them, sampled with a fixed seed.
+    """Return non-empty subsets, small ones first: all ``2^M - 1``, or ``count`` of them, sampled with a fixed seed.
 
     A sample contains the full set, and each modality alone if ``count`` has room for them.
 
@@ -31,7 +31,7 @@ def subsets_of(modalities: Sequence[str], count: int | None = None) -> list[Subs
         )
     if count is None or count >= full:
         return [s for size in range(1, m + 1) for s in combinations(modalities, size)]
-    codes = {full, *((1 << i for i in range(m)) if count > m else ())}  # a bit a modality
+    codes = {full, *((1 << i for i in range(m)) if count > m else ())}  # one bit per modality
     draw = 0
     while len(codes) < count:
         codes.add(mix(draw, "subsets", m) % full + 1)
@@ -41,14 +41,14 @@ def subsets_of(modalities: Sequence[str], count: int | None = None) -> list[Subs
 
 
 def subset_name(subset: Subset) -> str:
-    """``image+text``."""
+    """Return a subset's name, such as ``image+text``."""
     return "+".join(subset)
 
 
 def fuse_embeddings(z: Mapping[str, Tensor], subset: Subset) -> Tensor:
-    """``normalise(sum over m in S of z_m)``, or where a row has a joint embedding of S by name (image+text), that one.
+    """Compute ``normalise(sum over m in S of z_m)``, or use a row's joint embedding of S (named image+text) if any.
 
-    If no name is one of S, the embeddings are joint ones of whatever is present, and are added.
+    If no modality of S has an embedding, all embeddings are joint ones of whatever is present, and are added.
 
     Shapes: ``{name: z_ND} -> [N, D]``.
 
@@ -65,7 +65,7 @@ def fuse_embeddings(z: Mapping[str, Tensor], subset: Subset) -> Tensor:
 
 
 def worst_subset(values: Mapping[Subset, float], less: bool) -> Subset:
-    """The first of those with the worst value; nan is worse than any number. ``less``: less is better.
+    """Return the first subset with the worst value; nan is worse than any number. ``less``: smaller is better.
 
     >>> worst_subset({("a",): 0.5, ("b",): 0.2}, less=False)
     ('b',)

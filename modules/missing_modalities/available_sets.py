@@ -17,16 +17,16 @@ from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.ranks import gather, world
 from descant.modules.core.rng import uniform_N
 
-#: In place of the number of a set: of a sample with all modalities, with none, and with a set that has no number.
+#: Used instead of a set's number: for a sample with all modalities, with none, and with a set that has no number.
 WHOLE, NOTHING, UNKNOWN = -1, -2, -3
 
 
 class Sets:
-    """Sets of modalities, numbered, and which of them each sample has.
+    """Numbered sets of modalities, and the look-up of each sample's set.
 
     Args:
-        modalities: all that a recipe has a tower for, at most 16.
-        sets: some of their subsets, none empty; a set of all modalities has no number. All subsets where not given.
+        modalities: all modalities for which a recipe has a tower, at most 16.
+        sets: some of their subsets, none empty; by default all. A set of all modalities has no number.
 
     >>> sets = Sets(["image", "text"])
     >>> sets.names
@@ -43,7 +43,7 @@ class Sets:
         subsets = [s for size in range(1, len(self.modalities)) for s in combinations(self.modalities, size)]
         chosen = subsets if sets is None else [self._checked(s) for s in sets]
         self.sets = [s for s in chosen if s != self.modalities]
-        #: One a set, such as ``image+text``: in the order of the modalities.
+        #: One per set, such as ``image+text``, with modalities in their order.
         self.names = ["+".join(s) for s in self.sets]
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
@@ -66,7 +66,7 @@ class Sets:
         return len(self.sets)
 
     def of(self, present: Mapping[str, Tensor]) -> Tensor:
-        """Int64 ``[B]`` on the CPU: each sample's set, or a number below 0. A modality not in ``present`` is absent."""
+        """Look up each sample's set, or a number below 0: int64 ``[B]`` on the CPU. Modalities not given are absent."""
         there = [present[m] for m in self.modalities if m in present]
         if not there:
             raise ValueError(f"present: none of {', '.join(self.modalities)} in it")
@@ -77,14 +77,14 @@ class Sets:
         return self._number[code_B]
 
     def known(self, present: Mapping[str, Tensor], what: str) -> Tensor:
-        """:meth:`of`, where no set may be unknown."""
+        """Return :meth:`of`; raise ValueError if a set is unknown."""
         set_B = self.of(present)
         if bool((set_B == UNKNOWN).any()):
             raise ValueError(self.refusal(present, set_B, what))
         return set_B
 
     def refusal(self, present: Mapping[str, Tensor], set_B: Tensor, what: str) -> str:
-        """One line on the first sample whose set has no number."""
+        """Describe the first sample whose set has no number, in one line."""
         row = int((set_B == UNKNOWN).int().argmax())
         has = tuple(m for m in self.modalities if m in present and bool(host_copy(present[m])[row]))
 
@@ -96,16 +96,16 @@ class Sets:
 
 
 class AvailableSets:
-    """Random dropping of modalities of the samples that a frozen network is adapted on.
+    """Random dropping of modalities from the samples on which a frozen network is adapted.
 
-        set_b = one of the sets within what sample b has, with odds by weight        (of its random key alone)
+        set_b = one of the sets within sample b's modalities, with odds by weight        (of its random key alone)
 
-    A sample without a complete set keeps what it has. With ``per: batch`` all samples of a micro-batch over all ranks
-    use one set, as in the paper; samples that lack a part of it keep what they have.
+    A sample without a complete set keeps its modalities. With ``per: batch`` all samples of a micro-batch on all ranks
+    use one set, as in the paper; samples that lack a part of it keep their modalities.
 
     Args:
-        sets: such as [[image], [text]]; by default all that are neither empty nor everything.
-        weights: one a set; equal by default.
+        sets: such as [[image], [text]]; by default all subsets except the empty and the full one.
+        weights: one per set; equal by default.
         per: ``sample`` or ``batch``: the unit for which a set is sampled.
 
     >>> keep = AvailableSets([["text"]])
@@ -128,14 +128,14 @@ class AvailableSets:
         self.sets, self.weights, self.per = sets, weights, per
 
     def of(self, modalities: Sequence[str]) -> list[tuple[str, ...]]:
-        """The sets that are sampled for a recipe with these modalities."""
+        """Return the sets that are sampled for a recipe with these modalities."""
         if self.sets is None:
             return Sets(modalities).sets
         whole = [tuple(modalities)] if any(set(s) == set(modalities) for s in self.sets) else []
         return [*Sets(modalities, self.sets).sets, *whole]
 
     def left(self, present: Mapping[str, Tensor], draw_B: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
-        """Modality -> bool ``[B]``: ``present`` without what the sampled set leaves out; other names are unchanged."""
+        """Return ``present`` without the modalities that sampled sets leave out; other names are unchanged."""
         weights = self.weights or [1.0] * len(self.of(modalities))
         sampled = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]
         member_SM = torch.tensor([[m in s for m in modalities] for s in sampled])

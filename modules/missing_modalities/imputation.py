@@ -1,4 +1,4 @@
-"""Imputation of missing modalities: features in place of those that a sample lacks.
+"""Imputation of missing modalities: features instead of those that a sample lacks.
 
 Letters: B samples of a batch, D width of the features, S sets of available modalities.
 """
@@ -18,14 +18,14 @@ from descant.modules.missing_modalities.available_sets import Sets
 
 
 class Imputer(nn.Module):
-    """``imputer(h_BD, modality, has, lacks_B) -> h_BD``: the rows where ``lacks_B`` are replaced, the others stay.
+    """Base of imputers: ``imputer(h_BD, modality, has, lacks_B) -> h_BD`` replaces only the rows of ``lacks_B``.
 
-    Without one a recipe masks absent modalities; with one it counts every modality as present, with these features.
-    ``has``: modality -> bool ``[B]``, what the samples really have. ``build`` comes before.
+    Without an imputer, a recipe masks absent modalities; with one, it counts every modality as present, with these
+    features. ``has``: modality -> bool ``[B]``, the modalities that samples really have. ``build`` is called before.
     """
 
     def build(self, widths: Mapping[str, int], sets: Sequence[Sequence[str]]) -> Imputer:
-        """For modality -> D of its features, and the sets of available modalities that are trained; returns itself."""
+        """Prepare for modality -> D of its features, and for the trained sets of available modalities; return self."""
         return self
 
     def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Imputer(nn.Module):
 
 
 class ZeroImputer(Imputer):
-    """``h_b = 0`` where sample b lacks the modality.
+    """Zero features: ``h_b = 0`` if sample b lacks the modality.
 
     >>> here_B = torch.tensor([True, False])
     >>> ZeroImputer()(torch.ones(2, 1), "text", {"text": here_B}, ~here_B).tolist()
@@ -45,10 +45,10 @@ class ZeroImputer(Imputer):
 
 
 class MeanImputer(Imputer):
-    """``h_b = mean over all rows of the modality in training so far``, of all ranks; zeros before the first.
+    """Mean features: ``h_b = mean over all rows of the modality in training so far``, on all ranks; zeros at first.
 
-    Sums are float64 and updated in train mode, each step before the mean is used. Where the features train too, the
-    mean is over all of their past values.
+    Sums are float64 and updated in train mode, in each step before the mean is used. If the features are trained as
+    well, the mean is over all of their past values.
 
     >>> imputer, here_B = MeanImputer().build({"text": 1}, []), torch.tensor([True, True, False])
     >>> imputer(torch.tensor([[1.0], [3.0], [0.0]]), "text", {"text": here_B}, ~here_B).tolist()
@@ -73,7 +73,7 @@ class MeanImputer(Imputer):
         return torch.where(lacks_B[:, None], mean_D, h_BD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Sums move to a device but stay float64: in half precision they would soon stop growing."""
+        """Move the sums to a device but keep float64: in half precision they would soon stop growing."""
         sums = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(fn, recurse)
         for name, x in sums.items():
@@ -93,10 +93,10 @@ class MeanImputer(Imputer):
 
 
 class PromptImputer(Imputer):
-    """``h_b = p_{S, m}``, learned for each set S of available modalities and each m that it lacks; zeros at the start.
+    """Learned features: ``h_b = p_{S, m}`` for each set S of available modalities and each m that it lacks, from zeros.
 
-    After missing-aware prompts (Lee 2023, arXiv 2303.03369), which are tokens of one transformer; as features of a
-    modality, for any fusion, they are our reading.
+    They follow missing-aware prompts (Lee 2023, arXiv 2303.03369), which are tokens of one transformer; using them as
+    features of a modality, for any fusion, is our reading.
 
     >>> imputer = PromptImputer().build({"image": 2, "text": 3}, [["image"], ["text"]])
     >>> {name: list(p.shape) for name, p in imputer.named_parameters()}
@@ -122,13 +122,13 @@ class PromptImputer(Imputer):
 
 
 class Imputation(NamedTuple):
-    """An imputer and the modalities that the samples of a batch really have: ``has``: modality -> bool ``[B]``."""
+    """Imputer, and the modalities that the samples of a batch really have, ``has``: modality -> bool ``[B]``."""
 
     imputer: Imputer
     has: Mapping[str, Tensor]
 
     def seen(self, modality: str, present_B: Tensor) -> Tensor:
-        """Bool ``[B]``: the rows for which a tower runs, of those that a recipe counts as present.
+        """Return bool ``[B]``: the rows for which a tower runs, among those that a recipe counts as present.
 
         >>> has = {"text": torch.tensor([True, False])}
         >>> Imputation(ZeroImputer(), has).seen("text", torch.tensor([True, True])).tolist()
@@ -137,5 +137,5 @@ class Imputation(NamedTuple):
         return derived(torch.logical_and, present_B, self.has[modality])
 
     def filled(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
-        """Features of all rows that a recipe counts as present, imputed where the sample lacks the modality."""
+        """Return features of all rows that a recipe counts as present, imputed if the sample lacks the modality."""
         return cast(Tensor, self.imputer(h_BD, modality, self.has, present_B & ~self.has[modality]))

@@ -28,47 +28,47 @@ from descant.modules.missing_modalities.modulation_forms import (
     layer_width,
 )
 
-#: Parts of a recipe by modality, which run only for samples that have it.
+#: Parts of a recipe that belong to one modality and run only for samples that have it.
 BY_MODALITY = ("towers.", "pools.", "adapters.")
 
 
 class _Route:
-    """The sets of the samples that run now."""
+    """Sets of the samples that run now."""
 
     def __init__(self, set_B: Tensor, device: torch.device, tracker: RowTracker) -> None:
         self.set_B, self.device, self.tracker = set_B, device, tracker
         self._seen: dict[int, tuple[Tensor | None, Tensor, list[int]]] = {}
 
     def here(self) -> tuple[Tensor, list[int]]:
-        """The number of each row's set among those that occur, on the device, and which these are."""
+        """Return each row's place in the list of sets that occur, on the device, and that list."""
         row_R = self.tracker.current
         if id(row_R) not in self._seen:
             set_R = self.set_B if row_R is None else self.set_B[host_copy(row_R)]
             set_S, number_R = set_R.unique(return_inverse=True)
             number_R = to_device(number_R, self.device)
-            self._seen[id(row_R)] = row_R, number_R, set_S.tolist()  # with the rows: ids come again
+            self._seen[id(row_R)] = row_R, number_R, set_S.tolist()  # keeps the rows, because Python reuses ids
         return self._seen[id(row_R)][1:]
 
 
 class ModulationBank(nn.Module):
     """Parameters for each set of available modalities, after each layer of a frozen network (Reza 2023).
 
-        h' = f_S(h), with S what the sample of this row has; f is the identity where it has everything
+        h' = f_S(h), with S the modalities of this row's sample; f is the identity if it has all of them
 
     Each row uses the set of its sample (:mod:`descant.modules.core.rows`), so samples of several sets may share a
-    batch; where all rows have one set, its parameters are used directly. Layers are hooked: no name in the network
-    changes, and for samples with all modalities its outputs are bit-identical. Layers of a modality's tower, pool and
-    adapter have no parameters for sets without it, since they do not run then.
+    batch. If all rows have one set, its parameters are used directly. The bank hooks layers: no name in the network
+    changes, and outputs for samples with all modalities are bit-identical. Layers of a modality's tower, pool and
+    adapter have no parameters for sets without that modality, because they do not run then.
 
-    The paper puts adaptable layers after each layer of encoders and fusion, one set of parameters a combination; which
-    types of layers, which subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
+    The paper puts adaptable layers after each layer of encoders and fusion, one set of parameters per combination. The
+    types of layers, the subsets, and rows of several sets in one batch are our reading. Source: arXiv 2310.03986.
 
     Args:
-        form: ScaleShift or LowRank; ScaleShift where not given.
+        form: ScaleShift or LowRank; by default ScaleShift.
         layers: ends of names of layers such as [qkv, mlp.2], names of parts such as [towers.image], or types such as
             [LayerNorm]; by default every linear layer, convolution and norm.
-        sets: that have parameters; by default those that the recipe trains.
-        unknown: of samples with any other set: ``refuse`` them, or take the network as it is (``frozen``).
+        sets: sets that have parameters; by default those that the recipe trains.
+        unknown: for samples with any other set: ``refuse`` them, or use the network as it is (``frozen``).
         sham: ``permute`` gives every sample, in evaluation, the parameters of the next set of the bank.
 
     >>> net = nn.ModuleDict({"head": nn.Linear(3, 2)})
@@ -102,12 +102,12 @@ class ModulationBank(nn.Module):
     def attach(
         self, network: nn.Module, modalities: Sequence[str], drawn: Sequence[Sequence[str]] | None = None
     ) -> ModulationBank:
-        """Makes the parameters and hooks the layers of ``network``; returns itself. Once, before weights are loaded.
+        """Create the parameters and hook the layers of ``network``, once, before weights are loaded; return self.
 
         Args:
-            network: whose ``towers.MODALITY``, ``pools.MODALITY`` and ``adapters.MODALITY`` are of that one alone.
-            modalities: in their order.
-            drawn: the sets that samples are left with in training; all subsets where not given.
+            network: its ``towers.MODALITY``, ``pools.MODALITY`` and ``adapters.MODALITY`` belong to one modality each.
+            modalities: all modalities, in their order.
+            drawn: the sets that samples are left with in training; by default all subsets.
         """
         self._tracker = share_rows(network)
         self.sets = Sets(modalities, drawn if self.chosen is None else self.chosen)
@@ -137,20 +137,20 @@ class ModulationBank(nn.Module):
         return self
 
     def require_hooked(self, network: nn.Module) -> None:
-        """Raises ValueError for a layer that was replaced since :meth:`attach`, as by quantization or SyncBatchNorm."""
+        """Raise ValueError for a layer that was replaced since :meth:`attach`, as by quantization or SyncBatchNorm."""
         for name in self._hooked:
             try:
                 layer = network.get_submodule(name)
             except AttributeError:
                 layer = nn.Identity()
-            layer = cast(nn.Module, getattr(layer, "base_layer", layer))  # of adapters, which call it
+            layer = cast(nn.Module, getattr(layer, "base_layer", layer))  # adapters call their base layer
             if not any(isinstance(h, partial) and h.func == self._modulate for h in layer._forward_hooks.values()):
                 raise ValueError(f"bank: layer {name} was replaced after it was given parameters, which are never used")
 
     def _layers(self, network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Names and layers, in the network's order; those inside adapters are left alone."""
+        """Yield names and layers, in the network's order, without those inside adapters."""
         able = [(n, m) for n, m in network.named_modules() if layer_width(m) is not None and "lora_" not in n]
-        # multi-head attention of torch reads the weights of its last layer and never runs it
+        # torch's multi-head attention reads the weights of its last layer and never runs it
         able = [(n, m) for n, m in able if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)]
         if self.layers is None:
             yield from ((name, layer) for name, layer in able if not isinstance(layer, EMBEDDINGS))
@@ -162,21 +162,21 @@ class ModulationBank(nn.Module):
         yield from ((n, m) for n, m in able if any(_matches(end, n, m) for end in self.layers))
 
     def of(self, set_name: str, layer: str) -> Modulated:
-        """The parameters of one set, such as ``image+text``, for one layer."""
+        """Return the parameters of one set, such as ``image+text``, for one layer."""
         return cast(Modulated, cast(nn.ModuleDict, self.parts[set_name])[_key(layer)])
 
     def count(self) -> dict[str, int]:
-        """Set -> its number of parameters."""
+        """Return set -> its number of parameters."""
         return {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
 
     def share(self, network: nn.Module) -> float:
-        """Parameters of all sets together over those of the network: norms, heads and everything counted in both."""
+        """Return the parameter count of all sets over that of the network; both include norms, heads and all else."""
         bank = {id(p) for p in self.parameters()}
         return sum(self.count().values()) / sum(p.numel() for p in network.parameters() if id(p) not in bank)
 
     @contextmanager
     def route(self, present: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the samples that run in the network have these modalities (bool ``[B]`` each)."""
+        """Set, within the block, the modalities (bool ``[B]`` each) of the samples that run in the network."""
         set_B = self.sets.of(present)
         if bool((set_B == UNKNOWN).any()):
             refusal = self.sets.refusal(present, set_B, "the bank")
@@ -185,7 +185,7 @@ class ModulationBank(nn.Module):
             if not self._warned:
                 warnings.warn(f"{refusal}; they see the network as it is", stacklevel=3)
                 self._warned = True
-        # padding takes the set of a sample, so that it does not make one set two
+        # padding takes the set of a sample, so that it does not add a second set
         real_B = set_B != NOTHING
         set_B = torch.where(real_B, set_B, set_B[real_B][0] if bool(real_B.any()) else WHOLE).clamp(min=WHOLE)
         self.sham.calls += 1
@@ -218,7 +218,7 @@ class ModulationBank(nn.Module):
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # names of modules hold no dots
+    return name.replace(".", "/")  # module names may not contain dots
 
 
 def _matches(end: str, name: str, layer: nn.Module) -> bool:
@@ -226,9 +226,9 @@ def _matches(end: str, name: str, layer: nn.Module) -> bool:
 
 
 def touch_parameters(value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """``value``, whose backward adds zeros to the gradients of all of these parameters.
+    """Return ``value``, whose backward adds zeros to the gradients of all of these parameters.
 
-    So a set that occurs on one rank only has a gradient on all ranks, as DDP and optimizers need.
+    So a set that occurs only on one rank has a gradient on all ranks, which DDP and optimizers need.
 
     >>> x, idle = torch.ones(2, requires_grad=True), nn.Parameter(torch.ones(3))
     >>> touch_parameters(x.sum(), [idle]).backward()

@@ -1,4 +1,4 @@
-"""Forms of modulation (scale and shift, low rank): parameters of one set of modalities on a layer's output.
+"""Forms of modulation (scale and shift, low rank): parameters of one set of modalities that change a layer's output.
 
 Letters: B samples of a batch, R rows that run in a layer, S sets, C channels of a layer's output and I of its input,
 r rank.
@@ -20,7 +20,7 @@ from descant.modules.core.host import to_device
 class Modulated(nn.Module):
     """Modulation of the output of one layer for one set of modalities; ``several`` is for rows of several sets.
 
-    ``forward(x, h)``: of the layer's input and output; None in a list of several leaves h unchanged.
+    ``forward(x, h)`` takes the layer's input and output; None in a list of several leaves h unchanged.
     """
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
@@ -28,12 +28,12 @@ class Modulated(nn.Module):
 
     @staticmethod
     def several(parts: Sequence[Modulated | None], part_R: Tensor, x: Tensor, h: Tensor) -> Tensor:
-        """Row r is changed by ``parts[part_R[r]]``."""
+        """Change row r by ``parts[part_R[r]]``."""
         raise NotImplementedError
 
 
 class Modulation:
-    """A form of modulation: ``of(layer)`` makes its parameters for one set, or None for a layer it leaves alone."""
+    """Form of modulation: ``of(layer)`` creates its parameters for one set, or None for a layer it leaves alone."""
 
     def of(self, layer: nn.Module) -> Modulated | None:
         raise NotImplementedError
@@ -42,8 +42,8 @@ class Modulation:
 class ScaleShift(Modulation):
     """``h' = gamma * h + beta`` for each channel of a layer's output; gamma 1 and beta 0 at the start.
 
-    After linear layers, convolutions and norms (as SSF does, Lian 2022, arXiv 2210.08823; for "each layer" of the paper
-    our reading), and after embeddings where a bank names them: 2 C parameters each.
+    It follows linear layers, convolutions and norms (as in SSF, Lian 2022, arXiv 2210.08823; our reading of the paper's
+    "each layer"), and embeddings if a bank names them: 2 C parameters each.
 
     >>> ScaleShift().of(nn.Linear(3, 4))(torch.zeros(2, 3), torch.ones(2, 4)).tolist() == torch.ones(2, 4).tolist()
     True
@@ -81,8 +81,8 @@ class _ScaleShift(Modulated):
 class LowRank(Modulation):
     """``h' = W x + B A x`` for linear layers and convolutions; B is zero at the start.
 
-    Of a convolution, A has the kernel, stride and padding of the layer and B is 1 x 1, as in LoRA (Hu 2022): our
-    reading. Norms, and convolutions in groups or with other than zeros around them, are left alone.
+    For a convolution, A has the kernel, stride and padding of the layer and B is 1 x 1, as in LoRA (Hu 2022): our
+    reading. Norms, and convolutions with groups or with other padding than zeros, are left alone.
 
     Args:
         r: rank.
@@ -147,7 +147,7 @@ class _LowRankConv(Modulated):
         some = cast("list[_LowRankConv | None]", list(parts))
         one = next(part for part in some if part is not None)
         real = [part for part in some if part is not None]
-        # all sets' channels from one convolution, and of each row those of its own
+        # one convolution computes all sets' channels; each row takes those of its own set
         low = one.low(x, torch.cat([part.a_rI for part in real]))
         low_RSr = low.unflatten(1, (len(real), -1))
         number = to_device(torch.tensor([0 if part is None else real.index(part) for part in some]), part_R.device)
@@ -165,7 +165,7 @@ _WIDTHS = ("out_features", "out_channels", "num_features", "num_channels", "embe
 
 
 def layer_width(layer: nn.Module) -> int | None:
-    """Channels of a layer's output; None for any other module."""
+    """Return the number of channels of a layer's output; None for any other module."""
     if not isinstance(layer, (nn.Linear, *_CONVS, *_NORMS, *EMBEDDINGS)):
         return None
     width = next((getattr(layer, name) for name in _WIDTHS if hasattr(layer, name)), None)
@@ -173,5 +173,5 @@ def layer_width(layer: nn.Module) -> int | None:
 
 
 def _axis(layer: nn.Module) -> int:
-    """Axis of the channels: 1 for convolutions and norms of images, volumes and waves, else the last."""
+    """Return the axis of the channels: 1 for convolutions and norms of images, volumes and waves, else the last."""
     return 1 if isinstance(layer, nn.GroupNorm) or type(layer).__name__[-2:] in ("1d", "2d", "3d") else -1

@@ -1,4 +1,4 @@
-"""Sparse mixtures of experts: routers, layers that gather and scatter, and what keeps the use of experts even."""
+"""Sparse mixtures of experts: routers, layers that gather and scatter tokens, and load balancing of experts."""
 
 from descant.modules.moe.balance import expert_terms as expert_terms
 from descant.modules.moe.balance import observe as observe

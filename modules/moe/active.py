@@ -1,4 +1,4 @@
-"""Parameters that a token meets in a network with sparse experts."""
+"""Active parameters: those that one token uses in a network with sparse experts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from descant.modules.moe.layer import MoELayer
 
 
 def expert_layers(network: nn.Module) -> dict[str, MoELayer]:
-    """The layers of experts of a network, by their names."""
+    """Return the expert layers of a network by name."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, MoELayer)}
 
 
 def active_parameters(network: nn.Module, measured: Mapping[str, float] | None = None) -> float | None:
-    """Parameters that a token meets: all, less those of the experts that it does not go to, ``(E - k) / E`` of them.
+    """Count the parameters that a token uses: all, minus the share ``(E - k) / E`` of experts that it does not go to.
 
-    k is the router's number where that is fixed, and else that of ``measured``, layer by layer, on average over tokens;
-    None where it is in neither. Routers, shared experts and embeddings count in full. A forward costs a token
-    ``2 active_parameters`` FLOPs, without attention, and less what of them is looked up or not of matrices.
+    k is the router's number of experts per token if that is fixed, otherwise the layer's mean over tokens in
+    ``measured``. The result is None if k is in neither. Routers, shared experts and embeddings count in full. Without
+    attention, a forward costs ``2 active_parameters`` FLOPs per token, less for parameters that are looked up or not
+    part of a matrix.
 
     >>> from descant.modules.moe import TopKRouter
     >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopKRouter(k=2))  # a gate, and 3 matrices an expert

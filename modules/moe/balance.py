@@ -1,4 +1,4 @@
-"""Even use of experts: balance loss, z-loss, the loss of causal routers, and biases that move between steps.
+"""Load balancing of experts: balance loss, z-loss, loss of causal routers, and biases updated between steps.
 
 Letters: N tokens, E experts, K slots of a token, M kinds of tokens, L layers, R ranks.
 """
@@ -19,7 +19,7 @@ from descant.modules.moe.routing import Router, Routing, TopKRouter
 
 
 class Usage(NamedTuple):
-    """Sums over the valid tokens of each kind: choices ``count_ME``, probabilities ``mass_ME`` and ``token_M``."""
+    """Sums over each kind's valid tokens: choices ``count_ME``, probabilities ``mass_ME`` and tokens ``token_M``."""
 
     count_ME: Tensor
     mass_ME: Tensor
@@ -27,7 +27,7 @@ class Usage(NamedTuple):
 
 
 def probability_of_chosen(routing: Routing) -> Tensor:
-    """``[N, E]``: softmax of the logits of the experts that a token has chosen, 0 for all others.
+    """Return ``[N, E]``: the softmax over the logits of a token's chosen experts, 0 for all others.
 
     Source: the release of Uni-MoE-2.0-Omni (HITsz-TMG/Uni-MoE, ``DCMoE``, ``load_balancing_loss_func``).
 
@@ -41,7 +41,7 @@ def probability_of_chosen(routing: Routing) -> Tensor:
 
 
 def usage(routing: Routing, kinds: int = 1) -> Usage:
-    """Sum what each kind of token uses of each expert, null ones too, by the weights of tokens.
+    """Sum each token kind's use of each expert, null experts included, weighted by the tokens' weights.
 
     Only the mass has a gradient.
 
@@ -62,11 +62,11 @@ def usage(routing: Routing, kinds: int = 1) -> Usage:
 
 
 def balance_loss(count_ME: Tensor, mass_ME: Tensor, token_M: Tensor, visible_M: Tensor | None = None) -> Tensor:
-    """``sum over kinds m of E_m sum_e f_me P_me``: f the choices of an expert a token, P its mean probability.
+    """Compute ``sum over kinds m of E_m sum_e f_me P_me``: f is an expert's choices per token, P its mean probability.
 
-    The least, at even use, is k for each kind, with k choices a token. E_m: ``visible_M``, the experts that a kind
-    sees; all by default. A kind without tokens adds 0. Source: Switch (Fedus 2021, arXiv 2101.03961) with k = 1, and as
-    transformers' Mixtral has it; by kinds MoIIE (2508.09779).
+    With k choices per token, the least is k for each kind, at even use. E_m is ``visible_M``, the number of experts
+    visible to a kind; by default all. A kind without tokens adds 0. Source: Switch (Fedus 2021, arXiv 2101.03961) for
+    k = 1, otherwise as in transformers' Mixtral; by kinds MoIIE (2508.09779).
 
     >>> float(balance_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([2.0])))
     1.0
@@ -77,7 +77,9 @@ def balance_loss(count_ME: Tensor, mass_ME: Tensor, token_M: Tensor, visible_M: 
 
 
 def z_loss(logit_NE: Tensor) -> Tensor:
-    """``logsumexp(s)^2`` of each token, ``[N]``: keeps logits small. Source: ST-MoE (Zoph 2022, arXiv 2202.08906).
+    """Compute each token's ``logsumexp(s)^2``, ``[N]``, a loss that keeps logits small.
+
+    Source: ST-MoE (Zoph 2022, arXiv 2202.08906).
 
     >>> z_loss(torch.zeros(1, 8)).item() == torch.tensor(8.0).log().square().item()
     True
@@ -86,9 +88,10 @@ def z_loss(logit_NE: Tensor) -> Tensor:
 
 
 def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> dict[str, Term]:
-    """Auxiliary terms of a micro-batch of all ranks, means over layers: ``experts/balance``, ``/z`` and ``/causal``.
+    """Compute a micro-batch's auxiliary terms ``experts/balance``, ``/z`` and ``/causal``, each a mean over layers.
 
-    Each is one number of a batch, of what all ranks have routed, in one exchange. None without experts.
+    Each term is one number per batch, over the routings of all ranks, for which the ranks make one exchange. Without
+    experts the result is empty.
     """
     if experts is None or not routings:
         return {}
@@ -118,12 +121,12 @@ def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> d
 
 
 def mean_term(values: Sequence[Tensor], weight: float = 1.0) -> Term:
-    """The weighted mean over layers of a number that all ranks share."""
+    """Return the weighted mean over layers of a number that all ranks share."""
     return Term(weight * torch.stack(list(values)).mean()[None], norm=float(world()), whole=True)
 
 
 def sum_and_count(value_N: Tensor, routing: Routing) -> list[Tensor]:
-    """Sum over the valid tokens of a routing, and their number."""
+    """Return the sum over a routing's valid tokens, and the number of these tokens."""
     valid_N = routing.marks.valid
     if valid_N is None:
         return [value_N.sum(), value_N.new_full((), len(value_N))]
@@ -131,7 +134,7 @@ def sum_and_count(value_N: Tensor, routing: Routing) -> list[Tensor]:
 
 
 def over_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tensor]]]:
-    """Sums over ranks, with gradients, in one exchange."""
+    """Add up the sums of all ranks, with gradients, in one exchange."""
     flat = [x for layers in sums.values() for parts in layers for x in parts]
     if world() == 1 or not flat:
         return sums
@@ -142,7 +145,7 @@ def over_ranks(sums: dict[str, list[list[Tensor]]]) -> dict[str, list[list[Tenso
 
 @torch.no_grad()
 def observe(routings: Sequence[tuple[nn.Module, Routing]]) -> None:
-    """Count the choices of a training forward for routers that are balanced by biases, and those beyond capacity."""
+    """Count, in a training forward, the choices of routers balanced by biases, and the choices beyond capacity."""
     for router, routing in routings:
         if isinstance(router, Router) and routing.dropped is not None:
             chosen = (routing.used & (routing.expert < router.experts)).sum()

@@ -1,4 +1,4 @@
-"""Capacity of experts in training: what more tokens choose than an expert takes is dropped.
+"""Capacity of experts in training: choices beyond an expert's capacity are dropped.
 
 Letters: N tokens, K slots of a token, E experts.
 """
@@ -15,8 +15,10 @@ from descant.modules.moe.routing import Routing
 
 
 def share_of(tokens: Tensor, share: Tensor | float) -> Tensor:
-    """``ceil(share tokens)`` of int64 tokens, float64; the ceiling is of a product less a millionth of it, so that a
-    share such as 1/3 takes what is meant.
+    """Compute ``ceil(share tokens)`` for int64 numbers of tokens, as float64.
+
+    The product is reduced by a millionth of itself before the ceiling, so that rounding in a share such as 1/3 does not
+    add a token.
 
     >>> share_of(torch.tensor([3, 4]), 1 / 3).tolist()
     [1.0, 2.0]
@@ -25,7 +27,7 @@ def share_of(tokens: Tensor, share: Tensor | float) -> Tensor:
 
 
 def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tensor, experts: int) -> Tensor:
-    """Bool ``[N, K]``: used slots that are not among the first ``most`` of their expert, by ``rank``; ties by order.
+    """Return bool ``[N, K]``: used slots that are not among their expert's first ``most`` by ``rank``; ties by order.
 
     >>> index_NK, used_NK = torch.tensor([[0], [0], [1]]), torch.ones(3, 1, dtype=torch.bool)
     >>> over_capacity(index_NK, used_NK, torch.tensor([[2.0], [1.0], [0.0]]), torch.tensor(1), 2).flatten().tolist()
@@ -42,15 +44,16 @@ def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tens
 
 
 class Capacity:
-    """An expert takes ``max(least, ceil(factor N / E))`` of the N valid tokens in training; other slots add nothing.
+    """Limit of ``max(least, ceil(factor N / E))`` slots per expert for N valid tokens in training; others are dropped.
 
-    Weights stay as they are, so that a token that is dropped passes by the residual. In evaluation and generation
-    nothing is dropped. Source: Switch (Fedus 2021, arXiv 2101.03961), which drops by position.
+    A dropped slot adds nothing and the other weights stay as they are, so that a dropped token passes through the
+    residual only. Evaluation and generation drop nothing. Source: Switch (Fedus 2021, arXiv 2101.03961), which drops by
+    position.
 
     Args:
-        factor: of an even share of the tokens (with k experts a token, k is even use).
-        by: the slots that stay: of the highest weights, or of the first tokens.
-        least: tokens.
+        factor: capacity as a multiple of an even share of the tokens (with k experts per token, even use is k).
+        by: keep the slots with the highest weights, or those of the first tokens.
+        least: the smallest capacity, in tokens.
 
     >>> from descant.modules.moe.routing import Marks
     >>> index_NK = torch.zeros(4, 1, dtype=torch.long)

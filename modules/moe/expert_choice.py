@@ -1,4 +1,4 @@
-"""Expert choice: each expert takes its share of the tokens; and causal routers that predict what it would take (MoMa).
+"""Expert choice: each expert takes its share of the tokens, and causal routers predict its choice (MoMa).
 
 Letters: N tokens, D width, E experts, K slots of a token, M kinds of tokens, F hidden width.
 """
@@ -18,14 +18,14 @@ from descant.modules.moe.capacity import share_of
 from descant.modules.moe.modality_routing import Tables, padded, require_experts, require_rows
 from descant.modules.moe.routing import Marks, Routing, TokenSham, logits
 
-#: Shares are kept as whole numbers of billionths, which no change of precision touches.
+#: Shares are stored as whole numbers of billionths, because changing a module's precision leaves integers unchanged.
 BILLION = 10**9
 
 
 def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tensor:
-    """Bool ``[N, E]``: expert e takes the ``ceil(share_e N_e)`` highest scores of its N_e members; ties by order.
+    """Choose the ``ceil(share_e N_e)`` highest scores of each expert's N_e members: bool ``[N, E]``; ties by order.
 
-    ``member_NE``: bool, the tokens that an expert may take; the ceiling is that of ``share_of``. Source:
+    ``member_NE``: bool, the tokens that an expert may take; ``share_of`` computes the ceiling. Source:
     Zhou 2022 (arXiv 2202.09368); by groups MoMa (2407.21770).
 
     >>> score_NE = torch.tensor([[0.1], [0.9], [0.5], [0.8]])
@@ -41,11 +41,11 @@ def expert_choice(score_NE: Tensor, member_NE: Tensor, share_E: Tensor) -> Tenso
 
 
 def gumbel_sigmoid(logit_NE: Tensor, u_NE: Tensor) -> Tensor:
-    """Scores with noise, ``sigmoid(s + G' - G'')`` of two Gumbel draws, whose difference is logistic:
+    """Compute noisy scores ``sigmoid(s + G' - G'')`` with two Gumbel draws, whose difference is logistic:
 
         G' - G'' = log u - log(1 - u),   u uniform in (0, 1)
 
-    Source: MoMa (Lin 2024, arXiv 2407.21770). That the choice and the weights read the same noise is our reading, no
+    Source: MoMa (Lin 2024, arXiv 2407.21770). That the choice and the weights use the same noise is our reading; no
     code was released.
 
     >>> gumbel_sigmoid(torch.zeros(1, 3), torch.tensor([[0.25, 0.5, 0.75]])).numpy().round(6).tolist()
@@ -55,10 +55,10 @@ def gumbel_sigmoid(logit_NE: Tensor, u_NE: Tensor) -> Tensor:
 
 
 class CausalAux(nn.Module):
-    """Auxiliary causal router ``u = W_2 silu(W_1 sg(h))``: would the expert choice take this token? Yes where u > 0.
+    """Auxiliary causal router ``u = W_2 silu(W_1 sg(h))``: u > 0 predicts that the expert choice takes a token.
 
-    ``sg`` stops the gradient: its loss, the binary cross-entropy to what was taken, reaches no other parameter. Source:
-    MoMa (arXiv 2407.21770); widths and activation are our reading, no code was released.
+    Its loss is the binary cross-entropy against the actual choice. ``sg`` stops the gradient, so that this loss reaches
+    no other parameter. Source: MoMa (arXiv 2407.21770); widths and activation are our reading, as no code was released.
 
     Args:
         hidden: F.
@@ -83,26 +83,26 @@ class CausalAux(nn.Module):
 
 
 class ExpertChoice(Tables):
-    """Each expert takes the ceil(c N) best of the N valid tokens of its kinds, with sigmoid scores as weights (MoMa).
+    """Router in which each expert takes the ceil(c N) best of its kinds' N valid tokens; weights are sigmoids (MoMa).
 
         a = sigmoid(W h),   expert e takes the top ceil(c_e N) of a_e,   y = sum over the e that took h of a_e FFN_e(h)
 
-    A token that no expert takes passes by the residual. Loads are even by construction, and a token's route depends on
-    later ones: with ``auxiliary``, routers that are no more in training decide token by token (:class:`CausalAux`).
+    A token that no expert takes passes through the residual only. Loads are even by construction, and a token's route
+    depends on later tokens. With ``auxiliary``, a router outside training decides token by token (:class:`CausalAux`).
 
     Args:
-        groups: a row of experts for each kind of token; one of all experts where not given.
-        capacity: c; 1 over the experts of a kind where not given, so that a token meets one on average.
+        groups: a row of experts for each kind of token; by default one row of all experts.
+        capacity: c; by default 1 over a kind's number of experts, so that a token gets one expert on average.
         auxiliary: the causal router, trained by its own term.
-        gumbel: noise of the scores in training (:func:`gumbel_sigmoid`), where the gate is trained.
-        sham: ``permute`` for the control: each token has the kind of another one of its batch.
+        gumbel: add noise to the scores in training (:func:`gumbel_sigmoid`), unless the gate is frozen.
+        sham: ``permute`` for the control: each token gets the kind of another token of its batch.
 
     >>> router = ExpertChoice().build(width=8, experts=4)
     >>> router(torch.randn(12, 8)).used.sum(dim=0).tolist()
     [3, 3, 3, 3]
     """
 
-    #: Whether evaluation decides as training does, by later tokens too, whatever causal routers say.
+    #: Whether evaluation lets experts choose as in training, so by later tokens as well, even with a causal router.
     by_choice = False
     by_rank = "experts choose among the tokens of a rank's micro-batch"
 
@@ -159,10 +159,10 @@ class ExpertChoice(Tables):
         return Routing(index_NK, promote(score_NE).gather(1, index_NK), used_NK, marks, causal=loss_N)
 
     def scores(self, h_ND: Tensor, marks: Marks) -> Tensor:
-        """``a``: ``[N, E]``, with noise in training where there is some."""
+        """Compute ``a``, ``[N, E]``, with noise in training if ``gumbel`` is set."""
         logit_NE = logits(h_ND, self.gate_ED)
         if not (self.gumbel and self.training and self.gate_ED.requires_grad):
             return logit_NE.sigmoid()
         names = [f"gumbel/{self.layer}/{e}" for e in range(self.experts)]
-        u_NE = uniform_NK(marks.need("key", self), names).double() + 2.0**-25  # of 24 bits: never 0 or 1
+        u_NE = uniform_NK(marks.need("key", self), names).double() + 2.0**-25  # from 24 bits: never 0 or 1
         return gumbel_sigmoid(logit_NE, to_device(u_NE, h_ND.device)).to(logit_NE.dtype)

@@ -1,6 +1,6 @@
-"""MLPs of experts on rows that are sorted by expert: a loop over segments on CPUs, one grouped kernel on CUDA.
+"""Expert MLPs on rows that are sorted by expert: a loop over segments on CPUs, one grouped kernel on CUDA.
 
-Letters: M rows, sorted by expert; E experts, D width, Z width before the activation, F behind it, R rows of a block.
+Letters: M rows, sorted by expert; E experts, D width, Z width before the activation, F after it, R rows of a block.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy
 
-#: Rows computed at a time on a CPU, so that what lies between the two products of an MLP stays in its cache.
+#: Rows of a block on a CPU, few enough that the activations between an MLP's two products stay in the cache.
 BLOCK = 512
 
 
 class Segments:
-    """Rows of each expert: counts on the device, and on the host where a loop needs them.
+    """Segments of rows by expert: offsets on the device for a grouped kernel, or counts on the host for a loop.
 
     Args:
-        count_E: int64 ``[E]``. fused: whether a grouped kernel takes them, which needs no count on the host.
+        count_E: int64 ``[E]``. fused: whether a grouped kernel uses them, which needs no counts on the host.
     """
 
     def __init__(self, count_E: Tensor, fused: bool) -> None:
@@ -31,11 +31,11 @@ class Segments:
         self.counts: list[int] = [] if fused else host_copy(count_E).tolist()
 
     def rows(self, order_M: Tensor) -> Tensor:
-        """The rows that are computed: those of experts, or where only the device knows their number, all."""
+        """Return the rows to compute: those of experts, or all rows if only the device knows the number."""
         return order_M if self.offset_E is not None else order_M[: sum(self.counts)]
 
     def blocks(self) -> Iterator[tuple[int, int, int, bool]]:
-        """Expert, first row, row after the last, and whether it is the expert's first, of blocks of its rows."""
+        """Yield blocks of rows: expert, first row, row after the last, and whether it is the expert's first block."""
         begin = 0
         for e, count in enumerate(self.counts):
             for at in range(begin, begin + count, BLOCK):
@@ -54,7 +54,7 @@ def fusible(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 class SwiGLU:
-    """``silu(gate) * up`` of ``[gate, up]``."""
+    """Activation ``silu(gate) * up`` of ``[gate, up]``."""
 
     @staticmethod
     def forward(z_RZ: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class SwiGLU:
 
     @staticmethod
     def backward(grad_RF: Tensor, z_RZ: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of z, and the activations again."""
+        """Return the gradient of z, and the activations, recomputed."""
         (gate, up), grad_RZ = z_RZ.chunk(2, dim=1), torch.empty_like(z_RZ)
         to_gate, to_up = grad_RZ.chunk(2, dim=1)
         silu = F.silu(gate)
@@ -73,7 +73,7 @@ class SwiGLU:
 
 
 class GELU:
-    """``gelu(z)``."""
+    """Activation ``gelu(z)``."""
 
     @staticmethod
     def forward(z_RZ: Tensor) -> Tensor:
@@ -81,12 +81,12 @@ class GELU:
 
     @staticmethod
     def backward(grad_RF: Tensor, z_RZ: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of z, and the activations again."""
+        """Return the gradient of z, and the activations, recomputed."""
         return torch.ops.aten.gelu_backward(grad_RF, z_RZ), F.gelu(z_RZ)
 
 
 class Weights(NamedTuple):
-    """Of E experts: matrices, each one tensor ``[E, out, in]`` or E of ``[out, in]``, and biases ``[E, out]``."""
+    """Weights of E experts: matrices, as one tensor ``[E, out, in]`` or as E ``[out, in]``, and biases ``[E, out]``."""
 
     inward: Sequence[Tensor]
     outward: Sequence[Tensor]
@@ -95,9 +95,9 @@ class Weights(NamedTuple):
 
 
 def expert_mlp(x_MD: Tensor, weights: Weights, activation: type[SwiGLU | GELU], segments: Segments) -> Tensor:
-    """``y_m = W2_e act(W1_e x_m + b1_e) + b2_e`` for the rows m of segment e: no row meets another expert's weights.
+    """Compute ``y_m = W2_e act(W1_e x_m + b1_e) + b2_e`` for each row m of segment e, with that expert's weights only.
 
-    An expert without rows has a gradient of zeros.
+    An expert without rows gets a gradient of zeros.
 
     >>> one_E11 = torch.tensor([[[1.0]], [[2.0]]])
     >>> weights = Weights([one_E11], [one_E11])
@@ -122,13 +122,13 @@ def _grouped(x_MI: Tensor, weights: Sequence[Tensor], bias_EO: Tensor | None, of
 
 
 def _clear(x_MD: Tensor, offset_E: Tensor) -> Tensor:
-    """Zeros behind the last expert, in values and in gradients: a grouped kernel writes nothing there."""
+    """Set rows after the last expert to zero, in values and gradients, because a grouped kernel does not write them."""
     here_M1 = (torch.arange(len(x_MD), device=x_MD.device) < offset_E[-1])[:, None]
     return torch.where(here_M1, x_MD, torch.zeros((), dtype=x_MD.dtype, device=x_MD.device))
 
 
 class _Loop(torch.autograd.Function):
-    """Block by block through both products, into slices of one result; only x and z are kept for backward."""
+    """Loop over blocks through both products, into slices of one result; backward needs no activations but x and z."""
 
     @staticmethod
     def forward(

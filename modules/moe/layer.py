@@ -1,6 +1,6 @@
-"""Feed-forward layer of sparse experts: tokens are sorted by expert, computed in segments, and added back.
+"""Feed-forward layer of sparse experts: sorts tokens by expert, computes them in segments, and adds the results back.
 
-Letters: N tokens, D width, F hidden width, E experts, K slots of a token, M rows that are computed.
+Letters: N tokens, D width, F hidden width, E experts, K slots of a token, M computed rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Experts(nn.Module):
-    """Base of the weights of E experts: ``experts(x_MD, segments) -> y_MD`` of sorted rows.
+    """Base of the weights of E experts: ``experts(x_MD, segments) -> y_MD`` for rows sorted by expert.
 
-    Matrices are stacked, ``[E, out, in]``; with ``separate`` each expert's is a parameter of its own, so that an
-    expert may be without gradient. Biases lie in one row, so that they take no weight decay, as others.
+    Matrices are stacked, ``[E, out, in]``. With ``separate`` each expert has its own parameters, so that an expert may
+    have no gradient. Biases are one-dimensional parameters, so that they get no weight decay, like other biases.
     """
 
     activation: type[SwiGLU | GELU]
@@ -37,7 +37,7 @@ class Experts(nn.Module):
         self.width, self.hidden, self.experts, self.separate = width, hidden, experts, separate
 
     def forward(self, x_MD: Tensor, segments: Segments, only: Sequence[int] | None = None) -> Tensor:
-        """``only``: the experts that the segments are of, in order; all by default."""
+        """Compute the experts' outputs; ``only`` lists the experts of the segments in order, by default all."""
 
         def chosen(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
             if isinstance(weights, Tensor):
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         return expert_mlp(x_MD, self.weights(chosen), self.activation, segments)
 
     def weights(self, chosen: Callable[[Any], list[Tensor]]) -> Weights:
-        """``chosen``: of a parameter or of one for each expert, the tensors that take part."""
+        """Collect the weights; ``chosen`` maps a stacked parameter, or one parameter per expert, to tensors in use."""
         raise NotImplementedError
 
     def matrices(self, weight_EOI: Tensor) -> nn.Parameter | nn.ParameterList:
@@ -55,7 +55,7 @@ class Experts(nn.Module):
 
 
 class SwiGLUExperts(Experts):
-    """Experts of the Llama family: ``y = W_down (silu(W_gate x) * W_up x)``, gate above up in one matrix.
+    """Experts of the Llama family: ``y = W_down (silu(W_gate x) * W_up x)``, with gate above up in one matrix.
 
     >>> experts = SwiGLUExperts(width=4, hidden=8, experts=2)
     >>> experts(torch.randn(3, 4), Segments(torch.tensor([1, 2]), fused=False)).shape
@@ -110,19 +110,19 @@ FORMS = {"swiglu": SwiGLUExperts, "gelu": GELUExperts}
 
 
 class MoELayer(nn.Module):
-    """Sparse mixture of experts in place of a feed-forward layer: ``y = sum over the slots k of w_k FFN_(i_k)(h)``.
+    """Sparse mixture of experts instead of a feed-forward layer: ``y = sum over the slots k of w_k FFN_(i_k)(h)``.
 
-    ``h [..., D], marks -> y [..., D], Routing``. Rows are gathered by expert and computed in segments; experts that a
-    token does not choose, null ones and padding cost nothing. Every parameter has a gradient in every backward, of
-    zeros where no token came, so that ranks agree; those of skills that a step does not declare have none
-    (:class:`StaticSkill`). Of a device without a grouped kernel the counts of the experts are read once a layer.
+    ``h [..., D], marks -> y [..., D], Routing``. Rows are gathered by expert and computed in segments. Experts that a
+    token does not choose, null experts and padding cost nothing. Every parameter has a gradient in every backward,
+    zeros if no token came, so that ranks agree. Only skills that a step does not declare have no gradient
+    (:class:`StaticSkill`). On a device without a grouped kernel, each layer reads the experts' counts once.
 
     Args:
-        width: D. hidden: F, of each expert. experts: E. router: which goes where; it is copied.
-        shared: experts that every token runs through, with weight 1, or that of the router.
-        shared_hidden: of each; F where not given.
-        capacity: what more tokens choose is dropped; nothing where not given.
-        form: of the experts, :class:`SwiGLUExperts` or :class:`GELUExperts`.
+        width: D. hidden: F, of each expert. experts: E. router: chooses the experts of each token; it is copied.
+        shared: number of experts that every token runs through, with weight 1 or the router's weight.
+        shared_hidden: hidden width of each shared expert; by default F.
+        capacity: drops choices beyond an expert's capacity; by default nothing is dropped.
+        form: class of the experts, :class:`SwiGLUExperts` or :class:`GELUExperts`.
 
     >>> from descant.modules.moe import TopKRouter
     >>> layer = MoELayer(width=8, hidden=16, experts=4, router=TopKRouter(k=2))
@@ -149,7 +149,7 @@ class MoELayer(nn.Module):
                 raise ValueError(f"{name} {count}: at least 1")
         self.router = copy.deepcopy(router).build(width, experts, shared or 0)
         self.capacity = capacity
-        self.group: ExpertGroup | None = None  # the ranks that share the experts; each has all where None
+        self.group: ExpertGroup | None = None  # the ranks that share the experts; None: each has all
         make = FORMS[form]
         self.experts = make(width, hidden, experts, self.router.separate)
         self.shared = make(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None
@@ -165,7 +165,7 @@ class MoELayer(nn.Module):
         return y_ND.view(h.shape), routing
 
     def dispatch(self, h_ND: Tensor, routing: Routing) -> Tensor:
-        """The sum of the chosen experts' outputs: gathered, computed by expert, scattered."""
+        """Sum the chosen experts' outputs: gather rows, compute them by expert, scatter them back."""
         dtype, only, group = _compute_dtype(h_ND), self.router.declared(routing.marks), self.group
         segments, order_M, token_M = self.sorted(routing, group is None and fusible(h_ND, dtype), only)
         x_MD = h_ND.to(dtype).index_select(0, token_M)
@@ -176,7 +176,7 @@ class MoELayer(nn.Module):
     def sorted(
         self, routing: Routing, fused: bool = False, only: Sequence[int] | None = None
     ) -> tuple[Segments, Tensor, Tensor]:
-        """Segments of the experts, the slots of their rows in order, and the tokens of these: int64 ``[M]``."""
+        """Return the experts' segments, the slots of their rows in order, and these slots' tokens, int64 ``[M]``."""
         K, E = routing.expert.shape[1], self.router.experts
         key_M = derived(lambda expert, runs: torch.where(runs, expert, E).flatten(), routing.expert, routing.runs(E))
         segments = Segments(_counts(key_M, E, only), fused)
@@ -195,36 +195,36 @@ class MoELayer(nn.Module):
 
 
 def _counts(key_M: Tensor, experts: int, only: Sequence[int] | None) -> Tensor:
-    """Rows of each expert, or of some."""
+    """Count the rows of each expert, or of the experts in ``only``."""
 
     def count(key: Tensor) -> Tensor:
         count_E = counted(key, experts + 1)[:experts]
-        return count_E if only is None else torch.stack([count_E[e] for e in only])  # a list would be uploaded
+        return count_E if only is None else torch.stack([count_E[e] for e in only])  # indexing by a list uploads it
 
     return derived(count, key_M)
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
-    """As a linear layer would compute."""
+    """Return the dtype in which a linear layer would compute."""
     kind = h.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and h.is_floating_point() else h.dtype
 
 
 class ExpertLayers:
-    """Which layers of a network have experts in place of their feed-forward layer, and how they are routed.
+    """Choice of the layers of a network that get experts instead of a feed-forward layer, and of their router.
 
     Layers ``every - 1``, ``2 every - 1``, ... (from 0) have experts; the others keep their names and weights.
 
     Args:
-        experts: number of each such layer. router: a copy for each.
-        hidden: of an expert; that of the dense layers where not given.
-        shared, shared_hidden, capacity: as of :class:`MoELayer`.
+        experts: number of experts in each such layer. router: copied for each layer.
+        hidden: hidden width of an expert; by default that of the dense layers.
+        shared, shared_hidden, capacity: as in :class:`MoELayer`.
         every: 1 for all layers, 2 for every second one (MoIIE).
-        balance: weight of the balance loss, the mean over layers; none where None.
-        z: weight of the z-loss, as balance.
+        balance: weight of the balance loss, a mean over layers; None: no balance loss.
+        z: weight of the z-loss, likewise.
         balance_over: P of the balance loss is the softmax over ``all`` experts (Switch), or over the ``chosen`` ones of
             each token, as in the release of Uni-MoE-2.0-Omni, whose ``balance`` is .025.
-        answers: what a token of an answer counts in the balance loss, where others count 1; that release has 10.
+        answers: weight of an answer's tokens in the balance loss; other tokens have 1, and that release uses 10.
 
     >>> from descant.modules.moe import TopKRouter
     >>> experts = ExpertLayers(experts=4, router=TopKRouter(k=2), every=2)
@@ -260,12 +260,12 @@ class ExpertLayers:
         return (layer + 1) % self.every == 0
 
     def require(self, depth: int) -> None:
-        """Raises ValueError for a network none of whose layers has experts."""
+        """Raise ValueError if no layer of a network of this depth has experts."""
         if self.every > depth:
             raise ValueError(f"experts.every {self.every}: none of {depth} layers has experts; {depth} is the most")
 
     def build(self, width: int, hidden: int, form: Literal["swiglu", "gelu"], number: int = 0) -> MoELayer:
-        """Layer ``number``, of experts in place of a feed-forward layer of this hidden width."""
+        """Build layer ``number``, which replaces a feed-forward layer of this hidden width."""
         own = hidden if self.hidden is None else self.hidden
         sizes = (self.experts, self.router, self.shared, self.shared_hidden, self.capacity)
         layer = MoELayer(width, own, *sizes, form)

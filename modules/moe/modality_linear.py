@@ -1,6 +1,6 @@
-"""Linear layers with weights of each kind of token: tokens are gathered by kind, and each is computed once.
+"""Linear layers with separate weights for each kind of token: they gather tokens by kind and compute each token once.
 
-Letters: N tokens, D width in, O width out, M kinds of tokens, B samples, S tokens of one.
+Letters: N tokens, D width in, O width out, M kinds of tokens, B samples, S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from descant.modules.moe.routing import KindOrder, Marks
 
 
 def kind_order(marks: Marks, kinds: int) -> KindOrder:
-    """Tokens by kind, as ``marks.order`` has it where it was made before; all are of kind 0 where marks have no kind.
+    """Sort tokens by kind, or return ``marks.order`` if it exists already. Marks without kinds mean kind 0 for all.
 
     >>> kind_order(Marks(kind=torch.tensor([[1, 0], [0, 1]])), kinds=2)
     KindOrder(counts=(2, 2), order_N=tensor([1, 2, 0, 3]), inverse_N=tensor([2, 0, 1, 3]))
@@ -40,7 +40,7 @@ def kind_order(marks: Marks, kinds: int) -> KindOrder:
 
 
 class _Reordered(torch.autograd.Function):
-    """Rows in another order, whose gradient is a gather too, not a sum at indices."""
+    """Reordering of rows whose gradient is a gather as well, instead of a sum at indices."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
@@ -54,10 +54,11 @@ class _Reordered(torch.autograd.Function):
 
 
 def by_kind(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor, order: KindOrder) -> Tensor:
-    """``y_n = f_(kind of n)(x_n)`` of tokens ``[..., D]``, each function on the tokens of its kind alone.
+    """Compute ``y_n = f_(kind of n)(x_n)`` for tokens ``[..., D]``, each function only on the tokens of its kind.
 
-    A function without tokens is not called, and where gradients are recorded called on no rows, so that its parameters
-    have a gradient of zeros and ranks agree. Where all are of kind 0 the result is ``f_0(x)`` to the bit.
+    A function without tokens is not called. If gradients are recorded, it is called on zero rows, so that its
+    parameters have a gradient of zeros and ranks agree. If all tokens are of kind 0, the result is ``f_0(x)`` to the
+    bit.
 
     >>> order = kind_order(Marks(kind=torch.tensor([1, 0, 1])), kinds=2)
     >>> by_kind([lambda x: x, lambda x: 2 * x], torch.ones(3, 1), order).flatten().tolist()
@@ -78,12 +79,12 @@ def by_kind(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor, order: K
 
 
 class ModalityLinear(nn.Linear):
-    """Linear layer without bias whose weights are those of the token's kind (Mono-InternVL-1.5): ``y = W_kind x``.
+    """Linear layer without bias, with separate weights for each kind of token (Mono-InternVL-1.5): ``y = W_kind x``.
 
-    ``weight`` is of kind 0, under the name that a plain layer has; ``experts.0`` of kind 1, and so on. Where all tokens
-    are of kind 0 it computes what a plain layer would, to the bit.
+    ``weight`` belongs to kind 0 and has the same name as in a plain layer; ``experts.0`` belongs to kind 1, and so on.
+    If all tokens are of kind 0, the result equals that of a plain layer to the bit.
     Source: visual attention experts of Mono-InternVL-1.5 (Luo 2025, arXiv 2507.12566), for Q, K, V and O; the release
-    of its first version computes all weights on all tokens and blends, which is the same function.
+    of its first version applies all weights to all tokens and blends the results, which is the same function.
 
     Args:
         in_features, out_features: D and O. kinds: M.
@@ -101,7 +102,7 @@ class ModalityLinear(nn.Linear):
 
     @torch.no_grad()
     def copy_to_experts(self) -> None:
-        """All other kinds begin with the weight of kind 0."""
+        """Copy the weight of kind 0 to all other kinds, as their initial weight."""
         for expert in self.experts:
             expert.copy_(self.weight)
 
@@ -110,7 +111,7 @@ class ModalityLinear(nn.Linear):
         return 1 + len(self.experts)
 
     def of(self, kind: int) -> Tensor:
-        """The weight of a kind."""
+        """Return the weight of a kind."""
         return self.experts[kind - 1] if kind else self.weight
 
     def forward(self, x: Tensor, marks: Marks) -> Tensor:  # type: ignore[override]
@@ -119,7 +120,7 @@ class ModalityLinear(nn.Linear):
 
 
 def text_weight(name: str) -> str:
-    """The parameter that a visual expert begins with a copy of; no parameter's name for other names.
+    """Return the name of the parameter that initializes a visual expert; for other names, no parameter's name.
 
     >>> text_weight("layers.0.qkv.experts.0")
     'layers.0.qkv.weight'
@@ -128,15 +129,15 @@ def text_weight(name: str) -> str:
 
 
 def projected(layer: nn.Module, x: Tensor, marks: Marks) -> Tensor:
-    """``layer(x)``, with the marks of its tokens where it has weights of each kind."""
+    """Return ``layer(x)``, or ``layer(x, marks)`` if the layer has separate weights for each kind."""
     y: Tensor = layer(x, marks) if isinstance(layer, ModalityLinear) else layer(x)
     return y
 
 
 def permuted_kinds(kind_BS: Tensor, real_BS: Tensor, seed_B: Tensor) -> Tensor:
-    """The kinds of each sample's real tokens in a random order, a pure function of the sample's seed; on the host.
+    """Shuffle the kinds of each sample's real tokens, as a pure function of the sample's seed; on the host.
 
-    Real tokens lie first.
+    Real tokens must come first.
 
     >>> kind_BS, real_BS = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[True, True, True, False]])
     >>> sorted(permuted_kinds(kind_BS, real_BS, torch.tensor([5]))[0, :3].tolist())
@@ -147,21 +148,21 @@ def permuted_kinds(kind_BS: Tensor, real_BS: Tensor, seed_B: Tensor) -> Tensor:
 
 
 class VisualExperts(nn.Module):
-    """Weights of their own for the tokens of images in a language model (Mono-InternVL), beside those that it has:
+    """Separate weights for image tokens in a language model (Mono-InternVL), besides its own weights for text:
 
         [q, k, v] = W_qkv^m norm_1(h),   h = h + W_o^m attention(q, k, v),   h = h + FFN^m(norm_2(h)),   m: token's kind
 
-    All tokens attend to one another as before; norms are shared. With the weights of words frozen, what the model
-    computes of text alone stays as it is to the bit. Experts begin as copies of these weights.
-    Source: Luo 2024 (Mono-InternVL, arXiv 2410.08202), of FFNs; 2025 (1.5, arXiv 2507.12566), of attention too. The
-    release of the first computes ``FFN^0(h) (1 - m) + FFN^1(h) m`` of all tokens, which is the same function.
+    All tokens attend to one another as before, and norms are shared. If the text weights are frozen, the outputs for
+    pure text stay the same to the bit. Experts start as copies of the text weights.
+    Source: Luo 2024 (Mono-InternVL, arXiv 2410.08202), for FFNs; 2025 (1.5, arXiv 2507.12566), for attention as well.
+    The release of the first computes ``FFN^0(h) (1 - m) + FFN^1(h) m`` for all tokens, which is the same function.
 
-    ``experts(kind_BS, real_BS, seed_B) -> kind_BS``: which tokens they serve.
+    ``experts(kind_BS, real_BS, seed_B) -> kind_BS``: the tokens that use the experts.
 
     Args:
-        attention: of Q, K, V and O too, not of FFNs alone.
-        documents: for all tokens of a sample with an image, words too: a model of its own for such samples.
-        sham: ``permute`` gives them as many real tokens of each sample, at random.
+        attention: also for Q, K, V and O, not only for FFNs.
+        documents: for all tokens of a sample with an image, its words included: a separate model for such samples.
+        sham: ``permute`` gives the experts equally many real tokens of each sample, chosen at random.
 
     >>> VisualExperts(documents=True)(torch.tensor([[0, 1], [0, 0]]), torch.ones(2, 2).bool(), torch.arange(2)).tolist()
     [[1, 1], [0, 0]]

@@ -1,4 +1,4 @@
-"""Routers by what a token is: visible experts of its kind, one expert of its kind, the skills of its task.
+"""Routers by a token's kind or task: the visible experts of its kind, one expert per kind, the skills of its task.
 
 Letters: N tokens, D width, E experts, K slots of a token, M kinds of tokens, T tasks.
 """
@@ -16,7 +16,7 @@ from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logit
 
 
 def require_rows(name: str, rows: list[list[int]], of: str, what: str = "expert") -> None:
-    """Raises ValueError for a table without rows, a row without an expert, or one that names an expert twice."""
+    """Raise ValueError for a table without rows, a row without an expert, or a row that names an expert twice."""
     if not rows:
         raise ValueError(f"{name}: no row; one {of}, such as [[0, 1], [1, 2]]")
     for n, row in enumerate(rows):
@@ -26,26 +26,26 @@ def require_rows(name: str, rows: list[list[int]], of: str, what: str = "expert"
 
 
 def require_experts(name: str, rows: list[list[int]], experts: int) -> None:
-    """Raises ValueError for a row that names an expert that there is not."""
+    """Raise ValueError for a row that names an expert that does not exist."""
     for n, row in enumerate(rows):
         if max(row) >= experts:
             raise ValueError(f"{name}: row {n} names expert {max(row)}; there are 0 to {experts - 1}")
 
 
 class Tables(Router):
-    """Base of routers that look up rows by a mark: on the device and, for what shapes hang on, on the host."""
+    """Base of routers that look up table rows by a mark: on the device, and on the host if shapes depend on them."""
 
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
         raise NotImplementedError
 
     def keep(self, **tables: Tensor) -> None:
-        """Tables as buffers that no checkpoint has, and their copies on the host."""
+        """Register tables as buffers that checkpoints leave out, and keep their host copies."""
         self._host = tables
         for name, table in tables.items():
             self.register_buffer(name, table.clone(), persistent=False)
 
     def rows(self, name: str, mark_N: Tensor) -> Tensor:
-        """``table[mark]``, with a copy on the host where the mark has one; raises ValueError for a mark without row."""
+        """Return ``table[mark]``, with a host copy if the mark has one. Raise ValueError for a mark without a row."""
         host, device = self._host[name], self.get_buffer(name)
         if has_host_copy(mark_N) and mark_N.numel() and int(host_copy(mark_N).max()) >= len(host):
             worst = int(host_copy(mark_N).max())
@@ -54,7 +54,7 @@ class Tables(Router):
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length as int64 ``[M, K]`` and bool ``[M, K]``, which of them are real.
+    """Pad rows to the same length: int64 ``[M, K]``, and bool ``[M, K]``, true for real entries.
 
     >>> padded([[2], [0, 1]])[0].tolist()
     [[2, 0], [0, 1]]
@@ -65,18 +65,18 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 class ModalityTopK(Tables):
-    """The k best of the experts that the token's kind sees, by a gate of each kind (MoIIE): intra- and inter-modality.
+    """Router to the k best experts visible to a token's kind, with one gate per kind (MoIIE): intra-, inter-modality.
 
         s = W_kind h over visible[kind],   chosen = top-k,   w = softmax of the chosen s
 
-    An expert in several rows is shared by these kinds. The balance loss is of each kind over its visible experts.
-    Source: MoIIE (Wang 2025, arXiv 2508.09779): with N experts kinds see the first and the last 3 N / 4; its release
-    counts the offset of language as 1, which is right for N = 4 alone.
+    Kinds share an expert that is in several rows. The balance loss is computed for each kind over its visible experts.
+    Source: MoIIE (Wang 2025, arXiv 2508.09779): of N experts, the kinds see the first and the last 3 N / 4. Its
+    release uses 1 as the offset of language, which is right only for N = 4.
 
     Args:
         visible: a row of experts for each kind, in the order of the kinds' numbers.
-        k: experts a token.
-        sham: ``permute``: each token has the kind of another one of the batch.
+        k: experts per token.
+        sham: ``permute``: each token gets the kind of another token of the batch.
 
     >>> router = ModalityTopK(visible=[[1, 2, 3], [0, 1, 2]], k=2).build(width=8, experts=4)
     >>> index_NK = router(torch.randn(9, 8), Marks(kind=torch.zeros(9).long())).expert
@@ -118,13 +118,13 @@ class ModalityTopK(Tables):
 
 
 class HardModality(Tables):
-    """The expert of the token's kind, with weight 1 and without parameters (Mono-InternVL): ``y = FFN_kind(h)``.
+    """Router to the expert of the token's kind, with weight 1 and no parameters (Mono-InternVL): ``y = FFN_kind(h)``.
 
-    Source: Mono-InternVL (Luo 2024, arXiv 2410.08202) and 1.5 (2507.12566); the release computes all experts on all
-    tokens and blends them by masks, which is the same function.
+    Source: Mono-InternVL (Luo 2024, arXiv 2410.08202) and 1.5 (2507.12566); the release applies all experts to all
+    tokens and blends the results by masks, which is the same function.
 
     Args:
-        expert: of each kind, in the order of the kinds' numbers.
+        expert: the expert of each kind, in the order of the kinds' numbers.
 
     >>> router = HardModality(expert=[1, 0]).build(width=8, experts=2)
     >>> router(torch.zeros(3, 8), Marks(kind=torch.tensor([0, 1, 1]))).expert.flatten().tolist()
@@ -153,15 +153,16 @@ class HardModality(Tables):
 
 
 class StaticSkill(Tables):
-    """All experts that the token's task declares, with equal weights and no gate (SkillNet):
+    """Router to all experts that the token's task declares, with equal weights and no gate (SkillNet):
 
         y = 1 / |K(task)| sum over s in K(task) of FFN_s(h)
 
-    so that the scale does not depend on the number of skills. What no task of the step declares has no gradient at all,
-    not one of zero: its weights, moments and decay stay as they are. Each expert is therefore a parameter of its own,
-    and enters a forward where one of ``marks.tasks`` declares it, with no rows where this rank has none. Without
-    ``marks.tasks`` these are the tasks of the rank's own batch: DDP then needs find_unused_parameters, and FSDP2 steps
-    of one task. Source: SkillNet (Dai 2022, arXiv 2205.06126); no code was released: the mean is our reading.
+    so that the scale does not depend on the number of skills. An expert that no task of the step declares has no
+    gradient at all, not even zeros: the optimizer leaves its weights and moments unchanged, without weight decay.
+    Therefore each expert has its own parameters. It takes part in a forward if one of ``marks.tasks`` declares it, with
+    zero rows if this rank has none. Without ``marks.tasks``, the tasks of the rank's own batch decide: DDP then needs
+    find_unused_parameters, and FSDP2 needs steps of one task. Source: SkillNet (Dai 2022, arXiv 2205.06126); no code
+    was released, so the mean is our reading.
 
     Args:
         table: a row of experts (skills) for each task, in the order of the tasks' numbers.

@@ -1,7 +1,7 @@
-"""Expert parallelism: the experts of a layer split over ranks, to which tokens are sent and from which they come back.
+"""Expert parallelism: splits a layer's experts over ranks, sends tokens to them and takes the results back.
 
-Letters: R ranks of a group, E experts, C = E / R of each rank, M rows of this rank's tokens, P rows that it computes,
-D width.
+Letters: R ranks of a group, E experts, C = E / R experts of each rank, M rows of this rank's tokens, P rows that it
+computes, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to the ranks of a group, ``give[r]`` to rank r and ``take[r]`` from it; gradients go back, by a factor."""
+    """Exchange of rows in a group: ``give[r]`` to rank r, ``take[r]`` from it; gradients return times a factor."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, give: Sequence[int], take: Sequence[int], factor: float, group: Any) -> Tensor:
@@ -42,7 +42,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def by_expert(count_RC: Tensor) -> Tensor:
-    """Int64 ``[P]``: rows that lie rank by rank, and within a rank expert by expert, in the order of experts.
+    """Return int64 ``[P]``: the order that sorts rows by expert, if they lie rank by rank and, within it, by expert.
 
     >>> by_expert(torch.tensor([[1, 2], [2, 0]])).tolist()
     [0, 3, 4, 1, 2]
@@ -54,16 +54,16 @@ def by_expert(count_RC: Tensor) -> Tensor:
 class ExpertGroup:
     """Ranks that share the experts of a layer: rank r has experts ``r C, ..., (r + 1) C - 1``.
 
-    Every rank of the group calls it as often, with or without rows: two exchanges of rows and one of counts, which are
-    read on the host. The gradient of an expert is that of the mean over the group of its ranks' losses, as data
-    parallelism has it of all other parameters.
+    Every rank of the group must call it equally often, with or without rows. A call makes two exchanges of rows and one
+    of counts, which the host reads. An expert's gradient is that of the mean loss over the group's ranks, as for all
+    other parameters under data parallelism.
     """
 
     def __init__(self, group: Any = None) -> None:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def __call__(self, experts: Experts, x_MD: Tensor, counts: Sequence[int]) -> Tensor:
-        """``[M, D] -> [M, D]`` of rows sorted by expert, ``counts`` of each of the E experts."""
+        """Compute ``[M, D] -> [M, D]`` for rows sorted by expert; ``counts`` has the rows of each of the E experts."""
         R = self.size
         given_RC = torch.tensor(counts, device=x_MD.device).view(R, -1)
         taken_RC = torch.empty_like(given_RC)
@@ -79,20 +79,21 @@ class ExpertGroup:
         return y_MD
 
     def __deepcopy__(self, memo: Any) -> ExpertGroup:
-        return self  # a process group is of the process
+        return self  # a process group belongs to its process and is not copied
 
 
 def parallelize(network: nn.Module, group: Any = None) -> None:
-    """Split the experts of all layers of a network over the ranks of a group, in place; each rank has the same weights
-    before, and its own slice after. Before the optimizer is made.
+    """Split the experts of all layers over the ranks of a group, in place, before the optimizer is created.
+
+    All ranks must have the same weights before; each has its own slice of the experts afterwards.
 
         dist.init_process_group("gloo")
         parallelize(network)                                                # over all ranks
         parallelize(network, init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "expert"))["expert"].get_group())
 
-    Routers, shared experts and all else stay whole on every rank; capacity is that of a rank's own tokens, as under
-    data parallelism. DDP leaves the slices alone. Clipping by norm and checkpoints see the slice of their rank:
-    :func:`whole_experts` gathers them. Source: GShard (Lepikhin 2020, arXiv 2006.16668).
+    Routers, shared experts and all other parameters stay whole on every rank. Capacity applies to a rank's own tokens,
+    as under data parallelism. DDP ignores the slices. Clipping by norm and checkpoints see only their rank's slice;
+    :func:`whole_experts` gathers all of them. Source: GShard (Lepikhin 2020, arXiv 2006.16668).
     """
     ranks, names = ExpertGroup(group), list[str]()
     require_divided(network, ranks.size, "parallelize")
@@ -108,13 +109,13 @@ def parallelize(network: nn.Module, group: Any = None) -> None:
 
 
 def require_divided(network: nn.Module, ranks: int, place: str, others: Sequence[int] = ()) -> None:
-    """Raises ValueError, naming the first layer, for experts that so many ranks cannot share.
+    """Raise ValueError, naming the first layer whose experts this number of ranks cannot share.
 
     Args:
-        network: with layers of experts.
-        ranks: how many share them.
-        place: what the message begins with.
-        others: numbers of ranks that it may name instead, with 1; all where empty.
+        network: a network with expert layers.
+        ranks: the number of ranks that share each layer's experts.
+        place: the beginning of the message.
+        others: numbers of ranks that the message may propose instead, including 1; all if empty.
     """
     for name, layer in expert_layers(network).items():
         E = layer.router.experts
@@ -126,12 +127,12 @@ def require_divided(network: nn.Module, ranks: int, place: str, others: Sequence
 
 
 def whole_experts(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state with the experts of all ranks, as one process has it, on every rank. Collective."""
+    """Return the network's state with the experts of all ranks, as in a single process, on every rank. Collective."""
     state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in network.state_dict().items()}
     for name, layer in expert_layers(network).items():
         ranks = layer.group
         for part, own in layer.experts.named_parameters(recurse=False):
-            if ranks is None or isinstance(own, DTensor):  # as Shard splits them: put together above
+            if ranks is None or isinstance(own, DTensor):  # split by Shard: gathered above
                 continue
             slices = [torch.empty_like(own) for _ in range(ranks.size)]
             dist.all_gather(slices, own.detach().contiguous(), group=ranks.group)

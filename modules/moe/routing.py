@@ -1,7 +1,7 @@
-"""Routers of sparse experts: which experts each token goes to, and with which weights.
+"""Routers of sparse experts: they choose each token's experts and their weights.
 
-A router is a module over pure functions of tensors, which work in float64. Scores are computed in float32 or finer,
-outside of autocast. Letters: N tokens, D width, E experts (null ones behind the real ones), K slots of a token,
+A router is a module around pure functions of tensors, which also work in float64. Scores are computed in float32 or
+finer, outside of autocast. Letters: N tokens, D width, E experts (null ones after the real ones), K slots of a token,
 S shared experts, T tasks.
 """
 
@@ -21,11 +21,11 @@ from descant.modules.core.sham import Sham, partners
 
 
 class KindOrder(NamedTuple):
-    """N tokens by kind.
+    """Order of N tokens by kind.
 
     Attributes:
-        counts: of each kind, on the host.
-        order_N, inverse_N: int64, the tokens sorted by kind, and the place of each there; None where all are of kind 0.
+        counts: number of tokens of each kind, on the host.
+        order_N, inverse_N: int64, the tokens sorted by kind, and each token's place there; None if all are of kind 0.
     """
 
     counts: tuple[int, ...]
@@ -34,15 +34,15 @@ class KindOrder(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What a router may know of tokens beside their hidden states; explicit arguments, packed with the tokens.
+    """Properties of tokens that a router may use besides their hidden states; explicit, and packed with the tokens.
 
     Attributes:
-        kind: int64 ``[N]``, such as 0 of text and 1 of images. task: int64 ``[N]``, of the token's sample.
-        valid: bool ``[N]``, tokens that are no padding; None: all.
-        tasks: those of the whole optimizer step (all ranks and micro-batches), on the host; those of ``task`` if None.
-        order: the tokens by kind, for all layers that need it; made where it is needed if None.
-        key: int64 ``[N]``, a random number of each token, of which its draws are made.
-        weight: float ``[N]``, what a token counts in the balance loss; 1 if None.
+        kind: int64 ``[N]``, such as 0 for text and 1 for images. task: int64 ``[N]``, the task of the token's sample.
+        valid: bool ``[N]``, tokens that are not padding; None: all.
+        tasks: tasks of the whole optimizer step (all ranks and micro-batches), on the host; those in ``task`` if None.
+        order: the tokens sorted by kind, for all layers that need it; if None, each of them computes it.
+        key: int64 ``[N]``, a random number per token, from which its draws are computed.
+        weight: float ``[N]``, the weight of a token in the balance loss; 1 if None.
     """
 
     kind: Tensor | None = None
@@ -54,35 +54,35 @@ class Marks(NamedTuple):
     weight: Tensor | None = None
 
     def map(self, function: Callable[..., Tensor], *at: Tensor) -> Marks:
-        """The same of other tokens: ``function(x, *at)`` of each tensor x; of the host copies, where all have one."""
+        """Return the marks with ``function(x, *at)`` applied to each tensor x, and to host copies if all have one."""
         every = (*self[:3], self.key, self.weight)
         kind, task, valid, key, weight = (None if x is None else derived(function, x, *at) for x in every)
         return Marks(kind, task, valid, self.tasks, key=key, weight=weight)
 
     def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:
-        """Raises ValueError naming the router where the caller did not give this mark."""
+        """Return a mark. Raise ValueError naming the router if the caller did not give this mark."""
         mark = {"kind": self.kind, "task": self.task, "key": self.key}[name]
         if mark is None:
             raise ValueError(f"{type(router).__name__} routes by {name}: give the {name} of each token in marks")
         return mark
 
 
-#: Of tokens that differ in nothing that a router knows, none of them padding.
+#: Marks of tokens without kinds, tasks or padding.
 UNMARKED = Marks()
 
 
 class Routing(NamedTuple):
-    """Where tokens go.
+    """Experts of each token, and their weights.
 
     Attributes:
-        expert: int64 ``[N, K]``, of each slot; from the number of real experts on, null ones.
-        weight: ``[N, K]``, float32 at least. used: bool ``[N, K]``, slots that are chosen; none of padding.
-        marks: of the tokens.
-        probability: ``[N, E]`` of all experts, for the balance loss; None of routers without a choice to balance.
+        expert: int64 ``[N, K]``, the expert of each slot; numbers from the number of real experts on are null experts.
+        weight: ``[N, K]``, float32 at least. used: bool ``[N, K]``, the chosen slots; false for padding.
+        marks: marks of the tokens.
+        probability: ``[N, E]`` over all experts, for the balance loss; None for routers without a choice to balance.
         logit: ``[N, E]``, for the z-loss.
         shared: ``[N, S]``, weights of shared experts; None: 1.
         dropped: bool ``[N, K]``, chosen slots beyond the capacity of their expert.
-        causal: ``[N]``, loss of an auxiliary causal router.
+        causal: ``[N]``, the loss of an auxiliary causal router.
     """
 
     expert: Tensor
@@ -96,13 +96,13 @@ class Routing(NamedTuple):
     causal: Tensor | None = None
 
     def runs(self, experts: int) -> Tensor:
-        """Bool ``[N, K]``: slots that compute something, of this number of real experts."""
+        """Return bool ``[N, K]``: the slots that compute something, given the number of real experts."""
         runs_NK = derived(lambda expert, used: used & (expert < experts), self.expert, self.used)
         return runs_NK if self.dropped is None else runs_NK & ~self.dropped
 
 
 def joined(routings: Sequence[Routing]) -> Routing:
-    """One layer's routing of the tokens of several calls, such as of one a modality.
+    """Join one layer's routings from several calls, such as one call per modality.
 
     >>> one = Routing(torch.tensor([[0]]), torch.ones(1, 1), torch.ones(1, 1).bool(), Marks(task=torch.tensor([3])))
     >>> joined([one, one]).expert.tolist(), joined([one, one]).marks.task
@@ -124,7 +124,7 @@ def joined(routings: Sequence[Routing]) -> Routing:
 
 
 def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:
-    """``h W^T`` in float32 or finer, outside of autocast: bfloat16 has three digits, and ties are routed by order.
+    """Compute ``h W^T`` in float32 or finer, outside of autocast: bfloat16 has three digits, which would cause ties.
 
     >>> logits(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(3, 2)).dtype
     torch.float32
@@ -138,13 +138,14 @@ def logits(h_ND: Tensor, gate_ED: Tensor) -> Tensor:
 def top_k(
     logit_NE: Tensor, k: int, norm: Literal["before", "after"] = "after", bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k experts of the highest scores: ``index_NK``, ``weight_NK`` and ``probability_NE``.
+    """Choose the k experts with the highest scores: ``index_NK``, ``weight_NK`` and ``probability_NE``.
 
         p = softmax(s),   chosen = top-k of p + b,   w = p (before), or softmax of the chosen s = p / sum p (after)
 
-    ``b`` moves the choice alone. Weights sum to 1 after, and to less before: identical experts then give less than
-    one of them. Source: before as Switch (Fedus 2021, arXiv 2101.03961), after as Mixtral (Jiang 2024, 2401.04088; its
-    code divides the chosen p by their sum, which is equal) and Uni-MoE (2405.11273); b: Wang 2024 (2408.15664).
+    ``b`` changes only the choice. Weights sum to 1 with ``after`` and to less with ``before``: identical experts then
+    give less than one of them alone. Source: ``before`` as in Switch (Fedus 2021, arXiv 2101.03961), ``after`` as in
+    Mixtral (Jiang 2024, 2401.04088; its code divides the chosen p by their sum, which is equal) and Uni-MoE
+    (2405.11273); b: Wang 2024 (2408.15664).
 
     >>> index_NK, weight_NK, _ = top_k(torch.tensor([[0.0, 2.0, 1.0]]), 2)
     >>> index_NK.tolist(), [round(w, 2) for w in weight_NK[0].tolist()]  # e / (e + 1)
@@ -158,16 +159,17 @@ def top_k(
 
 
 def of_valid(index_NK: Tensor, marks: Marks) -> Tensor:
-    """Bool ``[N, K]``: all slots of valid tokens."""
+    """Return bool ``[N, K]``, true for all slots of valid tokens."""
     if marks.valid is None:
         return derived(lambda index: torch.ones_like(index, dtype=torch.bool), index_NK)
     return derived(lambda index, valid: valid[:, None].expand(index.shape), index_NK, marks.valid)
 
 
 class TokenSham(Sham):
-    """:class:`Sham` of tokens: in the mode ``permute`` each valid token has the signal of another one of its batch.
+    """:class:`Sham` for tokens: in the mode ``permute`` each valid token gets the signal of another one of its batch.
 
-    By the keys of the tokens, in training and evaluation; an only token keeps its own. Calls in training are counted.
+    The tokens' keys decide the permutation, in training and evaluation. A token without others keeps its own signal.
+    Only calls in training are counted.
 
     >>> marks = Marks(key=torch.arange(3), valid=torch.tensor([True, True, False]))
     >>> TokenSham("permute")(torch.tensor([5, 6, 7]), marks, "a router").tolist()
@@ -179,7 +181,7 @@ class TokenSham(Sham):
         return None if self.mode is None else "permutes the tokens of a rank's micro-batch"
 
     def forward(self, x_N: Tensor, marks: Marks, router: object) -> Tensor:  # type: ignore[override]
-        self.calls += self.training  # how often is evaluated depends on where a run was resumed
+        self.calls += self.training  # the number of evaluations depends on where a run was resumed
         if self.mode is None:
             return x_N
         valid_N = everyone(len(x_N), x_N.device) if marks.valid is None else marks.valid
@@ -188,40 +190,40 @@ class TokenSham(Sham):
 
 
 class Router(nn.Module):
-    """``router(h_ND, marks) -> Routing``; base of routers.
+    """Base of routers: ``router(h_ND, marks) -> Routing``.
 
-    A subclass implements ``route``. Its configuration has no size: ``build`` makes the parameters of a layer.
+    A subclass implements ``route``. Its configuration contains no sizes: ``build`` creates the parameters of a layer.
     """
 
-    #: Null experts, which compute nothing.
+    #: Number of null experts, which compute nothing.
     null_experts = 0
-    #: Kinds of tokens whose use of experts is balanced apart.
+    #: Number of kinds of tokens whose use of experts is balanced separately.
     kinds = 1
-    #: Whether each expert is a parameter of its own, so that those not used in a step have no gradient at all.
+    #: Whether each expert has its own parameters, so that experts not used in a step have no gradient at all.
     separate = False
-    #: Choices beyond capacity and all real ones, ``[2]`` on the device, in training since what watches has read them.
+    #: Choices beyond capacity and all choices of real experts, ``[2]`` on the device, in training since the last read.
     dropped: Tensor | None = None
-    #: The layer that it is of, for draws.
+    #: Number of the layer that it belongs to, for random draws.
     layer = 0
     experts: int
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether the weights of a token's real experts sum to 1: equal experts then give what one of them gives."""
+        """Whether the weights of a token's real experts sum to 1, so that equal experts give the output of one."""
         return False
 
     @property
     def meets(self) -> int | None:
-        """Real experts that every token goes to; None where their number depends on the token."""
+        """Return the number of real experts that every token goes to; None if it depends on the token."""
         return None
 
     @property
     def causal(self) -> bool:
-        """Whether the route of a token, as the module is now, depends on that token alone."""
+        """Whether a token's route, in the module's current mode, depends on that token alone."""
         return True
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
-        """Parameters for D = ``width``. Raises ValueError for settings that this number of experts does not fit."""
+        """Create parameters for D = ``width``. Raise ValueError for settings that do not fit the number of experts."""
         self.experts = experts
         return self
 
@@ -232,7 +234,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def declared(self, marks: Marks) -> list[int] | None:
-        """The experts that the step has declared it uses, on the host; None: all."""
+        """Return the experts that the step declares it uses, on the host; None: all."""
         return None
 
     def _gate(self, *shape: int) -> nn.Parameter:
@@ -240,13 +242,13 @@ class Router(nn.Module):
 
 
 class TopKRouter(Router):
-    """The k experts of the highest scores of a linear gate (Mixtral, Switch, Uni-MoE): :func:`top_k`.
+    """Router to the k experts with the highest scores of a linear gate (Mixtral, Switch, Uni-MoE): :func:`top_k`.
 
     Args:
-        k: experts a token.
+        k: experts per token.
         norm: weights are a softmax over all experts (before the choice), or over the chosen ones (after).
-        bias_rate: loss-free balancing, ``b += rate sign(mean load - load)`` after each step, of all ranks, added to the
-            scores for the choice alone (DeepSeek-V3, arXiv 2412.19437, with .001; scores there are sigmoids); None: no
+        bias_rate: loss-free balancing: after each step ``b += rate sign(mean load - load)``, over all ranks. Only the
+            choice adds b to the scores (DeepSeek-V3, arXiv 2412.19437, with .001; scores there are sigmoids). None: no
             bias.
 
     >>> router = TopKRouter(k=2).build(width=8, experts=4)
@@ -267,7 +269,7 @@ class TopKRouter(Router):
         if bias_rate is not None and not bias_rate > 0:
             raise ValueError(f"bias_rate {bias_rate:g}: above 0, such as 0.001, or none")
         self.k, self.norm, self.bias_rate = k, norm, bias_rate
-        self.pending: Tensor | None = None  # choices of each expert since the last optimizer step, of this rank
+        self.pending: Tensor | None = None  # this rank's choices of each expert since the last optimizer step
 
     @staticmethod
     def before_step(recipe: nn.Module) -> None:
@@ -301,7 +303,7 @@ class TopKRouter(Router):
         return Routing(index_NK, weight_NK, used_NK, marks, probability_NE, logit_NE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """The bias moves to a device and is never in half precision, in which it would soon stop moving."""
+        """Move the bias to a device, but never to half precision, in which it would soon stop changing."""
         kept = self._buffers.get("bias_E")
         super()._apply(fn, recurse)
         if kept is not None and self.bias_E.dtype in (torch.bfloat16, torch.float16):
@@ -310,13 +312,13 @@ class TopKRouter(Router):
 
 
 class TaskGate(TopKRouter):
-    """:class:`TopKRouter` whose gate also reads the token's task: ``s = W h + V_task``; experts do not.
+    """:class:`TopKRouter` whose gate also reads the token's task, ``s = W h + V_task``; the experts do not read it.
 
-    A linear gate of ``[h; e(task)]`` is this one, with its product with e(task) in a table. Source: JiuZhang 2.0 (Zhao
-    2023, arXiv 2306.11027), our reading: no code was released.
+    It equals a linear gate of ``[h; e(task)]``, whose product with e(task) is stored as a table. Source: JiuZhang 2.0
+    (Zhao 2023, arXiv 2306.11027), in our reading, as no code was released.
 
     Args:
-        tasks: T. k, norm, bias_rate: as of :class:`TopKRouter`.
+        tasks: T. k, norm, bias_rate: as in :class:`TopKRouter`.
 
     >>> router = TaskGate(tasks=3, k=2).build(width=8, experts=4)
     >>> router(torch.randn(2, 8), Marks(task=torch.tensor([0, 2]))).expert.shape
@@ -342,7 +344,7 @@ class TaskGate(TopKRouter):
 
 
 def moved_bias(bias_E: Tensor, count_E: Tensor, rate: float) -> Tensor:
-    """``b + rate sign(mean load - load)``: experts with less than even use gain. A step without tokens moves nothing.
+    """Return ``b + rate sign(mean load - load)``: underused experts gain. Without tokens the bias stays unchanged.
 
     Source: Wang 2024 (arXiv 2408.15664), DeepSeek-V3 (2412.19437).
 

@@ -1,6 +1,6 @@
-"""Dynamic capacity: as many experts a token as reach a probability, null ones among them (Uni-MoE-2.0-Omni).
+"""Dynamic capacity: a token takes the fewest experts that reach a probability, null ones included (Uni-MoE-2.0-Omni).
 
-Letters: N tokens, D width, E experts, null ones among them, K slots of a token, S shared experts.
+Letters: N tokens, D width, E experts including null ones, K slots of a token, S shared experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logit
 
 
 def top_p(logit_NE: Tensor, p: float, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The fewest experts that reach probability p, at most ``most``: ``index_NK``, ``used_NK``, ``probability_NE``.
+    """Choose the fewest experts that reach probability p, at most ``most``.
+
+    Returns ``index_NK``, ``used_NK`` and ``probability_NE``.
 
         k = #{cumsum of sorted softmax(s) < p} + 1
 
@@ -33,7 +35,7 @@ def top_p(logit_NE: Tensor, p: float, most: int | None = None) -> tuple[Tensor, 
 
 
 def softmax_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
-    """``w = p / sum of the chosen p``, the paper's rule in our reading.
+    """Compute ``w = p / sum of the chosen p``, the paper's rule in our reading.
 
     >>> softmax_of_chosen(torch.zeros(1, 2), torch.tensor([[True, True]]), torch.zeros(1, 2), 0.01).tolist()
     [[0.5, 0.5]]
@@ -42,7 +44,7 @@ def softmax_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter
 
 
 def band_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
-    """The weights of the release: of each choice among those near it, then divided by their sum.
+    """Compute the release's weights: a softmax of each choice among the logits near it, then divided by their sum.
 
         q_j = e^(s_j) / sum over i >= j, s_j - s_i <= 2 jitter max(|s_i|, |s_j|), of e^(s_i),     w = q / sum q
 
@@ -64,21 +66,21 @@ def band_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: f
 
 
 class TopPRouter(Router):
-    """As many experts a token as reach probability p, null and shared ones among the weights: :func:`top_p`.
+    """Router to the fewest experts that reach probability p; null and shared experts also get weights: :func:`top_p`.
 
         w_routed = m w,   m = sum of e^s of the chosen / (that + sum of e^s of the shared),   w_shared = e^s / (...)
 
-    A null expert computes nothing, and takes its part of the weights, which sum to 1 with it. A token's real experts
-    are then fewer, and weaker. Shared experts always run. Source: Uni-MoE-2.0-Omni (Li 2025, arXiv 2511.12609) and its
-    preview release.
+    A null expert computes nothing, but takes its part of the weights, which sum to 1 with it. A token that chooses one
+    has fewer real experts, with smaller weights. Shared experts always run. Source: Uni-MoE-2.0-Omni (Li 2025, arXiv
+    2511.12609) and its preview release.
 
     Args:
         p: probability to reach.
-        null_experts: beside the real ones.
-        most: experts a token, at most; all where not given.
-        weigh: of the chosen: their softmax (the paper), or by the band of the release.
+        null_experts: number of null experts besides the real ones.
+        most: the most experts per token; by default all.
+        weigh: weights of the chosen experts: their softmax (the paper), or by the band of the release.
         jitter: width of that band.
-        sham: ``permute`` for the control: each token is routed as another one of its batch.
+        sham: ``permute`` for the control: each token is routed like another token of its batch.
 
     >>> router = TopPRouter(p=0.9, null_experts=1).build(width=8, experts=4)
     >>> routing = router(torch.randn(3, 8))

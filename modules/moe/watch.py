@@ -1,6 +1,6 @@
-"""How experts are used, from counts: tables of experts by a mark of tokens, entropy and mutual information.
+"""Statistics of expert use from counts: tables of experts by a mark of tokens, entropy and mutual information.
 
-Letters: N tokens, K slots of a token, E experts (null ones behind the real ones), M classes of a mark.
+Letters: N tokens, K slots of a token, E experts (null ones after the real ones), M classes of a mark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from descant.modules.moe.routing import Routing
 
 
 def entropy(count_E: Tensor) -> Tensor:
-    """``-sum_e p_e log p_e`` with ``p = count / sum``, in nats, float64: ``log E`` at even use, 0 without a count.
+    """Compute ``-sum_e p_e log p_e``, ``p = count / sum``, in nats, float64: ``log E`` at even use, 0 without counts.
 
     >>> round(float(entropy(torch.tensor([2, 2, 0]))), 6)  # log 2
     0.693147
@@ -26,9 +26,9 @@ def entropy(count_E: Tensor) -> Tensor:
 
 
 def mutual_information(count_ME: Tensor) -> Tensor:
-    """``sum_me p_me log(p_me / (p_m p_e))`` of a table of counts, in nats, float64.
+    """Compute ``sum_me p_me log(p_me / (p_m p_e))`` from a table of counts, in nats, float64.
 
-    It is 0 for experts that are used alike by all classes, and the entropy of the classes where an expert serves one.
+    It is 0 if all classes use the experts alike, and the entropy of the classes if each expert serves one class.
     The estimate from n counts is too high by about (M - 1)(E - 1) / 2n (Miller 1955).
 
     >>> round(float(mutual_information(torch.tensor([[5, 0], [0, 5]]))), 6)  # log 2
@@ -41,9 +41,9 @@ def mutual_information(count_ME: Tensor) -> Tensor:
 
 
 def choices_by(routing: Routing, mark_N: Tensor | None, experts: int) -> Tensor:
-    """Int64 ``[M, E]``: chosen slots of each class of a mark, of experts with null ones; M is the largest mark + 1.
+    """Count the chosen slots of each class of a mark by expert: int64 ``[M, E]``; M is the largest mark + 1.
 
-    ``mark_N``: int64; None: all of class 0. Slots dropped for capacity are choices too.
+    ``mark_N``: int64; None: all of class 0. Null experts count, and so do slots dropped for capacity.
 
     >>> routing = Routing(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), torch.tensor([[True, True], [True, False]]))
     >>> choices_by(routing, torch.tensor([0, 1]), 3).tolist()
@@ -58,8 +58,9 @@ def choices_by(routing: Routing, mark_N: Tensor | None, experts: int) -> Tensor:
 
 
 class Use(NamedTuple):
-    """Counts of a layer, int64: choices by kind ``kind_ME`` and by task ``task_ME``, null experts in the last columns,
-    and valid tokens.
+    """Int64 counts of a layer: choices by kind ``kind_ME`` and by task ``task_ME``, and valid tokens.
+
+    The last columns are null experts.
 
     >>> routing = Routing(torch.tensor([[0], [2]]), torch.ones(2, 1), torch.ones(2, 1).bool())
     >>> use = Use.of(routing, experts=2, null=1) + Use.of(routing, experts=2, null=1)
@@ -73,7 +74,7 @@ class Use(NamedTuple):
 
     @classmethod
     def of(cls, routing: Routing, experts: int, null: int) -> Use:
-        """Of a batch, on the host: reads the device."""
+        """Count the choices of a batch, on the host; this reads the device."""
         marks, columns = routing.marks, experts + null
         kind_ME, task_ME = (choices_by(routing, mark_N, columns).cpu() for mark_N in (marks.kind, marks.task))
         tokens = len(routing.expert) if marks.valid is None else int(marks.valid.sum())
@@ -83,16 +84,16 @@ class Use(NamedTuple):
         return Use(_sum(self.kind_ME, other.kind_ME), _sum(self.task_ME, other.task_ME), self.tokens + other.tokens)
 
     def active(self, experts: int) -> float:
-        """Real experts that a token meets, on average."""
+        """Return the mean number of real experts per token."""
         return int(self.kind_ME[:, :experts].sum()) / max(self.tokens, 1)
 
     def null(self, experts: int) -> float:
-        """Share of the choices that are null experts."""
+        """Return the share of choices that are null experts."""
         return int(self.kind_ME[:, experts:].sum()) / max(int(self.kind_ME.sum()), 1)
 
 
 def _sum(a_ME: Tensor, b_ME: Tensor) -> Tensor:
-    """Of tables that may have other numbers of classes."""
+    """Add tables that may have different numbers of classes."""
     most = max(len(a_ME), len(b_ME))
     wide_a, wide_b = (F.pad(x, (0, 0, 0, most - len(x))) for x in (a_ME, b_ME))
     return wide_a + wide_b

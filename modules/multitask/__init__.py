@@ -1,4 +1,4 @@
-"""Multi-task rules: one file a rule, named after its paper. YAML and ``from descant import NAME`` need no line here."""
+"""Multi-task rules: one file per rule, named after its paper. YAML and ``from descant import NAME`` need no entry."""
 
 from descant.modules.multitask.aligned_mtl import AlignedMTL as AlignedMTL
 from descant.modules.multitask.base import Rule as Rule

@@ -1,6 +1,6 @@
 """Aligned-MTL: equal singular values of the gradient matrix (arXiv 2305.19000).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from descant.modules.multitask.solvers import FLAT
 def aligned_mtl(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     """Scale all principal directions of the gradients to the shortest one (Aligned-MTL, 2305.19000).
 
-        G = V S^2 V^T:    mix = s_min V S^-1 V^T 1        over the directions in which there is anything
+        G = V S^2 V^T:    mix = s_min V S^-1 V^T 1        over the directions with s > 0
 
-    By one-sided Jacobi rotations of D L with C = L L^T, which lose no digit to gradients of unequal size.
+    It uses one-sided Jacobi rotations of D L with C = L L^T, which lose no precision if gradients differ in size.
     """
     return torch.stack([_aligned(c_KK, d_K) for c_KK, d_K in zip(c_BKK, d_BK, strict=True)])
 
@@ -28,7 +28,7 @@ def aligned_mtl(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
 def _aligned(c_KK: Tensor, d_K: Tensor) -> Tensor:
     value_K, q_KK = torch.linalg.eigh(c_KK)
     kept = value_K > FLAT
-    a_RK = (q_KK[:, kept] * value_K[kept].sqrt()).T * d_K  # its columns are the gradients, turned
+    a_RK = (q_KK[:, kept] * value_K[kept].sqrt()).T * d_K  # its columns are the gradients, rotated
     v_KK = torch.eye(len(d_K), dtype=d_K.dtype, device=d_K.device)
     for _ in range(60):
         off = 0.0

@@ -18,17 +18,17 @@ from descant.modules.fusion.classifiers import class_labels, cross_entropy
 
 
 class AuxiliaryTarget(Regularizer):
-    """Auxiliary classification head: predicts another target from the same latents; one term, named by the target.
+    """Auxiliary classification head: predicts another target from the same latents; its term is named by the target.
 
         value_b = weight cross_entropy(W [z_1 ... z_M]_b + bias, target_b),       z = 0 where absent
 
-    so that two tasks share a trunk (Caruana 1997), and their gradients may conflict there: what harmonizers such as
-    PCGrad are for. Samples without a label of it (below 0) or without any modality add zero.
+    so that two tasks share a trunk (Caruana 1997). Harmonizers such as PCGrad handle conflicts of their gradients
+    there. Samples without a label of this target (below 0) or without any modality add zero.
 
     Args:
-        target: which of the data's targets it predicts.
+        target: the target in the data that it predicts.
         classes: C.
-        weight: of the term.
+        weight: weight of the term.
 
     >>> head = AuxiliaryTarget("shared", classes=4).build({"a": 8, "b": 8}, classes=2)
     >>> head.head.weight.shape

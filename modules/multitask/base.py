@@ -3,7 +3,7 @@
     loss = sum_k mix_k term_k,        mix = rule(G, values) * (the recipe's own mix)
 
 Rules get the same numbers on every rank and return the same mix; their state is in the checkpoint.
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LOOP = "loop"
 
 @dataclass
 class Loop:
-    """What :func:`descant.harmonize` remembers of a rule between its calls; ``steps`` and ``fallbacks`` are saved.
+    """State that :func:`descant.harmonize` keeps for a rule between calls; only ``steps`` and ``fallbacks`` are saved.
 
     Attributes:
-        steps: optimizer steps begun. fallbacks: calls that used the plain sum, since something was not finite.
-        names: of the terms of the last call.
-        mark: a parameter's number, and identity and version of its gradient as the last call left it.
-        state, sums: of the rule before it learned from the last call.
+        steps: optimizer steps begun. fallbacks: calls that used the plain sum because something was not finite.
+        names: names of the terms in the last call.
+        mark: a parameter's number, and the identity and version of its gradient after the last call.
+        state, sums: those of the rule before it learned from the last call.
     """
 
     steps: int = 0
@@ -42,47 +42,47 @@ class Loop:
 
 
 class Rule:
-    """Coefficients of the loss terms: ``mix`` reads the state, ``learn`` updates it once an optimizer step (a subclass
-    implements ``update``).
+    """Rule for the coefficients of loss terms: ``mix`` reads its state, ``learn`` updates it once per optimizer step.
 
-    ``mix(gram_BKK, value_K, draw)`` gives float64 ``[B, K]``, about 1 where terms do not conflict, of:
+    A subclass implements ``mix`` and ``update``. ``mix(gram_BKK, value_K, draw)`` returns float64 ``[B, K]``, about 1
+    if terms do not conflict, from:
 
-        gram_BKK: float64 dot products of the gradients of the terms; empty for a rule that does not read them.
-        value_K: the terms' values, of all ranks; of a feature, ones.
+        gram_BKK: float64 dot products of the terms' gradients; empty for a rule that does not read them.
+        value_K: the terms' values, over all ranks; ones for a feature.
         draw: random seed of this step, the same on every rank.
     """
 
     #: Whether it needs the gradients.
     reads_gradients = True
-    #: Whether it needs the values of the terms beside their gradients.
+    #: Whether it needs the values of the terms besides their gradients.
     reads_values = False
-    #: Whether it combines whole gradients at a feature (``combine``), and not by their dot products.
+    #: Whether it combines whole gradients at a feature (``combine``), instead of using their dot products.
     whole_gradients = False
-    #: Whether each sample of a feature may have a mix of its own.
+    #: Whether each sample of a feature may have its own mix.
     per_sample = False
     #: Whether a mix depends on earlier steps.
     remembers = False
-    #: Whether its dot products are those across independent batches, ``<g_k, g_l>`` of two of the step's micro-batches.
+    #: Whether it needs dot products across independent batches, ``<g_k, g_l>`` from two of the step's micro-batches.
     across_batches = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}  # of what was accumulated since the last update
+        self.sums: dict[str, Tensor] = {}  # sums of the values accumulated since the last update
         self.loop = Loop()
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
 
     def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients, ``[K, ...]`` a parameter and of all ranks, as their dot products are to be taken."""
+        """Transform the gradients (``[K, ...]`` per parameter, over all ranks) before their dot products are taken."""
         return grads
 
     def combine(self, g_KBD: Tensor, draw: int) -> Tensor:
-        """``g_BD`` of the gradients of K terms at a shared feature; for a rule with ``whole_gradients``."""
+        """Combine the gradients of K terms at a shared feature into ``g_BD``; for a rule with ``whole_gradients``."""
         raise NotImplementedError
 
     def learn(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Update the state; ``total`` sums over ranks what differs between them."""
+        """Update the state; ``total`` sums values over ranks if they differ between ranks."""
         if self.sums:
             self.update(total)
         self.sums = {}
@@ -104,18 +104,18 @@ class Rule:
 
 
 class SolverRule(Rule):
-    """A deterministic, stateless rule of the correlations and lengths of the gradients."""
+    """Deterministic, stateless rule that depends on the correlations and lengths of the gradients."""
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         return harmonized(gram_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        """As a :data:`descant.modules.multitask.solvers.Solver`."""
+        """Solve for the coefficients, as a :data:`descant.modules.multitask.solvers.Solver` does."""
         raise NotImplementedError
 
 
 class SimplexRule(Rule):
-    """Weights that sum to 1, moved a step from those of the step before (``moved``); terms without gradient stay."""
+    """Rule with weights that sum to 1, updated in each step (``moved``); terms without gradient keep their weights."""
 
     remembers = True
 
@@ -136,7 +136,7 @@ class SimplexRule(Rule):
         self.state["w"] = self.sums["w"] / self.sums["count"]
 
     def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
-        """The weights after this step, of those before it and the dot products of the gradients."""
+        """Compute the weights after this step, from those before it and the dot products of the gradients."""
         raise NotImplementedError
 
     def coefficients(self, w_K: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class SimplexRule(Rule):
 
 
 def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:
-    """Bool ``[K]``: which values are above ``least``, of a rule of their logarithms; others have no samples.
+    """Return bool ``[K]``: the values above ``least``, for rules that take logarithms; other terms have no samples.
 
     >>> above(Rule(), torch.tensor([2.0, 0.0]), 0.0).tolist()
     [True, False]
@@ -156,7 +156,7 @@ def above(rule: Rule, value_K: Tensor, least: float) -> Tensor:
 
 
 def orders(terms: int, draw: int) -> list[list[int]]:
-    """For each term the others, in random order.
+    """Return, for each term, the other terms in random order.
 
     >>> orders(3, 0) == orders(3, 0), [sorted(order) for order in orders(3, 0)]
     (True, [[1, 2], [0, 2], [0, 1]])
@@ -166,6 +166,6 @@ def orders(terms: int, draw: int) -> list[list[int]]:
 
 
 def among(order: list[list[int]], live: Tensor) -> list[list[int]]:
-    """The orders restricted to the terms with a gradient, numbered among themselves."""
+    """Restrict the orders to terms with a gradient, renumbered among themselves."""
     place = {k: n for n, k in enumerate(live.nonzero()[:, 0].tolist())}
     return [[place[j] for j in order[i] if j in place] for i in place]

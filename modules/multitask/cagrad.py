@@ -1,6 +1,6 @@
 """CAGrad, conflict-averse gradient descent (arXiv 2110.14048).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from descant.modules.multitask.solvers import NOISE, Best, below, min_norm, proj
 
 
 def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
-    """Step within ``radius |g_0|`` of the mean g_0 that maximises the least improvement of any term, times K.
+    """Compute the step within ``radius |g_0|`` of the mean g_0 that maximises the least improvement, times K.
 
         max_d min_k <g_k, d>,    |d - g_0| <= c |g_0|
 
-    Exactly: with b = 1/d, s the coefficients of g_0, p = C_SS^-1 b_S and q = C_SS^-1 (C s)_S on the face S of the terms
-    that improve least, d = s + mu p - q, where mu is the greater root of
+    The solution is exact. Let b = 1/d, s the coefficients of g_0, S the face of the terms that improve least,
+    p = C_SS^-1 b_S and q = C_SS^-1 (C s)_S. Then d = s + mu p - q, where mu is the greater root of
     mu^2 (b.p) - 2 mu (b.q) + (C s).q - c^2 |g_0|^2 = 0; S is the one with mu p - q >= 0, and (C d)_j >= mu b_j off it.
-    Where 0 lies in the hull of the gradients no step improves all: then d may be the nearest to g_0 that conflicts
-    with none. Source: Liu 2021, arXiv 2110.14048.
+    If 0 lies in the hull of the gradients, no step improves all terms. Then d may be the step nearest to g_0 that
+    conflicts with none. Source: Liu 2021, arXiv 2110.14048.
     """
     k = d_BK.shape[1]
     unit_B1 = d_BK.amax(dim=1, keepdim=True)
@@ -48,7 +48,7 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
     moved_BK = calm_BK - s_BK
     far_B = (moved_BK * times(c_BKK, moved_BK)).sum(dim=1).clamp(min=0).sqrt() - reach_B
     hull_BK = min_norm(c_BKK, torch.ones_like(d_BK)) / k
-    hull_B = (hull_BK * times(c_BKK, hull_BK)).sum(dim=1).clamp(min=0).sqrt()  # 0 lies in all hulls or in none
+    hull_B = (hull_BK * times(c_BKK, hull_BK)).sum(dim=1).clamp(min=0).sqrt()  # 0 lies in every scaled hull or none
     best.add(calm_BK, torch.maximum((far_B / length_B.clamp(min=torch.finfo(d_BK.dtype).tiny)).clamp(min=0), hull_B))
     return best.found() * unit_B1 * k
 
@@ -59,7 +59,7 @@ class CAGrad(SolverRule):
     See :func:`cagrad`. Source: Liu 2021, arXiv 2110.14048.
 
     Args:
-        radius: how near, in lengths of the mean gradient (the paper's c); 0 is the plain sum.
+        radius: largest distance, in lengths of the mean gradient (the paper's c); 0 is the plain sum.
     """
 
     per_sample = True

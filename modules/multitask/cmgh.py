@@ -1,6 +1,6 @@
 """CMGH, gradient realignment: PCGrad without an order (arXiv 2211.02077).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from descant.modules.multitask.base import SolverRule
 
 
 def cmgh(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """Project each gradient off the original others that it conflicts with (CMGH, Wu 2022, 2211.02077, for two terms).
+    """Project each gradient off the original gradients that it conflicts with (CMGH, Wu 2022, 2211.02077, two terms).
 
         h_i = g_i - sum_{j: <g_i, g_j> < 0} <g_i, g_j> / |g_j|^2 g_j
 
-    Of two that conflict, with d = <g_a, g_b> and cos of their angle, <h_a, h_b> = -d (1 - cos^2) >= 0.
+    For two that conflict, with d = <g_a, g_b> and the cosine cos of their angle, <h_a, h_b> = -d (1 - cos^2) >= 0.
     """
     off_BKK = c_BKK.clamp(max=0) * d_BK[:, :, None]
     return d_BK - off_BKK.sum(dim=1) + off_BKK.diagonal(dim1=1, dim2=2)

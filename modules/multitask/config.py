@@ -1,6 +1,6 @@
 """ConFIG: the conflict-free direction with equal cosines to all gradients (arXiv 2408.11104).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from descant.modules.multitask.solvers import FLAT, NOISE, times
 
 
 def config(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """Equal cosines to all gradients, as long as their projections together (ConFIG, Liu 2024, 2408.11104).
+    """Compute the step with equal cosines to all gradients, as long as their summed projections on it.
 
-    With U the unit gradients, U^+ 1 = U^T C^+ 1: x = C^+ 1 times (d.Cx) / (x.Cx). Of dependent gradients it is the
-    direction nearest to equal cosines; where no direction has any, as of opposite ones, there is no step: zeros.
+    ConFIG, Liu 2024, 2408.11104. With U the unit gradients, U^+ 1 = U^T C^+ 1: x = C^+ 1 times (d.Cx) / (x.Cx). For
+    dependent gradients it is the direction nearest to equal cosines. If no direction has equal cosines, as for opposite
+    gradients, the step is zero.
     """
     x_BK = times(torch.linalg.pinv(c_BKK, rtol=FLAT, hermitian=True), torch.ones_like(d_BK))
     cos_BK = times(c_BKK, x_BK)
     square_B1, reach_B1 = ((v_BK * cos_BK).sum(dim=1, keepdim=True) for v_BK in (x_BK, d_BK))
-    # x.Cx of pinv is 1.x, at least the inverse of the largest eigenvalue, or nothing but rounding
+    # with pinv, x.Cx is 1.x: at least the inverse of the largest eigenvalue, or only rounding noise
     return torch.where(square_B1 > NOISE, x_BK * reach_B1 / square_B1, 0.0)
 
 
@@ -30,8 +31,9 @@ class ConFIG(SolverRule):
 
         g = (sum_k <g_k, u>) u,        u = U^+ 1 / |U^+ 1|,    U_k = g_k / |g_k|
 
-    From the Gram matrix alone. Its direction is that of IMTL-G; IMTL-G's coefficients sum to K, while this step is as
-    long as the projections of the gradients on it. Equal weights and the projected length are the release's defaults.
+    It needs only the Gram matrix. Its direction is that of IMTL-G, but IMTL-G's coefficients sum to K, while this step
+    is as long as the gradients' summed projections on it. Equal weights and projected length are the release's
+    defaults.
     See :func:`config`. Source: Liu 2024, arXiv 2408.11104; github.com/tum-pbs/ConFIG.
 
     >>> orthogonal = torch.diag(torch.tensor([1.0, 9.0], dtype=torch.float64))  # lengths 1 and 3: (2, 2) in all

@@ -1,6 +1,6 @@
 """DualProj: the sum of the gradients, projected into their dual cone (arXiv 1706.08840).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from descant.modules.multitask.solvers import project_to_dual_cone
 
 
 def dualproj(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """The nearest step to the sum of the gradients that conflicts with none (GEM's projection, 1706.08840)."""
+    """Compute the step nearest to the sum of the gradients that conflicts with none (GEM's projection, 1706.08840)."""
     longest_B1 = d_BK.amax(dim=1, keepdim=True)
     return project_to_dual_cone(c_BKK, d_BK / longest_B1) * longest_B1
 
@@ -22,9 +22,10 @@ class DualProj(SolverRule):
 
         min_g |g - sum_k g_k|^2,        <g, g_k> >= 0 for all k
 
-    From the Gram matrix alone, by all subsets: 8 terms at most. UPGrad projects each gradient, and this the sum.
-    GEM projects the gradient of the task that is learned away from those of a memory of earlier tasks (equation 11);
-    that of the mean of terms is TorchJD's reading, whose name it has; K times the mean here, as of all rules.
+    It needs only the Gram matrix and tries all subsets: 8 terms at most. UPGrad projects each gradient, and this rule
+    the sum. GEM projects the gradient of the current task so that it conflicts with none of a memory of earlier tasks
+    (equation 11). Projecting the mean of the terms is TorchJD's reading, whose name the rule has. Here it is K times
+    the mean, as in all rules.
     See :func:`dualproj`. Source: Lopez-Paz 2017, arXiv 1706.08840; torchjd.aggregation.DualProj.
 
     >>> import torch

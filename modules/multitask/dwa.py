@@ -1,6 +1,6 @@
 """DWA, dynamic weight averaging by rates of decrease (arXiv 1803.10704).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class DWA(Rule):
 
         mix_k = K exp(w_k / T) / sum_j exp(w_j / T),        w_k = L_k(t - 1) / L_k(t - 2)
 
-    where L(t) is the mean over a window of steps (the paper's epoch); 1 in the first two of them.
+    where L(t) is the mean over a window of steps (the paper's epoch). In the first two windows, mix is 1.
 
     Args:
-        window: steps.
-        temperature: T; a large one makes all weights equal.
+        window: number of steps.
+        temperature: T; a large T makes all weights equal.
     """
 
     reads_gradients = False

@@ -15,20 +15,20 @@ from descant.modules.multitask.base import Rule
 
 
 class ExcessMTL(Rule):
-    """Terms that are far from their own optimum get more weight, not noisy ones (He 2024, 2402.02009).
+    """More weight for terms that are far from their own optimum, instead of noisy ones (He 2024, 2402.02009).
 
         w_k <- w_k exp(lr E_k / E_k(0)) / sum,   E_k = sum_p g_kp^2 / (eps + S_kp)^(1/2),   S_kp = sum_t g_kp(t)^2
 
-    E estimates the excess risk ``g^T H^-1 g`` with Adagrad's diagonal for H; the mix is K w. E(0) is that of a term's
-    first step, which moves no weight, as in the release; the paper's is the mean of three epochs (``warmup``; our
-    reading). Scale-free but for eps. Over a long run, the term whose E stays the largest takes all.
-    Needs whole gradients: K backward passes, and a state of K numbers a shared parameter (12 bytes for three terms in
-    float32; in checkpoints, too), with four times that in passing.
+    E estimates the excess risk ``g^T H^-1 g`` with Adagrad's diagonal for H; the mix is K w. E(0) is the E of a term's
+    first step, which changes no weight, as in the release; in the paper it is the mean of three epochs (``warmup``; our
+    reading). The scales of terms do not matter, except for eps. Over a long run, the term whose E stays largest gets
+    all the weight. The rule needs whole gradients: K backward passes, and a state of K numbers per shared parameter (12
+    bytes for three terms in float32; also in checkpoints), and temporarily four times that.
     Source: github.com/yifei-he/ExcessMTL (lr 0.01; its README's runs use 1).
 
     Args:
-        lr: of the logarithms of the weights (eta).
-        warmup: steps whose mean is E(0), in which the step is the plain sum.
+        lr: learning rate of the logarithms of the weights (eta).
+        warmup: steps whose mean is E(0), during which the step is the plain sum.
         eps: added to the sum of squares.
 
     Raises: ValueError for an lr, warmup or eps below 0.
@@ -47,12 +47,12 @@ class ExcessMTL(Rule):
         self.lr, self.warmup, self.eps, self._square_KP = lr, warmup, eps, torch.zeros(0)
 
     def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """``[K, P]``: ``g / (eps + S)^(1/4)``, whose squares are E."""
+        """Compute ``g / (eps + S)^(1/4)``, ``[K, P]``, whose squares sum to E."""
         g_KP = torch.cat([promote(g).reshape(len(g), -1) for g in grads], dim=1)
-        self._square_KP = g_KP**2  # of S once this step counts
+        self._square_KP = g_KP**2  # added to S once this step counts
         sum_KP = self._square_KP + self.state.get("square", torch.zeros((), device=g_KP.device)).to(g_KP) + self.eps
         h_KP = torch.where(sum_KP == 0, 0.0, g_KP / sum_KP.sqrt_().sqrt_())
-        return h_KP.split(2**20, dim=1)  # in float64 a piece at a time
+        return h_KP.split(2**20, dim=1)  # pieces, to convert only one at a time to float64
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         excess_K = gram_BKK[0].diagonal()
@@ -67,7 +67,7 @@ class ExcessMTL(Rule):
         self.state = {**self._after(self.sums["excess"] / count), "square": square_KP}
 
     def _after(self, excess_K: Tensor) -> dict[str, Tensor]:
-        """The state but for S, once the excess of this step is known; ``first``: the sum of ``seen`` steps."""
+        """Return the state without S, updated by this step's excess; ``first`` is the sum of ``seen`` steps."""
         names, live_K = ("first", "seen", "log_weight"), excess_K > 0
         first_K, seen_K, log_K = (self.state.get(name, torch.zeros_like(excess_K)).to(excess_K) for name in names)
         begins_K = live_K & (seen_K < max(self.warmup, 1))

@@ -1,4 +1,4 @@
-"""FAMO: weights by which all terms fall at one rate, from their values alone (arXiv 2306.03792).
+"""FAMO: weights that let all terms fall at the same rate, computed only from their values (arXiv 2306.03792).
 
 Letters: K terms.
 """
@@ -19,16 +19,16 @@ class FAMO(Rule):
         mix_k = K (z_k / D_k) / sum_j z_j / D_j,        z = softmax(w),   D_k = L_k - least
         w <- w - lr (J^T delta + decay w),              delta_k = log D_k(t) - log D_k(t + 1),   J = dz / dw
 
-    From values alone, without another forward: L(t + 1) is that of the next step, as in the release's toy; its other
-    runs compute the batch of step t again after the step (our reading; of another batch the fall is noisier). The
-    release adds 1e-8 to D; here a term that is at ``least`` is left out, and the scales of terms do not matter.
-    Source: github.com/Cranial-XIX/FAMO.
+    It needs only values, and no extra forward: L(t + 1) is the value in the next step, as in the release's toy example.
+    The release's other runs compute the batch of step t again after the step (our reading; with another batch, the fall
+    is noisier). The release adds 1e-8 to D; here a term that equals ``least`` is left out, and the scales of terms do
+    not matter. Source: github.com/Cranial-XIX/FAMO.
 
     Args:
-        lr: of w.
-        decay: of w.
+        lr: learning rate of w.
+        decay: weight decay of w.
         least: the lowest value that a term can have.
-        adam: step w by Adam with ``lr``, as the release; off: by gradient descent, as Algorithm 1.
+        adam: update w by Adam with ``lr``, as in the release; false: by gradient descent, as in Algorithm 1.
 
     >>> FAMO().mix(torch.zeros(0), torch.tensor([1.0, 3.0]), 0).tolist()  # the gradient of the mean logarithm
     [[1.5, 0.5]]
@@ -56,7 +56,7 @@ class FAMO(Rule):
         self.state = {**self._after(value_K), "before": value_K}
 
     def _after(self, value_K: Tensor) -> dict[str, Tensor]:
-        """The state once the values are known that the last step led to."""
+        """Return the state, updated by the values that the last step led to."""
         zero_K = torch.zeros_like(value_K)
         w_K, m_K, v_K, t = (self.state.get(name, zero).to(value_K) for name, zero in _zeros(zero_K))
         if "before" not in self.state:

@@ -19,8 +19,8 @@ def graddrop(g_KBD: Tensor, u_D: Tensor, leak: float = 0.0) -> Tensor:
         g = sum_k (leak + (1 - leak) m_k) g_k
 
     ``u_D``: uniform in [0, 1). Coordinates where all gradients are zero stay zero. Source: Chen 2020, arXiv 2010.06808,
-    where u is drawn for each coordinate; TorchJD's is the same. In the release (lingvo, core/graddrop.py) the purity is
-    that of the batch, of gradients times the sign of the feature; here each sample has its own (our reading).
+    where u is drawn for each coordinate; TorchJD does the same. The release (lingvo, core/graddrop.py) computes the
+    purity over the batch, from gradients times the sign of the feature; here each sample has its own (our reading).
 
     >>> graddrop(torch.tensor([[[3.0, 1.0]], [[-1.0, 2.0]]]), torch.tensor([0.5, 0.5])).tolist()
     [[3.0, 3.0]]

@@ -1,6 +1,6 @@
 """GradNorm: gradient lengths by training rates (arXiv 1711.02257).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class GradNorm(Rule):
         aim_k = mean_j(w_j |g_j|) r_k^alpha,        r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0))
         w_k  <- w_k - lr d/dw_k sum_k |w_k |g_k| - aim_k| / mean_j(w_j |g_j|),     then all of them summed to K
 
-    Divided by the mean length, which the paper does not, so that ``lr`` means the same at every scale (our reading).
+    The paper does not divide by the mean length; here that makes ``lr`` mean the same at every scale (our reading).
 
     Args:
         alpha: preference for terms that train slowly; 0 makes all gradients equally long.
-        lr: of the weights.
+        lr: learning rate of the weights.
     """
 
     reads_values = True

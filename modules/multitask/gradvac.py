@@ -1,6 +1,6 @@
 """GradVac, gradient vaccine: move cosines of gradients to their running mean (arXiv 2010.05874).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def gradvac(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequen
 
         if cos < phi:  v_i += |v_i| (phi sqrt(1 - cos^2) - cos sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j
 
-    with cos of v_i and g_j, and phi_ij.
+    where cos is that of v_i and g_j, and phi is phi_ij.
 
     Returns the sum of all v, and the cosines before each rotation, float64 ``[B, K, K]``.
     """
@@ -42,7 +42,7 @@ def gradvac(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequen
 class GradVac(Rule):
     """Rotate each gradient until its cosine with every other one is their running mean, in random order.
 
-    ``phi_ij <- (1 - beta) phi_ij + beta cos_ij``, from 0 on, of the cosines measured on the way; of a feature,
+    ``phi_ij <- (1 - beta) phi_ij + beta cos_ij`` starts at 0 and uses the cosines before each rotation; for a feature,
     their mean over the samples. See :func:`gradvac`. Source: Wang 2021, arXiv 2010.05874.
 
     Args:

@@ -1,4 +1,4 @@
-"""Any rule in place of ``loss.backward()``, in a plain loop or a plain LightningModule.
+"""Gradient harmonization by any rule instead of ``loss.backward()``, in a plain loop or a plain LightningModule.
 
 Letters: K terms.
 """
@@ -21,7 +21,7 @@ from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask.base import Rule
 from descant.modules.multitask.mix import combined, gram, grams, mix_of, mixed, stacked, term_gradients
 
-#: Node of the graph where a leaf is.
+#: Name of the graph node of a leaf tensor.
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -31,33 +31,33 @@ def harmonize(
     rule: Rule,
     loss: Tensor | None = None,
 ) -> Tensor:
-    """Gradient harmonization in place of ``loss.backward()``: adds to ``.grad`` as that does, and frees the graph.
+    """Harmonize gradients instead of calling ``loss.backward()``: adds to ``.grad`` as that does, and frees the graph.
 
         shared parameters:  grad += c sum_k mix_k g_k,      mix = rule(G, L),   G_kl = <g_k, g_l>,  g_k = dL_k / dshared
         all others:         grad += c sum_k dL_k / dtheta
 
-    A rule of values weighs the losses themselves, so that all parameters get ``c sum_k mix_k dL_k``. ``c`` is what
-    ``loss = c sum_k L_k`` was multiplied by (GradScaler, accumulation), else 1; rules see the losses without it.
-    Gradients and values are averaged over ranks before the rule, in DDP or without it. Where one is not finite the call
-    uses the plain sum, and is counted in ``rule.loop.fallbacks``; the state of the rule stays as it was, as in a step
-    that a scaler skips.
+    A rule of values weighs the losses themselves, so that all parameters get ``c sum_k mix_k dL_k``. ``c`` is the
+    factor in ``loss = c sum_k L_k`` (from GradScaler or accumulation), else 1; rules see the losses without it.
+    Gradients and values are averaged over ranks before the rule sees them, with or without DDP. If one of them is not
+    finite, the call uses the plain sum, and ``rule.loop.fallbacks`` counts it. The rule's state then stays as it was,
+    as in a step that a scaler skips.
 
-    Calls whose gradients add up, with nothing in between that writes to ``.grad`` (clearing, clipping, unscaling), are
-    one optimizer step, from which the rule learns once. ``rule.state_dict()`` has all that resuming needs.
+    Calls whose gradients add up are one optimizer step, from which the rule learns once; a step ends when anything else
+    writes to ``.grad`` (clearing, clipping, unscaling). ``rule.state_dict()`` has all that resuming needs.
 
-    Cost: K backward passes and K gradients of the shared parameters, which several ranks reduce; of a rule of values
-    one pass. A compiled model that has run another backward before needs
+    Cost: K backward passes and K gradients of the shared parameters, which are reduced over ranks; one pass for a rule
+    of values. A compiled model that has run another backward before needs
     ``torch._functorch.config.donated_buffer = False``, as for every second pass.
 
     Args:
         losses: scalars, at least two; weights are part of them.
-        parameters: those that the losses share, such as of a trunk, on all ranks the same; frozen ones are skipped.
-        rule: one of ``descant.modules.multitask``; its state is in it.
-        loss: what ``backward()`` would be called on, where that is not the plain sum: ``scaler.scale(sum(losses))``,
-            or the argument of ``LightningModule.backward``.
+        parameters: those that the losses share, such as a trunk's, the same on all ranks; frozen ones are skipped.
+        rule: one of ``descant.modules.multitask``; it holds its own state.
+        loss: the tensor on which ``backward()`` would be called, if that is not the plain sum:
+            ``scaler.scale(sum(losses))``, or the argument of ``LightningModule.backward``.
 
     Returns:
-        ``mix_K``, float64 on the CPU; ones of a rule of whole gradients.
+        ``mix_K``, float64 on the CPU; ones for a rule of whole gradients.
 
     >>> from descant import MGDA
     >>> w = nn.Parameter(torch.zeros(2))
@@ -96,12 +96,12 @@ def _by_gradients(
     leaves: Mapping[Tensor, None],
     draw: int,
 ) -> Tensor | None:
-    """The mix, None where something is not finite; of terms that are multiplied by ``c`` already."""
+    """Write the gradients and return the mix, None if something is not finite; ``terms`` already include ``c``."""
     mine = set(shared)
     others = [p for p in leaves if p not in mine]
     inputs = [*shared, *others]
     of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
-    grads = [stacked(of_leaf.pop(p), p) for p in shared]  # popped: not twice in memory
+    grads = [stacked(of_leaf.pop(p), p) for p in shared]  # pop, to not keep them twice in memory
     grads = [g.div_(c) for g in grads] if c != 1 else grads
     own_KK = mean_of_ranks(gram(grads)) if rule.across_batches else torch.zeros(0)
     grads = [mean_of_ranks(g) for g in grads]
@@ -117,7 +117,7 @@ def _by_gradients(
     for p in others:
         if some := [g for g in of_leaf[p] if g is not None]:
             new[p] = torch.stack(some).sum(dim=0)
-    # a backward from the leaves themselves: DDP reduces them as in any other, and hooks on .grad see the mix
+    # run backward from the leaves themselves: DDP reduces them as usual, and hooks on .grad see the mix
     torch.autograd.backward(list(new), list(new.values()))
     return mix_K
 
@@ -134,7 +134,7 @@ def _passes(terms: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[Ten
         ) from None
 
 
-# what is given -------------------------------------------------------------------------------------------------------
+# arguments -----------------------------------------------------------------------------------------------------------
 
 
 def _named(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[tuple[str, ...], list[Tensor]]:
@@ -151,7 +151,7 @@ def _named(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[tuple[str, 
 
 
 def _leaves(terms: Sequence[Tensor]) -> dict[Tensor, None]:
-    """The leaf tensors that the terms reach."""
+    """Find the leaf tensors that the terms reach."""
     leaves: dict[Tensor, None] = {}
     seen = set()
     todo = [get_gradient_edge(term).node for term in terms]
@@ -167,7 +167,7 @@ def _leaves(terms: Sequence[Tensor]) -> dict[Tensor, None]:
 
 
 def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) -> list[Tensor]:
-    """The parameters that some term reaches."""
+    """Select the parameters that some term reaches. Raise ValueError if the rule cannot work with them."""
     split = any(isinstance(p, DTensor) for p in given)
     if rule.reads_gradients and (split or not leaves.keys().isdisjoint(_gathered())):
         raise ValueError(
@@ -187,13 +187,15 @@ def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) 
 
 
 def _gathered() -> set[Tensor]:
-    """Parameters that FSDP2 has gathered for a step; they look like any other, and a gradient of theirs is not reduced
-    unless a whole backward passes their module."""
+    """Find the parameters that FSDP2 has gathered for a step.
+
+    They look like any other parameters, but their gradients are only reduced if a whole backward passes their module.
+    """
     return {p for module in list(_module_state_mapping) if isinstance(module, FSDPModule) for p in module.parameters()}
 
 
 def _read(names: Sequence[str], terms: Sequence[Tensor], loss: Tensor | None) -> tuple[Tensor, float]:
-    """``value_K`` of all ranks, and ``c``; with a single read of an accelerator."""
+    """Return ``value_K`` over all ranks, and ``c``, with a single read from an accelerator."""
     own_K = torch.stack([term.detach().double().reshape(()) for term in terms])
     if loss is None:
         (value_K,) = read_together(mean_of_ranks(own_K))
@@ -219,7 +221,7 @@ def _read(names: Sequence[str], terms: Sequence[Tensor], loss: Tensor | None) ->
 
 
 def _begin(rule: Rule, names: tuple[str, ...], given: Sequence[Tensor]) -> int:
-    """The random seed of this optimizer step, which goes on where the last call's gradients are as it left them."""
+    """Return the random seed of the optimizer step, which continues if the last call's gradients are unchanged."""
     loop = rule.loop
     if rule.remembers and loop.names not in ((), names):
         raise ValueError(
@@ -235,12 +237,12 @@ def _begin(rule: Rule, names: tuple[str, ...], given: Sequence[Tensor]) -> int:
 
 
 def _end(rule: Rule, given: Sequence[Tensor], learns: bool) -> None:
-    """Learn as if this call were the last one of its step; the next one goes back where it is not."""
+    """Learn as if this call were the last one of its step; if it is not, the next call undoes it."""
     loop = rule.loop
     loop.state, loop.sums = dict(rule.state), dict(rule.sums)
     loop.mark = next((_mark(given, n) for n, p in enumerate(given) if p.grad is not None), None)
     if learns:
-        rule.learn(lambda seen: seen)  # of all ranks already
+        rule.learn(lambda seen: seen)  # sums are over all ranks already
 
 
 def _mark(given: Sequence[Tensor], n: int) -> tuple[int, int, int] | None:
@@ -253,5 +255,5 @@ def _finite(parameters: Iterable[Tensor]) -> bool:
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     if not grads:
         return True
-    norm = nn.utils.get_total_norm(grads)  # of squares, three times as fast as the largest of all
+    norm = nn.utils.get_total_norm(grads)  # the 2-norm, three times as fast as the maximum
     return not bool(total_of_ranks((~norm.isfinite()).double()))

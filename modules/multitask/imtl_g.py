@@ -1,6 +1,6 @@
 """IMTL-G: equal projections onto all gradients (Liu 2021, Towards Impartial Multi-task Learning).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from descant.modules.multitask.solvers import FLAT, NOISE, times
 
 
 def imtl_g(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """Equal projections onto all gradients: ``<g, g_k> / |g_k|`` alike (IMTL-G, Liu 2021). Coefficients sum to K.
+    """Compute the step with equal projections ``<g, g_k> / |g_k|`` onto all gradients (IMTL-G, Liu 2021).
 
-    ``C x = 1`` with ``mix = x / d``; one may be below zero. Where they sum to zero no such step exists: zeros.
+    It solves ``C x = 1`` with ``mix = x / d``, scaled so that coefficients sum to K; they may be negative. If they sum
+    to zero, no such step exists, and the result is zeros.
     """
     x_BK = times(torch.linalg.pinv(c_BKK, rtol=FLAT, hermitian=True), torch.ones_like(d_BK))
     mix_BK = x_BK / d_BK

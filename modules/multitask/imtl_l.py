@@ -1,4 +1,4 @@
-"""IMTL-L: learned scales by which all terms have the value 1 (Liu 2021, Towards Impartial Multi-task Learning)."""
+"""IMTL-L: learned scales that bring all terms to the value 1 (Liu 2021, Towards Impartial Multi-task Learning)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class IMTLL(UncertaintyWeighting):
 
         loss = sum_k exp(s_k) L_k - s_k,        s_k <- s_k - lr (exp(s_k) L_k - 1),       mix_k = exp(s_k)
 
-    From values alone. With s = -log variance it is uncertainty weighting, step by step: the two papers differ in
-    their reasons (equal values of scaled terms, or a likelihood), and in a factor of Kendall's form, 1/2, which is one
-    of ``lr``. Source: Liu 2021, ICLR; as LibMTL's IMTL, whose other half is IMTLG.
+    It needs only values. With s = -log variance, each step equals one of uncertainty weighting. The two papers differ
+    in their motivation (equal values of scaled terms, or a likelihood), and in the factor 1/2 of Kendall's form, which
+    is a factor of ``lr``. Source: Liu 2021, ICLR; as in LibMTL's IMTL, whose other half is IMTLG.
 
     >>> import torch
     >>> rule = IMTLL(lr=0.5)

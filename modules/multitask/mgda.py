@@ -1,6 +1,6 @@
 """MGDA, multiple-gradient descent: the min-norm vector of the convex hull (arXiv 1810.04650).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations

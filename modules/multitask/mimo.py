@@ -1,4 +1,4 @@
-"""MIMO: the joint loss, and the largest of the modalities' own (arXiv 2511.06686).
+"""MIMO: the joint loss and the largest unimodal loss (arXiv 2511.06686).
 
 Letters: K terms.
 """
@@ -16,15 +16,15 @@ class MIMO(Rule):
 
         loss = L_0 + weight mu log sum_{m > 0} exp(L_m / mu),     mix_0 = 1,  mix_m = weight softmax(L / mu)_m
 
-    which is the penalty form of a lexicographic problem, the joint loss among the minimisers of max_m L_m. The first
-    term is the joint one, as of a classifier with ``unimodal: true``, and all others are of modalities; one that is
-    zero has no samples, and gets no share. From values alone: no further backward pass, no state. Source: Fernando
-    2025, arXiv 2511.06686, whose abstract names the penalty and a smooth maximum; that it is a log-sum-exp, and the
-    defaults, are our reading.
+    which is the penalty form of a lexicographic problem: minimise the joint loss among the minimisers of max_m L_m. The
+    first term is the joint one, as in a classifier with ``unimodal: true``, and each other term belongs to a modality.
+    A modality's term that is zero has no samples, and gets no share. The rule needs only values: no further backward
+    pass, no state. Source: Fernando 2025, arXiv 2511.06686, whose abstract names the penalty and a smooth maximum; the
+    log-sum-exp and the defaults are our reading.
 
     Args:
-        weight: of the smooth maximum (the penalty constant).
-        mu: smoothness; towards 0, only the largest unimodal loss counts, and a large one weighs all alike.
+        weight: weight of the smooth maximum (the penalty constant).
+        mu: smoothness; towards 0, only the largest unimodal loss counts, and a large mu weighs all alike.
 
     >>> mix = MIMO(weight=2.0).mix(torch.zeros(0), torch.tensor([0.3, 1.0, 2.0986]), 0)[0]
     >>> [round(k, 3) for k in mix.tolist()]  # 1 : e^1.0986, which is 3
@@ -41,6 +41,6 @@ class MIMO(Rule):
 
     def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         own_M = value_K[1:].double()
-        # the lowest number and not -inf, so that a step without any sample stays finite
+        # the lowest number instead of -inf, so that a step without any sample stays finite
         height_M = torch.where(own_M != 0, own_M / self.mu, torch.finfo(own_M.dtype).min)
         return torch.cat([torch.ones_like(own_M[:1]), self.weight * height_M.softmax(dim=0)])[None]

@@ -1,6 +1,6 @@
-"""From gradients of loss terms to their mix: the Gram matrix, the rule, and what happens where they are not finite.
+"""Compute the mix of loss terms from their gradients: the Gram matrix, the rule, and the check for finite values.
 
-Letters: K terms, P numbers of a parameter.
+Letters: K terms, P entries of a parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from descant.modules.multitask.base import Rule
 def term_gradients(
     terms: Sequence[Tensor], inputs: Sequence[Tensor], retain_graph: bool = True
 ) -> list[tuple[Tensor | None, ...]]:
-    """For each term its gradients, one an input, by K backward passes; None where it does not depend on the input.
+    """Compute each term's gradient for each input, by K backward passes; None if the term does not depend on the input.
 
     Without ``retain_graph`` the last pass frees the graph.
 
@@ -33,25 +33,25 @@ def term_gradients(
 
 
 def stacked(of_terms: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """``[K, ...]``: gradients of one parameter, zeros where a term has none."""
+    """Stack the terms' gradients of one parameter, ``[K, ...]``, with zeros for a term that has none."""
     return torch.stack([torch.zeros_like(like) if g is None else g for g in of_terms])
 
 
 def gram(grads: Sequence[Tensor]) -> Tensor:
-    """Float64 ``[K, K]``: ``sum_p <g_kp, g_lp>`` of ``[K, ...]`` a parameter.
+    """Compute ``sum_p <g_kp, g_lp>``, float64 ``[K, K]``, from ``[K, ...]`` for each parameter.
 
     >>> gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist()
     [[10.0, 1.0], [1.0, 5.0]]
     """
     total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
     for g in grads:
-        g_KP = g.reshape(len(g), -1).double()  # a scalar has no axis of its own
+        g_KP = g.reshape(len(g), -1).double()  # a scalar parameter has no axis
         total_KK += g_KP @ g_KP.T
     return total_KK
 
 
 def grams(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
-    """The Gram matrix of mean gradients of ``batches``, and what the rule reads; across batches
+    """Compute the Gram matrix of mean gradients over ``batches``, and the one that the rule reads. Across batches it is
 
         (M G - own) / (M - 1) = mean_{m != n} <g_mk, g_nl>,     own = mean_m <g_mk, g_ml>
 
@@ -66,10 +66,10 @@ def grams(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> 
 
 
 def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Tensor | None:
-    """Float64 ``[K]``: the rule's coefficients; None where a gradient or a value is not finite.
+    """Compute the rule's coefficients, float64 ``[K]``; None if a gradient or a value is not finite.
 
-    ``gram_KK``: empty for a rule that reads no gradients. ``value_K``: of all ranks; None where gradients alone are
-    known, which is enough for most rules of gradients.
+    ``gram_KK``: empty for a rule that reads no gradients. ``value_K``: values over all ranks; None if only gradients
+    are known, which is enough for most rules of gradients.
 
     >>> from descant.modules.multitask import PCGrad
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
@@ -89,7 +89,7 @@ def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Te
 
 
 def mixed(mix_K: Tensor, g: Tensor) -> Tensor:
-    """``sum_k mix_k g_k`` of ``[K, ...]``.
+    """Compute ``sum_k mix_k g_k`` for g of shape ``[K, ...]``.
 
     >>> mixed(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])).tolist()
     [2.0, 2.0]
@@ -99,7 +99,7 @@ def mixed(mix_K: Tensor, g: Tensor) -> Tensor:
 
 
 def combined(rule: Rule, grads: Sequence[Tensor], draw: int) -> list[Tensor]:
-    """By a rule of whole gradients: its step for each parameter, of ``[K, ...]`` each; all of them are one feature.
+    """Compute the step of a rule of whole gradients for each parameter, from ``[K, ...]``; they form one feature.
 
     >>> from descant.modules.multitask import GradDrop
     >>> [g.tolist() for g in combined(GradDrop(leak=1.0), [torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])], 0)]

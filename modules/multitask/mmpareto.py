@@ -1,6 +1,6 @@
 """MMPareto: joint and unimodal loss of a modality (arXiv 2405.17730).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from descant.modules.multitask.base import SolverRule
 from descant.modules.multitask.solvers import min_norm
 
-#: Of two gradients whose cosine is nearer to -1 nothing but rounding is left.
+#: Two gradients whose cosine is nearer to -1 than this leave only rounding noise.
 OPPOSITE = 1e-10
 
 
@@ -21,9 +21,8 @@ class MMPareto(SolverRule):
         h = g_a + g_b where <g_a, g_b> >= 0, else 2 (w g_a + (1 - w) g_b) of the least length, then times
         max(1, |g_a + g_b| / |h|);        and either way times gamma
 
-    For exactly opposite gradients h is rounding noise: the step is zero. Meant for the
-    joint and the own loss of one modality, tower by tower (HarmonizeTowers). Source: Wei 2024, arXiv 2405.17730
-    (MMPareto).
+    For exactly opposite gradients h is rounding noise, so the step is zero. The rule is meant for the joint loss and
+    the unimodal loss of one modality, tower by tower (HarmonizeTowers). Source: Wei 2024, arXiv 2405.17730 (MMPareto).
 
     >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     >>> mix = MMPareto(gamma=1).mix(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long

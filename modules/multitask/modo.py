@@ -12,20 +12,21 @@ from descant.modules.multitask.solvers import project_to_simplex
 
 
 class MoDo(SimplexRule):
-    """Weights by one step of projected descent, without bias from the noise of the batch (Chen 2023, 2305.20057).
+    """Weights by one step of projected descent, without bias from batch noise (Chen 2023, 2305.20057).
 
         w <- P(w - lr (A + rho) w),     A_kl = mean_{m != n} <g_mk, g_nl>,      g = sum_k w_k g_k
 
-    P projects onto the simplex; K times g here, as of all rules. ``<g_k, g_l>`` of one batch is too large by what the
-    gradients of its samples have in common, their noise; A is exact on average. Paper and release draw two batches for
-    it, whose mean gradient is the step; here they are the M micro-batches of an optimizer step, of all ranks, and A the
-    mean over all pairs (of two, the release's matrix made symmetric; our reading). ``lr`` is of unscaled gradients.
-    At least two micro-batches: ``Harmonize(MoDo(), window="step")`` with accumulation, or several ranks. Costs K
-    backward passes for each of them; with accumulation K gradients are stored, as of any rule with that window.
+    P projects onto the simplex; the step is K times g, as in all rules here. From one batch, ``<g_k, g_l>`` would be
+    too large, because both gradients share the noise of its samples; A is exact on average. Paper and release draw two
+    batches for A, whose mean gradient is the step. Here the batches are the M micro-batches of an optimizer step on all
+    ranks, and A is the mean over all pairs (for two, the release's matrix made symmetric; our reading). ``lr`` applies
+    to unscaled gradients. The rule needs at least two micro-batches: ``Harmonize(MoDo(), window="step")`` with
+    accumulation, or several ranks. Each micro-batch costs K backward passes; with accumulation K gradients are stored,
+    as for any rule with that window.
     Source: github.com/heshandevaka/Trade-Off-MOL (lr 0.1, rho 0.1); rho 0 is the paper's algorithm (our reading).
 
     Args:
-        lr: of w (gamma).
+        lr: learning rate of w (gamma).
         rho: pulls w towards equal weights.
 
     >>> import torch

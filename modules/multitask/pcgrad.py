@@ -1,6 +1,6 @@
 """PCGrad, gradient surgery: project each gradient off those that it conflicts with (arXiv 2001.06782).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from descant.modules.multitask.base import Rule
 
 
 class RLW(Rule):
-    """Random loss weighting: new weights in every step, a baseline for all others (Lin 2022, 2111.10603).
+    """Random loss weighting: new weights in every step, a baseline for all other rules (Lin 2022, 2111.10603).
 
         mix = K softmax(z),        z ~ N(0, 1)^K
 
-    Its mean is the plain sum. Nothing is read: neither gradients nor values.
+    Its mean is the plain sum. It reads neither gradients nor values.
 
     >>> mix_K = RLW().mix(torch.zeros(0), torch.ones(3), 5)[0]
     >>> round(float(mix_K.sum()), 9), bool((mix_K == RLW().mix(torch.zeros(0), torch.ones(3), 5)[0]).all())

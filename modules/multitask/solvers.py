@@ -1,12 +1,12 @@
-"""Solvers of multi-task rules: from the Gram matrix of the gradients of K terms to the coefficients that mix them.
+"""Solvers of multi-task rules: they compute coefficients that mix K terms from the Gram matrix of their gradients.
 
     g = sum_k mix_k g_k,        mix = rule(G),        G_kl = <g_k, g_l>
 
-A plain sum has ``mix = 1``; rules whose papers take a mean, or weights that sum to 1, give K times that, so that a
-change of the rule is no change of the learning rate. Everything is computed from the correlations
-C_kl = G_kl / (|g_k| |g_l|) in float64, so that the scale of one gradient costs the others no precision. A term whose
-gradient is zero is left out, and its own coefficient is 1.
-Letters: B matrices (1 of parameters, samples of a feature), K terms, S a subset of them.
+A plain sum has ``mix = 1``. Rules whose papers take a mean, or weights that sum to 1, return K times that, so that
+changing the rule does not change the learning rate. Everything is computed from the correlations
+C_kl = G_kl / (|g_k| |g_l|) in float64, so that the scale of one gradient costs the others no precision. Terms with zero
+gradient are left out, and their own coefficient is 1.
+Letters: B matrices (1 for parameters, one per sample for a feature), K terms, S a subset of them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-#: Terms up to which all subsets are tried: exact, and quick for the few that a recipe has.
+#: The most terms of which all subsets are tried: exact, and quick for the few terms that a recipe has.
 MOST = 8
-#: Gradients whose correlations have an eigenvalue below it count as dependent (an angle of less than 4e-7).
+#: Gradients whose correlations have an eigenvalue below this count as dependent (an angle of less than 4e-7).
 FLAT = 1e-13
-#: Rounding noise: what is below zero by less counts as zero.
+#: Rounding noise: a value below zero by less than this counts as zero.
 NOISE = 64 * torch.finfo(torch.float64).eps
-#: ``solve(C_BKK, d_BK, live_K) -> a_BK``, of those that are live: ``g = sum_k a_k g_k / |g_k|``, with d = |g|.
+#: ``solve(C_BKK, d_BK, live_K) -> a_BK``, for live terms only: ``g = sum_k a_k g_k / |g_k|``, with d = |g|.
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def harmonized(gram_BKK: Tensor, solve: Solver) -> Tensor:
-    """Float64 ``mix_BK`` of a solver, with gradients of zero left out. ``gram_BKK`` may lack B."""
+    """Compute a solver's ``mix_BK`` in float64, leaving out zero gradients. ``gram_BKK`` may lack B."""
     if gram_BKK.ndim == 2:
         return harmonized(gram_BKK[None], solve)[0]
     gram_BKK = gram_BKK.double()
@@ -53,7 +53,7 @@ def subsets(k: int) -> Iterator[list[int]]:
 
 
 def solved(c_BKK: Tensor, s: list[int], b_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``C_SS^-1 b_S``, zero elsewhere, ``[B, K]``; where C_SS is singular, bool ``[B]``; and its flattest direction."""
+    """Return ``C_SS^-1 b_S``, zero elsewhere, ``[B, K]``; whether C_SS is singular, ``[B]``; its flattest direction."""
     value_BS, v_BSS = torch.linalg.eigh(c_BKK[:, s][:, :, s])
     flat_B = value_BS[:, 0] < FLAT
     out_BK, flat_BK = torch.zeros_like(b_BK), torch.zeros_like(b_BK)
@@ -63,7 +63,7 @@ def solved(c_BKK: Tensor, s: list[int], b_BK: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class Best:
-    """Of candidates, for each row, the one that violates the conditions of an optimum least."""
+    """Best candidate for each row: the one that violates the optimality conditions least."""
 
     def __init__(self) -> None:
         self.a_BK: Tensor | None = None
@@ -84,7 +84,7 @@ class Best:
 
 
 def below(x_BK: Tensor) -> Tensor:
-    """How far the least of a row is below zero, ``[B]``."""
+    """Return how far the smallest value of each row is below zero, ``[B]``."""
     return (-x_BK).amax(dim=1).clamp(min=0)
 
 
@@ -93,21 +93,21 @@ def times(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
 
 
 def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """The shortest vector of the convex hull of the gradients, times K (MGDA, Desideri 2012; Sener 2018, 1810.04650).
+    """Find the shortest vector of the gradients' convex hull, times K (MGDA, Desideri 2012; Sener 2018, 1810.04650).
 
         min_w |sum_k w_k g_k|^2,    w >= 0,  sum_k w_k = 1
 
-    Exactly: on the face S of the optimum, C_SS y = b_S with b = 1 / d, y >= 0, and (C y)_j >= b_j off it.
+    The solution is exact: on the face S of the optimum, C_SS y = b_S with b = 1 / d, y >= 0, and (C y)_j >= b_j off it.
     """
     k = d_BK.shape[1]
-    b_BK = d_BK.amin(dim=1, keepdim=True) / d_BK  # at most 1: the scale of all of them falls out
+    b_BK = d_BK.amin(dim=1, keepdim=True) / d_BK  # at most 1: the common scale cancels
     best = Best()
     for s in subsets(k):
         y_BK, flat_B, v_BK = solved(c_BKK, s, b_BK)
-        # where the face has 0 in it: no y is large enough
+        # if the face contains 0, no y is large enough
         y_BK = torch.where(flat_B[:, None], v_BK * v_BK.sum(dim=1, keepdim=True).sign() / NOISE**2, y_BK)
         size_B1 = y_BK.abs().amax(dim=1, keepdim=True).clamp(min=1)
-        # there, the vector is rounding whatever the least gradient is; of faces that have 0 in them the smallest counts
+        # there, the vector is rounding noise whatever the least gradient is; of faces with 0 in them the smallest wins
         off_BK = (times(c_BKK, y_BK) - b_BK) / torch.where(flat_B[:, None], size_B1, b_BK + NOISE * size_B1)
         off_BK[:, s] = 0
         wrong_B = torch.maximum(below(y_BK / size_B1), below(off_BK))
@@ -115,14 +115,14 @@ def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         y_BK = y_BK.clamp(min=0)
         total_B1 = (b_BK * y_BK).sum(dim=1, keepdim=True)
         best.add(y_BK / total_B1, torch.where(total_B1[:, 0] > 0, wrong_B, torch.inf))
-    # sum_k w_k = 1 with w = a / d, and b is 1 / d times the least d
+    # sum_k w_k = 1 with w = a / d, and b is 1 / d times the smallest d
     return best.found() * d_BK.amin(dim=1, keepdim=True) * k
 
 
 def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
-    """The nearest vector to ``sum_k a_k g_k/|g_k|`` that conflicts with no gradient: ``<v, g_k> >= 0`` for all k.
+    """Find the vector nearest to ``sum_k a_k g_k/|g_k|`` without conflict with any gradient, ``<v, g_k> >= 0``.
 
-    Exactly: v = a + l with l >= 0, (C v)_S = 0 on the set S of those that are touched, (C v)_j >= 0 off it.
+    The solution is exact: v = a + l with l >= 0, (C v)_S = 0 on the set S of active constraints, (C v)_j >= 0 off it.
     """
     k = a_BK.shape[1]
     best = Best()
@@ -135,13 +135,13 @@ def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
         off_BK = times(c_BKK, v_BK)
         off_BK[:, s] = 0
         wrong_B = torch.maximum(below(l_BK), below(off_BK)) / size_B
-        # a set of fewer gradients does as much as dependent ones
+        # a smaller set achieves the same as dependent gradients
         best.add(a_BK + l_BK.clamp(min=0), torch.where(flat_B, torch.inf, wrong_B))
     return best.found()
 
 
 def project_to_simplex(w_BK: Tensor) -> Tensor:
-    """The nearest weights that are not below 0 and sum to 1.
+    """Find the nearest weights that are not below 0 and sum to 1.
 
     >>> project_to_simplex(torch.tensor([[1.0, 0.5, -1.0]])).tolist()
     [[0.75, 0.25, 0.0]]

@@ -19,18 +19,18 @@ class STCH(Rule):
         loss = K mu log sum_k exp(f_k / mu),        f_k = log(L_k / mean L_k),  or L_k - least
         mix_k = K softmax(f / mu)_k df_k / dL_k
 
-    The logarithms are the release's; off, the paper's formula with all preferences 1 (of 1 / K, mu is K times as
-    large), which depends on the scales of terms. The mean is that of a window after a warm-up, in both of which the
-    loss is the sum of the logarithms; there, the release counts epochs (4 and 1), and this steps (our reading). From
-    values alone.
+    The logarithms are the release's. Without ``log``, it is the paper's formula with all preferences 1 (for 1 / K, mu
+    is K times as large), which depends on the scales of terms. The mean is taken over a window after a warm-up; during
+    both, the loss is the sum of the logarithms. The release counts both in epochs (4 and 1), this rule in steps (our
+    reading). It needs only values.
     Source: github.com/Xi-L/STCH, STCH_MTL (mu 1).
 
     Args:
         mu: smoothness; towards 0, only the largest term counts.
         warmup: steps before the window.
-        window: steps.
-        log: of the terms by their means.
-        least: the lowest value that a term can have (the paper's z); without ``log``.
+        window: steps over which the means are taken.
+        log: take logarithms of the terms over their means.
+        least: the lowest value that a term can have (the paper's z); only used without ``log``.
 
     >>> STCH(log=False).mix(torch.zeros(0), torch.tensor([1.0, 1.0]), 0).tolist()
     [[1.0, 1.0]]

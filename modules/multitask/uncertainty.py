@@ -1,6 +1,6 @@
 """Uncertainty weighting: learned noise of each term (arXiv 1705.07115).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ class UncertaintyWeighting(Rule):
 
         s_k <- s_k - lr (1 - exp(-s_k) L_k),        mix_k = exp(-s_k),       from s = 0 on
 
-    A term's coefficient converges to the inverse of its value. The mix is that before the step, as in one optimizer.
+    A term's coefficient converges to the inverse of its value. The mix uses s from before the update, as if one
+    optimizer updated s and the parameters.
 
     Args:
-        lr: of s.
+        lr: learning rate of s.
     """
 
     reads_gradients = False

@@ -1,6 +1,6 @@
 """UPGrad: sum of the projections into the dual cone (arXiv 2406.16232).
 
-Letters: B Gram matrices (1 of parameters, samples of a feature), K terms.
+Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from descant.modules.multitask.solvers import project_to_dual_cone
 
 
 def upgrad(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """Sum of the gradients, each projected into the dual cone (UPGrad, Quinton 2024, 2406.16232)."""
+    """Sum the gradients, each projected into the dual cone (UPGrad, Quinton 2024, 2406.16232)."""
     eye_KK = torch.eye(d_BK.shape[1], dtype=d_BK.dtype, device=d_BK.device)
     each = [project_to_dual_cone(c_BKK, e_K.expand_as(d_BK)) * d_BK[:, i, None] for i, e_K in enumerate(eye_KK)]
     return torch.stack(each).sum(dim=0)

@@ -1,10 +1,10 @@
-"""Advantages of sampled answers: how much better than the others of its prompt an answer was (GRPO and variants).
+"""Advantages of sampled answers: how much better an answer was than the others of its prompt (GRPO and variants).
 
-    r_b = sum_k w_k r_bk        over the rewards k that apply to b; none where none does
+    r_b = sum_k w_k r_bk        over the rewards k that apply to b; none if none does
     A_b = (r_b - mean of the group) / scale
 
-Over all answers of a step, of all ranks, in double precision. A reward that does not apply is nan; an answer without
-any is in no baseline and has A = 0. Letters: B answers, K rewards, G groups.
+Computed over all answers of a step, on all ranks, in double precision. A reward that does not apply is nan. An answer
+without any reward is in no baseline and has A = 0. Letters: B answers, K rewards, G groups.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class AdvantageOutput(NamedTuple):
     Attributes:
         advantage_B: A, 0 where there is no learning signal.
         reward_B: r, nan where no reward applies.
-        flat_B: bool, in a group of zero variance: all rewards equal, or fewer than two answers rewarded.
+        flat_B: bool, whether its group has zero variance: all rewards equal, or fewer than two answers rewarded.
     """
 
     advantage_B: Tensor
@@ -33,8 +33,10 @@ class AdvantageOutput(NamedTuple):
 
 
 class Advantage:
-    """Base of advantages: ``advantage(r_BK, w_K, group_B)`` of rewards, their weights, and the prompt of each answer
-    (any int64)."""
+    """Base of advantages: ``advantage(r_BK, w_K, group_B)`` from rewards, their weights, and each answer's prompt.
+
+    ``group_B``: any int64 that identifies the prompt.
+    """
 
     def __call__(self, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> AdvantageOutput:
         r_BK, w_K = r_BK.double(), w_K.double()
@@ -48,12 +50,12 @@ class Advantage:
         raise NotImplementedError
 
     def compared(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
-        """Rewards ``[B, ...]`` by which the answers of a group are compared: it is flat if none of them varies."""
+        """Return rewards ``[B, ...]`` that compare the answers of a group; the group is flat if none of them varies."""
         return reward_B[:, None]
 
 
 class GroupScaled(Advantage):
-    """GRPO's advantage, ``A_b = (r_b - mean) / (std + 1e-4)`` of its group, std with n - 1 (Shao 2024, arXiv
+    """GRPO's advantage, ``A_b = (r_b - mean) / (std + 1e-4)`` over its group, std with n - 1 (Shao 2024, arXiv
     2402.03300).
 
     >>> r_BK, w_K = torch.tensor([[1.0], [0.0], [0.0], [0.0]]), torch.ones(1)
@@ -67,7 +69,7 @@ class GroupScaled(Advantage):
 
 
 class BatchScaled(Advantage):
-    """Centred by group and scaled over the batch: ``A_b = (r_b - mean of its group) / (std of all + 1e-4)``."""
+    """Advantage centred by group, scaled over the batch: ``A_b = (r_b - mean of its group) / (std of all + 1e-4)``."""
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
         reward_B = summed(r_BK, w_K)
@@ -85,7 +87,7 @@ class Centred(Advantage):
 
 
 class EachScaled(Advantage):
-    """GDPO's advantage: each reward is scaled by itself, so that none dominates (as in public trainers).
+    """GDPO's advantage: each reward is scaled separately, so that none dominates (as in public trainers).
 
         z_bk = (r_bk - mean_k) / (std_k + 1e-4) of its group;    s_b = sum_k w_k z_bk
         A_b  = (s_b - mean of all s) / (std of all s + 1e-4)
@@ -105,13 +107,13 @@ class EachScaled(Advantage):
 
 
 def scaled(x_B: Tensor, id_B: Tensor) -> Tensor:
-    """``(x - mean) / (std + 1e-4)`` of each number's group."""
+    """Compute ``(x - mean) / (std + 1e-4)`` over each number's group."""
     mean_B, std_B = statistics(x_B, id_B)
     return (x_B - mean_B) / (std_B + EPSILON)
 
 
 def summed(r_BK: Tensor, w_K: Tensor) -> Tensor:
-    """``[B]``: weighted sum of the rewards that apply, nan where none does.
+    """Compute the weighted sum of the rewards that apply, ``[B]``, nan if none does.
 
     >>> nan = float("nan")
     >>> summed(torch.tensor([[1.0, nan], [nan, nan], [1.0, 3.0]]), torch.tensor([1.0, 0.5])).tolist()
@@ -121,7 +123,7 @@ def summed(r_BK: Tensor, w_K: Tensor) -> Tensor:
 
 
 def statistics(x_B: Tensor, id_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n - 1; 0 of a single one) of each number's group, ignoring nan."""
+    """Compute mean and standard deviation (n - 1; 0 of a single one) of each number's group, ignoring nan."""
     known_B, G = ~x_B.isnan(), int(id_B.max()) + 1 if len(id_B) else 0
     x_B = x_B.nan_to_num(0.0)
     count_G = torch.bincount(id_B[known_B], minlength=G)
@@ -133,7 +135,7 @@ def statistics(x_B: Tensor, id_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flat(x_B: Tensor, id_B: Tensor) -> Tensor:
-    """``[B]`` bool: all numbers of its group are equal."""
+    """Return bool ``[B]``: whether all numbers of its group are equal."""
     G = int(id_B.max()) + 1 if len(id_B) else 0
     high_G = x_B.new_full((G,), -torch.inf).scatter_reduce(0, id_B, x_B.nan_to_num(-torch.inf), "amax")
     low_G = x_B.new_full((G,), torch.inf).scatter_reduce(0, id_B, x_B.nan_to_num(torch.inf), "amin")

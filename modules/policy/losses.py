@@ -5,8 +5,8 @@
     loss = an aggregation of L over the answers of the whole step
 
 GRPO, Dr. GRPO, DAPO and BNPO are one loss with the aggregation SequenceMean, SequenceSum, TokenMean and LocalTokenMean.
-GSPO is SequenceMean of the AnswerRatio, CISPO a surrogate. Counts are of the whole step, over ranks and micro-batches,
-so gradients do not depend on how it is split; BNPO's do, by design. Letters: N tokens of answers, B answers.
+GSPO is SequenceMean of the AnswerRatio, CISPO a surrogate. Counts cover the whole step, over ranks and micro-batches,
+so that gradients do not depend on how it is split; BNPO's do, by design. Letters: N tokens of answers, B answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PolicyBatch(NamedTuple):
 
     Attributes:
         log_N: log-probability of each token, with gradient. old_N: the same at sampling.
-        sample_N: int64, the answer of each token. advantage_B: of each answer.
+        sample_N: int64, the answer of each token. advantage_B: advantage of each answer.
         valid_B: answers that count; others, such as flat or truncated ones, are in no count.
         reference_N: log-probabilities under a reference policy, if there is one.
     """
@@ -61,7 +61,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, length_B: Tensor, valid_B: Tensor) -> Counts:
-        """Counts of these answers alone; the caller sums over ranks and micro-batches.
+        """Count only these answers; the caller sums over ranks and micro-batches.
 
         >>> [int(x) for x in Counts.of(torch.tensor([3, 0, 2]), torch.tensor([True, True, False]))]
         [1, 3]
@@ -95,8 +95,7 @@ class AnswerRatio(Ratio):
 
 
 class Surrogate:
-    """Base of surrogate losses: ``surrogate(batch)`` -> ``L_N``, and named float ``[N]`` to log, such as clipped
-    tokens."""
+    """Base of surrogate losses: ``surrogate(batch)`` -> ``L_N``, and named ``[N]`` to log, such as clipped tokens."""
 
     def __init__(self, ratio: Ratio | None = None) -> None:
         self.ratio = ratio or TokenRatio()
@@ -174,9 +173,9 @@ class CISPO(Surrogate):
 class KL:
     """KL penalty to a reference policy, the k3 estimator: ``beta (exp(d) - d - 1)``, ``d = l of the reference - l``.
 
-    With ``corrected`` times w, so that its gradient is that of the divergence, also on policy, where w is 1 and its
-    gradient is not 0; public trainers differ. Source: Schulman 2020, "Approximating KL divergence"; correction as in
-    DeepSeek-V3.2.
+    With ``corrected`` it is multiplied by w, so that its gradient is that of the divergence. This also matters on
+    policy, where w is 1 but its gradient is not 0; public trainers differ. Source: Schulman 2020, "Approximating KL
+    divergence"; correction as in DeepSeek-V3.2.
 
     Args:
         beta: weight. corrected: multiply by w. ratio: TokenRatio by default.
@@ -242,7 +241,7 @@ class LocalTokenMean(Aggregation):
 
 
 def added(value_N: Tensor, batch: PolicyBatch) -> Tensor:
-    """``[B]``: sum over the tokens of each answer."""
+    """Sum over the tokens of each answer, ``[B]``."""
     return value_N.new_zeros(len(batch.valid_B)).index_add(0, batch.sample_N, value_N)
 
 
@@ -251,8 +250,8 @@ class PolicyLoss(nn.Module):
 
     Args:
         surrogate: loss of each token; Clipped by default.
-        aggregation: of token losses; TokenMean (DAPO) by default.
-        kl: penalty of the distance to a reference policy.
+        aggregation: aggregation of token losses; TokenMean (DAPO) by default.
+        kl: penalty on the distance to a reference policy.
     """
 
     def __init__(

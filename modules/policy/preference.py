@@ -10,8 +10,8 @@ from torch.nn import functional as F
 class DPOLoss:
     """DPO loss, ``- logsigmoid(beta (gain_good - gain_bad))``, ``gain = log p - log p_reference`` of whole answers.
 
-    Source: Rafailov 2023, arXiv 2305.18290. With lengths each gain is divided by its answer's, so that longer is not
-    better by itself.
+    Source: Rafailov 2023, arXiv 2305.18290. With lengths, each gain is divided by its answer's length, so that a longer
+    answer is not better by itself.
 
     Args:
         beta: strength of the pull to the reference; smaller allows larger changes.
@@ -35,7 +35,7 @@ class DPOLoss:
         bad_reference_B: Tensor,
         length_B2: Tensor | None = None,
     ) -> Tensor:
-        """``[B]``, of log-probabilities of whole answers; ``length_B2``: tokens of the good and the bad one."""
+        """Compute ``[B]`` from log-probabilities of whole answers; ``length_B2``: tokens of the good and bad ones."""
         gain_B2 = torch.stack([good_B - good_reference_B, bad_B - bad_reference_B], dim=1)
         if length_B2 is not None:
             gain_B2 = gain_B2 / length_B2.clamp(min=1)

@@ -42,14 +42,14 @@ class Answer(NamedTuple):
 
 
 class Verifier:
-    """Base of verifiers: ``verifier(answer)`` -> reward, or None where it does not apply."""
+    """Base of verifiers: ``verifier(answer)`` -> reward, or None if it does not apply."""
 
     def __call__(self, answer: Answer) -> float | None:
         raise NotImplementedError
 
 
 class ExactAnswer(Verifier):
-    """Exact match but for case and whitespace: 1, else 0.
+    """Exact match, ignoring case and whitespace: 1, else 0.
 
     >>> ExactAnswer()(Answer(" Red  apple", "red apple")), ExactAnswer()(Answer("", "red apple"))
     (1.0, 0.0)
@@ -60,7 +60,7 @@ class ExactAnswer(Verifier):
 
 
 class TaskAnswer(ExactAnswer):
-    """The score of the task itself, such as reasoning-gym's; exact match for tasks without one.
+    """Score by the task itself, such as reasoning-gym's; exact match for tasks without one.
 
     >>> class Even:
     ...     def score(self, text: str) -> float:
@@ -74,13 +74,13 @@ class TaskAnswer(ExactAnswer):
 
 
 class NumericAnswer(Verifier):
-    """1 for an expression of equal value ("1/2", "0.5"), else 0; does not apply where the reference is no number.
+    """1 for an expression of equal value ("1/2", "0.5"), else 0; does not apply if the reference is not a number.
 
-    Expressions are compared by math-verify in a process of its own, since "9^9^9" is short, but endless to evaluate.
-    More than ``seconds`` or 2 GB give 0.
+    math-verify compares expressions in a separate process, because "9^9^9" is short, but endless to evaluate. An answer
+    that takes more than ``seconds`` or 2 GB gets 0.
 
     Args:
-        seconds: for one answer.
+        seconds: time limit for one answer.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -124,10 +124,10 @@ _READY = 120.0
 
 
 class VerifierProcess:
-    """A Python program in a process of its own that answers JSON lines; restarted after a timeout.
+    """Python program in a separate process that answers JSON lines; it is restarted after a timeout.
 
-    ``process(question)`` is its answer, or None without one within ``seconds``. Its first line signals that it is
-    ready.
+    ``process(question)`` returns its answer, or None if it does not answer within ``seconds``. Its first line signals
+    that it is ready.
 
     >>> echo = "import sys; print(0, flush=True); [print(line, end='', flush=True) for line in sys.stdin]"
     >>> VerifierProcess(echo, seconds=9)({"six": 6})
@@ -147,7 +147,7 @@ class VerifierProcess:
                 self.end()
                 raise ValueError(f"{type(self).__name__}: its process did not start")
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended: no line follows
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: no line follows
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         line = self._line(self.seconds)
@@ -177,7 +177,7 @@ class VerifierProcess:
 
 
 class Format(Verifier):
-    """Format reward: 1 where the whole answer matches a regular expression, else 0.
+    """Format reward: 1 if the whole answer matches a regular expression, else 0.
 
     Args:
         pattern: a regular expression; a dot also matches a new line.
@@ -221,8 +221,8 @@ class JsonTable(Verifier):
     """F1 of the cells of a JSON table (a list of objects): ``2 hits / (cells of the answer + cells of the reference)``.
 
     A cell is (first value of its row, key, value), so rows may come in any order. Numbers are compared within a
-    relative ``tolerance``, texts without case and spaces. An answer that is no table gives 0; does not apply where the
-    reference is none.
+    relative ``tolerance``, texts without case and spaces. An answer that is not a table gets 0; the reward does not
+    apply if the reference is not one.
 
     >>> reference = '[{"name": "ann", "age": 30}, {"name": "bob", "age": 41}]'
     >>> JsonTable()(Answer('[{"name": "bob", "age": 41}, {"name": "ann", "age": 31}]', reference))
@@ -246,18 +246,18 @@ class JsonTable(Verifier):
             match = next((cell for cell in left if cell[0] == place and self._same(cell[1], value)), None)
             if match is not None:
                 left[match] -= 1
-                left += Counter()  # drops those used up
+                left += Counter()  # drops cells that are used up
                 hits += 1
         return 2 * hits / (len(text) + len(reference))
 
     def _same(self, a: Any, b: Any) -> bool:
         if isinstance(a, float) and isinstance(b, float):
             return math.isclose(a, b, rel_tol=self.tolerance)
-        return type(a) is type(b) and bool(a == b)  # to Python True is 1
+        return type(a) is type(b) and bool(a == b)  # in Python, True == 1
 
 
 class Rewards:
-    """Named rewards with weights: ``rewards(answers)`` -> double ``[B, K]``, nan where one does not apply.
+    """Named rewards with weights: ``rewards(answers)`` -> double ``[B, K]``, nan if one does not apply.
 
     Args:
         of: name -> verifier.
@@ -298,7 +298,7 @@ def plain(text: str) -> str:
 
 
 def _cells(text: str) -> list[tuple[tuple[Any, str], Any]] | None:
-    """((first value of the row, key), value) of each cell; None where the text is no table."""
+    """Return ((first value of the row, key), value) of each cell; None if the text is not a table."""
     try:
         rows = json.loads(text)
         if not isinstance(rows, list) or not all(isinstance(row, Mapping) and row for row in rows):

@@ -1,1 +1,1 @@
-"""Which rows of a pool are trained on."""
+"""Selection of the rows of a pool to train on."""

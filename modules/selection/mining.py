@@ -1,4 +1,4 @@
-"""Hard negatives: the targets that score highest with a query although they are false; exact, over blocks of pairs.
+"""Hard negatives: the false targets that score highest with a query; exact, over blocks of pairs.
 
 Letters: Q queries, N targets, D width, K results of each query, M columns of a block, G of its groups, H groups that
 may hold results, S scores that may be results.
@@ -17,12 +17,12 @@ from descant.modules.selection.thresholds import F1Threshold, f1_threshold
 
 #: Queries and targets whose scores are computed at once: 32 MB in float32.
 BLOCK = (512, 16384)
-#: Neighbouring scores of which only the best is compared with a query's K-th.
+#: Number of neighbouring scores of which only the best is compared with a query's K-th.
 GROUP = 32
 
 
 class TopK(NamedTuple):
-    """Results by descending score; of equal ones the lowest index first. Missing ones: score -inf, index -1."""
+    """Results by descending score, equal ones by ascending index. Missing ones have score -inf and index -1."""
 
     score_QK: Tensor
     index_QK: Tensor
@@ -36,18 +36,18 @@ def top_k_in_blocks(
     below: float | None = None,
     block: tuple[int, int] = BLOCK,
 ) -> TopK:
-    """Exact top-k inner products, in the memory of one block of scores and the results.
+    """Compute exact top-k inner products, in the memory of one block of scores and the results.
 
         index_q = the k highest n of q.t_n      with content_n != content_q, and q.t_n < below
 
-    Most of the time is the matrix product: each query keeps its k-th score so far as a bound, the best of each group of
-    32 scores is compared with it, and only what is above it is sorted. A score is as the product of its blocks rounds
-    it, so equal blocks give equal bits.
+    The matrix product takes most of the time: each query keeps its k-th score so far as a bound, the best of each group
+    of 32 scores is compared with it, and only scores above it are sorted. The product of its blocks decides how a score
+    is rounded, so equal blocks give equal bits.
 
     Args:
         query_QD, target_ND: of one floating dtype and device.
-        content: int64 ``[Q]`` and ``[N]``; a target of equal content is no negative and is not returned.
-        below: scores of at least this are not returned; all are where not given.
+        content: int64 ``[Q]`` and ``[N]``; a target of equal content is not a negative and is not returned.
+        below: scores of at least this are not returned; by default all are.
         block: rows of queries and targets whose scores are computed at once.
 
     >>> query_QD, target_ND = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.6, 0.8]])
@@ -88,9 +88,9 @@ def top_k_in_blocks(
 
 
 class _Best:
-    """The lowest costs so far of some queries, in ``cost_QK`` and ``index_QK``, and those yet to be sorted among them.
+    """Lowest costs so far of some queries, in ``cost_QK`` and ``index_QK``, and costs still to be sorted among them.
 
-    Sorting waits until there are about K more costs a query: then the bound is that of half the targets at worst.
+    Sorting waits until there are about K more costs per query: then the bound is that of half the targets at worst.
     """
 
     def __init__(self, cost_QK: Tensor, index_QK: Tensor) -> None:
@@ -98,12 +98,12 @@ class _Best:
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, cost_QM: Tensor, begin: int) -> None:
-        """The costs of a block whose first column is target ``begin``."""
+        """Add the costs of a block whose first column is target ``begin``."""
         (q, k), best_QG = self.cost_QK.shape, cost_QM.view(len(cost_QM), -1, GROUP).amin(dim=2)
         bound_Q = self.cost_QK[:, -1]
-        hit_QG = best_QG < bound_Q[:, None]  # an equal cost loses against those before it
+        hit_QG = best_QG < bound_Q[:, None]  # an equal cost ranks behind those before it
         if best_QG.shape[1] >= k and int(hit_QG.sum()) > k * q:
-            # k groups hold a cost of at most their k-th best, which bounds what is sorted
+            # k groups contain a cost of at most their k-th best, which bounds the costs that are sorted
             kth_Q = best_QG.kthvalue(k, dim=1).values
             bound_Q = torch.minimum(bound_Q, kth_Q.nextafter(torch.full_like(kth_Q, math.inf)))
             hit_QG = best_QG < bound_Q[:, None]
@@ -137,7 +137,7 @@ class _Best:
 
 
 def _counted(row_S: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """How often each of Q rows is in an ascending list, and the number of each entry among those of its row.
+    """Count how often each of Q rows is in an ascending list, and number each entry among those of its row.
 
     >>> _counted(torch.tensor([0, 2, 2]), 3)
     (tensor([1, 0, 2]), tensor([0, 0, 1]))
@@ -147,14 +147,14 @@ def _counted(row_S: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _equal(content_Q: Tensor, sorted_M: Tensor, order_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a block that have equal content."""
+    """Find the rows and columns of a block that have equal content."""
     low_Q, high_Q = (torch.searchsorted(sorted_M, content_Q, right=right) for right in (False, True))
     row_S = torch.arange(len(low_Q), device=low_Q.device).repeat_interleave(high_Q - low_Q)
     return row_S, order_M[low_Q[row_S] + _counted(row_S, len(low_Q))[1]]
 
 
 def _columns(n: int, first: int, most: int) -> Iterator[tuple[int, int]]:
-    """Blocks of targets: each as long as all before it, so that about k scores of each exceed the bound."""
+    """Yield blocks of targets: each as long as all before it, so that about k scores of each exceed the bound."""
     begin = 0
     while begin < n:
         end = min(n, begin + min(max(begin, first), most))
@@ -167,9 +167,10 @@ def _padded(columns: int) -> int:
 
 
 def pair_threshold(query_QD: Tensor, target_ND: Tensor, content_Q: Tensor, content_N: Tensor) -> F1Threshold:
-    """:func:`descant.modules.selection.thresholds.f1_threshold` over all pairs; those of equal content are true.
+    """Compute :func:`descant.modules.selection.thresholds.f1_threshold` over all pairs, true for equal content.
 
-    Over a sample of queries, since it sorts all scores; over all targets, since F1 depends on the share of true pairs.
+    Give it a sample of queries, because it sorts all scores, but all targets, because F1 depends on the share of true
+    pairs.
 
     >>> z_ND, content_N = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), torch.tensor([1, 1, 2])
     >>> threshold = pair_threshold(z_ND, z_ND, content_N, content_N)
@@ -182,13 +183,13 @@ def pair_threshold(query_QD: Tensor, target_ND: Tensor, content_Q: Tensor, conte
 def hard_negatives(
     query_QD: Tensor, target_ND: Tensor, content_Q: Tensor, content_N: Tensor, k: int, threshold: float | None = None
 ) -> TopK:
-    """Dynamic hard negatives of SAIL-Embedding (arXiv 2510.12709), no code released.
+    """Find the dynamic hard negatives of SAIL-Embedding (arXiv 2510.12709), no code released.
 
         H_q = the k highest-scoring n with content_n != content_q and q.t_n < lambda*
 
-    What scores at least the threshold lambda* (:func:`pair_threshold`) is presumed to be true without a label.
+    A pair that scores at least the threshold lambda* (:func:`pair_threshold`) is presumed to be true without a label.
 
-    Shapes: as of :func:`top_k_in_blocks`, contents int64. Queries with fewer negatives have index -1 for the rest.
+    Shapes: as in :func:`top_k_in_blocks`, contents int64. Queries with fewer negatives have index -1 for the rest.
 
     >>> z_ND, content_N = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5]]), torch.tensor([1, 2, 3])
     >>> hard_negatives(z_ND[:1], z_ND, content_N[:1], content_N, k=1, threshold=0.8).index_QK.tolist()
@@ -198,7 +199,7 @@ def hard_negatives(
 
 
 def one_of_each(content_N: Tensor, draw_N: Tensor) -> Tensor:
-    """Indices, ascending, of one row of each content, the one of the lowest draw; so that results differ in content.
+    """Select one row of each content, that of the lowest draw, so that results differ in content; ascending indices.
 
     >>> one_of_each(torch.tensor([7, 8, 7, 8]), torch.tensor([5, 1, 3, 2])).tolist()
     [1, 2]
@@ -212,9 +213,10 @@ def one_of_each(content_N: Tensor, draw_N: Tensor) -> Tensor:
 
 
 def united(content_N: Tensor, label_N: Tensor) -> Tensor:
-    """int64 ``[N]``: equal where contents or labels are, also through other rows; else different.
+    """Number the rows, int64 ``[N]``: equal if contents or labels are equal, also through other rows; else different.
 
-    The lowest row of each connected component, by repeated minima over rows of equal content and of equal label.
+    The number is the lowest row of each connected component, by repeated minima over rows of equal content and of equal
+    label.
 
     >>> united(torch.tensor([7, 7, 8, 9]), torch.tensor([0, 1, 1, 2])).tolist()
     [0, 0, 0, 3]

@@ -1,4 +1,4 @@
-"""Pseudo captions: of each attribute the phrase that fits an image best, in sentences (divide, conquer, combine).
+"""Pseudo captions: sentences from each attribute's phrase that fits an image best (divide, conquer, combine).
 
 Letters: N images, P phrases, A attributes, K templates, D width.
 """
@@ -22,11 +22,11 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 def best_phrases(z_ND: Tensor, z_PD: Tensor, centred: bool = False) -> Tensor:
-    """int64 ``[N]``: the phrase whose embedding is the most similar to each image's; the first of equal ones.
+    """Find the phrase whose embedding is the most similar to each image's, int64 ``[N]``; of equal ones the first.
 
-        argmax over p of cos(z_n, z_p)        centred: less the mean of cos(z_n', z_p) over all images n'
+        argmax over p of cos(z_n, z_p)        centred: minus the mean of cos(z_n', z_p) over all images n'
 
-    A pure function in float64. ``centred``: a phrase that is near to every image is not chosen for all of them.
+    A pure function in float64. With ``centred``, a phrase that is near to every image is not chosen for all of them.
 
     >>> z_ND, z_PD = torch.tensor([[1.0, 0.1], [1.0, 0.3]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> best_phrases(z_ND, z_PD).tolist(), best_phrases(z_ND, z_PD, centred=True).tolist()
@@ -37,9 +37,9 @@ def best_phrases(z_ND: Tensor, z_PD: Tensor, centred: bool = False) -> Tensor:
 
 
 def label_precision(choice_N: Tensor, true_NP: Tensor) -> tuple[float, float]:
-    """Share of correct choices among images of which some phrase is true, and what a random choice would have.
+    """Compute the share of correct choices among images with a true phrase, and that of random choices.
 
-    ``true_NP``: bool. nan for both where no phrase is true of any image.
+    ``true_NP``: bool. Both are nan if no phrase is true of any image.
 
     >>> label_precision(torch.tensor([0, 1, 1]), torch.tensor([[True, False], [True, False], [False, False]]))
     (0.5, 0.5)
@@ -50,11 +50,11 @@ def label_precision(choice_N: Tensor, true_NP: Tensor) -> tuple[float, float]:
 
 
 class PseudoCaptions:
-    """Captions of images without text, by a model of images and texts that knows the words of the phrases.
+    """Captions for images without text, by a model of images and texts that knows the words of the phrases.
 
     * Divide: a description has attributes, each with a closed list of phrases.
-    * Conquer: of each attribute the phrase that is the most similar to the image (:func:`best_phrases`).
-    * Combine: each caption of an image fills another template, in an order that is drawn for the image.
+    * Conquer: each attribute gets the phrase that is the most similar to the image (:func:`best_phrases`).
+    * Combine: each caption of an image fills a different template, in an order that is drawn for the image.
 
     Source: UniPT (Shao 2023, arXiv 2309.01420). Its release has no code for this; templates, draws and ``centred`` are
     our reading.
@@ -62,8 +62,8 @@ class PseudoCaptions:
     Args:
         attributes: name -> phrases.
         templates: sentences with names of attributes in braces, such as ``a {colour} {kind}``; not all have to occur.
-        captions: of an image, each of another template.
-        prompt: what the model reads of a phrase, with ``{}`` in its place.
+        captions: number of captions per image, each from a different template.
+        prompt: text that the model reads for a phrase, which replaces ``{}``.
         centred: see :func:`best_phrases`.
 
     >>> attributes = {"colour": ["red", "blue"], "kind": ["ball", "hat"]}
@@ -98,16 +98,16 @@ class PseudoCaptions:
 
     @property
     def prompts(self) -> list[str]:
-        """What the model reads: all phrases of all attributes, in this order."""
+        """Return the texts that the model reads: all phrases of all attributes, in this order."""
         return [self.prompt.replace("{}", phrase) for phrases in self.attributes.values() for phrase in phrases]
 
     def choose(self, z_ND: Tensor, z_PD: Tensor) -> Tensor:
-        """int64 ``[N, A]``: the number of each attribute's phrase; ``z_PD``: embeddings of :attr:`prompts`."""
+        """Choose each attribute's phrase, int64 ``[N, A]``; ``z_PD``: embeddings of :attr:`prompts`."""
         parts = z_PD.split([len(phrases) for phrases in self.attributes.values()])
         return torch.stack([best_phrases(z_ND, z_pD, self.centred) for z_pD in parts], dim=1)
 
     def write(self, choice_NA: Tensor, key_N: np.ndarray) -> list[list[str]]:
-        """The captions of each image: a pure function of its phrases and its key."""
+        """Write the captions of each image, as a pure function of its phrases and its key."""
         order_NK = uniform_NK(key_N, [f"pseudo/template/{k}" for k in range(len(self.templates))]).argsort(dim=1)
         each = zip(choice_NA.tolist(), order_NK[:, : self.captions].tolist(), strict=True)
         return [[self._fill(template, choice) for template in templates] for choice, templates in each]

@@ -1,4 +1,4 @@
-"""Rich scorers and a styler: a few graded samples make scores and styles of a whole pool, from frozen features.
+"""Rich scorers and a styler: they score and style a whole pool from frozen features, given a few graded samples.
 
 Letters: L labelled rows, N rows of the pool, D width of features, K capabilities, J grades above the lowest, S styles.
 """
@@ -15,13 +15,13 @@ from descant.modules.evaluation.metrics import fit_logistic
 def fit_ordinal(
     x_LD: Tensor, grade_L: Tensor, grades: int, l2: float = 1e-3, steps: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Ordinal logistic regression (proportional odds) by L-BFGS, in the precision of ``x``.
+    """Fit ordinal logistic regression (proportional odds) by L-BFGS, in the precision of ``x``.
 
         P(grade >= j | x) = sigmoid(w x - theta_j),    theta_1 < theta_2 < ... < theta_J
         w, theta = argmin  - mean_l log P(grade_l | x_l) + l2 / 2 * ||w||^2
 
-    The order of the thresholds is kept by their form, ``theta_j = theta_{j-1} + softplus(d_j)``. Grades that no
-    labelled row has are allowed. Source: McCullagh 1980.
+    The form ``theta_j = theta_{j-1} + softplus(d_j)`` keeps the thresholds in order. Grades that no labelled row has
+    are allowed. Source: McCullagh 1980.
 
     Shapes: ``x_LD``, ``grade_L`` int64 0 to ``grades - 1`` ``-> w_D, theta_J``.
 
@@ -46,7 +46,7 @@ def fit_ordinal(
             edge = x_LD.new_full((len(x_LD), 1), torch.inf)
             z_LJ = torch.cat(
                 [edge, at_L[:, None] - _ordered(step_J), -edge], dim=1
-            )  # of P(grade >= 0), ..., P(>= J + 1)
+            )  # logits of P(grade >= 0), ..., P(>= J + 1)
             low_L, high_L = (z_LJ.gather(1, (grade_L + j)[:, None])[:, 0] for j in (1, 0))
             # log(sigmoid(high) - sigmoid(low)), without the difference of numbers near 1
             log_L = F.logsigmoid(high_L) + F.logsigmoid(-low_L) + torch.log(-torch.expm1(low_L - high_L))
@@ -63,7 +63,7 @@ def _ordered(step_J: Tensor) -> Tensor:
 
 
 def expected_grade(x_ND: Tensor, w_D: Tensor, theta_J: Tensor) -> Tensor:
-    """``sum_j P(grade >= j | x)``: the mean grade that an ordinal regression predicts; it has no ties, as its mode has.
+    """Compute ``sum_j P(grade >= j | x)``, the mean grade of an ordinal regression; unlike the mode it has no ties.
 
     Shapes: ``x_ND, w_D, theta_J -> score_N``, from 0 to J.
     """
@@ -75,8 +75,8 @@ class RichScorer:
 
         score_nk = sum_j P(grade_k >= j | x_n)
 
-    Features are standardized by the labelled rows. Source: mmSSR (Ge 2025, arXiv 2503.13383), whose scorers are the
-    fine-tuned model itself, taught GPT-4o's grades of 0 to 5; regressions on frozen features are our reading.
+    Features are standardized by the labelled rows. Source: mmSSR (Ge 2025, arXiv 2503.13383), where the model itself is
+    the scorer, fine-tuned on GPT-4o's grades of 0 to 5; regressions on frozen features are our reading.
 
     Args:
         grades: number of grades.
@@ -105,7 +105,7 @@ class RichScorer:
 
 
 class Styler:
-    """The interaction style of each row from frozen features, a multinomial regression on the labelled rows (mmSSR).
+    """Interaction style of each row from frozen features, by multinomial regression on the labelled rows (mmSSR).
 
     Args:
         styles: number of styles.

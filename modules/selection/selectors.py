@@ -1,6 +1,6 @@
-"""Selectors: which rows of a pool are trained on, by their scores, in groups, within a budget.
+"""Selectors: they choose the rows of a pool to train on, by their scores, in groups, within a budget.
 
-Letters: N rows of the pool, K scores of each, S rows that are selected.
+Letters: N rows of the pool, K scores of each, S selected rows.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Selection:
 
 
 class Selector:
-    """Base: ``selector(score_NK, group_N, draw_N, cost_N) -> Selection``, a pure function.
+    """Base of selectors: ``selector(score_NK, group_N, draw_N, cost_N) -> Selection``, a pure function.
 
     Args:
-        sham: ``permute`` for the control: each row gets the scores of another row of its group, in a random order, so
-            that groups, their sizes and their scores stay.
+        sham: ``permute`` for the control: the rows of a group get each other's scores, in a random order, so that
+            groups, their sizes and their scores stay.
 
     Shapes: scores ``[N, K]``, of any float dtype; groups int64 ``[N]``, 0 to G - 1, or none for one group; draws int64
-    ``[N]``, by which rows of equal scores are ordered, so that the order of the pool decides nothing; costs ``[N]``,
-    such as tokens, or none for 1 each.
+    ``[N]``, which order rows of equal scores, so that the order of the pool does not matter; costs ``[N]``, such as
+    tokens, or none for 1 each.
     """
 
     def __init__(self, sham: Literal["permute"] | None = None) -> None:
@@ -60,15 +60,15 @@ class Selector:
 
 
 class ScoreFilter(Selector):
-    """The rows of highest score: ``share`` of the pool's cost, of those with a score of at least ``least``.
+    """Rows of the highest scores: ``share`` of the pool's cost, from rows with a score of at least ``least``.
 
-    With K scores a row has their mean. As filters of Open-Qwen2VL (Wang 2025, arXiv 2504.00595) and DataComp (Gadre
-    2023, arXiv 2304.14108) have it: a threshold, or the best share.
+    If a row has K scores, their mean counts. It selects by a threshold or takes the best share, as filters of
+    Open-Qwen2VL (Wang 2025, arXiv 2504.00595) and DataComp (Gadre 2023, arXiv 2304.14108) do.
 
     Args:
-        share: of the cost of all rows, above 0 and at most 1.
-        least: the lowest score that is selected; any where not given.
-        sham: as of :class:`Selector`.
+        share: share of the cost of all rows, above 0 and at most 1.
+        least: the lowest score that is selected; by default any.
+        sham: as in :class:`Selector`.
 
     >>> score_NK, draw_N = torch.tensor([[0.1], [0.9], [0.5], [0.9]]), torch.arange(4)
     >>> ScoreFilter(share=0.5)(score_NK, None, draw_N).index_S.tolist()
@@ -91,7 +91,7 @@ class RandomShare(Selector):
     """Random rows of ``share`` of the pool's cost, whatever their scores are: the baseline of a selector.
 
     Args:
-        share: of the cost of all rows, above 0 and at most 1.
+        share: share of the cost of all rows, above 0 and at most 1.
 
     >>> score_NK, draw_N = torch.tensor([[0.1], [0.9], [0.5], [0.9]]), torch.tensor([3, 9, 1, 7])
     >>> RandomShare(share=0.5)(score_NK, None, draw_N).index_S.tolist()
@@ -113,16 +113,16 @@ class Quota(Selector):
     A cell is a score k and a group s; it takes the rows of s that score highest by k. Cells take turns, the smallest
     group first:
 
-        quota = what is left of the budget / cells that are left        (rounded up, where rows cost 1 each)
+        quota = remaining budget / remaining cells        (rounded up, if rows cost 1 each)
 
-    A selected row leaves the pool, and what a cell could not fill is carried on to the later ones, and then to another
-    turn of all. Source: mmSSR (Ge 2025, arXiv 2503.13383), no code released; the order of the cells and what becomes of
-    an unmet quota are our reading.
+    A selected row leaves the pool. The part of a quota that a cell could not fill goes to later cells, and then to
+    another turn of all cells. Source: mmSSR (Ge 2025, arXiv 2503.13383), no code released; the order of the cells and
+    the use of an unmet quota are our reading.
 
     Args:
-        share: of the cost of all rows, above 0 and at most 1.
-        scores: numbers of the scores that have cells, such as of one capability; all where not given.
-        sham: as of :class:`Selector`.
+        share: share of the cost of all rows, above 0 and at most 1.
+        scores: numbers of the scores that have cells, such as of one capability; by default all.
+        sham: as in :class:`Selector`.
 
     >>> score_NK = torch.tensor([[3.0, 0.0], [2.0, 1.0], [1.0, 2.0], [0.0, 3.0], [9.0, 9.0]])
     >>> group_N, draw_N = torch.tensor([0, 0, 0, 0, 1]), torch.arange(5)
@@ -164,7 +164,7 @@ class Quota(Selector):
 
 
 def best_first(score_N: Tensor, draw_N: Tensor) -> Tensor:
-    """Indices by descending score, equal ones by ascending draw.
+    """Return indices by descending score, equal ones by ascending draw.
 
     >>> best_first(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0, 7, 3])).tolist()
     [2, 1, 0]
@@ -174,7 +174,7 @@ def best_first(score_N: Tensor, draw_N: Tensor) -> Tensor:
 
 
 def _highest(score_M: Tensor, number: int) -> Tensor:
-    """Indices of the highest scores, in descending order, equal ones in the order that they have."""
+    """Return the indices of the highest scores, in descending order; equal ones keep their order."""
     if number >= len(score_M):
         return score_M.argsort(descending=True, stable=True)
     last = score_M.kthvalue(len(score_M) - number + 1).values  # a whole sort would take four times as long
@@ -184,7 +184,7 @@ def _highest(score_M: Tensor, number: int) -> Tensor:
 
 
 def shuffled_within(group_N: Tensor, draw_N: Tensor) -> Tensor:
-    """For each row another row of its group: a random order of each group, all orders equally likely.
+    """Return a row of the same group for each row: a random order of each group, all orders equally likely.
 
     >>> shuffled_within(torch.tensor([0, 1, 0, 1, 0]), torch.arange(5)).tolist()
     [4, 1, 0, 3, 2]
@@ -197,7 +197,7 @@ def shuffled_within(group_N: Tensor, draw_N: Tensor) -> Tensor:
 
 
 def entropy_share(group_S: Tensor, groups: int) -> float:
-    """``-sum_s p_s log p_s / log G``: 1 where all G groups have equal shares of the selected rows, 0 where one has all.
+    """Compute ``-sum_s p_s log p_s / log G``: 1 if all G groups have equal shares of the rows, 0 if one has all.
 
     >>> entropy_share(torch.tensor([0, 1, 2, 3]), 4), entropy_share(torch.tensor([1, 1]), 4)
     (1.0, 0.0)
@@ -207,12 +207,12 @@ def entropy_share(group_S: Tensor, groups: int) -> float:
 
 
 def _affordable(cost_M: Tensor, budget: float) -> int:
-    """How many rows, from the first on, cost at most the budget."""
+    """Count how many rows, from the first on, cost at most the budget together."""
     return int(torch.searchsorted(cost_M.double().cumsum(0), budget * (1 + 1e-12), right=True))
 
 
 def _budget(share: float, cost_N: Tensor) -> float:
-    """In cost; whole rows where each costs 1."""
+    """Compute the budget in cost, rounded to whole rows if each costs 1."""
     total = share * float(cost_N.double().sum())
     return float(int(total + 0.5)) if _ones(cost_N) else total
 

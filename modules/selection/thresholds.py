@@ -1,4 +1,4 @@
-"""The threshold that separates true pairs from false ones best. Letters: N pairs."""
+"""Threshold that best separates true pairs from false ones. Letters: N pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class F1Threshold(NamedTuple):
-    """``value``: pairs that score at least this count as true. ``f1``: of that rule. ``share``: of pairs above it."""
+    """Threshold ``value``: pairs that score at least this count as true; the rule's ``f1``; ``share`` of such pairs."""
 
     value: float
     f1: float
@@ -17,12 +17,12 @@ class F1Threshold(NamedTuple):
 
 
 def f1_threshold(score_N: Tensor, true_N: Tensor) -> F1Threshold:
-    """The threshold of the highest F1, over all scores; the highest of equal ones.
+    """Find the threshold of the highest F1, over all scores; of equal ones the highest.
 
         lambda* = argmax over lambda of  2 TP / (predicted + true),    predicted: s_n >= lambda
 
-    What scores above it and is not labelled true is presumed to be a false negative (SAIL-Embedding, arXiv 2510.12709,
-    whose hard negatives are the highest scores below it).
+    A pair that scores above it and is not labelled true is presumed to be a false negative (SAIL-Embedding, arXiv
+    2510.12709, whose hard negatives are the highest scores below it).
 
     Shapes: scores ``[N]``, of any float dtype; bool ``[N]``: pairs that are true.
 

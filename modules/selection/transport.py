@@ -22,7 +22,7 @@ def sinkhorn(
     tolerance: float = 1e-6,
     rounds: int = 10_000,
 ) -> Tensor:
-    """Entropic optimal transport by Sinkhorn's iteration, with logarithms: the plan ``[A, B]``.
+    """Compute the plan ``[A, B]`` of entropic optimal transport by Sinkhorn's iteration, with logarithms.
 
         min over P of  sum_ab P_ab cost_ab + epsilon sum_ab P_ab (log P_ab - 1),    P 1 = mass_A,  P^T 1 = mass_B
 
@@ -30,10 +30,10 @@ def sinkhorn(
 
     Args:
         cost_AB: float.
-        mass_A, mass_B: positive, of equal sums; uniform with sum 1 where not given.
-        epsilon: of the entropy, in units of the cost.
-        tolerance: of the marginals, as the sum of their absolute differences.
-        rounds: at most.
+        mass_A, mass_B: positive, of equal sums; by default uniform with sum 1.
+        epsilon: weight of the entropy, in units of the cost.
+        tolerance: tolerance of the marginals, as the sum of their absolute differences.
+        rounds: the most iterations.
 
     >>> plan_AB = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
     >>> plan_AB.sum(dim=1).tolist(), round(float(plan_AB[0, 0]), 3)
@@ -56,9 +56,9 @@ def sinkhorn(
 
 
 def centroids(z_ND: Tensor, k: int, seed: int, rounds: int = 20) -> tuple[Tensor, Tensor]:
-    """Spherical k-means: unit centroids ``[K, D]`` and their shares of the samples ``[K]``; no cluster is empty.
+    """Compute unit centroids ``[K, D]`` by spherical k-means, and their shares of samples ``[K]``; none is empty.
 
-    It begins at k-means++ samples (Arthur 2007), drawn by ``seed``, and moves ``rounds`` times at most.
+    It begins at k-means++ samples (Arthur 2007), drawn by ``seed``, and updates the centroids at most ``rounds`` times.
 
     >>> z_ND = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> c_KD, share_K = centroids(z_ND, 2, seed=0)
@@ -84,7 +84,7 @@ def centroids(z_ND: Tensor, k: int, seed: int, rounds: int = 20) -> tuple[Tensor
 
 
 class SourceWeights(NamedTuple):
-    """``weight_S``, of sum 1; ``similarity_S``; ``entropy``: of the weights, 1 where they are uniform."""
+    """Weights ``weight_S`` of sources, with sum 1; ``similarity_S``; ``entropy`` of the weights, 1 if uniform."""
 
     weight_S: Tensor
     similarity_S: Tensor
@@ -99,18 +99,18 @@ def source_weights(
     epsilon: float = 0.05,
     seed: int = 0,
 ) -> SourceWeights:
-    """Weights of sources by their similarity to validation data.
+    """Compute weights of sources by their similarity to validation data.
 
         g_s = -sum_kl P_kl cost_kl,    P = transport between the centroids,  cost_kl = 1 - cos(v_k, c_l)
         w   = softmax(g / temperature)
 
-    Source: SAIL-Embedding (arXiv 2510.12709), no code released; the temperature is our reading: costs differ by
-    hundredths, of which a softmax alone makes nearly uniform weights, so look at the entropy.
+    Source: SAIL-Embedding (arXiv 2510.12709), no code released. The temperature is our reading: costs differ by
+    hundredths, from which a softmax alone makes nearly uniform weights, so look at the entropy.
 
     Args:
-        validation_ND: embeddings of the task. sources: of samples of each source, ``[N, D]``.
-        temperature: of the softmax, in units of the cost, such as 0.05.
-        k: centroids of each set. epsilon: of :func:`sinkhorn`. seed: of :func:`centroids`.
+        validation_ND: embeddings of the task. sources: embeddings of each source's samples, ``[N, D]``.
+        temperature: temperature of the softmax, in units of the cost, such as 0.05.
+        k: centroids of each set. epsilon: as in :func:`sinkhorn`. seed: as in :func:`centroids`.
 
     >>> near_ND, far_ND = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([[0.0, 1.0], [0.1, 0.9]])
     >>> weights = source_weights(near_ND, [near_ND, far_ND], temperature=1.0, k=2)
