@@ -291,7 +291,7 @@ class Suite:
     def peak(self, trainer: Any, model: Any, batch: Any, need: estimate.Need) -> float:
         """Return the most bytes allocated in the second of two steps on the whole batch."""
         if self.device != "cuda":
-            return need.resident + estimate._measured(trainer, model, batch, need.rows)[0]
+            return need.resident + estimate._measure_step(trainer, model, batch, need.rows)[0]
         estimate._step(trainer, batch, need.rows)
         torch.cuda.reset_peak_memory_stats()
         estimate._step(trainer, batch, need.rows)

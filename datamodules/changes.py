@@ -161,7 +161,7 @@ class Corpus:
                 at = f", the first difference at {part.name(part.differing(then['parts'][name])[0])}" if now else ""
                 return [f"{was:,} {name} then and {now:,} now{at}"]
         differences = [
-            _described(name, part, rows, then["parts"][name])
+            _change_text(name, part, rows, then["parts"][name])
             for name, part in known.items()
             if (rows := part.differing(then["parts"][name]))
         ]
@@ -169,7 +169,7 @@ class Corpus:
             return [*differences, f"{then['sizes']['n']:,} files then and {len(self.files):,} now"]
         sizes = Property(self.size_M, self._file)
         if rows := sizes.differing(then["sizes"]):
-            differences.append(_described("sizes", sizes, rows, then["sizes"]))
+            differences.append(_change_text("sizes", sizes, rows, then["sizes"]))
         return differences or self._rewritten(then, verify)
 
     def _rewritten(self, then: Mapping[str, Any], verify: bool) -> list[str]:
@@ -188,11 +188,11 @@ class Corpus:
                 and zlib.crc32(_bytes([digests[n] for n in range(first, min(first + step, len(self.files)))]))
                 != expected[first // step]
             ]
-            return [_described("contents", times, rows, old)] if rows else []
+            return [_change_text("contents", times, rows, old)] if rows else []
         if verify:
             say(f"{self.place}: the run began without --verify, so changes of the content cannot be detected")
         if newer and len(newer) < len(then["times"]["crc"]):
-            return [_described("modification times", times, newer, then["times"])]
+            return [_change_text("modification times", times, newer, then["times"])]
         if newer:
             say(f"{self.place}: all files have new modification times, as copies have; all else is as before")
         return []
@@ -225,7 +225,7 @@ def pack(folder: Path) -> Corpus:
     return corpus
 
 
-def _described(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any]) -> str:
+def _change_text(what: str, part: Property, rows: Sequence[int], then: Mapping[str, Any]) -> str:
     if sorted(part.state(int(then["step"]))["crc"].tolist()) == sorted(then["crc"].tolist()) and then["step"] == 1:
         what = f"the same {what} in another order"
     else:

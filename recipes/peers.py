@@ -73,15 +73,15 @@ class Peers(Recipe):
         decisions = [cast(Callable[[], Decisions], output.decisions)() for output in outputs]
         terms: dict[str, Term] = {}
         for i, student in enumerate(self.peers):
-            terms |= {_named(name, i): term for name, term in outputs[i].all_terms().items()}
+            terms |= {_term_name(name, i): term for name, term in outputs[i].all_terms().items()}
             for j, other in enumerate(self.peers):
                 if i == j:
                     continue
-                context = DistillContext(student, other, batch, outputs[i], _detached(decisions[j]))
+                context = DistillContext(student, other, batch, outputs[i], _detach(decisions[j]))
                 for target in self.targets:
                     for name, term in target(context).items():
                         share = replace(term, value=term.value / (len(self.students) - 1))
-                        name = _named(name, i)
+                        name = _term_name(name, i)
                         terms[name] = replace(share, value=terms[name].value + share.value) if name in terms else share
         return Output(terms)
 
@@ -97,7 +97,7 @@ class Peers(Recipe):
     def scores(self, batch: Batch) -> dict[str, Term]:
         """Of all: ``accuracy`` of the first, ``accuracy/1`` of the next."""
         return {
-            _named(name, i): term
+            _term_name(name, i): term
             for i, student in enumerate(self.students)
             for name, term in cast(Scores, student).scores(batch).items()
         }
@@ -107,9 +107,9 @@ class Peers(Recipe):
         return {**first, "scores": self.scores(batch)}
 
 
-def _named(name: str, i: int) -> str:
+def _term_name(name: str, i: int) -> str:
     return f"{name}/{i}" if i else name
 
 
-def _detached(decisions: Decisions) -> Decisions:
+def _detach(decisions: Decisions) -> Decisions:
     return Decisions(lambda at: decisions.logits(at).detach(), decisions.sample_N)

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers import MLflow, Tracker, Trackio, Wandb, base
-from descant.modules.training_setup.trackers.mlflow import _named
+from descant.modules.training_setup.trackers.mlflow import _mlflow_name
 from tests.kills import events
 from tests.torture import Case, Fit, wait
 from tests.trackers import Points, contents_of, differ, of_csv, of_mlflow, of_trackio, of_wandb, runs_of, shown_of
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_without_a_gap_or_a_double_
         assert {at for name, at in points if name == "train/loss"} >= set(range(kept)), "what the point needs is there"
     case.finish("run")
     assert list((tmp_path / "runs/run").glob("0*")) == [folder] and set(ids) == {(folder / "trackers.json").read_text()}
-    named = _named if tracker == "mlflow" else str
+    named = _mlflow_name if tracker == "mlflow" else str
     points = READ[tracker](folder, store)
     assert differ(points, of_csv(folder), named) == []
     assert all(len(values) == 1 for (name, _), values in points.items() if name == "train/loss")

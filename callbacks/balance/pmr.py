@@ -88,7 +88,7 @@ class PMR(L.Callback):
         z, present, label_B = context.inputs
         C, terms = context.logits_BC.shape[1], {}
         for m, z_BD in z.items():
-            here_B = derived(_labelled, present[m], label_B)
+            here_B = derived(_has_label, present[m], label_B)
             here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
             if training:
                 self._add_latents(m, z_BD.detach()[here_r].double(), label_B[here_r], C)
@@ -153,5 +153,5 @@ class _PrototypeLoss(Regularizer):
         return self.callback.terms(context, self.training)
 
 
-def _labelled(present_B: Tensor, label_B: Tensor) -> Tensor:
+def _has_label(present_B: Tensor, label_B: Tensor) -> Tensor:
     return present_B & (label_B >= 0)

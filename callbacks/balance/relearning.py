@@ -107,7 +107,7 @@ class Relearning(L.Callback):
         validation = data.val_dataloader()
         validation = validation[0] if isinstance(validation, list) else validation
         with eval_mode(pl_module), torch.no_grad():
-            sets = [_encoded(trainer, pl_module, loader) for loader in (data.bank_dataloader(), validation)]
+            sets = [_encode_set(trainer, pl_module, loader) for loader in (data.bank_dataloader(), validation)]
         self.gap = {m: abs(_purity(sets[0], m) - _purity(sets[1], m)) for m in modalities}
         a_M = torch.tensor([self.gap[m] for m in modalities], dtype=torch.float64).mul(self.strength).tanh()
         self.moved = dict(zip(modalities, self.sham.handed_on(a_M).tolist(), strict=True))
@@ -123,7 +123,7 @@ def _parameters(pl_module: Any) -> dict[str, dict[str, nn.Parameter]]:
     return {m: {names[p]: p for p in pl_module.of_modality(m)} for m in pl_module.modalities}
 
 
-def _encoded(trainer: L.Trainer, pl_module: Any, loader: Iterable[Batch]) -> Rows:
+def _encode_set(trainer: L.Trainer, pl_module: Any, loader: Iterable[Batch]) -> Rows:
     """Compute latents and labels of all rows of a set, of all ranks, in the order of sample ids."""
     store = Store().to(pl_module.device)
     for batch in plain_batches(trainer, loader):

@@ -197,7 +197,7 @@ class Diagnose(L.Callback):
         z, present, label_B = pl_module.output.fusion
         with eval_mode(pl_module), torch.no_grad():
             right, joint_B = _by_shares(pl_module, {m: z_BD.detach() for m, z_BD in z.items()}, present, label_B)
-        judged_B = _judged(present, label_B)
+        judged_B = _is_complete(present, label_B)
         count_M = torch.stack([x_B & judged_B for x_B in (*right.values(), joint_B, judged_B)]).sum(dim=1).double()
         (count_M,) = read_together(total_of_ranks(count_M))
         *alone, joint, rows = count_M.tolist()
@@ -220,7 +220,7 @@ class Diagnose(L.Callback):
         probes = f"the last {worst.probes} probes" if worst.late else f"{worst.probes} probes"
         line = (
             f"{worst.pair.replace('~', ' and ')} conflict in {_percent(worst.share)} of {probes}, mean cosine "
-            f"{_spelled(worst.cosine)}: {_verdict('harmonizer', worst.matters)}"
+            f"{_interval_text(worst.cosine)}: {_verdict('harmonizer', worst.matters)}"
         )
         values = {"conflict": worst.share.value, "cosine": worst.cosine.value, "harmonize": float(worst.matters)}
         return line, {f"diagnose/{name}": value for name, value in values.items()}
@@ -254,8 +254,8 @@ class Diagnose(L.Callback):
             pace = f"learns {slow / fast:.1f}x faster" if fast else f"learns, unlike {leader}"
         alone, readout, joint = (values[f"diagnose/{key}"] for key in (f"alone/{m}", f"readout/{m}", "joint"))
         return (
-            f"{m} alone has {alone:.2f}, {_spelled(worst.behind)} behind {leader}, and {pace}; a readout of its "
-            f"latents has {readout:.2f}, {_spelled(worst.room)} more (joint {joint:.2f}, {where}): "
+            f"{m} alone has {alone:.2f}, {_interval_text(worst.behind)} behind {leader}, and {pace}; a readout of its "
+            f"latents has {readout:.2f}, {_interval_text(worst.room)} more (joint {joint:.2f}, {where}): "
             f"{_verdict('balancer', worst.matters)}"
         )
 
@@ -270,7 +270,9 @@ class Diagnose(L.Callback):
         with eval_mode(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch in plain_batches(trainer, data.evaluation_loader(held_out)):
                 drawn_B = uniform_N(batch.index, "diagnose/limit") < share
-                keep_B = _judged(_present(pl_module, batch), pl_module.labels(batch)) & drawn_B.to(pl_module.device)
+                keep_B = _is_complete(_present(pl_module, batch), pl_module.labels(batch)) & drawn_B.to(
+                    pl_module.device
+                )
                 # at least one row, so that ranks that share parameters run the same number of times
                 rows_R = keep_B.nonzero()[:, 0] if bool(keep_B.any()) else slice(0, 1)
                 batch, keep_R = batch.select(rows_R), keep_B[rows_R]
@@ -286,7 +288,7 @@ def _present(pl_module: Any, batch: Batch) -> dict[str, Tensor]:
     return {m: batch.present[m] for m in pl_module.modalities}
 
 
-def _judged(present: Mapping[str, Tensor], label_B: Tensor) -> Tensor:
+def _is_complete(present: Mapping[str, Tensor], label_B: Tensor) -> Tensor:
     """Return bool ``[B]``: whether a row has all modalities and a label."""
     return torch.stack(list(present.values())).all(dim=0) & (label_B >= 0)
 
@@ -308,7 +310,7 @@ def _percent(share: Interval) -> str:
     return f"{share.value:.0%} [{100 * share.low:.0f}, {100 * share.high:.0f}]".replace("%", " %")
 
 
-def _spelled(x: Interval) -> str:
+def _interval_text(x: Interval) -> str:
     return f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
 
 

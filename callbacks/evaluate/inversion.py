@@ -107,7 +107,7 @@ class IntraModal(_BankRetrieval):
                 )
                 found_Q = ~precision_Q.isnan()
                 values[f"{name}/map{suffix}_{m}"] = Items(precision_Q[found_Q], rows.key[at_Q][found_Q])
-        return _defined(values)
+        return _drop_undefined(values)
 
 
 class Inversion(_BankRetrieval):
@@ -205,14 +205,14 @@ class Inversion(_BankRetrieval):
             for target, w_CD in classes.items():
                 values |= self._named(f"{name}/zeroshot_{target}", target, inverted, rows, at_Q, w_CD)
         if self.ovi is None:
-            return _defined(values)
+            return _drop_undefined(values)
         frame = patch_frame(pl_module, a, self.ovi.tokens)
         for name, rows in self._chosen(sets, b).items():
             at_Q = self._queries(rows, b)
             if len(at_Q) > 0:
                 inverted = self.ovi(pl_module, a, frame, rows.z[b][at_Q], rows.index[at_Q])
                 values |= self._scores(f"{name}/", "ovi", inverted, rows, at_Q, rows, b, rows.key, rows.key)
-        return _defined(values)
+        return _drop_undefined(values)
 
     def _queries(self, rows: Rows, modality: str) -> Tensor:
         at_N = rows.where(modality)
@@ -259,6 +259,6 @@ class Inversion(_BankRetrieval):
         }
 
 
-def _defined(values: Values) -> Values:
+def _drop_undefined(values: Values) -> Values:
     """Drop the metrics for which no query has a match."""
     return {key: value for key, value in values.items() if not bool(scalar(value).isnan())}

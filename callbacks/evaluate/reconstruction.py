@@ -330,7 +330,7 @@ class ReconstructionPictures(ForwardEvaluator):
         require_modalities(self, batch, self.modalities or [])
         # only the samples that may be drawn are stored
         new, earlier = _inputs(batch), self._first.get(name)
-        self._first[name] = self._select(new if earlier is None else _joined(earlier, new))
+        self._first[name] = self._select(new if earlier is None else _join_batches(earlier, new))
 
     def _select(self, batch: Batch) -> Batch:
         """Select ``count`` rows: those with the most modalities first, then by a hash of the id."""
@@ -412,7 +412,7 @@ def _inputs(batch: Batch) -> Batch:
     return Batch(dict(batch.inputs), {m: batch.present[m] for m in modalities}, {}, batch.index, batch.content_id)
 
 
-def _joined(a: Batch, b: Batch) -> Batch:
+def _join_batches(a: Batch, b: Batch) -> Batch:
     inputs, present = (
         {m: torch.cat([x, second[m]]) for m, x in first.items()}
         for first, second in ((a.inputs, b.inputs), (a.present, b.present))

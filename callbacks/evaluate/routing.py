@@ -66,13 +66,13 @@ class CausalGap(ForwardEvaluator):
         with by_choice(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             scores = pl_module.scores(batch)
         for score, term in scores.items():
-            self._means.add(f"{name}/{score}_by_choice", replace(term, valid=_kept(term.valid, keep_B)))
+            self._means.add(f"{name}/{score}_by_choice", replace(term, valid=_valid_and_kept(term.valid, keep_B)))
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         return self._means.compute()
 
 
-def _kept(valid_B: Tensor | None, keep_B: Tensor) -> Tensor:
+def _valid_and_kept(valid_B: Tensor | None, keep_B: Tensor) -> Tensor:
     return keep_B if valid_B is None else valid_B & keep_B
 
 

@@ -86,7 +86,7 @@ def silent(layers: Sequence[MoELayer], experts: Sequence[int]) -> Iterator[None]
     >>> y_ND.any(dim=1).tolist()
     [True, False]
     """
-    hooks = [layer.router.register_forward_hook(partial(_silenced, experts)) for layer in layers]
+    hooks = [layer.router.register_forward_hook(partial(_silence_experts, experts)) for layer in layers]
     try:
         yield
     finally:
@@ -94,7 +94,7 @@ def silent(layers: Sequence[MoELayer], experts: Sequence[int]) -> Iterator[None]
             hook.remove()
 
 
-def _silenced(experts: Sequence[int], router: nn.Module, inputs: Any, routing: Routing) -> Routing:
+def _silence_experts(experts: Sequence[int], router: nn.Module, inputs: Any, routing: Routing) -> Routing:
     weight_NK = routing.weight
     for e in experts:
         weight_NK = weight_NK.masked_fill(routing.expert == e, 0.0)

@@ -111,8 +111,8 @@ class Harmonize(L.Callback):
             self._base_K = objective.mix.detach().double()
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self._gathers(trainer):
-                grads = gradients(pl_module, _trained(pl_module))
-                own_KK = self._own(_shared(pl_module, grads))
+                grads = gradients(pl_module, _trainable_parameters(pl_module))
+                own_KK = self._own(_select_shared(pl_module, grads))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
                 self._own_KK = own_KK if first else self._own_KK + own_KK
@@ -133,11 +133,11 @@ class Harmonize(L.Callback):
             micros = trainer.accumulate_grad_batches
             # divided as Lightning divides a loss, and averaged over ranks as DDP does
             sums = [mean_of_ranks(g) / micros for g in self._sums]
-            both = self._grams(_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
+            both = self._grams(_select_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
             self._decide(trainer, pl_module, *both, self._value_K / micros)
             assert self.mix_K is not None
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
-            for p, g in zip(_trained(pl_module), sums, strict=True):
+            for p, g in zip(_trainable_parameters(pl_module), sums, strict=True):
                 if p.grad is not None:
                     g_mixed = mixed(mix_K, g)
                     if isinstance(p.grad, DTensor):
@@ -229,7 +229,7 @@ class Harmonize(L.Callback):
 
 
 @contextmanager
-def _unsharded(pl_module: nn.Module) -> Iterator[None]:
+def _keeping_gathered(pl_module: nn.Module) -> Iterator[None]:
     """Keep gathered parameters (FSDP2) after backward passes within the block: the step's own backward needs them."""
     shared = next((name for name, layer in expert_layers(pl_module).items() if layer.group is not None), None)
     if shared is not None:
@@ -278,18 +278,18 @@ def gradients(
     assert objective is not None
     hooks.probing = True
     try:
-        with _unsharded(cast(nn.Module, pl_module)):
+        with _keeping_gathered(cast(nn.Module, pl_module)):
             by_term = term_gradients([objective.terms[name] for name in names or objective.terms], parameters)
     finally:
         hooks.probing = False
     return [stacked(of_terms, p) for p, *of_terms in zip(parameters, *by_term, strict=True)]
 
 
-def _trained(pl_module: nn.Module) -> list[nn.Parameter]:
+def _trainable_parameters(pl_module: nn.Module) -> list[nn.Parameter]:
     return [p for p in pl_module.parameters() if p.requires_grad]
 
 
-def _shared(pl_module: HasObjective, grads: Sequence[Tensor]) -> list[Tensor]:
+def _select_shared(pl_module: HasObjective, grads: Sequence[Tensor]) -> list[Tensor]:
     """Select the gradients of the shared parameters."""
     shared = set(pl_module.shared_parameters())
-    return [g for g, p in zip(grads, _trained(cast(nn.Module, pl_module)), strict=True) if p in shared]
+    return [g for g, p in zip(grads, _trainable_parameters(cast(nn.Module, pl_module)), strict=True) if p in shared]

@@ -148,7 +148,7 @@ class NonFinite(L.Callback):
             return
         entry = {"step": step, "epoch": trainer.current_epoch, "action": self.policy, **self._fault(trainer)}
         noted = any(e["step"] == step and e["action"] == self.policy for e in self.entries)
-        line = f"step {step}: {_described(entry)}"
+        line = f"step {step}: {_entry_text(entry)}"
         if self.policy == "raise" or (not noted and len(self.entries) >= self.limit):
             self._note(trainer, entry | {"action": "raise"})
             past = f"; {self.limit} steps were not finite before it" if self.policy != "raise" else ""
@@ -187,7 +187,7 @@ class NonFinite(L.Callback):
             self._step.faults.unread = wrong.unread
         entry = {"step": wrong.step, "epoch": wrong.epoch, "action": "raise", **self._fault(trainer)}
         self._note(trainer, entry)
-        raise FloatingPointError(f"step {wrong.step}: {_described(entry)} (read at step {trainer.global_step})")
+        raise FloatingPointError(f"step {wrong.step}: {_entry_text(entry)} (read at step {trainer.global_step})")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._waiting and trainer.global_step % log_interval(trainer) == 0:
@@ -273,7 +273,7 @@ def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     return finite
 
 
-def _described(entry: dict[str, Any]) -> str:
+def _entry_text(entry: dict[str, Any]) -> str:
     if not entry["terms"]:
         return "its losses are finite, but a gradient is not"
     terms = ", ".join(f"{name!r} is {value}" for name, value in entry["terms"].items())

@@ -293,7 +293,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         if slash and name not in ("speed", "sham") and not of_layer:
             sets.setdefault(name, {})[metric] = value
     for names in _together(sets):
-        metrics = _ordered(list(dict.fromkeys(m for name in names for m in sets[name])))
+        metrics = _sort_metrics(list(dict.fromkeys(m for name in names for m in sets[name])))
         cells = {m: [_number(sets[name].get(m)) for name in names] for m in metrics}
         first = max(map(len, names))
         columns: list[str] = []
@@ -308,10 +308,10 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         yield ["", *columns], _rows(names, columns, cells)
 
 
-def _ordered(metrics: list[str]) -> list[str]:
+def _sort_metrics(metrics: list[str]) -> list[str]:
     """Sort recall before ranks, each direction at its first metric's place; all other metrics stay in place.
 
-    >>> _ordered(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
+    >>> _sort_metrics(["loss", "i2t_medr", "i2t_r10", "i2t_r5", "gap"])
     ['loss', 'i2t_r5', 'i2t_r10', 'i2t_medr', 'gap']
     """
     first: dict[str, int] = {}

@@ -130,13 +130,13 @@ class Rounds(ResumableMetrics):
             (batch, self.judge(Answers(batch, answer_ids_BM, batch.targets["answer"], teacher)))
             for batch, answer_ids_BM in self._answers(trainer, pl_module, network, pool)
         )
-        return _gathered(torch.zeros(len(pool)), scores, pl_module.device)
+        return _gather_by_index(torch.zeros(len(pool)), scores, pl_module.device)
 
     def answers(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any) -> Tensor:
         """Generate ``[N, M]``: answers of a network to some problems."""
         length = cast(QuestionPoolData, data_now(trainer)).answer_length
         answer_ids_NM = torch.zeros(len(problems), length, dtype=torch.long)
-        return _gathered(answer_ids_NM, self._answers(trainer, pl_module, network, problems), pl_module.device)
+        return _gather_by_index(answer_ids_NM, self._answers(trainer, pl_module, network, problems), pl_module.device)
 
     def _answers(
         self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, problems: Any
@@ -148,7 +148,7 @@ class Rounds(ResumableMetrics):
                     yield batch, network.generate(batch, new=data.answer_length)
 
 
-def _gathered(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:
+def _gather_by_index(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Tensor:
     """Fill in the rows of batches by their index, over all ranks."""
     for batch, x_B in by_batch:
         here_B = batch.present["text"].cpu()

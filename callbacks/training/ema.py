@@ -242,10 +242,10 @@ class EMA(L.Callback):
         keys = list(_keys(pl_module, self._average))
         average, raw = copy.copy(state), copy.copy(state)  # copy.copy keeps the metadata of the state dict
         in_parts = any(isinstance(tensor, DTensor) for tensor in state.values())
-        saved = {name: _saved(pl_module, name, part, in_parts) for name, part in self._average.items()}
+        saved = {name: _to_checkpoint(pl_module, name, part, in_parts) for name, part in self._average.items()}
         average.update({key: saved[name] for key, name in keys if key in state})
         if self._raw is not None:
-            saved = {name: _saved(pl_module, name, part, in_parts) for name, part in self._raw.items()}
+            saved = {name: _to_checkpoint(pl_module, name, part, in_parts) for name, part in self._raw.items()}
             raw.update({key: saved[name] for key, name in keys if key in state})
         checkpoint["state_dict"], checkpoint[CURRENT_MODEL_STATE] = average, raw
         checkpoint[AVERAGING_STATE] = {"updates": self.updates, "step": self._step, "names": sorted(self._average)}
@@ -289,7 +289,7 @@ class EMA(L.Callback):
             self._live[name].detach().copy_(part)
 
 
-def _saved(module: nn.Module, name: str, part: Tensor, in_parts: bool) -> Tensor:
+def _to_checkpoint(module: nn.Module, name: str, part: Tensor, in_parts: bool) -> Tensor:
     """Convert this rank's part of an average to what a checkpoint holds: the full tensor, or a shard if ``in_parts``.
 
     Collective if it gathers the full tensor.

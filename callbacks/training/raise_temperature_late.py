@@ -52,7 +52,7 @@ class Temperature(Callback):
         self.held = bool(state_dict["held"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not any(True for _ in _scaled(pl_module)):
+        if stage == "fit" and not any(True for _ in _with_learned_scale(pl_module)):
             raise ValueError(
                 f"Temperature: nothing in {type(pl_module).__name__} has a learned scale (log_scale); "
                 "InfoNCE and SigLIP have one"
@@ -64,17 +64,17 @@ class Temperature(Callback):
             return
         self.held = True
         with torch.no_grad():
-            for part in _scaled(pl_module):
+            for part in _with_learned_scale(pl_module):
                 part.scale()  # clamps log_scale to the scale in use
                 part.log_scale.sub_(math.log(self.factor))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.held:
-            for part in _scaled(pl_module):
+            for part in _with_learned_scale(pl_module):
                 part.log_scale.grad = None  # without a gradient neither momentum nor decay changes it
 
 
-def _scaled(module: nn.Module) -> Iterator[Scaled]:
+def _with_learned_scale(module: nn.Module) -> Iterator[Scaled]:
     """Yield all submodules with a learned scale, in module order."""
     for part in module.modules():
         scale = dict(part.named_parameters(recurse=False)).get("log_scale")

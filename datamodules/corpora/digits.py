@@ -69,7 +69,7 @@ def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tenso
         least_R = torch.full((len(row_R), size, size), 9.0)
         for k, line in enumerate(LINES[digit]):
             shift_RP2 = normal_NK(draw_N[row_R.numpy()], 2 * len(line), f"digits/point/{k}").view(-1, len(line), 2)
-            point_RP2 = _placed(torch.tensor(line) + 0.05 * shift_RP2, u_N6[row_R])
+            point_RP2 = _place_points(torch.tensor(line) + 0.05 * shift_RP2, u_N6[row_R])
             for begin_R2, end_R2 in zip(point_RP2.unbind(1), point_RP2.unbind(1)[1:], strict=False):
                 least_R = torch.minimum(least_R, _distance(pixel_HH2, begin_R2, end_R2))
         x_NHH[row_R] = ((width_N[row_R, None, None] - least_R) * size / 2 + 0.5).clamp(0, 1)
@@ -78,7 +78,7 @@ def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tenso
     return x_NHH[:, None]
 
 
-def _placed(point_NP2: Tensor, u_N6: Tensor) -> Tensor:
+def _place_points(point_NP2: Tensor, u_N6: Tensor) -> Tensor:
     """Turn points by up to 15 degrees, slant them by up to 0.3, stretch by up to 15 % and move by up to 0.15."""
     turn, slant, wide, high, x, y = (u_N[:, None] for u_N in u_N6.unbind(1))
     across, down = point_NP2.unbind(2)

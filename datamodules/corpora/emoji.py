@@ -78,8 +78,7 @@ class Emoji(ImageViews):
         derived: further modalities from the image: ``dominant [B, 4, 3]``, its colours, and ``orientations [B, 128]``,
             of its edges.
         speech: another modality, ``audio``: English names as synthetic speech, present where the text is.
-        table: another modality, facts of the drawing, its code and its name as 21 columns, nan if missing
-            (emoji_table.py).
+        table: another modality, 21 columns of the drawing, its code and its name (emoji_table.py); nan if missing.
         missing: hides further cells of the table.
         regions: another modality, cells and crops of each image: ``regions [B, T, P + 4]``, features and box, with the
             inputs ``boxes [B, T, 4]`` and ``words [B, T, K]``, k-means classes fitted on training images.
@@ -99,8 +98,7 @@ class Emoji(ImageViews):
             those of ``vendor`` and ``apart``.
         mixer: samples the source of each training caption at each visit: names or measurements of the drawing, in
             English. ``name_only`` and ``nameless`` then have no effect. Evaluation is the same with and without.
-        vocab: number of ids of the pack's own BPE: its first merges, for models that predict names; all 8,192 by
-            default.
+        vocab: number of ids of the pack's own BPE, its first merges, for models that predict names; 8,192 by default.
         folder: folder of the pack.
         kwargs: arguments of every data module.
     """

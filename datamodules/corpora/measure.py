@@ -146,7 +146,7 @@ def _measure(x_R4HW: Tensor) -> list[np.ndarray]:
     rim_RHW = mask_RHW & (inner_RHW < 0.5)
     black_RHW = rim_RHW & (term_RHW == list(COLOURS).index("black"))
     light_R = (lightness[colour_RHW].double() * mask_RHW).sum(dim=(1, 2)) / area_R
-    mirror_RHW = _mirrored(mask_RHW, left_R, right_R)
+    mirror_RHW = _mirror_mask(mask_RHW, left_R, right_R)
     both_R = (mask_RHW & mirror_RHW).sum(dim=(1, 2)).double()
     either_R = (mask_RHW | mirror_RHW).sum(dim=(1, 2)).clamp(min=1)
     measured = [
@@ -172,7 +172,7 @@ def first_and_end(any_RN: Tensor) -> tuple[Tensor, Tensor]:
     return first_R * some_R, last_R * some_R
 
 
-def _mirrored(mask_RHW: Tensor, left_R: Tensor, right_R: Tensor) -> Tensor:
+def _mirror_mask(mask_RHW: Tensor, left_R: Tensor, right_R: Tensor) -> Tensor:
     """Mirror a mask within the drawing's box."""
     wide = mask_RHW.shape[2]
     from_RW = (left_R + right_R - 1)[:, None] - torch.arange(wide)

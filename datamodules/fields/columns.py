@@ -115,7 +115,7 @@ def named_column(source: Source, field: str | None, kind: str) -> Column:
         names = [name for name, of in known.items() if of == kind]
         if not names:
             unread = "".join(f", {name} ({what}, not read)" for name, what in list(source.unread.items())[:20])
-            raise ValueError(f"no {kind} field: fields are {_listed(known)}{unread}; name one as {argument}")
+            raise ValueError(f"no {kind} field: fields are {_list_columns(known)}{unread}; name one as {argument}")
         if np.any(sum(source.has(name).astype(int) for name in names) > 1):
             raise ValueError(
                 f"several {kind} fields ({', '.join(names)}): name one, or several in order as "
@@ -143,14 +143,16 @@ def caption_fields(source: Source) -> list[str]:
     if len(choice) == 1:
         return choice
     if not choice:
-        raise ValueError(f"no field of captions: fields are {_listed(known)}; name one as data.fields.text.captions")
+        raise ValueError(
+            f"no field of captions: fields are {_list_columns(known)}; name one as data.fields.text.captions"
+        )
     raise ValueError(
         f"captions: {', '.join(choice)} may all be: name one as data.fields.text.captions, "
         f"or several with weights, such as {{{choice[0]}: 0.5, {choice[1]}: 0.5}}"
     )
 
 
-def _listed(known: dict[str, str]) -> str:
+def _list_columns(known: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in list(known.items())[:20])
 
 

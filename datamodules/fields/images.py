@@ -250,14 +250,14 @@ class Images:
 
     def header(self, data: bytes) -> Header:
         """Read the shape and orientation of an image without decoding its pixels."""
-        height, width, fast = _announced(data)
+        height, width, fast = _read_header(data)
         self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
         image, exif = None, _jpeg_exif(data) if fast else None
         if not fast:
             image = _open(data)
             width, height = image.size
             self._bound(height, width)
-            _bounded(image)
+            _require_bounded(image)
             exif = image.info.get("exif")
         if min(height, width) < 1:
             raise ValueError("no pixels")
@@ -333,7 +333,7 @@ def _jpeg_exif(data: bytes) -> bytes | None:
     return None
 
 
-def _announced(data: bytes) -> tuple[int, int, bool]:
+def _read_header(data: bytes) -> tuple[int, int, bool]:
     """Read height and width from the first bytes, and whether the fast JPEG decoder reads it; zeros if unknown."""
     width = height = 0
     if data.startswith(b"\xff\xd8"):
@@ -390,7 +390,7 @@ def _strip_of(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _bounded(image: Image.Image) -> None:
+def _require_bounded(image: Image.Image) -> None:
     """Raise ValueError for an image of more than ``BYTES`` when decoded."""
     depth = _DECODERS.get(image.format or "", _DEPTH.get(image.mode, 4))
     size = image.width * image.height * depth

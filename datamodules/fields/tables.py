@@ -53,7 +53,7 @@ class TableField:
     def codes(self, source: Source, row_N: np.ndarray) -> dict[str, Code]:
         """Compute column -> its code, from these rows of a source. Raise ValueError naming the place and the column."""
         return {
-            name: _placed(
+            name: _call_with_place(
                 source, name, partial(code_of, self._values(source, name), row_N, name in self.categories, self.most)
             )
             for name in self.columns
@@ -64,7 +64,7 @@ class TableField:
         x_NC = np.empty((len(source), len(self.columns)), dtype=np.float32)
         for c, name in enumerate(self.columns):
             encode = partial(codes[name], self._values(source, name))
-            x_NC[:, c], unseen = _placed(source, name, encode)
+            x_NC[:, c], unseen = _call_with_place(source, name, encode)
             if unseen is not None:
                 what = f"{unseen.cells:,} cells have categories that training lacks, such as {unseen.such_as!r}"
                 warn(f"{source.origin(name)}: column {name}: {what}: they count as missing")
@@ -97,7 +97,7 @@ class Cells:
         return x_BC if self.missing is None else self.missing(x_BC, key_B, training=draw_B is not None)
 
 
-def _placed(source: Source, name: str, make: Callable[[], T]) -> T:
+def _call_with_place(source: Source, name: str, make: Callable[[], T]) -> T:
     try:
         return make()
     except NotANumber as error:

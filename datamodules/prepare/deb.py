@@ -73,7 +73,7 @@ def unpack(file: Path, folder: Path, under: str = "") -> None:
     members = 0
     with file.open("rb") as archive:
         name, start, size = _data_member(file, archive)
-        with _decompressed(file, name, _Window(archive, start, size)) as stream:
+        with _decompress(file, name, _Window(archive, start, size)) as stream:
             counted = _Counted(file, stream)
             try:
                 with tarfile.open(fileobj=counted, mode="r|") as tar:
@@ -124,7 +124,7 @@ def _data_member(file: Path, archive: IO[bytes]) -> tuple[str, int, int]:
     raise ValueError(f"{file.name}: truncated or no Debian package: no data.tar in it")
 
 
-def _decompressed(file: Path, name: str, raw: io.RawIOBase) -> Any:
+def _decompress(file: Path, name: str, raw: io.RawIOBase) -> Any:
     stream = io.BufferedReader(raw, PIECE)
     if name == "data.tar":
         return stream

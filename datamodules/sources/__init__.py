@@ -48,7 +48,7 @@ def find(
     given = [path] if isinstance(path, (str, Path)) else list(path)
     address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
     if address is not None:
-        raise ValueError(_streamed(address))
+        raise ValueError(_must_be_streamed(address))
     if len(given) == 1 and (saved := split_folders(Path(given[0]))):
         return {split: Arrow(part, damaged, outside) for split, part in saved.items()}
     if len(given) == 1 and is_saved(Path(given[0])):
@@ -82,7 +82,7 @@ def find(
     raise ValueError(f"{first}: data is a folder, or files that end in {', '.join((*TABLES, *_KINDS))}")
 
 
-def _streamed(address: str) -> str:
+def _must_be_streamed(address: str) -> str:
     """Build the message on an address given as a path: it has to be streamed, with a number of samples per epoch."""
     scheme = address.partition(":")[0].lower()
     if scheme == "pipe" or (scheme in SCHEMES and ".tar" in address):

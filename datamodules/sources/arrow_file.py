@@ -41,7 +41,7 @@ def read_batches(path: Path) -> Batches:
         content = pa.memory_map(str(path)).read_buffer()
         if content.slice(0, len(_MAGIC)).to_pybytes() == _MAGIC:
             content = content.slice(len(_MAGIC))
-        if _compressed(content):
+        if _is_compressed(content):
             raise ValueError("its batches are compressed; `datasets` writes them as they are")
         reader = pa.BufferReader(content)
         stream = ipc.open_stream(reader)
@@ -70,7 +70,7 @@ def _require_names(fields: Iterable[pa.Field]) -> None:
         _require_names(field.type.field(n) for n in range(field.type.num_fields))
 
 
-def _compressed(content: pa.Buffer) -> bool:
+def _is_compressed(content: pa.Buffer) -> bool:
     """Whether the buffers of any batch are compressed, by its header; a damaged message ends the search."""
     messages = ipc.MessageReader.open_stream(pa.BufferReader(content))
     while True:

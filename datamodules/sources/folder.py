@@ -137,7 +137,9 @@ class Folder(Source):
         for low in range(0, len(names), _AT_ONCE):
             some = names[low : low + _AT_ONCE]
             try:  # nearly always all are plain files
-                each = [(s.st_mode, s.st_size, s.st_mtime_ns) for s in map(os.lstat, [_joined(root, n) for n in some])]
+                each = [
+                    (s.st_mode, s.st_size, s.st_mtime_ns) for s in map(os.lstat, [_join_name(root, n) for n in some])
+                ]
             except (OSError, ValueError):
                 each = [(stat.S_IFLNK, -1, 0)]
             if any(stat.S_ISLNK(mode) for mode, _, _ in each):
@@ -220,7 +222,7 @@ class Folder(Source):
                 part[name] = [v if v is None or v.startswith("/") else f"{inner}/{v}" for v in part[name]]
             first = [v for v in part[files[0]][:1000] if v][:20]
             self._require_inside(first)
-            if not any(os.path.isfile(_joined(f"{self.root}/", v)) for v in first):
+            if not any(os.path.isfile(_join_name(f"{self.root}/", v)) for v in first):
                 raise ValueError(f"{table}: column {files[0]}: there is no {short(first[0])} in {self.root}")
             lead = lead or files[0]
             if lead not in part:
@@ -378,7 +380,7 @@ def _kind(ending: str) -> str | None:
     return next((kind for kind, endings in kinds.items() if ending in endings), None)
 
 
-def _joined(root: str, name: str) -> str:
+def _join_name(root: str, name: str) -> str:
     return name if name.startswith("/") else root + name
 
 

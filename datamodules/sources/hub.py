@@ -223,7 +223,7 @@ def _parts(value: Any, feature: Feature, name: str) -> Iterator[tuple[str, Raw]]
             raise ValueError(too_large(len(value)))
         yield name, value
     elif isinstance(value, dict) and "bytes" in value and set(value) <= {"bytes", "path"}:
-        content = value["bytes"] if value["bytes"] is not None else _opened(value.get("path"))
+        content = value["bytes"] if value["bytes"] is not None else _read_named(value.get("path"))
         if content is not None:
             yield from _parts(content, None, name)
     elif isinstance(value, dict):
@@ -251,7 +251,7 @@ def _floats(value: Any) -> bool:
     return isinstance(value, float)
 
 
-def _opened(path: str | None) -> bytes | None:
+def _read_named(path: str | None) -> bytes | None:
     """Read the content of a path or address that the dataset itself names."""
     if not path:
         return None

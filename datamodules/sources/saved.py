@@ -40,11 +40,11 @@ def is_saved(folder: Path) -> bool:
 def read_saved(folder: Path) -> Saved:
     """Read the files, indices and features that a saved dataset lists."""
     state = _object(folder / STATE)
-    files = _listed(folder, state, "_data_files")
+    files = _list_files(folder, state, "_data_files")
     if not files:
         raise ValueError(f"{folder / STATE}: _data_files: none listed")
     features = _object(folder / INFO).get("features")
-    indices = _listed(folder, state, "_indices_data_files")
+    indices = _list_files(folder, state, "_indices_data_files")
     return Saved(files, indices, features if isinstance(features, dict) else {})
 
 
@@ -86,7 +86,7 @@ def _object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _listed(folder: Path, state: Mapping[str, Any], key: str) -> list[Path]:
+def _list_files(folder: Path, state: Mapping[str, Any], key: str) -> list[Path]:
     entries = state.get(key) or []
     rows = entries if isinstance(entries, list) else [None]
     names = [row.get("filename") if isinstance(row, dict) else None for row in rows]

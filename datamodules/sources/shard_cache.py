@@ -118,7 +118,7 @@ class ShardCache:
         with contextlib.suppress(OSError), self.locked():
             taken, whole = 0, []
             for path in self.folder.iterdir():
-                if path.name == _LOCK or (path.name.endswith(_PART) and _removed(path)):
+                if path.name == _LOCK or (path.name.endswith(_PART) and _remove_unused(path)):
                     continue  # a part that no process holds: its process was killed
                 with contextlib.suppress(FileNotFoundError):  # it was given its name just now
                     status = path.stat()
@@ -127,7 +127,7 @@ class ShardCache:
             if any((self.folder / other).exists() for other in (name, name + _PART)):
                 return None
             for _, path, old in sorted(whole):
-                if taken + size > self.limit and _removed(path):
+                if taken + size > self.limit and _remove_unused(path):
                     taken -= old
             if taken + size <= self.limit:
                 return CopyWriter(self, name, size)
@@ -142,7 +142,7 @@ class ShardCache:
             yield
 
 
-def _removed(path: Path) -> bool:
+def _remove_unused(path: Path) -> bool:
     """Remove a file that no process holds; return whether it is gone."""
     try:
         with open(path, "rb") as file:

@@ -146,7 +146,7 @@ class Stream:
         """
         for url, path in self.files.items():
             try:
-                why = _cut(path, _written(url))
+                why = _cut(path, _manifest_entry(url))
             except (OSError, ValueError) as error:
                 why = one_line(error, url)
             if why is not None:
@@ -162,7 +162,9 @@ class Stream:
     def corpus(self) -> Corpus:
         """List addresses; for local files also sizes, modification times and the SHA-256 in a manifest beside them."""
         files = {url: path for url, path in self.files.items() if path.is_file()}
-        known = {str(path): written.sha256 for url, path in files.items() if (written := _written(url)) is not None}
+        known = {
+            str(path): written.sha256 for url, path in files.items() if (written := _manifest_entry(url)) is not None
+        }
         # for a local file only the name: the same shards may be in another folder
         names = [local_path(url).name if is_local(url) else url for url in self.urls]
         parts = {"shards": Property(names, lambda n: self.urls[n])}
@@ -223,7 +225,9 @@ class Stream:
             share = self.share(seed, epoch, turn, *((0, 1) if whole else (reader, readers)))
             for shard in range(first, len(share)):
                 rng = np.random.default_rng(mix(seed, "stream", epoch, reader, readers, turn, shard))
-                for number, (sample, more) in enumerate(_shuffled(complete(*share[shard]), self.buffer, rng), 1):
+                for number, (sample, more) in enumerate(
+                    _shuffle_buffered(complete(*share[shard]), self.buffer, rng), 1
+                ):
                     yielded = True
                     if number > taken:
                         after = Mark(turn, whole, shard, number) if more else Mark(turn, whole, shard + 1, 0)
@@ -250,7 +254,7 @@ class Stream:
         return [(self.urls[order[shard]], sharing, reader // len(order))]
 
 
-def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) -> Iterator[tuple[Sample, bool]]:
+def _shuffle_buffered(samples: Iterable[Sample], size: int, rng: np.random.Generator) -> Iterator[tuple[Sample, bool]]:
     """Yield samples shuffled by a buffer of ``size``, each with whether more follow."""
     buffer: list[Sample] = []
 
@@ -268,7 +272,7 @@ def _shuffled(samples: Iterable[Sample], size: int, rng: np.random.Generator) ->
         yield pop(), bool(buffer)
 
 
-def _written(url: str) -> Written | None:
+def _manifest_entry(url: str) -> Written | None:
     """Return a local shard's entry in the manifest beside it. Raise ValueError for a manifest that is not readable."""
     if not is_local(url):
         return None
@@ -302,7 +306,7 @@ def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _D
     count = 0
     try:
         try:
-            written = _written(url)
+            written = _manifest_entry(url)
             stream = open_address(url, remote)
             sample: Sample | None = None
             size = 0
@@ -313,7 +317,7 @@ def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _D
                 if sample is None or key != sample.name:
                     if sample is not None and sample.raw:
                         count += 1
-                        yield _decoded(sample)
+                        yield _decode_members(sample)
                     sample, size = Sample(key, url, {}), 0
                 size += len(data)
                 if field.lower() in sample.raw:
@@ -326,7 +330,7 @@ def read_samples(url: str, skip: Callable[[str, str], None], remote: Remote = _D
                     sample.raw[field.lower()] = data
             if sample is not None and sample.raw:
                 count += 1
-                yield _decoded(sample)
+                yield _decode_members(sample)
         except StoreOutage:
             raise
         except (OSError, ValueError) as error:
@@ -356,7 +360,7 @@ def _members(tape: StreamTape, url: str, faults: list[str]) -> Iterator[tuple[st
         faults.append(one_line(error, url))
 
 
-def _decoded(sample: Sample) -> Sample:
+def _decode_members(sample: Sample) -> Sample:
     """Turn the members of a sample into fields, named as by :class:`Shards`."""
     raw: dict[str, Raw] = {}
     faults = []

@@ -22,7 +22,7 @@ Bad = Callable[[int, str], None]
 
 def read_table(table: Path, bad: Bad) -> Columns:
     """Read the columns of a table. ``bad`` is called for each unreadable row, and may raise."""
-    return _json_lines(table, bad) if table.suffix.lower() == ".jsonl" else _separated(table, bad)
+    return _json_lines(table, bad) if table.suffix.lower() == ".jsonl" else _read_separated(table, bad)
 
 
 def holds_files(values: Sequence[str | None]) -> bool:
@@ -90,7 +90,7 @@ def _is_media(name: str) -> bool:
     return bool(stem and dot) and ending.lower() in MEDIA and "://" not in name
 
 
-def _separated(table: Path, bad: Bad) -> Columns:
+def _read_separated(table: Path, bad: Bad) -> Columns:
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _Lines(file)
         delimiter = "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=next(lines, "").count)

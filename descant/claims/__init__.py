@@ -129,7 +129,7 @@ def _tune(given: argparse.Namespace) -> int:
     return 0
 
 
-def _settled(claim: Claim, results: Path) -> Claim:
+def _with_chosen_settings(claim: Claim, results: Path) -> Claim:
     """Return the claim with its chosen settings. Raises Refusal if none were chosen."""
     if not claim.is_tuned:
         return claim
@@ -147,7 +147,7 @@ def _run(given: argparse.Namespace) -> int:
     if given.redesign:
         store.supersede(given.results, claim)
     store.require_free(given.results, claim, "full")
-    claim = _settled(claim, given.results)
+    claim = _with_chosen_settings(claim, given.results)
     course = Course(claim, given.results, given.runs, tuple(given.trust), given.jobs, given.slurm)
     return course.ablations() if given.ablations else course.run(only_pilot=given.budget == "pilot")
 
@@ -230,7 +230,7 @@ def _verify(given: argparse.Namespace) -> int:
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(arm for arm in pilot["runs"] if arm in claim.arms)
         with tempfile.TemporaryDirectory() as folder:  # existing runs are not reused
-            place = run.Place(_settled(claim, given.results), "pilot", Path(folder), tuple(given.trust))
+            place = run.Place(_with_chosen_settings(claim, given.results), "pilot", Path(folder), tuple(given.trust))
             code = run.run(place, arms, (seed,), given.jobs)
             if code:
                 return code

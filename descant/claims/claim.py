@@ -117,7 +117,7 @@ class Arm:
 
     def set(self, value: Any) -> Arm:
         """Return the arm with this setting."""
-        options = _filled(self.options, lambda text: value if text == SETTING else text)
+        options = _replace_texts(self.options, lambda text: value if text == SETTING else text)
         return replace(self, options=options, settings=())
 
 
@@ -271,7 +271,7 @@ class Claim:
             limit = {"class_path": "Budget", "init_args": {"like": f"{OF_ARM}/{self.reference}"}}
             options.append(("trainer.callbacks+", limit))
         if place is not None:
-            options = [(key, _filled(value, lambda text: _placed(text, place))) for key, value in options]
+            options = [(key, _replace_texts(value, lambda text: _resolve_run(text, place))) for key, value in options]
         words = [word for config in configs for word in ("--config", config)]
         return [*words, *(pass_on(key, _text(value)) for key, value in options), f"--seed_everything={seed}"]
 
@@ -336,19 +336,19 @@ def _text(value: object) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)).strip()
 
 
-def _filled(value: Any, of: Callable[[str], Any]) -> Any:
+def _replace_texts(value: Any, of: Callable[[str], Any]) -> Any:
     """Return the value with every text in it replaced by ``of(text)``."""
     if isinstance(value, Mapping):
-        return {key: _filled(item, of) for key, item in value.items()}
+        return {key: _replace_texts(item, of) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, of) for item in value]
+        return [_replace_texts(item, of) for item in value]
     return of(value) if isinstance(value, str) else value
 
 
 def texts(value: Any) -> list[str]:
     """List all texts in a value, at any depth."""
     found: list[str] = []
-    _filled(value, found.append)
+    _replace_texts(value, found.append)
     return found
 
 
@@ -356,7 +356,7 @@ def _of_arm(text: str) -> bool:
     return text.startswith(f"{OF_ARM}/")
 
 
-def _placed(text: str, place: Callable[[str], str]) -> str:
+def _resolve_run(text: str, place: Callable[[str], str]) -> str:
     """Resolve a text that begins with ``BEFORE``, or with ``ARM/`` and a name, to a path in that run's folder."""
     if text.split("/")[0] == BEFORE_FOLDER:
         return place(BEFORE) + text[len(BEFORE_FOLDER) :]

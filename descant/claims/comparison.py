@@ -321,7 +321,7 @@ def section(of: Comparison, results: Path, folder: Path | None = None) -> str:
     for claim, setting in zip(of.claims, of.settings, strict=True):
         metric = setting.metric
         what = f"{metric.name} of {setting.experiment}; a margin is {metric.margin:.3g} {metric.unit}"
-        lines += [f"- [{claim.name}]({claim.name}.md): {what}.", *_tuned(of, setting, results)]
+        lines += [f"- [{claim.name}]({claim.name}.md): {what}.", *_tuning_lines(of, setting, results)]
         stored = read_stored(of, setting, results)
         if stored is None:
             without = f"{NO_ROOM}, so its rules were not run" if _is_without_room(claim, results) else "not run yet"
@@ -396,7 +396,7 @@ def _write_superseded(of: Comparison, results: Path, folder: Path) -> list[str]:
     return links
 
 
-def _tuned(of: Comparison, setting: Claim, results: Path) -> list[str]:
+def _tuning_lines(of: Comparison, setting: Claim, results: Path) -> list[str]:
     """Return a line for each arm with the setting that validation chose."""
     tuned = store.read_tuned(results, setting, tuning(of.name))
     if setting.tuning is None or tuned is None:

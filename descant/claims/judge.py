@@ -69,7 +69,9 @@ def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs 
     needed = needed_seeds(claim, runs) if len(seeds) > 1 else LEAST
     if found.word == UNCLEAR and needed > max(len(seeds), len(claim.seeds["full"])):
         found = replace(found, word=NOT_TESTABLE)
-    return Judgement(found, needed, tuple(_asked(claim, runs, condition, seeds) for condition in claim.also), items)
+    return Judgement(
+        found, needed, tuple(_check_condition(claim, runs, condition, seeds) for condition in claim.also), items
+    )
 
 
 def needed_seeds(claim: Claim, runs: Runs) -> int:
@@ -165,7 +167,9 @@ def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]
     return [runs[arm][seed][metric] for seed in seeds]
 
 
-def _asked(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Condition, float, bool]:
+def _check_condition(
+    claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]
+) -> tuple[Condition, float, bool]:
     value, met = measured(claim, runs, condition, seeds)
     return condition, value.mean, met
 

@@ -77,7 +77,7 @@ def code(claim: Claim) -> dict[str, str]:
     Comments, docstrings and layout do not count. Imports are read from the source, so nothing is imported.
     """
     arms = [*claim.arms.values(), *([claim.before] if claim.before is not None else [])]
-    paths = (full(text.rpartition(".")[2]) for arm in arms for text in _named(claim, arm))
+    paths = (full(text.rpartition(".")[2]) for arm in arms for text in _list_texts(claim, arm))
     modules = imported(path.rpartition(".")[0] for path in paths if path is not None)
     files = {_file(module) for module in modules}
     return {file.relative_to(PACKAGE).as_posix(): _digest(file) for file in sorted(filter(None, files))}
@@ -108,7 +108,7 @@ def imported(modules: Iterable[str]) -> set[str]:
     return known
 
 
-def _named(claim: Claim, arm: Arm) -> list[str]:
+def _list_texts(claim: Claim, arm: Arm) -> list[str]:
     """List all texts in the composed configuration of an arm's runs."""
     files = layers(map(find, (claim.experiment, *arm.configs)))
     return texts([[_content(file) for file in files], dict(arm.options), dict(arm.predict or {})])
@@ -118,7 +118,7 @@ def _named(claim: Claim, arm: Arm) -> list[str]:
 def _imports(module: str) -> frozenset[str]:
     file = _file(module)
     names = set[str]()
-    for node in ast.walk(_parsed(file)) if file is not None else ():
+    for node in ast.walk(_parse_file(file)) if file is not None else ():
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -133,7 +133,7 @@ def _file(module: str) -> Path | None:
 
 
 @cache
-def _parsed(file: Path) -> ast.Module:
+def _parse_file(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 

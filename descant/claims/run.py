@@ -178,7 +178,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
-    lost = _killed(place)  # a killed command stored no time
+    lost = _seconds_of_killed(place)  # a killed command stored no time
     folders.write_text(place.folder / _BEGAN, f"{time.time():.1f}\n")
     try:
         run_beside(
@@ -209,7 +209,7 @@ def check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
             fail(f"claims {place.claim.name}: {arm}: {refusal}")
 
 
-def _killed(place: Place) -> float:
+def _seconds_of_killed(place: Place) -> float:
     """Return the seconds of a command that was killed: from its start to the last line in the log of a run."""
     try:
         began = float((place.folder / _BEGAN).read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def load(name: str) -> Claim:
 
 def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     where = file.name
-    _known(where, content, KEYS)
+    _require_known(where, content, KEYS)
     own = f"claims/{file.stem}" if file.parent == folder() else str(file)
     if "like" in content:  # keys that it lacks come from another claim
         content, own = _like(where, content), f"claims/{content['like']}"
@@ -104,7 +104,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         fail(f"{where}: simple: the arm that one would try first for the same compute, or no_simple: why there is none")
     lockbox = dict(content.get("lockbox") or {})
     budget = dict(content.get("budget") or {})
-    _known(f"{where}: budget", budget, BUDGET_KEYS)
+    _require_known(f"{where}: budget", budget, BUDGET_KEYS)
     equal = _choice(f"{where}: budget.equal", budget.get("equal", "flops"), EQUAL)
     reference = _reference(where, budget, equal, arms, tuning is not None)
     options, signal = dict(content.get("options") or {}), content.get("signal")
@@ -139,7 +139,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         exploratory=content.get("exploratory"),
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
-        apart=_named(where, "budget.apart", budget.get("apart"), arms),
+        apart=_read_arm_names(where, "budget.apart", budget.get("apart"), arms),
         in_stages=_in_stages(content, composing),
     )
     return replace(claim, digests=digests(claim, composing))
@@ -176,7 +176,7 @@ def read_arms(where: str, content: Mapping[str, Any], own: str) -> dict[str, Arm
 
 def _arm(where: str, content: Mapping[str, Any], config: str) -> Arm:
     """Read an arm; ``config``: the name under which its own ``config`` is found."""
-    _known(where, content, ARM_KEYS)
+    _require_known(where, content, ARM_KEYS)
     settings = content.get("settings") or ()
     if not isinstance(settings, list | tuple):
         fail(f"{where}: settings: a list of values is expected, such as [0.1, 0.3, 1.0]")
@@ -208,7 +208,7 @@ def read_tuning(where: str, content: Mapping[str, Any], arms: Mapping[str, Arm],
             fail(f"{where}: arms.{tuned[0]}: settings need `tuning`, which chooses one of them")
         return None
     given = _mapping(where, content, "tuning")
-    _known(f"{where}: tuning", given, TUNING_KEYS)
+    _require_known(f"{where}: tuning", given, TUNING_KEYS)
     _need(f"{where}: tuning", given, ("seeds",))
     if not tuned:
         fail(f"{where}: tuning: no arm has settings")
@@ -259,7 +259,7 @@ def _reference(where: str, budget: Mapping[str, Any], equal: str, arms: Mapping[
     return name
 
 
-def _named(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str]) -> tuple[str, ...]:
+def _read_arm_names(where: str, key: str, names: Sequence[str] | None, arms: Iterable[str]) -> tuple[str, ...]:
     """Read names of arms beside the three that every claim has."""
     for name in names or ():
         if name in ARMS or name not in arms:
@@ -326,7 +326,7 @@ def _read_extra_arm(where: str, content: Mapping[str, Any], key: str, arms: Iter
 
 
 def _metric(where: str, content: Mapping[str, Any]) -> Metric:
-    _known(f"{where}: metric", content, METRIC_KEYS)
+    _require_known(f"{where}: metric", content, METRIC_KEYS)
     _need(f"{where}: metric", content, METRIC_KEYS)
     if content["better"] not in WAYS:
         fail(f"{where}: metric.better {content['better']}: higher or lower")
@@ -338,7 +338,7 @@ def _metric(where: str, content: Mapping[str, Any]) -> Metric:
 
 
 def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> Condition:
-    _known(where, content, CONDITION_KEYS)
+    _require_known(where, content, CONDITION_KEYS)
     _need(where, content, ("metric", "arm"))
     for key in ("arm", "against", "above"):
         if content.get(key) is not None and content[key] not in arms:
@@ -361,7 +361,7 @@ def _condition(where: str, content: Mapping[str, Any], arms: Iterable[str]) -> C
 def _all_seeds(where: str, content: Mapping[str, Any], tuning: Tuning | None) -> dict[str, tuple[int, ...]]:
     """Read budget -> seeds; no two budgets share a seed."""
     given = _mapping(where, content, "seeds")
-    _known(f"{where}: seeds", given, BUDGETS)
+    _require_known(f"{where}: seeds", given, BUDGETS)
     _need(f"{where}: seeds", given, BUDGETS)
     seeds = {key: _seeds(f"{where}: seeds.{key}", given[key]) for key in BUDGETS}
     if len(seeds["pilot"]) != PILOT:
@@ -405,7 +405,7 @@ def _mapping(where: str, content: Mapping[str, Any], key: str) -> Mapping[str, A
     return value
 
 
-def _known(where: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
+def _require_known(where: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
     for key in content:
         if key not in known:
             fail(f"{where}: {key}: no such key{hint(str(key), known)}")

@@ -110,7 +110,7 @@ def write(
         ("Exploratory: not registered, or designed after gains had been seen", [_row(one) for one in explored]),
     ):
         parts += [f"## {title}\n\n", _COLUMNS, *(f"{row}\n" for row in rows), "\n"] if rows else []
-    earlier = [claim.name for claim in claims if list(_superseded(claim, results))]
+    earlier = [claim.name for claim in claims if list(_superseded_lines(claim, results))]
     if earlier:
         parts.append(f"Earlier designs, superseded, are on the pages of {', '.join(earlier)}.\n")
     parts += [f"Without a result: {'; '.join(lacking)}.\n"] if lacking else []
@@ -186,7 +186,7 @@ def _cost(stored: Mapping[str, Any]) -> str:
     return f"{stored['seconds'] / 60 * (stored['machine'].get('cores') or 1):.0f}"
 
 
-def _superseded(claim: Claim, results: Path) -> Iterator[str]:
+def _superseded_lines(claim: Claim, results: Path) -> Iterator[str]:
     """Yield lines on the earlier designs of a claim: set aside by a redesign, or different from its current design."""
     for kind in ("superseded", "full"):
         stored = store.read(results, claim.name, kind)
@@ -223,7 +223,7 @@ def _page(one: Verdict, results: Path) -> str:
     elif registered:
         at = f"{registered['time'][:10]}, commit {str(registered.get('commit'))[:12]}"
         lines.append(f"- Registered {at}" + (f"; its pilot was looked at {looks} times." if looks > 1 else "."))
-    lines += _superseded(claim, results)
+    lines += _superseded_lines(claim, results)
     if one.judgement is not None:
         lines += _numbers(one, results, one.judgement)
     elif (pilot := store.of_design(results, claim, "pilot")) is not None and pilot["runs"]:
@@ -273,7 +273,7 @@ def _budget(claim: Claim, runs: Runs) -> str:
     timed = "seconds of training, or nearly as many, or more," if clock else claim.equal
     spent = f"{max(metrics[claim.equal] for metrics in runs['method'].values()):,.0f} {timed}"
     if claim.equal == EQUAL["flops"]:
-        spent = f"FLOPs of training within {WITHIN:.0%} ({_spent(claim, runs)})"
+        spent = f"FLOPs of training within {WITHIN:.0%} ({_cost_lines(claim, runs)})"
     where = "in every arm but the placebo, which takes the method's steps" if clock else "in every arm"
     if not clock and claim.beyond:
         where += f" but {' and '.join(sorted(claim.beyond))}, which go on from one of them"
@@ -292,7 +292,7 @@ def _ablations(claim: Claim, stored: Mapping[str, Any]) -> list[str]:
     return [f"\nOther arms, seed {seed} alone, no part of the word:\n", *rows]
 
 
-def _spent(claim: Claim, runs: Runs) -> str:
+def _cost_lines(claim: Claim, runs: Runs) -> str:
     """Return mean FLOPs and steps of each arm."""
     means = {arm: {key: _mean(of, key) for key in (claim.equal, EQUAL["steps"])} for arm, of in runs.items()}
     return ", ".join(f"{arm} {of[claim.equal]:.3g} in {of[EQUAL['steps']]:,.0f} steps" for arm, of in means.items())

@@ -118,7 +118,7 @@ def find(name: str) -> Path:
     except (OSError, RuntimeError):  # longer than any name may be, or the home of an unknown user
         pass
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
-    if (there := _shipped(plain)) is not None:
+    if (there := _find_shipped(plain)) is not None:
         return there
     if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
         return _arm(name, find(arm[1]), arm[2])
@@ -135,7 +135,7 @@ def find(name: str) -> Path:
     raise Refusal(f"--config {name}: no such file, and nothing of that name ships{near}")
 
 
-def _shipped(name: str) -> Path | None:
+def _find_shipped(name: str) -> Path | None:
     file = ROOT / f"{name}.yaml"
     try:
         there = re.fullmatch(r"[\w/-]+", name) and file.is_file()

@@ -132,7 +132,7 @@ def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[s
     if group and path:
         return group
     steps = [step for step in path if step != "init_args"]
-    classes = _chosen(known, words) if steps else {}
+    classes = _chosen_classes(known, words) if steps else {}
     for depth, step in enumerate(steps, 1):
         if step not in keys:
             return {}
@@ -142,7 +142,7 @@ def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[s
     return keys
 
 
-def _chosen(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Entry]:
+def _chosen_classes(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Entry]:
     """The classes that the configurations on the line choose."""
     walk = Walk(known, [])
     names = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--config", "-c")]

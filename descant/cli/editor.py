@@ -121,7 +121,7 @@ class _Schema:
         self.known, self.definitions = known, dict[str, Any]()
 
     def key(self, key: Key) -> dict[str, Any]:
-        return {**self.type(key.type), **_described(key.about)}
+        return {**self.type(key.type), **_description(key.about)}
 
     def keys(self, some: Mapping[str, Key]) -> dict[str, Any]:
         """An object of these keys; a list is added to by its name and a plus."""
@@ -171,7 +171,7 @@ class _Schema:
         name = f"{path}_{part.get('skip', 0)}"
         if name not in self.definitions:
             self.definitions[name] = {}
-            self.definitions[name] = {**self.keys(entry.keys), **_described(entry.about)}
+            self.definitions[name] = {**self.keys(entry.keys), **_description(entry.about)}
         names = sorted({entry.name, path, entry.lineage[0]})
         return {
             "if": {"required": ["class_path"], "properties": {"class_path": {"enum": names}}},
@@ -179,5 +179,5 @@ class _Schema:
         }
 
 
-def _described(about: str) -> dict[str, str]:
+def _description(about: str) -> dict[str, str]:
     return {"description": about} if about else {}

@@ -67,7 +67,7 @@ def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
     resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
     peaks, flops = [], []
     for n in sizes:
-        peak, count = _measured(trainer, model, batch, n)
+        peak, count = _measure_step(trainer, model, batch, n)
         peaks.append(peak)
         flops.append(count)
     curve = fitted(sizes, peaks)
@@ -88,7 +88,7 @@ def fitted(sizes: list[int], values: list[float]) -> np.ndarray:
     return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
 
 
-def _measured(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) -> tuple[float, float]:
+def _measure_step(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) -> tuple[float, float]:
     """Bytes beyond what stays, and operations, of a step on ``n`` rows, the second: the gradients of the one before it
     are there until its own backward.
 

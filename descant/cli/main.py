@@ -81,13 +81,13 @@ class Parser(LightningArgumentParser):
     failed: ClassVar[tuple[type, Exception] | None] = None
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:
-        return super().instantiate(*args, **kwargs | {"instantiators": [(_built, object, True)]})
+        return super().instantiate(*args, **kwargs | {"instantiators": [(_building, object, True)]})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise Refusal(parse_fault(message)) from ex
 
 
-def _built(cls: type, *args: Any, **kwargs: Any) -> Any:
+def _building(cls: type, *args: Any, **kwargs: Any) -> Any:
     try:
         return cls(*args, **kwargs)
     except Exception as error:
@@ -377,7 +377,7 @@ def run(request: Request, checking: Check | None = None) -> int:
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
-        code = _answered(cli, request, checking)
+        code = _run_command(cli, request, checking)
         fault = cli.ranks.join() if cli.ranks is not None else None
     finally:
         release(cli)
@@ -408,7 +408,7 @@ def _exit_code(fault: Ended) -> int:
     return fault.code
 
 
-def _answered(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
+def _run_command(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
     """Build and run one command; returns its exit code."""
     try:
         with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():

@@ -97,12 +97,12 @@ def fault(kind: str, name: str) -> str | None:
         return "a Python keyword"
     if name == "conftest" or name.startswith("test_"):
         return "pytest takes such a module for its own"
-    if _installed(name):
+    if _is_installed(name):
         return "a module of that name is installed"
     title = camel(name)
     if title in table():
         return f"Descant has a class of that name, {table()[title][0]}"
-    if title in dir(builtins) or title in _used(kind):
+    if title in dir(builtins) or title in _template_names(kind):
         return f"its class would hide the {title} that the files use"
     return None
 
@@ -129,7 +129,7 @@ def camel(name: str) -> str:
     return "".join(word[:1].upper() + word[1:] for word in name.split("_"))
 
 
-def _used(kind: str) -> set[str]:
+def _template_names(kind: str) -> set[str]:
     """The names of a kind's template that are not made from the module's own."""
     stem, names = KINDS[kind], set()
     for file, text in _sources(kind).items():
@@ -141,7 +141,7 @@ def _used(kind: str) -> set[str]:
     return {name for name in names if not name.startswith(camel(stem))}
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     """Whether an import of ``name`` would find something that is not the user's, who works in the current folder."""
     if name in sys.stdlib_module_names:
         return True
@@ -169,10 +169,10 @@ def render(kind: str, name: str) -> dict[str, str]:
     def named(text: str) -> str:
         return text.replace(f"descant.templates.{kind}.", "").replace(stem, name).replace(camel(stem), camel(name))
 
-    return {named(file): "".join(_sorted(named(text))) for file, text in _sources(kind).items()}
+    return {named(file): "".join(_sort_imports(named(text))) for file, text in _sources(kind).items()}
 
 
-def _sorted(text: str) -> Iterator[str]:
+def _sort_imports(text: str) -> Iterator[str]:
     """Lines, with each block of ``from`` imports in order: a replaced name may sort differently."""
     block: list[str] = []
     for line in text.splitlines(keepends=True):

@@ -158,7 +158,7 @@ class Walk:
             named = node.content.get("class_path")
             of = of if named is None else named.plain
             for key, child in node.content.items():
-                with _placed(_at(child, (*path, key))):
+                with _prefixing_place(_at(child, (*path, key))):
                     trust.guard(key, child.plain, self.trusted, of)
                 self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
         elif isinstance(node.content, list):
@@ -301,7 +301,7 @@ class Walk:
                 raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
             self.given[path].add(plain)
             if not _ours(child):  # the class may come from another file
-                with _placed(_at(child, (*path, key))):
+                with _prefixing_place(_at(child, (*path, key))):
                     trust.guard(plain, child.plain, self.trusted, cls.name)
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
@@ -340,7 +340,7 @@ class Walk:
                 self.short.append((node, classes, path))
             kinds = [part["class"] for part in classes if isinstance(part, dict) and part["class"] in cls.lineage]
             self._allowed(cls.path, node.where)  # a short name was not checked before
-            with _placed(node.where):
+            with _prefixing_place(node.where):
                 trust.require_kind(cls.path, kinds, self.trusted)
             self._set(cls, path, node.where)
         except LookupError as error:
@@ -395,7 +395,7 @@ class Walk:
                     raise Refusal(f"{where}: {cls.name} needs it, and it is not given")
 
     def _allowed(self, name: str, where: str) -> None:
-        with _placed(where):
+        with _prefixing_place(where):
             trust.require(name, self.trusted)
 
     def _file(self, node: Node) -> Node:
@@ -412,7 +412,7 @@ class Walk:
 
 
 @contextmanager
-def _placed(where: str) -> Iterator[None]:
+def _prefixing_place(where: str) -> Iterator[None]:
     """Prefix a Refusal raised inside with its place."""
     try:
         yield

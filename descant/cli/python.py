@@ -50,9 +50,9 @@ class _ObjectsCLI(DescantCLI):
 
     def _saved(self) -> str:
         content = yaml.safe_load(super()._saved())
-        content |= {key: _described(part) for key, part in self.parts.items()}
-        content["trainer"]["callbacks"] += [_described(callback) for callback in self.callbacks]
-        content["trainer"] |= {key: _described(part) for key, part in self.objects.items()}
+        content |= {key: _describe_part(part) for key, part in self.parts.items()}
+        content["trainer"]["callbacks"] += [_describe_part(callback) for callback in self.callbacks]
+        content["trainer"] |= {key: _describe_part(part) for key, part in self.objects.items()}
         return _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
     def instantiate_classes(self) -> None:
@@ -129,7 +129,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _described(part: object) -> dict[str, str] | list[dict[str, str]]:
+def _describe_part(part: object) -> dict[str, str] | list[dict[str, str]]:
     if isinstance(part, list | tuple):
         return [{"class_path": _path(item)} for item in part]
     return {"class_path": _path(part)}

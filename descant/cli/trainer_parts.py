@@ -85,21 +85,21 @@ def placed(value: Any, folder: str) -> Any:
             return folder + text[len(PLACE) :]
         return text
 
-    return _mapped(value, replace)
+    return _map_leaves(value, replace)
 
 
 def without_enums(value: Any) -> Any:
     """Members of enumerations replaced by their values, which YAML can hold, at any depth."""
-    return _mapped(value, lambda leaf: leaf.value if isinstance(leaf, enum.Enum) else leaf)
+    return _map_leaves(value, lambda leaf: leaf.value if isinstance(leaf, enum.Enum) else leaf)
 
 
-def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+def _map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(value, list):
-        return [_mapped(item, leaf) for item in value]
+        return [_map_leaves(item, leaf) for item in value]
     if isinstance(value, dict):
-        return {key: _mapped(item, leaf) for key, item in value.items()}
+        return {key: _map_leaves(item, leaf) for key, item in value.items()}
     if isinstance(value, Namespace):
-        return Namespace({key: _mapped(item, leaf) for key, item in vars(value).items()})
+        return Namespace({key: _map_leaves(item, leaf) for key, item in vars(value).items()})
     return leaf(value)
 
 

@@ -224,7 +224,7 @@ def _expand_addresses(text: str) -> list[str]:
         return [text]
 
 
-def _defined(name: str) -> str:
+def _defining_path(name: str) -> str:
     """The defining path of a class, which the parser checks too."""
     try:
         value = pkgutil.resolve_name(name)
@@ -237,7 +237,7 @@ def enforce(trust: Sequence[str] = ()) -> None:
     """Give jsonargparse the same list, as a second check."""
     from jsonargparse import set_parsing_settings
 
-    trust = [*trust, *(_defined(name) for name in trust if name in DENIED)]
+    trust = [*trust, *(_defining_path(name) for name in trust if name in DENIED)]
     forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
     try:
         set_parsing_settings(

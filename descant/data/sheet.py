@@ -39,7 +39,7 @@ def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     for tile, (x, y) in zip(tiles, places, strict=True):
         canvas.paste((_EMPTY,) * 3, (x, y, x + _TILE, y + _TILE))
         if tile.image is not None:
-            image = _fitted(tile.image)
+            image = _fit_tile(tile.image)
             canvas.paste(image, (x + (_TILE - image.width) // 2, y + (_TILE - image.height) // 2))
     figure, axes = page(np.asarray(canvas))
     axes.text(_GAP, _GAP, wrap(title, TITLE, width - 2 * _GAP, 1)[0], fontsize=TITLE, va="top")
@@ -57,7 +57,7 @@ def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     return Image.fromarray(pixels(figure))
 
 
-def _fitted(image: Image.Image) -> Image.Image:
+def _fit_tile(image: Image.Image) -> Image.Image:
     """Resize the image so that its longer side fills a tile; enlarged images show their pixels."""
     scale = _TILE / max(image.size)
     method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS

@@ -144,7 +144,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     selected, recipe = source, rebuild(source)
     if keep:
         selected = source._replace(config={**source.config, "model": portable.only(source.model, keep)})
-        recipe = _reduced(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
+        recipe = _drop_towers(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
     prepared, parts = _preprocessing(source)
     model = portable.carried(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
     changed = merge.changed(recipe)
@@ -176,7 +176,7 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     size = sum(file.stat().st_size for file in files)
     return [
         f"EXPORT  {len(state):,} tensors, {size / 1e6:,.1f} MB, loaded back and equal",
-        *_named(files, folder),
+        *_file_lines(files, folder),
     ]
 
 
@@ -204,7 +204,7 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     card.write(about, prepared, folder, {file.name: sha256_of(file) for file in chosen.weights(folder)})
     return [
         f"EXPORT  for {request.to}, loaded back by it: outputs differ by {difference:.1g} at most",
-        *_named(_files(folder), folder),
+        *_file_lines(_files(folder), folder),
     ]
 
 
@@ -232,7 +232,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def _named(files: Sequence[Path], folder: Path) -> list[str]:
+def _file_lines(files: Sequence[Path], folder: Path) -> list[str]:
     return [f"  {file.relative_to(folder).as_posix()}" for file in files]
 
 
@@ -259,7 +259,7 @@ def _confirm(folder: Path, about: About) -> str:
     return manifest.confirm(weights, {"step": about.step, saved.FILES: files})
 
 
-def _reduced(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
+def _drop_towers(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Path) -> Recipe:
     """Return ``part`` with the weights of ``whole``, except those of dropped towers."""
     from descant.modules.adaptation.grow import restructure, structure
     from descant.modules.io import saved

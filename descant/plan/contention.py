@@ -124,12 +124,12 @@ def _rank(rank: int, world: int, folder: str, processes: list[int], turns: int, 
     }
     shared = {
         name: [
-            {n: _shared(call, rank, group, times, time.thread_time) for n, group in groups.items()}
+            {n: _time_shared(call, rank, group, times, time.thread_time) for n, group in groups.items()}
             for _ in range(2 * turns)
         ]
         for name, (call, times) in kinds.items()
     }
-    alone = statistics.median(_shared(compute, rank, groups[1], 50) for _ in range(turns))
+    alone = statistics.median(_time_shared(compute, rank, groups[1], 50) for _ in range(turns))
     for n, group in groups.items():
         dist.barrier()
         if rank >= n or n == 1:
@@ -168,7 +168,7 @@ class _Stream:
         torch.add(self.x, 1.0, out=self.y)
 
 
-def _shared(
+def _time_shared(
     call: Callable[[], object], rank: int, group: Any, times: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Measure seconds of a call while the first ranks run it together as a group and all other ranks wait."""

@@ -219,14 +219,14 @@ def _content(name_or_file: str | Path, above: tuple[str, ...]) -> dict[str, Any]
     if base not in names() and not Path(base).is_absolute():
         beside = file.parent / base
         base = str(beside) if beside.is_file() else base
-    return _merged(_content(base, (*above, str(file.resolve()))), content)
+    return _merge(_content(base, (*above, str(file.resolve()))), content)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     both = dict(below)
     for key, value in above.items():
         inner = both.get(key)
-        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        both[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return both
 
 

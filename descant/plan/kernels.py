@@ -83,7 +83,7 @@ def _by_flops(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         nbytes = 4 * width * b * h * s * d
         yield Kernel("attention", dtype, flops, nbytes, new(shape, shape, shape), F.scaled_dot_product_attention)
         if device.type == "cpu":
-            make = _attended(dtype, shape)
+            make = _attention_inputs(dtype, shape)
             yield Kernel("attention_backward", dtype, 5 * flops // 2, 2 * nbytes, make, _attention_backward)
     for b, i, o, s, k in CONVOLUTIONS:
         flops = 2 * b * i * o * s * s * k * k
@@ -106,7 +106,7 @@ def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     return torch.mm(g.t(), x)
 
 
-def _attended(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], tuple[Any, ...]]:
+def _attention_inputs(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], tuple[Any, ...]]:
     def make() -> tuple[Any, ...]:
         q, k, v, g = (_random(dtype, torch.device("cpu"), *shape) for _ in range(4))
         forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -153,29 +153,29 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
             return g, x, [d], *torch.native_layer_norm(x, [d], w, w, 1e-5)[1:], w, w, [True] * 3
 
         yield Kernel("elementwise", dtype, 3 * size, 3 * size, new(2), torch.add)
-        yield Kernel("elementwise", dtype, 2 * size, 2 * size, new(1), _doubled)
+        yield Kernel("elementwise", dtype, 2 * size, 2 * size, new(1), _double)
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), F.gelu)
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), torch.exp)
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _log_softmax)
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _short_softmax)
-        yield Kernel("random", dtype, 2 * size, 2 * size, new(1), _drawn)
-        yield Kernel("normalisation", dtype, 2 * size, 2 * size, new(1), _normed)
+        yield Kernel("random", dtype, 2 * size, 2 * size, new(1), _draw_mask)
+        yield Kernel("normalisation", dtype, 2 * size, 2 * size, new(1), _layer_norm)
         yield Kernel("normalisation_backward", dtype, 3 * size, 3 * size, normed, aten.native_layer_norm_backward)
         yield Kernel("reduction", dtype, size, size, new(1), _sum_rows)
         yield Kernel("reduction", dtype, size, size, new(1), _sum_columns)
         yield Kernel("copy", dtype, 2 * size, 2 * size, new(1), torch.clone)
-        yield Kernel("copy", dtype, 2 * size, 2 * size, new(1), _transposed)
-        yield Kernel("gather", dtype, 2 * size, 2 * size, rows, _selected)
+        yield Kernel("copy", dtype, 2 * size, 2 * size, new(1), _transpose_heads)
+        yield Kernel("gather", dtype, 2 * size, 2 * size, rows, _select_rows)
         yield Kernel("scatter", dtype, 3 * size + 8 * b, 3 * size, onto, torch.Tensor.index_add_)
         if dtype == torch.float32:
             yield Kernel("optimizer", dtype, 7 * size, 4 * size, _states(b, d, device), _adamw)
 
 
-def _normed(x: Tensor) -> Any:
+def _layer_norm(x: Tensor) -> Any:
     return torch.native_layer_norm(x, [x.shape[-1]], x[0], x[0], 1e-5)
 
 
-def _doubled(x: Tensor) -> Tensor:
+def _double(x: Tensor) -> Tensor:
     return x * 2.0
 
 
@@ -191,11 +191,11 @@ def _sum_columns(x: Tensor) -> Tensor:
     return x.sum(-1)
 
 
-def _transposed(x: Tensor) -> Tensor:
+def _transpose_heads(x: Tensor) -> Tensor:
     return x.view(-1, 4, 16).transpose(0, 1).contiguous()
 
 
-def _selected(x: Tensor, index: Tensor) -> Tensor:
+def _select_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
@@ -204,7 +204,7 @@ def _short_softmax(x: Tensor) -> Tensor:
     return softmax(x.view(-1, 16), -1)
 
 
-def _drawn(x: Tensor) -> Tensor:
+def _draw_mask(x: Tensor) -> Tensor:
     return torch.empty_like(x).bernoulli_(0.5)
 
 

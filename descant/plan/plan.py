@@ -69,7 +69,7 @@ def main(args: Sequence[str]) -> int:
         print(_HELP)
         return 0
     if "--calibrate" in options:
-        return _calibrated([word for word in options if word != "--calibrate"], command)
+        return _calibrate([word for word in options if word != "--calibrate"], command)
     given = _read(options, command)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's fake process group warns at each message
     from descant.plan.hardware import load
@@ -123,7 +123,7 @@ def _read(options: Sequence[str], command: list[str]) -> Given:
     return given
 
 
-def _calibrated(rest: list[str], command: list[str]) -> int:
+def _calibrate(rest: list[str], command: list[str]) -> int:
     if command or len(rest) > 1 or any(word.startswith("-") for word in rest):
         fail("plan: --calibrate takes a file for what it measures, and no command: descant plan --calibrate here.yaml")
     from descant.cli.quiet import quieten

@@ -169,14 +169,14 @@ def operation_of(
         phase=phase,
         flops=flops(func, args, kwargs, out),
         read=sum(map(moved, given)),
-        written=sum(map(moved, made or _changed(func, args, kwargs, kind))),
+        written=sum(map(moved, made or _list_written(func, args, kwargs, kind))),
         dtype=str(floats[0]).removeprefix("torch."),
         done=done(func, args),
         repeated=repeated_share(func),
     )
 
 
-def _changed(func: Any, args: Any, kwargs: dict[str, Any], kind: type[Tensor]) -> list[Tensor]:
+def _list_written(func: Any, args: Any, kwargs: dict[str, Any], kind: type[Tensor]) -> list[Tensor]:
     """List the tensors that a call writes in place if it returns none, such as those of optimizers."""
     found: list[Tensor] = []
     for place, name in writes(func):

@@ -43,7 +43,7 @@ def references(device: torch.device) -> Iterator[tuple[bool, Any, Batch, torch.o
     """Yield (whether the optimizer is fused, recipe, batch, optimizer): convolutions, attention, masked tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for recipe, batch in ((_contrastive(WIDTH), _pairs(ROWS)), (_masked(WIDTH), _images(ROWS))):
+        for recipe, batch in ((_contrastive(WIDTH), _pairs(ROWS)), (_masked_recipe(WIDTH), _images(ROWS))):
             model, there = recipe.to(device).train(), batch.to(device)
             for fused in (True, False):
                 options: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
@@ -100,7 +100,7 @@ def _contrastive(width: int) -> Contrastive:
     return Contrastive(Towers(image=image, text=text), width=width)
 
 
-def _masked(width: int) -> Masked:
+def _masked_recipe(width: int) -> Masked:
     return Masked(Adapters(image=PatchAdapter([_SIDE, _SIDE], patch=4)), Trunk(width=2 * width, depth=2, heads=2))
 
 
@@ -139,10 +139,10 @@ def trained_steps(count: int) -> Iterator[tuple[list[float], list[float]]]:
             take_step(model, batch, optimizer)
             alone.append(time.thread_time() - start)
         model._optimizer = partial(torch.optim.AdamW, fused=True)
-        yield _trained(model, batch, count), alone
+        yield _time_steps(model, batch, count), alone
 
 
-def _trained(model: Any, batch: Batch, count: int) -> list[float]:
+def _time_steps(model: Any, batch: Batch, count: int) -> list[float]:
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -34,10 +34,10 @@ def time_of(operation: Operation, hardware: Hardware) -> float:
     >>> f"{time_of(Operation('add', 'forward', 0, 8, 4, 'float32'), h100) * 1e6:.1f} us"
     '2.5 us'
     """
-    return _bound(operation, hardware)[0]
+    return _find_bound(operation, hardware)[0]
 
 
-def _bound(operation: Operation, hardware: Hardware) -> tuple[float, str, float]:
+def _find_bound(operation: Operation, hardware: Hardware) -> tuple[float, str, float]:
     """Return seconds, which of :data:`BOUNDS` limits them, and the share of them that memory alone would take."""
     kind, size = size_of(operation)
     card, measured = hardware.card, hardware.calibration
@@ -186,7 +186,7 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     computed, parts = dict.fromkeys(PHASES, 0.0), dict.fromkeys(BOUNDS, 0.0)
     launched, done = dict.fromkeys(PHASES, 0.0), [0.0]  # seconds of a rank alone, up to each operation
     for operation in trace.operations:
-        alone, bound, memory = _bound(operation, hardware)
+        alone, bound, memory = _find_bound(operation, hardware)
         streams = hardware.slowdown(processes, operation.read + operation.written)
         seconds = alone * (slowdown + memory * (streams - slowdown))
         computed[operation.phase] += seconds

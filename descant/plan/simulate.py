@@ -90,7 +90,7 @@ class Simulation:
         reduced = layout.strategy == "ddp" and layout.world > 1
         backward = sum(one.phase != "optimizer" for one in record.operations)
         messages = list(_reducing(twin, layout, backward)) if reduced else []
-        operations = [*record.operations[:backward], *_copied(messages), *record.operations[backward:]]
+        operations = [*record.operations[:backward], *_bucket_copies(messages), *record.operations[backward:]]
         collectives = sorted(record.collectives + messages, key=lambda message: message.after)
         beside = record.peak - weights - states - gradients
         memory = Memory(weights, states, gradients, gradients if reduced else 0, beside, record.largest)
@@ -127,7 +127,7 @@ class Simulation:
     def _one(self, rows: int) -> int:
         """Take one optimizer step and return its tokens."""
         made = [
-            _repeated(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)
+            _repeat_rows(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)
         ]
         there = [batch.to(register()) for batch in made]
         self.record.again()
@@ -189,7 +189,7 @@ def _to_device(module: nn.Module, dtype: torch.dtype | None) -> None:
             part._buffers[name] = made.setdefault(id(buffer), like(buffer))
 
 
-def _repeated(batch: Batch, rows: int, layout: Layout) -> Batch:
+def _repeat_rows(batch: Batch, rows: int, layout: Layout) -> Batch:
     real_N = some(*batch.present.values()).nonzero()[:, 0]  # skip padding rows
     part = batch.select(real_N[torch.arange(rows) % len(real_N)])
     times = layout.world * layout.micro
@@ -243,7 +243,7 @@ def _reducing(twin: nn.Module, layout: Layout, backward: int) -> Iterator[Collec
         yield Collective("all_reduce", "backward", held, layout.world, overlapped=True, after=backward)
 
 
-def _copied(reduced: list[Collective]) -> Iterator[Operation]:
+def _bucket_copies(reduced: list[Collective]) -> Iterator[Operation]:
     """Yield DDP's work on each bucket: copy gradients in, divided by the ranks, and back after the reduction.
 
     Each is one kernel: those of single gradients are launched from C++, where several take the time of one from Python.

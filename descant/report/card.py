@@ -82,8 +82,8 @@ def write(about: About, data: Any, folder: Path, digests: Mapping[str, str]) -> 
         ready=[name for name in towers if name in about.parts and name not in about.left],
         tower=next(iter(towers), None),
         folders=sorted(path.name for path in folder.glob("towers/*")),
-        training=_copied(about, "Training") if run.exported else _training(about),
-        licences=_copied(about, "Licences") if run.exported else _licences(data, folder),
+        training=_copy_section(about, "Training") if run.exported else _training(about),
+        licences=_copy_section(about, "Licences") if run.exported else _licences(data, folder),
         limits=_limits(about, data),
     )
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -102,17 +102,21 @@ def _training(about: About) -> dict[str, str]:
     rows = {
         "data": _short(data.get("class_path")),
         "batch": (data.get("init_args") or {}).get("batch_size"),
-        "steps, epochs, samples": _joined(run.get(key) for key in ("steps", "epochs", "samples")),
+        "steps, epochs, samples": _join_values(run.get(key) for key in ("steps", "epochs", "samples")),
         "seconds": run.get("seconds"),
-        "parameters, trained": _joined(run.get(key) for key in ("parameters", "parameters_trainable")),
+        "parameters, trained": _join_values(run.get(key) for key in ("parameters", "parameters_trainable")),
         "parameters that a token meets": run.get("parameters_active"),
         **{key: _spec(model.get(key)) for key in ("loss", "optimizer", "schedule")},
-        "adapters": _joined(_spec(part) for part in model.get("adapt") or []),
+        "adapters": _join_values(_spec(part) for part in model.get("adapt") or []),
         "precision": trainer.get("precision"),
         "seed": config.get("seed_everything"),
-        "revision": _joined([versions.get("revision"), "with uncommitted changes" if versions.get("dirty") else None]),
-        "packages": _joined(f"{name} {version}" for name, version in packages if version and name in _PACKAGES),
-        "python, devices": _joined([versions.get("python"), *(versions.get("gpus") or ["CPU"])]) if versions else None,
+        "revision": _join_values(
+            [versions.get("revision"), "with uncommitted changes" if versions.get("dirty") else None]
+        ),
+        "packages": _join_values(f"{name} {version}" for name, version in packages if version and name in _PACKAGES),
+        "python, devices": _join_values([versions.get("python"), *(versions.get("gpus") or ["CPU"])])
+        if versions
+        else None,
     }
     return {key: _cell(value) for key, value in rows.items() if value not in (None, "")}
 
@@ -134,7 +138,7 @@ def _limits(about: About, data: Any) -> list[str]:
     lines = ["The model knows what its training data shows, and was evaluated on the sets above only."]
     languages = getattr(data, "languages", None)
     if languages:
-        lines.append(f"Languages of its training texts: {_joined(languages)}.")
+        lines.append(f"Languages of its training texts: {_join_values(languages)}.")
     tokenizer = next(iter(about.parts.get("text", [])), None)
     if isinstance(tokenizer, Tokenizer):
         lines.append(f"Texts are cut after {tokenizer.length} tokens.")
@@ -147,11 +151,11 @@ def _limits(about: About, data: Any) -> list[str]:
     if about.adapted:
         lines.append("It has adapters or quantised layers: loading needs peft or bitsandbytes (--merge folds them).")
     if about.left:
-        lines.append(f"The preprocessing of {_joined(about.left)} is not included.")
+        lines.append(f"The preprocessing of {_join_values(about.left)} is not included.")
     return lines
 
 
-def _copied(about: About, title: str) -> str:
+def _copy_section(about: About, title: str) -> str:
     """A section from the card of the export that this one is made from."""
     file = about.source.folder / CARD
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -208,7 +212,7 @@ def _spec(node: Any) -> str | None:
     return f"{_short(node.get('class_path'))}({arguments})"
 
 
-def _joined(values: Iterable[Any]) -> str:
+def _join_values(values: Iterable[Any]) -> str:
     return ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values if v is not None)
 
 

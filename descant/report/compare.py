@@ -125,14 +125,14 @@ def read(command: str, given: Namespace) -> tuple[Table, int]:
         fail(f"{command}: no run given: descant {command} NAME, or NAME/001 NAME/002 ...")
     groups = group(load(command, given.run, given.runs))
     baseline = _baseline(command, groups, given.baseline)
-    known, lower = _known(groups), _lower(groups)
-    chosen = _chosen(command, given.metrics, known) if given.metrics else _default(groups, known)
+    known, lower = _list_metrics(groups), _lower(groups)
+    chosen = _choose_metrics(command, given.metrics, known) if given.metrics else _default(groups, known)
     return fill(groups, baseline, chosen, lower), 0 if given.metrics else len(known) - len(chosen)
 
 
 def every(table: Table) -> Table:
     """The same rows with all metrics of any run."""
-    return fill(table.groups, table.baseline, _known(table.groups), table.lower)
+    return fill(table.groups, table.baseline, _list_metrics(table.groups), table.lower)
 
 
 def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) -> Table:
@@ -195,13 +195,13 @@ def _advice(groups: Sequence[Group]) -> str:
 # metrics --------------------------------------------------------------------------------------------------------
 
 
-def _known(groups: Sequence[Group]) -> list[str]:
+def _list_metrics(groups: Sequence[Group]) -> list[str]:
     """Metrics of any run: evaluation first, then training, then counts and times."""
     names = {name for one in groups for run in one.runs.values() for name in run.metrics}
     return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), order(name)))
 
 
-def _shared(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
+def _common_metrics(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
     """Metrics that every run has, without chance levels, which are a row of their own."""
     runs = [run for one in groups for run in one.runs.values()]
     return [name for name in known if all(name in run.metrics for run in runs) and not is_chance(name)]
@@ -244,7 +244,7 @@ def _last(name: str) -> str:
 
 def _lower(groups: Sequence[Group]) -> set[str]:
     modes = _modes(groups)
-    return {name for name in _known(groups) if lower_is_better(name, modes)}
+    return {name for name in _list_metrics(groups) if lower_is_better(name, modes)}
 
 
 def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
@@ -267,7 +267,7 @@ def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
 
     Losses of different recipes are left out: InfoNCE, an error of pixels and a cross-entropy have no common scale.
     """
-    modes, known = _modes(groups), _shared(groups, known)
+    modes, known = _modes(groups), _common_metrics(groups, known)
     known = [name for name in known if all(_same_meaning(name, one, groups[0]) for one in groups)] or known
     evaluated = [name for name in known if "/" in name and not name.startswith(("train/", "speed/"))]
     monitored = [name for name in evaluated if _last(name) in modes]
@@ -275,7 +275,7 @@ def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
     return (monitored or evaluated or losses or list(known))[:_MAX_METRICS]
 
 
-def _chosen(command: str, metrics: str, known: Sequence[str]) -> list[str]:
+def _choose_metrics(command: str, metrics: str, known: Sequence[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for word in metrics.split(","):
         matches = [name for name in known if name == word] or [name for name in known if fnmatchcase(name, word)]
@@ -324,7 +324,7 @@ def markdown(table: Table) -> str:
             blocks.append([names, seeds])
         blocks[-1] += pair
     blocks[0].append(seconds)
-    return "\n\n".join([*map(_lined, blocks), *(["\n".join(legend)] if legend else [])])
+    return "\n\n".join([*map(_table_lines, blocks), *(["\n".join(legend)] if legend else [])])
 
 
 def _wide(columns: Sequence[Sequence[str]]) -> int:
@@ -332,7 +332,7 @@ def _wide(columns: Sequence[Sequence[str]]) -> int:
     return sum(3 + max(map(len, column)) for column in columns)
 
 
-def _lined(columns: Sequence[Sequence[str]]) -> str:
+def _table_lines(columns: Sequence[Sequence[str]]) -> str:
     """Columns as lines of Markdown, the first left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in columns]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]

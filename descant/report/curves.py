@@ -107,7 +107,9 @@ def chart(
     every = [curve for runs in curves for curve in runs.values()]
     steps, values = [s for curve in every for s in curve], [v for curve in every for v in curve.values()]
     x0, x1 = min(steps), max(max(steps), min(steps) + 1)
-    y0, y1 = _padded(min(*values, *chance), max(*values, *chance)) if chance else _padded(min(values), max(values))
+    y0, y1 = (
+        _pad_range(min(*values, *chance), max(*values, *chance)) if chance else _pad_range(min(values), max(values))
+    )
     seeds = [(n, name, curve) for n, runs in enumerate(curves) if len(runs) > 1 for name, curve in runs.items()]
     means = [(n, groups[n].name, mean(list(runs.values()))) for n, runs in enumerate(curves) if runs]
     marks: dict[str, dict[str, str]] = {}
@@ -146,7 +148,7 @@ def colour(number: int) -> str:
     return f"c{place}" + (f" d{(again - 1) % 3 + 1}" if again else "")
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
+def _pad_range(low: float, high: float) -> tuple[float, float]:
     size = max(abs(low), abs(high))
     pad = (high - low) * 0.04 if high - low > 1e-9 * size + 1e-90 else size * 0.1 + 1e-3
     return low - pad, high + pad

@@ -62,7 +62,7 @@ class Predictions(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule):
-            chosen = _chosen(data, self.sets)
+            chosen = _choose_sets(data, self.sets)
             self.names = list(chosen)
             # overrides the hook of this one object: the command chooses the sets, not the data module
             data.predict_dataloader = partial(_loaders, data, chosen)  # type: ignore[method-assign]
@@ -266,7 +266,7 @@ def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends_B), flat, mask=pa.array((~present_B).numpy()))
 
 
-def _chosen(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
+def _choose_sets(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
     """Name -> requested set; validation sets are built only where one is requested."""
     known = data.evaluation_sets("test")
     if not sets:

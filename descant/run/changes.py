@@ -95,7 +95,7 @@ def _settings(differing: Sequence[tuple[str, object, object]], restore: str) -> 
     if len(differing) <= _MOST - 1:
         for key, then, now in differing:
             plain = key.replace(".init_args", "")
-            option = f"the run's own: --{plain} {_short(then)}" if _typed(then) else restore
+            option = f"the run's own: --{plain} {_short(then)}" if _is_one_word(then) else restore
             yield f"{plain}: {_short(then)} in the run, {_short(now)} here; {option}"
         return
     parts: dict[str, list[str]] = {}
@@ -144,7 +144,7 @@ def _several(parts: Sequence[str]) -> str:
     return ", ".join(parts[:_NAMED]) + (f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else "")
 
 
-def _typed(value: object) -> bool:
+def _is_one_word(value: object) -> bool:
     """Whether a value can be typed as one word."""
     return isinstance(value, bool | int | float) or (
         isinstance(value, str) and shlex.quote(value) == value != "not set"

@@ -25,13 +25,13 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     if resume not in ("never", "auto"):
         start = _point(root, resume).resolve()
         _compare_versions(start.parent.parent)
-        return _locked(runs.allocate(root / name, checkpoint=str(start)))
+        return _lock_run(runs.allocate(root / name, checkpoint=str(start)))
     before = elastic.begun(root / name)
     folder = runs.existing(root, run, trust) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
             fail(f"--run {run}: the run exists: --resume auto continues it, and without --run a new one starts")
-        return _locked(runs.allocate(root / name))
+        return _lock_run(runs.allocate(root / name))
     if folder is not None:
         runs.require_below(root, folder, trust)
         require_contained(folder, trust)
@@ -54,15 +54,15 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     again = before is not None or runs.identity() is not None
     if folder is not None and not again:
         lock.release(folder)
-    new = Run(folder, fresh=False) if folder is not None and again else _locked(runs.allocate(root / name))
+    new = Run(folder, fresh=False) if folder is not None and again else _lock_run(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
     say(f"--resume auto: {name} has no {what}; starting {shown(new.folder)}")
-    if folder is not None and not skipped and (lost := _lost(folder)) is not None:
+    if folder is not None and not skipped and (lost := _lost_text(folder)) is not None:
         say(lost)
     return new
 
 
-def _lost(folder: Path) -> str | None:
+def _lost_text(folder: Path) -> str | None:
     """What is lost of a run that ended before its first resume point, and when that was due; None if unknown."""
     try:
         trainer = load(folder / "config.yaml").plain.get("trainer")
@@ -95,7 +95,7 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
                 fail(f"{shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
 
-def _locked(run: Run) -> Run:
+def _lock_run(run: Run) -> Run:
     if runs.rank() == 0:
         lock.take(run.folder)
     return run

@@ -146,8 +146,8 @@ def _uri(data: bytes, most: int) -> tuple[tuple[int, int], str, bool] | None:
         for width, quality in _SIZES:
             small = image.copy()
             small.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
-            kind, coded = "jpeg", _saved(small, format="JPEG", quality=quality, optimize=True)
-            if len(data) <= len(coded) and len(png := _saved(image, format="PNG", optimize=True)) <= len(coded):
+            kind, coded = "jpeg", _encode_image(small, format="JPEG", quality=quality, optimize=True)
+            if len(data) <= len(coded) and len(png := _encode_image(image, format="PNG", optimize=True)) <= len(coded):
                 small, kind, coded = image, "png", png  # few colours, such as a matrix: smaller and exact
             uri = f"data:image/{kind};base64,{base64.b64encode(coded).decode()}"
             if len(uri) <= most:
@@ -157,7 +157,7 @@ def _uri(data: bytes, most: int) -> tuple[tuple[int, int], str, bool] | None:
     return small.size, uri, small.size != image.size
 
 
-def _saved(image: Image.Image, **options: Any) -> bytes:
+def _encode_image(image: Image.Image, **options: Any) -> bytes:
     out = io.BytesIO()
     image.save(out, **options)
     return out.getvalue()

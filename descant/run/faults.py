@@ -91,7 +91,7 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
     ours = within(_raiser(error), ("descant",))  # there another error is a bug, and keeps its traceback
     if ours and not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
         return None
-    return f"{cls.__name__}: it cannot be built: {_worded(error)}; --debug shows more"
+    return f"{cls.__name__}: it cannot be built: {_error_text(error)}; --debug shows more"
 
 
 def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
@@ -109,11 +109,11 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
     for name, frame, _ in reversed(frames):
         if _is_part(name):
             owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else name
-            return f"{owner} ({name}.{frame.f_code.co_name}): {_worded(error)}; --debug shows more"
+            return f"{owner} ({name}.{frame.f_code.co_name}): {_error_text(error)}; --debug shows more"
     return None
 
 
-def _worded(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """A library's message, with the error's type where it is short."""
     text = one_line(error)
     return text[:200] if len(text) > 40 else f"{type(error).__name__}: {text}"

@@ -104,10 +104,10 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
             explicit[folder.resolve()] = explicit.get(folder.resolve(), False) or named
     read, without = [], []
     for folder, named in explicit.items():
-        if _measured(folder):
+        if _has_metrics(folder):
             read.append(_read(command, folder))
         elif named:
-            there = [path for path in runs.runs_of(folder.parent.parent, folder.parent.name) if _measured(path)]
+            there = [path for path in runs.runs_of(folder.parent.parent, folder.parent.name) if _has_metrics(path)]
             name = _name(folder)
             fail(f"{command} {name}: no metrics.json: nothing was evaluated yet{hint(name, map(_name, there))}")
         else:
@@ -137,7 +137,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
     return folders, False
 
 
-def _measured(folder: Path) -> bool:
+def _has_metrics(folder: Path) -> bool:
     return (folder / "metrics.json").exists()  # also where it cannot be read, which is reported
 
 

@@ -117,7 +117,7 @@ def _flock(handle: int) -> bool | None:
 
 
 def _holder() -> bytes:
-    note = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname(), "job": _job()}
+    note = {"pid": os.getpid(), "born": _start_time(os.getpid()), "host": socket.gethostname(), "job": _job()}
     return json.dumps(note).encode()
 
 
@@ -152,10 +152,10 @@ def _lives(folder: Path, other: Mapping[str, Any]) -> bool:
     except OSError as error:
         if not isinstance(error, PermissionError):
             return False
-    return other.get("born") == _born(pid)
+    return other.get("born") == _start_time(pid)
 
 
-def _born(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """Start time of a process in clock ticks, since pids repeat; None where it is not known."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

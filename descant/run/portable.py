@@ -82,10 +82,10 @@ def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | No
     if any(issubclass(find_class(part["class_path"]), StageChange) for part in adapt):
         kept = [part for part in adapt if not issubclass(find_class(part["class_path"]), StageChange)]
         node["init_args"]["adapt"] = kept or None
-    return _carried(node, recipe, folder, (), tokenizer)
+    return _portable_node(node, recipe, folder, (), tokenizer)
 
 
-def _carried(
+def _portable_node(
     node: Node, module: nn.Module | None, folder: Path, path: tuple[str, ...], tokenizer: Tokenizer | None
 ) -> Node:
     cls = find_class(node["class_path"])
@@ -95,11 +95,11 @@ def _carried(
     arguments = dict(node.get("init_args") or {})
     for key, value in arguments.items():
         if names_class(value):
-            spec, child = _released(value, module, key)
-            arguments[key] = _carried(spec, child, folder, (*path, key), tokenizer)
+            spec, child = _inner_part(value, module, key)
+            arguments[key] = _portable_node(spec, child, folder, (*path, key), tokenizer)
         elif isinstance(value, list):
             place = (*path, key)
-            arguments[key] = [_carried(v, None, folder, place, tokenizer) if names_class(v) else v for v in value]
+            arguments[key] = [_portable_node(v, None, folder, place, tokenizer) if names_class(v) else v for v in value]
     if isinstance(module, TransformersTower):
         arguments = _transformers(module, folder, _tower_name(path), tokenizer)
     elif isinstance(module, PretrainedTower):
@@ -112,7 +112,7 @@ def _carried(
     return {"class_path": node["class_path"], **({"init_args": arguments} if arguments else {})}
 
 
-def _released(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.Module | None]:
+def _inner_part(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.Module | None]:
     """The part at ``key`` of a module; a SavedTower is replaced by the tower inside it."""
     holder, child = module, _child(module, key)
     while child is not None and not isinstance(child, find_class(node["class_path"])):
@@ -229,13 +229,13 @@ def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> 
     """Modality -> configurations of its preprocessing, files written; and the modalities that have none."""
     nodes: dict[str, list[Node]] = {}
     for modality, steps in parts.items():
-        described = [node for node in (_described(part, data, folder) for part in steps) if node is not None]
+        described = [node for node in (_described_node(part, data, folder) for part in steps) if node is not None]
         if len(described) == len(steps):
             nodes[modality] = described
     return nodes, [modality for modality in parts if modality not in nodes]
 
 
-def _described(part: Any, data: Node, folder: Path) -> Node | None:
+def _described_node(part: Any, data: Node, folder: Path) -> Node | None:
     cls = type(part)
     path = f"{cls.__module__}.{cls.__qualname__}"
     if isinstance(part, BPETokenizer):
@@ -250,7 +250,7 @@ def _described(part: Any, data: Node, folder: Path) -> Node | None:
     if isinstance(part, NgramTokenizer):
         return {"class_path": path, "init_args": {"n": part.n, "buckets": part.vocabulary, "length": part.length}}
     if isinstance(part, AudioField):
-        inner = _described(part.log_mel, data, folder)
+        inner = _described_node(part.log_mel, data, folder)
         return inner and {
             "class_path": path,
             "init_args": {"rate": part.rate, "seconds": part.samples / part.rate, "log_mel": inner},

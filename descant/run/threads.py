@@ -62,18 +62,18 @@ class Others:
     """Watches how many cores other processes keep busy, from when it is made."""
 
     def __init__(self) -> None:
-        self.began, self.before = time.monotonic(), _used()
+        self.began, self.before = time.monotonic(), _seconds_of_others()
 
     def busy(self) -> float:
         """Cores that others have used on average; 0 where the system does not report it."""
         if self.before is None:
             return 0.0
         time.sleep(max(0.0, self.began + _SHORT - time.monotonic()))
-        now, passed = _used(), time.monotonic() - self.began
+        now, passed = _seconds_of_others(), time.monotonic() - self.began
         return max(0.0, now - self.before) / passed if now is not None else 0.0
 
 
-def _used() -> float | None:
+def _seconds_of_others() -> float | None:
     """Seconds of processor time that all processes but this one have used since the machine began."""
     try:
         with open("/proc/stat") as file:

@@ -103,12 +103,12 @@ def _options(given: argparse.Namespace, folder: Path, tasks: int) -> list[str]:
         **{key: getattr(given, key.replace("-", "_")) for key in ("gpus-per-node", "cpus-per-task", "mem", "time")},
         **{key: getattr(given, key) for key in ("partition", "account", "qos")},
     }
-    lines = [f"#SBATCH --{key}={_quoted(str(value))}" for key, value in options.items() if value]
+    lines = [f"#SBATCH --{key}={_quote(str(value))}" for key, value in options.items() if value]
     lines += ["#SBATCH --requeue", "#SBATCH --kill-on-invalid-dep=yes"]
     return lines + [f"#SBATCH --{option.removeprefix('--')}" for option in given.sbatch]
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     if not text.isprintable() or '"' in text:  # a second line would be run
         fail(f"submit: {text!r}: printable characters only, without quotation marks")
     return f'"{text}"' if re.search(r"\s", text) else text

@@ -280,7 +280,7 @@ def _folder(
     cores = 0
     for values in tried:
         more = [part for key, value in values for part in (f"--{key}", value)]
-        config, name = _composed(command, [*args, *more])
+        config, name = _compose_run(command, [*args, *more])
         _divides(config, given.nodes * given.tasks_per_node)
         cores = max(cores, _cores(config["data"]))
     if given.gpus_per_node or any(option.removeprefix("--").startswith("exclusive") for option in given.sbatch):
@@ -303,7 +303,7 @@ def _cores(data: Mapping[str, Any]) -> int:
     return max(int(threads) if threads.isdecimal() else 1, 1) + max(workers)
 
 
-def _composed(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _compose_run(command: str, args: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Return the resolved configuration of a command, and the name of its run."""
     import yaml
 

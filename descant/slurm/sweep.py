@@ -90,7 +90,7 @@ def main(args: Sequence[str]) -> int:
         fail(f"sweep: --runs {folder.parent.parent}: runs cannot be written there: {error.strerror}")
     say(f"sweep: {len(every)} runs, {len(every) - len(todo)} done, {given.jobs} at a time, in {folder}")
     try:
-        run_beside([_task(words, folder, name, options) for name, options in todo.items()], given.jobs, _done)
+        run_beside([_task(words, folder, name, options) for name, options in todo.items()], given.jobs, _report_done)
     except KeyboardInterrupt:
         say("sweep: interrupted; the same command continues")
         return INTERRUPTED
@@ -185,7 +185,7 @@ def _task(words: Sequence[str], folder: Path, name: str, options: Mapping[str, s
     return Task(f"sweep: {name}", fit, folder / f"{name}.log")
 
 
-def _done(task: Task, seconds: float) -> None:
+def _report_done(task: Task, seconds: float) -> None:
     write_text(task.log.with_suffix(".done"), "")  # marks a successful run
     say(f"{task.label}: done ({seconds:.0f} s)")
 

@@ -31,7 +31,7 @@ def host_copy(x: Tensor) -> Tensor:
     """
     if x.is_cpu:
         return x
-    make = _known(x)
+    make = _known_copy(x)
     if make is None:
         return x.detach().cpu()
     copy = make()
@@ -54,7 +54,7 @@ def read_together(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def has_host_copy(x: Tensor) -> bool:
     """Whether :func:`host_copy` gives the values of ``x`` without waiting for a device."""
-    return x.is_cpu or _known(x) is not None
+    return x.is_cpu or _known_copy(x) is not None
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -140,7 +140,7 @@ def _remember(x: Tensor, make: Callable[[], Tensor]) -> None:
     setattr(x, _NAME, (make, _version(x)))
 
 
-def _known(x: Tensor) -> Callable[[], Tensor] | None:
+def _known_copy(x: Tensor) -> Callable[[], Tensor] | None:
     make, version = getattr(x, _NAME, (None, None))
     return make if version == _version(x) else None  # x was written since: the copy is outdated
 

@@ -80,7 +80,7 @@ class RunningRows:
 
     def take(self, x_B: Tensor) -> Tensor:
         """``[R, ...]``: the rows, with zeros in place of absent ones, which may hold anything."""
-        x_R = derived(_zeroed, x_B, self._at_R, self._out_R)
+        x_R = derived(_take_zeroed, x_B, self._at_R, self._out_R)
         if (known := known_finite(x_B)) is None:
             return x_R
         return with_finite(x_R, lambda: known()[self.row_R] | _beside(self.absent_R, x_B))
@@ -104,7 +104,7 @@ class RunningRows:
         return h_R.new_zeros(len(self.here_B), *h_R.shape[1:]).index_put((self._at_R,), h_R)
 
 
-def _zeroed(x_B: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
+def _take_zeroed(x_B: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
     return x_B[row_R].masked_fill_(_beside(absent_R, x_B), 0)
 
 

@@ -86,7 +86,7 @@ class Nudge:
         with ExitStack() as stack:
             for m, _, delta in self._each(delta_BN):
                 if not inputs[m].is_floating_point():
-                    stack.enter_context(_perturbed(_embedding(self.recipe, m), delta, share_rows(self.recipe)))
+                    stack.enter_context(_perturbing(_embedding(self.recipe, m), delta, share_rows(self.recipe)))
             return self.recipe.latents(replace(self.batch, inputs=inputs))
 
     def gradient(self, value: Tensor, delta_BN: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _embedding(recipe: Any, m: str) -> nn.Module:
 
 
 @contextmanager
-def _perturbed(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator[None]:
+def _perturbing(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Iterator[None]:
     def add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         at = tracker.current
         return out + (delta if at is None else delta[at]).to(out)
@@ -161,7 +161,7 @@ def attacked(
             if restart:
                 delta_BN = _within(draw_B, restart, delta_BN, radius_B1)
             for _ in range(steps):
-                logits_BC, delta_BN = _ascended(nudge, delta_BN, radius_B1, label_B, step / steps)
+                logits_BC, delta_BN = _ascend(nudge, delta_BN, radius_B1, label_B, step / steps)
                 wrong_B = wrong_B | (logits_BC.argmax(dim=1) != label_B)
             with torch.no_grad():
                 wrong_B = wrong_B | (recipe.fuse(nudge(delta_BN), nudge.batch.present).argmax(dim=1) != label_B)
@@ -173,13 +173,11 @@ def worst(nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 5, step:
     with torch.inference_mode(False), torch.enable_grad():
         delta_BN = nudge.zero()
         for _ in range(steps):
-            _, delta_BN = _ascended(nudge, delta_BN, radius_B[:, None], label_B, step / steps)
+            _, delta_BN = _ascend(nudge, delta_BN, radius_B[:, None], label_B, step / steps)
     return delta_BN
 
 
-def _ascended(
-    nudge: Nudge, delta_BN: Tensor, radius_B1: Tensor, label_B: Tensor, share: float
-) -> tuple[Tensor, Tensor]:
+def _ascend(nudge: Nudge, delta_BN: Tensor, radius_B1: Tensor, label_B: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return the logits at delta, and delta after a step of this share of the radius."""
     delta_BN.requires_grad_()
     logits_BC = nudge.recipe.fuse(nudge(delta_BN), nudge.batch.present)

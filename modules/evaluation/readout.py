@@ -241,7 +241,7 @@ class ModelContrast:
 
     def _r(self, count_RN: Tensor, p_NS: Tensor, y_NS: Tensor, tested_NS: Tensor) -> Tensor:
         # moments of standardized columns lose no digits
-        (p_NS, p_S), (y_NS, y_S) = _scaled(p_NS, tested_NS), _scaled(y_NS, tested_NS)
+        (p_NS, p_S), (y_NS, y_S) = _standardize(p_NS, tested_NS), _standardize(y_NS, tested_NS)
         moments_6NS = torch.stack([tested_NS.to(p_NS), p_NS, y_NS, p_NS * p_NS, y_NS * y_NS, p_NS * y_NS])
         n_RS, sum_p_RS, sum_y_RS, pp_RS, yy_RS, py_RS = count_RN @ moments_6NS
         n_RS = n_RS.clamp(min=1)
@@ -298,12 +298,12 @@ def pearson(p_HS: Tensor, y_HS: Tensor) -> Tensor:
     ([-1.0, nan], 0.0)
     """
     tested = torch.ones_like(p_HS[..., :1], dtype=torch.bool)
-    (p_HS, p_S), (y_HS, y_S) = _scaled(p_HS, tested), _scaled(y_HS, tested)
+    (p_HS, p_S), (y_HS, y_S) = _standardize(p_HS, tested), _standardize(y_HS, tested)
     r_S = torch.where(p_S, (p_HS * y_HS).mean(-2), torch.zeros_like(p_HS[..., 0, :]))
     return r_S.clamp(-1, 1).masked_fill(~y_S, torch.nan).where(p_HS.isfinite().all(-2), torch.nan)
 
 
-def _scaled(x_NS: Tensor, tested_NS: Tensor) -> tuple[Tensor, Tensor]:
+def _standardize(x_NS: Tensor, tested_NS: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each column's tested rows to mean 0 and variance 1, others to 0; also return bool ``[S]``: not constant."""
     x_NS = x_NS.where(tested_NS, 0.0)
     size_S = tested_NS.sum(-2, keepdim=True).clamp(min=1)

@@ -61,7 +61,7 @@ def _require_uncalled(node: object, place: Path) -> None:
     for value in node.values():
         _require_uncalled(value, place)
     arguments = node.get("init_args")
-    cls = _resolved(node.get("class_path"))
+    cls = _resolve(node.get("class_path"))
     if "class_path" in node and node.get("dict_kwargs"):
         raise ValueError(f"{place}: {node['class_path']}: dict_kwargs are not checked against types; use init_args")
     if not isinstance(cls, type) or not isinstance(arguments, Mapping):
@@ -69,13 +69,13 @@ def _require_uncalled(node: object, place: Path) -> None:
     hints = _hints(cls)
     for key, value in arguments.items():
         for made in _factories(hints.get(str(key))):
-            for name in _named(value):
-                value = _resolved(name)
+            for name in _list_paths(value):
+                value = _resolve(name)
                 if not (made and isinstance(value, type) and issubclass(value, made)):
                     raise ValueError(f"{place}: {cls.__name__}.{key}: {name} would be called")
 
 
-def _resolved(name: object) -> Any:
+def _resolve(name: object) -> Any:
     """Return the object at a dotted path; None if it does not exist, which the parser reports."""
     try:
         return pkgutil.resolve_name(name) if isinstance(name, str) and "." in name else None
@@ -112,7 +112,7 @@ def _factories(hint: Any) -> Iterator[tuple[type, ...]]:
             yield from _factories(part)
 
 
-def _named(value: object) -> Iterator[str]:
+def _list_paths(value: object) -> Iterator[str]:
     """Yield class paths and dotted texts, at any depth of lists."""
     if isinstance(value, Mapping) and "class_path" in value:
         yield str(value["class_path"])
@@ -120,7 +120,7 @@ def _named(value: object) -> Iterator[str]:
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _named(item)
+            yield from _list_paths(item)
 
 
 def class_paths(node: object) -> Iterator[str]:

@@ -55,14 +55,14 @@ def pinned(run: Path) -> Iterator[None]:
 
     Models that the folder does not list are unrestricted.
     """
-    _pins.append(_recorded(run))
+    _pins.append(_read_record(run))
     try:
         yield
     finally:
         _pins.pop()
 
 
-def _recorded(run: Path) -> dict[str, Any]:
+def _read_record(run: Path) -> dict[str, Any]:
     file = (run if run.is_dir() else run.parent) / RECORD
     try:
         with open_regular(file) as stream:
@@ -104,7 +104,7 @@ def resolved(folder: Path | str) -> Path:
         raise ValueError(f"folder {name}: no name of a hub's model, which is hub:OWNER/NAME or hub:OWNER/NAME@REVISION")
     pin = _pins[-1].get(name)
     if name not in _found or (pin is not None and _found[name].revision != pin["revision"]):
-        _found[name] = _downloaded(match[1], pin["revision"] if pin is not None else match[2], name)
+        _found[name] = _download(match[1], pin["revision"] if pin is not None else match[2], name)
     one = _found[name]
     if pin is not None and one.digest != pin["digest"]:
         raise ValueError(
@@ -114,7 +114,7 @@ def resolved(folder: Path | str) -> Path:
     return one.folder
 
 
-def _downloaded(repository: str, revision: str | None, name: str) -> Snapshot:
+def _download(repository: str, revision: str | None, name: str) -> Snapshot:
     from huggingface_hub import constants, snapshot_download
 
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False  # commands set it, against all other downloads

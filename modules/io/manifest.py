@@ -143,20 +143,20 @@ def _in_use(parts: Path, path: Path) -> bool:
 
 def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     """Return the open file and its facts if every byte is as written, otherwise the fault. Links are followed."""
-    result = _confirmed(path)
+    result = _open_confirmed(path)
     return result if isinstance(result, str) else (result[0], result[1]["facts"])
 
 
 def account(path: Path) -> Facts | str:
     """Return ``sha256``, ``size`` and ``facts`` of a file if every byte is as written, otherwise the fault."""
-    result = _confirmed(path)
+    result = _open_confirmed(path)
     if isinstance(result, str):
         return result
     result[0].close()
     return result[1]
 
 
-def _confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
+def _open_confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
     before, why = None, "missing"
     while (entries := _entries(path)) != before:  # replaced between the two reads: try again
         before = entries

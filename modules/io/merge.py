@@ -28,8 +28,8 @@ def plain(module: nn.Module) -> nn.Module:
     """
     inside: tuple[str, ...] = ()
     for name, layer in list(module.named_modules()):  # outermost first: an adapter contains the layer that it adapts
-        if not name.startswith(inside) and (_adapted(layer) or _quantized(layer)):
-            module.set_submodule(name, _merged(layer) if _adapted(layer) else _linear(layer, _weight(layer)))
+        if not name.startswith(inside) and (_is_adapter(layer) or _is_quantized(layer)):
+            module.set_submodule(name, _merge_layer(layer) if _is_adapter(layer) else _linear(layer, _weight(layer)))
             inside += (f"{name}.",)
     for part in module.modules():
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # set by Quantize for peft
@@ -41,13 +41,13 @@ def plain(module: nn.Module) -> nn.Module:
 
 def changed(module: nn.Module) -> bool:
     """Whether any layer is adapted or quantized."""
-    return any(_adapted(layer) or _quantized(layer) for layer in module.modules())
+    return any(_is_adapter(layer) or _is_quantized(layer) for layer in module.modules())
 
 
 @torch.no_grad()
-def _merged(layer: Any) -> nn.Module:
+def _merge_layer(layer: Any) -> nn.Module:
     base = layer.get_base_layer()
-    if not _quantized(base):
+    if not _is_quantized(base):
         layer.merge(safe_merge=True)
         return cast(nn.Module, base)
     weight = _weight(base)
@@ -70,10 +70,10 @@ def _weight(layer: Any) -> torch.Tensor:
     return cast(torch.Tensor, dequantize_module_weight(layer))
 
 
-def _adapted(layer: nn.Module) -> bool:
+def _is_adapter(layer: nn.Module) -> bool:
     """Whether a layer is a peft adapter, by name, without importing peft."""
     return type(layer).__module__.startswith("peft.") and hasattr(layer, "get_base_layer")
 
 
-def _quantized(layer: nn.Module) -> bool:
+def _is_quantized(layer: nn.Module) -> bool:
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and type(layer).__module__.startswith("bitsandbytes.")

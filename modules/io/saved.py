@@ -143,7 +143,7 @@ def read_yaml(file: Path, folder: Path) -> Node:
         raise ValueError(f"{file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys")
-    return cast(Node, _placed(content, str(folder)))
+    return cast(Node, _resolve_paths(content, str(folder)))
 
 
 def read_weights(saved: Saved) -> dict[str, Tensor]:
@@ -297,13 +297,13 @@ def _neighbour(path: Path) -> str:
     return f"; nearest: {path.parent / near}" if near else ""
 
 
-def _placed(value: Any, folder: str) -> Any:
+def _resolve_paths(value: Any, folder: str) -> Any:
     if isinstance(value, str):
         return folder + value[len(PLACE) :] if value == PLACE or value.startswith(f"{PLACE}/") else value
     if isinstance(value, list):
-        return [_placed(item, folder) for item in value]
+        return [_resolve_paths(item, folder) for item in value]
     if isinstance(value, dict):
-        return {key: _placed(item, folder) for key, item in value.items()}
+        return {key: _resolve_paths(item, folder) for key, item in value.items()}
     return value
 
 

@@ -61,11 +61,11 @@ class DecodeLayer:
         plain = (nn.Linear, nn.RMSNorm, ModalityLinear) if text else (nn.Linear, nn.RMSNorm)
         self.plain = all(type(part) in plain and not part._forward_hooks for part in parts)
         if self.plain:
-            self.norm_1, self.qkv = _folded(layer.norm_1, layer.qkv)
-            self.out = _transposed(layer.out.weight)
+            self.norm_1, self.qkv = _fold_norm(layer.norm_1, layer.qkv)
+            self.out = _transpose(layer.out.weight)
             if self.moe is None:
-                self.norm_2, self.gate_up = _folded(layer.norm_2, layer.gate_up)
-                self.down = _transposed(layer.down.weight)
+                self.norm_2, self.gate_up = _fold_norm(layer.norm_2, layer.gate_up)
+                self.down = _transpose(layer.down.weight)
             else:
                 self.norm_2 = _Norm(layer.norm_2, layer.norm_2.weight)
                 self.experts = DecodeExperts(self.moe)
@@ -102,7 +102,7 @@ class DecodeExperts:
             (gate_up,), (down,), *_ = experts.weights(lambda p: [p])
             self.gate_up, self.down = (_all_transposed(p) for p in (gate_up, down))
             self.each = self.gate_up.unbind(0), self.down.unbind(0)
-        self.gate = _transposed(self.router.gate_ED) if type(self.router) is TopKRouter else None
+        self.gate = _transpose(self.router.gate_ED) if type(self.router) is TopKRouter else None
 
     def __call__(self, h_SD: Tensor, x_SD: Tensor, marks: Marks) -> Tensor:
         if not self.plain:
@@ -172,15 +172,15 @@ def _all_transposed(w_EOI: Tensor) -> Tensor:
     return w_EOI.transpose(1, 2).contiguous() if w_EOI[0].numel() <= SMALL else w_EOI.transpose(1, 2)
 
 
-def _transposed(w_OD: Tensor) -> Tensor:
+def _transpose(w_OD: Tensor) -> Tensor:
     return w_OD.t().contiguous() if w_OD.numel() <= SMALL else w_OD.t()
 
 
-def _folded(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
+def _fold_norm(norm: nn.RMSNorm, linear: nn.Linear) -> tuple[_Norm, Tensor]:
     """Return a norm and the transposed weights ``[D, O]`` of the layer after it; small ones include the norm's."""
     if linear.weight.numel() > SMALL:
         return _Norm(norm, norm.weight), linear.weight.t()
-    return _Norm(norm, None), _transposed(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
+    return _Norm(norm, None), _transpose(linear.weight * (norm.weight * norm.normalized_shape[0] ** 0.5))
 
 
 class _Norm:
@@ -205,7 +205,7 @@ class DecodeHead:
         parts = lm.norm, lm.head
         self.plain = all(type(part) in (nn.Linear, nn.RMSNorm) and not part._forward_hooks for part in parts)
         if self.plain:
-            self.norm, self.w = _folded(*parts)
+            self.norm, self.w = _fold_norm(*parts)
 
     def __call__(self, h_SD: Tensor) -> Tensor:
         return torch.mm(self.norm(h_SD), self.w) if self.plain else self.lm.logits(self.lm.norm(h_SD))

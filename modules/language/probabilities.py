@@ -31,7 +31,7 @@ def log_probabilities(h_ND: Tensor, w_VD: Tensor, token_N: Tensor, temperature: 
     return _LogProbabilities.apply(h_ND, w_VD, token_N, temperature)
 
 
-def _scaled(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
+def _scaled_logits(h_nD: Tensor, w_VD: Tensor, temperature: float) -> Tensor:
     with forward_arithmetic():
         x_nV = promote(h_nD @ w_VD.T)
     return x_nV.div_(temperature) if temperature != 1 else x_nV
@@ -43,7 +43,7 @@ class _LogProbabilities(torch.autograd.Function):
         rows = max(CELLS // len(w_VD), ROWS)
         parts, totals = [], []
         for h_nD, token_n in zip(h_ND.split(rows), token_N.split(rows), strict=True):
-            x_nV = _scaled(h_nD, w_VD, temperature)
+            x_nV = _scaled_logits(h_nD, w_VD, temperature)
             own_n1, max_n1 = x_nV.gather(1, token_n[:, None]), x_nV.amax(dim=1, keepdim=True)
             # not torch.logsumexp, which would make a second matrix of this size
             total_n = x_nV.sub_(max_n1).exp_().sum(dim=1).log_().add_(max_n1[:, 0])
@@ -62,7 +62,7 @@ class _LogProbabilities(torch.autograd.Function):
         grad_w = torch.zeros_like(w_VD) if needs_w else None
         for first in range(0, len(h_ND), rows):
             at = slice(first, first + rows)
-            x_nV = _scaled(h_ND[at], w_VD, ctx.temperature).sub_(total_N[at, None]).exp_()
+            x_nV = _scaled_logits(h_ND[at], w_VD, ctx.temperature).sub_(total_N[at, None]).exp_()
             g_n = grads[0][at] / ctx.temperature
             x_nV.mul_(-g_n[:, None])
             x_nV.scatter_add_(1, token_N[at, None], g_n[:, None].to(x_nV))

@@ -113,7 +113,7 @@ def sigmoid_sums(
     return _SigmoidSums.apply(a_BD, b_BD, scale, bias, key_B, valid_B, exchange)
 
 
-def _signed(block: _Block, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _signed_logits(block: _Block, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``y * logits`` and ``y``, ``[R, B]`` each."""
     y_RB = torch.full_like(block.dot_RB, -1.0)
     if block.diagonal is not None:
@@ -139,7 +139,7 @@ class _SigmoidSums(torch.autograd.Function):
         value_B = a_BD.new_zeros(len(a_BD))
         for (z_BD, other_B2), _, is_own in exchange.hops([b_BD, marks_B2]):
             for block in _blocks(a_BD, marks_B2, z_BD, other_B2, is_own, exchange):
-                signed_RB, _ = _signed(block, scale, bias)
+                signed_RB, _ = _signed_logits(block, scale, bias)
                 value_B[block.rows] -= F.logsigmoid(signed_RB).masked_fill_(block.out_RB, 0.0).sum(dim=1)
         return value_B
 
@@ -153,7 +153,7 @@ class _SigmoidSums(torch.autograd.Function):
             hops = ctx.exchange.hops([b_BD, marks_B2], carried, lambda x_WBD: x_WBD.sum(0))
             for (z_BD, other_B2), grad_b_BD, is_own in hops:
                 for block in _blocks(a_BD, marks_B2, z_BD, other_B2, is_own, ctx.exchange):
-                    signed_RB, y_RB = _signed(block, scale, bias)
+                    signed_RB, y_RB = _signed_logits(block, scale, bias)
                     # d -log sigmoid(y l) / dl = -y sigmoid(-y l)
                     g_RB = torch.sigmoid(signed_RB.neg_()).mul_(y_RB).mul_(-grad_B[block.rows, None])
                     g_RB.masked_fill_(block.out_RB, 0.0)

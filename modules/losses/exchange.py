@@ -108,7 +108,7 @@ class Chunks(Blocks):
         if ranks == 1:
             yield list(sent), carried[0] if carried else None, True
             return
-        gathered = [_gathered(x) for x in sent]
+        gathered = [_gather_ranks(x) for x in sent]
         kept = carried[0].expand(ranks, *carried[0].shape).contiguous() if carried else None
         for hop in range(ranks):
             other = (own + hop) % ranks
@@ -142,7 +142,7 @@ class Ring(Blocks):
                 now = passing.wait()
 
 
-def _gathered(x_B: Tensor) -> Tensor:
+def _gather_ranks(x_B: Tensor) -> Tensor:
     """Gather ``[B, ...] -> [W, B, ...]``, without gradients."""
     x_WB = x_B.new_empty(world(), *x_B.shape)
     dist.all_gather(list(x_WB), x_B.contiguous())

@@ -34,7 +34,7 @@ class PairMarginLoss(nn.Module):
 
     def __init__(self, margin: float = 0.1) -> None:
         super().__init__()
-        self.margin = _checked(margin)
+        self.margin = _require_margin(margin)
 
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, z_neg_BD: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):
@@ -73,7 +73,7 @@ class HardestInBatchHinge(ContrastiveLoss):
         super().__init__()
         if warmup < 0:
             raise ValueError(f"warmup {warmup}: steps, 0 or more")
-        self.margin, self.warmup, self.average = _checked(margin), warmup, average
+        self.margin, self.warmup, self.average = _require_margin(margin), warmup, average
         self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -109,7 +109,7 @@ class HardestInBatchHinge(ContrastiveLoss):
         return int(count) <= self.warmup
 
 
-def _checked(margin: float) -> float:
+def _require_margin(margin: float) -> float:
     if margin < 0:
         raise ValueError(f"margin {margin}: 0 or more, of cosines; such as 0.2")
     return margin

@@ -132,7 +132,7 @@ def with_sentinels(
     number_BT = start_BT.cumsum(dim=1)  # number of the span, from 1
     sentinel_BT, place = first - 1 + number_BT, torch.arange(T, device=x_BT.device)
     input_BT = (visible_BT | start_BT) & visible_BT.any(dim=1, keepdim=True)
-    seen_BS = _packed(torch.where(visible_BT, x_BT, sentinel_BT), input_BT.cumsum(dim=1) - 1, input_BT, T)
+    seen_BS = _scatter_used(torch.where(visible_BT, x_BT, sentinel_BT), input_BT.cumsum(dim=1) - 1, input_BT, T)
     # each span with targets has its sentinel before its first target; one more sentinel follows the last token
     at_BT = torch.where(target_BT, number_BT, 0)
     head_BT = target_BT & (number_BT > F.pad(at_BT.cummax(dim=1).values[:, :-1], (1, 0)))
@@ -146,14 +146,14 @@ def with_sentinels(
         (x_BT, offset_BT + head_BT, target_BT),
         (sentinel_BT + 1, offset_BT + head_BT + 1, last_BT),
     )
-    sequence_BS = torch.stack([_packed(*part, T + 1) for part in parts]).sum(dim=0)
-    counts_BS = torch.stack([_packed(loss_BT.long(), *part[1:], T + 1) for part in parts]).sum(dim=0) > 0
+    sequence_BS = torch.stack([_scatter_used(*part, T + 1) for part in parts]).sum(dim=0)
+    counts_BS = torch.stack([_scatter_used(loss_BT.long(), *part[1:], T + 1) for part in parts]).sum(dim=0) > 0
     target_BS = place < size_BT.sum(dim=1, keepdim=True) - 1
     visible_BS = place < input_BT.sum(dim=1, keepdim=True)
     return Spans(seen_BS, visible_BS, sequence_BS[:, :T], sequence_BS[:, 1:], target_BS, counts_BS[:, 1:] & target_BS)
 
 
-def _packed(value_BT: Tensor, place_BT: Tensor, used_BT: Tensor, size: int) -> Tensor:
+def _scatter_used(value_BT: Tensor, place_BT: Tensor, used_BT: Tensor, size: int) -> Tensor:
     """Scatter used values to their places in ``[B, size]``, with zeros elsewhere."""
     out_BS = value_BT.new_zeros(len(value_BT), size + 1)
     return out_BS.scatter(1, torch.where(used_BT, place_BT, size), value_BT)[:, :size]

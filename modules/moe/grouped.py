@@ -108,11 +108,11 @@ def expert_mlp(x_MD: Tensor, weights: Weights, activation: type[SwiGLU | GELU], 
         several, (inward, outward, *biases) = len(weights.inward), weights
         y_MD: Tensor = _Loop.apply(segments, activation, several, x_MD, *biases, *inward, *outward)
         return y_MD
-    z_MZ = _grouped(_clear(x_MD, segments.offset_E), weights.inward, weights.inward_bias, segments.offset_E)
-    return _grouped(activation.forward(z_MZ), weights.outward, weights.outward_bias, segments.offset_E)
+    z_MZ = _grouped_product(_clear(x_MD, segments.offset_E), weights.inward, weights.inward_bias, segments.offset_E)
+    return _grouped_product(activation.forward(z_MZ), weights.outward, weights.outward_bias, segments.offset_E)
 
 
-def _grouped(x_MI: Tensor, weights: Sequence[Tensor], bias_EO: Tensor | None, offset_E: Tensor) -> Tensor:
+def _grouped_product(x_MI: Tensor, weights: Sequence[Tensor], bias_EO: Tensor | None, offset_E: Tensor) -> Tensor:
     w_EOI = weights[0] if weights[0].ndim == 3 else torch.stack(list(weights))
     y_MO = F.grouped_mm(x_MI, w_EOI.transpose(1, 2), offs=offset_E)
     if bias_EO is not None:

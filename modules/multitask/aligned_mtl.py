@@ -22,10 +22,10 @@ def aligned_mtl(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
 
     It uses one-sided Jacobi rotations of D L with C = L L^T, which lose no precision if gradients differ in size.
     """
-    return torch.stack([_aligned(c_KK, d_K) for c_KK, d_K in zip(c_BKK, d_BK, strict=True)])
+    return torch.stack([_aligned_gradient(c_KK, d_K) for c_KK, d_K in zip(c_BKK, d_BK, strict=True)])
 
 
-def _aligned(c_KK: Tensor, d_K: Tensor) -> Tensor:
+def _aligned_gradient(c_KK: Tensor, d_K: Tensor) -> Tensor:
     value_K, q_KK = torch.linalg.eigh(c_KK)
     kept = value_K > FLAT
     a_RK = (q_KK[:, kept] * value_K[kept].sqrt()).T * d_K  # its columns are the gradients, rotated

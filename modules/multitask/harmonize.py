@@ -66,10 +66,10 @@ def harmonize(
     >>> [round(x, 6) for x in w.grad.tolist()]  # twice the shortest vector between them
     [0.4, 0.8]
     """
-    names, terms = _named(losses)
+    names, terms = _names_and_losses(losses)
     given = list(dict.fromkeys(parameters.parameters() if isinstance(parameters, nn.Module) else parameters))
     leaves = _leaves(terms)
-    shared = _shared(rule, given, leaves)
+    shared = _select_shared(rule, given, leaves)
     value_K, c = _read(names, terms, loss)
     draw = _begin(rule, names, given)
     state = dict(rule.state)
@@ -137,7 +137,7 @@ def _passes(terms: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[Ten
 # arguments -----------------------------------------------------------------------------------------------------------
 
 
-def _named(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[tuple[str, ...], list[Tensor]]:
+def _names_and_losses(losses: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple[tuple[str, ...], list[Tensor]]:
     by_name = losses if isinstance(losses, Mapping) else {str(k): term for k, term in enumerate(losses)}
     for name, term in by_name.items():
         if term.numel() != 1:
@@ -166,10 +166,10 @@ def _leaves(terms: Sequence[Tensor]) -> dict[Tensor, None]:
     return leaves
 
 
-def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) -> list[Tensor]:
+def _select_shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) -> list[Tensor]:
     """Select the parameters that some term reaches. Raise ValueError if the rule cannot work with them."""
     split = any(isinstance(p, DTensor) for p in given)
-    if rule.reads_gradients and (split or not leaves.keys().isdisjoint(_gathered())):
+    if rule.reads_gradients and (split or not leaves.keys().isdisjoint(_find_gathered())):
         raise ValueError(
             f"harmonize: {type(rule).__name__} needs whole gradients, and FSDP2 frees parameters and splits gradients; "
             "use DDP, the callback Harmonize with reshard_after_forward=False, or a rule of values such as FAMO"
@@ -186,7 +186,7 @@ def _shared(rule: Rule, given: Sequence[Tensor], leaves: Mapping[Tensor, None]) 
     return shared
 
 
-def _gathered() -> set[Tensor]:
+def _find_gathered() -> set[Tensor]:
     """Find the parameters that FSDP2 has gathered for a step.
 
     They look like any other parameters, but their gradients are only reduced if a whole backward passes their module.

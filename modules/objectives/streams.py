@@ -139,10 +139,10 @@ class Streams:
             more = (masks.target[modality], derived(torch.logical_or, masks.target[modality], masks.visible[modality]))
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
         if host_copy(seen_B).all():
-            return _chunked(encode, (x, *more), step, tower)
+            return _encode_in_chunks(encode, (x, *more), step, tower)
         rows = RunningRows(seen_B, x.device, least=step.chunks)  # one row per chunk
         with rows.running(tower, model.row_tracker):
-            h_RTD, mask_RT = _chunked(encode, (rows.take(x), *map(rows.choose, more)), step, tower)
+            h_RTD, mask_RT = _encode_in_chunks(encode, (rows.take(x), *map(rows.choose, more)), step, tower)
         return Tokens(rows.put(h_RTD), rows.put(mask_RT))
 
     # two modalities ---------------------------------------------------------------------------------------------------
@@ -198,7 +198,9 @@ class Streams:
 
     def gathered(self, modality: str) -> Tokens:
         """Gather :meth:`mapped` tokens of the samples of all ranks, with gradients."""
-        return self.once(("all", modality, self.universal), lambda: _unpacked(gather(_packed(self.mapped(modality)))))
+        return self.once(
+            ("all", modality, self.universal), lambda: _unpack_tokens(gather(_pack_tokens(self.mapped(modality))))
+        )
 
     @property
     def fusion(self) -> FusionLayers:
@@ -235,22 +237,24 @@ def hidden(masks: Masks | None, modality: str) -> int | None:
     return None if masks is None or modality not in masks.target else id(masks)
 
 
-def _chunked(encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: Step, tower: nn.Module) -> Tokens:
+def _encode_in_chunks(
+    encode: Callable[..., Tokens], inputs: tuple[Tensor, ...], step: Step, tower: nn.Module
+) -> Tokens:
     """Compute ``encode(*inputs)``; in training, keep activations of only one of ``step.chunks`` pieces at a time."""
     if step.chunks == 1 or not torch.is_grad_enabled():
         return encode(*inputs)
 
     def piece(at_r: Tensor) -> Tensor:
-        return _packed(encode(*(chosen(x, at_r) for x in inputs)))
+        return _pack_tokens(encode(*(chosen(x, at_r) for x in inputs)))
 
     at_R = to_device(torch.arange(len(inputs[0])), inputs[0].device)
-    return _unpacked(step.chunked(piece, at_R, tower))
+    return _unpack_tokens(step.chunked(piece, at_R, tower))
 
 
-def _packed(tokens: Tokens) -> Tensor:
+def _pack_tokens(tokens: Tokens) -> Tensor:
     """Pack tokens into ``[B, T, D + 1]``: features, and 1 at real tokens."""
     return torch.cat([tokens.h_BTD, tokens.mask_BT[..., None].to(tokens.h_BTD.dtype)], dim=2)
 
 
-def _unpacked(h_BTE: Tensor) -> Tokens:
+def _unpack_tokens(h_BTE: Tensor) -> Tokens:
     return Tokens(h_BTE[..., :-1], h_BTE[..., -1].detach() > 0)

@@ -67,14 +67,14 @@ def top_k_in_blocks(
     index_QK = torch.full_like(score_QK, -1, dtype=torch.int64)
     columns = list(_columns(n, 2 * k * GROUP, block[1]))
     same = [None if content is None else content[1][begin:end].sort() for begin, end in columns]
-    space = query_QD.new_empty(min(rows, len(query_QD)) * _padded(min(n, block[1])))
+    space = query_QD.new_empty(min(rows, len(query_QD)) * _pad_columns(min(n, block[1])))
     for first in range(0, len(query_QD), rows):
         # scores are negated from here on, so that one pass of threshold_ masks those that are not below
         negated_QD = -query_QD[first : first + rows]
         q = len(negated_QD)
         best = _Best(score_QK[first : first + rows], index_QK[first : first + rows])
         for (begin, end), sorted_M in zip(columns, same, strict=True):
-            cost_QM = space[: q * _padded(end - begin)].view(q, -1)
+            cost_QM = space[: q * _pad_columns(end - begin)].view(q, -1)
             cost_QM[:, end - begin :] = math.inf
             torch.mm(negated_QD, target_ND[begin:end].T, out=cost_QM[:, : end - begin])
             if below is not None:
@@ -124,7 +124,7 @@ class _Best:
         (q, k), columns = self.cost_QK.shape, zip(*self.waiting, strict=True)
         row_S, cost_S, index_S = (torch.cat(parts) for parts in columns)
         row_S, order_S = row_S.sort(stable=True)
-        count_Q, place_S = _counted(row_S, q)
+        count_Q, place_S = _count_rows(row_S, q)
         width = k + int(count_Q.max())
         cost_QS, index_QS = cost_S.new_full((q, width), math.inf), index_S.new_full((q, width), -1)
         cost_QS[:, :k], index_QS[:, :k] = self.cost_QK, self.index_QK
@@ -136,10 +136,10 @@ class _Best:
         self.waiting.clear()
 
 
-def _counted(row_S: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def _count_rows(row_S: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Count how often each of Q rows is in an ascending list, and number each entry among those of its row.
 
-    >>> _counted(torch.tensor([0, 2, 2]), 3)
+    >>> _count_rows(torch.tensor([0, 2, 2]), 3)
     (tensor([1, 0, 2]), tensor([0, 0, 1]))
     """
     count_Q = row_S.bincount(minlength=rows)
@@ -150,7 +150,7 @@ def _equal(content_Q: Tensor, sorted_M: Tensor, order_M: Tensor) -> tuple[Tensor
     """Find the rows and columns of a block that have equal content."""
     low_Q, high_Q = (torch.searchsorted(sorted_M, content_Q, right=right) for right in (False, True))
     row_S = torch.arange(len(low_Q), device=low_Q.device).repeat_interleave(high_Q - low_Q)
-    return row_S, order_M[low_Q[row_S] + _counted(row_S, len(low_Q))[1]]
+    return row_S, order_M[low_Q[row_S] + _count_rows(row_S, len(low_Q))[1]]
 
 
 def _columns(n: int, first: int, most: int) -> Iterator[tuple[int, int]]:
@@ -162,7 +162,7 @@ def _columns(n: int, first: int, most: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _padded(columns: int) -> int:
+def _pad_columns(columns: int) -> int:
     return -(-columns // GROUP) * GROUP
 
 

@@ -45,7 +45,7 @@ def fit_ordinal(
             at_L = x_LD @ w_D
             edge = x_LD.new_full((len(x_LD), 1), torch.inf)
             z_LJ = torch.cat(
-                [edge, at_L[:, None] - _ordered(step_J), -edge], dim=1
+                [edge, at_L[:, None] - _ordered_steps(step_J), -edge], dim=1
             )  # logits of P(grade >= 0), ..., P(>= J + 1)
             low_L, high_L = (z_LJ.gather(1, (grade_L + j)[:, None])[:, 0] for j in (1, 0))
             # log(sigmoid(high) - sigmoid(low)), without the difference of numbers near 1
@@ -55,10 +55,10 @@ def fit_ordinal(
             return loss
 
         optimizer.step(closure)
-    return w_D.detach(), _ordered(step_J).detach()
+    return w_D.detach(), _ordered_steps(step_J).detach()
 
 
-def _ordered(step_J: Tensor) -> Tensor:
+def _ordered_steps(step_J: Tensor) -> Tensor:
     return torch.cat([step_J[:1], step_J[:1] + F.softplus(step_J[1:]).cumsum(0)])
 
 

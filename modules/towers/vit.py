@@ -335,7 +335,7 @@ _NAMES = {
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the keys of a timm ViT's state dict to the trunk's; other keys are unchanged."""
     to_ours = {f"{timm}.": f"{ours}." for ours, timm in _NAMES.items()}
-    named = {_named(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
+    named = {_rename_key(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
     return named | ({"cls_D": state["cls_token"].flatten()} if "cls_token" in state else {})
 
 
@@ -354,7 +354,9 @@ def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
     if len(adapter.patch) != 2 or (adapter.mean, adapter.spread) != (0.0, 1.0):
         raise ValueError("to_timm: a ViT of timm takes raw pixels in patches of two axes; this adapter does not")
     to_timm_names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
-    state = {_named(k, "layers.", "blocks.", to_timm_names): v for k, v in trunk.state_dict().items() if k != "cls_D"}
+    state = {
+        _rename_key(k, "layers.", "blocks.", to_timm_names): v for k, v in trunk.state_dict().items() if k != "cls_D"
+    }
     position_TD = adapter.place_TD + adapter.modality_D.detach()
     inward = adapter.inward.state_dict()
     return {
@@ -385,14 +387,14 @@ def patch_tower_to_timm(tower: PatchTower) -> dict[str, Tensor]:
     """
     names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
     kept = {"positions_TD", "patches.weight", "patches.bias"}
-    state = {_named(k, "layers.", "blocks.", names): v for k, v in tower.state_dict().items() if k not in kept}
+    state = {_rename_key(k, "layers.", "blocks.", names): v for k, v in tower.state_dict().items() if k not in kept}
     state |= {"pos_embed": tower.positions_TD[None], **tower.patches.state_dict(prefix="patch_embed.proj.")}
     scale = (EPS / tower.norm.eps) ** 0.5
     written = {name: scale for name in state if any(part in name for part in _INTO_STREAM)}
     return {name: x.detach() * written.get(name, 1.0) for name, x in state.items()}
 
 
-def _named(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
+def _rename_key(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
     if not key.startswith(before):
         return key
     number, _, rest = key.removeprefix(before).partition(".")

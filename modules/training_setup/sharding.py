@@ -216,10 +216,10 @@ def reach_outputs(blocks: Iterable[nn.Module]) -> None:
     ranks would gather it by FSDP2, and they would wait for the others. Call this before ``fully_shard``.
     """
     for block in blocks:
-        block.register_forward_hook(_reached)
+        block.register_forward_hook(_reach)
 
 
-def _reached(block: nn.Module, args: Any, output: Any) -> Any:
+def _reach(block: nn.Module, args: Any, output: Any) -> Any:
     if not torch.is_grad_enabled():
         return output
     anchor = torch.zeros((), requires_grad=True)

@@ -57,7 +57,7 @@ def fast(
         missing = [key for key, name in names.items() if name is None]
         if missing:
             raise ValueError(f"text: the tokenizer's file has no {missing[0]}, which has id {special[missing[0]]} here")
-    backend = _framed(backend, EOS if eos is None else eos, ends=eos is not None)
+    backend = _add_ends(backend, EOS if eos is None else eos, ends=eos is not None)
     _add(backend, max(tokenizer.vocabulary, backend.get_vocab_size()), marks)
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, **names)
 
@@ -71,7 +71,7 @@ def _add(backend: Any, first: int, marks: Mapping[int, str]) -> None:
             raise ValueError(f"text: {name} has id {i} here, and would have {backend.token_to_id(name)} there")
 
 
-def _framed(backend: Any, eos: int, ends: bool) -> Any:
+def _add_ends(backend: Any, eos: int, ends: bool) -> Any:
     """Return a copy that puts ``<bos>`` before a text and, if ``ends``, ``<eos>`` with this id after it."""
     import tokenizers
     from tokenizers import processors

@@ -276,14 +276,14 @@ def _operator(error: BaseException | None, program: Any) -> tuple[str | None, st
     while error is not None:
         if match := re.search(r"OpOverload\(op='([\w.]+)'", str(error)):
             operator = match[1]
-            stacks = (node.meta.get("nn_module_stack") for node in program.graph.nodes if _named(node, operator))
+            stacks = (node.meta.get("nn_module_stack") for node in program.graph.nodes if _is_operator(node, operator))
             layers = [path for stack in stacks if stack for path, _ in stack.values()]
             return operator, layers[-1].removeprefix("L['self'].") if layers else None
         error = error.__cause__ or error.__context__
     return None, None
 
 
-def _named(node: Any, operator: str) -> bool:
+def _is_operator(node: Any, operator: str) -> bool:
     return node.op == "call_function" and operator.rpartition(".")[2] in str(node.target)
 
 

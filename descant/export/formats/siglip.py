@@ -246,7 +246,7 @@ def _write_processor(siglip: Siglip, parts: Parts, folder: Path) -> None:
     tower = unfrozen(siglip.recipe.towers["image"])
     if steps is not None and isinstance(tower, PretrainedTower) and tower.input is not None:
         steps = replace(steps, mean=tower.input.mean, std=tower.input.std)
-    whole = None if tokenizer is None else _padded(tokenizer, siglip)
+    whole = None if tokenizer is None else _fast_tokenizer(tokenizer, siglip)
     if whole is not None and steps is not None:
         SiglipProcessor(image_processor=steps.processor(), tokenizer=whole).save_pretrained(folder)
     elif whole is not None:
@@ -255,7 +255,7 @@ def _write_processor(siglip: Siglip, parts: Parts, folder: Path) -> None:
         steps.processor().save_pretrained(folder)
 
 
-def _padded(tokenizer: Tokenizer, siglip: Siglip) -> Any:
+def _fast_tokenizer(tokenizer: Tokenizer, siglip: Siglip) -> Any:
     """Return the fast tokenizer; it outputs no mask, since padding is attended to."""
     pretrained = isinstance(tokenizer, PretrainedTokenizer)
     whole = fast(tokenizer, siglip.vocabulary, tokenizer.length, eos=None if pretrained else EOS)

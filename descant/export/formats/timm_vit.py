@@ -76,17 +76,17 @@ def _vit(trunk: Trunk, adapter: PatchAdapter) -> nn.Module:
         raise ValueError(
             f"adapter: pictures of {list(adapter.size)}, patches of {list(adapter.patch)}; squares are held"
         )
-    return _made(settings, adapter.size[0], adapter.patch[0], adapter.channels, to_timm(trunk, adapter))
+    return _build_vit(settings, adapter.size[0], adapter.patch[0], adapter.channels, to_timm(trunk, adapter))
 
 
 def _patch_vit(tower: PatchTower) -> nn.Module:
     """Build a ViT without a class token; its mean pool equals ours (MeanPool)."""
     size, patch = tower.shape[1], tower.patches.kernel_size[0]
     pool = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    return _made(tower.arguments, size, patch, tower.shape[0], patch_tower_to_timm(tower), **pool)
+    return _build_vit(tower.arguments, size, patch, tower.shape[0], patch_tower_to_timm(tower), **pool)
 
 
-def _made(
+def _build_vit(
     settings: dict[str, Any], size: int, patch: int, channels: int, state: dict[str, Tensor], **more: Any
 ) -> nn.Module:
     import timm

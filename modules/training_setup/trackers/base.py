@@ -187,7 +187,7 @@ class Tracker(Logger):
         try:
             self._write(self._held)
         except Exception as error:
-            if not _locked(error):
+            if not _is_locked(error):
                 raise
             if not self._warned:
                 warn(f"{self.store}: locked by another process; points are held and written when it is free")
@@ -260,7 +260,7 @@ def database(file: Path) -> Iterator[sqlite3.Connection]:
             connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         why = f"locked by another process for {PATIENCE:g} s; end it, or choose another store"
-        raise ValueError(f"{file}: {why if _locked(error) else error}") from error
+        raise ValueError(f"{file}: {why if _is_locked(error) else error}") from error
 
 
 def flat(content: Any, name: str = "") -> dict[str, str]:
@@ -279,6 +279,6 @@ def flat(content: Any, name: str = "") -> dict[str, str]:
     return {k: v for key, inner in items for k, v in flat(inner, f"{name}.{key}" if name else str(key)).items()}
 
 
-def _locked(error: BaseException) -> bool:
+def _is_locked(error: BaseException) -> bool:
     """Whether an error means a locked store: SQLite's message, even inside a package's error, or a file lock's."""
     return "database is locked" in str(error) or "acquire database lock" in str(error)

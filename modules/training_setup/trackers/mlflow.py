@@ -92,7 +92,7 @@ class MLflow(Tracker):
 
         client, id = self._experiment, self._id
         there = client.get_run(id).data.params  # MLflow never changes a parameter
-        new = {_named(key)[:_NAME]: text[:_VALUE] for key, text in flat(self.configuration).items()}
+        new = {_mlflow_name(key)[:_NAME]: text[:_VALUE] for key, text in flat(self.configuration).items()}
         params = [Param(key, text) for key, text in new.items() if key not in there]
         for n in range(0, len(params), _PARAMS):
             client.log_batch(id, params=params[n : n + _PARAMS])
@@ -102,7 +102,7 @@ class MLflow(Tracker):
         from mlflow.entities import Metric
 
         # MLflow does not write the same metric of the same time twice
-        metrics = [Metric(_named(k), x, int(p.time * 1000), p.step) for p in points for k, x in p.values.items()]
+        metrics = [Metric(_mlflow_name(k), x, int(p.time * 1000), p.step) for p in points for k, x in p.values.items()]
         for n in range(0, len(metrics), _METRICS):
             self.experiment.log_batch(self._id, metrics=metrics[n : n + _METRICS])
 
@@ -148,17 +148,17 @@ class MLflow(Tracker):
         self.experiment.log_text(self._id, text, _path("histograms", tag, step, "csv"))
 
 
-def _named(name: str) -> str:
+def _mlflow_name(name: str) -> str:
     """Convert a name to one that MLflow accepts.
 
-    >>> _named("diagnose/cos/image~text")
+    >>> _mlflow_name("diagnose/cos/image~text")
     'diagnose/cos/image_text'
     """
     return re.sub(r"[^\w/. -]", "_", name, flags=re.ASCII)
 
 
 def _path(folder: str, tag: str, step: int, kind: str) -> str:
-    return f"{folder}/{_named(tag)}/{step:07d}.{kind}"
+    return f"{folder}/{_mlflow_name(tag)}/{step:07d}.{kind}"
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

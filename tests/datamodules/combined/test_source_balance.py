@@ -20,7 +20,7 @@ from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.combined.mixture_set import BITS
 from descant.datamodules.combined.source_balance import TransportBalance
 from descant.modules.selection.transport import source_weights
-from descant.report.predictions import TRAIN, _chosen
+from descant.report.predictions import TRAIN, _choose_sets
 from tests.datamodules.combined.test_mixture import Toy
 from tests.step_toy import QUIET
 
@@ -88,7 +88,7 @@ def test_shares_of_training_are_exact_and_those_of_the_beginning(tmp_path: Path)
 
 def test_predictions_of_a_mixture_are_of_all_its_parts() -> None:
     data = Mixture({name: Toy(40) for name in PARTS}, batch_size=8, eval_batch_size=8)
-    chosen = _chosen(data, [TRAIN])[TRAIN]
+    chosen = _choose_sets(data, [TRAIN])[TRAIN]
     part_N = chosen.identity(np.arange(len(chosen))) >> BITS
     assert Counter(part_N.tolist()) == {0: 40, 1: 40, 2: 40}
     assert len(data.bank_set()) == 40, "that of probes is of one part"

@@ -37,7 +37,7 @@ def test_it_is_within_a_fifth_of_the_whole_batch(name: str, cli: Cli, monkeypatc
 
     def both(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
         need = estimate.estimate(trainer, model, batch)
-        measured = estimate._measured(trainer, model, batch, need.rows)
+        measured = estimate._measure_step(trainer, model, batch, need.rows)
         told.append((need, *measured, growth(lambda: estimate._step(trainer, batch, need.rows))))
         return need
 

@@ -151,7 +151,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def put(run: Path, **note: Any) -> None:
-    own = {"pid": os.getpid(), "born": lock._born(os.getpid()), "host": socket.gethostname(), "job": None}
+    own = {"pid": os.getpid(), "born": lock._start_time(os.getpid()), "host": socket.gethostname(), "job": None}
     (run / lock.FILE).write_text(json.dumps(own | note))
 
 

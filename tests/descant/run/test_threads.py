@@ -54,7 +54,7 @@ def test_others_do_not_include_this_process() -> None:
     end = time.monotonic() + 0.3
     while time.monotonic() < end:
         x += 1
-    assert (others.busy() >= 0 and threads._used() is None) or others.busy() < (os.cpu_count() or 1)
+    assert (others.busy() >= 0 and threads._seconds_of_others() is None) or others.busy() < (os.cpu_count() or 1)
 
 
 def test_auto_leaves_others_their_cores_and_says_so(told: list[str], tmp_path: Path) -> None:
