@@ -1,4 +1,4 @@
-"""The recipes: one LightningModule a file; the order of the file is the order of the method."""
+"""The recipes: one LightningModule per file; each file follows the order of its method."""
 
 from descant.modules.objectives.language import DPO, GRPO, SFT
 from descant.recipes.alternating import Alternating

@@ -1,19 +1,19 @@
 """MLA: classification of several modalities by alternating unimodal training of one shared head.
 
-Claim: modalities that take turns at one head learn what each would alone, and the sure ones decide.
+Claim: modalities that take turns at one head learn what each would learn alone, and the confident ones decide.
 
     m    = modalities[(t + t // M) mod M]                 the modality of optimizer step t
     loss = cross_entropy(head(z_m), label)                one linear head for all modalities
     g_W  = g_W P_t,   P_t = (I + sum over s < t of r_s r_s^T / alpha)^-1       its matrix, W
     logits = sum_m w_m head(z_m)                          sure ones count more (SharedHead); in evaluation alone
 
-r_s is the mean of the latents of step s, over all micro-batches and ranks: what the head learned of one turn is not
-unlearned in the next. P is scaled to the norm of the identity, so that learning does not die away with it. Other towers
-are frozen until their step: no gradient, no weight decay. M steps here do what one iteration of the paper does, on a
-batch each.
+r_s is the mean of the latents of step s, over all micro-batches and ranks. P keeps the head from unlearning in one turn
+what it learned in another. P is scaled to the norm of the identity, so that updates do not shrink with it. Other towers
+are frozen until their step: no gradient, no weight decay. One iteration of the paper corresponds to M steps here, each
+on its own batch.
 
-What differs from the release: P is the inverse that is meant (there a scalar of the recursion is an outer product),
-and of earlier steps alone. Source: Zhang 2024, arXiv 2311.10707.
+What differs from the release: P is the intended inverse (there, a scalar of the recursion is an outer product), and it
+covers earlier steps only. Source: Zhang 2024, arXiv 2311.10707.
 Letters: B samples, D width, C classes, M modalities.
 """
 
@@ -42,8 +42,8 @@ class Alternating(Classifier):
     """Alternating unimodal training with a shared head (MLA).
 
     Args:
-        towers, target, classes, width, pool, smoothing: as of Classifier.
-        alpha: of P: the smaller, the more of earlier turns is kept; none keeps nothing (P = I).
+        towers, target, classes, width, pool, smoothing: as in Classifier.
+        alpha: alpha of P; the smaller it is, the more of earlier turns is kept. None keeps nothing (P = I).
     """
 
     P_DD: Tensor
@@ -64,7 +64,7 @@ class Alternating(Classifier):
         super().__init__(towers, target, classes, width, pool, SharedHead(), smoothing, **kwargs)
         self.alpha = alpha
         self.register_buffer("P_DD", torch.eye(width))
-        self._seen: list[Tensor] = []  # of this step's micro-batches: [D + 1], the sum of latents and their number
+        self._seen: list[Tensor] = []  # per micro-batch of this step: [D + 1], the sum of latents and their number
 
     @property
     def head(self) -> nn.Linear:
@@ -73,7 +73,7 @@ class Alternating(Classifier):
 
     @property
     def turn(self) -> str:
-        """The modality of this step. Each round begins one later, so that every tenth step does not see only one."""
+        """Return this step's modality. Each round starts one later, so that every tenth step is not always the same."""
         rounds, place = divmod(self.global_step, len(self.modalities))
         return self.modalities[(rounds + place) % len(self.modalities)]
 
@@ -105,5 +105,5 @@ class Alternating(Classifier):
         r_D = total[:-1] / total[-1].clamp(min=1)
         q_D = P_DD @ r_D  # Sherman and Morrison: the inverse with one more r r^T
         less_DD = P_DD - torch.outer(q_D, q_D) / (self.alpha + r_D @ q_D)
-        # chosen on the device, so that no step waits to know whether it was finite
+        # selected on the device, so that no step waits for the check of finiteness
         P_DD.copy_(torch.where(r_D.isfinite().all(), less_DD, P_DD))

@@ -1,15 +1,15 @@
 """CRMT, second phase: weights of modalities and classes trained for the certified radius.
 
-Claim: a decision whose weights follow how far a modality can be trusted is harder to attack, one modality at a time.
+Claim: a decision that weights each modality by how far it can be trusted is harder to attack through one modality.
 
     h_bk   = bias_k + sum_m a_mk s_bmk                    a trained OrthogonalFusion; of it all, a alone is trained
     tau_mk = max over training samples of |d s_bmk / d x_bm|
     loss   = - mean over b of  min over k != y of  (h_by - h_bk) / sqrt( sum_m (a_my tau_my + a_mk tau_mk)^2 )
 
-The slopes are of some training samples as evaluation sees them, so the radius is an estimate; for linear towers it is
+Slopes are measured on some training samples in evaluation mode, so the radius is an estimate; for linear towers it is
 proved. The first phase is Fusion with an OrthogonalFusion and the regularizer UnimodalMargin.
-What differs from the release: slopes are of s, before a, which counts once; they are taken sample by sample and class
-by class; a stays above zero. Source: Yang 2024, arXiv 2402.06244.
+What differs from the release: slopes are those of s, without the factor a, so that a counts once. They are taken sample
+by sample and class by class, and a stays above zero. Source: Yang 2024, arXiv 2402.06244.
 Letters: B samples, M modalities, C classes.
 """
 
@@ -39,13 +39,13 @@ from descant.recipes.base.rebuild import rebuild
 class Certified(Classifier):
     """Train the modality weights of a trained fusion for its certified radius (CRMT).
 
-    The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded).
+    This recipe reads the run at ``path`` each time it is built (to resume, validate or load).
 
     Args:
         path: a run folder, a checkpoint in one, or an export, of a classifier with an OrthogonalFusion.
-        checkpoint: of a run folder: best, last or a file in it.
-        rows: training samples whose slopes are measured, a backward pass a class and modality each batch.
-        sham: ``permute`` hands slopes on: each modality is trained by those of the one before it.
+        checkpoint: in a run folder: best, last or a file in it.
+        rows: number of training samples whose slopes are measured, by one backward pass per class, modality and batch.
+        sham: ``permute`` hands slopes on: each modality trains with those of the previous one.
     """
 
     slope_MC: Tensor
@@ -67,7 +67,7 @@ class Certified(Classifier):
         if not isinstance(inner, Classifier) or not isinstance(fusion, OrthogonalFusion):
             raise ValueError(f"{found.folder}: no classifier with a fusion OrthogonalFusion, so it has no such weights")
         width = next(iter(fusion.widths.values()))
-        new = OrthogonalFusion()  # the trained one takes its place, as do pools and heads
+        new = OrthogonalFusion()  # the trained fusion, pools and heads replace the new ones below
         super().__init__(
             Towers(others={m: cast(Tower, tower) for m, tower in inner.towers.items()}),
             inner.target,
@@ -87,7 +87,7 @@ class Certified(Classifier):
 
     def train(self, mode: bool = True) -> Certified:
         super().train(mode)
-        for part in (self.towers, self.pools, self.heads, self.fusion):  # as they were, running statistics included
+        for part in (self.towers, self.pools, self.heads, self.fusion):  # unchanged, with running statistics
             part.eval()
         return self
 
@@ -97,7 +97,7 @@ class Certified(Classifier):
         super().configure_model()
 
     def on_fit_start(self) -> None:
-        if self.slope_MC.isfinite().all():  # a resumed run has measured
+        if self.slope_MC.isfinite().all():  # a resumed run has its slopes
             return
         data = datamodule_of(self.trainer)
         try:

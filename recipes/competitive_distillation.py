@@ -1,6 +1,6 @@
 """Distillation of any recipe from a teacher: DCD, CoMD, soft, hard and feature targets; mutual learning is Peers.
 
-Claim: a student that competes with a teacher, on what the teacher can do and it cannot yet, learns more than from
+Claim: a student that competes with a teacher, on tasks that so far only the teacher can do, learns more than from
 labels alone.
 
     loss = the student's own terms + sum over targets: weight mean over samples of target(student, teacher)
@@ -8,8 +8,8 @@ labels alone.
     DCD:  lists of hard negatives that the teacher ranks (RankTarget), weighted by its confidence
     CoMD: rounds in which problems that the teacher solves and the student does not are asked again (callback Rounds)
 
-The same as ``distill`` of any recipe, as a recipe of its own: the student is chosen by its class, and its run is read
-by others as the student alone.
+This does the same as ``distill`` of any recipe, but as a separate recipe. The student is chosen by its class, and other
+recipes read its run as the student alone.
 Source: arXiv 2207.01426 (DCD), 2311.08213 (CoMD), 1503.02531 (soft targets), 1412.6550 (features).
 """
 
@@ -26,9 +26,9 @@ class CompetitiveDistillation(Wrapper):
     """Distil any recipe from a teacher (DCD, CoMD, soft, hard and feature targets).
 
     Args:
-        student: any recipe; its training options (optimizer, schedule ...) are given here, not there.
-        teacher: a run, the student's own average, or what it was before.
-        targets: what is learned from it; none for a teacher that only a callback asks, such as Rounds of CoMD.
+        student: any recipe; its training options (optimizer, schedule ...) are given here, not in the student.
+        teacher: a run, the average of the student's weights, or an earlier state of the student.
+        targets: what the student learns from the teacher; none if only a callback uses it, such as Rounds of CoMD.
     """
 
     def __init__(self, student: Recipe, teacher: Teacher, targets: list[Target] | None = None, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """CLIP-style contrastive pre-training of any number of modalities.
 
-Claim: two (or more) towers trained so that what belongs together lies together can name images they were never
-labelled with.
+Claim: two (or more) towers that are trained to embed matching inputs close together can name images without having been
+trained on labels.
 
     z_m = normalise(head_m(pool(tower_m(x_m))))          for every modality m that is present
     z_text = normalise(z_text + 0.2 knowledge(triples))  of a scene graph, where asked for (Structure-CLIP)
@@ -10,8 +10,8 @@ labelled with.
          + the term of hard negatives of the data        Structure-CLIP, where asked for; or they are among the
                                                          negatives of the pair loss (SAIL-Embedding)
 
-What differs from CLIP (Radford 2021): any set of pairs, each with its own scale; samples of equal content are not each
-other's negatives; an absent modality is left out exactly, as row and as negative, and costs no compute.
+What differs from CLIP (Radford 2021): any set of pairs is possible, each with its own scale. Samples of equal content
+are not each other's negatives. An absent modality is left out exactly, as row and as negative, and costs no compute.
 Source: arXiv 2103.00020 (CLIP), 2303.15343 (SigLIP), 2112.12750 (SLIP), 2305.06152 (Structure-CLIP), 2510.12709
 (SAIL-Embedding).
 Letters: B samples, D width, K triples, W tokens of a triple's element.
@@ -43,15 +43,15 @@ class Contrastive(SharedSpace):
     """Contrast every pair of modalities in one embedding space (CLIP, SigLIP, SLIP).
 
     Args:
-        towers: one tower a modality.
-        width: of the shared embedding space.
-        pairs: which modalities meet, such as [[image, text]]; all of them where not given.
-        loss: of one pair; every pair gets its own copy (its own scale).
-        pool: tokens to one vector, a copy for each modality; or one a modality.
+        towers: one tower per modality.
+        width: width of the shared embedding space.
+        pairs: pairs of modalities to contrast, such as [[image, text]]; by default all pairs.
+        loss: loss of one pair; every pair gets its own copy (its own scale).
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
         intra: a term between two views of one modality, or none.
-        negatives: a term with the hard negatives that the data has of one modality (``text_neg``), or their part in the
-            loss of the pair, or none.
-        knowledge: of the triples of a scene graph, added to the texts and to their hard negatives alike, or none.
+        negatives: how the data's hard negatives of one modality (``text_neg``) enter: as a separate term, in the loss
+            of the pair, or not at all.
+        knowledge: encoder of scene-graph triples, added to texts and to their hard negatives alike, or none.
     """
 
     in_batch_negatives = True
@@ -97,19 +97,19 @@ class Contrastive(SharedSpace):
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Modality -> the terms that share its embedding."""
+        """Return the names of the terms that share each modality's embedding."""
         pairs = self.pairs if self.negatives is None else {**self.pairs, self.negatives.name: self.negatives.pair}
         return {m: tuple(name for name, pair in pairs.items() if m in pair) for m in self.towers}
 
     @property
     def met(self) -> tuple[str, ...]:
-        """The modalities that some term needs; others are embedded where they are judged."""
+        """Return the modalities that some term needs; others are embedded only in evaluation."""
         needed = {m for pair in self.pairs.values() for m in pair} | {self.intra.modality if self.intra else ""}
         return tuple(m for m in self.towers if m in needed or (self.negatives and m in self.negatives.pair))
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The inputs that the terms need."""
+        """Return the names of the inputs that the terms need."""
         own = (*self.met, *(("triples",) if self.knowledge is not None else ()))
         if self.negatives is None:
             return own
@@ -127,7 +127,7 @@ class Contrastive(SharedSpace):
         copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         terms, extra = {}, dict[str, tuple[Tensor, Tensor]]()
         if self.negatives is not None:
-            z_neg_BD = self.embed(batch.negatives())[self.negatives.pair[1]]  # by the same towers, with own knowledge
+            z_neg_BD = self.embed(batch.negatives())[self.negatives.pair[1]]  # same towers, own triples
             has_B = batch.both(*self.negatives.given)
             if self.negatives.denominator:
                 extra[self.negatives.name] = self.negatives.sham(z_neg_BD, batch.rng_seed, has_B), has_B

@@ -3,7 +3,7 @@
     p_b = sum_m w_m p_m(x_bm)        over the modalities that sample b has, w = softmax over them, equal to begin with
     loss = cross_entropy(log p_b, label)
 
-Networks are frozen, running statistics included; learning rate 0 is the plain mean of what they say.
+Networks are frozen, including running statistics. With learning rate 0, the result is the plain mean of their p_m.
 Letters: B samples, C classes.
 """
 
@@ -26,11 +26,11 @@ from descant.recipes.base.rebuild import rebuild
 class Ensemble(Classifier):
     """Soft voting of trained unimodal classifiers.
 
-    The runs are read whenever this recipe is built anew (resumed, validated, loaded).
+    This recipe reads the runs each time it is built (to resume, validate or load).
 
     Args:
         paths: modality -> a run folder, a checkpoint in one, or an export, of a classifier of that modality.
-        checkpoint: of run folders: best, last or a file in it.
+        checkpoint: in a run folder: best, last or a file in it.
     """
 
     def __init__(self, paths: dict[str, str], checkpoint: str = "best", **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ class Ensemble(Classifier):
             setattr(self, part, nn.ModuleDict({m: getattr(member, part)[m] for m, member in members.items()}))
         self.fusion = SoftVoting({m: member.fusion for m, member in members.items()})
         widths = {member.width for member in members.values()}
-        self.width = widths.pop() if len(widths) == 1 else 0  # else each has its own
+        self.width = widths.pop() if len(widths) == 1 else 0  # 0: each has its own width
         self.requires_grad_(False)
         self.fusion.build({m: member.fusion.widths[m] for m, member in members.items()}, self.classes)
         self.train()

@@ -1,4 +1,4 @@
-"""Classification of samples that come in several modalities, any of which may be absent.
+"""Classification of samples with several modalities, any of which may be absent.
 
 Claim: towers trained together separate classes that no modality separates alone.
 
@@ -8,9 +8,9 @@ Claim: towers trained together separate classes that no modality separates alone
            + sum over m: cross_entropy(own_m(z_m), label)  named by the modality, where asked for
            + what regularizers and callbacks add
 
-A loss is divided by the rows of the whole optimizer step that have a modality; for an own head, that one.
+A loss is divided by the rows of the whole optimizer step that have any modality or, for an own head, its modality.
 Source: late, mid and attention fusion as in Baltrusaitis 2019 (arXiv 1705.09406) and Nagrani 2021 (arXiv 2107.00135,
-one token a modality here); losses of the modalities' own as in Wang 2020 (arXiv 1905.12681).
+one token per modality here); unimodal losses as in Wang 2020 (arXiv 1905.12681).
 Letters: B samples, G samples of the whole optimizer step, D width, C classes.
 """
 
@@ -33,10 +33,10 @@ class Fusion(Balanced, OwnHeads, Classifier):
     """Multimodal classifier: late, mid or attention fusion.
 
     Args:
-        towers, target, classes, width, pool, smoothing: as of Classifier.
-        fusion: of the latents; LateFusion where not given.
-        unimodal: also a linear head and a cross-entropy for each modality alone.
-        regularizers: more terms, of the latents and what is decided by them.
+        towers, target, classes, width, pool, smoothing: as in Classifier.
+        fusion: fusion of the latents; LateFusion by default.
+        unimodal: add a linear head and a cross-entropy for each modality alone.
+        regularizers: additional terms, computed from the latents and the logits.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Masked modelling of any number of modalities: predict what is hidden, of each from all.
+"""Masked modelling of any number of modalities: predict hidden tokens of each from visible tokens of all.
 
-Claim: a model that fills in hidden patches of several modalities from the visible ones has learned what they are of,
-alone and together; and one such model serves any set of modalities.
+Claim: a model that predicts hidden patches of several modalities from the visible ones learns what they show, alone and
+together. One such model serves any set of modalities.
 
     visible, target = corruption(tokens of all modalities)             uniform, Dirichlet budget, blocks, tubes, spans
     h = encoder([global; W_m x_t + place_t + modality_m])              of visible tokens only: nothing stands for others
@@ -10,8 +10,8 @@ alone and together; and one such model serves any set of modalities.
 
 What differs from the papers: with one modality it is MAE (He 2021), with a Dirichlet budget and a CrossDecoder MultiMAE
 (Bachmann 2022), with a joint ratio, a JointDecoder and volumes BM-MAE (Robinet 2025), with TwoBudgets, token ids and an
-AnyToAnyDecoder 4M (Mizrahi 2023). Samples may lack modalities, and compute falls with what they lack. A sample's loss
-of a modality is 0 where nothing of it is masked.
+AnyToAnyDecoder 4M (Mizrahi 2023). Samples may lack modalities, and this reduces the compute. A sample's loss of a
+modality is 0 if nothing of it is masked.
 Source: arXiv 2111.06377 (MAE), 2204.01678 (MultiMAE), 2505.00568 (BM-MAE), 2312.06647 (4M).
 Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbers of a token, D and E widths.
 """
@@ -44,19 +44,19 @@ class Masked(MaskedRecipe):
     """Masked modelling of any modalities (MAE, MultiMAE, BM-MAE, 4M).
 
     Args:
-        adapters: one a modality, in and out of tokens.
-        encoder: of visible tokens.
-        decoder: of hidden ones; a JointDecoder where not given.
-        corruption: what is hidden; 75 % of each modality where not given.
-        embeds: which modalities are embedded together, such as [[image], [image, sketch]]; each alone and all together
-            where not given. The embedding of several is named image+sketch.
-        pool_global: an embedding is the encoder's global token, and not the mean of the others.
-        fill: imputes the inputs of absent modalities, which are then visible tokens, such as ZeroImputer, as is usual
-            elsewhere; left out of the sequence where not given.
-        reduction: how the losses of modalities are averaged; their sum where not given.
-        align: a contrastive term beside it, of samples that are seen in one modality alone.
-        sham: ``permute`` trains on samples whose first modality is their own and whose others are of another sample.
-        permuted: those others, all but the first where not given.
+        adapters: one adapter per modality, which converts to and from tokens.
+        encoder: encoder of visible tokens.
+        decoder: decoder of hidden tokens; by default a JointDecoder.
+        corruption: chooses the hidden tokens; by default 75 % of each modality.
+        embeds: which modalities are embedded together, such as [[image], [image, sketch]]; by default each alone and
+            all together. The embedding of several is named image+sketch.
+        pool_global: use the encoder's global token as the embedding, instead of the mean of the other tokens.
+        fill: imputes the inputs of absent modalities as visible tokens, such as ZeroImputer, as is usual elsewhere. By
+            default, absent modalities are left out of the sequence.
+        reduction: how the losses of modalities are averaged; by default their sum.
+        align: an additional contrastive term, for samples of which the encoder sees one modality alone.
+        sham: ``permute`` trains on samples whose first modality is their own and whose others are from another sample.
+        permuted: those other modalities; by default all but the first.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Masked(MaskedRecipe):
     def losses(
         self, batch: Batch, corruption: Corruption | None = None, routings: list[Routing] | None = None
     ) -> dict[str, Term]:
-        """Terms of the tokens that a corruption hides; the recipe's own where not given."""
+        """Compute the terms of the tokens that a corruption hides, by default the recipe's own corruption."""
         raw, real = self.raw(batch)
         masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
         return self.predicted(self.arranged(raw, real, masks), batch, routings)
@@ -139,7 +139,7 @@ class Masked(MaskedRecipe):
             for name, loss_N in losses.items():
                 loss_N = torch.where(counts[m][row_N, place_N], loss_N, 0.0)
                 value_B = loss_N.new_zeros(len(batch)).index_add(0, row_N, loss_N) / count[m].clamp(min=1)
-                # masked before the division: a sample of which nothing is masked has no gradient, not a nan
+                # masked before the division, so that a sample without masked tokens has no gradient instead of nan
                 key = f"mask/{m}/{name}" if name else f"mask/{m}"
                 weight_B = None if scales[m].weight_B is None else scales[m].weight_B.to(value_B.dtype)
                 terms[key] = Term(value_B, weight_B, valid=count[m] > 0, norm=scales[m].norm)

@@ -1,14 +1,14 @@
 """Image-text matching: a cross-encoder that scores pairs of two modalities.
 
-Claim: slow and sure: what a dual encoder learns to rank, a cross-encoder ranks better, at a pass for every pair.
+Claim: a cross-encoder ranks better than a dual encoder, at the cost of a forward pass for every pair.
 
     s_ij = cross(tower_a(x_i), tower_b(x_j))                 tokens of both in one transformer, and a number
     loss = mean over b of (CE(s_b., own) + CE(s_.b, own)) / 2        over its own and `negatives` others, both ways
 
-Others are the next ones of a random circle through the samples that have both modalities, so that each pair that is
-scored serves the list of its picture and that of its text. Its rankings train dual encoders (DCD).
-Source: image-text matching as in ALBEF (Li 2021, arXiv 2107.07651), with lists in place of single pairs.
-Letters: B samples, V of them with both, K of a list, N pairs, T tokens, D width.
+The samples that have both modalities form a random circle, and a sample's others are the next ones on it. So each
+scored pair serves both the list of its image and the list of its text. The rankings train dual encoders (DCD).
+Source: image-text matching as in ALBEF (Li 2021, arXiv 2107.07651), with lists instead of single pairs.
+Letters: B samples, V of them with both modalities, K entries of a list, N pairs, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Matching(Recipe):
     """Cross-encoder of two modalities (image-text matching).
 
     Args:
-        towers: two.
-        cross: over the tokens of both.
-        negatives: K - 1, others of a list; fewer where fewer samples have both.
+        towers: two towers.
+        cross: cross-encoder over the tokens of both.
+        negatives: K - 1, the number of others in a list; fewer if fewer samples have both modalities.
     """
 
     in_batch_negatives = True
-    #: Warned of at the start of a run on several ranks: all tokens of all ranks would have to travel.
+    #: Warning at the start of a run on several ranks; pairs across ranks would need all tokens of all ranks.
     by_rank = "pairs a sample with others of its rank"
 
     def __init__(self, towers: Towers, cross: CrossEncoder, negatives: int = 7, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Matching(Recipe):
     # who fits whom ------------------------------------------------------------------------------------------------
 
     def tokens(self, batch: Batch, modality: str) -> Tokens:
-        """Of all rows; those of absent samples are marked as no tokens."""
+        """Compute the tokens of all rows; the mask marks those of absent samples as not real."""
         x, tower = batch.inputs[modality], self.towers[modality]
         rows = RunningRows(batch.present[modality], x.device)
         with rows.running(tower, self.row_tracker):
@@ -72,7 +72,7 @@ class Matching(Recipe):
         return {self.name: lambda row_N, column_N: self.cross(a, b, row_N, column_N)}
 
     def lists(self, batch: Batch, pairs: dict[str, Scorer]) -> tuple[Tensor, Tensor]:
-        """``s_VK``: how picture ``circle_V[v]`` fits the text k places on, the own one first; and ``circle_V``."""
+        """Score image ``circle_V[v]`` with the text k places on, its own first: return ``s_VK`` and ``circle_V``."""
         scorer = pairs[self.name]
         here_V = host_copy(batch.both(*self.pair)).nonzero()[:, 0]
         turn_V = torch.from_numpy(mix_N(host_copy(batch.rng_seed)[here_V], "match"))
@@ -93,7 +93,7 @@ class Matching(Recipe):
         return Output({self.name: self._term(*self.lists(batch, pairs), batch)}, pairs=pairs)
 
     def _term(self, s_VK: Tensor, circle_V: Tensor, batch: Batch) -> Term:
-        """The loss of the lists of each picture and of each text."""
+        """Compute the loss over the lists of each image and of each text."""
         V, K = s_VK.shape
         place_K = torch.arange(K, device=s_VK.device)
         row_VK = (torch.arange(V, device=s_VK.device)[:, None] - place_K) % max(V, 1)
@@ -106,7 +106,7 @@ class Matching(Recipe):
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``loss``; and ``accuracy``: whether a picture's own text fits best of its list; half where others do too."""
+        """Return ``loss`` and ``accuracy``: whether an image's own text scores best in its list; a tie counts half."""
         s_VK, circle_V = self.lists(batch, self.scorers(batch))
         above_V = (s_VK[:, 1:] > s_VK[:, :1]).any(dim=1)
         equal_V = (s_VK[:, 1:] == s_VK[:, :1]).any(dim=1)

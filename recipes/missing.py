@@ -1,17 +1,17 @@
 """Missing-modality adaptation of a trained recipe: modulation, imputation, LoRA.
 
-Claim: a frozen network with tiny parameters for each set of available modalities wins back much of what it loses when
-modalities are absent, and is unchanged where all are present.
+Claim: a frozen network with few parameters for each set of available modalities recovers much of what it loses when
+modalities are absent, and is unchanged when all are present.
 
     S_b  = a set of modalities, sampled for sample b among those that it has
     h'   = f_S(h)                  after each layer, with the parameters of S_b (ModulationBank), or imputed features
     loss = the recipe's own, on the batch of which all but S_b was left out
 
-Baselines take the same place: another ``fill`` (zeros, means, prompts), ``adapt: [Lora]`` in place of a bank, and with
-``frozen: false`` all of the network is trained on. With learning rate 0 a bank is the network without adaptation.
+Baselines use the same arguments: another ``fill`` (zeros, means, prompts), or ``adapt: [Lora]`` instead of a bank. With
+``frozen: false``, the whole network trains further. With learning rate 0, a bank leaves the network unadapted.
 
-What differs from the paper: rows of several sets share a batch (one for all: ``available.per: batch``). A loss is
-divided by the rows of this batch on all ranks, since only they are known to be left, so micro-batches are refused.
+What differs from the paper: rows of several sets share a batch (one set for all: ``available.per: batch``). A loss is
+divided by the rows of this batch on all ranks. Only these are known to remain, so gradient accumulation is refused.
 Source: Reza 2023 (arXiv 2310.03986). Letters: B samples, D width, N rows of a term, C classes.
 """
 
@@ -45,16 +45,17 @@ from descant.recipes.base.rebuild import rebuild
 class MissingModality(AdaptedRecipe):
     """Adapt a trained recipe to missing modalities (modulation, LoRA, imputation).
 
-    The run at ``path`` is read whenever this recipe is built anew (resumed, validated, loaded). What the inner recipe
-    can do (embed, score, fuse ...) this one can, with the parameters of what each sample has.
+    This recipe reads the run at ``path`` each time it is built (to resume, validate or load). It has all capabilities
+    of the inner recipe (embed, score, fuse ...), with the parameters for each sample's modalities.
 
     Args:
         path: a run folder, a checkpoint in one, or an export, of any recipe with towers.
-        checkpoint: of a run folder: best, last or a file in it.
+        checkpoint: in a run folder: best, last or a file in it.
         bank: parameters for each set of available modalities, or none.
-        fill: imputes features of absent modalities, which the recipe then takes for present; its own masks without.
-        available: which modalities are left of training samples; any set, as often, where not given.
-        frozen: keep all of the recipe, running statistics included, as it was.
+        fill: imputes features of absent modalities, which the recipe then treats as present; without it, the recipe
+            applies its own masks.
+        available: which modalities training samples keep; by default any set, all equally often.
+        frozen: keep the whole recipe unchanged, including running statistics.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class MissingModality(AdaptedRecipe):
 
     def train(self, mode: bool = True) -> MissingModality:
         super().train(mode)
-        for module in self._kept:  # and not what adapters add to them
+        for module in self._kept:  # but not what adapters add to them
             module.training = False
         return self
 
@@ -106,7 +107,7 @@ class MissingModality(AdaptedRecipe):
     # what each sample has -----------------------------------------------------------------------------------------
 
     def left(self, batch: Batch) -> Batch:
-        """The samples with the modalities that a draw leaves of them."""
+        """Return the batch in which each sample keeps only a randomly drawn set of its modalities."""
         present = self.available.left(batch.present, batch.rng_seed, self.modalities)
         step = present if world() == 1 else {m: gather(mask_B) for m, mask_B in present.items()}
         return replace(batch, present=present, step=dict(step))

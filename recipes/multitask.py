@@ -1,13 +1,14 @@
-"""Several objectives over one network: contrast, matching, masked tokens and classes of shared streams, by YAML.
+"""Several objectives over one network: contrast, matching, masked tokens and classes on shared streams, by YAML.
 
-Claim: objectives that read the same tokens train in one forward of each tower.
+Claim: objectives that read the same tokens train with one forward pass of each tower.
 
     tokens_m = tower_m(x_m),  z_m = normalise(head_m(pool_m(tokens_m))),  fused_ab = blocks([c, tokens_a, tokens_b])
     loss = sum over objectives o: terms_o(streams)          each stream made once a step; named o, or o/part
     with universal layers universal(tower_m(x_m)) in place of tower_m(x_m), for all objectives or those of the graph
 
-Objectives that hide the same tokens share these streams too. What no objective reads costs nothing: its tower does not
-run, and is frozen, so that no rank waits for its gradients. Harmonizers of features see z, those of parameters all.
+Objectives that hide the same tokens share these streams too. A modality that no objective reads costs nothing: its
+tower does not run and is frozen, so that no rank waits for its gradients. Feature-level harmonizers see z;
+parameter-level harmonizers see all shared parameters.
 Source: the combination of objectives as in ALBEF (arXiv 2107.07651) and TIP (2407.07582), modules by objective as in
 mPLUG-2 (2302.00402).
 Letters: B samples, D width.
@@ -42,14 +43,14 @@ class MultiTask(StreamSpace):
     """Any objectives over shared towers and fusion layers, each computed over shared streams (ALBEF, TIP, mPLUG-2).
 
     Args:
-        towers: one tower a modality.
-        objectives: name -> objective; names of terms, and of coefficients in ``mix``, begin with it.
-        width: of the shared embedding space.
-        fusion: layers over the tokens of two modalities, for objectives that ask for them.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        universal: layers that modalities share, between towers and all else.
-        graph: objective -> the modules above its towers, such as {words: [fusion], kind: [universal]}; all that it can
-            use for one that is not named.
+        towers: one tower per modality.
+        objectives: name -> objective; names of its terms, and of coefficients in ``mix``, begin with this name.
+        width: width of the shared embedding space.
+        fusion: layers over the tokens of two modalities, for objectives that need them.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        universal: layers that modalities share, between towers and everything else.
+        graph: objective -> the modules above its towers, such as {words: [fusion], kind: [universal]}; an objective
+            that is not named uses all that it can.
     """
 
     def __init__(
@@ -102,17 +103,17 @@ class MultiTask(StreamSpace):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The modalities that some objective needs; others are embedded where they are judged."""
+        """Return the modalities that some objective needs; others are embedded only in evaluation."""
         return tuple(m for m in self.towers if any(m in objective.reads for objective in self.tasks.values()))
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Modality -> the terms that share its embedding."""
+        """Return the names of the terms that share each modality's embedding."""
         parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
         return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """All but the objectives' own layers."""
+        """Return all trained parameters except the objectives' own layers."""
         own = set(self.objectives.parameters())
         return (p for p in self.parameters() if p.requires_grad and p not in own)
 
@@ -129,7 +130,7 @@ class MultiTask(StreamSpace):
         return Output(terms, latents, logits=self._logits(views), pairs=pairs, aux=self._expert_terms(streams))
 
     def reconstruct(self, batch: Batch, corruption: Any = None) -> dict[str, ReconstructionOutput]:
-        """What objectives rebuild of what they see whole, whatever is to be hidden. Raises ValueError if none does."""
+        """Rebuild inputs by the objectives that can, whatever ``corruption`` is. Raise ValueError if none can."""
         views = self._views(Streams(self, batch))
         rebuilt = {m: x for name, task in self.tasks.items() for m, x in task.reconstruct(views[name], batch).items()}
         if not rebuilt:
@@ -137,6 +138,6 @@ class MultiTask(StreamSpace):
         return rebuilt
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and scores, from one run of the towers."""
+        """Return embeddings and scores, from one forward pass of the towers."""
         streams, whole = Streams(self, batch), set(self.reads) <= batch.inputs.keys()
         return {"z": self.embeddings(streams), "scores": self.scores(batch, streams) if whole else {}}

@@ -1,6 +1,6 @@
 """One stage for self-supervised, weakly supervised and supervised pre-training: predict each target's representation.
 
-Claim: one stage of all targets serves every probe as well as stages of one kind each.
+Claim: one stage with all targets serves every probe as well as several stages with one kind of target each.
 
     x = patches of crop(a), those of crop(b) where a is hidden         two images in every input
     h = tower(x),   z = normalise(head(pool(h)))
@@ -8,9 +8,9 @@ Claim: one stage of all targets serves every probe as well as stages of one kind
     view:           decoder(h where b, places of b's other crop)       -> teacher(other crop of b)
     text, classes:  z -> texts and classes of a and b                  shares of the target: m and 1 - m, as of patches
 
-Places count from the top left of the crop that is seen, and may lie outside it. The teacher is the tower's average.
-Source: M3I (Su 2022, arXiv 2211.09807); no code is released. Our reading: targets are weighed by m, patches mixed as in
-MixMIM, tokens of the other image not attended to, targets normalised as in data2vec (2202.03555).
+Places count from the top left of the visible crop and may lie outside it. The teacher is the average of the tower.
+Source: M3I (Su 2022, arXiv 2211.09807); no code is released. Our reading: m weights the targets, patches are mixed as
+in MixMIM, the decoder does not attend to the other image, and targets are normalised as in data2vec (2202.03555).
 Letters: B samples, C classes, Q places, T tokens, D width.
 """
 
@@ -46,17 +46,17 @@ class MutualInformation(SharedSpace):
     """Pre-train an image tower on views, texts and classes in one stage, by mutual information (M3I).
 
     Args:
-        towers: ``image``, whose tokens are a grid of patches, and ``text`` where its term is given.
-        patch_mix: two images to one input; its patches are the tower's tokens.
-        decoder: of image targets.
+        towers: ``image``, whose tokens are a grid of patches, and ``text`` if its term is given.
+        patch_mix: mixes two images into one input; its patches are the tower's tokens.
+        decoder: decoder of image targets.
         same, view: likelihood of features of the same view, and of another view (``data.views {image: 2}``).
         text: likelihood of the text among those of the batch.
-        target, classes: of the data, whose C classes are predicted, if any.
-        scale: least and largest area of crops.
-        momentum: of the teacher.
+        target, classes: name of a target in the data and its number C of classes to predict, if any.
+        scale: smallest and largest area of crops.
+        momentum: momentum of the teacher.
     """
 
-    in_batch_negatives = True  # mixed with others of the batch, whatever the terms
+    in_batch_negatives = True  # patch_mix mixes samples of the batch, whatever the terms
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class MutualInformation(SharedSpace):
         self.decoder = decoder.build(towers.width("image"), patch_mix.patches) if same or view else None
         self.target = target
         self.label_head = Projection(towers.width("image"), classes) if classes else None
-        # what no term reads is not trained: no rank waits for its gradients
+        # parts that no term reads are not trained, so that no rank waits for their gradients
         for m in (m for m in towers if m != "image" and (m != "text" or text is None)):
             nn.ModuleList(part[m] for part in (self.towers, self.pools, self.heads)).requires_grad_(False)
         self.heads["image"].requires_grad_(text is not None)
         self.pools["image"].requires_grad_(text is not None or bool(classes))
-        self.fusion: FusionLayers | None = None  # of streams, as the next two
+        self.fusion: FusionLayers | None = None  # Streams reads it and the next two
         self.mask_tokens, self.forks = nn.ParameterDict(), dict[str, tuple[str, ...]]()
 
     def forward(self, batch: Batch) -> Output:
@@ -125,7 +125,7 @@ class MutualInformation(SharedSpace):
         return Output(terms)
 
     def _images(self, batch: Batch, name: str) -> Tensor:
-        """Zeros where absent: what is there may be no number, and a gradient of zero times that is none."""
+        """Return the images, with zeros for absent samples, whose stored values may be nan and spoil gradients."""
         if name not in batch.inputs:
             raise ValueError(f"the data has no {name!r}" + (": data.views {image: 2}" if "@" in name else ""))
         x = batch.inputs[name]
@@ -138,7 +138,7 @@ class MutualInformation(SharedSpace):
         return F.layer_norm(h_BTD, h_BTD.shape[-1:])
 
     def _classes(self, h_BD: Tensor, batch: Batch, mixed: MixedImages) -> Term:
-        """Of both images; an image without a label adds zero."""
+        """Compute the class term of both images; an image without a label adds zero."""
         logit_BC = promote(cast(Projection, self.label_head)(h_BD))
         label_B = class_labels(batch.targets, self.target, logit_BC.shape[1])
         both = (mixed.share, label_B), (1 - mixed.share, taken(label_B, mixed.source_B))

@@ -1,10 +1,10 @@
 """Deep mutual learning: networks that train together, each with the others as teachers.
 
-Claim: two small networks that imitate each other while they train end above each alone.
+Claim: two small networks that imitate each other while they train end better than each alone.
 
     loss = sum over peers i:  own terms of i  +  mean over the others j of  target(i, decisions of j)
 
-Decisions of a peer are detached: gradients go to the student. All see the same batch, in training mode.
+A peer's decisions are detached, so gradients go to the student only. All peers see the same batch, in training mode.
 Source: deep mutual learning (Zhang 2018, arXiv 1706.00384), where peers take turns; here they step together.
 Letters: P peers.
 """
@@ -29,12 +29,12 @@ from descant.recipes.base.recipe import Recipe
 class Peers(Recipe):
     """Deep mutual learning of several recipes with the same classes.
 
-    Terms and scores of the first have their own names, those of others a number behind: ``fused``, ``fused/1``. What
-    embeds, is exported and taken by others is the first.
+    Terms and scores of the first student keep their names; those of the others end in a number: ``fused``, ``fused/1``.
+    The first student embeds, is exported and is used by other recipes.
 
     Args:
-        students: P recipes, at least two; their training options are given here, not there.
-        targets: of each student and the others; SoftTarget where not given.
+        students: P recipes, at least two; their training options are given here, not in the students.
+        targets: targets between each student and the others; by default SoftTarget.
     """
 
     def __init__(self, students: list[Recipe], targets: list[DecisionTarget] | None = None, **kwargs: Any) -> None:
@@ -45,7 +45,7 @@ class Peers(Recipe):
             raise ValueError("students: one has model.distill; peers are each other's teachers")
         self.students = nn.ModuleList(students)
         if hasattr(students[0], "towers"):
-            self.__dict__["towers"] = students[0].towers  # past nn.Module: they are submodules of the student alone
+            self.__dict__["towers"] = students[0].towers  # bypasses nn.Module: only the student has them as submodules
         for student in students[1:]:
             for target in targets or [SoftTarget()]:
                 target.build(student, students[0])
@@ -95,7 +95,7 @@ class Peers(Recipe):
         return cast(MakesDecisions, self.students[0]).decide(batch)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """Of all: ``accuracy`` of the first, ``accuracy/1`` of the next."""
+        """Return the scores of all students: ``accuracy`` of the first, ``accuracy/1`` of the next."""
         return {
             _term_name(name, i): term
             for i, student in enumerate(self.students)

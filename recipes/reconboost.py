@@ -1,21 +1,22 @@
-"""ReconBoost: classification of several modalities by boosting, a modality at a time against the others' errors.
+"""ReconBoost: classification of several modalities by boosting, one modality at a time against the others' errors.
 
-Claim: a modality that is trained alone, and where the others err, competes with none.
+Claim: a modality that is trained alone, on the errors of the others, competes with none of them.
 
     stage s: ``boost`` steps of the modality m = modalities[s mod M] alone, then ``rectify`` steps of all that have had
     a stage:
     boost    value = - sum_c (w y_c - r q_c y_c) log softmax(f(z_m))_c / C,     q = softmax(rate sum_{n != m} f(z_n))
     rectify  value = cross_entropy(rate sum_n f(z_n), label)
 
-with y the label as one of C, and q without gradient, of the others that have had a stage; where there are none q is 1,
-as in the first stage of the release. ``over: classes`` has q_c in place of q_c y_c, the whole Kullback-Leibler
-divergence, and q = 1 / C of none: with w = r = 1 the gradient at the logits is (q - y) / C, the residual of gradient
-boosting (our reading of the paper; the release is the default). Other parameters are frozen until their stage: no
-gradient, no weight decay.
+Here y is the one-hot label. q has no gradient and covers the other modalities that have had a stage; without any, q is
+1, as in the first stage of the release. ``over: classes`` uses q_c instead of q_c y_c, which gives the whole
+Kullback-Leibler divergence, and q = 1 / C without others. With w = r = 1, the gradient at the logits is then
+(q - y) / C, the residual of gradient boosting (our reading of the paper; the release is the default). Other parameters
+are frozen until their stage: no gradient, no weight decay.
 
-What differs from the release: its stages are epochs (4 and 4), here optimizer steps; it begins a new optimizer each
-stage, here one goes on; it begins from trained modalities. Its memory term has no gradient (both sides are detached);
-here ``memory_weight`` is 0, and above 0 it has. Source: Hua 2024, arXiv 2405.09321, github.com/huacong/ReconBoost.
+What differs from the release: its stages are epochs (4 and 4), here they are optimizer steps. It begins a new optimizer
+each stage; here one optimizer continues. It begins from trained modalities. Its memory term has no gradient (both sides
+are detached); here ``memory_weight`` is 0 by default, and above 0 the term has a gradient.
+Source: Hua 2024, arXiv 2405.09321, github.com/huacong/ReconBoost.
 Letters: B samples, D width, C classes, M modalities.
 """
 
@@ -42,16 +43,16 @@ from descant.recipes.base.classifier import Classifier
 class ReconBoost(Classifier):
     """Alternating boosting of modalities that share a classifier (ReconBoost).
 
-    A boosting step costs the towers of the others forward, without gradient. The stage follows from the step, so that
-    there is no state beside weights and optimizer.
+    A boosting step also runs the other towers forward, without gradient. The stage follows from the step number, so
+    there is no state except weights and optimizer.
 
     Args:
-        towers, target, classes, width, pool, smoothing: as of Classifier; smoothing is of rectifying.
+        towers, target, classes, width, pool, smoothing: as in Classifier; smoothing applies to rectifying only.
         hidden: width inside the shared classifier.
         boost, rectify: optimizer steps of each half of a stage.
         label_weight, reconcile: w and r.
-        over: what of q counts: at the ``label``, as in the release, or of all ``classes``.
-        memory_weight: of the squared difference of the probabilities from those of the learner before.
+        over: which entries of q count: that of the ``label``, as in the release, or those of all ``classes``.
+        memory_weight: weight of the squared difference between the probabilities and those of the previous learner.
     """
 
     fusion: BoostedSum
@@ -86,13 +87,13 @@ class ReconBoost(Classifier):
 
     @property
     def stage(self) -> tuple[int, bool]:
-        """Number of this step's stage, and whether it is one of rectifying."""
+        """Return the number of this step's stage, and whether the step is a rectifying one."""
         stage, place = divmod(self.global_step, self.boost + self.rectify)
         return stage, place >= self.boost
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The modalities that learn in this step."""
+        """Return the modalities that learn in this step."""
         stage, rectifying = self.stage
         return self.modalities[: stage + 1] if rectifying else (self.modalities[stage % len(self.modalities)],)
 
@@ -128,7 +129,7 @@ class ReconBoost(Classifier):
         return Term(value_B, valid=valid_B, norm=batch.step[m].sum().clamp(min=1))
 
     def _others(self, z: dict[str, Tensor], batch: Batch, like_BC: Tensor) -> Tensor:
-        """``q_BC`` of the other learners, and where the sample has none of them."""
+        """Compute ``q_BC`` of the other learners; a constant for samples that have none of them."""
         alone = 1.0 if self.over == "label" else 1.0 / self.classes
         if not z:
             return torch.full_like(like_BC, alone)

@@ -1,4 +1,4 @@
-"""Prediction of a number from samples that come in several modalities, any of which may be absent.
+"""Prediction of a number from samples with several modalities, any of which may be absent.
 
 Claim: towers trained together predict a number in its own unit, from whichever modalities a sample has.
 
@@ -34,13 +34,13 @@ class Regression(OwnHeads, FusedSpace):
     """Regression on several modalities: late, mid or attention fusion to one number.
 
     Args:
-        towers: one tower a modality.
-        target: which of the data's targets holds the number, float ``[B]`` in its own unit; nan is none.
-        loss: of the number, on the scale of its training samples; SquaredError where not given.
+        towers: one tower per modality.
+        target: name of the data's target that holds the number, float ``[B]`` in its own unit; nan means none.
+        loss: loss of the number, on the scale of its training samples; SquaredError by default.
         width: D of each modality's latents.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        fusion: of the latents; LateFusion where not given.
-        unimodal: also a linear head and a loss for each modality alone.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        fusion: fusion of the latents; LateFusion by default.
+        unimodal: add a linear head and a loss for each modality alone.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Regression(OwnHeads, FusedSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit":  # a resumed or judged run has those of its checkpoint, which is read later
+        if stage == "fit":  # a resumed or evaluated run loads mean and scale from its checkpoint later
             self.number.read(datamodule_of(self.trainer))
 
     def forward(self, batch: Batch) -> Output:
@@ -77,17 +77,17 @@ class Regression(OwnHeads, FusedSpace):
     # evaluation -----------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings, scores and numbers, from one run of the towers."""
+        """Return embeddings, scores and numbers, from one forward pass of the towers."""
         z = self.latents(batch)
         return self.evaluate(batch, z) | {"numbers": self.numbers(batch, z)}
 
     def scores(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Term]:
-        """``loss`` of the rows with a number and a modality, on the scale of training."""
+        """Return ``loss`` of the rows with a number and a modality, on the scale of training."""
         raw_BK = self.fuse(self.latents(batch) if z is None else z, batch.present)
         return {"loss": self.number.term(raw_BK, batch.targets, self.some(batch.present), "valid")}
 
     def numbers(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Target -> its prediction ``[B]`` in its own unit; nan for rows without a modality."""
+        """Predict the target ``[B]`` in its own unit; nan for rows without a modality."""
         y_B = self.number.predictions(self.fuse(self.latents(batch) if z is None else z, batch.present))
         return {self.number.target: y_B.masked_fill(~self.some(batch.present), float("nan"))}
 

@@ -1,18 +1,18 @@
 """Self-supervised learning from two views of a sample: SimCLR, BYOL, MoCo v3, DINO, ReSSL, NNCLR, VICReg, Barlow Twins,
 SwAV.
 
-Claim: an encoder that gives two views of a sample one representation, and other samples others, has learned features
-from which a few labels read classes.
+Claim: an encoder that maps two views of a sample to one representation, and other samples to different ones, learns
+features from which a few labels suffice to read classes.
 
     h_v = pool(tower(view v))                      the features, by which the encoder is judged
     loss = objective(h_1, h_2, ..., targets)       projector and predictor are the objective's, of training alone
     targets_v = projector'(h'_v)                   of a teacher, t = decay t + (1 - decay) s after each optimizer step
 
-What differs from the papers: samples of equal content are not each other's negatives, and absent ones are left out
-exactly, from batch norms too; losses, queues, centres and batch norms are over all ranks; the teacher's batch norms use
+What differs from the papers: samples of equal content are not each other's negatives. Absent samples are left out
+exactly, from batch norms too. Losses, queues, centres and batch norms cover all ranks. The teacher's batch norms use
 the statistics of its batch, as in the releases, and its decay is fixed.
-Source: each objective's; arXiv 2412.19124 compares them.
-Letters: B samples, D width, P of projections.
+Source: that of each objective; arXiv 2412.19124 compares them.
+Letters: B samples, D width, P width of projections.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class SelfSupervised(SharedSpace):
     """Learn from two views of each modality without labels (SimCLR, BYOL, DINO, VICReg, SwAV and others).
 
     Args:
-        towers: one tower a modality; the data has two views of each, such as ``data.views {image: 2}``.
-        objective: over the views; each modality gets its own copy.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        crops: further small views, for DINO and SwAV; none where not given.
+        towers: one tower per modality; the data has two views of each, such as ``data.views {image: 2}``.
+        objective: objective over the views; each modality gets its own copy.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        crops: additional small views, for DINO and SwAV; none by default.
         sham: ``permute`` pairs each sample with the second view of another one.
     """
 
-    in_batch_negatives = True  # or batch norms, a centre, a queue: accumulated small batches are another method
+    in_batch_negatives = True  # or batch norms, a centre, a queue: accumulating small batches changes the method
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SelfSupervised(SharedSpace):
         if objective.momentum is not None:
             kwargs["distill"] = own_teacher(name, ProjectionAverage(objective.momentum), kwargs)
         super().__init__(towers, towers.width(next(iter(towers))), pool, **kwargs)
-        # embeddings are the features: what comes after them is the objective's
+        # embeddings are the features; later layers belong to the objective
         self.heads = nn.ModuleDict({m: nn.Identity() for m in towers})
         self.objectives = nn.ModuleDict({m: copy.deepcopy(objective).build(towers.width(m)) for m in towers})
         self.crops, self.sham = crops, Sham(sham)
@@ -85,7 +85,7 @@ class SelfSupervised(SharedSpace):
             batch, names = self._with_views(batch, m)
             h = [self.present_features(batch, m, view) for view in names]
             value = objective(Views(h, batch.content_id, valid_B, self._targets(batch, m)))
-            if objective.whole:  # the same number on each rank, of all rows: their mean
+            if objective.whole:  # the same value of all rows on each rank: average over ranks
                 terms[f"views/{m}"] = Term(value, norm=float(world()), whole=True)
             else:
                 terms[f"views/{m}"] = Term(value, valid=valid_B, given=(m,))
@@ -93,7 +93,7 @@ class SelfSupervised(SharedSpace):
         return Output(terms, latents=latents)
 
     def _with_views(self, batch: Batch, m: str) -> tuple[Batch, list[str]]:
-        """The batch with crops, and the suffixes of its views."""
+        """Return the batch with crops, and the suffixes of its views."""
         if m not in batch.inputs or f"{m}@2" not in batch.inputs:
             raise ValueError(f"{type(self.objectives[m]).__name__} needs two views of {m!r}: data.views {{{m}: 2}}")
         valid_B, names = batch.present[m], ["", "@2"]
@@ -106,7 +106,7 @@ class SelfSupervised(SharedSpace):
 
     @torch.no_grad()
     def _targets(self, batch: Batch, m: str) -> list[Tensor]:
-        """The teacher's projections of the two whole views."""
+        """Compute the teacher's projections of the two whole views."""
         objective = cast(ViewObjective, self.objectives[m])
         if objective.momentum is None or self.teaching is None:
             return []

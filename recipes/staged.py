@@ -1,13 +1,13 @@
 """Any recipe trained in stages: pre-training, supervised fine-tuning (SFT), then GRPO or DPO.
 
-Claim: each stage adds what the others cannot, and each begins where the one before it ended.
+Claim: each stage adds what the others cannot, and each begins where the previous one ended.
 
     for each stage:   theta <- argmin over the stage's part of theta of  loss_stage(theta; data_stage)
 
-Weights carry over and nothing else: every stage has an optimizer and a schedule of its own, over the parameters that it
-trains; all others keep their values to the bit, statistics of their batch norms too. A stage may change the model where
-it begins or ends: merge it with what it was, or grow it. Data: StagedData, with stages of the same names and their
-length; the callback Stages goes from one to the next.
+Only weights carry over: every stage has its own optimizer and schedule, over the parameters that it trains. All other
+parameters keep their exact values, and so do the statistics of their batch norms. When a stage begins or ends, it may
+change the model: merge it with earlier weights, or grow it. Data: StagedData, with stages of the same names, and their
+lengths. The callback Stages switches from one stage to the next.
 Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tuning, GRPO and DAPO.
 """
 
@@ -35,9 +35,9 @@ class Staged(Changing):
     """Train any recipe in stages (pre-training, SFT, GRPO, DAPO, DPO).
 
     Args:
-        recipe: what is trained; its training options (optimizer, distill ...) are given here, not there.
-        stages: name -> what it trains and how, in this order.
-        each: in place of stages: one for every stage of the data, such as the tasks of a TaskStream.
+        recipe: the recipe to train; its training options (optimizer, distill ...) are given here, not in the recipe.
+        stages: name -> what the stage trains and how, in this order.
+        each: instead of ``stages``: one stage for every stage of the data, such as the tasks of a TaskStream.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Staged(Changing):
     # from one stage to the next -----------------------------------------------------------------------------------
 
     def _choose(self, stage: str) -> None:
-        """Settings, objective and trainable parameters of a stage, and no others."""
+        """Apply the settings, the objective and the trainable parameters of a stage, and no others."""
         self.stage = stage
-        reshard(self)  # after an evaluation parameters may still be gathered, and what trains is set of the parts
+        reshard(self)  # parameters may still be gathered after an evaluation; requires_grad is set on the parts
         trained = self.now.trained(stage, self._trainable)
         for name, parameter in self.inner.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -76,9 +76,9 @@ class Staged(Changing):
         data = datamodule_of(self.trainer)
         if stage == "fit":
             for load in (one.load for one in self.stages.values() if one.load is not None):
-                load.find()  # now, and not when its stage begins
+                load.find()  # so that it fails now, not when its stage begins
             if has(data, StagedDataModule):
-                self.stage = data.stage  # the first one that has epochs; a checkpoint may hold another
+                self.stage = data.stage  # the first stage with epochs; a checkpoint may hold another
                 self._choose_objective()
 
     def configure_model(self) -> None:
@@ -89,12 +89,12 @@ class Staged(Changing):
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
         self.boundaries.require(self.inner)
-        for name in [*self.stages, self.stage]:  # a mistake in any is reported before the first step of all
+        for name in [*self.stages, self.stage]:  # so that a mistake in any stage is reported before the first step
             self._choose(name)
             self.stages[name].require_data(name, self.inner, datamodule_of(self.trainer) if self._trainer else None)
         training = self._trainer is not None and self.trainer.training
         if self.now.load is not None or (training and self.boundaries.changes):
-            self.begin_stage(self.stage)  # of the first stage, which no callback begins
+            self.begin_stage(self.stage)  # no callback begins the first stage
 
     optimizer_now = property(lambda self: self.now.optimizer or self._optimizer)
 
@@ -103,22 +103,22 @@ class Staged(Changing):
         schedule, data = self.now.schedule or self._schedule, datamodule_of(self.trainer)
         if schedule is None or not has(data, StagedDataModule):
             return schedule
-        total = run_steps(self.trainer)  # which has the data made, and counted
+        total = run_steps(self.trainer)  # also prepares the data and counts its steps
         names = list(data.steps)
         return schedule.within(sum(data.steps[name] for name in names[: names.index(self.stage)]), int(total))
 
     def schedule_steps(self) -> int:
-        """Of the stage, all its epochs."""
-        run_steps(self.trainer)  # which has the data made, and counted
+        """Return the steps of the stage, over all its epochs."""
+        run_steps(self.trainer)  # also prepares the data and counts its steps
         data = datamodule_of(self.trainer)
         return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
 
     def step_flops(self, stage: str, batches: Iterable[Batch], memory_adjusted: bool = False) -> int:
-        """FLOPs of some micro-batches in a stage, forward and backward, of all ranks together."""
+        """Count the FLOPs of some micro-batches in a stage, forward and backward, over all ranks."""
         return step_cost(self, batches, lambda twin: twin._as_in(self._path(stage)), memory_adjusted)
 
     def _path(self, stage: str) -> list[str]:
-        """The stages that have begun when one trains; those without epochs never begin."""
+        """List the stages that have begun when ``stage`` trains; stages without epochs never begin."""
         names = list(self.stages)
         at, data = names.index(stage), datamodule_of(self.trainer)
         assert has(data, StagedDataModule)

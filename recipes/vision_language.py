@@ -1,6 +1,6 @@
 """Vision-language model: image tokens among words, trained by SFT, GRPO or DPO.
 
-Claim: a small language model that reads an image's tokens in place of a word answers questions about it; one that
+Claim: a small language model that reads an image's tokens in place of a word answers questions about it. A model that
 already answers improves from a verifier (GRPO) or from preferences (DPO).
 
     h    = embed(words),  with projector(tower(image)) in place of each <image>
@@ -11,7 +11,8 @@ Logits of the vocabulary are computed for a few tokens at a time. A sample witho
 a model without a tower only reads text.
 Source: Liu 2023 (LLaVA, arXiv 2304.08485); packing as in Krell 2021 (arXiv 2107.02027); objectives in
 descant.modules.objectives.language.
-Letters: B samples, P images, I tokens of one, S of a sample, W width, N answer tokens, M new ones, R answers.
+Letters: B samples, P images, I tokens of an image, S tokens of a sample, W width, N answer tokens, M new tokens,
+R answers.
 """
 
 from __future__ import annotations
@@ -34,24 +35,25 @@ from descant.recipes.base.language import LanguageRecipe
 class VisionLanguage(LanguageRecipe):
     """Language model with an optional image tower (LLaVA), for SFT, GRPO and DPO.
 
-    The data's ``text`` are token ids, ``loss_mask`` the tokens to learn, target ``answer`` the reference answer.
+    In the data, ``text`` holds token ids, ``loss_mask`` marks the tokens to learn, and the target ``answer`` is the
+    reference answer.
 
     Args:
-        towers: one for pictures, ``image``, where there are some.
+        towers: a tower ``image``, if the data has images.
         lm: the language model.
-        image_token: the id in whose place a picture's tokens stand.
-        answer_token: the id behind which an answer begins.
-        projector: from the tower's tokens to the model's; each becomes one where not given.
-        visual: how far the tokens of a picture move positions on; like words where not given.
-        row: tokens of a packed row; the model's length where not given.
-        document_mask: whether tokens attend within their document alone, with positions from its start. Without, SFT
-            trains on rows as one sequence, as Open-Qwen2VL's release does (Wang 2025, arXiv 2504.00595; no masks but
-            that of padding): documents attend to those before them. Log-probabilities that are compared with those of
-            other passes (evaluation, GRPO, DPO) always are those of a document alone.
+        image_token: the id that an image's tokens replace.
+        answer_token: the id after which an answer begins.
+        projector: maps the tower's tokens to the model's; by default each becomes one.
+        visual: how far the tokens of an image advance positions; by default like words.
+        row: number of tokens in a packed row; by default the model's length.
+        document_mask: whether tokens attend only within their document, with positions from its start. If false, SFT
+            trains on rows as one sequence, as Open-Qwen2VL's release does (Wang 2025, arXiv 2504.00595; it masks only
+            padding): documents attend to earlier ones. Log-probabilities that are compared with those of other passes
+            (evaluation, GRPO, DPO) are always those of a document alone.
         prefix_sight: whether tokens up to the first answer see one another in both directions (prefix language model).
-        objective: SFT where not given; GRPO of sampled answers (callback Rollouts), or DPO of pairs. Its reference
-            policy, where it has one, is the teacher of ``distill``, without targets.
-        sampling: how answers are sampled for GRPO. new: most tokens of a sampled answer.
+        objective: SFT by default; GRPO on sampled answers (callback Rollouts), or DPO on pairs. Its reference policy,
+            if it has one, is the teacher of ``distill``, without targets.
+        sampling: how answers are sampled for GRPO. new: maximum number of tokens in a sampled answer.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class VisionLanguage(LanguageRecipe):
                 raise ValueError(f"lm.vocab {self.lm.vocabulary}: {type(data).__name__} has {least} ids, the least")
             for name in ("image_token", "answer_token"):
                 mine, its = getattr(self, name), getattr(data, name, getattr(self, name))
-                if its not in (mine, None):  # a stage may have texts alone
+                if its not in (mine, None):  # a stage may be text-only
                     raise ValueError(f"{name} {mine}: {type(data).__name__} has {its}")
 
     # training -----------------------------------------------------------------------------------------------------
@@ -125,12 +127,12 @@ class VisionLanguage(LanguageRecipe):
         return self
 
     def disable_dropout(self) -> None:
-        """Eval mode of all parts: no dropout, running statistics of batch norms."""
+        """Set all parts to eval mode: no dropout, and running statistics in batch norms."""
         for name, part in self.named_children():
             if name in ("towers", "projector", "lm"):
                 part.eval()
 
     def record(self, name: str, value: Tensor, rows: int) -> None:
-        """Log a value of the objective, where a trainer is attached."""
+        """Log a value of the objective, if a trainer is attached."""
         if self._trainer is not None:
             self.trainer.lightning_module.log(name, value, batch_size=rows)

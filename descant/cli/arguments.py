@@ -18,7 +18,7 @@ from descant.run import runs
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
 _FLAGS = ("print_config", "help", "explain", "debug")
-#: Option that passes on an option of a file, ``--of-file KEY=VALUE``; and what no file may say in it.
+#: Option ``--of-file KEY=VALUE``, which passes on an option from a file; it may not set the keys in ``_TYPED``.
 OF_FILE = "of-file"
 #: Options that choose each set of the run's own data module.
 _OWN_SETS = ("data.source", "data.stream", "data.validate", "data.test")
@@ -34,9 +34,9 @@ class Request:
         explain: whether check shows the origin of each value.
         configs: the files of ``--config``.
         options: (key, value) pairs as typed, keys without dashes; value None for a flag.
-        trust: modules that this call allows in class paths beside the allow-list.
+        trust: modules that this call allows in class paths in addition to the allow-list.
         debug: whether errors show their tracebacks.
-        judged: path and split of other data that a run is judged on, its ``--data.path`` and ``--data.split``.
+        judged: path and split of other data to evaluate a run on, from ``--data.path`` and ``--data.split``.
     """
 
     command: str
@@ -49,26 +49,26 @@ class Request:
 
     @property
     def typed_options(self) -> list[tuple[str, str | None]]:
-        """The options that the user typed."""
+        """Return the options that the user typed."""
         return [option for option in self.options if not isinstance(option[0], FileKey)]
 
     def option(self, key: str) -> str | None:
-        """The last value of an option, or None."""
+        """Return the last value of an option, or None."""
         return next((value for name, value in reversed(self.options) if name == key), None)
 
     @property
     def files(self) -> list[Path]:
-        """The configurations, each after those that it extends."""
+        """Return the configurations, each after those that it extends."""
         return layers(self.configs)
 
     def arguments(self, classes: Sequence[tuple[str, ...]] = ()) -> list[str]:
-        """The arguments for the parser; ``classes``: the places of the classes that the configurations name."""
+        """Return the arguments for the parser; ``classes``: the places of classes that the configurations name."""
         configs = [f"--config={file}" for file in self.files]
         return configs + [_argument(key, value, classes) for key, value in self.options]
 
 
 def _argument(key: str, value: str | None, classes: Sequence[tuple[str, ...]]) -> str:
-    """One option for the parser: as a configuration where the parser takes it from one only.
+    """Format one option for the parser: as a configuration if the parser accepts it only there.
 
     >>> _argument("model.init_args.width", "3", ()), _argument("model.init_args.schedule", "null", ())
     ('--model.init_args.width=3', '--config={"model": {"init_args": {"schedule": null}}}')
@@ -83,7 +83,7 @@ def _argument(key: str, value: str | None, classes: Sequence[tuple[str, ...]]) -
 
 
 def _mappings(key: str) -> int:
-    """How many arguments on the way of a key are mappings of names: the parser passes one at most.
+    """Count the arguments along a key that are mappings by name; the parser passes at most one.
 
     >>> _mappings("data.init_args.stages.text.init_args.data.init_args.parts.texts.init_args.sealed")
     2
@@ -93,14 +93,16 @@ def _mappings(key: str) -> int:
 
 
 def _has_null(plain: Any) -> bool:
-    """Whether a null is anywhere in a value: the parser takes none from an option for an argument of a part."""
+    """Whether a value contains a null; the parser accepts none from an option for an argument of a part."""
     children = plain.values() if isinstance(plain, dict) else plain if isinstance(plain, list) else ()
     return plain is None or any(map(_has_null, children))
 
 
 def _with_others(plain: Any, key: str, classes: Sequence[tuple[str, ...]]) -> bool:
-    """Name the other classes of each mapping that a key passes, in their order: the parser drops those that a
-    configuration does not name. False where one is a mapping of other values."""
+    """Name the other classes of each mapping that a key passes, in order; return False for a mapping of other values.
+
+    The parser drops the classes that a configuration does not name.
+    """
     node, path, parts = plain, tuple[str, ...](), key.split(".")
     for i, part in enumerate(parts):
         if i > 1 and parts[i - 2] == "init_args" and part != "init_args":
@@ -115,12 +117,12 @@ def _with_others(plain: Any, key: str, classes: Sequence[tuple[str, ...]]) -> bo
 
 
 def _full(key: str, value: str) -> str:
-    """For help of a class its import path: the parser finds no short name in a module that is not imported yet."""
+    """Return the import path of a class to explain; the parser finds no short name in a module not yet imported."""
     return full(value) or value if key.endswith(".help") else value
 
 
 def pass_on(key: str, text: str) -> str:
-    """The word for an option that a file gives: the only way from the content of a file into a command line."""
+    """Return the word for an option from a file: the only way from the content of a file into a command line."""
     return f"--{OF_FILE}={key}={text}"
 
 
@@ -146,7 +148,7 @@ def read(command: str, args: Sequence[str]) -> Request:
 
 
 def with_run_config(request: Request) -> Request:
-    """Add the configuration of the run that ``--run`` names, where no ``--config`` is given."""
+    """Add the configuration of the run that ``--run`` names, if no ``--config`` is given."""
     if request.command != "check" and request.option("run") and not request.configs:
         folder = runs.existing(Path(request.option("runs") or "runs"), str(request.option("run")))
         request.configs.append(folder / "config.yaml")

@@ -1,6 +1,6 @@
 """Valid ranges of numbers by argument name, for all of Descant's classes, checked before any is built.
 
-A size below 1 or a probability above 1 is a mistake in any class; without the check torch fails far from the cause.
+A size below 1 or a probability above 1 is a mistake in any class. Without the check, torch fails far from the cause.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NOT_NEGATIVE = "capacity extra l2 lr num_workers resample tolerance weight_deca
 _SHARES = """
 decay drop dropout erase fdr flip grey invert mirror name_only nameless share smoothing token_dropout
 """
-#: Argument -> least and most. Names with different meanings in different classes are left out.
+#: Argument -> smallest and largest value. Names with different meanings in different classes are left out.
 OF_NAMES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_COUNTS.split(), (1, _INFINITE)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), (0, _INFINITE)),
@@ -28,7 +28,7 @@ OF_NAMES: dict[str, tuple[float, float]] = {
 }
 #: Numbers that must be above zero.
 ABOVE_ZERO = ("seconds", "mlp_ratio", "expand", "temperature", "tempo", "peak_flops")
-#: Of the command and its trainer.
+#: Ranges for the command and its trainer.
 OF_COMMAND: dict[str, tuple[float, float]] = {
     "trainer.num_nodes": (1, _INFINITE),
     "trainer.gradient_clip_val": (0, _INFINITE),
@@ -38,7 +38,7 @@ OF_COMMAND: dict[str, tuple[float, float]] = {
 
 
 def wrong(name: str, value: Any, table: Mapping[str, tuple[float, float]] = OF_NAMES) -> str | None:
-    """What is wrong with a number, or with one in a list or mapping; None where all are valid.
+    """Describe what is wrong with a number, or with one in a list or mapping; None if all are valid.
 
     >>> wrong("width", -4), wrong("drop", {"text": 5}), wrong("dropout", 0.1), wrong("mean", -4)
     ('at least 1, got -4', 'between 0 and 1, got 5', None, None)

@@ -1,4 +1,4 @@
-"""Experiments, overlays and data sets that ship: find a YAML by its name, or an arm of a claim."""
+"""Experiments, overlays and data sets that ship: find a YAML or an arm of a claim by its name."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from descant.modules.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
 BASE = ROOT / "base.yaml"
-#: The list of papers, which is no configuration.
+#: The list of papers, which is not a configuration.
 PAPERS = ROOT / "papers/index.yaml"
 #: Folders of pieces that complete an experiment; everything else is an experiment.
 OVERLAYS = ("data", "on", "with")
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> file of all that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
+    """Return name -> file of everything that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
     files = (file for file in sorted(ROOT.rglob("*.yaml")) if file not in (BASE, PAPERS))
     return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files}
 
 
 def experiments() -> dict[str, Path]:
-    """Name -> file of what can be run by itself."""
+    """Return name -> file of the experiments, which can be run by themselves."""
     return {name: file for name, file in shipped().items() if name.split("/")[0] not in (*OVERLAYS, "claims")}
 
 
 def overlays() -> dict[str, Path]:
-    """Name -> file of what is laid over an experiment."""
+    """Return name -> file of the overlays, which complete an experiment."""
     return {name: file for name, file in shipped().items() if name.split("/")[0] in OVERLAYS}
 
 
 def run_name(file: Path) -> str:
-    """How runs of a file are called: ``family-name`` where it ships, since names of files are not unique there.
+    """Return the name for runs of a file: ``family-name`` if it ships, since file names are not unique there.
 
     >>> run_name(ROOT / "masked/emoji.yaml"), run_name(Path("mine.yaml"))
     ('masked-emoji', 'mine')
@@ -51,7 +51,7 @@ def run_name(file: Path) -> str:
 
 
 def made_by(run: str) -> str:
-    """``; COMMAND makes it`` for a run that is not there: of an experiment's line `Before`, else by the run's name.
+    """Return ``; COMMAND makes it`` for a missing run: from an experiment's line `Before`, else from the run's name.
 
     >>> made_by("runs/contrastive-emoji/001/config.yaml"), made_by("whole")[:50]
     ('; `descant fit --config contrastive/emoji` makes it', '; `descant fit --config fusion/emoji --config with')
@@ -59,7 +59,7 @@ def made_by(run: str) -> str:
     '; `descant fit --config EXPERIMENT --name mine` makes it'
     """
     name = re.sub(r"^runs/|/(\d{3,}|latest)(/.*)?$", "", run)
-    if not re.fullmatch(r"[\w.-]+", name):  # a pattern, a path, or nothing that one would type
+    if not re.fullmatch(r"[\w.-]+", name):  # a pattern, a path, or a text that no user would type
         return ""
     commands = (f"fit --config {full}" for full, file in experiments().items() if run_name(file) == name)
     before = (
@@ -73,7 +73,7 @@ def made_by(run: str) -> str:
 
 
 def with_maker(line: str) -> str:
-    """A line that ends by what is not there, and the command that makes it.
+    """Append the command that makes a missing run or folder to the error line that reports it.
 
     >>> with_maker("runs/whole: no such run, checkpoint or export").partition("; ")[2][:36]
     '`descant fit --config fusion/emoji -'
@@ -88,14 +88,14 @@ def with_maker(line: str) -> str:
 
 
 def header(file: Path) -> str:
-    """The first line of a YAML's leading comment, without its mark."""
+    """Return the first line of a YAML's leading comment, without its mark."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
 @cache
 def papers() -> tuple[dict[str, Any], ...]:
-    """The rows of the list of papers, in their order."""
+    """Return the rows of the list of papers, in their order."""
     return tuple(_yaml(PAPERS))
 
 
@@ -107,15 +107,15 @@ def _yaml(file: Path) -> Any:
 
 
 def find(name: str) -> Path:
-    """The file that ``--config NAME`` means: an existing file first, else what ships under that name.
+    """Find the file that ``--config NAME`` means: an existing file first, else what ships under that name.
 
-    ``claims/dcd:sham`` is what that arm of a claim adds.
+    ``claims/dcd:sham`` means the configuration that this arm of the claim adds.
     """
     try:
         file = followed(Path(name).expanduser())
         if file.is_file():
             return file.resolve()
-    except (OSError, RuntimeError):  # longer than any name may be, or the home of an unknown user
+    except (OSError, RuntimeError):  # too long for a name, or the home of an unknown user
         pass
     plain = name.removesuffix(".yaml").removeprefix("experiments/")
     if (there := _find_shipped(plain)) is not None:
@@ -123,7 +123,7 @@ def find(name: str) -> Path:
     if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
         return _arm(name, find(arm[1]), arm[2])
     known = shipped()
-    # a bare name is enough where only one experiment has it
+    # a bare name is enough if only one experiment has it
     same = [full for full in experiments() if full.split("/")[-1] == plain]
     if len(same) == 1:
         return known[same[0]]
@@ -139,13 +139,13 @@ def _find_shipped(name: str) -> Path | None:
     file = ROOT / f"{name}.yaml"
     try:
         there = re.fullmatch(r"[\w/-]+", name) and file.is_file()
-    except OSError:  # longer than any name may be
+    except OSError:  # too long for a name
         return None
     return file if there and file not in (BASE, PAPERS) else None
 
 
 def _arm(name: str, claim: Path, arm: str) -> Path:
-    """The ``config`` of an arm of a claim, written to a file in the cache."""
+    """Write the ``config`` of an arm of a claim to a file in the cache."""
     import yaml
 
     content = _yaml(claim)
@@ -164,7 +164,7 @@ def _arm(name: str, claim: Path, arm: str) -> Path:
 
 
 def layers(files: Iterable[Path]) -> list[Path]:
-    """Put the configurations that each one extends before it, in the order in which they count."""
+    """Put the configurations that each one extends before it, in the order in which they apply."""
     ordered: list[Path] = []
     for file in files:
         ordered += [first for first in extended(file) if first not in ordered]
@@ -173,7 +173,7 @@ def layers(files: Iterable[Path]) -> list[Path]:
 
 
 def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """What ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
+    """List the files that ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
     try:
         content = yaml_of(file) if "extends" in text_of(file) else None
     except (OSError, ValueError):
@@ -193,6 +193,6 @@ def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
 
 
 def shipped_data(name: str | None) -> Path | None:
-    """The file of a data set that ships, for ``--data shards`` or ``--data data/shards``; None where none is meant."""
+    """Find the file of a data set that ships, for ``--data shards`` or ``--data data/shards``; None otherwise."""
     plain = f"data/{(name or '').removesuffix('.yaml').removeprefix('data/')}"
     return None if Path(name or "").is_file() else shipped().get(plain)

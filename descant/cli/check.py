@@ -22,30 +22,30 @@ class Checked(Exception):
 
 
 class Check(L.Callback):
-    """Stops at the first step and collects the report."""
+    """Callback that stops at the first step and collects the report."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.unread: list[str] = []
 
     def prepare(self, options: Any) -> None:
-        """Change the parsed options of the command before anything is built; here none."""
+        """Change the parsed options of the command before anything is built; this class changes none."""
 
     def trainer(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What the trainer is given in place of its configuration: one process, up to the first step."""
+        """Return the options that override the trainer's configuration: one process, up to the first step."""
         return {"devices": 1, "num_nodes": 1, "num_sanity_val_steps": 1, "callbacks": [*config["callbacks"], self]}
 
     def building(self) -> AbstractContextManager[Any]:
-        """Context in which model and data are built."""
+        """Return the context in which model and data are built."""
         return nullcontext()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "drawn_faults"):  # before anything is trained or judged on them
+        if hasattr(data, "drawn_faults"):  # before training or evaluation uses the data
             self.unread = [f"unread     {line}" for line in data.drawn_faults()]
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare what callbacks watch with what the first evaluation has logged."""
+        """Compare the metrics that callbacks monitor with those that the first evaluation has logged."""
         known = sorted(name for name in trainer.callback_metrics if "/" in name)
         sets = {name.partition("/")[0] for name in known}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

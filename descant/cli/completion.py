@@ -1,6 +1,6 @@
 """Tab completion: shell scripts that call ``descant __complete WORDS``.
 
-Answers come from the cached schema and the configurations on the line: after ``--config contrastive/emoji`` the keys
+Answers come from the cached schema and the configurations on the line. After ``--config contrastive/emoji``, the keys
 offered below ``--model.`` are those of its recipe.
 """
 
@@ -19,7 +19,7 @@ from descant.cli.schema import Entry, Key, Schema
 
 #: Words that no shell expands; others, such as odd folder names, are not offered.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
-#: Options that are no configuration keys.
+#: Options that are not configuration keys.
 _CALL = ("config", "trust", "print_config", "help", "debug")
 #: No offered word is expanded (compgen -W would run $(...)). Bash 3, as on macOS, has no mapfile.
 _BASH = """\
@@ -57,7 +57,7 @@ usage: descant completion bash|zsh|fish
 
 
 def main(args: Sequence[str]) -> int:
-    """``descant completion SHELL``."""
+    """Run ``descant completion SHELL``."""
     if not args or args[0] in ("--help", "-h"):
         print(_HELP)
         return 0
@@ -70,7 +70,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
-    """Completions of the last of ``words``, sorted; none for files, which the shell completes."""
+    """Return the sorted completions of the last of ``words``; none for files, which the shell completes."""
     *before, last = words or [""]
     if not before:
         return sorted(name for name in [*commands, "--help", "--version"] if name.startswith(last))
@@ -126,7 +126,7 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
 
 
 def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:
-    """The keys under a dotted path, of the class chosen there, or of all that are valid; without a path all keys."""
+    """Return the keys under a dotted path: of the class chosen there, or of all valid ones; all keys without a path."""
     keys = known.command
     group = {name.partition(".")[2]: key for name, key in keys.items() if [*path] == name.split(".")[:-1]}
     if group and path:
@@ -143,7 +143,7 @@ def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[s
 
 
 def _chosen_classes(known: Schema, words: Sequence[str]) -> Mapping[tuple[str, ...], Entry]:
-    """The classes that the configurations on the line choose."""
+    """Return the classes that the configurations on the line choose."""
     walk = Walk(known, [])
     names = [words[n + 1] for n, word in enumerate(words[:-1]) if word in ("--config", "-c")]
     try:

@@ -1,4 +1,4 @@
-"""YAML files and options as nodes that carry file and line, for error messages."""
+"""YAML files and options as nodes that keep file and line, for error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.cli.untrusted import text_of
 from descant.modules.io.files import real_path
 from descant.modules.io.plain_yaml import BITS, MOST
 
-#: Bytes of one file.
+#: Maximum size of a file in bytes.
 MOST_BYTES = 10_000_000
 _MERGE, _PYTHON = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:python/"
 
@@ -26,9 +26,9 @@ class Node:
 
     Attributes:
         content: a dict of nodes, a list of nodes, or a plain value.
-        where: file and line, or the option, that set it. folder: which relative files in it are of.
-        raw: the text of a value from the command line, else None. typed: whether it is from there.
-        text: of a file, its whole content. from_file: whether a file gave the option, and not the user.
+        where: file and line, or the option, that set it. folder: folder that relative files in it refer to.
+        raw: the text of a value from the command line, else None. typed: whether it is from the command line.
+        text: for a file, its whole content. from_file: whether a file gave the option, not the user.
     """
 
     content: Any
@@ -41,12 +41,12 @@ class Node:
 
     @property
     def is_of_user(self) -> bool:
-        """Whether the user typed it: an option that a file gives is not trusted."""
+        """Whether the user typed it; an option that a file gives is not trusted."""
         return self.typed and not self.from_file
 
     @property
     def plain(self) -> Any:
-        """The value without places."""
+        """Return the value without places."""
         if isinstance(self.content, dict):
             return {key: node.plain for key, node in self.content.items()}
         if isinstance(self.content, list):
@@ -54,7 +54,7 @@ class Node:
         return self.content
 
     def walk(self) -> Iterator[tuple[str, Node]]:
-        """Every (key, node) below this one, at any depth; items of lists have the key of their list."""
+        """Yield every (key, node) below this one, at any depth; items of lists have the key of their list."""
         if isinstance(self.content, list):
             for node in self.content:
                 yield from node.walk()
@@ -80,16 +80,16 @@ def load(file: Path) -> Node:
     return node
 
 
-#: Text of a file -> its nodes, of files in which a short class name was completed: the parser reads these.
+#: Text of a file -> its nodes, for files in which a short class name was completed; the parser reads these nodes.
 replaced: dict[str, Node] = {}
 
 
 class FileKey(str):
-    """Key of an option that a file gives, such as an arm of a claim. It may set what a file may set, and no more."""
+    """Key of an option that a file gives, such as an arm of a claim. It may set only what a file may set."""
 
 
 def option(key: str, text: str) -> Node:
-    """An option of the command line as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
+    """Parse a command-line option as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
     where, here = f"option {key}" if isinstance(key, FileKey) else f"--{key}", Path.cwd()
     node = _parse_option(text, where)
     node.raw = text
@@ -103,12 +103,12 @@ def option(key: str, text: str) -> Node:
 def _parse_option(text: str, where: str = "") -> Node:
     try:
         return _parse(text, where, Path.cwd(), lines=False)
-    except Refusal:  # no YAML, such as "a: b: c": a plain text
+    except Refusal:  # not YAML, such as "a: b: c", but plain text
         return Node(text, where, Path.cwd())
 
 
 def shown(file: Path) -> str:
-    """A file's path as shown to the user: relative where that is shorter."""
+    """Return a file's path as shown to the user: relative if that is shorter."""
     for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
         if file.is_relative_to(root):
             return prefix + file.relative_to(root).as_posix()
@@ -116,7 +116,7 @@ def shown(file: Path) -> str:
 
 
 def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
-    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # late: a third of the time of a Tab
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # late: takes a third of a Tab
 
     loader = None
     try:

@@ -1,6 +1,6 @@
-"""Schema cache: most mistakes are found without importing torch. ``python -m descant.cli.dump`` writes it.
+"""Schema cache, which finds most mistakes without importing torch. ``python -m descant.cli.dump`` writes it.
 
-The file in the user's cache is named by a hash of Descant's sources and of the versions of its dependencies.
+The file in the user's cache is named after a hash of Descant's sources and of the versions of its dependencies.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from descant.modules.io.files import write_text
 from descant.modules.io.jsonl import loads
 
 COMMANDS = ("fit", "validate", "test", "predict")
-#: Packages whose classes are cached; others only the parser itself resolves.
+#: Packages whose classes are cached; only the parser itself resolves others.
 PACKAGES = ("descant.", "lightning.pytorch.", "torch.optim.")
 _STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
-#: Schemas that stay in the cache, of other installations and states.
+#: Number of schemas that stay in the cache, including those of other installations and states.
 KEPT = 8
 
 
 class Written(Schema):
-    """A schema read from the cache.
+    """Schema read from the cache.
 
     Args:
         content: from :func:`make`.
@@ -91,7 +91,7 @@ class Written(Schema):
         return True  # not imported, so not known
 
     def entry(self, path: str, skip: int = 0) -> Entry:
-        """A class by its path; the first ``skip`` arguments, which a factory's caller gives, are no keys."""
+        """Return a class by its path, without the first ``skip`` arguments, which a factory's caller gives."""
         fields = dict(self._content["classes"][path])
         keys = {name: Key(*key) for name, key in fields["keys"].items()}
         given = list(keys)[:skip]
@@ -106,7 +106,7 @@ class Written(Schema):
 
 
 def fingerprint() -> str:
-    """Hash of everything that determines the schema."""
+    """Return a hash of everything that determines the schema."""
     digest = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
     for file in sorted(names.PACKAGE.rglob("*.py")) + sorted(
         file for part in names.PARTS for file in (names.PACKAGE / part).rglob("*.py")
@@ -116,12 +116,12 @@ def fingerprint() -> str:
 
 
 def place() -> Path:
-    """The file of this installation's schema."""
+    """Return the file of this installation's schema."""
     return cache_folder() / f"schema-{fingerprint()}.json"
 
 
 def read(command: str) -> Written | None:
-    """The cached schema of a command, or None."""
+    """Read the cached schema of a command; None if there is none."""
     file = place()
     try:
         content = loads(file.read_bytes())
@@ -133,7 +133,7 @@ def read(command: str) -> Written | None:
 
 
 def write() -> None:
-    """Write the schema in a fresh process; failures are ignored, since only later calls gain by it."""
+    """Write the schema in a fresh process; failures are ignored, since only later calls benefit from it."""
     if not place().exists():
         subprocess.run([sys.executable, "-P", "-m", "descant.cli.dump"], capture_output=True, check=False)
 
@@ -142,7 +142,7 @@ def write() -> None:
 
 
 def make() -> dict[str, Any]:
-    """The schema of all commands and of the classes in PACKAGES, from the live parsers."""
+    """Build the schema of all commands and of the classes in PACKAGES, from the live parsers."""
     from descant.cli.main import live
 
     for ours in names.table().values():
@@ -182,7 +182,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
 
 
 def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Module -> the names that it has."""
+    """Return the names that each module has."""
     return {name: dict.fromkeys(sorted(vars(importlib.import_module(name)))) for name in sorted(some)}
 
 

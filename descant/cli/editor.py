@@ -1,7 +1,7 @@
 """``descant schema``: a JSON schema of configurations, for completion and checks in editors.
 
-JSON Schema draft 7, which YAML language servers read. Keys of known classes are checked, those of unknown classes, such
-as your own, are not.
+It is JSON Schema draft 7, which YAML language servers read. Keys of known classes are checked; those of unknown
+classes, such as your own, are not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from descant.cli.errors import fail
 from descant.cli.schema import Entry, Key, Part, Type
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
-#: JSON Schema's words for plain parts; texts are read as what they look like where no text is expected.
+#: JSON Schema types of plain parts; if no text is expected, a text is read as the value that it looks like.
 _PLAIN: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},
     "float": {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+.\d][\d.]*([eE][-+]?\d+)?$"}]},
@@ -41,7 +41,7 @@ A YAML file that begins with this line is then completed and checked in editors 
 
 
 def main(args: Sequence[str]) -> int:
-    """``descant schema [data|claim]``."""
+    """Run ``descant schema [data|claim]``."""
     if args and args[0] in ("--help", "-h"):
         print(_HELP)
         return 0
@@ -60,7 +60,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def of(known: Written, root: str = "") -> dict[str, Any]:
-    """The JSON schema of a configuration, or of the value of its key ``root``."""
+    """Build the JSON schema of a configuration, or of the value of its key ``root``."""
     made, command = _Schema(known), known.command
     keys = {name: made.key(key) for name, key in command.items() if "." not in name}
     for group in {name.partition(".")[0] for name in command if "." in name}:
@@ -72,7 +72,7 @@ def of(known: Written, root: str = "") -> dict[str, Any]:
 
 
 def claim() -> dict[str, Any]:
-    """The JSON schema of a claim; which metrics, arms and options there are is checked by ``descant claims run``."""
+    """Build the JSON schema of a claim; ``descant claims run`` checks the names of metrics, arms and options."""
     number, text, options = {"type": "number"}, {"type": "string"}, {"type": "object"}
     texts = {"type": "array", "items": text}
     seeds, way = {"type": "array", "items": {"type": "integer"}}, {"enum": list(spec.WAYS)}
@@ -115,7 +115,7 @@ def claim() -> dict[str, Any]:
 
 
 class _Schema:
-    """Definitions, made on demand: one a kind and one a class."""
+    """Definitions, made on demand: one per kind and one per class."""
 
     def __init__(self, known: Written) -> None:
         self.known, self.definitions = known, dict[str, Any]()
@@ -124,7 +124,7 @@ class _Schema:
         return {**self.type(key.type), **_description(key.about)}
 
     def keys(self, some: Mapping[str, Key]) -> dict[str, Any]:
-        """An object of these keys; a list is added to by its name and a plus."""
+        """Build an object of these keys; the name of a list and a plus add to the list."""
         properties = {name: self.key(key) for name, key in some.items()}
         for name, key in some.items():
             if (items := schema.items(key.type)) is not None:
@@ -150,10 +150,10 @@ class _Schema:
         return {} if "other" in part else self.kind(part)
 
     def kind(self, part: dict[str, Any]) -> dict[str, Any]:
-        """A name, or a class and its arguments, or arguments of the class that another file names."""
+        """Accept a name, or a class and its arguments, or arguments of the class that another file names."""
         name = "_".join(str(word) for word in part.values())
         if name not in self.definitions:
-            self.definitions[name] = {}  # classes may be made of their own kind
+            self.definitions[name] = {}  # a class may contain its own kind
             paths = self.known.names([part])
             cases = [self.case(path, part) for path in sorted(paths.values())]
             known = {"class_path": {"anyOf": [{"enum": sorted(paths)}, {"type": "string"}]}}
@@ -166,7 +166,7 @@ class _Schema:
         return {"$ref": f"#/definitions/{name}"}
 
     def case(self, path: str, part: dict[str, Any]) -> dict[str, Any]:
-        """If the class is this one, its arguments are its own."""
+        """Build the branch that validates ``init_args`` against the class named by ``class_path``."""
         entry: Entry = self.known.find(path, [part])
         name = f"{path}_{part.get('skip', 0)}"
         if name not in self.definitions:

@@ -20,13 +20,13 @@ WRONG, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class Refusal(Exception):
-    """A request that cannot be served, with a one-line reason. Ends the command with exit code 2."""
+    """Error of a request that cannot be served, with a one-line reason. Ends the command with exit code 2."""
 
     code = WRONG
 
 
 class Unavailable(Refusal):
-    """A command that something outside of it ended, and that may go on later. Exit code 75: a job is queued again."""
+    """Error of a command that an outside event ended; it may continue later. Exit code 75: a job is queued again."""
 
     code = AGAIN
 
@@ -37,7 +37,7 @@ def fail(line: str) -> NoReturn:
 
 
 def printable(text: object) -> str:
-    """Text on one line of printable characters only: file names may hold any.
+    """Return text on one line of printable characters only, because file names may hold any.
 
     Control characters, line ends, bidirectional controls and halves of surrogate pairs become question marks.
 
@@ -48,22 +48,22 @@ def printable(text: object) -> str:
 
 
 def say(line: str) -> None:
-    """Print one line to stderr; line ends become spaces, very long words are cut."""
+    """Print one line to stderr; line ends become spaces, and very long words are cut."""
     text = printable(" ".join(line.split()))
     text = re.sub(rf"\S{{{_LONGEST},}}", lambda word: f"{word[0][: _LONGEST // 2]}...{word[0][-20:]}", text)
     print(f"descant: {text}", file=sys.stderr, flush=True)
 
 
-#: Longest word that is shown whole.
+#: Length of the longest word that is shown whole.
 _LONGEST = 400
 #: Errors of a full disk or quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_fault(error: BaseException, folder: Path) -> str | None:
-    """The line for a failed write below ``folder``, with the free space there; None for other errors.
+    """Return the line for a failed write below ``folder``, with the free space there; None for other errors.
 
-    The folder is named, since writers in threads and in C++ lose the file's name.
+    The line names the folder, since writers in threads and in C++ lose the file's name.
     """
     cause: BaseException | None = error
     seen = set[int]()  # an error that was raised again may be the context of its own context
@@ -72,7 +72,7 @@ def disk_fault(error: BaseException, folder: Path) -> str | None:
         cause = cause.__cause__ or cause.__context__
         cause = None if id(cause) in seen else cause
     if not isinstance(cause, OSError):
-        code = re.search(r"(?:\(os error|\bOs \{ code:) (\d+)", str(error))  # of a library in Rust
+        code = re.search(r"(?:\(os error|\bOs \{ code:) (\d+)", str(error))  # from a library in Rust
         if code is None or int(code[1]) not in (*_FULL, errno.EROFS, errno.EIO):
             return None
         cause = OSError(int(code[1]), os.strerror(int(code[1])))

@@ -2,7 +2,7 @@
 
     peak(n) = resident + a + b n + c n^2,    fitted to an eighth, a quarter and a half of the batch
 
-The quadratic part is of losses over all pairs. Steps are real ones, with callbacks, gradient rules and optimizer.
+The quadratic part comes from losses over all pairs. Steps are real ones, with callbacks, gradient rules and optimizer.
 Letters: n rows of a batch.
 """
 
@@ -24,7 +24,7 @@ from descant.modules.core.batch import count_rows
 from descant.modules.training_setup.flops import FlopCount
 from descant.modules.training_setup.memory import MemoryLedger
 
-#: Slices of a batch, as parts of it.
+#: Divisors of a batch's rows that give the sizes of its slices.
 PARTS = (8, 4, 2)
 #: Batch sizes beyond this multiple are not extrapolated.
 FAR = 100
@@ -34,7 +34,7 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Need:
-    """Of a step of ``rows`` rows on one rank: bytes that stay, the most at once, operations, rows that would fit."""
+    """Needs of a step of ``rows`` rows on one rank: resident bytes, peak bytes, FLOPs, and rows that would fit."""
 
     rows: int
     resident: int
@@ -44,7 +44,7 @@ class Need:
     total: int
 
     def lines(self) -> list[str]:
-        """As ``descant check`` shows it."""
+        """Format the lines that ``descant check`` shows."""
         stays = f"{_size(self.resident)} of them weights, averages and optimizer"
         if self.most > FAR * self.rows:
             fits = f"more than {FAR * self.rows:,} rows fit in {_size(self.total)}"
@@ -59,11 +59,11 @@ class Need:
 
 
 def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
-    """Measured on slices of ``batch``; the model has taken some steps afterwards."""
+    """Estimate the needs from slices of ``batch``; the model has taken some steps afterwards."""
     rows = count_rows(batch)
-    # two rows at least: one alone has no negatives, and then a contrastive loss has no gradient
+    # at least two rows: one alone has no negatives, so a contrastive loss has no gradient
     sizes = sorted({max(rows // part, min(rows, 2)) for part in PARTS})
-    _step(trainer, batch, sizes[0])  # what is made once is made now
+    _step(trainer, batch, sizes[0])  # allocate now what is allocated only once
     resident = sum(tensor.nbytes for tensor in _stays(trainer, model))
     peaks, flops = [], []
     for n in sizes:
@@ -83,16 +83,16 @@ def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
 
 
 def fitted(sizes: list[int], values: list[float]) -> np.ndarray:
-    """Coefficients, the highest first; nothing falls off as a batch grows, so a curve that bends down is a line."""
+    """Fit coefficients, the highest first; needs grow with a batch, so a line replaces a curve that bends down."""
     curve = np.polyfit(sizes, values, len(sizes) - 1)
     return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)
 
 
 def _measure_step(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: int) -> tuple[float, float]:
-    """Bytes beyond what stays, and operations, of a step on ``n`` rows, the second: the gradients of the one before it
-    are there until its own backward.
+    """Measure peak memory above the resident tensors, and FLOPs, of the second step on ``n`` rows.
 
-    On CUDA all that the allocator has given out counts: libraries' workspaces too, and ``n`` rows of the batch itself.
+    The gradients of the first step stay until the backward of the second. On CUDA, everything that the allocator has
+    given out counts, including workspaces of libraries and ``n`` rows of the batch itself.
     """
     on_cuda = model.device.type == "cuda"
     with FlopCount() as count, MemoryLedger() as ledger:
@@ -109,13 +109,13 @@ def _measure_step(trainer: L.Trainer, model: L.LightningModule, batch: Any, n: i
 
 
 def _step(trainer: L.Trainer, batch: Any, n: int) -> None:
-    """One step of the trainer's own loop on some rows."""
+    """Run one step of the trainer's own loop on some rows."""
     kwargs = OrderedDict(batch=batch.select(slice(0, n)), batch_idx=0)
     trainer.fit_loop.epoch_loop.automatic_optimization.run(trainer.optimizers[0], 0, kwargs)
 
 
 def _stays(trainer: L.Trainer, model: L.LightningModule) -> Iterator[Tensor]:
-    """Every tensor that is on the model's device from one step to the next, once."""
+    """Yield every tensor once that stays on the model's device from one step to the next."""
     states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
     held = (vars(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     some = _once([*model.parameters(), *model.buffers(), *tree_leaves([*states, *held])])
@@ -123,7 +123,7 @@ def _stays(trainer: L.Trainer, model: L.LightningModule) -> Iterator[Tensor]:
 
 
 def _once(some: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among ``some``, those of one storage once."""
+    """Yield the tensors among ``some``, one per storage."""
     seen: set[int] = set()
     for tensor in some:
         if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
@@ -132,7 +132,7 @@ def _once(some: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def most_rows(curve: np.ndarray, room: float) -> int:
-    """The most rows whose peak is within ``room``; 0 where not one is.
+    """Return the largest number of rows whose peak is within ``room``; 0 if not even one fits.
 
     >>> most_rows(np.array([1.0, 0.0]), room=77.5)
     77

@@ -11,17 +11,17 @@ from descant.cli.catalogue import BASE
 from descant.cli.document import Node, load, option, shown
 from descant.cli.signatures import in_text
 
-#: A place in a configuration: keys, and numbers in lists; ``init_args`` is no step of it.
+#: A place in a configuration: keys, and indices in lists; ``init_args`` is not a part of it.
 Place = tuple[str | int, ...]
 DEFAULT = "default"
 _WIDTH = 60
 
 
 def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
-    """One line a value: key, value, origin.
+    """Format one line per value: key, value, origin.
 
     Args:
-        config: composed. files, options: of which, in the order in which they apply.
+        config: the composed configuration. files, options: its sources, in the order in which they apply.
     """
     origin = Origin()
     for file in (BASE, *files):
@@ -35,10 +35,10 @@ def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[
 
 
 def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list[Path]:
-    """The files, after the first, that change no value of those before them or of the defaults.
+    """List the files, after the first, that change no value of earlier files or of the defaults.
 
     Args:
-        default: of a place, as text; None where there is none or it is unknown.
+        default: returns the default of a place, as text; None if there is none or it is unknown.
     """
     origin = Origin(default)
     for file in (BASE, *files[:1]):
@@ -47,10 +47,10 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
 
 
 def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Warnings for compositions that are probably mistakes.
+    """Return warnings for compositions that are probably mistakes.
 
-    Two experiments, each with a recipe and data, whose keys are mixed; and data whose image size differs from the
-    experiment's, unless an option sets the size.
+    These are two experiments, each with a recipe and data, whose keys are mixed; and data whose image size differs from
+    the experiment's, unless an option sets the size.
     """
     given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
     if len(files) + len(given) < 2:
@@ -76,7 +76,7 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
 
 
 def _image_size(data: Any) -> tuple[str, int] | None:
-    """Dotted key and value of the image size in the data section."""
+    """Return the dotted key and the value of the image size in the data section."""
     args = data.get("init_args", data) if isinstance(data, Mapping) else {}
     if isinstance(args.get("size"), int):
         return "data.size", args["size"]
@@ -91,7 +91,7 @@ class Origin:
     """The source that set each value last.
 
     Args:
-        default: of a place, as text; None where there is none or it is unknown.
+        default: returns the default of a place, as text; None if there is none or it is unknown.
     """
 
     def __init__(self, default: Callable[[Place], str | None] = lambda _: None) -> None:
@@ -102,7 +102,7 @@ class Origin:
         self._changed = False
 
     def source(self, root: Node) -> bool:
-        """Add a file or option; returns whether it changes a value."""
+        """Add a file or option; return whether it changes a value."""
         self._changed = False
         self._walk(root, ())
         return self._changed
@@ -142,7 +142,7 @@ class Origin:
             self._source[key], self._value[key] = node.where, node.plain
 
     def _note(self, place: Place, value: Any) -> None:
-        """Record whether a value differs from the one before."""
+        """Record whether a value differs from the previous one."""
         if place in self._value:
             self._changed |= _plain(self._value[place]) != _plain(value)
         elif (*place, "class_path") in self._value:  # now a class name alone, or null
@@ -175,12 +175,12 @@ def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A class by its short name."""
+    """Shorten the path of a class to its name."""
     return value.rpartition(".")[2] if isinstance(value, str) and "/" not in value else value
 
 
 def _dots(place: Place) -> str:
-    """The dotted key; a class is shown at the key that chooses it."""
+    """Return the dotted key; a class is shown at the key that chooses it."""
     steps = place[:-1] if place[-1] == "class_path" else place
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
 

@@ -1,4 +1,4 @@
-"""The short help: what a user types most, and what can be typed. The long help is the parser's own."""
+"""The short help: the most used options, and the names that can be typed. The parser writes the long help."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OPTIONS = {
     "--explain": "where each value comes from: file and line, option or default",
     "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
 }
-#: Options of some commands only.
+#: Options that only some commands have.
 _ONLY = {
     "--ckpt_path best|last|PATH": ("validate", "test", "predict"),
     "--sets val,train,NAME": ("predict",),
@@ -72,7 +72,7 @@ usage: descant list [GROUP] [WORD ...]
   descant list GROUP        of recipes, towers, fusions, objectives, losses, adapters, corruptions, callbacks,
                             metrics, datamodules, fields, experiments, overlays, data, claims, papers
   descant list emoji        of all groups those with "emoji" in their name or line; of several words, with all"""
-#: Columns of what is printed.
+#: Width of the printed text in columns.
 _WIDTH = 110
 #: The recipes that a user looks for first.
 _FIVE = ("Contrastive", "Masked", "CompetitiveDistillation", "Staged", "MissingModality")
@@ -85,7 +85,7 @@ def version() -> str:
 
 
 def top(commands: Mapping[str, str]) -> str:
-    """Help of the program itself."""
+    """Write the help of the program itself."""
     lines = [f"descant {__version__}: multimodal pre-training and adaptation on PyTorch Lightning", ""]
     lines += ["usage: descant COMMAND [--config NAME ...] [--key value ...]", ""]
     lines += _table({name: about for name, about in commands.items() if name not in _BESIDE})
@@ -117,7 +117,7 @@ _GROUPS = {
     "claims": "Claims (descant claims run NAME):",
     "papers": "Papers (descant fit --config papers/NAME): number, name, family, arXiv, equation, effect, time of claim",
 }
-#: Group of classes -> the bases that they have, and the folder that they are in.
+#: Group of classes -> their base classes and their folder.
 _KINDS = {
     "recipes": (("Recipe",), "recipes"),
     "datamodules": (("LightningDataModule",), "datamodules"),
@@ -131,7 +131,7 @@ _KINDS = {
     "adapters": (("Adapter", "Adapt"), "modules"),
     "corruptions": (("Corruption",), "modules.masking"),
 }
-#: Everyday words -> a word that docstrings have.
+#: Everyday words -> the word that docstrings use.
 _MEANS = {
     **dict.fromkeys(("sensor", "signal", "sequence", "spectrum", "spectra", "ecg", "eeg"), "series"),
     **dict.fromkeys(("regression", "continuous"), "a number"),
@@ -144,7 +144,7 @@ _FIRST = ("experiments", "overlays", "data")
 
 
 def listing(args: Sequence[str] = ()) -> str:
-    """List what ships, one line each: a group, or the entries of all groups that have all given words."""
+    """List what ships, one line each: a group, or the entries of all groups that contain all given words."""
     if "--help" in args or "-h" in args:
         return _LIST
     for word in args:
@@ -152,7 +152,7 @@ def listing(args: Sequence[str] = ()) -> str:
             fail(f"{word}: list takes a group and words to look for, and no options")
     chosen, words = ([args[0]], args[1:]) if args and args[0] in _GROUPS else ([], args)
     blocks = []
-    searched = [group for group in _GROUPS if group != "metrics"]  # which are callbacks, too
+    searched = [group for group in _GROUPS if group != "metrics"]  # metrics are callbacks, too
     for group in chosen or (searched if words else _FIRST):
         rows = {
             name: about
@@ -171,12 +171,12 @@ def listing(args: Sequence[str] = ()) -> str:
 
 
 def _is_about(word: str, line: str) -> bool:
-    """Whether a line has a word, or the one that means the same here."""
+    """Whether a line contains a word, or the word that means the same here."""
     return word in line or _MEANS.get(word, word) in line
 
 
 def _rows(group: str) -> dict[str, str]:
-    """Name -> line of all that is in a group."""
+    """Return the name and the line of each entry of a group."""
     if group in _KINDS:
         roots, part = _KINDS[group]
         rows = {name: about for root in roots for name, about in of_kind(root, part).items()}
@@ -195,7 +195,7 @@ def _rows(group: str) -> dict[str, str]:
 
 
 def _paper(paper: Mapping[str, Any]) -> str:
-    """Family, arXiv number, whether its equation is exact, the effect of its claim and the time that took."""
+    """Format family, arXiv number, whether its equation is exact, the effect of its claim and the time it took."""
     line = f"{paper['family']:<20}  {paper['arxiv']}  "
     if paper["status"] != "built":
         return line + "planned"
@@ -208,13 +208,13 @@ def _paper(paper: Mapping[str, Any]) -> str:
 
 
 def _title(claim: Path) -> str:
-    """What a claim claims, without reading the rest of it."""
+    """Read the title of a claim, without parsing the rest of it."""
     lines = claim.read_text(encoding="utf-8").splitlines()
     return next(line.removeprefix("title:").strip(" \"'") for line in lines if line.startswith("title:"))
 
 
 def command(name: str, about: str, most: int = 60) -> str:
-    """Help of one command in at most ``most`` lines."""
+    """Write the help of one command in at most ``most`` lines."""
     options = {key: text for key, text in _OPTIONS.items() if name in _ONLY.get(key, (name,))}
     lines = [f"descant {name}: {about}", ""]
     if name in ("fit", "check"):
@@ -288,7 +288,7 @@ def _table(rows: Mapping[str, str]) -> list[str]:
 
 
 def _cut(rows: Mapping[str, str], width: int) -> list[str]:
-    """Name and line of each, cut after a word."""
+    """Format the name and the line of each row, cut after a word."""
     room = width - max(map(len, rows), default=0) - 4
     cut = partial(textwrap.shorten, width=room, break_on_hyphens=False, placeholder=" ...")
     return _table({name: cut(about) for name, about in rows.items()})

@@ -1,4 +1,4 @@
-"""Choose the data that a run is judged on, and refuse data that are prepared in another way than its own."""
+"""Choose the data on which a run is evaluated, and refuse data that are prepared in another way than its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from descant.run import runs
 def judged_data(
     request: Request, built: L.LightningDataModule, trainer: L.Trainer, checkpoint: str | None
 ) -> L.LightningDataModule:
-    """The data module of ``validate``, ``test`` or ``predict --run``: of ``--data.path``, or as it was built.
+    """Return the data module of ``validate``, ``test`` or ``predict --run``: of ``--data.path``, or as it was built.
 
-    Columns of a table are read by the codes of the ``checkpoint``. Callbacks that fit something on training samples are
-    left out where there are none.
+    Columns of a table are read with the codes of the ``checkpoint``. Callbacks that are fitted on training samples are
+    left out if there are no such samples.
     """
     if request.judged is None:
         if any(key.partition(".")[0] == "data" for key, _ in request.typed_options):

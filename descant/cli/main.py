@@ -67,7 +67,7 @@ from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 from descant.run.threads import AUTO, Others, set_threads, trials
 
-#: Options of one call, which config.yaml does not hold.
+#: Options of a single call, which config.yaml does not store.
 CALL = (
     *("config", "extends", "runs", "run", "resume", "changed", "verify", "test", "sets", "ckpt_path"),
     *("checkpoint_mirror", "threads"),
@@ -75,9 +75,9 @@ CALL = (
 
 
 class Parser(LightningArgumentParser):
-    """An argparse that raises Refusal in place of exiting, and records the first class that failed to build."""
+    """Argument parser that raises Refusal instead of exiting, and records the first class that failed to build."""
 
-    #: The first class of the last call that could not be built, and why: the error of a union names neither.
+    #: The first class of the last call that could not be built, and why; the error of a union names neither.
     failed: ClassVar[tuple[type, Exception] | None] = None
 
     def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:
@@ -96,7 +96,7 @@ def _building(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class DescantCLI(LightningCLI):
-    """One command, parsed, built and run by the constructor, as in LightningCLI."""
+    """One command, which the constructor parses, builds and runs, as in LightningCLI."""
 
     def __init__(self, request: Request, checking: Check | None = None) -> None:
         self.request = request
@@ -111,7 +111,7 @@ class DescantCLI(LightningCLI):
             save_config_callback=None,
             trainer_class=precision.Trainer,
             seed_everything_default=0,
-            # on the main parser: given to a subcommand it has no effect
+            # on the main parser, because it has no effect on a subcommand
             parser_kwargs={"allow_abbrev": False, self.command: {"default_config_files": [str(BASE)]}},
             parser_class=Parser,
             subclass_mode_model=True,
@@ -122,7 +122,7 @@ class DescantCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and called on self
-        """Arguments of the command that are no options; of the requested command only, since each parser costs time."""
+        """Return the arguments that are not options, for the requested command only, since each parser costs time."""
         skip = {"model", "datamodule", "dataloaders", "weights_only"}
         skip |= {"verbose", "return_predictions"}  # Report prints the metrics, and predictions go to disk
         if self.command == "fit":
@@ -156,16 +156,16 @@ class DescantCLI(LightningCLI):
         self.config = parser.parse_args([command, *request.arguments(places)])
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: checkpoints hold no hyper-parameters."""
+        """Do nothing, because checkpoints hold no hyper-parameters."""
 
     @property
     def options(self) -> Namespace:
-        """The configuration of the chosen subcommand."""
+        """Return the configuration of the chosen subcommand."""
         return self.config[self.config["subcommand"]]
 
     @property
     def name(self) -> str:
-        """Name of the run: ``--name``, or that of the first configuration."""
+        """Return the name of the run: ``--name``, or that of the first configuration."""
         default = run_name(self.request.configs[0]) if self.request.configs else self.subcommand
         return str(self.options.get("name") or default)
 
@@ -186,7 +186,7 @@ class DescantCLI(LightningCLI):
         if "writes" not in self.request.trust and (self.command == "fit" or not self.options.get("run")):
             runs.require_name(self.name)
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
-        self.options.trainer.precision = self.place.precision  # rank 0's, where nodes differ
+        self.options.trainer.precision = self.place.precision  # rank 0's choice, because nodes may differ
         set_threads(self.options.threads, self.place, self.options.trainer.devices, self.others, self.lines.append)
         text = self._saved()
         if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
@@ -207,7 +207,7 @@ class DescantCLI(LightningCLI):
         self.options["trainer"] = placed(self.options.trainer, folder)
 
     def _saved(self) -> str:
-        """The text of ``config.yaml``."""
+        """Return the text of ``config.yaml``."""
         saved = self.options.clone()
         for key in CALL:
             saved.pop(key, None)
@@ -216,8 +216,8 @@ class DescantCLI(LightningCLI):
         return text
 
     def _decide(self) -> runs.Run:
-        """Rank 0 only: the folder, the checkpoint and the precision of this call."""
-        precision.chosen(self.options.trainer)  # before a folder is made
+        """Choose the folder, the checkpoint and the precision of this call, on rank 0 only."""
+        precision.chosen(self.options.trainer)  # fails before a folder is made
         place = self._place()
         resumed = place.checkpoint if self.command == "fit" else None
         kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
@@ -249,8 +249,8 @@ class DescantCLI(LightningCLI):
             if self.subcommand != "fit" and self.options.run:
                 self.datamodule = judged_data(self.request, self.datamodule, self.trainer, start)
         if self.subcommand == "fit" and runs.rank() == 0 and (taken := hub.record()):
-            write_json(folder / hub.RECORD, taken)  # before other ranks begin, which read it
-        for line in self.lines:  # only now: a failed build prints its own line alone
+            write_json(folder / hub.RECORD, taken)  # before other ranks start, because they read it
+        for line in self.lines:  # only now, so that a failed build prints only its own line
             say(line)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
@@ -287,7 +287,7 @@ class DescantCLI(LightningCLI):
         if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
             require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
-            cluster.auto_requeue = False  # it saves inside the signal handler, and a slow rank then waits for ever
+            cluster.auto_requeue = False  # it saves in the signal handler, and a slow rank then waits for ever
         if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             as_batch_work()
         launcher = trainer.strategy.launcher
@@ -304,7 +304,7 @@ class DescantCLI(LightningCLI):
         return {**kwargs, "ckpt_path": self.place.checkpoint, "weights_only": True}
 
     def fit(self, **kwargs: Any) -> None:
-        """``Trainer.fit``, repeated from an earlier resume point when a callback raises RollBack."""
+        """Run ``Trainer.fit``, and again from an earlier resume point whenever a callback raises RollBack."""
         while True:
             try:
                 with long_lived_objects_frozen():
@@ -326,7 +326,7 @@ class _Parsed(Exception):
 
 
 def live(command: str) -> Live:
-    """The schema of a command, from its own parser."""
+    """Build the schema of a command from its own parser."""
 
     class ParserOnly(DescantCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -339,7 +339,7 @@ def live(command: str) -> Live:
 
 
 def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
-    """The line for a disk that is full or read-only, with the resume point; None for other errors."""
+    """Return the line for a disk that is full or read-only, with the resume point; None for other errors."""
     if place is None or (line := disk_fault(error, place.folder)) is None:
         return None
     return _with_point(line, place)
@@ -367,13 +367,13 @@ def _quiet_writer_threads() -> Iterator[None]:
 
 
 def run(request: Request, checking: Check | None = None) -> int:
-    """Run one command. Returns its exit code. ``checking``: called by a check at the first batch."""
+    """Run one command and return its exit code. ``checking``: called by a check at the first batch."""
     quieten()
     enforce(request.trust)
     hub.forget()
     elastic.own_store()
     if request.trust and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a trusted module is mostly a local file; last, so that it shadows none
+        sys.path.append(os.getcwd())  # a trusted module is usually a local file; last, so that it shadows none
     cli = DescantCLI.__new__(DescantCLI)
     fault = None
     try:
@@ -385,19 +385,19 @@ def run(request: Request, checking: Check | None = None) -> int:
 
 
 def release(cli: DescantCLI) -> None:
-    """End the ranks that a call started, and :func:`clear`; the command line may be half built."""
+    """End the ranks that a call started, then :func:`clear`; the command line may be half built."""
     ranks: Ranks | None = getattr(cli, "ranks", None)
     if ranks is not None:
-        ranks.kill()  # nothing, where they have ended
+        ranks.kill()  # does nothing if they have ended
     clear(cli)
 
 
 def clear(cli: DescantCLI) -> None:
-    """Release locks and the environment; the folder of a run that never started is removed."""
+    """Release locks and the environment, and remove the folder of a run that never started."""
     runs.forget()
     lock.release()
     started, folder = getattr(cli, "folder", None), getattr(cli, "place", None)
-    checked = getattr(cli, "checking", None) is not None  # its folder is a temporary one
+    checked = getattr(cli, "checking", None) is not None  # its folder is temporary
     if started is not None and folder is not None and (checked or not started.began):
         folder.discard()
 
@@ -409,7 +409,7 @@ def _exit_code(fault: Ended) -> int:
 
 
 def _run_command(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
-    """Build and run one command; returns its exit code."""
+    """Build and run one command; return its exit code."""
     try:
         with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():
             cli.__init__(request, checking)  # type: ignore[misc]  # in two steps: release() needs what is half built

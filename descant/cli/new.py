@@ -1,4 +1,4 @@
-"""``descant new``: write a recipe, callback, data module, tower or field of your own, with its YAML and its test."""
+"""``descant new``: write your own recipe, callback, data module, tower or field, with its YAML and its test."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _read(args: Sequence[str]) -> tuple[str, str, Path]:
 
 
 def fault(kind: str, name: str) -> str | None:
-    """Why a new module of this kind cannot have this name; None where it can.
+    """Return why a new module of this kind cannot have this name; None if it can.
 
     >>> fault("recipe", "my_method"), fault("recipe", "class")
     (None, 'a Python keyword')
@@ -108,13 +108,13 @@ def fault(kind: str, name: str) -> str | None:
 
 
 def suggestion(kind: str, name: str) -> str:
-    """A name that can be, as near to ``name`` as it gets.
+    """Suggest a valid name, as near to ``name`` as possible.
 
     >>> suggestion("recipe", "MyMethod"), suggestion("recipe", "contrastive"), suggestion("callback", "2nd try")
     ('my_method', 'my_contrastive', 'my_2nd_try')
     """
     last = name.removesuffix(".py").rpartition("/")[2]
-    plain = unicodedata.normalize("NFKD", last).encode("ascii", "ignore").decode()  # accents fall off
+    plain = unicodedata.normalize("NFKD", last).encode("ascii", "ignore").decode()  # drops accents
     words = re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z]+[0-9]*[a-z]*|[0-9]+[a-z]*", plain)
     snake = "_".join(words).lower().removeprefix("test_") or KINDS[kind]
     near = (snake, f"my_{snake}", f"my_{snake}_{kind}")
@@ -130,7 +130,7 @@ def camel(name: str) -> str:
 
 
 def _template_names(kind: str) -> set[str]:
-    """The names of a kind's template that are not made from the module's own."""
+    """Return the names in a kind's template that are not derived from the module's own."""
     stem, names = KINDS[kind], set()
     for file, text in _sources(kind).items():
         for node in ast.walk(ast.parse(text)) if file.endswith(".py") else ():
@@ -142,7 +142,7 @@ def _template_names(kind: str) -> set[str]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether an import of ``name`` would find something that is not the user's, who works in the current folder."""
+    """Whether an import of ``name`` would find something other than a module in the user's current folder."""
     if name in sys.stdlib_module_names:
         return True
     spec = importlib.util.find_spec(name)
@@ -156,14 +156,14 @@ def _is_installed(name: str) -> bool:
 
 
 def _sources(kind: str) -> dict[str, str]:
-    """File name -> text of a kind's template, the module first."""
+    """Return file name -> text of a kind's template, the module first."""
     stem = KINDS[kind]
     names = (f"{stem}.py", f"{stem}.yaml", f"test_{stem}.py")
     return {name: (TEMPLATES / kind / name).read_text(encoding="utf-8") for name in names}
 
 
 def render(kind: str, name: str) -> dict[str, str]:
-    """File name -> text of a new module of this kind."""
+    """Return file name -> text of a new module of this kind."""
     stem = KINDS[kind]
 
     def named(text: str) -> str:
@@ -173,7 +173,7 @@ def render(kind: str, name: str) -> dict[str, str]:
 
 
 def _sort_imports(text: str) -> Iterator[str]:
-    """Lines, with each block of ``from`` imports in order: a replaced name may sort differently."""
+    """Yield the lines with each block of ``from`` imports sorted, since a replaced name may sort differently."""
     block: list[str] = []
     for line in text.splitlines(keepends=True):
         if line.startswith("from "):
@@ -185,7 +185,7 @@ def _sort_imports(text: str) -> Iterator[str]:
 
 
 def _write(folder: Path, name: str, files: dict[str, str]) -> None:
-    # a folder of that name would be imported in place of the module
+    # a folder of that name would be imported instead of the module
     there = [path for path in (folder / name, *(folder / file for file in files)) if path.exists()]
     if there:
         fail(f"{there[0]}: it is there already, and nothing is overwritten; another NAME, or --into DIR")

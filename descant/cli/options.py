@@ -10,7 +10,7 @@ from descant.cli.errors import fail, hint
 
 
 class Options(argparse.ArgumentParser):
-    """``prog`` is ``descant COMMAND``; a fault is a Refusal that begins with the command. Nothing is abbreviated."""
+    """Parser of ``descant COMMAND`` (``prog``); errors are Refusals that begin with the command. No abbreviations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"allow_abbrev": False}))
@@ -22,7 +22,7 @@ class Options(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = {option for action in self._actions for option in action.option_strings}
         options = {word.partition("=")[0] for word in self._words if word.startswith("--")} - known
-        if "arguments are required" in message and options:  # one of them may be meant by a word that is none
+        if "arguments are required" in message and options:  # an unknown option may be a misspelt required one
             message = f"unrecognized arguments: {min(options)}"
         choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice is not None:

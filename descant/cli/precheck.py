@@ -26,7 +26,7 @@ _CALL_ONLY = {
     "trust": "a configuration cannot trust itself",
     "config": "files are composed on the command line",
 }
-#: Common names of keys that are called otherwise here.
+#: Common name of a key -> its name here.
 _SHORT = {
     "seed": "seed_everything",
     "epochs": "max_epochs",
@@ -42,7 +42,7 @@ Path_ = tuple[str, ...]
 
 
 def wanted(request: Request) -> bool:
-    """Whether a request is to be checked: requests for help are not."""
+    """Whether a request needs this check; requests for help do not."""
     return not any(key == "help" or key.endswith(".help") for key, _ in request.options)
 
 
@@ -52,7 +52,7 @@ def precheck(
     options: list[tuple[str, str | None]],
     trusted: Sequence[str],
 ) -> Walk:
-    """Check configurations and options in the order in which they apply; returns the state reached."""
+    """Check configurations and options in the order in which they apply; return the resulting state."""
     walk = Walk(known, trusted)
     _one_experiment(files)
     for file in (BASE, *files):
@@ -74,7 +74,7 @@ def precheck(
 
 
 def _one_experiment(files: Sequence[Path]) -> None:
-    """Raises Refusal for two experiments that ship: their keys would be mixed without an error."""
+    """Raise Refusal for two experiments that ship, because their keys would be mixed without an error."""
     if len(files) < 2:
         return
     root, given = ROOT.resolve(), list[str]()
@@ -92,7 +92,7 @@ def _one_experiment(files: Sequence[Path]) -> None:
 
 def _written_by(file: Path) -> str:
     """Name the commit that wrote a run's configuration, if it is another one; "" for any other file."""
-    from descant.run.versions import code  # when a file is refused, and not at each start
+    from descant.run.versions import code  # only when a file is refused, not at each start
 
     wrote = runs.versions_of(file.parent).get("revision") if file.name == "config.yaml" else None
     return "" if wrote in (None, code()["revision"]) else f"; commit {str(wrote)[:12]} wrote this run and reads it"
@@ -109,18 +109,18 @@ class Walk:
         self.given: dict[Path_, set[str]] = {}
         self.last: dict[Path_, Path_] = {}  # list -> its last item
         self.added = 0  # items that options have added
-        self.files = list[Node]()  # of this source: itself, and those it names
-        self.short = list[tuple[Node, Sequence[Part], Path_]]()  # class names without a module, of the user's
+        self.files = list[Node]()  # files of this source: itself, and those it names
+        self.short = list[tuple[Node, Sequence[Part], Path_]]()  # the user's class names without a module
 
     def default(self, place: Sequence[str | int]) -> str | None:
-        """The default at a place, as text; None where there is none or it is unknown."""
+        """Return the default at a place, as text; None if there is none or it is unknown."""
         *path, last = map(str, place)
         entry = self.classes.get(tuple(path))
         key = entry.keys.get(last) if entry is not None else self.schema.command.get(".".join((*path, last)))
         return key.default if key is not None else None
 
     def source(self, root: Node) -> None:
-        """One file or option."""
+        """Check one file or option."""
         self.files = [root]
         self._require_trust(root)
         keys = self.schema.command
@@ -138,7 +138,7 @@ class Walk:
                 raise Refusal(f"{_at(node, (key,))}: no such key{near}")
 
     def _deeper(self, key: str, keys: Mapping[str, Key]) -> str:
-        """``; nearest: trainer.max_steps`` for ``max_steps``, where one place or another has the key; else nothing."""
+        """Return ``; nearest: trainer.max_steps`` for ``max_steps``, if some place has the key; otherwise ""."""
         wanted = _SHORT.get(key, key)
         places = [name for name in keys if name.rpartition(".")[2] == wanted]
         places += [".".join((*path, wanted)) for path, entry in self.classes.items() if wanted in entry.keys]
@@ -177,7 +177,7 @@ class Walk:
             self._value(child, None, f"{group}.{plain}", known[plain], (group, key))
 
     def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
-        """A value of the argument ``name`` of a class, or of the command."""
+        """Check a value of the argument ``name`` of a class, or of the command."""
         if schema.calls(key.type):
             self._uncalled(node, key.type, path)
         self._typed(node, key.type, path)
@@ -222,7 +222,7 @@ class Walk:
             if items is None:
                 return
             if base == path:
-                self._forget(path)  # a list replaces the one before it
+                self._forget(path)  # a list replaces the previous one
             for number, item in enumerate(node.content):
                 self._item(item, items, base, f"{number}@{item.where}")
         elif path != base and items is not None:
@@ -264,7 +264,7 @@ class Walk:
         if not isinstance(node.content, dict):
             if not schema.fits(kind, node.content):
                 raise Refusal(f"{_at(node, path)}: expected {schema.in_words(kind)}, got {_short(node.plain)}")
-            self._forget(path)  # the class before it, and its arguments, are gone
+            self._forget(path)  # drop the previous class and its arguments
             return
         content = node.content
         if "class_path" in content:
@@ -286,7 +286,7 @@ class Walk:
         self._arguments(inner, path)
 
     def _replace(self, node: Node, path: str) -> None:
-        """Replace a short name by the import path of its class; the parser then reads the nodes, not the files."""
+        """Replace a short name by the import path of its class; the parser then reads nodes instead of files."""
         node.content = path
         replaced.update({file.text: file for file in self.files if file.text})
 
@@ -306,7 +306,7 @@ class Walk:
             self._value(child, cls, plain, cls.keys[plain], (*path, key))
 
     def _unseen(self, node: Node, path: Path_) -> None:
-        """dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
+        """Check dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
         cls = self.classes[path]
         if node.content and not (node.is_of_user or trust.named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
@@ -314,7 +314,7 @@ class Walk:
             raise Refusal(f"{where}: a file may not set them: --trust {cls.path}, or the arguments under init_args")
 
     def _near(self, key: str, known: Mapping[str, Key]) -> str:
-        """The key of nearly this name, else one that takes a class called so, else the class with exactly this key."""
+        """Suggest a key of nearly this name, else one that takes a class of this name, else a class with this key."""
         if nearest(key, known, cutoff=0.75) is not None:
             return hint(key, known)
         for name, taken in known.items():
@@ -350,7 +350,7 @@ class Walk:
             self.unknown.add(path)
 
     def _find(self, node: Node, name: str, classes: Sequence[Part]) -> Entry:
-        """The class of a name; in a file that ships, a short name is ours, whatever a user's classes are called."""
+        """Find the class of a name; in a file that ships, a short name means Descant's class, never a user's."""
         shipped = not node.typed and _ours(node)
         try:
             cls = self.schema.find(name, classes)
@@ -364,7 +364,7 @@ class Walk:
         return cls
 
     def unambiguous(self) -> None:
-        """Raises Refusal for a short name of the user's that a module loaded since gives to a second class."""
+        """Raise Refusal if a module loaded since has a second class with a short name that the user gave."""
         for node, classes, path in self.short:
             try:
                 self.schema.find(node.content, classes)
@@ -379,12 +379,12 @@ class Walk:
         if before is not None:
             for child in [child for child in self.classes if child[: len(path)] == path and child != path]:
                 if child[len(path)].partition("@")[0] not in cls.keys:
-                    self._forget(child)  # belongs to the replaced class alone
+                    self._forget(child)  # belongs to the replaced class only
         self.classes[path], self.places[path] = cls, where
         self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
 
     def required(self) -> None:
-        """Raises Refusal for a required argument that no source gives."""
+        """Raise Refusal for a required argument that no source gives."""
         for key in ("model", "data"):
             if (key,) not in self.classes and (key,) not in self.unknown:
                 raise Refusal(f"no {key}: --config NAME chooses an experiment (descant list)")
@@ -399,7 +399,7 @@ class Walk:
             trust.require(name, self.trusted)
 
     def _file(self, node: Node) -> Node:
-        """The nodes of the file that a value names, else the value itself."""
+        """Load the nodes of the file that a value names; otherwise return the value itself."""
         if not isinstance(node.content, str):
             return node
         file = node.folder / node.content
@@ -421,19 +421,19 @@ def _prefixing_place(where: str) -> Iterator[None]:
 
 
 def _ours(node: Node) -> bool:
-    """Whether a node is of the command line or of a file that ships: these may set what other files may not."""
+    """Whether a node is from the command line or from a file that ships; these may set what other files may not."""
     if node.typed:
         return node.is_of_user
-    return node.folder.resolve().is_relative_to(ROOT.resolve())  # in a checkout by a link
+    return node.folder.resolve().is_relative_to(ROOT.resolve())  # a link in a checkout
 
 
 def _dots(path: Path_) -> str:
-    """The dotted path as a user types it, without list items."""
+    """Return the dotted path as a user types it, without list items."""
     return ".".join(part for part in path if "@" not in part)
 
 
 def _at(node: Node, path: Path_) -> str:
-    """``FILE:LINE: KEY``; for an option, its key."""
+    """Return ``FILE:LINE: KEY``; for an option, its key."""
     return node.where if node.typed else f"{node.where}: {_dots(path)}"
 
 

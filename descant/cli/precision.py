@@ -1,4 +1,4 @@
-"""``trainer.precision: auto``: bfloat16 where a machine computes it natively, resolved before the Trainer exists."""
+"""``trainer.precision: auto``: bfloat16 if the machine computes it natively, resolved before the Trainer exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from descant.datamodules.changes import DataPolicy
 
 AUTO = "auto"
 _FULL, _HALF = "32-true", "bf16-mixed"
-#: What the product that :func:`slowdown` measures is made of: large enough for a vectorised kernel, a few milliseconds.
+#: Size and count of the products that :func:`slowdown` times: large enough for a vectorised kernel, a few milliseconds.
 _SIDE, _REPEATS = 256, 3
 
 
@@ -25,11 +25,11 @@ class Trainer(L.Trainer):
     """Lightning's Trainer, whose ``precision`` may be ``auto`` in a configuration.
 
     Args:
-        precision: one of Lightning's, or auto: bf16-mixed where the device computes bfloat16 natively, else 32-true.
+        precision: one of Lightning's, or auto: bf16-mixed if the device computes bfloat16 natively, else 32-true.
             The command line replaces auto before this class is built.
     """
 
-    #: Set by the command line, read by data modules.
+    #: The command line sets it, and data modules read it.
     data_policy = DataPolicy()
 
     def __init__(
@@ -44,7 +44,7 @@ class Trainer(L.Trainer):
 
 
 def choose(accelerator: object = AUTO) -> tuple[Any, str]:
-    """The precision for an accelerator on this machine, and the reason in a few words.
+    """Choose the precision for an accelerator on this machine, and give the reason in a few words.
 
     Args:
         accelerator: as ``trainer.accelerator``: auto, gpu, cpu, cuda, mps or another name.
@@ -52,7 +52,7 @@ def choose(accelerator: object = AUTO) -> tuple[Any, str]:
     kind = accelerator if accelerator is not None else AUTO
     if kind == AUTO:
         kind = _AcceleratorConnector._choose_auto_accelerator()
-    elif kind == "gpu":  # only what torch has; Lightning refuses the rest, with its reason
+    elif kind == "gpu":  # only what torch has; Lightning refuses the rest and gives its reason
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cuda"
     if kind == "cuda":
         if not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def choose(accelerator: object = AUTO) -> tuple[Any, str]:
 
 
 def cpu_bfloat16() -> str | None:
-    """The instructions by which torch multiplies bfloat16 on this CPU, or None where it would emulate them.
+    """Return the instructions by which torch multiplies bfloat16 on this CPU, or None if it would emulate them.
 
     ``ATEN_CPU_CAPABILITY`` counts: kernels below AVX-512 convert every operand to float32.
     """
@@ -81,7 +81,7 @@ def cpu_bfloat16() -> str | None:
 
 
 def chosen(trainer: Any) -> tuple[Any, str]:
-    """What ``trainer.precision`` becomes on this machine, and the reason where that was auto.
+    """Return what ``trainer.precision`` becomes on this machine and, if it was auto, the reason.
 
     Args:
         trainer: the options of the Trainer: accelerator, strategy, plugins, precision.
@@ -96,11 +96,11 @@ def chosen(trainer: Any) -> tuple[Any, str]:
 
 
 def resolve(trainer: Any, kept: str | None, tell: Callable[[str], None]) -> str | None:
-    """The value of ``trainer.precision`` from here on; prints what auto became, or what is slow, in one line.
+    """Return the final value of ``trainer.precision``; print in one line what auto became, or what is slow.
 
     Args:
-        trainer: see :func:`chosen`, which raises what this raises.
-        kept: the precision of the run that is resumed, which auto keeps.
+        trainer: see :func:`chosen`, whose errors this raises too.
+        kept: the precision of the resumed run, which auto keeps.
         tell: prints a line.
     """
     wanted, why = chosen(trainer)
@@ -117,7 +117,7 @@ def resolve(trainer: Any, kept: str | None, tell: Callable[[str], None]) -> str 
 
 
 def slowdown() -> float:
-    """Time of a matrix product in bfloat16 / in float32 on this CPU, measured now.
+    """Measure the time of a matrix product in bfloat16 / in float32 on this CPU.
 
     >>> slowdown() > 0
     True
@@ -143,7 +143,7 @@ def _on_cpu(accelerator: object) -> bool:
 
 
 def _owner(strategy: Any, plugins: Any) -> str | None:
-    """The part of the configuration that sets a precision of its own: a precision plugin, or an XLA strategy."""
+    """Return the part of the configuration that sets its own precision: a precision plugin, or an XLA strategy."""
     for plugin in plugins if isinstance(plugins, Iterable) and not isinstance(plugins, str) else [plugins]:
         if "Precision" in _name(plugin):
             return f"trainer.plugins {_name(plugin)}"
@@ -154,6 +154,6 @@ def _owner(strategy: Any, plugins: Any) -> str | None:
 
 
 def _name(part: Any) -> str:
-    """The short name of a part of the configuration: a text, a class_path, an object."""
+    """Return the short name of a part of the configuration: a text, a class_path, an object."""
     path = part if isinstance(part, str) else getattr(part, "class_path", None) or type(part).__name__
     return str(path).rpartition(".")[2]

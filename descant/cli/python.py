@@ -25,7 +25,7 @@ _HEADER = "# Trained in Python by descant.fit: descant.load(FOLDER, into=RECIPE)
 
 
 class _ObjectsCLI(DescantCLI):
-    """The fit command for a recipe, a data module, callbacks and trainer options that are objects already."""
+    """The fit command for a recipe, a data module, callbacks and trainer options that are already objects."""
 
     def __init__(
         self,
@@ -77,18 +77,20 @@ def fit(
     seed: int = 0,
     **trainer: Any,
 ) -> L.Trainer:
-    """Train a recipe on a data module, with the defaults of ``experiments/base.yaml``; returns the Trainer.
+    """Train a recipe on a data module, with the defaults of ``experiments/base.yaml``; return the Trainer.
 
-    The run folder (``trainer.default_root_dir``) holds what that of ``descant fit`` does: TensorBoard and CSV logs,
-    checkpoints, resume points. ``config.yaml`` names the classes only: code that built objects is not recorded.
+    The run folder (``trainer.default_root_dir``) holds the same files as that of ``descant fit``: TensorBoard and CSV
+    logs, checkpoints, resume points. ``config.yaml`` names only the classes; the code that built the objects is not
+    recorded.
 
     Args:
-        recipe: with weights as built: call ``lightning.seed_everything(0, workers=True)`` before building it to have
-            those of ``descant fit``.
-        callbacks: beside those of ``base.yaml``; one of a class that makes sense once replaces the one there.
-        name: of the run; default: ``RECIPE-DATA``. runs: folder of all runs.
+        recipe: a recipe with its weights as built. Call ``lightning.seed_everything(0, workers=True)`` before building
+            it to get those of ``descant fit``.
+        callbacks: callbacks in addition to those of ``base.yaml``; one of a class that makes sense only once replaces
+            the one there.
+        name: name of the run; default: ``RECIPE-DATA``. runs: folder of all runs.
         resume: never, auto or a resume point, as ``--resume``. changed: allow to resume with other settings.
-        seed: of order, augmentation and dropout.
+        seed: seed of order, augmentation and dropout.
         trainer: options of Lightning's Trainer, plain or objects, such as ``max_steps=100`` or ``logger=...``.
     """
     for label, part, kind in (("recipe", recipe, Recipe), ("data", data, L.LightningDataModule)):

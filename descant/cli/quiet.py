@@ -15,7 +15,7 @@ _CHATTER = (
     ".*The `srun` command is available.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*No device id is provided via.*",
-    ".*ended before the epoch ended and your dataloader is.*",  # Resume warns where it is true
+    ".*ended before the epoch ended and your dataloader is.*",  # Resume warns if it is true
     ".*in eval mode at the start of training.*",  # frozen towers, which stay so
     ".*callbacks used to create the checkpoint need to be provided.*",  # judged_data leaves some out, in one line
 )

@@ -1,9 +1,10 @@
 """Schema of configurations as plain data: argument names, types, defaults; no torch, no imports of classes.
 
-Implemented by the parser itself (:mod:`descant.cli.signatures`) and by a cached copy (:mod:`descant.cli.dump`).
+The parser itself (:mod:`descant.cli.signatures`) and a cached copy (:mod:`descant.cli.dump`) implement it.
 
 A type is a list of parts, any of which a value may be: "null", "int", "float", "bool", "str", "any", {"choice": words},
-{"list": type}, {"map": type}, {"class": path, "skip": what a factory gets from the program}, {"other": name}.
+{"list": type}, {"map": type}, {"class": path, "skip": number of arguments that the program gives a factory},
+{"other": name}.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Type = list[Part]
 
 @dataclass(frozen=True)
 class Key:
-    """One argument: type, default as text (None where it is required), and help text."""
+    """One argument: type, default as text (None if it is required), and help text."""
 
     type: Type
     default: str | None = None
@@ -29,7 +30,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """A class: import path, paths of its bases, and its arguments in order."""
+    """One class: import path, paths of its bases, and its arguments in order."""
 
     path: str
     lineage: Sequence[str]
@@ -45,11 +46,11 @@ class Entry:
 
 
 class Unknown(Exception):
-    """The class is of a module that is not in the cache; only the parser resolves it."""
+    """Raised for a class of a module that is not in the cache; only the parser resolves it."""
 
 
 class Ambiguous(LookupError):
-    """A short name is that of several classes."""
+    """Raised for a short name that several classes have."""
 
 
 class Schema(ABC):
@@ -62,24 +63,24 @@ class Schema(ABC):
     command: Mapping[str, Key]
 
     def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
-        """Short name -> import path of the classes of ``kinds``."""
+        """Return short name -> import path of the classes of ``kinds``."""
         return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds))}
 
     @abstractmethod
     def paths(self, kinds: Sequence[Part]) -> Collection[str]:
-        """Import paths of the classes of ``kinds``."""
+        """Return the import paths of the classes of ``kinds``."""
 
     @abstractmethod
     def find(self, name: str, kinds: Sequence[Part]) -> Entry:
-        """The class that ``name``, short or full, means where one of ``kinds`` is expected.
+        """Find the class that ``name``, short or full, means at a place that expects one of ``kinds``.
 
         Raises:
-            LookupError: where there is none, with the rest of the error line. Ambiguous, Unknown: see there.
+            LookupError: if there is none, with the rest of the error line. Ambiguous, Unknown: see there.
         """
 
     @abstractmethod
     def alone(self, kinds: Sequence[Part]) -> Entry | None:
-        """The class used where none is named: the only one of ``kinds``, if it is not abstract."""
+        """Return the class that is used if none is named: the only one of ``kinds``, unless it is abstract."""
 
     @abstractmethod
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
@@ -94,27 +95,27 @@ class Schema(ABC):
 
 
 def parts(type: Type, of: str) -> Iterator[Any]:
-    """The values of ``of`` in the parts that have it."""
+    """Yield the values of ``of`` in the parts that have it."""
     yield from (part[of] for part in type if isinstance(part, dict) and of in part)
 
 
 def classes(type: Type) -> list[Part]:
-    """The parts that ``class_path`` and ``init_args`` may build, directly or by a factory."""
+    """Return the parts that ``class_path`` and ``init_args`` may build, directly or by a factory."""
     return [part for part in type if isinstance(part, dict) and "class" in part]
 
 
 def items(type: Type) -> Type | None:
-    """The type of the items of a list, or None."""
+    """Return the type of the items of a list, or None."""
     return [part for inner in parts(type, "list") for part in inner] or None
 
 
 def values(type: Type) -> Type | None:
-    """The type of the values of a mapping, or None."""
+    """Return the type of the values of a mapping, or None."""
     return [part for inner in parts(type, "map") for part in inner] or None
 
 
 def nested_classes(type: Type) -> Iterator[dict[str, Any]]:
-    """All class parts of a type, at any depth."""
+    """Yield all class parts of a type, at any depth."""
     for part in type:
         if isinstance(part, dict):
             if "class" in part:
@@ -136,12 +137,12 @@ def names_class(value: object) -> bool:
 
 
 def takes_text(type: Type) -> bool:
-    """Whether a text can be a value by itself, and need not name a class or a file."""
+    """Whether a text can be a value by itself, so that it need not name a class or a file."""
     return any(part in ("str", "any") or (isinstance(part, dict) and "choice" in part) for part in type)
 
 
 def calls(type: Type) -> bool:
-    """Whether a value may be a function, or an object that is called, as it is; a factory of classes is none.
+    """Whether a value may be a function or an object that is called directly; a factory of classes is not.
 
     >>> calls([{"list": [{"other": "Callable[[int], float]"}]}, "null"]), calls([{"class": "a.B", "skip": 1}])
     (True, False)
@@ -151,7 +152,7 @@ def calls(type: Type) -> bool:
 
 
 def kinds(some: Sequence[Part]) -> str:
-    """Names of kinds, for an error line."""
+    """Join the names of kinds, for an error line."""
     return " or ".join(dict.fromkeys(part["class"].rpartition(".")[2] for part in some if isinstance(part, dict)))
 
 
@@ -159,7 +160,7 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def in_words(type: Type) -> str:
-    """A type in plain words.
+    """Describe a type in plain words.
 
     >>> in_words(["int", "null"]), in_words([{"map": ["float"]}]), in_words([{"list": [{"list": ["int"]}]}])
     ('a whole number or null', 'a mapping of names to numbers', 'a list of lists of whole numbers')
@@ -182,7 +183,7 @@ def in_words(type: Type) -> str:
 
 
 def _many(word: str) -> str:
-    """The plural of a type's words; a choice stays as it is."""
+    """Return the plural of a type's words; a choice stays unchanged."""
     if " or " in word or not word.startswith("a "):
         return word
     noun, of, rest = word.removeprefix("a ").partition(" of ")
@@ -190,7 +191,7 @@ def _many(word: str) -> str:
 
 
 def fits(type: Type, value: Any) -> bool:
-    """Whether a value may be of a type; True where only the parser can decide.
+    """Whether a value may be of a type; True if only the parser can decide.
 
     >>> fits(["int", "null"], 3), fits(["int"], 3.5), fits([{"list": ["float"]}], ["x"]), fits(["int"], "3")
     (True, False, False, True)
@@ -221,11 +222,11 @@ def _fits(part: Part, value: Any) -> bool:
 
 
 def _number(text: str) -> Any:
-    """The value that the parser reads from a text."""
+    """Return the value that the parser reads from a text."""
     import yaml
     from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
     try:
         return yaml.load(text, get_yaml_default_loader())  # safe: it is a SafeLoader that reads 1e-3 as a number
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError):  # 0x_ looks like a number, and is none
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):  # 0x_ looks like a number but is not
         return text

@@ -1,6 +1,6 @@
 """Schema of classes from jsonargparse's own actions. The one file that uses jsonargparse's private API.
 
-The early check and the real parse agree, since both use the parser's own sub-parsers.
+The early check and the real parse agree, because both use the parser's own sub-parsers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknow
 from descant.cli.trust import allowed
 from descant.modules.io import names
 
-#: Package that a configuration may name a class of -> the extra of descant that installs it.
+#: Package whose classes a configuration may name -> the extra of descant that installs it.
 EXTRAS = {"schedulefree": "schedule-free"}
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
@@ -49,10 +49,10 @@ _PLAIN: dict[Any, Part] = {
 
 
 class Live(Schema):
-    """The schema of a live parser: resolves every class that can be imported.
+    """Schema of a live parser, which resolves every class that can be imported.
 
     Args:
-        parser: of a command.
+        parser: parser of a command.
     """
 
     def __init__(self, parser: ArgumentParser) -> None:
@@ -117,7 +117,7 @@ class Live(Schema):
             return False
 
     def entry(self, cls: type, skip: int = 0) -> Entry:
-        """Arguments of a class; the first ``skip``, which a factory's caller gives, are no keys."""
+        """Return a class with its arguments, without the first ``skip``, which a factory's caller gives."""
         if (cls, skip) not in self._entries:
             with parser_context(parent_parser=self.parser, load_value_mode=self.parser.parser_mode):
                 parser: ArgumentParser = ActionTypeHint.get_class_parser(
@@ -135,17 +135,17 @@ class Live(Schema):
         return self._entries[cls, skip]
 
     def alone(self, kinds_: Sequence[Part]) -> Entry | None:
-        """The class that is meant where none is named: the only one that is expected, if it can be made."""
+        """Return the class that is meant if none is named: the only one that is expected, unless it is abstract."""
         if len(kinds_) != 1 or not isinstance(kinds_[0], dict) or inspect.isabstract(self._of(kinds_)[0]):
             return None
         return self.entry(self._of(kinds_)[0], kinds_[0].get("skip", 0))
 
     def paths(self, kinds_: Sequence[Part]) -> set[str]:
-        """Those that are loaded."""
+        """Return the paths of the classes that are loaded."""
         return {path for cls in self._of(kinds_) for path in get_all_subclass_paths(cls)}
 
     def entries(self, kinds_: Sequence[Part], packages: tuple[str, ...]) -> Iterator[Entry]:
-        """Classes of some kinds, these included, in some packages; those without a parser are left out."""
+        """Yield the classes of some kinds, including the kinds, in some packages, if they have a parser."""
         bases = {_canonical(cls): cls for cls in self._of(kinds_)}
         for path in sorted({*bases, *self.paths(kinds_)}):
             if path.startswith(packages):
@@ -198,21 +198,21 @@ class Live(Schema):
             yield {"other": part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")}
 
     def _made(self, arguments: Sequence[Any]) -> Type:
-        """Class parts of a factory's return type."""
+        """Return the class parts of a factory's return type."""
         return classes(self._type(arguments[-1])) if arguments else []
 
 
 def find_class(path: str) -> Any:
-    """The object of a full path, under the import policy.
+    """Import the object of a full path, under the import policy.
 
     Raises:
-        ImportError, AttributeError, ValueError: where there is none, or it is not allowed.
+        ImportError, AttributeError, ValueError: if there is none, or it is not allowed.
     """
     return import_object(path)
 
 
 def read_replaced() -> None:
-    """Have parsers read what is in :data:`descant.cli.document.replaced` in place of the files with that text."""
+    """Make parsers read the nodes in :data:`descant.cli.document.replaced` instead of the files with that text."""
 
     def load(text: str) -> Any:
         return replaced[text].plain if text in replaced else yaml_load(text)
@@ -221,14 +221,14 @@ def read_replaced() -> None:
 
 
 def _actions(parser: ArgumentParser) -> dict[str, argparse.Action]:
-    """Key -> action, of the configuration arguments of a parser."""
+    """Return key -> action of the configuration arguments of a parser."""
     actions = filter_non_parsing_actions(parser._actions)
-    # a group such as `trainer` has an action for a sub-configuration: its keys are the group's
+    # a group such as `trainer` has an action for a sub-configuration, whose keys are the group's
     return {a.dest: a for a in actions if not isinstance(a, ActionConfigFile) and hasattr(a, "_typehint")}
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """The members of a union, or the type itself, without Annotated and aliases."""
+    """Yield the members of a union, or the type itself, without Annotated and aliases."""
     if hasattr(hint, "__value__"):
         yield from _parts(hint.__value__)
     elif get_origin(hint) is typing.Annotated:
@@ -245,17 +245,17 @@ def _path(cls: type) -> str:
 
 
 def _canonical(cls: type) -> str:
-    """The shortest path that imports a class."""
+    """Return the shortest path that imports a class."""
     return str(get_import_path(cls))
 
 
 def _first_line(cls: type) -> str:
-    """The first paragraph of a class's own docstring, on one line."""
+    """Return the first paragraph of a class's own docstring, on one line."""
     return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
 def in_text(default: Any) -> str:
-    """A default as YAML text."""
+    """Format a default as YAML text."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
     if isinstance(default, Namespace | dict) and default.get("class_path"):

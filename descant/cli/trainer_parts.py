@@ -26,12 +26,12 @@ from descant.modules.io.plain import load_plain
 from descant.run.mirror import Mirror
 from descant.run.store import AtomicIO
 
-#: The folder of the run, where a text of the section begins with it.
+#: Means the folder of the run at the beginning of a text in the section.
 PLACE = "RUN"
 
 
 def once(callbacks: list[L.Callback]) -> list[L.Callback]:
-    """Of callbacks with the class attribute ``once = True``, the last of each class: overlays override."""
+    """Keep only the last callback of each class with the attribute ``once = True``, so that overlays override."""
     last = {type(callback): callback for callback in callbacks}
     return [c for c in callbacks if not getattr(c, "once", False) or last[type(c)] is c]
 
@@ -39,9 +39,9 @@ def once(callbacks: list[L.Callback]) -> list[L.Callback]:
 def with_defaults(given: Any, recipe: object, bar: Any = None) -> list[L.Callback]:
     """Complete the callbacks that the option ``trainer.callbacks`` gives.
 
-    Of a class that makes sense once the last one stays (:func:`once`). ``bar``, the option ``enable_progress_bar``,
-    removes Progress if it is False. A recipe with scores, or with losses of pairs, gets the callback that logs them,
-    ``val/loss`` among them.
+    If a class makes sense only once, its last callback stays (:func:`once`). ``bar``, the option
+    ``enable_progress_bar``, removes Progress if it is False. A recipe with scores, or with losses of pairs, gets the
+    callback that logs them, including ``val/loss``.
     """
     callbacks: list[L.Callback] = once(given if isinstance(given, list) else [given] if given else [])
     if bar is False:
@@ -54,7 +54,7 @@ def with_defaults(given: Any, recipe: object, bar: Any = None) -> list[L.Callbac
 
 
 def with_store(given: Any) -> list[Any]:
-    """The plugins of a trainer, with AtomicIO to write checkpoints unless another CheckpointIO is given."""
+    """Return the plugins of a trainer, with AtomicIO to write checkpoints unless another CheckpointIO is given."""
     plugins = given if isinstance(given, list) else [given] * (given is not None)
     return plugins if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [*plugins, AtomicIO()]
 
@@ -63,7 +63,7 @@ def mirror(plugins: list[Any], url: str | None, run: str) -> None:
     """Give the plugin that writes checkpoints a second place for the newest resume point (``--checkpoint_mirror``).
 
     Args:
-        run: name and number of the run, below which they are there.
+        run: name and number of the run, below which the points are stored there.
     """
     if url is None:
         return
@@ -78,7 +78,7 @@ def mirror(plugins: list[Any], url: str | None, run: str) -> None:
 
 
 def placed(value: Any, folder: str) -> Any:
-    """``RUN`` at the beginning of texts replaced by the run's folder, at any depth."""
+    """Replace ``RUN`` at the beginning of texts by the run's folder, at any depth."""
 
     def replace(text: Any) -> Any:
         if isinstance(text, str) and (text == PLACE or text.startswith(f"{PLACE}/")):
@@ -89,7 +89,7 @@ def placed(value: Any, folder: str) -> Any:
 
 
 def without_enums(value: Any) -> Any:
-    """Members of enumerations replaced by their values, which YAML can hold, at any depth."""
+    """Replace members of enumerations by their values, which YAML can hold, at any depth."""
     return _map_leaves(value, lambda leaf: leaf.value if isinstance(leaf, enum.Enum) else leaf)
 
 
@@ -104,7 +104,7 @@ def _map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def purge_after(loggers: Any, point: str | Path | None) -> None:
-    """Have TensorBoard hide what it logged after the resume point ``point``, once its writer opens the file."""
+    """Make TensorBoard hide what it logged after the resume point ``point``, once its writer opens the file."""
     facts = manifest.known(Path(point)) if point is not None else {}
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, TensorBoardLogger):
@@ -112,7 +112,7 @@ def purge_after(loggers: Any, point: str | Path | None) -> None:
 
 
 def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
-    """Raises ValueError for a checkpoint that runs code, where the strategy itself unpickles it, as FSDPStrategy does.
+    """Raise ValueError for a checkpoint that runs code, if the strategy itself unpickles it, as FSDPStrategy does.
 
     Other strategies read it through the plugin, :class:`~descant.run.store.AtomicIO`, with weights_only.
     """
@@ -124,7 +124,7 @@ def require_plain(strategy: Strategy, checkpoint: str | None) -> None:
 
 
 def require_port(text: str | None) -> None:
-    """Refuse a MASTER_PORT that is invalid or in use: ranks started first would wait for it in vain."""
+    """Refuse a MASTER_PORT that is invalid or in use, because ranks that start first would wait for it in vain."""
     if text is None:
         return
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:

@@ -14,7 +14,7 @@ from typing import Any
 from descant.cli.errors import Refusal
 from descant.modules.io.addresses import expand
 
-#: Where classes may be from that a configuration builds. What is wanted at a place narrows it further: see PERMITTED.
+#: Where the classes that a configuration builds may come from. PERMITTED narrows it by the kind expected at a place.
 ALLOWED = (
     *("descant", "torch.nn", "torch.optim", "torchvision.transforms.v2", "bitsandbytes.optim"),
     *("timm.optim.Lion", "timm.optim.lion.Lion", "schedulefree"),
@@ -22,7 +22,7 @@ ALLOWED = (
     *("torch.device", "torch.dtype", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.amp"),
     *("torch.distributed.fsdp", "torch.distributed.device_mesh"),
 )
-#: Public name -> where it is defined, which the parser checks, too; both are among DENIED.
+#: Public name -> where it is defined, which the parser checks too; both are in DENIED.
 _DEFINED = {
     "descant.modules.policy.VerifierProcess": "descant.modules.policy.rewards.VerifierProcess",
     "lightning.pytorch.callbacks.LambdaCallback": "lightning.pytorch.callbacks.lambda_function",
@@ -30,8 +30,8 @@ _DEFINED = {
     "lightning.pytorch.strategies.DeepSpeedStrategy": "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy",
 }
 _IO = ("AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO")
-#: Parts of these that start processes, load code, write to any path, build any class by its name, or only call
-#: what they are given.
+#: Parts of ALLOWED that start processes, load code, write to any path, build any class by its name, or only call
+#: their arguments.
 DENIED = (
     *(
         "descant.cli.main",
@@ -47,14 +47,14 @@ DENIED = (
     *("descant.run.folder", "descant.report.predictions", "descant.cli.check"),
     *("descant.run.processes", *_DEFINED, *_DEFINED.values()),
     *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
-    # they write checkpoints to any path, which AtomicIO does not
+    # these write checkpoints to any path; AtomicIO does not
     *("lightning.fabric.plugins.io", "lightning.pytorch.plugins.io", "lightning.fabric.strategies.deepspeed"),
     *(f"lightning.{package}.plugins.{name}" for package in ("fabric", "pytorch") for name in _IO),
     "schedulefree.algoperf",
     *("torch.optim.lr_scheduler.LambdaLR", "torch.optim.lr_scheduler.MultiplicativeLR"),
 )
-#: Kind -> where what is built as one may be from, for kinds that much more is of than belongs into a run. What is of
-#: another kind may be from all of ALLOWED.
+#: Kind -> where its classes may come from, for kinds with many classes that do not belong in a run. Classes of other
+#: kinds may come from all of ALLOWED.
 PERMITTED = {
     "torch.nn.modules.module.Module": ("descant", "torch.nn", "torchvision.transforms.v2"),
     "torch.optim.optimizer.Optimizer": (
@@ -71,7 +71,7 @@ PERMITTED = {
     ),
 }
 
-#: What ``--trust`` may name beside modules, and what is then allowed to configurations that are files.
+#: Words that ``--trust`` accepts besides modules -> what each then allows configuration files to do.
 WORDS = {
     "shell": "run commands in a shell",
     "packages": "believe packages whose hash is not known",
@@ -82,26 +82,26 @@ WORDS = {
 }
 #: Key -> the word that a file needs to set it. On the command line the user sets it.
 _GUARDED = {"allow_pipes": "shell", "accept": "packages", "model_registry": "network", "outside": "reads"}
-#: Classes whose purpose is another machine.
+#: Classes whose purpose is to reach another machine.
 _REMOTE = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
-#: An address, unless it is that of a file; of a pipe its own key has to allow it.
+#: An address, except that of a file; a pipe is allowed by its own key.
 _ADDRESS = re.compile(r"\s*((?!file:/|pipe:)([a-z][a-z0-9+.-]+:+)+/|(https?|s3|gs):\S)", re.IGNORECASE)
-#: Keys of places to write to: below the run's folder, RUN, or a name in it.
+#: Keys that set where to write: below the run's folder, RUN, or a name in it.
 _PLACES = (
     *("dirpath", "save_dir", "log_dir", "root_dir", "default_root_dir", "cache", "cache_dir", "store_dir"),
     *("exclude_batches_path", "nvme_path", "tracking_uri", "offline_directory", "checkpoint_mirror"),
 )
-#: The same of some classes, whose keys mean other things elsewhere.
+#: The same for some classes, whose keys mean other things elsewhere.
 _PLACES_OF = {"Resume": "folder", "Freeze": "folder", "Cached": "folder", "WandbLogger": "dir"}
 _NAMES = ("name", "version", "sub_dir", "filename", "runs", "run", "comment", "filename_suffix")
-#: What braces in a name may hold: a metric, and how many digits of it.
+#: What braces in a name may hold: a metric, and its number of digits.
 _BRACES = re.compile(r"\{[^{}]*\}?|\}")
 _FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)?\}|\{\}")
 _trusted: set[str] = set()
 
 
 def allowed(path: str, trust: Sequence[str] = ()) -> bool:
-    """Whether a class path lies in an allowed package and in no denied part of it: the longest entry decides.
+    """Whether a class path lies in an allowed package and in no denied part of it; the longest entry decides.
 
     >>> [allowed(path) for path in ("torch.optim.AdamW", "torch.hub.load", "os.system")]
     [True, False, False]
@@ -119,7 +119,7 @@ def allowed(path: str, trust: Sequence[str] = ()) -> bool:
 
 
 def require(path: str, trust: Sequence[str] = ()) -> None:
-    """Raises Refusal if a class path is outside the allow-list."""
+    """Raise Refusal if a class path is outside the allow-list."""
     if allowed(path, trust):
         return
     part = next((denied for denied in DENIED if within(path, [denied])), None)
@@ -132,10 +132,10 @@ def require(path: str, trust: Sequence[str] = ()) -> None:
 
 
 def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> None:
-    """Raises Refusal for a class that is of a wanted kind, and does not belong where only some are wanted.
+    """Raise Refusal for a class of an expected kind that PERMITTED does not allow for this kind.
 
     Args:
-        path: of the class. kinds: full names of what is wanted, one of which it is.
+        path: path of the class. kinds: full names of the expected kinds; the class is of one of them.
 
     >>> require_kind("torch.nn.Linear", ["torch.nn.modules.module.Module"])
     """
@@ -148,7 +148,7 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
 
 
 def named(path: str, trust: Sequence[str]) -> bool:
-    """Whether --trust names this object or a module that it is in.
+    """Whether --trust names this object or a module that contains it.
 
     >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
     (True, False, False)
@@ -166,7 +166,7 @@ def within(path: str, places: Iterable[str]) -> bool:
 
 
 def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> None:
-    """Raises Refusal for keys that a file may not set without --trust: shell commands, packages, writes elsewhere.
+    """Raise Refusal for keys that a file may not set without --trust: shell commands, packages, writes elsewhere.
 
     Args:
         of: the class whose argument it is, as the file calls it.
@@ -185,10 +185,10 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
     leaves = bool(parts) and (".." in parts or PurePath(*parts).is_absolute() or parts[0].startswith("~"))
     if (key in _PLACES or _PLACES_OF.get(str(of).rpartition(".")[2]) == key) and parts:
         word, why = "writes", "" if parts[0] == "RUN" and not leaves else f"{value} is outside the run's folder, RUN"
-    elif key == "strategy" and str(value).startswith("deepspeed"):  # it compiles code, and unloads to any disk
+    elif key == "strategy" and str(value).startswith("deepspeed"):  # it compiles code, and offloads to any disk
         word, why = "writes", f"{value} writes outside the run's folder"
     elif key in _NAMES and parts:
-        text = str(value)  # in the script of a job a quote would be more than a name; formats can make any letter
+        text = str(value)  # a quote would end a name in a job's script; formats can make any letter
         odd = not text.isprintable() or '"' in text or any(not _FIELD.fullmatch(one) for one in _BRACES.findall(text))
         why = f"{value} leads out of the run's folder" if leaves else "no letter of a name" if odd else ""
         word = "writes"
@@ -197,7 +197,7 @@ def guard(key: str, value: Any, trust: Sequence[str] = (), of: Any = None) -> No
 
 
 def writes(key: str, value: str | None) -> bool:
-    """Whether an option sets where to write: then the user does, and not a file.
+    """Whether an option sets where to write; then the user decides that, not a file.
 
     >>> writes("trainer.callbacks.dirpath", "/scratch"), writes("model.width", "8")
     (True, False)
@@ -207,7 +207,7 @@ def writes(key: str, value: str | None) -> bool:
 
 
 def _remote(key: str, value: Any) -> str | None:
-    """The part of a value that is on another machine."""
+    """Return the part of a value that is on another machine."""
     if key == "class_path":
         name = str(value).rpartition(".")[2]
         return f"what {name} writes to" if name in _REMOTE else None
@@ -217,7 +217,7 @@ def _remote(key: str, value: Any) -> str | None:
 
 
 def _expand_addresses(text: str) -> list[str]:
-    """The addresses that a reader would open; a text whose braces no reader expands stands for itself."""
+    """Return the addresses that a reader would open; a text whose braces no reader expands is returned unchanged."""
     try:
         return expand(text) if ":" in text else [text]
     except ValueError:
@@ -225,7 +225,7 @@ def _expand_addresses(text: str) -> list[str]:
 
 
 def _defining_path(name: str) -> str:
-    """The defining path of a class, which the parser checks too."""
+    """Return the defining path of a class, which the parser checks too."""
     try:
         value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
@@ -238,7 +238,7 @@ def enforce(trust: Sequence[str] = ()) -> None:
     from jsonargparse import set_parsing_settings
 
     trust = [*trust, *(_defining_path(name) for name in trust if name in DENIED)]
-    forgotten = sorted(_trusted - set(trust))  # settings are global: what an earlier call trusted is trusted no more
+    forgotten = sorted(_trusted - set(trust))  # settings are global: deny what only an earlier call trusted
     try:
         set_parsing_settings(
             import_path_denylist=["*", *DENIED, *forgotten],

@@ -1,4 +1,4 @@
-"""Read small files of a folder from an untrusted source: regular, of bounded size, inside the folder."""
+"""Read small files of an untrusted folder, which must be regular, of bounded size and inside the folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, BinaryIO
 from descant.modules.io.files import open_regular, real_path
 from descant.modules.io.jsonl import loads
 
-#: Bytes of a configuration, of metrics, of versions.
+#: Maximum size in bytes of a configuration, of metrics, of versions.
 MOST = 1_000_000
 
 
 def opened(file: Path, below: Path, most: int | None = None) -> BinaryIO:
-    """A file, open to be read, if it is a regular one of at most ``most`` bytes that lies below a folder.
+    """Open a file to read it, if it is a regular one of at most ``most`` bytes that lies below a folder.
 
-    A link that stays below the folder is followed. A pipe or device is not opened for longer than a look: a reader of
+    A link that stays below the folder is followed. A pipe or device is opened only to look at it, because a reader of
     one may wait for ever.
 
     Raises:
@@ -33,30 +33,30 @@ def opened(file: Path, below: Path, most: int | None = None) -> BinaryIO:
 
 
 def text_of(file: Path, below: Path | None = None, most: int = MOST) -> str:
-    """A text file below a folder (its own where none is given).
+    """Read a text file below a folder (by default its own).
 
     Raises:
-        OSError: if it cannot be read. ValueError: if it is no such file, larger, or no text in UTF-8.
+        OSError: if it cannot be read. ValueError: if it is no such file, larger, or not text in UTF-8.
     """
     with opened(file, file.parent if below is None else below, most) as stream:
         return stream.read(most + 1).decode("utf-8")
 
 
 def yaml_of(file: Path) -> Any:
-    """The same of YAML, of a file that the user names, which may be a link.
+    """Read YAML in the same way, from a file that the user names, which may be a link.
 
     Raises:
         OSError, ValueError: as :func:`text_of`, and for what :func:`descant.modules.io.plain_yaml.loads` refuses.
     """
-    from descant.modules.io import plain_yaml  # late: a third of the time of a Tab
+    from descant.modules.io import plain_yaml  # late: takes a third of the time of a Tab
 
     return plain_yaml.loads(text_of(file, real_path(file).parent))
 
 
 def json_of(file: Path, below: Path | None = None, most: int = MOST) -> Any:
-    """The same of JSON.
+    """Read JSON in the same way.
 
     Raises:
-        OSError, ValueError: as :func:`text_of`, and for what is no JSON or is nested too deeply.
+        OSError, ValueError: as :func:`text_of`, and for text that is not JSON or is nested too deeply.
     """
     return loads(text_of(file, below, most))

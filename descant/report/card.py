@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "lightning", "timm", "transformers", "peft", "bitsandbytes
 
 @dataclass
 class About:
-    """What the card states about an export.
+    """Facts that the card states about an export.
 
     Attributes:
         source: the run or export it is made from. name: name of its folder. recipe: the model.
@@ -33,7 +33,7 @@ class About:
         left: modalities whose preprocessing is not included. usage: Python that loads an export for another package.
         step: training step of the weights.
         averaged: whether the weights are an average over training. metrics: metrics of these weights.
-        later: metrics of the run's last weights, where those are not the exported ones.
+        later: metrics of the run's last weights, if those are not the exported ones.
     """
 
     source: Saved
@@ -93,7 +93,7 @@ def write(about: About, data: Any, folder: Path, digests: Mapping[str, str]) -> 
 
 
 def _training(about: About) -> dict[str, str]:
-    """Rows of the table: data, budget, loss, optimizer, versions; what the run does not know is left out."""
+    """Return the rows of the table: data, budget, loss, optimizer, versions; unknown values are left out."""
     folder, config = about.source.folder, about.source.config
     run, versions = read_json(folder / METRICS), read_json(folder / "versions.json")
     model, trainer = (config.get("model") or {}).get("init_args") or {}, config.get("trainer") or {}
@@ -156,7 +156,7 @@ def _limits(about: About, data: Any) -> list[str]:
 
 
 def _copy_section(about: About, title: str) -> str:
-    """A section from the card of the export that this one is made from."""
+    """Copy a section from the card of the export that this one is made from."""
     file = about.source.folder / CARD
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     return text.partition(f"## {title}\n")[2].partition("\n## ")[0].strip() or "Not known: the card is missing."
@@ -166,13 +166,13 @@ def _copy_section(about: About, title: str) -> str:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Evaluation metrics: ``set/name`` -> value."""
+    """Select the evaluation metrics: ``set/name`` -> value."""
     metrics = {k: v for k, v in values.items() if "/" in k and k.split("/")[0] not in ("train", "speed")}
     return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
 
 
 def _metrics_at(file: Path, step: int) -> dict[str, float]:
-    """The validation metrics in a run's CSV after ``step`` steps."""
+    """Read the validation metrics after ``step`` steps from a run's CSV."""
     if not file.is_file():
         return {}
     with file.open(newline="", encoding="utf-8") as lines:
@@ -204,7 +204,7 @@ def _short(path: object) -> str | None:
 
 
 def _spec(node: Any) -> str | None:
-    """A configured class as ``AdamW(lr 0.003, weight_decay 0.1)``, with its numbers and lists."""
+    """Format a configured class as ``AdamW(lr 0.003, weight_decay 0.1)``, with its numbers and lists."""
     if not isinstance(node, Mapping):
         return None
     values = {k: v for k, v in (node.get("init_args") or {}).items() if isinstance(v, int | float | list) and v != []}

@@ -44,9 +44,9 @@ Options:
   --format FORMAT      markdown, csv or json (markdown)
   --runs DIR           folder of the runs (runs)"""
 _FORMATS = ("markdown", "csv", "json")
-#: Most metrics shown where --metrics names none.
+#: Maximum number of metrics shown if --metrics names none.
 _MAX_METRICS = 6
-#: Characters of a line of the Markdown table, of a row's name, and of a metric's name that is shortened.
+#: Maximum characters of a line of the Markdown table, of a row's name, and of a shortened metric name.
 WIDTH, _NAME, _METRIC = 120, 40, 24
 _BY_CHANCE = "by chance"
 #: Words in a metric's name that mean lower is better, unless a ModelCheckpoint has a mode for it.
@@ -66,13 +66,13 @@ class Cell:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval excludes zero, for at least 3 seeds: differences of 2 are often equal."""
+        """Whether the interval of at least 3 seeds excludes zero; the differences of 2 seeds are often equal."""
         return self.paired is not None and self.paired.n > 2 and (self.paired.low > 0 or self.paired.high < 0)
 
 
 @dataclass
 class Table:
-    """Rows (groups) and columns (metrics) of a comparison; ``lower``: the metrics of which lower is better."""
+    """Rows (groups) and columns (metrics) of a comparison; ``lower``: the metrics for which lower is better."""
 
     groups: list[Group]
     baseline: Group
@@ -82,7 +82,7 @@ class Table:
 
     @property
     def seconds(self) -> list[float]:
-        """Mean wall time of the fits of each group; nan where none was fitted."""
+        """Return the mean wall time of the fits of each group; nan if none was fitted."""
         return [_mean(list(_values(one, "seconds").values())) for one in self.groups]
 
 
@@ -110,7 +110,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def options(command: str) -> Options:
-    """The options that ``compare`` and ``report`` share."""
+    """Build the options that ``compare`` and ``report`` share."""
     parser = Options(prog=f"descant {command}", add_help=False)
     parser.add_argument("run", nargs="*")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -120,7 +120,7 @@ def options(command: str) -> Options:
 
 
 def read(command: str, given: Namespace) -> tuple[Table, int]:
-    """The requested table, and how many more metrics there are where ``--metrics`` names none."""
+    """Return the requested table, and how many more metrics there are if ``--metrics`` names none."""
     if not given.run:
         fail(f"{command}: no run given: descant {command} NAME, or NAME/001 NAME/002 ...")
     groups = group(load(command, given.run, given.runs))
@@ -131,7 +131,7 @@ def read(command: str, given: Namespace) -> tuple[Table, int]:
 
 
 def every(table: Table) -> Table:
-    """The same rows with all metrics of any run."""
+    """Return the same rows with all metrics of any run."""
     return fill(table.groups, table.baseline, _list_metrics(table.groups), table.lower)
 
 
@@ -153,7 +153,7 @@ def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) 
 
 
 def _same_meaning(metric: str, one: Group, other: Group) -> bool:
-    """Whether values of a metric can be compared: a recipe's own loss only between runs of the same recipe and loss."""
+    """Whether values of a metric can be compared; a recipe's own loss only between runs of the same recipe and loss."""
     own = _last(metric) == "loss" or metric.startswith("train/")
     settings = [run.settings or {} for run in (one.first, other.first)]
     return not own or all(settings[0].get(key) == settings[1].get(key) for key in ("model", "model.loss"))
@@ -185,7 +185,7 @@ def _seeds(one: Group) -> str:
 
 
 def _advice(groups: Sequence[Group]) -> str:
-    """``; nearest: --baseline NAME``, if some group shares a seed with every other."""
+    """Return ``; nearest: --baseline NAME``, if some group shares a seed with every other."""
     for one in groups:
         if all(set(one.seeds) & set(other.seeds) for other in groups):
             return f"; nearest: --baseline '{one.name}'"
@@ -196,13 +196,13 @@ def _advice(groups: Sequence[Group]) -> str:
 
 
 def _list_metrics(groups: Sequence[Group]) -> list[str]:
-    """Metrics of any run: evaluation first, then training, then counts and times."""
+    """List the metrics of any run: evaluation first, then training, then counts and times."""
     names = {name for one in groups for run in one.runs.values() for name in run.metrics}
     return sorted(names, key=lambda name: ("/" not in name, name.startswith(("train/", "speed/")), order(name)))
 
 
 def _common_metrics(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """Metrics that every run has, without chance levels, which are a row of their own."""
+    """List the metrics that every run has, without chance levels, which have their own row."""
     runs = [run for one in groups for run in one.runs.values()]
     return [name for name in known if all(name in run.metrics for run in runs) and not is_chance(name)]
 
@@ -213,7 +213,7 @@ def is_chance(name: str) -> bool:
 
 
 def chance_of(metric: str) -> str:
-    """The metric that has the level of chance of this one.
+    """Return the name of the metric that has the chance level of this one.
 
     >>> chance_of("val/i2t_r1")
     'val/chance/i2t_r1'
@@ -223,7 +223,7 @@ def chance_of(metric: str) -> str:
 
 
 def by_chance(table: Table) -> list[str]:
-    """Chance level of each metric: a number, or the range over groups; empty where no run measured it."""
+    """Return the chance level of each metric: a number, or the range over groups; empty if no run measured it."""
     levels = []
     for metric in table.metrics:
         values = [value for one in table.groups for value in _values(one, chance_of(metric)).values()]
@@ -233,7 +233,7 @@ def by_chance(table: Table) -> list[str]:
 
 
 def _modes(groups: Sequence[Group]) -> dict[str, str]:
-    """``i2t_r1`` -> ``max``, from what ModelCheckpoints monitor."""
+    """Return ``i2t_r1`` -> ``max``, from the metrics that ModelCheckpoints monitor."""
     runs = (run for one in groups for run in one.runs.values())
     return {_last(name): mode for run in runs for name, mode in run.monitored.items()}
 
@@ -263,7 +263,7 @@ def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:
 
 
 def _default(groups: Sequence[Group], known: Sequence[str]) -> list[str]:
-    """Of the metrics that all runs have: the monitored ones on every set, else all of evaluation, else losses.
+    """Choose from the metrics that all runs have: the monitored ones on every set, else all of evaluation, else losses.
 
     Losses of different recipes are left out: InfoNCE, an error of pixels and a cross-entropy have no common scale.
     """
@@ -297,7 +297,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def markdown(table: Table) -> str:
-    """Aligned Markdown, two columns a metric; metrics beyond ``WIDTH`` characters go into further tables below."""
+    """Format aligned Markdown, two columns per metric; metrics beyond ``WIDTH`` characters go into tables below."""
     seconds = ["seconds", *(f"{s:,.1f}" if s < 100 else number(s, ",.0f") for s in table.seconds)]
     chance = by_chance(table)
     guessed = any(chance)
@@ -328,12 +328,12 @@ def markdown(table: Table) -> str:
 
 
 def _wide(columns: Sequence[Sequence[str]]) -> int:
-    """Width of columns in characters, with their separators."""
+    """Return the width of columns in characters, with their separators."""
     return sum(3 + max(map(len, column)) for column in columns)
 
 
 def _table_lines(columns: Sequence[Sequence[str]]) -> str:
-    """Columns as lines of Markdown, the first left-aligned and the others right-aligned."""
+    """Format columns as lines of Markdown, the first left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in columns]
     padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -342,13 +342,13 @@ def _table_lines(columns: Sequence[Sequence[str]]) -> str:
 
 
 def counted(one: Group) -> str:
-    """``5``, or ``5, 1 stopped``: number of seeds, and of runs that stopped before their last step."""
+    """Format ``5``, or ``5, 1 stopped``: number of seeds, and of runs that stopped before their last step."""
     count, stopped = len(one.runs), len(one.stopped)
     return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
 
 
 def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
-    """Row names of at most ``most`` characters, and a legend where they had to be shortened."""
+    """Return row names of at most ``most`` characters, and a legend if they had to be shortened."""
     whole = [one.name.replace("|", "\\|") for one in groups]
     if max(map(len, whole)) <= most:
         return whole, []
@@ -362,7 +362,7 @@ def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
 
 
 def _cut(text: str, most: int) -> str:
-    """Text shortened in its middle.
+    """Shorten text in its middle.
 
     >>> _cut("vendor/probe_subgroup_top1", 20)
     'vendor/p...roup_top1'
@@ -375,7 +375,7 @@ def number(value: float, style: str = ".4g") -> str:
 
 
 def difference(cell: Cell) -> str:
-    """``+0.012 [+0.003, +0.021]; 4 of 5``: mean, interval, better seeds; a dash where no seed is shared."""
+    """Format ``+0.012 [+0.003, +0.021]; 4 of 5``: mean, interval, better seeds; a dash if no seed is shared."""
     change = cell.paired
     if change is None:
         return "-"
@@ -392,7 +392,7 @@ def _fields(cell: Cell) -> dict[str, float | int | None]:
 
 
 def as_csv(table: Table) -> str:
-    """CSV with columns ``METRIC`` (its mean), ``METRIC:difference``, ``METRIC:low`` and so on."""
+    """Write CSV with columns ``METRIC`` (its mean), ``METRIC:difference``, ``METRIC:low`` and so on."""
     parts = ("difference", "low", "high", "better", "equal", "shared")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -407,7 +407,7 @@ def as_csv(table: Table) -> str:
 
 
 def _inert(text: str) -> str:
-    """A CSV cell that no spreadsheet takes for a formula, even after spaces or in full-width characters.
+    """Return a CSV cell that no spreadsheet takes for a formula, even after spaces or in full-width characters.
 
     >>> _inert("=1+1"), _inert(" \uff1d1"), _inert("emoji")
     ("'=1+1", "' \uff1d1", 'emoji')
@@ -417,7 +417,7 @@ def _inert(text: str) -> str:
 
 
 def as_json(table: Table) -> str:
-    """JSON with the runs, seeds and distinguishing settings of each group, and the statistics of each metric."""
+    """Write JSON with the runs, seeds and distinguishing settings of each group, and the statistics of each metric."""
     rows = [
         {
             "name": one.name,

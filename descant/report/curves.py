@@ -1,4 +1,4 @@
-"""Training curves of runs: scalars read from run folders, thinned, and drawn as one SVG chart a scalar."""
+"""Training curves of runs: scalars read from run folders, thinned, and drawn as one SVG chart per scalar."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MAX_BYTES = 500_000_000
 
 
 def scalars(folder: Path) -> dict[str, Curve]:
-    """Every scalar that a run logged: from ``metrics.csv``, or from its TensorBoard event files where there is none.
+    """Read every scalar that a run logged: from ``metrics.csv`` or, if there is none, from TensorBoard event files.
 
-    Values that cannot be plotted are left out; of several values at one step the last counts.
+    Values that cannot be plotted are left out; of several values at one step, the last counts.
 
     Raises:
         OSError, ValueError, csv.Error: if the file cannot be read.
@@ -62,7 +62,7 @@ def _add(curves: dict[str, Curve], name: str, step: int, value: str | float) -> 
 
 
 def mean(curves: Sequence[Curve]) -> Curve:
-    """Mean of several curves at the steps that all of them have.
+    """Compute the mean of several curves at the steps that all of them have.
 
     >>> mean([{0: 1.0, 5: 2.0}, {5: 4.0}])
     {5: 3.0}
@@ -72,7 +72,7 @@ def mean(curves: Sequence[Curve]) -> Curve:
 
 
 def thin(curve: Curve, points: int) -> Curve:
-    """A curve of at most about ``points`` points: both ends, and the minimum and maximum of each span of steps.
+    """Thin a curve to at most about ``points`` points: both ends, and the minimum and maximum of each span of steps.
 
     >>> thin({k: float(k == 50) for k in range(100)}, 8)
     {0: 0.0, 33: 0.0, 50: 1.0, 66: 0.0, 99: 0.0}
@@ -91,15 +91,15 @@ def thin(curve: Curve, points: int) -> Curve:
 def chart(
     groups: Sequence[Group], curves: Sequence[Mapping[str, Curve]], points: int, chance: Sequence[float] = ()
 ) -> str:
-    """One scalar as an SVG chart: a thin line a seed, and the mean of each group as a thick one.
+    """Draw one scalar as an SVG chart: a thin line per seed, and the mean of each group as a thick one.
 
-    Lines have the classes ``seed`` or ``mean`` and :func:`colour`, and their group in ``data-g``; ``data-step`` and
+    Lines have the classes ``seed`` or ``mean`` and :func:`colour`, and their group in ``data-g``. ``data-step`` and
     ``data-value`` of the ``<svg>`` are ``a b`` with ``step = a x + b`` and ``value = a y + b`` for pixels ``x, y``.
 
     Args:
-        groups: in the order of their colours.
-        curves: for each group, name of a run -> its curve; empty where it logged none.
-        points: of one line, at most about.
+        groups: groups in the order of their colours.
+        curves: for each group, name of a run -> its curve; empty if it logged none.
+        points: approximate maximum number of points of one line.
         chance: levels that a guess reaches, as dashed lines.
     """
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -143,7 +143,7 @@ def chart(
 
 
 def colour(number: int) -> str:
-    """CSS classes of a group's colour: after the last colour they start again, with other dashes."""
+    """Return the CSS classes of a group's colour; after the last colour they start again, with other dashes."""
     again, place = divmod(number, len(figures.CYCLE))
     return f"c{place}" + (f" d{(again - 1) % 3 + 1}" if again else "")
 

@@ -1,7 +1,7 @@
 """SVG figures of reports and claims: shared matplotlib style, colour-blind safe colours, deterministic output.
 
-matplotlib takes half a second to import, so only functions that draw import it. ``descant.callbacks.plots.style`` has
-the same look for the figures of a fit; it cannot be used here, since its package imports torch.
+matplotlib takes half a second to import, so only functions that draw import it. ``descant.callbacks.plots.style`` gives
+the figures of a fit the same look; it cannot be used here, since its package imports torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The settings to create a figure under, whatever the process has set for itself."""
+    """Apply the settings for creating a figure within the context, whatever the process has set for itself."""
     import matplotlib.style
 
     with matplotlib.style.context(["default", _RC]):
@@ -57,17 +57,17 @@ def style() -> Iterator[None]:
 
 
 def figure(width: float, height: float, **options: Any) -> Figure:
-    """An empty figure of ``width`` times ``height`` pixels; pyplot and its global state are not used."""
+    """Create an empty figure of ``width`` times ``height`` pixels, without pyplot and its global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / _DPI, height / _DPI), **options)
 
 
 def to_svg(made: Figure, marks: Mapping[str, Mapping[str, str]] | None = None) -> str:
-    """A figure as one deterministic ``<svg>`` element that a page with a strict content policy may hold.
+    """Convert a figure to one deterministic ``<svg>`` element that a page with a strict content policy may hold.
 
-    Styles become attributes (the policy forbids ``style=""``, and a page's CSS overrides attributes); ids and clipping
-    are removed, and coordinates have two decimals.
+    Styles become attributes, since the policy forbids ``style=""`` and a page's CSS overrides attributes. Ids and
+    clipping are removed, and coordinates have two decimals.
 
     Args:
         made: the figure.
@@ -87,7 +87,7 @@ def to_svg(made: Figure, marks: Mapping[str, Mapping[str, str]] | None = None) -
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(out.getvalue())
     used = {one.get(f"{{{_XLINK}}}href", "")[1:] for one in root.iter(f"{{{_SVG}}}use")}
-    for parent in reversed(list(root.iter())):  # inner ones first: what they leave empty goes too
+    for parent in reversed(list(root.iter())):  # inner ones first: groups that they leave empty go too
         for child in list(parent):
             tag = child.tag.removeprefix(f"{{{_SVG}}}")
             if tag in ("style", "clipPath") or (tag in ("g", "defs") and not len(child)):
@@ -114,7 +114,7 @@ def _style_to_attributes(attributes: dict[str, str]) -> None:
     attributes.pop("clip-path", None)
     for rule in filter(None, attributes.pop("style", "").split(";")):
         key, value = (part.strip() for part in rule.split(":", 1))
-        if key == "font":  # the shorthand that matplotlib writes before 3.11, and no attribute
+        if key == "font":  # the shorthand of matplotlib before 3.11, which is not an attribute
             attributes["font-size"] = re.findall(r"[\d.]+px", value)[0]
         elif key != "font-family":
             attributes[key] = value

@@ -1,7 +1,7 @@
 """HTML pages from the jinja2 templates in ``descant/templates/html``: self-contained, with a strict content policy.
 
-A page loads nothing, and its Content-Security-Policy allows only the script and style in it, by their hashes. Text of
-runs (names, metrics, settings) is escaped by jinja2; only templates, SVG charts and rendered parts are markup.
+A page loads nothing, and its Content-Security-Policy allows only the script and style in it, by their hashes. jinja2
+escapes text from runs (names, metrics, settings); only templates, SVG charts and rendered parts are markup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).resolve().parents[1] / "templates" / "html"
 
 
 def render(template: str, **values: Any) -> str:
-    """The template filled in with ``values``."""
+    """Fill in a template with ``values``."""
     return _environment().get_template(template).render(palette=figures.CYCLE, **values)
 
 
@@ -42,5 +42,5 @@ def _environment() -> Environment:
 
 
 def _sha256(text: str) -> str:
-    """The source that a Content-Security-Policy allows an inline script or style by."""
+    """Return the source by which a Content-Security-Policy allows an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

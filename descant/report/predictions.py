@@ -1,4 +1,4 @@
-"""``descant predict``: writes embeddings with sample ids to parquet, one file per set.
+"""``descant predict``: write embeddings with sample ids to parquet, one file per set.
 
 Letters: B rows of a batch, D width.
 """
@@ -28,28 +28,28 @@ from descant.modules.core.dtensor import unsharded_class
 from descant.run.folder import CLASSES
 from descant.run.runs import Run
 
-#: Rows of a parquet row group: small groups are slow to read.
+#: Rows of a parquet row group; small groups are slow to read.
 GROUP = 4096
-#: Name of the training samples, under the transforms of evaluation, in ``--sets``.
+#: Name in ``--sets`` of the training samples, with the transforms of evaluation.
 TRAIN = "train"
 
 
 class Predictions(L.Callback):
-    """Writes embeddings to ``embeddings-SET.parquet``, one file per set, complete or not at all.
+    """Callback that writes embeddings to ``embeddings-SET.parquet``, one file per set, complete or not at all.
 
     Columns: ``index`` (int64, the sample's stable id); ``name`` (a description of the sample, such as its caption);
     ``sample`` (its name in the corpus, to join rows to files: path in a folder, key in a shard, else the id); for each
-    modality ``z_MODALITY``, a list of D float32, null where the sample lacks the modality; and each target that is one
-    number a sample (int64 or float64), such as ``group``. Of a classifier also ``TARGET_class``, the name of the most
-    probable class (its number, where none is known), and ``TARGET_probability``, C float32; of a regression
-    ``TARGET_predicted`` (float64, in the unit of the target); null where there is no prediction. Padding rows, which
-    have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet readers
-    open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set, widths
-    and names of classes.
+    modality ``z_MODALITY``, a list of D float32, null if the sample lacks the modality; and each target that is one
+    number per sample (int64 or float64), such as ``group``. A classifier adds ``TARGET_class``, the name of the most
+    probable class (its number if no name is known), and ``TARGET_probability``, C float32. A regression adds
+    ``TARGET_predicted`` (float64, in the unit of the target). These are null if there is no prediction. Padding rows,
+    which have no modality, are left out. Several ranks write a folder of that name with one part each, which parquet
+    readers open as one table. The schema's metadata has one entry, ``descant``: JSON with run, checkpoint, step, set,
+    widths and names of classes.
 
     Args:
         run: the folder to write to, and the checkpoint that is read.
-        sets: names of test or validation sets; ``train`` is the training samples. Default: all test sets.
+        sets: names of test or validation sets; ``train`` means the training samples. Default: all test sets.
     """
 
     def __init__(self, run: Run, sets: Sequence[str] = ()) -> None:
@@ -145,7 +145,7 @@ class Predictions(L.Callback):
 
 
 class _Table:
-    """A parquet file that is being written under a temporary name, or one rank's part of it."""
+    """Parquet file that is being written under a temporary name, or one rank's part of it."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class _Table:
 
 
 def known_names(run: Path | None, data: Any, target: str, count: int) -> list[str] | None:
-    """Names of a target's classes: those that a run has noted, else the data's; None where neither knows so many."""
+    """Return the names of a target's classes: those in a run's folder, else the data's; None if not ``count`` names."""
     noted = read_json(run / CLASSES).get(target) if run is not None else None
     known = data.class_names(target) if noted is None and isinstance(data, DataModule) else noted
     good = isinstance(known, list) and len(known) == count and all(isinstance(name, str) for name in known)
@@ -237,7 +237,7 @@ def known_names(run: Path | None, data: Any, target: str, count: int) -> list[st
 
 
 def _numbers(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that are one number a sample."""
+    """Select the targets that are one number per sample."""
     return {name: x_B for name, x_B in targets.items() if x_B.ndim == 1}
 
 
@@ -246,7 +246,7 @@ def _kind(x_B: Tensor) -> pa.DataType:
 
 
 def _utf8(name: str) -> str:
-    """A name as valid UTF-8, which parquet needs: other bytes of a file's name are escaped.
+    """Return a name as valid UTF-8, which parquet needs; other bytes of a file's name are escaped.
 
     >>> _utf8("a.png"), _utf8("\\udcff.png")
     ('a.png', '\\\\xff.png')
@@ -255,9 +255,9 @@ def _utf8(name: str) -> str:
 
 
 def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
-    """Vectors as lists of D float32, null where absent.
+    """Convert vectors to lists of D float32, null if absent.
 
-    Their type has no fixed size: Arrow 24 and earlier read no null among lists of a fixed size.
+    Their type has no fixed size, because Arrow 24 and earlier cannot read nulls among lists of a fixed size.
     """
     if z_BD.shape[1] != width:
         raise ValueError(f"embeddings of width {z_BD.shape[1]} after embeddings of width {width} in one set")
@@ -267,7 +267,7 @@ def _vectors(z_BD: Tensor, present_B: Tensor, width: int) -> pa.Array:
 
 
 def _choose_sets(data: DataModule, sets: Sequence[str]) -> dict[str, BatchDataset]:
-    """Name -> requested set; validation sets are built only where one is requested."""
+    """Return name -> requested set; validation sets are built only if one is requested."""
     known = data.evaluation_sets("test")
     if not sets:
         return known

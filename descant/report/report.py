@@ -43,7 +43,7 @@ LIMIT = 3_000_000
 _CURVES, _METRICS, _CONFIG = 1_000_000, 300_000, 100_000
 #: Fewest and most points of a line, and bytes of a point: `123.45 56.78L`.
 _POINTS, _BYTES = (24, 300), 13
-#: Characters of a setting or a version.
+#: Maximum characters of a setting or a version.
 _VALUE = 300
 #: Columns of the table of runs, from metrics.json.
 _COURSE = ("steps", "epochs", "samples", "seconds", "samples_per_second")
@@ -96,7 +96,7 @@ def _write(given: Namespace, text: str) -> None:
 
 
 def render(table: Table) -> tuple[str, list[str]]:
-    """The page, and notes about what was left out of it. Images get the space that everything else leaves."""
+    """Return the page, and notes about what was left out of it. Images get the space that everything else leaves."""
     groups = table.groups
     metrics = every(table)
     all_metrics, metric_notes = render_template("metrics.html", table=metrics, groups=groups), list[str]()
@@ -130,7 +130,7 @@ def render(table: Table) -> tuple[str, list[str]]:
 
 
 def _curves(groups: Sequence[Group]) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
-    """Section -> (name, SVG chart) of each scalar that some run logged at two steps or more, and notes."""
+    """Return section -> (name, SVG chart) of each scalar that some run logged at two steps or more, and notes."""
     logged = [{run.name: _scalars(run) for run in one.runs.values()} for one in groups]
     names = {name for runs in logged for curves in runs.values() for name, curve in curves.items() if len(curve) > 1}
     names = {name for name in names if not is_chance(name)}
@@ -162,7 +162,7 @@ def _scalars(run: Run) -> Mapping[str, Curve]:
 
 
 def _settings(table: Table) -> list[tuple[int, list[tuple[str, str, str]]]]:
-    """For each other group: its number, and (setting, value of the baseline, its value) where they differ."""
+    """Return, for each other group, its number and (setting, value of the baseline, its value) if they differ."""
     base = table.baseline.first.settings
     return [
         (
@@ -192,7 +192,7 @@ def _value(value: object) -> str:
 
 
 def _versions(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Entries of ``versions.json``: (name, [(value, the runs that have it, empty where all have)])."""
+    """Return entries of ``versions.json``: (name, [(value, the runs that have it; empty if all have)])."""
     entries: dict[str, dict[str, list[str]]] = {}
     total = 0
     for run in runs:

@@ -32,11 +32,11 @@ class Paired:
 
 
 def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
-    """Paired comparison: mean of ``d_s = a_s - b_s`` over seeds ``s``, with Student's t interval.
+    """Compare paired values: mean of ``d_s = a_s - b_s`` over seeds ``s``, with Student's t interval.
 
     The interval is ``mean(d) +- t(level, n - 1) sd(d) / sqrt(n)``. A bootstrap is too narrow for a handful of seeds:
-    percentile and BCa intervals lie between the smallest and the largest difference, which miss the expectation of
-    symmetric noise with probability ``2^(1-n)``, so 3, 4 and 5 seeds cover at most 75, 87.5 and 93.75 %. Measured
+    percentile and BCa intervals lie between the smallest and the largest difference. This range misses the expectation
+    of symmetric noise with probability ``2^(1-n)``, so 3, 4 and 5 seeds cover at most 75, 87.5 and 93.75 %. Measured
     coverage of 20,000 intervals at level 0.95, for normal differences:
 
     =====  ==========  ======  ===========  =========
@@ -50,14 +50,14 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
     10     89.8 %      89.8 %  94.6 %       95.1 %
     =====  ==========  ======  ===========  =========
 
-    Student's t assumes normal differences. Without an effect they are at least symmetric, since the arms are
-    exchangeable; for differences as skewed as an exponential it covers 88 to 90 % (percentile: 62 to 86 %).
+    Student's t assumes normal differences. Without an effect, they are at least symmetric, since the arms are
+    exchangeable. For differences as skewed as an exponential, it covers 88 to 90 % (percentile: 62 to 86 %).
 
     With 5 seeds, ``low > 0`` holds for 2.5 % of methods without effect, and for 91 % of those with an effect of twice
-    the standard deviation of the differences; for an effect of twice the noise of a single arm, with independent arms,
-    66 % (``level=0.9``: 83 %, and 5 % without effect). Equal differences give an interval of zero width; a metric of
-    a few rows does that by chance, and still keeps its coverage from 3 seeds on (17 and 20 rows: 3.7 to 5.0 % miss),
-    but not at 2 (8 to 10 %).
+    the standard deviation of the differences. For an effect of twice the noise of a single arm, with independent arms,
+    it holds for 66 % (``level=0.9``: 83 %, and 5 % without effect). Equal differences give an interval of zero width. A
+    metric of a few rows does that by chance. It still keeps its coverage from 3 seeds on (17 and 20 rows: 3.7 to 5.0 %
+    miss), but not at 2 (8 to 10 %).
 
     Args:
         a: the method's metric, one value per seed.
@@ -83,9 +83,9 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
 
 @cache
 def t_quantile(level: float, freedom: int) -> float:
-    """Two-sided quantile of Student's t: the ``t`` with ``P(|T| <= t) = level`` for ``freedom`` degrees of freedom.
+    """Compute the two-sided quantile ``t`` of Student's t: ``P(|T| <= t) = level`` for ``freedom`` degrees of freedom.
 
-    Bisection of the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4): `descant compare`
+    It bisects the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4), because `descant compare`
     starts without numpy, and so without scipy.
 
     >>> round(t_quantile(0.95, 4), 4)
@@ -104,7 +104,7 @@ def t_quantile(level: float, freedom: int) -> float:
 
 
 def _within(angle: float, freedom: int) -> float:
-    """``P(|T| <= sqrt(freedom) tan(angle))``."""
+    """Compute ``P(|T| <= sqrt(freedom) tan(angle))``."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term, total = cosine if odd else 1.0, 0.0
@@ -115,9 +115,9 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def holm(p_values: Sequence[float], share: float = 0.05) -> list[bool]:
-    """Whether each hypothesis is rejected, where all of them together may be falsely rejected with ``share`` (Holm).
+    """Whether each hypothesis is rejected, if the chance of any false rejection may be ``share`` (Holm).
 
-    The k-th smallest of m values has to be at most ``share / (m - k + 1)``, as have all smaller ones.
+    The k-th smallest of m values has to be at most ``share / (m - k + 1)``, and the same holds for all smaller ones.
 
     >>> holm([0.01, 0.04, 0.03]), holm([0.01, 0.02, 0.03])
     ([True, False, False], [True, True, True])
@@ -132,7 +132,7 @@ def holm(p_values: Sequence[float], share: float = 0.05) -> list[bool]:
 
 
 def p_value(d: Sequence[float]) -> float:
-    """Two-sided p of the paired t test that the mean of ``d`` is 0; 1 for one value, 0 for equal ones that are not 0.
+    """Compute the two-sided p of the paired t test that the mean of ``d`` is 0; 1 for one value, 0 for equal nonzeros.
 
     >>> round(p_value([0.25, 0.5, 0.75]), 4)
     0.0742

@@ -1,4 +1,4 @@
-"""Differences between the configuration of a run and the one that it is resumed or evaluated with."""
+"""Differences between the configuration of a run and the one with which it is resumed or evaluated."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FREE = (
     *(f"model.init_args.shard.{key}" for key in ("class_path", "init_args.accumulated", "init_args.expert_ranks")),
     *("trainer.enable_model_summary", "trainer.detect_anomaly", "trainer.limit_test_batches"),
 )
-#: When and where resume points are saved.
+#: Settings of when and where resume points are saved.
 _FREE_CALLBACKS = tuple(f"Resume.{key}" for key in ("every", "keep", "folder", "minutes"))
-#: With fewer differing settings, one line each; else one line a part of the configuration.
+#: With fewer differing settings, one line each; otherwise one line per part of the configuration.
 _MOST = 4
-#: Settings and callbacks named in the line of a part, and characters of a value.
+#: Maximum number of settings and callbacks named in the line of a part, and of characters of a value.
 _NAMED, _LETTERS = 4, 60
 #: Settings of a model that only training reads.
 _TRAINING = tuple(f"model.init_args.{key}" for key in ("optimizer", "schedule", "compile", "chunks"))
@@ -35,7 +35,7 @@ _PARTS = ("data", "model", "trainer")
 
 
 def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
-    """Refuse a resume with other settings than the run's own, unless ``allowed``; reported in at most five lines.
+    """Refuse to resume with settings other than the run's own, unless ``allowed``; report them in at most five lines.
 
     Each line ends with the option that restores the run's own setting.
     """
@@ -60,12 +60,12 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
 
 
 def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None:
-    """A warning if a checkpoint is of another run or another model than the one that is evaluated; else None.
+    """Return a warning if a checkpoint is from another run or model than the one that is evaluated; else None.
 
-    Weights of the same shapes load whatever they were trained as.
+    Weights of the same shapes load, whatever model they were trained in.
 
     Args:
-        source: the run whose configuration is evaluated; None where that is another file.
+        source: the run whose configuration is evaluated; None if that is another file.
         config: the configuration, as YAML.
     """
     folder = checkpoint.resolve().parent.parent
@@ -85,13 +85,13 @@ def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None
 
 
 def _class(config: object) -> str:
-    """Short class name of the recipe; empty where there is none."""
+    """Return the short class name of the recipe; empty if there is none."""
     model = config.get("model") if isinstance(config, dict) else None
     return _short_class(model.get("class_path", "")) if isinstance(model, dict) else ""
 
 
 def _settings(differing: Sequence[tuple[str, object, object]], restore: str) -> Iterator[str]:
-    """Lines for settings: one a setting, or one a part of the configuration where they are many."""
+    """Yield lines for settings: one per setting or, if they are many, one per part of the configuration."""
     if len(differing) <= _MOST - 1:
         for key, then, now in differing:
             plain = key.replace(".init_args", "")
@@ -115,7 +115,7 @@ def _without_callbacks(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 
 def _of_callbacks(then: Sequence[Any], now: Sequence[Any]) -> list[str]:
-    """Differences between two lists of callbacks: missing ones, then arguments, then order.
+    """List differences between two lists of callbacks: missing ones, then arguments, then order.
 
     >>> _of_callbacks([{"class_path": "a.KNN", "init_args": {"k": 1}}, "EMA"], [{"class_path": "KNN"}])
     ['without EMA here', 'KNN.k 1 -> not set']
@@ -130,7 +130,7 @@ def _of_callbacks(then: Sequence[Any], now: Sequence[Any]) -> list[str]:
 
 
 def _by_class(callbacks: Sequence[Any]) -> dict[str, Any]:
-    """Short class name -> arguments; a second one of a class is ``NAME#2``."""
+    """Return short class name -> arguments; a second callback of a class is ``NAME#2``."""
     arguments: dict[str, Any] = {}
     for item in callbacks:
         spec = item if isinstance(item, dict) else {"class_path": item}
@@ -157,7 +157,7 @@ def _short(value: object) -> str:
 
 
 def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
-    """Dotted key, old value and new value of all settings that differ, without FREE ones.
+    """Yield dotted key, old value and new value of all settings that differ, except FREE ones.
 
     >>> list(changes({"data": {"size": 32}, "name": "a"}, {"data": {"size": 64}, "name": "b"}))
     [('data.size', 32, 64)]
@@ -170,12 +170,12 @@ def changes(then: object, now: object) -> Iterator[tuple[str, object, object]]:
 
 
 def _short_class(path: object) -> str:
-    """The class name of an import path: classes may have moved since the run."""
+    """Return the class name of an import path, since classes may have moved after the run."""
     return str(path).rpartition(".")[2]
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every value by its path; null counts as missing."""
+    """Yield every value by its path; null counts as missing."""
     items: list[tuple[Any, object]] = []
     if isinstance(value, dict):
         items = list(value.items())

@@ -1,4 +1,4 @@
-"""Which run folder a command writes to, and which checkpoint it starts from (--run, --resume, --ckpt_path)."""
+"""Choose the run folder that a command writes to, and the checkpoint it starts from (--run, --resume, --ckpt_path)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from descant.run.versions import code
 
 
 def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence[str] = ()) -> Run:
-    """Open a new run folder, or with ``resume="auto"`` the existing one at its newest valid resume point."""
+    """Open a new run folder or, with ``resume="auto"``, the existing one at its newest valid resume point."""
     runs.require_below(root, root / name, trust)
     if resume not in ("never", "auto"):
         start = _point(root, resume).resolve()
@@ -36,7 +36,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         runs.require_below(root, folder, trust)
         require_contained(folder, trust)
     if folder is not None and runs.rank() == 0 and os.access(folder, os.W_OK):
-        lock.take(folder)  # before reading it: another writer would add to it
+        lock.take(folder)  # before reading it, because another writer would add to it
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
@@ -50,7 +50,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     if run:
         fail(f"--run {run}: it has no {_none(skipped)}")
     _report(skipped)
-    # a restart by a cluster or torchrun keeps its folder, also if it ended before its first save
+    # a restart by a cluster or torchrun keeps its folder, even if the run ended before its first save
     again = before is not None or runs.identity() is not None
     if folder is not None and not again:
         lock.release(folder)
@@ -63,7 +63,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
 
 
 def _lost_text(folder: Path) -> str | None:
-    """What is lost of a run that ended before its first resume point, and when that was due; None if unknown."""
+    """Describe the loss of a run that ended before its first resume point, and when that was due; None if unknown."""
     try:
         trainer = load(folder / "config.yaml").plain.get("trainer")
         callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
@@ -84,7 +84,7 @@ def _lost_text(folder: Path) -> str | None:
 
 
 def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
-    """Refuse links out of a run's folder, by which a resumed run would write elsewhere."""
+    """Refuse links out of a run's folder, through which a resumed run would write elsewhere."""
     if "writes" in trust:
         return
     root = folder.resolve()
@@ -102,7 +102,7 @@ def _lock_run(run: Run) -> Run:
 
 
 def _point(root: Path, resume: str) -> Path:
-    """The resume point of ``--resume PATH``: a file, or the newest valid one of a run."""
+    """Find the resume point of ``--resume PATH``: a file, or the newest valid one of a run."""
     for folder in (followed(root / resume), followed(Path(resume))):
         if runs.is_run(folder):
             newest, skipped = runs.newest_point(folder)
@@ -131,9 +131,9 @@ def for_evaluation(
     trust: Sequence[str] = (),
     report: Callable[[str], None] = say,
 ) -> Run:
-    """A folder ``validate-001`` inside the evaluated run, and its checkpoint ``best``, ``last`` or a path.
+    """Create a folder ``validate-001`` inside the evaluated run; find its checkpoint ``best``, ``last`` or a path.
 
-    What it takes is one line to ``report``.
+    ``report`` gets one line about the weights that the command uses.
     """
     wanted = str(followed(Path(wanted))) if wanted not in (None, "best", "last") else wanted
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
@@ -154,7 +154,7 @@ def for_evaluation(
 
 
 def source_of(root: Path, run: str | None, configs: Sequence[Path], trust: Sequence[str] = ()) -> Path | None:
-    """The run to evaluate: of --run, or the folder of a run's own config.yaml."""
+    """Find the run to evaluate: that of --run, or the folder of a run's own config.yaml."""
     if run:
         return runs.existing(root, run, trust)
     of_runs = (f.parent for f in configs if f.name == "config.yaml" and (f.parent / "versions.json").is_file())
@@ -181,7 +181,7 @@ def _checkpoint(source: Path | None, wanted: str | None) -> Path | None:
 
 
 def _last(source: Path) -> Path:
-    """The last checkpoint with a valid manifest; one without a manifest if there is no other."""
+    """Find the last checkpoint with a valid manifest; one without a manifest if there is no other."""
     newest, skipped = manifest.first(of_run(source))
     if newest is None:
         newest = next((path for path, why in skipped if why == manifest.NONE), None)
@@ -193,7 +193,7 @@ def _last(source: Path) -> Path:
 
 
 def _best(source: Path, last: Path) -> Path:
-    """The best checkpoint by the run's ModelCheckpoint, read from its last checkpoint; runs may have moved."""
+    """Find the best checkpoint by the run's ModelCheckpoint, read from its last checkpoint; runs may have moved."""
     from descant.modules.io.plain import load_values
 
     content: dict[str, Any] = load_values(last)
@@ -210,7 +210,7 @@ def _best(source: Path, last: Path) -> Path:
 
 
 def _nearest(path: Path, safe: bool = True) -> str:
-    """``; nearest: PATH``, a valid checkpoint of the same run; a resume point where ``safe``."""
+    """Return ``; nearest: PATH``, a valid checkpoint of the same run; if ``safe``, a resume point."""
     folder = path.absolute().parent.parent
     other = runs.newest_point(folder)[0] if safe else manifest.first(of_run(folder))[0]
     return f"; nearest: {shown(other)}" if other else ""
@@ -247,6 +247,6 @@ def _none(skipped: Sequence[tuple[Path, str]]) -> str:
 
 
 def _first(skipped: Sequence[tuple[Path, str]]) -> str:
-    """The first fault, and the number of others."""
+    """Describe the first fault, with the number of others."""
     (path, why), more = skipped[0], len(skipped) - 1
     return f"{path.name}: {why}" + (f", and {more} more" if more else "")

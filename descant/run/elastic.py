@@ -1,4 +1,4 @@
-"""torchrun restarts: find the run that the workers began, and use a rendezvous store of their own."""
+"""torchrun restarts: find the run that the workers began, and give them their own rendezvous store."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from descant.run.runs import whole, word
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
-    """How often torchrun has started these workers again."""
+    """Return how often torchrun has restarted these workers."""
     return whole("TORCHELASTIC_RESTART_COUNT", environment)
 
 
 def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The run of the workers before a restart; None at a first start or where they had no run."""
+    """Find the run of the workers before a restart; None at a first start or if they had no run."""
     if not restarts(environment):
         return None
     notes = list(parent.glob(f".torchrun-{word(environment['TORCHELASTIC_RUN_ID'])}-*"))
@@ -33,8 +33,8 @@ def own_store(environment: MutableMapping[str, str] = os.environ) -> None:
     """Use a new TCP store for the ranks of a restart.
 
     torchrun's store outlives them and still has the addresses of dead ranks, which makes early connections fail
-    (github.com/pytorch/pytorch/issues/135712). On several nodes restart counts may differ, so the store is kept there:
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps where the rendezvous is c10d.
+    (github.com/pytorch/pytorch/issues/135712). On several nodes, restart counts may differ, so the store is kept there;
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps if the rendezvous is c10d.
     """
     if not restarts(environment) or not _alone(environment):
         return

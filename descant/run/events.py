@@ -19,7 +19,7 @@ from descant.cli.untrusted import opened
 from descant.modules.core.metric_names import OVERVIEW as OVERVIEW
 from descant.run.groups import Group, Run
 
-#: Steps shown of a tag, and bytes of a record at most.
+#: Maximum number of steps shown per tag, and of bytes of a record.
 _STEPS, _MOST_BYTES = 4, 100_000_000
 #: Widths in pixels and JPEG qualities, best first; captions are readable down to the last.
 _SIZES = ((960, 80), (720, 75), (480, 65))
@@ -42,10 +42,11 @@ class Picture:
 
 
 def read(folder: Path) -> Iterator[tuple[int, Any]]:
-    """Step and value (a ``Summary.Value``) of all events of a folder, in the order of writing.
+    """Yield step and value (a ``Summary.Value``) of all events of a folder, in the order of writing.
 
-    TensorBoard's EventAccumulator keeps a random sample of images, not the newest, and without TensorFlow computes
-    checksums in Python, at 10 MB/s. A truncated file is read to its last whole record: its run may still be writing.
+    TensorBoard's EventAccumulator keeps a random sample of images, not the newest. Without TensorFlow, it computes
+    checksums in Python, at 10 MB/s. A truncated file is read to its last whole record, because its run may still be
+    writing.
     """
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
@@ -71,15 +72,15 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _by_number(file: Path) -> list[tuple[int, str]]:
-    """Sort key with numbers by value: the tenth file that a process writes in one second follows the ninth."""
+    """Return a sort key with numbers by value: the tenth file that a process writes in one second follows the ninth."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
 def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[str]]:
-    """The images of runs within ``budget`` bytes of a page, and lines about those that are left out.
+    """Collect the images of runs within ``budget`` bytes of a page, and lines about those that are left out.
 
-    The newest image of each tag comes first, of one run a group, then of their other seeds, then older ones; what does
-    not fit is left out, the oldest first. Images are shrunk until one of each tag and group fits.
+    The newest image of each tag comes first: from one run per group, then from the other seeds. Older images follow.
+    Images that do not fit are left out, the oldest first. Images are shrunk until one of each tag and group fits.
     """
     order = sorted(
         ((rank, number, run) for number, one in enumerate(groups) for rank, run in enumerate(one.runs.values())),
@@ -122,7 +123,7 @@ def pictures(groups: Sequence[Group], budget: int) -> tuple[list[Picture], list[
 
 
 def _newest(folder: Path) -> list[tuple[str, list[tuple[int, bytes]]]]:
-    """Each tag of a run by name, with its newest images, newest first."""
+    """Return each tag of a run by name, with its newest images, newest first."""
     by_tag: dict[str, dict[int, bytes]] = {}
     for step, value in read(folder):
         if value.HasField("image"):
@@ -134,10 +135,10 @@ def _newest(folder: Path) -> list[tuple[str, list[tuple[int, bytes]]]]:
 
 
 def _uri(data: bytes, most: int) -> tuple[tuple[int, int], str, bool] | None:
-    """Size, data URI and whether it was shrunk; None for data that is no image.
+    """Return size, data URI and whether the image was shrunk; None for data that is not an image.
 
-    The largest of a few sizes within ``most`` bytes, else the smallest. It is always re-encoded, so that nothing but
-    pixels gets into a page.
+    The size is the largest of a few within ``most`` bytes, else the smallest. The image is always re-encoded, so that
+    only pixels get into a page.
     """
     try:
         with warnings.catch_warnings():

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 #: Raised by the parts for a wrong request; anything else is a bug and keeps its traceback.
 _REQUESTS = (ValueError, OSError, FloatingPointError, ImportError)
-#: Caused by a file or the machine, with messages that need a place.
+#: Errors that a file or the machine causes, whose messages need a place.
 _OUTSIDE = (
     *(OSError, UnicodeError, RecursionError, MemoryError, EOFError, csv.Error, struct.error, zlib.error),
     *(pickle.UnpicklingError, tarfile.TarError, yaml.YAMLError, zipfile.BadZipFile, zipfile.LargeZipFile),
 )
 #: Errors of torch.distributed, by name, so that this file imports without torch.
 _NETWORK = ("DistNetworkError", "DistStoreError")
-#: Where Lightning checks arguments: its own errors there are about one of them.
+#: Where Lightning checks arguments; its own errors there are about one of them.
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric")
-#: Where loggers of other packages are, whose own errors name the package or the store.
+#: Where the loggers for other packages are, whose own errors name the package or the store.
 _TRACKERS = "descant.modules.training_setup.trackers"
-#: Lightning's messages where a GPU is requested and there is none.
+#: Lightning's messages if a GPU is requested and there is none.
 _NO_GPU = re.compile(r"No supported gpu backend found|cannot run on your system since the accelerator")
 _NO_GPU_LINE = "trainer.accelerator: no GPU that torch can use on this machine; --config on/cpu trains on the CPU"
 #: Modules whose frames are in every traceback.
@@ -43,9 +43,9 @@ _ENTRY = ("descant.cli.main", "descant.__main__", "descant.cli.check")
 
 
 def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> str | None:
-    """The line for an exception, or None if it is a bug.
+    """Return the line for an exception, or None if it is a bug.
 
-    ``building``: while objects are built from the configuration, a ValueError of any library is about a setting; later
+    ``building``: while objects are built from the configuration, a ValueError of any library is about a setting. Later,
     only those of Descant's own parts, trusted modules and optimizers are.
     """
     error = _root(error)
@@ -59,7 +59,7 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
     if type(error).__name__ in _NETWORK:
         return _network(str(error))
     if building and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        return one_line(error)  # of dict_kwargs
+        return one_line(error)  # from dict_kwargs
     if (line := _unlike(error)) is not None:
         return line
     if isinstance(error, OSError):
@@ -73,13 +73,13 @@ def explain(error: BaseException, building: bool, trust: Sequence[str] = ()) -> 
 
 
 def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | None:
-    """The line for a class of the configuration that could not be built.
+    """Return the line for a class of the configuration that could not be built.
 
-    It names a missing package with the command that installs it, and the class that passed a wrong size or type to a
-    library. None for errors of Descant's own parts, and for the user's own classes.
+    It names a missing package with the command that installs it, or the class that passed a wrong size or type to a
+    library. It is None for errors of Descant's own parts, and for the user's own classes.
     """
     if within(cls.__module__, [_TRACKERS]) and isinstance(error, _REQUESTS):
-        return one_line(error)  # of a list of loggers the parser names all
+        return one_line(error)  # the parser would name all loggers of a list
     if isinstance(error, ImportError):
         needed = re.search(r"Requirement '([\w.-]+)([^']*)' not met", str(error))
         name, version = (needed[1], needed[2]) if needed else (str(error.name or "").partition(".")[0], "")
@@ -88,16 +88,16 @@ def unbuilt(cls: type, error: Exception, trust: Sequence[str] = ()) -> str | Non
             return f"{cls.__name__}: the package {name} is not installed: pip install {wanted}"
     if isinstance(error, (*_REQUESTS, *_OUTSIDE)) or within(cls.__module__, trust):
         return None
-    ours = within(_raiser(error), ("descant",))  # there another error is a bug, and keeps its traceback
+    ours = within(_raiser(error), ("descant",))  # other errors there are bugs and keep their traceback
     if ours and not isinstance(error, (RuntimeError, TypeError, ArithmeticError, IndexError, AssertionError)):
         return None
     return f"{cls.__name__}: it cannot be built: {_error_text(error)}; --debug shows more"
 
 
 def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
-    """The line for an error that a library raised before the first step, with the part that called it.
+    """Return the line for an error that a library raised before the first step, with the part that called it.
 
-    None where Descant's or the user's own code raised it: that is a bug and keeps its traceback.
+    It is None if Descant's or the user's own code raised the error: that is a bug and keeps its traceback.
     """
     frames = _frames(error)
     if any(within(name, trust) for name, *_ in frames):
@@ -114,13 +114,13 @@ def outside_ours(error: BaseException, trust: Sequence[str] = ()) -> str | None:
 
 
 def _error_text(error: BaseException) -> str:
-    """A library's message, with the error's type where it is short."""
+    """Return a library's message, with the error's type if the message is short."""
     text = one_line(error)
     return text[:200] if len(text) > 40 else f"{type(error).__name__}: {text}"
 
 
 def outside(error: BaseException) -> str | None:
-    """The line for an error of a file or the machine, with Descant's line that met it; None for other errors.
+    """Return the line for an error of a file or the machine, with Descant's line that met it; None for other errors.
 
     >>> outside(zipfile.BadZipFile("File is not a zip file")), outside(KeyError("x"))
     ('BadZipFile: File is not a zip file; --debug shows more', None)
@@ -136,7 +136,7 @@ def outside(error: BaseException) -> str | None:
 
 
 def _network(message: str) -> str:
-    """One line out of a C++ message of torch.distributed.
+    """Extract one line from a C++ message of torch.distributed.
 
     >>> _network("The server socket has failed to listen. port: 29500, name: EADDRINUSE, message: address in use")
     'MASTER_PORT 29500: in use on this machine; set another one, or none for a free one'
@@ -149,7 +149,7 @@ def _network(message: str) -> str:
 
 
 def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) -> str | None:
-    """The line for a part that the first batch does not fit, or None if it is a bug.
+    """Return the line for a part that the first batch does not fit, or None if it is a bug.
 
     The user's own classes keep their traceback.
     """
@@ -166,7 +166,7 @@ def misfit(error: BaseException, model: nn.Module, trust: Sequence[str] = ()) ->
 
 
 def _unlike(error: BaseException) -> str | None:
-    """The first difference between a checkpoint and the model, out of torch's message."""
+    """Extract the first difference between a checkpoint and the model from torch's message."""
     lines = [line.strip() for line in str(error).splitlines()]
     recipe = re.match(r"Error\(s\) in loading state_dict for (\w+)", lines[0]) if lines else None
     if recipe is None or type(error) is not RuntimeError:
@@ -187,19 +187,19 @@ def _unlike(error: BaseException) -> str | None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The original error: the parser wraps a constructor's error in its own."""
+    """Return the original error, since the parser wraps a constructor's error in its own."""
     while isinstance(error.__cause__, Exception) and "jsonargparse" in _raiser(error):
         error = error.__cause__
     return error
 
 
 def _raiser(error: BaseException) -> str:
-    """The module that raised an error."""
+    """Return the module that raised an error."""
     return _frames(error)[-1][0] if error.__traceback__ else ""
 
 
 def _frames(error: BaseException) -> list[tuple[str, FrameType, int]]:
-    """Module, frame and line of each call in the traceback, the innermost last."""
+    """Return module, frame and line of each call in the traceback, the innermost last."""
     calls = traceback.walk_tb(error.__traceback__)
     return [(str(frame.f_globals.get("__name__", "")), frame, number) for frame, number in calls]
 
@@ -210,9 +210,9 @@ def _is_part(module: str) -> bool:
 
 
 def parse_fault(message: str) -> str:
-    """The cause out of a parser's long message about a union."""
+    """Extract the cause from a parser's long message about a union."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    # on the command line the parser takes no null for a nested part
+    # on the command line, the parser accepts no null for a nested part
     inner = re.search(r"Given value: NestedArg\(key='([^']+)', val=None\)", message)
     if inner is not None:
         outer = re.search(r'Parser key "([^"]+)"', message)
@@ -230,7 +230,7 @@ _ACCOUNT = (
 
 
 def _account(message: str, lines: Sequence[str]) -> str:
-    """Key, fault and value out of many lines, as far as they are there.
+    """Extract key, fault and value from many lines, as far as they are there.
 
     >>> _account("", ['Parser key "model":', "Given value: NestedArg(key='towers', val='Linear')"])
     "model.towers: not accepted, got 'Linear'"

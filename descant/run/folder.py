@@ -21,9 +21,10 @@ CLASSES = "classes.json"
 
 
 class Folder(L.Callback):
-    """Writes a run's own files, and points ``latest`` and ``metrics.json`` beside the run at it.
+    """Callback that writes a run's own files, and points ``latest`` and ``metrics.json`` beside the run to it.
 
-    These are ``config.yaml``, ``versions.json`` and, of a classifier whose data name their classes, ``classes.json``.
+    The files are ``config.yaml``, ``versions.json`` and, for a classifier whose data name their classes,
+    ``classes.json``.
 
     Args:
         run: the run.
@@ -56,7 +57,7 @@ class Folder(L.Callback):
             write_json(self.run.folder / CLASSES, {target: names})
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        # from the first step on it counts as a run: one refused before leaves no folder and moves no link
+        # it counts as a run from its first step on; one that is refused before leaves no folder and moves no link
         if not self.began and trainer.is_global_zero:
             runs.point(self.run.folder)
         self.began = True

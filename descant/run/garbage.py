@@ -1,4 +1,4 @@
-"""Garbage collection beside the objects that a training run keeps."""
+"""Garbage collection without the objects that a training run keeps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def long_lived_objects_frozen() -> Iterator[None]:
-    """Leave the objects that exist out of garbage collection.
+    """Exclude the objects that exist now from garbage collection.
 
-    Python searches the oldest objects only once a quarter as many have been added. Beside half a million objects of
+    Python searches the oldest objects only once a quarter as many have been added. With half a million objects of
     libraries, the parts of drawn figures would stay for hundreds of validations.
     """
     gc.collect()

@@ -1,4 +1,4 @@
-"""Finished runs read from their folders, and grouped by configuration: seeds of one configuration are a group.
+"""Finished runs, read from their folders and grouped by configuration: the seeds of one configuration are a group.
 
 Run folders are untrusted: names lose characters that do not print, and oversized content is refused.
 """
@@ -39,14 +39,14 @@ _NO_SETTINGS = (*(key.replace(".init_args", "") for key in FREE), *(f"{_CALLBACK
 _OWN = re.compile(r"^(?:seed_everything|name):.*\n?(?:[ \t].*\n?)*", re.MULTILINE)
 _SEED = re.compile(r"^seed_everything: *(\d{1,18}) *$", re.MULTILINE)
 _MOST_SETTINGS = 20_000
-#: Settings that are read at a glance, and settings in the name of a group at most.
+#: Number of settings that are read at a glance, and maximum number in the name of a group.
 _READ = 3
 MOST_TOLD = 6
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
 
 class Class(str):
-    """A class name as the value of a setting."""
+    """Class name as the value of a setting."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: of the run. name: ``NAME/001``. seed: ``seed_everything``; None where none was set.
+        folder: folder of the run. name: ``NAME/001``. seed: ``seed_everything``; None if none was set.
         settings: dotted key -> value, of all settings that affect training; null counts as missing.
-        metrics: finite ones of ``metrics.json``. monitored: metric -> min or max, of its ModelCheckpoints.
-        stopped: ``400 of 1,000 steps``, of a run that ended before its Trainer's limit; else empty.
+        metrics: finite metrics of ``metrics.json``. monitored: metric -> min or max, of its ModelCheckpoints.
+        stopped: ``400 of 1,000 steps``, for a run that ended before its Trainer's limit; else empty.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ class Group:
 
     @property
     def stopped(self) -> list[Run]:
-        """Runs that ended before their limit."""
+        """Return the runs that ended before their limit."""
         return [run for run in self.runs.values() if run.stopped]
 
     @property
@@ -120,7 +120,7 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
 
 
 def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
-    """Run folders of a word, and whether it names a single run."""
+    """Return the run folders of a word, and whether it names a single run."""
     for path in (followed(root / word), followed(Path(word))):
         if runs.is_run(path):
             return [path], True
@@ -138,7 +138,7 @@ def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
 
 
 def _has_metrics(folder: Path) -> bool:
-    return (folder / "metrics.json").exists()  # also where it cannot be read, which is reported
+    return (folder / "metrics.json").exists()  # even if it cannot be read, which is reported later
 
 
 def _name(folder: Path) -> str:
@@ -158,7 +158,7 @@ def _read(command: str, folder: Path) -> Run:
 
 
 def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
-    """How far a run came, if it ended before its Trainer's limit; empty otherwise, or where that is not known.
+    """Describe how far a run came, if it ended before its Trainer's limit; empty otherwise, or if that is unknown.
 
     A run with EarlyStopping, ``max_time`` or the callback Budget, which replace that limit, counts as finished.
 
@@ -183,7 +183,7 @@ def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str
 
 
 def seed_of(text: str) -> int | None:
-    """``seed_everything`` of a configuration; None where it is no number.
+    """Return ``seed_everything`` of a configuration; None if it is not a number.
 
     >>> seed_of("seed_everything: 3\\n")
     3
@@ -193,7 +193,7 @@ def seed_of(text: str) -> int | None:
 
 
 def numbers(content: object) -> dict[str, float]:
-    """The finite numbers of an object by name.
+    """Return the finite numbers of an object by name.
 
     >>> numbers({"val/r1": 0.5, "val/loss": None, "note": "x"})
     {'val/r1': 0.5}
@@ -205,7 +205,7 @@ def numbers(content: object) -> dict[str, float]:
 
 @cache  # the seeds of a group share a text, and parsing YAML takes most of the time
 def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
-    """Settings, and the metrics that ModelCheckpoints monitor."""
+    """Return the settings, and the metrics that ModelCheckpoints monitor."""
     config = yaml.load(text, Loader=_LOADER)
     every = list(islice(_flat(config), _MOST_SETTINGS + 1))
     if len(every) > _MOST_SETTINGS:  # a few lines of YAML can expand to billions of values
@@ -217,7 +217,7 @@ def _configuration(text: str) -> tuple[dict[str, object], dict[str, str]]:
 
 
 def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every setting by its dotted path; a class is the value of its path, and its arguments follow below it.
+    """Yield every setting by its dotted path; a class is the value of its path, and its arguments follow below it.
 
     Empty nodes are yielded as None, so that a limit on the number of settings also limits time.
 
@@ -238,7 +238,7 @@ def _flat(value: object, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(inner, clean(f"{path}.{key}" if path else key))
     elif isinstance(value, list) and value and all(map(names_class, value)):
         names = [_class(item) for item in value]
-        if path != _CALLBACKS:  # whose order does not matter
+        if path != _CALLBACKS:  # the order of callbacks does not matter
             yield path, clean(", ".join(names))
         for n, (name, item) in enumerate(zip(names, value, strict=True)):
             before = names[:n].count(name)
@@ -255,7 +255,7 @@ def _class(node: Mapping[str, object]) -> str:
 
 
 def group(runs_: Iterable[Run]) -> list[Group]:
-    """Groups in the order of their first run; of two runs with one seed the later counts, with a notice."""
+    """Group runs, in the order of their first run; of two runs with one seed, the later counts, with a notice."""
     groups: dict[frozenset[tuple[str, object]], Group] = {}
     duplicates = []
     for run in runs_:
@@ -277,9 +277,9 @@ def group(runs_: Iterable[Run]) -> list[Group]:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group by at most three differing settings; where there are more, by the name of its runs.
+    """Name each group by at most three differing settings or, if there are more, by the name of its runs.
 
-    Where two groups have runs of one name, by as many settings as set them apart, up to six, and then by a run.
+    If two groups have runs of one name, use as many settings as distinguish them, up to six, and then a run.
     """
     if len(groups) == 1:
         groups[0].name = clean(groups[0].first.folder.parent.name)
@@ -300,7 +300,7 @@ def _label(groups: Sequence[Group]) -> None:
             one.name = " ".join(parts[:width]) + (f" +{len(parts) - width}" if len(parts) > width else "")
         if len({one.name for one in groups}) == len(groups):
             return
-    alike = Counter(one.name for one in groups)  # a later setting, or values that print alike: 1 and "1"
+    alike = Counter(one.name for one in groups)  # a later setting differs, or values print alike: 1 and "1"
     for number, one in enumerate(groups, 1):
         if alike[one.name] > 1:
             unique = len({g.first.name for g in groups}) == len(groups)

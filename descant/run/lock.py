@@ -1,8 +1,8 @@
 """Lock of a run's folder: one process writes it, and the system releases the lock when that process dies.
 
 ``RUN/.lock`` is held by ``flock`` and names its holder. Forked processes do not hold it, so data loaders that outlive a
-killed run block no other run. On file systems without ``flock`` the content of the file decides: a live process of this
-machine holds it, and one of another machine until nothing was written in the folder for an hour.
+killed run block no other run. On file systems without ``flock``, the content of the file decides. A process of this
+machine holds the lock while it lives, and one of another machine until nothing was written in the folder for an hour.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GRACE, LOST = 2.0, 120.0
 #: Seconds without a write after which a holder on another machine counts as dead.
 STALE = 3600.0
 _NONE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-#: Folder -> the locked open file, or None where the file's content is the lock.
+#: Folder -> the locked open file, or None if the file's content is the lock.
 _held: dict[Path, int | None] = {}
 
 
@@ -75,7 +75,7 @@ def take(folder: Path) -> None:
 
 
 def release(folder: Path | None = None) -> None:
-    """Release one folder, or all that this process holds; no error where it holds none."""
+    """Release one folder, or all that this process holds; no error if it holds none."""
     for place in [folder.resolve()] if folder is not None else list(_held):
         if place not in _held:
             continue
@@ -90,7 +90,7 @@ def release(folder: Path | None = None) -> None:
 
 
 def _forget() -> None:
-    """In a forked process: the lock stays its parent's."""
+    """Forget the locks in a forked process; they stay its parent's."""
     for handle in _held.values():
         if handle is not None:
             os.close(handle)
@@ -102,7 +102,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _flock(handle: int) -> bool | None:
-    """Whether the lock was taken; None where the file system has no such locks."""
+    """Whether the lock was taken; None if the file system has no such locks."""
     if fcntl is None:
         return None
     try:
@@ -130,7 +130,7 @@ def _note(folder: Path) -> dict[str, Any]:
 
 
 def _job() -> str | None:
-    """Id of a SLURM or torchrun job, which restarts a run on another machine or before the last process is gone."""
+    """Return the id of a SLURM or torchrun job, which restarts a run elsewhere or before the last process is gone."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     return identity() or (launch if launch != "none" else None)
 
@@ -156,7 +156,7 @@ def _lives(folder: Path, other: Mapping[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks, since pids repeat; None where it is not known."""
+    """Return the start time of a process in clock ticks, since pids repeat; None if it is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

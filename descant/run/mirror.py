@@ -1,4 +1,4 @@
-"""A second place for the newest resume point: a folder, or whatever an installed fsspec file system writes to."""
+"""A second place for the newest resume point: a folder, or any place that an installed fsspec file system writes to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _OF_RUN = ("config.yaml", "versions.json")
 
 
 class Mirror:
-    """Copies the newest resume point to ``url/run/``; one that fails is a warning, and the point on disk stands.
+    """Copier of the newest resume point to ``url/run/``; a failed copy is a warning, and the point on disk stays valid.
 
-    What is there is a run's folder with one resume point, for ``--resume``, ``validate``, ``export`` and ``load``. The
-    run's configuration and the parts are copied first, the manifest next and the checkpoint's file last; only then the
-    copies of older points are removed. A copy that ends half way is found by its manifest, as one on disk is. Copies
-    are made in a thread of their own, which training and saving never wait for: a point that comes while one is copied
-    replaces one that waits. The end of a run waits for the last.
+    The copy is a run's folder with one resume point, for ``--resume``, ``validate``, ``export`` and ``load``. The run's
+    configuration and the parts are copied first, the manifest next and the checkpoint's file last. Only then are the
+    copies of older points removed. The manifest reveals a copy that ended half way, as it does on disk. A separate
+    thread makes the copies, so that training and saving never wait for them. A point that comes while another is copied
+    replaces one that waits. The end of a run waits for the last copy.
 
     Args:
         url: a path, or a URL such as ``s3://bucket/checkpoints``, whose file system is installed.
@@ -44,7 +44,7 @@ class Mirror:
         self._fault = ""
 
     def copy(self, path: Path) -> None:
-        """Copy a resume point, or the one after it that is on disk by then; returns at once."""
+        """Copy a resume point, or a later one that is given meanwhile; return at once."""
         with self._lock:
             self._next = path
             if self._thread is None:
@@ -52,7 +52,7 @@ class Mirror:
                 self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the newest point that was given is copied, or has failed."""
+        """Wait until the newest point that was given is copied or has failed."""
         if (thread := self._thread) is not None:
             thread.join()
 
@@ -66,9 +66,9 @@ class Mirror:
             try:
                 self._copy(path)
                 self._fault = ""
-            except Exception as error:  # each file system has its own
+            except Exception as error:  # each file system raises its own
                 fault = one_line(error, 200)
-                if path.exists() and fault != self._fault:  # else retention has removed it: a newer one comes
+                if path.exists() and fault != self._fault:  # else retention removed it, and a newer one comes
                     warn(f"{self.url}: {path.name} is not copied there ({fault}); the run goes on, {path} is valid")
                     self._fault = fault
 
@@ -91,7 +91,7 @@ class Mirror:
             self._remove([target for target in targets if target not in before])
             raise
         old = before - targets.keys()
-        self._remove(sorted(old, key=lambda file: not file.endswith(path.suffix)))  # first what makes them valid
+        self._remove(sorted(old, key=lambda file: not file.endswith(path.suffix)))  # checkpoint files first
 
     def _put(self, source: Path, target: str) -> None:
         self.files.makedirs(posixpath.dirname(target), exist_ok=True)
@@ -101,7 +101,7 @@ class Mirror:
             raise OSError(f"{size} of {source.stat().st_size} bytes of {source.name} arrived")
 
     def _remove(self, files: list[str]) -> None:
-        """Remove files and folders that they leave empty, as far as that can be done: a rest does no harm."""
+        """Remove files, and folders that they leave empty, as far as possible; leftovers do no harm."""
         for file in files:
             with contextlib.suppress(Exception):
                 self.files.rm(file)

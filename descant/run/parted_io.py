@@ -1,4 +1,4 @@
-"""Checkpoint I/O where each rank writes its own part in a thread, and the index once all parts are there."""
+"""Checkpoint I/O in which each rank writes its own part in a thread, and rank 0 the index once all parts are there."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ from descant.modules.io.files import write_text
 from descant.modules.io.parts import PartTable, Piece, name_of, which
 from descant.run.store import AtomicIO, facts_of
 
-#: End of the name of a file by which a rank reports why its part is not written.
+#: Suffix of the file in which a rank reports why its part is not written.
 _FAILED = ".failed"
-#: Seconds that rank 0 waits at most once a run ends, where other ranks may have ended; and for a folder to be seen.
+#: Seconds that rank 0 waits at most once a run ends, since other ranks may have ended; and that a rank waits to see a
+#: folder.
 _LAST, _SEEN = 30.0, 10.0
 
 
 class PartedIO(AtomicIO):
-    """Each rank writes its own part of a checkpoint, in a thread: safetensors, and an index in JSON without code.
+    """Checkpoint I/O in which each rank writes its part in a thread: safetensors, and an index in JSON without code.
 
-    A save copies what is this rank's of the state into CPU memory, which training waits for; in a thread a part is
-    written, synced and hashed. Ranks meet in the folder of the parts and in no collective: once the manifest of every
-    part is there and they hold every tensor whole, rank 0 writes the index, and last its manifest
-    (:mod:`descant.modules.io.parts`). Killed at any point, the checkpoint before is the newest valid one.
+    A save copies this rank's part of the state into CPU memory while training waits. A thread then writes, syncs and
+    hashes the part. Ranks meet in the folder of the parts, not in a collective. Once the manifest of every part is
+    there and the parts hold every tensor whole, rank 0 writes the index and, last, its manifest
+    (:mod:`descant.modules.io.parts`). If the run is killed at any point, the previous checkpoint is the newest valid
+    one.
 
-    With ``Sharded`` (on/fsdp) no rank gathers what others hold; with other strategies rank 0 writes the only part.
-    Checkpoints are read by any number of ranks, and by whatever reads those of one file.
+    With ``Sharded`` (on/fsdp), no rank gathers what others hold; with other strategies, rank 0 writes the only part.
+    Any number of ranks can read a checkpoint, and so can every reader of checkpoints in one file.
 
-    torch.distributed.checkpoint writes the same boxes, but its metadata is a pickle, its Hugging Face format holds
-    tensors alone, neither is hashed, and a thread that plans a save with collectives needs a process group of its own.
+    torch.distributed.checkpoint writes the same boxes, but its metadata is a pickle, its Hugging Face format holds only
+    tensors, and neither is hashed. A thread that plans a save with collectives also needs its own process group.
 
     Args:
-        asynchronous: whether training continues while parts are written. The copies, pinned where they are of a GPU,
-            are kept from save to save: as much CPU memory as the parts are large.
-        patience: seconds that rank 0 waits for parts of which no byte is added, until it gives the checkpoint up.
+        asynchronous: whether training continues while parts are written. The copies, pinned if they are from a GPU, are
+            kept from save to save; they need as much CPU memory as the parts.
+        patience: seconds that rank 0 waits while no byte is added to the parts, before it gives the checkpoint up.
 
     Raises:
         OSError: if a part cannot be written, or is not there in time; asynchronously, at the next call or at the end.
-        ValueError: for a state with other values than plain ones and tensors, or ranks that share no folder.
+        ValueError: for a state with values other than plain ones and tensors, or ranks that share no folder.
     """
 
     def __init__(self, asynchronous: bool = True, patience: float = 600.0) -> None:
@@ -60,7 +62,7 @@ class PartedIO(AtomicIO):
         self.save_part(checkpoint, Path(path), self.begin(path))
 
     def begin(self, path: Path | str) -> str:
-        """Wait for the last save and make the folder of a new one's parts, as rank 0 does; its name."""
+        """Wait for the last save, make the folder of a new one's parts, as rank 0 does, and return its name."""
         self._require_place(path, None)
         self.wait()
         return manifest.parts_folder(Path(path)).name
@@ -69,7 +71,7 @@ class PartedIO(AtomicIO):
         """Save this rank's part of a checkpoint; rank 0 completes it.
 
         Args:
-            folder: of the parts, by rank 0's :meth:`begin`.
+            folder: name of the folder of the parts, from rank 0's :meth:`begin`.
         """
         self._require_place(path, None)
         self.wait()
@@ -96,7 +98,7 @@ class PartedIO(AtomicIO):
         self._do(write)
 
     def _complete(self, path: Path, place: Path, tree: Any, names: set[str], world: int, facts: dict[str, Any]) -> None:
-        """Wait for the parts of all ranks, then write the index; parts of a checkpoint that it replaces are removed."""
+        """Wait for the parts of all ranks, write the index, and remove the parts of a checkpoint that it replaces."""
         files = [
             {"name": f"{place.name}/{name_of(rank)}", "sha256": entry["sha256"], "size": entry["size"]}
             for rank, entry in enumerate(self._entries(path, place, world))
@@ -112,7 +114,7 @@ class PartedIO(AtomicIO):
         self._copy(path)
 
     def _entries(self, path: Path, place: Path, world: int) -> list[manifest.Facts]:
-        """The manifests of all parts, in the order of ranks."""
+        """Wait for the manifests of all parts, and return them in the order of ranks."""
         entries: dict[int, manifest.Facts] = {}
         size, moved, pause = -1, time.monotonic(), 0.01
         while True:
@@ -134,7 +136,7 @@ class PartedIO(AtomicIO):
             pause = min(0.25, 1.5 * pause)
 
     def _on_cpu(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Pieces in CPU memory; asynchronously in copies, made in the memory of those before."""
+        """Return pieces in CPU memory; if asynchronous, as copies in the memory of the previous ones."""
         if not self.asynchronous:
             return {name: piece._replace(tensor=piece.tensor.cpu()) for name, piece in pieces.items()}
         before, self._copies, device = self._copies, {}, False
@@ -146,7 +148,7 @@ class PartedIO(AtomicIO):
             self._copies[name] = copy
             device = device or not tensor.is_cpu
         if device:
-            torch.accelerator.synchronize()  # copies on the CPU's side are read next
+            torch.accelerator.synchronize()  # the CPU reads the copies next
         return {name: piece._replace(tensor=self._copies[name]) for name, piece in pieces.items()}
 
     def teardown(self) -> None:
@@ -158,7 +160,7 @@ class PartedIO(AtomicIO):
 
 
 def _bytes(place: Path) -> int:
-    """Bytes in a folder, in which files are renamed meanwhile."""
+    """Count the bytes in a folder whose files may be renamed meanwhile."""
     total = 0
     for file in place.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -167,7 +169,7 @@ def _bytes(place: Path) -> int:
 
 
 def _require_seen(place: Path, rank: int) -> None:
-    """Raise ValueError if a rank does not see the folder that rank 0 has made; a network's file system may be late."""
+    """Raise ValueError if a rank does not see the folder that rank 0 has made; a network file system may be late."""
     end = time.monotonic() + _SEEN
     while not place.is_dir():
         if time.monotonic() > end:

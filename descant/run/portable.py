@@ -34,7 +34,7 @@ _PASSING = ("transformers_version", "_name_or_path", "architectures", "dtype", "
 
 
 def only(model: Node, keep: Sequence[str]) -> Node:
-    """The recipe's configuration with only some of its towers."""
+    """Return the recipe's configuration with only some of its towers."""
     arguments = copy.deepcopy(model["init_args"])
     towers = (arguments.get("towers") or {}).get("init_args") or {}
     known = [name for name, node in towers.items() if node is not None]
@@ -57,13 +57,13 @@ def only(model: Node, keep: Sequence[str]) -> Node:
 
 
 def dropped(model: Node, keep: Sequence[str]) -> list[str]:
-    """Names of the towers to leave out."""
+    """Return the names of the towers to leave out."""
     towers = ((model.get("init_args") or {}).get("towers") or {}).get("init_args") or {}
     return [name for name, node in towers.items() if keep and node is not None and name not in keep]
 
 
 def merged(model: Node) -> Node:
-    """The recipe's configuration without Lora and Quantize, which ``merge.plain`` folds into the layers."""
+    """Return the recipe's configuration without Lora and Quantize, which ``merge.plain`` folds into the layers."""
     arguments = dict(model["init_args"])
     folded = (Lora, Quantize)
     arguments["adapt"] = [
@@ -73,12 +73,12 @@ def merged(model: Node) -> Node:
 
 
 def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | None) -> Node:
-    """The configuration of ``recipe`` that can be built from ``folder`` alone; towers of other runs become plain ones.
+    """Return a configuration of ``recipe`` that needs ``folder`` alone; towers of other runs become plain ones.
 
-    Changes ``recipe`` in place where a tower wraps another, and writes ``towers/NAME`` for those of transformers.
+    This changes ``recipe`` in place if a tower wraps another, and writes ``towers/NAME`` for those of transformers.
     """
     node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
-    adapt = node["init_args"].get("adapt") or []  # a structure that has changed is in the arguments of what has it
+    adapt = node["init_args"].get("adapt") or []  # changed parts have their structure in their arguments
     if any(issubclass(find_class(part["class_path"]), StageChange) for part in adapt):
         kept = [part for part in adapt if not issubclass(find_class(part["class_path"]), StageChange)]
         node["init_args"]["adapt"] = kept or None
@@ -113,7 +113,7 @@ def _portable_node(
 
 
 def _inner_part(node: Node, module: nn.Module | None, key: str) -> tuple[Node, nn.Module | None]:
-    """The part at ``key`` of a module; a SavedTower is replaced by the tower inside it."""
+    """Return the part at ``key`` of a module; a SavedTower is replaced by the tower inside it."""
     holder, child = module, _child(module, key)
     while child is not None and not isinstance(child, find_class(node["class_path"])):
         holder, key, child = child, "tower", _child(child, "tower")
@@ -124,7 +124,7 @@ def _inner_part(node: Node, module: nn.Module | None, key: str) -> tuple[Node, n
 
 
 def _without_file(cls: type, key: str, value: Any) -> Any:
-    """Drop an argument that names a file: its content is in the weights."""
+    """Drop an argument that names a file, because its content is in the weights."""
     if value is None or not _is_path(cls, key):
         return value
     if inspect.signature(cls).parameters[key].default is not None:
@@ -154,12 +154,12 @@ def _put(module: nn.Module, key: str, child: nn.Module) -> None:
 
 
 def _tower_name(path: tuple[str, ...]) -> str:
-    """``text`` for ``("towers", "text", "tower")``."""
+    """Return ``text`` for ``("towers", "text", "tower")``."""
     return path[1] if len(path) > 1 and path[0] == "towers" else "-".join(path)
 
 
 def _transformers(tower: TransformersTower, folder: Path, name: str, tokenizer: Tokenizer | None) -> Node:
-    """Arguments of the exported tower, whose transformers folder is written to ``towers/NAME``."""
+    """Write a tower's transformers folder to ``towers/NAME``, and return the arguments of the exported tower."""
     place = folder / "towers" / name
     write_transformers(tower, place, tokenizer if name == "text" else None)
     fields = {k: v for k, v in tower.model.config.to_diff_dict().items() if k not in _PASSING and not k.startswith("_")}
@@ -178,7 +178,7 @@ def _transformers(tower: TransformersTower, folder: Path, name: str, tokenizer: 
 
 
 def _configuration(tower: PretrainedTower, folder: Path, name: str) -> str:
-    """Copies the owner's configuration and tokenizer to ``towers/NAME``; the weights are those of the export."""
+    """Copy the owner's configuration and tokenizer to ``towers/NAME``; the weights are those of the export."""
     place = folder / "towers" / name
     for pattern in ("*.json", "*.txt", "*.model", "*/*.json"):
         for file in sorted(tower.folder.glob(pattern)):
@@ -205,7 +205,7 @@ def write_transformers(tower: TransformersTower, folder: Path, tokenizer: Tokeni
 
 
 def _plain(tower: TransformersTower) -> TransformersTower:
-    """The tower itself, or a copy with plain layers if it is adapted or quantized."""
+    """Return the tower itself, or a copy with plain layers if it is adapted or quantized."""
     return cast(TransformersTower, merge.plain(copy.deepcopy(tower))) if merge.changed(tower) else tower
 
 
@@ -226,7 +226,7 @@ def _write_tokenizer(tokenizer: PretrainedTokenizer, folder: Path) -> None:
 
 
 def preprocess(parts: Mapping[str, Sequence[Any]], data: Node, folder: Path) -> tuple[dict[str, list[Node]], list[str]]:
-    """Modality -> configurations of its preprocessing, files written; and the modalities that have none."""
+    """Write preprocessing files; return modality -> configurations of its preprocessing, and modalities without."""
     nodes: dict[str, list[Node]] = {}
     for modality, steps in parts.items():
         described = [node for node in (_described_node(part, data, folder) for part in steps) if node is not None]
@@ -259,7 +259,7 @@ def _described_node(part: Any, data: Node, folder: Path) -> Node | None:
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     if len(arguments) == len(inspect.signature(cls).parameters) and all(map(_is_plain, arguments.values())):
         return {"class_path": path, "init_args": arguments}
-    # it does not store all its arguments: they are in the configuration, or defaults
+    # the part does not store all its arguments; the others are in the configuration, or defaults
     given = [node for node in _nodes(data) if node["class_path"] == path]
     if not given and all(map(_is_plain, arguments.values())) and _same(part, cls, arguments):
         return {"class_path": path, "init_args": arguments}
@@ -277,7 +277,7 @@ def _same(part: Any, cls: Any, arguments: Node) -> bool:
 
 
 def _nodes(value: object) -> Iterable[Node]:
-    """Every class node in a configuration, at any depth."""
+    """Yield every class node in a configuration, at any depth."""
     if isinstance(value, Mapping):
         if isinstance(value.get("class_path"), str):
             yield cast(Node, value)

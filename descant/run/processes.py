@@ -47,8 +47,8 @@ def run_beside(
         waits: whether a task must wait for some of the unfinished ones.
 
     Raises:
-        Refusal: with the last line of its log, for the first task that fails, after those beside it have ended.
-        KeyboardInterrupt: after all that ran have saved and ended: the terminal interrupts them too.
+        Refusal: with the last line of its log, for the first task that fails, after the tasks beside it have ended.
+        KeyboardInterrupt: after all running tasks have saved and ended; the terminal interrupts them too.
     """
     todo, working, failed = list(tasks), list[_Job](), None
     try:

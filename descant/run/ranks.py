@@ -1,7 +1,7 @@
-"""Ends all ranks of one machine together when one of them fails, with one error line.
+"""End all ranks of one machine together when one of them fails, with one error line.
 
-Lightning's launcher checks its processes every five seconds, kills them all silently when one has failed, and does
-nothing for them when their parent fails or is killed: they wait for it for half an hour. Here
+Lightning's launcher checks its processes every five seconds, and kills them all silently when one has failed. When
+their parent fails or is killed, it does nothing, and they wait for the parent for half an hour. Here:
 
     a started rank fails      the others are killed, and the first process ends with that rank's error line
     the first process fails   the started ranks are killed at once
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 #: Environment variables: pid of the rank that starts others, and the folder for their error lines.
 PARENT, LINES = "DESCANT_PARENT", "DESCANT_RANK_LINES"
-#: Seconds between two polls; for the first process to end by itself after a rank has failed; for a rank whose
-#: connection broke to learn the cause; and for ranks to end after a successful run.
+#: Seconds between two polls; seconds that the first process has to end by itself after a rank has failed; that a rank
+#: whose connection broke waits for the cause; and that ranks have to end after a successful run.
 LOOK, GRACE, CAUSE, LAST = 0.1, 5.0, 3.0, 60.0
 #: prctl(2): the signal to a process when its parent dies.
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +45,10 @@ _GONE = re.compile(
 
 
 class Ended(Exception):
-    """A started rank failed first. ``line``: to print, None where that rank has printed it; ``code``: exit code."""
+    """Raised when a rank that this process launched fails first.
+
+    ``line``: line to print, None if that rank has printed it; ``code``: exit code.
+    """
 
     def __init__(self, line: str | None, code: int) -> None:
         super().__init__(line or f"exit code {code}")
@@ -64,7 +67,7 @@ def end_with_parent(environment: MutableMapping[str, str] = os.environ) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
     if prctl is None or prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         threading.Thread(target=_watch_parent, args=(parent,), name="parent-watch", daemon=True).start()
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # the parent was gone before
         os._exit(1)
 
 
@@ -75,7 +78,7 @@ def _watch_parent(parent: int) -> None:
 
 
 def hand_over(line: str) -> bool:
-    """Pass an error line to the parent rank, which prints it once; whether there is one."""
+    """Pass an error line to the parent rank, which prints it once; return whether that worked."""
     if _lines is None:
         return False
     try:
@@ -102,12 +105,12 @@ def connection_lost(error: BaseException) -> bool:
 
 
 class Ranks:
-    """Watches and ends the processes that Lightning's launcher started.
+    """Watcher of the processes that Lightning's launcher started, which ends them.
 
     Args:
         launcher: its ``procs`` are the started ranks, in order.
-        folder: of the run, where a started rank writes its error line.
-        agreed: exceptions that all ranks raise together and that are no failure.
+        folder: folder of the run, where a started rank writes its error line.
+        agreed: exceptions that all ranks raise together and that are not failures.
         clear: called before this process is ended.
     """
 
@@ -126,7 +129,7 @@ class Ranks:
         """Start the ranks, then call the function in this one, as ``_SubprocessScriptLauncher.launch`` does.
 
         Raises:
-            Ended: where a started rank failed first.
+            Ended: if a started rank failed first.
         """
         from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 
@@ -158,7 +161,7 @@ class Ranks:
             raise
 
     def join(self) -> Ended | None:
-        """Wait for the started ranks at the end of a run; the first failure, if any."""
+        """Wait for the started ranks at the end of a run; return the first failure, if any."""
         end = time.monotonic() + LAST
         while any(process.poll() is None for process in self.launcher.procs) and time.monotonic() < end:
             if self._failed.is_set():
@@ -209,7 +212,7 @@ class Ranks:
             time.sleep(LOOK)
 
     def _look(self) -> bool:
-        """Record the first rank that has failed, and kill the others."""
+        """Record the first rank that has failed, and kill the others; return whether one has failed."""
         for number, process in enumerate(self.launcher.procs, 1):
             code = process.poll()
             if code and self.fault is None:

@@ -25,10 +25,10 @@ from descant.modules.io.checkpoints import LATEST, followed
 from descant.modules.io.files import write_text as write_text
 from descant.modules.io.jsonl import loads
 
-#: Environment variable: folder, checkpoint and precision that rank 0 decided on, for the ranks that it launches.
+#: Environment variable with the folder, checkpoint and precision that rank 0 chose, for the ranks that it launches.
 INHERITED = "DESCANT_RUN_DIR"
 _NUMBER = re.compile(r"\d{3,}")
-#: Bytes of a part of a run's name at most: file names of 255 bytes are derived from it.
+#: Maximum bytes of a part of a run's name; file names of at most 255 bytes are derived from it.
 _LONGEST = 200
 
 
@@ -86,7 +86,7 @@ def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 
 
 
 def require_ranks(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise Refusal where a launcher's variables are no numbers: Lightning reads them when it is imported."""
+    """Raise Refusal if a launcher's variables are not numbers, because Lightning reads them when it is imported."""
     for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if key in environment:
             whole(key, environment)
@@ -98,14 +98,14 @@ def launched() -> bool:
 
 
 def identity(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The SLURM job id (and array task), which a requeued job keeps; None outside SLURM."""
+    """Return the SLURM job id (and array task), which a requeued job keeps; None outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     return environment.get("SLURM_JOB_ID")
 
 
 def runs_of(root: Path, name: str) -> list[Path]:
-    """The run folders of a name, oldest first."""
+    """List the run folders of a name, oldest first."""
     folder = root / name
     try:
         folders = [path for path in folder.glob("*") if path.is_dir() and _NUMBER.fullmatch(path.name)]
@@ -115,7 +115,7 @@ def runs_of(root: Path, name: str) -> list[Path]:
 
 
 def runs_below(folder: Path, depth: int = 4) -> list[Path]:
-    """Find the runs in a folder: it is a run, has the runs of one name, or has names below it, such as a sweep."""
+    """Find the runs of a folder that is a run, has the runs of one name, or has names below it, such as a sweep."""
     if is_run(folder):
         return [folder]
     if several := runs_of(folder.parent, folder.name):
@@ -125,7 +125,7 @@ def runs_below(folder: Path, depth: int = 4) -> list[Path]:
 
 
 def agree(parent: Path, decide: Callable[[], Run]) -> Run:
-    """The run that rank 0 decides on, on every rank. ``parent`` is the same folder on all ranks.
+    """Return the run that rank 0 chooses, on every rank. ``parent`` is the same folder on all ranks.
 
     Raises:
         TimeoutError: on another rank, if rank 0 does not decide within five minutes.
@@ -172,14 +172,14 @@ def allocate(parent: Path, prefix: str = "", checkpoint: str | None = None) -> R
 
 
 def latest(root: Path, name: str) -> Path | None:
-    """The newest run of a name; under SLURM, the newest with this job's id."""
+    """Return the newest run of a name; under SLURM, the newest with this job's id."""
     job = identity()
     folders = [path for path in runs_of(root, name) if job is None or versions_of(path).get("job") == job]
     return folders[-1] if folders else None
 
 
 def require_below(root: Path, folder: Path, trust: Sequence[str] = ()) -> None:
-    """Refuse a folder of ``root`` that is a link out of it, or lies behind one. The user may type a path elsewhere."""
+    """Refuse a folder of ``root`` that is, or lies behind, a link out of it. The user may type a path elsewhere."""
     below = Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(root))
     if below and "writes" not in trust and not folder.resolve().is_relative_to(root.resolve()):
         fail(f"{printable(folder)}: a link out of {root}; --trust writes lets a run write there")
@@ -198,7 +198,7 @@ def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
 
 
 def model_path(root: Path, name: Path | str) -> Path:
-    """A run, checkpoint or export by its path, or by its name below ``root``; as given where neither exists."""
+    """Find a run, checkpoint or export by its path, or by its name below ``root``; as given if neither exists."""
     given = followed(Path(name).expanduser())
     return next((path for path in (given, followed(root / name)) if path.exists()), given)
 
@@ -213,7 +213,7 @@ def is_run(folder: Path) -> bool:
 
 
 def precision_of(folder: Path) -> str | None:
-    """``trainer.precision`` in a run's configuration; None where it is not known."""
+    """Read ``trainer.precision`` from a run's configuration; None if it is unknown."""
     try:
         precision = plain_yaml.loads(text_of(folder / "config.yaml"))["trainer"]["precision"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -222,7 +222,7 @@ def precision_of(folder: Path) -> str | None:
 
 
 def newest_point(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest valid resume point of a run, and newer ones that are damaged, with their faults."""
+    """Find the newest valid resume point of a run, and newer ones that are damaged, with their faults."""
     return manifest.newest(folder / "resume", "step-*.ckpt")
 
 
@@ -237,7 +237,7 @@ def point(folder: Path) -> None:
 
 
 def versions_of(folder: Path) -> dict[str, object]:
-    """Content of versions.json; empty where it is missing or not readable."""
+    """Read versions.json; empty if it is missing or not readable."""
     try:
         content = json_of(folder / "versions.json")
     except (OSError, ValueError, RecursionError):
@@ -246,7 +246,7 @@ def versions_of(folder: Path) -> dict[str, object]:
 
 
 def _note(parent: Path) -> Path | None:
-    """The file by which ranks of a cluster or of torchrun agree, one per launch; None for a single process."""
+    """Return the file by which ranks of a cluster or of torchrun agree, one per launch; None for a single process."""
     env = os.environ
     if "SLURM_PROCID" in env and whole("SLURM_NTASKS", default=1) > 1:
         keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -261,7 +261,7 @@ def _note(parent: Path) -> Path | None:
 
 
 def word(text: str) -> str:
-    """A text made safe as a part of a file name.
+    """Make a text safe as a part of a file name.
 
     >>> word("1234"), word("../a")
     ('1234', '.._a')

@@ -31,19 +31,19 @@ from descant.modules.io.plain import in_parts, load_plain
 from descant.modules.training_setup.compile_and_shard import SCALARS
 from descant.run.parted_io import PartedIO
 
-#: Weights in a checkpoint, by the names of parameters: those that are evaluated, and where an average is, the raw ones.
+#: Weights in a checkpoint by parameter names: those that are evaluated and, if these are an average, the raw ones.
 _WEIGHTS = ("state_dict", "current_model_state")
 
 
 class Sharded(ModelParallelStrategy):
-    """ModelParallelStrategy with data parallelism only, over all ranks; checkpoints are read by any number of them.
+    """ModelParallelStrategy with data parallelism only, over all ranks; any number of ranks can read its checkpoints.
 
-    Lightning's own needs the number of ranks in the YAML or uses tensor parallelism within a node, and its checkpoints
-    are folders that only the same number of ranks can read. ``model.shard`` sets what is sharded.
+    Lightning's own strategy needs the number of ranks in the YAML or uses tensor parallelism within a node, and its
+    checkpoints are folders that only the same number of ranks can read. ``model.shard`` sets what is sharded.
 
-    A checkpoint is one file, which rank 0 writes with what it gathers from all; with the plugin
-    :class:`~descant.run.parted_io.PartedIO` (``with/train/sharded-save``) each rank writes what it holds. Of either
-    each rank reads what it will hold.
+    A checkpoint is one file, which rank 0 writes with the state that it gathers from all ranks. With the plugin
+    :class:`~descant.run.parted_io.PartedIO` (``with/train/sharded-save``), each rank writes the part that it holds. In
+    both cases, each rank reads only the part that it will hold.
 
     Args:
         process_group_backend: gloo or nccl; by default chosen by the device.
@@ -60,9 +60,9 @@ class Sharded(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Context of a micro-batch that no optimizer step follows, as ``Shard.accumulated`` has it.
+        """Run a micro-batch that no optimizer step follows as ``Shard.accumulated`` sets it.
 
-        Lightning's own blocks DDP only: every micro-batch would exchange its gradients.
+        Lightning's own method blocks DDP only, so every micro-batch would exchange its gradients.
         """
         sharding = getattr(self.lightning_module, "sharding", None)
         if sharding is None or self.model is None:
@@ -78,9 +78,9 @@ class Sharded(ModelParallelStrategy):
         return get_model_state_dict(self.model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer, numbered and shaped as in an unsharded run; whole on rank 0 alone. Collective.
+        """Return the state of an optimizer, numbered and shaped as in an unsharded run; on rank 0 only. Collective.
 
-        With :class:`PartedIO` each rank has its own parts.
+        With :class:`PartedIO`, each rank has its own parts.
         """
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         parted, scalars = isinstance(self.checkpoint_io, PartedIO), {id(p) for p in self._scalars().values()}
@@ -95,12 +95,12 @@ class Sharded(ModelParallelStrategy):
 
         states = {
             number: tree_map(partial(convert, id(own[number]) in scalars), state["state"][number])
-            for number in sorted(state["state"])  # on all ranks in one order
+            for number in sorted(state["state"])  # in the same order on all ranks
         }
         return state | {"state": states} if parted or self.is_global_zero else {}
 
     def _scalars(self) -> dict[str, Tensor]:
-        """Key in a state dict -> parameter, of those without dimensions, to which ``Shard`` gave one."""
+        """Return state-dict key -> parameter, for parameters without dimensions, to which ``Shard`` gave one."""
         assert self.model is not None
         modules = self.model.named_modules(remove_duplicate=False)
         found = ((path, module, name) for path, module in modules for name in getattr(module, SCALARS, ()))
@@ -150,7 +150,7 @@ class Sharded(ModelParallelStrategy):
         return Parted(path)
 
     def restore_stage(self, read: Callable[[], Mapping[str, Any]]) -> None:
-        """Build the optimizer of the stage that a checkpoint is of, whose state is then read into it."""
+        """Build the optimizer of a checkpoint's stage, into which the state is then read."""
         module: Any = self.lightning_module
         if hasattr(module, "return_to_stage"):
             module.return_to_stage(read())
@@ -165,7 +165,7 @@ class Sharded(ModelParallelStrategy):
         """Read weights and optimizer states of a checkpoint's content into place, and return the rest.
 
         Args:
-            read: of a value and of what this rank has in its place.
+            read: function of a value and of what this rank has in its place.
         """
         assert self.model is not None and self.lightning_module is not None
         strict, like = self.lightning_module.strict_loading, get_model_state_dict(self.model)
@@ -190,8 +190,8 @@ class Sharded(ModelParallelStrategy):
         if len(own) != len(numbers):
             raise ValueError(f"{path}: an optimizer of {len(numbers)} parameters, and here it has {len(own)}")
         if state["state"]:
-            # a step of zero gradients, by which the optimizer shows which states it splits like parameters: the shape
-            # is no sign, as Adam's count of steps has the shape of a scalar parameter
+            # a step with zero gradients shows which states the optimizer splits like parameters; the shape does not,
+            # since Adam's count of steps has the shape of a scalar parameter
             get_optimizer_state_dict(self.model, optimizer)
         held = {number: dict(optimizer.state.get(p, {})) for number, p in zip(numbers, own, strict=True)}
         states = {number: _read_states(values, held[number], read) for number, values in state["state"].items()}
@@ -203,7 +203,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _read_states(saved: Mapping[str, Any], held: Mapping[str, Any], read: Callable[..., Any]) -> dict[str, Any]:
-    """States of a parameter, at any depth, each read like the one that this rank holds in its place."""
+    """Read the states of a parameter, at any depth, each like the one that this rank holds in its place."""
     return {
         key: _read_states(value, held.get(key) or {}, read) if isinstance(value, dict) else read(value, held.get(key))
         for key, value in saved.items()
@@ -211,10 +211,10 @@ def _read_states(saved: Mapping[str, Any], held: Mapping[str, Any], read: Callab
 
 
 def _read(table: PartTable | None, value: Any, like: Any = None) -> Any:
-    """What this rank will hold of a tensor: a box, where ``like`` is split and of the same shape; else all.
+    """Read what this rank will hold of a tensor: a box if ``like`` is split and has the same shape, else all of it.
 
     Args:
-        table: of the parts where ``value`` is a name in it.
+        table: table of the parts, if ``value`` is a name in it.
     """
     if isinstance(value, Name) and table is not None:
         shape, box = table.shape(value), partial(table.box, value)
@@ -238,7 +238,7 @@ def _box(whole: Tensor, offset: Sequence[int], size: Sequence[int]) -> Tensor:
 
 
 def _require_keys(path: Path, here: Mapping[str, Any], saved: Mapping[str, Any], strict: bool) -> None:
-    """Raise ValueError, where ``strict``, for the first weight that only the model or only the checkpoint has."""
+    """Raise ValueError, if ``strict``, for the first weight that only the model or only the checkpoint has."""
     missing, left = (next((k for k in a if k not in b), None) for a, b in ((here, saved), (saved, here)))
     if strict and missing is not None:
         raise ValueError(f"{path}: not the weights of this model: {missing} is not in it")

@@ -23,20 +23,21 @@ from descant.run.mirror import Mirror
 
 
 class AtomicIO(CheckpointIO):
-    """Writes checkpoints atomically with a manifest (:mod:`descant.modules.io.manifest`), and verifies what it reads.
+    """Checkpoint I/O: atomic writes with a manifest (:mod:`descant.modules.io.manifest`), and verified reads.
 
-    A file without a manifest, of another program or an earlier version, is read with a warning, but ``--resume`` does
-    not accept it. Nothing but plain values is ever unpickled.
+    A file without a manifest, from another program or an earlier version, is read with a warning, but ``--resume`` does
+    not accept it. Only plain values are ever unpickled.
 
-    Lightning's AsyncCheckpointIO has no manifest, an unbounded queue of states, and removes the old file before the new
-    one is written; its copies break ties, lose the metadata of state dicts and share lists and dicts with training.
+    Lightning's AsyncCheckpointIO has no manifest and an unbounded queue of states, and removes the old file before the
+    new one is written. Its copies break ties, lose the metadata of state dicts, and share lists and dicts with
+    training.
 
     Args:
-        asynchronous: copy the state to CPU memory (as much as the file is large) and write it in a thread while
-            training continues. The next save waits for the last one and raises its error.
+        asynchronous: copy the state to CPU memory (as much as the file's size) and write it in a thread while training
+            continues. The next save waits for the last one and raises its error.
 
     Attributes:
-        inside: the folder below which checkpoints are written and removed; None: anywhere.
+        inside: the folder below which checkpoints are written and removed; None means anywhere.
         mirror: a second place, which has a copy of the newest resume point (``--checkpoint_mirror``).
 
     Raises:
@@ -60,13 +61,13 @@ class AtomicIO(CheckpointIO):
 
         def write() -> None:
             manifest.write(Path(path), lambda stream: torch.save(state, stream), facts)
-            remove_parts(Path(path))  # of a checkpoint of several parts that this one replaces
+            remove_parts(Path(path))  # of a replaced checkpoint of several parts
             self._copy(Path(path))
 
         self._do(write)
 
     def _copy(self, path: Path) -> None:
-        """Copy a resume point that is on disk to the second place, where there is one."""
+        """Copy a resume point that is on disk to the second place, if there is one."""
         if self.mirror is not None and manifest.known(path).get("safe") is True:
             self.mirror.copy(path)
 
@@ -96,7 +97,7 @@ class AtomicIO(CheckpointIO):
         self._require_inside(path)
 
     def _require_inside(self, path: Path | str) -> None:
-        """Whether the path came from a format, a link or a metric's name."""
+        """Raise ValueError for a path outside ``inside``, whether it came from a format, a link or a metric's name."""
         if self.inside is not None and not Path(path).resolve().is_relative_to(self.inside.resolve()):
             raise ValueError(
                 f"{path}: a checkpoint outside the run's folder, {self.inside}: --trust writes lets a configuration "
@@ -109,7 +110,7 @@ class AtomicIO(CheckpointIO):
         return manifest.fault(path) is None
 
     def wait(self) -> None:
-        """Wait until everything is on disk; raises the error of the last write."""
+        """Wait until everything is on disk; raise the error of the last write."""
         if self._last is not None:
             error = self._last.exception()  # kept if a second INT interrupts the wait
             self._last = None
@@ -146,7 +147,7 @@ class AtomicIO(CheckpointIO):
 
 
 def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's manifest lists beside digest and size: its step and epoch, and whether it is a resume point.
+    """Return what a manifest lists besides digest and size: step and epoch, and whether it is a resume point.
 
     >>> facts_of({"global_step": 4, "epoch": 0, "descant": {"safe": True, "log_step": 3}})
     {'step': 4, 'epoch': 0, 'safe': True, 'log_step': 3}
@@ -159,7 +160,7 @@ def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path | str, content: Any) -> dict[str, Any]:
-    """Content of a checkpoint of another program, with a version if it has none."""
+    """Return the content of another program's checkpoint, with a version if it has none."""
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{path}: not a checkpoint: it holds no state_dict")
     content.setdefault("pytorch-lightning_version", lightning.__version__)  # by which Lightning would migrate it
@@ -167,7 +168,7 @@ def _checkpoint(path: Path | str, content: Any) -> dict[str, Any]:
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy in CPU memory. Tensors that share memory, such as tied weights, still do.
+    """Return a deep copy in CPU memory. Tensors that share memory, such as tied weights, still do.
 
     >>> weight = torch.ones(2)
     >>> copied = snapshot({"a": weight, "b": weight.view(2), "steps": [1]})
@@ -186,7 +187,7 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Plain tensors at any depth; others (quantized, sparse) have their own deep copy."""
+    """Yield plain tensors at any depth; others (quantized, sparse) have their own deep copy."""
     if isinstance(value, Tensor):
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
             yield value

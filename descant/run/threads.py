@@ -1,11 +1,11 @@
-"""Threads of a run on the CPU: as many as it has cores that no other process keeps busy, or as many as are fastest.
+"""Number of CPU threads of a run: the cores that no other process keeps busy, or the fastest number.
 
     cores   = those that affinity and the cgroup's quota give this process
     busy    = processor time of all other processes since this one began, over the time that has passed
     threads = max(1, min(cores, round(all cores of the machine - busy)) // ranks)
 
-With more threads than free cores each operation waits for the thread that shares its core. The number is written into
-the run, and a resume takes that one, since sums in other pieces may differ in their last bits.
+With more threads than free cores, each operation waits for the thread that shares its core. The run stores the number
+and a resume reuses it, since sums over other pieces may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from descant.modules.io.files import write_json
 from descant.run import runs
 
 AUTO, MEASURE = "auto", "measure"
-#: Environment variable that decides, where it is set.
+#: Environment variable that decides if it is set.
 GIVEN = "OMP_NUM_THREADS"
-#: Steps of each number of threads: those that are left out, and those that are timed.
+#: Steps with each number of threads: those that are left out, and those that are timed.
 _WARM, _TIMED = 2, 5
-#: The shortest time over which others are watched, in seconds.
+#: The shortest time over which other processes are watched, in seconds.
 _SHORT = 0.2
 
 
 def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores of this process, by its affinity and the quota of its cgroup."""
+    """Return the number of cores of this process, by its affinity and the quota of its cgroup."""
     try:
         mine = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -48,7 +48,7 @@ def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def free_threads(own: int, machine: int, busy: float, ranks: int = 1) -> int:
-    """The rule above.
+    """Compute the number of threads by the rule above.
 
     >>> free_threads(own=2, machine=2, busy=0.1), free_threads(own=2, machine=2, busy=1.0)
     (2, 1)
@@ -59,13 +59,13 @@ def free_threads(own: int, machine: int, busy: float, ranks: int = 1) -> int:
 
 
 class Others:
-    """Watches how many cores other processes keep busy, from when it is made."""
+    """Watcher of how many cores other processes keep busy, from its creation on."""
 
     def __init__(self) -> None:
         self.began, self.before = time.monotonic(), _seconds_of_others()
 
     def busy(self) -> float:
-        """Cores that others have used on average; 0 where the system does not report it."""
+        """Return the cores that others have used on average; 0 if the system does not report it."""
         if self.before is None:
             return 0.0
         time.sleep(max(0.0, self.began + _SHORT - time.monotonic()))
@@ -74,7 +74,7 @@ class Others:
 
 
 def _seconds_of_others() -> float | None:
-    """Seconds of processor time that all processes but this one have used since the machine began."""
+    """Return the seconds of processor time that all other processes have used since the machine started."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, irq, soft, steal, *_ = map(int, file.readline().split()[1:])
@@ -90,7 +90,7 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report
 
     Args:
         wanted: auto, measure, or a number.
-        run: one that is resumed has a number already, which auto takes.
+        run: the run; a resumed one already has a number, which auto takes.
         devices: ``trainer.devices``: a number of ranks on this machine, or a word.
         report: prints a line.
     """
@@ -114,27 +114,27 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report
         few = f"others keep {busy:.1f} of {os.cpu_count()} cores busy; --threads {most} takes all"
         why = few if number < most else ""
     if ranks > 1:
-        os.environ[GIVEN] = str(number)  # they begin with it
+        os.environ[GIVEN] = str(number)  # the ranks start with it
     torch.set_num_threads(number)
     if why:
         report(f"threads {number}: {why}")
 
 
 def threads_of(folder: Path) -> int | None:
-    """The threads that a run has written; None where it has none."""
+    """Return the number of threads that a run has stored; None if it has none."""
     number = runs.versions_of(folder).get("threads")
     return number if isinstance(number, int) and number > 0 else None
 
 
 def trials(wanted: str, folder: Path, report: Callable[[str], None]) -> list[L.Callback]:
-    """The callback that measures, where that is asked for."""
+    """Return the callback that measures, if ``wanted`` is ``measure``."""
     return [_Trial(folder, report)] if wanted == MEASURE else []
 
 
 class _Trial(L.Callback):
-    """Times the first steps with 1 thread, with half of the cores and with all, and keeps the fastest number.
+    """Callback that times the first steps with 1 thread, half of the cores and all, and keeps the fastest number.
 
-    It writes the number into the run, and then does nothing.
+    It writes the number into the run and then does nothing.
     """
 
     def __init__(self, folder: Path, report: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, object]:
-    """Git revision and state of the checkout, package versions, Python, machine, threads."""
+    """Return git revision and state of the checkout, package versions, Python, machine, threads."""
     import torch
 
     here = code()
@@ -38,7 +38,7 @@ def versions() -> dict[str, object]:
 
 
 def code() -> dict[str, object]:
-    """Descant's own version, git revision and state: ``descant``, ``revision``, ``dirty``."""
+    """Return Descant's own version, git revision and state: ``descant``, ``revision``, ``dirty``."""
     revision, dirty = _git()
     return {"descant": _version("descant"), "revision": revision, "dirty": dirty}
 
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Revision of the checkout and whether it has changes; None, None for an installed package."""
+    """Return the revision of the checkout and whether it has changes; None, None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder.parent / ".git").exists():
         return None, None

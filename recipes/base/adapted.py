@@ -1,4 +1,4 @@
-"""Checks and preparation of a recipe that is adapted to missing modalities."""
+"""Base, checks and preparation of a recipe that is adapted to missing modalities."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from descant.recipes.base.wrapper import Wrapper
 
 
 class AdaptedRecipe(Wrapper):
-    """Base of recipes whose samples lack modalities: each method runs with the parameters of what a sample has."""
+    """Base of recipes for samples that lack modalities; methods use the parameters for each sample's modalities."""
 
     bank: ModulationBank | None
     fill: Imputer | None
@@ -31,7 +31,7 @@ class AdaptedRecipe(Wrapper):
 
     @contextmanager
     def routed(self, batch: Batch) -> Iterator[Batch]:
-        """Inside, layers use the parameters of what each sample has; gives the batch for the inner recipe."""
+        """Route each sample, within the context, to the parameters for its modalities; yield the inner batch."""
         with ExitStack() as stack:
             if self.bank is not None:
                 stack.enter_context(self.bank.route(batch.present))
@@ -61,7 +61,7 @@ class AdaptedRecipe(Wrapper):
         return {**outputs, "present": present, "z": self._masked(outputs["z"], batch)}
 
     def on_validation_epoch_end(self) -> None:
-        """``trainable/share``: trained parameters over all that the recipe had, norms and heads counted."""
+        """Log ``trainable/share``: trained parameters over all that the recipe had, including norms and heads."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         self.log("trainable/share", trained / self.size)
 
@@ -72,19 +72,19 @@ class AdaptedRecipe(Wrapper):
 
     def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Any:
         with ExitStack() as stack:
-            if self.bank is not None and present is not None:  # without it all are present, and nothing is changed
+            if self.bank is not None and present is not None:  # without ``present``, all modalities are present
                 stack.enter_context(self.bank.route(present))
             return getattr(self.inner, name)(z, present)
 
     def _masked(self, z: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Embeddings of absent samples are zero, whatever was imputed for them."""
+        """Set embeddings of absent samples to zero, even if features were imputed for them."""
         if self.fill is None:
             return dict(z)
         return {m: torch.where(batch.there(m)[:, None], x, torch.zeros_like(x)) for m, x in z.items()}
 
 
 def require_adaptable(found: Saved, inner: Recipe, bank: ModulationBank | None, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for a recipe without towers, one that is a wrapper, or options that a bank does not allow."""
+    """Raise ValueError for a recipe without towers, a wrapper, or options that a bank does not allow."""
     again = [name for name in ("checkpointing", "compile") if options.get(name) is not None]
     again += ["chunks"] if int(options.get("chunks", 1)) > 1 else []
     if bank is not None and again:
@@ -97,23 +97,23 @@ def require_adaptable(found: Saved, inner: Recipe, bank: ModulationBank | None, 
 
 
 def unfreeze_inside(inner: Recipe) -> list[nn.Module]:
-    """Freeze all of a recipe, without the wrapper that keeps gradients out; returns its modules."""
+    """Freeze all parameters of a recipe, but unwrap ``Frozen`` towers so that gradients pass; return its modules."""
     for m, tower in inner.towers.items():
-        while isinstance(tower, Frozen):  # without gradients nothing inside could be adapted
+        while isinstance(tower, Frozen):  # it blocks gradients, so nothing inside could be adapted
             inner.towers[m] = tower = tower.tower
     inner.requires_grad_(False)
     return list(inner.modules())
 
 
 def build_imputer(fill: Imputer, inner: Recipe, modalities: Sequence[str], sets: Sequence[Sequence[str]]) -> None:
-    """Raises ValueError for a recipe without one feature vector a modality."""
+    """Build ``fill`` for the towers' widths. Raise ValueError for a recipe without one feature vector per modality."""
     if not isinstance(inner, SharedSpace):
         raise ValueError(f"fill: {type(inner).__name__} has no one vector a modality to put something for")
     fill.build({m: cast(Towers, inner.towers).width(m) for m in modalities}, sets)
 
 
 def require_towers_of(recipe: Any, stage: str) -> None:
-    """Raises ValueError for accumulation, or a modality of the data that has no tower."""
+    """Raise ValueError for gradient accumulation, or a modality of the data that has no tower."""
     accumulate = recipe.trainer.accumulate_grad_batches
     if stage == "fit" and accumulate > 1:
         raise ValueError(
@@ -127,7 +127,7 @@ def require_towers_of(recipe: Any, stage: str) -> None:
 
 
 def require_learning(recipe: Any, terms: Mapping[str, Term]) -> None:
-    """Raises ValueError if some set of modalities would train nothing."""
+    """Raise ValueError if some set of available modalities, or the whole step, would train nothing."""
     name = type(recipe.inner).__name__
     needs = [{m for m in term.given if m in recipe.modalities} for term in terms.values()]
     for s in recipe.available.of(recipe.modalities) if recipe.fill is None and all(needs) else ():

@@ -1,4 +1,4 @@
-"""What balancers of modalities read and set in a classifier: of a recipe, or of anyone's LightningModule.
+"""Classifiers whose modalities can be balanced: a mixin for recipes, and a base for any LightningModule.
 
 Letters: B samples, C classes, D width.
 """
@@ -23,29 +23,29 @@ from descant.recipes.base.fused_space import FUSED, LatentFusion, OwnHeads
 
 
 class Balanced(LatentFusion):
-    """Mixin of a classifier: each modality's share of its logits, regularizers, and masks that callbacks set."""
+    """Mixin of a classifier: each modality's share of the logits, regularizers, and masks that callbacks set."""
 
     training: bool
     regularizers: nn.ModuleList
-    #: Of a training batch: the presence masks that the fusion gets; all that are present where None.
+    #: Maps a training batch to the presence masks that the fusion gets; None keeps the batch's own masks.
     modality_mask: Callable[[Batch], Mapping[str, Tensor]] | None = None
 
     def build_regularizers(self, parts: list[Regularizer] | None, classes: int) -> nn.ModuleList:
         return nn.ModuleList(part.build(self.fusion.widths, classes) for part in parts or ())
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> its part of ``logits_BC``, by Shapley; logits of no modality are shared equally."""
+        """Split ``logits_BC`` into each modality's Shapley share; the logits without any modality are split equally."""
         z, present = self.fusion.checked(z, present)
         nobody_BC = self.fuse(z, only(present)) / len(z)
         return {m: promote(part_BC) + nobody_BC for m, part_BC in self.fusion.parts(z, present).items()}
 
     def fusion_mask(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Presence masks of the fusion: those of the batch, or in training those that a callback makes."""
+        """Return the fusion's presence masks: those of the batch or, in training, those that a callback makes."""
         mask = self.modality_mask if self.training else None
         return batch.present if mask is None else mask(batch)
 
     def rows(self, batch: Batch) -> Tensor:
-        """How many samples of the whole step have a modality with a tower."""
+        """Count the samples of the whole step that have a modality with a tower (at least 1)."""
         return some(*(batch.step[m] for m in self.fusion.widths)).sum().clamp(min=1)
 
     def regularized(
@@ -56,7 +56,7 @@ class Balanced(LatentFusion):
         batch: Batch,
         terms: Mapping[str, Term],
     ) -> dict[str, Term]:
-        """Terms of all regularizers. Raises ValueError for a name that is taken."""
+        """Compute the terms of all regularizers. Raise ValueError if two terms have the same name."""
         context = FusionContext(inputs, fused_present, logits_BC, self.fuse, self.fusion, batch, self.rows(batch))
         aux: dict[str, Term] = {}
         for regularizer in self.regularizers:
@@ -70,20 +70,21 @@ class Balanced(LatentFusion):
 
 
 class BalancedClassifier(Balanced, OwnHeads, L.LightningModule):
-    """LightningModule whose modalities Descant's callbacks can balance; its towers, labels and steps are its own.
+    """LightningModule whose modalities Descant's callbacks can balance; a subclass adds towers, labels and steps.
 
         z_m = towers[m](x_m)        logits = fusion({z_m})
         loss = cross_entropy(logits, label) + sum over m: cross_entropy(own_m(z_m), label), where asked for
                + what regularizers and callbacks add
 
-    A subclass fills ``towers``, one module a modality, ``[B, ...] -> [B, D_m]``, and writes ``labels(batch)``, int64
-    ``[B]``, and its own steps; ``loss(batch)`` is what ``training_step`` returns. Batches are :class:`Batch`, which
-    names inputs and which samples have them.
+    A subclass fills ``towers`` with one module per modality, ``[B, ...] -> [B, D_m]``. It implements
+    ``labels(batch)``, int64 ``[B]``, and its own steps; ``training_step`` returns ``loss(batch)``. Each batch is a
+    :class:`Batch`, which names the inputs and marks the samples that have them.
 
     Args:
-        fusion: of the latents, built for their widths, such as ``LateFusion().build({"image": 64, "sound": 32}, 3)``.
-        unimodal: also a linear head and a loss for each modality alone, as GradientBlending and MMPareto ask.
-        regularizers: more terms, of the latents and what is decided by them.
+        fusion: fusion of the latents, built for their widths, such as
+            ``LateFusion().build({"image": 64, "sound": 32}, 3)``.
+        unimodal: add a linear head and a loss for each modality alone, as GradientBlending and MMPareto require.
+        regularizers: additional terms, computed from the latents and the logits.
 
     >>> from descant import LateFusion
     >>> class Two(BalancedClassifier):
@@ -117,7 +118,7 @@ class BalancedClassifier(Balanced, OwnHeads, L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__}: labels(batch) -> int64 [B], below 0 for none")
 
     def latents(self, batch: Batch) -> dict[str, Tensor]:
-        """Modality -> ``z_BD``; rows of absent samples are zero."""
+        """Compute ``z_BD`` of each modality; rows of absent samples are zero."""
         z = {m: self.towers[m](batch.inputs[m]) for m in self.modalities}
         return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
 
@@ -145,7 +146,7 @@ class BalancedClassifier(Balanced, OwnHeads, L.LightningModule):
         self.step.world, self.step.accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def loss(self, batch: Batch) -> Tensor:
-        """The scalar to return from ``training_step``; callbacks find its parts in ``output`` and ``step``."""
+        """Compute the scalar to return from ``training_step``; callbacks read its parts in ``output`` and ``step``."""
         batch = self.step.with_counts(batch)
         output: Output = self(batch)
         self.output = output

@@ -1,4 +1,4 @@
-"""The boundaries of stages: what changes the model there, and the earlier weights that these changes read."""
+"""Stage boundaries: the changes of the model at each boundary, and the earlier weights that these changes read."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from descant.modules.training_setup.flops import FlopCount, trying
 from descant.modules.training_setup.optim import make_optimizer
 from descant.recipes.base.stage import Stage
 
-#: Micro-batches over which running statistics are estimated for merged weights.
+#: Number of micro-batches over which running statistics are estimated for merged weights.
 ESTIMATED = 8
 Batches = Callable[[int], Iterable[Batch]]
-#: ``(change, alternative, boundary)``: a short training of a copy with this alternative of the change.
+#: ``(change, alternative, boundary)`` -> result of training a copy briefly with this alternative of the change.
 Try = Callable[[Any, StageChange | None, Boundary], Trial]
-#: What averages and teachers follow, in this order: name of a tower's module -> its growth.
+#: Growths that averages and teachers repeat, in this order: name of a tower's module -> its growth.
 Growths = list[Mapping[str, Growth]]
 
 
 class Boundaries:
-    """Applies the changes of stages to a recipe, once each, and repeats those of its structure for a checkpoint.
+    """Changes of a recipe at stage boundaries: applied once each; the structural ones are repeated for a checkpoint.
 
     Args:
-        stages: by name, in their order.
+        stages: stages by name, in their order.
     """
 
     def __init__(self, stages: dict[str, Stage]) -> None:
@@ -54,16 +54,16 @@ class Boundaries:
 
     @property
     def changes(self) -> list[StageChange]:
-        """Those of all stages."""
+        """Return the changes of all stages."""
         return [change for stage in self.stages.values() for change in (*stage.begin, *stage.end)]
 
     @property
     def grows(self) -> bool:
-        """Whether parameters are added or removed in any stage."""
+        """Whether any stage adds or removes parameters."""
         return any(change.structural for change in self.changes)
 
     def require(self, recipe: nn.Module) -> None:
-        """Raises ValueError, before training, for what a change cannot do, or weights of a stage that is not before."""
+        """Raise ValueError, before training, if a change is impossible or reads weights of a stage not before it."""
         for name, stage in self.stages.items():
             earlier = list(self.stages)[: list(self.stages).index(name)]
             for change in (*stage.begin, *stage.end):
@@ -73,9 +73,9 @@ class Boundaries:
                 change.require(recipe)
 
     def begin(self, recipe: nn.Module, name: str, average: State | None = None, trial: Try | None = None) -> Growths:
-        """Keep the weights that the stage before left, then change the model as the stage does when it begins.
+        """Keep the weights that the previous stage left, then apply the stage's ``begin`` changes.
 
-        ``trial(space, change, boundary)`` tries an alternative of a change that has some.
+        ``trial(space, change, boundary)`` tries one alternative of a change that has alternatives.
         """
         self.begun.append(name)
         before = [left_by(stage) for stage in self.begun[-2:-1]]
@@ -85,7 +85,7 @@ class Boundaries:
         return self._apply(recipe, name, self.stages[name].begin, {AVERAGE: average} if average else {}, trial)
 
     def end(self, recipe: nn.Module, name: str) -> bool:
-        """Change the model as the stage does when it ends; whether there was anything to change."""
+        """Apply the stage's ``end`` changes; return whether it has any."""
         self._apply(recipe, name, self.stages[name].end)
         return bool(self.stages[name].end)
 
@@ -114,7 +114,7 @@ class Boundaries:
         return done
 
     def _settled(self, name: str, n: int, change: StageChange) -> StageChange | None:
-        """The change, or that of its alternatives that was chosen."""
+        """Return the change or, if it has alternatives, the chosen one (None if none was chosen)."""
         if not change.alternatives:
             return change
         if name not in self.choices:
@@ -126,7 +126,7 @@ class Boundaries:
         return None if choice is None else change.alternatives[choice]
 
     def rebuild(self, recipe: nn.Module, begun: list[str]) -> Growths:
-        """The structure that the model has after these stages have begun, where it does not have it yet."""
+        """Repeat the structural changes of those ``begun`` stages that the model has not yet begun."""
         done: Growths = []
         for name in begun[len(self.begun) :]:
             for change in (self._settled(name, n, c) for n, c in enumerate(self.stages[name].begin) if c.structural):
@@ -147,9 +147,9 @@ class Boundaries:
 
 @torch.no_grad()
 def estimate_statistics(recipe: Any, batches: Batches) -> None:
-    """Running statistics of a recipe's batch norms, anew from the first micro-batches of a stage.
+    """Estimate running statistics of a recipe's batch norms anew, from the first micro-batches of a stage.
 
-    Generators and all other buffers stay as they are.
+    Random generators and all other buffers stay unchanged.
     """
     norms = running_norms(recipe)
     if not norms:
@@ -167,9 +167,9 @@ def estimate_statistics(recipe: Any, batches: Batches) -> None:
 
 
 def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
-    """Train a copy of a recipe for ``space.steps`` micro-batches, and judge it by ``space.judged`` others. Collective.
+    """Train a copy of a recipe for ``space.steps`` micro-batches, and score it on ``space.judged`` others. Collective.
 
-    Gradients and scores are means over ranks; random generators stay as they are.
+    Gradients and scores are means over ranks. Random generators stay unchanged.
     """
     needed = space.steps + space.judged
     given = list(batches(needed))

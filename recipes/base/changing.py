@@ -1,4 +1,4 @@
-"""A recipe whose model changes between the stages of its training, and checkpoints of it."""
+"""Base of recipes whose model changes between training stages, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from descant.recipes.base.wrapper import Wrapper
 
 
 class Changing(Wrapper):
-    """Goes from stage to stage: loads weights, changes the model, chooses what trains; and resumes in any of them.
+    """Recipe in stages: each one loads weights, changes the model and chooses what trains. Resumes in any stage.
 
     A subclass implements ``_choose(stage)``: settings, objective and trainable parameters of a stage.
 
     Args:
-        recipe: what is trained. stages: by name, in this order. each: one for every stage of the data.
+        recipe: the recipe to train. stages: stages by name, in this order. each: one stage for every stage of the data.
     """
 
     def __init__(self, recipe: Recipe, stages: dict[str, Stage] | None, each: Stage | None, **kwargs: Any) -> None:
@@ -42,11 +42,11 @@ class Changing(Wrapper):
 
     @property
     def now(self) -> Stage:
-        """The current stage."""
+        """Return the current stage."""
         return self.stages[self.stage]
 
     def named_as(self, names: Iterable[str]) -> None:
-        """Where one stage is given for all, it takes these names."""
+        """Set the names of the stages, if one stage is given for all."""
         if self._each is not None:
             self.stages.clear()
             self.stages.update(dict.fromkeys(names, self._each))
@@ -54,16 +54,16 @@ class Changing(Wrapper):
     def begin_stage(
         self, name: str, average: Mapping[str, Tensor] | None = None, batches: Batches | None = None
     ) -> Growths:
-        """Go on to a stage, with the weights as they are, or those that it loads, then changed by its ``begin``.
+        """Begin a stage: load weights if it names some, apply its ``begin`` changes and choose what trains.
 
-        ``average``: of the weights over steps, by the names of parameters here. ``batches(n)``: this rank's first
-        micro-batches of the stage's data.
+        ``average``: average of the weights over steps, by parameter names of this recipe. ``batches(n)``: this rank's
+        first micro-batches of the stage's data.
         """
         own = {n.removeprefix("inner."): x for n, x in (average or {}).items() if n.startswith("inner.")}
         if (load := self.stages[name].load) is not None:
             load.apply(self)
         with self._new_parameters():
-            # all copies train on the same micro-batches, which are read once
+            # read once, because all copies train on the same micro-batches
             trial = None if batches is None else partial(self._trial, name, cache(lambda n: list(batches(n))))
             growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
@@ -73,7 +73,7 @@ class Changing(Wrapper):
         return growths
 
     def _trial(self, name: str, batches: Batches, space: Any, change: StageChange | None, at: Boundary) -> Trial:
-        """A short training of a copy that is changed; alike on all ranks."""
+        """Train a changed copy briefly, with the same result on all ranks."""
         return short_training(twin_of(self, lambda twin: twin._changed(name, change, at)), batches, space)
 
     def _changed(self, name: str, change: StageChange | None, at: Boundary) -> None:
@@ -83,7 +83,7 @@ class Changing(Wrapper):
         self._choose(name)
 
     def _followed(self, growths: Growths) -> Growths:
-        """Grow the teacher, too, if it is a copy of the model. Returns the growths."""
+        """Grow the teacher too, if it is a copy of the model. Return the growths."""
         if growths and self.inner.distill is not None:
             raise ValueError(f"begin: {type(self.inner).__name__} has a teacher of its own, which does not grow")
         if self.distill is not None and self.distill.prepared:
@@ -92,7 +92,7 @@ class Changing(Wrapper):
         return growths
 
     def end_stage(self, batches: Batches) -> None:
-        """Change the model by the stage's ``end``; ``batches(n)``: this rank's first micro-batches of its data."""
+        """Apply the stage's ``end`` changes; ``batches(n)``: this rank's first micro-batches of its data."""
         if self.boundaries.end(self.inner, self.stage):
             estimate_statistics(self, batches)
 
@@ -100,14 +100,14 @@ class Changing(Wrapper):
         raise NotImplementedError
 
     def _as_in(self, begun: list[str]) -> None:
-        """Structure and trainable parameters after these stages have begun."""
+        """Set structure and trainable parameters to those after these stages have begun."""
         with self._new_parameters():
             self._followed(self.boundaries.rebuild(self.inner, begun))
         self._choose(begun[-1])
 
     @contextmanager
     def _new_parameters(self) -> Iterator[None]:
-        """What is added to the model inside is trainable."""
+        """Make parameters trainable that are added to the inner model within the context."""
         was = {name for name, _ in self.inner.named_parameters()}
         yield
         now = [name for name, _ in self.inner.named_parameters()]
@@ -120,10 +120,10 @@ class Changing(Wrapper):
         if self.boundaries.changes:
             checkpoint["boundaries"] = self.boundaries.state_dict()
         if self.boundaries.grows:
-            checkpoint["structure"] = structure(self.inner)  # for those that load weights alone
+            checkpoint["structure"] = structure(self.inner)  # for readers that load only weights
 
     def return_to_stage(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go to the stage of a checkpoint, and train what it trains, before weights and optimizers are read."""
+        """Go to a checkpoint's stage and choose what trains, before weights and optimizers are loaded."""
         name = checkpoint.get("stage", self.stage)
         if self._each is not None and "stages" in checkpoint:
             self.named_as(checkpoint["stages"])
@@ -140,4 +140,4 @@ class Changing(Wrapper):
             with self._new_parameters():
                 self._followed(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
         if self._trainable:
-            self._choose(self.stage)  # of what the changes added, too
+            self._choose(self.stage)  # now with parameters that the changes added

@@ -1,11 +1,10 @@
-"""Classification of samples that come in several modalities: from samples to logits, and how good they are.
+"""Classification of samples with several modalities: logits, decisions and scores.
 
     z_m = head_m(pool(tower_m(x_m)))        for every modality m that is present
     logits = fusion({z_m})
 
-A loss is divided by the rows of the whole optimizer step that have a modality, with or without a label: presence is
-known beforehand and labels are not, so gradients are the same however a step is cut, and a row without a label adds
-zero.
+A loss is divided by the rows of the whole optimizer step that have a modality, with or without a label. Presence is
+known beforehand and labels are not, so gradients do not depend on how a step is split. A row without a label adds zero.
 Letters: B samples, G samples of the whole optimizer step, D width, C classes.
 """
 
@@ -28,16 +27,16 @@ from descant.recipes.base.fused_space import FusedSpace
 
 
 class Classifier(FusedSpace):
-    """Base of classifiers: latents of towers, fused to logits. A recipe on top brings the terms.
+    """Base of classifiers: latents of towers, fused to logits. A subclass adds the terms.
 
     Args:
-        towers: one tower a modality.
-        target: which of the data's targets holds the class, int64 ``[B]``; below 0 is no label.
-        classes: how many there are.
+        towers: one tower per modality.
+        target: name of the data's target that holds the class, int64 ``[B]``; values below 0 mean no label.
+        classes: number of classes.
         width: D of each modality's latents.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        fusion: of the latents.
-        smoothing: of the labels in training: the share that all classes have alike.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        fusion: fusion of the latents.
+        smoothing: label smoothing in training: the share of a label that is spread evenly over all classes.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Classifier(FusedSpace):
             require_classes(classes, self.target, self.classes, tiny=getattr(data, "tiny", False))
 
     def term(self, logits_BC: Tensor, label_B: Tensor, here_B: Tensor, step_G: Tensor) -> Term:
-        """Of the rows that are here and have a label, over those that are there in the whole step."""
+        """Compute the cross-entropy of labelled rows in ``here_B``, normalized by the rows in ``step_G``."""
         value_B = cross_entropy(logits_BC, label_B, self.smoothing)
         return Term(value_B, valid=here_B & (label_B >= 0), norm=step_G.sum().clamp(min=1))
 
@@ -78,7 +77,7 @@ class Classifier(FusedSpace):
         return self.classes
 
     def decide(self, batch: Batch) -> Decisions:
-        """The decision of every sample that has a modality."""
+        """Return the decision for every sample that has a modality."""
         return self._decisions(self.fuse(self.latents(batch), batch.present), batch)
 
     def _decisions(self, logits_BC: Tensor, batch: Batch) -> Decisions:
@@ -88,9 +87,9 @@ class Classifier(FusedSpace):
     # evaluation -----------------------------------------------------------------------------------------------
 
     def scores(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Term]:
-        """``accuracy`` (1 or 0) and ``loss`` (cross-entropy without smoothing) of rows with a label and a modality.
+        """Return ``accuracy`` (1 or 0) and ``loss`` (unsmoothed cross-entropy) of rows with a label and a modality.
 
-        ``z``: the batch's latents, where they are known already.
+        ``z``: the batch's latents, if already computed.
         """
         label_B, logits_BC = self.labels(batch), self.fuse(self.latents(batch) if z is None else z, batch.present)
         valid_B = self.some(batch.present) & (label_B >= 0)

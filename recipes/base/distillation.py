@@ -8,9 +8,9 @@
             teacher: {class_path: TeacherRun, init_args: {path: runs/big}}
             targets: [{class_path: SoftTarget, init_args: {temperature: 2}}]
 
-Any recipe learns from any other that decides between as many classes, embeds the same modalities or scores the same
-pairs; the student's checkpoint and export are those of the student alone. Networks that teach each other: Peers.
-TeacherTowers are models of other packages, from their folders, that no run of Descant has trained.
+Any recipe can learn from any other with the same number of classes, the same embedded modalities or the same scored
+pairs. The student's checkpoint and export are those of the student alone. In Peers, networks teach each other.
+TeacherTowers loads models of other packages from their folders; no run of Descant has trained them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 
 class TeacherRun(Teacher):
-    """A run, as it is: frozen, and read when training begins; nothing of it is saved with the student.
+    """Trained run as the teacher: frozen, loaded when training begins, and not saved with the student.
 
     Args:
-        path: a run folder, a checkpoint in one, or an export. checkpoint: of a run folder: best, last or a file in it.
+        path: a run folder, a checkpoint in one, or an export. checkpoint: in a run folder: best, last or a file in it.
     """
 
     def __init__(self, path: str, checkpoint: str = "best") -> None:
@@ -53,13 +53,13 @@ class TeacherRun(Teacher):
 
 
 class TeacherTowers(Teacher):
-    """Pretrained towers that give embeddings, as they are: frozen, and nothing of them is saved with the student.
+    """Pretrained embedding towers as the teacher: frozen, and not saved with the student.
 
-    For FeatureTarget: of each modality that has a tower, the embedding is that of the model's owner. It gets the
-    student's own view of a sample.
+    For FeatureTarget. Each tower gives the original embedding of its pretrained model. It gets the student's own view
+    of a sample.
 
     Args:
-        towers: a PretrainedTower of each modality that is taught, all of one width.
+        towers: a PretrainedTower for each modality that is taught, all of the same width.
     """
 
     def __init__(self, towers: Towers) -> None:
@@ -73,7 +73,7 @@ class TeacherTowers(Teacher):
         if not towers:
             raise ValueError("TeacherTowers: towers: none; such as {image: PretrainedTower}")
         width = towers.width(next(iter(towers)))
-        self._taught = [SharedSpace(towers, width)]  # a list, so that it is no part of the run
+        self._taught = [SharedSpace(towers, width)]  # a list, so that it is not a submodule of the run
 
     def network(self, student: nn.Module) -> nn.Module:
         data = datamodule_of(cast(Recipe, student).trainer)
@@ -83,14 +83,13 @@ class TeacherTowers(Teacher):
 
 
 class TeacherAverage(Teacher):
-    """The student's own weights, averaged over steps: ``t = decay t + (1 - decay) s`` after each, buffers as they are.
+    """Average of the student's weights over steps: ``t = decay t + (1 - decay) s`` after each; buffers are copied.
 
-    Saved with the student, so that a resumed run goes on with the same teacher; split over ranks as the student is
-    (``shard``). Source: mean teacher (Tarvainen 2017,
-    arXiv 1703.01780).
+    The average is saved with the student, so that a resumed run continues with the same teacher. With ``shard``, it is
+    split over ranks as the student is. Source: mean teacher (Tarvainen 2017, arXiv 1703.01780).
 
     Args:
-        decay: of the average.
+        decay: decay of the average.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -101,7 +100,7 @@ class TeacherAverage(Teacher):
 
     def network(self, student: nn.Module) -> nn.Module:
         assert isinstance(student, Recipe)
-        # without what holds the average, and what wraps the student
+        # copy neither the distillation, which holds the average, nor the recipe that wraps the student
         distill, outer, student.distill, student._outer = student.distill, student._outer, None, []
         try:
             self.average = copy.deepcopy(student)
@@ -119,7 +118,7 @@ class TeacherAverage(Teacher):
         mine = dict(self.average.named_parameters())
         for name, p in student.named_parameters():
             if name in mine:
-                average, own = local(mine[name]), local(p)  # of parameters that are split each rank has the same part
+                average, own = local(mine[name]), local(p)  # a rank has the same part of both
                 average.lerp_(own.to(average), 1 - self.decay)
         held = dict(student.named_buffers())
         for name, buffer in self.average.named_buffers():
@@ -127,10 +126,10 @@ class TeacherAverage(Teacher):
 
 
 class TowerAverage(TeacherAverage):
-    """The average of one tower of a recipe of towers, where targets are of no other part.
+    """Average of one of the student's towers, for targets that use no other part.
 
     Args:
-        modality: of the tower. decay: of the average.
+        modality: modality of the tower. decay: decay of the average.
     """
 
     def __init__(self, modality: str, decay: float = 0.999) -> None:
@@ -147,7 +146,7 @@ class TowerAverage(TeacherAverage):
 
 
 class ProjectionAverage(TeacherAverage):
-    """The average of a student's towers and projectors: a teacher of views has no use for predictors and queues."""
+    """Average of a student's towers and projectors; a teacher of views needs no predictors and queues."""
 
     def network(self, student: nn.Module) -> nn.Module:
         average = super().network(student)
@@ -157,23 +156,23 @@ class ProjectionAverage(TeacherAverage):
 
 
 def own_teacher(name: str, teacher: Teacher, options: Mapping[str, Any]) -> Distill:
-    """Build ``distill`` for a recipe with a teacher; ``options``: the recipe's, ``name``: the teacher's owner."""
+    """Build ``distill`` from a recipe's own teacher; ``options``: the recipe's, ``name``: the teacher's owner."""
     if options.get("distill") is not None:
         raise ValueError(f"distill: {name} has a teacher of its own; set its momentum")
     return Distill(teacher)
 
 
 class TeacherStage(TeacherAverage):
-    """What the student was when the stage began that it is in: what reinforcement is to stay near to (a KL).
+    """Copy of the student from the start of the current stage; reinforcement stays near it by a KL term.
 
-    Saved with the student, as an average is.
+    It is saved with the student, as an average is.
     """
 
     def __init__(self) -> None:
         super().__init__(decay=0.0)
 
     def follow(self, student: nn.Module) -> None:
-        """Nothing: it is frozen."""
+        """Do nothing, because this teacher is frozen."""
 
     def begin(self, student: nn.Module) -> None:
         super().follow(student)

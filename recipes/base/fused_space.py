@@ -1,9 +1,9 @@
-"""Latents of several modalities and what a fusion makes of them: what classifiers and regressions have in common.
+"""Latents of several modalities and their fusion to outputs: the common base of classifiers and regressions.
 
     z_m = head_m(pool(tower_m(x_m)))        for every modality m that is present
     outputs = fusion({z_m})
 
-The fusion gets z as it is; judges of embeddings get it at unit length.
+The fusion gets z unnormalized; callbacks that evaluate embeddings get it at unit length.
 Letters: B samples, D width, C outputs.
 """
 
@@ -29,29 +29,29 @@ FUSED = "fused"
 
 
 class LatentFusion:
-    """Mixin of what a fusion makes of latents."""
+    """Mixin that fuses latents to outputs."""
 
     fusion: FusionHead
 
     def fuse(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``outputs_BC`` of latents, whose samples may stand in another order in each modality."""
+        """Fuse latents to ``outputs_BC``; the order of samples may differ between modalities."""
         return promote(self.fusion(z, present))
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``outputs_BC`` of it alone: the fusion's as if there were no other."""
+        """Return each modality's own ``outputs_BC``: those of the fusion as if no other modality were present."""
         z, present = self.fusion.checked(z, present)
         return {m: self.fuse(z, only(present, m)) for m in z}
 
 
 class FusedSpace(LatentFusion, SharedSpace):
-    """Base of recipes that fuse latents to outputs. A recipe on top brings terms and scores.
+    """Base of recipes that fuse latents to outputs. A subclass adds terms and scores.
 
     Args:
-        towers: one tower a modality.
-        outputs: C of the fusion.
+        towers: one tower per modality.
+        outputs: number C of the fusion's outputs.
         width: D of each modality's latents.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        fusion: of the latents.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        fusion: fusion of the latents.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class FusedSpace(LatentFusion, SharedSpace):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The inputs that the terms need."""
+        """Return the names of the inputs that the terms need."""
         return tuple(self.towers)
 
     def latents(self, batch: Batch, *modalities: str) -> dict[str, Tensor]:
-        """Modality -> ``z_BD`` of any length, as the fusion gets it; rows of absent samples are zero.
+        """Compute the unnormalized ``z_BD`` of each modality for the fusion; rows of absent samples are zero.
 
-        Of all modalities where none are named.
+        Without names, all modalities are computed.
         """
         missing = [m for m in self.towers if m not in batch.inputs]
         if missing:
@@ -77,34 +77,34 @@ class FusedSpace(LatentFusion, SharedSpace):
         return {m: torch.where(batch.present[m][:, None], z_BD, torch.zeros_like(z_BD)) for m, z_BD in z.items()}
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Of towers, pools and heads: all that comes before the latents."""
+        """Return the trained parameters of towers, pools and heads: everything before the latents."""
         parts = (self.towers, self.pools, self.heads)
         return (p for part in parts for p in part.parameters() if p.requires_grad)
 
     def some(self, present: Mapping[str, Tensor]) -> Tensor:
-        """Bool: the rows that have a modality which this recipe has a tower for."""
+        """Return a bool mask of the rows that have at least one modality with a tower."""
         return some(*(present[m] for m in self.towers))
 
     # evaluation -----------------------------------------------------------------------------------------------
 
     def scores(self, batch: Batch, z: dict[str, Tensor] | None = None) -> dict[str, Term]:
-        """Quality numbers, a value a sample; ``z``: the batch's latents, where they are known already."""
+        """Compute quality metrics, one value per sample; ``z``: the batch's latents, if already computed."""
         raise NotImplementedError
 
     def answers(self, outputs_BC: Tensor) -> dict[str, Any]:
-        """What a prediction writes of the outputs: ``logits`` or ``numbers``, by target."""
+        """Return the outputs as a prediction stores them: ``logits`` or ``numbers``, by target."""
         raise NotImplementedError
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and scores, from one run of the towers."""
+        """Return embeddings and scores, from one forward pass of the towers."""
         return self.evaluate(batch, self.latents(batch))
 
     def evaluate(self, batch: Batch, z: dict[str, Tensor]) -> dict[str, Any]:
-        """What a validation returns of a batch's latents."""
+        """Build the outputs of a validation step from a batch's latents."""
         return {"z": _unit(z), "scores": self.scores(batch, z)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings and answers, of samples with or without a label."""
+        """Return embeddings and answers, for samples with or without a label."""
         z = self.latents(batch)
         present = {**batch.present, **{m: batch.there(m) for m in z}}
         answers = self.answers(self.fuse(z, batch.present))
@@ -112,7 +112,7 @@ class FusedSpace(LatentFusion, SharedSpace):
 
 
 class OwnHeads(LatentFusion):
-    """Mixin of a linear head for each modality alone, where asked for; terms share latents by ``hooks.fork``."""
+    """Mixin of optional linear heads, one for each modality alone; terms share latents through ``hooks.fork``."""
 
     own: nn.ModuleDict
     hooks: GradientHooks
@@ -122,20 +122,20 @@ class OwnHeads(LatentFusion):
         self.own = nn.ModuleDict({m: nn.Linear(width, outputs) for m, width in widths})
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Modality -> ``outputs_BC`` of it alone: its own head's, or the fusion's as if there were no other."""
+        """Return each modality's own ``outputs_BC``: from its own head, or else from the fusion without the others."""
         if not self.own:
             return super().unimodal(z, present)
         return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.checked(z, present)[0].items()}
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Modality -> the terms that share its latents."""
+        """Return the names of the terms that share each modality's latents."""
         return {m: (FUSED, m) if self.own else (FUSED,) for m in self.fusion.widths}
 
     def outputs(
         self, z: dict[str, Tensor], batch: Batch, fused_present: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The fusion's ``outputs_BC`` and those of own heads, each of its own fork of the latents."""
+        """Compute the fusion's ``outputs_BC`` and those of own heads, each from its own fork of the latents."""
         copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
         fused_BC = self.fuse({m: copy[FUSED] for m, copy in copies.items()}, fused_present)
         own = self.unimodal({m: copy[m] for m, copy in copies.items()}, batch.present) if self.own else {}

@@ -1,6 +1,7 @@
 """Causal language model over words and image tokens: hidden states of answers, decisions, generation and rollouts.
 
-Letters: B samples, P images, I tokens of one, S of a sample, W width, N answer tokens, M new ones, R answers.
+Letters: B samples, P images, I tokens of an image, S tokens of a sample, W width, N answer tokens, M new tokens,
+R answers.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from descant.recipes.base.recipe import Recipe
 
 
 class LanguageRecipe(Recipe):
-    """Base of recipes of one language model; a recipe on top brings the parts, set in its constructor."""
+    """Base of recipes with one language model; a subclass sets the parts in its constructor."""
 
-    #: Names of the kinds of tokens that experts know, in the order of their numbers.
+    #: Names of the token kinds that experts distinguish, in the order of their numbers.
     token_kinds = ("text", "image")
 
     lm: CausalLM
@@ -53,15 +54,15 @@ class LanguageRecipe(Recipe):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.packing = PackingCounts()  # of training alone, for PackingStatistics
+        self.packing = PackingCounts()  # counts training only, for PackingStatistics
 
     def require_data(self, data: Any) -> None:
-        """A row takes the longest document that the data may have, with the present number of tokens an image."""
+        """Raise ValueError if the longest possible document, at the current tokens per image, does not fit in a row."""
         text, images = getattr(data, "length", None), getattr(data, "images", 0)
         tokens = self.projector.image_tokens if self.image_token is not None else None
         if text is None or tokens is None:
             return
-        longest = text + images * (tokens - 1)  # each image has a token in the text
+        longest = text + images * (tokens - 1)  # the text has one token for each image
         if longest > self.row:
             of = f"an image of {tokens} tokens" if images == 1 else f"{images} images of {tokens} tokens each"
             raise ValueError(
@@ -72,8 +73,8 @@ class LanguageRecipe(Recipe):
     # from a batch to what the model reads -------------------------------------------------------------------------
 
     def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
-        """``h_BSW``, words and the pictures among them, and what each token is."""
-        if self.image_token is None or "image" not in batch.inputs:  # data of texts alone, as a stage may have
+        """Return ``h_BSW``, the embedded words with image tokens among them, and a description of each token."""
+        if self.image_token is None or "image" not in batch.inputs:  # text-only data, as a stage may have
             row = unillustrated(batch)
             return self.lm.embed(row.ids_BS), row
         pictures = shown(batch, self.image_token)
@@ -85,7 +86,7 @@ class LanguageRecipe(Recipe):
         return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 
     def read(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Interleaved]:
-        """``h_BSW`` before and after the language model, and what each token is; its experts fill ``routings``."""
+        """Return ``h_BSW`` before and after the language model, and what each token is; experts fill ``routings``."""
         embedded_BSW, row = self.sequence(batch)
         place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
         alone = self.document_mask or not self.training or self.objective.deterministic
@@ -98,8 +99,11 @@ class LanguageRecipe(Recipe):
         return embedded_BSW, through(*rows), row
 
     def marks_of(self, batch: Batch, ids_BS: Tensor) -> Marks:
-        """What routers of experts may know: kind 1 of the tokens of images, 0 of others, or kinds by id; task, the
-        sample's source; and a key for draws, of the sample's visit and the place."""
+        """Return what expert routers may know of each token: its kind, its task and a key for random draws.
+
+        The kind is 1 for image tokens and 0 for others, or depends on the id. The task is the sample's source. The key
+        is derived from the sample's visit and the token's position.
+        """
         if self.lm.experts is None and self.lm.visual is None:
             return UNMARKED
         image = self.image_token
@@ -116,7 +120,7 @@ class LanguageRecipe(Recipe):
         )
 
     def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
-        """Balance of the use of experts, and losses of causal routers, in training."""
+        """Compute load-balancing terms of experts and losses of causal routers, in training."""
         if not self.lm.training:
             return {}
         depths = [routing for routing in routings if isinstance(routing, DepthRouting)]
@@ -124,7 +128,7 @@ class LanguageRecipe(Recipe):
         return expert_terms(self.lm.experts, experts) | depth_terms(depths)
 
     def prompt(self, row: Interleaved) -> Tensor:
-        """Bool ``[B, S]``: the tokens up to the first mark of an answer, itself included."""
+        """Return a bool mask ``[B, S]`` of the tokens up to and including the first answer mark."""
 
         def up_to_answer(ids_BS: Tensor, real_BS: Tensor) -> Tensor:
             begins_BS = ids_BS == self.answer_token
@@ -133,7 +137,7 @@ class LanguageRecipe(Recipe):
         return derived(up_to_answer, row.ids_BS, row.real_BS)
 
     def answered(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of learned tokens: what the head reads before each ``[N, W]``, its id, and the sample it is of, ``[N]``."""
+        """Return, for each learned token, what the head reads before it ``[N, W]``, its id and its sample, ``[N]``."""
         return self._before(*self.read(batch, routings)[1:])
 
     @staticmethod
@@ -149,7 +153,7 @@ class LanguageRecipe(Recipe):
         return self.lm.vocabulary
 
     def decide(self, batch: Batch) -> Decisions:
-        """Next-token decisions at each token of the batch's answers."""
+        """Return next-token decisions at each token of the batch's answers."""
         before_NW, _, sample_N = self.answered(batch)
         return self.decisions(before_NW, sample_N)
 
@@ -157,10 +161,10 @@ class LanguageRecipe(Recipe):
         return Decisions(lambda at: self.lm.logits(before_NW[at]), sample_N)
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``accuracy``, whether the greedy answer is correct to its end, and ``loss``, of its tokens.
+        """Return ``accuracy``, whether the whole greedy answer is correct, and ``loss``, the mean over its tokens.
 
         With teacher forcing: an answer is correct if each of its tokens is the most probable one after the correct
-            ones.
+            tokens before it.
         """
         before_NW, token_N, sample_N = self.answered(batch)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
@@ -172,7 +176,7 @@ class LanguageRecipe(Recipe):
 
     @torch.no_grad()
     def token_experts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Measure, before each scored token, the prediction's entropy, the mean count of real experts, the sample."""
+        """Return, for each scored token, the prediction's entropy, the mean count of real experts, and the sample."""
         if self.lm.experts is None:
             raise ValueError("the language model has no experts; give it some: lm.experts")
         routings: list[Routing] = []
@@ -189,7 +193,7 @@ class LanguageRecipe(Recipe):
         return entropy_N, experts_LN.mean(dim=0).to(entropy_N.device), sample_N
 
     def generate(self, batch: Batch, new: int = 8, sampling: Sampling | None = None) -> Tensor:
-        """Int64 ``[B, M]``: answers, to their end; greedy by default."""
+        """Generate answers, int64 ``[B, M]``, up to their end; greedy by default."""
         return self.roll(batch, new, sampling=sampling or Sampling(temperature=0)).token_RN
 
     @torch.no_grad()
@@ -202,20 +206,19 @@ class LanguageRecipe(Recipe):
         seed_R: Tensor | None = None,
         stop: Sequence[int] = (EOS,),
     ) -> Generated:
-        """``group`` answers to each question, one behind the other, drawn by seeds of their own; none where nothing is
-        asked."""
+        """Sample ``group`` consecutive answers per question, each with its own seed; none if nothing is asked."""
         h_BSW, row = self.sequence(batch)
         asked_BS, both = self.prompt(row), self.prefix_sight
         if seed_R is None:
             turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
-            seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first of each as if it were alone
+            seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first one as if alone
         how = sampling or Sampling()
-        marks = self.marks_of(batch, derived(lambda ids: F.pad(ids, (0, 1)), row.ids_BS))  # what is generated is text
+        marks = self.marks_of(batch, derived(lambda ids: F.pad(ids, (0, 1)), row.ids_BS))  # new tokens are text
         return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both, marks)
 
     @torch.no_grad()
     def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:
-        """``[B]``: ``exp(mean_t log p(said_bt))``, the end included; 0 where nothing is asked."""
+        """Compute ``exp(mean_t log p(said_bt))``, ``[B]``, including the end token; 0 if nothing is asked."""
         before_NW, token_N, sample_N = self.answered(answered_with(batch, answer_ids_BM, self.answer_token))
         log_B, some_B = means(log_probabilities(before_NW, self.lm.head.weight, token_N), sample_N, len(batch))
         return torch.where(some_B, log_B.exp(), 0.0)
@@ -224,14 +227,14 @@ class LanguageRecipe(Recipe):
         return {"scores": self.scores(batch)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Features of each dialogue, means over its tokens, from which scorers of instruction data learn (mmSSR):
+        """Compute features of each dialogue, from which scorers of instruction data learn (mmSSR):
 
             image  = mean of the image's tokens, as the model reads them
             text   = mean_t h_t,                        over all tokens t of the dialogue
             answer = mean_t (h_t * w_t, log p_t),       over the tokens of the answer
 
-        with ``h_t`` what the head reads before token t and ``w_t`` the head's row of it, whose products sum
-        is its logit: a linear scorer sees how well the answer fits.
+        ``h_t`` is what the head reads before token t, and ``w_t`` is the head's row for token t. Their products sum to
+        the token's logit, so a linear scorer sees how well the answer fits.
         """
         embedded_BSW, h_BSW, row = self.read(batch)
         before_NW, token_N, sample_N = self._before(h_BSW, row)
@@ -247,7 +250,7 @@ class LanguageRecipe(Recipe):
     # rollouts of GRPO ---------------------------------------------------------------------------------------------
 
     def roll_out(self, batch: Batch, group: int, seed_R: Tensor) -> Generated:
-        """``group`` answers to each question; a token that no answer has ends one, and is not part of it."""
+        """Sample ``group`` answers per question; a token that answers never contain ends one and is not part of it."""
         answers = self.roll(batch, self.new, group, self.sampling, seed_R, (EOS, PAD, *self.marks.values()))
         last_R1 = (answers.length_R - 1).clamp(min=0)[:, None]
         ended_R = answers.ended_R & (answers.length_R > 0) & (answers.token_RN.gather(1, last_R1)[:, 0] == EOS)
@@ -259,20 +262,20 @@ class LanguageRecipe(Recipe):
         return self.objective.needs_reference
 
     def reference(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities ``[N]`` of the answers' tokens under the reference; the sample of each, and its place."""
+        """Return log-probabilities ``[N]`` of answer tokens under the reference, and each token's sample and place."""
         assert self.teaching is not None
         network = self.teaching.network.to(self.device)
         return answer_log_probabilities(network, batch, self.sampling.temperature)
 
 
 def _mean(h_BSW: Tensor, keep_BS: Tensor) -> Tensor:
-    """Means over some tokens of each sample, zero where it has none: ``[B, W]``."""
+    """Average some tokens of each sample, ``[B, W]``; zero if it has none."""
     keep_BS1 = keep_BS[:, :, None].to(h_BSW)
     return (h_BSW * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp_min(1)
 
 
 def found(routing: Routing, experts: int, key_N: Tensor) -> Tensor:
-    """``[N]``, on the CPU: real experts that compute the tokens of these keys; 0 where a layer has not seen one."""
+    """Count the real experts that compute the tokens of these keys, ``[N]``, on the CPU; 0 for unseen tokens."""
     assert routing.marks.key is not None
     count_M, key_M = routing.runs(experts).sum(dim=1).cpu(), routing.marks.key.cpu()
     order_M = key_M.argsort()

@@ -26,7 +26,7 @@ from descant.recipes.base.recipe import Recipe
 
 
 class MaskedRecipe(Recipe):
-    """Base of masked models; a recipe on top brings the parts and the terms."""
+    """Base of masked models; a subclass adds the parts and the terms."""
 
     adapters: Adapters
     decoder: Decoder
@@ -38,7 +38,7 @@ class MaskedRecipe(Recipe):
     fill: Imputer | None
     align: Alignment | None
 
-    #: An embedding of several modalities is another than those of each: what is absent changes it.
+    #: An embedding of several modalities differs from those of each alone: an absent modality changes it.
     joint_embedding = True
 
     def setup(self, stage: str) -> None:
@@ -56,7 +56,7 @@ class MaskedRecipe(Recipe):
             fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Modality -> raw content ``[B, T, P]``, and bool ``[B, T]``: tokens that a sample has."""
+        """Return each modality's raw content ``[B, T, P]``, and a bool mask ``[B, T]`` of the tokens that exist."""
         missing = [m for m in self.adapters if m not in batch.inputs]
         if missing:
             raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
@@ -73,7 +73,7 @@ class MaskedRecipe(Recipe):
         return raw, real
 
     def arranged(self, raw: dict[str, Tensor], real: dict[str, Tensor], masks: Masks) -> dict[str, Arranged]:
-        """Modality -> its tokens as encoder and decoder get them."""
+        """Arrange each modality's tokens for encoder and decoder."""
         return {
             m: adapter.arrange(raw[m], real[m], masks.visible[m], masks.target[m], masks.loss[m])
             for m, adapter in self.adapters.each().items()
@@ -86,7 +86,7 @@ class MaskedRecipe(Recipe):
         task_B: Tensor | None = None,
         routings: list[Routing] | None = None,
     ) -> Encoded:
-        """The encoder over visible tokens alone; its experts may know tasks, and fill ``routings``."""
+        """Encode the visible tokens only; experts may know the task of a sample, and fill ``routings``."""
         at, adapters = {m: At.of(mask_BT) for m, mask_BT in visible.items()}, self.adapters.each()
         kinds = []
         for m, at_m in at.items():
@@ -102,19 +102,19 @@ class MaskedRecipe(Recipe):
 
     @property
     def token_kinds(self) -> tuple[str, ...]:
-        """Names of the kinds of tokens that experts know, in the order of their numbers."""
+        """Return the names of the token kinds that experts distinguish, in the order of their numbers."""
         return ("global", *self.adapters)
 
     @property
     def experts(self) -> ExpertLayers | None:
-        """The sparse experts of the encoder, if it has some."""
+        """Return the sparse experts of the encoder, if it has any."""
         return getattr(self.towers["encoder"], "experts", None)
 
     def expert_terms(self, routings: list[Routing]) -> dict[str, Term]:
-        """Balance of the use of experts, and losses of their routers, in training."""
+        """Compute load-balancing terms of experts and losses of their routers, in training."""
         return expert_terms(self.experts, routings) if self.training else {}
 
-    # what callbacks ask for ----------------------------------------------------------------------------------------
+    # what callbacks use --------------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
         raw, real = self.raw(batch)
@@ -128,14 +128,14 @@ class MaskedRecipe(Recipe):
         return z
 
     def scores(self, batch: Batch) -> dict[str, Term]:
-        """``loss`` of all terms, and ``loss_{term}`` of each where there are several."""
+        """Return ``loss`` of all terms and, if there are several, ``loss_{term}`` of each."""
         terms = {name.removeprefix("mask/"): term for name, term in self.terms(batch).items()}
         return held_out_losses(terms, {name.removeprefix("mask/"): x for name, x in self.step.mix.items()})
 
     def reconstruct(self, batch: Batch, corruption: Corruption | None = None) -> dict[str, ReconstructionOutput]:
-        """What is seen stays as it is, what is masked is predicted; padding stays what it is.
+        """Predict the masked content; visible content and padding stay unchanged.
 
-        Modalities that are never targets, or predicted in order from the targets before, are left out.
+        Modalities that are never targets, or are predicted in order from earlier targets, are left out.
         """
         relative = [m for m, adapter in self.adapters.each().items() if adapter.relative and m in self.targets]
         if relative:
@@ -171,7 +171,7 @@ def _of_present(real_BT: Tensor, present_B: Tensor) -> Tensor:
 
 
 def embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Modalities that are embedded together: those given, or each alone and all together.
+    """Return the modalities that are embedded together: those given, or by default each alone and all together.
 
     >>> embedded(None, ("image", "text"))
     [('image',), ('text',), ('image', 'text')]

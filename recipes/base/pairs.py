@@ -1,4 +1,4 @@
-"""Pairs of modalities that are contrasted, and how well samples of one match samples of the other. Letters: N pairs."""
+"""Pairs of modalities to contrast, and scorers of how well samples of both match. Letters: N pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from descant.modules.losses.contrastive import similarity_scorer
 def pair_scorers(
     pairs: Mapping[str, tuple[str, str]], losses: nn.ModuleDict, z: Mapping[str, Tensor]
 ) -> dict[str, Scorer]:
-    """By the name of a pair: ``scale z_a . z_b`` of rows of one modality and rows of the other."""
+    """Build a scorer per pair name: ``scale z_a . z_b`` between rows of one modality and rows of the other."""
     return {name: similarity_scorer(losses[name], z[a], z[b]) for name, (a, b) in pairs.items()}
 
 
 def modality_pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """Name -> pair; all of them where none are given. Raises ValueError for a pair of other modalities."""
+    """Return pairs by name; all pairs if none are given. Raise ValueError for a pair of unknown modalities."""
     if len(modalities) < 2:
         raise ValueError(f"towers: contrast needs two modalities, got {', '.join(modalities) or 'none'}")
     for pair in pairs or []:

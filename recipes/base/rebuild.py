@@ -1,4 +1,4 @@
-"""A recipe of a run or an export, as it is on disk: what is loaded, and what other recipes begin from."""
+"""Rebuild the recipe of a run or an export from disk, for loading it or for other recipes that begin from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from descant.modules.io.lean import completed
 from descant.modules.io.saved import Node, Saved
 from descant.recipes.base.recipe import Recipe
 
-#: Arguments of every recipe that say how it trains, not what it is.
+#: Arguments of every recipe that define its training, not its model.
 TRAINING = tuple(name for name in inspect.signature(Recipe.__init__).parameters if name not in ("self", "adapt"))
 
 
 def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
-    """Build the recipe that a configuration describes, or fill ``into``, with the weights beside it, in eval mode."""
+    """Build the recipe that a configuration describes, or fill ``into``; load the weights beside it, in eval mode."""
     recipe = build(found) if into is None else into
     recipe.configure_model()
     checkpoint = saved.read_checkpoint(found)
@@ -29,7 +29,7 @@ def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
 
 
 def build(found: Saved) -> Recipe:
-    """The same with the weights that it has before training: random, or of pretrained files."""
+    """Build the recipe with its weights from before training: random, or from pretrained files."""
     with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift other draws
         recipe = saved.build(Recipe, {**found.model, "init_args": untrained(found.model)}, found.folder)
         recipe.configure_model()
@@ -37,5 +37,5 @@ def build(found: Saved) -> Recipe:
 
 
 def untrained(model: Node) -> Node:
-    """A recipe's arguments without those of its training."""
+    """Return a recipe's arguments without those of its training."""
     return {key: value for key, value in (model.get("init_args") or {}).items() if key not in TRAINING}

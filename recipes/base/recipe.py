@@ -33,23 +33,24 @@ from descant.modules.training_setup.unused_parameters import find_unused
 
 
 class Recipe(L.LightningModule):
-    """A LightningModule with ``forward(batch) -> Output``; the base adds the terms, and callbacks weigh them.
+    """LightningModule with ``forward(batch) -> Output``; this base sums the loss terms, and callbacks weight them.
 
     Args:
-        optimizer: class and arguments of the optimizer; its parameters come in groups, so that norms, biases and
-            scalars take no weight decay.
+        optimizer: class and arguments of the optimizer; parameters come in groups, so that norms, biases and scalars
+            get no weight decay.
         schedule: shape of the learning rate over the run; None keeps it constant.
-        mix: fixed coefficients of terms by name (1 where absent).
-        chunks: cut each rank's batch into so many pieces for the towers, one at a time in memory (GradCache): the
-            gradients of the whole batch, for about a third more compute. For terms with in-batch negatives.
+        mix: fixed coefficients of terms by name (1 if absent).
+        chunks: number of pieces of each rank's batch, of which the towers keep one at a time in memory (GradCache).
+            The gradients are those of the whole batch, for about a third more compute. For terms with in-batch
+            negatives.
         adapt: changes to the model before training, in order: LoRA, quantised layers.
         checkpointing: recompute activations in backward instead of keeping them.
         compile: compile the towers.
         shard: split parameters over ranks (FSDP2, HSDP), and experts.
-        distill: what is learned of another network beside the recipe's own terms; of no use after training.
+        distill: terms that learn from another network, in addition to the recipe's own; unused after training.
     """
 
-    #: True where a term contrasts samples of a batch: accumulating small batches is then another method.
+    #: True if a term contrasts samples of a batch; accumulating small batches would then change the method.
     in_batch_negatives: bool = False
     towers: nn.ModuleDict
 
@@ -75,33 +76,33 @@ class Recipe(L.LightningModule):
             )
         self.step, self.hooks = Step(mix=mix or {}, chunks=chunks), GradientHooks()
         self.row_tracker = RowTracker()
-        #: Of the micro-batch between its forward and its backward pass, for callbacks that get only the loss.
+        #: Output of the current micro-batch until its training step ends, for callbacks that get only the loss.
         self.output: Output | None = None
         self._optimizer, self._schedule = optimizer, schedule
         self.parts = [part for part in (*(adapt or []), checkpointing, compile) if part is not None]
         self.sharding = shard
         self._configured = False
         self.distill = distill
-        self._outer: list[Recipe] = []  # the recipe that wraps this one; a list, so that it is no submodule
+        self._outer: list[Recipe] = []  # the recipe that wraps this one; a list, so that it is not a submodule
 
     # what a recipe is ------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Output:
-        """Loss terms of a batch by name, one value a sample, and what callbacks and teachers read beside them."""
+        """Compute a batch's loss terms by name, one value per sample, and whatever else callbacks and teachers read."""
         raise NotImplementedError(f"{type(self).__name__}: forward(batch) -> Output")
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """Terms and auxiliary terms of :meth:`forward`."""
+        """Return the terms and auxiliary terms of :meth:`forward`."""
         return self.forward(batch).all_terms()
 
     @property
     def teaching(self) -> Teaching | None:
-        """``distill`` of this recipe, where it has a teacher of its own, or of the one that wraps it."""
+        """Return the distillation in effect: this recipe's own, otherwise that of the recipe that wraps it."""
         return self.distill or (self._outer[0].teaching if self._outer else None)
 
     @property
     def nested(self) -> dict[str, Recipe]:
-        """This recipe and those that it wraps, by the prefix of their parameters' names."""
+        """Return this recipe and those that it wraps, by the prefix of their parameters' names."""
         inner = getattr(self, "inner", None)
         wrapped = inner.nested.items() if isinstance(inner, Recipe) else ()
         return {"": self} | {f"inner.{prefix}": recipe for prefix, recipe in wrapped}
@@ -112,12 +113,12 @@ class Recipe(L.LightningModule):
         return self.sharding is not None
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters that several terms share: what a parameter-level harmonizer looks at."""
+        """Return the parameters that several terms share, for parameter-level harmonizers."""
         return (p for p in self.parameters() if p.requires_grad)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's, for a recipe whose arguments are given; a run has them, and :func:`descant.load` takes them."""
+        """Load as Lightning does, with the recipe's arguments given; :func:`descant.load` takes them from the run."""
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except TypeError as error:
@@ -136,7 +137,7 @@ class Recipe(L.LightningModule):
         if self._trainer is not None and isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning does so only after it has read a checkpoint, whose weights it would round
         with torch.random.fork_rng(devices=[]):
-            # adapters begin alike on any number of ranks: several have begun their generators anew, one has not
+            # so that adapters start alike on any number of ranks: several ranks have reseeded generators, one has not
             torch.default_generator.manual_seed(mix(global_seed(), "adapt"))
             for part in self.parts:
                 part.apply(self)
@@ -149,18 +150,18 @@ class Recipe(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for prefix, recipe in self.nested.items():
-            # a checkpoint in shards has its weights elsewhere
+            # a sharded checkpoint stores its weights elsewhere
             if "state_dict" in checkpoint and (recipe.distill is None or not recipe.distill.prepared):
                 checkpoint["state_dict"] = without_distill(checkpoint["state_dict"], prefix)
 
     def require_data(self, data: Any) -> None:
-        """Raises ValueError for data whose samples the recipe with its present settings cannot be trained on."""
+        """Raise ValueError if the recipe, with its current settings, cannot train on samples of this data."""
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer
         self.step.world, self.step.accumulate = trainer.world_size, trainer.accumulate_grad_batches
         if stage == "fit" and trainer.world_size > 1:
-            synchronize(self)  # so that ranks change nothing that is learned
+            synchronize(self)  # so that the result does not depend on the number of ranks
             find_unused(self, trainer.strategy)
         running.require_accumulation(self, trainer, stage)
         for name, tower in getattr(self, "towers", {}).items():
@@ -172,7 +173,7 @@ class Recipe(L.LightningModule):
 
     @property
     def optimizer_now(self) -> OptimizerCallable:
-        """Class and arguments of the optimizer of what trains now."""
+        """Return the optimizer factory for the stage that is currently training."""
         return self._optimizer
 
     @property
@@ -184,7 +185,7 @@ class Recipe(L.LightningModule):
         return running.end_of_run(self.trainer)
 
     def objective_of(self, batch: Batch) -> Objective:
-        """The weighted terms of a micro-batch, those of distillation among them."""
+        """Compute the weighted terms of a micro-batch, including those of distillation."""
         self.step.require_chunks(len(batch))
         batch = self.step.with_counts(batch)
         self.output = self.forward(batch)
@@ -201,7 +202,7 @@ class Recipe(L.LightningModule):
         objective = self.objective_of(batch)
         if (self.global_step + 1) % running.log_interval(self.trainer) == 0:  # logging costs more than small steps do
             if self.step.faults.raises:
-                self.step.faults.require_finite()  # where an accelerator is read anyway
+                self.step.faults.require_finite()  # logging waits for the accelerator anyway
             world = self.step.world
             values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
             values["train/loss"] = objective.total.detach()
@@ -233,7 +234,7 @@ class Recipe(L.LightningModule):
                 recipe.distill.follow(recipe)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """The embeddings of a batch, where the recipe has some; callbacks judge them."""
+        """Return the embeddings of a batch, if the recipe has any; callbacks evaluate them."""
         return {"z": self.embed(batch)} if has(self, Embeds) else {}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

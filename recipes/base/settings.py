@@ -1,4 +1,4 @@
-"""Fields of a recipe by dotted names: what a stage may set."""
+"""Fields of a recipe that a stage may set, by dotted names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several modalities in one shared space: what recipes of embeddings have in common.
+"""Several modalities in one shared space: the common base of embedding recipes.
 
     h_m = pool(tower_m(x_m))        z_m = normalise(head_m(h_m))        for every modality m that is present
 
@@ -31,17 +31,17 @@ from descant.recipes.base.recipe import Recipe
 
 
 class SharedSpace(Recipe):
-    """Base of recipes of one space: towers, pools and heads. A recipe on top brings the terms.
+    """Base of recipes with one shared space: towers, pools and heads. A subclass adds the terms.
 
-    A tower that gives embeddings (``projected``, such as :class:`PretrainedTower`) has neither pool nor head here: its
-    embeddings are those of the space.
+    A tower that outputs embeddings (``projected``, such as :class:`PretrainedTower`) has neither pool nor head here:
+    its embeddings are already in the shared space.
 
     Args:
-        towers: one tower a modality.
-        width: of the shared embedding space.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        norm: a LayerNorm before each modality's projection, or before those of some; without one, linear towers make
-            linear latents. CLIP has one for images alone.
+        towers: one tower per modality.
+        width: width of the shared embedding space.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        norm: use a LayerNorm before the projection, for all modalities or for each one. Without it, linear towers give
+            linear latents. CLIP has one for images only.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SharedSpace(Recipe):
                 for m, tower in towers.items()
             }
         )
-        #: Set around a forward pass: features in place of missing modalities.
+        #: Imputes features of missing modalities; set only during a forward pass.
         self.imputation: Imputation | None = None
         norms, projects = _of_each("norm", norm, towers), _of_each("project", project, towers)
         self.heads = nn.ModuleDict(
@@ -75,22 +75,22 @@ class SharedSpace(Recipe):
 
     @property
     def before_pools(self) -> UniversalLayers | None:
-        """Layers of several modalities between towers and pools."""
+        """Return the layers that modalities share between towers and pools, if any."""
         return None
 
     def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
-        """The parameters that are of this modality alone."""
+        """Return the parameters that belong to this modality only."""
         return (p for part in (self.towers, self.pools, self.heads) for p in part[modality].parameters())
 
     def features(self, x: Tensor, modality: str) -> Tensor:
-        """``[B, ...] -> h_BD``: tower and pool."""
+        """Apply tower and pool: ``[B, ...] -> h_BD``."""
         return self.pooled(self.towers[modality](x), modality)
 
     def pooled(self, tokens: Tokens, modality: str) -> Tensor:
         return self.pools[modality](tokens)
 
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
-        """``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
+        """Compute ``h_BD`` of one modality; the tower sees present rows only, and absent rows are zero."""
         present_B = batch.present[modality]
         x, imputation = batch.inputs[modality + view], self.imputation
         if imputation is None:
@@ -100,14 +100,14 @@ class SharedSpace(Recipe):
 
     def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
-        if host_copy(present_B).all():  # of the loader, so that no step waits for a device to know its shapes
+        if host_copy(present_B).all():  # the loader's copy, so that no step waits for the device to know its shapes
             return self.step.chunked(features, x, tower)
-        rows = RunningRows(present_B, x.device, least=self.step.chunks)  # one row a chunk
+        rows = RunningRows(present_B, x.device, least=self.step.chunks)  # one row per chunk
         with rows.running(tower, self.row_tracker):
             return rows.put(self.step.chunked(features, rows.take(x), tower))
 
     def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
-        """``z_BD`` of token embeddings: what comes after the ``embed`` of a tower."""
+        """Compute ``z_BD`` from token embeddings: all that follows the ``embed`` of a tower."""
         tower = self.towers[modality]
         assert has(tower, Encodes)
         tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
@@ -121,17 +121,17 @@ class SharedSpace(Recipe):
         return self.together({m: self.present_features(batch, m) for m in self.towers if m in batch.inputs}, batch)
 
     def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Modality -> ``z_BD`` in the shared space, of its features ``h_BD``."""
+        """Project each modality's features ``h_BD`` into the shared space, ``z_BD``."""
         return {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
 
 
 def projected(tower: nn.Module) -> bool:
-    """Whether a tower gives embeddings, which no head projects."""
+    """Whether a tower outputs embeddings, which need no head."""
     return cast(Tower, tower).projected
 
 
 def head_of(m: str, tower: nn.Module, width: int, norm: bool) -> nn.Module:
-    """The projection of a tower's features into the space; none of a tower of embeddings."""
+    """Build the projection of a tower's features into the space; an identity for a tower of embeddings."""
     if not projected(tower):
         return Projection(cast(Tower, tower).width, width, norm=norm)
     return _no_head(m, tower, width)
@@ -147,7 +147,7 @@ def _no_head(m: str, tower: nn.Module, width: int) -> nn.Module:
 
 
 def _of_each(name: str, value: bool | dict[str, bool], towers: Towers) -> dict[str, bool]:
-    """The setting of each modality; true of those that are not named."""
+    """Return the setting of each modality; True for those that are not named."""
     given = value if isinstance(value, dict) else dict.fromkeys(towers, value)
     for m in given:
         if m not in towers:

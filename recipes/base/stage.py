@@ -18,20 +18,21 @@ from descant.modules.training_setup.schedule import Schedule
 
 
 class Stage:
-    """What one stage of a run trains, and how. Its data and its length are in the data module's stage of this name.
+    """Stage of a run: what it trains, and how. The data module's stage of this name has its data and its length.
 
     Args:
-        objective: of a recipe with a choice of objectives, such as VisionLanguage: SFT, GRPO or DPO; the recipe's own
-            where not given.
-        train: a regular expression, searched in the names of parameters; all trainable ones train where it is empty.
-        optimizer, schedule: of the stage, whose steps the schedule counts; the recipe's where not given.
-        load: weights to begin with, in place of those that the stage before left.
+        objective: objective for a recipe that offers several, such as VisionLanguage: SFT, GRPO or DPO; by default the
+            recipe's own.
+        train: regular expression, searched in the names of parameters; if empty, all trainable parameters train.
+        optimizer, schedule: optimizer and schedule of the stage; the schedule counts the stage's steps. By default the
+            recipe's.
+        load: weights to begin with, instead of those that the previous stage left.
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
-            ``{pool_global: true}``, ``{projector.side: 4}`` or ``{losses.image-text.max_log_scale: 3.0}``; later stages
-            begin with the recipe's own.
-        mix: coefficients of terms in this stage, such as ``{text: 0.0}``; those of the run where not given.
+            ``{pool_global: true}``, ``{projector.side: 4}`` or ``{losses.image-text.max_log_scale: 3.0}``. Later stages
+            begin with the recipe's own values.
+        mix: coefficients of terms in this stage, such as ``{text: 0.0}``; by default those of the run.
         begin: changes of the model when the stage begins, in this order, after ``load``.
-        end: changes when it ends, after its last validation and before its weights are saved, such as
+        end: changes when the stage ends, after its last validation and before its weights are saved, such as
             ``[{class_path: TaskMerge}]``. Running statistics of batch norms are then estimated anew.
     """
 
@@ -56,7 +57,7 @@ class Stage:
         self.begin, self.end, self.mix = list(begin or []), list(end or []), dict(mix or {})
 
     def require(self, name: str, recipe: Any) -> None:
-        """Raises ValueError for a recipe that cannot have this stage's objective, or changes."""
+        """Raise ValueError if the recipe does not support this stage's objective or changes."""
         for change in self.end:
             if change.structural:
                 raise ValueError(f"stages.{name}.end: {type(change).__name__} changes the structure; give it to begin")
@@ -70,9 +71,9 @@ class Stage:
             raise ValueError(f"stages.{name}: {error}") from None
 
     def require_data(self, name: str, recipe: Any, data: Any) -> None:
-        """Raises ValueError for data that the recipe, which has this stage's settings, cannot take.
+        """Raise ValueError for data that the recipe cannot take with this stage's settings.
 
-        Evaluation sets are judged with them, too.
+        Evaluation sets are checked with the same settings.
         """
         if not has(data, StagedDataModule) or name not in data.stages or not data.stages[name].epochs:
             return
@@ -84,7 +85,7 @@ class Stage:
             raise ValueError(f"stages.{name}: {error}") from None
 
     def trained(self, name: str, parameters: Iterable[str]) -> set[str]:
-        """The names of the parameters that train. Raises ValueError if ``train`` matches none."""
+        """Return the names of the parameters that train. Raise ValueError if ``train`` matches none."""
         names = list(parameters)
         trained = {parameter for parameter in names if self.train.search(parameter)}
         if not trained:

@@ -1,4 +1,4 @@
-"""Shared space whose evaluation reads streams: embeddings of each modality, and of pairs of them together.
+"""Shared space that is evaluated from streams: embeddings of each modality, and of pairs of modalities.
 
 Letters: B samples, D width.
 """
@@ -29,7 +29,7 @@ from descant.recipes.base.shared_space import SharedSpace
 
 
 def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
-    """Build ``{distill: the average that teaches objectives}`` for these options of a recipe; empty if unneeded."""
+    """Build ``{distill: teacher}`` with the averaged weights that objectives with momentum need; empty if none does."""
     momentum = {o.momentum: name for name, o in objectives.items() if o.momentum is not None}
     if len(momentum) > 1:
         each = " and ".join(f"{name} {decay:g}" for decay, name in momentum.items())
@@ -41,14 +41,14 @@ def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, An
 
 
 class StreamSpace(SharedSpace):
-    """Base of recipes whose objectives read :class:`Streams`; one on top sets objectives, universal layers and graph.
+    """Base of recipes whose objectives read :class:`Streams`; a subclass sets objectives, universal layers and graph.
 
     Args:
-        towers: one tower a modality.
-        width: of the shared embedding space.
-        pool: tokens to one vector, a copy for each modality; or one a modality.
-        embeds: pairs that are evaluated together too, such as [[image, table]]: ``image+table``, both embeddings side
-            by side and, where an objective fuses them, the first fused token.
+        towers: one tower per modality.
+        width: width of the shared embedding space.
+        pool: pools tokens to one vector, copied for each modality; or one pool per modality.
+        embeds: pairs that are also evaluated together, such as [[image, table]]: ``image+table`` joins both embeddings
+            side by side and, if an objective fuses them, the first fused token.
     """
 
     objectives: nn.ModuleDict
@@ -74,7 +74,7 @@ class StreamSpace(SharedSpace):
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
-        """Pairs of modalities that objectives score, by the name of the term."""
+        """Return the pairs of modalities that objectives score, by the name of the term."""
         return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
 
     @property
@@ -86,7 +86,7 @@ class StreamSpace(SharedSpace):
         return pooled(cast(Any, self), tokens, modality)
 
     def streams(self, batch: Batch) -> Streams:
-        """Of a batch in training: with those of the teacher, if objectives have one."""
+        """Build the streams of a training batch, with the teacher's streams if objectives have a teacher."""
         taught = None
         if self.teaching is not None and any(objective.momentum is not None for objective in self.tasks.values()):
             self.teaching.prepare(self)
@@ -94,7 +94,7 @@ class StreamSpace(SharedSpace):
         return Streams(cast(Any, self), batch, taught)
 
     def _views(self, streams: Streams) -> dict[str, Streams]:
-        """The streams as each objective sees them, with the tokens that it hides."""
+        """Return the streams as each objective sees them, with its own hidden tokens."""
         masks = dict[Hashable, Masks | None]()
         for name, objective in self.tasks.items():
             if objective.hiding not in masks:
@@ -111,7 +111,7 @@ class StreamSpace(SharedSpace):
         return {name: make for name, make in made.items() if make is not None}
 
     def _expert_terms(self, streams: Streams) -> dict[str, Term]:
-        """Even use of the experts of universal layers, by the tokens of all modalities, in training."""
+        """Compute load-balancing terms of the universal layers' experts, over tokens of all modalities, in training."""
         if not self.training or self.universal is None:
             return {}
         return expert_terms(self.universal.experts, [joined(calls) for calls in zip(*streams.routings, strict=True)])
@@ -121,13 +121,13 @@ class StreamSpace(SharedSpace):
         return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
 
     def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
-        """Scores of each objective, such as ``accuracy_match``; ``streams``: of the batch, where they are made."""
+        """Compute scores of each objective, such as ``accuracy_match``; ``streams``: the batch's, if already built."""
         views = self._views(streams or Streams(cast(Any, self), batch))
         each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
         return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
     def _answers(self, batch: Batch, streams: Streams) -> dict[str, dict[str, Tensor]]:
-        """``logits`` and ``numbers`` by target, of the first objective that predicts it from what the batch has."""
+        """Return ``logits`` and ``numbers`` by target, from the first objective that predicts it from these inputs."""
         found: dict[str, dict[str, Tensor]] = {"logits": {}, "numbers": {}}
         views = self._views(streams)
         for name, task in self.tasks.items():
@@ -140,7 +140,7 @@ class StreamSpace(SharedSpace):
         return self._answers(batch, Streams(cast(Any, self), batch))["numbers"]
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Embeddings, and what objectives predict of targets."""
+        """Return embeddings, and the objectives' predictions of targets."""
         streams = Streams(cast(Any, self), batch)
         z = self.embeddings(streams)
         present = {**batch.present, **{m: batch.there(m) for m in z}}
@@ -150,7 +150,7 @@ class StreamSpace(SharedSpace):
         return self.embeddings(Streams(cast(Any, self), batch))
 
     def embeddings(self, streams: Streams) -> dict[str, Tensor]:
-        """``z_BD`` of each modality of a batch, and of pairs of them."""
+        """Compute ``z_BD`` of each modality of a batch, and of the pairs in ``embeds``."""
         z = {m: streams.latent(m) for m in self.towers if m in streams.batch.inputs}
         fused = {frozenset(pair) for objective in self.tasks.values() for pair in objective.fuses}
         pairs = [pair for pair in self.embeds if {*pair} <= z.keys()]

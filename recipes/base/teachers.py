@@ -1,4 +1,4 @@
-"""Unimodal teachers of each modality's tower (UMT).
+"""Unimodal teachers for each modality's tower (UMT).
 
 Letters: B samples, D width of latents.
 """
@@ -20,16 +20,16 @@ from descant.recipes.base.rebuild import rebuild
 
 
 class Teachers(Regularizer):
-    """Match latents to those of unimodal teachers (UMT): a term a modality, ``teacher-{modality}``.
+    """Match latents to those of unimodal teachers (UMT): one term per modality, ``teacher-{modality}``.
 
         value_b = weight mean_d (z_mbd - t_m(x_mb)_d)^2
 
-    Teachers are frozen, read when training begins, and neither saved with the run nor needed after it. They get the
-    student's own view of a sample, with that one modality. Source: Du 2023, arXiv 2305.01233 (UMT).
+    Teachers are frozen and loaded when training begins. They are neither saved with the run nor needed after it. Each
+    gets the student's own view of a sample, with its modality only. Source: Du 2023, arXiv 2305.01233 (UMT).
 
     Args:
         paths: modality -> a run folder, a checkpoint in one, or an export, of a recipe with latents of that modality.
-        weight: of each term. checkpoint: of a run folder: best, last or a file in it.
+        weight: weight of each term. checkpoint: in a run folder: best, last or a file in it.
     """
 
     def __init__(self, paths: dict[str, str], weight: float = 10.0, checkpoint: str = "best") -> None:
@@ -37,7 +37,7 @@ class Teachers(Regularizer):
         if not paths:
             raise ValueError("Teachers: paths: none; such as {image: runs/image-alone}")
         self.paths, self.weight, self.checkpoint = dict(paths), weight, checkpoint
-        self._teachers: list[tuple[str, nn.Module]] = []  # a list, so that they are no part of the run
+        self._teachers: list[tuple[str, nn.Module]] = []  # a list, so that they are not submodules of the run
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
         z, present, _ = context.inputs

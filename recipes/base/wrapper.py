@@ -1,4 +1,4 @@
-"""Recipes that wrap another recipe: what the inner one can do, the wrapper can do."""
+"""Recipes that wrap another recipe and have all of its capabilities."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from descant.recipes.base.recipe import Recipe
 
 
 class Wrapper(Recipe):
-    """A recipe around ``inner``, with its step and hooks, and with every public attribute that it lacks itself.
+    """Recipe around ``inner`` that shares its step and hooks, and forwards public attributes that it lacks itself.
 
-    A method of ``inner`` whose first argument is ``batch`` goes through ``of_batch``, one whose first argument is ``z``
-    (latents by modality) through ``of_latents``. A subclass overrides these two.
+    Methods of ``inner`` whose first argument is ``batch`` are called through ``of_batch``. Those whose first argument
+    is ``z`` (latents by modality) are called through ``of_latents``. A subclass overrides these two.
 
     Args:
-        inner: the recipe.
+        inner: the wrapped recipe.
     """
 
     inner: Recipe
@@ -35,11 +35,11 @@ class Wrapper(Recipe):
         inner.step, inner.hooks, self.row_tracker = self.step, self.hooks, share_rows(inner)
 
     def of_batch(self, name: str, batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        """``inner.name(batch, ...)``."""
+        """Call ``inner.name(batch, ...)``."""
         return getattr(self.inner, name)(batch, *args, **kwargs)
 
     def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Any:
-        """``inner.name(z, present)``."""
+        """Call ``inner.name(z, present)``."""
         return getattr(self.inner, name)(z, present)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,7 +56,7 @@ class Wrapper(Recipe):
         def call(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
             return getattr(self, route)(name, *args, **kwargs)
 
-        return MethodType(call, self)  # a method as that of inner is: sharding asks for one
+        return MethodType(call, self)  # a method, like that of inner, because sharding needs one
 
     def forward(self, batch: Batch) -> Output:
         return self.inner.forward(batch)
@@ -81,11 +81,11 @@ class Wrapper(Recipe):
         inner.modality_mask = mask
 
 
-#: First argument of a method of ``inner`` -> the method of the wrapper that it goes through.
+#: First argument of a method of ``inner`` -> the wrapper's method that calls it.
 _ROUTES = {"batch": "of_batch", "z": "of_latents"}
 
 
 @cache
 def _argument(function: FunctionType) -> str:
-    """Name of a method's first argument behind ``self``; "" where it has none."""
+    """Return the name of a method's first argument after ``self``, or "" if it has none."""
     return next(iter(list(inspect.signature(function).parameters)[1:]), "")
