@@ -52,7 +52,7 @@ class HarmonizeTowers(Ordered):
             raise ValueError(f"HarmonizeTowers: every {every}: 1 is the least")
         if rule.whole_gradients or not rule.reads_gradients or rule.remembers:
             other = "HarmonizeFeatures" if rule.whole_gradients else "Harmonize"
-            raise ValueError(f"HarmonizeTowers: {name} is a rule for {other}; here such as Pareto, PCGrad or MGDA")
+            raise ValueError(f"HarmonizeTowers: {name} is a rule for {other}; here such as MMPareto, PCGrad or MGDA")
         self.rule, self.every, self.fallbacks = rule, every, 0
         self._met: Mapping[str, tuple[str, ...]] = {}
         self.mix: dict[str, Tensor] = {}  # modality -> [K]

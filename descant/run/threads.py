@@ -26,7 +26,7 @@ from descant.modules.io.files import write_json
 from descant.run import runs
 
 AUTO, MEASURE = "auto", "measure"
-#: Environment variable that decides if it is set.
+#: Environment variable that overrides the automatic choice.
 GIVEN = "OMP_NUM_THREADS"
 #: Steps with each number of threads: those that are left out, and those that are timed.
 _WARM, _TIMED = 2, 5

@@ -191,7 +191,7 @@ class Residual(nn.Module):
     ResNet-D's shortcut.
 
     ``width_in``, ``width``: channels in and out. ``stride``: of the first convolution. ``norm``: batch, or groups of at
-    most 16 channels. For the other arguments, see :class:`ConvTower`.
+    least 16 channels. For the other arguments, see :class:`ConvTower`.
     """
 
     def __init__(
