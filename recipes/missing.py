@@ -54,7 +54,8 @@ class MissingModality(AdaptedRecipe):
         bank: parameters for each set of available modalities, or none.
         fill: imputes features of absent modalities, which the recipe then treats as present; without it, the recipe
             applies its own masks.
-        available: which modalities training samples keep; by default any set but the empty and the whole one, equally often.
+        available: which modalities training samples keep; by default any set but the empty and the full one, equally
+            often.
         frozen: keep the whole recipe unchanged, including running statistics.
     """
 

@@ -44,8 +44,8 @@ class HarmonizeFeatures(Ordered):
     gradient of all samples' losses at the feature of sample i, not only of its own loss.
 
     It logs ``harmony/conflict`` (the share of samples with terms more than 90 degrees apart), ``harmony/cosine`` (the
-    mean), ``harmony/kept`` and ``harmony/fallbacks``. With an ``audit`` it also logs ``harmony/auc``, how well conflict detects noise over the
-    samples of the last 16 logged steps, and ``harmony/auc_tenth``, how well it did after a tenth of the run. The loss
+    mean), ``harmony/kept`` and ``harmony/fallbacks``. With an ``audit`` it also logs ``harmony/auc``, how well conflict
+    detects noise over the samples of the last 16 logged steps, and ``harmony/auc_tenth``, how well it did after a tenth of the run. The loss
     of a micro-batch is averaged over the samples that a curriculum keeps, of all ranks.
 
     Args:

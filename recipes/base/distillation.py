@@ -9,7 +9,8 @@
             targets: [{class_path: SoftTarget, init_args: {temperature: 2}}]
 
 Any recipe can learn from any other with the same number of classes, the same embedded modalities or the same scored
-pairs. The student's export is that of the student alone; a checkpoint also has a teacher that changes. In Peers, networks teach each other.
+pairs. The student's export is that of the student alone; a checkpoint also has a teacher that changes. In Peers,
+networks teach each other.
 TeacherTowers loads models of other packages from their folders; no run of Descant has trained them.
 """
 
