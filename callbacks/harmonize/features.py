@@ -45,8 +45,8 @@ class HarmonizeFeatures(Ordered):
 
     It logs ``harmony/conflict`` (the share of samples with terms more than 90 degrees apart), ``harmony/cosine`` (the
     mean), ``harmony/kept`` and ``harmony/fallbacks``. With an ``audit`` it also logs ``harmony/auc``, how well conflict
-    detects noise over the samples of the last 16 logged steps, and ``harmony/auc_tenth``, how well it did after a tenth of the run. The loss
-    of a micro-batch is averaged over the samples that a curriculum keeps, of all ranks.
+    detects noise over the samples of the last 16 logged steps, and ``harmony/auc_tenth``, how well it did after a tenth
+    of the run. The loss of a micro-batch is averaged over the samples that a curriculum keeps, of all ranks.
 
     Args:
         rule: the rule for each sample; the plain sum if not given.
