@@ -1,4 +1,4 @@
-"""Test the numbers of MyCallback, that training stays unchanged, and its errors. Letters: B samples, M towers."""
+"""Test MyCallback: its numbers, unchanged training, its errors. Letters: B samples, M towers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test the formula of MyTower by hand, and that samples do not affect each other. Letters: B samples, T tokens."""
+"""Test MyTower: its formula, and that samples do not mix. Letters: B samples, T tokens."""
 
 from __future__ import annotations
 

@@ -85,7 +85,10 @@ def test_help_of_a_class_needs_no_torch(tmp_path: Path, written_content: dict[st
         return subprocess.run([sys.executable, "-c", code, "fit", *args], capture_output=True, text=True, env=env)
 
     told = ask("--model.help", "Contrastive")
-    assert told.returncode == 0 and "  width: a whole number (128)\n      of the shared embedding space." in told.stdout
+    assert (
+        told.returncode == 0
+        and "  width: a whole number (128)\n      width of the shared embedding space." in told.stdout
+    )
     assert "  towers: a class of kind Towers (needed)" in told.stdout
     assert max(map(len, told.stdout.splitlines())) <= 110
     below = ask("--config", "contrastive/emoji", "--model.optimizer.help", "SGD")
