@@ -28,7 +28,7 @@ class Row:
 
     @classmethod
     def at_least(cls, name: str, value: float, bar: float, interval: tuple[float, float] | None = None) -> Row:
-        """Make a row that is ok if the value, or the lower end of its interval, reaches the bar; nan does not.
+        """Make a row that passes if the value, or the lower end of its interval, reaches the bar; nan fails.
 
         >>> Row.at_least("x", 1.0, bar=0.98, interval=(0.97, 1.03)).ok
         False
@@ -39,7 +39,7 @@ class Row:
 
     @classmethod
     def at_most(cls, name: str, value: float, bar: float, interval: tuple[float, float] | None = None) -> Row:
-        """Make a row that is ok if the value itself is at or below the bar; nan is not.
+        """Make a row that passes if the value itself is at most the bar; nan fails.
 
         >>> Row.at_most("x", 0.02, bar=0.03, interval=(0.01, 0.04)).ok
         True
@@ -48,7 +48,7 @@ class Row:
 
     @classmethod
     def within(cls, name: str, value: float, bar: tuple[float, float]) -> Row:
-        """Make a row that is ok if the value lies in a closed range."""
+        """Make a row that passes if the value lies in a closed range."""
         low, high = bar
         return cls(name, value, bar, low <= value <= high, f"{low:.3g} .. {high:.3g}")
 

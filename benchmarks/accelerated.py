@@ -51,7 +51,7 @@ MAE = masked.Size(224, 16, 384, 12, 6, 192, 4, batch=128)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of all models: CLIP ViT-B/16, MAE ViT-S, Llamas of 1 and 135 M parameters; experiments of ``check``."""
+    """Model sizes: CLIP ViT-B/16, MAE ViT-S, Llamas of 1 and 135 M parameters; experiments of ``check``."""
 
     clip: contrastive.Size = CLIP
     mae: masked.Size = MAE
@@ -289,7 +289,7 @@ class Suite:
         return told[0]
 
     def peak(self, trainer: Any, model: Any, batch: Any, need: estimate.Need) -> float:
-        """Return the most bytes allocated in the second of two steps on the whole batch."""
+        """Return the peak memory of the second of two steps on the whole batch, in bytes."""
         if self.device != "cuda":
             return need.resident + estimate._measure_step(trainer, model, batch, need.rows)[0]
         estimate._step(trainer, batch, need.rows)

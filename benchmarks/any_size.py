@@ -87,7 +87,7 @@ def counted(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
 
 
 def tokens() -> Iterator[Row]:
-    """Compare computed tokens with patches of the images over an epoch, and the tokens of a step with its budget."""
+    """Compare two ratios: computed tokens to image patches over an epoch, and tokens to budget in each step."""
     data = photographs(PHOTOGRAPHS)
     for name, enlarge in (("own", False), ("enlarged", True)):
         field = AnySizeField(patch=PATCH, tokens=(LONG // PATCH) ** 2, enlarge=enlarge)

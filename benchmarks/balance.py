@@ -1,4 +1,4 @@
-"""Cost of balancing beside the plain step of a classifier of pictures, words and speech; the runs alternate.
+"""Cost of balancing relative to a plain step of a classifier of pictures, words and speech; the runs alternate.
 
 Letters: B samples.
 """

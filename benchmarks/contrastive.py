@@ -205,7 +205,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 
 def require_agreement(recipe: Contrastive, clip: Any, criterion: Any, batch: Batch) -> None:
-    """Raise RuntimeError unless both sides compute the same: a faster step of another function is no win."""
+    """Raise RuntimeError unless both sides compute the same; otherwise their times cannot be compared."""
     loss, gradient = disagreement(recipe, clip, criterion, batch)
     if not (loss <= 1e-5 and gradient <= 1e-4):
         raise RuntimeError(f"not the same step as open_clip's: loss off by {loss:.1e}, gradient by {gradient:.1e}")

@@ -51,7 +51,7 @@ def recalls(z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, at: tu
 def chance(
     z_q_QD: Tensor, key_Q: Tensor, z_g_GD: Tensor, key_G: Tensor, at: tuple[int, ...], permutations: int = 1000
 ) -> list[tuple[float, float]]:
-    """Return the 99 % band of recall at each k for randomly assigned names: P permutations of the gallery's keys.
+    """Return the 99 % band of recall at each k under random names, from P permutations of the gallery's keys.
 
     Embeddings are not permuted, so the band includes the effects of a crowded space or a popular name (a hub), which a
     binomial would miss.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, append_axes
 from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
@@ -129,7 +129,7 @@ class MutualInformation(SharedSpace):
         if name not in batch.inputs:
             raise ValueError(f"the data has no {name!r}" + (": data.views {image: 2}" if "@" in name else ""))
         x = batch.inputs[name]
-        return torch.where(batch.present["image"].view(-1, *[1] * (x.ndim - 1)), x, torch.zeros_like(x))
+        return torch.where(append_axes(batch.present["image"], x), x, torch.zeros_like(x))
 
     @torch.no_grad()
     def _taught(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from descant.callbacks.plots.images import sample_line
 from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.reconstruction import gallery
 from descant.callbacks.plots.series import series_gallery
-from descant.modules.core.batch import NEGATIVE, Batch
+from descant.modules.core.batch import NEGATIVE, Batch, append_axes
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
 from descant.modules.core.objects import require_objects
@@ -223,7 +223,7 @@ class Reconstruction(ForwardEvaluator):
                 batch = inputs.batch(rows, {target: at_B, **dict.fromkeys(self.given, given_B)}, real_B, at_B)
                 rebuilt = reconstruct(trainer, pl_module, batch, Hide([target]))
                 predictions[name] = self._checked(rebuilt, batch.inputs[target], target, real_B, pl_module)
-            counts_B = x_B.isfinite() & real_B.reshape(-1, *[1] * (x_B.ndim - 1))
+            counts_B = x_B.isfinite() & append_axes(real_B, x_B)
             # where, not a product: 0 * inf would be nan
             error = {k: torch.where(counts_B, (x_B - x).square(), 0.0).sum() for k, x in predictions.items()}
             error["count"] = counts_B.sum().to(x_B)
@@ -245,7 +245,7 @@ class Reconstruction(ForwardEvaluator):
             raise ValueError(f"Reconstruction: {what}; a prediction has the input's shape {shapes[1]}")
         if bool((output.visible.flatten(1).any(1) & real_B).any()):
             raise ValueError(f"Reconstruction: {name} leaves some of {target!r} visible; all of it has to be hidden")
-        finite_B = x_B.isfinite() & real_B.reshape(-1, *[1] * (x_B.ndim - 1))
+        finite_B = x_B.isfinite() & append_axes(real_B, x_B)
         if not torch.allclose(output.truth[finite_B].to(x_B), x_B[finite_B], rtol=1e-3, atol=1e-4):
             raise ValueError(f"Reconstruction: {name} returns a truth of {target!r} other than its input; same units?")
         return output.prediction.to(wide(x_B.device))

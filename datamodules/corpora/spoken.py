@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepared
+from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepare_voices
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_N
 from descant.modules.transforms.audio import AudioAugment, LogMel, noisy
@@ -75,13 +75,15 @@ class SpokenNames:
 
     def prepare(self, names: Sequence[str]) -> None:
         """Fetch the synthesizer and synthesize all names, unless they are in the cache."""
-        prepared(names, self._all, self.wheel, self.accept, self.cache)
+        prepare_voices(names, self._all, self.wheel, self.accept, self.cache)
 
     def source(self, names: Sequence[str], tiny: bool) -> SpokenNamesSource:
         """Return the clips of all names, in their order; tiny: tones, one pitch per letter, and nothing is fetched."""
         if tiny:
             return SpokenNamesSource(synthetic_speech(names, len(self._all)), self)
-        return SpokenNamesSource(Spoken.load(prepared(names, self._all, self.wheel, self.accept, self.cache)), self)
+        return SpokenNamesSource(
+            Spoken.load(prepare_voices(names, self._all, self.wheel, self.accept, self.cache)), self
+        )
 
     def view(self, batch: Batch, training: bool) -> None:
         """Convert waveforms to features, on the device: ``audio`` and ``audio_length`` -> ``audio`` ``[B, F, T]``."""

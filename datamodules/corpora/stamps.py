@@ -28,7 +28,7 @@ from descant.datamodules.corpora.base import (
 )
 from descant.datamodules.corpora.spoken import cut
 from descant.datamodules.names import require_known
-from descant.datamodules.prepare.stamps import DEB, ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepared
+from descant.datamodules.prepare.stamps import DEB, ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepare_stamps
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_NK
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
@@ -182,7 +182,9 @@ class Stamps(ImageViews, DebianPackaged):
     # the corpus and its splits -------------------------------------------------------------------------------------
 
     def package_folder(self) -> Path:
-        return prepared(Path(self.file) if self.file else None, self.accept, Path(self.cache) if self.cache else None)
+        return prepare_stamps(
+            Path(self.file) if self.file else None, self.accept, Path(self.cache) if self.cache else None
+        )
 
     @cached_property
     def corpus(self) -> Corpus:

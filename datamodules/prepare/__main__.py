@@ -58,7 +58,7 @@ def prepare(name: str, cache: Path | None = None, out: Path | None = None) -> st
     if name in PACKS:
         return str(module.build(cache or cache_folder() / "emoji", out or module.OUT))
     if name == "stamps":
-        return f"stamps -> {module.prepared(cache=cache)}"
+        return f"stamps -> {module.prepare_stamps(cache=cache)}"
     package = module.DEB if hasattr(module, "DEB") else module.WHEEL
     return f"{name} -> {unpacked(package, cache=cache)}"
 

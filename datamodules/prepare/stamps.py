@@ -88,7 +88,7 @@ class Corpus:
         (folder / "index.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
 
 
-def prepared(file: Path | None = None, accept: list[str] | None = None, cache: Path | None = None) -> Path:
+def prepare_stamps(file: Path | None = None, accept: list[str] | None = None, cache: Path | None = None) -> Path:
     """Return the folder with the arrays, for :meth:`Corpus.load`: fetched, unpacked and decoded once.
 
     Args:

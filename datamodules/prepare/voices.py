@@ -50,7 +50,7 @@ class Spoken:
         return Spoken(np.load(folder / "wave.npy", mmap_mode="r"), np.load(folder / "clips.npy"))
 
 
-def prepared(
+def prepare_voices(
     texts: Sequence[str],
     voices: Sequence[str],
     file: str | None = None,

@@ -144,8 +144,8 @@ def execute(
         rules = [arm for arm in lacking if arm in of.rules and arm != of.placebo]
         # the arms that every rule is compared with come first
         parts = [[arm for arm in lacking if arm not in rules], *([rule] for rule in rules)]
-        for arms in parts if slurm is None else [list(lacking)]:
-            code = _run_arms(of, setting, arms, results, runs, jobs, trust, slurm) if arms else None
+        for arms in filter(None, parts if slurm is None else [list(lacking)]):
+            code = _run_arms(of, setting, arms, results, runs, jobs, trust, slurm)
             if code is not None:
                 return code
     print(section(of, results))
@@ -184,7 +184,8 @@ def _run_arms(
     code = _train(place, arms, seeds, jobs, slurm)
     if code is not None:
         return code
-    folders = place.folders([*kept, *arms], seeds)
+    compared = [arm for arm in kept if arm in ("baseline", of.placebo, of.simple)]
+    folders = place.folders([*compared, *arms], seeds)
     items = {rule: gains for rule, gains in stored["items"].items() if rule in kept}
     if {"baseline", of.placebo} <= folders.keys():  # otherwise their files are not here
         for rule in (rule for rule in of.rules if rule in arms):

@@ -86,8 +86,11 @@ class Place:
 
     def folders(self, arms: Iterable[str], seeds: Sequence[int]) -> dict[str, dict[int, Path]]:
         """Map arm -> seed -> folder, for the arms whose runs are all finished and in this place."""
-        whole = [arm for arm in arms if all(self.trained(arm, seed) is not None for seed in seeds)]
-        return {arm: {seed: self.run_of(arm, seed) for seed in seeds} for arm in whole}
+        found: dict[str, dict[int, Path]] = {}
+        for arm in arms:
+            of = {seed: folder for seed in seeds if (folder := self.trained(arm, seed)) is not None}
+            found |= {arm: of} if len(of) == len(seeds) else {}
+        return found
 
     def unpredicted(self, arm: str, folder: Path) -> bool:
         """Whether the embeddings of its training samples are still to be written."""

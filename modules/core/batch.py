@@ -168,6 +168,15 @@ def chosen(x: Tensor, rows: Tensor | slice) -> Tensor:
     return derived(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derived(lambda x: x[rows], x)
 
 
+def append_axes(x_B: Tensor, like: Tensor) -> Tensor:
+    """Return ``x_B`` as ``[B, 1, ...]`` with as many axes as ``like``, so that it broadcasts over the rest of a row.
+
+    >>> append_axes(torch.tensor([True, False]), torch.zeros(2, 3, 4)).shape
+    torch.Size([2, 1, 1])
+    """
+    return x_B.view(-1, *[1] * (like.ndim - 1))
+
+
 def some(*masks: Tensor) -> Tensor:
     """Combine masks by logical or, with a host copy if all have one.
 

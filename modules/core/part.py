@@ -29,7 +29,7 @@ class Teaching(nn.Module):
     teacher: Any
 
     @property
-    def prepared(self) -> bool:
+    def is_prepared(self) -> bool:
         """Whether the network is there."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import chosen
+from descant.modules.core.batch import append_axes, chosen
 from descant.modules.core.batch_norm import unseen
 from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
 
@@ -83,7 +83,7 @@ class RunningRows:
         x_R = derived(_take_zeroed, x_B, self._at_R, self._out_R)
         if (known := known_finite(x_B)) is None:
             return x_R
-        return with_finite(x_R, lambda: known()[self.row_R] | _beside(self.absent_R, x_B))
+        return with_finite(x_R, lambda: known()[self.row_R] | append_axes(self.absent_R, x_B))
 
     def choose(self, mask_B: Tensor) -> Tensor:
         """``[R, ...]``: the rows of a mask."""
@@ -100,14 +100,9 @@ class RunningRows:
 
     def put(self, h_R: Tensor) -> Tensor:
         """``[B, ...]``: the computed rows in their places, and zeros for absent samples."""
-        h_R = h_R.masked_fill(_beside(self._out_R, h_R), 0)
+        h_R = h_R.masked_fill(append_axes(self._out_R, h_R), 0)
         return h_R.new_zeros(len(self.here_B), *h_R.shape[1:]).index_put((self._at_R,), h_R)
 
 
 def _take_zeroed(x_B: Tensor, row_R: Tensor, absent_R: Tensor) -> Tensor:
-    return x_B[row_R].masked_fill_(_beside(absent_R, x_B), 0)
-
-
-def _beside(mask_R: Tensor, x: Tensor) -> Tensor:
-    """Return the mask with as many dimensions as ``x``."""
-    return mask_R.view(-1, *[1] * (x.ndim - 1))
+    return x_B[row_R].masked_fill_(append_axes(absent_R, x_B), 0)

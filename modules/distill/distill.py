@@ -139,7 +139,7 @@ class Distill(Teaching):
         self._network: list[nn.Module] = []  # a list, so that a frozen teacher is not a submodule
 
     @property
-    def prepared(self) -> bool:
+    def is_prepared(self) -> bool:
         return bool(self._network)
 
     @property

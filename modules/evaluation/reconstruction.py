@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.batch import append_axes
 from descant.modules.evaluation.metrics import psnr, ridge_weights, wide
 
 BINS = 10  # bins of the mean of an input
@@ -37,7 +38,7 @@ class Nulls(NamedTuple):
 
     def predictions(self, given: Mapping[str, Tensor], x_B: Tensor) -> dict[str, Tensor]:
         """Return predictor -> prediction ``[B, ...]``, or a tensor that broadcasts to it."""
-        sample_mean_B = row_means(x_B).to(x_B).reshape(-1, *[1] * (x_B.ndim - 1))
+        sample_mean_B = append_axes(row_means(x_B).to(x_B), x_B)
         predictions = {"mean": self.mean, "sample mean": sample_mean_B}
         for m, (edge, mean_K) in self.bins.items():
             predictions[f"bins {m}"] = mean_K[torch.bucketize(row_means(given[m]), edge)]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.batch import Batch, append_axes, chosen
 from descant.modules.core.host import derived, everyone, host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.protocols import ReconstructionOutput
@@ -105,7 +105,7 @@ class QuantizedTokens(TaskObjective):
 
     def reconstruct(self, streams: Streams, batch: Batch) -> dict[str, ReconstructionOutput]:
         m, x = self.modality, batch.inputs[self.modality]
-        there_B = batch.present[m].view(-1, *[1] * (x.ndim - 1))
+        there_B = append_axes(batch.present[m], x)
         rebuilt = self.rebuilt(self.ids(streams.tokens(m).h_BTD)).view_as(x).to(x.dtype)
         truth = torch.where(there_B, x, 0.0)
         return {

@@ -145,17 +145,15 @@ def _with_class(mask_BC: Tensor) -> Tensor:
     return torch.cat([everyone((len(mask_BC), 1), mask_BC.device), mask_BC], dim=1)
 
 
-def require_columns(modality: str, columns: Sequence[int], tower: nn.Module) -> None:
-    """Check that the columns of a data module's table fit a tower; a tower without ``columns`` is not checked.
+def require_columns(modality: str, columns: Sequence[int], tower: TableTower) -> None:
+    """Check that the columns of a data module's table fit a tower.
 
     Args:
         columns: of the data, 0 for a number, otherwise its number of categories.
 
     >>> require_columns("table", [0, 3], TableTower([0, 8], width=8, depth=1))
     """
-    known = getattr(tower, "columns", None)
-    if known is None:
-        return
+    known = tower.columns
     same = len(known) == len(columns) and all(
         bool(a) == bool(b) and a <= b for a, b in zip(columns, known, strict=True)
     )

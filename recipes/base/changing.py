@@ -86,7 +86,7 @@ class Changing(Wrapper):
         """Grow the teacher too, if it is a copy of the model. Return the growths."""
         if growths and self.inner.distill is not None:
             raise ValueError(f"begin: {type(self.inner).__name__} has a teacher of its own, which does not grow")
-        if self.distill is not None and self.distill.prepared:
+        if self.distill is not None and self.distill.is_prepared:
             for growth in growths:
                 self.distill.teacher.grow(growth)
         return growths

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.core.batch import Batch
+from descant.modules.core.batch import Batch, append_axes
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term, held_out_losses
 from descant.modules.core.protocols import ReconstructionOutput
@@ -160,7 +160,7 @@ class MaskedRecipe(Recipe):
                 adapter.like(adapter.whole(mask[m][..., None].expand_as(y_BTP)), given)
                 for mask in (masks.visible, masks.target)
             )
-            there_B = batch.present[m].view(-1, *[1] * (target.ndim - 1))
+            there_B = append_axes(batch.present[m], target)
             truth = given.view_as(target).masked_fill(~there_B, 0)
             made = adapter.like(adapter.input(y_BTP), given)
             rebuilt[m] = ReconstructionOutput(truth, visible, torch.where(target, made.to(truth.dtype), truth))

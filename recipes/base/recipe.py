@@ -143,7 +143,7 @@ class Recipe(L.LightningModule):
                 part.apply(self)
         training = self._trainer is not None and self.trainer.training
         for recipe in self.nested.values():
-            if recipe.distill is not None and training and not recipe.distill.prepared:
+            if recipe.distill is not None and training and not recipe.distill.is_prepared:
                 recipe.distill.prepare(recipe)
         if self.sharding is not None:  # what is learned from a teacher is split with the rest
             self.sharding.apply(self)
@@ -151,7 +151,7 @@ class Recipe(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for prefix, recipe in self.nested.items():
             # a sharded checkpoint stores its weights elsewhere
-            if "state_dict" in checkpoint and (recipe.distill is None or not recipe.distill.prepared):
+            if "state_dict" in checkpoint and (recipe.distill is None or not recipe.distill.is_prepared):
                 checkpoint["state_dict"] = without_distill(checkpoint["state_dict"], prefix)
 
     def require_data(self, data: Any) -> None:

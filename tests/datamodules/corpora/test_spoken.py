@@ -12,7 +12,7 @@ import torch
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.spoken import VOICES, SpokenNames, synthetic_speech
 from descant.datamodules.prepare.package import sha256_of
-from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepared
+from descant.datamodules.prepare.voices import LIBRARIES, RATE, Spoken, prepare_voices
 from descant.datamodules.sampling.resumable_sampler import Order
 from descant.modules.transforms.audio import AudioAugment, LogMel
 from tests.datamodules.batches import shuffled, whole
@@ -121,14 +121,14 @@ def test_a_library_of_another_machine_raises_one_line_and_leaves_nothing(tmp_pat
     name = LIBRARIES.get(sys.platform, LIBRARIES["linux"])
     file = wheel_of(tmp_path / "espeakng_loader-1.0-py3-none-any.whl", {f"espeakng_loader/{name}": b"\x7fELF nonsense"})
     with pytest.raises(ValueError, match=f"espeakng-loader: {name} of the wheel cannot be loaded here"):
-        prepared(["cat"], ["en-us"], str(file), [sha256_of(file)], str(tmp_path / "cache"))
+        prepare_voices(["cat"], ["en-us"], str(file), [sha256_of(file)], str(tmp_path / "cache"))
     assert [p.name for p in (tmp_path / "cache" / "espeakng-loader").iterdir()] == [sha256_of(file)]
 
 
 @pytest.mark.slow
 def test_the_synthesizer_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, voices = ["cat", "grinning face with big eyes", "cat", "日本"], list(VOICES)
-    folder = prepared(names, voices)  # by pip, once
+    folder = prepare_voices(names, voices)  # by pip, once
     spoken = Spoken.load(folder)
     assert spoken.clips.shape == (4, 4, 2) and spoken.wave.dtype == np.int16
     length_VN = spoken.clips[:, :, 1]
@@ -136,16 +136,16 @@ def test_the_synthesizer_is_deterministic(tmp_path: Path, monkeypatch: pytest.Mo
     assert (length_VN[:, 0] > 0.2 * RATE).all() and (length_VN[:, 0] < RATE).all()
     assert 5000 < np.abs(spoken.wave).max() <= 32767
     deep = tmp_path / "a folder whose name is long" / ("deeper than what the library keeps of a path" * 3)
-    again = prepared(names, voices, cache=str(deep))
+    again = prepare_voices(names, voices, cache=str(deep))
     one, two = (np.load(place / "wave.npy").astype(int) for place in (folder, again))
     assert again.name == folder.name and one.shape == two.shape
     assert np.abs(one - two).max() <= 1  # rarely the library rounds a sample to the next number
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("said twice"))
-    assert prepared(names, voices, cache=str(deep)) == again
+    assert prepare_voices(names, voices, cache=str(deep)) == again
     monkeypatch.undo()
     for voice in ("en-uk", "en-us+f99"):
         with pytest.raises(ValueError, match=rf"voice '{voice.replace('+', '[+]')}' is unknown; such as en-us"):
-            prepared(names, [voice], cache=str(tmp_path))
+            prepare_voices(names, [voice], cache=str(tmp_path))
 
 
 def test_noise_has_its_ratio_is_new_in_training_and_fixed_in_evaluation() -> None:

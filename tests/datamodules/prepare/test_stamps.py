@@ -14,7 +14,7 @@ from PIL import Image
 
 from descant.datamodules.prepare import stamps as module
 from descant.datamodules.prepare.package import sha256_of
-from descant.datamodules.prepare.stamps import DEB, Corpus, build, captions, families, prepared, recording
+from descant.datamodules.prepare.stamps import DEB, Corpus, build, captions, families, prepare_stamps, recording
 from tests.datamodules.prepare.test_deb import deb_of, tar_of
 
 RED = (255, 0, 0, 255)
@@ -176,11 +176,11 @@ def test_prepared_once_and_found_again(tmp_path: Path, monkeypatch: pytest.Monke
     content = {f"./{DEB.under}/{name}": data for name, data in CONTENT.items()}
     file = deb_of(tmp_path / "x.deb", tar_of(content))
     cache, sha = tmp_path / "cache", sha256_of(file)
-    folder = prepared(file, [sha], cache)
+    folder = prepare_stamps(file, [sha], cache)
     first = Corpus.load(folder)
     assert isinstance(first.wave, np.memmap), "read when it is needed"
     monkeypatch.setattr(module, "build", None)  # a second preparation would fail
-    assert prepared(file, [sha], cache) == prepared(None, [sha], cache) == folder
+    assert prepare_stamps(file, [sha], cache) == prepare_stamps(None, [sha], cache) == folder
     assert sorted(p.name for p in folder.parent.iterdir()) == [sha, f"{sha}-{module.FORMAT}"]
     again = Corpus.load(folder)
     assert (again.names, again.texts, again.languages) == (first.names, first.texts, first.languages)
