@@ -19,27 +19,28 @@ Letters: B samples, D width, K triples, W tokens of a triple's element.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from descant.modules.core.batch import NEGATIVE, Batch
-from descant.modules.core.objective import Term
-from descant.modules.core.output import Output, Scorer
-from descant.modules.losses import ContrastiveLoss, InfoNCE, Intra
-from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.core.output import Output
+from descant.modules.losses import ContrastiveLoss, InfoNCE
+from descant.modules.objectives.base import TaskObjective
+from descant.modules.objectives.contrast import Contrast
+from descant.modules.objectives.embeddings import require_inputs
+from descant.modules.objectives.hard_negatives import Negatives
+from descant.modules.objectives.intra import Intra
 from descant.modules.tokenizers.text import Tokenizer, require_fit
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.modules.towers.triples import TripleEncoder
 from descant.modules.training_setup.trainer import datamodule_of
-from descant.recipes.base.pairs import modality_pairs, pair_scorers
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.objective_space import ObjectiveSpace
 
 
-class Contrastive(SharedSpace):
+class Contrastive(ObjectiveSpace):
     """Contrast every pair of modalities in one embedding space (CLIP, SigLIP, SLIP).
 
     Args:
@@ -69,18 +70,23 @@ class Contrastive(SharedSpace):
         **kwargs: Any,
     ) -> None:
         super().__init__(towers, width, pool, **kwargs)
-        self.pairs = modality_pairs(pairs, tuple(towers))
-        self.losses = nn.ModuleDict({name: copy.deepcopy(loss or InfoNCE()) for name in self.pairs})
-        self.intra, self.negatives, self.knowledge = intra, negatives, knowledge
         asked = {"negatives": negatives.pair if negatives else (), "intra": (intra.modality,) if intra else ()}
         for what, unknown in ((what, m) for what, names in asked.items() for m in names if m not in towers):
             raise ValueError(f"{what}: no tower {unknown!r}; the towers are {', '.join(towers)}")
-        if negatives is not None and negatives.denominator:
-            if negatives.name not in self.pairs:
-                raise ValueError(f"negatives: no pair {negatives.name}; the pairs are {', '.join(self.pairs)}")
-            if not isinstance(self.losses[negatives.name], InfoNCE):
-                kind = type(self.losses[negatives.name]).__name__
-                raise ValueError(f"negatives: denominator: {kind} has none; InfoNCE has")
+        pair_of, loss = modality_pairs(pairs, tuple(towers)), loss or InfoNCE()
+        inside = negatives if negatives is not None and negatives.denominator else None
+        if inside is not None:
+            inside.require_in_denominator_of(list(pair_of.values()), loss)
+        objectives: dict[str, TaskObjective] = {
+            name: Contrast([list(pair)], loss, inside if inside and inside.pair == pair else None)
+            for name, pair in pair_of.items()
+        }
+        if intra is not None:
+            objectives[f"{intra.modality}-{intra.modality}"] = intra
+        if negatives is not None and inside is None:
+            objectives[f"{'-'.join(negatives.pair)}/negative"] = negatives
+        self.build_objectives(objectives)
+        self.knowledge = knowledge
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -88,62 +94,40 @@ class Contrastive(SharedSpace):
         if isinstance(tokenizer, Tokenizer) and self.knowledge is not None:
             require_fit(tokenizer, self.knowledge, "knowledge")
 
-    def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        z = super().together(h, batch)
-        if self.knowledge is not None and "text" in z and "triples" in batch.inputs:
-            triples_BK3W = batch.inputs["triples"].masked_fill(~batch.present["text"][:, None, None, None], 0)
-            z["text"] = self.knowledge(z["text"], triples_BK3W)
-        return z
+    @property
+    def embeds_by_head(self) -> bool:
+        return self.knowledge is None and super().embeds_by_head
 
     @property
-    def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the names of the terms that share each modality's embedding."""
-        pairs = self.pairs if self.negatives is None else {**self.pairs, self.negatives.name: self.negatives.pair}
-        return {m: tuple(name for name, pair in pairs.items() if m in pair) for m in self.towers}
+    def inputs(self) -> tuple[str, ...]:
+        names = super().inputs
+        with_negatives = any(name.endswith(NEGATIVE) for name in names)
+        triples = ("triples", *(["triples" + NEGATIVE] if with_negatives else ())) if self.knowledge else ()
+        return (*names, *triples)
 
-    @property
-    def met(self) -> tuple[str, ...]:
-        """Return the modalities that some term needs; others are embedded only in evaluation."""
-        needed = {m for pair in self.pairs.values() for m in pair} | {self.intra.modality if self.intra else ""}
-        return tuple(m for m in self.towers if m in needed or (self.negatives and m in self.negatives.pair))
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Return the names of the inputs that the terms need."""
-        own = (*self.met, *(("triples",) if self.knowledge is not None else ()))
-        if self.negatives is None:
-            return own
-        return (*own, *(m + NEGATIVE for m in own if m in (self.negatives.pair[1], "triples")))
-
-    def scorers(self, batch: Batch) -> dict[str, Scorer]:
-        return pair_scorers(self.pairs, self.losses, self.embed(batch))
+    def latent(self, h_BD: Tensor, modality: str, batch: Batch) -> Tensor:
+        z_BD = super().latent(h_BD, modality, batch)
+        if self.knowledge is None or modality != "text" or "triples" not in batch.inputs:
+            return z_BD
+        triples_BK3W = batch.inputs["triples"].masked_fill(~batch.present["text"][:, None, None, None], 0)
+        return self.knowledge(z_BD, triples_BK3W)
 
     def forward(self, batch: Batch) -> Output:
-        missing = [m for m in self.reads if m not in batch.inputs]
-        if missing:
-            raise ValueError(f"the data has no modality {missing[0]!r}, only {', '.join(batch.inputs)}")
-        h = {m: self.present_features(batch, m) for m in self.met}
-        z = self.together(h, batch)
-        copies = {m: self.hooks.fork(z_BD, self.forks[m]) for m, z_BD in z.items()}
-        terms, extra = {}, dict[str, tuple[Tensor, Tensor]]()
-        if self.negatives is not None:
-            z_neg_BD = self.embed(batch.negatives())[self.negatives.pair[1]]  # same towers, own triples
-            has_B = batch.both(*self.negatives.given)
-            if self.negatives.denominator:
-                extra[self.negatives.name] = self.negatives.sham(z_neg_BD, batch.rng_seed, has_B), has_B
-        for name, (a, b) in self.pairs.items():
-            valid_B, (a_BD, b_BD) = batch.both(a, b), (copies[a][name], copies[b][name])
-            value_B = self.losses[name](a_BD, b_BD, batch.content_id, valid_B, *extra.get(name, ()))
-            terms[name] = Term(value_B, valid=valid_B, given=(a, b))
-        if self.intra is not None:
-            m = self.intra.modality
-            if f"{m}@2" not in batch.inputs:
-                raise ValueError(f"the intra-modal term needs a second view of {m!r}: data.views {{{m}: 2}}")
-            h_2_BD = self.present_features(batch, m, view="@2")
-            value_B = self.intra(h[m], h_2_BD, batch.content_id, batch.rng_seed, batch.present[m])
-            terms[f"{m}-{m}"] = Term(value_B, valid=batch.present[m], given=(m,))
-        if self.negatives is not None and not self.negatives.denominator:
-            name, (a, b) = self.negatives.name, self.negatives.pair
-            value_B = self.negatives(copies[a][name], copies[b][name], z_neg_BD, batch.rng_seed, has_B)
-            terms[name] = Term(value_B, valid=has_B, given=self.negatives.given)
-        return Output(terms, latents=z, pairs=pair_scorers(self.pairs, self.losses, z))
+        require_inputs(batch, *self.inputs)
+        space = self.streams(batch)
+        latents = {m: space.latent(m) for m in self.reads}
+        views = self.views(space)
+        return Output(self.objective_terms(views, batch), latents, pairs=self.match_scorers(views))
+
+
+def modality_pairs(pairs: list[list[str]] | None, modalities: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """Return pairs by name; all pairs if none are given. Raise ValueError for a pair of unknown modalities."""
+    if len(modalities) < 2:
+        raise ValueError(f"towers: contrast needs two modalities, got {', '.join(modalities) or 'none'}")
+    for pair in pairs or []:
+        unknown = [m for m in pair if m not in modalities]
+        if unknown or not len(set(pair)) == len(pair) == 2:
+            fault = f"no tower {unknown[0]!r}" if unknown else "not two modalities"
+            raise ValueError(f"pairs: {pair}: {fault}; the towers are {', '.join(modalities)}")
+    chosen = [(a, b) for a, b in pairs] if pairs else list(combinations(modalities, 2))
+    return {f"{a}-{b}": (a, b) for a, b in chosen}

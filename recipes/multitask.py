@@ -16,7 +16,7 @@ Letters: B samples, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,18 +24,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.errors import no_such
-from descant.modules.core.objective import Term
-from descant.modules.core.output import Output, Scorer
+from descant.modules.core.output import Output
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.fusion.universal import UniversalLayers
-from descant.modules.objectives.base import Facts, TaskObjective, differently_hidden, named, naming
+from descant.modules.objectives.base import TaskObjective, differently_hidden
+from descant.modules.objectives.embeddings import require_inputs
 from descant.modules.objectives.graph import Part, composed
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
-from descant.modules.training_setup.trainer import datamodule_of, trained_samples
 from descant.recipes.base.stream_space import StreamSpace, teacher_of
 
 
@@ -69,11 +67,8 @@ class MultiTask(StreamSpace):
         self.in_batch_negatives = any(objective.in_batch_negatives for objective in objectives.values())
         kwargs.update(teacher_of(objectives, kwargs))
         super().__init__(towers, width, pool, **kwargs)
-        facts = Facts(dict(towers.items()), width, None if fusion is None else fusion.width)  # type: ignore[arg-type]
-        for name, objective in objectives.items():
-            with naming(name):
-                objective.build(facts)
-        self.objectives, self.graph = nn.ModuleDict(objectives), composed(graph, objectives, universal)
+        self.build_objectives(objectives, None if fusion is None else fusion.width)
+        self.graph = composed(graph, objectives, universal)
         shared = [m for m in towers if any(m in objectives[name].reads for name in self.graph.behind)]
         self.universal = universal and universal.build({m: towers.width(m) for m in shared})
         hidden = [m for m in towers if any(m in objective.replaced for objective in objectives.values())]
@@ -90,27 +85,8 @@ class MultiTask(StreamSpace):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for name, objective in self.tasks.items():
-            with naming(name):
-                objective.require_data(datamodule_of(self.trainer), stage == "fit")
         for line in differently_hidden(self.tasks) if stage == "fit" else ():
             rank_zero_info(f"objectives: {line}")
-
-    def on_train_start(self) -> None:
-        for name, objective in self.tasks.items():
-            with naming(name):
-                objective.require_samples(trained_samples(self.trainer))
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Return the modalities that some objective needs; others are embedded only in evaluation."""
-        return tuple(m for m in self.towers if any(m in objective.reads for objective in self.tasks.values()))
-
-    @property
-    def forks(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the names of the terms that share each modality's embedding."""
-        parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
-        return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """Return all trained parameters except the objectives' own layers."""
@@ -118,20 +94,16 @@ class MultiTask(StreamSpace):
         return (p for p in self.parameters() if p.requires_grad and p not in own)
 
     def forward(self, batch: Batch) -> Output:
-        for m in (m for m in self.reads if m not in batch.inputs):
-            raise ValueError(f"the data has no modality {m!r}: {no_such(m, batch.inputs)}")
-        streams, terms, pairs = self.streams(batch), dict[str, Term](), dict[str, Scorer]()
-        views = self._views(streams)
-        for name, objective in self.tasks.items():
-            with naming(name):
-                terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
-            pairs |= {named(name, part): scorer for part, scorer in objective.scorers(views[name]).items()}
+        require_inputs(batch, *self.inputs)
+        streams = self.streams(batch)
+        views = self.views(streams)
+        terms, pairs = self.objective_terms(views, batch), self.match_scorers(views)
         latents = {m: streams.latent(m) for m in self.forks if self.forks[m]}
         return Output(terms, latents, logits=self._logits(views), pairs=pairs, aux=self._expert_terms(streams))
 
     def reconstruct(self, batch: Batch, corruption: Any = None) -> dict[str, ReconstructionOutput]:
         """Rebuild inputs by the objectives that can, whatever ``corruption`` is. Raise ValueError if none can."""
-        views = self._views(Streams(self, batch))
+        views = self.views(Streams(self, batch))
         rebuilt = {m: x for name, task in self.tasks.items() for m, x in task.reconstruct(views[name], batch).items()}
         if not rebuilt:
             raise ValueError("objectives: none rebuilds its input; QuantizedTokens does")

@@ -17,29 +17,25 @@ Letters: B samples, D width, P width of projections.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.batch_norm import batch_statistics
-from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
-from descant.modules.core.ranks import world
 from descant.modules.core.sham import Sham
-from descant.modules.losses.views import ViewObjective, Views
+from descant.modules.losses.views import ViewObjective
+from descant.modules.objectives.embeddings import require_inputs
+from descant.modules.objectives.two_views import TwoViews
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
-from descant.modules.training_setup.trainer import trained_samples
 from descant.modules.transforms.crops import LocalCrops
 from descant.recipes.base.distillation import ProjectionAverage, own_teacher
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.objective_space import ObjectiveSpace
 
 
-class SelfSupervised(SharedSpace):
+class SelfSupervised(ObjectiveSpace):
     """Learn from two views of each modality without labels (SimCLR, BYOL, DINO, VICReg, SwAV and others).
 
     Args:
@@ -69,50 +65,22 @@ class SelfSupervised(SharedSpace):
         super().__init__(towers, towers.width(next(iter(towers))), pool, **kwargs)
         # embeddings are the features; later layers belong to the objective
         self.heads = nn.ModuleDict({m: nn.Identity() for m in towers})
-        self.objectives = nn.ModuleDict({m: copy.deepcopy(objective).build(towers.width(m)) for m in towers})
+        self.build_objectives({f"views/{m}": TwoViews(m, objective) for m in towers})
         self.crops, self.sham = crops, Sham(sham)
-
-    def on_train_start(self) -> None:
-        for m, objective in self.objectives.items():
-            cast(ViewObjective, objective).require_samples(trained_samples(self.trainer), m)
 
     # the method --------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Output:
-        terms, latents = {}, {}
+        require_inputs(batch, *self.inputs)
+        batch = self.with_crops(batch)
+        space = self.streams(batch)
+        return Output(self.objective_terms(self.views(space), batch), {m: space.latent(m) for m in self.towers})
+
+    def with_crops(self, batch: Batch) -> Batch:
+        """Return the batch with small crops of both views, as further views."""
+        inputs = dict(batch.inputs)
         for m in self.towers:
-            objective, valid_B = cast(ViewObjective, self.objectives[m]), batch.present[m]
-            batch, names = self._with_views(batch, m)
-            h = [self.present_features(batch, m, view) for view in names]
-            value = objective(Views(h, batch.content_id, valid_B, self._targets(batch, m)))
-            if objective.whole:  # the same value of all rows on each rank: average over ranks
-                terms[f"views/{m}"] = Term(value, norm=float(world()), whole=True)
-            else:
-                terms[f"views/{m}"] = Term(value, valid=valid_B, given=(m,))
-            latents[m] = self.project(h[0], m, valid_B)
-        return Output(terms, latents=latents)
-
-    def _with_views(self, batch: Batch, m: str) -> tuple[Batch, list[str]]:
-        """Return the batch with crops, and the suffixes of its views."""
-        if m not in batch.inputs or f"{m}@2" not in batch.inputs:
-            raise ValueError(f"{type(self.objectives[m]).__name__} needs two views of {m!r}: data.views {{{m}: 2}}")
-        valid_B, names = batch.present[m], ["", "@2"]
-        views = [batch.inputs[m], self.sham(batch.inputs[f"{m}@2"], batch.rng_seed, valid_B)]
-        if self.crops is not None:
-            views += self.crops(views, batch.rng_seed)
-            names += [f"@{k + 3}" for k in range(self.crops.number)]
-        inputs = {m + name: x for name, x in zip(names, views, strict=True)}
-        return replace(batch, inputs={**batch.inputs, **inputs}), names
-
-    @torch.no_grad()
-    def _targets(self, batch: Batch, m: str) -> list[Tensor]:
-        """Compute the teacher's projections of the two whole views."""
-        objective = cast(ViewObjective, self.objectives[m])
-        if objective.momentum is None or self.teaching is None:
-            return []
-        self.teaching.prepare(self)
-        teacher = cast(SelfSupervised, self.teaching.network)
-        theirs = cast(ViewObjective, teacher.objectives[m])
-        with batch_statistics(teacher):
-            h = [teacher.present_features(batch, m, view) for view in ("", "@2")]
-            return [theirs.project(h_BD, batch.present[m]) for h_BD in h]
+            inputs[f"{m}@2"] = self.sham(inputs[f"{m}@2"], batch.rng_seed, batch.present[m])
+            crops = self.crops([inputs[m], inputs[f"{m}@2"]], batch.rng_seed) if self.crops is not None else ()
+            inputs |= {f"{m}@{k}": x for k, x in enumerate(crops, start=3)}
+        return replace(batch, inputs=inputs)

@@ -59,16 +59,16 @@ class HeldOutLoss(EmbeddingEvaluator):
         assert has(pl_module, ContrastsPairs)
         means, mix = Means(), getattr(getattr(pl_module, "step", None), "mix", {})
         for name, rows in sets.items():
-            for pair, (a, b) in pl_module.pairs.items():
+            for pair, loss in pl_module.losses.items():
+                a, b = pl_module.pairs[pair]
                 if a in rows.z and b in rows.z:
                     row_a, row_b = (row_K[: self.most].to(rows.key.device) for row_K in matched_rows(rows, a, b))
                     if len(row_a) > 1:
-                        loss = pl_module.losses[pair]
                         means.add(f"{name} {pair}", _term(loss, rows, (a, b), (row_a, row_b), trainer))
         found = means.compute()
         values: dict[str, Tensor] = {}
         for name in sets:
-            each = {pair: found[f"{name} {pair}"] for pair in pl_module.pairs if f"{name} {pair}" in found}
+            each = {pair: found[f"{name} {pair}"] for pair in pl_module.losses if f"{name} {pair}" in found}
             if each:
                 values[f"{name}/loss"] = torch.stack([mix.get(p, 1.0) * value for p, value in each.items()]).sum()
             if len(each) > 1:

@@ -272,7 +272,7 @@ def _drop_towers(whole: Recipe, part: Recipe, dropped: Sequence[str], place: Pat
 
 
 def _words(key: str) -> list[str]:
-    """Split a key into names: ``losses.image-audio.scale`` has image and audio."""
+    """Split a key into names: ``objectives.image-audio.losses.0`` has image and audio."""
     return [word for part in key.split(".") for word in part.split("-")]
 
 

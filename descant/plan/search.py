@@ -26,6 +26,7 @@ from descant.plan.layout import Layout
 from descant.plan.roofline import StepTime, step_time
 from descant.plan.simulate import Simulation
 from descant.plan.trace import Trace
+from descant.recipes.contrastive import Contrastive
 
 #: Share of a card's memory that a run may fill; the driver, libraries and fragmentation take the rest.
 USABLE = 0.92
@@ -180,8 +181,8 @@ class Search:
         This applies if its losses offer a choice and the logits of all pairs take much of the memory. It is limited to
         :data:`MOST` ranks, because each hop is simulated.
         """
-        losses = getattr(self.recipe, "losses", {}).values()  # recipes without a configurable loss have none
-        if self.world == 1 or not all(hasattr(loss, "exchange") for loss in losses):
+        losses = self.recipe.losses.values() if isinstance(self.recipe, Contrastive) else ()  # its argument ``loss``
+        if self.world == 1 or not losses or not all(hasattr(loss, "exchange") for loss in losses):
             return
         logits = 2 * 4 * self.rows * self.rows * self.world  # float32, in both directions, without blocks
         if logits < WORTH * self.hardware.card.memory or self.world > MOST:

@@ -115,8 +115,11 @@ class Matches(Protocol):
 class ContrastsPairs(Protocol):
     """``pairs``: name -> two modalities; ``losses[name]``: ``(z_a, z_b, key_B, valid_B) -> value_B`` of that pair."""
 
-    pairs: Mapping[str, tuple[str, str]]
-    losses: nn.ModuleDict
+    @property
+    def pairs(self) -> Mapping[str, tuple[str, str]]: ...
+
+    @property
+    def losses(self) -> Mapping[str, nn.Module]: ...
 
 
 @runtime_checkable

@@ -3,7 +3,6 @@
 from descant.modules.core.ranks import gather as gather
 from descant.modules.losses.contrastive import ContrastiveLoss as ContrastiveLoss
 from descant.modules.losses.contrastive import InfoNCE as InfoNCE
-from descant.modules.losses.contrastive import Intra as Intra
 from descant.modules.losses.contrastive import SigLIP as SigLIP
 from descant.modules.losses.exchange import AllGather as AllGather
 from descant.modules.losses.exchange import Chunks as Chunks

@@ -5,13 +5,10 @@ Letters: B samples on this rank, G samples on all ranks, D width, K hard negativ
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core import sham as shams  # importing the class itself would be circular
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.output import Scorer
@@ -21,7 +18,6 @@ from descant.modules.losses.blockwise import log_sums, sigmoid_sums
 from descant.modules.losses.exchange import Blocks, Exchange
 from descant.modules.losses.exchange import excluded as excluded
 from descant.modules.losses.temperature import LearnedTemperature
-from descant.modules.towers.heads import Projection
 
 
 def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
@@ -176,42 +172,6 @@ class SigLIP(LearnedTemperature, ContrastiveLoss):
             y_BG = torch.full_like(logits_BG, -1.0)
             y_BG.diagonal(first_row(len(key_B))).fill_(1.0)
             return -F.logsigmoid(y_BG * logits_BG).masked_fill(out_BG, 0.0).sum(dim=1)
-
-
-class Intra(nn.Module):
-    """NT-Xent between two views of one modality (SimCLR; the intra-modal term of SLIP, Mu 2021, arXiv 2112.12750).
-
-    ``value_b`` is the mean over both views of ``-log(exp(s u.v_b) / (exp(s u.v_b) + sum over other rows of both
-    views))``, computed on a separate projection head. The sham pairs each sample with another sample's second view.
-
-    Args:
-        modality: the modality with two views (``inputs[modality]`` and ``inputs[modality + "@2"]``).
-        width: width of the modality's tower features. out: width of the projection. hidden: width of its hidden layer.
-        temperature: 1/s, fixed.
-        sham: ``permute`` for the control.
-
-    Shapes: ``h_1_BD, h_2_BD``, ``key_B`` and ``draw_B`` int64, ``valid_B`` bool ``-> value_B``.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        modality: str = "image",
-        out: int = 128,
-        hidden: int = 512,
-        temperature: float = 0.1,
-        sham: Literal["permute"] | None = None,
-    ) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature {temperature:g}: must be above 0")
-        self.modality, self.scale, self.sham = modality, 1 / temperature, shams.Sham(sham)
-        self.projection = Projection(width, out, layers=2, hidden=hidden)
-
-    def forward(self, h_1_BD: Tensor, h_2_BD: Tensor, key_B: Tensor, draw_B: Tensor, valid_B: Tensor) -> Tensor:
-        h_2_BD = self.sham(h_2_BD, draw_B, valid_B)
-        u_BD, v_BD = (F.normalize(promote(self.projection(h_BD)), dim=-1) for h_BD in (h_1_BD, h_2_BD))
-        return ntxent(u_BD, v_BD, key_B, valid_B, self.scale)
 
 
 def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: float) -> Tensor:

@@ -21,6 +21,7 @@ from descant.modules.masking.corruptions import Masks
 from descant.modules.towers.base import Tower
 
 if TYPE_CHECKING:
+    from descant.modules.losses.contrastive import ContrastiveLoss
     from descant.modules.objectives.streams import Streams
 
 
@@ -68,6 +69,7 @@ class TaskObjective(nn.Module):
 
     Attributes:
         reads: modalities whose towers it needs.
+        inputs: inputs that it needs besides, such as ``text_neg``.
         latents: part -> modalities whose embedding ``z`` receives a gradient from that part's term.
         pools: modalities whose pooled features it reads directly, not through the embedding.
         fuses: pairs of modalities whose tokens it needs fused.
@@ -83,6 +85,7 @@ class TaskObjective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.reads: tuple[str, ...] = ()
+        self.inputs: tuple[str, ...] = ()
         self.latents: dict[str, tuple[str, ...]] = {}
         self.pools: tuple[str, ...] = ()
         self.fuses: tuple[tuple[str, str], ...] = ()
@@ -126,6 +129,10 @@ class TaskObjective(nn.Module):
 
     def reconstruct(self, streams: Streams, batch: Batch) -> dict[str, ReconstructionOutput]:
         """Return reconstructions by modality."""
+        return {}
+
+    def pair_losses(self) -> dict[str, ContrastiveLoss]:
+        """Return part -> the contrastive loss of its pair of modalities."""
         return {}
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:

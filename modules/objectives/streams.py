@@ -1,11 +1,10 @@
-"""Streams of a step: tokens, embeddings and fused pairs of a batch, each computed once for all objectives.
+"""Streams of a step: tokens and fused pairs beside the embeddings of a batch, each computed once for all objectives.
 
     tokens(m)           h = tower_m(x_m)                                            of the rows that have m
     tokens(m, masks)    h = encode(where(hidden, mask_m + position, embed(x_m)))    BERT, SimMIM
                         h = tower_m(x_m, visible)                                   of a table: as missing cells, TIP
                         universal_m(h) in its place for what is behind universal layers
     features(m, view)   h = pool_m(tokens(m, view))                                 of the batch's first view, or m@2
-    latent(m)           z = normalise(head_m(features(m)))
     own(a, b)           [c, h_a, h_b] = blocks([c, A_a tokens(a), A_b tokens(b)])   of the rows that have both
 
 Source: replaced tokens as in BERT (arXiv 1810.04805) without its 10 % random and 10 % unchanged tokens, and as in
@@ -17,10 +16,10 @@ D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch, chosen
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
-from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.protocols import HidesCells
@@ -40,62 +38,49 @@ from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
 from descant.modules.missing_modalities.imputation import Imputation
 from descant.modules.moe import Routing
+from descant.modules.objectives.embeddings import EmbeddingModel, Embeddings, require_inputs
 from descant.modules.towers.base import Tokens
 
-T = TypeVar("T")
 
-
-class StreamModel(Protocol):
-    """Model interface that streams need: towers, pools, heads, fusion layers, and one learned mask per modality."""
+class StreamModel(EmbeddingModel, Protocol):
+    """Model interface that streams need: towers, pools, fusion layers, and one learned mask per modality."""
 
     towers: nn.ModuleDict
     pools: nn.ModuleDict
     fusion: FusionLayers | None
     mask_tokens: nn.ParameterDict
     step: Step
-    hooks: GradientHooks
     row_tracker: RowTracker
     imputation: Imputation | None
 
     @property
-    def forks(self) -> Mapping[str, tuple[str, ...]]: ...
-
-    @property
     def before_pools(self) -> UniversalLayers | None: ...
 
-    def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor: ...
 
-
-class Streams:
+class Streams(Embeddings):
     """Streams of a batch, which objectives read. ``of(name, masks)``: the streams as one objective sees them."""
 
-    name: Callable[[str], str]
+    model: StreamModel
     masks: Masks | None = None
 
     def __init__(self, model: StreamModel, batch: Batch, taught: Streams | None = None) -> None:
-        """Prepare streams, computed on demand. ``taught``: those of the recipe's teacher, an average of its weights."""
-        self.model, self.batch, self.made, self.taught = model, batch, dict[Hashable, Any](), taught
+        super().__init__(model, batch, taught)
         self.universal = model.before_pools  # layers that tokens pass through
         self.routings = list[list[Routing]]()  # expert routing of tokens, by call and layer
 
-    def of(self, name: Callable[[str], str], masks: Masks | None, universal: UniversalLayers | None = None) -> Streams:
+    def of(
+        self, name: Callable[[str], str], masks: Masks | None = None, universal: UniversalLayers | None = None
+    ) -> Self:
         """Return the same streams for one objective: with its terms' ``name(part)``, hidden tokens and layers."""
-        seen = copy.copy(self)
-        seen.name, seen.masks, seen.universal = name, masks, universal
+        seen = super().of(name)
+        seen.masks, seen.universal = masks, universal
         return seen
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self.made:
-            self.made[key] = make()
-        return cast(T, self.made[key])
 
     # one modality -----------------------------------------------------------------------------------------------------
 
     def tokens(self, modality: str, masks: Masks | None = None, view: str = "") -> Tokens:
         """Embed the tokens of all rows, and replace those that ``masks`` hides. Absent samples have no tokens."""
-        if modality + view not in self.batch.inputs:
-            asked = f": data.views {{{modality}: 2}}" if view else ""
-            raise ValueError(f"the data has no {modality + view!r}{asked}")
+        require_inputs(self.batch, modality + view)
         key, universal = (modality, hidden(masks, modality), view), self.universal
         tower = partial(self.once, key, lambda: self._tokens(modality, masks, view))
         if universal is None:
@@ -110,22 +95,12 @@ class Streams:
         seen.universal = self.model.before_pools
         return self.once(("h", modality, view), lambda: pooled(self.model, seen.tokens(modality, view=view), modality))
 
-    def latent(self, modality: str) -> Tensor:
-        """Return unit-length ``z_BD``; absent rows are zero."""
-        return self.once(("z", modality), lambda: self._latent(modality))
-
-    def z(self, modality: str, part: str = "") -> Tensor:
-        """Return :meth:`latent` for this part's term, from the fork where gradients of several terms meet."""
-        fork = self.model.hooks.fork
-        copies = self.once(("fork", modality), lambda: fork(self.latent(modality), self.model.forks[modality]))
-        return copies[self.name(part)]
-
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
         h_BD = self.features(modality)
         if imputation is not None:
             h_BD = imputation.filled(h_BD, modality, present_B)
-        return self.model.project(h_BD, modality, present_B)
+        return self.model.latent(h_BD, modality, self.batch)
 
     def _tokens(self, modality: str, masks: Masks | None, view: str) -> Tokens:
         model, x, present_B = self.model, self.batch.inputs[modality + view], self.batch.present[modality]

@@ -14,7 +14,7 @@ from descant.modules.core.objective import Term
 from descant.modules.core.ranks import world
 from descant.modules.losses.views import ViewObjective, Views
 from descant.modules.objectives.base import Facts, TaskObjective
-from descant.modules.objectives.streams import Streams
+from descant.modules.objectives.embeddings import Embeddings
 
 
 class TwoViews(TaskObjective):
@@ -40,6 +40,7 @@ class TwoViews(TaskObjective):
     def __init__(self, modality: str, objective: ViewObjective) -> None:
         super().__init__()
         self.objective, self.momentum, self.reads = copy.deepcopy(objective), objective.momentum, (modality,)
+        self.inputs = (f"{modality}@2",)
 
     def build(self, facts: Facts) -> Self:
         facts.require(self.reads)
@@ -50,16 +51,22 @@ class TwoViews(TaskObjective):
     def require_samples(self, samples: float) -> None:
         self.objective.require_samples(samples, self.reads[0])
 
-    def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
+    def forward(self, streams: Embeddings, batch: Batch) -> dict[str, Term]:
         m, valid_B = self.reads[0], batch.present[self.reads[0]]
-        h = [streams.features(m, view) for view in ("", "@2")]
+        h = [streams.features(m, view) for view in self.views(batch)]
         value = self.objective(Views(h, batch.content_id, valid_B, self._targets(streams)))
         if self.objective.whole:  # every rank computes the same number from all rows: take the mean
             return {"": Term(value, norm=float(world()), whole=True)}
         return {"": Term(value, valid=valid_B, given=(m,))}
 
+    def views(self, batch: Batch) -> list[str]:
+        """Return the suffixes of the views: two, or all that the batch has for an objective over many crops."""
+        m = self.reads[0]
+        crops = (name.removeprefix(m) for name in batch.inputs if name.startswith(f"{m}@") and name != f"{m}@2")
+        return ["", "@2", *(crops if self.objective.multi_crop else ())]
+
     @torch.no_grad()
-    def _targets(self, streams: Streams) -> list[Tensor]:
+    def _targets(self, streams: Embeddings) -> list[Tensor]:
         """Return the teacher's projections of both views; empty without a teacher."""
         theirs = streams.taught
         if self.momentum is None or theirs is None:

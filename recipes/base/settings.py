@@ -10,7 +10,7 @@ from descant.modules.core.errors import no_such
 
 
 def read_setting(recipe: nn.Module, name: str) -> Any:
-    """Look up the value of a field, such as ``zeros`` or ``losses.image-text.max_log_scale``."""
+    """Look up the value of a field, such as ``zeros`` or ``objectives.image-text.losses.0.max_log_scale``."""
     owner, last = _owner(recipe, name)
     fields = {key: value for key, value in vars(owner).items() if isinstance(value, float | int | str | None)}
     known = [key for key in fields if not key.startswith("_") and key != "training"]

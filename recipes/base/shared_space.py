@@ -78,6 +78,11 @@ class SharedSpace(Recipe):
         """Return the layers that modalities share between towers and pools, if any."""
         return None
 
+    @property
+    def embeds_by_head(self) -> bool:
+        """Whether an embedding is ``normalise(head(pool(tower(x))))`` of one modality, and nothing else."""
+        return self.before_pools is None
+
     def of_modality(self, modality: str) -> Iterator[nn.Parameter]:
         """Return the parameters that belong to this modality only."""
         return (p for part in (self.towers, self.pools, self.heads) for p in part[modality].parameters())
@@ -117,12 +122,13 @@ class SharedSpace(Recipe):
         z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
         return torch.where(present_B[:, None], z_BD, torch.zeros_like(z_BD))
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return self.together({m: self.present_features(batch, m) for m in self.towers if m in batch.inputs}, batch)
+    def latent(self, h_BD: Tensor, modality: str, batch: Batch) -> Tensor:
+        """Project a modality's features ``h_BD`` into the shared space, ``z_BD``."""
+        return self.project(h_BD, modality, batch.present[modality])
 
-    def together(self, h: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Project each modality's features ``h_BD`` into the shared space, ``z_BD``."""
-        return {m: self.project(h_BD, m, batch.present[m]) for m, h_BD in h.items()}
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        given = [m for m in self.towers if m in batch.inputs]
+        return {m: self.latent(self.present_features(batch, m), m, batch) for m in given}
 
 
 def projected(tower: nn.Module) -> bool:

@@ -28,8 +28,8 @@ class Stage:
             recipe's.
         load: weights to begin with, instead of those that the previous stage left.
         set: other fields of the recipe in this stage: dotted name -> number, word, true or false, such as
-            ``{pool_global: true}``, ``{projector.side: 4}`` or ``{losses.image-text.max_log_scale: 3.0}``. Later stages
-            begin with the recipe's own values.
+            ``{pool_global: true}`` or ``{objectives.image-text.losses.0.max_log_scale: 3.0}``. Later stages begin with
+            the recipe's own values.
         mix: coefficients of terms in this stage, such as ``{text: 0.0}``; by default those of the run.
         begin: changes of the model when the stage begins, in this order, after ``load``.
         end: changes when the stage ends, after its last validation and before its weights are saved, such as

@@ -9,12 +9,12 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import no_such
 from descant.modules.core.objective import Term
-from descant.modules.core.output import Decisions, Scorer
+from descant.modules.core.output import Decisions
 from descant.modules.distill.distill import Distill
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
@@ -25,7 +25,7 @@ from descant.modules.objectives.streams import Streams, pooled
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.distillation import ProjectionAverage, own_teacher
-from descant.recipes.base.shared_space import SharedSpace
+from descant.recipes.base.objective_space import ObjectiveSpace
 
 
 def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, Any]) -> dict[str, Distill]:
@@ -40,7 +40,7 @@ def teacher_of(objectives: Mapping[str, TaskObjective], options: Mapping[str, An
     return {"distill": own_teacher(name, ProjectionAverage(decay), options)}
 
 
-class StreamSpace(SharedSpace):
+class StreamSpace(ObjectiveSpace):
     """Base of recipes whose objectives read :class:`Streams`; a subclass sets objectives, universal layers and graph.
 
     Args:
@@ -51,7 +51,7 @@ class StreamSpace(SharedSpace):
             side by side and, if an objective fuses them, the first fused token.
     """
 
-    objectives: nn.ModuleDict
+    streams_class = Streams
     universal: UniversalLayers | None
     graph: Graph
 
@@ -69,31 +69,18 @@ class StreamSpace(SharedSpace):
             raise ValueError(f"embeds: {m!r}: {no_such(m, towers)}")
 
     @property
-    def tasks(self) -> dict[str, TaskObjective]:
-        return cast(dict[str, TaskObjective], dict(self.objectives.items()))
-
-    @property
-    def pairs(self) -> dict[str, tuple[str, str]]:
-        """Return the pairs of modalities that objectives score, by the name of the term."""
-        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
-
-    @property
     def before_pools(self) -> UniversalLayers | None:
         return self.universal if self.graph.embeddings else None
+
+    @property
+    def embeds_by_head(self) -> bool:
+        return super().embeds_by_head and getattr(self, "fusion", None) is None
 
     def pooled(self, tokens: Tokens, modality: str) -> Tensor:
         tokens = tokens if self.before_pools is None else self.before_pools(tokens, modality)
         return pooled(cast(Any, self), tokens, modality)
 
-    def streams(self, batch: Batch) -> Streams:
-        """Build the streams of a training batch, with the teacher's streams if objectives have a teacher."""
-        taught = None
-        if self.teaching is not None and any(objective.momentum is not None for objective in self.tasks.values()):
-            self.teaching.prepare(self)
-            taught = Streams(cast(Any, self.teaching.network), batch)
-        return Streams(cast(Any, self), batch, taught)
-
-    def _views(self, streams: Streams) -> dict[str, Streams]:
+    def views(self, streams: Streams) -> dict[str, Streams]:
         """Return the streams as each objective sees them, with its own hidden tokens."""
         masks = dict[Hashable, Masks | None]()
         for name, objective in self.tasks.items():
@@ -104,7 +91,7 @@ class StreamSpace(SharedSpace):
         return {n: streams.of(partial(named, n), masks[task.hiding], layers[n]) for n, task in self.tasks.items()}
 
     def label_logits(self, batch: Batch) -> dict[str, Callable[[], Decisions]]:
-        return self._logits(self._views(Streams(cast(Any, self), batch)))
+        return self._logits(self.views(Streams(cast(Any, self), batch)))
 
     def _logits(self, views: dict[str, Streams]) -> dict[str, Callable[[], Decisions]]:
         made = {name: task.decisions(views[name]) for name, task in self.tasks.items()}
@@ -116,20 +103,16 @@ class StreamSpace(SharedSpace):
             return {}
         return expert_terms(self.universal.experts, [joined(calls) for calls in zip(*streams.routings, strict=True)])
 
-    def scorers(self, batch: Batch) -> dict[str, Scorer]:
-        views = self._views(Streams(cast(Any, self), batch))
-        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
-
     def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
         """Compute scores of each objective, such as ``accuracy_match``; ``streams``: the batch's, if already built."""
-        views = self._views(streams or Streams(cast(Any, self), batch))
+        views = self.views(streams or Streams(cast(Any, self), batch))
         each = {name: objective.scores(views[name], batch) for name, objective in self.tasks.items()}
         return {f"{key}_{name}": term for name, scores in each.items() for key, term in scores.items()}
 
     def _answers(self, batch: Batch, streams: Streams) -> dict[str, dict[str, Tensor]]:
         """Return ``logits`` and ``numbers`` by target, from the first objective that predicts it from these inputs."""
         found: dict[str, dict[str, Tensor]] = {"logits": {}, "numbers": {}}
-        views = self._views(streams)
+        views = self.views(streams)
         for name, task in self.tasks.items():
             if set(task.reads) <= batch.inputs.keys():
                 for kind, each in task.answers(views[name], batch).items():

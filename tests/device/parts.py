@@ -73,9 +73,8 @@ from descant.modules.language.depths import DepthRouting, MixtureOfDepths, depth
 from descant.modules.language.generate import Sampling, generate
 from descant.modules.language.model import CausalLM
 from descant.modules.language.projectors import EachToken, PooledGrid, Resampler
-from descant.modules.losses.contrastive import InfoNCE, Intra, SigLIP
+from descant.modules.losses.contrastive import InfoNCE, SigLIP
 from descant.modules.losses.exchange import Chunks, Ring
-from descant.modules.losses.hard_negatives import Negatives
 from descant.modules.losses.hinge import HardestInBatchHinge, PairMarginLoss
 from descant.modules.losses.numbers import AbsoluteError, GaussianLikelihood, Huber, NumberScale, SquaredError
 from descant.modules.losses.ring import RingSigLIP
@@ -108,6 +107,8 @@ from descant.modules.missing_modalities.imputation import MeanImputer, PromptImp
 from descant.modules.multitask import DWA, STCH, MMPareto, Rule
 from descant.modules.multitask.auxiliary_target import AuxiliaryTarget
 from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.objectives.hard_negatives import Negatives
+from descant.modules.objectives.intra import Intra
 from descant.modules.policy import advantages
 from descant.modules.policy import losses as policy
 from descant.modules.policy.preference import DPOLoss
@@ -268,13 +269,13 @@ def _negatives(at: Place) -> Any:
     a, b, wrong = (at(unit()) for _ in range(3))
     everyone = at(torch.ones(B, dtype=torch.bool))
     sham = at(Negatives(sham="permute"))
-    return PairMarginLoss()(a, b, wrong), sham(a, b, wrong, at(torch.arange(B)), everyone)
+    return PairMarginLoss()(a, b, wrong), sham.values(a, b, wrong, at(torch.arange(B)), everyone)
 
 
 @part("Intra")
 def _intra(at: Place) -> Any:
     intra = at(Intra(width=D, out=4, hidden=8, sham="permute"))
-    return intra(at(unit()), at(unit()), at(torch.arange(B)), at(torch.arange(B)), at(present()["image"]))
+    return intra.values(at(unit()), at(unit()), at(torch.arange(B)), at(torch.arange(B)), at(present()["image"]))
 
 
 def _of_views(make: Callable[[], ViewObjective]) -> Part:

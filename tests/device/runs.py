@@ -49,8 +49,7 @@ from descant.modules.language.axis_rope import AxisRoPE
 from descant.modules.language.model import CausalLM
 from descant.modules.language.positions import VisualAxes, VisualSteps
 from descant.modules.language.projectors import PooledGrid
-from descant.modules.losses import InfoNCE, Intra
-from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.losses import InfoNCE
 from descant.modules.losses.information import Boltzmann, Normal
 from descant.modules.losses.numbers import GaussianLikelihood
 from descant.modules.losses.views import BYOL, DINO
@@ -78,6 +77,8 @@ from descant.modules.objectives.classify import Classify
 from descant.modules.objectives.columns import MaskedColumns
 from descant.modules.objectives.contrast import Contrast
 from descant.modules.objectives.curriculum import Curriculum
+from descant.modules.objectives.hard_negatives import Negatives
+from descant.modules.objectives.intra import Intra
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.match import Match
 from descant.modules.objectives.quantized import QuantizedTokens

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.losses import Chunks, ContrastiveLoss, InfoNCE, Intra, Ring, RingSigLIP, SigLIP
+from descant.modules.losses import Chunks, ContrastiveLoss, InfoNCE, Ring, RingSigLIP, SigLIP
+from descant.modules.objectives.intra import Intra
 from descant.modules.towers import Tokens, Tower, Towers
 from descant.recipes import Contrastive
 from tests.ranks import run_ranks

@@ -20,12 +20,14 @@ from descant.datamodules.corpora.scenes import Scenes
 from descant.modules.core.batch import Batch
 from descant.modules.core.protocols import ForksFeatures
 from descant.modules.losses import HardestInBatchHinge, InfoNCE, PairMarginLoss
-from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.objectives.base import TaskObjective
+from descant.modules.objectives.contrast import Contrast
+from descant.modules.objectives.hard_negatives import Negatives
 from descant.modules.tokenizers.text import NgramTokenizer
 from descant.modules.towers import ConvTower, TextTower, Towers
 from descant.modules.towers.heads import FlattenPool, LastPool, MeanPool, Pools
 from descant.modules.towers.triples import TripleEncoder
-from descant.recipes import Contrastive
+from descant.recipes import Contrastive, MultiTask
 from tests.ranks import run_ranks
 from tests.recipes.test_big_batch import EXACT, Curve, gap
 from tests.tolerance import F64, rounding, ulps
@@ -184,8 +186,27 @@ def test_absent_negatives_change_nothing() -> None:
     batch.step = dict(batch.present)
     objective = model.step(model.terms(batch), batch)
     assert float(objective.terms[NAME].detach()) == 0.0
-    model.negatives = None
+    del model.objectives[NAME]
     torch.testing.assert_close(objective.total, total(model, big_batch()), **rounding(256, F64))
+
+
+def test_several_objectives_compute_the_same_terms() -> None:
+    """The recipe of contrast is its objectives over the shared space, so MultiTask with them computes it to the bit."""
+    made: dict[str, Callable[[], dict[str, TaskObjective]]] = {
+        "negatives": lambda: {
+            "image-text": Contrast([["image", "text"]]),
+            NAME: Negatives(loss=PairMarginLoss(1.0)),
+        },
+        "denominator": lambda: {"image-text": Contrast([["image", "text"]], negatives=Negatives(denominator=True))},
+    }
+    for arm, objectives in made.items():
+        one, batch = recipe_of(arm), big_batch()
+        several = MultiTask(Towers(image=Curve(8), text=Curve(6)), objectives(), 8).double().train()
+        several.load_state_dict(one.state_dict())
+        for name, term in one(batch).terms.items():
+            assert torch.equal(several(batch).terms[name].value, term.value)
+        with pytest.raises(ValueError, match="negatives: no pair image-text; the pairs are text-image"):
+            Contrast([["text", "image"]], negatives=Negatives(denominator=True))
 
 
 def test_the_mix_weighs_the_term() -> None:
@@ -199,8 +220,7 @@ def test_both_arms_run_the_same_code_as_often() -> None:
     for arm in ("negatives", "sham"):
         model, batch = recipe_of(arm), big_batch()
         values += [float(model.step(model.terms(batch), batch).terms[NAME].detach()) for _ in range(3)]
-        assert model.negatives is not None
-        counts.append(model.negatives.sham.calls)
+        counts.append(cast(Negatives, model.objectives[NAME]).sham.calls)
     assert counts == [3, 3]
     assert values[0] == values[2] != values[3] == values[5]
 
@@ -242,7 +262,7 @@ def test_what_the_data_lacks_is_named() -> None:
     for arm, name in (("negatives", "text_neg"), ("knowledge", "triples"), ("knowledge", "triples_neg")):
         batch = big_batch()
         del batch.inputs[name]
-        with pytest.raises(ValueError, match=f"^the data has no modality '{name}', only image, "):
+        with pytest.raises(ValueError, match=f"^the data has no modality '{name}': no such name"):
             recipe_of(arm).terms(batch)
 
 

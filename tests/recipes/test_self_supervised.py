@@ -104,11 +104,15 @@ class Suite(GradientExact, Ranks, MissingModalities, Resume):
             teacher = recipe.distill.network.train()  # of no dropout: batch statistics
             with torch.no_grad():
                 target = [self.projected(teacher, v) for v in x]
-        return {"views/image": self.loss(recipe.objectives["image"], [self.projected(recipe, v) for v in x], target)}
+        return {
+            "views/image": self.loss(
+                recipe.objectives["views/image"].objective, [self.projected(recipe, v) for v in x], target
+            )
+        }
 
     @staticmethod
     def projected(recipe: Any, x: Tensor) -> Tensor:
-        objective = recipe.objectives["image"]
+        objective = recipe.objectives["views/image"].objective
         head = objective.head if isinstance(objective, DINO) else objective.projector
         return head(recipe.towers["image"](x).h_BTD[:, 0])
 
@@ -260,7 +264,7 @@ def test_a_fit_makes_the_explicit_steps(suite: type[Suite], tmp_path: Path) -> N
     for (batch, loss), before, after in zip(steps.seen, steps.states, steps.states[1:], strict=False):
         twin = suite().made()
         twin.load_state_dict(before)
-        parameters, objective = dict(twin.named_parameters()), twin.objectives["image"]
+        parameters, objective = dict(twin.named_parameters()), twin.objectives["views/image"].objective
         wanted = suite().explicit(twin, batch)["views/image"]
         wanted.backward()
         torch.testing.assert_close(loss, wanted.detach(), rtol=EXACT, atol=EXACT)
@@ -291,7 +295,7 @@ def test_crops_are_further_views_of_the_student_alone() -> None:
     views = [x, x.flip(3), *crops([x, x.flip(3)], batch.rng_seed)]
 
     def logits_of(network: Any, v: Tensor) -> Tensor:
-        return network.objectives["image"].head(network.towers["image"](v).h_BTD.mean(1))
+        return network.objectives["views/image"].objective.head(network.towers["image"](v).h_BTD.mean(1))
 
     logits = [logits_of(recipe, v) for v in views]
     aims = [logits_of(cast(Distill, recipe.distill).network.train(), v) for v in views[:2]]
@@ -386,7 +390,7 @@ def test_a_queue_longer_than_the_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"DINO needs two views of 'image': data.views \{image: 2\}"):
+    with pytest.raises(ValueError, match=r"the data has no 'image@2': data.views \{image: 2\}"):
         TestDINO().made()(samples(8, "image"))
     with pytest.raises(ValueError, match="crops: BYOL takes two views; DINO and SwAV take more"):
         SelfSupervised(towers("image"), BYOL(8, P), crops=LocalCrops())

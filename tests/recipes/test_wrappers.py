@@ -46,7 +46,7 @@ class Given(Teacher):
 def test_any_recipe_runs_through_stages(tmp_path: Path) -> None:
     """Heads with a large bound of the scale, then towers with the recipe's own: no language model is in it."""
     stages = {
-        "heads": Stage(train="^heads", set={"losses.image-text.max_log_scale": 1.0}),
+        "heads": Stage(train="^heads", set={"objectives.image-text.losses.0.max_log_scale": 1.0}),
         "towers": Stage(train="^towers"),
     }
     net = Staged(contrastive(), stages, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1)).double()
@@ -65,7 +65,7 @@ def test_any_recipe_runs_through_stages(tmp_path: Path) -> None:
     ("stage", "message"),
     [
         (lambda: Stage(set={"zeroes": True}), "set 'zeroes': Contrastive: no such name"),
-        (lambda: Stage(set={"loses.image-text.x": 1}), r"set 'loses.image-text.x': .* did you mean losses\?"),
+        (lambda: Stage(set={"objectivs.image-text.x": 1}), r"set 'objectivs.image-text.x': .* did you mean objectives\?"),
         (lambda: Stage(objective=recipes.SFT()), "stages.a.objective: Contrastive has no choice; VisionLanguage has"),
     ],
 )

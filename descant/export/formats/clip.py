@@ -19,7 +19,7 @@ from descant.modules.losses import InfoNCE
 from descant.modules.tokenizers.text import BOS, EOS, SPECIAL, Tokenizer
 from descant.modules.towers import TransformersTower
 from descant.modules.towers.heads import FirstPool, LastPool, Projection
-from descant.recipes import Contrastive
+from descant.recipes.base.objective_space import ObjectiveSpace
 from descant.recipes.base.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ class Clip:
     id of the text". So an export then ends texts with a new id after the last one here, with the same embedding.
     """
 
-    recipe: Contrastive
+    recipe: ObjectiveSpace
     image: TransformersTower
     text: TransformersTower
     eos: int
@@ -46,7 +46,7 @@ class Clip:
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: Tokenizer | None = None) -> Clip:
         """Take the parts from a recipe. Raises ValueError with the part that no CLIP has."""
-        if type(recipe) is not Contrastive or recipe.knowledge is not None:
+        if not isinstance(recipe, ObjectiveSpace) or not recipe.embeds_by_head or len(recipe.losses) != 1:
             raise ValueError(f"{type(recipe).__name__}: a CLIP is a Contrastive of images and texts, and no more")
         kinds = {"image": "clip_vision_model", "text": "clip_text_model"}
         if set(recipe.towers) != set(kinds):

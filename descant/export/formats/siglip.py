@@ -20,7 +20,7 @@ from descant.modules.losses import SigLIP
 from descant.modules.tokenizers.text import EOS, PAD, PretrainedTokenizer, Tokenizer
 from descant.modules.towers import PatchTower, PretrainedTower, TextTower, TransformersTower
 from descant.modules.towers.heads import LastPool, MAPPool, Projection
-from descant.recipes import Contrastive
+from descant.recipes.base.objective_space import ObjectiveSpace
 from descant.recipes.base.recipe import Recipe
 
 _ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
@@ -143,7 +143,7 @@ def _of_pretrained(tower: PretrainedTower) -> Half:
 class Siglip:
     """The parts of a recipe that is a SigLIP."""
 
-    recipe: Contrastive
+    recipe: ObjectiveSpace
     image: Half
     text: Half
     loss: SigLIP
@@ -151,7 +151,7 @@ class Siglip:
     @classmethod
     def of(cls, recipe: Recipe) -> Siglip:
         """Take the parts from a recipe. Raises ValueError with the part that no SigLIP has."""
-        if type(recipe) is not Contrastive or recipe.knowledge is not None:
+        if not isinstance(recipe, ObjectiveSpace) or not recipe.embeds_by_head or len(recipe.losses) != 1:
             raise ValueError(f"{type(recipe).__name__}: a SigLIP is a Contrastive of images and texts, and no more")
         if set(recipe.towers) != {"image", "text"}:
             raise ValueError(f"towers: {', '.join(recipe.towers)}; a SigLIP has image and text")

@@ -18,7 +18,7 @@ from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import global_seed, mix_N, uniform_N
-from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.objectives.hard_negatives import Negatives
 from descant.modules.selection.mining import hard_negatives, one_of_each, pair_threshold
 from descant.modules.towers import Towers
 from descant.recipes import Contrastive

@@ -23,6 +23,7 @@ from descant.export import loading
 from descant.export.formats import base, llama, timm_vit
 from descant.export.formats import clip as clips
 from descant.modules.core.batch import Batch
+from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.io import saved
 from descant.modules.language import CausalLM
 from descant.modules.language.axis_rope import AxisRoPE
@@ -30,13 +31,15 @@ from descant.modules.language.llama_format import llama_config, to_llama
 from descant.modules.losses import SigLIP
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.moe import ExpertLayers, HardModality, TopKRouter, VisualExperts
+from descant.modules.objectives.contrast import Contrast
+from descant.modules.objectives.intra import Intra
 from descant.modules.tokenizers.text import BOS, EOS, BPETokenizer, ByteTokenizer, WordTokenizer
 from descant.modules.towers import ConvTower, PatchTower, TextTower, TimmTower, Towers, TransformersTower
 from descant.modules.towers.base import Frozen
 from descant.modules.towers.heads import FirstPool, LastPool, Pools
 from descant.modules.towers.vit import EPS, Trunk
 from descant.modules.transforms.image import Pixels
-from descant.recipes import Contrastive, Masked, VisionLanguage
+from descant.recipes import Contrastive, Masked, MultiTask, VisionLanguage
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -296,6 +299,19 @@ def test_a_clip_embeds_there_as_here(name: str, act: str, tmp_path: Path) -> Non
         recipe.heads["text"].layers[-1].weight[0].add_(0.5)
     with pytest.raises(ValueError, match="its outputs differ"):
         made.require_near(recipe, tmp_path)
+
+
+def test_several_objectives_with_one_contrast_are_a_clip_too(tmp_path: Path) -> None:
+    """CLIP has no place for other objectives' layers: they stay behind. Fusion layers would change what is embedded."""
+    one, made = clip(), clips.ClipFormat()
+    objectives = {"contrast": Contrast([["image", "text"]]), "views": Intra(32, out=4, hidden=8)}
+    pool = Pools(image=FirstPool(), text=LastPool())
+    recipe: Any = MultiTask(one.towers, objectives, 16, pool=pool, norm={"text": False}).eval()
+    made.write(recipe, PARTS, tmp_path)
+    assert made.require_near(recipe, tmp_path) < base.NEAR
+    recipe.fusion = FusionLayers(32)
+    with pytest.raises(ValueError, match="MultiTask: a CLIP is a Contrastive of images and texts, and no more"):
+        made.write(recipe, PARTS, tmp_path)
 
 
 def test_texts_and_pictures_have_the_similarities_of_the_recipe(tmp_path: Path) -> None:

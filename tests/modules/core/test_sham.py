@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from descant.modules.core.sham import Sham
 from descant.modules.losses import PairMarginLoss
-from descant.modules.losses.hard_negatives import Negatives
+from descant.modules.objectives.hard_negatives import Negatives
 from tests.ranks import run_ranks
 from tests.tolerance import F32, rounding
 
@@ -64,13 +65,13 @@ def test_the_method_itself_is_untouched_and_both_arms_are_counted() -> None:
 
 def test_hard_negatives_of_others() -> None:
     generator = torch.Generator().manual_seed(0)
-    z = [torch.nn.functional.normalize(torch.randn(8, 4, generator=generator), dim=1) for _ in range(3)]
+    z_a, z_b, z_neg = (F.normalize(torch.randn(8, 4, generator=generator), dim=1) for _ in range(3))
     valid = torch.ones(8, dtype=torch.bool)
     method, control = Negatives(loss=PairMarginLoss(1.0)), Negatives(loss=PairMarginLoss(1.0), sham="permute")
-    own_B, others_B = (part(*z, DRAW, valid) for part in (method, control))
+    own_B, others_B = (part.values(z_a, z_b, z_neg, DRAW, valid) for part in (method, control))
     source = Sham.permute(torch.arange(8), DRAW)
-    torch.testing.assert_close(own_B, PairMarginLoss(1.0)(*z), **rounding(8, F32))
-    torch.testing.assert_close(others_B, PairMarginLoss(1.0)(z[0], z[1], z[2][source]), **rounding(8, F32))
+    torch.testing.assert_close(own_B, PairMarginLoss(1.0)(z_a, z_b, z_neg), **rounding(8, F32))
+    torch.testing.assert_close(others_B, PairMarginLoss(1.0)(z_a, z_b, z_neg[source]), **rounding(8, F32))
     assert (own_B - others_B).abs().max() > 0.1
     assert method.sham.calls == control.sham.calls == 1
     with pytest.raises(ValueError, match=r"pair: \['text', 'text'\]: two different modalities"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from descant.modules.core.sham import Sham
-from descant.modules.losses import AllGather, Chunks, Exchange, InfoNCE, Intra, Ring, RingSigLIP, SigLIP
+from descant.modules.losses import AllGather, Chunks, Exchange, InfoNCE, Ring, RingSigLIP, SigLIP
+from descant.modules.objectives.intra import Intra
 from tests.modules.losses import _asserts
 from tests.modules.losses._asserts import embeddings, everyone
 from tests.tolerance import F32, F64, rounding, ulps
@@ -29,7 +30,7 @@ def intra() -> Any:
 
 def undrawn(loss: Intra) -> Any:
     """A pair loss like the others: without a sham, who draws what does not matter."""
-    return lambda h_1, h_2, key, valid: loss(h_1, h_2, key, torch.zeros_like(key), valid)
+    return lambda h_1, h_2, key, valid: loss.values(h_1, h_2, key, torch.zeros_like(key), valid)
 
 
 @pytest.mark.parametrize("check", PROPERTIES)
@@ -147,9 +148,9 @@ def test_the_sham_of_intra_permutes_second_views() -> None:
     key, draw, valid = torch.arange(6), torch.tensor([31, 5, 77, 12, 8, 40]), torch.tensor([True] * 5 + [False])
     method, control = intra(), Intra(width=5, out=4, hidden=8, sham="permute").double()
     control.load_state_dict(method.state_dict())
-    own_B, others_B = (part(h_1, h_2, key, draw, valid) for part in (method, control))
+    own_B, others_B = (part.values(h_1, h_2, key, draw, valid) for part in (method, control))
     exchanged = h_2[Sham.permute(torch.arange(6), draw, valid)]
-    torch.testing.assert_close(others_B, method(h_1, exchanged, key, draw, valid), **rounding(16, F64))
+    torch.testing.assert_close(others_B, method.values(h_1, exchanged, key, draw, valid), **rounding(16, F64))
     assert (own_B - others_B)[valid].abs().min() > 0.01
     assert (method.sham.calls, control.sham.calls) == (2, 1)
 

@@ -120,7 +120,7 @@ def test_teachers_that_differ_and_a_teacher_beside_one_are_refused() -> None:
 
 def test_data_of_one_view_and_fewer_samples_than_a_queue_are_refused(tmp_path: Path) -> None:
     model = multitask(more={"views": TwoViews("image", SimCLR(8, P))}).double()
-    with pytest.raises(ValueError, match=r"objectives: views: the data has no 'image@2': data.views \{image: 2\}"):
+    with pytest.raises(ValueError, match=r"^the data has no 'image@2': data.views \{image: 2\}"):
         model(samples())
     recipe = made(views=TwoViews("image", NNCLR(8, P, 8, queue=56)))
     trainer = L.Trainer(max_steps=1, default_root_dir=tmp_path, **QUIET)
