@@ -65,7 +65,7 @@ def test_any_recipe_runs_through_stages(tmp_path: Path) -> None:
     ("stage", "message"),
     [
         (lambda: Stage(set={"zeroes": True}), "set 'zeroes': Contrastive: no such name"),
-        (lambda: Stage(set={"objectivs.image-text.x": 1}), r"set 'objectivs.image-text.x': .* did you mean objectives\?"),
+        (lambda: Stage(set={"objectivs.x.y": 1}), r"set 'objectivs.x.y': .* did you mean objectives\?"),
         (lambda: Stage(objective=recipes.SFT()), "stages.a.objective: Contrastive has no choice; VisionLanguage has"),
     ],
 )
