@@ -20,7 +20,7 @@ from descant.modules.core.host import read_together, to_device
 from descant.modules.core.protocols import HasObjective
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.sham import Sham
-from descant.modules.multitask.mix import gram
+from descant.modules.multitask.mix import gramian
 from descant.modules.training_setup.trainer import log_interval, share_of_run
 
 #: The release's polynomial in the epoch (of 200), fitted to the classification weight that it had learned.
@@ -143,7 +143,7 @@ class LearnedLFM(LFM):
         if not self._sums:
             return
         means, self._sums = [mean_of_ranks(g) / trainer.accumulate_grad_batches for g in self._sums], []
-        (gram_22,) = read_together(gram(means))
-        slope = float(gram_22[0, 0] - gram_22[0, 1])
+        (gramian_22,) = read_together(gramian(means))
+        slope = float(gramian_22[0, 0] - gramian_22[0, 1])
         if slope == slope and abs(slope) != float("inf"):  # if not finite, keep a
             self.a = min(max(self.a - self.rate * slope, self.least), 1 - self.least)

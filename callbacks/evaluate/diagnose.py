@@ -26,7 +26,7 @@ from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassi
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
 from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fitted, lag
-from descant.modules.multitask.mix import gram
+from descant.modules.multitask.mix import gramian
 from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import datamodule_of, log_interval, plain_batches
 
@@ -172,18 +172,18 @@ class Diagnose(L.Callback):
     def _read(self, trainer: L.Trainer, pl_module: HasObjective, names: tuple[str, ...]) -> None:
         """Log the cosines of the gradients summed so far. They are computed on the CPU, after one device read."""
         sums, self._sums = self._sums, []
-        (gram_KK,) = read_together(gram([mean_of_ranks(g) for g in sums]))
-        base_K = torch.tensor([pl_module.step.mix.get(name, 1.0) for name in names], dtype=gram_KK.dtype)
-        gram_KK = gram_KK * base_K[:, None] * base_K
-        if not gram_KK.isfinite().all():
+        (gramian_KK,) = read_together(gramian([mean_of_ranks(g) for g in sums]))
+        base_K = torch.tensor([pl_module.step.mix.get(name, 1.0) for name in names], dtype=gramian_KK.dtype)
+        gramian_KK = gramian_KK * base_K[:, None] * base_K
+        if not gramian_KK.isfinite().all():
             self.skipped += 1
             return
-        value_K = torch.linalg.eigvalsh(gram_KK)
+        value_K = torch.linalg.eigvalsh(gramian_KK)
         values = {"diagnose/condition": (value_K[-1] / value_K[0].clamp(min=1e-15 * value_K[-1])).sqrt()}
-        norm_K = gram_KK.diagonal().sqrt()
+        norm_K = gramian_KK.diagonal().sqrt()
         for (i, a), (j, b) in combinations(enumerate(names), 2):
-            if gram_KK[i, j] != 0:  # exactly 0 if no parameter has a gradient of both
-                cos = gram_KK[i, j] / norm_K[i] / norm_K[j]
+            if gramian_KK[i, j] != 0:  # exactly 0 if no parameter has a gradient of both
+                cos = gramian_KK[i, j] / norm_K[i] / norm_K[j]
                 self.cosines.setdefault(f"{a}~{b}", []).append(float(cos))
                 values[f"diagnose/cos/{a}~{b}"] = cos
         if math.isfinite(log_interval(trainer)):

@@ -137,11 +137,11 @@ class HarmonizeFeatures(Ordered):
         if copies is None or (self.curriculum is None and not logs):
             return
         g_KBD = self._gradients(pl_module.step, self._names, copies)
-        gram_BKK = torch.einsum("kbd,lbd->bkl", g_KBD, g_KBD)
-        norm_BK = gram_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        gramian_BKK = torch.einsum("kbd,lbd->bkl", g_KBD, g_KBD)
+        norm_BK = gramian_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
         pairs = list(combinations(range(len(self._names)), 2))
         sizes_BQ = torch.stack([norm_BK[:, i] * norm_BK[:, j] for i, j in pairs], dim=1)
-        dots_BQ = torch.stack([gram_BKK[:, i, j] for i, j in pairs], dim=1)
+        dots_BQ = torch.stack([gramian_BKK[:, i, j] for i, j in pairs], dim=1)
         both_BQ = sizes_BQ > 0
         cos_BQ = torch.where(both_BQ, dots_BQ / sizes_BQ.clamp(min=torch.finfo(sizes_BQ.dtype).tiny), torch.inf)
         cos_B, valid_B = cos_BQ.amin(dim=1), both_BQ.any(dim=1)  # the worst of the pairs that a sample has
@@ -167,11 +167,11 @@ class HarmonizeFeatures(Ordered):
         wide_KBD = promote(g_KBD)
         if self.rule.whole_gradients:
             return self.rule.combine(wide_KBD, draw).to(g_KBD.dtype)
-        gram_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
-        (gram_BKK,) = read_together(gram_BKK)  # rules run on the CPU: an accelerator is read only once
-        finite_B = gram_BKK.isfinite().all(dim=(1, 2))
-        gram_BKK = torch.where(finite_B[:, None, None], gram_BKK, torch.zeros_like(gram_BKK))
-        mix_BK = self.rule.mix(gram_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
+        gramian_BKK = torch.einsum("kbd,lbd->bkl", wide_KBD, wide_KBD).double()
+        (gramian_BKK,) = read_together(gramian_BKK)  # rules run on the CPU: an accelerator is read only once
+        finite_B = gramian_BKK.isfinite().all(dim=(1, 2))
+        gramian_BKK = torch.where(finite_B[:, None, None], gramian_BKK, torch.zeros_like(gramian_BKK))
+        mix_BK = self.rule.weights(gramian_BKK, torch.ones(len(names)), draw).to(wide_KBD.dtype)
         return torch.einsum("bk,kbd->bd", to_device(mix_BK, wide_KBD.device), wide_KBD).to(g_KBD.dtype)
 
     @staticmethod

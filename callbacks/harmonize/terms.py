@@ -30,7 +30,7 @@ from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.moe.active import expert_layers
 from descant.modules.multitask import Rule
-from descant.modules.multitask.mix import gram, grams, mix_of, mixed, stacked, term_gradients
+from descant.modules.multitask.mix import gramian, gramians, mix_of, mixed, stacked, term_gradients
 from descant.modules.training_setup.trainer import log_interval
 
 
@@ -122,7 +122,7 @@ class Harmonize(L.Callback):
             if self.rule.reads_gradients:
                 grads = gradients(pl_module, list(pl_module.shared_parameters()))
                 own_KK = self._own(grads)
-                both = self._grams([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
+                both = self._gramians([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
             self._decide(trainer, pl_module, *both, value_K)
         assert self.mix_K is not None
         objective.mix.mul_(to_device(self.mix_K.to(objective.mix.dtype), objective.mix.device))
@@ -133,7 +133,7 @@ class Harmonize(L.Callback):
             micros = trainer.accumulate_grad_batches
             # divided as Lightning divides a loss, and averaged over ranks as DDP does
             sums = [mean_of_ranks(g) / micros for g in self._sums]
-            both = self._grams(_select_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
+            both = self._gramians(_select_shared(pl_module, sums), self._own_KK / micros, pl_module.step.world * micros)
             self._decide(trainer, pl_module, *both, self._value_K / micros)
             assert self.mix_K is not None
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
@@ -153,17 +153,17 @@ class Harmonize(L.Callback):
         return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
 
     def _own(self, grads: Sequence[Tensor]) -> Tensor:
-        return gram(grads) if self.rule.across_batches else torch.zeros(0)
+        return gramian(grads) if self.rule.across_batches else torch.zeros(0)
 
-    def _grams(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
-        """Compute Gram matrices of mean gradients of ``batches``: see :func:`descant.modules.multitask.mix.grams`."""
+    def _gramians(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+        """Compute the Gram matrices of ``batches``: see :func:`descant.modules.multitask.mix.gramians`."""
         if self.rule.across_batches and batches < 2:
             raise ValueError(
                 f"Harmonize: {type(self.rule).__name__} compares the micro-batches of a step, and has one: window step "
                 "with trainer.accumulate_grad_batches 2, or 2 ranks"
             )
         own_KK = mean_of_ranks(own_KK) if self.rule.across_batches else own_KK
-        return grams(self.rule, grads, own_KK, batches)
+        return gramians(self.rule, grads, own_KK, batches)
 
     def _require_same_terms(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:
@@ -175,14 +175,14 @@ class Harmonize(L.Callback):
         self.names = names
 
     def _decide(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, gram_KK: Tensor, of_rule_KK: Tensor, value_K: Tensor
+        self, trainer: L.Trainer, pl_module: L.LightningModule, gramian_KK: Tensor, of_rule_KK: Tensor, value_K: Tensor
     ) -> None:
         """Compute the mix from Gram matrices of unmixed gradients, on the CPU: an accelerator is read only once."""
-        gram_KK, of_rule_KK, value_K, base_K = read_together(gram_KK, of_rule_KK, value_K, self._base_K)
+        gramian_KK, of_rule_KK, value_K, base_K = read_together(gramian_KK, of_rule_KK, value_K, self._base_K)
         read, draw = self.rule.reads_gradients, mix(global_seed(), "harmony", trainer.global_step)
         if read:
-            gram_KK, of_rule_KK = (x_KK * base_K[:, None] * base_K for x_KK in (gram_KK, of_rule_KK))
-        mix_K = mix_of(self.rule, of_rule_KK, value_K, draw) if bool(gram_KK.isfinite().all()) else None
+            gramian_KK, of_rule_KK = (x_KK * base_K[:, None] * base_K for x_KK in (gramian_KK, of_rule_KK))
+        mix_K = mix_of(self.rule, of_rule_KK, value_K, draw) if bool(gramian_KK.isfinite().all()) else None
         finite = mix_K is not None
         if mix_K is not None:
             self.mix_K = self.sham.handed_on(mix_K)
@@ -190,23 +190,23 @@ class Harmonize(L.Callback):
             self.mix_K = torch.ones(len(self.names), dtype=torch.float64)
             self.fallbacks += 1
         if read and finite:
-            cos_Q = _cosines(gram_KK)
+            cos_Q = _cosines(gramian_KK)
             self.looks += len(cos_Q)
             self.conflicts += int((cos_Q < 0).sum())
             self.track.add(trainer.global_step, cos_Q.tolist())
         # this mix applies until it is computed again; log it if one of these steps is logged
         now, each = trainer.global_step, log_interval(trainer)
         if (now + self.every) // each > now // each:
-            self._log(pl_module, gram_KK if read and finite else None)
+            self._log(pl_module, gramian_KK if read and finite else None)
 
-    def _log(self, pl_module: L.LightningModule, gram_KK: Tensor | None) -> None:
+    def _log(self, pl_module: L.LightningModule, gramian_KK: Tensor | None) -> None:
         assert self.mix_K is not None
         values = {f"harmony/mix/{name}": value for name, value in zip(self.names, self.mix_K, strict=True)}
         values["harmony/fallbacks"] = torch.tensor(float(self.fallbacks))
-        if gram_KK is not None:
-            norm_K = gram_KK.diagonal().clamp(min=0).sqrt()
+        if gramian_KK is not None:
+            norm_K = gramian_KK.diagonal().clamp(min=0).sqrt()
             values |= {f"harmony/norm/{name}": value for name, value in zip(self.names, norm_K, strict=True)}
-            cosines = zip(combinations(self.names, 2), _cosines(gram_KK), strict=True)
+            cosines = zip(combinations(self.names, 2), _cosines(gramian_KK), strict=True)
             values |= {f"harmony/cos/{a}~{b}": cos for (a, b), cos in cosines}
             values["harmony/conflict"] = torch.tensor(self.conflicts / max(self.looks, 1))
         pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)
@@ -253,11 +253,11 @@ def _keeping_gathered(pl_module: nn.Module) -> Iterator[None]:
         pl_module.set_reshard_after_backward(True)
 
 
-def _cosines(gram_KK: Tensor) -> Tensor:
+def _cosines(gramian_KK: Tensor) -> Tensor:
     """Compute the cosines ``[Q]`` of the pairs of terms; 0 where one has no gradient."""
-    norm_K = gram_KK.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(gram_KK.dtype).tiny)
+    norm_K = gramian_KK.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(gramian_KK.dtype).tiny)
     i_Q, j_Q = torch.triu_indices(len(norm_K), len(norm_K), offset=1, device=norm_K.device)
-    return gram_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
+    return gramian_KK[i_Q, j_Q] / norm_K[i_Q] / norm_K[j_Q]
 
 
 def hooks_of(pl_module: object) -> GradientHooks:

@@ -21,7 +21,7 @@ from descant.modules.core.protocols import ForksFeatures, MultimodalClassifier
 from descant.modules.core.ranks import mean_of_ranks
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask import Rule
-from descant.modules.multitask.mix import gram
+from descant.modules.multitask.mix import gramian
 from descant.modules.training_setup.trainer import log_interval
 
 
@@ -84,22 +84,22 @@ class HarmonizeTowers(Ordered):
         if trainer.global_step % self.every and self.mix:
             return
         base = dict(zip(objective.terms, objective.mix.detach().double(), strict=True))
-        grams = []
+        gramians = []
         for m, names in self._met.items():
             grads = gradients(pl_module, [p for p in pl_module.of_modality(m) if p.requires_grad], names)
             base_K = torch.stack([base[name] for name in names])
-            grams.append(gram([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
+            gramians.append(gramian([mean_of_ranks(g) for g in grads]) * base_K[:, None] * base_K)
         # rules run on the CPU: an accelerator is read only once
-        for (m, names), gram_KK in zip(self._met.items(), read_together(*grams), strict=True):
-            base_K = torch.ones(len(names), dtype=gram_KK.dtype)
+        for (m, names), gramian_KK in zip(self._met.items(), read_together(*gramians), strict=True):
+            base_K = torch.ones(len(names), dtype=gramian_KK.dtype)
             self.mix[m] = torch.ones_like(base_K)
-            if gram_KK.isfinite().all():
+            if gramian_KK.isfinite().all():
                 draw = mix(global_seed(), "harmony", trainer.global_step, m)
-                self.mix[m] = self.rule.mix(gram_KK[None], torch.ones_like(base_K), draw)[0]
+                self.mix[m] = self.rule.weights(gramian_KK[None], torch.ones_like(base_K), draw)[0]
             else:
                 self.fallbacks += 1
             if (trainer.global_step + 1) % log_interval(trainer) == 0:
-                self._log(pl_module, m, names, gram_KK)
+                self._log(pl_module, m, names, gramian_KK)
 
     def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         modality = next((m for m, of in self._met.items() if of == names), None)
@@ -108,10 +108,10 @@ class HarmonizeTowers(Ordered):
         mix_K = to_device(self.mix[modality].to(g_KBD.dtype), g_KBD.device)
         return torch.einsum("k,kbd->bd", mix_K, g_KBD)
 
-    def _log(self, pl_module: L.LightningModule, m: str, names: tuple[str, ...], gram_KK: Tensor) -> None:
+    def _log(self, pl_module: L.LightningModule, m: str, names: tuple[str, ...], gramian_KK: Tensor) -> None:
         values = {f"harmony/mix/{m}/{name}": k for name, k in zip(names, self.mix[m], strict=True)}
         values["harmony/fallbacks"] = torch.tensor(float(self.fallbacks))
         if len(names) == 2:
-            norm = (gram_KK[0, 0] * gram_KK[1, 1]).sqrt()
-            values[f"harmony/cos/{m}"] = torch.where(norm > 0, gram_KK[0, 1] / norm, 0.0)
+            norm = (gramian_KK[0, 0] * gramian_KK[1, 1]).sqrt()
+            values[f"harmony/cos/{m}"] = torch.where(norm > 0, gramian_KK[0, 1] / norm, 0.0)
         pl_module.log_dict({name: value.float() for name, value in values.items()}, batch_size=1)

@@ -11,21 +11,21 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from descant.modules.multitask.base import SolverRule
+from descant.modules.multitask.base import PreferenceRule
 from descant.modules.multitask.solvers import FLAT
 
 
-def aligned_mtl(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
+def aligned_mtl(c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
     """Scale all principal directions of the gradients to the shortest one (Aligned-MTL, 2305.19000).
 
-        G = V S^2 V^T:    mix = s_min V S^-1 V^T 1        over the directions with s > 0
+        G = V S^2 V^T:    weights = s_min V S^-1 V^T p        over the directions with s > 0
 
     It uses one-sided Jacobi rotations of D L with C = L L^T, which lose no precision if gradients differ in size.
     """
-    return torch.stack([_aligned_gradient(c_KK, d_K) for c_KK, d_K in zip(c_BKK, d_BK, strict=True)])
+    return torch.stack([_aligned_gradient(c_KK, d_K, p_K) for c_KK, d_K in zip(c_BKK, d_BK, strict=True)])
 
 
-def _aligned_gradient(c_KK: Tensor, d_K: Tensor) -> Tensor:
+def _aligned_gradient(c_KK: Tensor, d_K: Tensor, p_K: Tensor) -> Tensor:
     value_K, q_KK = torch.linalg.eigh(c_KK)
     kept = value_K > FLAT
     a_RK = (q_KK[:, kept] * value_K[kept].sqrt()).T * d_K  # its columns are the gradients, rotated
@@ -47,14 +47,14 @@ def _aligned_gradient(c_KK: Tensor, d_K: Tensor) -> Tensor:
     s_K = a_RK.norm(dim=0)
     best = s_K.argsort(descending=True)[: int(kept.sum())]
     v_KR, s_R = v_KK[:, best], s_K[best]
-    return (v_KR * (s_R.min() / s_R)) @ v_KR.sum(dim=0) * d_K
+    return (v_KR * (s_R.min() / s_R)) @ (v_KR * p_K[:, None]).sum(dim=0) * d_K
 
 
-class AlignedMTL(SolverRule):
+class AlignedMTL(PreferenceRule):
     """Scale all principal directions of the gradients to the shortest one of them.
 
     See :func:`aligned_mtl`. Source: Senushkin 2023, arXiv 2305.19000.
     """
 
-    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return aligned_mtl(c_BKK, d_BK)
+    def solve(self, c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
+        return aligned_mtl(c_BKK, d_BK, p_K)

@@ -1,8 +1,8 @@
 """Base of multi-task rules: coefficients of loss terms, from their gradients or their values.
 
-    loss = sum_k mix_k term_k,        mix = rule(G, values) * (the recipe's own mix)
+    loss = sum_k weight_k term_k,        weights = rule(G, values) * (the recipe's own mix)
 
-Rules get the same numbers on every rank and return the same mix; their state is in the checkpoint.
+Rules get the same numbers on every rank and return the same weights; their state is in the checkpoint.
 Letters: B Gram matrices (1 for parameters, one per sample for a feature), K terms.
 """
 
@@ -42,12 +42,12 @@ class Loop:
 
 
 class Rule:
-    """Rule for the coefficients of loss terms: ``mix`` reads its state, ``learn`` updates it once per optimizer step.
+    """Rule for the weights of loss terms: ``weights`` reads its state, ``learn`` updates it once per optimizer step.
 
-    A subclass implements ``mix`` and ``update``. ``mix(gram_BKK, value_K, draw)`` returns float64 ``[B, K]``, about 1
-    if terms do not conflict, from:
+    A subclass implements ``weights`` and ``update``. ``weights(gramian_BKK, value_K, draw)`` returns float64
+    ``[B, K]``, about 1 if terms do not conflict, from:
 
-        gram_BKK: float64 dot products of the terms' gradients; empty for a rule that does not read them.
+        gramian_BKK: float64 dot products of the terms' gradients; empty for a rule that does not read them.
         value_K: the terms' values, over all ranks; ones for a feature.
         draw: random seed of this step, the same on every rank.
     """
@@ -58,9 +58,9 @@ class Rule:
     reads_values = False
     #: Whether it combines whole gradients at a feature (``combine``), instead of using their dot products.
     whole_gradients = False
-    #: Whether each sample of a feature may have its own mix.
+    #: Whether each sample of a feature may have its own weights.
     per_sample = False
-    #: Whether a mix depends on earlier steps.
+    #: Whether weights depend on earlier steps.
     remembers = False
     #: Whether it needs dot products across independent batches, ``<g_k, g_l>`` from two of the step's micro-batches.
     across_batches = False
@@ -70,7 +70,7 @@ class Rule:
         self.sums: dict[str, Tensor] = {}  # sums of the values accumulated since the last update
         self.loop = Loop()
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
 
     def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -106,11 +106,38 @@ class Rule:
 class SolverRule(Rule):
     """Deterministic, stateless rule that depends on the correlations and lengths of the gradients."""
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmonized(gram_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        return harmonized(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         """Solve for the coefficients, as a :data:`descant.modules.multitask.solvers.Solver` does."""
+        raise NotImplementedError
+
+
+class PreferenceRule(Rule):
+    """Deterministic, stateless rule that takes a preference for each term.
+
+    Args:
+        preference: a number above 0 for each term, in their order, such as [2.0, 1.0]; by default 1 for all. Without
+            conflict, these numbers are the weights.
+    """
+
+    def __init__(self, preference: list[float] | None = None) -> None:
+        super().__init__()
+        if not all(p > 0 for p in preference or ()):
+            raise ValueError(f"preference {preference}: numbers above 0")
+        self.preference = preference
+
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        terms, given = gramian_BKK.shape[-1], self.preference
+        if given is not None and len(given) != terms:
+            raise ValueError(f"{type(self).__name__}: preference {given}: {terms} terms, a number for each")
+        p_K = torch.ones(terms) if given is None else torch.tensor(given)
+        p_K = p_K.to(gramian_BKK.device, torch.float64)
+        return harmonized(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK, p_K[live_K]))
+
+    def solve(self, c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
+        """Solve for the coefficients of the terms with gradients, given their preferences."""
         raise NotImplementedError
 
 
@@ -119,23 +146,25 @@ class SimplexRule(Rule):
 
     remembers = True
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        even_K = torch.full(gram_BKK.shape[-1:], 1 / gram_BKK.shape[-1], dtype=torch.float64, device=gram_BKK.device)
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        even_K = torch.full(
+            gramian_BKK.shape[-1:], 1 / gramian_BKK.shape[-1], dtype=torch.float64, device=gramian_BKK.device
+        )
         w_K = self.state.get("w", even_K).to(even_K)
-        mix_BK, next_BK = torch.ones(len(gram_BKK), len(w_K)).to(w_K), w_K.repeat(len(gram_BKK), 1)
-        for gram_KK, mix_K, next_K in zip(gram_BKK.double(), mix_BK, next_BK, strict=True):
-            at = (gram_KK != 0).any(dim=1).nonzero()[:, 0]
+        weight_BK, next_BK = torch.ones(len(gramian_BKK), len(w_K)).to(w_K), w_K.repeat(len(gramian_BKK), 1)
+        for gramian_KK, weight_K, next_K in zip(gramian_BKK.double(), weight_BK, next_BK, strict=True):
+            at = (gramian_KK != 0).any(dim=1).nonzero()[:, 0]
             share = w_K[at].sum()
             start_K = w_K[at] / share if share > 0 else torch.full_like(w_K[at], 1 / max(len(at), 1))
-            moved_K = self.moved(gram_KK[at[:, None], at], start_K) if len(at) else start_K
-            next_K[at], mix_K[at] = moved_K * share, self.coefficients(moved_K)
+            moved_K = self.moved(gramian_KK[at[:, None], at], start_K) if len(at) else start_K
+            next_K[at], weight_K[at] = moved_K * share, self.coefficients(moved_K)
         self.accumulate(w=next_BK.mean(dim=0), count=torch.ones(()))
-        return mix_BK
+        return weight_BK
 
     def update(self, total: Callable[[Tensor], Tensor]) -> None:
         self.state["w"] = self.sums["w"] / self.sums["count"]
 
-    def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
+    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
         """Compute the weights after this step, from those before it and the dot products of the gradients."""
         raise NotImplementedError
 

@@ -28,7 +28,7 @@ class CMGH(SolverRule):
 
     >>> import torch
     >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    >>> CMGH().mix(conflict[None], torch.ones(2), 0).tolist()
+    >>> CMGH().weights(conflict[None], torch.ones(2), 0).tolist()
     [[1.25, 2.0]]
     """
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from descant.modules.multitask.base import SolverRule
+from descant.modules.multitask.base import PreferenceRule
 from descant.modules.multitask.solvers import project_to_dual_cone
 
 
-def dualproj(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-    """Compute the step nearest to the sum of the gradients that conflicts with none (GEM's projection, 1706.08840)."""
+def dualproj(c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
+    """Compute the step nearest to ``sum_k p_k g_k`` that conflicts with none (GEM's projection, 1706.08840)."""
+    d_BK = d_BK * p_K
     longest_B1 = d_BK.amax(dim=1, keepdim=True)
     return project_to_dual_cone(c_BKK, d_BK / longest_B1) * longest_B1
 
 
-class DualProj(SolverRule):
+class DualProj(PreferenceRule):
     """Sum of the gradients, projected so that it conflicts with none.
 
         min_g |g - sum_k g_k|^2,        <g, g_k> >= 0 for all k
@@ -30,9 +31,9 @@ class DualProj(SolverRule):
 
     >>> import torch
     >>> conflict = torch.tensor([[1.0, -2.0], [-2.0, 16.0]], dtype=torch.float64)  # the sum has -1 with the first
-    >>> [round(x, 9) for x in DualProj().mix(conflict[None], torch.ones(2), 0)[0].tolist()]
+    >>> [round(x, 9) for x in DualProj().weights(conflict[None], torch.ones(2), 0)[0].tolist()]
     [2.0, 1.0]
     """
 
-    def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
-        return dualproj(c_BKK, d_BK)
+    def solve(self, c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
+        return dualproj(c_BKK, d_BK, p_K)

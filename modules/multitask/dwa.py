@@ -16,7 +16,7 @@ from descant.modules.multitask.base import LEAST, Rule
 class DWA(Rule):
     """Dynamic weight averaging: terms that decrease slowly get more weight (Liu 2019, 1803.10704).
 
-        mix_k = K exp(w_k / T) / sum_j exp(w_j / T),        w_k = L_k(t - 1) / L_k(t - 2)
+        weight_k = K exp(w_k / T) / sum_j exp(w_j / T),        w_k = L_k(t - 1) / L_k(t - 2)
 
     where L(t) is the mean over a window of steps (the paper's epoch). In the first two windows, mix is 1.
 
@@ -34,7 +34,7 @@ class DWA(Rule):
             raise ValueError(f"window {window}, temperature {temperature:g}: at least 1, and above 0")
         self.window, self.temperature = window, temperature
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         self.accumulate(value=value_K.double(), count=torch.ones(()))
         if "before" not in self.state:
             return torch.ones_like(value_K, dtype=torch.float64)[None]

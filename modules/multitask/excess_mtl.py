@@ -54,8 +54,8 @@ class ExcessMTL(Rule):
         h_KP = torch.where(sum_KP == 0, 0.0, g_KP / sum_KP.sqrt_().sqrt_())
         return h_KP.split(2**20, dim=1)  # pieces, to convert only one at a time to float64
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        excess_K = gram_BKK[0].diagonal()
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        excess_K = gramian_BKK[0].diagonal()
         self.accumulate(excess=excess_K, square=self._square_KP, count=torch.ones(()))
         live_K = excess_K > 0
         log_K = torch.where(live_K, self._after(excess_K)["log_weight"], -torch.inf)

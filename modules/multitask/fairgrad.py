@@ -53,7 +53,7 @@ def fairgrad(c_BKK: Tensor, d_BK: Tensor, alpha: float, steps: int = 200) -> Ten
 class FairGrad(SolverRule):
     """Step that maximises an alpha-fair utility of the improvements ``<g, g_k>`` of the terms.
 
-        (G w)_k = w_k^(-1 / alpha),        mix = w
+        (G w)_k = w_k^(-1 / alpha),        weights = w
 
     It needs only the Gram matrix. Alpha 1 is Nash-MTL; towards 0 it is the plain sum, and a large alpha favours the
     term that improves least. The release multiplies the step by K and clips it to length 1, which is left to the
@@ -64,7 +64,7 @@ class FairGrad(SolverRule):
         alpha: parameter of the utility ``x^(1 - alpha) / (1 - alpha)``.
 
     >>> orthogonal = torch.diag(torch.tensor([1.0, 64.0], dtype=torch.float64))
-    >>> [round(w, 9) for w in FairGrad(alpha=2).mix(orthogonal[None], torch.ones(2), 0)[0].tolist()]  # 8^(-4/3)
+    >>> [round(w, 9) for w in FairGrad(alpha=2).weights(orthogonal[None], torch.ones(2), 0)[0].tolist()]  # 8^(-4/3)
     [1.0, 0.0625]
     """
 

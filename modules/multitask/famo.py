@@ -16,7 +16,7 @@ from descant.modules.multitask.base import Rule, above
 class FAMO(Rule):
     """Fast adaptive multitask optimization: terms whose logarithms fall slowly get more weight (Liu 2023, 2306.03792).
 
-        mix_k = K (z_k / D_k) / sum_j z_j / D_j,        z = softmax(w),   D_k = L_k - least
+        weight_k = K (z_k / D_k) / sum_j z_j / D_j,        z = softmax(w),   D_k = L_k - least
         w <- w - lr (J^T delta + decay w),              delta_k = log D_k(t) - log D_k(t + 1),   J = dz / dw
 
     It needs only values, and no extra forward: L(t + 1) is the value in the next step, as in the release's toy example.
@@ -30,7 +30,7 @@ class FAMO(Rule):
         least: the lowest value that a term can have.
         adam: update w by Adam with ``lr``, as in the release; false: by gradient descent, as in Algorithm 1.
 
-    >>> FAMO().mix(torch.zeros(0), torch.tensor([1.0, 3.0]), 0).tolist()  # the gradient of the mean logarithm
+    >>> FAMO().weights(torch.zeros(0), torch.tensor([1.0, 3.0]), 0).tolist()  # the gradient of the mean logarithm
     [[1.5, 0.5]]
     """
 
@@ -43,7 +43,7 @@ class FAMO(Rule):
             raise ValueError(f"lr {lr:g}, decay {decay:g}: not below 0")
         self.lr, self.decay, self.least, self.adam = lr, decay, least, adam
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         value_K = value_K.double()
         live_K = above(self, value_K, self.least)
         self.accumulate(value=value_K, count=torch.ones(()))

@@ -35,11 +35,11 @@ class GradNorm(Rule):
             raise ValueError(f"lr {lr:g}: not below 0")
         self.alpha, self.lr = alpha, lr
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         value_K = value_K.double()
         w_K = self.state.get("weight", torch.ones_like(value_K)).to(value_K)
         first_K = self.state.setdefault("first", value_K.clone()).to(value_K)
-        norm_K = gram_BKK[0].diagonal().clamp(min=0).sqrt()
+        norm_K = gramian_BKK[0].diagonal().clamp(min=0).sqrt()
         ratio_K = value_K / torch.where(first_K.abs() < LEAST, LEAST, first_K)
         ratio_K = (ratio_K / ratio_K.mean().clamp(min=LEAST)).clamp(min=LEAST)
         mean = (w_K * norm_K).mean()

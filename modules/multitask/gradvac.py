@@ -58,9 +58,9 @@ class GradVac(Rule):
             raise ValueError(f"beta {beta:g}: between 0 and 1")
         self.beta = beta
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        k = gram_BKK.shape[-1]
-        aim_KK = self.state.get("phi", torch.zeros(k, k, dtype=torch.float64)).to(gram_BKK.device)
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        k = gramian_BKK.shape[-1]
+        aim_KK = self.state.get("phi", torch.zeros(k, k, dtype=torch.float64)).to(gramian_BKK.device)
         met_KK, rows_KK, order = torch.zeros_like(aim_KK), torch.zeros_like(aim_KK), orders(k, draw)
 
         def solve(c: Tensor, d: Tensor, live: Tensor) -> Tensor:
@@ -70,9 +70,9 @@ class GradVac(Rule):
             rows_KK[at[:, None], at] += len(c)
             return a_BK
 
-        mix_BK = harmonized(gram_BKK, solve)
+        weight_BK = harmonized(gramian_BKK, solve)
         self.accumulate(met=met_KK, rows=rows_KK)
-        return mix_BK
+        return weight_BK
 
     def update(self, total: Callable[[Tensor], Tensor]) -> None:
         met_KK, rows_KK = total(torch.stack([self.sums["met"], self.sums["rows"]])).unbind()

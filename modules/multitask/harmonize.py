@@ -19,7 +19,7 @@ from descant.modules.core.host import read_together, to_device
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask.base import Rule
-from descant.modules.multitask.mix import combined, gram, grams, mix_of, mixed, stacked, term_gradients
+from descant.modules.multitask.mix import combined, gramian, gramians, mix_of, mixed, stacked, term_gradients
 
 #: Name of the graph node of a leaf tensor.
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -33,10 +33,10 @@ def harmonize(
 ) -> Tensor:
     """Harmonize gradients instead of calling ``loss.backward()``: adds to ``.grad`` as that does, and frees the graph.
 
-        shared parameters:  grad += c sum_k mix_k g_k,      mix = rule(G, L),   G_kl = <g_k, g_l>,  g_k = dL_k / dshared
+        shared parameters:  grad += c sum_k weight_k g_k,  weights = rule(G, L), G_kl = <g_k, g_l>, g_k = dL_k / dshared
         all others:         grad += c sum_k dL_k / dtheta
 
-    A rule of values weighs the losses themselves, so that all parameters get ``c sum_k mix_k dL_k``. ``c`` is the
+    A rule of values weighs the losses themselves, so that all parameters get ``c sum_k weight_k dL_k``. ``c`` is the
     factor in ``loss = c sum_k L_k`` (from GradScaler or accumulation), else 1; rules see the losses without it.
     Gradients and values are averaged over ranks before the rule sees them, with or without DDP. If one of them is not
     finite, the call uses the plain sum, and ``rule.loop.fallbacks`` counts it. The rule's state then stays as it was,
@@ -57,7 +57,7 @@ def harmonize(
             ``scaler.scale(sum(losses))``, or the argument of ``LightningModule.backward``.
 
     Returns:
-        ``mix_K``, float64 on the CPU; ones for a rule of whole gradients.
+        ``weight_K``, float64 on the CPU; ones for a rule of whole gradients.
 
     >>> from descant import MGDA
     >>> w = nn.Parameter(torch.zeros(2))
@@ -74,17 +74,17 @@ def harmonize(
     draw = _begin(rule, names, given)
     state = dict(rule.state)
     if rule.reads_gradients:
-        mix_K = _by_gradients(rule, [c * term for term in terms], value_K, c, shared, leaves, draw)
+        weight_K = _by_gradients(rule, [c * term for term in terms], value_K, c, shared, leaves, draw)
     else:
-        mix_K = mix_of(rule, torch.zeros(0), value_K, draw)
-        weight_K = to_device((torch.ones_like(value_K) if mix_K is None else mix_K) * c, terms[0].device)
-        torch.autograd.backward(terms, [w.to(t).reshape(t.shape) for w, t in zip(weight_K, terms, strict=True)])
-    rule.loop.fallbacks += mix_K is None
+        weight_K = mix_of(rule, torch.zeros(0), value_K, draw)
+        scaled_K = to_device((torch.ones_like(value_K) if weight_K is None else weight_K) * c, terms[0].device)
+        torch.autograd.backward(terms, [w.to(t).reshape(t.shape) for w, t in zip(scaled_K, terms, strict=True)])
+    rule.loop.fallbacks += weight_K is None
     learns = not rule.remembers or _finite({**leaves, **dict.fromkeys(given)})
     if not learns:
         rule.state = state
     _end(rule, given, learns)
-    return torch.ones_like(value_K) if mix_K is None else mix_K
+    return torch.ones_like(value_K) if weight_K is None else weight_K
 
 
 def _by_gradients(
@@ -103,23 +103,23 @@ def _by_gradients(
     of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
     grads = [stacked(of_leaf.pop(p), p) for p in shared]  # pop, to not keep them twice in memory
     grads = [g.div_(c) for g in grads] if c != 1 else grads
-    own_KK = mean_of_ranks(gram(grads)) if rule.across_batches else torch.zeros(0)
+    own_KK = mean_of_ranks(gramian(grads)) if rule.across_batches else torch.zeros(0)
     grads = [mean_of_ranks(g) for g in grads]
-    gram_KK, of_rule_KK = read_together(*grams(rule, grads, own_KK, world()))
-    finite = bool(gram_KK.isfinite().all() & value_K.isfinite().all())
-    mix_K: Tensor | None
+    gramian_KK, of_rule_KK = read_together(*gramians(rule, grads, own_KK, world()))
+    finite = bool(gramian_KK.isfinite().all() & value_K.isfinite().all())
+    weight_K: Tensor | None
     if rule.whole_gradients and finite:
-        mix_K, new_grads = torch.ones_like(value_K), combined(rule, grads, draw)
+        weight_K, new_grads = torch.ones_like(value_K), combined(rule, grads, draw)
     else:
-        mix_K = mix_of(rule, of_rule_KK, value_K, draw) if finite else None
-        new_grads = [mixed(torch.ones_like(value_K) if mix_K is None else mix_K, g) for g in grads]
+        weight_K = mix_of(rule, of_rule_KK, value_K, draw) if finite else None
+        new_grads = [mixed(torch.ones_like(value_K) if weight_K is None else weight_K, g) for g in grads]
     new = dict(zip(shared, [g.mul_(c) for g in new_grads] if c != 1 else new_grads, strict=True))
     for p in others:
         if some := [g for g in of_leaf[p] if g is not None]:
             new[p] = torch.stack(some).sum(dim=0)
     # run backward from the leaves themselves: DDP reduces them as usual, and hooks on .grad see the mix
     torch.autograd.backward(list(new), list(new.values()))
-    return mix_K
+    return weight_K
 
 
 def _passes(terms: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[Tensor | None, ...]]:

@@ -26,7 +26,7 @@ class MIMO(Rule):
         weight: weight of the smooth maximum (the penalty constant).
         mu: smoothness; towards 0, only the largest unimodal loss counts, and a large mu weighs all alike.
 
-    >>> mix = MIMO(weight=2.0).mix(torch.zeros(0), torch.tensor([0.3, 1.0, 2.0986]), 0)[0]
+    >>> mix = MIMO(weight=2.0).weights(torch.zeros(0), torch.tensor([0.3, 1.0, 2.0986]), 0)[0]
     >>> [round(k, 3) for k in mix.tolist()]  # 1 : e^1.0986, which is 3
     [1.0, 0.5, 1.5]
     """
@@ -39,7 +39,7 @@ class MIMO(Rule):
             raise ValueError(f"MIMO: weight {weight:g}, mu {mu:g}: 0 or more, and above 0")
         self.weight, self.mu = weight, mu
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         own_M = value_K[1:].double()
         # the lowest number instead of -inf, so that a step without any sample stays finite
         height_M = torch.where(own_M != 0, own_M / self.mu, torch.finfo(own_M.dtype).min)

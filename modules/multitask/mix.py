@@ -37,10 +37,10 @@ def stacked(of_terms: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(like) if g is None else g for g in of_terms])
 
 
-def gram(grads: Sequence[Tensor]) -> Tensor:
+def gramian(grads: Sequence[Tensor]) -> Tensor:
     """Compute ``sum_p <g_kp, g_lp>``, float64 ``[K, K]``, from ``[K, ...]`` for each parameter.
 
-    >>> gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist()
+    >>> gramian([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist()
     [[10.0, 1.0], [1.0, 5.0]]
     """
     total_KK = torch.zeros(len(grads[0]), len(grads[0]), dtype=torch.float64, device=grads[0].device)
@@ -50,25 +50,25 @@ def gram(grads: Sequence[Tensor]) -> Tensor:
     return total_KK
 
 
-def grams(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+def gramians(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
     """Compute the Gram matrix of mean gradients over ``batches``, and the one that the rule reads. Across batches it is
 
         (M G - own) / (M - 1) = mean_{m != n} <g_mk, g_nl>,     own = mean_m <g_mk, g_ml>
 
     >>> from descant.modules.multitask import PCGrad
-    >>> [x.tolist() for x in grams(PCGrad(), [torch.tensor([1.0, -2.0])], torch.zeros(0), 1)]
+    >>> [x.tolist() for x in gramians(PCGrad(), [torch.tensor([1.0, -2.0])], torch.zeros(0), 1)]
     [[[1.0, -2.0], [-2.0, 4.0]], [[1.0, -2.0], [-2.0, 4.0]]]
     """
-    gram_KK, scaled = gram(grads), rule.preconditioned(grads)
+    gramian_KK, scaled = gramian(grads), rule.preconditioned(grads)
     if rule.across_batches:
-        return gram_KK, (batches * gram_KK - own_KK) / (batches - 1)
-    return gram_KK, gram_KK if scaled is grads else gram(scaled)
+        return gramian_KK, (batches * gramian_KK - own_KK) / (batches - 1)
+    return gramian_KK, gramian_KK if scaled is grads else gramian(scaled)
 
 
-def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Tensor | None:
+def mix_of(rule: Rule, gramian_KK: Tensor, value_K: Tensor | None, draw: int) -> Tensor | None:
     """Compute the rule's coefficients, float64 ``[K]``; None if a gradient or a value is not finite.
 
-    ``gram_KK``: empty for a rule that reads no gradients. ``value_K``: values over all ranks; None if only gradients
+    ``gramian_KK``: empty for a rule that reads no gradients. ``value_K``: values over all ranks; None if only gradients
     are known, which is enough for most rules of gradients.
 
     >>> from descant.modules.multitask import PCGrad
@@ -79,22 +79,22 @@ def mix_of(rule: Rule, gram_KK: Tensor, value_K: Tensor | None, draw: int) -> Te
     name = type(rule).__name__
     if value_K is None and (rule.reads_values or not rule.reads_gradients):
         raise ValueError(f"{name} mixes by the values of the terms, and there are gradients alone; such as PCGrad does")
-    if rule.reads_gradients and not gram_KK.numel():
+    if rule.reads_gradients and not gramian_KK.numel():
         raise ValueError(f"{name} mixes by gradients, and there are values alone; such as FAMO does")
     if value_K is None:
-        value_K = torch.ones(len(gram_KK), dtype=torch.float64)
-    if not bool(gram_KK.isfinite().all() & value_K.isfinite().all()):
+        value_K = torch.ones(len(gramian_KK), dtype=torch.float64)
+    if not bool(gramian_KK.isfinite().all() & value_K.isfinite().all()):
         return None
-    return rule.mix(gram_KK[None] if rule.reads_gradients else gram_KK, value_K, draw)[0]
+    return rule.weights(gramian_KK[None] if rule.reads_gradients else gramian_KK, value_K, draw)[0]
 
 
-def mixed(mix_K: Tensor, g: Tensor) -> Tensor:
-    """Compute ``sum_k mix_k g_k`` for g of shape ``[K, ...]``.
+def mixed(weight_K: Tensor, g: Tensor) -> Tensor:
+    """Compute ``sum_k weight_k g_k`` for g of shape ``[K, ...]``.
 
     >>> mixed(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])).tolist()
     [2.0, 2.0]
     """
-    total: Tensor = torch.tensordot(to_device(mix_K, g.device).to(g), g, dims=1)
+    total: Tensor = torch.tensordot(to_device(weight_K, g.device).to(g), g, dims=1)
     return total
 
 

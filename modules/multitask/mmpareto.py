@@ -25,7 +25,7 @@ class MMPareto(SolverRule):
     the unimodal loss of one modality, tower by tower (HarmonizeTowers). Source: Wei 2024, arXiv 2405.17730 (MMPareto).
 
     >>> conflict = torch.tensor([[4.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    >>> mix = MMPareto(gamma=1).mix(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long
+    >>> mix = MMPareto(gamma=1).weights(conflict[None], torch.ones(2), 0)[0]  # (4/7, 10/7), and sqrt 7/4 times as long
     >>> [round(k, 4) for k in mix.tolist()]
     [0.7559, 1.8898]
     """

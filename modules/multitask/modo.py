@@ -31,7 +31,7 @@ class MoDo(SimplexRule):
 
     >>> import torch
     >>> across = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
-    >>> [round(x, 9) for x in MoDo(lr=0.1, rho=0.0).mix(across[None], torch.ones(2), 0)[0].tolist()]
+    >>> [round(x, 9) for x in MoDo(lr=0.1, rho=0.0).weights(across[None], torch.ones(2), 0)[0].tolist()]
     [1.1, 0.9]
     """
 
@@ -43,5 +43,5 @@ class MoDo(SimplexRule):
             raise ValueError(f"lr {lr:g}, rho {rho:g}: not below 0")
         self.lr, self.rho = lr, rho
 
-    def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
-        return project_to_simplex((w_K - self.lr * (gram_KK @ w_K + self.rho * w_K))[None])[0]
+    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
+        return project_to_simplex((w_K - self.lr * (gramian_KK @ w_K + self.rho * w_K))[None])[0]

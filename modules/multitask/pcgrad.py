@@ -35,12 +35,12 @@ class PCGrad(Rule):
     See :func:`pcgrad`. Source: Yu 2020, arXiv 2001.06782.
 
     >>> conflict = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
-    >>> PCGrad().mix(conflict[None], torch.ones(2), 0).tolist()  # g_a + g_b / 2, and g_b + g_a / 2
+    >>> PCGrad().weights(conflict[None], torch.ones(2), 0).tolist()  # g_a + g_b / 2, and g_b + g_a / 2
     [[1.5, 1.5]]
     """
 
     per_sample = True
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        order = orders(gram_BKK.shape[-1], draw)
-        return harmonized(gram_BKK, lambda c, d, live: pcgrad(c, d, among(order, live)))
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+        order = orders(gramian_BKK.shape[-1], draw)
+        return harmonized(gramian_BKK, lambda c, d, live: pcgrad(c, d, among(order, live)))

@@ -32,7 +32,7 @@ class SDMGrad(SimplexRule):
         across_batches: take dot products across the micro-batches of a step, as :class:`MoDo` does.
 
     >>> orthogonal = torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64))
-    >>> [round(x, 2) for x in SDMGrad(lam=0.0, lr=0.5).mix(orthogonal[None], torch.ones(2), 0)[0].tolist()]
+    >>> [round(x, 2) for x in SDMGrad(lam=0.0, lr=0.5).weights(orthogonal[None], torch.ones(2), 0)[0].tolist()]
     [1.6, 0.4]
     """
 
@@ -44,12 +44,12 @@ class SDMGrad(SimplexRule):
             raise ValueError(f"lam {lam:g}, lr {lr:g}, steps {steps}: not below 0, and at least 1")
         self.lam, self.steps, self.lr, self.momentum, self.across_batches = lam, steps, lr, momentum, across_batches
 
-    def moved(self, gram_KK: Tensor, w_K: Tensor) -> Tensor:
+    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
         # across batches, the estimate of a square may be negative
-        length = gram_KK.diagonal().clamp(min=0).sqrt().mean()
-        gram_KK, speed_K = gram_KK / torch.where(length > 0, length, torch.inf) ** 2, torch.zeros_like(w_K)
+        length = gramian_KK.diagonal().clamp(min=0).sqrt().mean()
+        gramian_KK, speed_K = gramian_KK / torch.where(length > 0, length, torch.inf) ** 2, torch.zeros_like(w_K)
         for _ in range(self.steps):
-            speed_K = self.momentum * speed_K + gram_KK @ (w_K + self.lam / len(w_K))
+            speed_K = self.momentum * speed_K + gramian_KK @ (w_K + self.lam / len(w_K))
             w_K = project_to_simplex((w_K - self.lr * speed_K)[None])[0]
         return w_K
 

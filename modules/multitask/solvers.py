@@ -1,8 +1,8 @@
-"""Solvers of multi-task rules: they compute coefficients that mix K terms from the Gram matrix of their gradients.
+"""Solvers of multi-task rules: they compute coefficients of K terms from the Gram matrix of their gradients.
 
-    g = sum_k mix_k g_k,        mix = rule(G),        G_kl = <g_k, g_l>
+    g = sum_k weight_k g_k,        weights = rule(G),        G_kl = <g_k, g_l>
 
-A plain sum has ``mix = 1``. Rules whose papers take a mean, or weights that sum to 1, return K times that, so that
+A plain sum has ``weights = 1``. Rules whose papers take a mean, or weights that sum to 1, return K times that, so that
 changing the rule does not change the learning rate. Everything is computed from the correlations
 C_kl = G_kl / (|g_k| |g_l|) in float64, so that the scale of one gradient costs the others no precision. Terms with zero
 gradient are left out, and their own coefficient is 1.
@@ -27,22 +27,22 @@ NOISE = 64 * torch.finfo(torch.float64).eps
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def harmonized(gram_BKK: Tensor, solve: Solver) -> Tensor:
-    """Compute a solver's ``mix_BK`` in float64, leaving out zero gradients. ``gram_BKK`` may lack B."""
-    if gram_BKK.ndim == 2:
-        return harmonized(gram_BKK[None], solve)[0]
-    gram_BKK = gram_BKK.double()
-    d_BK = gram_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    mix_BK = torch.ones_like(d_BK)
+def harmonized(gramian_BKK: Tensor, solve: Solver) -> Tensor:
+    """Compute a solver's ``weight_BK`` in float64, leaving out zero gradients. ``gramian_BKK`` may lack B."""
+    if gramian_BKK.ndim == 2:
+        return harmonized(gramian_BKK[None], solve)[0]
+    gramian_BKK = gramian_BKK.double()
+    d_BK = gramian_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    weight_BK = torch.ones_like(d_BK)
     for live_K in torch.unique(d_BK > 0, dim=0):
         rows_B = ((d_BK > 0) == live_K).all(dim=1)
         if not live_K.any():
             continue
         at = rows_B.nonzero()[:, 0, None], live_K.nonzero()[:, 0]
         d = d_BK[at]
-        c = gram_BKK[at[0][..., None], at[1][:, None], at[1]] / d[:, :, None] / d[:, None, :]
-        mix_BK[at] = solve(torch.where(1 - c.abs() < FLAT, c.sign(), c), d, live_K) / d
-    return mix_BK
+        c = gramian_BKK[at[0][..., None], at[1][:, None], at[1]] / d[:, :, None] / d[:, None, :]
+        weight_BK[at] = solve(torch.where(1 - c.abs() < FLAT, c.sign(), c), d, live_K) / d
+    return weight_BK
 
 
 def subsets(k: int) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ class STCH(Rule):
     """Smooth maximum of the terms: the largest ones get the weight (Lin 2024, 2402.19078).
 
         loss = K mu log sum_k exp(f_k / mu),        f_k = log(L_k / mean L_k),  or L_k - least
-        mix_k = K softmax(f / mu)_k df_k / dL_k
+        weight_k = K softmax(f / mu)_k df_k / dL_k
 
     The logarithms are the release's. Without ``log``, it is the paper's formula with all preferences 1 (for 1 / K, mu
     is K times as large), which depends on the scales of terms. The mean is taken over a window after a warm-up; during
@@ -32,9 +32,9 @@ class STCH(Rule):
         log: take logarithms of the terms over their means.
         least: the lowest value that a term can have (the paper's z); only used without ``log``.
 
-    >>> STCH(log=False).mix(torch.zeros(0), torch.tensor([1.0, 1.0]), 0).tolist()
+    >>> STCH(log=False).weights(torch.zeros(0), torch.tensor([1.0, 1.0]), 0).tolist()
     [[1.0, 1.0]]
-    >>> STCH().mix(torch.zeros(0), torch.tensor([4.0, 0.5]), 0).tolist()  # of the sum of logarithms
+    >>> STCH().weights(torch.zeros(0), torch.tensor([4.0, 0.5]), 0).tolist()  # of the sum of logarithms
     [[0.25, 2.0]]
     """
 
@@ -49,7 +49,7 @@ class STCH(Rule):
             raise ValueError(f"mu {mu:g}, warmup {warmup}, window {window}: above 0, not below 0, and at least 1")
         self.mu, self.warmup, self.window, self.log, self.least = mu, warmup, window, log, least
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         value_K = value_K.double()
         if not self.log:
             return len(value_K) * torch.softmax((value_K - self.least) / self.mu, dim=0)[None]

@@ -16,7 +16,7 @@ from descant.modules.multitask.base import Rule
 class UncertaintyWeighting(Rule):
     """Homoscedastic uncertainty weighting: ``sum_k exp(-s_k) L_k + s_k`` (Kendall 2018, 1705.07115).
 
-        s_k <- s_k - lr (1 - exp(-s_k) L_k),        mix_k = exp(-s_k),       from s = 0 on
+        s_k <- s_k - lr (1 - exp(-s_k) L_k),        weight_k = exp(-s_k),       from s = 0 on
 
     A term's coefficient converges to the inverse of its value. The mix uses s from before the update, as if one
     optimizer updated s and the parameters.
@@ -34,7 +34,7 @@ class UncertaintyWeighting(Rule):
             raise ValueError(f"lr {lr:g}: not below 0")
         self.lr = lr
 
-    def mix(self, gram_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
+    def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         s_K = self.state.get("log_variance", torch.zeros_like(value_K, dtype=torch.float64)).to(value_K.device)
         self.accumulate(value=value_K.double(), count=torch.ones(()))
         return torch.exp(-s_K)[None]

@@ -30,7 +30,7 @@ class RuleProperties:
 
     def mixed(self, g_KP: Tensor, draw: int = 3) -> Tensor:
         """``g_P``: the step of the rule."""
-        mix_K = self.rule().mix((g_KP @ g_KP.T)[None], torch.ones(len(g_KP)), draw)[0]
+        mix_K = self.rule().weights((g_KP @ g_KP.T)[None], torch.ones(len(g_KP)), draw)[0]
         assert mix_K.isfinite().all()
         return mix_K @ g_KP
 

@@ -506,10 +506,10 @@ def _rule(make: Callable[[], Rule], terms: int = 3) -> Part:
             if rows > 1:
                 g_BKD[0, 0] = 0
             value_K, at_KD = at(torch.rand(terms) + 0.5), at(g_BKD[0])
-            gram_BKK = at(g_BKD @ g_BKD.mT)
+            gramian_BKK = at(g_BKD @ g_BKD.mT)
             if (scaled := rule.preconditioned([at_KD]))[0] is not at_KD:
-                gram_BKK = (scaled[0] @ scaled[0].mT)[None]
-            found.append(rule.mix(gram_BKK, value_K, step))
+                gramian_BKK = (scaled[0] @ scaled[0].mT)[None]
+            found.append(rule.weights(gramian_BKK, value_K, step))
             rule.learn(lambda seen: seen)
             saved = {name: value.cpu() for name, value in rule.state_dict().items()}
             rule = make()

@@ -97,6 +97,7 @@ NEEDLESS = {
 #: Made by a class that is tried.
 MADE = {
     "Inputs": "Reconstruction",
+    "Embeddings": "Contrastive",
     "Streams": "MultiTask",
     "NullFit": "Reconstruction",
     "Signals": "Resume",

@@ -74,7 +74,7 @@ def loop(rule: Rule | None, threshold: float | None = None, only: tuple[str, ...
         g_KD = g_NK[i] * keep_NK[i, :, None]
         mix_K = torch.ones(2, dtype=torch.float64)
         if rule is not None:
-            mix_K = rule.mix((g_KD @ g_KD.T)[None], torch.ones(2), mix(0, "harmony", 0, "a", "b"))[0]
+            mix_K = rule.weights((g_KD @ g_KD.T)[None], torch.ones(2), mix(0, "harmony", 0, "a", "b"))[0]
         trunk = [name for name in parameters if name.startswith("towers")]
         for name, g in zip(
             trunk, torch.autograd.grad(z_N[i], [parameters[n] for n in trunk], mix_K @ g_KD), strict=True

@@ -49,7 +49,7 @@ from descant.modules.multitask import (
     UncertaintyWeighting,
     UPGrad,
 )
-from descant.modules.multitask.mix import gram
+from descant.modules.multitask.mix import gramian
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
 from descant.run.sharded import Sharded
@@ -178,9 +178,9 @@ def explicit(rule: Rule, watched: list[list[Any]], accumulate: int, window: str)
             else:
                 (h_KP,) = rule.preconditioned([flat(grads) * len(micros)])
                 pairs = [(h_KP, h_KP)]
-            gram = torch.stack([a_KP @ b_KP.T for a_KP, b_KP in pairs]).mean(dim=0) * base_K[:, None] * base_K
+            gramian = torch.stack([a_KP @ b_KP.T for a_KP, b_KP in pairs]).mean(dim=0) * base_K[:, None] * base_K
             value = torch.tensor([values[k] for k in MIX], dtype=torch.float64) * len(micros)
-            mixed = rule.mix(gram[None], value, mix(0, "harmony", n))[0]
+            mixed = rule.weights(gramian[None], value, mix(0, "harmony", n))[0]
             for name in total:
                 total[name] += sum(m * MIX[k] * grads[k][name] for m, k in zip(mixed, MIX, strict=True))
         rule.learn(lambda seen: seen)
@@ -343,9 +343,9 @@ def test_the_mix_changes_nothing_where_terms_agree_and_something_where_they_do_n
 class Counts(PCGrad):
     calls = 0
 
-    def mix(self, *args: Any) -> Tensor:
+    def weights(self, *args: Any) -> Tensor:
         self.calls += 1
-        return super().mix(*args)
+        return super().weights(*args)
 
 
 def test_between_looks_the_mix_stays() -> None:
@@ -365,9 +365,9 @@ def test_what_a_rule_remembers_is_in_the_checkpoint() -> None:
         )
         again = Harmonize(make())
         again.load_state_dict(copy.deepcopy(harmonize.state_dict()))
-        gram = torch.tensor([[[2.0, -1.0], [-1.0, 3.0]]], dtype=torch.float64)
+        gramian = torch.tensor([[[2.0, -1.0], [-1.0, 3.0]]], dtype=torch.float64)
         value = torch.tensor([0.7, 1.3], dtype=torch.float64)
-        assert torch.equal(again.rule.mix(gram, value, 5), harmonize.rule.mix(gram, value, 5))
+        assert torch.equal(again.rule.weights(gramian, value, 5), harmonize.rule.weights(gramian, value, 5))
         assert again.mix_K is not None and harmonize.mix_K is not None
         assert torch.equal(again.mix_K, harmonize.mix_K) and again.names == ("a", "b")
 
@@ -451,7 +451,7 @@ def test_the_cosines_of_a_run_are_drawn_and_resumed(tmp_path: Path) -> None:
 
 
 def test_scalars_count_too() -> None:
-    assert gram([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist() == [[10.0, 1.0], [1.0, 5.0]]
+    assert gramian([torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]).tolist() == [[10.0, 1.0], [1.0, 5.0]]
 
 
 def test_a_step_that_was_left_in_its_middle_is_in_no_other() -> None:

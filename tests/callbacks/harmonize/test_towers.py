@@ -80,7 +80,7 @@ def wanted(rule: Rule, at: Fusion, cut: list[list[int]], step: int) -> dict[str,
         for m in WIDTHS:
             names = own(named, m)
             flat_KP = torch.stack([torch.cat([scaled[k][n].flatten() for n in names]) for k in ("fused", m)])
-            mix_K = rule.mix((flat_KP @ flat_KP.T)[None], torch.ones(2), mix(0, "harmony", step, m))[0]
+            mix_K = rule.weights((flat_KP @ flat_KP.T)[None], torch.ones(2), mix(0, "harmony", step, m))[0]
             for n in names:
                 total[n] += (mix_K[0] - 1) * scaled["fused"][n] + (mix_K[1] - 1) * scaled[m][n]
     return total
@@ -141,7 +141,7 @@ def test_pareto_takes_the_sum_or_what_is_good_for_both_as_long_as_the_sum() -> N
     conflicts = 0
     for _ in range(200):
         g = random.normal(size=(2, 5)) * 10.0 ** random.uniform(-6, 6, (2, 1))
-        found = MMPareto(gamma=1.5).mix(torch.tensor(g @ g.T)[None], torch.ones(2), 0)[0].numpy() @ g
+        found = MMPareto(gamma=1.5).weights(torch.tensor(g @ g.T)[None], torch.ones(2), 0)[0].numpy() @ g
         total = g.sum(axis=0)
         if g[0] @ g[1] >= 0:
             # neither gradient is longer than their sum: a few roundings of that
@@ -163,15 +163,15 @@ def test_pareto_stands_still_where_gradients_are_opposite() -> None:
     rule = MMPareto()
     for ratio in (1.0, 3.0, 1e-6):
         g = torch.tensor([[1.0, 2.0], [-ratio, -2 * ratio]], dtype=torch.float64)
-        assert rule.mix((g @ g.T)[None], torch.ones(2), 0).abs().max() == 0
+        assert rule.weights((g @ g.T)[None], torch.ones(2), 0).abs().max() == 0
         # as float32 leaves them
         off = (g.float() * (1 + 1e-7 * torch.tensor([[1.0, -1.0], [0.3, 0.7]]))).double()
         # of what float32 has left, a step at most as long as that
-        assert float((rule.mix((off @ off.T)[None], torch.ones(2), 0)[0] @ off).norm()) <= ulps(84, F32) * float(
+        assert float((rule.weights((off @ off.T)[None], torch.ones(2), 0)[0] @ off).norm()) <= ulps(84, F32) * float(
             g.norm()
         )
     alone = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    assert rule.mix(alone[None], torch.ones(2), 0)[0, 0] == 1.5, "the other one is zero"
+    assert rule.weights(alone[None], torch.ones(2), 0)[0, 0] == 1.5, "the other one is zero"
 
 
 def test_between_looks_the_mix_stays() -> None:
@@ -182,9 +182,9 @@ def test_between_looks_the_mix_stays() -> None:
 
 def test_a_gradient_that_is_not_finite_leaves_the_plain_sum_and_is_counted() -> None:
     class Broken(MGDA):
-        def mix(self, gram_BKK: Tensor, *args: Any) -> Tensor:
-            assert gram_BKK.isfinite().all()
-            return super().mix(gram_BKK, *args)
+        def weights(self, gramian_BKK: Tensor, *args: Any) -> Tensor:
+            assert gramian_BKK.isfinite().all()
+            return super().weights(gramian_BKK, *args)
 
     callback = HarmonizeTowers(Broken())
     huge = model(mix={"image": 1e200})
@@ -208,7 +208,7 @@ def fit(recipe: Any, *callbacks: L.Callback) -> None:
         (lambda: HarmonizeTowers(GradVac()), "GradVac is a rule for Harmonize"),
         (lambda: HarmonizeTowers(GradDrop()), "GradDrop is a rule for HarmonizeFeatures"),
         (lambda: MMPareto(gamma=0), "gamma 0: above 0"),
-        (lambda: MMPareto().mix(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
+        (lambda: MMPareto().weights(torch.eye(3)[None].double(), torch.ones(3), 0), "3 terms; it is for two"),
         (
             lambda: fit(BoringModel(), HarmonizeTowers(PCGrad())),
             "the protocol MultimodalClassifier .*; BoringModel lacks it, Fusion has it",

@@ -71,7 +71,7 @@ def cases() -> tuple[tuple[str, Tensor], ...]:
 
 
 def mixed(rule: Rule, j_KD: Tensor, draw: int = 0) -> Tensor:
-    return rule.mix((j_KD @ j_KD.T)[None], torch.ones(len(j_KD), dtype=torch.float64), draw)[0]
+    return rule.weights((j_KD @ j_KD.T)[None], torch.ones(len(j_KD), dtype=torch.float64), draw)[0]
 
 
 def lengths(j_KD: Tensor) -> Tensor:
@@ -135,9 +135,9 @@ def of_fairness(alpha: float) -> Callable[[Tensor, Tensor, int], float]:
         if not mix_K.any():
             # the least of what counts as a direction in which all gain
             return 0.0 if float(shortest_of_hull(normalize(j_KD)).norm()) < 1e-6 else 1.0
-        gram_KK = j_KD @ j_KD.T
+        gramian_KK = j_KD @ j_KD.T
         return float(
-            ((mix_K ** (1 / alpha) * (gram_KK @ mix_K) - 1) / (mix_K ** (1 / alpha) * (gram_KK.abs() @ mix_K)))
+            ((mix_K ** (1 / alpha) * (gramian_KK @ mix_K) - 1) / (mix_K ** (1 / alpha) * (gramian_KK.abs() @ mix_K)))
             .abs()
             .max()
         )
@@ -250,8 +250,8 @@ def test_a_rule_of_gradients_is_its_explicit_solution(rule: str) -> None:
         j_KD = j_KD[[0, -1]] if rule == "MMPareto" else j_KD
         of_size.setdefault(len(j_KD), []).append((name, j_KD))
     for k, of_them in of_size.items():
-        gram_BKK = torch.stack([j_KD @ j_KD.T for _, j_KD in of_them])
-        mix_BK = make().mix(gram_BKK, torch.ones(k, dtype=torch.float64), k)
+        gramian_BKK = torch.stack([j_KD @ j_KD.T for _, j_KD in of_them])
+        mix_BK = make().weights(gramian_BKK, torch.ones(k, dtype=torch.float64), k)
         assert bool(mix_BK.isfinite().all())
         for (name, j_KD), mix_K in zip(of_them, mix_BK, strict=True):
             live_K = lengths(j_KD) > 0
@@ -380,7 +380,7 @@ def test_a_rule_with_a_memory_is_its_recurrence(rule: str) -> None:
         made = make()
         for draw, ((g_KD, value_K), wanted_K) in enumerate(zip(steps, mixes(steps), strict=True)):
             (h_KD,) = made.preconditioned([g_KD])
-            found_K = made.mix((h_KD @ h_KD.T)[None] if made.reads_gradients else torch.zeros(0), value_K, draw)[0]
+            found_K = made.weights((h_KD @ h_KD.T)[None] if made.reads_gradients else torch.zeros(0), value_K, draw)[0]
             made.learn(lambda seen: seen)
             assert float((found_K - wanted_K).abs().max()) <= BAR * float(wanted_K.abs().max()), (name, draw)
 

@@ -16,7 +16,7 @@ EXACT = 1e-12
 def stepped(rule: ExcessMTL, j_KP: Tensor) -> Tensor:
     """The mix of gradients in two parameters, and the step that follows."""
     (h_KP,) = rule.preconditioned([j_KP[:, :1], j_KP[:, 1:].reshape(len(j_KP), 1, -1)])
-    mix_K = rule.mix((h_KP @ h_KP.T)[None], torch.ones(len(j_KP)), 0)[0]
+    mix_K = rule.weights((h_KP @ h_KP.T)[None], torch.ones(len(j_KP)), 0)[0]
     rule.learn(lambda seen: seen)
     return mix_K
 

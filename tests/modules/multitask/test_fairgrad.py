@@ -16,7 +16,7 @@ def test_the_equation_holds_or_no_step_improves_all_terms(alpha: float) -> None:
     """``w_k^(1 / alpha) (G w)_k = 1``, whose solution is the only one: it is the minimum of a convex function."""
     none = 0
     for name, j_KD in jacobians(8):
-        w_K, j = FairGrad(alpha).mix((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0], exact(j_KD)
+        w_K, j = FairGrad(alpha).weights((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0], exact(j_KD)
         if not w_K.any():
             none += 1
             if len(j_KD) <= 4:  # all faces of the hull are tried
@@ -39,10 +39,12 @@ def test_alpha_one_is_nash() -> None:
 
 
 def test_two_that_do_not_correlate_are_weighed_by_a_power_of_their_length() -> None:
-    gram = torch.diag(torch.tensor([1e-6, 1.0, 1e8], dtype=torch.float64))
+    gramian = torch.diag(torch.tensor([1e-6, 1.0, 1e8], dtype=torch.float64))
     for alpha in (0.25, 1.0, 3.0):
-        wanted = gram.diagonal() ** (-alpha / (1 + alpha))
-        torch.testing.assert_close(FairGrad(alpha).mix(gram[None], torch.ones(3), 0)[0], wanted, **rounding(256, F64))
+        wanted = gramian.diagonal() ** (-alpha / (1 + alpha))
+        torch.testing.assert_close(
+            FairGrad(alpha).weights(gramian[None], torch.ones(3), 0)[0], wanted, **rounding(256, F64)
+        )
 
 
 def test_an_alpha_of_zero_is_refused() -> None:

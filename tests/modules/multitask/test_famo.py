@@ -38,7 +38,7 @@ def test_it_is_the_algorithm_of_the_paper(adam: bool) -> None:
             z_K = w_K.detach().softmax(0)
             (slope_K,) = torch.autograd.grad((z_K * leaf_K.log() / (z_K / value_K).sum()).sum(), leaf_K)
             before_K = value_K
-            torch.testing.assert_close(rule.mix(torch.zeros(0), value_K, 0)[0], k * slope_K, rtol=EXACT, atol=0)
+            torch.testing.assert_close(rule.weights(torch.zeros(0), value_K, 0)[0], k * slope_K, rtol=EXACT, atol=0)
             rule.learn(lambda seen: seen)
             again = FAMO(lr=0.1, decay=0.01, adam=adam)
             again.load_state_dict(rule.state_dict())
@@ -49,7 +49,7 @@ def test_it_is_the_algorithm_of_the_paper(adam: bool) -> None:
 def test_a_term_that_does_not_fall_gains_weight_and_one_without_samples_is_left_out() -> None:
     rule = FAMO()
     for step in range(50):
-        mix_K = rule.mix(torch.zeros(0), torch.tensor([0.9**step, 1.0, 0.0], dtype=torch.float64), 0)[0]
+        mix_K = rule.weights(torch.zeros(0), torch.tensor([0.9**step, 1.0, 0.0], dtype=torch.float64), 0)[0]
         rule.learn(lambda seen: seen)
     share_K = mix_K[:2] * torch.tensor([0.9**49, 1.0])  # z, up to a factor
     assert float(share_K[1] / share_K[0]) > 2 and float(mix_K[2]) == 1.0
@@ -57,4 +57,4 @@ def test_a_term_that_does_not_fall_gains_weight_and_one_without_samples_is_left_
 
 def test_a_term_below_its_least_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"FAMO: term 1 is -0.5, and has no logarithm below 0"):
-        FAMO().mix(torch.zeros(0), torch.tensor([1.0, -0.5]), 0)
+        FAMO().weights(torch.zeros(0), torch.tensor([1.0, -0.5]), 0)

@@ -122,11 +122,11 @@ def explicit(rule: Rule, accumulate: int = 1, clip: float | None = None) -> list
             mixed_P = rule.combine(flat_KP[:, None], draw)[0] if rule.whole_gradients else torch.zeros(0)
             if not rule.whole_gradients:
                 h_KP = torch.cat([*rule.preconditioned([flat_KP])], dim=1) if rule.reads_gradients else flat_KP
-                gram_KK = h_KP @ h_KP.T
+                gramian_KK = h_KP @ h_KP.T
                 if rule.across_batches:
                     one_KP, two_KP = (of_terms(model, x[half::2], y[half::2])[2] for half in (0, 1))
-                    gram_KK = (one_KP @ two_KP.T + two_KP @ one_KP.T) / 2
-                mix_K = rule.mix(gram_KK[None] if rule.reads_gradients else torch.zeros(0), value_K, draw)[0]
+                    gramian_KK = (one_KP @ two_KP.T + two_KP @ one_KP.T) / 2
+                mix_K = rule.weights(gramian_KK[None] if rule.reads_gradients else torch.zeros(0), value_K, draw)[0]
                 mixed_P = mix_K @ flat_KP
             parts = iter(mixed_P.split([p.numel() for p in model.trunk.parameters()]))
             weights = [1.0, 1.0] if rule.reads_gradients else mix_K.tolist()

@@ -99,8 +99,8 @@ def explicit(module: TwoLosses, batch: Any, rule: Rule) -> dict[str, Tensor]:
             {n: torch.zeros_like(p) if g is None else g for g, (n, p) in zip(found, named.items(), strict=True)}
         )
     flat_KP = torch.stack([torch.cat([g[n].flatten() for n in named if n.startswith("trunk.")]) for g in of_term])
-    gram_KK = (flat_KP @ flat_KP.T)[None] if rule.reads_gradients else torch.zeros(0)
-    mix_K = rule.mix(gram_KK, value_K, mix(global_seed(), "harmony", 0))[0]
+    gramian_KK = (flat_KP @ flat_KP.T)[None] if rule.reads_gradients else torch.zeros(0)
+    mix_K = rule.weights(gramian_KK, value_K, mix(global_seed(), "harmony", 0))[0]
     assert (mix_K - 1).abs().max() > 1e-3  # a rule that does something here
     ones_K = mix_K if not rule.reads_gradients else torch.ones_like(mix_K)
     weights = {n: mix_K if n.startswith("trunk.") else ones_K for n in named}

@@ -23,7 +23,7 @@ def test_it_is_the_loop_of_the_release_over_three_steps(rho: float) -> None:
             one_KD, two_KD = (j_KD.roll(turn, dims=0) * (1 + torch.rand(k, 1, generator=g)) for _ in range(2))
             across_KK = (one_KD @ two_KD.T + two_KD @ one_KD.T) / 2
             w_K = nearest(w_K - 0.1 * (across_KK @ w_K + rho * w_K))
-            mix_K = rule.mix(across_KK[None], torch.ones(k), 0)[0]
+            mix_K = rule.weights(across_KK[None], torch.ones(k), 0)[0]
             torch.testing.assert_close(mix_K, k * w_K, rtol=0, atol=EXACT * k, msg=name)
             rule.learn(lambda seen: seen)
 
@@ -46,15 +46,15 @@ def test_of_noisy_batches_the_weights_are_those_of_the_mean_gradients_and_a_term
     noise = torch.tensor([[4.0], [0.0]], dtype=torch.float64)  # a step of one batch would avoid the first term for it
     one, two = (mean_KD + noise * torch.randn(n, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
 
-    def moved(gram_KK: Tensor) -> Tensor:
-        return MoDo(lr=1e-3, rho=0.0).mix(gram_KK[None], torch.ones(2), 0)[0]
+    def moved(gramian_KK: Tensor) -> Tensor:
+        return MoDo(lr=1e-3, rho=0.0).weights(gramian_KK[None], torch.ones(2), 0)[0]
 
     moved_N2 = torch.stack([moved(a @ b.T) for a, b in zip(one, two, strict=True)])
     wanted_K = moved(mean_KD @ mean_KD.T)
     assert float((moved_N2.mean(dim=0) - wanted_K).abs().max()) < statistical(float(moved_N2.std(dim=0).max()), n)
     biased_N2 = torch.stack([moved(a @ a.T) for a in one])
     assert float((biased_N2.mean(dim=0) - wanted_K).abs().max()) > 5e-3
-    mix_K = MoDo().mix(torch.diag(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))[None], torch.ones(3), 0)[0]
+    mix_K = MoDo().weights(torch.diag(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))[None], torch.ones(3), 0)[0]
     assert float(mix_K[1]) == 1.0 and float(mix_K.sum()) == pytest.approx(3.0, abs=EXACT)
     with pytest.raises(ValueError, match=r"lr -1, rho 0\.1: not below 0"):
         MoDo(lr=-1)

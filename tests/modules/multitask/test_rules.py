@@ -18,7 +18,7 @@ def mixed(rule: Rule, *steps: list[float]) -> list[list[float]]:
     """The mix of each step, of terms with these values."""
     found = []
     for draw, values in enumerate(steps):
-        found.append(rule.mix(torch.zeros(0), torch.tensor(values, dtype=torch.float64), draw)[0].tolist())
+        found.append(rule.weights(torch.zeros(0), torch.tensor(values, dtype=torch.float64), draw)[0].tolist())
         rule.learn(lambda seen: seen)
     return found
 
@@ -48,7 +48,7 @@ def test_values_of_micro_batches_are_a_mean_before_the_rule_learns() -> None:
     def of(*values: float) -> Tensor:
         rule = UncertaintyWeighting(lr=0.1)
         for value in values:
-            rule.mix(torch.zeros(0), torch.tensor([value], dtype=torch.float64), 0)
+            rule.weights(torch.zeros(0), torch.tensor([value], dtype=torch.float64), 0)
         rule.learn(lambda seen: seen)
         return rule.state["log_variance"]
 
@@ -64,7 +64,7 @@ def test_imtl_l_is_its_recurrence() -> None:
 
 
 def test_random_weights_are_those_of_their_draw_and_the_plain_sum_on_average() -> None:
-    mix_NK = torch.stack([RLW().mix(torch.zeros(0), torch.ones(4), draw)[0] for draw in range(4000)])
+    mix_NK = torch.stack([RLW().weights(torch.zeros(0), torch.ones(4), draw)[0] for draw in range(4000)])
     z_K = torch.randn(4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     assert mix_NK[7].tolist() == pytest.approx((4 * z_K.exp() / z_K.exp().sum()).tolist(), rel=EXACT)
     assert len(torch.unique(mix_NK[:, 0])) == 4000

@@ -25,10 +25,10 @@ def test_it_is_the_loop_of_the_release_over_three_steps() -> None:
         w_K = torch.full((k,), 1 / k, dtype=torch.float64, requires_grad=True)
         for turn in range(3):
             g_KD = j_KD.roll(turn, dims=0)
-            gram_KK = g_KD @ g_KD.T / g_KD.norm(dim=1).mean() ** 2
+            gramian_KK = g_KD @ g_KD.T / g_KD.norm(dim=1).mean() ** 2
             optimizer = torch.optim.SGD([w_K], lr=0.5, momentum=0.5)
             for _ in range(5):
-                w_K.grad = gram_KK @ w_K.detach() + 0.3 * gram_KK.mean(dim=1)
+                w_K.grad = gramian_KK @ w_K.detach() + 0.3 * gramian_KK.mean(dim=1)
                 optimizer.step()
                 w_K.data.copy_(nearest(w_K.data))
             wanted = k * (w_K.detach() @ g_KD + 0.3 * g_KD.mean(dim=0)) / 1.3

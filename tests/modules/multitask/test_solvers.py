@@ -59,8 +59,8 @@ def jacobians(most: int = 4) -> Iterator[tuple[str, Tensor]]:
 
 def mixed(rule: Rule, j_KD: Tensor, draw: int = 0) -> Tensor:
     """The harmonized gradient."""
-    gram = j_KD @ j_KD.T
-    return rule.mix(gram[None], torch.ones(len(j_KD), dtype=torch.float64), draw)[0] @ j_KD
+    gramian = j_KD @ j_KD.T
+    return rule.weights(gramian[None], torch.ones(len(j_KD), dtype=torch.float64), draw)[0] @ j_KD
 
 
 def exact(x: Tensor) -> Exact:
@@ -76,8 +76,8 @@ def subsets(k: int) -> Iterator[tuple[int, ...]]:
         yield from combinations(range(k), size)
 
 
-def solved(gram: Exact, s: tuple[int, ...], right: list[Any]) -> list[Any] | None:
-    part = mpmath.matrix([[gram[i, j] for j in s] for i in s])
+def solved(gramian: Exact, s: tuple[int, ...], right: list[Any]) -> list[Any] | None:
+    part = mpmath.matrix([[gramian[i, j] for j in s] for i in s])
     size = mpmath.mpf(1)
     for i in range(len(s)):
         size *= part[i, i]
@@ -89,15 +89,15 @@ def solved(gram: Exact, s: tuple[int, ...], right: list[Any]) -> list[Any] | Non
 def exact_min_norm(j: Exact) -> Exact:
     """The shortest vector of the hull by trial of all faces; also those with 0 inside, which are dependent."""
     k, best = j.rows, None
-    gram = j * j.T
+    gramian = j * j.T
     for s in subsets(k):
         # bordered: [G 1; 1 0] [w; -t] = [0; 1], whose w sums to 1 also where G is singular
         size = len(s)
         border = mpmath.matrix(size + 1, size + 1)
-        scale = max(gram[i, i] for i in s)
+        scale = max(gramian[i, i] for i in s)
         for a, i in enumerate(s):
             for b, other in enumerate(s):
-                border[a, b] = gram[i, other] / scale
+                border[a, b] = gramian[i, other] / scale
             border[a, size] = border[size, a] = 1
         try:
             w = mpmath.lu_solve(border, mpmath.matrix([0] * size + [1]))
@@ -121,9 +121,9 @@ def exact_projection(j: Exact, a: Exact) -> Exact:
     """The nearest vector to ``a`` that conflicts with no gradient."""
     k, best = j.rows, None
     unit = mpmath.matrix([[j[i, d] / mpmath.norm(j[i, :]) for d in range(j.cols)] for i in range(k)])
-    gram = unit * unit.T
+    gramian = unit * unit.T
     for s in [(), *subsets(k)]:
-        push = solved(gram, s, [-dot(unit[i, :], a) for i in s]) if s else []
+        push = solved(gramian, s, [-dot(unit[i, :], a) for i in s]) if s else []
         if push is None or any(x < 0 for x in push):
             continue
         v = a.copy()
@@ -164,7 +164,7 @@ def test_cagrad_is_as_good_as_any_step_can_be(radius: float) -> None:
     for name, j_KD in jacobians():
         k, j = len(j_KD), exact(j_KD)
         rule = CAGrad(radius)
-        mix_K = rule.mix((j_KD @ j_KD.T)[None], torch.ones(k), 0)[0]
+        mix_K = rule.weights((j_KD @ j_KD.T)[None], torch.ones(k), 0)[0]
         d = exact((mix_K / k)[None]) * j
         g_0 = mpmath.matrix([[sum(j[i, a] for i in range(k)) / k for a in range(j.cols)]])
         size, longest = mpmath.norm(g_0), max(mpmath.norm(j[i, :]) for i in range(k))
@@ -192,7 +192,7 @@ def test_of_up_to_eight_terms_all_subsets_find_the_optimum() -> None:
         k, longest, v = len(j_KD), float(j_KD.norm(dim=1).max()), mixed(MGDA(), j_KD) / len(j_KD)
         assert float((j_KD @ v).min() - v @ v) > -EXACT * longest**2, name
         assert float((j_KD @ mixed(UPGrad(), j_KD) / j_KD.norm(dim=1)).min()) > -EXACT * longest, name
-        mix_K = CAGrad(0.5).mix((j_KD @ j_KD.T)[None], torch.ones(k), 0)[0]
+        mix_K = CAGrad(0.5).weights((j_KD @ j_KD.T)[None], torch.ones(k), 0)[0]
         d, g_0, w_K = mix_K @ j_KD / k, j_KD.mean(dim=0), (mix_K - 1).clamp(min=0)
         hull = [v, w_K / w_K.sum() @ j_KD] if w_K.any() else [v]
         bound = min(float(u @ g_0 + 0.5 * g_0.norm() * u.norm()) for u in hull)
@@ -202,7 +202,7 @@ def test_of_up_to_eight_terms_all_subsets_find_the_optimum() -> None:
 def test_nash_is_the_fixed_point_or_nothing() -> None:
     none = 0
     for name, j_KD in jacobians():
-        mix_K = NashMTL().mix((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0]
+        mix_K = NashMTL().weights((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0]
         if not mix_K.any():
             none += 1
             # the least of what counts as a direction in which all gain
@@ -216,7 +216,11 @@ def test_nash_is_the_fixed_point_or_nothing() -> None:
 
 def test_imtl_g_goes_as_far_along_each() -> None:
     for name, j_KD in jacobians():
-        g, j, mix_K = mixed(IMTLG(), j_KD), exact(j_KD), IMTLG().mix((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0]
+        g, j, mix_K = (
+            mixed(IMTLG(), j_KD),
+            exact(j_KD),
+            IMTLG().weights((j_KD @ j_KD.T)[None], torch.ones(len(j_KD)), 0)[0],
+        )
         if "opposite" in name:
             continue
         if len(j_KD) <= j_KD.shape[1]:
@@ -298,8 +302,8 @@ def all_mixed(rule: str, change: Callable[[Tensor], Tensor] = torch.clone, draw:
     found: dict[int, Tensor] = {}
     for k in {len(j_KD) for j_KD in changed}:
         rows = [n for n, j_KD in enumerate(changed) if len(j_KD) == k]
-        gram_BKK = torch.stack([changed[n] @ changed[n].T for n in rows])
-        mix_BK = GRADIENT_RULES[rule]().mix(gram_BKK, torch.ones(k, dtype=torch.float64), draw)
+        gramian_BKK = torch.stack([changed[n] @ changed[n].T for n in rows])
+        mix_BK = GRADIENT_RULES[rule]().weights(gramian_BKK, torch.ones(k, dtype=torch.float64), draw)
         found |= {n: mix_K @ changed[n] for n, mix_K in zip(rows, mix_BK, strict=True)}
     return [found[n] for n in range(len(changed))]
 
@@ -350,11 +354,11 @@ def test_where_terms_agree_or_are_stationary_nothing_strange_happens(rule: str) 
 @pytest.mark.parametrize("rule", [name for name, make in GRADIENT_RULES.items() if make().per_sample])
 def test_samples_of_a_batch_are_mixed_as_each_alone(rule: str) -> None:
     found = [j_KD for _, j_KD in jacobians() if len(j_KD) == 3]
-    grams = torch.stack([j_KD @ j_KD.T for j_KD in found])
-    grams[5, 1] = grams[5, :, 1] = 0
-    grams[9] = 0
-    together = GRADIENT_RULES[rule]().mix(grams, torch.ones(3), 4)
-    alone = torch.cat([GRADIENT_RULES[rule]().mix(gram[None], torch.ones(3), 4) for gram in grams])
+    gramians = torch.stack([j_KD @ j_KD.T for j_KD in found])
+    gramians[5, 1] = gramians[5, :, 1] = 0
+    gramians[9] = 0
+    together = GRADIENT_RULES[rule]().weights(gramians, torch.ones(3), 4)
+    alone = torch.cat([GRADIENT_RULES[rule]().weights(gramian[None], torch.ones(3), 4) for gramian in gramians])
     torch.testing.assert_close(together, alone, rtol=EXACT, atol=EXACT)
 
 
@@ -384,7 +388,7 @@ def test_gradnorm_is_its_recurrence() -> None:
         value = torch.rand(3, generator=g, dtype=torch.float64) + 0.5
         first = value if first is None else first
         # twenty steps of sums over three
-        torch.testing.assert_close(rule.mix((j_KD @ j_KD.T)[None], value, 0)[0], w, **rounding(256, F64))
+        torch.testing.assert_close(rule.weights((j_KD @ j_KD.T)[None], value, 0)[0], w, **rounding(256, F64))
         rule.learn(lambda seen: seen)
         norm = j_KD.norm(dim=1)
         parts = w.clone().requires_grad_()
@@ -400,9 +404,9 @@ def test_gradnorm_is_its_recurrence() -> None:
 
 def test_gradnorm_brings_gradients_of_unequal_length_to_one_length() -> None:
     rule, norm = GradNorm(alpha=0.0, lr=0.002), torch.tensor([1.0, 5.0, 0.5], dtype=torch.float64)
-    gram = torch.diag(norm**2)[None]
+    gramian = torch.diag(norm**2)[None]
     for _ in range(3000):
-        w = rule.mix(gram, torch.ones(3), 0)[0]
+        w = rule.weights(gramian, torch.ones(3), 0)[0]
         rule.learn(lambda seen: seen)
     length = w * norm
     assert float(length.max() / length.min()) < 1.15

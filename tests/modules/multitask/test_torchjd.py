@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,35 @@ def test_a_rule_agrees(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried > 20
 
 
+PREFERRING: dict[str, tuple[Callable[..., Rule], Callable[..., Any]]] = {
+    "upgrad": (UPGrad, partial(theirs.UPGrad, projector=RIDGE)),
+    "dualproj": (DualProj, partial(theirs.DualProj, projector=RIDGE)),
+    "config": (ConFIG, theirs.ConFIG),
+    "aligned": (AlignedMTL, theirs.AlignedMTL),
+}
+
+
+@pytest.mark.parametrize("rule", PREFERRING)
+def test_preferences_agree(rule: str) -> None:
+    """A preference is theirs as it is given; a term without a gradient leaves the others theirs."""
+    (ours, aggregator), kinds, tried = PREFERRING[rule], PAIRS[rule][2], 0
+    for n, (name, j_KD) in enumerate(jacobians()):
+        if name.split()[1] not in kinds or len(j_KD) > j_KD.shape[1]:
+            continue
+        tried += 1
+        p_K = [0.5 + k for k in range(len(j_KD))]
+        g_D = aggregator(pref_vector=torch.tensor(p_K, dtype=torch.float64))(j_KD)
+        bar = BAR * p_K[-1] * float(max(lengths(j_KD).max(), g_D.norm()))
+        assert float((mixed(ours(preference=p_K), j_KD, n) - g_D).norm()) < bar, name
+        more_KD = torch.cat([torch.zeros_like(j_KD[:1]), j_KD])
+        assert float((mixed(ours(preference=[9.0, *p_K]), more_KD, n) - g_D).norm()) < bar, name
+    assert tried > 20
+    with pytest.raises(ValueError, match=r"preference \[1.0\]: 2 terms, a number for each"):
+        ours(preference=[1.0]).weights(torch.eye(2)[None], torch.ones(2), 0)
+    with pytest.raises(ValueError, match="numbers above 0"):
+        ours(preference=[1.0, 0.0])
+
+
 def test_graddrop_and_excess_mtl_agree() -> None:
     for n, (name, j_KD) in enumerate(jacobians()):
         k, longest = len(j_KD), float(lengths(j_KD).max())
@@ -103,6 +133,6 @@ def test_graddrop_and_excess_mtl_agree() -> None:
         for turn in range(3):
             g_KD = 1e4 * j_KD.roll(turn, dims=0)  # beside which the 1e-7 that it adds to the first excess is small
             (h_KD,) = rule.preconditioned([g_KD])
-            mix_K = rule.mix((h_KD @ h_KD.T)[None], torch.ones(k), 0)[0]
+            mix_K = rule.weights((h_KD @ h_KD.T)[None], torch.ones(k), 0)[0]
             rule.learn(lambda seen: seen)
             assert float((mix_K @ g_KD - k * aggregator(g_KD)).norm()) < BAR * 1e4 * longest, name
