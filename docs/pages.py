@@ -154,7 +154,7 @@ def _pictures() -> dict[str, str]:
     found: dict[str, str] = {}
     contents = [(yaml.safe_load(f.read_text(encoding="utf-8")), f.stem) for f in _claim_files()]
     claims = [(content["experiment"], name) for content, name in contents if "like" not in content]
-    claims += [(paper["experiment"], paper["claim"]) for paper in papers() if paper["status"] == "built"]
+    claims += [(paper["experiment"], paper["claim"]) for paper in papers() if "claim" in paper]
     for name, claim in claims:
         if (ROOT / "docs" / "claims" / f"{claim}.svg").is_file():
             found.setdefault(name, f"claims/{claim}.svg")
@@ -181,7 +181,7 @@ def _papers() -> Iterator[str]:
         arxiv = f"[{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
         title, last = paper["title"], "planned |"
         if paper["status"] == "built":
-            effect = _coloured(f"**{_result(paper['claim'])['effect']}**")
+            effect = _coloured(f"**{_result(paper.get('claim'))['effect']}**")
             last = f"{'exact' if paper['exact'] else 'our reading'} | {effect} |"
             title = f"[{title}]({paper['name']}.md)"
             _write(f"papers/{paper['name']}.md", _paper_page(paper, arxiv))
@@ -198,8 +198,8 @@ def _coloured(text: str) -> str:
     return re.sub(rf"\*\*({words})\*\*", lambda m: f"**{m[1]}**{{ .effect .{m[1].replace(' ', '-')} }}", text)
 
 
-def _result(claim: str) -> dict[str, Any]:
-    """What is stored of a claim; of one that was designed and not run yet, no run."""
+def _result(claim: str | None) -> dict[str, Any]:
+    """The stored result of a claim; without runs if a paper has no claim, or one that was not run yet."""
     file = EXPERIMENTS / f"claims/results/{claim}.json"
     if not file.is_file():
         return {"effect": "not run yet", "seconds": 0, "runs": {}}
@@ -208,9 +208,12 @@ def _result(claim: str) -> dict[str, Any]:
 
 
 def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
-    name, claim = paper["experiment"], paper["claim"]
+    name, claim = paper["experiment"], paper.get("claim")
     text = experiments()[name].read_text(encoding="utf-8")
-    stored, spec = _result(claim), yaml.safe_load((EXPERIMENTS / f"claims/{claim}.yaml").read_text(encoding="utf-8"))
+    stored = _result(claim)
+    spec: dict[str, Any] = {"metric": {"name": ""}}
+    if claim:
+        spec = yaml.safe_load((EXPERIMENTS / f"claims/{claim}.yaml").read_text(encoding="utf-8"))
     metrics = list(dict.fromkeys([spec["metric"]["name"], *(of["metric"] for of in spec.get("also") or ())]))
     table = [f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
     for arm, runs in stored["runs"].items():
@@ -222,7 +225,9 @@ def _paper_page(paper: dict[str, Any], arxiv: str) -> str:
     pieces = ", ".join(f"[`{piece}`](../{_page_of(piece)})" for piece in paper["pieces"])
     effect = _coloured(f"**{stored['effect']}**")
     seconds = f"{stored['seconds'] / 60:.0f} minutes for {sum(len(runs) for runs in stored['runs'].values())} runs"
-    where = f"[claim {claim}](../claims/{claim}.md), {seconds}" if stored["seconds"] else f"claim {claim} is designed"
+    where = f"claim {claim} is designed" if claim else "no claim"
+    if stored["seconds"]:
+        where = f"[claim {claim}](../claims/{claim}.md), {seconds}"
     measured = [f"Means over seeds {', '.join(sorted(next(iter(stored['runs'].values()), {})))}:", "\n".join(table)]
     parts = [
         f"# {paper['title']}",

@@ -1,6 +1,6 @@
 """Property suites that a paper's test picks by name: one line a property.
 
-    class TestMine(GradientExact, MissingModalities, Ranks, Resume, HostReads):
+    class TestMine(GradientExact, MissingModalities, Ranks, Resume, OnDevice):
         def recipe(self) -> Recipe:
             return Contrastive(towers(), loss=Mine())
 
@@ -8,18 +8,18 @@ A suite asks the class for ``recipe()``, a new recipe in float64 without dropout
 """
 
 from tests._suites.data import CLASSES, MODALITIES, SampleData, Samples, samples, towers
-from tests._suites.recipes import GradientExact, HostReads, MissingModalities, Ranks, Resume, ShamNeutral
-from tests._suites.rules import RuleProperties
+from tests._suites.recipes import GradientExact, MissingModalities, OnDevice, Ranks, Resume, ShamNeutral
+from tests._suites.rules import RuleExact
 
 __all__ = [
     "CLASSES",
     "MODALITIES",
     "GradientExact",
-    "HostReads",
     "MissingModalities",
+    "OnDevice",
     "Ranks",
     "Resume",
-    "RuleProperties",
+    "RuleExact",
     "SampleData",
     "Samples",
     "ShamNeutral",

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descant.callbacks import Resume as ResumePoints
+from descant.datamodules.base import DataModule
 from descant.modules.core.batch import Batch
 from descant.recipes.base.recipe import Recipe
 from descant.run.store import AtomicIO
@@ -37,6 +38,14 @@ class Subject:
 
     def made(self) -> Recipe:
         return self.recipe().double().train()
+
+    def data(self) -> DataModule:
+        """Samples for a fit of a few steps."""
+        return SampleData(modalities=tuple(self.recipe().towers))
+
+    def callbacks(self) -> list[L.Callback]:
+        """Callbacks of the fit, for a paper that is one."""
+        return []
 
 
 def step_of(recipe: Recipe, batch: Batch, parts: int = 1, world: int = 1) -> dict[str, Tensor]:
@@ -135,9 +144,6 @@ class MissingModalities(Subject):
 class Resume(Subject):
     """A run that is stopped after any step and resumed ends bit-identical."""
 
-    def data(self) -> SampleData:
-        return SampleData(modalities=tuple(self.recipe().towers))
-
     def test_a_resumed_run_is_bit_identical(self, tmp_path: Path) -> None:
         whole = self._fit(tmp_path / "whole", 5)
         self._fit(tmp_path / "cut", 2)
@@ -153,7 +159,7 @@ class Resume(Subject):
             devices=1,
             precision="64-true",
             logger=False,
-            callbacks=[ResumePoints(every=1, keep=9)],
+            callbacks=[*self.callbacks(), ResumePoints(every=1, keep=9)],
             plugins=[AtomicIO()],
             default_root_dir=folder,
             limit_val_batches=0,
@@ -166,24 +172,8 @@ class Resume(Subject):
         return {name: value.clone() for name, value in recipe.state_dict().items()}
 
 
-class HostReads(Subject):
-    """On an accelerator a step reads nothing back, and its numbers are those of the CPU.
-
-    For classes in tests/device, which have the fixture ``device``.
-    """
-
-    def test_a_step_on_the_device_reads_nothing(self, device: Any) -> None:
-        recipe = self.made().to(device.device)
-        batch = self.batch().to(device.device)
-        step_of(recipe, batch)
-        recipe.zero_grad()
-        if not device.emulated:
-            return
-        from tests.device.emulated import counting
-
-        with counting() as counts:
-            step_of(recipe, batch)
-        assert counts.host_reads == 0 and not counts.uploads, counts.lines()
+class OnDevice(Subject):
+    """``tests/device`` finds the class: its recipe trains there, is resumed, and a step reads nothing back."""
 
 
 class ShamNeutral(Subject):

@@ -123,6 +123,8 @@ from descant.recipes import (
     VisionLanguage,
 )
 from descant.recipes.base.teachers import Teachers
+from tests._suites import OnDevice
+from tests._suites.discovery import picked
 from tests.recipes.test_certified import Banked
 from tests.recipes.test_missing import PatternData, build, fusion, node, write
 from tests.recipes.test_staged import letters
@@ -675,3 +677,10 @@ def staged(before: Path) -> Run:
     )
     recipe = staged_model(stages, distill=Distill(TeacherStage()))
     return Run(recipe, data, [letters(), c.Stages()], steps=3)
+
+
+def _of_paper(suite: OnDevice, before: Path) -> Run:
+    return Run(suite.made(), suite.data(), suite.callbacks())
+
+
+RUNS |= {name: partial(_of_paper, suite()) for name, suite in picked(OnDevice).items()}

@@ -30,6 +30,9 @@ from descant.modules.moe import (
 from descant.modules.towers import TextTower
 from descant.modules.towers.cached import Cached
 from descant.recipes import DPO, Recipe, VisionLanguage
+from tests._suites import OnDevice
+from tests._suites.discovery import picked
+from tests._suites.recipes import step_of
 from tests.device import reads
 from tests.device.reads import CHOSEN, DISTILL, RECIPES, Case
 from tests.rotation import turn
@@ -41,6 +44,9 @@ ELSEWHERE = {
     "Regression": "fuses as Fusion does; tests/device/runs.py trains it",
     "CompetitiveDistillation": "distill of the cases of other recipes",
 }
+
+#: Tests of papers that pick the suite.
+PAPERS = picked(OnDevice)
 
 
 def params(cases: list[Case]) -> list[Any]:
@@ -77,9 +83,24 @@ def test_who_has_to_know_reads_at_most_once(case: Case, cli: Any, device: Any, w
         assert not counts.uploads, counts.lines()
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_step_of_a_paper_reads_nothing(name: str, device: Any) -> None:
+    if not device.emulated:
+        pytest.skip("counted on the emulated accelerator")
+    from tests.device.emulated import counting
+
+    suite: OnDevice = PAPERS[name]()
+    recipe, batch = suite.made().to(device.device), suite.batch().to(device.device)
+    step_of(recipe, batch)
+    with counting() as counts:
+        step_of(recipe, batch)
+    assert counts.operations > 100 and counts.host_reads == 0 and not counts.uploads, counts.lines()
+
+
 def test_every_recipe_has_a_case() -> None:
     classes = {name for name in recipes.__all__ if issubclass(getattr(recipes, name), Recipe)}
-    assert classes == RECIPES.keys() | ELSEWHERE.keys()
+    papers = {type(suite().recipe()).__name__ for suite in PAPERS.values()}
+    assert classes == RECIPES.keys() | ELSEWHERE.keys() | (papers & classes)
 
 
 def test_preferences_read_nothing(device: Any) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from descant.modules.core.batch import Batch
 from descant.modules.losses.barlow_twins import BarlowTwins
 from descant.recipes import Contrastive
-from tests._suites import GradientExact, MissingModalities, Ranks, Resume, towers
+from tests._suites import GradientExact, MissingModalities, OnDevice, Ranks, Resume, towers
 
 
-class TestBarlowTwins(GradientExact, MissingModalities, Ranks, Resume):
+class TestBarlowTwins(GradientExact, MissingModalities, OnDevice, Ranks, Resume):
     def recipe(self) -> Contrastive:
         return Contrastive(towers("image", "text"), width=4, loss=BarlowTwins(redundancy=0.1, weight=1.0))
 

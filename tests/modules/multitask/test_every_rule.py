@@ -6,7 +6,6 @@ Letters: K gradients of D numbers, S steps.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from descant.modules.multitask import (
-    CMGH,
     DWA,
     FAMO,
     IMTLG,
@@ -47,27 +45,10 @@ from descant.modules.multitask import (
     UPGrad,
 )
 from descant.modules.multitask.base import orders
-from tests._suites.discovery import concrete
+from tests._suites import RuleExact
+from tests._suites.discovery import concrete, picked
+from tests._suites.rules import BAR, cases
 from tests.modules.multitask.test_sdmgrad import nearest
-
-#: Of the scale of the solution, which each error below names.
-BAR = 1e-8
-KINDS = ("plain", "scaled", "zero", "equal", "opposite", "collinear", "scaled and opposite")
-
-
-@functools.cache
-def cases() -> tuple[tuple[str, Tensor], ...]:
-    g, found = torch.Generator().manual_seed(11), []
-    for n in range(200):
-        k, kind = 2 + n // len(KINDS) % 7, KINDS[n % len(KINDS)]
-        j_KD = torch.randn(k, (2, 3, 6, 12)[n % 4], generator=g, dtype=torch.float64)
-        if "scaled" in kind:
-            j_KD *= 10 ** (torch.rand(k, 1, generator=g, dtype=torch.float64) * 12 - 6)
-        for word, factor in (("zero", 0.0), ("equal", 1.0), ("opposite", -2.0), ("collinear", 3.0)):
-            if word in kind:
-                j_KD[-1] = factor * j_KD[0]
-        found.append((f"{n} {kind} {k}", j_KD))
-    return tuple(found)
 
 
 def mixed(rule: Rule, j_KD: Tensor, draw: int = 0) -> Tensor:
@@ -174,22 +155,13 @@ def of_aligned(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
         return float((mix_K @ j_KD - torch.tensor(wanted, dtype=torch.float64)).norm()) / max(float(least), rest)
 
 
-def of_cmgh(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
-    return of_surgery(j_KD, mix_K, draw, lambda v, g, first: float(first @ g))
-
-
-def of_surgery(
-    j_KD: Tensor,
-    mix_K: Tensor,
-    draw: int,
-    dot: Callable[[Tensor, Tensor, Tensor], float] = lambda v, g, first: float(v @ g),
-) -> float:
+def of_surgery(j_KD: Tensor, mix_K: Tensor, draw: int) -> float:
     """Of the longest gradient; GradVac aims at cosines of 0 in its first step, and turns as PCGrad projects."""
     order, total = orders(len(j_KD), draw), torch.zeros_like(j_KD[0])
     for i, first in enumerate(j_KD):
         v = first.clone()
         for j in (j for j in order[i] if j_KD[j].any()):
-            v -= min(dot(v, j_KD[j], first), 0.0) / float(j_KD[j] @ j_KD[j]) * j_KD[j]
+            v -= min(float(v @ j_KD[j]), 0.0) / float(j_KD[j] @ j_KD[j]) * j_KD[j]
         total += v
     return float((mix_K @ j_KD - total).norm() / lengths(j_KD).max())
 
@@ -234,7 +206,6 @@ SOLVED: dict[str, tuple[Callable[[], Rule], Callable[[Tensor, Tensor, int], floa
     "ConFIG": (ConFIG, of_config),
     "AlignedMTL": (AlignedMTL, of_aligned),
     "PCGrad": (PCGrad, of_surgery),
-    "CMGH": (CMGH, of_cmgh),
     "GradVac": (GradVac, of_surgery),
     "MMPareto": (MMPareto, of_mmpareto),
     "SDMGrad": (lambda: SDMGrad(steps=5, lr=0.1), of_sdmgrad),
@@ -396,4 +367,6 @@ def test_graddrop_is_a_loop_over_coordinates() -> None:
 
 
 def test_no_rule_is_left_out() -> None:
-    assert set(concrete("Rule")) == {*SOLVED, *RECURRENT, "GradDrop"}
+    """A rule is in a list above, or the test of its paper picks the suite."""
+    papers = {type(suite().rule()).__name__ for suite in picked(RuleExact).values()}
+    assert set(concrete("Rule")) == {*SOLVED, *RECURRENT, "GradDrop", *papers}
