@@ -54,6 +54,7 @@ GROUPS = {
             "watching",
             "survive",
             "recipe",
+            "paper",
             "claims",
             "faq",
         ),

@@ -27,7 +27,7 @@ def abstract(kind: type) -> bool:
 
 def picked(suite: type) -> dict[str, Any]:
     """Name -> test class, of those in all tests that pick a suite by its name."""
-    found = {}
+    found: dict[str, Any] = {}
     for file in sorted((TOP / "tests").rglob("test_*.py")):
         names = re.findall(rf"^class (Test\w+)\(.*\b{suite.__name__}\b", file.read_text(), re.MULTILINE)
         if names:
