@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.plots.answers import AnswerRow, answer_table
@@ -82,8 +81,6 @@ class Answering(ForwardEvaluator):
         if new < 1 or table < 0:
             raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
         self.new, self.by, self.sampling, self.controls, self.table = new, by, sampling, controls, table
-        self._means = Means()
-        self._examples: dict[str, list[tuple[int, AnswerRow]]] = {}  # set -> order, row
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -93,7 +90,7 @@ class Answering(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._means, self._examples = Means(), {}
+        self._examples: dict[str, list[tuple[int, AnswerRow]]] = {}  # set -> order, row
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         valid_B = keep_B & batch.present["text"]
@@ -154,5 +151,4 @@ class Answering(ForwardEvaluator):
                 rows = [row for _, row in sorted(examples, key=lambda example: example[0])[: self.table]]
                 figure = answer_table(rows, f"{name}: answers, step {trainer.global_step}")
                 save_figure(trainer, figure, f"{name}-answers", f"pictures/{name}-answers")
-        self.items |= self._means.items()
-        return self._means.compute()
+        return super().results(trainer, pl_module)

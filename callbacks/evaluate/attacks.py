@@ -11,8 +11,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -74,8 +72,6 @@ class Attacks(ForwardEvaluator):
             if value is not None and not value > 0:
                 raise ValueError(f"Attacks: a radius of {value:g}: above 0, such as 0.3")
         self.radius, self.steps, self.restarts, self.certify, self.rows = radius, steps, restarts, certify, rows
-        self._means = Means()
-        self._slope_MC: Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -91,7 +87,7 @@ class Attacks(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._means, self._slope_MC = Means(), None
+        self._slope_MC: Tensor | None = None
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Classifies)
@@ -136,7 +132,3 @@ class Attacks(ForwardEvaluator):
             values["certified/radius"] = radius_B.clamp(min=0)
             values["certified/share"] = radius_B >= self.certify
         return values
-
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
-        self.items |= self._means.items()
-        return self._means.compute()

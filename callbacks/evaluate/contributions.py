@@ -60,7 +60,6 @@ class Contributions(ForwardEvaluator):
         if circles < 1:
             raise ValueError(f"Contributions: circles {circles}: 1 is the least")
         self.circles = circles
-        self._stores_z: dict[str, Store] = {}
         self._dtype = torch.float32
         self.tracks: dict[str, Track] = {}  # set -> accuracies of each modality alone, and joint
 
@@ -78,7 +77,7 @@ class Contributions(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._stores_z = {}
+        self._stores_z: dict[str, Store] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Classifies) and has(pl_module, Fuses)

@@ -11,9 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import Rows
-from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.evaluate.forward import ForwardEvaluator, Means
 from descant.callbacks.evaluate.reconstruction import Inputs, require_modalities, with_others
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -66,11 +65,10 @@ class CrossModalLoss(ForwardEvaluator):
             raise ValueError(f"CrossModalLoss: margin {margin:g}, batch {batch}: from 0 to below 1, and at least 1")
         self.modalities, self.margin, self.batch = list(dict.fromkeys(modalities)), margin, batch
         self.shown = shown or {}
-        self._sets: dict[str, Inputs] = {}
 
     def _forget(self) -> None:
         super()._forget()
-        self._sets = {}
+        self._sets: dict[str, Inputs] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         needed = list(dict.fromkeys([*self.modalities, *self.shown, *self.shown.values()]))

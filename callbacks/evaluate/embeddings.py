@@ -127,12 +127,11 @@ class EmbeddingEvaluator(Callback):
     def __init__(self, sets: list[str] | None = None, validate: bool = True) -> None:
         self.sets, self.validate = sets, validate
         self._active = False  # whether it runs in the current evaluation
-        self._stores: dict[int, Store] = {}
         self._names: dict[str, list[str]] = {}
-        self._bank: Rows | None = None
         self._bank_loader: Any = None
         #: Metrics of the last test that are means over test items.
         self.items: dict[str, Items] = {}
+        self._forget()
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         """Compute ``{set}/{key}`` -> scalar, or the values of test items whose mean it is, from the sets by name."""
@@ -196,8 +195,9 @@ class EmbeddingEvaluator(Callback):
         self._names, self._bank_loader, self.items = {}, None, {}
 
     def _forget(self) -> None:
-        """Drop what the last evaluation collected."""
-        self._stores, self._bank = {}, None
+        """Set what an evaluation collects to nothing: at construction, and around each evaluation."""
+        self._stores: dict[int, Store] = {}
+        self._bank: Rows | None = None
 
     def _collect(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int

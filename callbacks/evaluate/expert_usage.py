@@ -50,15 +50,8 @@ class ExpertUsage(ForwardEvaluator):
 
     once = True
     needs = (Scores,)
-
-    def __init__(
-        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
-    ) -> None:
-        super().__init__(sets, limit, every, validate)
-        self._layers: dict[str, MoELayer] = {}
-        #: Layer -> real experts per token, over all sets of the last evaluation.
-        self.active: dict[str, float] = {}
-        self._uses: dict[str, dict[str, Use]] = {}  # set -> layer -> counts of this rank
+    #: Layer -> real experts per token, over all sets of the last evaluation.
+    active: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -75,7 +68,7 @@ class ExpertUsage(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._uses = {}
+        self._uses: dict[str, dict[str, Use]] = {}  # set -> layer -> counts of this rank
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Scores)

@@ -6,7 +6,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.callbacks.evaluate.reconstruction import require_modalities
 from descant.modules.core.batch import Batch
@@ -55,11 +54,6 @@ class GenerationAccuracy(ForwardEvaluator):
             raise ValueError("GenerationAccuracy: given: none; such as given [image] target text")
         self.given, self.target = given, target
         self.sampler = sampler or Sampler(steps=1, temperature={target: GREEDY})
-        self._means = Means()
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._means = Means()
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, DecodesTokens)
@@ -72,6 +66,3 @@ class GenerationAccuracy(ForwardEvaluator):
                 made = self.sampler(pl_module, some, self.given, [self.target])[self.target]
             exact_n = (made == some.inputs[self.target]).flatten(1).all(dim=1)
         self._means.add(f"{name}/exact_{self.target}_from_{'+'.join(self.given)}", Term(exact_n.float()))
-
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        return self._means.compute()

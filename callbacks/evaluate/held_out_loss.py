@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Values
+from descant.callbacks.evaluate.forward import Means
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term

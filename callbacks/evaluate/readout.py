@@ -78,7 +78,6 @@ class Readout(EmbeddingEvaluator):
         self.ridge, self.contrast, self.components = ridge or RidgeReadout(), contrast, components
         self.shuffle = shuffle
         self._twin: dict[str, Tensor] | None = None
-        self._features: dict[tuple[int, str], Store] = {}
 
     @property
     def state_key(self) -> str:
@@ -112,7 +111,7 @@ class Readout(EmbeddingEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._features = {}
+        self._features: dict[tuple[int, str], Store] = {}
 
     def _collect(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int

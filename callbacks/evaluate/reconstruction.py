@@ -165,7 +165,6 @@ class Reconstruction(ForwardEvaluator):
             raise ValueError(f"Reconstruction: l2 {l2} is negative")
         self.targets, self.given = targets, given
         self.patch, self.l2, self.batch = patch, l2, batch
-        self._sets: dict[str, Inputs] = {}
         self._nulls: dict[str, Nulls] = {}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -174,7 +173,7 @@ class Reconstruction(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._sets = {}
+        self._sets: dict[str, Inputs] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         needed = list(dict.fromkeys([*self.targets, *self.given]))
@@ -320,11 +319,10 @@ class ReconstructionPictures(ForwardEvaluator):
         if count < 1:
             raise ValueError(f"ReconstructionPictures: count {count}; 1 is the least")
         self.count, self.modalities, self.corruption, self.name = count, modalities, corruption, name
-        self._first: dict[str, Batch] = {}
 
     def _forget(self) -> None:
         super()._forget()
-        self._first = {}
+        self._first: dict[str, Batch] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         require_modalities(self, batch, self.modalities or [])

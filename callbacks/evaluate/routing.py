@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from descant.callbacks.evaluate.accuracy import Means
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -51,29 +50,13 @@ class CausalGap(ForwardEvaluator):
     once = True
     needs = (Scores,)
 
-    def __init__(
-        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
-    ) -> None:
-        super().__init__(sets, limit, every, validate)
-        self._means = Means()
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._means = Means()
-
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Scores)
         with by_choice(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             scores = pl_module.scores(batch)
         for score, term in scores.items():
-            self._means.add(f"{name}/{score}_by_choice", replace(term, valid=_valid_and_kept(term.valid, keep_B)))
-
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        return self._means.compute()
-
-
-def _valid_and_kept(valid_B: Tensor | None, keep_B: Tensor) -> Tensor:
-    return keep_B if valid_B is None else valid_B & keep_B
+            valid_B = keep_B if term.valid is None else term.valid & keep_B
+            self._means.add(f"{name}/{score}_by_choice", replace(term, valid=valid_B))
 
 
 def by_entropy(entropy_N: Tensor, experts_N: Tensor, share: float = 0.25) -> tuple[Tensor, Tensor]:
@@ -102,15 +85,9 @@ class ExpertsByEntropy(ForwardEvaluator):
     once = True
     needs = (RoutesTokens,)
 
-    def __init__(
-        self, sets: list[str] | None = None, limit: int | None = None, every: int = 1, validate: bool = True
-    ) -> None:
-        super().__init__(sets, limit, every, validate)
-        self._tokens: dict[str, list[Tensor]] = {}
-
     def _forget(self) -> None:
         super()._forget()
-        self._tokens = {}
+        self._tokens: dict[str, list[Tensor]] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, RoutesTokens)

@@ -6,8 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.forward import ForwardEvaluator
+from descant.callbacks.evaluate.forward import ForwardEvaluator, Means
 from descant.callbacks.evaluate.reconstruction import Inputs, require_modalities, with_others
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -66,11 +65,10 @@ class Steering(ForwardEvaluator):
             raise ValueError(f"Steering: batch {batch}; 1 is the least")
         self.given, self.palette, self.target = list(given), palette, target
         self.sampler, self.batch = sampler or Sampler(), batch
-        self._sets: dict[str, Inputs] = {}
 
     def _forget(self) -> None:
         super()._forget()
-        self._sets = {}
+        self._sets: dict[str, Inputs] = {}
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         needed = [*self.given, self.palette]

@@ -91,11 +91,6 @@ class ModalitySubsetEval(ForwardEvaluator):
         self._scored = self._embedded = self._joint = False
         self._full: Subset = ()  # all modalities
         self._subsets: list[Subset] = []
-        self._columns: list[tuple[str, Subset]] = []  # (score, subset)
-        self._evaluated: list[str] = []  # sets of this evaluation
-        self._targets: set[str] = set()  # of all their batches
-        self._values: dict[str, Store] = {}  # set -> a column for each score and subset
-        self._z: dict[str, Store] = {}  # set -> a joint embedding for each subset
         self._warned: set[str] = set()
 
     @property
@@ -128,7 +123,11 @@ class ModalitySubsetEval(ForwardEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._values, self._z, self._columns, self._evaluated, self._targets = {}, {}, [], [], set()
+        self._columns: list[tuple[str, Subset]] = []  # (score, subset)
+        self._evaluated: list[str] = []  # sets of this evaluation
+        self._targets: set[str] = set()  # of all their batches
+        self._values: dict[str, Store] = {}  # set -> a column for each score and subset
+        self._z: dict[str, Store] = {}  # set -> a joint embedding for each subset
 
     # one batch ----------------------------------------------------------------------------------------------------
 

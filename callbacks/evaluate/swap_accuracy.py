@@ -41,7 +41,6 @@ class SwapAccuracy(EmbeddingEvaluator):
     ) -> None:
         super().__init__()
         self.modality, self.against, self.target, self.tolerance = modality, against, target, tolerance
-        self._negatives: dict[int, Store] = {}
         if modality == against:
             raise ValueError(f"SwapAccuracy: {modality!r} against itself; such as modality text against image")
         if tolerance < 0:
@@ -49,7 +48,7 @@ class SwapAccuracy(EmbeddingEvaluator):
 
     def _forget(self) -> None:
         super()._forget()
-        self._negatives = {}
+        self._negatives: dict[int, Store] = {}
 
     def _collect(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, dataloader_idx: int

@@ -12,8 +12,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from descant.callbacks.evaluate.accuracy import Means
-from descant.callbacks.evaluate.embeddings import Values
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
@@ -49,7 +47,7 @@ class WithoutExperts(ForwardEvaluator):
         for name, numbers in experts.items() or [("experts", [])]:
             if not numbers or min(numbers) < 0:
                 raise ValueError(f"WithoutExperts: experts: {name}: {numbers}: numbers from 0 on, such as [0, 1]")
-        self.experts, self._means = dict(experts), Means()
+        self.experts = dict(experts)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -57,10 +55,6 @@ class WithoutExperts(ForwardEvaluator):
         for name, number in ((name, max(numbers)) for name, numbers in self.experts.items()):
             if number >= most and stage != "fit":  # a later stage of training may add experts
                 raise ValueError(f"WithoutExperts: experts: {name}: no expert {number}; the model has {most} a layer")
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._means = Means()
 
     def run(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, keep_B: Tensor, name: str) -> None:
         assert has(pl_module, Scores)
@@ -70,9 +64,6 @@ class WithoutExperts(ForwardEvaluator):
             for score, term in scores.items():
                 valid = keep_B if term.valid is None else term.valid & keep_B
                 self._means.add(f"{name}/{score}_without_{group}", replace(term, valid=valid))
-
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Values:
-        return self._means.compute()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from descant.callbacks.evaluate.accuracy import Mean
 from descant.callbacks.evaluate.embeddings import Store
+from descant.callbacks.evaluate.forward import Mean
 from descant.modules import moe
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.grow import Grow
