@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from descant.callbacks.callback_order import Ordered
 from descant.modules.balance.base import Pacing
+from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.host import read_together, to_device
+from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import total_of_ranks
@@ -56,6 +58,34 @@ def require_several(callback: L.Callback, pl_module: Any) -> tuple[str, ...]:
             f"{type(callback).__name__}: {name} has one modality, {modalities[0]}: there is nothing to balance"
         )
     return modalities
+
+
+class TermsCallback(L.Callback):
+    """Base of the callbacks that add ``terms`` to those of a recipe's regularizers while it trains."""
+
+    def terms(self, context: FusionContext, training: bool) -> dict[str, Term]:
+        raise NotImplementedError
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_multimodal(self, pl_module)
+        assert has(pl_module, MultimodalClassifier)
+        if stage == "fit":
+            pl_module.regularizers.append(_CallbackTerms(self))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if has(pl_module, MultimodalClassifier):
+            for n in reversed(range(len(pl_module.regularizers))):
+                if type(getattr(pl_module.regularizers[n], "callback", None)) is type(self):
+                    del pl_module.regularizers[n]
+
+
+class _CallbackTerms(Regularizer):
+    def __init__(self, callback: TermsCallback) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def forward(self, context: FusionContext) -> dict[str, Term]:
+        return self.callback.terms(context, self.training)
 
 
 class Balance(Ordered):

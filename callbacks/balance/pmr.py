@@ -5,7 +5,6 @@ Letters: B samples, C classes, D width of latents.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -13,17 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descant.callbacks.balance.balance import require_multimodal
-from descant.modules.balance.regularizer import FusionContext, Regularizer
-from descant.modules.core.capabilities import has
+from descant.callbacks.balance.balance import TermsCallback
+from descant.modules.balance.regularizer import FusionContext
 from descant.modules.core.host import derived, host_copy, read_together, to_device
 from descant.modules.core.objective import Term
-from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import rank, total_of_ranks
 from descant.modules.training_setup.trainer import log_interval
 
 
-class PMR(L.Callback):
+class PMR(TermsCallback):
     """Prototypical modality rebalancing (PMR): a prototype loss on the latents of the slower modality.
 
         loss_m,b = - alpha log softmax_c(- |z_mb - p_mc|)_label        for the m with the lowest s_m, else 0
@@ -70,18 +67,6 @@ class PMR(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.middle, self.behind, self._score = dict(state_dict["middle"]), state_dict["behind"], {}
         self._sums = {m: x if rank() == 0 else torch.zeros_like(x) for m, x in state_dict["sums"].items()}
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_multimodal(self, pl_module)
-        assert has(pl_module, MultimodalClassifier)
-        if stage == "fit":
-            pl_module.regularizers.append(_PrototypeLoss(self))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if has(pl_module, MultimodalClassifier):
-            for n in reversed(range(len(pl_module.regularizers))):
-                if isinstance(pl_module.regularizers[n], _PrototypeLoss):
-                    del pl_module.regularizers[n]
 
     def terms(self, context: FusionContext, training: bool = True) -> dict[str, Term]:
         """Compute one term per modality; in training, also add latents to the sums of the next prototypes."""
@@ -130,27 +115,14 @@ class PMR(L.Callback):
                 pl_module.log_dict({f"balance/score/{m}": s for m, s in mean.items()}, batch_size=1)
             self._score = {}
         if (trainer.global_step + 1) % self.every == 0:
-            self._update_prototypes({m: total_of_ranks(x.clone()) for m, x in self._sums.items()})
+            for m, x in self._sums.items():
+                sum_CD = total_of_ranks(x.clone())
+                count_C1 = sum_CD[:, -1:]
+                new_CD = sum_CD[:, :-1] / count_C1  # nan for a class without a sample
+                old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
+                both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
+                self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)
             self._sums = {}
-
-    def _update_prototypes(self, sums: Mapping[str, Tensor]) -> None:
-        for m, sum_CD in sums.items():
-            count_C1 = sum_CD[:, -1:]
-            new_CD = sum_CD[:, :-1] / count_C1  # nan for a class without a sample
-            old_CD = self.middle.get(m, torch.full_like(new_CD, torch.nan)).to(new_CD)
-            both_CD = torch.where(old_CD.isfinite(), self.beta * old_CD + (1 - self.beta) * new_CD, new_CD)
-            self.middle[m] = torch.where(count_C1 > 0, both_CD, old_CD)
-
-
-class _PrototypeLoss(Regularizer):
-    """Adds the callback's terms to the regularizers of a recipe while it trains."""
-
-    def __init__(self, callback: PMR) -> None:
-        super().__init__()
-        self.callback = callback
-
-    def forward(self, context: FusionContext) -> dict[str, Term]:
-        return self.callback.terms(context, self.training)
 
 
 def _has_label(present_B: Tensor, label_B: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descant.callbacks.balance.balance import require_multimodal
-from descant.modules.balance.regularizer import FusionContext, Regularizer
+from descant.callbacks.balance.balance import TermsCallback
+from descant.modules.balance.regularizer import FusionContext
 from descant.modules.core.batch import only
 from descant.modules.core.capabilities import has
 from descant.modules.core.host import read_together, to_device
@@ -44,7 +44,7 @@ def contributions(context: FusionContext) -> Tensor:
     return torch.stack(list(shapley(f, names).values()), dim=1)
 
 
-class SampleResampling(L.Callback):
+class SampleResampling(TermsCallback):
     """Modality valuation at sample level: learn more from a modality alone if it contributes little to a sample.
 
         loss_b = sum_m n_bm cross_entropy(fusion(z_bm alone), y_b),      n_bm = number of thresholds above phi_bm
@@ -79,18 +79,6 @@ class SampleResampling(L.Callback):
         self.warmup, self.thresholds, self.sham = warmup, tuple(thresholds), Sham(sham)
         self.started = False
         self._sums_3M: Tensor | None = None  # of this step so far: contributions, copies, and samples
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_multimodal(self, pl_module)
-        assert has(pl_module, MultimodalClassifier)
-        if stage == "fit":
-            pl_module.regularizers.append(_Resampled(self))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if has(pl_module, MultimodalClassifier):
-            for n in reversed(range(len(pl_module.regularizers))):
-                if isinstance(pl_module.regularizers[n], _Resampled):
-                    del pl_module.regularizers[n]
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.started = share_of_run(trainer) >= self.warmup
@@ -192,14 +180,3 @@ class ModalityResampling(SampleResampling):
         lead_M = (phi_M.sum() - phi_M) / (len(phi_M) - 1) - phi_M
         least_M = torch.arange(len(phi_M), device=phi_M.device) == phi_M.argmin()
         return torch.where(least_M, (2 / 3 * alpha * lead_M).clamp(min=0, max=1), 0.0)
-
-
-class _Resampled(Regularizer):
-    """Adds the callback's term to the regularizers of a recipe while it trains."""
-
-    def __init__(self, callback: SampleResampling) -> None:
-        super().__init__()
-        self.callback = callback
-
-    def forward(self, context: FusionContext) -> dict[str, Term]:
-        return self.callback.terms(context, self.training)
