@@ -26,6 +26,7 @@ from torch import Tensor
 
 from descant.modules.core.errors import one_line
 from descant.modules.core.rng import uniform_NK
+from descant.modules.transforms.image import require_crop
 
 #: Formats by Pillow's names; others are errors, whatever decoders are installed.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -111,14 +112,7 @@ class Images:
         gap: float = 1.4,
         stream: str = "image",
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size {size}: at least 1 pixel")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale {scale[0]:g}, {scale[1]:g}: two shares of the area, 0 < low <= high <= 1")
-        if not 0 < ratio[0] <= ratio[1] < math.inf:
-            raise ValueError(f"ratio {ratio[0]:g}, {ratio[1]:g}: two ratios of width to height, 0 < low <= high")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip {flip:g} is not a probability")
+        require_crop(size, scale, ratio, flip)
         if filter not in _RESAMPLE:
             raise ValueError(f"filter: {filter!r} is not one of {', '.join(_RESAMPLE)}")
         if not gap >= 1:

@@ -124,19 +124,24 @@ def _list_paths(value: object) -> Iterator[str]:
 
 
 def class_paths(node: object) -> Iterator[str]:
-    """Yield every class path in a configuration, at any depth.
+    """Iterate over every class path in a configuration, at any depth.
 
     >>> list(class_paths({"class_path": "a.B", "init_args": {"parts": [{"class_path": "c.D"}]}}))
     ['a.B', 'c.D']
     """
+    return texts_at(node, "class_path")
+
+
+def texts_at(node: object, key: str) -> Iterator[str]:
+    """Yield every text at a key of nested mappings and lists, at any depth."""
     if isinstance(node, Mapping):
-        if isinstance(node.get("class_path"), str):
-            yield node["class_path"]
+        if isinstance(node.get(key), str):
+            yield node[key]
         for value in node.values():
-            yield from class_paths(value)
+            yield from texts_at(value, key)
     elif isinstance(node, list):
         for value in node:
-            yield from class_paths(value)
+            yield from texts_at(value, key)
 
 
 @contextmanager

@@ -300,6 +300,18 @@ class Augment(nn.Module):
         return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], torch.zeros_like(x), x)
 
 
+def require_crop(size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
+    """Raise ValueError for arguments that describe no random resized crop and flip."""
+    if size < 1:
+        raise ValueError(f"size {size}: at least 1 pixel")
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale {scale[0]:g}, {scale[1]:g}: two shares of the area, 0 < low <= high <= 1")
+    if not 0 < ratio[0] <= ratio[1] < math.inf:
+        raise ValueError(f"ratio {ratio[0]:g}, {ratio[1]:g}: two ratios of width to height, 0 < low <= high")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip {flip:g} is not a probability")
+
+
 class Crop(nn.Module):
     """Random resized crop and flip (as MAE, He 2022, arXiv 2111.06377): uint8 ``[B, C, H, W]`` -> float ``[B, C, S,
     S]``.
@@ -328,14 +340,7 @@ class Crop(nn.Module):
         flip: float = 0.5,
     ) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size {size}: at least 1 pixel")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale {scale[0]:g}, {scale[1]:g}: two shares of the area, 0 < low <= high <= 1")
-        if not 0 < ratio[0] <= ratio[1] < math.inf:
-            raise ValueError(f"ratio {ratio[0]:g}, {ratio[1]:g}: two ratios of width to height, 0 < low <= high")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip {flip:g} is not a probability")
+        require_crop(size, scale, ratio, flip)
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
 
     def boxes(self, draw_B: Tensor, device: torch.device) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
 from descant.modules.core.ranks import gather, gather_both
 from descant.modules.losses.barlow_twins import barlow_twins
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views
+from descant.modules.losses.views.base import ViewObjective, Views
 
 
 class BarlowTwinsViews(ViewObjective):
@@ -25,14 +23,11 @@ class BarlowTwinsViews(ViewObjective):
     """
 
     whole = True
+    projector_options = {"layers": 3}
 
     def __init__(self, hidden: int = 8192, out: int = 8192, redundancy: float = 0.0051, epsilon: float = 1e-5) -> None:
         super().__init__()
         self.hidden, self.out, self.redundancy, self.epsilon = hidden, out, redundancy, epsilon
-
-    def build(self, width: int) -> Self:
-        self.projector = MLPHead(width, self.hidden, self.out, layers=3)
-        return self
 
     def forward(self, views: Views) -> Tensor:
         a_BP, b_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)

@@ -7,10 +7,10 @@ Letters: B samples on this rank, R of them present, D width of features, P width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,13 @@ class ViewObjective(nn.Module):
     multi_crop: ClassVar[bool] = False
     #: Whether projections have length 1.
     unit_length: ClassVar[bool] = False
+    #: Arguments of the projector, an :class:`MLPHead`, besides its widths.
+    projector_options: ClassVar[Mapping[str, Any]] = {}
     #: Decay of the teacher, a moving average of the student's weights; None without a teacher.
     momentum: float | None = None
     projector: nn.Module
+    hidden: int
+    out: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +67,8 @@ class ViewObjective(nn.Module):
         self.queue: Queue | None = None
 
     def build(self, width: int) -> Self:
-        raise NotImplementedError
+        self.projector = MLPHead(width, self.hidden, self.out, **self.projector_options)
+        return self
 
     def require_samples(self, samples: float, modality: str) -> None:
         """Raise ValueError if the queue is longer than the training data."""

@@ -5,12 +5,12 @@ Letters: B samples, K queued rows, P width of projections.
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, require_positive
+from descant.modules.losses.views.base import ViewObjective, Views, learning, require_positive
 from descant.modules.losses.views.queue import Queue
 
 
@@ -53,6 +53,7 @@ class ReSSL(ViewObjective):
     """
 
     unit_length = True
+    projector_options = {"norm": False}
 
     def __init__(
         self,
@@ -67,10 +68,6 @@ class ReSSL(ViewObjective):
         require_positive(self, temperature=temperature, teacher_temperature=teacher_temperature)
         self.hidden, self.out, self.momentum = hidden, out, momentum
         self.temperatures, self.queue = (temperature, teacher_temperature), Queue(queue, out)
-
-    def build(self, width: int) -> Self:
-        self.projector = MLPHead(width, self.hidden, self.out, norm=False)
-        return self
 
     def forward(self, views: Views) -> Tensor:
         queue = cast(Queue, self.queue)

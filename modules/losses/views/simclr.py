@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 from torch import Tensor
 
 from descant.modules.losses.contrastive import ntxent
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, require_positive
+from descant.modules.losses.views.base import ViewObjective, Views, require_positive
 
 
 class SimCLR(ViewObjective):
@@ -33,10 +31,6 @@ class SimCLR(ViewObjective):
         super().__init__()
         require_positive(self, temperature=temperature)
         self.hidden, self.out, self.temperature = hidden, out, temperature
-
-    def build(self, width: int) -> Self:
-        self.projector = MLPHead(width, self.hidden, self.out)
-        return self
 
     def forward(self, views: Views) -> Tensor:
         u_BP, v_BP = (self.project(h_BD, views.valid_B) for h_BD in views.h)

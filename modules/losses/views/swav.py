@@ -7,7 +7,6 @@ projections.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import first_row, gather
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views, learning, require_positive, unit
+from descant.modules.losses.views.base import ViewObjective, Views, learning, require_positive, unit
 from descant.modules.losses.views.queue import Queue
 
 
@@ -93,10 +92,6 @@ class SwAV(ViewObjective):
         self.prototypes = nn.Linear(out, prototypes, bias=False)
         # a queue row holds both views side by side
         self.queue = Queue(queue, 2 * out, empty=True) if queue else None
-
-    def build(self, width: int) -> Self:
-        self.projector = MLPHead(width, self.hidden, self.out)
-        return self
 
     def forward(self, views: Views) -> Tensor:
         if learning(self):

@@ -5,15 +5,13 @@ Letters: G samples on all ranks, P width of projections.
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.ranks import gather, gather_both
-from descant.modules.losses.views.base import MLPHead, ViewObjective, Views
+from descant.modules.losses.views.base import ViewObjective, Views
 
 
 def vicreg(
@@ -63,6 +61,7 @@ class VICReg(ViewObjective):
     """
 
     whole = True
+    projector_options = {"layers": 3}
 
     def __init__(
         self,
@@ -76,10 +75,6 @@ class VICReg(ViewObjective):
         super().__init__()
         self.hidden, self.out, self.paper_scale = hidden, out, paper_scale
         self.weights = (invariance, variance, covariance)
-
-    def build(self, width: int) -> Self:
-        self.projector = MLPHead(width, self.hidden, self.out, layers=3)
-        return self
 
     def forward(self, views: Views) -> Tensor:
         a_BP, b_BP = (promote(self.project(h_BD, views.valid_B)) for h_BD in views.h)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from descant.modules.io.build import texts_at
 from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers.base import Point, Tracker, database, flat
 
@@ -82,7 +83,7 @@ class Trackio(Tracker):
         with database(Path(self.store)) as store:
             undone = store.execute("SELECT metrics FROM metrics WHERE run_id = ? AND step >= ?", (self._id, step))
             for (content,) in undone.fetchall():
-                for file in _media(json.loads(content)):
+                for file in texts_at(json.loads(content), "file_path"):
                     (Path(MEDIA_DIR) / file).unlink(missing_ok=True)
             store.execute("DELETE FROM metrics WHERE run_id = ? AND step >= ?", (self._id, step))
         return []
@@ -118,19 +119,3 @@ class Trackio(Tracker):
     def _show(self, tag: str, content: dict[str, Any], step: int) -> None:
         self._held.append(Point(step, {tag: content}, time.time()))
         self.write()
-
-
-def _media(content: Any) -> Iterator[str]:
-    """Yield the files that a row of the store names.
-
-    >>> list(_media({"loss": 1.0, "image": {"_type": "trackio.image", "file_path": "descant/demo-001/3/a.png"}}))
-    ['descant/demo-001/3/a.png']
-    """
-    if isinstance(content, dict):
-        if isinstance(content.get("file_path"), str):
-            yield content["file_path"]
-        for inner in content.values():
-            yield from _media(inner)
-    elif isinstance(content, list):
-        for inner in content:
-            yield from _media(inner)
