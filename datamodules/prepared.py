@@ -275,10 +275,6 @@ def require_alike(given: L.LightningDataModule, trained: L.LightningDataModule) 
                 )
 
 
-def _measure_shape(steps: Sequence[Any]) -> list[int]:
-    return list(prepare_image(steps, torch.zeros(3, 8, 8, dtype=torch.uint8)).shape[1:])
-
-
 def _measure_range(steps: Sequence[Any]) -> list[float]:
     """Measure the numbers that a tower gets for black and for white: they show mean and std, and no crop or filter."""
     ends = (prepare_image(steps, torch.full((3, 8, 8), level, dtype=torch.uint8)) for level in (0, 255))
@@ -287,7 +283,10 @@ def _measure_range(steps: Sequence[Any]) -> list[float]:
 
 #: Modality -> the properties of its preprocessing that a tower is trained for, and their values.
 _DESCRIBED: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "image": {"shape": _measure_shape, "black and white are": _measure_range},
+    "image": {
+        "shape": lambda steps: list(prepare_image(steps, torch.zeros(3, 8, 8, dtype=torch.uint8)).shape[1:]),
+        "black and white are": _measure_range,
+    },
     "text": {
         "tokens of a row": lambda steps: steps[0].length,
         "tokenizer": lambda steps: f"{type(steps[0]).__name__} of {steps[0].vocabulary:,} ids",

@@ -136,7 +136,7 @@ class Sanity(L.Callback):
             "frozen": [*_frozen(trainer, pl_module), *_never_trained(pl_module)],
             "chunks": chunked_norms(pl_module),
             "validation": [_validation(trainer, total)],
-            "logger": [_nothing_logged(trainer)],
+            "logger": ["" if trainer.loggers else "nothing is logged: trainer.logger leaves no logger"],
             "mix": _unused_terms(pl_module),
             "modality": _unused_modalities(trainer, pl_module),
             "ranks": _by_rank(trainer, pl_module),
@@ -274,10 +274,6 @@ def _by_rank(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     names = list(drawn_by_rank(pl_module))
     more = f" and {len(names) - 1} more sample" if len(names) > 1 else " samples"
     return [*lines, f"{names[0]}{more} dropout by rank: {differ} by these masks"] if names else lines
-
-
-def _nothing_logged(trainer: L.Trainer) -> str:
-    return "" if trainer.loggers else "nothing is logged: trainer.logger leaves no logger"
 
 
 def _unused_terms(pl_module: L.LightningModule) -> list[str]:

@@ -138,6 +138,8 @@ class Digits(DataModule):
     (torch.Size([1, 28, 28]), 'four')
     """
 
+    modalities = ("image", "audio")
+
     def __init__(
         self,
         noise: float = 0.5,
@@ -158,10 +160,6 @@ class Digits(DataModule):
         for what in ("size", "samples", "held_out"):
             if getattr(self, what) < 1:
                 raise ValueError(f"{what} {getattr(self, what)}: 1 is the least")
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("image", "audio")
 
     @property
     def classes(self) -> dict[str, list[str]]:

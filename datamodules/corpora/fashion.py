@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.corpora.base import DebianPackaged, require_size
+from descant.datamodules.base import BatchDataset
+from descant.datamodules.corpora.base import DebianPackaged, TensorSet, require_size
 from descant.datamodules.prepare.fashion import CLASSES, DEB, SIDE, Pictures
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import mix_N
@@ -24,27 +24,6 @@ from descant.modules.transforms.image import Crop
 
 #: One training image in this many is for validation: 5,000 of 60,000.
 VALIDATION = 12
-
-
-class FashionSet(NumberedDataset):
-    """Some images of the corpus.
-
-    Args:
-        image, label: uint8 ``[M, 28, 28]`` and int64 ``[M]`` of all M images.
-        id_N: which of them are in this set; an image's id is its place in the corpus.
-    """
-
-    modalities = ("image",)
-
-    def __init__(
-        self, image: Tensor, label: Tensor, id_N: np.ndarray, seed: int, drop: Mapping[str, float] | None = None
-    ) -> None:
-        super().__init__(seed, drop)
-        self.image, self.label, self.id_N = image, label, id_N
-
-    def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        id_B = torch.from_numpy(self.id_N[index_B])
-        return Rows({"image": self.image[id_B, None]}, {"label": self.label[id_B]}, id_B)
 
 
 class Fashion(DebianPackaged):
@@ -69,6 +48,8 @@ class Fashion(DebianPackaged):
     (torch.Size([8, 1, 32, 32]), 550, 50)
     """
 
+    modalities = ("image",)
+
     def __init__(
         self,
         size: int = 32,
@@ -89,10 +70,6 @@ class Fashion(DebianPackaged):
                 raise ValueError(f"{name} {count}: at least 1 image; leave it out for all")
 
     package = DEB
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("image",)
 
     @property
     def classes(self) -> dict[str, list[str]]:
@@ -127,13 +104,13 @@ class Fashion(DebianPackaged):
     def _train_N(self) -> np.ndarray:
         return self.order_N[len(self.order_N) // VALIDATION :][: self.limit]
 
-    def _set(self, id_N: np.ndarray, drop: Mapping[str, float] | None = None) -> FashionSet:
-        return FashionSet(self.image, self.label, id_N, self.seed, drop)
+    def _set(self, id_N: np.ndarray, drop: Mapping[str, float] | None = None) -> TensorSet:
+        return TensorSet({"image": self.image[:, None]}, {"label": self.label}, id_N, self.seed, drop)
 
-    def training_set(self) -> FashionSet:
+    def training_set(self) -> TensorSet:
         return self._set(self._train_N, self.drop)
 
-    def bank_set(self) -> FashionSet:
+    def bank_set(self) -> TensorSet:
         return self._set(self._train_N[: self.bank])
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:

@@ -45,6 +45,7 @@ class Landsat(CropModule, DebianPackaged):
 
     package = DEB
     axes = ("row", "column")
+    modalities = ("visible", "infrared")
 
     def __init__(
         self,
@@ -54,10 +55,6 @@ class Landsat(CropModule, DebianPackaged):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, flip=turn, turn=turn, **kwargs)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("visible", "infrared")
 
     def read(self) -> dict[str, np.ndarray]:
         return synthetic(6 * self.size) if self.tiny else load(self.package_folder())

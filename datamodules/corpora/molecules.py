@@ -66,15 +66,13 @@ class Molecules(DataModule):
     (torch.Size([8, 96]), torch.Size([8, 64]), torch.float32)
     """
 
+    modalities = ("text", "fingerprint")
+
     def __init__(self, bits: int = 2048, spellings: int = 8, tokenizer: Tokenizer | None = None, **kwargs: Any) -> None:
         if bits < 1 or spellings < 0:
             raise ValueError(f"bits {bits}, spellings {spellings}: at least one bit, and no fewer than 0 spellings")
         super().__init__(**kwargs)
         self.bits, self.spellings, self.smiles_tokenizer = bits, spellings, tokenizer or ByteTokenizer(length=96)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("text", "fingerprint")
 
     @property
     def tokenizer(self) -> Tokenizer | None:

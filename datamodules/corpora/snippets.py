@@ -126,6 +126,8 @@ class Snippets(DataModule):
     (torch.Size([128]), ['c++', 'cmake', 'cuda', 'cython', 'fortran', 'python'])
     """
 
+    modalities = ("text",)
+
     def __init__(
         self,
         languages: list[str] | None = None,
@@ -144,10 +146,6 @@ class Snippets(DataModule):
             if value < 1:
                 raise ValueError(f"{what} {value}: 1 is the least")
         self.lines, self.most, self.text, self.sealed = lines, most, text, sealed
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("text",)
 
     @property
     def classes(self) -> dict[str, list[str]]:

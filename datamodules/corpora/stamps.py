@@ -139,6 +139,8 @@ class Stamps(ImageViews, DebianPackaged):
     (torch.Size([8, 40000]), ['audio', 'image', 'text'])
     """
 
+    modalities = ("image", "text", "audio")
+
     def __init__(
         self,
         batch_size: int = 128,
@@ -174,10 +176,6 @@ class Stamps(ImageViews, DebianPackaged):
             raise ValueError(f"spoken: {held_out} is held out of training; choose another held_out to train on it")
 
     package = DEB
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("image", "text", "audio")
 
     # the corpus and its splits -------------------------------------------------------------------------------------
 

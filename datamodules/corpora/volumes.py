@@ -50,6 +50,7 @@ class Volumes(CropModule, Packaged):
     package = WHEEL
     axes = ("x", "y", "z")
     content = "brain"
+    modalities = ("t1", "grey", "white")
 
     def __init__(
         self,
@@ -64,10 +65,6 @@ class Volumes(CropModule, Packaged):
         self.brain, self.file = brain, wheel
         if not 0 <= brain <= 1:
             raise ValueError(f"brain {brain:g} is no share of a crop; nearest: {min(max(brain, 0.0), 1.0):g}")
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("t1", "grey", "white")
 
     def read(self) -> dict[str, np.ndarray]:
         return synthetic(3 * self.size + 2 * GAP) if self.tiny else load(self.package_folder())

@@ -108,6 +108,8 @@ class DenoisedTexts(Dialogues):
     (True, [21, 21, 21, 21])
     """
 
+    modalities = ("text",)
+
     def __init__(
         self,
         tokens: int = 128,
@@ -137,10 +139,6 @@ class DenoisedTexts(Dialogues):
             raise ValueError(f"held_out {held_out}: 1 is the least")
         self.tokens, self.mode, self.held_out, self.text, self.sealed = tokens, mode, held_out, text, sealed
         self.texts_in = folder
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("text",)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

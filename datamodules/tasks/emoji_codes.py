@@ -130,6 +130,8 @@ class EmojiCodes(Dialogues):
         kwargs: arguments of every data module.
     """
 
+    modalities = (TEXT,)
+
     def __init__(
         self,
         documents: list[CodeDocument] | None = None,
@@ -167,10 +169,6 @@ class EmojiCodes(Dialogues):
                 raise ValueError(f"documents: {modality!r}: {no_such(modality, known)}")
         if not sum(document.weight for document in self.documents) > 0:
             raise ValueError("documents: all have weight 0")
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return (TEXT,)
 
     @property
     def directions(self) -> list[tuple[str, str]]:

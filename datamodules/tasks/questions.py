@@ -183,6 +183,7 @@ class Questions(ImageViews, Dialogues):
 
     #: All kinds of questions, by number.
     every: tuple[str, ...] = KINDS
+    modalities = ("image", "text")
 
     def __init__(
         self,
@@ -221,10 +222,6 @@ class Questions(ImageViews, Dialogues):
         self.letters, self.think, self.text, self.share, self.sealed = letters, think, text, share, sealed
         self.set_views(size, augment or Augment(size))
         self.folder = PACK if folder is None else Path(folder)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("image", "text")
 
     @property
     def training(self) -> bool:

@@ -54,10 +54,6 @@ def _choice(what: str, form: str, answers: Sequence[str], place: int) -> RatedIt
     return RatedItem(f"{what} {listed}", correct, wrong[0])
 
 
-def _short(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
-    return RatedItem(what, answers[0], answers[1])
-
-
 def _sentence(what: str, form: str, answers: Sequence[str], place: int) -> RatedItem:
     return RatedItem(f"in a sentence: {what}", form.format(answers[0]), form.format(answers[1]))
 
@@ -71,7 +67,7 @@ def _yes_no(what: str, form: str, answers: Sequence[str], place: int) -> RatedIt
 #: three wrong ones, and the place of the correct option.
 STYLES: dict[str, Callable[[str, str, Sequence[str], int], RatedItem]] = {
     "choice": _choice,
-    "short": _short,
+    "short": lambda what, form, answers, place: RatedItem(what, answers[0], answers[1]),
     "sentence": _sentence,
     "yes-no": _yes_no,
 }

@@ -206,6 +206,8 @@ class TextTasks(Dialogues):
     ('96+86=182', torch.Size([8, 24]))
     """
 
+    modalities = ("text",)
+
     def __init__(
         self,
         tasks: dict[str, Task],
@@ -222,10 +224,6 @@ class TextTasks(Dialogues):
             raise ValueError(f"numbers {numbers}, held {held}: at least 1")
         self.tasks, self.numbers, self.held, self.text = dict(tasks), numbers, held, text
         self._made: dict[tuple[int, int, bool], Problem] = {}
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        return ("text",)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

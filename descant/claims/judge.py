@@ -69,9 +69,8 @@ def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs 
     needed = needed_seeds(claim, runs) if len(seeds) > 1 else LEAST
     if found.word == UNCLEAR and needed > max(len(seeds), len(claim.seeds["full"])):
         found = replace(found, word=NOT_TESTABLE)
-    return Judgement(
-        found, needed, tuple(_check_condition(claim, runs, condition, seeds) for condition in claim.also), items
-    )
+    also = ((condition, *measured(claim, runs, condition, seeds)) for condition in claim.also)
+    return Judgement(found, needed, tuple((condition, value.mean, met) for condition, value, met in also), items)
 
 
 def needed_seeds(claim: Claim, runs: Runs) -> int:
@@ -165,13 +164,6 @@ def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]
         if not math.isfinite(found.get(metric, math.nan)):
             fail(f"claims {claim.name}: {arm}, seed {seed}: it has no metric {metric}{hint(metric, found)}")
     return [runs[arm][seed][metric] for seed in seeds]
-
-
-def _check_condition(
-    claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]
-) -> tuple[Condition, float, bool]:
-    value, met = measured(claim, runs, condition, seeds)
-    return condition, value.mean, met
 
 
 def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:

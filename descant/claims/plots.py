@@ -83,7 +83,8 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
             where = axes.get_yaxis_transform()
             axes.text(1.02, n, of.word, transform=where, va="center", color=figures.INK, clip_on=False)
             for shift, (label, interval) in zip((-0.16, 0.16), _both(of).items(), strict=True):
-                x, low, high = (_clamp(value / of.margin) for value in (interval.mean, interval.low, interval.high))
+                ends = interval.mean, interval.low, interval.high
+                x, low, high = (min(max(value / of.margin, _SHOWN[0]), _SHOWN[1]) for value in ends)
                 axes.plot([low, high], [n + shift] * 2, color=colours[label], linewidth=2, alpha=0.6)
                 gid = f"{n}-{label.split()[-1]}"
                 valid = of.placebo_valid or label == "over baseline"
@@ -99,7 +100,3 @@ def overview(families: Mapping[str, Sequence[tuple[str, Effect]]]) -> str:
 
 def _both(of: Effect) -> dict[str, Interval]:
     return {"over baseline": of.over_baseline, "over placebo": of.over_placebo}
-
-
-def _clamp(value: float) -> float:
-    return min(max(value, _SHOWN[0]), _SHOWN[1])

@@ -110,6 +110,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     options, signal = dict(content.get("options") or {}), content.get("signal")
     if content.get("exploratory") is None:
         _require_one_component(where, content, composing)
+    data = compose(composing([content["experiment"]])).get("data") or {}
     claim = Claim(
         name=file.stem,
         title=str(content["title"]),
@@ -140,7 +141,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
         signal=None if signal is None else _condition(f"{where}: signal", signal, known),
         reference=reference,
         apart=_read_arm_names(where, "budget.apart", budget.get("apart"), arms),
-        in_stages=_in_stages(content, composing),
+        in_stages=str(data.get("class_path")).rpartition(".")[2] in _STAGED,
     )
     return replace(claim, digests=digests(claim, composing))
 
@@ -266,11 +267,6 @@ def _read_arm_names(where: str, key: str, names: Sequence[str] | None, arms: Ite
             others = [arm for arm in arms if arm not in ARMS]
             fail(f"{where}: {key}: no arm {name!r} beside {', '.join(ARMS)}{hint(name, others)}")
     return tuple(names or ())
-
-
-def _in_stages(content: Mapping[str, Any], contents: Contents) -> bool:
-    data = compose(contents([content["experiment"]])).get("data") or {}
-    return str(data.get("class_path")).rpartition(".")[2] in _STAGED
 
 
 #: Options that permute a signal; a placebo's data may differ from the method's in these.

@@ -67,14 +67,17 @@ class Course:
     def _run(self, only_pilot: bool) -> int:
         claim, seeds = self.claim, self.claim.seeds
         if claim.signal is not None:
-            value, met = self._signal()
-            say(f"claims {claim.name}: signal: {claim.signal}: it is {value:.4g}")
+            runs = self._collect("pilot", claim.signal.arms, seeds["pilot"][:1])
+            value, met = measured(claim, runs, claim.signal, seeds["pilot"][:1])
+            say(f"claims {claim.name}: signal: {claim.signal}: it is {value.mean:.4g}")
             if not met:
-                return self._stop(NOT_TESTABLE, f"its signal is {value:.4g}", {})
+                return self._stop(NOT_TESTABLE, f"its signal is {value.mean:.4g}", {})
         pilot = self._collect("pilot", claim.pilot_arms, seeds["pilot"])
         require_equal(claim, pilot)
         needed = needed_seeds(claim, pilot)
-        self._count_look()
+        # record, once for each method and rule, that the gains of a pilot have been seen
+        look = f"{claim.digests['method']} {claim.digests[RULE]}"
+        self._update_registration(looks={look: now(), **self._registration.get("looks", {})})
         found = {"needed": needed}
         say(f"claims {claim.name}: pilot: {needed} seeds show a gain of {claim.metric.margin:g} {claim.metric.unit}")
         self._write("pilot", pilot, found)
@@ -169,22 +172,10 @@ class Course:
     def _update_registration(self, **more: Any) -> None:
         store.write_registered(self.results, self.claim, {**self._registration, **more})
 
-    def _count_look(self) -> None:
-        """Record that the gains of a pilot have been seen: once for each method and rule."""
-        look = f"{self.claim.digests['method']} {self.claim.digests[RULE]}"
-        self._update_registration(looks={look: now(), **self._registration.get("looks", {})})
-
     def _open_lockbox(self) -> None:
         """Record, before a run reads it, that the claim opens the lock-box; a claim does so once."""
         self._update_registration(opened=self._registration.get("opened", now()))
         say(f"claims {self.claim.name}: opens the lock-box; {store.openings(self.results)} claims have so far")
-
-    def _signal(self) -> tuple[float, bool]:
-        signal, seed = self.claim.signal, self.claim.seeds["pilot"][:1]
-        assert signal is not None
-        runs = self._collect("pilot", signal.arms, seed)
-        value, met = measured(self.claim, runs, signal, seed)
-        return value.mean, met
 
     # runs ---------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def _by_flops(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         nbytes = width * (n * k + k * m + n * m)
         yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (k, m)), torch.mm, (0,))
         yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((m,), (n, k), (m, k)), _linear, (1,))
-        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (n, m)), _weight_gradient, (1,))
+        yield Kernel("product", dtype, 2 * n * k * m, nbytes, new((n, k), (n, m)), lambda x, g: g.t().mm(x), (1,))
     for b, n, k, m in BATCHED:
         nbytes = width * b * (n * k + k * m + n * m)
         yield Kernel("batched", dtype, 2 * b * n * k * m, nbytes, new((b, n, k), (b, k, m)), torch.bmm)
@@ -100,10 +100,6 @@ def _by_flops(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
 
 def _linear(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.addmm(bias, x, w.t())
-
-
-def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
-    return torch.mm(g.t(), x)
 
 
 def _attention_inputs(dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], tuple[Any, ...]]:
@@ -153,19 +149,19 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
             return g, x, [d], *torch.native_layer_norm(x, [d], w, w, 1e-5)[1:], w, w, [True] * 3
 
         yield Kernel("elementwise", dtype, 3 * size, 3 * size, new(2), torch.add)
-        yield Kernel("elementwise", dtype, 2 * size, 2 * size, new(1), _double)
+        yield Kernel("elementwise", dtype, 2 * size, 2 * size, new(1), lambda x: x * 2.0)
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), F.gelu)
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), torch.exp)
-        yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _log_softmax)
+        yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), lambda x: x.log_softmax(-1))
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _short_softmax)
         yield Kernel("random", dtype, 2 * size, 2 * size, new(1), _draw_mask)
         yield Kernel("normalisation", dtype, 2 * size, 2 * size, new(1), _layer_norm)
         yield Kernel("normalisation_backward", dtype, 3 * size, 3 * size, normed, aten.native_layer_norm_backward)
-        yield Kernel("reduction", dtype, size, size, new(1), _sum_rows)
-        yield Kernel("reduction", dtype, size, size, new(1), _sum_columns)
+        yield Kernel("reduction", dtype, size, size, new(1), lambda x: x.sum(0))
+        yield Kernel("reduction", dtype, size, size, new(1), lambda x: x.sum(-1))
         yield Kernel("copy", dtype, 2 * size, 2 * size, new(1), torch.clone)
         yield Kernel("copy", dtype, 2 * size, 2 * size, new(1), _transpose_heads)
-        yield Kernel("gather", dtype, 2 * size, 2 * size, rows, _select_rows)
+        yield Kernel("gather", dtype, 2 * size, 2 * size, rows, lambda x, index: x.index_select(0, index))
         yield Kernel("scatter", dtype, 3 * size + 8 * b, 3 * size, onto, torch.Tensor.index_add_)
         if dtype == torch.float32:
             yield Kernel("optimizer", dtype, 7 * size, 4 * size, _states(b, d, device), _adamw)
@@ -175,28 +171,8 @@ def _layer_norm(x: Tensor) -> Any:
     return torch.native_layer_norm(x, [x.shape[-1]], x[0], x[0], 1e-5)
 
 
-def _double(x: Tensor) -> Tensor:
-    return x * 2.0
-
-
-def _log_softmax(x: Tensor) -> Tensor:
-    return torch.log_softmax(x, -1)
-
-
-def _sum_rows(x: Tensor) -> Tensor:
-    return x.sum(0)
-
-
-def _sum_columns(x: Tensor) -> Tensor:
-    return x.sum(-1)
-
-
 def _transpose_heads(x: Tensor) -> Tensor:
     return x.view(-1, 4, 16).transpose(0, 1).contiguous()
-
-
-def _select_rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index)
 
 
 def _short_softmax(x: Tensor) -> Tensor:

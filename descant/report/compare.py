@@ -97,7 +97,10 @@ def main(args: Sequence[str]) -> int:
     if given.format not in _FORMATS:
         fail(f"compare: --format {given.format}: no such format{hint(given.format, _FORMATS)}")
     table, more = read("compare", given)
-    _require_shared(table)
+    for one in table.groups:
+        if one is not table.baseline and not set(one.seeds) & set(table.baseline.seeds):
+            pair = f"{_seeds(one)} and the baseline {_seeds(table.baseline)}"
+            fail(f"compare: {pair} have no seed in common{_advice(table.groups)}")
     if more:
         say(f"{more} more metrics: --metrics '*', or their names")
     if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
@@ -125,7 +128,8 @@ def read(command: str, given: Namespace) -> tuple[Table, int]:
         fail(f"{command}: no run given: descant {command} NAME, or NAME/001 NAME/002 ...")
     groups = group(load(command, given.run, given.runs))
     baseline = _baseline(command, groups, given.baseline)
-    known, lower = _list_metrics(groups), _lower(groups)
+    known, modes = _list_metrics(groups), _modes(groups)
+    lower = {name for name in known if lower_is_better(name, modes)}
     chosen = _choose_metrics(command, given.metrics, known) if given.metrics else _default(groups, known)
     return fill(groups, baseline, chosen, lower), 0 if given.metrics else len(known) - len(chosen)
 
@@ -171,13 +175,6 @@ def _baseline(command: str, groups: Sequence[Group], name: str) -> Group:
         fail(f"{command}: --baseline {name}: its runs are in {len(by_run)} rows; choose one of {rows}")
     known = {one.name for one in groups} | {run.folder.parent.name for one in groups for run in one.runs.values()}
     raise Refusal(f"{command}: --baseline {name}: no such row or run among those compared{hint(name, known)}")
-
-
-def _require_shared(table: Table) -> None:
-    for one in table.groups:
-        if one is not table.baseline and not set(one.seeds) & set(table.baseline.seeds):
-            pair = f"{_seeds(one)} and the baseline {_seeds(table.baseline)}"
-            fail(f"compare: {pair} have no seed in common{_advice(table.groups)}")
 
 
 def _seeds(one: Group) -> str:
@@ -240,11 +237,6 @@ def _modes(groups: Sequence[Group]) -> dict[str, str]:
 
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def _lower(groups: Sequence[Group]) -> set[str]:
-    modes = _modes(groups)
-    return {name for name in _list_metrics(groups) if lower_is_better(name, modes)}
 
 
 def lower_is_better(name: str, modes: Mapping[str, str]) -> bool:

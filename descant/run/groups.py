@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +314,7 @@ def _part(groups: Sequence[Group]) -> None:
     """
     settings = [one.first.settings for one in groups]
     differ = {key for key in set().union(*settings) if any(s.get(key) != settings[0].get(key) for s in settings)}
-    outer = [key for key in differ if not any(above in differ for above in accumulate(key.split(".")[:-1], _under))]
+    outer = [key for key in differ if not any(key.startswith(f"{above}.") for above in differ)]
     outer.sort(key=lambda key: (not any(isinstance(s.get(key), Class) for s in settings), key))
     alike: dict[tuple[object, ...], list[Group]] = {}
     for one in groups:
@@ -323,10 +323,6 @@ def _part(groups: Sequence[Group]) -> None:
     for some in alike.values():
         if len(some) > 1:
             _part(some)
-
-
-def _under(above: str, part: str) -> str:
-    return f"{above}.{part}"
 
 
 def _ends(key: str) -> list[str]:

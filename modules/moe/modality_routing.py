@@ -132,15 +132,12 @@ class HardModality(Tables):
     """
 
     sums_to_one = True
+    meets = 1
 
     def __init__(self, expert: list[int]) -> None:
         super().__init__()
         require_rows("expert", [[e] for e in expert], "a kind of token")
         self.expert = expert
-
-    @property
-    def meets(self) -> int:
-        return 1
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         require_experts("expert", [[e] for e in self.expert], experts)

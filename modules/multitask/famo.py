@@ -58,7 +58,8 @@ class FAMO(Rule):
     def _after(self, value_K: Tensor) -> dict[str, Tensor]:
         """Return the state, updated by the values that the last step led to."""
         zero_K = torch.zeros_like(value_K)
-        w_K, m_K, v_K, t = (self.state.get(name, zero).to(value_K) for name, zero in _zeros(zero_K))
+        zeros = {"w": zero_K, "m": zero_K, "v": zero_K, "t": zero_K.sum()}
+        w_K, m_K, v_K, t = (self.state.get(name, zero).to(value_K) for name, zero in zeros.items())
         if "before" not in self.state:
             return {"w": w_K, "m": m_K, "v": v_K, "t": t}
         fell_K = (self.state["before"].to(value_K) - self.least).log() - (value_K - self.least).log()
@@ -69,7 +70,3 @@ class FAMO(Rule):
         m_K, v_K, t = 0.9 * m_K + 0.1 * slope_K, 0.999 * v_K + 0.001 * slope_K**2, t + 1
         step_K = m_K / (1 - 0.9**t) / ((v_K / (1 - 0.999**t)).sqrt() + 1e-8)
         return {"w": w_K - self.lr * step_K, "m": m_K, "v": v_K, "t": t}
-
-
-def _zeros(zero_K: Tensor) -> list[tuple[str, Tensor]]:
-    return [("w", zero_K), ("m", zero_K), ("v", zero_K), ("t", zero_K.sum())]

@@ -76,6 +76,7 @@ class MaskedColumns(TaskObjective):
 
     first_C: Tensor
     count_C: Tensor
+    replaced = ()  # the tower has its own token for missing cells
 
     def __init__(
         self,
@@ -108,10 +109,6 @@ class MaskedColumns(TaskObjective):
         self.register_buffer("count_C", torch.tensor(columns), persistent=False)
         self.categories, self.numbers = nn.Linear(width, max(sum(columns), 1)), nn.Linear(width, 1)
         return self
-
-    @property
-    def replaced(self) -> tuple[str, ...]:
-        return ()  # the tower has its own token for missing cells
 
     def hides(self, batch: Batch) -> Masks:
         real_BC = derived(of_present, derived(_present, batch.inputs[self.modality]), batch.present[self.modality])

@@ -142,13 +142,10 @@ class DPO(LanguageObjective):
     """
 
     deterministic = True
+    needs_reference = True
 
     def __init__(self, beta: float = 0.1, by_length: bool = False) -> None:
         self.loss = DPOLoss(beta, by_length)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
 
     def require(self, model: AnswerModel) -> None:
         if model.teaching is None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora.fashion import Fashion, FashionSet, synthetic
+from descant.datamodules.corpora.base import TensorSet
+from descant.datamodules.corpora.fashion import Fashion, synthetic
 from descant.datamodules.prepare.fashion import CLASSES, DEB, Pictures, idx
 from descant.datamodules.prepare.package import sha256_of
 from descant.modules.transforms.image import Crop
@@ -27,7 +28,7 @@ def fashion(**options: Any) -> Fashion:
 
 
 def ids(rows: Any) -> set[int]:
-    assert isinstance(rows, FashionSet)
+    assert isinstance(rows, TensorSet)
     found = rows.id_N.tolist()
     assert len(set(found)) == len(found)
     return set(found)
