@@ -32,7 +32,7 @@ from descant.datamodules.selection.selected import SelectedSet, id_corpus, posit
 from descant.datamodules.selection.table_selection import TableSelection
 from descant.modules.core import ranks
 from descant.modules.core.batch import Batch
-from descant.modules.core.errors import Outage
+from descant.modules.core.errors import Outage, require_value
 from descant.modules.core.rng import global_seed
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -138,8 +138,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         if selected is not None and selection is not None:
             raise ValueError("selected, selection: ids of a file, or by the scores of a table; not both")
-        if batch_size < 2:
-            raise ValueError(f"batch_size {batch_size}: contrast and batch statistics need at least 2")
+        require_value(batch_size >= 2, f"batch_size {batch_size}: contrast and batch statistics need at least 2")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.drop, self.tiny, self.selected = drop or {}, tiny, None if selected is None else Path(selected)
         self.selection = selection
@@ -148,8 +147,7 @@ class DataModule(L.LightningDataModule):
         for modality, probability in self.drop.items():
             if modality not in self.modalities:
                 raise ValueError(f"drop: no modality {modality!r}; this data has {', '.join(self.modalities)}")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"drop: {modality} {probability} is not a probability")
+            require_value(0 <= probability <= 1, f"drop: {modality} {probability} is not a probability")
             if probability == 1:
                 raise ValueError(f"drop: {modality} 1: all samples would lack it, so it could not be trained")
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from descant.callbacks.balance.balance import require_multimodal
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import total_of_ranks
@@ -82,10 +83,8 @@ class AMCo(L.Callback):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < sigma < 1:
-            raise ValueError(f"AMCo: sigma {sigma:g}: a share of the decision, between 0 and 1")
-        if not (ramp > 0 and growth >= 0):
-            raise ValueError(f"AMCo: ramp {ramp:g} and growth {growth:g}: above 0, and 0 or more")
+        require_value(0 < sigma < 1, f"AMCo: sigma {sigma:g}: a share of the decision, between 0 and 1")
+        require_value(ramp > 0 and growth >= 0, f"AMCo: ramp {ramp:g} and growth {growth:g}: above 0, and 0 or more")
         self.sigma, self.ramp, self.growth, self.over, self.sham = sigma, ramp, growth, over, Sham(sham)
         self.masked: dict[str, bool] = {}
         self.epoch, self.steps = -1, 0  # optimizer steps of this epoch so far

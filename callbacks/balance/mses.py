@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from descant.callbacks.balance.tower_rates import TowerRates
+from descant.modules.core.errors import require_value
 
 
 class MSES(TowerRates):
@@ -34,10 +35,8 @@ class MSES(TowerRates):
 
     def __init__(self, patience: int = 10, smoothing: float = 0.6, sham: Literal["permute"] | None = None) -> None:
         super().__init__(sham)
-        if patience < 1:
-            raise ValueError(f"MSES: patience {patience}: 1 is the least")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"MSES: smoothing {smoothing:g}: at least 0 and below 1, such as 0.6")
+        require_value(patience >= 1, f"MSES: patience {patience}: 1 is the least")
+        require_value(0 <= smoothing < 1, f"MSES: smoothing {smoothing:g}: at least 0 and below 1, such as 0.6")
         self.patience, self.smoothing = patience, smoothing
         self.before: list[float] = []  # of the validation before, one number per modality
         self.best: list[float] = []

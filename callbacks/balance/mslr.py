@@ -10,6 +10,7 @@ from torch import Tensor
 
 from descant.callbacks.balance.balance import require_several
 from descant.callbacks.balance.tower_rates import TowerRates
+from descant.modules.core.errors import require_value
 
 
 class MSLR(TowerRates):
@@ -43,10 +44,8 @@ class MSLR(TowerRates):
         low = next((m for m, rate in (rates or {}).items() if not rate >= 0), None)
         if low is not None:
             raise ValueError(f"MSLR: rates of {low} {rates[low]:g}: 0 (frozen) or more")  # type: ignore[index]
-        if not 0 <= smooth <= 1:
-            raise ValueError(f"MSLR: smooth {smooth:g}: from 0 (its own rates) to 1 (the run's)")
-        if window < 0:
-            raise ValueError(f"MSLR: window {window}: validations, 0 for none")
+        require_value(0 <= smooth <= 1, f"MSLR: smooth {smooth:g}: from 0 (its own rates) to 1 (the run's)")
+        require_value(window >= 0, f"MSLR: window {window}: validations, 0 for none")
         self.given, self.smooth, self.window = dict(rates or {}), smooth, window
         self.accuracies: list[list[float]] = []  # of the last validations, one number per modality
         self._own: list[float] = []

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.balance.balance import TermsCallback
 from descant.modules.balance.regularizer import FusionContext
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, host_copy, read_together, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import rank, total_of_ranks
@@ -46,12 +47,9 @@ class PMR(TermsCallback):
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.5, every: int = 20) -> None:
         super().__init__()
-        if not alpha >= 0:
-            raise ValueError(f"PMR: alpha {alpha:g}: 0 or more")
-        if not 0 <= beta < 1:
-            raise ValueError(f"PMR: beta {beta:g}: at least 0 and below 1")
-        if every < 1:
-            raise ValueError(f"PMR: every {every}: 1 is the least")
+        require_value(alpha >= 0, f"PMR: alpha {alpha:g}: 0 or more")
+        require_value(0 <= beta < 1, f"PMR: beta {beta:g}: at least 0 and below 1")
+        require_value(every >= 1, f"PMR: every {every}: 1 is the least")
         self.alpha, self.beta, self.every = alpha, beta, every
         self.middle: dict[str, Tensor] = {}  # modality -> p_CD, nan where a class was never seen
         self.behind: str | None = None

@@ -34,7 +34,7 @@ from descant.callbacks.checkpoints.stop_signals import Signals
 from descant.callbacks.health.heartbeat import mark
 from descant.callbacks.logs import epoch_log
 from descant.modules.core.dtensor import unsharded_class
-from descant.modules.core.errors import Outage, say, warn
+from descant.modules.core.errors import Outage, require_value, say, warn
 from descant.modules.core.ranks import gather_objects
 from descant.modules.io.checkpoints import EVERY, MINUTES, due
 
@@ -91,8 +91,7 @@ class Resume(Ordered):
     def __init__(
         self, every: int = EVERY, keep: int = 2, folder: str | None = None, minutes: float | None = MINUTES
     ) -> None:
-        if every < 1 or keep < 1:
-            raise ValueError(f"every {every}, keep {keep}: at least 1 each")
+        require_value(every >= 1 and keep >= 1, f"every {every}, keep {keep}: at least 1 each")
         if minutes is not None and not minutes > 0:
             raise ValueError(f"minutes {minutes:g}: above 0; or null, for points by steps only")
         self.every, self.keep, self.folder, self.minutes = every, keep, folder, minutes

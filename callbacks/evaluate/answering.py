@@ -20,7 +20,7 @@ from descant.callbacks.plots.answers import AnswerRow, answer_table
 from descant.callbacks.plots.output import save_figure
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.objective import Term
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Generates
@@ -78,8 +78,7 @@ class Answering(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         require_objects(self, sampling=(sampling, Sampling))
-        if new < 1 or table < 0:
-            raise ValueError(f"Answering: new {new} and table {table}: 1 and 0 are the least")
+        require_value(new >= 1 and table >= 0, f"Answering: new {new} and table {table}: 1 and 0 are the least")
         self.new, self.by, self.sampling, self.controls, self.table = new, by, sampling, controls, table
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from descant.callbacks.evaluate.forward import ForwardEvaluator
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
 from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
@@ -66,8 +66,7 @@ class Attacks(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         for name, count in (("steps", steps), ("restarts", restarts), ("rows", rows)):
-            if count < 1:
-                raise ValueError(f"Attacks: {name} {count}: 1 is the least")
+            require_value(count >= 1, f"Attacks: {name} {count}: 1 is the least")
         for value in (*(radius.values() if isinstance(radius, dict) else (radius,)), certify):
             if value is not None and not value > 0:
                 raise ValueError(f"Attacks: a radius of {value:g}: above 0, such as 0.3")

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, ScheduledEvaluator, Values, embed
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import global_seed, uniform_N
 from descant.modules.evaluation.items import Items
@@ -155,10 +156,8 @@ class KNN(Banked):
         self, target: str, k: int = 20, temperature: float = 0.07, modality: str = "image", every: int = 1
     ) -> None:
         super().__init__(target, modality, every=every)
-        if k < 1:
-            raise ValueError(f"KNN: k {k} is no number of neighbours; 1 is the least")
-        if temperature <= 0:
-            raise ValueError(f"KNN: temperature {temperature} is not positive")
+        require_value(k >= 1, f"KNN: k {k} is no number of neighbours; 1 is the least")
+        require_value(temperature > 0, f"KNN: temperature {temperature} is not positive")
         self.k, self.temperature = k, temperature
 
     def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
@@ -202,12 +201,10 @@ class LinearProbe(Banked):
         shares: list[float] | None = None,
     ) -> None:
         super().__init__(target, modality, every=every)
-        if l2 < 0:
-            raise ValueError(f"LinearProbe: l2 {l2} is negative")
+        require_value(l2 >= 0, f"LinearProbe: l2 {l2} is negative")
         self.l2, self.shares = l2, [1.0] if shares is None else shares
         for share in self.shares or [0.0]:
-            if not 0 < share <= 1:
-                raise ValueError(f"LinearProbe: shares: {share:g} is not above 0 and at most 1, such as 0.1")
+            require_value(0 < share <= 1, f"LinearProbe: shares: {share:g} is not above 0 and at most 1, such as 0.1")
 
     def score(self, z_ND: Tensor, label_N: Tensor, index_N: Tensor, sets: Labelled, classes: int) -> Accuracies:
         x_ND = z_ND.to(wide(z_ND.device))

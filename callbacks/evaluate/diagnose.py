@@ -20,6 +20,7 @@ from descant.callbacks.evaluate.learning_speed import LearningSpeed
 from descant.callbacks.harmonize.terms import gradients
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import read_together
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassifier, Unimodal
@@ -94,12 +95,10 @@ class Diagnose(L.Callback):
         super().__init__()
         if every is not None and every < 1:
             raise ValueError(f"Diagnose: every {every}: 1 is the least")
-        if not ROWS <= limit <= MOST_ROWS:
-            raise ValueError(f"Diagnose: limit {limit}: {ROWS} to {MOST_ROWS} rows")
+        require_value(ROWS <= limit <= MOST_ROWS, f"Diagnose: limit {limit}: {ROWS} to {MOST_ROWS} rows")
         shares = {"conflict": conflict, "cosine": cosine, "behind": behind, "room": room, "level": level}
         for name, value in shares.items():
-            if not 0 < value < 1:
-                raise ValueError(f"Diagnose: {name} {value:g}: above 0 and below 1")
+            require_value(0 < value < 1, f"Diagnose: {name} {value:g}: above 0 and below 1")
         self.every, self.limit, self.level = every, limit, level
         self.conflict, self.cosine, self.behind, self.room = conflict, cosine, behind, room
         self.cosines: dict[str, list[float]] = {}  # pair of terms -> cosine at each probe

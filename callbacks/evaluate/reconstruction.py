@@ -21,7 +21,7 @@ from descant.callbacks.plots.reconstruction import gallery
 from descant.callbacks.plots.series import series_gallery
 from descant.modules.core.batch import NEGATIVE, Batch, append_axes
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import ReconstructionOutput, Reconstructs, SeriesAxes, SeriesData
 from descant.modules.core.rng import mix_N
@@ -153,16 +153,13 @@ class Reconstruction(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, limit, every, validate)
         for name, modalities in (("targets", targets), ("given", given)):
-            if not modalities:
-                raise ValueError(f"Reconstruction: {name}: none given; such as targets [image] given [edges]")
+            require_value(modalities, f"Reconstruction: {name}: none given; such as targets [image] given [edges]")
         for m in targets:
             if m in given:
                 raise ValueError(f"Reconstruction: {m!r} from itself; such as targets [image] given [edges]")
         for name, count in (("patch", patch), ("batch", batch)):
-            if count < 1:
-                raise ValueError(f"Reconstruction: {name} {count}; 1 is the least")
-        if l2 < 0:
-            raise ValueError(f"Reconstruction: l2 {l2} is negative")
+            require_value(count >= 1, f"Reconstruction: {name} {count}; 1 is the least")
+        require_value(l2 >= 0, f"Reconstruction: l2 {l2} is negative")
         self.targets, self.given = targets, given
         self.patch, self.l2, self.batch = patch, l2, batch
         self._nulls: dict[str, Nulls] = {}
@@ -316,8 +313,7 @@ class ReconstructionPictures(ForwardEvaluator):
     ) -> None:
         super().__init__(sets, None, every, validate)
         require_objects(self, corruption=(corruption, Corruption))
-        if count < 1:
-            raise ValueError(f"ReconstructionPictures: count {count}; 1 is the least")
+        require_value(count >= 1, f"ReconstructionPictures: count {count}; 1 is the least")
         self.count, self.modalities, self.corruption, self.name = count, modalities, corruption, name
 
     def _forget(self) -> None:

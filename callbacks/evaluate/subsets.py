@@ -19,7 +19,7 @@ from descant.callbacks.plots.output import save_figure
 from descant.callbacks.plots.subsets import heat_map
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.protocols import Embeds, Scores
 from descant.modules.evaluation.items import Items, mean_of
 from descant.modules.evaluation.metrics import knn_scores, wide
@@ -82,8 +82,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         for name, count in (("subsets", subsets), ("k", k)):
             if count is not None and count < 1:
                 raise ValueError(f"ModalitySubsetEval: {name} {count}; 1 is the least")
-        if temperature <= 0:
-            raise ValueError(f"ModalitySubsetEval: temperature {temperature} is not positive")
+        require_value(temperature > 0, f"ModalitySubsetEval: temperature {temperature} is not positive")
         if modalities is not None and not modalities:
             raise ValueError("ModalitySubsetEval: modalities: none given; such as [image, text]")
         self.target, self.modalities, self.subsets, self.complete = target, modalities, subsets, complete

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.callback_order import callbacks_of
 from descant.callbacks.checkpoints.resume import Resume
-from descant.modules.core.errors import say
+from descant.modules.core.errors import require_value, say
 from descant.modules.core.faults import UNREAD, Unread
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.ranks import gather_objects
@@ -86,8 +86,7 @@ class NonFinite(L.Callback):
     def __init__(
         self, policy: Literal["raise", "skip", "rollback"] = "raise", limit: int = 10, window: int = 1
     ) -> None:
-        if limit < 1 or window < 1:
-            raise ValueError(f"limit {limit}, window {window}: at least 1 each")
+        require_value(limit >= 1 and window >= 1, f"limit {limit}, window {window}: at least 1 each")
         self.policy, self.limit, self.window = policy, limit, window
         self.entries: list[dict[str, Any]] = []  # lines of the ledger
         self._left_out: set[int] = set()

@@ -20,7 +20,7 @@ from descant.callbacks.plots.output import run_folder
 from descant.callbacks.plots.rank_times import rank_times
 from descant.callbacks.plots.style import pixels
 from descant.modules.core import ranks
-from descant.modules.core.errors import AGAIN, say
+from descant.modules.core.errors import AGAIN, require_value, say
 from descant.modules.training_setup.boards import boards
 
 #: The exit code of all ranks, equal to that of a run that saved and stopped for USR1.
@@ -90,10 +90,8 @@ class Watch(Ordered):
         beat: float = 1.0,
         window: int = 100,
     ) -> None:
-        if not beat > 0:
-            raise ValueError(f"beat {beat:g}: seconds above 0")
-        if window < 1:
-            raise ValueError(f"window {window}: at least 1 step")
+        require_value(beat > 0, f"beat {beat:g}: seconds above 0")
+        require_value(window >= 1, f"window {window}: at least 1 step")
         for name, value in (("hang_after", hang_after), ("stopped_after", stopped_after)):
             if value is not None and not value >= LEAST * beat:
                 raise ValueError(f"{name} {value:g}: at least {LEAST} beats of {beat:g} s, {LEAST * beat:g} s")

@@ -19,7 +19,7 @@ from descant.callbacks.callback_order import callbacks_of
 from descant.callbacks.logs.throughput import Meter
 from descant.callbacks.training.progressive_resizing import ProgressiveResizing
 from descant.modules.core.batch import count_rows
-from descant.modules.core.errors import say
+from descant.modules.core.errors import require_value, say
 from descant.modules.training_setup.trainer import first_validation, log_interval, run_steps
 
 #: Warm-up steps, steps that are timed to estimate the run's time, and seconds after which fewer are enough.
@@ -68,8 +68,7 @@ class Progress(ProgressBar):
 
     def __init__(self, metric: str | None = None, refresh: float = 0.5, lines_every: int | None = None) -> None:
         super().__init__()
-        if refresh < 0:
-            raise ValueError(f"refresh {refresh} is a number of seconds")
+        require_value(refresh >= 0, f"refresh {refresh} is a number of seconds")
         if lines_every is not None and lines_every < 1:
             raise ValueError(f"lines_every {lines_every} is a number of steps, at least 1")
         self.metric, self.refresh, self.lines_every = metric, refresh, lines_every

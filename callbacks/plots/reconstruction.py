@@ -37,8 +37,6 @@ def gallery(
     Args:
         rebuilt: modality -> reconstructions of all samples.
         present: modality -> bool ``[B]``: a sample without it has empty tiles.
-        names: names of the samples.
-        title: the first line.
 
     >>> x_B = torch.zeros(2, 3, 8, 8)
     >>> rebuilt = {"image": ReconstructionOutput(x_B, x_B > 1, x_B)}

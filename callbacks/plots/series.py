@@ -20,15 +20,7 @@ LEAST = 640  # width of a figure, so that title and legend fit
 
 
 def trace(axes: Axes, at_T: np.ndarray, x_T: np.ndarray, colour: str, width: float = 2.0, dots: bool = False) -> None:
-    """Draw numbers as a line with gaps where they are not finite; a number between two gaps is a dot.
-
-    Args:
-        axes: axes to draw on.
-        at_T: place of each number.
-        x_T: the numbers.
-        colour, width: colour and width of the line.
-        dots: whether all numbers are also drawn as dots.
-    """
+    """Draw numbers as a line with gaps where they are not finite; one between two gaps is a dot, with ``dots`` all."""
     finite_T = np.pad(np.isfinite(x_T), 1)
     dot_T = finite_T[1:-1] & (dots | ~(finite_T[:-2] | finite_T[2:]))
     axes.plot(at_T, np.where(finite_T[1:-1], x_T, np.nan), color=colour, linewidth=width)
@@ -74,8 +66,6 @@ def series_gallery(
     Args:
         rebuilt: modality -> reconstructions ``[B, W, T]`` of all samples; nan is a gap, or after the end.
         units: modality -> the axes of each sample; None if it lacks the modality.
-        names: names of the samples.
-        title: the first line.
 
     >>> import torch
     >>> x_BWT = torch.tensor([[[0.0, 1.0, 2.0, torch.nan]]])

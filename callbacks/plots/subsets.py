@@ -28,7 +28,6 @@ def heat_map(
     """Draw a row per subset, with a dot for each of its modalities, and a column per set, its worst cell framed.
 
     Args:
-        title: the first line.
         modalities: modalities in the order of their dots.
         subsets: subsets from top to bottom.
         cells: set -> subset -> value.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from descant.callbacks.logs.resumable_log import ResumableMetrics
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
+from descant.modules.core.errors import require_value
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import AnswersQuestions
@@ -67,10 +68,8 @@ class Rounds(ResumableMetrics):
     ) -> None:
         super().__init__()
         require_objects(self, judge=(judge, AnswerScorer))
-        if epochs < 1:
-            raise ValueError(f"Rounds: epochs {epochs}: at least 1")
-        if not 0 <= hard <= 1:
-            raise ValueError(f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
+        require_value(epochs >= 1, f"Rounds: epochs {epochs}: at least 1")
+        require_value(0 <= hard <= 1, f"Rounds: hard {hard:g}: a share from 0 to 1, such as 0.5")
         self.epochs, self.judge, self.tau, self.hard, self.mine = epochs, judge or ExactMatchScorer(), tau, hard, mine
         self.sham = Sham(sham)
 

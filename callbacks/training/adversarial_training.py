@@ -14,7 +14,7 @@ from torch import Tensor
 from descant.callbacks.callback_order import Ordered
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has, require
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.host import known_finite, to_device, with_finite
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Classifies, Fuses
@@ -45,8 +45,7 @@ class AdversarialTraining(Ordered):
         super().__init__()
         if not radius or not all(value > 0 for value in radius.values()):
             raise ValueError(f"AdversarialTraining: radius {radius}: modalities, each with one above 0, such as 0.3")
-        if steps < 1:
-            raise ValueError(f"AdversarialTraining: steps {steps}: 1 is the least")
+        require_value(steps >= 1, f"AdversarialTraining: steps {steps}: 1 is the least")
         self.radius, self.steps = radius, steps
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from descant.modules.core.dtensor import reshard
+from descant.modules.core.errors import require_value
 from descant.modules.core.ranks import world
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ class EMA(L.Callback):
     writes_at_end = True
 
     def __init__(self, decay: float = 0.999, warmup: bool = True, start: int = 0) -> None:
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay {decay} is not between 0 and 1")
-        if start < 0:
-            raise ValueError(f"start {start} is a number of steps")
+        require_value(0 <= decay <= 1, f"decay {decay} is not between 0 and 1")
+        require_value(start >= 0, f"start {start} is a number of steps")
         self.decay, self.warmup, self.start = decay, warmup, start
         self.updates = 0
         self._module: weakref.ref[nn.Module] | None = None

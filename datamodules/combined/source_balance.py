@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from descant.datamodules.combined.mixture_set import BITS
 from descant.datamodules.selection.selected import COLUMN
 from descant.datamodules.selection.table_selection import newest_table
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.selection.transport import SourceWeights, source_weights
 
@@ -50,8 +50,7 @@ class TransportBalance:
         k: int = 16,
         sham: Literal["permute"] | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature {temperature:g}: must be above 0")
+        require_value(temperature > 0, f"temperature {temperature:g}: must be above 0")
         self.table, self.reference, self.temperature, self.k, self.sham = Path(table), reference, temperature, k, sham
         self.features = ["image", "text"] if features is None else features
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from descant.datamodules.corpora.measure import COLOURS, MeasuredCaption, measure
 from descant.datamodules.names import require_known
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import mix, uniform_N
 from descant.modules.tokenizers.text import Tokenizer
 
@@ -225,8 +226,7 @@ class Drift:
     """
 
     def __init__(self, to: dict[str, float], epochs: int) -> None:
-        if epochs < 1:
-            raise ValueError(f"schedule: epochs {epochs}: a schedule needs at least 1")
+        require_value(epochs >= 1, f"schedule: epochs {epochs}: a schedule needs at least 1")
         self.to, self.epochs = to, epochs
 
 
@@ -261,8 +261,7 @@ class CaptionMixer:
         schedule: Drift | None = None,
         sham: Literal["permute", "permute-kind"] | None = None,
     ) -> None:
-        if not sources:
-            raise ValueError("sources: a mixer needs at least one source of captions, such as alt: AltText")
+        require_value(sources, "sources: a mixer needs at least one source of captions, such as alt: AltText")
         for name in sources:
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"sources: {name!r}: letters, digits and _ only, since names of metrics begin with it")

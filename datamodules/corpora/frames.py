@@ -24,6 +24,7 @@ from descant.datamodules.tasks.dialogues import SPLITS, in_split
 from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived
 from descant.modules.core.rng import mix_N, uniform_N
 
@@ -86,8 +87,7 @@ class Stacks(Source):
     """
 
     def __init__(self, frames: int = 4, about: Literal["name", "group"] | None = None) -> None:
-        if not 3 <= frames <= len(PLACES):
-            raise ValueError(f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
+        require_value(3 <= frames <= len(PLACES), f"Stacks: frames {frames}: from 3 to {len(PLACES)}")
         self.frames, self.about = frames, about
 
     #: The question.
@@ -161,8 +161,7 @@ class Clips(Source):
     """
 
     def __init__(self, frames: int = 8, about: Literal["name", "group"] | None = None) -> None:
-        if not 2 <= frames <= 64:
-            raise ValueError(f"Clips: frames {frames}: from 2 to 64")
+        require_value(2 <= frames <= 64, f"Clips: frames {frames}: from 2 to 64")
         self.frames, self.about = frames, about
 
     def question(self, key: int) -> tuple[str, str]:
@@ -253,8 +252,7 @@ class Frames(Questions):
         super().__init__(**kwargs)
         require_known("train", list(train or {}), self.every)
         for name, most in (train or {}).items():
-            if most < 1:
-                raise ValueError(f"train: {name} {most}: at least 1; leave a source out by kinds")
+            require_value(most >= 1, f"train: {name} {most}: at least 1; leave a source out by kinds")
         require_temperature(alpha, times, "sources")
         self.train, self.alpha, self.times, self.sham = train or {}, alpha, times, sham
         for kind in self.kinds:

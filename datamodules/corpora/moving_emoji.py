@@ -24,6 +24,7 @@ from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.emoji_set import EmojiSet
 from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived
 from descant.modules.core.rng import mix_N, uniform_N, uniform_NK
 from descant.modules.tokenizers.text import Tokenizer
@@ -225,10 +226,8 @@ class MovingEmoji(ImageViews):
     ) -> None:
         self.image = image
         super().__init__(batch_size=batch_size, **kwargs)
-        if frames < 2:
-            raise ValueError(f"frames {frames}: a motion needs at least 2")
-        if size < 24:
-            raise ValueError(f"size {size}: the digit needs frames of at least 24 pixels")
+        require_value(frames >= 2, f"frames {frames}: a motion needs at least 2")
+        require_value(size >= 24, f"size {size}: the digit needs frames of at least 24 pixels")
         self.frames = frames
         colours = Augment(size, rotate=0.0, scale=1.0, stretch=1.0, shear=0.0, shift=0.0, background=0.0)
         self.set_views(size, augment or colours)

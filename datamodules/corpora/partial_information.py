@@ -17,6 +17,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, Rows
 from descant.datamodules.names import require_known
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import salt, uniform_NK
 
 #: First id of each set; those of the lock-box replace validation and test.
@@ -89,19 +90,16 @@ class PartialInformation(DataModule):
         require_known("factors", list(factors or {}), self.modalities)
         self.factors = {m: (factors or {}).get(m, 1) for m in self.noise}
         for m, std in self.noise.items():
-            if not std > 0:
-                raise ValueError(f"noise: {m} {std:g}: above 0, such as 0.3")
+            require_value(std > 0, f"noise: {m} {std:g}: above 0, such as 0.3")
         least = {"unique": 0, "shared": 0, "synergy": 0, "samples": 1, "held_out": 1}
         counts = {name: getattr(self, name) for name in least} | {f"factors: {m}": n for m, n in self.factors.items()}
         for what, count in counts.items():
             if count < least.get(what, 1):
                 raise ValueError(f"{what} {count}: {least.get(what, 1)} is the least")
         bits = sum(self.parts.values())
-        if not 1 <= bits <= MOST_BITS:
-            raise ValueError(f"unique, shared, synergy: {bits} bits of the label; 1 to {MOST_BITS}")
+        require_value(1 <= bits <= MOST_BITS, f"unique, shared, synergy: {bits} bits of the label; 1 to {MOST_BITS}")
         signs = max(self.signs.values())
-        if signs > width:
-            raise ValueError(f"width {width}: a modality carries {signs} signs; at least that")
+        require_value(signs <= width, f"width {width}: a modality carries {signs} signs; at least that")
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from descant.datamodules.base import BatchDataset, DataModule, NumberedDataset, 
 from descant.datamodules.changes import Corpus, Property
 from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.names import require_known
+from descant.modules.core.errors import require_value
 from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
 
 #: Language -> a package that has files in it, their folder in the package, and the endings of their names.
@@ -140,11 +141,9 @@ class Snippets(DataModule):
         super().__init__(**kwargs)
         self.languages = sorted(SOURCES if languages is None else set(languages))
         require_known("languages", self.languages, tuple(SOURCES))
-        if len(self.languages) < 2:
-            raise ValueError(f"languages {self.languages}: at least two, such as [c++, python]")
+        require_value(len(self.languages) >= 2, f"languages {self.languages}: at least two, such as [c++, python]")
         for what, value in (("lines", lines), ("most", most)):
-            if value < 1:
-                raise ValueError(f"{what} {value}: 1 is the least")
+            require_value(value >= 1, f"{what} {value}: 1 is the least")
         self.lines, self.most, self.text, self.sealed = lines, most, text, sealed
 
     @property

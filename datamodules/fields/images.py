@@ -24,7 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from descant.modules.core.errors import one_line
+from descant.modules.core.errors import one_line, require_value
 from descant.modules.core.rng import uniform_NK
 from descant.modules.transforms.image import require_crop
 
@@ -115,10 +115,8 @@ class Images:
         require_crop(size, scale, ratio, flip)
         if filter not in _RESAMPLE:
             raise ValueError(f"filter: {filter!r} is not one of {', '.join(_RESAMPLE)}")
-        if not gap >= 1:
-            raise ValueError(f"gap {gap:g}: at least 1, or fewer pixels would be decoded than the batch has")
-        if limit < 1:
-            raise ValueError(f"limit {limit}: at least 1 pixel")
+        require_value(gap >= 1, f"gap {gap:g}: at least 1, or fewer pixels would be decoded than the batch has")
+        require_value(limit >= 1, f"limit {limit}: at least 1 pixel")
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.limit, self.filter, self.gap, self.stream = limit, filter, gap, stream
 

@@ -61,7 +61,6 @@ def unpacked(
     """Return the folder with the package's content, named by its SHA-256: from the cache, otherwise fetched.
 
     Args:
-        package: which one.
         file: used instead of fetching one.
         accept: SHA-256 to accept besides the known ones.
         cache: folder of all packages; :func:`cache_folder` by default.

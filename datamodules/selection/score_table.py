@@ -44,11 +44,7 @@ def columns_of(scores: Sequence[str]) -> list[str]:
 
 
 def score(rows: pa.Table, name: str) -> Tensor:
-    """Return a column of numbers, or the cosine of two embeddings, ``image,text``.
-
-    Returns:
-        float64 ``[N]``; nan if a row has none.
-    """
+    """Return a column of numbers, or the cosine of two embeddings, ``image,text``: float64 ``[N]``, nan for none."""
     if "," not in name:
         if not pa.types.is_floating(kind := rows.schema.field(name).type) and not pa.types.is_integer(kind):
             raise ValueError(f"score {name}: a column of {kind}, not of numbers")
@@ -82,12 +78,9 @@ def with_features(rows: pa.Table, features: Sequence[str]) -> pa.Table:
 
 
 def features_ND(rows: pa.Table, features: Sequence[str]) -> Tensor:
-    """Compute features of rows that have them: embeddings, and elementwise products of normalized ones.
+    """Compute features ``[N, D]`` of rows that have them: embeddings, and elementwise products of normalized ones.
 
     A linear scorer of ``image`` and ``text`` cannot see whether they match; ``image*text`` sums to their cosine.
-
-    Returns:
-        float64 ``[N, D]``.
     """
 
     def of(name: str) -> Tensor:

@@ -32,6 +32,7 @@ from descant.datamodules.sources.shard_manifest import Written, manifest
 from descant.datamodules.sources.shards import MEMBERS, is_json, is_text, json_fields
 from descant.datamodules.sources.stream_tape import UNPACK, StreamTape
 from descant.datamodules.sources.tar import BLOCK, members
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import mix
 from descant.modules.io.addresses import expand
 
@@ -109,10 +110,8 @@ class Stream:
     ) -> None:
         given = [urls] if isinstance(urls, str) else list(urls)
         self.urls = [url for text in given for url in expand(text)]
-        if not self.urls:
-            raise ValueError("urls: none given")
-        if samples < 1 or buffer < 1:
-            raise ValueError(f"samples {samples} of an epoch and buffer {buffer} are at least 1")
+        require_value(self.urls, "urls: none given")
+        require_value(samples >= 1 and buffer >= 1, f"samples {samples} of an epoch and buffer {buffer} are at least 1")
         if attempts < 1 or not timeout > 0 or not cache_gb >= 0:
             raise ValueError(f"attempts {attempts} >= 1, timeout {timeout} > 0 and cache_gb {cache_gb} >= 0 are needed")
         self.samples, self.buffer = samples, buffer

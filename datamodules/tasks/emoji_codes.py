@@ -25,7 +25,7 @@ from descant.datamodules.corpora.spoken import SpokenNames
 from descant.datamodules.selection.code_table import PADDING, CodeTable, read_codes, require_same
 from descant.datamodules.tasks.dialogues import Dialogues
 from descant.modules.core.batch import Batch
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, Tokenizer
@@ -53,8 +53,7 @@ class CodeDocument:
     def __init__(self, order: list[str], weight: float = 1.0, whole: bool = True) -> None:
         if len(order) < 2 or len(set(order)) < len(order):
             raise ValueError(f"order: {', '.join(order)}: at least two modalities, each once, such as [image, text]")
-        if not weight >= 0:
-            raise ValueError(f"weight {weight:g}: 0 or more")
+        require_value(weight >= 0, f"weight {weight:g}: 0 or more")
         self.order, self.weight, self.whole = tuple(order), weight, whole
 
 
@@ -150,8 +149,7 @@ class EmojiCodes(Dialogues):
         self.tokenizers, self.file = tokenizers or {}, None if codes is None else Path(codes)
         self.speech, self.size, self.folder_of, self.text = speech or SpokenNames(), size, folder, text
         self.letters, self.held_out, self.development, self.sealed = letters, held_out, development, sealed
-        if letters < 1 or held_out < 1:
-            raise ValueError(f"letters {letters}, held_out {held_out}: at least 1 each")
+        require_value(letters >= 1 and held_out >= 1, f"letters {letters}, held_out {held_out}: at least 1 each")
         if development and sealed:
             raise ValueError("sealed: settings are chosen in development, which the lock-box is not for")
         if wrong := next((m for m in self.tokenizers if m not in ("image", "audio")), None):
@@ -159,8 +157,7 @@ class EmojiCodes(Dialogues):
         self.read = None if self.file is None else read_codes(self.file)
         made = {modality: CodeFormat.of(tokenizer) for modality, tokenizer in self.tokenizers.items()}
         self.formats = made if self.read is None else self.read.formats
-        if not self.formats:
-            raise ValueError("tokenizers: none, and no codes; such as {image: KMeansPatches}")
+        require_value(self.formats, "tokenizers: none, and no codes; such as {image: KMeansPatches}")
         super().__init__(letters + 3 + sum(format.length + 2 for format in self.formats.values()), **kwargs)
         self.documents = documents or [CodeDocument([*pair]) for pair in self.directions]
         known = (TEXT, *self.formats)

@@ -19,6 +19,7 @@ from descant.datamodules.base import BatchDataset, Rows
 from descant.datamodules.names import require_known
 from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet, in_split
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
 
@@ -218,10 +219,8 @@ class TextTasks(Dialogues):
         **kwargs: Any,
     ) -> None:
         super().__init__(length, **kwargs)
-        if not tasks:
-            raise ValueError("tasks: none; such as {sums: {class_path: Arithmetic}}")
-        if min(numbers, held) < 1:
-            raise ValueError(f"numbers {numbers}, held {held}: at least 1")
+        require_value(tasks, "tasks: none; such as {sums: {class_path: Arithmetic}}")
+        require_value(min(numbers, held) >= 1, f"numbers {numbers}, held {held}: at least 1")
         self.tasks, self.numbers, self.held, self.text = dict(tasks), numbers, held, text
         self._made: dict[tuple[int, int, bool], Problem] = {}
 

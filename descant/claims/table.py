@@ -83,8 +83,7 @@ def write(
 ) -> list[str]:
     """Write the page, and beside it ``docs/claims``: an overview, and a page and a figure per claim and comparison.
 
-    Returns:
-        A line for each claim without a result: it was never run, or its result was deleted.
+    Returns a line for each claim without a result: it was never run, or its result was deleted.
     """
     folder = page.parent / "docs" / "claims"
     folder.mkdir(parents=True, exist_ok=True)

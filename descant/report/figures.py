@@ -70,7 +70,6 @@ def to_svg(made: Figure, marks: Mapping[str, Mapping[str, str]] | None = None) -
     clipping are removed, and coordinates have two decimals.
 
     Args:
-        made: the figure.
         marks: ``gid`` of an artist -> attributes of its element; ``title`` becomes a tooltip.
 
     >>> with style():

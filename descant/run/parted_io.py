@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.core.errors import one_line
+from descant.modules.core.errors import one_line, require_value
 from descant.modules.io import manifest, parts
 from descant.modules.io.files import write_text
 from descant.modules.io.parts import PartTable, Piece, name_of, which
@@ -52,8 +52,7 @@ class PartedIO(AtomicIO):
 
     def __init__(self, asynchronous: bool = True, patience: float = 600.0) -> None:
         super().__init__(asynchronous)
-        if not patience > 0:
-            raise ValueError(f"patience {patience:g}: seconds above 0")
+        require_value(patience > 0, f"patience {patience:g}: seconds above 0")
         self.patience, self._ending = patience, False
         self._copies: dict[str, Tensor] = {}
 

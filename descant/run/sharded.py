@@ -164,8 +164,7 @@ class Sharded(ModelParallelStrategy):
     def _load(self, path: Path, content: dict[str, Any], read: Callable[..., Any]) -> dict[str, Any]:
         """Read weights and optimizer states of a checkpoint's content into place, and return the rest.
 
-        Args:
-            read: function of a value and of what this rank has in its place.
+        ``read`` is called with a value and with what this rank has in its place.
         """
         assert self.model is not None and self.lightning_module is not None
         strict, like = self.lightning_module.strict_loading, get_model_state_dict(self.model)
@@ -213,8 +212,7 @@ def _read_states(saved: Mapping[str, Any], held: Mapping[str, Any], read: Callab
 def _read(table: PartTable | None, value: Any, like: Any = None) -> Any:
     """Read what this rank will hold of a tensor: a box if ``like`` is split and has the same shape, else all of it.
 
-    Args:
-        table: table of the parts, if ``value`` is a name in it.
+    ``table`` is that of the parts, if ``value`` is a name in it.
     """
     if isinstance(value, Name) and table is not None:
         shape, box = table.shape(value), partial(table.box, value)

@@ -89,10 +89,8 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report
     """Set the threads of this process, and of the ranks that it launches.
 
     Args:
-        wanted: auto, measure, or a number.
-        run: the run; a resumed one already has a number, which auto takes.
+        wanted: auto, measure, or a number. run: a resumed one already has a number, which auto takes.
         devices: ``trainer.devices``: a number of ranks on this machine, or a word.
-        report: prints a line.
     """
     given, kept = os.environ.get(GIVEN), None if run.fresh else threads_of(run.folder)
     ranks = int(devices) if str(devices).isdecimal() and int(devices) > 0 and not runs.launched() else 1

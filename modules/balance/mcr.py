@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.balance.regularizer import FusionContext, Regularizer
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import first_row, gather
@@ -56,8 +57,7 @@ class Game(Regularizer):
         self, weight: float = 0.1, permutations: int = 8, detach: Literal["projections", "latents"] = "projections"
     ) -> None:
         super().__init__()
-        if permutations < 1:
-            raise ValueError(f"permutations {permutations}: 1 is the least")
+        require_value(permutations >= 1, f"permutations {permutations}: 1 is the least")
         self.weight, self.permutations, self.detach = weight, permutations, detach
 
     def stake(self, player: str, disturbed: str, modalities: int) -> float:
@@ -158,8 +158,7 @@ class LabelContrast(Regularizer):
 
     def __init__(self, weight: float = 1.0, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature {temperature:g}: above 0, such as 0.1")
+        require_value(temperature > 0, f"temperature {temperature:g}: above 0, such as 0.1")
         self.weight, self.temperature = weight, temperature
 
     def forward(self, context: FusionContext) -> dict[str, Term]:

@@ -76,6 +76,12 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return text[:most]
 
 
+def require_value(condition: object, line: str) -> None:
+    """Raise ValueError with this line unless the condition on an argument holds."""
+    if not condition:
+        raise ValueError(line)
+
+
 def say(line: str) -> None:
     """Print one line to stderr, as ``descant: LINE``."""
     print(f"descant: {line}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from descant.modules.core.batch import Batch, chosen, some
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions, Output
@@ -240,8 +240,7 @@ class SoftTarget(DecisionTarget):
 
     def __init__(self, temperature: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(weight)
-        if not temperature > 0:
-            raise ValueError(f"SoftTarget: temperature {temperature:g}: above 0, such as 2")
+        require_value(temperature > 0, f"SoftTarget: temperature {temperature:g}: above 0, such as 2")
         self.temperature = temperature
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
@@ -264,8 +263,7 @@ class SoftLabels(SoftTarget):
 
     def __init__(self, objectives: list[str], temperature: float = 1.0, weight: float = 0.4) -> None:
         super().__init__(temperature, weight)
-        if not objectives:
-            raise ValueError("SoftLabels: objectives: none; such as [contrast]")
+        require_value(objectives, "SoftLabels: objectives: none; such as [contrast]")
         self.objectives = objectives
 
     def build(self, student: nn.Module, teacher: nn.Module) -> Self:

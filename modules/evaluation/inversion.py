@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import require_value
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Encodes, Inverts
 from descant.modules.core.rng import mix_N, uniform_N
@@ -92,13 +93,10 @@ class ModalityInversion:
         self.steps, self.lr, self.weight_decay = steps, lr, weight_decay
         self.tokens, self.std, self.batch = tokens, std, batch
         for name, count in (("steps", steps), ("tokens", tokens), ("batch", batch)):
-            if count < 1:
-                raise ValueError(f"ModalityInversion: {name} {count}; 1 is the least")
-        if lr <= 0:
-            raise ValueError(f"ModalityInversion: lr {lr} is not positive; such as 0.02")
+            require_value(count >= 1, f"ModalityInversion: {name} {count}; 1 is the least")
+        require_value(lr > 0, f"ModalityInversion: lr {lr} is not positive; such as 0.02")
         for name, value in (("weight_decay", weight_decay), ("std", std)):
-            if value < 0:
-                raise ValueError(f"ModalityInversion: {name} {value} is negative; 0 is the least")
+            require_value(value >= 0, f"ModalityInversion: {name} {value} is negative; 0 is the least")
 
     def __call__(self, model: Inverts, modality: str, frame: Frame, target_BD: Tensor, key_B: Tensor) -> Inverted:
         """Optimize pseudo-tokens of ``modality`` for unit-length ``target_BD``; ``key_B`` int64 seeds each sample.

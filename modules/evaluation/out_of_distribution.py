@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.evaluation.metrics import CELLS, wide
 
 
@@ -42,8 +43,7 @@ class Mahalanobis(Detector):
     name = "mahalanobis"
 
     def __init__(self, shrink: float = 1e-3) -> None:
-        if not shrink > 0:
-            raise ValueError(f"Mahalanobis: shrink {shrink:g} is not positive")
+        require_value(shrink > 0, f"Mahalanobis: shrink {shrink:g} is not positive")
         self.shrink = shrink
 
     def __call__(self, z_QD: Tensor, z_ND: Tensor) -> Tensor:
@@ -74,8 +74,7 @@ class NearestNeighbours(Detector):
     name = "knn"
 
     def __init__(self, k: int = 50) -> None:
-        if k < 1:
-            raise ValueError(f"NearestNeighbours: k {k} is no number of neighbours; 1 is the least")
+        require_value(k >= 1, f"NearestNeighbours: k {k} is no number of neighbours; 1 is the least")
         self.k = k
 
     def __call__(self, z_QD: Tensor, z_ND: Tensor) -> Tensor:

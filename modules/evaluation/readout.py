@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import mix, uniform_N
 from descant.modules.evaluation.metrics import CELLS, wide
 
@@ -55,8 +56,7 @@ class Products:
     """
 
     def __init__(self, x_a_NP: Tensor, x_b_NP: Tensor, components: int = 16) -> None:
-        if components < 1:
-            raise ValueError(f"components {components}: 1 is the least")
+        require_value(components >= 1, f"components {components}: 1 is the least")
         if len(x_a_NP) != len(x_b_NP):
             raise ValueError(f"x_b_NP: {len(x_b_NP)} stimuli, x_a_NP {len(x_a_NP)}; both sets need the same ones")
         self.parts, self.components = (x_a_NP, x_b_NP), components
@@ -113,8 +113,7 @@ class RidgeReadout:
     ) -> None:
         if not alphas or not min(alphas) > 0:
             raise ValueError(f"alphas {list(alphas)}: at least one, all positive, such as 0.1")
-        if folds < 2:
-            raise ValueError(f"folds {folds}: 2 is the least")
+        require_value(folds >= 2, f"folds {folds}: 2 is the least")
         if eps is not None and not 0 < eps < 1:
             raise ValueError(f"eps {eps} is not between 0 and 1; the paper has 0.1")
         self.alphas, self.folds, self.eps, self.seed, self.select = tuple(alphas), folds, eps, seed, select
@@ -212,12 +211,9 @@ class ModelContrast:
     """
 
     def __init__(self, resamples: int = 1000, fdr: float = 0.05, seed: int = 0, bins: int = 1) -> None:
-        if resamples < 1:
-            raise ValueError(f"resamples {resamples}: 1 is the least; the paper has 1000")
-        if not 0 < fdr < 1:
-            raise ValueError(f"fdr {fdr} is not between 0 and 1; such as 0.05")
-        if bins < 1:
-            raise ValueError(f"bins {bins}: 1 is the least")
+        require_value(resamples >= 1, f"resamples {resamples}: 1 is the least; the paper has 1000")
+        require_value(0 < fdr < 1, f"fdr {fdr} is not between 0 and 1; such as 0.05")
+        require_value(bins >= 1, f"bins {bins}: 1 is the least")
         self.resamples, self.fdr, self.seed, self.bins = resamples, fdr, seed, bins
         self._counts = torch.zeros(0, 0, dtype=torch.float64)  # for the last number of stimuli
 
@@ -347,10 +343,8 @@ def sparse_projection(x_NP: Tensor, size: int | None = None, eps: float = 0.1, s
     R is a pure function of (seed, p, j). ``x_NP`` is returned as it is if P is at most J.
 
     Args:
-        x_NP: features.
         size: J; by default that of :func:`projected_size`.
         eps: distortion of distances.
-        seed: seed of R.
 
     Shapes: ``x_NP -> [N, J]``.
 

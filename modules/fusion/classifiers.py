@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
 
 from descant.modules.core.batch import only as only
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import everyone, host_copy
 from descant.modules.core.rows import RowTracker
 from descant.modules.towers.image import Block
@@ -166,8 +167,7 @@ class OrthogonalFusion(FusionHead):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight > 0:
-            raise ValueError(f"weight {weight:g}: above 0, such as 1")
+        require_value(weight > 0, f"weight {weight:g}: above 0, such as 1")
         self.weight = weight
 
     def made(self, widths: dict[str, int], classes: int) -> None:
@@ -300,8 +300,7 @@ class MidFusion(FusionHead):
 
     def __init__(self, hidden: int = 256, layers: int = 2) -> None:
         super().__init__()
-        if layers < 2:
-            raise ValueError(f"layers {layers}: at least 2; for one linear layer use LateFusion")
+        require_value(layers >= 2, f"layers {layers}: at least 2; for one linear layer use LateFusion")
         self.hidden, self.layers = hidden, layers
 
     def made(self, widths: dict[str, int], classes: int) -> None:
@@ -345,8 +344,7 @@ class AttentionFusion(FusionHead):
         self, width: int = 128, depth: int = 1, heads: int = 4, mlp_ratio: float = 2.0, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth {depth}: at least 1 block, or no token attends to another")
+        require_value(depth >= 1, f"depth {depth}: at least 1 block, or no token attends to another")
         self.width = width
         self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

@@ -9,13 +9,10 @@ from torch import nn
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """Fold adapters into their layers and 4- or 8-bit weights into floats, in place.
+    """Fold adapters into their layers and 4- or 8-bit weights into floats, in place; ``requires_grad`` stays.
 
     ``W' = W + (alpha / r) B A``, and for DoRA ``W' = m (W + (alpha / r) B A) / |W + (alpha / r) B A|``, with W the
     dequantized weight if it was quantized. The result is not quantized again: outputs stay the same up to rounding.
-
-    Args:
-        module: changed in place; ``requires_grad`` stays.
 
     >>> from descant.modules.adaptation.lora import Lora
     >>> from descant.modules.towers import TextTower, Towers

@@ -304,11 +304,7 @@ def which(rank: int, world: int, place: Path) -> str:
 
 
 def load(path: Path, leave_out: Iterable[str] = (), device: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint of several parts, as ``torch.load`` loads a checkpoint of one file.
-
-    Args:
-        leave_out: keys that are not read.
-    """
+    """Load a checkpoint of several parts, except the keys to leave out, as ``torch.load`` loads one of one file."""
     parted = Parted(path)
     content: dict[str, Any] = parted.fill({k: v for k, v in parted.content.items() if k not in leave_out}, device)
     return content

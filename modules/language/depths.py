@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.moe.balance import mean_term, over_ranks, sum_and_count
@@ -111,10 +112,8 @@ class MixtureOfDepths:
         linear: bool = False,
         auxiliary: CausalAux | None = None,
     ) -> None:
-        if not 0 < capacity <= 1:
-            raise ValueError(f"capacity {capacity:g}: a share of the tokens, above 0 and at most 1")
-        if every < 1 or first < 0:
-            raise ValueError(f"every {every}, first {first}: at least 1, and at least 0")
+        require_value(0 < capacity <= 1, f"capacity {capacity:g}: a share of the tokens, above 0 and at most 1")
+        require_value(every >= 1 and first >= 0, f"every {every}, first {first}: at least 1, and at least 0")
         self.capacity, self.every, self.first, self.linear, self.auxiliary = capacity, every, first, linear, auxiliary
 
     def at(self, layer: int) -> bool:

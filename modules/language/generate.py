@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import host_copy
 from descant.modules.core.rng import uniform_N
 from descant.modules.language.decode_layers import SMALL, DecodeHead, DecodeLayer, require_causal
@@ -64,12 +65,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature:g}: 0 (greedy) or more")
+        require_value(self.temperature >= 0, f"temperature {self.temperature:g}: 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k}: at least 1")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p:g}: above 0, at most 1")
+        require_value(0 < self.top_p <= 1, f"top_p {self.top_p:g}: above 0, at most 1")
 
     def allowed(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor | None:
         """Return the ids allowed at ``place`` of some rows, by their earlier tokens: bool ``[S, V]``; None: all."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.objective import Term
 
 
@@ -66,8 +67,7 @@ class Huber(NumberLoss):
     """
 
     def __init__(self, delta: float = 1.0) -> None:
-        if not 0 < delta < math.inf:
-            raise ValueError(f"delta {delta:g}: above 0, such as 1.0")
+        require_value(0 < delta < math.inf, f"delta {delta:g}: above 0, such as 1.0")
         self.delta = delta
 
     def __call__(self, raw_BK: Tensor, t_B: Tensor) -> Tensor:
@@ -91,8 +91,7 @@ class GaussianLikelihood(NumberLoss):
     outputs = 2
 
     def __init__(self, floor: float = 1e-3) -> None:
-        if not 0 < floor < math.inf:
-            raise ValueError(f"floor {floor:g}: above 0, such as 0.001")
+        require_value(0 < floor < math.inf, f"floor {floor:g}: above 0, such as 0.001")
         self.floor = floor
 
     def log_variance(self, raw_BK: Tensor) -> Tensor:

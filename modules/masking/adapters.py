@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, everyone, finite, has_host_copy, host_copy
 from descant.modules.core.modalities import given, with_others
 from descant.modules.masking.corruptions import Grid
@@ -243,8 +244,7 @@ class PatchAdapter(Adapter):
         self.size, self.channels = tuple(size), channels
         self.patch = checked_patch(self.size, patch)
         self.grid = tuple(side // p for side, p in zip(self.size, self.patch, strict=True))
-        if spread <= 0:
-            raise ValueError(f"spread {spread:g}: must be above 0")
+        require_value(spread > 0, f"spread {spread:g}: must be above 0")
         self.mean, self.spread, self.padded, self.weights = mean, spread, padded, weights
         self.terms = nn.ModuleList(copy.deepcopy(loss) for loss in losses or [MSE()])
         names = [term.name for term in self.losses_of()]
@@ -360,8 +360,7 @@ class Adapters(nn.ModuleDict):
         others: dict[str, Adapter] | None = None,
     ) -> None:
         adapters = with_others(given(locals()), others)
-        if not adapters:
-            raise ValueError("adapters: none given; a masked model needs at least one modality")
+        require_value(adapters, "adapters: none given; a masked model needs at least one modality")
         super().__init__(adapters)
 
     def each(self) -> dict[str, Adapter]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from descant.modules.core.errors import nearest, no_such
+from descant.modules.core.errors import nearest, no_such, require_value
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.core.rng import uniform_NK
 
@@ -86,8 +86,7 @@ class Ratio(Corruption):
     """
 
     def __init__(self, ratio: float = 0.75) -> None:
-        if not 0 < ratio < 1:
-            raise ValueError(f"ratio {ratio:g}: a share of the tokens, above 0 and below 1; such as 0.75")
+        require_value(0 < ratio < 1, f"ratio {ratio:g}: a share of the tokens, above 0 and below 1; such as 0.75")
         self.ratio = ratio
 
     def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
@@ -169,8 +168,7 @@ class Hide(Corruption):
     """
 
     def __init__(self, modalities: list[str], base: Corruption | None = None) -> None:
-        if not modalities:
-            raise ValueError("Hide: modalities: none given; such as [image]")
+        require_value(modalities, "Hide: modalities: none given; such as [image]")
         self.modalities, self.base = modalities, base
 
     def __call__(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:

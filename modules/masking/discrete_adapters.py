@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, everyone
 from descant.modules.masking.adapters import Adapter, PatchAdapter
 
@@ -34,8 +35,7 @@ class CategoryAdapter(Adapter):
 
     def __init__(self, classes: int, size: list[int], patch: list[int] | int, embedding: int = 16) -> None:
         super().__init__()
-        if classes < 2:
-            raise ValueError(f"classes {classes}: at least 2")
+        require_value(classes >= 2, f"classes {classes}: at least 2")
         self.cut = PatchAdapter(size, patch, channels=1)
         self.grid, self.classes, self.embedding = self.cut.grid, classes, embedding
 
@@ -89,8 +89,7 @@ class TokenAdapter(Adapter):
 
     def __init__(self, vocab: int, length: int, pad: int | None = 0) -> None:
         super().__init__()
-        if vocab < 2 or length < 2:
-            raise ValueError(f"vocab {vocab}, length {length}: at least 2 each")
+        require_value(vocab >= 2 and length >= 2, f"vocab {vocab}, length {length}: at least 2 each")
         self.grid, self.vocab, self.pad = (length,), vocab, pad
 
     @property
@@ -221,8 +220,7 @@ class DistributionAdapter(Adapter):
 
     def __init__(self, classes: int, length: int) -> None:
         super().__init__()
-        if classes < 2 or length < 2:
-            raise ValueError(f"classes {classes}, length {length}: at least 2 each")
+        require_value(classes >= 2 and length >= 2, f"classes {classes}, length {length}: at least 2 each")
         self.grid, self.classes = (length,), classes
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.host import host_copy
 from descant.modules.core.objects import require_objects
 from descant.modules.evaluation.metrics import wide
@@ -120,8 +120,7 @@ class Sampler:
         allowed: dict[str, list[int]] | None = None,
     ) -> None:
         require_objects(self, order=(order, DecodingOrder))
-        if steps < 1:
-            raise ValueError(f"Sampler: steps {steps}: at least 1")
+        require_value(steps >= 1, f"Sampler: steps {steps}: at least 1")
         self.steps, self.order, self.guidance = steps, order or ConfidentFirst(), guidance
         self.temperature, self.allowed = temperature or {}, allowed or {}
 

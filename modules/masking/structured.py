@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import uniform_NK
 from descant.modules.masking.corruptions import Corruption, Grid, Ratio, first_of, noise
 
@@ -31,8 +32,7 @@ class BlockMask(Ratio):
         super().__init__(ratio)
         if not 0 < least <= most <= 1:
             raise ValueError(f"least {least:g}, most {most:g}: two shares of the area, 0 < least <= most <= 1")
-        if not 0 < aspect <= 1:
-            raise ValueError(f"aspect {aspect:g}: above 0, at most 1 (squares)")
+        require_value(0 < aspect <= 1, f"aspect {aspect:g}: above 0, at most 1 (squares)")
         self.least, self.most, self.aspect = least, most, aspect
 
     def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:
@@ -106,8 +106,7 @@ class SpanMask(Ratio):
 
     def __init__(self, ratio: float = 0.5, mean: float = 3.0) -> None:
         super().__init__(ratio)
-        if mean < 1:
-            raise ValueError(f"mean {mean:g}: span length of at least 1 token")
+        require_value(mean >= 1, f"mean {mean:g}: span length of at least 1 token")
         self.mean = mean
 
     def order(self, name: str, grid: Grid, draw_B: Tensor) -> Tensor:

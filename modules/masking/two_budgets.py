@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.host import host_copy
 from descant.modules.core.objects import require_objects
 from descant.modules.core.rng import mix_N, uniform_N
@@ -79,8 +79,7 @@ class DirichletPair:
         for name, alphas in (("inputs", inputs), ("targets", targets)):
             if not alphas or min(alphas.values()) <= 0:
                 raise ValueError(f"DirichletPair: {name} {alphas}: an alpha above 0 for one modality at least")
-        if weight <= 0:
-            raise ValueError(f"DirichletPair: weight {weight:g}: must be above 0")
+        require_value(weight > 0, f"DirichletPair: weight {weight:g}: must be above 0")
         if visible is not None and visible < 1:
             raise ValueError(f"DirichletPair: visible {visible}: a number of tokens, at least 1")
         self.inputs, self.targets, self.weight, self.visible = dict(inputs), dict(targets), weight, visible
@@ -133,10 +132,8 @@ class TwoBudgets(Corruption):
         cut: Literal["tokens", "targets"] = "tokens",
     ) -> None:
         for name, tokens in (("visible", visible), ("targets", targets)):
-            if tokens < 1:
-                raise ValueError(f"TwoBudgets: {name} {tokens}: a number of tokens, at least 1")
-        if not mixture:
-            raise ValueError("TwoBudgets: mixture: one DirichletPair at least")
+            require_value(tokens >= 1, f"TwoBudgets: {name} {tokens}: a number of tokens, at least 1")
+        require_value(mixture, "TwoBudgets: mixture: one DirichletPair at least")
         for pair in mixture:
             require_objects(self, mixture=(pair, DirichletPair))
         self.budget, self.targets, self.mixture = visible, targets, list(mixture)

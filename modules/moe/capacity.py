@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.objective import counted
 from descant.modules.moe.routing import Routing
 
@@ -63,10 +64,8 @@ class Capacity:
     """
 
     def __init__(self, factor: float = 1.25, by: Literal["weight", "position"] = "weight", least: int = 1) -> None:
-        if not factor > 0:
-            raise ValueError(f"factor {factor:g}: a capacity of zero tokens; above 0, such as 1.25")
-        if least < 1:
-            raise ValueError(f"least {least}: at least 1")
+        require_value(factor > 0, f"factor {factor:g}: a capacity of zero tokens; above 0, such as 1.25")
+        require_value(least >= 1, f"least {least}: at least 1")
         self.factor, self.by, self.least = factor, by, least
 
     def __call__(self, routing: Routing, experts: int) -> Routing:

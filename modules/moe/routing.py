@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, everyone, host_copy
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.sham import Sham, partners
@@ -260,8 +261,7 @@ class TopKRouter(Router):
 
     def __init__(self, k: int = 2, norm: Literal["before", "after"] = "after", bias_rate: float | None = None) -> None:
         super().__init__()
-        if k < 1:
-            raise ValueError(f"k {k}: at least 1")
+        require_value(k >= 1, f"k {k}: at least 1")
         if k == 1 and norm == "after":
             raise ValueError(
                 "k 1, norm after: the weight is 1 whatever the gate, which learns nothing; use norm before"
@@ -329,8 +329,7 @@ class TaskGate(TopKRouter):
         self, tasks: int, k: int = 2, norm: Literal["before", "after"] = "after", bias_rate: float | None = None
     ) -> None:
         super().__init__(k, norm, bias_rate)
-        if tasks < 1:
-            raise ValueError(f"tasks {tasks}: at least 1")
+        require_value(tasks >= 1, f"tasks {tasks}: at least 1")
         self.tasks = tasks
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:

@@ -10,6 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from descant.modules.core.errors import require_value
 from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logits, of_valid
 
 
@@ -98,14 +99,11 @@ class TopPRouter(Router):
         sham: Literal["permute"] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < p <= 1:
-            raise ValueError(f"p {p:g}: above 0, at most 1")
-        if null_experts < 0:
-            raise ValueError(f"null_experts {null_experts}: 0 or more")
+        require_value(0 < p <= 1, f"p {p:g}: above 0, at most 1")
+        require_value(null_experts >= 0, f"null_experts {null_experts}: 0 or more")
         if most is not None and most < 1:
             raise ValueError(f"most {most}: at least 1, or none")
-        if not jitter >= 0:
-            raise ValueError(f"jitter {jitter:g}: 0 or more")
+        require_value(jitter >= 0, f"jitter {jitter:g}: 0 or more")
         self.p, self.most, self.weigh, self.jitter = p, most, weigh, jitter
         self.null_experts = null_experts
         self.sham, self.permuted = sham, TokenSham(sham)

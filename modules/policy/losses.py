@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import chosen
+from descant.modules.core.errors import require_value
 from descant.modules.core.objective import Term, counted, means
 
 #: Bound of log-ratios (as in verl).
@@ -160,8 +161,7 @@ class CISPO(Surrogate):
 
     def __init__(self, high: float = 5.0, ratio: Ratio | None = None) -> None:
         super().__init__(ratio)
-        if not high > 0:
-            raise ValueError(f"CISPO: high {high:g}: above 0, such as 5")
+        require_value(high > 0, f"CISPO: high {high:g}: above 0, such as 5")
         self.high = high
 
     def __call__(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,8 +182,7 @@ class KL:
     """
 
     def __init__(self, beta: float, corrected: bool = True, ratio: Ratio | None = None) -> None:
-        if not beta > 0:
-            raise ValueError(f"KL: beta {beta:g}: above 0; to train without a KL penalty leave kl out")
+        require_value(beta > 0, f"KL: beta {beta:g}: above 0; to train without a KL penalty leave kl out")
         self.beta, self.corrected, self.ratio = beta, corrected, ratio or TokenRatio()
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
@@ -217,8 +216,7 @@ class SequenceSum(Aggregation):
     """
 
     def __init__(self, length: int) -> None:
-        if length < 1:
-            raise ValueError(f"SequenceSum: length {length}: at least 1; usually the maximum tokens of an answer")
+        require_value(length >= 1, f"SequenceSum: length {length}: at least 1; usually the maximum tokens of an answer")
         self.length = length
 
     def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:

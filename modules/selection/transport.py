@@ -29,11 +29,9 @@ def sinkhorn(
     Source: Cuturi 2013 (arXiv 1306.0895).
 
     Args:
-        cost_AB: float.
         mass_A, mass_B: positive, of equal sums; by default uniform with sum 1.
         epsilon: weight of the entropy, in units of the cost.
         tolerance: tolerance of the marginals, as the sum of their absolute differences.
-        rounds: the most iterations.
 
     >>> plan_AB = sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
     >>> plan_AB.sum(dim=1).tolist(), round(float(plan_AB[0, 0]), 3)

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.errors import hint
+from descant.modules.core.errors import hint, require_value
 from descant.modules.core.rng import salt
 from descant.modules.io.pretrained import locate, padding_of, reading, tokenizer_of
 
@@ -43,8 +43,7 @@ class Tokenizer:
     end: tuple[int, ...] = (EOS,)
 
     def __init__(self, length: int) -> None:
-        if length < 3:
-            raise ValueError(f"length {length}: a row holds <bos>, a token and <eos>, so at least 3")
+        require_value(length >= 3, f"length {length}: a row holds <bos>, a token and <eos>, so at least 3")
         self.length = length
 
     def encode(self, text: str) -> list[int]:
@@ -320,8 +319,7 @@ class NgramTokenizer(Tokenizer):
 
     def __init__(self, n: int = 3, buckets: int = 8192, length: int = 80) -> None:
         super().__init__(length)
-        if n < 2 or buckets <= SPECIAL:
-            raise ValueError(f"n {n} is at least 2 and buckets {buckets} more than {SPECIAL}")
+        require_value(n >= 2 and buckets > SPECIAL, f"n {n} is at least 2 and buckets {buckets} more than {SPECIAL}")
         self.n, self.vocabulary, self.comma = n, buckets, []
 
     def _bucket(self, piece: str) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.objects import recorded
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, key_mask, sincos_of, xavier
@@ -60,10 +61,8 @@ class SeriesTower(Tower):
     ) -> None:
         self.arguments = recorded(locals())
         super().__init__()
-        if patch < 1 or channels < 1:
-            raise ValueError(f"channels {channels}, patch {patch}: at least 1 of each")
-        if spread <= 0:
-            raise ValueError(f"spread {spread:g}: must be above 0")
+        require_value(patch >= 1 and channels >= 1, f"channels {channels}, patch {patch}: at least 1 of each")
+        require_value(spread > 0, f"spread {spread:g}: must be above 0")
         self.width, self.channels, self.patch = width, channels, patch
         self.mix, self.scale, self.mean, self.spread = mix, scale, mean, spread
         together = channels if mix == "channels" else 1

@@ -88,11 +88,7 @@ class OperationProfile(PyTorchProfiler):
 
 
 def table(averages: Any, steps: int, device: bool = False) -> list[str]:
-    """Return a header and one line per operation, the costliest first.
-
-    Args:
-        averages: of ``torch.profiler``. steps: number of recorded steps. device: whether to show GPU time.
-    """
+    """Return a header and one line per operation of ``torch.profiler``'s averages, the costliest first."""
 
     def own(event: Any) -> float:
         return event.self_device_time_total if device else event.self_cpu_time_total

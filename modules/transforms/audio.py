@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from descant.modules.core.errors import require_value
 from descant.modules.core.host import (
     derived,
     has_host_copy,
@@ -137,8 +138,7 @@ class LogMel(nn.Module):
         high = rate / 2 if high is None else high
         if not 0 <= low < high <= rate / 2:
             raise ValueError(f"low {low:g} and high {high:g}: 0 <= low < high <= {rate / 2:g} Hz, half the rate")
-        if not 0 < hop <= window:
-            raise ValueError(f"hop {hop}: at least 1, at most window {window}, or frames would leave gaps")
+        require_value(0 < hop <= window, f"hop {hop}: at least 1, at most window {window}, or frames would leave gaps")
         self.rate, self.mels, self.window, self.hop, self.floor = rate, mels, window, hop, floor
         self.low, self.high = low, high
         self.fft = 1 << (window - 1).bit_length()
@@ -242,8 +242,7 @@ class AudioAugment(nn.Module):
         stream: str = "audio",
     ) -> None:
         super().__init__()
-        if tempo < 1:
-            raise ValueError(f"tempo {tempo}: a factor of at least 1")
+        require_value(tempo >= 1, f"tempo {tempo}: a factor of at least 1")
         self.tempo, self.pitch, self.shift, self.gain = tempo, pitch, shift, gain
         self.masks, self.filters, self.frames, self.floor, self.stream = masks, filters, frames, floor, stream
 

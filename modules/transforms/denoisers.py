@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.modules.core.errors import hint
+from descant.modules.core.errors import hint, require_value
 from descant.modules.core.rng import mix_N, uniform_N
 
 #: Mode tokens: regular, sequential and extreme denoising (in UL2's checkpoints [NLU], [S2S] and [NLG]).
@@ -101,8 +101,7 @@ class Denoiser:
 
     def __init__(self, mode: str, weight: float) -> None:
         self.number, self.mode, self.weight = mode_number(mode), mode, weight
-        if not weight >= 0:
-            raise ValueError(f"weight {weight:g}: 0 or more")
+        require_value(weight >= 0, f"weight {weight:g}: 0 or more")
 
     def hidden(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
         """Return the hidden tokens of texts of 2 to T - 2 tokens, by draws from [0, 1): bool ``[B, T - 2]``."""
