@@ -88,6 +88,4 @@ class LearningSpeed(L.Callback):
 
 def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Compute the norm of all tensors together, over ranks if they are sharded."""
-    if not tensors:
-        return torch.zeros((), device=device)
-    return total_norm(tensors)
+    return total_norm(tensors) if tensors else torch.zeros((), device=device)

@@ -140,9 +140,7 @@ class Joined(Source):
         return texts
 
     def values(self, field: str) -> pa.ChunkedArray:
-        if field not in self.columns:
-            return self.source.values(field)
-        return self.columns[field]
+        return self.columns[field] if field in self.columns else self.source.values(field)
 
     def corpus(self) -> Corpus | None:
         return self.source.corpus()

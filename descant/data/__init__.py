@@ -47,19 +47,19 @@ def _make(args: Sequence[str]) -> int:
         "column (or sub-folders) named train, val and test; without one, a fixed share is held out as val.",
         epilog="example: descant data make photos --csv captions.csv --out shards",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder; nothing is overwritten")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="CSV, TSV or JSON lines; default: the folder's own")
-    parser.add_argument("--caption", metavar="COLUMN", help="text field written as .txt; default: the only one")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path)
+    add("--out", metavar="DIR", type=Path, required=True, help="new folder; nothing is overwritten")
+    add("--csv", metavar="FILE", type=Path, help="CSV, TSV or JSON lines; default: the folder's own")
+    add("--caption", metavar="COLUMN", help="text field written as .txt; default: the only one")
     size = parser.add_mutually_exclusive_group()
     samples_help = "most samples of a shard; default: by --size"
     size.add_argument("--samples-per-shard", dest="samples", metavar="N", type=_positive(int), help=samples_help)
     size_help = "most megabytes of a shard (256)"
     size.add_argument("--size", dest="megabytes", metavar="MB", type=_positive(float), default=256.0, help=size_help)
-    resize_help = "resize larger images to this shorter side, as JPEG"
-    parser.add_argument("--resize", metavar="PX", type=_positive(int), help=resize_help)
-    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val (0.05)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order of samples (0)")
+    add("--resize", metavar="PX", type=_positive(int), help="resize larger images to this shorter side, as JPEG")
+    add("--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val (0.05)")
+    add("--seed", metavar="N", type=int, default=0, help="seed of the order of samples (0)")
     options = parser.parse_args(list(args))
     from descant.data.make import make
 
@@ -75,21 +75,16 @@ def _look(args: Sequence[str]) -> int:
         epilog="examples: descant data look photos; descant data look 'shards/*.tar'; "
         "descant data look --config contrastive/emoji --data.size 64",
     )
-    parser.add_argument(
-        "what", metavar="WHAT", nargs="*", help="a folder, a saved dataset, parquet files or shards (patterns too)"
-    )
-    trust_help = "allow class paths of MODULE in --config"
-    parser.add_argument(
-        "--config", dest="configs", metavar="NAME", action="append", default=[], help="data of an experiment"
-    )
-    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help=trust_help)
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="table of a folder; default: its own")
-    parser.add_argument("--caption", metavar="COLUMN", help="text field with the captions; default: the only one")
-    holdout_help = "share held out as val, as in training (0.05)"
-    parser.add_argument("--holdout", metavar="SHARE", type=_share, default=0.05, help=holdout_help)
-    parser.add_argument("--all", dest="every", action="store_true", help="read and decode all samples")
-    parser.add_argument("--out", dest="sheet", metavar="PNG", type=Path, help="contact sheet (look-NAME.png)")
-    parser.add_argument("--json", dest="numbers", metavar="FILE", type=Path, help="also write the statistics there")
+    add = parser.add_argument
+    add("what", metavar="WHAT", nargs="*", help="a folder, a saved dataset, parquet files or shards (patterns too)")
+    add("--config", dest="configs", metavar="NAME", action="append", default=[], help="data of an experiment")
+    add("--trust", metavar="MODULE", action="append", default=[], help="allow class paths of MODULE in --config")
+    add("--csv", metavar="FILE", type=Path, help="table of a folder; default: its own")
+    add("--caption", metavar="COLUMN", help="text field with the captions; default: the only one")
+    add("--holdout", metavar="SHARE", type=_share, default=0.05, help="share held out as val, as in training (0.05)")
+    add("--all", dest="every", action="store_true", help="read and decode all samples")
+    add("--out", dest="sheet", metavar="PNG", type=Path, help="contact sheet (look-NAME.png)")
+    add("--json", dest="numbers", metavar="FILE", type=Path, help="also write the statistics there")
     data, rest = _data_options(parser, args)
     options = parser.parse_args(rest)
     if bool(options.what) == bool(options.configs):
@@ -112,28 +107,28 @@ def _select(args: Sequence[str]) -> int:
         "--score image,text --share 0.5 --out ids.parquet; descant fit --config contrastive/emoji "
         "--data.selected ids.parquet",
     )
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--run", metavar="RUN", help="a run, such as NAME/002, whose training samples `descant predict` embedded"
-    )
+    run_help = "a run, such as NAME/002, whose training samples `descant predict` embedded"
+    source.add_argument("--run", metavar="RUN", help=run_help)
     source.add_argument("--table", metavar="FILE", type=Path, help="a parquet file with index and scores")
     score_help = "column, or two modalities; several with --quota, of which ScoreFilter takes the mean"
-    parser.add_argument("--score", dest="scores", metavar="NAME", action="append", required=True, help=score_help)
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="new parquet file of ids")
-    parser.add_argument("--share", metavar="SHARE", type=float, default=1.0, help="of all rows, or of their cost (1)")
-    parser.add_argument("--least", metavar="SCORE", type=float, help="lowest score that is taken")
-    parser.add_argument("--quota", action="store_true", help="equal quotas over scores and groups, not the best of all")
-    parser.add_argument("--group", metavar="COLUMN", help="column of groups, such as styles")
-    parser.add_argument("--cost", metavar="COLUMN", help="column of costs, such as tokens; 1 a row by default")
+    add("--score", dest="scores", metavar="NAME", action="append", required=True, help=score_help)
+    add("--out", metavar="FILE", type=Path, required=True, help="new parquet file of ids")
+    add("--share", metavar="SHARE", type=float, default=1.0, help="of all rows, or of their cost (1)")
+    add("--least", metavar="SCORE", type=float, help="lowest score that is taken")
+    add("--quota", action="store_true", help="equal quotas over scores and groups, not the best of all")
+    add("--group", metavar="COLUMN", help="column of groups, such as styles")
+    add("--cost", metavar="COLUMN", help="column of costs, such as tokens; 1 a row by default")
     graded_help = "few rows with grades 0, 1, ... in the columns of --score (and --group), from which all get theirs"
-    parser.add_argument("--graded", metavar="FILE", type=Path, help=graded_help)
+    add("--graded", metavar="FILE", type=Path, help=graded_help)
     own_help = "the same of a random share of the table's own rows, which has these columns"
-    parser.add_argument("--graded-share", metavar="SHARE", type=float, help=own_help)
+    add("--graded-share", metavar="SHARE", type=float, help=own_help)
     features_help = "embeddings that grades are learned from, such as image,text,image*text (image,text)"
-    parser.add_argument("--features", metavar="NAMES", default="image,text", help=features_help)
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed by which rows of equal scores go (0)")
-    parser.add_argument("--sham", action="store_true", help="the control: scores permuted within groups")
-    parser.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    add("--features", metavar="NAMES", default="image,text", help=features_help)
+    add("--seed", metavar="N", type=int, default=0, help="seed by which rows of equal scores go (0)")
+    add("--sham", action="store_true", help="the control: scores permuted within groups")
+    add("--runs", metavar="DIR", type=Path, default=Path("runs"), help="folder of the runs (runs)")
     options = parser.parse_args(list(args))
     from descant.data.select import select
 
@@ -150,13 +145,10 @@ def _encode(args: Sequence[str]) -> int:
         epilog="example: descant data encode --config staged/emoji-codes --out codes.parquet; "
         "descant fit --config staged/emoji-codes --data.stages.tune.data.codes codes.parquet",
     )
-    parser.add_argument(
-        "--config", dest="configs", metavar="NAME", action="append", required=True, help="an experiment"
-    )
-    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help="allow class paths of MODULE")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="new parquet file; nothing is overwritten"
-    )
+    add = parser.add_argument
+    add("--config", dest="configs", metavar="NAME", action="append", required=True, help="an experiment")
+    add("--trust", metavar="MODULE", action="append", default=[], help="allow class paths of MODULE")
+    add("--out", metavar="FILE", type=Path, required=True, help="new parquet file; nothing is overwritten")
     data, rest = _data_options(parser, args)
     options = parser.parse_args(rest)
     from descant.data.encode import encode

@@ -87,9 +87,7 @@ def gather(x_B: Tensor) -> Tensor:
 
     All ranks have the same B (the sampler pads). Backward sums a row's gradients over the losses of all ranks.
     """
-    if world() == 1:
-        return x_B
-    return _Gather.apply(x_B)
+    return x_B if world() == 1 else _Gather.apply(x_B)
 
 
 class _Gather(torch.autograd.Function):
