@@ -110,7 +110,7 @@ def test_only_whole_matches_of_samples_that_have_both_count() -> None:
     both = (b.present["image"] & b.present["text"] & keep_B).nonzero().flatten().tolist()
     for part in (torch.arange(5), torch.arange(5, 16), torch.tensor([15])):  # the last has no modality
         callback.run(trainer, model, b.select(part), keep_B[part], "one")  # type: ignore[arg-type]
-    found = callback.results(trainer, model)  # type: ignore[arg-type]
+    found: Any = callback.results(trainer, model)  # type: ignore[arg-type]
     right = sum(k not in (2, 5, 6) for k in both) / len(both)
     assert known.rows == both and {k: float(x) for k, x in found.items()} == {"one/exact_text_from_image": right}
     with pytest.raises(ValueError, match="modality 'names'"):
