@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Store
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.errors import require_value
 from descant.modules.core.objects import require_objects
 from descant.modules.core.protocols import Features
 from descant.modules.core.rng import mix_N
@@ -70,10 +71,8 @@ class Readout(EmbeddingEvaluator):
     ) -> None:
         super().__init__()
         require_objects(self, ridge=(ridge, RidgeReadout), contrast=(contrast, ModelContrast))
-        if not targets:
-            raise ValueError("Readout: targets: none given; such as [visual]")
-        if modality == against:
-            raise ValueError(f"Readout: {modality!r} against itself; such as modality image against text")
+        require_value(targets, "Readout: targets: none given; such as [visual]")
+        require_value(modality != against, f"Readout: {modality!r} against itself; such as modality image against text")
         self.targets, self.modality, self.against, self.sets = targets, modality, against, sets
         self.ridge, self.contrast, self.components = ridge or RidgeReadout(), contrast, components
         self.shuffle = shuffle

@@ -155,8 +155,7 @@ class Reconstruction(ForwardEvaluator):
         for name, modalities in (("targets", targets), ("given", given)):
             require_value(modalities, f"Reconstruction: {name}: none given; such as targets [image] given [edges]")
         for m in targets:
-            if m in given:
-                raise ValueError(f"Reconstruction: {m!r} from itself; such as targets [image] given [edges]")
+            require_value(m not in given, f"Reconstruction: {m!r} from itself; such as targets [image] given [edges]")
         for name, count in (("patch", patch), ("batch", batch)):
             require_value(count >= 1, f"Reconstruction: {name} {count}; 1 is the least")
         require_value(l2 >= 0, f"Reconstruction: l2 {l2} is negative")

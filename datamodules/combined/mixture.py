@@ -23,6 +23,7 @@ from descant.datamodules.combined.source_balance import TransportBalance
 from descant.datamodules.sampling.mixture_sampler import MixedOrder, require_temperature, tempered
 from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Slot, Window
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.protocols import SeriesAxes, SeriesData
 from descant.modules.core.rng import mix
 from descant.modules.tokenizers.text import Tokenizer
@@ -74,8 +75,7 @@ class Mixture(CompositeDataModule):
         only: dict[str, list[str]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not parts:
-            raise ValueError("parts: a mixture needs at least one")
+        require_value(parts, "parts: a mixture needs at least one")
         for name in parts:
             if not re.fullmatch(r"\w+", name):
                 raise ValueError(f"parts: {name!r}: letters, digits and _ only, since names of metrics begin with it")
@@ -95,8 +95,7 @@ class Mixture(CompositeDataModule):
         self.samples, self.batches, self.repeat = samples, batches, repeat
         self.only = _only(only or {}, self.parts)
         self.bank = bank or next(iter(parts))
-        if self.bank not in parts:
-            raise ValueError(f"bank: no part {self.bank!r}; the parts are {', '.join(parts)}")
+        require_value(self.bank in parts, f"bank: no part {self.bank!r}; the parts are {', '.join(parts)}")
         if samples is not None and samples < self.batch_size:
             raise ValueError(f"samples {samples} of an epoch are less than one batch of {self.batch_size}")
         # training (True) and evaluation: layout of each part as read, and of all after the transforms

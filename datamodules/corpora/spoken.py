@@ -13,6 +13,7 @@ from torch import Tensor
 
 from descant.datamodules.prepare.voices import RATE, SECONDS, Spoken, prepare_voices
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import uniform_N
 from descant.modules.transforms.audio import AudioAugment, LogMel, noisy
 
@@ -59,16 +60,14 @@ class SpokenNames:
         cache: str | None = None,
     ) -> None:
         self.voices = list(VOICES) if voices is None else voices
-        if not self.voices:
-            raise ValueError("voices: none; such as [en-us, en-gb-x-rp+f4]")
+        require_value(self.voices, "voices: none; such as [en-us, en-gb-x-rp+f4]")
         self.voice, self.seconds = voice or self.voices[0], seconds
         self.features, self.augment = features or LogMel(window=512, hop=320), augment or AudioAugment()
         self.snr, self.keep = snr, keep
         self.wheel, self.accept, self.cache = wheel, accept or [], cache
         if not 0 < seconds <= SECONDS:
             raise ValueError(f"seconds {seconds:g}: clips are {SECONDS:g} seconds long; more than 0, at most that")
-        if self.features.rate != RATE:
-            raise ValueError(f"features.rate {self.features.rate}: clips have {RATE}")
+        require_value(self.features.rate == RATE, f"features.rate {self.features.rate}: clips have {RATE}")
         if keep and snr is not None:
             raise ValueError(f"keep: true with snr {snr:g}: noise is another at each visit; leave one out")
         self._all = list(dict.fromkeys([self.voice, *self.voices]))

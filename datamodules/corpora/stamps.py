@@ -30,6 +30,7 @@ from descant.datamodules.corpora.spoken import cut
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.stamps import DEB, ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepare_stamps
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.rng import uniform_NK
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
 from descant.modules.transforms.audio import AudioAugment, LogMel
@@ -165,13 +166,11 @@ class Stamps(ImageViews, DebianPackaged):
         self.speech, self.held_out, self.symbols = speech, held_out, symbols
         self.token_dropout = token_dropout
         self.augment_audio, self.features = augment_audio or AudioAugment(), features or LogMel()
-        if not 1 <= size <= 64:
-            raise ValueError(f"size {size}: the images have 64 pixels; 1 to 64")
+        require_value(1 <= size <= 64, f"size {size}: the images have 64 pixels; 1 to 64")
         if not 0 < seconds <= SECONDS:
             raise ValueError(f"seconds {seconds:g}: recordings are {SECONDS:g} seconds long; more than 0, at most that")
         self.set_views(size, augment or Augment(size))
-        if self.features.rate != RATE:
-            raise ValueError(f"features.rate {self.features.rate}: recordings have {RATE}")
+        require_value(self.features.rate == RATE, f"features.rate {self.features.rate}: recordings have {RATE}")
         if held_out in (spoken or ()):
             raise ValueError(f"spoken: {held_out} is held out of training; choose another held_out to train on it")
 

@@ -24,6 +24,7 @@ from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
 from descant.datamodules.fields.tables import TableField
 from descant.datamodules.sources.base import IMAGE_ENDINGS, SOUND_ENDINGS, Raw, Source, nearest, text_of
+from descant.modules.core.errors import require_value
 from descant.modules.core.modalities import with_others
 from descant.modules.core.rng import uniform_N
 from descant.modules.tokenizers.text import NgramTokenizer, Tokenizer
@@ -177,8 +178,7 @@ class AudioField(Field):
             raise ValueError(f"seconds {seconds} and rate {rate}: more than 0 seconds, at least 1000 samples a second")
         self.field, self.rate, self.samples = field, rate, round(rate * seconds)
         self.log_mel, self.augment = log_mel or LogMel(rate=rate), augment
-        if self.log_mel.rate != rate:
-            raise ValueError(f"log_mel.rate {self.log_mel.rate} is not the field's rate {rate}")
+        require_value(self.log_mel.rate == rate, f"log_mel.rate {self.log_mel.rate} is not the field's rate {rate}")
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         u_B = None if draw_B is None else uniform_N(draw_B, "audio/start").tolist()
@@ -232,8 +232,7 @@ class TextField(Field):
         self.captions = {captions: 1.0} if isinstance(captions, str) else captions
         self.tokenizer = tokenizer or NgramTokenizer()
         for name, weight in (self.captions or {}).items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"captions: {name} {weight} is no weight; 0 or more")
+            require_value(0 <= weight < math.inf, f"captions: {name} {weight} is no weight; 0 or more")
         if self.captions is not None and not any(self.captions.values()):
             raise ValueError(f"captions: the weights of {', '.join(self.captions) or 'nothing'} are all zero")
 
@@ -405,8 +404,7 @@ class Fields:
         second = {name: field for name, field in (others or {}).items() if isinstance(field, TableField)}
         self.tables: dict[str, TableField] = with_others({"table": table}, second)
         rest = {name: field for name, field in (others or {}).items() if not isinstance(field, TableField)}
-        if "table" in rest:
-            raise ValueError("others: table is the name of a TableField")
+        require_value("table" not in rest, "others: table is the name of a TableField")
         columns = [name for field in self.tables.values() for name in field.columns]
         twice = next((name for k, name in enumerate(columns) if name in columns[:k]), None)
         if twice is not None:

@@ -113,8 +113,7 @@ class Images:
         stream: str = "image",
     ) -> None:
         require_crop(size, scale, ratio, flip)
-        if filter not in _RESAMPLE:
-            raise ValueError(f"filter: {filter!r} is not one of {', '.join(_RESAMPLE)}")
+        require_value(filter in _RESAMPLE, f"filter: {filter!r} is not one of {', '.join(_RESAMPLE)}")
         require_value(gap >= 1, f"gap {gap:g}: at least 1, or fewer pixels would be decoded than the batch has")
         require_value(limit >= 1, f"limit {limit}: at least 1 pixel")
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip

@@ -32,6 +32,7 @@ from descant.datamodules.user.user_report import DataReport
 from descant.datamodules.user.user_sizes import UserSizes
 from descant.datamodules.user.user_table import synthetic
 from descant.modules.core.batch import Batch
+from descant.modules.core.errors import require_value
 from descant.modules.core.protocols import SeriesAxes
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
@@ -100,8 +101,7 @@ class UserData(UserSizes):
         self.given, self.split, self.holdout, self.key, self.augment = fields, split, holdout, key, augment
         ways = {"path": path, "source": source, "stream": stream}
         named = [name for name, way in ways.items() if way is not None]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)}: give only one of them")
+        require_value(len(named) <= 1, f"{' and '.join(named)}: give only one of them")
         whole: dict[str, Any] = {
             "key": key,
             "split": split,
@@ -112,8 +112,7 @@ class UserData(UserSizes):
         unknown = next((name for name, value in whole.items() if value), None) if stream is not None else None
         if unknown is not None:
             raise ValueError(f"{unknown}: not available for a stream, whose samples are not known before they are read")
-        if not 0 <= holdout < 1:
-            raise ValueError(f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")
+        require_value(0 <= holdout < 1, f"holdout {holdout}: a share of the samples, 0 <= holdout < 1")
         self._workers = num_workers
         self._streamed: StreamSet | None = None  # the training set
         self._marks: Marks = {}  # from a resume point

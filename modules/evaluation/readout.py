@@ -111,8 +111,7 @@ class RidgeReadout:
         seed: int = 0,
         select: Literal["target", "fold"] = "target",
     ) -> None:
-        if not alphas or not min(alphas) > 0:
-            raise ValueError(f"alphas {list(alphas)}: at least one, all positive, such as 0.1")
+        require_value(alphas and min(alphas) > 0, f"alphas {list(alphas)}: at least one, all positive, such as 0.1")
         require_value(folds >= 2, f"folds {folds}: 2 is the least")
         if eps is not None and not 0 < eps < 1:
             raise ValueError(f"eps {eps} is not between 0 and 1; the paper has 0.1")

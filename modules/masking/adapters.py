@@ -248,8 +248,7 @@ class PatchAdapter(Adapter):
         self.mean, self.spread, self.padded, self.weights = mean, spread, padded, weights
         self.terms = nn.ModuleList(copy.deepcopy(loss) for loss in losses or [MSE()])
         names = [term.name for term in self.losses_of()]
-        if len(set(names)) < len(names):
-            raise ValueError(f"losses: {', '.join(names)}: one of each at most")
+        require_value(len(set(names)) >= len(names), f"losses: {', '.join(names)}: one of each at most")
 
     @property
     def numbers(self) -> int:

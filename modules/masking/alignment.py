@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtype import promote
-from descant.modules.core.errors import no_such
+from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.host import to_device
 from descant.modules.core.objective import Term
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE
@@ -48,8 +48,7 @@ class Alignment(nn.Module):
         self, modality: str, other: str, tower: Tower, width: int = 128, loss: ContrastiveLoss | None = None
     ) -> None:
         super().__init__()
-        if modality == other:
-            raise ValueError(f"align: {modality} with itself: two modalities are paired")
+        require_value(modality != other, f"align: {modality} with itself: two modalities are paired")
         self.modality, self.other, self.tower, self.width = modality, other, tower, width
         self.loss, self.pool = loss or InfoNCE(), MeanPool()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from descant.modules.core.errors import hint
+from descant.modules.core.errors import hint, require_value
 from descant.modules.core.rng import uniform_NK
 
 #: File of pseudo captions, as ``descant predict`` writes it with WritePseudoCaptions.
@@ -89,8 +89,7 @@ class PseudoCaptions:
             fields = _FIELD.findall(template)
             for field in (field for field in fields if field not in attributes):
                 raise ValueError(f"templates: {template!r}: no attribute {field!r}{hint(field, attributes)}")
-            if not fields:
-                raise ValueError(f"templates: {template!r}: no attribute in braces; known: {', '.join(attributes)}")
+            require_value(fields, f"templates: {template!r}: no attribute in braces; known: {', '.join(attributes)}")
         if not 1 <= captions <= len(templates):
             raise ValueError(f"captions {captions}: of {len(templates)} templates; at least 1, and each of another one")
         self.attributes, self.templates = dict(attributes), list(templates)
