@@ -185,16 +185,13 @@ class Resume(Ordered):
             trainer._logger_connector._callback_metrics.update(self._loaded["metrics"])
             # Lightning counts an epoch that max_steps ends as a whole one
             trainer.fit_loop.epoch_progress.current.completed += bool(self._loaded["batch"])
-            self._end_again(trainer, pl_module)
-
-    def _end_again(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Repeat on_train_end, which a kill may have prevented; Lightning skips it if the run has no step left."""
-        ending = [c for c in trainer.callbacks if getattr(c, "writes_at_end", False)]  # type: ignore[attr-defined]
-        if ending:
-            trainer.strategy.model_to_device()  # the model is back on the CPU
-            for callback in ending:
-                callback.on_train_end(trainer, pl_module)
-            pl_module.cpu()
+            # repeat on_train_end, which a kill may have prevented; Lightning skips it if the run has no step left
+            ending = [c for c in trainer.callbacks if getattr(c, "writes_at_end", False)]  # type: ignore[attr-defined]
+            if ending:
+                trainer.strategy.model_to_device()  # the model is back on the CPU
+                for callback in ending:
+                    callback.on_train_end(trainer, pl_module)
+                pl_module.cpu()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Outage):

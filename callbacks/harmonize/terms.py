@@ -110,7 +110,7 @@ class Harmonize(L.Callback):
         if trainer.global_step % self.every == 0 or self.mix_K is None:
             self._base_K = objective.mix.detach().double()
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
-            if self._gathers(trainer):
+            if self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1:
                 grads = gradients(pl_module, _trainable_parameters(pl_module))
                 own_KK = self._own(_select_shared(pl_module, grads))
                 first = not self._sums
@@ -148,9 +148,6 @@ class Harmonize(L.Callback):
             self.rule.learn(lambda seen: seen)  # the Gram matrix is of all ranks already
 
     # the mix ---------------------------------------------------------------------------------------------------------
-
-    def _gathers(self, trainer: L.Trainer) -> bool:
-        return self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1
 
     def _own(self, grads: Sequence[Tensor]) -> Tensor:
         return gramian(grads) if self.rule.across_batches else torch.zeros(0)

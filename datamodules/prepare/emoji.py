@@ -310,20 +310,16 @@ def pack_schema(languages: Sequence[str]) -> Any:
     )
 
 
-def as_row(concept: Concept) -> dict[str, Any]:
-    names = ("hexcode", "emoji", "group", "subgroup", "family", "split", "names", "keywords")
-    return {name: getattr(concept, name) for name in names} | concept.images
-
-
 def write_shards(concepts: Sequence[Concept], out: Path) -> list[Path]:
     """Write the concepts in equal contiguous runs, so that reading the shards in order keeps the sorting."""
     for stale in out.glob("emoji-*.parquet"):
         stale.unlink()
     schema = pack_schema(list(concepts[0].names))
     step = -(-len(concepts) // SHARDS)
-    paths = []
+    names = ("hexcode", "emoji", "group", "subgroup", "family", "split", "names", "keywords")
+    every, paths = [{name: getattr(concept, name) for name in names} | concept.images for concept in concepts], []
     for shard in range(SHARDS):
-        rows = [as_row(concept) for concept in concepts[shard * step : (shard + 1) * step]]
+        rows = every[shard * step : (shard + 1) * step]
         path = out / f"emoji-{shard}.parquet"
         pq.write_table(
             pa.Table.from_pylist(rows, schema=schema),

@@ -122,7 +122,8 @@ class ArrowRows(Source):
         if not self._first[-1]:
             raise ValueError(f"{and_more(self.paths)}: no rows")
         if not self._leaves:
-            raise ValueError(f"{self.place(0)}: no column that anything reads ({self._unread_line() or 'none at all'})")
+            unread = ", ".join(f"{name} is {what}" for name, what in list(self.unread.items())[:20])
+            raise ValueError(f"{self.place(0)}: no column that anything reads ({unread or 'none at all'})")
 
     def _within(self, kind: pa.DataType, feature: Feature, name: str, at: Leaf) -> Iterator[tuple[str, Leaf]]:
         """Yield the fields of a column or a part of it, and note parts that nothing reads."""
@@ -161,9 +162,6 @@ class ArrowRows(Source):
                 at_n = at_n[at_n >= 0]
                 longest = max(longest, int((high_n - low_n)[at_n].max(initial=0)))
         return longest
-
-    def _unread_line(self) -> str:
-        return ", ".join(f"{name} is {what}" for name, what in list(self.unread.items())[:20])
 
     # the source's interface ------------------------------------------------------------------------------------
 

@@ -213,7 +213,7 @@ class Folder(Source):
             part = read_table(table, self._bad_row)
             files = [name for name, values in part.items() if holds_files(values)]
             if not files:
-                if inner or self._holds_media():
+                if inner or any(_kind(path.rpartition(".")[2]) in _KINDS for path in _files(self.root)):
                     has = short(", ".join(part))
                     raise ValueError(f"{table}: no column holds names of files (such as a.jpg); the columns are {has}")
                 self.columns, self.names = part, [f"{table.name}#{i}" for i in range(len(next(iter(part.values()))))]
@@ -238,10 +238,6 @@ class Folder(Source):
         self.merged = rows - len(named)
         whole = None not in named
         self.names = cast(list[str], named) if whole else [v or f"{table.name}#{i}" for i, v in enumerate(named)]
-
-    def _holds_media(self) -> bool:
-        """Whether any image, recording or video lies in the folder."""
-        return any(_kind(path.rpartition(".")[2]) in _KINDS for path in _files(self.root))
 
     def _bad_row(self, line: int, why: str) -> None:
         """Note a row that cannot be read, or refuse it."""

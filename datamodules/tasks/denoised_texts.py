@@ -20,7 +20,7 @@ from descant.datamodules.corpora.base import name_hash
 from descant.datamodules.prepare.docstrings import library_texts
 from descant.datamodules.tasks.dialogues import Dialogues
 from descant.modules.core.rng import mix_N, uniform_N
-from descant.modules.tokenizers.text import BOS, EOS, ByteTokenizer, Tokenizer
+from descant.modules.tokenizers.text import BOS, EOS, Tokenizer
 from descant.modules.transforms.denoisers import (
     MODES,
     Denoised,
@@ -139,10 +139,6 @@ class DenoisedTexts(Dialogues):
             raise ValueError(f"held_out {held_out}: 1 is the least")
         self.tokens, self.mode, self.held_out, self.text, self.sealed = tokens, mode, held_out, text, sealed
         self.texts_in = folder
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return self.text or ByteTokenizer(self.length)
 
     @property
     def embedded(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, DataModule
 from descant.modules.core.rng import uniform_N
-from descant.modules.tokenizers.text import EOS, PAD, Tokenizer
+from descant.modules.tokenizers.text import EOS, PAD, ByteTokenizer, Tokenizer
 
 #: Where each split of the problems ends.
 SPLITS = {"test": 0.1, "val": 0.2, "train": 1.0}
@@ -94,15 +95,18 @@ class Dialogues(DataModule):
         kwargs: arguments of every data module.
     """
 
+    #: Tokenizer of the texts, in place of the default.
+    text: Tokenizer | None = None
+
     def __init__(self, length: int, answer_length: int = ANSWER, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.length, self.answer_length = length, answer_length
         self._ids: dict[str, list[int]] = {}
         self.plain = False  # whether training batches are not augmented
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        raise NotImplementedError
+        return self.text or ByteTokenizer(self.length)
 
     @property
     def image_token(self) -> int | None:

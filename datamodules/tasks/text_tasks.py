@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from descant.datamodules.tasks.dialogues import Columns, Dialogues, DialogueSet,
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
 from descant.modules.core.errors import require_value
 from descant.modules.core.rng import mix
-from descant.modules.tokenizers.text import ByteTokenizer, Tokenizer
+from descant.modules.tokenizers.text import Tokenizer
 
 #: Operations on two numbers.
 SIGNS = {"plus": "+", "minus": "-", "times": "*"}
@@ -223,10 +222,6 @@ class TextTasks(Dialogues):
         require_value(min(numbers, held) >= 1, f"numbers {numbers}, held {held}: at least 1")
         self.tasks, self.numbers, self.held, self.text = dict(tasks), numbers, held, text
         self._made: dict[tuple[int, int, bool], Problem] = {}
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return self.text or ByteTokenizer(self.length)
 
     @property
     def classes(self) -> dict[str, list[str]]:

@@ -76,7 +76,9 @@ class Place:
         A run that chooses settings needs no test; it must have ended.
         """
         folder = self.trained(arm, seed)
-        return None if folder is None or self.unpredicted(arm, folder) else _metrics(folder)
+        if folder is None or (arm == BEFORE and self.claim.predicting() and not any(folder.glob(f"predict-*/{TABLE}"))):
+            return None
+        return _metrics(folder)
 
     def run_of(self, arm: str, seed: int) -> Path:
         """Return the folder of a finished run."""
@@ -91,10 +93,6 @@ class Place:
             of = {seed: folder for seed in seeds if (folder := self.trained(arm, seed)) is not None}
             found |= {arm: of} if len(of) == len(seeds) else {}
         return found
-
-    def unpredicted(self, arm: str, folder: Path) -> bool:
-        """Whether the embeddings of its training samples are still to be written."""
-        return arm == BEFORE and bool(self.claim.predicting()) and not any(folder.glob(f"predict-*/{TABLE}"))
 
     def trained(self, arm: str, seed: int) -> Path | None:
         """Return the folder of a tested run, or None if there is none."""

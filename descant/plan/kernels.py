@@ -154,7 +154,7 @@ def _by_bytes(dtype: torch.dtype, device: torch.device) -> Iterator[Kernel]:
         yield Kernel("transcendental", dtype, 2 * size, 2 * size, new(1), torch.exp)
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), lambda x: x.log_softmax(-1))
         yield Kernel("softmax", dtype, 2 * size, 2 * size, new(1), _short_softmax)
-        yield Kernel("random", dtype, 2 * size, 2 * size, new(1), _draw_mask)
+        yield Kernel("random", dtype, 2 * size, 2 * size, new(1), lambda x: torch.empty_like(x).bernoulli_(0.5))
         yield Kernel("normalisation", dtype, 2 * size, 2 * size, new(1), _layer_norm)
         yield Kernel("normalisation_backward", dtype, 3 * size, 3 * size, normed, aten.native_layer_norm_backward)
         yield Kernel("reduction", dtype, size, size, new(1), lambda x: x.sum(0))
@@ -178,10 +178,6 @@ def _transpose_heads(x: Tensor) -> Tensor:
 def _short_softmax(x: Tensor) -> Tensor:
     softmax: Any = torch.ops.aten._safe_softmax
     return softmax(x.view(-1, 16), -1)
-
-
-def _draw_mask(x: Tensor) -> Tensor:
-    return torch.empty_like(x).bernoulli_(0.5)
 
 
 def _states(b: int, d: int, device: torch.device) -> Callable[[], tuple[Any, ...]]:

@@ -72,7 +72,9 @@ class OperationProfile(PyTorchProfiler):
         """Print the table once, in place of Lightning's log."""
         if self._stage == "fit":
             self._delete_profilers()
-            self._forget_memory()
+            if self._memory:
+                torch.cuda.memory._record_memory_history(enabled=None)
+            self._memory = False
             if not self._local_rank:
                 found = f"the dearest operations of {self.steps} steps ({self.dirpath})"
                 none = f"none: the run ended before step {self.wait + 2 + self.steps}"
@@ -80,11 +82,6 @@ class OperationProfile(PyTorchProfiler):
                     "\n".join([f"Profile: {found if self._lines else none}", *self._lines[: self.rows + 1]]), flush=True
                 )
         self.teardown(stage=self._stage)
-
-    def _forget_memory(self) -> None:
-        if self._memory:
-            torch.cuda.memory._record_memory_history(enabled=None)
-        self._memory = False
 
 
 def table(averages: Any, steps: int, device: bool = False) -> list[str]:
