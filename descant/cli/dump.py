@@ -10,7 +10,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.errors import hint
-from descant.cli.schema import Entry, Key, Part, Schema, Unknown, fits, kinds, nested_classes
+from descant.cli.schema import Entry, Key, Part, Unknown, fits, kinds, nested_classes
 from descant.modules.io import names
 from descant.modules.io.cache import cache_folder
 from descant.modules.io.files import write_text
@@ -32,8 +32,8 @@ _STANDS_ON = ("torch", "lightning", "jsonargparse", "torchmetrics")
 KEPT = 8
 
 
-class Written(Schema):
-    """Schema read from the cache.
+class Written:
+    """Schema read from the cache. ``kinds_`` are the kinds of class that a place expects.
 
     Args:
         content: from :func:`make`.
@@ -44,10 +44,16 @@ class Written(Schema):
         self._content, self._name = content, command
 
     @cached_property
-    def command(self) -> Mapping[str, Key]:  # type: ignore[override]  # made when it is first read
+    def command(self) -> Mapping[str, Key]:
+        """Return dotted key -> argument of the command and its trainer."""
         return {name: Key(*key) for name, key in self._content["commands"][self._name].items()}
 
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
+        """Find the class that a short or full name means.
+
+        Raises:
+            LookupError: if there is none, with the rest of the error line. Ambiguous, Unknown: see there.
+        """
         path = name if "." in name else self._short(name, kinds_)
         path = self._content["aliases"].get(path, path)
         if path not in self._content["classes"]:
@@ -67,15 +73,20 @@ class Written(Schema):
             return known[name]
         if ours is not None:
             return ours
-        if any(self._kind(part)["open"] for part in kinds_) or len(names.table().get(name, ())) > 1:
+        if any(kind["open"] for kind in self._kinds(kinds_)) or len(names.table().get(name, ())) > 1:
             raise Unknown(name)
         near = hint(name, {**known, **dict.fromkeys(names.table())})
         raise LookupError(f"no class {name} of kind {kinds(kinds_)}{near}")
 
+    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
+        """Return short name -> import path of the classes of some kinds."""
+        return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds_))}
+
     def paths(self, kinds_: Sequence[Part]) -> list[str]:
-        return [path for part in kinds_ for path in self._kind(part)["paths"]]
+        return [path for kind in self._kinds(kinds_) for path in kind["paths"]]
 
     def alone(self, kinds_: Sequence[Part]) -> Entry | None:
+        """Return the class that is used if none is named: the only kind, unless it is abstract."""
         if len(kinds_) != 1 or not isinstance(part := kinds_[0], dict):
             return None
         path = self._content["aliases"].get(part["class"], part["class"])
@@ -84,7 +95,13 @@ class Written(Schema):
         entry = self.entry(path, part.get("skip", 0))
         return None if entry.abstract else entry
 
+    def _kinds(self, kinds_: Sequence[Part]) -> Iterator[Mapping[str, Any]]:
+        for part in kinds_:
+            if isinstance(part, dict):
+                yield self._content["kinds"].get(part["class"], {"paths": [], "open": True})
+
     def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
+        """Whether a value is valid for the argument ``name`` of a class, or of the command."""
         return fits((self.command if owner is None else owner.keys)[name].type, value)
 
     def is_class(self, name: str) -> bool:
@@ -98,11 +115,6 @@ class Written(Schema):
         for name in given:
             del keys[name]
         return Entry(**{**fields, "keys": keys, "required": [name for name in fields["required"] if name not in given]})
-
-    def _kind(self, part: Part) -> Mapping[str, Any]:
-        assert isinstance(part, dict)
-        kind: Mapping[str, Any] = self._content["kinds"].get(part["class"], {"paths": [], "open": True})
-        return kind
 
 
 def fingerprint() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,10 @@ def explain(config: Mapping[str, Any], files: Sequence[Path], options: Sequence[
     Args:
         config: the composed configuration. files, options: its sources, in the order in which they apply.
     """
-    origin = Origin()
-    for file in (BASE, *files):
-        origin.source(load(file))
-    for key, text in options:
-        if text is not None:
-            origin.source(option(key, text))
-    rows = [(_dots(place), _short(value), origin.of(place)) for place, value in _leaves(config, ())]
+    given = [load(file) for file in (BASE, *files)] + [option(key, text) for key, text in options if text is not None]
+    whole = reduce(overlaid, given, None)
+    found = [(place, value, _find(whole, place)) for place, value in _leaves(config, ())]
+    rows = [(_dots(place), _short(value), node.where if node else DEFAULT) for place, value, node in found]
     first, second = (min(_WIDTH, max(len(row[k]) for row in rows)) for k in (0, 1))
     return [f"{key:<{first}}  {value:<{second}}  {where}" for key, value, where in rows]
 
@@ -40,10 +39,13 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
     Args:
         default: returns the default of a place, as text; None if there is none or it is unknown.
     """
-    origin = Origin(default)
-    for file in (BASE, *files[:1]):
-        origin.source(load(file))
-    return [file for file in files[1:] if not origin.source(load(file))]
+    before, same = reduce(overlaid, map(load, (BASE, *files[:1])), None), []
+    for file in files[1:]:
+        after = overlaid(before, load(file))
+        if not _differs(before, after, default, ()):
+            same.append(file)
+        before = after
+    return same
 
 
 def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
@@ -55,17 +57,14 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
     given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
     if len(files) + len(given) < 2:
         return []
-    parts = [(shown(file), load(file).plain) for file in files]
-    whole = [
-        name
-        for name, part in parts
-        if all(isinstance(part.get(key), Mapping) and "class_path" in part[key] for key in ("model", "data"))
-    ]
+    parts = [(shown(file), overlaid(None, load(file))) for file in files]
+    whole = [name for name, part in parts if all(_find(part, (key, "class_path")) for key in ("model", "data"))]
     lines = []
     if len(whole) > 1:
         names = " and --config ".join(whole)
         lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
-    of_data = [(name, part.get("data")) for name, part in parts] + [(shown(f), load(f).plain) for f in given]
+    of_data = [(name, _find(part, ("data",))) for name, part in parts]
+    of_data += [(shown(file), overlaid(None, load(file))) for file in given]
     sizes = [(name, key_size) for name, part in of_data if (key_size := _image_size(part))]
     typed = {key for key, _ in options}
     if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:
@@ -75,92 +74,69 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
     return lines
 
 
-def _image_size(data: Any) -> tuple[str, int] | None:
+def _image_size(data: Node | None) -> tuple[str, int] | None:
     """Return the dotted key and the value of the image size in the data section."""
-    args = data.get("init_args", data) if isinstance(data, Mapping) else {}
-    if isinstance(args.get("size"), int):
-        return "data.size", args["size"]
-    for step in ("fields", "image"):
-        args = args.get(step) if isinstance(args, Mapping) else None
-        args = args.get("init_args", args) if isinstance(args, Mapping) else None
-    size = args.get("size") if isinstance(args, Mapping) else None
-    return ("data.fields.image.size", size) if isinstance(size, int) else None
+    for place in (("size",), ("fields", "image", "size")):
+        if (node := _find(data, place)) is not None and isinstance(node.content, int):
+            return ".".join(("data", *place)), node.content
+    return None
 
 
-class Origin:
-    """The source that set each value last.
-
-    Args:
-        default: returns the default of a place, as text; None if there is none or it is unknown.
-    """
-
-    def __init__(self, default: Callable[[Place], str | None] = lambda _: None) -> None:
-        self._default = default
-        self._source: dict[Place, str] = {}
-        self._value: dict[Place, Any] = {}
-        self._length: dict[Place, int] = {}
-        self._changed = False
-
-    def source(self, root: Node) -> bool:
-        """Add a file or option; return whether it changes a value."""
-        self._changed = False
-        self._walk(root, ())
-        return self._changed
-
-    def of(self, place: Place) -> str:
-        return self._source.get(place, DEFAULT)
-
-    def _walk(self, node: Node, place: Place) -> None:
-        if isinstance(node.content, dict):
-            if place in self._length and node.typed:
-                place = (*place, self._length[place] - 1)  # an option below a list sets its last item
-            for key, child in node.content.items():
-                if key == "init_args":
-                    self._walk(child, place)
-                elif key.endswith("+"):
-                    self._add(child, (*place, key[:-1]))
-                else:
-                    self._walk(child, (*place, key))
-        elif isinstance(node.content, list):
-            self._note(place, node.plain)
-            self._forget(place)
-            self._source[place], self._value[place] = node.where, node.plain
-            self._length[place] = 0
-            changed = self._changed
-            self._add(node, place)
-            self._changed = changed
-        elif isinstance(node.content, str) and node.content.endswith((".yaml", ".yml")) and place:
-            file = node.folder / node.content
-            self._walk(load(file), place) if file.is_file() else self._set(place, node)
+def overlaid(below: Node | None, node: Node) -> Node:
+    """Merge a source over those before it; each value keeps its place, and ``init_args`` join their class."""
+    content, old = node.content, _parts(below)
+    if isinstance(content, list):
+        return replace(node, content=[overlaid(None, item) for item in content])
+    if isinstance(content, str):
+        file = node.folder / content
+        if content.endswith((".yaml", ".yml")) and file.is_file():
+            return overlaid(below, load(file))
+        if "class_path" in old and _plain(old["class_path"].content) == _plain(content):  # its arguments stay
+            return replace(node, content={**old, "class_path": node})
+    if not isinstance(content, dict):
+        return node
+    if node.typed and 0 in old:  # an option below a list sets its last item
+        *first, last = old.values()
+        return replace(node, content=[*first, overlaid(last, node)])
+    for key, child in content.items():
+        if key == "init_args":
+            old = _parts(overlaid(replace(node, content=old), child))
+        elif key.endswith("+"):
+            items = [*_items(old.get(key[:-1])), *_items(overlaid(None, child))]
+            old[key[:-1]] = replace(child, content=items)
         else:
-            self._set(place, node)
+            old[key] = overlaid(old.get(key), child)
+    return replace(node, content=old)
 
-    def _set(self, place: Place, node: Node) -> None:
-        self._note(place, node.plain)
-        self._forget(place)
-        for key in (place, (*place, "class_path")):  # it may be a class name
-            self._source[key], self._value[key] = node.where, node.plain
 
-    def _note(self, place: Place, value: Any) -> None:
-        """Record whether a value differs from the previous one."""
-        if place in self._value:
-            self._changed |= _plain(self._value[place]) != _plain(value)
-        elif (*place, "class_path") in self._value:  # now a class name alone, or null
-            self._changed |= _plain(self._value[*place, "class_path"]) != _plain(value)
-        else:
-            self._changed |= in_text(value) != self._default(place)
+def _parts(node: Node | None) -> dict[str | int, Node]:
+    """Return the parts of a node by key or index; the name of a class stands for a class without arguments."""
+    content = None if node is None else node.content
+    if isinstance(content, list):
+        return dict(enumerate(content))
+    return dict(content) if isinstance(content, dict) else {"class_path": node} if isinstance(content, str) else {}
 
-    def _add(self, node: Node, place: Place) -> None:
-        self._changed = True
-        for item in node.content if isinstance(node.content, list) else [node]:
-            self._length[place] = self._length.get(place, 0) + 1
-            self._walk(item, (*place, self._length[place] - 1))
 
-    def _forget(self, place: Place) -> None:
-        tables: tuple[dict[Place, Any], ...] = (self._source, self._value, self._length)
-        for table in tables:
-            for key in [key for key in table if key[: len(place)] == place]:
-                del table[key]
+def _items(node: Node | None) -> list[Node]:
+    if node is None or node.content is None:
+        return []
+    return node.content if isinstance(node.content, list) else [node]
+
+
+def _find(node: Node | None, place: Place) -> Node | None:
+    for step in place:
+        node = _parts(node).get(step)
+    return node
+
+
+def _differs(before: Node | None, after: Node, default: Callable[[Place], str | None], place: Place) -> bool:
+    """Whether a value below a place changes; a value without predecessor is compared with its default."""
+    if isinstance(after.content, dict):
+        old = _parts(before)
+        return any(_differs(old.get(key), part, default, (*place, key)) for key, part in after.content.items())
+    if before is None:
+        return in_text(after.plain) != default(place)
+    return _plain(before.plain) != _plain(after.plain)
 
 
 def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:

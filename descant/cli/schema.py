@@ -9,14 +9,19 @@ A type is a list of parts, any of which a value may be: "null", "int", "float", 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from descant.cli.dump import Written
+    from descant.cli.signatures import Live
 
 #: A part of a type; a type.
 Part = str | dict[str, Any]
 Type = list[Part]
+#: The cached schema, or that of a live parser, which has the same methods.
+Schema: TypeAlias = "Written | Live"
 
 
 @dataclass(frozen=True)
@@ -51,44 +56,6 @@ class Unknown(Exception):
 
 class Ambiguous(LookupError):
     """Raised for a short name that several classes have."""
-
-
-class Schema(ABC):
-    """Base of the two schemas.
-
-    Attributes:
-        command: dotted key -> argument of a command and its trainer.
-    """
-
-    command: Mapping[str, Key]
-
-    def names(self, kinds: Sequence[Part]) -> Mapping[str, str]:
-        """Return short name -> import path of the classes of ``kinds``."""
-        return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds))}
-
-    @abstractmethod
-    def paths(self, kinds: Sequence[Part]) -> Collection[str]:
-        """Return the import paths of the classes of ``kinds``."""
-
-    @abstractmethod
-    def find(self, name: str, kinds: Sequence[Part]) -> Entry:
-        """Find the class that ``name``, short or full, means at a place that expects one of ``kinds``.
-
-        Raises:
-            LookupError: if there is none, with the rest of the error line. Ambiguous, Unknown: see there.
-        """
-
-    @abstractmethod
-    def alone(self, kinds: Sequence[Part]) -> Entry | None:
-        """Return the class that is used if none is named: the only one of ``kinds``, unless it is abstract."""
-
-    @abstractmethod
-    def accepts(self, owner: Entry | None, name: str, value: Any) -> bool:
-        """Whether ``value`` is valid for the argument ``name`` of a class, or of the command."""
-
-    @abstractmethod
-    def is_class(self, name: str) -> bool:
-        """Whether an import path is that of a class, as far as is known."""
 
 
 # types --------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
-from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, classes, kinds
+from descant.cli.schema import Ambiguous, Entry, Key, Part, Type, Unknown, classes, kinds
 from descant.cli.trust import allowed
 from descant.modules.io import names
 
@@ -48,7 +48,7 @@ _PLAIN: dict[Any, Part] = {
 }
 
 
-class Live(Schema):
+class Live:
     """Schema of a live parser, which resolves every class that can be imported.
 
     Args:
@@ -61,8 +61,12 @@ class Live(Schema):
         self._entries: dict[tuple[type, int], Entry] = {}
 
     @cached_property
-    def command(self) -> Mapping[str, Key]:  # type: ignore[override]  # made when it is first read
+    def command(self) -> Mapping[str, Key]:
         return {key: self._key(action) for key, action in _actions(self.parser).items()}
+
+    def names(self, kinds_: Sequence[Part]) -> Mapping[str, str]:
+        """Return short name -> import path of the classes of some kinds that are loaded."""
+        return {path.rpartition(".")[2]: path for path in sorted(self.paths(kinds_))}
 
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
         cls = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
