@@ -18,6 +18,8 @@ from descant.run import runs
 OWNED = {"optimizer": "--model.optimizer", "lr_scheduler": "--model.schedule"}
 #: Options that take no value, or an optional one.
 _FLAGS = ("print_config", "help", "explain", "debug")
+#: Options that only fit takes; check takes what fit takes.
+OF_FIT = ("resume", "changed", "test", "checkpoint_mirror")
 #: Option ``--of-file KEY=VALUE``, which passes on an option from a file; it may not set the keys in ``_TYPED``.
 OF_FILE = "of-file"
 #: Options that choose each set of the run's own data module.
@@ -70,55 +72,44 @@ class Request:
 def _argument(key: str, value: str | None, classes: Sequence[tuple[str, ...]]) -> str:
     """Format one option for the parser: as a configuration if the parser accepts it only there.
 
+    It accepts no null from an option for an argument of a part, and no key along two mappings by name.
+
     >>> _argument("model.init_args.width", "3", ()), _argument("model.init_args.schedule", "null", ())
     ('--model.init_args.width=3', '--config={"model": {"init_args": {"schedule": null}}}')
     """
     if value is None:
         return f"--{key}"
-    if ".init_args." in key and not key.endswith(".help"):
-        plain = option(key, value).plain
-        if (_has_null(plain) or _mappings(key) > 1) and _with_others(plain, key, classes):
-            return f"--config={json.dumps(plain)}"
-    return f"--{key}={_full(key, value)}"
-
-
-def _mappings(key: str) -> int:
-    """Count the arguments along a key that are mappings by name; the parser passes at most one.
-
-    >>> _mappings("data.init_args.stages.text.init_args.data.init_args.parts.texts.init_args.sealed")
-    2
-    """
+    if key.endswith(".help"):  # the parser finds no short name in a module not yet imported
+        return f"--{key}={full(value) or value}"
     parts = key.split(".")
-    return sum(a == "init_args" and b != "init_args" for a, b in zip(parts, parts[2:], strict=False))
+    mappings = [i for i in range(2, len(parts)) if parts[i - 2] == "init_args" != parts[i]]
+    plain = option(key, value).plain if ".init_args." in key else {}
+    if (len(mappings) > 1 or _has_null(plain)) and _with_others(plain, parts, mappings, classes):
+        return f"--config={json.dumps(plain)}"
+    return f"--{key}={value}"
 
 
 def _has_null(plain: Any) -> bool:
-    """Whether a value contains a null; the parser accepts none from an option for an argument of a part."""
     children = plain.values() if isinstance(plain, dict) else plain if isinstance(plain, list) else ()
     return plain is None or any(map(_has_null, children))
 
 
-def _with_others(plain: Any, key: str, classes: Sequence[tuple[str, ...]]) -> bool:
+def _with_others(plain: Any, parts: Sequence[str], mappings: Sequence[int], classes: Sequence[tuple[str, ...]]) -> bool:
     """Name the other classes of each mapping that a key passes, in order; return False for a mapping of other values.
 
     The parser drops the classes that a configuration does not name.
     """
-    node, path, parts = plain, tuple[str, ...](), key.split(".")
+    node = plain
     for i, part in enumerate(parts):
-        if i > 1 and parts[i - 2] == "init_args" and part != "init_args":
+        if i in mappings:
+            path = tuple(step for step in parts[:i] if step != "init_args")
             names, inner = [place[-1] for place in classes if place[:-1] == path], node[part]
             if part not in names:
                 return False
             node.clear()
             node.update({name: inner if name == part else {"init_args": {}} for name in names})
         node = node[part]
-        path = path if part == "init_args" else (*path, part)
     return True
-
-
-def _full(key: str, value: str) -> str:
-    """Return the import path of a class to explain; the parser finds no short name in a module not yet imported."""
-    return full(value) or value if key.endswith(".help") else value
 
 
 def pass_on(key: str, text: str) -> str:
@@ -188,7 +179,7 @@ def _take(request: Request, key: str, value: str | None) -> None:
         request.debug = True
     elif key == "ckpt_path" and request.command == "fit":
         fail("--ckpt_path: fit resumes by --resume PATH")
-    elif key in ("resume", "changed", "test", "checkpoint_mirror") and request.command not in ("fit", "check"):
+    elif key in OF_FIT and request.command not in ("fit", "check"):
         fail(f"--{key}: only fit takes it")
     elif key == "weights_only":
         fail("--weights_only: checkpoints are always loaded as plain tensors")

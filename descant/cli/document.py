@@ -91,20 +91,16 @@ class FileKey(str):
 def option(key: str, text: str) -> Node:
     """Parse a command-line option as nested nodes: ``model.width=3`` is ``{model: {width: 3}}``."""
     where, here = f"option {key}" if isinstance(key, FileKey) else f"--{key}", Path.cwd()
-    node = _parse_option(text, where)
+    try:
+        node = _parse(text, where, here, lines=False)
+    except Refusal:  # not YAML, such as "a: b: c", but plain text
+        node = Node(text, where, here)
     node.raw = text
     for part in reversed(key.split(".")):
         node = Node({part: node}, where, here)
     for child in (node, *(child for _, child in node.walk())):
         child.typed, child.from_file = True, isinstance(key, FileKey)
     return node
-
-
-def _parse_option(text: str, where: str = "") -> Node:
-    try:
-        return _parse(text, where, Path.cwd(), lines=False)
-    except Refusal:  # not YAML, such as "a: b: c", but plain text
-        return Node(text, where, Path.cwd())
 
 
 def shown(file: Path) -> str:

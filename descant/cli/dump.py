@@ -10,7 +10,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property
 from importlib.metadata import version
@@ -120,10 +120,9 @@ class Written:
 def fingerprint() -> str:
     """Return a hash of everything that determines the schema."""
     digest = hashlib.sha256("|".join([sys.version, *map(version, _STANDS_ON)]).encode())
-    for file in sorted(names.PACKAGE.rglob("*.py")) + sorted(
-        file for part in names.PARTS for file in (names.PACKAGE / part).rglob("*.py")
-    ):
-        digest.update(file.read_bytes())
+    for part in ("", *names.PARTS):  # each of PARTS may be a link, which rglob does not follow
+        for file in sorted((names.PACKAGE / part).rglob("*.py")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -178,24 +177,19 @@ def make() -> dict[str, Any]:
             if entry.path not in classes:
                 classes[entry.path] = entry
                 todo += [part for key in entry.keys.values() for part in nested_classes(key.type)]
+    modules = {path.rpartition(".")[0] for entry in classes.values() for path in (entry.path, entry.lineage[0])}
     return {
         "of": fingerprint(),
         "commands": {name: {key: astuple(value) for key, value in keys.items()} for name, keys in commands.items()},
-        "classes": {path: _entry(entry) for path, entry in sorted(classes.items())},
+        "classes": {
+            path: {name: getattr(entry, name) for name in ("path", "lineage", "required", "abstract", "about")}
+            | {"keys": {name: astuple(key) for name, key in entry.keys.items()}}
+            for path, entry in sorted(classes.items())
+        },
         "aliases": {entry.lineage[0]: path for path, entry in classes.items() if entry.lineage[0] != path},
         "kinds": of_kind,
-        "modules": _modules({path.rpartition(".")[0] for e in classes.values() for path in (e.path, e.lineage[0])}),
+        "modules": {name: dict.fromkeys(sorted(vars(importlib.import_module(name)))) for name in sorted(modules)},
     }
-
-
-def _entry(entry: Entry) -> dict[str, Any]:
-    fields = {name: getattr(entry, name) for name in ("path", "lineage", "required", "abstract", "about")}
-    return {**fields, "keys": {name: astuple(key) for name, key in entry.keys.items()}}
-
-
-def _modules(some: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Return the names that each module has."""
-    return {name: dict.fromkeys(sorted(vars(importlib.import_module(name)))) for name in sorted(some)}
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def overlaid(below: Node | None, node: Node) -> Node:
         file = node.folder / content
         if content.endswith((".yaml", ".yml")) and file.is_file():
             return overlaid(below, load(file))
-        if "class_path" in old and _plain(old["class_path"].content) == _plain(content):  # its arguments stay
+        if "class_path" in old:  # another class keeps the arguments that it has, too
             return replace(node, content={**old, "class_path": node})
     if not isinstance(content, dict):
         return node

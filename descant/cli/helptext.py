@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from descant import __version__
-from descant.cli.arguments import Request
+from descant.cli import dump
+from descant.cli.arguments import OF_FIT, Request
 from descant.cli.catalogue import ROOT, experiments, header, overlays, papers, shipped
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
 from descant.modules.io.names import full, of_kind, table
 
+#: Commands that train, or would.
+_FITTING = ("fit", "check")
 _OPTIONS = {
     "--config NAME": "a file, or the name of what ships; later ones win, options win over all",
     "--name NAME": "of the run; default: the first configuration's",
@@ -39,30 +42,8 @@ _OPTIONS = {
     "--explain": "where each value comes from: file and line, option or default",
     "--print_config, --debug": "the composed configuration and no run; tracebacks in place of lines",
 }
-#: Options that only some commands have.
-_ONLY = {
-    "--ckpt_path best|last|PATH": ("validate", "test", "predict"),
-    "--sets val,train,NAME": ("predict",),
-    "--explain": ("check",),
-    "--resume never|auto|PATH": ("fit", "check"),
-    "--changed refuse|allow": ("fit", "check"),
-    "--checkpoint_mirror PATH": ("fit", "check"),
-}
-#: Commands that run no experiment.
-_BESIDE = (
-    "list",
-    "data",
-    "plan",
-    "sweep",
-    "compare",
-    "claims",
-    "report",
-    "export",
-    "new",
-    "completion",
-    "schema",
-    "submit",
-)
+#: Option -> the commands that have it, if not all do; OF_FIT are those of fit.
+_ONLY = {"ckpt_path": dump.COMMANDS[1:], "sets": ("predict",), "explain": ("check",)} | dict.fromkeys(OF_FIT, _FITTING)
 _LIST = """\
 descant list: what ships with Descant, one line each
 
@@ -88,14 +69,11 @@ def top(commands: Mapping[str, str]) -> str:
     """Write the help of the program itself."""
     lines = [f"descant {__version__}: multimodal pre-training and adaptation on PyTorch Lightning", ""]
     lines += ["usage: descant COMMAND [--config NAME ...] [--key value ...]", ""]
-    lines += _table({name: about for name, about in commands.items() if name not in _BESIDE})
-    lines += ["", "beside them:"]
-    lines += _table({name: about for name, about in commands.items() if name in _BESIDE})
-    lines += [
-        "",
-        "descant COMMAND --help explains one command; with --config, --help all lists everything.",
-    ]
-    return "\n".join(lines)
+    of_experiments = {name: commands[name] for name in (*dump.COMMANDS, "check")}
+    lines += [*_table(of_experiments), "", "beside them:"]
+    lines += _table({name: about for name, about in commands.items() if name not in of_experiments})
+    last = "descant COMMAND --help explains one command; with --config, --help all lists everything."
+    return "\n".join([*lines, "", last])
 
 
 #: Group -> what it is, and how one is chosen.
@@ -215,9 +193,9 @@ def _title(claim: Path) -> str:
 
 def command(name: str, about: str, most: int = 60) -> str:
     """Write the help of one command in at most ``most`` lines."""
-    options = {key: text for key, text in _OPTIONS.items() if name in _ONLY.get(key, (name,))}
+    options = {key: text for key, text in _OPTIONS.items() if name in _ONLY.get(key[2:].split()[0], (name,))}
     lines = [f"descant {name}: {about}", ""]
-    if name in ("fit", "check"):
+    if name in _FITTING:
         lines += [f"usage: descant {name} --config contrastive/emoji --config on/tiny --model.width 64", ""]
     else:
         lines += [f"usage: descant {name} --run demo/001 --ckpt_path best", ""]
