@@ -87,7 +87,9 @@ def _dispatch(args: Sequence[str]) -> int:
     if not args or (args[0] in ("--help", "-h", "help") and len(args) != 2):
         print(helptext.top(COMMANDS))
         return 0
-    if args[0] in ("--help", "-h", "help") and len(args) == 2:
+    if args[0] in ("--help", "-h", "help"):
+        if args[1] in COMMANDS:
+            return _dispatch([args[1], "--help"])
         print(helptext.about(args[1]))
         return 0
     command, *rest = args

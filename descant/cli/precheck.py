@@ -145,36 +145,35 @@ class Walk:
         places = sorted((name for name in places if "@" not in name), key=lambda name: (name.count("."), name))
         return f"; nearest: {places[0]}" if places else ""
 
-    def _require_trust(self, root: Node) -> None:
-        """Refuse what a file or option may not name or set without --trust, at any depth."""
-        for key, node in root.walk():
-            if key == "class_path" and isinstance(node.content, str) and "." in node.content:
-                self._allowed(node.content, node.where)
-        if not _ours(root):
-            self._guarded(root, ())
+    def _require_trust(self, node: Node, path: Path_ = (), of: Any = None) -> None:
+        """Refuse what a file or option may not name or set without --trust, at any depth.
 
-    def _guarded(self, node: Node, path: Path_, of: Any = None) -> None:
-        if isinstance(node.content, dict):
+        Args:
+            of: the class whose arguments these are, as the file calls it.
+        """
+        if isinstance(node.content, list):
+            for item in node.content:
+                self._require_trust(item, path)
+        elif isinstance(node.content, dict):
             named = node.content.get("class_path")
             of = of if named is None else named.plain
             for key, child in node.content.items():
-                with _prefixing_place(_at(child, (*path, key))):
-                    trust.guard(key, child.plain, self.trusted, of)
-                self._guarded(child, *((path, of) if key in _SPEC else ((*path, key), None)))
-        elif isinstance(node.content, list):
-            for item in node.content:
-                self._guarded(item, path, None)
+                if key == "class_path" and isinstance(child.content, str) and "." in child.content:
+                    self._allowed(child.content, child.where)
+                self._guard(key, child, (*path, key), of)
+                self._require_trust(child, *((path, of) if key in _SPEC else ((*path, key), None)))
+
+    def _guard(self, key: str, node: Node, path: Path_, of: Any) -> None:
+        if not _ours(node):
+            with _prefixing_place(_at(node, path)):
+                trust.guard(key, node.plain, self.trusted, of)
 
     def _group(self, group: str, node: Node, keys: Mapping[str, Key]) -> None:
         node = self._file(node)
-        known = {name.removeprefix(f"{group}."): key for name, key in keys.items() if name.startswith(f"{group}.")}
         if not isinstance(node.content, dict):
             raise Refusal(f"{_at(node, (group,))}: expected keys, got {node.content!r}")
-        for key, child in node.content.items():
-            plain = key.removesuffix("+")
-            if plain not in known:
-                raise Refusal(f"{_at(child, (group, key))}: no such key{self._near(plain, known)}")
-            self._value(child, None, f"{group}.{plain}", known[plain], (group, key))
+        known = {name.removeprefix(f"{group}."): key for name, key in keys.items() if name.startswith(f"{group}.")}
+        self._arguments(node, known, (group,))
 
     def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
         """Check a value of the argument ``name`` of a class, or of the command."""
@@ -283,27 +282,28 @@ class Walk:
         inner = content.get("init_args", Node(listed, node.where, node.folder, typed=node.typed))
         if not isinstance(inner.content, dict):
             raise Refusal(f"{_at(inner, path)}: init_args are keys, got {_short(inner.plain)}")
-        self._arguments(inner, path)
+        self._arguments(inner, self.classes[path].keys, path)
 
     def _replace(self, node: Node, path: str) -> None:
         """Replace a short name by the import path of its class; the parser then reads nodes instead of files."""
         node.content = path
         replaced.update({file.text: file for file in self.files if file.text})
 
-    def _arguments(self, node: Node, path: Path_) -> None:
-        cls = self.classes[path]
+    def _arguments(self, node: Node, known: Mapping[str, Key], path: Path_) -> None:
+        """Check the arguments of the class at a path, or of a group of the command."""
+        cls = self.classes.get(path)
         for key, child in node.content.items():
-            plain = key.removesuffix("+")
-            if plain == cls.name and plain not in cls.keys:
-                where = _at(child, (*path, key))
+            plain, inner = key.removesuffix("+"), (*path, key)
+            if plain not in known and cls is not None and plain == cls.name:
+                where = _at(child, inner)
                 raise Refusal(f"{where}: an option below a list sets its last item, here {plain}: leave out the name")
-            if plain not in cls.keys:
-                raise Refusal(f"{_at(child, (*path, key))}: {cls.name} has no such key{self._near(plain, cls.keys)}")
-            self.given[path].add(plain)
-            if not _ours(child):  # the class may come from another file
-                with _prefixing_place(_at(child, (*path, key))):
-                    trust.guard(plain, child.plain, self.trusted, cls.name)
-            self._value(child, cls, plain, cls.keys[plain], (*path, key))
+            if plain not in known:
+                of = f"{cls.name} has " if cls is not None else ""
+                raise Refusal(f"{_at(child, inner)}: {of}no such key{self._near(plain, known)}")
+            if cls is not None:
+                self.given[path].add(plain)
+                self._guard(plain, child, inner, cls.name)  # the class may come from another file
+            self._value(child, cls, plain if cls is not None else f"{path[0]}.{plain}", known[plain], inner)
 
     def _unseen(self, node: Node, path: Path_) -> None:
         """Check dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
