@@ -9,6 +9,7 @@ Letters: n rows of a batch.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -137,11 +138,7 @@ def most_rows(curve: np.ndarray, room: float) -> int:
     >>> most_rows(np.array([1.0, 0.0]), room=77.5)
     77
     """
-    low, high = 0, 1 << 24
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if float(np.polyval(curve, middle)) <= room else (low, middle - 1)
-    return low
+    return bisect_right(range(1, (1 << 24) + 1), room, key=lambda n: float(np.polyval(curve, n)))
 
 
 def _memory(device: torch.device) -> int:

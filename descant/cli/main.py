@@ -325,24 +325,17 @@ class _Parsed(Exception):
     """Raised once the parser exists."""
 
 
+class _ParserOnly(DescantCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _Parsed
+
+
 def live(command: str) -> Live:
     """Build the schema of a command from its own parser."""
-
-    class ParserOnly(DescantCLI):
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            raise _Parsed
-
-    cli = ParserOnly.__new__(ParserOnly)
+    cli = _ParserOnly.__new__(_ParserOnly)
     with contextlib.suppress(_Parsed):
         cli.__init__(Request(command))  # type: ignore[misc]
     return Live(cli._parser(command))
-
-
-def disk_line(error: BaseException, place: runs.Run | None) -> str | None:
-    """Return the line for a disk that is full or read-only, with the resume point; None for other errors."""
-    if place is None or (line := disk_fault(error, place.folder)) is None:
-        return None
-    return _with_point(line, place)
 
 
 def _with_point(line: str, place: runs.Run) -> str:
@@ -430,10 +423,11 @@ def _run_command(cli: DescantCLI, request: Request, checking: Check | None = Non
             return TERMINATED
         return INTERRUPTED if trainer is not None and trainer.interrupted else int(stop.code or 0)
     except Exception as error:
-        trainer = getattr(cli, "trainer", None)
+        trainer, place = getattr(cli, "trainer", None), getattr(cli, "place", None)
         if isinstance(error, Outage) and not request.debug:
             raise Unavailable(_with_point(one_line(error), cli.place)) from error
-        line = disk_line(error, getattr(cli, "place", None))
+        line = disk_fault(error, place.folder) if place is not None else None
+        line = line and _with_point(line, cli.place)
         if trainer is None and Parser.failed is not None:
             line = line or unbuilt(*Parser.failed, request.trust)
         line = line or explain(error, building=trainer is None, trust=request.trust)

@@ -10,7 +10,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import chain, count
+from itertools import chain, count, groupby
 from pathlib import Path
 
 from descant.cli.errors import fail, hint
@@ -174,14 +174,9 @@ def render(kind: str, name: str) -> dict[str, str]:
 
 def _sort_imports(text: str) -> Iterator[str]:
     """Yield the lines with each block of ``from`` imports sorted, since a replaced name may sort differently."""
-    block: list[str] = []
-    for line in text.splitlines(keepends=True):
-        if line.startswith("from "):
-            block.append(line)
-            continue
-        yield from sorted(block)
-        block = []
-        yield line
+    for is_import, lines in groupby(text.splitlines(keepends=True), lambda line: line.startswith("from ")):
+        block = list(lines)
+        yield from sorted(block) if is_import else block
 
 
 def _write(folder: Path, name: str, files: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -128,12 +128,7 @@ def slowdown() -> float:
 def _seconds(dtype: torch.dtype) -> float:
     x_NN = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)
     torch.mm(x_NN, x_NN)
-    best = float("inf")
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        torch.mm(x_NN, x_NN)
-        best = min(best, time.perf_counter() - start)
-    return max(best, 1e-9)
+    return max(min(timeit.repeat(lambda: torch.mm(x_NN, x_NN), repeat=_REPEATS, number=1)), 1e-9)
 
 
 def _on_cpu(accelerator: object) -> bool:

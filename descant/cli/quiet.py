@@ -23,12 +23,7 @@ _CHATTER = (
 
 def quieten() -> None:
     """Silence informational messages of Lightning and the warnings listed above, in this process."""
-    for name in (
-        "lightning",
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-    ):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message=message)

@@ -22,7 +22,8 @@ from jsonargparse._common import parser_context
 from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._required import iter_required_keys
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
-from jsonargparse._util import get_import_path, import_object
+from jsonargparse._util import get_import_path
+from jsonargparse._util import import_object as find_class  # under the import policy
 from torch import Tensor
 
 from descant.cli.document import replaced
@@ -133,7 +134,7 @@ class Live:
                 keys={key: self._key(action) for key, action in _actions(parser).items()},
                 required=sorted({key.split(".")[0] for key in iter_required_keys(parser)}),
                 abstract=inspect.isabstract(cls),
-                about=_first_line(cls),
+                about=" ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split()),
                 source=parser,
             )
         return self._entries[cls, skip]
@@ -166,9 +167,9 @@ class Live:
         default = None if action.default is inspect.Parameter.empty or action.required else in_text(action.default)
         return Key(self._type(action._typehint), default, about.split(" (type: ")[0])  # type: ignore[attr-defined]
 
-    def _type(self, hint: Any) -> Type:
+    def _type(self, *hints: Any) -> Type:
         unique: Type = []
-        for plain in (plain for part in _parts(hint) for plain in self._part(part)):
+        for plain in (plain for one in hints for part in _parts(one) for plain in self._part(part)):
             if plain not in unique:
                 unique.append(plain)
         return unique
@@ -180,17 +181,12 @@ class Live:
             yield _PLAIN[part]
         elif get_origin(part) is Literal:
             yield {"choice": list(get_args(part))}
-        elif get_origin(part) in _LISTS:
-            yield {"list": self._type(Union[tuple(a for a in get_args(part) if a is not ...)])}  # noqa: UP007
-        elif part in _LISTS:
-            yield {"list": []}
-        elif get_origin(part) in _MAPS:
-            yield {"map": self._type(get_args(part)[1]) if len(get_args(part)) == 2 else []}
-        elif part in _MAPS:
-            yield {"map": []}
-        elif get_origin(part) is abc.Callable and self._made(get_args(part)):
-            for made in self._made(get_args(part)):
-                yield {**made, "skip": len(part.__args__) - 1} if isinstance(made, dict) else made
+        elif (get_origin(part) or part) in _LISTS:
+            yield {"list": self._type(*(a for a in get_args(part) if a is not ...))}
+        elif (get_origin(part) or part) in _MAPS:
+            yield {"map": self._type(*get_args(part)[1:])}
+        elif get_origin(part) is abc.Callable and (made := classes(self._type(*get_args(part)[-1:]))):  # a factory
+            yield from ({**kind, "skip": len(part.__args__) - 1} for kind in made if isinstance(kind, dict))
         elif inspect.isclass(cls := get_origin(part) or part) and ActionTypeHint.is_subclass_typehint(part):
             self._classes[_path(cls)] = cls
             yield {"class": _path(cls)}
@@ -200,19 +196,6 @@ class Live:
             yield "str"
         else:
             yield {"other": part.__name__ if inspect.isclass(part) else str(part).replace("typing.", "")}
-
-    def _made(self, arguments: Sequence[Any]) -> Type:
-        """Return the class parts of a factory's return type."""
-        return classes(self._type(arguments[-1])) if arguments else []
-
-
-def find_class(path: str) -> Any:
-    """Import the object of a full path, under the import policy.
-
-    Raises:
-        ImportError, AttributeError, ValueError: if there is none, or it is not allowed.
-    """
-    return import_object(path)
 
 
 def read_replaced() -> None:
@@ -251,11 +234,6 @@ def _path(cls: type) -> str:
 def _canonical(cls: type) -> str:
     """Return the shortest path that imports a class."""
     return str(get_import_path(cls))
-
-
-def _first_line(cls: type) -> str:
-    """Return the first paragraph of a class's own docstring, on one line."""
-    return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
 def in_text(default: Any) -> str:
