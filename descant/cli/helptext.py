@@ -245,18 +245,13 @@ def about(name: str) -> str:
     path = full(name.rpartition(".")[2])
     if path is None or ("." in name and not path.endswith(name)):
         same = " and ".join(table().get(name, ()))
-        fail(
-            f"--help {name}: {same}: give the path of one"
-            if same
-            else f"--help {name}: no such class{hint(name, table())}"
-        )
+        why = f"{same}: give the path of one" if same else f"no such class{hint(name, table())}"
+        fail(f"--help {name}: {why}")
     cls = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
-    keys = [
-        str(key).replace("'", "").replace('"', "")
-        for key in inspect.signature(cls.__init__).parameters.values()
-        if key.name not in ("self", "args", "kwargs")
-    ]
-    head = textwrap.fill(f"{cls.__name__}({', '.join(keys)})", _WIDTH, subsequent_indent="    ")
+    keys = inspect.signature(cls.__init__).parameters
+    given = ", ".join(str(key) for name, key in keys.items() if name not in ("self", "args", "kwargs"))
+    given = given.replace("'", "").replace('"', "")
+    head = textwrap.fill(f"{cls.__name__}({given})", _WIDTH, subsequent_indent="    ")
     return f"{head}\n\nclass_path: {path}\n\n{inspect.getdoc(cls) or ''}".rstrip()
 
 

@@ -22,10 +22,7 @@ from descant.run import runs
 
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 #: Keys of the command line only.
-_CALL_ONLY = {
-    "trust": "a configuration cannot trust itself",
-    "config": "files are composed on the command line",
-}
+_CALL_ONLY = {"trust": "a configuration cannot trust itself", "config": "files are composed on the command line"}
 #: Common name of a key -> its name here.
 _SHORT = {
     "seed": "seed_everything",
@@ -47,10 +44,7 @@ def wanted(request: Request) -> bool:
 
 
 def precheck(
-    known: Schema,
-    files: Sequence[Path],
-    options: list[tuple[str, str | None]],
-    trusted: Sequence[str],
+    known: Schema, files: Sequence[Path], options: list[tuple[str, str | None]], trusted: Sequence[str]
 ) -> Walk:
     """Check configurations and options in the order in which they apply; return the resulting state."""
     walk = Walk(known, trusted)

@@ -33,17 +33,8 @@ _IO = ("AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointI
 #: Parts of ALLOWED that start processes, load code, write to any path, build any class by its name, or only call
 #: their arguments.
 DENIED = (
-    *(
-        "descant.cli.main",
-        "descant.__main__",
-        "descant.load",
-        "descant.fit",
-        "descant.cli.python",
-        "descant.export.loading",
-        "descant.Embedder",
-        "descant.export.export",
-        "descant.datamodules.sources.hub",
-    ),
+    *("descant.cli.main", "descant.__main__", "descant.load", "descant.fit", "descant.cli.python", "descant.Embedder"),
+    *("descant.export.loading", "descant.export.export", "descant.datamodules.sources.hub"),
     *("descant.run.folder", "descant.report.predictions", "descant.cli.check"),
     *("descant.run.processes", *_DEFINED, *_DEFINED.values()),
     *("lightning.pytorch.cli", "lightning.pytorch.core.saving", "lightning.pytorch.demos", "lightning.pytorch.tuner"),
