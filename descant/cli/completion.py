@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from descant.cli import dump, schema
@@ -19,6 +20,8 @@ from descant.cli.schema import Entry, Key, Schema
 
 #: Words that no shell expands; others, such as odd folder names, are not offered.
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+#: Words of two plain types.
+_WORDS = {"bool": ("true", "false"), "null": ("null",)}
 #: Options that are not configuration keys.
 _CALL = ("config", "trust", "print_config", "help", "debug")
 #: No offered word is expanded (compgen -W would run $(...)). Bash 3, as on macOS, has no mapfile.
@@ -115,14 +118,11 @@ def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     if not path and last == "run":
         yield from (file.parent.relative_to("runs").as_posix() for file in Path("runs").glob("*/*/config.yaml"))
         return
-    key = below(path, known, words).get(last)
-    for part in [] if key is None else [*key.type, *(schema.items(key.type) or [])]:
-        if isinstance(part, dict) and "choice" in part:
-            yield from map(str, part["choice"])
-        elif isinstance(part, dict) and "class" in part:
-            yield from known.names([part])
-        elif part in ("bool", "null"):
-            yield from {"bool": ("true", "false"), "null": ("null",)}[str(part)]
+    if (key := below(path, known, words).get(last)) is not None:
+        kinds = [*key.type, *(schema.items(key.type) or [])]
+        yield from map(str, chain(*schema.parts(kinds, "choice")))
+        yield from known.names(schema.classes(kinds))
+        yield from (word for part in ("bool", "null") if part in kinds for word in _WORDS[part])
 
 
 def below(path: Sequence[str], known: Schema, words: Sequence[str]) -> Mapping[str, Key]:

@@ -68,6 +68,12 @@ def test_a_list_given_again_replaces_the_whole_list(toy: Cli, workplace: Path) -
     assert "expected" in result.err or table(result.out)["trainer.devices"] == ("[0, 1]", "--trainer.devices")
 
 
+def test_arguments_that_another_class_keeps_keep_their_origin(toy: Cli) -> None:
+    said = table(toy("check", "--explain", "--model.optimizer", "SGD").out)
+    assert said["model.optimizer"] == ("torch.optim.SGD", "--model.optimizer")
+    assert said["model.optimizer.lr"] == ("0.01", "toy.yaml:7") and said["model.optimizer.momentum"][1] == "default"
+
+
 def test_it_is_a_word_of_check(toy: Cli) -> None:
     assert toy("fit", "--explain").refusal == "--explain: a word of check, without a value"
 

@@ -55,6 +55,16 @@ def test_short_help_fits_a_screen(cli: Cli, command: str) -> None:
     assert max(map(len, result.out.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("command", ["fit", "claims"])
+def test_help_takes_the_name_of_a_command(cli: Cli, command: str) -> None:
+    assert cli("help", command).out == cli(command, "--help").out
+
+
+def test_short_help_lists_no_option_that_the_command_refuses(cli: Cli) -> None:
+    assert "--test true" in cli("fit", "--help").out and "--test true" not in cli("predict", "--help").out
+    assert cli("predict", "--test", "true").refusal == "--test: only fit takes it"
+
+
 def test_help_of_fit_has_experiments_in_a_line_each_as_far_as_a_screen_goes(cli: Cli) -> None:
     lines = cli("fit", "--help").out.splitlines()
     shown = [line.split() for line in lines[lines.index("Experiments:") + 1 :] if line.startswith("  ")]
