@@ -111,10 +111,13 @@ def overlaid(below: Node | None, node: Node) -> Node:
 
 def _parts(node: Node | None) -> dict[str | int, Node]:
     """Return the parts of a node by key or index; the name of a class stands for a class without arguments."""
-    content = None if node is None else node.content
-    if isinstance(content, list):
-        return dict(enumerate(content))
-    return dict(content) if isinstance(content, dict) else {"class_path": node} if isinstance(content, str) else {}
+    if node is None:
+        return {}
+    if isinstance(node.content, list):
+        return dict(enumerate(node.content))
+    if isinstance(node.content, str):
+        return {"class_path": node}
+    return dict(node.content) if isinstance(node.content, dict) else {}
 
 
 def _items(node: Node | None) -> list[Node]:

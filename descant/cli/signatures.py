@@ -22,8 +22,7 @@ from jsonargparse._common import parser_context
 from jsonargparse._loaders_dumpers import yaml_load
 from jsonargparse._required import iter_required_keys
 from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
-from jsonargparse._util import get_import_path
-from jsonargparse._util import import_object as find_class  # under the import policy
+from jsonargparse._util import get_import_path, import_object
 from torch import Tensor
 
 from descant.cli.document import replaced
@@ -34,6 +33,8 @@ from descant.modules.io import names
 
 #: Package whose classes a configuration may name -> the extra of descant that installs it.
 EXTRAS = {"schedulefree": "schedule-free"}
+#: Imports the object of a full path, under the import policy.
+find_class = import_object
 _UNIONS = (Union, types.UnionType)
 _LISTS = (list, tuple, set, abc.Sequence, abc.Iterable, abc.Collection)
 _MAPS = (dict, abc.Mapping, abc.MutableMapping)
