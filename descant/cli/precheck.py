@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -416,9 +417,12 @@ def _prefixing_place(where: str) -> Iterator[None]:
 
 def _ours(node: Node) -> bool:
     """Whether a node is from the command line or from a file that ships; these may set what other files may not."""
-    if node.typed:
-        return node.is_of_user
-    return node.folder.resolve().is_relative_to(ROOT.resolve())  # a link in a checkout
+    return node.is_of_user if node.typed else _ships(node.folder.absolute())
+
+
+@cache
+def _ships(folder: Path) -> bool:
+    return folder.resolve().is_relative_to(ROOT.resolve())  # a link in a checkout
 
 
 def _dots(path: Path_) -> str:
