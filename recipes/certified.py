@@ -92,7 +92,7 @@ class Certified(Classifier):
         return self
 
     def configure_model(self) -> None:
-        if self.sharded:
+        if self.sharding is not None:
             raise ValueError("shard: Certified measures slopes before training, on whole parameters; use on/ddp")
         super().configure_model()
 

@@ -96,7 +96,7 @@ class MissingModality(AdaptedRecipe):
         require_towers_of(self, stage)
 
     def configure_model(self) -> None:
-        if self.sharded and not self._configured:
+        if self.sharding is not None and not self._configured:
             reach_outputs(units(self.inner))
         super().configure_model()
 

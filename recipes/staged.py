@@ -14,6 +14,7 @@ Source: Patho-R1 (Zhang 2025, arXiv 2505.11404): continued pre-training, fine-tu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.dtensor import reshard
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.training_setup.memory import step_cost
-from descant.modules.training_setup.schedule import Schedule
+from descant.modules.training_setup.optim import Optimization
 from descant.modules.training_setup.trainer import datamodule_of, run_steps
 from descant.recipes.base.changing import Changing
 from descant.recipes.base.recipe import Recipe
@@ -45,7 +46,7 @@ class Staged(Changing):
     ) -> None:
         super().__init__(recipe, stages, each, **kwargs)
         self._objective = getattr(recipe, "objective", None)
-        self._mix = self.step.mix
+        self._mix, self._optimization = self.step.mix, self.optimization
         self._own = {name: read_setting(recipe, name) for stage in self.stages.values() for name in stage.set}
         for name, stage in self.stages.items():
             stage.require(name, recipe)
@@ -64,6 +65,8 @@ class Staged(Changing):
         for name, value in {**self._own, **self.now.set}.items():
             write_setting(self.inner, name, value)
         self.step.mix = {**self._mix, **self.now.mix}
+        own = self._optimization
+        self.optimization = Optimization(self.now.optimizer or own.optimizer, self.now.schedule or own.schedule)
         self._choose_objective()
         self.train(self.training)
 
@@ -84,7 +87,7 @@ class Staged(Changing):
     def configure_model(self) -> None:
         if self._configured:
             return
-        if self.sharded and self.boundaries.changes:
+        if self.sharding is not None and self.boundaries.changes:
             raise ValueError("shard: the parameters of a model that is split over ranks cannot be merged or grown")
         super().configure_model()
         self._trainable = [name for name, parameter in self.inner.named_parameters() if parameter.requires_grad]
@@ -96,22 +99,16 @@ class Staged(Changing):
         if self.now.load is not None or (training and self.boundaries.changes):
             self.begin_stage(self.stage)  # no callback begins the first stage
 
-    optimizer_now = property(lambda self: self.now.optimizer or self._optimizer)
-
-    @property
-    def schedule_now(self) -> Schedule | None:
-        schedule, data = self.now.schedule or self._schedule, datamodule_of(self.trainer)
+    def configure_optimizers(self) -> Any:
+        """Configure the stage's optimizer; its schedule runs over the steps of the stage, in all its epochs."""
+        schedule, data = self.optimization.schedule, datamodule_of(self.trainer)
         if schedule is None or not has(data, StagedDataModule):
-            return schedule
+            return super().configure_optimizers()
         total = run_steps(self.trainer)  # also prepares the data and counts its steps
         names = list(data.steps)
-        return schedule.within(sum(data.steps[name] for name in names[: names.index(self.stage)]), int(total))
-
-    def schedule_steps(self) -> int:
-        """Return the steps of the stage, over all its epochs."""
-        run_steps(self.trainer)  # also prepares the data and counts its steps
-        data = datamodule_of(self.trainer)
-        return data.steps[self.stage] if has(data, StagedDataModule) else super().schedule_steps()
+        before = sum(data.steps[name] for name in names[: names.index(self.stage)])
+        within = replace(self.optimization, schedule=schedule.within(before, int(total)))
+        return within.configure(self, data.steps[self.stage])
 
     def step_flops(self, stage: str, batches: Iterable[Batch], memory_adjusted: bool = False) -> int:
         """Count the FLOPs of some micro-batches in a stage, forward and backward, over all ranks."""

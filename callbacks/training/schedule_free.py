@@ -57,7 +57,8 @@ class ScheduleFree(EMA):
             hint = "use schedulefree.AdamWScheduleFree (with/train/schedule-free)"
             raise ValueError(f"ScheduleFree: model.optimizer {names} keeps no average of the weights; {hint}")
         if trainer.lr_scheduler_configs:
-            name = type(getattr(pl_module, "schedule_now", None) or trainer.lr_scheduler_configs[0].scheduler).__name__
+            schedule = getattr(getattr(pl_module, "optimization", None), "schedule", None)
+            name = type(schedule or trainer.lr_scheduler_configs[0].scheduler).__name__
             hint = "model.schedule null, and warmup_steps of the optimizer (with/train/schedule-free)"
             raise ValueError(f"model.schedule {name}: a schedule-free optimizer takes no schedule; nearest: {hint}")
         self._forget()

@@ -138,7 +138,7 @@ def trained_steps(count: int) -> Iterator[tuple[list[float], list[float]]]:
             start = time.thread_time()
             take_step(model, batch, optimizer)
             alone.append(time.thread_time() - start)
-        model._optimizer = partial(torch.optim.AdamW, fused=True)
+        model.optimization.optimizer = partial(torch.optim.AdamW, fused=True)
         yield _time_steps(model, batch, count), alone
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from descant.cli.errors import fail
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.hooks import GradientHooks
+from descant.modules.core.part import nested
 from descant.modules.training_setup.optim import make_optimizer
 from descant.modules.training_setup.sync_batch_norm import synchronize
 from descant.plan.costs import nbytes
@@ -63,7 +64,7 @@ class Simulation:
 
     def _build(self, recipe: Any) -> None:
         self.twin = _twin(recipe, self.layout, self.precision)
-        self.optimizer = make_optimizer(recipe.optimizer_now, self.twin)
+        self.optimizer = make_optimizer(recipe.optimization.optimizer, self.twin)
         for group in self.optimizer.param_groups:
             if group.get("foreach") is None and not group.get("fused"):  # torch decides by the device's name
                 group["foreach"] = not self.record.copies
@@ -151,7 +152,7 @@ def _refused_reads(recipe: str) -> Iterator[None]:
 def _twin(recipe: Any, layout: Layout, precision: Precision) -> Any:
     memo = {id(recipe.hooks): GradientHooks(), id(recipe.step.objective): None, id(recipe._trainer): recipe._trainer}
     twin = copy.deepcopy(recipe, memo)
-    for one in twin.nested.values():
+    for one in nested(twin).values():
         one.trainer = recipe.trainer
     twin.step.world, twin.step.accumulate = layout.world, layout.micro
     if layout.chunks > 1:

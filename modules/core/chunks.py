@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,17 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
 
 def _piece(x_B: Tensor, chunks: int, c: int) -> Tensor:
     return host_copy(x_B).tensor_split(chunks)[c]
+
+
+def require_useful_chunks(chunks: int, recipe: Any) -> None:
+    """Raise ValueError for less than one chunk, or for several if accumulation gives the same for less compute."""
+    if chunks < 1:
+        raise ValueError(f"chunks {chunks}: at least 1")
+    if chunks > 1 and not recipe.in_batch_negatives:
+        raise ValueError(
+            f"chunks {chunks}: no term of {type(recipe).__name__} contrasts samples of a batch, and "
+            f"trainer.accumulate_grad_batches {chunks} equals the big batch for less compute; use that"
+        )
 
 
 def looks_at_the_batch(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import require_value
 from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.part import StepPart
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.sham import Sham, partners
 
@@ -242,7 +243,7 @@ class Router(nn.Module):
         return nn.Parameter(torch.randn(shape) * 0.02)
 
 
-class TopKRouter(Router):
+class TopKRouter(Router, StepPart):
     """Router to the k experts with the highest scores of a linear gate (Mixtral, Switch, Uni-MoE): :func:`top_k`.
 
     Args:

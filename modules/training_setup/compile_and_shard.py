@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ class Compile(RecipePart):
         self.mode, self.dynamic, self.fullgraph, self.blocks = mode, dynamic, fullgraph, blocks
 
     def apply(self, recipe: nn.Module) -> None:
-        by_block = bool(getattr(recipe, "sharded", False)) if self.blocks is None else self.blocks
+        by_block = getattr(recipe, "sharding", None) is not None if self.blocks is None else self.blocks
         for name, tower in chosen(recipe, None):
             if self.fullgraph and expert_layers(tower):
                 raise ValueError(
@@ -154,6 +155,7 @@ class Shard(RecipePart):
         if self.expert_ranks is not None:
             axes = sharding.expert_mesh(over_all, *experts)
             sharding.split_experts(recipe, axes, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
+            vars(recipe)["configure_gradient_clipping"] = partial(_clip_over_meshes, recipe)
         common: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
         for block in sharding.units(recipe):
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **common)
@@ -169,16 +171,19 @@ class Shard(RecipePart):
                 register_fsdp_forward_method(recipe, method)
                 setattr(recipe, method, sharding.anywhere(recipe, within, getattr(recipe, method)))
 
-    def clip(self, optimizer: Optimizer, most: float) -> bool:
-        """Clip gradients by their norm where torch cannot: if ranks share experts, they are on two meshes."""
-        if self.expert_ranks is None:
-            return False
-        clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), most)
-        return True
-
     def accumulating(self, recipe: nn.Module) -> AbstractContextManager[None]:
         """Return the context for a micro-batch that no optimizer step follows: see :func:`accumulating`."""
         return sharding.accumulating(recipe, self.accumulated == "whole", kept=not self.reshard_after_forward)
+
+
+def _clip_over_meshes(
+    recipe: Any, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+) -> None:
+    """Clip gradients as Lightning does; by the norm over two meshes, which torch cannot compute."""
+    if gradient_clip_val and gradient_clip_algorithm != "value":
+        clip_by_norm((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
+    else:
+        recipe.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def _load_scalars(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

@@ -123,7 +123,7 @@ def count_flops(recipe: Any, batches: Iterable[Batch], prepare: Callable[[Any], 
 
 def twin_of(recipe: Any, prepare: Callable[[Any], None]) -> Any:
     """Copy a recipe in training, without gradient hooks, to try steps on the copy."""
-    if recipe.sharded:
+    if recipe.sharding is not None:
         raise ValueError(
             "flops: no copy to count on is made of a model split over ranks (shard); give steps or samples"
         )

@@ -89,7 +89,7 @@ def step_memory(recipe: Any, batch: Batch, prepare: Callable[[Any], None], full:
     for parameter in twin.parameters() if full else ():
         parameter.requires_grad_(parameter.is_floating_point())
     weights = sum(x.nbytes for x in (*twin.parameters(), *twin.buffers()))
-    optimizer = make_optimizer(twin.optimizer_now, twin)
+    optimizer = make_optimizer(twin.optimization.optimizer, twin)
     with trying(recipe), MemoryLedger() as ledger:
         _step(twin, optimizer, batch)
         ledger.peak = ledger.live

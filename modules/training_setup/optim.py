@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from descant.modules.adaptation.quantize import require_trained
 from descant.modules.training_setup.parameter_rules import ParameterRule
 from descant.modules.training_setup.schedule import Schedule
+from descant.modules.training_setup.trainer import end_of_run
 
 
 class Groups(list[dict[str, Any]]):
@@ -48,21 +49,34 @@ def make_optimizer(make: Callable[[Any], Optimizer], module: nn.Module) -> Optim
     return optimizer
 
 
+@dataclass
+class Optimization:
+    """Optimizer of a run or of one stage: class and arguments; and the schedule of its learning rate, if it has one."""
+
+    optimizer: Callable[[Any], Optimizer]
+    schedule: Schedule | None = None
+
+    def configure(self, recipe: Any, steps: int | None = None) -> Any:
+        """Return what Lightning takes from ``configure_optimizers``: the optimizer, with its schedule if it has one.
+
+        Args:
+            recipe: in training. steps: steps over which the schedule runs; by default those of the run. Collective.
+        """
+        optimizer = make_optimizer(self.optimizer, recipe)
+        require_trained(recipe)
+        require_evaluated(optimizer, recipe.trainer.callbacks if recipe._trainer is not None else [])
+        if self.schedule is None:
+            return optimizer
+        steps = end_of_run(recipe.trainer) if steps is None else steps
+        config = {"scheduler": self.schedule(optimizer, steps), "interval": self.schedule.interval}
+        if self.schedule.monitor is not None:
+            config["monitor"] = self.schedule.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
 def averaging(optimizer: Optimizer) -> list[Any]:
     """List the optimizer or its members that average weights (schedule-free, with ``train()`` and ``eval()``)."""
     return [one for one in getattr(optimizer, "members", [optimizer]) if hasattr(one, "eval")]
-
-
-def with_schedule(recipe: Any, optimizer: Optimizer, schedule: Schedule | None) -> Any:
-    """Return what Lightning takes from ``configure_optimizers``: the optimizer, with its schedule if it has one."""
-    require_trained(recipe)
-    require_evaluated(optimizer, recipe.trainer.callbacks if recipe._trainer is not None else [])
-    if schedule is None:
-        return optimizer
-    config = {"scheduler": schedule(optimizer, recipe.schedule_steps()), "interval": schedule.interval}
-    if schedule.monitor is not None:
-        config["monitor"] = schedule.monitor
-    return {"optimizer": optimizer, "lr_scheduler": config}
 
 
 def require_evaluated(optimizer: Optimizer, callbacks: Iterable[Any]) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such
+from descant.modules.core.objective import Objective
 from descant.modules.core.protocols import PlansSteps, SampledData, StagedDataModule
 from descant.modules.tokenizers.codes import CodeTokenizer
 
@@ -38,6 +39,23 @@ def log_interval(trainer: object) -> float:
     """
     every: int = getattr(trainer, "log_every_n_steps", 1)
     return every or math.inf
+
+
+def is_double(trainer: L.Trainer | None) -> bool:
+    """Whether a trainer trains in float64 (``trainer.precision: 64-true``)."""
+    return trainer is not None and isinstance(trainer.precision_plugin, DoublePrecision)
+
+
+def log_step(recipe: Any, objective: Objective, rows: int) -> None:
+    """Log terms, loss and learning rate of a micro-batch, in every step that the trainer logs."""
+    if (recipe.global_step + 1) % log_interval(recipe.trainer) != 0:  # logging costs more than small steps do
+        return
+    if recipe.step.faults.raises:
+        recipe.step.faults.require_finite()  # logging waits for the accelerator anyway
+    values = {f"train/{name}": value.detach() for name, value in objective.terms.items()}
+    values["train/loss"] = objective.total.detach()
+    recipe.log_dict(values, sync_dist=recipe.step.world > 1, batch_size=rows)
+    recipe.log("train/lr", recipe.trainer.optimizers[0].param_groups[0]["lr"], batch_size=rows)
 
 
 def share_of_run(trainer: Any) -> float:
@@ -76,22 +94,6 @@ def end_of_run(trainer: Any) -> int:
     if not math.isfinite(steps):
         raise ValueError("schedule: the run has no end that it could count to; give trainer.max_steps or max_epochs")
     return int(steps)
-
-
-def require_accumulation(recipe: Any, trainer: Any, stage: str) -> None:
-    """Raise ValueError if micro-batches cannot be accumulated as the trainer does."""
-    accumulate = trainer.accumulate_grad_batches
-    if stage == "fit" and recipe.in_batch_negatives and accumulate > 1:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches {accumulate}: {type(recipe).__name__} contrasts samples of one batch, "
-            f"and accumulated small batches have fewer negatives; use model.chunks {accumulate}, which has them all in "
-            "the same memory"
-        )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        raise ValueError(
-            "trainer.callbacks: GradientAccumulationScheduler: losses are divided by counts of a whole step, whose "
-            "micro-batches are counted once; trainer.accumulate_grad_batches is one number"
-        )
 
 
 def first_validation(trainer: Any) -> float:

@@ -176,7 +176,7 @@ def short_training(twin: Any, batches: Batches, space: Any) -> Trial:
     if len(given) < needed:
         have = f"a pass over the data of stage {twin.stage!r} has {len(given)} micro-batches"
         raise ValueError(f"GrowthSpace: steps {space.steps} and judged {space.judged}: {have}")
-    optimizer, count = make_optimizer(twin.optimizer_now, twin), FlopCount()
+    optimizer, count = make_optimizer(twin.optimization.optimizer, twin), FlopCount()
     with trying(twin):
         for n, batch in enumerate(given[: space.steps]):
             optimizer.zero_grad()

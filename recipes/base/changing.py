@@ -12,6 +12,7 @@ from torch import Tensor
 from descant.modules.adaptation.grow import structure
 from descant.modules.adaptation.stage_changes import Boundary, StageChange, Trial
 from descant.modules.core.errors import no_such
+from descant.modules.core.part import teachings
 from descant.modules.training_setup.flops import twin_of
 from descant.recipes.base.boundaries import Batches, Boundaries, Growths, estimate_statistics, short_training
 from descant.recipes.base.recipe import Recipe
@@ -67,9 +68,8 @@ class Changing(Wrapper):
             trial = None if batches is None else partial(self._trial, name, cache(lambda n: list(batches(n))))
             growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
-        for recipe in self.nested.values():
-            if recipe.distill is not None:
-                recipe.distill.teacher.begin(recipe)
+        for _, student, teaching in teachings(self):
+            teaching.teacher.begin(student)
         return growths
 
     def _trial(self, name: str, batches: Batches, space: Any, change: StageChange | None, at: Boundary) -> Trial:

@@ -22,7 +22,7 @@ from tests.callbacks.health.test_nonfinite import BAD, Spoiled, Watching, ledger
 def net(where: str = "loss", fused: bool = True) -> Spoiled:
     """Without dropout, whose draws are others on a device."""
     made = Spoiled(where, dropout=0.0)
-    made._optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=fused)
+    made.optimization.optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=fused)
     return made
 
 

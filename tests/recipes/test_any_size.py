@@ -201,7 +201,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_bit_identical(tmp_path: Path)
 
 def _rank(rank: int, path: Path, world: int = 2) -> dict[str, Tensor]:
     net = contrast()
-    net._optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+    net.optimization.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
     strategy = "ddp" if world > 1 else "auto"
     options: dict[str, Any] = {"devices": world, "strategy": strategy, "default_root_dir": path.parent}
     L.Trainer(max_steps=3, **options, **QUIET).fit(net, datamodule=own(path))

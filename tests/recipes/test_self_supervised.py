@@ -259,7 +259,7 @@ class Steps(L.Callback):
 def test_a_fit_makes_the_explicit_steps(suite: type[Suite], tmp_path: Path) -> None:
     """Loss and SGD update of each step are those of the loop; the teacher moves once, and a queue by a batch."""
     recipe, steps = suite().recipe(), Steps()
-    recipe._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.01)
+    recipe.optimization.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.01)
     fit(recipe, suite().data(), tmp_path, callbacks=[steps])
     for (batch, loss), before, after in zip(steps.seen, steps.states, steps.states[1:], strict=False):
         twin = suite().made()
@@ -360,7 +360,7 @@ def rank_after(objective: ViewObjective, folder: Path, steps: int = 150) -> floa
     """Effective rank of the features of all samples after a short run."""
     torch.manual_seed(0)
     recipe = SelfSupervised(Towers(others={"image": TwoLayerTower(24, 64)}), objective)
-    recipe._optimizer = lambda groups: torch.optim.AdamW(groups, lr=3e-3)
+    recipe.optimization.optimizer = lambda groups: torch.optim.AdamW(groups, lr=3e-3)
     fit(recipe, NoisyData(batch_size=64, modalities=("image",)), folder, max_steps=steps, precision="32-true")
     batch = Batch({"image": Noisy().x}, Noisy().present(np.arange(256)))
     with torch.no_grad():

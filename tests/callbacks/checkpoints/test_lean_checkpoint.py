@@ -213,7 +213,7 @@ def test_an_8_bit_optimizer_resumes(tmp_path: Path) -> None:
 
     def small() -> Contrastive:
         recipe = recipe_of()
-        recipe._optimizer = lambda p: AdamW8bit(p, lr=0.01, min_8bit_size=64)
+        recipe.optimization.optimizer = lambda p: AdamW8bit(p, lr=0.01, min_8bit_size=64)
         return recipe
 
     whole, _ = fit(small(), tmp_path / "whole", 6)

@@ -162,7 +162,7 @@ def test_ranks_come_to_the_same_pool_as_one(sham: Any) -> None:
 
 def _pool(rank: int, world: int, sham: Any) -> tuple[Tensor, Tensor]:
     held, net = data(), chat()
-    net._optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)  # the same student, to the bit
+    net.optimization.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.0)  # the same student, to the bit
     strategy = "ddp" if world > 1 else "auto"
     rounds = Rounds(epochs=1, sham=sham)
     L.Trainer(max_epochs=2, devices=world, strategy=strategy, callbacks=[rounds], **QUIET).fit(net, datamodule=held)

@@ -44,7 +44,7 @@ class Wide(ToyRecipe):
         blocks = (nn.Sequential(nn.Linear(D, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, D)) for _ in range(2))
         trunk: Any = self.towers["trunk"]
         trunk.layers = nn.ModuleList(blocks)
-        self._optimizer = partial(torch.optim.AdamW, fused=True) if fused else torch.optim.AdamW
+        self.optimization.optimizer = partial(torch.optim.AdamW, fused=True) if fused else torch.optim.AdamW
 
 
 class FusedStep(Wide):
