@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from descant.cli.arguments import read
 from descant.cli.errors import fail, hint, say
+from descant.plan.request import PlanRequest
 
 _HELP = """\
 descant plan: what a run needs on N accelerators, by a step of its real recipe on tensors without data
@@ -48,20 +48,6 @@ _OPTIONS = {
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-@dataclass
-class Given:
-    """The options of one call."""
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    gpu: str = "h100"
-    batch: int | None = None
-    save: str | None = None
-    picture: str | None = None
-    json: str | None = None
-    command: list[str] = field(default_factory=list)
-
-
 def main(args: Sequence[str]) -> int:
     """Plan a command, or measure this machine. Returns the exit code."""
     options, command = _split(args)
@@ -93,8 +79,8 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:place], words[place + 1 :]
 
 
-def _read(options: Sequence[str], command: list[str]) -> Given:
-    given, rest = Given(command=command), list(options)
+def _read(options: Sequence[str], command: list[str]) -> PlanRequest:
+    given, rest = PlanRequest(command=command), list(options)
     while rest:
         word, equals, value = rest.pop(0).partition("=")
         key = word.removeprefix("--")

@@ -16,16 +16,16 @@ from descant.modules.core.batch import Batch
 from descant.modules.io.files import write_json, write_text
 from descant.modules.training_setup.compile_and_shard import Compile
 from descant.plan.hardware import Hardware
-from descant.plan.plan import Given
 from descant.plan.planner import Building
 from descant.plan.report import Report, overlay, size_text
+from descant.plan.request import PlanRequest
 from descant.plan.roofline import BOUNDS
 from descant.plan.search import Search
 from descant.recipes.base.recipe import Recipe
 from descant.recipes.staged import Staged
 
 
-def planned(request: Request, given: Given, hardware: Hardware) -> int:
+def planned(request: Request, given: PlanRequest, hardware: Hardware) -> int:
     """Plan a command and return the exit code."""
 
     def plan(recipe: Recipe, batch: Batch, rows: int, steps: float, parts: list[Any]) -> None:
@@ -64,7 +64,7 @@ def _show(report: Report, parts: list[Any]) -> None:
         print(f"{'best' if n == 1 else '':10s} {n}. {one.name}")
 
 
-def _write(report: Report, given: Given, rows: int, parts: list[Any]) -> None:
+def _write(report: Report, given: PlanRequest, rows: int, parts: list[Any]) -> None:
     """Write the requested files; ``rows`` are those of a step of the experiment."""
     for n, one in enumerate(report.chosen, 1):
         if given.save:

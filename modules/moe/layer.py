@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from descant.modules.moe.capacity import Capacity
 from descant.modules.moe.grouped import GELU, Segments, SwiGLU, Weights, expert_mlp, fusible
 from descant.modules.moe.routing import UNMARKED, Marks, Router, Routing
 
-if TYPE_CHECKING:
-    from descant.modules.moe.parallel import ExpertGroup
+#: ``(experts, x_MD, counts) -> y_MD``: computes rows sorted by expert with the experts that ranks share.
+SharedExperts = Callable[["Experts", Tensor, Sequence[int]], Tensor]
 
 
 class Experts(nn.Module):
@@ -149,7 +149,7 @@ class MoELayer(nn.Module):
                 raise ValueError(f"{name} {count}: at least 1")
         self.router = copy.deepcopy(router).build(width, experts, shared or 0)
         self.capacity = capacity
-        self.group: ExpertGroup | None = None  # the ranks that share the experts; None: each has all
+        self.group: SharedExperts | None = None  # the ranks that share the experts; None: each has all
         make = FORMS[form]
         self.experts = make(width, hidden, experts, self.router.separate)
         self.shared = make(width, hidden if shared_hidden is None else shared_hidden, shared) if shared else None

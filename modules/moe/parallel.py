@@ -7,7 +7,7 @@ computes, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,7 @@ from torch.distributed.tensor import DTensor
 from descant.modules.core.host import to_device
 from descant.modules.moe.active import expert_layers
 from descant.modules.moe.grouped import Segments, fusible
-
-if TYPE_CHECKING:
-    from descant.modules.moe.layer import Experts
+from descant.modules.moe.layer import Experts
 
 
 class _Exchange(torch.autograd.Function):
@@ -132,7 +130,7 @@ def whole_experts(network: nn.Module) -> dict[str, Tensor]:
     for name, layer in expert_layers(network).items():
         ranks = layer.group
         for part, own in layer.experts.named_parameters(recurse=False):
-            if ranks is None or isinstance(own, DTensor):  # split by Shard: gathered above
+            if not isinstance(ranks, ExpertGroup) or isinstance(own, DTensor):  # split by Shard: gathered above
                 continue
             slices = [torch.empty_like(own) for _ in range(ranks.size)]
             dist.all_gather(slices, own.detach().contiguous(), group=ranks.group)

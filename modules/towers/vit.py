@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,6 @@ from descant.modules.moe.routing import UNMARKED
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, checked_heads
 from descant.modules.towers.timm import load_exactly, read_weights
-
-if TYPE_CHECKING:
-    from descant.modules.masking.adapters import PatchAdapter
-    from descant.modules.towers.image import PatchTower
 
 #: Epsilon of the norms, as in timm's vision transformers.
 EPS = 1e-6
@@ -322,7 +318,8 @@ def _marks(layout: Layout, task_B: Tensor | None, device: torch.device) -> Marks
 
 #: Keys of a timm ViT that the trunk does not have.
 OUTSIDE = ("patch_embed.", "pos_embed", "head.", "fc_norm.", "head_dist.")
-_NAMES = {
+#: Name of a module inside a block of the trunk -> its name in a timm ViT.
+TIMM_NAMES = {
     "norm_1": "norm1",
     "norm_2": "norm2",
     "qkv": "attn.qkv",
@@ -334,67 +331,13 @@ _NAMES = {
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the keys of a timm ViT's state dict to the trunk's; other keys are unchanged."""
-    to_ours = {f"{timm}.": f"{ours}." for ours, timm in _NAMES.items()}
-    named = {_rename_key(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
+    to_ours = {f"{timm}.": f"{ours}." for ours, timm in TIMM_NAMES.items()}
+    named = {rename_key(k, "blocks.", "layers.", to_ours): v for k, v in state.items() if k != "cls_token"}
     return named | ({"cls_D": state["cls_token"].flatten()} if "cls_token" in state else {})
 
 
-def to_timm(trunk: Trunk, adapter: PatchAdapter) -> dict[str, Tensor]:
-    """Return a state dict with which a plain timm ViT computes the trunk's features on one modality.
-
-    It fits timm's ``VisionTransformer`` of the same sizes with ``class_token=True, num_classes=0``.
-
-    >>> from descant.modules.masking.adapters import PatchAdapter
-    >>> adapter = PatchAdapter(size=[8, 8], patch=4)
-    >>> adapter.build(width=8, out=0)
-    >>> state = to_timm(Trunk(width=8, depth=1, heads=2), adapter)
-    >>> state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
-    (torch.Size([8, 3, 4, 4]), torch.Size([1, 5, 8]))
-    """
-    if len(adapter.patch) != 2 or (adapter.mean, adapter.spread) != (0.0, 1.0):
-        raise ValueError("to_timm: a ViT of timm takes raw pixels in patches of two axes; this adapter does not")
-    to_timm_names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
-    state = {
-        _rename_key(k, "layers.", "blocks.", to_timm_names): v for k, v in trunk.state_dict().items() if k != "cls_D"
-    }
-    position_TD = adapter.place_TD + adapter.modality_D.detach()
-    inward = adapter.inward.state_dict()
-    return {
-        **state,
-        "cls_token": trunk.cls_D.detach()[None, None],
-        "pos_embed": torch.cat([torch.zeros_like(position_TD[:1]), position_TD])[None],
-        "patch_embed.proj.weight": inward["weight"].unflatten(1, (adapter.channels, *adapter.patch)),
-        "patch_embed.proj.bias": inward["bias"],
-    }
-
-
-#: Parameters of a timm ViT that write into its residual stream.
-_INTO_STREAM = ("patch_embed.proj.", "pos_embed", ".attn.proj.", ".mlp.fc2.")
-
-
-def patch_tower_to_timm(tower: PatchTower) -> dict[str, Tensor]:
-    """Return a state dict with which timm's ``VisionTransformer`` without class token computes what a PatchTower does.
-
-    timm's layer norms have an epsilon of 1e-6, those of a PatchTower 1e-5. A norm of ``c h`` with epsilon ``e c^2``
-    equals that of ``h`` with epsilon ``e``, and only norms read the residual stream. So everything written into it is
-    multiplied by ``c = sqrt(1e-6 / 1e-5)``.
-
-    >>> from descant.modules.towers import PatchTower
-    >>> tower = PatchTower(size=8, patch=4, width=8, depth=1, heads=2)
-    >>> state = patch_tower_to_timm(tower)
-    >>> state["pos_embed"].shape, torch.equal(state["blocks.0.norm1.weight"], tower.layers[0].norm_1.weight)
-    (torch.Size([1, 4, 8]), True)
-    """
-    names = {f"{ours}.": f"{timm}." for ours, timm in _NAMES.items()}
-    kept = {"positions_TD", "patches.weight", "patches.bias"}
-    state = {_rename_key(k, "layers.", "blocks.", names): v for k, v in tower.state_dict().items() if k not in kept}
-    state |= {"pos_embed": tower.positions_TD[None], **tower.patches.state_dict(prefix="patch_embed.proj.")}
-    scale = (EPS / tower.norm.eps) ** 0.5
-    written = {name: scale for name in state if any(part in name for part in _INTO_STREAM)}
-    return {name: x.detach() * written.get(name, 1.0) for name, x in state.items()}
-
-
-def _rename_key(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
+def rename_key(key: str, before: str, after: str, names: Mapping[str, str]) -> str:
+    """Rename the key of a block's parameter: the prefix of the blocks, and the beginning of the rest by ``names``."""
     if not key.startswith(before):
         return key
     number, _, rest = key.removeprefix(before).partition(".")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.export.formats.timm_vit import patch_tower_to_timm
 from descant.modules.towers import AnySizeTower, PatchTower
 from descant.modules.towers.any_size import resampling
 from descant.modules.towers.image import sincos
-from descant.modules.towers.vit import patch_tower_to_timm
 from tests.modules.towers._asserts import check_every_gradient, loss_of, stir
 from tests.tolerance import F32, F64, rounding, ulps
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from descant.export.formats.timm_vit import to_timm
 from descant.modules.adaptation.lora import Lora
 from descant.modules.core.batch import Batch
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.decoders import JointDecoder
 from descant.modules.towers.image import Block
-from descant.modules.towers.vit import Layout, RaggedBlock, Trunk, attend, take, to_timm
+from descant.modules.towers.vit import Layout, RaggedBlock, Trunk, attend, take
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.recipes import Masked
 from tests.tolerance import BF16, F32, F64, rounding, ulps
