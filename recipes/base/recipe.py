@@ -110,7 +110,7 @@ class Recipe(L.LightningModule):
         self._configured = True
         if running.is_double(self._trainer):
             self.double()  # Lightning does so only after it has read a checkpoint, whose weights it would round
-        with seeded(global_seed(), "adapt"):  # several ranks have reseeded generators, and one has not
+        with seeded(global_seed(), "adapt"):  # so that adapters start alike on any number of ranks
             for part in self.parts:
                 part.apply(self)
         if self._trainer is not None and self.trainer.training:
