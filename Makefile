@@ -20,8 +20,10 @@ demo: .venv/.ready  ## Train a CLIP-style model on the emoji pack (3 to 5 minute
 # Processes of their own: autograd makes a queue for each device in its first backward, so theirs is registered before.
 DEVICE := tests/device
 MANY := -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+# Written while the tests are collected: each worker would write it again at its first test of the command line.
+SCHEMA := $(BIN)/python -c 'from descant.cli import dump; dump.write()'
 test: .venv/.ready  ## The tests: mechanisms, properties, the command line, every doctest.
-	$(BIN)/python -m pytest -rsfE -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
+	$(SCHEMA) & $(BIN)/python -m pytest -rsfE -m 'not slow and not gpu' $(MANY) --doctest-modules --ignore tests/device tests descant
 	$(BIN)/python -m pytest -rsfE -m 'not slow and not gpu' $(MANY) $(DEVICE)
 
 # One worker more than there are cores: a cluster, a browser and killed runs are mostly waited for.
