@@ -11,6 +11,7 @@ import pytest
 
 from tests.built import Built, Store
 from tests.conftest import Result
+from tests.rotation import turn
 
 #: Balancer -> what it adds to callbacks, and what it logs in two steps (some have nothing to say yet).
 BALANCERS: dict[str, tuple[str, str | None]] = {
@@ -69,11 +70,12 @@ def held(result: Any, metrics: dict[str, Any], *logged: str | None) -> None:
 
 
 def cases() -> list[Any]:
-    quick = {("agm", "parameters"), ("mmpareto", "features")}
+    """Two in `make test`, a quarter of the others in `make slow`."""
+    quick = [("agm", "parameters"), ("mmpareto", "features")]
+    rest = [case for case in turn([(b, h) for b in BALANCERS for h in (None, *HARMONIZERS)], 4) if case not in quick]
     return [
-        pytest.param(b, h, marks=[] if (b, h) in quick else [pytest.mark.slow], id=f"{b}-{h}")
-        for b in BALANCERS
-        for h in (None, *HARMONIZERS)
+        *(pytest.param(*case, id="-".join(case)) for case in quick),
+        *(pytest.param(b, h, marks=pytest.mark.slow, id=f"{b}-{h}") for b, h in rest),
     ]
 
 

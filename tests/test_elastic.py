@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.rotation import turn
 from tests.torture import Case, differences, records, starts, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp]
@@ -26,8 +27,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.mark.parametrize(
     ("name", "rank", "step"),
-    [("before-a-save", 0, 1), ("at-random", random.randrange(2), random.randrange(3, 23))],
-    ids=["before-a-save", "at-random"],
+    turn(
+        [
+            pytest.param("before-a-save", 0, 1, id="before-a-save"),
+            pytest.param("at-random", random.randrange(2), random.randrange(3, 23), id="at-random"),
+        ],
+        2,
+    ),
 )
 def test_a_killed_rank_is_started_again_with_all_others_in_the_same_run(
     whole: Case, name: str, rank: int, step: int

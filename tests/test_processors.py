@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rotation import turn
+
 TOP = Path(__file__).resolve().parent.parent
 
 #: For torch, OpenBLAS (numpy), oneDNN and MKL an AVX2 machine; and torch's kernels without vector instructions.
@@ -58,7 +60,7 @@ def test_the_kernels_are_those_that_were_asked_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", turn(list(SETTINGS), 2))
 def test_numbers_hold_with_the_kernels_of(setting: str) -> None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("kernels of x86")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from descant.modules.io import manifest
-from tests.rotation import turn
+from tests.rotation import by_turns, turn
 from tests.torture import (
     CASES,
     EVERY,
@@ -81,6 +81,7 @@ def test_all_kinds_are_among_them() -> None:
 
 
 @pytest.mark.slow
+@by_turns(0, 3)
 @pytest.mark.ddp
 def test_one_killed_rank_ends_the_others_and_resuming_is_bit_identical(tmp_path: Path) -> None:
     """Of ranks that ``fit`` has launched itself."""
@@ -97,6 +98,7 @@ def test_one_killed_rank_ends_the_others_and_resuming_is_bit_identical(tmp_path:
 
 
 @pytest.mark.slow
+@by_turns(1, 3)
 def test_rounds_are_killed_while_a_pool_is_renewed_and_between_two(tmp_path: Path) -> None:
     Case(tmp_path / "teacher", "teacher").finish("whole")
     case = Case(tmp_path / "rounds", "rounds")
@@ -114,6 +116,7 @@ def test_rounds_are_killed_while_a_pool_is_renewed_and_between_two(tmp_path: Pat
 
 
 @pytest.mark.slow
+@by_turns(2, 3)
 @pytest.mark.ddp
 @pytest.mark.parametrize("ranks", turn([1, 2], 2))
 def test_stages_are_killed_where_one_ends_inside_another_and_in_a_rollout(tmp_path: Path, ranks: int) -> None:

@@ -24,6 +24,7 @@ from descant.datamodules.corpora.emoji_pack import VENDORS
 from tests.conftest import Result
 from tests.descant.test_predict import EMOJI
 from tests.forked import fork_runs
+from tests.rotation import by_turns
 from tests.tolerance import F64, ulps
 
 Made = Callable[..., Claim]
@@ -928,6 +929,7 @@ def test_the_embeddings_of_the_run_before_are_written_once(made: Made, workplace
 
 
 @pytest.mark.slow
+@by_turns(0, 3)
 def test_a_planted_effect_helps_with_the_seeds_it_needs(
     planted: Cli, made: Made, results: Path, workplace: Path
 ) -> None:
@@ -970,6 +972,7 @@ def test_a_planted_effect_helps_with_the_seeds_it_needs(
 
 
 @pytest.mark.slow
+@by_turns(1, 3)
 def test_a_claim_ends_without_room_signal_or_seeds(planted: Cli, made: Made, results: Path, workplace: Path) -> None:
     def ends(word: str, why: str, **changes: Any) -> str:
         for file in results.glob("toy-claim*"):
@@ -997,6 +1000,7 @@ def test_a_claim_ends_without_room_signal_or_seeds(planted: Cli, made: Made, res
 
 
 @pytest.mark.slow
+@by_turns(2, 3)
 def test_settings_are_tuned_then_tried(planted: Cli, made: Made, results: Path, workplace: Path) -> None:
     arms = {name: arm for name, arm in TUNED["arms"].items() if name != "alone"}
     claim = made(arms=arms | {"sham": ARMS["sham"]}, tuning=TUNED["tuning"])

@@ -72,7 +72,7 @@ def test_what_is_meant_is_not_reported(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", turn(sorted(experiments()), 10))
+@pytest.mark.parametrize("name", turn(sorted(experiments()), 20))
 def test_what_ships_is_silent(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if "# Before:" in experiments()[name].read_text() or name.endswith(("/own", "/own-vit", "/any-size")):
         pytest.skip("it begins from a run, or from data, that are not here")

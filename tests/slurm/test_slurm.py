@@ -97,7 +97,7 @@ def test_two_nodes_train_and_dependents_of_a_failure_never_start(
     assert lab.ended(never) == "CANCELLED" and not list(folder.glob("runs/never/0*"))
 
 
-@by_turns(3, 4)
+@by_turns(0, 6)
 def test_signals_and_a_killed_rank_change_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     """The first rank waits for the second in an all-reduce whenever a signal comes: nobody may wait for ever."""
     (job,) = lab.submit(place, *TWO, "--", *FIT)
@@ -112,7 +112,7 @@ def test_signals_and_a_killed_rank_change_nothing(lab: Lab, place: Path, whole: 
     assert_as_if_nothing_had_happened(place, whole)
 
 
-@by_turns(0, 4)
+@by_turns(1, 6)
 def test_a_time_limit_requeues(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     """The run takes longer than its two minutes; SLURM sends USR1 before they end, by up to a minute too early."""
     slower = ("--trainer.callbacks.init_args.seconds", "[0.0, 3.0]")
@@ -124,7 +124,7 @@ def test_a_time_limit_requeues(lab: Lab, place: Path, whole: dict[str, Any]) -> 
     assert_as_if_nothing_had_happened(place, whole)
 
 
-@by_turns(1, 4)
+@by_turns(2, 6)
 def test_preemption_and_a_lost_daemon_change_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     (job,) = lab.submit(place, *TWO, "--", *FIT)
     under_way(lab, place, job, restart=0)
@@ -141,7 +141,7 @@ def test_preemption_and_a_lost_daemon_change_nothing(lab: Lab, place: Path, whol
     assert_as_if_nothing_had_happened(place, whole)
 
 
-@by_turns(2, 4)
+@by_turns(3, 6)
 def test_a_cut_link_changes_nothing(lab: Lab, place: Path, whole: dict[str, Any]) -> None:
     if not lab.separate:
         pytest.skip("nodes have links of their own where root may make network namespaces")
@@ -155,7 +155,7 @@ def test_a_cut_link_changes_nothing(lab: Lab, place: Path, whole: dict[str, Any]
     assert_as_if_nothing_had_happened(place, whole)
 
 
-@by_turns(3, 4)
+@by_turns(4, 6)
 def test_a_grid_and_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> None:
     grid = ("--array", "seed_everything=0..1", "--array", "model.width=64,32", "--gpus-per-node", "1")
     slower = ("--trainer.callbacks.init_args.seconds", "[0.3]")
@@ -182,7 +182,7 @@ def test_a_grid_and_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> No
         assert f"\n    width: {told['tasks'][task]['model.width']}\n" in text
 
 
-@by_turns(0, 4)
+@by_turns(5, 6)
 def test_a_sweep_resubmits_lost_runs_and_prints_the_table(lab: Lab, place: Path) -> None:
     slower = ("--trainer.callbacks.init_args.seconds", "[0.3]", "--test", "true")
     words = (*FIT[1:], *slower, "--vary", "model.width=64,32", "--slurm", "--gpus-per-node 1")

@@ -20,6 +20,7 @@ from descant.cli.estimate import Need
 from descant.modules.core.batch import Batch
 from descant.modules.training_setup.memory import MemoryLedger
 from tests.conftest import Result
+from tests.rotation import turn
 
 Cli = Callable[..., Result]
 #: Experiments -> options beside.
@@ -31,7 +32,9 @@ OF_ALL: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OF_ALL)])
+@pytest.mark.parametrize(
+    "name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in turn(list(OF_ALL), 3))]
+)
 def test_it_is_within_a_fifth_of_the_whole_batch(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[Need, float, float, float]] = []
 
