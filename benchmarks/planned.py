@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import lightning as L
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.core.ranks import rank
 from descant.plan.costs import nbytes
 from descant.recipes.base.recipe import Recipe

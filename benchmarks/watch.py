@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch documents it
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks import Row

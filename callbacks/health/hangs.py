@@ -215,12 +215,12 @@ def in_flight() -> list[str]:
 
     Each is written as ``gloo:all_reduce #17 of [[1000]]``: its name, its number in its group and its input shapes.
     """
-    from torch._C import _distributed_c10d as c10d
+    from descant.modules.core.compat.distributed import flight_recorders  # late: torch
 
     found: list[str] = []
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        with contextlib.suppress(Exception):  # torch may lack it, and a diagnosis must not end the process
-            for entry in json.loads(getattr(c10d, name)()).get("entries", ()):
+    for dump in flight_recorders():
+        with contextlib.suppress(Exception):  # a diagnosis must not end the process
+            for entry in json.loads(dump()).get("entries", ()):
                 if not entry.get("retired", True) and entry.get("state") != "completed":
                     number = entry.get("collective_seq_id") or entry.get("p2p_seq_id")
                     found.append(f"{entry.get('profiling_name')} #{number} of {entry.get('input_sizes')}")

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from descant.callbacks.callback_order import callbacks_of
 from descant.callbacks.checkpoints.resume import Resume
+from descant.modules.core.compat.foreach import foreach_norm
 from descant.modules.core.errors import require_value, say
 from descant.modules.core.faults import UNREAD, Unread
 from descant.modules.core.loss_reduction import Step
@@ -250,7 +251,7 @@ def _finite(trainer: L.Trainer, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether all gradients are finite; the same on all ranks."""
     local, sharded = _local_gradients(parameters)
     # norms cost a tenth of testing every number; for finite numbers they overflow only if these are very large
-    finite = not local or math.isfinite(float(torch.stack([n.float() for n in torch._foreach_norm(local)]).sum()))
+    finite = not local or math.isfinite(float(torch.stack([n.float() for n in foreach_norm(local)]).sum()))
     finite = finite or all(bool(torch.isfinite(grad).all()) for grad in local)
     if sharded:
         finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
@@ -264,7 +265,7 @@ def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     local = [grad for grad in local if grad.numel()]
     if not local:
         return torch.ones((), dtype=torch.bool, device=device)
-    finite = torch.stack([n.float() for n in torch._foreach_norm(local, torch.inf)]).isfinite().all()
+    finite = torch.stack([n.float() for n in foreach_norm(local, torch.inf)]).isfinite().all()
     if sharded:
         good = finite.float()
         dist.all_reduce(good, op=dist.ReduceOp.MIN)

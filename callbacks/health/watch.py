@@ -9,8 +9,6 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
-from torch.autograd import Variable
 from torch.distributed.distributed_c10d import PrefixStore, Work
 
 from descant.callbacks.callback_order import Ordered
@@ -20,6 +18,8 @@ from descant.callbacks.plots.output import run_folder
 from descant.callbacks.plots.rank_times import rank_times
 from descant.callbacks.plots.style import pixels
 from descant.modules.core import ranks
+from descant.modules.core.compat.autograd import queue_callback
+from descant.modules.core.compat.distributed import default_store
 from descant.modules.core.errors import AGAIN, require_value, say
 from descant.modules.training_setup.boards import boards
 
@@ -118,8 +118,8 @@ class Watch(Ordered):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         self.phases = Phases(pl_module.device, profiler=profiler)
         # a separate connection: training may wait for minutes on its own
-        shared: Any = dist.distributed_c10d._get_default_store() if trainer.world_size > 1 else None
-        base = HashStore() if shared is None else shared.clone()
+        shared: Any = default_store() if trainer.world_size > 1 else None
+        base = dist.HashStore() if shared is None else shared.clone()  # type: ignore[attr-defined]  # torch documents it
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"descant/watch/{again}/{_attempts}", base)
         settings = Settings(
@@ -173,7 +173,7 @@ class Watch(Ordered):
 
     def _when_gradients_are_there(self, grad: Tensor) -> None:
         # a backward calls this first: what waits for the reduction is queued later, and runs after this callback
-        Variable._execution_engine.queue_callback(lambda: self.phases.enter("reduce"))
+        queue_callback(lambda: self.phases.enter("reduce"))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

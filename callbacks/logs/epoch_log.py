@@ -11,18 +11,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
+
+from descant.modules.core.compat.logged import Metadata, ResultMetric, Sync
 
 #: Arguments of ``log`` that Lightning compares with those of the next call.
 _ARGUMENTS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
 
 
-class _OtherRanksMetadata(_Metadata):
+class _OtherRanksMetadata(Metadata):
     """Arguments of ``log`` saved with another number of ranks; the next call decides whether ranks are averaged."""
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Metadata):
+        if not isinstance(other, Metadata):
             return NotImplemented
         self.sync = other.sync
         return all(getattr(self, name) == getattr(other, name) for name in _ARGUMENTS)
@@ -68,13 +69,13 @@ def _merge(each: Sequence[Mapping[str, Any]], world: int) -> dict[str, Any]:
 def restore(trainer: L.Trainer, by_rank: Sequence[Mapping[str, Any]], within: bool) -> None:
     """Restore the logged values at the start of the first batch; ``within``: it is not the first of its epoch."""
     results, world = trainer.fit_loop.epoch_loop._results, trainer.world_size
-    kind = _Metadata if len(by_rank) == world else _OtherRanksMetadata
+    kind = Metadata if len(by_rank) == world else _OtherRanksMetadata
     for key, saved in share(by_rank, trainer.global_rank, world).items():
         if key in results and not results[key].has_reset:
             continue  # logged in this process already
         meta = kind(**{name: saved[name] for name in _ARGUMENTS}, reduce_fx=saved["reduce_fx"])
-        meta.sync = _Sync(fn=trainer.strategy.reduce, _should=saved["sync"], rank_zero_only=saved["rank_zero_only"])
-        result = _ResultMetric(meta, is_tensor=True)
+        meta.sync = Sync(fn=trainer.strategy.reduce, _should=saved["sync"], rank_zero_only=saved["rank_zero_only"])
+        result = ResultMetric(meta, is_tensor=True)
         result.value, result._forward_cache = saved["value"], saved["last"]
         if meta.is_mean_reduction:
             result.cumulated_batch_size = saved["rows"]

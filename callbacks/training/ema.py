@@ -15,8 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _NormBase
 
+from descant.modules.core.compat.foreach import foreach_copy_, foreach_lerp_
+from descant.modules.core.compat.layers import NormBase
 from descant.modules.core.dtensor import reshard
 from descant.modules.core.errors import require_value
 from descant.modules.core.ranks import world
@@ -145,7 +146,7 @@ class EMA(L.Callback):
         average, live = self._pairs
         if any(a.dtype != w.dtype for a, w in zip(average, live, strict=True)):
             live = [w.to(a.dtype) for a, w in zip(average, live, strict=True)]
-        torch._foreach_lerp_(average, live, 1 - self.rate(self.updates))
+        foreach_lerp_(average, live, 1 - self.rate(self.updates))
         self.updates += 1
 
     def grow(self, module: L.LightningModule, growths: Mapping[str, Growth]) -> None:
@@ -171,7 +172,7 @@ class EMA(L.Callback):
         }
         self._statistics = set()
         for prefix, part in module.named_modules():
-            if isinstance(part, _NormBase):
+            if isinstance(part, NormBase):
                 statistics = part.named_buffers(prefix, recurse=False)
                 buffers = {name: b for name, b in statistics if b.is_floating_point()}
                 chosen |= buffers
@@ -196,13 +197,13 @@ class EMA(L.Callback):
                     dist.broadcast(tensor, src=0)
         self._raw = {name: self._live[name].detach().clone() for name in self._average}
         # copy the contents and keep the storage: compiled graphs, optimizers and DDP buckets point at these tensors
-        torch._foreach_copy_([self._live[name].detach() for name in self._average], list(self._average.values()))
+        foreach_copy_([self._live[name].detach() for name in self._average], list(self._average.values()))
 
     @torch.no_grad()
     def _show_raw(self) -> None:
         if self._raw is None:
             return
-        torch._foreach_copy_([self._live[name].detach() for name in self._raw], list(self._raw.values()))
+        foreach_copy_([self._live[name].detach() for name in self._raw], list(self._raw.values()))
         self._raw = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from descant.callbacks.callback_order import is_a
 from descant.callbacks.training.ema import EMA
+from descant.modules.core.compat.foreach import foreach_copy_
 from descant.modules.core.errors import say, warn
 from descant.modules.training_setup.optim import averaging
 
@@ -80,7 +81,7 @@ class ScheduleFree(EMA):
             name: tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
             for name, tensor in zip(self._live, live, strict=True)
         }
-        torch._foreach_copy_(live, raw)
+        foreach_copy_(live, raw)
         for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["train_mode"] = True
         return average

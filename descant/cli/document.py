@@ -112,7 +112,7 @@ def shown(file: Path) -> str:
 
 
 def _parse(text: str, name: str, folder: Path, lines: bool = True) -> Node:
-    from jsonargparse._loaders_dumpers import get_yaml_default_loader  # late: takes a third of a Tab
+    from descant.modules.core.compat.jsonargparse import get_yaml_default_loader  # late: takes a third of a Tab
 
     loader = None
     try:

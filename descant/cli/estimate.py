@@ -19,9 +19,10 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import count_rows
+from descant.modules.core.compat.memory import storage_id
+from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.training_setup.flops import FlopCount
 from descant.modules.training_setup.memory import MemoryLedger
 
@@ -127,7 +128,7 @@ def _once(some: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the tensors among ``some``, one per storage."""
     seen: set[int] = set()
     for tensor in some:
-        if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
+        if isinstance(tensor, Tensor) and (key := storage_id(tensor.untyped_storage())) not in seen:
             seen.add(key)
             yield tensor
 

@@ -19,7 +19,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from descant.callbacks.checkpoints.resume import Resume, Stopped, require_exact
 from descant.callbacks.health.nonfinite import RollBack
@@ -48,6 +47,7 @@ from descant.cli.trainer_parts import (
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
 from descant.export.loading import allowed
+from descant.modules.core.compat.launcher import SubprocessScriptLauncher
 from descant.modules.core.errors import Outage, one_line
 from descant.modules.core.ranks import as_batch_work
 from descant.modules.io import hub
@@ -291,7 +291,7 @@ class DescantCLI(LightningCLI):
         if trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             as_batch_work()
         launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
+        if isinstance(launcher, SubprocessScriptLauncher):
             self.ranks = Ranks(launcher, self.place.folder, (Stopped, RollBack), lambda: clear(self))
             launcher.launch = self.ranks.launch  # type: ignore[method-assign]  # Lightning's leaves ranks running
         return trainer

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # Lightning names it nowhere else
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from descant.cli.errors import fail
 from descant.datamodules.changes import DataPolicy
+from descant.modules.core.compat.accelerator import PrecisionInput, choose_auto_accelerator
 
 AUTO = "auto"
 _FULL, _HALF = "32-true", "bf16-mixed"
@@ -36,7 +35,7 @@ class Trainer(L.Trainer):
         self,
         *,
         accelerator: str | Accelerator = AUTO,
-        precision: _PRECISION_INPUT | Literal["auto"] | None = None,
+        precision: PrecisionInput | Literal["auto"] | None = None,
         **kwargs: Any,
     ) -> None:
         resolved: Any = choose(accelerator)[0] if precision == AUTO else precision
@@ -51,7 +50,7 @@ def choose(accelerator: object = AUTO) -> tuple[Any, str]:
     """
     kind = accelerator if accelerator is not None else AUTO
     if kind == AUTO:
-        kind = _AcceleratorConnector._choose_auto_accelerator()
+        kind = choose_auto_accelerator()
     elif kind == "gpu":  # only what torch has; Lightning refuses the rest and gives its reason
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cuda"
     if kind == "cuda":
@@ -75,9 +74,8 @@ def cpu_bfloat16() -> str | None:
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return None
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
+    has = torch.cpu.get_capabilities().get
+    return "AMX" if has("amx_tile") else "AVX512-BF16" if has("avx512_bf16") else None
 
 
 def chosen(trainer: Any) -> tuple[Any, str]:
@@ -133,7 +131,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 def _on_cpu(accelerator: object) -> bool:
     if accelerator in (None, AUTO):
-        accelerator = _AcceleratorConnector._choose_auto_accelerator()
+        accelerator = choose_auto_accelerator()
     return accelerator == "cpu"
 
 

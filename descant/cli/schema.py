@@ -191,7 +191,8 @@ def _fits(part: Part, value: Any) -> bool:
 def _number(text: str) -> Any:
     """Return the value that the parser reads from a text."""
     import yaml
-    from jsonargparse._loaders_dumpers import get_yaml_default_loader
+
+    from descant.modules.core.compat.jsonargparse import get_yaml_default_loader
 
     try:
         return yaml.load(text, get_yaml_default_loader())  # safe: it is a SafeLoader that reads 1e-3 as a number

@@ -1,4 +1,4 @@
-"""Schema of classes from jsonargparse's own actions. The one file that uses jsonargparse's private API.
+"""Schema of classes from jsonargparse's own actions.
 
 The early check and the real parse agree, because both use the parser's own sub-parsers.
 """
@@ -16,23 +16,30 @@ from functools import cached_property
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_loader
-from jsonargparse._actions import ActionConfigFile, filter_non_parsing_actions
-from jsonargparse._common import parser_context
-from jsonargparse._loaders_dumpers import yaml_load
-from jsonargparse._required import iter_required_keys
-from jsonargparse._typehints import ActionTypeHint, get_all_subclass_paths
-from jsonargparse._util import get_import_path, import_object
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from torch import Tensor
 
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Type, Unknown, classes, kinds
 from descant.cli.trust import allowed
+from descant.modules.core.compat.jsonargparse import (
+    ActionConfigFile,
+    ActionTypeHint,
+    check_value,
+    filter_non_parsing_actions,
+    get_all_subclass_paths,
+    get_import_path,
+    import_object,
+    iter_required_keys,
+    parser_context,
+)
 from descant.modules.io import names
 
 #: Package whose classes a configuration may name -> the extra of descant that installs it.
 EXTRAS = {"schedulefree": "schedule-free"}
+#: jsonargparse's own loader, which :func:`read_replaced` replaces.
+_load_yaml = get_loader("yaml")
 #: Imports the object of a full path, under the import policy.
 find_class = import_object
 _UNIONS = (Union, types.UnionType)
@@ -110,8 +117,7 @@ class Live:
         parser = self.parser if owner is None else owner.source
         action = _actions(parser)[name]
         try:
-            with parser_context(load_value_mode=parser.parser_mode, parent_parser=parser):
-                parser._check_value_key(action, value, action.dest, Namespace())
+            check_value(parser, action, value)
         except (TypeError, ValueError, KeyError, argparse.ArgumentError):
             return False
         return True
@@ -203,7 +209,7 @@ def read_replaced() -> None:
     """Make parsers read the nodes in :data:`descant.cli.document.replaced` instead of the files with that text."""
 
     def load(text: str) -> Any:
-        return replaced[text].plain if text in replaced else yaml_load(text)
+        return replaced[text].plain if text in replaced else _load_yaml(text)
 
     set_loader("yaml", load, (yaml.YAMLError,))
 

@@ -126,16 +126,12 @@ class Embedder:
 @contextmanager
 def trusting(trust: Sequence[str]) -> Iterator[None]:
     """Apply the allow-list of classes inside the context; afterwards restore the parser's settings."""
-    from jsonargparse import _common  # the public API sets these settings, but cannot read them
+    from descant.modules.core.compat.jsonargparse import restoring_settings
 
-    before = dict(_common.parsing_settings)
-    try:
+    with restoring_settings():
         enforce(trust)
         with saved.policy(allowed(trust)), hub.permitted("hub" in trust):
             yield
-    finally:
-        _common.parsing_settings.clear()
-        _common.parsing_settings.update(before)
 
 
 def allowed(trust: Sequence[str]) -> Callable[[str], None]:

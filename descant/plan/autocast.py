@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from descant.modules.core.compat.dispatch import skipping_kernels
+from descant.modules.core.compat.pytree import tree_leaves, tree_map
 
 aten: Any = torch.ops.aten
 KEY = "AutocastPrivateUse1"
-_KEYS: Any = torch._C.DispatchKey
 
 
 def _names(text: str) -> list[str]:
@@ -53,7 +54,7 @@ BANNED = ("binary_cross_entropy",)
 
 
 def _below(device: str, func: Any, args: Any, kwargs: Any) -> Any:
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(_KEYS, KEY))):
+    with skipping_kernels(KEY):
         return func(*args, **kwargs)
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from descant.modules.core.compat.dispatch import TorchDispatchMode
 from descant.plan.contention import measured_ranks
 from descant.plan.hardware import Calibration, Card, Hardware, Link
 from descant.plan.kernels import Kernel, kernels

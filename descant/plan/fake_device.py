@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from descant.cli.errors import fail
+from descant.modules.core.compat.dispatch import TorchDispatchMode
+from descant.modules.core.compat.fake import FakeTensor, FakeTensorMode
+from descant.modules.core.compat.fsdp import chunking_with
+from descant.modules.core.compat.python_device import PythonDeviceModule, register_python_device
+from descant.modules.core.compat.pytree import tree_leaves, tree_map
 from descant.plan import autocast
 
 NAME = "plan"
@@ -53,7 +53,7 @@ class _Stream:
     wait = wait_stream = wait_event = record = synchronize = _nothing
 
 
-class _Backend(_DummyBackendModule):
+class _Backend(PythonDeviceModule):
     """The module ``torch.plan``, with the names of ``torch.cuda`` that FSDP2 uses."""
 
     Stream = Event = _Stream
@@ -88,7 +88,7 @@ class _Backend(_DummyBackendModule):
 def register() -> torch.device:
     """Return the device; the first call registers it in this process."""
     backend = _Backend()
-    _setup_privateuseone_for_python_backend(NAME, backend_module=backend)
+    register_python_device(NAME, backend_module=backend)
     for name in ("Stream", "Event", "current_stream", "stream", "set_device"):
         setattr(torch.get_device_module(NAME), name, getattr(backend, name))
     library = torch.library.Library("aten", "IMPL")
@@ -98,9 +98,9 @@ def register() -> torch.device:
     for name, kernel in KERNELS.items():
         library.impl(name, kernel, "PrivateUse1")
     _kept.extend([*autocast.register(NAME), library])
-    from torch.testing._internal.distributed.fake_pg import _create_fake_pg
+    from descant.modules.core.compat.fake_group import create_fake_group
 
-    dist.Backend.register_backend(GROUP, _create_fake_pg, extended_api=True, devices=[NAME])
+    dist.Backend.register_backend(GROUP, create_fake_group, extended_api=True, devices=[NAME])
     return torch.device(NAME, 0)
 
 
@@ -217,10 +217,9 @@ def on_device(values: Any) -> bool:
 @contextmanager
 def ranks(world: int) -> Iterator[None]:
     """Open a process group of ``world`` ranks, in which this process is rank 0 and no other rank exists."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     register()
-    dist.init_process_group(f"cpu:fake,{NAME}:{GROUP}", rank=0, world_size=world, store=FakeStore())
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch documents it
+    dist.init_process_group(f"cpu:fake,{NAME}:{GROUP}", rank=0, world_size=world, store=store)
     try:
         yield
     finally:
@@ -255,14 +254,13 @@ def adapted(cpu: bool = False) -> Iterator[None]:
     torch's own has no device set and cannot be waited for. FSDP2 makes the chunk of one rank only, not those of a
     thousand ranks for each parameter.
     """
-    part: Any = _fsdp_param
     _of_cpu[:] = [True] * cpu
-    kept = Tensor.record_stream, part._chunk_with_empty, torch.accelerator.current_stream
+    kept = Tensor.record_stream, torch.accelerator.current_stream
     torch.accelerator.current_stream = lambda device=None: _Stream()  # type: ignore[assignment, return-value]
     Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
-    part._chunk_with_empty = _Chunks
     try:
-        yield
+        with chunking_with(_Chunks):
+            yield
     finally:
-        Tensor.record_stream, part._chunk_with_empty, torch.accelerator.current_stream = kept  # type: ignore[method-assign]
+        Tensor.record_stream, torch.accelerator.current_stream = kept  # type: ignore[method-assign]
         _of_cpu.clear()

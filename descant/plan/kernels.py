@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from descant.modules.core.compat.foreach import fused_adamw_
 from descant.plan.operators import BY_FLOPS
 
 #: Bytes of the larger side of kernels measured by bytes; the smallest shows the fixed cost of an operator.
@@ -188,6 +189,5 @@ def _states(b: int, d: int, device: torch.device) -> Callable[[], tuple[Any, ...
 
 
 def _adamw(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], steps: list[Tensor]) -> None:
-    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
-    fused: Any = torch._fused_adamw_
-    fused(p, g, m, v, [], steps, maximize=False, **options)
+    options: Any = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
+    fused_adamw_(p, g, m, v, [], steps, maximize=False, **options)

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 
 from descant.callbacks.policy.rollouts import Rollouts
 from descant.callbacks.policy.rounds import Rounds
@@ -20,6 +19,7 @@ from descant.cli.check import Check, Checked
 from descant.cli.precision import AUTO
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
+from descant.modules.core.compat.python_device import device_constructors
 from descant.modules.core.protocols import StagedDataModule
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
 from descant.modules.training_setup.compile_and_shard import Compile, Shard
@@ -46,7 +46,7 @@ class LargeOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None and func not in _OF_VALUES:
+        if func in device_constructors() and kwargs.get("device") is None and func not in _OF_VALUES:
             like = func(*args, **kwargs | {"device": "meta"})
             if like.numel() >= LARGE:
                 return like

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from descant.modules.core.compat.dispatch import TorchDispatchMode
+from descant.modules.core.compat.fake import FakeTensor
+from descant.modules.core.compat.memory import storage_id
+from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.training_setup.flops import repeated_share
 from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
 from descant.plan.fake_device import NAME, channels_last
@@ -107,7 +108,7 @@ class Recorder(TorchDispatchMode):
         self.collectives.append(message)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_id(storage), storage.nbytes()
         before = self._sizes.get(key)
         if before is None:
             weakref.finalize(storage, self._drop, key)

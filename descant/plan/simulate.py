@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from descant.cli.errors import fail
 from descant.modules.core.batch import Batch, some
+from descant.modules.core.compat.fake import DataDependentOutputException, DynamicOutputShapeException
+from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.part import nested
 from descant.modules.training_setup.optim import make_optimizer

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from descant.cli.errors import WRONG, say
 
 if TYPE_CHECKING:
-    from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+    from descant.modules.core.compat.launcher import SubprocessScriptLauncher
 
 #: Environment variables: pid of the rank that starts others, and the folder for their error lines.
 PARENT, LINES = "DESCANT_PARENT", "DESCANT_RANK_LINES"
@@ -116,7 +116,7 @@ class Ranks:
 
     def __init__(
         self,
-        launcher: _SubprocessScriptLauncher,
+        launcher: SubprocessScriptLauncher,
         folder: Path,
         agreed: tuple[type[BaseException], ...] = (),
         clear: Callable[[], None] = lambda: None,
@@ -126,21 +126,21 @@ class Ranks:
         self._failed, self._over = threading.Event(), threading.Event()
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the ranks, then call the function in this one, as ``_SubprocessScriptLauncher.launch`` does.
+        """Start the ranks, then call the function in this one, as ``SubprocessScriptLauncher.launch`` does.
 
         Raises:
             Ended: if a started rank failed first.
         """
-        from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+        from descant.modules.core.compat.launcher import set_num_threads_if_needed, start_ranks
 
         launcher = self.launcher
         environment = launcher.cluster_environment
         environment.validate_settings(num_devices=launcher.num_processes, num_nodes=launcher.num_nodes)
         if not environment.creates_processes_externally:
             os.environ[PARENT], os.environ[LINES] = str(os.getpid()), str(self.folder)
-            launcher._call_children_scripts()
+            start_ranks(launcher)
             threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
-        _set_num_threads_if_needed(num_processes=launcher.num_processes)
+        set_num_threads_if_needed(num_processes=launcher.num_processes)
         try:
             return function(*args, **kwargs)
         except self.agreed:

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from descant.modules.core.compat.dtensor import local_shape_and_offset
+from descant.modules.core.compat.pytree import tree_map
 from descant.modules.io.manifest import NONE, fault_of_share
 from descant.modules.io.parts import Name, Parted, PartTable, filled
 from descant.modules.io.plain import in_parts, load_plain
@@ -82,7 +82,7 @@ class Sharded(ModelParallelStrategy):
 
         With :class:`PartedIO`, each rank has its own parts.
         """
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         parted, scalars = isinstance(self.checkpoint_io, PartedIO), {id(p) for p in self._scalars().values()}
         state, own = optimizer.state_dict(), _parameters(optimizer)
 
@@ -223,7 +223,7 @@ def _read(table: PartTable | None, value: Any, like: Any = None) -> Any:
     if not isinstance(like, DTensor) or (shape or (1,)) != tuple(like.shape):
         return box((0,) * len(shape), shape)
     mesh, placements = like.device_mesh, like.placements
-    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    size, offset = local_shape_and_offset(like.shape, mesh, placements)
     local = box(offset, size) if shape else box((), ()).reshape(1)[: size[0]]
     how: dict[str, Any] = {"run_check": False, "shape": like.shape, "stride": like.stride()}
     split: DTensor = DTensor.from_local(local.to(like.device), mesh, placements, **how)

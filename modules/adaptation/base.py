@@ -7,8 +7,8 @@ from types import MethodType
 from typing import cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.errors import no_such
 from descant.modules.core.part import RecipePart
 from descant.modules.towers.base import Tower
@@ -50,7 +50,7 @@ def ends_with(names: list[str], end: str, argument: str, tower: str) -> list[str
 def keep_norms_in_eval(tower: nn.Module) -> None:
     """Keep the batch norms of a frozen tower in eval mode, whatever ``train()`` is called."""
     for module in tower.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval()
             # a bound method, which follows the module into a deep copy
             module.train = MethodType(_eval, module)  # type: ignore[method-assign]

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from descant.modules.core.compat.layers import BatchNorm
 
 
 class FrozenBatchNormStats(AbstractContextManager[None]):
@@ -19,7 +20,7 @@ class FrozenBatchNormStats(AbstractContextManager[None]):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.saved: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
+        self.saved: list[tuple[BatchNorm, float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:
         for norm in running_norms(self.module):
@@ -49,7 +50,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     >>> y.flatten().round().tolist(), norm.running_mean.item(), norm.training
     ([-1.0, 1.0], 0.0, False)
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and not m.training]
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm) and not m.training]
     try:
         for norm in norms:
             norm.training = True
@@ -60,9 +61,9 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
             norm.training = False
 
 
-def running_norms(module: nn.Module) -> list[_BatchNorm]:
+def running_norms(module: nn.Module) -> list[BatchNorm]:
     """List the batch norms that currently update running statistics: those in training mode that track them."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    return [m for m in module.modules() if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
 
 
 @contextmanager

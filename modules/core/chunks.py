@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.core.batch_norm import recompute_contexts
+from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
 
 
@@ -69,7 +69,7 @@ def require_useful_chunks(chunks: int, recipe: Any) -> None:
 
 def looks_at_the_batch(module: nn.Module) -> bool:
     """Whether rows interact inside a module, that is, whether it has a batch norm in train mode."""
-    return any(isinstance(part, _BatchNorm) and part.training for part in module.modules())
+    return any(isinstance(part, BatchNorm) and part.training for part in module.modules())
 
 
 def nearest_divisor(rows: int, chunks: int) -> int:

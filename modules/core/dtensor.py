@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from descant.modules.core.compat.foreach import foreach_mul_
+
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a split tensor, or the tensor itself if it is not split.
@@ -81,7 +83,7 @@ def clip_by_norm(parameters: Iterable[Tensor], most: float) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     if grads:
         factor = (most / (total_norm(grads) + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local(grad) for grad in grads], factor)
+        foreach_mul_([local(grad) for grad in grads], factor)
 
 
 def reshard(module: nn.Module) -> None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from descant.modules.core.compat.autograd import is_in_backward
+
 _open = 0
 
 
@@ -33,5 +35,4 @@ def is_recomputing() -> bool:
     >>> is_recomputing()
     False
     """
-    in_backward = torch._C._current_graph_task_id() != -1
-    return in_backward and (_open > 0 or torch.is_grad_enabled())
+    return is_in_backward() and (_open > 0 or torch.is_grad_enabled())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from descant.modules.core.compat.layers import Dropout
 from descant.modules.core.host import host_copy, to_device
 
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -157,7 +158,7 @@ def drawn_by_rank(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """
     parts = {}
     for name, part in ((name, part) for name, part in module.named_modules() if part.training):
-        is_dropout = isinstance(part, nn.modules.dropout._DropoutNd)
+        is_dropout = isinstance(part, Dropout)
         for key in ["p"] if is_dropout else [key for key in vars(part) if "drop" in key]:
             if isinstance(vars(part)[key], float) and 0 < vars(part)[key] <= 1:
                 parts[name] = part, key

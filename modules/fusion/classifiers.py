@@ -15,9 +15,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import _Orthogonal, orthogonal
+from torch.nn.utils.parametrizations import orthogonal
 
 from descant.modules.core.batch import only as only
+from descant.modules.core.compat.layers import Orthogonal
 from descant.modules.core.errors import require_value
 from descant.modules.core.host import everyone, host_copy
 from descant.modules.core.rows import RowTracker
@@ -199,7 +200,7 @@ class OrthogonalFusion(FusionHead):
         return self.bias_C + torch.stack([self._part(m, x) for m, x in self.parts(z, present).items()]).sum(dim=0)
 
 
-class _Cayley(_Orthogonal):
+class _Cayley(Orthogonal):
     """torch's Cayley map, with bit-identical results: ``(I - A/2)^-1 (I + A/2)`` with ``A = tril(W) - tril(W)^T``.
 
     It omits torch's check that the system is solvable, which synchronises an accelerator. The system always is, because

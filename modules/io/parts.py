@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from descant.modules.core.compat.dtensor import local_shape_and_offset
 from descant.modules.io import plain_json
 from descant.modules.io.part_files import fault_of_parts
 
@@ -111,7 +111,7 @@ def _piece(tensor: Tensor, place: str, first: bool) -> tuple[Piece, bool]:
         odd = next((p for p in placements if type(p) not in (Shard, Replicate)), None)
         if odd is not None:
             raise ValueError(f"{place}: placed as {odd}: only whole and evenly split tensors are saved in parts")
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        _, offset = local_shape_and_offset(tensor.shape, mesh, placements)
         at = mesh.get_coordinate()
         mine = at is not None and not any(c for c, p in zip(at, placements, strict=True) if isinstance(p, Replicate))
         piece = Piece(tensor.to_local().detach(), tuple(tensor.shape), tuple(offset))

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.host import to_device
 
 
@@ -157,7 +157,7 @@ class _LowRankConv(Modulated):
         return h + torch.einsum("nr...,ncr->nc...", low_Rr, b_SCr[part_R]).to(h.dtype)
 
 
-_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 #: Attributes that hold a width.

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed._composable_state import _module_state_mapping
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from descant.modules.core.compat.fsdp import sharded_modules
 from descant.modules.core.host import read_together, to_device
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
@@ -191,7 +190,7 @@ def _find_gathered() -> set[Tensor]:
 
     They look like any other parameters, but their gradients are only reduced if a whole backward passes their module.
     """
-    return {p for module in list(_module_state_mapping) if isinstance(module, FSDPModule) for p in module.parameters()}
+    return {p for module in sharded_modules() for p in module.parameters()}
 
 
 def _read(names: Sequence[str], terms: Sequence[Tensor], loss: Tensor | None) -> tuple[Tensor, float]:

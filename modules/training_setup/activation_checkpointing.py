@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from descant.modules.adaptation.base import LM, chosen
 from descant.modules.core.batch_norm import recompute_contexts
+from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.part import RecipePart
 
 
@@ -54,7 +54,7 @@ def recompute(block: nn.Module, preserve_rng: bool) -> None:
     if hasattr(plain, "_recomputed"):
         return
     # a second forward in train mode would count every batch twice in running statistics
-    norms = any(isinstance(module, _BatchNorm) for module in block.modules())
+    norms = any(isinstance(module, BatchNorm) for module in block.modules())
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.compat.dispatch import TorchDispatchMode
 from descant.modules.core.hooks import GradientHooks
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.recomputation import is_recomputing

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from descant.modules.core.batch import Batch
+from descant.modules.core.compat.dispatch import TorchDispatchMode
+from descant.modules.core.compat.memory import storage_id
+from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.training_setup.flops import count_flops, trying, twin_of
 from descant.modules.training_setup.optim import make_optimizer
@@ -38,14 +39,14 @@ class MemoryLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {storage_id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+            if isinstance(tensor, Tensor) and storage_id(storage := tensor.untyped_storage()) not in given:
                 self._hold(storage)  # a view allocates nothing
         return out
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_id(storage), storage.nbytes()
         if key not in self._held and size:
             self._held.add(key)
             self.live += size

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 
+from descant.modules.core.compat.memory import dump_snapshot, record_memory_history
+
 #: Names of spans that Lightning and torch put around operations.
 _SPANS = ("[pl]", "ProfilerStep")
 #: The most allocations that a memory snapshot holds.
@@ -50,7 +52,7 @@ class OperationProfile(PyTorchProfiler):
             module = self._lightning_module
             self._memory = module is not None and module.device.type == "cuda"
             if self._memory:
-                torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+                record_memory_history(max_entries=_ALLOCATIONS)
         super().start(action_name)
 
     def _recorded(self, profiler: Any) -> None:
@@ -61,7 +63,7 @@ class OperationProfile(PyTorchProfiler):
         rank = f"-{self._local_rank}" if self._local_rank else ""
         profiler.export_chrome_trace(str(folder / f"trace{rank}.json.gz"))
         if self._memory:
-            torch.cuda.memory._dump_snapshot(str(folder / f"memory{rank}.pickle"))
+            dump_snapshot(str(folder / f"memory{rank}.pickle"))
         self._lines = table(profiler.key_averages(), self.steps, self._memory)
         (folder / f"operations{rank}.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
 
@@ -73,7 +75,7 @@ class OperationProfile(PyTorchProfiler):
         if self._stage == "fit":
             self._delete_profilers()
             if self._memory:
-                torch.cuda.memory._record_memory_history(enabled=None)
+                record_memory_history(enabled=None)
             self._memory = False
             if not self._local_rank:
                 found = f"the dearest operations of {self.steps} steps ({self.dirpath})"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from descant.modules.core.compat.layers import Conv, ConvTranspose
 
 #: Parts of a name that mark a layer at a model's input or output, or one that chooses experts.
 BESIDES = (
@@ -54,8 +55,8 @@ class HiddenMatrices(ParameterRule):
         *parts, last = name.split(".")
         if any(self.besides.fullmatch(part) for part in parts):
             return False
-        if isinstance(owner, _ConvNd):
-            whole = owner.groups == 1 and not isinstance(owner, _ConvTransposeNd)
+        if isinstance(owner, Conv):
+            whole = owner.groups == 1 and not isinstance(owner, ConvTranspose)
             return self.convolutions and whole and last == "weight"
         if isinstance(owner, nn.MultiheadAttention):
             return parameter.ndim == 2

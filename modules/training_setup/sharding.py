@@ -19,13 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as Split
-from torch.utils._pytree import tree_map
 
 try:
     from torch.distributed.fsdp import DataParallelMeshDims
 except ImportError:  # of torch before 2.13
     DataParallelMeshDims = None  # type: ignore[assignment,misc]
 
+from descant.modules.core.compat.pytree import tree_map
 from descant.modules.missing_modalities.modulation import touch_parameters
 from descant.modules.moe.active import expert_layers
 from descant.modules.moe.parallel import parallelize, require_divided

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.ranks import awaited_total, gather, rank, world
 
 
@@ -29,7 +29,7 @@ def synchronize(module: nn.Module) -> int:
     >>> synchronize(net), synchronize(net), type(net[1]).__name__
     (1, 0, 'SynchronizedBatchNorm1d')
     """
-    plain = [m for m in module.modules() if isinstance(m, _BatchNorm) and not getattr(type(m), "_synchronized", False)]
+    plain = [m for m in module.modules() if isinstance(m, BatchNorm) and not getattr(type(m), "_synchronized", False)]
     for norm in plain:
         cls = type(norm)
         if not isinstance(norm, nn.SyncBatchNorm):

@@ -28,8 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, unit: str | None, slower: float = 1
 
 def capabilities(monkeypatch: pytest.MonkeyPatch, level: str, avx512: bool, amx: bool) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": avx512, "amx_tile": amx})
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
 
