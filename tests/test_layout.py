@@ -179,3 +179,61 @@ def test_folders_of_modules_import_one_another_in_no_circle() -> None:
             rooms[room] |= {o.split(".")[2] for o in others if o.startswith("descant.modules.")} - {room}
     assert rooms["core"] == set(), f"core is below all others: {rooms['core']}"
     assert not circle(rooms), rooms
+
+
+#: Libraries whose private API only the folder ``modules/core/compat`` may use.
+LIBRARIES = ("torch", "lightning", "jsonargparse")
+
+
+def private_names(text: str) -> Iterator[str]:
+    """Dotted names of LIBRARIES with a part that begins with one underscore, in imports and after imported names.
+
+    Operators (``torch.ops.aten._softmax``) are names of torch's schema.
+    """
+    nodes = [*ast.walk(ast.parse(text))]
+    full: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            before = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                yield f"{before}{alias.name}"
+                own = alias.asname or (alias.name if before else alias.name.partition(".")[0])
+                full[own] = f"{before}{alias.name}" if before or alias.asname else own
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in full:
+                yield f"{full[root]}.{rest}"
+
+
+def is_private(name: str) -> bool:
+    parts = name.split(".")
+    if parts[0] not in LIBRARIES or name.startswith("torch.ops.") or not all(part.isidentifier() for part in parts):
+        return False
+    return any(part.startswith("_") and not part.startswith("__") for part in parts)
+
+
+def test_private_api_of_libraries_is_used_in_one_folder() -> None:
+    found = []
+    for part in (*PARTS, "descant", "benchmarks"):
+        for file in sorted((TOP / part).rglob("*.py")):
+            if not any(p.is_symlink() for p in file.parents) and file.parent != TOP / "modules" / "core" / "compat":
+                names = filter(is_private, private_names(file.read_text()))
+                found += [f"{file.relative_to(TOP)}: {name}: import it in modules/core/compat" for name in names]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("from torch.utils._pytree import tree_map", "torch.utils._pytree.tree_map"),
+        ("def f():\n    from jsonargparse import _common", "jsonargparse._common"),
+        ("import torch._C as c", "torch._C"),
+        ("import torch.distributed as dist\ndist.distributed_c10d._world", "torch.distributed.distributed_c10d._world"),
+        ("import torch\ntorch._C._current_graph_task_id()", "torch._C._current_graph_task_id"),
+        ("import torch\ntorch.ops.aten._softmax\ntorch.__version__\nself._x = torch.ones(self._n).sum()", ""),
+    ],
+)
+def test_private_names_are_found(text: str, name: str) -> None:
+    found = [*filter(is_private, private_names(text))]
+    assert name in found if name else not found
