@@ -120,5 +120,5 @@ def test_a_command_without_the_one_before_names_it_in_a_line(command: str, cli: 
 def test_the_examples_of_the_contracts_run() -> None:
     page = (ROOT / "docs/guides/contracts.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     exec("\n".join(blocks), {})  # its lines assert what they state

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -82,7 +82,7 @@ def test_dispatch() -> None:
     with relying_on("dispatch", "a mode receives all operators, those of a backward pass too") as compat:
         seen: list[Any] = []
 
-        class Mode(compat.TorchDispatchMode):  # type: ignore[name-defined, misc]
+        class Mode(compat.TorchDispatchMode):  # type: ignore[name-defined]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 seen.append((func, isinstance(args, tuple)))
                 return func(*args, **(kwargs or {}))
@@ -201,7 +201,8 @@ def _talk(rank: int) -> tuple[bytes, list[Any]]:
     from descant.modules.core.compat import distributed as compat
 
     dist.init_process_group("gloo")
-    store = compat.default_store().clone()
+    shared: Any = compat.default_store()
+    store = shared.clone()
     store.set(f"from {rank}", "met")
     dist.all_reduce(torch.ones(5))
     entries = [e for dump in compat.flight_recorders() for e in json.loads(dump()).get("entries", ())]
@@ -303,8 +304,7 @@ def test_accelerator() -> None:
     with relying_on("accelerator", "choices of the precision, and the accelerator of auto") as compat:
         hint = get_type_hints(L.Trainer.__init__)["precision"]
         assert set(get_args(compat.PrecisionInput)) <= set(get_args(hint))
-        choices = {choice for kind in get_args(compat.PrecisionInput) for choice in get_args(kind)}
-        assert {"bf16-mixed", "32-true"} <= choices
+        assert {"bf16-mixed", "32-true"} <= {c for kind in get_args(compat.PrecisionInput) for c in get_args(kind)}
         trainer = L.Trainer(accelerator="auto", logger=False, enable_checkpointing=False, devices=1)
         kind = compat.choose_auto_accelerator()
         assert kind in ("cpu", "cuda", "mps") and kind.upper() in type(trainer.accelerator).__name__.upper()
@@ -327,8 +327,7 @@ def test_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         assert steps == ["validate", "ranks", "observer", 2]
         compat.start_ranks(launcher)
         assert steps[4:] == ["ranks"]
-    with relying_on("launcher", "the number of threads is that of the environment, where it is set") as compat:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # where it is set, it holds
         compat.set_num_threads_if_needed(num_processes=2)
         assert torch.get_num_threads() == 1
 
@@ -341,7 +340,7 @@ class Logging(L.LightningModule):
         self.weight = nn.Parameter(torch.zeros(()))
         self.seen: list[Any] = []
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         value = 1.0 + 2.0 * batch_idx
         self.log("value", value, on_step=True, on_epoch=True, batch_size=2)
         return self.weight * value
@@ -364,7 +363,7 @@ def test_logged() -> None:
         model = Logging()
         quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
-        trainer.fit(model, torch.utils.data.DataLoader([torch.zeros(1)] * 2))
+        trainer.fit(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(2))))
         ((key, result, meta, sync),) = model.seen
         assert type(result) is compat.ResultMetric and type(meta) is compat.Metadata and type(sync) is compat.Sync
         assert model.numbers == [8.0, 4.0, 3.0] and model.counts == (2, False, True)
