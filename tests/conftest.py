@@ -105,7 +105,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-    command.long_lived_objects_frozen = contextlib.nullcontext  # type: ignore[assignment]
+    command.long_lived_objects_frozen = contextlib.nullcontext  # type: ignore[assignment, attr-defined]
 
 
 @dataclass
