@@ -23,7 +23,7 @@ from descant.cli.catalogue import experiments, header, overlays, shipped
 from descant.modules.io import names
 from descant.modules.io.checkpoints import followed
 from tests.conftest import Result
-from tests.rotation import quick
+from tests.rotation import quick, turn
 
 Cli = Callable[..., Result]
 
@@ -75,7 +75,7 @@ def test_help_of_fit_has_experiments_in_a_line_each_as_far_as_a_screen_goes(cli:
     assert "--explain" in cli("check", "--help").out and not any("--explain" in line for line in lines)
 
 
-@pytest.mark.parametrize("option", ["--model.help", "--data.help"])
+@pytest.mark.parametrize("option", turn(["--model.help", "--data.help"], 2))
 def test_help_of_a_class_needs_no_cache(option: str, tmp_path: Path) -> None:
     env = {**os.environ, "DESCANT_CACHE": str(tmp_path)}
     name = {"--model.help": "Contrastive", "--data.help": "Emoji"}[option]
