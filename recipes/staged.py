@@ -101,6 +101,7 @@ class Staged(Changing):
 
     def configure_optimizers(self) -> Any:
         """Configure the stage's optimizer; its schedule runs over the steps of the stage, in all its epochs."""
+        self.fit_to_data()
         schedule, data = self.optimization.schedule, datamodule_of(self.trainer)
         if schedule is None or not has(data, StagedDataModule):
             return super().configure_optimizers()

@@ -5,8 +5,6 @@ Letters: B samples, T tokens of a modality, N tokens of all samples, P raw numbe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,10 +49,9 @@ class MaskedRecipe(Recipe):
             if self.align is not None and self.align.other == "text":
                 require_fit(tokenizer, self.align.tower, "align.tower")
 
-    def configure_optimizers(self) -> Any:
-        adapters = self.adapters.each()  # now, after weights are loaded and before a budget counts a step
+    def fit_to_data(self) -> None:
+        adapters = self.adapters.each()
         fit_tokenizers(self.trainer, {m: a.tokenizer for m, a in adapters.items() if isinstance(a, CodeAdapter)})
-        return super().configure_optimizers()
 
     def raw(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each modality's raw content ``[B, T, P]``, and a bool mask ``[B, T]`` of the tokens that exist."""

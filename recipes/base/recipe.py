@@ -131,7 +131,11 @@ class Recipe(L.LightningModule):
             if has(tower, ReadsData):
                 tower.require_data(name, running.datamodule_of(self.trainer), stage)
 
+    def fit_to_data(self) -> None:
+        """Fit what samples decide, such as tokenizers, once: after weights are loaded, before a step is counted."""
+
     def configure_optimizers(self) -> Any:
+        self.fit_to_data()
         return self.optimization.configure(self)
 
     def objective_of(self, batch: Batch) -> Objective:

@@ -65,6 +65,9 @@ class Wrapper(Recipe):
         super().setup(stage)
         self.inner.setup(stage)
 
+    def fit_to_data(self) -> None:
+        self.inner.fit_to_data()
+
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(getattr(self.inner, "modalities", self.towers))

@@ -25,7 +25,7 @@ from descant.modules.towers import Towers
 from descant.modules.towers.vit import Trunk
 from descant.modules.training_setup.memory import step_cost, step_memory
 from descant.modules.training_setup.schedule import WarmupCosine
-from descant.recipes import Fusion, Masked
+from descant.recipes import Fusion, Masked, Stage, Staged
 from tests._suites import SampleData, towers
 from tests._suites.data import CLASSES, MODALITIES, TwoLayerTower
 from tests.callbacks.checkpoints.test_resume import equal, fit, point, state
@@ -85,9 +85,11 @@ def test_counting_changes_nothing(folder: Path, tmp_path: Path) -> None:
     assert equal(state(net), weights)
 
 
-def test_a_step_is_counted_with_codes_that_are_fitted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_step_is_counted_with_codes_that_are_fitted(tmp_path: Path, staged: bool) -> None:
     codes = CodeAdapter(KMeansPatches(size=[16, 16], patch=8, codes=8, samples=40))
-    net = Masked(Adapters(image=codes), Trunk(12, 1, 2)).double()
+    masked = Masked(Adapters(image=codes), Trunk(12, 1, 2)).double()
+    net = Staged(masked, {"one": Stage()}) if staged else masked
     trainer, _ = run(tmp_path, Budget(flops=1e8), net=net, data=Emoji(tiny=True, size=16, batch_size=8))
     assert codes.tokenizer.fitted and 1 < trainer.global_step < 1000
 
