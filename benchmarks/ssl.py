@@ -152,7 +152,7 @@ def ours(size: Size, name: str, owner: Owner) -> SelfSupervised:
         p for part in (owner.head, owner.predictor, owner.prototypes) if part is not None for p in part.parameters()
     ]
     theirs = [p for p in theirs if p.shape[1:] != (1,)]  # without the lengths of DINO's prototypes, which are 1
-    objective = cast(Any, recipe.objectives["image"])
+    objective = cast(Any, recipe.objectives["views/image"].objective)
     parts = [getattr(objective, part, None) for part in ("head", "projector", "predictor")]
     # SwAV's prototypes are a module, DINO's are a number
     last = objective.prototypes if isinstance(getattr(objective, "prototypes", None), nn.Module) else None
