@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks import contrastive, masked
 from benchmarks.budget import Benchmark, Figure, LeftOut, Share
-from benchmarks.timing import Laps, interleaved, median, wait
+from benchmarks.timing import Laps, median, time_interleaved, wait
 from descant.__main__ import main as descant
 from descant.callbacks.logs.throughput import matmul_peak
 from descant.cli import check, estimate
@@ -129,11 +129,11 @@ class Suite:
 
     def times(self, share: Share, runs: Sequence[Callable[[], object]]) -> np.ndarray:
         """Measure seconds ``[R, runs]``; a short step is called several times in a row."""
-        warm = interleaved(runs, 1, 2, self.device, until=share.until, clock=share.clock)
+        warm = time_interleaved(runs, 1, 2, self.device, until=share.until, clock=share.clock)
         block = min(max(int(self.sizes.block / max(float(warm.min(initial=1.0)), 1e-6)), 1), 20)
-        return interleaved(runs, self.sizes.rounds, 0, self.device, block, share.until, share.clock)
+        return time_interleaved(runs, self.sizes.rounds, 0, self.device, block, share.until, share.clock)
 
-    def own(self, bf16: bool, model: nn.Module | None = None) -> Callable[[], None]:
+    def own_step(self, bf16: bool, model: nn.Module | None = None) -> Callable[[], None]:
         """Return a training step of ours, on our own transformers or on ``model``."""
         recipe: Any = model if model is not None else self.recipe()
         data = contrastive.batches(self.sizes.clip, 4, self.device)
@@ -144,7 +144,7 @@ class Suite:
         return contrastive.own_recipe(self.sizes.clip, heads=8).to(self.device)
 
     def precision(self, share: Share) -> Iterator[Figure | LeftOut]:
-        fp32, half = self.own(bf16=False), self.own(bf16=True)
+        fp32, half = self.own_step(bf16=False), self.own_step(bf16=True)
 
         def tf32() -> None:
             torch.set_float32_matmul_precision("high")
@@ -187,7 +187,7 @@ class Suite:
 
         rows: list[list[float]] = []
         for k in range(-3, self.sizes.rounds):
-            if not share.left():
+            if not share.remaining_seconds():
                 break
             seconds = step()
             if k >= 0:
@@ -198,7 +198,7 @@ class Suite:
             what = f"share of {words} in our contrastive step under bfloat16 autocast"
             yield self.median(f"breakdown/{name}", what, part_R / seconds_R3.sum(axis=1))
         if self.device == "cuda":
-            step_alone = self.own(True, recipe)
+            step_alone = self.own_step(True, recipe)
             yield Figure("breakdown/waits", "times the CPU waits for the GPU in that step", waits(step_alone))
 
     def open_clip(self, share: Share) -> Iterator[Figure | LeftOut]:
@@ -264,13 +264,13 @@ class Suite:
 
     def memory(self, share: Share) -> Iterator[Figure | LeftOut]:
         for name in self.sizes.experiments:
-            if not share.left():
+            if not share.remaining_seconds():
                 yield LeftOut(f"memory/{name}", "its share was over")
                 continue
             what = f"what descant check says {name} needs / what was allocated at most in a step"
-            yield Figure(f"memory/{name}", what, self.estimated(name))
+            yield Figure(f"memory/{name}", what, self.estimate_ratio(name))
 
-    def estimated(self, experiment: str) -> float:
+    def estimate_ratio(self, experiment: str) -> float:
         told: list[float] = []
         # memory of earlier benchmarks is in both numbers, and would make their ratio closer to 1
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
@@ -302,7 +302,7 @@ class Suite:
         plain = self.recipe()
         compiled = copy.deepcopy(plain)
         self.sizes.compiled(compiled)
-        runs = {"eager": self.own(True, plain), "compiled": self.own(True, compiled)}
+        runs = {"eager": self.own_step(True, plain), "compiled": self.own_step(True, compiled)}
         runs["eager"]()
         with FlopCount() as count:
             runs["eager"]()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks import Row
 from benchmarks.data import NAMES
-from benchmarks.timing import interleaved, median
+from benchmarks.timing import median, time_interleaved
 from descant.datamodules.fields.any_size import AnySizeField
 from descant.datamodules.sampling.resumable_sampler import Order
 from descant.datamodules.sampling.token_order import TokenOrder
@@ -75,7 +75,7 @@ class PaddedTower(AnySizeTower):
         return Tokens(norm(h_BTD), mask_BT)
 
 
-def counted(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
+def count_mlp_tokens(model: Contrastive, batches: Sequence[Batch]) -> list[int]:
     """Return the number of tokens that pass the MLP of the first block, for a step on each batch."""
     seen: list[int] = []
     tower: Any = model.towers["image"]
@@ -93,7 +93,7 @@ def tokens() -> Iterator[Row]:
         field = AnySizeField(patch=PATCH, tokens=(LONG // PATCH) ** 2, enlarge=enlarge)
         batches = batches_of(data, field)
         useful = [int(batch.targets["tokens"].sum()) for batch in batches]
-        ours, padded = (sum(counted(model, batches)) / sum(useful) for model in models())
+        ours, padded = (sum(count_mlp_tokens(model, batches)) / sum(useful) for model in models())
         yield Row.at_most(f"any_size/{name}/tokens_computed", ours, COMPUTED)
         yield Row.informs(f"any_size/{name}/tokens_computed_padded", padded)
         yield Row.informs(f"any_size/{name}/budget_used", sum(useful) / len(useful) / STEP)
@@ -131,7 +131,7 @@ def step(rounds: int = 30, warmup: int = 1, batches: int = 2) -> Iterator[Row]:
         lambda: tower_alone(tower, next(queues[2]).inputs["image"]),
         lambda: tower_alone(owner, naflex_input(next(queues[3]).inputs["image"])),
     )
-    time_RK = interleaved(calls, rounds, warmup, clock=time.process_time)
+    time_RK = time_interleaved(calls, rounds, warmup, clock=time.process_time)
     useful = [np.mean([int(b.targets["tokens"].sum()) for b in some]) for some in (drawn, sorted_by_length)]
     value, low, high = median((time_RK[:, 0] / time_RK[:, 1]).tolist())
     yield Row("any_size/step_time", value, TIME, high <= TIME, f"<= {TIME:g} (upper end)", (low, high))

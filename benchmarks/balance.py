@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import Row
 from benchmarks.harmonize import steps_of, towers
-from benchmarks.timing import interleaved, median
+from benchmarks.timing import median, time_interleaved
 from descant.callbacks.balance.balance import Balance
 from descant.callbacks.balance.opm import OPM
 from descant.callbacks.balance.pmr import PMR
@@ -51,7 +51,7 @@ def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
     arms = [steps_of(None, rows, make=recipe)]
     arms += [steps_of(callback, rows, make=recipe) for callback, _ in callbacks.values()]
     arms += [steps_of(None, rows, make=make) for make, _ in games.values()]
-    times = interleaved(arms, rounds)
+    times = time_interleaved(arms, rounds)
     bars = {name: bar for name, (_, bar) in callbacks.items()} | {name: bar for name, (_, bar) in games.items()}
     for k, (name, bar) in enumerate(bars.items(), start=1):
         result = median(np.asarray(times[:, k] / times[:, 0]).tolist())

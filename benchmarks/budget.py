@@ -60,7 +60,7 @@ class Share:
     until: float
     clock: Callable[[], float] = time.perf_counter
 
-    def left(self) -> float:
+    def remaining_seconds(self) -> float:
         return max(self.until - self.clock(), 0.0)
 
     def part(self, parts: int) -> Share:
@@ -69,7 +69,7 @@ class Share:
         >>> Share(9.0, clock=lambda: 3.0).part(3).until
         5.0
         """
-        return Share(self.clock() + self.left() / parts, self.clock)
+        return Share(self.clock() + self.remaining_seconds() / parts, self.clock)
 
 
 Benchmark = Callable[[Share], Iterator[Figure | LeftOut]]
@@ -80,7 +80,7 @@ class OutOfTime(BaseException):
 
 
 @contextmanager
-def interrupted(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise :class:`OutOfTime` in the block after this many seconds, in the main thread of a system with alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -102,7 +102,7 @@ def run(
     benchmarks: Mapping[str, tuple[float, Benchmark]],
     until: float,
     clock: Callable[[], float] = time.perf_counter,
-    interrupt: Callable[[float], AbstractContextManager[None]] = interrupted,
+    interrupt: Callable[[float], AbstractContextManager[None]] = time_limit,
 ) -> Iterator[tuple[str, list[Figure | LeftOut]]]:
     """Yield each benchmark's name with its figures and what it left out, one after another until ``until``."""
     weights = [weight for weight, _ in benchmarks.values()]

@@ -35,7 +35,7 @@ from torch.optim import AdamW
 from torchvision.transforms import v2
 
 from benchmarks import Row
-from benchmarks.timing import AS_FAST, Ratio, interleaved, median, ratio
+from benchmarks.timing import AS_FAST, Ratio, median, ratio, time_interleaved
 from descant.callbacks import Progress, Report, Sanity
 from descant.cli.precision import cpu_bfloat16
 from descant.datamodules.base import BatchDataset, DataModule, Rows
@@ -286,7 +286,7 @@ def bf16(size: Size | None = None, rounds: int = 40) -> Iterator[Row]:
         return
     size = size or Size()
     runs = [*step_pair(size, bf16=False), *step_pair(size, bf16=True)]
-    ours_32, owner_32, ours_16, owner_16 = interleaved(runs, rounds).T
+    ours_32, owner_32, ours_16, owner_16 = time_interleaved(runs, rounds).T
     gain, owner_gain = median(list(ours_32 / ours_16)), median(list(owner_32 / owner_16))
     both = median(list((ours_32 / ours_16) / (owner_32 / owner_16)))
     yield Row.at_least("contrastive/bf16_vs_fp32", gain.value, 1.4, gain.interval)

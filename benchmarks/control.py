@@ -22,7 +22,7 @@ from descant.__main__ import main
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator
 from descant.callbacks.evaluate.embeddings import Rows as Embedded
 from descant.modules.evaluation.metrics import retrieval_ranks
-from descant.modules.io.checkpoints import LATEST, followed
+from descant.modules.io.checkpoints import LATEST, follow_latest
 
 FILE = "embeddings.pt"
 
@@ -76,7 +76,7 @@ def train() -> Path:
     )
     if code != 0:
         raise RuntimeError(f"the control run ended with exit code {code}")
-    return followed(Path("runs") / "control" / LATEST).resolve()
+    return follow_latest(Path("runs") / "control" / LATEST).resolve()
 
 
 def control() -> Iterator[Row]:
@@ -88,10 +88,10 @@ def control() -> Iterator[Row]:
     with threads(cores()):
         folder = train()
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        yield from judged(torch.load(folder / FILE, weights_only=True)["vendor"], metrics)
+        yield from compare_with_vendor(torch.load(folder / FILE, weights_only=True)["vendor"], metrics)
 
 
-def judged(vendor: dict[str, Any], metrics: dict[str, Any], permutations: int = 1000) -> Iterator[Row]:
+def compare_with_vendor(vendor: dict[str, Any], metrics: dict[str, Any], permutations: int = 1000) -> Iterator[Row]:
     """Yield the rows of the benchmark, from the embeddings of the test set "vendor" and the metrics of its run."""
     image_N, text_N, key_N = vendor["present"]["image"], vendor["present"]["text"], vendor["key"]
     sides = (vendor["z"]["image"][image_N], key_N[image_N], vendor["z"]["text"][text_N], key_N[text_N])

@@ -254,7 +254,7 @@ def workers(number: int = 384, batch: int = 64, pairs: int = 30) -> Iterator[Row
 # a saved dataset of Hugging Face ---------------------------------------------------------------------------------
 
 
-def saved(
+def saved_dataset(
     number: int = 100_000, batch: int = 64, batches: int = 8, pairs: int = 30, short: int = 64, size: int = 48
 ) -> Iterator[Row]:
     """Compare samples a second of UserData's loader: a folder that `datasets` saved, over our shards of the same bytes.

@@ -43,7 +43,9 @@ def front() -> Iterator[Row]:
     yield Row.at_most("front/key_mistake_seconds", shortest("check", *emoji, "--model.widht", "3"), KEYS)
     yield Row.at_most("front/type_mistake_seconds", shortest("check", *emoji, "--model.width", "wide"), KEYS)
     yield Row.at_most("front/check_seconds", shortest("check", *emoji, times=3), SHAPES)
-    yield Row.informs("front/of_which_import_lightning_seconds", shortest(run=lambda: begun("-c", "import lightning")))
+    yield Row.informs(
+        "front/of_which_import_lightning_seconds", shortest(run=lambda: run_python("-c", "import lightning"))
+    )
     yield Row.at_most("front/completion_seconds", shortest("__complete", "fit", *emoji, "--model."), TAB)
     yield from mistakes()
     yield Row.at_least("front/absurd_runs_told_in_a_line", absurd(), 1.0)
@@ -63,7 +65,7 @@ def absurd() -> float:
 def mistakes() -> Iterator[Row]:
     """Check exit code 2 and at most five lines, and measure the share of answers that name the intended word."""
     known = {command: dump.read(command) for command in dump.COMMANDS}
-    some = list(itertools.islice(drawn(lambda command: _there(known[command]), SEED), MISTAKES))
+    some = list(itertools.islice(drawn(lambda command: _require_written(known[command]), SEED), MISTAKES))
     answers = [run(*mistake.args) for mistake in some]
     short = [done.returncode == 2 and len(done.stderr.splitlines()) <= MOST for done in answers]
     named = [all(name in done.stderr for name in one.names) for one, done in zip(some, answers, strict=True)]
@@ -73,10 +75,10 @@ def mistakes() -> Iterator[Row]:
 
 def run(*args: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command in its own process, in a folder with only these files."""
-    return begun("-m", "descant", *args, files=files)
+    return run_python("-m", "descant", *args, files=files)
 
 
-def begun(*words: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(*words: str, files: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": str(root)}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +97,6 @@ def shortest(*args: str, times: int = 5, run: Callable[..., Any] = run) -> float
     return min(took)
 
 
-def _there(known: Written | None) -> Written:
+def _require_written(known: Written | None) -> Written:
     assert known is not None
     return known

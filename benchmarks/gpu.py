@@ -132,7 +132,7 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.4g}"
 
 
-def measured(
+def run_benchmarks(
     benchmarks: Mapping[str, tuple[float, Benchmark]],
     report: dict[str, Any],
     into: Path,
@@ -164,7 +164,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     began = time.monotonic() - (0.0 if options.since is None else max(time.time() - options.since, 0.0))
     if not options.minutes > 0:
-        return _refused(f"--minutes {options.minutes:g}: more than 0")
+        return _refuse(f"--minutes {options.minutes:g}: more than 0")
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -179,20 +179,20 @@ def main(args: Sequence[str] | None = None) -> int:
     benchmarks = Suite(options.device, Sizes() if cuda else toy()).benchmarks()
     unknown = next((name for name in options.names if name not in (known := ["tests", *benchmarks])), None)
     if unknown is not None:
-        return _refused(f"{unknown}: no such benchmark{hint(unknown, known)}")
+        return _refuse(f"{unknown}: no such benchmark{hint(unknown, known)}")
     chosen = {name: of for name, of in benchmarks.items() if not options.names or name in options.names}
     seconds = 60 * options.minutes
     report: dict[str, Any] = {"machine": machine(options.device), "budget_seconds": seconds, "tests": None}
     if cuda and (not options.names or "tests" in options.names):
         left = began + seconds - time.monotonic()
         report["tests"] = tests(pytest(), left * (TESTS_SHARE if chosen else 1.0), DESCANT_TEST_DEVICE="cuda")
-    report = measured(chosen, report, options.into, began + seconds, began)
+    report = run_benchmarks(chosen, report, options.into, began + seconds, began)
     print(f"{options.into / 'gpu.json'}, {options.into / 'gpu.md'}: {report['seconds']:.0f} s")
     failed = any(left["failed"] for left in report["left_out"])
     return 1 if failed or (report["tests"] is not None and not report["tests"]["ok"]) else 0
 
 
-def _refused(line: str) -> int:
+def _refuse(line: str) -> int:
     print(f"benchmarks.gpu: {line}", file=sys.stderr)
     return 2
 

@@ -15,7 +15,7 @@ import torch
 from torch.optim import AdamW
 
 from benchmarks import Row
-from benchmarks.timing import interleaved, median
+from benchmarks.timing import median, time_interleaved
 from descant.callbacks.evaluate.diagnose import Diagnose
 from descant.callbacks.harmonize.features import HarmonizeFeatures
 from descant.callbacks.harmonize.terms import Harmonize
@@ -109,7 +109,7 @@ def overhead(rounds: int = 30, rows: int = 160) -> Iterator[Row]:
         "diagnose": Diagnose(every=EVERY),
     }
     bars = {"values": 1.02, "features": 1.10, "parameters_every_4": 1.6}
-    times = interleaved([steps_of(None, rows), *(steps_of(callback, rows) for callback in arms.values())], rounds)
+    times = time_interleaved([steps_of(None, rows), *(steps_of(callback, rows) for callback in arms.values())], rounds)
     for k, name in enumerate(arms, start=1):
         result = median(np.asarray(times[:, k] / times[:, 0]).tolist())
         what = f"harmonize/{name}"

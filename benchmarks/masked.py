@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import Row, contrastive
-from benchmarks.timing import AS_FAST, interleaved, median, ratio
+from benchmarks.timing import AS_FAST, median, ratio, time_interleaved
 from descant.callbacks import KNN, LinearProbe
 from descant.modules.core.batch import Batch
 from descant.modules.masking.adapters import Adapters, PatchAdapter
@@ -257,7 +257,7 @@ def ideal(size: Size | None = None, pairs: int = 40) -> Iterator[Row]:
     def decoder() -> None:
         torch.autograd.backward(model.decoder(encoded, {"image": asked})["image"].sum())
 
-    times = interleaved([measured, encoder, decoder], pairs)
+    times = time_interleaved([measured, encoder, decoder], pairs)
     result = median([float(m / ((1 - size.ratio) * e + d)) for m, e, d in times])
     yield Row.at_most("masked/step_vs_ideal", result.value, 1.25, result.interval)
 

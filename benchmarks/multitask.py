@@ -11,7 +11,7 @@ from time import process_time
 import torch
 
 from benchmarks import Row
-from benchmarks.timing import interleaved, median
+from benchmarks.timing import median, time_interleaved
 from descant.modules.core.batch import Batch
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.masking.discrete_adapters import TokenAdapter
@@ -43,7 +43,7 @@ def recipe(*names: str) -> MultiTask:
     return MultiTask(Towers(image=image, text=text), objectives, 96, FusionLayers(96, depth=2, heads=3))
 
 
-def shared(rounds: int = 30, rows: int = 16) -> Iterator[Row]:
+def joint_pass(rounds: int = 30, rows: int = 16) -> Iterator[Row]:
     """Measure a joint forward and backward pass over the sum of the four separate ones, in CPU seconds."""
     drawn = torch.Generator().manual_seed(0)
     inputs = {
@@ -62,6 +62,6 @@ def shared(rounds: int = 30, rows: int = 16) -> Iterator[Row]:
 
         return run
 
-    seconds = interleaved([step(*OBJECTIVES), *(step(name) for name in OBJECTIVES)], rounds, clock=process_time)
+    seconds = time_interleaved([step(*OBJECTIVES), *(step(name) for name in OBJECTIVES)], rounds, clock=process_time)
     share = median((seconds[:, 0] / seconds[:, 1:].sum(axis=1)).tolist())
     yield Row.at_most("multitask/shared", share.value, SHARE, share.interval)

@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from benchmarks.wheels import listed
+from benchmarks.wheels import parse_releases
 
 #: The extra with all packages that tests compare with, and the dependencies that they compare with too.
 EXTRA = "owners"
@@ -121,7 +121,7 @@ def _pip(*words: str) -> list[str]:
     return [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
 
 
-def installed() -> dict[str, str]:
+def installed_releases() -> dict[str, str]:
     """Return name -> release of all packages that this interpreter sees; of two with a name, the imported one."""
     found: dict[str, str] = {}
     for one in metadata.distributions():
@@ -160,7 +160,7 @@ def lowest(found: Mapping[str, Requirement], here: Mapping[str, str]) -> dict[st
 
 def install(found: Mapping[str, Requirement], low: bool) -> None:
     """Install the newest releases, or the lowest allowed ones, as far as they are compatible."""
-    here = installed()
+    here = installed_releases()
     least = lowest(found, here) if low else {}
     wanted = []
     for name, one in found.items():
@@ -187,13 +187,17 @@ def main(args: Sequence[str] | None = None) -> int:
     found = requirements(project, [EXTRA])
     if unknown := set(asked.only) - set(found):
         parser.error(f"--only {min(unknown)}: not in pyproject.toml; there are {', '.join(sorted(found))}")
-    here = installed() if asked.have is None else listed(asked.have.read_text(encoding="utf-8").splitlines())
+    here = (
+        installed_releases()
+        if asked.have is None
+        else parse_releases(asked.have.read_text(encoding="utf-8").splitlines())
+    )
     new = available(found)
     if asked.table:
         print(table(found, here, new, {}))
         return 0
     install({name: one for name, one in found.items() if not asked.only or name in asked.only}, asked.lowest)
-    print(table(found, here, new, installed()), flush=True)
+    print(table(found, here, new, installed_releases()), flush=True)
     files = comparisons(root / "tests", found, requirements({**project, "optional-dependencies": {}}))
     runs = [[str(file.relative_to(root)) for file in files]]
     if asked.lowest:  # a release that is too old may fail anywhere, not only in comparisons

@@ -41,7 +41,7 @@ def serve(scheme: str, paths: list[str], line: Connection) -> None:
 
 
 @contextmanager
-def served(scheme: str, paths: list[str]) -> Iterator[tuple[list[str], Callable[[float], int]]]:
+def serving(scheme: str, paths: list[str]) -> Iterator[tuple[list[str], Callable[[float], int]]]:
     """Serve files from a store; yield their addresses, and a function that sets the share of faults and counts them."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(scheme, paths, there), daemon=True)
@@ -88,7 +88,7 @@ def streams(number: int = 2048, workers: int = 2, pairs: int = 30, schemes: Sequ
         some_of_them = photographs(min(number, 300))
         paths = write_shards(Path(name), [some_of_them[k % len(some_of_them)] for k in range(number)], shards=4)
         for scheme in schemes:
-            with served(scheme, paths) as (urls, faults):
+            with serving(scheme, paths) as (urls, faults):
                 for what, share, cache in (("", 0.0, 0.0), ("_5%_errors", 0.05, 0.0), ("_kept", 0.0, 10.0)):
                     before = faults(share)
                     ours, local = loader(urls, number, workers, cache_gb=cache), loader(paths, number, workers)

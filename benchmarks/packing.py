@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import Row
 from benchmarks.timing import ratio
-from descant.callbacks.plots.style import BLUE, VERMILLION, figure, styled
+from descant.callbacks.plots.style import BLUE, VERMILLION, figure, with_style
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.tasks.descriptions import Descriptions
 from descant.modules.core.batch import Batch
@@ -120,7 +120,7 @@ def grids(repeats: int = 7, steps: int = 2, width: int = 128, depth: int = 3) ->
         yield Row.informs(f"packing/tokens_per_second_ratio_{number}", faster)
 
 
-@styled
+@with_style
 def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
     """Plot tokens a second by tokens per image, a line for packed rows and one for padded ones."""
     made = figure(720, 320)
@@ -140,7 +140,7 @@ def picture(rates: Mapping[tuple[str, int], float], file: Path) -> None:
 class Padded(VisionLanguage):
     """One document per row, padded to the longest one of the batch."""
 
-    def answered(self, batch: Batch, routings: object = None) -> tuple[Tensor, Tensor, Tensor]:
+    def hidden_before_answers(self, batch: Batch, routings: object = None) -> tuple[Tensor, Tensor, Tensor]:
         h_BSW, row = self.sequence(batch)
         longest = int(row.real_BS.sum(dim=1).max())
         h_BSW = self.lm(h_BSW[:, :longest])

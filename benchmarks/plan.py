@@ -75,7 +75,7 @@ def _python(words: list[str], folder: Path) -> None:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr[-2000:]}")
 
 
-def measured(
+def measure_run(
     name: str, what: str, strategy: str, ranks: int, shard: int, rows: int | None, steps: int, beside: str | None = None
 ) -> dict[str, Any]:
     """Return what Measure recorded on rank 0 in one run. ``beside``: the class of another callback."""
@@ -102,7 +102,7 @@ def _rows(name: str, rows: int | None) -> list[str]:
     return ["--data.init_args.batch_size", str(rows)]
 
 
-def planned(
+def plan_layouts(
     name: str, cases: Sequence[tuple[str, int, int, int | None]], hardware: str = "cpu"
 ) -> list[dict[str, Any]]:
     out = _folder() / f"planned-{name}.json"
@@ -116,9 +116,9 @@ def planned(
 def counts() -> Iterator[Row]:
     """Compare bytes of messages (share of equal cases) and peak memory of a rank, six recipes x six layouts."""
     for name in EXPERIMENTS:
-        plans = planned(name, [(*layout, None) for layout in LAYOUTS])
+        plans = plan_layouts(name, [(*layout, None) for layout in LAYOUTS])
         for (strategy, ranks, shard), plan in zip(LAYOUTS, plans, strict=True):
-            real = measured(name, "counts", strategy, ranks, shard, None, FIRST + STEPS)
+            real = measure_run(name, "counts", strategy, ranks, shard, None, FIRST + STEPS)
             case = f"{name}/{strategy}{ranks}"
             if ranks > 1:
                 yield Row.within(f"plan/bytes/{case}", float(plan["bytes"] == real["bytes"]), (1.0, 1.0))
@@ -136,6 +136,6 @@ def times() -> Iterator[Row]:
         here = _folder() / f"here-{name}.yaml"
         _descant("plan", "--calibrate", str(here), folder=_folder())
         cases = [("ddp", ranks, 1, rows) for ranks in RANKS for rows in ROWS]
-        for (_, ranks, _, rows), plan in zip(cases, planned(name, cases, str(here)), strict=True):
-            step = statistics.median(measured(name, "seconds", "ddp", ranks, 1, rows, 24)["clock"][4:])
+        for (_, ranks, _, rows), plan in zip(cases, plan_layouts(name, cases, str(here)), strict=True):
+            step = statistics.median(measure_run(name, "seconds", "ddp", ranks, 1, rows, 24)["clock"][4:])
             yield Row.within(f"plan/time/{name}/{ranks}x{rows}", plan["seconds"] / step, (1 - TIME, 1 + TIME))

@@ -147,7 +147,7 @@ def main(words: list[str]) -> int:
                     (rows or whole) // world
                 )
             seconds = step_time(trace, replace(machine, node=world), world).total  # all on one node
-            found.append({"bytes": dict(trace.moved()), "peak": trace.memory.peak, "seconds": seconds})
+            found.append({"bytes": dict(trace.bytes_by_collective()), "peak": trace.memory.peak, "seconds": seconds})
 
     code = run(read("check", words[words.index("--") + 1 :]), Building(plan, "32-true"))
     Path(out).write_text(json.dumps(found))

@@ -15,7 +15,7 @@ from benchmarks import Row
 from benchmarks.contrastive import has_bf16
 from benchmarks.timing import cores, threads
 from descant.__main__ import main
-from descant.modules.io.checkpoints import LATEST, followed
+from descant.modules.io.checkpoints import LATEST, follow_latest
 
 SEEDS = (0, 1, 2, 3, 4)
 #: Metrics of the development split: other runs train on its held-out data, so the test sets stay unseen.
@@ -38,14 +38,16 @@ def retrieval() -> Iterator[Row]:
     for metric in METRICS:
         full, half = ([metrics[metric] for metrics in found[precision]] for precision in ("32-true", "bf16-mixed"))
         yield Row.informs(f"contrastive/fp32_{metric.replace('/', '_')}", statistics.mean(full))
-        yield judged(f"contrastive/bf16_less_fp32_{metric.replace('/', '_')}", full, half)
+        yield compare_precisions(f"contrastive/bf16_less_fp32_{metric.replace('/', '_')}", full, half)
 
 
-def judged(name: str, full_S: Sequence[float], half_S: Sequence[float]) -> Row:
+def compare_precisions(name: str, full_S: Sequence[float], half_S: Sequence[float]) -> Row:
     """Compare the mean difference of paired seeds with the variation between seeds.
 
-    >>> judged("x", [0.4, 0.5, 0.6], [0.45, 0.5, 0.55]).ok, judged("x", [0.40, 0.41, 0.42], [0.3, 0.3, 0.3]).ok
-    (True, False)
+    >>> compare_precisions("x", [0.4, 0.5, 0.6], [0.45, 0.5, 0.55]).ok
+    True
+    >>> compare_precisions("x", [0.40, 0.41, 0.42], [0.3, 0.3, 0.3]).ok
+    False
     """
     difference = statistics.mean(b - a for a, b in zip(full_S, half_S, strict=True))
     noise = 2 * statistics.stdev(full_S) * math.sqrt(2 / len(full_S))
@@ -67,6 +69,6 @@ def run(precision: str, seed: int) -> dict[str, float]:
         code = main(["validate", "--run", f"{name}/latest", "--ckpt_path", "last"])
     if code != 0:
         raise RuntimeError(f"{name} ended with exit code {code}")
-    file = max(followed(Path("runs", name, LATEST)).glob("validate-*/metrics.json"))
+    file = max(follow_latest(Path("runs", name, LATEST)).glob("validate-*/metrics.json"))
     metrics: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return metrics

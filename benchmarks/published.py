@@ -109,15 +109,15 @@ def _kernels(in_parts: str) -> AbstractContextManager[Any]:
     """
     from descant.plan import fake_device, simulate
 
-    of_parts = fake_device.adapted
+    of_parts = fake_device.patching_torch
     if in_parts == "attention":
         return mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_of_2021)
     if in_parts == "norms":
-        return mock.patch.object(simulate, "adapted", lambda cpu: of_parts(cpu=True))
+        return mock.patch.object(simulate, "patching_torch", lambda cpu: of_parts(cpu=True))
     return nullcontext()
 
 
-def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
+def plan_rate(run: Published, way: Literal["", "today", "kept"] = "") -> float:
     """Plan samples or tokens per second and GPU in the published layout: DDP for samples, FSDP2 for tokens.
 
     Blocks are recomputed as stated, otherwise if a step does not fit without it. Kernels are those of the time;
@@ -142,9 +142,9 @@ def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
         search = Search(recipe, batch, run.facts["batch"], hardware, run.ranks, parts)
         strategy, (without, again) = "fsdp" if run.tokens else "ddp", search.checkpointing
         recomputed = run.checkpointing if way != "kept" else False
-        trace = search.simulated(search.layout(strategy, again if recomputed else without), search.rows)
+        trace = search.trace_step(search.layout(strategy, again if recomputed else without), search.rows)
         if recomputed is None and trace.memory.peak > USABLE * hardware.card.memory:
-            trace = search.simulated(search.layout(strategy, again), search.rows)
+            trace = search.trace_step(search.layout(strategy, again), search.rows)
         rates.append(search.rows * max(run.tokens, 1) / step_time(trace, search.hardware).total)
 
     request = read("fit", words)
@@ -154,11 +154,11 @@ def planned(run: Published, way: Literal["", "today", "kept"] = "") -> float:
     return rates[0]
 
 
-def published() -> Iterator[Row]:
+def published_rates() -> Iterator[Row]:
     """Compare planned with published throughput, within 25 %; a row that informs names what the plan leaves out."""
     for name, run in runs().items():
-        ratio = planned(run) / run.rate
+        ratio = plan_rate(run) / run.rate
         row = Row.within(f"plan/published {name}", ratio, BAR)
         yield replace(row, bar=None, ok=True, rule=run.reason) if run.reason else row
         for way in OTHERS.get(name, ()):
-            yield Row.informs(f"plan/published {name} {way}", planned(run, way) / run.rate)
+            yield Row.informs(f"plan/published {name} {way}", plan_rate(run, way) / run.rate)

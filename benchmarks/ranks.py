@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks import Row
-from benchmarks.plan import measured
+from benchmarks.plan import measure_run
 
 #: Steps of a run, and first steps that are left out.
 STEPS, FIRST = 64, 4
@@ -21,6 +21,6 @@ def batch() -> Iterator[Row]:
     for ranks in (2, 4):
         times = []
         for beside in ("benchmarks.planned.Interrupting", None):
-            found = measured("contrastive", "seconds", "ddp", ranks, 1, 64, STEPS, beside)
+            found = measure_run("contrastive", "seconds", "ddp", ranks, 1, 64, STEPS, beside)
             times.append(statistics.median(found["clock"][FIRST:]))
         yield Row.at_least(f"ranks/batch/{ranks}", times[0] / times[1], 0.95)

@@ -236,7 +236,7 @@ def _agree(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: f
             pass
         dist.all_reduce(gradient)  # ranks synchronize here in any step: waiting for a slow rank is no cost of signals
         begin = time.perf_counter()
-        flag.agreed()
+        flag.agree()
         shares.append((time.perf_counter() - begin) / seconds)
     flag.remove()
     torch.save(shares[40:], Path(folder) / f"{rank}.pt")

@@ -59,7 +59,7 @@ def _fit(stream: bool, folder: Path) -> float:
     # the plain fit is one task: the same rows of a step, and no boundary
     for part in parts.values() if stream else ():
         for vendor in part.vendors:
-            part.pack.reduced(vendor, part.size)
+            part.pack.downsample(vendor, part.size)
     tasks: dict[str, DataModule] = dict(parts) if stream else {"all": Emoji(size=32, text=tokens, groups=GROUPS)}
     steps = STEPS if stream else STEPS * len(GROUPS)
     data = TaskStream(tasks, mix=mix, steps=steps, batch_size=BATCH)

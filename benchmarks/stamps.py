@@ -73,10 +73,10 @@ def stamps() -> Iterator[Row]:
     }
     picture(trained, bands, Path("runs") / "stamps.png")
     for name, metrics in trained.items():
-        yield from judged(name, metrics, untrained, bands)
+        yield from stamp_rows(name, metrics, untrained, bands)
 
 
-def judged(
+def stamp_rows(
     experiment: str,
     trained: list[dict[str, Any]],
     untrained: list[dict[str, Any]],

@@ -72,7 +72,7 @@ def ratio(
     return median(quotient_P)
 
 
-def interleaved(
+def time_interleaved(
     runs: Sequence[Callable[[], object]],
     rounds: int,
     warmup: int = 3,

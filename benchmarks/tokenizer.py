@@ -25,12 +25,12 @@ SIZE, PATCH, COMPONENTS, MOST_BITS = 48, 8, 192, 10
 
 def pictures(data: Emoji, vendors: list[str]) -> Tensor:
     """Return drawings of training concepts by these vendors, ``[N, 3, S, S]`` in -1..1, as in evaluation."""
-    rows = [(c, v) for v in vendors for c in data.seen if data.pack.drawings(v)[1][c]]
-    x_N4HW = torch.stack([data.pack.reduced(vendor, data.size)[concept] for concept, vendor in rows])
+    rows = [(c, v) for v in vendors for c in data.training_concepts if data.pack.drawings(v)[1][c]]
+    x_N4HW = torch.stack([data.pack.downsample(vendor, data.size)[concept] for concept, vendor in rows])
     return data.pixels(x_N4HW, torch.arange(len(rows)))
 
 
-def quantised(y_N: Tensor, bits: int, reach: Tensor) -> Tensor:
+def quantise(y_N: Tensor, bits: int, reach: Tensor) -> Tensor:
     """Quantise to the centres of ``2^bits`` equal steps over -reach..reach; zero bits give 0."""
     step = 2 * reach / 2**bits
     return ((y_N / step).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5) * step if bits else y_N * 0
@@ -58,13 +58,13 @@ class Components:
     def _best(y_N: Tensor, bits: int) -> tuple[float, Tensor]:
         """Return the least square error and its reach."""
         reaches = y_N.abs().amax() * torch.linspace(1, 24, 24) / 24
-        errors = [float((quantised(y_N, bits, reach) - y_N).square().sum()) for reach in reaches]
+        errors = [float((quantise(y_N, bits, reach) - y_N).square().sum()) for reach in reaches]
         return min(errors), reaches[errors.index(min(errors))]
 
     def __call__(self, x_NP: Tensor) -> Tensor:
         """Return the pictures that the bits represent."""
         y_NM = (x_NP - self.mean_P) @ self.axis_PM
-        columns = [quantised(y_N, b, r) for y_N, b, r in zip(y_NM.T, self.bits, self.reach, strict=True)]
+        columns = [quantise(y_N, b, r) for y_N, b, r in zip(y_NM.T, self.bits, self.reach, strict=True)]
         return self.mean_P + torch.stack(columns, dim=1) @ self.axis_PM.T
 
 
@@ -73,7 +73,7 @@ def decibels(x: Tensor, y: Tensor) -> float:
     return 10 * math.log10(4 / float((x - y).double().square().mean()))
 
 
-def measured(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[str, float]:
+def measure_psnr(path: Path, data: Emoji, training: Tensor, unseen: Tensor) -> dict[str, float]:
     """Return PSNR of a trained tokenizer, of the mean training picture, and of two methods with equal bits."""
     tokenizer = CodeTokenizer.from_run(path, "last")
     bits = math.floor(tokenizer.length * math.log2(tokenizer.codes))
@@ -97,7 +97,7 @@ def tokenizer() -> Iterator[Row]:
         raise RuntimeError(f"the run ended with exit code {code}")
     data = Emoji(size=SIZE)
     training, unseen = pictures(data, data.vendors), pictures(data, [data.held_out_vendor])
-    found = measured(Path("runs/tokenizer/latest"), data, training, unseen)
+    found = measure_psnr(Path("runs/tokenizer/latest"), data, training, unseen)
     yield Row.informs("tokenizer/psnr", found["codes"])
     yield Row.informs("tokenizer/used", found["used"])
     yield Row.informs("tokenizer/over_patches", found["codes"] - found["patches"])

@@ -112,9 +112,9 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
         while time.perf_counter() < end:
             x_NN @ x_NN
         if n % 2:
-            lacking, having = _timed(plain, watch.window), _timed(watched, watch.window)
+            lacking, having = _cpu_seconds(plain, watch.window), _cpu_seconds(watched, watch.window)
         else:
-            having, lacking = _timed(watched, watch.window), _timed(plain, watch.window)
+            having, lacking = _cpu_seconds(watched, watch.window), _cpu_seconds(plain, watch.window)
         shares.append(having - lacking)
     time.sleep(2.0)  # until those windows are sent
     used = [(time.monotonic(), _cpu(heartbeat))]
@@ -132,7 +132,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, steps: int, seconds: fl
     dist.destroy_process_group()
 
 
-def _timed(what: Callable[[], None], times: int) -> float:
+def _cpu_seconds(what: Callable[[], None], times: int) -> float:
     """Return the CPU seconds of one of ``times`` calls."""
     begin = time.thread_time()
     for _ in range(times):

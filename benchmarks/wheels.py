@@ -27,16 +27,16 @@ PLATFORMS = tuple(f"manylinux_2_{n}_{{machine}}" for n in (35, 34, 31, 28, 27, 2
 PLATFORMS += ("manylinux2014_{machine}", "manylinux2010_{machine}", "manylinux1_{machine}")
 
 
-def needed(asked: Iterable[str], environment: Mapping[str, str], have: Mapping[str, str]) -> list[str]:
+def list_requirements(asked: Iterable[str], environment: Mapping[str, str], have: Mapping[str, str]) -> list[str]:
     """List all packages that ``asked`` requires, by the metadata installed here, and that are not there already.
 
     ``have``: name -> release, empty if it is not known; the requirements of a suitable package are assumed to be there
     too.
 
-    >>> found = needed(["lightly"], {"python_version": "3.12"}, {"tqdm": "4.67.1"})
+    >>> found = list_requirements(["lightly"], {"python_version": "3.12"}, {"tqdm": "4.67.1"})
     >>> [name in found for name in ("lightly", "hydra-core", "torch", "tqdm")]
     [True, True, False, False]
-    >>> needed(["numpy>=2"], {}, {"numpy": "1.26.4"})
+    >>> list_requirements(["numpy>=2"], {}, {"numpy": "1.26.4"})
     ['numpy']
     """
     found: set[str] = set()
@@ -57,10 +57,10 @@ def needed(asked: Iterable[str], environment: Mapping[str, str], have: Mapping[s
     return sorted(found)
 
 
-def listed(lines: Iterable[str]) -> dict[str, str]:
+def parse_releases(lines: Iterable[str]) -> dict[str, str]:
     """Return name -> release from lines as pip prints them; a bare name means any release.
 
-    >>> listed(["PyYAML==6.0.2", "torch_geometric", "# a remark"])
+    >>> parse_releases(["PyYAML==6.0.2", "torch_geometric", "# a remark"])
     {'pyyaml': '6.0.2', 'torch-geometric': ''}
     """
     told = (line.split("#")[0].partition("==") for line in lines)
@@ -94,7 +94,11 @@ def main(args: Sequence[str] | None = None) -> int:
     environment = {"python_version": options.python, "python_full_version": f"{options.python}.0"}
     environment |= {"platform_machine": options.machine, "sys_platform": "linux", "platform_system": "Linux"}
     have = options.have.read_text(encoding="utf-8").splitlines() if options.have else []
-    names = [name for name in needed(ASKED, environment, listed([*have, *options.without])) if name != "descant"]
+    names = [
+        name
+        for name in list_requirements(ASKED, environment, parse_releases([*have, *options.without]))
+        if name != "descant"
+    ]
     options.into.mkdir(parents=True, exist_ok=True)
     failed = [n for n in names if not fetch(n, metadata.version(n), options.python, options.machine, options.into)]
     size = sum(wheel.stat().st_size for wheel in options.into.glob("*.whl"))

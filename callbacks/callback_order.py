@@ -13,7 +13,7 @@ Kind = TypeVar("Kind", bound=L.Callback)
 class Ordered(L.Callback):
     """Base of the callbacks that depend on the order of ``trainer.callbacks``; classes are named by their short names.
 
-    ``setup`` sorts the list, whatever order the user has given: see :func:`ordered`. A subclass that overrides
+    ``setup`` sorts the list, whatever order the user has given: see :func:`sort_callbacks`. A subclass that overrides
     ``setup`` calls this one.
     """
 
@@ -27,10 +27,10 @@ class Ordered(L.Callback):
     writes_at_end: ClassVar[bool] = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.callbacks = ordered(trainer.callbacks)  # type: ignore[attr-defined]
+        trainer.callbacks = sort_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def ordered(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+def sort_callbacks(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
     """Sort the callbacks by ``front`` and ``after``. Others keep their order."""
     placed: list[L.Callback] = []
 

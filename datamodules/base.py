@@ -66,7 +66,7 @@ class _Batches(Iterator[Any]):
             batch = next(self.batches)
         except ValueError as error:
             raise (Outage if isinstance(error, Outage) else ValueError)(_last_line(error)) from error
-        self.data.arrived(batch)
+        self.data.on_arrival(batch)
         self.left -= 1
         if self.left == 0 and self.ended is not None:  # a trainer knows the length and requests no batch beyond it
             self.ended()
@@ -181,14 +181,14 @@ class DataModule(L.LightningDataModule):
         data, id_N = self.training_set(), self.selected_ids
         return data if id_N is None else SelectedSet(data, positions_of(data, id_N, self.selected_by))
 
-    def with_mined(self, data: BatchDataset) -> BatchDataset:
+    def add_mined(self, data: BatchDataset) -> BatchDataset:
         """Add mined negatives to a training set, if training reads them."""
         return data if self.mined is None else MinedSet(data, self.mined)
 
     def read_mined(self, modality: str) -> None:
         """Add mined negatives of this modality to training batches from now on; absent until some are mined."""
         self.mined = MinedNegatives(modality)
-        self.with_mined(self.selected_set())  # raises if they cannot be read
+        self.add_mined(self.selected_set())  # raises if they cannot be read
 
     def training_ids(self) -> Tensor:
         """Return int64 ``[N]``: the ids of the training samples to use."""
@@ -345,7 +345,7 @@ class DataModule(L.LightningDataModule):
         data = self.selected_set()
         epoch, first = self.position
         order = self.order(data, rank=rank, world=world, accumulate=accumulate, epoch=epoch, first=first)
-        return self._loader(self.with_mined(data), order)
+        return self._loader(self.add_mined(data), order)
 
     # budgets ----------------------------------------------------------------------------------------------------
 
@@ -367,13 +367,13 @@ class DataModule(L.LightningDataModule):
         The micro-batches are as training gets them. A shorter pass has fewer steps.
         """
         data, order = self._budget_order()
-        data = self.with_mined(data)
+        data = self.add_mined(data)
         if not data.by_position:
             raise ValueError("flops: no step of a stream is read before training; give samples, or use shards on disk")
         steps = min(order.global_batches, steps)
-        return steps, map(partial(self._as_trained, data), islice(order, steps * order.accumulate))
+        return steps, map(partial(self._training_batch, data), islice(order, steps * order.accumulate))
 
-    def _as_trained(self, data: BatchDataset, window: Window) -> Batch:
+    def _training_batch(self, data: BatchDataset, window: Window) -> Batch:
         trainer = self.trainer
         assert trainer is not None
         raw = self.on_before_batch_transfer(trainer.precision_plugin.convert_input(data[window]), 0)

@@ -88,7 +88,7 @@ class BatchDataset(Dataset[Batch]):
             step=step,
         )
 
-    def arrived(self, batch: Batch) -> None:
+    def on_arrival(self, batch: Batch) -> None:
         """Handle a batch that a loader returns; runs in the main process, which shares no state with workers."""
 
 

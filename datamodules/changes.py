@@ -109,7 +109,7 @@ class Corpus:
     root: str = ""
     content: list[str] | None = None
 
-    def hashed(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
+    def hash_files(self, numbers: Sequence[int] | None = None) -> dict[int, str]:
         """Compute the SHA-256 of the content of some files, or of all; empty for a file that cannot be read."""
         chosen = range(len(self.files)) if numbers is None else numbers
         with ThreadPoolExecutor(8) as pool:
@@ -118,7 +118,7 @@ class Corpus:
     def verify(self) -> str | None:
         """Hash all files; return a message on the first whose SHA-256 differs from its manifest, or None."""
         if self.content is None:
-            self.content = list(self.hashed().values())
+            self.content = list(self.hash_files().values())
         for file, digest in zip(self.files, self.content, strict=True):
             if self.known.get(file, digest) != digest:
                 return f"{Path(self.root, file)}: its content differs from its manifest (SHA-256)"
@@ -138,7 +138,7 @@ class Corpus:
     def state(self, verify: bool = False) -> dict[str, Any]:
         """Return plain values and tensors for a resume point; with ``verify``, hash the content of all files."""
         if verify and self.content is None:
-            self.content = list(self.hashed().values())
+            self.content = list(self.hash_files().values())
         contents = self._contents()
         return {
             "parts": {name: part.state() for name, part in self.parts.items()},
@@ -179,7 +179,7 @@ class Corpus:
         if old is not None and (verify or newer):
             step = int(old["step"])
             chosen = sorted({n for first in newer for n in range(first, min(first + step, len(self.files)))})
-            digests = self.hashed(None if verify else chosen)
+            digests = self.hash_files(None if verify else chosen)
             expected = old["crc"].tolist()
             rows = [
                 first
@@ -221,7 +221,7 @@ def pack(folder: Path) -> Corpus:
     parts = {"files": Property(names, lambda n: names[n])}
     corpus = Corpus(str(folder), parts, names, size_M, np.zeros_like(size_M), root=str(folder))
     if size_M.sum() <= SMALL:
-        corpus.parts["contents"] = Property(list(corpus.hashed().values()), lambda n: names[n])
+        corpus.parts["contents"] = Property(list(corpus.hash_files().values()), lambda n: names[n])
     return corpus
 
 

@@ -31,7 +31,7 @@ from descant.datamodules.fields.fields import (
     Row,
     TargetField,
     TextField,
-    filled,
+    fill_rows,
 )
 from descant.datamodules.fields.images import FORMATS, LIMIT
 from descant.datamodules.fields.tables import TableField
@@ -134,7 +134,7 @@ class _PreparedImages(Field):
         self.blank = torch.zeros_like(prepare_image(steps, torch.zeros(3, 8, 8, dtype=torch.uint8)))
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
-        return filled(self.blank.repeat(len(raw_B), 1, 1, 1), raw_B, lambda _, data: self._read(data))
+        return fill_rows(self.blank.repeat(len(raw_B), 1, 1, 1), raw_B, lambda _, data: self._read(data))
 
     def _read(self, data: bytes) -> Tensor:
         try:

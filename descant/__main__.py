@@ -78,9 +78,9 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: Sequence[str]) -> int:
     if args and args[0] == "__complete":
-        from descant.cli.completion import offered
+        from descant.cli.completion import complete_words
 
-        print("\n".join(offered(args[1:], COMMANDS)))
+        print("\n".join(complete_words(args[1:], COMMANDS)))
         return 0
     from descant.cli import helptext
 
@@ -124,11 +124,11 @@ def _run(command: str, rest: Sequence[str]) -> int:
     else:
         request = with_run_config(read(command, rest))
     from descant.cli import dump, helptext
-    from descant.cli.precheck import precheck, wanted
+    from descant.cli.precheck import needs_check, precheck
     from descant.run import runs
 
     known = dump.read(command)
-    if known is not None and not wanted(request):
+    if known is not None and not needs_check(request):
         text = helptext.of_class(known, request)
         if text is not None:
             print(text)

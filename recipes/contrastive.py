@@ -99,8 +99,8 @@ class Contrastive(ObjectiveSpace):
         return self.knowledge is None and super().embeds_by_head
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        names = super().inputs
+    def required_inputs(self) -> tuple[str, ...]:
+        names = super().required_inputs
         with_negatives = any(name.endswith(NEGATIVE) for name in names)
         triples = ("triples", *(["triples" + NEGATIVE] if with_negatives else ())) if self.knowledge else ()
         return (*names, *triples)
@@ -113,9 +113,9 @@ class Contrastive(ObjectiveSpace):
         return self.knowledge(z_BD, triples_BK3W)
 
     def forward(self, batch: Batch) -> Output:
-        require_inputs(batch, *self.inputs)
+        require_inputs(batch, *self.required_inputs)
         space = self.streams(batch)
-        latents = {m: space.latent(m) for m in self.reads}
+        latents = {m: space.latent(m) for m in self.required_modalities}
         views = self.views(space)
         return Output(self.objective_terms(views, batch), latents, pairs=self.match_scorers(views))
 

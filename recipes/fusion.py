@@ -66,5 +66,5 @@ class Fusion(Balanced, OwnHeads, Classifier):
         terms = {FUSED: self.term(fused_BC, label_B, self.some(batch.present), self.some(batch.step))}
         terms |= {m: self.term(own[m], label_B, batch.present[m], batch.step[m]) for m in own}
         inputs = FusionInputs(z, batch.present, label_B)
-        aux = self.regularized(inputs, fused_present, fused_BC, batch, terms)
+        aux = self.regularize(inputs, fused_present, fused_BC, batch, terms)
         return Output(terms, z, lambda: self._decisions(fused_BC, batch), aux=aux, fusion=inputs)

@@ -30,14 +30,14 @@ from descant.modules.core.output import Output
 from descant.modules.core.sham import Sham
 from descant.modules.masking.adapters import Adapters, Arranged
 from descant.modules.masking.alignment import Alignment
-from descant.modules.masking.corruptions import Corruption, UniformMask, corrupted
+from descant.modules.masking.corruptions import Corruption, UniformMask, corrupt_on_host
 from descant.modules.masking.decoders import At, Decoder, JointDecoder
 from descant.modules.masking.reductions import Reduction, SumOfModalities, TargetCounts
 from descant.modules.missing_modalities.available_sets import Sets
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.moe import Routing
 from descant.modules.towers.vit import Trunk
-from descant.recipes.base.masked import MaskedRecipe, embedded
+from descant.recipes.base.masked import MaskedRecipe, embedded_sets
 
 
 class Masked(MaskedRecipe):
@@ -92,7 +92,7 @@ class Masked(MaskedRecipe):
         self.decoder.build(self.grids, encoder.width, self.targets)
         for m, adapter in adapters.each().items():
             adapter.build(encoder.width, self.decoder.width if m in self.targets else 0)
-        self.embeds, self.pool_global = embedded(embeds, tuple(adapters)), pool_global
+        self.embeds, self.pool_global = embedded_sets(embeds, tuple(adapters)), pool_global
         widths = {m: adapter.tokens * adapter.numbers for m, adapter in adapters.each().items()}
         self.fill = None if fill is None else fill.build(widths, Sets(self.modalities).sets)
         self.align = align and align.build(self.modalities, encoder.width)
@@ -115,10 +115,10 @@ class Masked(MaskedRecipe):
     ) -> dict[str, Term]:
         """Compute the terms of the tokens that a corruption hides, by default the recipe's own corruption."""
         raw, real = self.raw(batch)
-        masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
-        return self.predicted(self.arranged(raw, real, masks), batch, routings)
+        masks = corrupt_on_host(corruption or self.corruption, real, self.grids, batch.rng_seed)
+        return self.predict_targets(self.arrange(raw, real, masks), batch, routings)
 
-    def predicted(
+    def predict_targets(
         self, tokens: dict[str, Arranged], batch: Batch, routings: list[Routing] | None = None
     ) -> dict[str, Term]:
         """Predict target tokens; the value of a sample is the mean over its counted tokens."""
@@ -127,7 +127,7 @@ class Masked(MaskedRecipe):
         encoded = self.encode(x, seen, batch.source, routings)
         for m, (row_N, place_N, _) in asked.items():
             if (given_BTP := tokens[m].given_BTP) is not None:
-                encoded.given[m] = adapters[m].given(given_BTP[row_N, place_N])
+                encoded.given[m] = adapters[m].embed_previous(given_BTP[row_N, place_N])
         predicted, terms = self.decoder(encoded, asked), dict[str, Term]()
         counts = {m: tokens[m].loss_BT & batch.present[m][:, None] for m in asked}
         count = {m: counts_BT.sum(dim=1) for m, counts_BT in counts.items()}

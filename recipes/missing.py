@@ -107,14 +107,14 @@ class MissingModality(AdaptedRecipe):
 
     # what each sample has -----------------------------------------------------------------------------------------
 
-    def left(self, batch: Batch) -> Batch:
+    def drop_modalities(self, batch: Batch) -> Batch:
         """Return the batch in which each sample keeps only a randomly drawn set of its modalities."""
-        present = self.available.left(batch.present, batch.rng_seed, self.modalities)
+        present = self.available.remaining_modalities(batch.present, batch.rng_seed, self.modalities)
         step = present if world() == 1 else {m: gather(mask_B) for m, mask_B in present.items()}
         return replace(batch, present=present, step=dict(step))
 
     def forward(self, batch: Batch) -> Output:
-        with self.routed(self.left(batch)) as routed:
+        with self.routing(self.drop_modalities(batch)) as routed:
             output = self.inner.forward(routed)
         if not self._learns:
             require_learning(self, output.all_terms())

@@ -28,9 +28,9 @@ from descant.modules.core.output import Output
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.fusion.universal import UniversalLayers
-from descant.modules.objectives.base import TaskObjective, differently_hidden
+from descant.modules.objectives.base import TaskObjective, describe_mask_conflicts
 from descant.modules.objectives.embeddings import require_inputs
-from descant.modules.objectives.graph import Part, composed
+from descant.modules.objectives.graph import Part, compose_graph
 from descant.modules.objectives.streams import Streams
 from descant.modules.towers import Towers
 from descant.modules.towers.heads import Pool, Pools
@@ -68,24 +68,24 @@ class MultiTask(StreamSpace):
         kwargs.update(teacher_of(objectives, kwargs))
         super().__init__(towers, width, pool, **kwargs)
         self.build_objectives(objectives, None if fusion is None else fusion.width)
-        self.graph = composed(graph, objectives, universal)
+        self.graph = compose_graph(graph, objectives, universal)
         shared = [m for m in towers if any(m in objectives[name].reads for name in self.graph.behind)]
         self.universal = universal and universal.build({m: towers.width(m) for m in shared})
-        hidden = [m for m in towers if any(m in objective.replaced for objective in objectives.values())]
+        hidden = [m for m in towers if any(m in objective.mask_token_modalities for objective in objectives.values())]
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(towers.width(m)) * 0.02) for m in hidden})
         fused = {m for objective in objectives.values() for pair in objective.fuses for m in pair}
         self.fusion = None if fusion is None else fusion.build({m: towers.width(m) for m in towers if m in fused})
         pools = {m for objective in objectives.values() for m in objective.pools}
         unused = [("heads", m) for m in towers if not self.forks[m]]
         unused += [("pools", m) for m in towers if not self.forks[m] and m not in pools]
-        for part, m in [*unused, *(("towers", m) for m in towers if m not in self.reads)]:
+        for part, m in [*unused, *(("towers", m) for m in towers if m not in self.required_modalities)]:
             self.get_submodule(f"{part}.{m}").requires_grad_(False)
         if self.fusion is not None and not fused:
             self.fusion.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        for line in differently_hidden(self.tasks) if stage == "fit" else ():
+        for line in describe_mask_conflicts(self.tasks) if stage == "fit" else ():
             rank_zero_info(f"objectives: {line}")
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
@@ -94,7 +94,7 @@ class MultiTask(StreamSpace):
         return (p for p in self.parameters() if p.requires_grad and p not in own)
 
     def forward(self, batch: Batch) -> Output:
-        require_inputs(batch, *self.inputs)
+        require_inputs(batch, *self.required_inputs)
         streams = self.streams(batch)
         views = self.views(streams)
         terms, pairs = self.objective_terms(views, batch), self.match_scorers(views)
@@ -111,5 +111,5 @@ class MultiTask(StreamSpace):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return embeddings and scores, from one forward pass of the towers."""
-        streams, whole = Streams(self, batch), set(self.reads) <= batch.inputs.keys()
+        streams, whole = Streams(self, batch), set(self.required_modalities) <= batch.inputs.keys()
         return {"z": self.embeddings(streams), "scores": self.scores(batch, streams) if whole else {}}

@@ -27,7 +27,7 @@ from descant.modules.core.batch import Batch, append_axes
 from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
-from descant.modules.core.sham import taken
+from descant.modules.core.sham import take_rows
 from descant.modules.distill.distill import Distill
 from descant.modules.fusion.classifiers import class_labels
 from descant.modules.fusion.cross_encoder import FusionLayers
@@ -93,7 +93,7 @@ class MutualInformation(SharedSpace):
 
     def forward(self, batch: Batch) -> Output:
         valid_B, draw_B, x = batch.present["image"], batch.rng_seed, self._images(batch, "image")
-        crop = CropBox.drawn(draw_B, "crop/1", self.scale, x)
+        crop = CropBox.draw(draw_B, "crop/1", self.scale, x)
         seen = crop.of(x, x.shape[-1])
         mixed = self.patch_mix(seen, draw_B, valid_B)
         streams, terms = (
@@ -104,16 +104,18 @@ class MutualInformation(SharedSpace):
         if h_BTD.shape[1] != self.patch_mix.patches**2:
             raise ValueError(f"patch_mix: {self.patch_mix.patches} patches a side, and {h_BTD.shape[1]} tokens")
         if self.same is not None and self.decoder is not None:
-            of_T = crop.places(crop, self.patch_mix.patches), self._taught(seen)
+            of_T = crop.places(crop, self.patch_mix.patches), self._teacher_target(seen)
             place_BQ2, target_BQD = (x.gather(1, mixed.hidden_BQ[..., None].expand(-1, -1, x.shape[2])) for x in of_T)
             value_B = self.same(promote(self.decoder(Tokens(h_BTD, mixed.first_BT), place_BQ2)), target_BQD)
             terms["same"] = Term(value_B, valid=valid_B, given=("image",))
         if self.view is not None and self.decoder is not None:
             other_x = self._images(batch, "image@2")
-            other = CropBox.drawn(draw_B, "crop/2", self.scale, other_x)
+            other = CropBox.draw(draw_B, "crop/2", self.scale, other_x)
             place_BT2 = other.places(crop, self.patch_mix.patches)
-            x_2, place_BT2 = (taken(x_B, mixed.source_B) for x_B in (other.of(other_x, x.shape[-1]), place_BT2))
-            value_B = self.view(promote(self.decoder(Tokens(h_BTD, ~mixed.first_BT), place_BT2)), self._taught(x_2))
+            x_2, place_BT2 = (take_rows(x_B, mixed.source_B) for x_B in (other.of(other_x, x.shape[-1]), place_BT2))
+            value_B = self.view(
+                promote(self.decoder(Tokens(h_BTD, ~mixed.first_BT), place_BT2)), self._teacher_target(x_2)
+            )
             terms["view"] = Term(value_B, valid=valid_B, given=("image",))
         if self.text is not None:
             z_BD, t_BD = streams.latent("image") * self.text.scale(), streams.latent("text")
@@ -132,15 +134,15 @@ class MutualInformation(SharedSpace):
         return torch.where(append_axes(batch.present["image"], x), x, torch.zeros_like(x))
 
     @torch.no_grad()
-    def _taught(self, x: Tensor) -> Tensor:
-        cast(Distill, self.teaching).prepare(self)
-        h_BTD = promote(cast(Distill, self.teaching).network.get_submodule("towers.image")(x).h_BTD)
+    def _teacher_target(self, x: Tensor) -> Tensor:
+        cast(Distill, self.active_distillation).prepare(self)
+        h_BTD = promote(cast(Distill, self.active_distillation).network.get_submodule("towers.image")(x).h_BTD)
         return F.layer_norm(h_BTD, h_BTD.shape[-1:])
 
     def _classes(self, h_BD: Tensor, batch: Batch, mixed: MixedImages) -> Term:
         """Compute the class term of both images; an image without a label adds zero."""
         logit_BC = promote(cast(Projection, self.label_head)(h_BD))
         label_B = class_labels(batch.targets, self.target, logit_BC.shape[1])
-        both = (mixed.share, label_B), (1 - mixed.share, taken(label_B, mixed.source_B))
+        both = (mixed.share, label_B), (1 - mixed.share, take_rows(label_B, mixed.source_B))
         share_BC = sum(m * one_hot(y_B, logit_BC.shape[1], logit_BC.dtype) for m, y_B in both)
         return Term(softmax_loss(logit_BC, cast(Tensor, share_BC)), valid=batch.present["image"], given=("image",))

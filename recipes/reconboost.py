@@ -99,18 +99,18 @@ class ReconBoost(Classifier):
 
     def forward(self, batch: Batch) -> Output:
         _, rectifying = self.stage
-        term = self._rectified(batch) if rectifying else self._boosted(batch)
+        term = self._rectify(batch) if rectifying else self._boost(batch)
         name = "fused" if rectifying else self.active[0]
         # every rank's backward reaches all parameters, in every step
         return Output({name: Term(touch_parameters(term.value, self._idle()), valid=term.valid, norm=term.norm)})
 
-    def _rectified(self, batch: Batch) -> Term:
+    def _rectify(self, batch: Batch) -> Term:
         z = self.latents(batch, *self.active)
         logits_BC = promote(self.fusion.total(z, batch.present))
         here_B, step_G = (some(*(present[m] for m in z)) for present in (batch.present, batch.step))
         return self.term(logits_BC, self.labels(batch), here_B, step_G)
 
-    def _boosted(self, batch: Batch) -> Term:
+    def _boost(self, batch: Batch) -> Term:
         (stage, _), (m,), label_B = self.stage, self.active, self.labels(batch)
         before = [n for n in self.modalities[:stage] if n != m]
         log_BC = promote(self.fusion.head(self.latents(batch, m)[m])).log_softmax(dim=1)

@@ -71,7 +71,7 @@ class SelfSupervised(ObjectiveSpace):
     # the method --------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Output:
-        require_inputs(batch, *self.inputs)
+        require_inputs(batch, *self.required_inputs)
         batch = self.with_crops(batch)
         space = self.streams(batch)
         return Output(self.objective_terms(self.views(space), batch), {m: space.latent(m) for m in self.towers})

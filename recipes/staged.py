@@ -58,7 +58,7 @@ class Staged(Changing):
         """Apply the settings, the objective and the trainable parameters of a stage, and no others."""
         self.stage = stage
         reshard(self)  # parameters may still be gathered after an evaluation; requires_grad is set on the parts
-        trained = self.now.trained(stage, self._trainable)
+        trained = self.now.trained_names(stage, self._trainable)
         for name, parameter in self.inner.named_parameters():
             parameter.requires_grad_(name in trained)
             parameter.grad = None

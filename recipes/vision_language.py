@@ -108,7 +108,7 @@ class VisionLanguage(LanguageRecipe):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         for data in data_parts(self.trainer):  # of every stage
-            if (least := getattr(data, "embedded", 0)) > self.lm.vocabulary:
+            if (least := getattr(data, "embedded_ids", 0)) > self.lm.vocabulary:
                 raise ValueError(f"lm.vocab {self.lm.vocabulary}: {type(data).__name__} has {least} ids, the least")
             for name in ("image_token", "answer_token"):
                 mine, its = getattr(self, name), getattr(data, name, getattr(self, name))

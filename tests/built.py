@@ -62,7 +62,7 @@ class Built:
             trainer["callbacks"] = [*own, *(more[name] for name in names)]
             shutil.rmtree(again.place.folder, ignore_errors=True)
             again.place.folder.mkdir(parents=True)
-            again.folder = Folder(again.place, again._saved())
+            again.folder = Folder(again.place, again._config_text())
             again._set_seed()
             again.model = again.config_init["fit"]["model"]
             again.trainer = again.instantiate_trainer()

@@ -105,7 +105,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-    command.long_lived_objects_frozen = contextlib.nullcontext  # type: ignore[attr-defined, assignment]
+    command.freezing_long_lived_objects = contextlib.nullcontext  # type: ignore[attr-defined, assignment]
 
 
 @dataclass

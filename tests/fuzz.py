@@ -142,7 +142,7 @@ def _media(folder: Path) -> None:
 
 def _manifest(folder: Path) -> None:
     assert "\n" not in (manifest.fault(folder / "a.ckpt") or "")
-    manifest.known(folder / "a.ckpt")
+    manifest.last_facts(folder / "a.ckpt")
     manifest.newest(folder, "*.ckpt")
     _both(folder)
 

@@ -31,7 +31,7 @@ from descant.callbacks import Rollouts
 from descant.cli.catalogue import experiments
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import by_rank, drawn_by_rank
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from descant.modules.policy.rewards import Rewards
 from tests.ranks import run_ranks, stand_alone
 from tests.torture_parts import Letters
@@ -131,7 +131,7 @@ def compare(name: str, double: bool = False, steps: int = STEPS) -> Compared:
                 break
         else:
             raise RuntimeError(f"{name} does not run on {1 if one is None else 2} rank(s)")
-        named = list(json.loads((followed(Path(folder, "runs/ranks2/latest")) / "by_rank.json").read_text()))
+        named = list(json.loads((follow_latest(Path(folder, "runs/ranks2/latest")) / "by_rank.json").read_text()))
     assert one and one.keys() == two.keys()
     assert len(one["train/loss"]) == len(two["train/loss"]) == steps and any(one["train/loss"])
     off = {key: [_off(a, b) for a, b in zip(one[key], two[key], strict=True)] for key in one}
@@ -147,7 +147,7 @@ def _fitted(folder: str, name: str, world: int, steps: int, double: bool, *more:
     Path(folder, "compared.yaml").write_text(COMPARED.format(precision="64-true" if double else "32-true"))
     words += ["--config", "compared.yaml", "--trust", "tests.rank_invariance"]
     codes = run_ranks(world, fit, folder, words, world)
-    return None if any(codes) else losses(followed(Path(folder, f"runs/ranks{world}/latest")))
+    return None if any(codes) else losses(follow_latest(Path(folder, f"runs/ranks{world}/latest")))
 
 
 def _off(a: float, b: float) -> float:

@@ -24,7 +24,7 @@ import lightning as L
 import pytest
 import yaml
 
-from descant.claims.digest import merged
+from descant.claims.digest import merge_config
 from descant.cli.catalogue import ROOT, experiments, find, layers, overlays
 from descant.recipes.base.recipe import Recipe
 from tests.rotation import by_turns, quick, turn
@@ -70,7 +70,7 @@ def kind(path: Path) -> tuple[str, ...]:
     """Experiments of one class: of the same recipe and data, and of the same packages."""
     content: dict[str, Any] = {}
     for file in layers([path]):
-        content = merged(content, yaml.safe_load(file.read_text()))
+        content = merge_config(content, yaml.safe_load(file.read_text()))
     return (*(content[part]["class_path"] for part in ("model", "data")), *need(path))
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from descant.cli.catalogue import ROOT
-from descant.cli.trust import allowed
+from descant.cli.trust import is_allowed
 from descant.modules.io.names import table
 
 TOP = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def test_classes_in_yaml_exist(file: Path) -> None:
     assert file.read_text().startswith("# "), "the first line says what it is"
     for path in class_paths(yaml.safe_load(file.read_text())):
         if "." in path:
-            assert allowed(path)
+            assert is_allowed(path)
             module, _, name = path.rpartition(".")
             assert hasattr(importlib.import_module(module), name), path
         elif path not in table():

@@ -18,7 +18,7 @@ from descant.claims import comparison, spec
 from descant.cli.arguments import read
 from descant.cli.catalogue import experiments
 from descant.cli.dump import Written
-from descant.cli.precheck import precheck, wanted
+from descant.cli.precheck import needs_check, precheck
 from descant.plan import plan
 from descant.slurm import submit, sweep
 from tests.conftest import Result
@@ -72,7 +72,7 @@ def _checked(words: list[str], cli: Cli, content: dict[str, Any]) -> None:
         if any(word.startswith("runs/") or word in ("my_method.yaml", "clip.yaml", "siglip.yaml") for word in rest):
             return  # of a run, or of a file that the reader or `descant new` writes
         request = read(command, rest)
-        if wanted(request) and request.configs:
+        if needs_check(request) and request.configs:
             known = Written(content, "fit" if command == "check" else command)
             precheck(known, request.files, request.options, request.trust)
     elif command == "sweep":

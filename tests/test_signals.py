@@ -88,7 +88,7 @@ def require_unharmed(case: Case, name: str, step: int) -> None:
     """There is a valid resume point of a step, and from there the run ends as the one that nobody disturbed."""
     point, skipped = runs.newest_point(case.folder(name))
     assert point is not None and skipped == []
-    assert (manifest.known(point)["step"], manifest.known(point)["safe"]) == (step, True)
+    assert (manifest.last_facts(point)["step"], manifest.last_facts(point)["safe"]) == (step, True)
     case.finish(name)
     assert differences(case, name) == []
 
@@ -126,6 +126,6 @@ def test_sent_to_one_of_two_ranks_it_stops_both(
     assert f"descant: {number.name}: saving" in (case.root / f"{name}.log").read_text()
     point, _ = runs.newest_point(case.folder(name))
     assert point is not None
-    step = manifest.known(point)["step"]
+    step = manifest.last_facts(point)["step"]
     assert PHASES[phase][1] <= step <= PHASES[phase][1] + AGREE_STEPS + 1
     require_unharmed(case, name, step)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from descant.callbacks.health.hangs import born, state_of
+from descant.callbacks.health.hangs import process_start_ticks, state_of
 from tests.rotation import turn
 from tests.torture import Case, Fit, differences, wait
 
@@ -86,7 +86,10 @@ def test_a_launched_rank_that_hangs_in_python_is_named_with_its_stack(tmp_path: 
     with made.start(name, HOLD="forward:4:1") as run:
         process = held(made, name, run)
         assert run.ended() == 75
-        wait(lambda: not born(process) or state_of(process) == "dead", "the rank that hangs was left behind")
+        wait(
+            lambda: not process_start_ticks(process) or state_of(process) == "dead",
+            "the rank that hangs was left behind",
+        )
     log = (made.root / f"{name}.log").read_text(encoding="utf-8")
     (line,) = [line for line in log.splitlines() if "hangs" in line]
     assert "descant: rank 1 (" in line and f"process {process}) hangs" in line

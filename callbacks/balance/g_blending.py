@@ -106,15 +106,15 @@ class GradientBlending(L.Callback):
         train_2K, self._train_2K = total_of_ranks(self._train_2K.clone()), None
         now_2K = torch.stack([val_2K[0] / val_2K[1], train_2K[0] / train_2K[1]])
         if self.before_2K is not None:
-            self.weight_K = self.sham.handed_on(self.weighed(self.before_2K.to(now_2K), now_2K))
+            self.weight_K = self.sham.handed_on(self.compute_weights(self.before_2K.to(now_2K), now_2K))
         self.before_2K = now_2K
 
     @staticmethod
-    def weighed(before_2K: Tensor, now_2K: Tensor) -> Tensor:
+    def compute_weights(before_2K: Tensor, now_2K: Tensor) -> Tensor:
         """Compute ``w_K`` from validation and training means, before and now.
 
         >>> before, now = torch.tensor([[2.0, 2.0], [2.0, 2.0]]), torch.tensor([[1.0, 1.5], [0.5, 1.0]])
-        >>> GradientBlending.weighed(before, now).tolist()  # gains 1 and 1/2, gaps opened by 1/2 and 1/2
+        >>> GradientBlending.compute_weights(before, now).tolist()  # gains 1 and 1/2, gaps opened by 1/2 and 1/2
         [1.3333333333333333, 0.6666666666666666]
         """
         (val_K, train_K), (old_val_K, old_train_K) = now_2K.double(), before_2K.double()

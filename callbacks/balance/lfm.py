@@ -54,7 +54,7 @@ class LFM(L.Callback):
 
     def weight(self, trainer: L.Trainer) -> float:
         """Return the weight a of the alignment at this step."""
-        return 1 - fitted(share_of_run(trainer))
+        return 1 - classification_weight(share_of_run(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, HasObjective) and pl_module.step.objective is not None
@@ -71,10 +71,10 @@ class LFM(L.Callback):
             pl_module.log("balance/alignment", aligned, batch_size=1)
 
 
-def fitted(share: float) -> float:
+def classification_weight(share: float) -> float:
     """Compute the release's weight of classification at this share of the run.
 
-    >>> [round(fitted(share), 3) for share in (0.0, 0.5, 1.0)]
+    >>> [round(classification_weight(share), 3) for share in (0.0, 0.5, 1.0)]
     [0.205, 0.539, 0.902]
     """
     return sum(c * (200 * share) ** n for n, c in enumerate(FITTED))

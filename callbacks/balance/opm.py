@@ -16,7 +16,7 @@ from descant.callbacks.balance.balance import modality_scores, require_multimoda
 from descant.modules.balance.ogm import OGM
 from descant.modules.core.batch import Batch, some
 from descant.modules.core.capabilities import has
-from descant.modules.core.host import derived, read_together, to_device
+from descant.modules.core.host import derive, read_together, to_device
 from descant.modules.core.protocols import MultimodalClassifier
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.rng import uniform_N
@@ -75,9 +75,9 @@ class OPM(L.Callback):
         for m, q in self.probability.items():
             if q > 0:
                 stays_B = to_device(uniform_N(batch.rng_seed, "drop-ahead", m) >= q, left[m].device)
-                left[m] = derived(torch.logical_and, left[m], stays_B)
+                left[m] = derive(torch.logical_and, left[m], stays_B)
         some_B = some(*(left[m] for m in self.probability or left))
-        return {m: derived(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
+        return {m: derive(torch.where, some_B, mask_B, batch.present[m]) for m, mask_B in left.items()}
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         assert has(pl_module, MultimodalClassifier)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from descant.callbacks.balance.balance import TermsCallback
 from descant.modules.balance.regularizer import FusionContext
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived, host_copy, read_together, to_device
+from descant.modules.core.host import derive, host_copy, read_together, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import rank, total_of_ranks
 from descant.modules.training_setup.trainer import log_interval
@@ -71,7 +71,7 @@ class PMR(TermsCallback):
         z, present, label_B = context.inputs
         C, terms = context.logits_BC.shape[1], {}
         for m, z_BD in z.items():
-            here_B = derived(_has_label, present[m], label_B)
+            here_B = derive(_has_label, present[m], label_B)
             here_r = to_device(host_copy(here_B).nonzero()[:, 0], z_BD.device)
             if training:
                 self._add_latents(m, z_BD.detach()[here_r].double(), label_B[here_r], C)

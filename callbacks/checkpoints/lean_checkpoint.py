@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from descant.callbacks.training.ema import CURRENT_MODEL_STATE
-from descant.modules.io.lean import base_of, brought, completed, lean
+from descant.modules.io.lean import base_of, complete_state, find_differences, lean
 
 
 class LeanCheckpoint(L.Callback):
@@ -41,10 +41,10 @@ class LeanCheckpoint(L.Callback):
 
     def _load(self, module: nn.Module, state: dict[str, Any], *_: object) -> None:
         """Complete a checkpoint before it is loaded, and record what it changes."""
-        whole = completed(state, module)
+        whole = complete_state(state, module)
         state.clear()
         state.update(whole)
-        self._brought |= brought(state, module)
+        self._brought |= find_differences(state, module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._base is None:  # a second fit keeps the first one's base

@@ -154,7 +154,7 @@ class Resume(Ordered):
         micro = loop.batch_progress.current.completed % accumulate
         step = trainer.global_step
         if micro == 0:
-            code = self.signals.agreed()
+            code = self.signals.agree()
             due = self.signals.due or step % self.every == 0
             if step != self._saved and (code or (due and (step > 0 or self.at_start))):
                 self.save(trainer)
@@ -169,7 +169,7 @@ class Resume(Ordered):
         seed_all("validation", dataloader_idx, batch_idx, trainer.global_rank)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        code = self.signals.agreed(last=True)
+        code = self.signals.agree(last=True)
         self._ending = True
         try:
             self.save(trainer)

@@ -71,7 +71,7 @@ class Signals:
         line = f"descant: {signal.Signals(number).name}: saving at the next step\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # a print may be half done
 
-    def agreed(self, last: bool = False) -> int:
+    def agree(self, last: bool = False) -> int:
         """Return the largest code that any rank received; with ``last``, up to now. Collective."""
         now = time.monotonic()
         step, self._last_call = now - self._last_call, now  # duration of the last step: nan at first
@@ -79,7 +79,7 @@ class Signals:
             self.due = now >= self._deadline or now + step > self._deadline
             return self.code
         self.due = False
-        code = self._received()
+        code = self._receive()
         self._steps += 1
         if last or self._steps >= self._pause:
             pace = int(AGREE_SECONDS * self._steps / max(now - self._began, 1e-6))  # a coarse clock may not advance
@@ -88,9 +88,9 @@ class Signals:
             self._in_flight = dist.all_reduce(sent, dist.ReduceOp.MAX, self.group, async_op=True), sent
             self._outdated = False
             self._steps, self._began = 0, now
-        return max(code, self._received()) if last else code
+        return max(code, self._receive()) if last else code
 
-    def _received(self) -> int:
+    def _receive(self) -> int:
         if self._in_flight is None:
             return 0
         work, sent = self._in_flight

@@ -27,7 +27,7 @@ from descant.modules.core.protocols import Generates
 from descant.modules.core.rng import mix_N
 from descant.modules.core.sham import Sham
 from descant.modules.language import Sampling
-from descant.modules.language.answer_scores import spoken
+from descant.modules.language.answer_scores import tokens_before_end
 
 
 @runtime_checkable
@@ -103,7 +103,7 @@ class Answering(ForwardEvaluator):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 answer_ids_BM = pl_module.generate(view, new=self.new, **options)  # type: ignore[call-arg]
             pairs = zip(answer_ids_BM.tolist(), reference_BA.tolist(), strict=True)
-            correct = [is_right(spoken(answer), spoken(reference)) for answer, reference in pairs]
+            correct = [is_right(tokens_before_end(answer), tokens_before_end(reference)) for answer, reference in pairs]
             return answer_ids_BM, torch.tensor(correct, device=batch.device)
 
         def count(key: str, correct_B: Tensor, valid_B: Tensor) -> None:
@@ -140,7 +140,10 @@ class Answering(ForwardEvaluator):
             if "image" in batch.present and bool(batch.present["image"][n]):
                 image = batch.inputs["image"][n]
                 image = (image[0] if image.ndim == 4 else image).cpu()  # the first of several
-            reference, answer = spoken(batch.targets["answer"][n].tolist()), spoken(answer_ids_BM[n].tolist())
+            reference, answer = (
+                tokens_before_end(batch.targets["answer"][n].tolist()),
+                tokens_before_end(answer_ids_BM[n].tolist()),
+            )
             row = AnswerRow(image, data.spell(question), data.spell(reference), data.spell(answer), bool(correct_B[n]))
             self._examples.setdefault(name, []).append((int(order_B[n]), row))
 

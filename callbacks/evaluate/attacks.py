@@ -17,7 +17,7 @@ from descant.modules.core.capabilities import has
 from descant.modules.core.errors import no_such, require_value
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import Classifies, Fuses
-from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
+from descant.modules.evaluation.attacks import Nudge, certified_radius, find_attacks, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 
 
@@ -109,7 +109,7 @@ class Attacks(ForwardEvaluator):
         for m in pl_module.modalities:
             nudge = Nudge(pl_module, rows, [m])
             radius = self.radius[m] if isinstance(self.radius, dict) else self.radius
-            wrong_B = attacked(nudge, radius * nudge.size_B(), label_B, self.steps, self.restarts)
+            wrong_B = find_attacks(nudge, radius * nudge.size_B(), label_B, self.steps, self.restarts)
             values[f"attacked/{m}"] = ~wrong_B
             attacked_B &= ~wrong_B
             if len(pl_module.modalities) > 1:

@@ -47,13 +47,13 @@ class _Labelled(EmbeddingEvaluator):
         modality = "" if self.modality == "image" else f"_{self.modality}"
         return f"{name}/{self.kind}_{self.target}{modality}_{metric}"
 
-    def _labelled(self, sets: dict[str, Rows]) -> Labelled:
+    def _labelled_sets(self, sets: dict[str, Rows]) -> Labelled:
         """Return ``z_ND, label_N, key_N`` by set, without sets (except the bank) that lack the target or its labels."""
         for rows in sets.values():
             self.require_embedding(rows, self.modality)
         self.require_target(self.target, (name for rows in sets.values() for name in rows.targets))
         labelled = {
-            name: rows.labelled(self.modality, self.target)
+            name: rows.labelled_rows(self.modality, self.target)
             for name, rows in sets.items()
             if self.target in rows.targets
         }
@@ -101,7 +101,7 @@ class ZeroShot(_Labelled):
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         values: dict[str, Tensor | Items] = {}
         w_CD = self.classifier(trainer, pl_module)
-        for name, (z_ND, label_N, key_N) in self._labelled(sets).items():
+        for name, (z_ND, label_N, key_N) in self._labelled_sets(sets).items():
             score_NC, classes = z_ND @ w_CD.T, len(w_CD)
             values[self._key(name, "top1")] = _top1(score_NC, label_N, key_N)
             if classes > 5:
@@ -122,9 +122,9 @@ class Banked(_Labelled, ScheduledEvaluator):
         raise NotImplementedError
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
-        labelled = self._labelled(sets)
+        labelled = self._labelled_sets(sets)
         bank = self.bank(trainer, pl_module)
-        z_bank_ND, label_N, _ = self._labelled({"bank": bank})["bank"]
+        z_bank_ND, label_N, _ = self._labelled_sets({"bank": bank})["bank"]
         if len(label_N) == 0:
             return {}
         index_N = bank.index[bank.present[self.modality] & (bank.targets[self.target] >= 0)]

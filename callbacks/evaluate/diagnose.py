@@ -26,7 +26,7 @@ from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Fuses, HasObjective, MultimodalClassifier, Unimodal
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks
 from descant.modules.core.rng import uniform_N
-from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fitted, lag
+from descant.modules.evaluation.diagnosis import MOST_ROWS, PROBES, ROWS, Interval, Lag, conflict, cross_fit, lag
 from descant.modules.multitask.mix import gramian
 from descant.modules.training_setup.boards import boards
 from descant.modules.training_setup.trainer import datamodule_of, log_interval, plain_batches
@@ -43,7 +43,7 @@ class Diagnose(L.Callback):
     The cosines are probed in one of every N optimizer steps, over all micro-batches and ranks together. At the end of
     the fit, it classifies the rows of the first validation set that have all modalities and a label. It does so by each
     modality alone (its own head, or the fusion without the others), by all together, and by a readout of each
-    modality's latents (:func:`~descant.modules.evaluation.diagnosis.cross_fitted`). One line then reports the numbers,
+    modality's latents (:func:`~descant.modules.evaluation.diagnosis.cross_fit`). One line then reports the numbers,
     and:
 
         a harmonizer could matter    two terms conflict, cos < 0, in a share of at least ``conflict`` of the probes, and
@@ -155,7 +155,7 @@ class Diagnose(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         harmony, values = self._harmony(trainer)
-        balance, more = self._balanced(trainer, pl_module)
+        balance, more = self._diagnose_balance(trainer, pl_module)
         self.line, values = f"Diagnose: {harmony}; {balance}", values | more
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         if trainer.is_global_zero:
@@ -224,7 +224,7 @@ class Diagnose(L.Callback):
         values = {"conflict": worst.share.value, "cosine": worst.cosine.value, "harmonize": float(worst.matters)}
         return line, {f"diagnose/{name}": value for name, value in values.items()}
 
-    def _balanced(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+    def _diagnose_balance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
         if self._balance:
             return f"{self._balance}: nothing to balance", {}
         name, rows = self._rows(trainer, pl_module)
@@ -234,7 +234,7 @@ class Diagnose(L.Callback):
         z, label_N = {m: z_ND.cpu() for m, z_ND in rows.z.items()}, rows.targets["label"].cpu()
         right = {m: rows.targets[f"alone/{m}"].bool().cpu() for m in z}
         joint = float(rows.targets["joint"].cpu().double().mean())
-        readout = {m: cross_fitted(z_ND, label_N, rows.index.cpu()) for m, z_ND in z.items()}
+        readout = {m: cross_fit(z_ND, label_N, rows.index.cpu()) for m, z_ND in z.items()}
         worst = lag(right, readout, self.behind, self.room, self.level)
         assert worst is not None
         speed = self._speed.sums

@@ -49,7 +49,7 @@ class Rows:
         """Return the row numbers, ascending, where ``modality`` is present."""
         return self.present[modality].nonzero().squeeze(1)
 
-    def labelled(self, modality: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    def labelled_rows(self, modality: str, target: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``z_ND``, ``label_N`` and ``key_N`` of the rows that have both; a label below 0 is none."""
         rows = (self.present[modality] & (self.targets[target] >= 0)).nonzero().squeeze(1)
         return self.z[modality][rows], self.targets[target][rows], self.key[rows]
@@ -82,7 +82,7 @@ class Store(Metric):
                 self.add_state(state, default=[], dist_reduce_fx="cat")
         keep = torch.stack(list(batch.present.values())).any(0)
         values = [z[m].detach().float()[keep] for m in self.modalities]
-        values += [batch.there(m)[keep] for m in self.modalities]
+        values += [batch.has_all(m)[keep] for m in self.modalities]
         values += [batch.targets[name][keep] for name in self.names]
         for state, value in zip(self._states(), [*values, batch.content_id[keep], batch.index[keep]], strict=True):
             getattr(self, state).append(value)

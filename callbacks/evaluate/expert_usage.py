@@ -90,12 +90,15 @@ class ExpertUsage(ForwardEvaluator):
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         routers = {name: layer.router for name, layer in self._layers.items()}
         counts = {name: router.dropped.cpu() for name, router in routers.items() if router.dropped is not None}
-        drops = merged(gather_objects(counts))
+        drops = sum_by_key(gather_objects(counts))
         for router in routers.values():
             router.dropped = None
-        values, whole = dict[str, Tensor](), {name: merged(gather_objects(uses)) for name, uses in self._uses.items()}
+        values, whole = (
+            dict[str, Tensor](),
+            {name: sum_by_key(gather_objects(uses)) for name, uses in self._uses.items()},
+        )
         experts = {name: layer.router.experts for name, layer in self._layers.items()}
-        self.active = {layer: use.active(experts[layer]) for layer, use in merged(list(whole.values())).items()}
+        self.active = {layer: use.active(experts[layer]) for layer, use in sum_by_key(list(whole.values())).items()}
         for name, uses in whole.items():
             names = dict(zip(uses, short(list(uses)), strict=True))
             each = {layer: self._measures(layer, use, drops.get(layer)) for layer, use in uses.items()}
@@ -149,10 +152,10 @@ def _count(
         uses[key] = uses[key] + use if key in uses else use
 
 
-def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_by_key(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum the values by key, in the order in which keys first occur.
 
-    >>> merged([{"a": 1}, {"b": 2, "a": 3}])
+    >>> sum_by_key([{"a": 1}, {"b": 2, "a": 3}])
     {'a': 4, 'b': 2}
     """
     keys = dict.fromkeys(key for part in parts for key in part)

@@ -73,9 +73,11 @@ class GenerationPictures(ReconstructionPictures):
                 with torch.no_grad(), trainer.precision_plugin.val_step_context():
                     for m in targets:  # each from the given one alone
                         generated = self.sampler(pl_module, some, [given], [m])[m]
-                        made[given, m] = self._shown(trainer, generated, rows, len(batch))
+                        made[given, m] = self._collect_outputs(trainer, generated, rows, len(batch))
         everyone = torch.arange(len(batch), device=batch.device)
-        truth = {m: self._shown(trainer, batch.inputs[m], everyone, len(batch)) for m in self.modalities or []}
+        truth = {
+            m: self._collect_outputs(trainer, batch.inputs[m], everyone, len(batch)) for m in self.modalities or []
+        }
         if trainer.sanity_checking or not trainer.is_global_zero:
             return {}
         for m, row in truth.items():
@@ -84,7 +86,7 @@ class GenerationPictures(ReconstructionPictures):
         return {"": grid(truth, made, self.given, self.targets, names, title)}
 
     @staticmethod
-    def _shown(trainer: L.Trainer, x: Tensor, rows: Tensor, samples: int) -> list[Shown | None]:
+    def _collect_outputs(trainer: L.Trainer, x: Tensor, rows: Tensor, samples: int) -> list[Shown | None]:
         """Return one image or text for each sample of the batch, None where nothing was generated."""
         shown = list[Shown | None]([None] * samples)
         tokenizer = getattr(datamodule_of(trainer), "tokenizer", None)

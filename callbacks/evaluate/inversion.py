@@ -41,7 +41,7 @@ class _BankRetrieval(EmbeddingEvaluator):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._test_sets = getattr(data, "evaluation_sets", None) if stage != "test" else None
 
-    def _chosen(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
+    def _select_sets(self, sets: dict[str, Rows], modality: str) -> dict[str, Rows]:
         """Select the named sets, or all; a validation skips those that only the test has."""
         name = type(self).__name__
         unknown = [s for s in self.sets or [] if s not in sets]
@@ -92,7 +92,7 @@ class IntraModal(_BankRetrieval):
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, sets: dict[str, Rows]) -> Values:
         m, values = self.modality, dict[str, Tensor | Items]()
-        chosen, bank = self._chosen(sets, m), self.bank(trainer, pl_module)
+        chosen, bank = self._select_sets(sets, m), self.bank(trainer, pl_module)
         at_G = bank.where(m)
         for name, rows in chosen.items():
             for suffix, (label_N, label_bank_N) in self._labels(rows, bank, self.target).items():
@@ -192,7 +192,7 @@ class Inversion(_BankRetrieval):
         a, b, bank = self.modality, self.through, self.bank(trainer, pl_module)
         classes = {target: prompts.classifier(trainer, pl_module) for target, prompts in self._prompts.items()}
         frame = text_frame(pl_module, b, self._tokenizer, self.template, self.oti.tokens)
-        for name, rows in self._chosen(sets, a).items():
+        for name, rows in self._select_sets(sets, a).items():
             at_Q = self._queries(rows, a)
             if len(at_Q) == 0:
                 continue
@@ -203,11 +203,11 @@ class Inversion(_BankRetrieval):
             values[f"{name}/names_map"] = average_precision(rows.z[a][at_Q], *rest).nanmean()
             values[f"{name}/names_map_oti"] = average_precision(inverted.z_BD.to(rest[1]), *rest).nanmean()
             for target, w_CD in classes.items():
-                values |= self._named(f"{name}/zeroshot_{target}", target, inverted, rows, at_Q, w_CD)
+                values |= self._zero_shot_metrics(f"{name}/zeroshot_{target}", target, inverted, rows, at_Q, w_CD)
         if self.ovi is None:
             return _drop_undefined(values)
         frame = patch_frame(pl_module, a, self.ovi.tokens)
-        for name, rows in self._chosen(sets, b).items():
+        for name, rows in self._select_sets(sets, b).items():
             at_Q = self._queries(rows, b)
             if len(at_Q) > 0:
                 inverted = self.ovi(pl_module, a, frame, rows.z[b][at_Q], rows.index[at_Q])
@@ -248,7 +248,7 @@ class Inversion(_BankRetrieval):
             values[f"{place}{way}_map{suffix}_chance"] = chance_average_precision(rest[0], *rest[2:])
         return values
 
-    def _named(
+    def _zero_shot_metrics(
         self, key: str, target: str, inverted: Inverted, rows: Rows, at_Q: Tensor, w_CD: Tensor
     ) -> dict[str, Tensor]:
         label_Q = rows.targets[target][at_Q]

@@ -101,7 +101,7 @@ class OutOfDistribution(ScheduledEvaluator):
                 if len(z_ND) == 0 or len(bank_ND) == 0:
                     continue
                 if of not in theirs:
-                    z_MD = self._embedded(trainer, pl_module, other, known[of])
+                    z_MD = self._embed_other(trainer, pl_module, other, known[of])
                     theirs[of] = [detector(z_MD, bank_ND) for detector in self.detectors]
                 for detector, score_M in zip(self.detectors, theirs[of], strict=True):
                     share_N = auroc_shares(detector(z_ND, bank_ND), score_M)
@@ -114,7 +114,7 @@ class OutOfDistribution(ScheduledEvaluator):
         self.require_embedding(rows, self.modality)
         return rows.z[self.modality][rows.where(self.modality)]
 
-    def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule, other: str, data: Any) -> Tensor:
+    def _embed_other(self, trainer: L.Trainer, pl_module: L.LightningModule, other: str, data: Any) -> Tensor:
         """Embed a set of other data: ``z_MD`` of all ranks' rows."""
         store = Store().to(pl_module.device)
         for batch in islice(self._batches(trainer, other, data), limit_of(trainer)):

@@ -217,7 +217,7 @@ class Reconstruction(ForwardEvaluator):
             for name, given_B in (("model", at_B), ("shuffled", other_B)):
                 batch = inputs.batch(rows, {target: at_B, **dict.fromkeys(self.given, given_B)}, real_B, at_B)
                 rebuilt = reconstruct(trainer, pl_module, batch, Hide([target]))
-                predictions[name] = self._checked(rebuilt, batch.inputs[target], target, real_B, pl_module)
+                predictions[name] = self._check_prediction(rebuilt, batch.inputs[target], target, real_B, pl_module)
             counts_B = x_B.isfinite() & append_axes(real_B, x_B)
             # where, not a product: 0 * inf would be nan
             error = {k: torch.where(counts_B, (x_B - x).square(), 0.0).sum() for k, x in predictions.items()}
@@ -226,7 +226,7 @@ class Reconstruction(ForwardEvaluator):
         return dict(zip(sums, _reduce(trainer, torch.stack(list(sums.values()))).unbind(), strict=True))
 
     @staticmethod
-    def _checked(
+    def _check_prediction(
         rebuilt: Mapping[str, ReconstructionOutput], x_B: Tensor, target: str, real_B: Tensor, recipe: object
     ) -> Tensor:
         """Return the prediction, if all of the target was hidden and the truth is the input."""
@@ -271,7 +271,7 @@ class Reconstruction(ForwardEvaluator):
             for target, fit in fits.items():
                 has_B = batch.both(target, *self.given)
                 fit.add(batch.inputs[target][has_B], {m: batch.inputs[m][has_B] for m in self.given})
-        return {target: fit.done(partial(_reduce, trainer), self.l2) for target, fit in fits.items()}
+        return {target: fit.fit(partial(_reduce, trainer), self.l2) for target, fit in fits.items()}
 
 
 class ReconstructionPictures(ForwardEvaluator):

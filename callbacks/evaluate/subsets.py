@@ -137,7 +137,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         if name not in self._evaluated:
             self._evaluated.append(name)
         self._targets |= set(batch.targets)
-        keep_B = keep_B & self._counted({m: _present(batch, m) for m in self._full})
+        keep_B = keep_B & self._rows_to_count({m: _present(batch, m) for m in self._full})
         parts = {s: keep_B & torch.stack([_present(batch, m) for m in s]).all(0) for s in self._subsets}
         if self._scored:
             self._score(trainer, pl_module, batch, parts, name)
@@ -150,7 +150,7 @@ class ModalitySubsetEval(ForwardEvaluator):
             store = self._z.setdefault(name, Store().to(pl_module.device))
             store.update(z, Batch({}, rows, self._labels(batch), batch.index, batch.content_id))
 
-    def _counted(self, present: Mapping[str, Tensor]) -> Tensor:
+    def _rows_to_count(self, present: Mapping[str, Tensor]) -> Tensor:
         """Return bool: the rows that have all modalities, or any if ``complete`` is false."""
         present_MN = torch.stack([present[m] for m in self._full])
         return present_MN.all(0) if self.complete else present_MN.any(0)
@@ -240,7 +240,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         if self._joint:
             for name, store in self._z.items():
                 rows = store.compute()
-                queries[name] = {s: rows.labelled(subset_name(s), self.target) for s in self._subsets}
+                queries[name] = {s: rows.labelled_rows(subset_name(s), self.target) for s in self._subsets}
         else:
             lead = self._lead(trainer)
             for number, store in lead._stores.items():
@@ -269,7 +269,7 @@ class ModalitySubsetEval(ForwardEvaluator):
         """Return ``z_QD, label_Q, key_Q`` of the rows that count."""
         assert self.target is not None
         label_N = rows.targets[self.target]
-        for at_N in (self._counted(rows.present), label_N >= 0, *(rows.present[m] for m in subset)):
+        for at_N in (self._rows_to_count(rows.present), label_N >= 0, *(rows.present[m] for m in subset)):
             keep_N = keep_N & at_N
         at_Q = keep_N.nonzero().squeeze(1)
         return fuse_embeddings({m: rows.z[m][at_Q] for m in subset}, subset), label_N[at_Q], rows.key[at_Q]
@@ -283,7 +283,7 @@ class ModalitySubsetEval(ForwardEvaluator):
                 z = embed(trainer, pl_module, _only(batch, self._full, some_B))
                 rows = Batch({}, {"bank": some_B}, self._labels(batch), batch.index, batch.content_id)
                 store.update({"bank": fuse_embeddings(z, self._full)}, rows)
-            return store.compute().labelled("bank", self.target)[:2]
+            return store.compute().labelled_rows("bank", self.target)[:2]
         bank = self.bank(trainer, pl_module)
         self.require_target(self.target, bank.targets, "the bank")
         some_N = torch.stack([bank.present[m] for m in self._full]).any(0)

@@ -115,7 +115,7 @@ class HarmonizeFeatures(Ordered):
             if unknown:
                 raise ValueError(f"Curriculum: only {unknown[0]!r}: {no_such(unknown[0], self._names)}")
         pl_module.hooks.watched = stage == "fit"
-        pl_module.hooks.rule = self._ruled if self.rule is not None and stage == "fit" else None
+        pl_module.hooks.rule = self._apply_rule if self.rule is not None and stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if has(pl_module, ForksFeatures):
@@ -148,7 +148,7 @@ class HarmonizeFeatures(Ordered):
         cos_B = torch.where(valid_B, cos_B, 0.0)
         kept_B = torch.ones_like(valid_B)
         if self.curriculum is not None:
-            cos_B = self.curriculum.seen(cos_B, valid_B, self._batch)
+            cos_B = self.curriculum.deciding_cosines(cos_B, valid_B, self._batch)
             kept_B = self._drop(trainer, hooks, cos_B, valid_B)
         if logs:
             self._log(trainer, pl_module, cos_B, valid_B, kept_B)
@@ -160,7 +160,7 @@ class HarmonizeFeatures(Ordered):
 
     # rule and curriculum ---------------------------------------------------------------------------------------------
 
-    def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
+    def _apply_rule(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         if self.rule is None or (self.feature is not None and names != self._names):
             return g_KBD.sum(dim=0)
         draw = mix(global_seed(), "harmony", self._step, *names)
@@ -187,7 +187,7 @@ class HarmonizeFeatures(Ordered):
 
     def _drop(self, trainer: L.Trainer, hooks: GradientHooks, cos_B: Tensor, valid_B: Tensor) -> Tensor:
         assert self.curriculum is not None and self._batch is not None
-        kept_B = self.curriculum.kept(cos_B, valid_B, self._batch, share_of_run(trainer))
+        kept_B = self.curriculum.select_samples(cos_B, valid_B, self._batch, share_of_run(trainer))
         dropping = [name for name in self._names if self.curriculum.only is None or name in self.curriculum.only]
         rows = [valid_B & kept_B, valid_B]
         for name in dropping:

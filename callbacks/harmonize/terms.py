@@ -30,7 +30,7 @@ from descant.modules.core.rng import global_seed, mix
 from descant.modules.core.sham import Sham
 from descant.modules.moe.active import expert_layers
 from descant.modules.multitask import Rule
-from descant.modules.multitask.mix import gramian, gramians, mix_of, mixed, stacked, term_gradients
+from descant.modules.multitask.mix import gramian, gramians, mix_gradients, mix_of, stack_gradients, term_gradients
 from descant.modules.training_setup.trainer import log_interval
 
 
@@ -112,7 +112,7 @@ class Harmonize(L.Callback):
             value_K = mean_of_ranks(torch.stack([term.detach().double() for term in objective.terms.values()]))
             if self.window == "step" and self.rule.reads_gradients and trainer.accumulate_grad_batches > 1:
                 grads = gradients(pl_module, _trainable_parameters(pl_module))
-                own_KK = self._own(_select_shared(pl_module, grads))
+                own_KK = self._gram_of_batch(_select_shared(pl_module, grads))
                 first = not self._sums
                 self._value_K = value_K if first else self._value_K + value_K
                 self._own_KK = own_KK if first else self._own_KK + own_KK
@@ -121,7 +121,7 @@ class Harmonize(L.Callback):
             both = torch.zeros(0), torch.zeros(0)
             if self.rule.reads_gradients:
                 grads = gradients(pl_module, list(pl_module.shared_parameters()))
-                own_KK = self._own(grads)
+                own_KK = self._gram_of_batch(grads)
                 both = self._gramians([mean_of_ranks(g) for g in grads], own_KK, pl_module.step.world)
             self._decide(trainer, pl_module, *both, value_K)
         assert self.mix_K is not None
@@ -139,7 +139,7 @@ class Harmonize(L.Callback):
             mix_K = to_device(self.mix_K, self._base_K.device) * self._base_K
             for p, g in zip(_trainable_parameters(pl_module), sums, strict=True):
                 if p.grad is not None:
-                    g_mixed = mixed(mix_K, g)
+                    g_mixed = mix_gradients(mix_K, g)
                     if isinstance(p.grad, DTensor):
                         g_mixed = distribute_tensor(g_mixed, p.grad.device_mesh, p.grad.placements)
                     p.grad.copy_(g_mixed)
@@ -149,7 +149,7 @@ class Harmonize(L.Callback):
 
     # the mix ---------------------------------------------------------------------------------------------------------
 
-    def _own(self, grads: Sequence[Tensor]) -> Tensor:
+    def _gram_of_batch(self, grads: Sequence[Tensor]) -> Tensor:
         return gramian(grads) if self.rule.across_batches else torch.zeros(0)
 
     def _gramians(self, grads: Sequence[Tensor], own_KK: Tensor, batches: int) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def gradients(
             by_term = term_gradients([objective.terms[name] for name in names or objective.terms], parameters)
     finally:
         hooks.probing = False
-    return [stacked(of_terms, p) for p, *of_terms in zip(parameters, *by_term, strict=True)]
+    return [stack_gradients(of_terms, p) for p, *of_terms in zip(parameters, *by_term, strict=True)]
 
 
 def _trainable_parameters(pl_module: nn.Module) -> list[nn.Parameter]:

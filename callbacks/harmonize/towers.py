@@ -71,7 +71,7 @@ class HarmonizeTowers(Ordered):
         self._met = {m: names for m, names in pl_module.forks.items() if len(names) > 1}
         if not self._met:
             raise ValueError(f"HarmonizeTowers: no two terms of {name} meet at a modality; such as model.unimodal true")
-        pl_module.hooks.rule = self._ruled if stage == "fit" else None
+        pl_module.hooks.rule = self._apply_mix if stage == "fit" else None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if has(pl_module, ForksFeatures):
@@ -101,7 +101,7 @@ class HarmonizeTowers(Ordered):
             if (trainer.global_step + 1) % log_interval(trainer) == 0:
                 self._log(pl_module, m, names, gramian_KK)
 
-    def _ruled(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
+    def _apply_mix(self, g_KBD: Tensor, names: tuple[str, ...]) -> Tensor:
         modality = next((m for m, of in self._met.items() if of == names), None)
         if modality not in self.mix:
             return g_KBD.sum(dim=0)

@@ -145,7 +145,7 @@ def find_hung(
     return silent, [] if silent else standing
 
 
-def named(standing: Sequence[Where]) -> list[Where]:
+def select_hanging(standing: Sequence[Where]) -> list[Where]:
     """Select the hanging ranks that are in no exchange, since the others wait there; all if each is in one."""
     return [where for where in standing if not where.exchange] or list(standing)
 
@@ -185,7 +185,7 @@ def _host() -> str:
 
 @functools.cache
 def _own_birth(process: int) -> int:
-    return born(process)
+    return process_start_ticks(process)
 
 
 def frames_of(frame: FrameType | None) -> list[str]:
@@ -227,7 +227,7 @@ def in_flight() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def born(process: int) -> int:
+def process_start_ticks(process: int) -> int:
     """Return when a process of this machine began, in ticks since boot; 0 if it or /proc does not exist."""
     fields = _stat(process)
     return int(fields[19]) if len(fields) > 19 else 0
@@ -251,7 +251,7 @@ def state_of(process: int) -> str:
 
 def is_stopped(where: Where) -> bool | None:
     """Whether a rank's process is stopped by a signal or dead; None if this machine cannot read that."""
-    if where.host != _host() or not where.born or born(where.process) != where.born:
+    if where.host != _host() or not where.born or process_start_ticks(where.process) != where.born:
         return None
     return state_of(where.process) in ("stopped by a signal", "dead")
 
@@ -278,7 +278,11 @@ def _stat(process: int) -> list[str]:
 
 def hang_line(where: Where, seconds: float, silent: bool, folder: Path, code: int) -> str:
     """Return the line that names a rank that hangs."""
-    state = state_of(where.process) if where.host == socket.gethostname() and born(where.process) == where.born else ""
+    state = (
+        state_of(where.process)
+        if where.host == socket.gethostname() and process_start_ticks(where.process) == where.born
+        else ""
+    )
     how = f"no heartbeat{f', {state}' if state else ''}" if silent else "its heartbeat goes on"
     place = f"in {where.exchange}, " if where.exchange else ""
     frames = [frame for frame in where.frames if "/threading.py:" not in frame and "/run/watch.py:" not in frame][:3]
@@ -348,6 +352,6 @@ def end_processes(silent: Sequence[Where], first: Where, children: Sequence[Any]
     for where in silent:
         if launched and where.rank != 0:
             continue
-        if where.host == socket.gethostname() and where.born and where.born == born(where.process):
+        if where.host == socket.gethostname() and where.born and where.born == process_start_ticks(where.process):
             with contextlib.suppress(OSError):
                 os.kill(where.process, signal.SIGKILL)

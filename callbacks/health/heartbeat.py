@@ -27,7 +27,7 @@ from descant.callbacks.health.hangs import (
     here,
     is_compiling,
     is_stopped,
-    named,
+    select_hanging,
     write_last,
     write_stacks,
 )
@@ -288,13 +288,13 @@ class Heartbeat:
             own = self._seen[self.rank]
             if self.rank:  # rank 0 reads its own from the store, with the others'
                 own.update(Head(own.head.beat + 1, self.phases.position, self._is_long()), now)
-            verdict = self.verdict or self._found(now)
+            verdict = self.verdict or self._find_verdict(now)
             if verdict is not None and not self.over.is_set():
                 self.verdict = verdict
                 self._end(verdict)
                 return
 
-    def _found(self, now: float) -> Verdict | None:
+    def _find_verdict(self, now: float) -> Verdict | None:
         settings = self.settings
         limits = settings.hang_after, settings.long_after, settings.beat, settings.stopped_after
         answers, first = now - self._exchanged <= settings.hang_after, self._seen.get(0)
@@ -302,16 +302,16 @@ class Heartbeat:
             if not answers:
                 return None  # it is rank 0's own store: ranks that receive nothing end by themselves
             silent, standing = find_hung(self._seen, now, *limits)
-            return self._named(standing, silent, now) if silent or standing else None
+            return self._describe_hang(standing, silent, now) if silent or standing else None
         if first is not None:
             if self._misses(first, now) and (stopped := is_stopped(self._first)) is not None:
                 first.stopped = stopped  # read it here too: rank 0's store may not answer
             silent, _ = find_hung({0: first}, now, settings.hang_after, math.inf, settings.beat, limits[-1])
-            return self._named([], [0], now) if silent or not answers else None
+            return self._describe_hang([], [0], now) if silent or not answers else None
         _, standing = find_hung({self.rank: self._seen[self.rank]}, now, *limits)
-        return self._named(standing, [], now) if standing else None
+        return self._describe_hang(standing, [], now) if standing else None
 
-    def _named(self, standing: list[int], silent: list[int], now: float) -> Verdict:
+    def _describe_hang(self, standing: list[int], silent: list[int], now: float) -> Verdict:
         ranks = silent or standing
         if ranks == [self.rank]:
             places = [here(self.rank, self.phases.step, self.phases.name, self.main)]
@@ -319,7 +319,7 @@ class Heartbeat:
             places = [self._first]
         else:
             places = [self._where(rank) for rank in ranks]
-        places = places if silent else named(places)
+        places = places if silent else select_hanging(places)
         settings, lines = self.settings, []
         for where in places:
             seen = self._seen[where.rank]

@@ -13,13 +13,13 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 from descant.callbacks.health.worker_sockets import require_sockets, workers_of
-from descant.modules.adaptation.base import LM, chosen
+from descant.modules.adaptation.base import LM, select_towers
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.chunks import looks_at_the_batch
 from descant.modules.core.dtensor import by_mesh
 from descant.modules.core.errors import warn
-from descant.modules.core.loaded import was_loaded
+from descant.modules.core.loaded import has_loaded_weights
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, HasObjective, HasTowers
 from descant.modules.core.rng import by_rank, drawn_by_rank
@@ -133,7 +133,7 @@ class Sanity(L.Callback):
             "rate": _learning_rate(trainer, total),
             "interval": [_log_interval(trainer, total)],
             "batch": [_batch_size(trainer)],
-            "frozen": [*_frozen(trainer, pl_module), *_never_trained(pl_module)],
+            "frozen": [*_check_frozen(trainer, pl_module), *_check_random_towers(pl_module)],
             "chunks": chunked_norms(pl_module),
             "validation": [_validation(trainer, total)],
             "logger": ["" if trainer.loggers else "nothing is logged: trainer.logger leaves no logger"],
@@ -218,7 +218,7 @@ def _batch_size(trainer: L.Trainer) -> str:
     return f"the batch of {size:,} is larger than the data set of {rows:,}"
 
 
-def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+def _check_frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     trainable = {id(p): p.numel() for p in pl_module.parameters() if p.requires_grad}
     if not trainable:
         return [f"every parameter of {type(pl_module).__name__} is frozen: nothing will change"]
@@ -242,13 +242,13 @@ def _frozen(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     return []
 
 
-def _never_trained(pl_module: L.LightningModule) -> list[str]:
+def _check_random_towers(pl_module: L.LightningModule) -> list[str]:
     """Find towers with random weights that the run does not train, since Freeze, Frozen or Lora keeps them."""
     lines = []
-    for name, tower in chosen(pl_module, None, LM) if has(pl_module, HasTowers) else ():
+    for name, tower in select_towers(pl_module, None, LM) if has(pl_module, HasTowers) else ():
         own = [p for key, p in tower.named_parameters() if "lora_" not in key]
         adapted = name == LM or isinstance(tower, Frozen) or len(own) < len([*tower.parameters()])
-        if adapted and own and not any(p.requires_grad for p in own) and not was_loaded(tower):
+        if adapted and own and not any(p.requires_grad for p in own) and not has_loaded_weights(tower):
             lines.append(f"tower {name} is frozen with random weights: nothing has trained them, and this run does not")
     return lines
 
@@ -285,7 +285,7 @@ def _unused_terms(pl_module: L.LightningModule) -> list[str]:
 
 def _unused_modalities(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     """Find modalities that no tower reads and towers without input, if the recipe declares what it reads."""
-    reads = getattr(pl_module, "reads", None)
+    reads = getattr(pl_module, "required_modalities", None)
     available = getattr(data_now(trainer), "modalities", ()) if trainer.datamodule is not None else ()  # type: ignore[attr-defined]
     if not has(pl_module, HasTowers) or reads is None or not available:
         return []

@@ -190,7 +190,7 @@ class Watch(Ordered):
         self.phases.enter("validation")
 
     def on_validation_batch_start(self, *_: Any) -> None:
-        self.phases.moved()
+        self.phases.record_progress()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.phases.enter("data")

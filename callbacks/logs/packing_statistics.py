@@ -57,7 +57,7 @@ class PackingStatistics(Ordered):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         new: PackingCounts = pl_module.packing
-        self._meter.done(time.perf_counter(), rows=new.tokens)
+        self._meter.end_batch(time.perf_counter(), rows=new.tokens)
         self._counts += new
         new.reset()
         stepped, self._global_step = trainer.global_step > self._global_step, trainer.global_step

@@ -128,7 +128,7 @@ class Phases:
         self.part = 0
         self.enter("forward")
 
-    def moved(self) -> None:
+    def record_progress(self) -> None:
         """Record progress within a long phase."""
         self.part += 1
 

@@ -118,11 +118,11 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._meter.done(time.perf_counter(), count_rows(batch) * trainer.world_size)
+        self._meter.end_batch(time.perf_counter(), count_rows(batch) * trainer.world_size)
         if not self._enabled:
             return
         if self._trial is not None:
-            self._trial.done(time.perf_counter(), 0)
+            self._trial.end_batch(time.perf_counter(), 0)
             self._estimate(trainer, self._trial)
         step = trainer.global_step
         if self._bar is not None:
@@ -141,7 +141,7 @@ class Progress(ProgressBar):
             return
         if self._bar is not None:
             self._draw(trainer)
-        elif trainer.global_step > self._line and (not self._every or self._finished(trainer)):
+        elif trainer.global_step > self._line and (not self._every or self._is_at_end(trainer)):
             self._print_line(trainer, metrics)
 
     def _estimate(self, trainer: L.Trainer, trial: Meter) -> None:
@@ -193,7 +193,7 @@ class Progress(ProgressBar):
     def _meters(self) -> list[Meter]:
         return [meter for meter in (self._meter, self._trial) if meter is not None]
 
-    def _finished(self, trainer: L.Trainer) -> bool:
+    def _is_at_end(self, trainer: L.Trainer) -> bool:
         return trainer.should_stop or (self._total is not None and trainer.global_step >= self._total)
 
     def status(self, trainer: L.Trainer, metrics: dict[str, Any]) -> list[str]:

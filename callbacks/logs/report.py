@@ -104,7 +104,7 @@ class Report(L.Callback):
         """Calls for a batch that has not started, which a resumed run repeats."""
         return sum(sham.calls for sham in self._data_shams) - self._done
 
-    def _batch_done(self) -> None:
+    def _count_shams(self) -> None:
         self._done = sum(sham.calls for sham in self._data_shams)
 
     def _pause(self) -> None:
@@ -121,13 +121,13 @@ class Report(L.Callback):
         if (shares := _shares(trainer)) and trainer.is_global_zero:
             say(f"optimizers: {'; '.join(map(str, shares))}")
         self._counted = sum(sham.calls for sham in self._shams)
-        self._batch_done()
+        self._count_shams()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += count_rows(batch) * trainer.world_size
-        self._batch_done()
+        self._count_shams()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
@@ -135,7 +135,7 @@ class Report(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._batch_done()
+        self._count_shams()
         self._write(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._train_began = time.monotonic()
@@ -292,7 +292,7 @@ def blocks(values: Mapping[str, float], width: int = WIDTH) -> Iterator[tuple[li
         of_layer = metric.startswith("experts/") and metric.count("/") > 1
         if slash and name not in ("speed", "sham") and not of_layer:
             sets.setdefault(name, {})[metric] = value
-    for names in _together(sets):
+    for names in _group_sets(sets):
         metrics = _sort_metrics(list(dict.fromkeys(m for name in names for m in sets[name])))
         cells = {m: [_number(sets[name].get(m)) for name in names] for m in metrics}
         first = max(map(len, names))
@@ -326,7 +326,7 @@ def _rows(names: list[str], columns: list[str], cells: Mapping[str, list[str]]) 
     return [row for row in rows if {*row[1:]} != {"-"}]
 
 
-def _together(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
+def _group_sets(sets: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Group the sets; any two that share a metric are in one group."""
     groups: list[tuple[list[str], set[str]]] = []
     for name, metrics in sets.items():

@@ -26,7 +26,7 @@ class Meter:
     is an upper bound.
 
     >>> meter = Meter()
-    >>> meter.wait(0.0); meter.work(1.0); meter.done(4.0, rows=8); meter.work(5.0); meter.done(6.0, rows=8)
+    >>> meter.wait(0.0); meter.work(1.0); meter.end_batch(4.0, rows=8); meter.work(5.0); meter.end_batch(6.0, rows=8)
     >>> meter.rows, meter.seconds, meter.waited, round(meter.rows_per_second, 2), round(meter.data_wait, 2)
     (16, 6.0, 2.0, 2.67, 0.33)
     """
@@ -48,7 +48,7 @@ class Meter:
             self.seconds += now - self._waiting
         self._working, self._waiting = now, None
 
-    def done(self, now: float, rows: int) -> None:
+    def end_batch(self, now: float, rows: int) -> None:
         """Record that a micro-batch ends."""
         if self._working is not None:
             self.seconds += now - self._working
@@ -180,7 +180,7 @@ class Throughput(Ordered):
         if logging:
             _wait_for(pl_module.device)  # queued work belongs to this window
         meter = self._meter
-        meter.done(time.perf_counter(), count_rows(batch))
+        meter.end_batch(time.perf_counter(), count_rows(batch))
         if not logging or meter.seconds <= 0:
             return
         values = {

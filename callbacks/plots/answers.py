@@ -18,9 +18,9 @@ from descant.callbacks.plots.style import (
     TITLE,
     VERMILLION,
     page,
-    resized,
+    resize_image,
     rgb,
-    styled,
+    with_style,
     wrap,
 )
 
@@ -40,7 +40,7 @@ class AnswerRow(NamedTuple):
     correct: bool
 
 
-@styled
+@with_style
 def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
     """Draw rows of image, question, reference and answer: answers are green if correct, else orange-red.
 
@@ -58,7 +58,7 @@ def answer_table(rows: Sequence[AnswerRow], title: str) -> Figure:
             tile[1:-1, 1:-1] = 255
         else:
             x_CHW = ((row.image[:3].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(3, -1, -1)
-            tile[:] = resized(x_CHW.permute(1, 2, 0).contiguous().numpy(), SIDE)
+            tile[:] = resize_image(x_CHW.permute(1, 2, 0).contiguous().numpy(), SIDE)
     figure, axes = page(canvas)
     axes.text(GAP, GAP, title, fontsize=TITLE, va="top")
     for x, head in zip(left[1:], ("question", "reference", "answer"), strict=True):

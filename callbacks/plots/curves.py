@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from descant.callbacks.plots.style import CYCLE, FAINT, INK, SMALL, TITLE, figure, styled, text_width
+from descant.callbacks.plots.style import CYCLE, FAINT, INK, SMALL, TITLE, figure, text_width, with_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ class Track:
         vars(self).update(state)
 
 
-@styled
+@with_style
 def curves(
     title: str,
     panels: Mapping[str, tuple[Sequence[str], Sequence[int], np.ndarray]],
@@ -122,7 +122,7 @@ def _label(name: str, x_S: np.ndarray) -> str:
     return f"{name} {finite[-1]:.3f}" if len(finite) else name
 
 
-@styled
+@with_style
 def cosine_map(title: str, pairs: Sequence[tuple[str, str]], steps: Sequence[int], cos_SQ: np.ndarray) -> Figure:
     """Draw a row per pair of terms, over the steps of a run: blue where their gradients agree, red where they conflict.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from descant.callbacks.plots.style import FAINT, INK, PAPER, SMALL, TEXT, TITLE, figure, styled, text_width
+from descant.callbacks.plots.style import FAINT, INK, PAPER, SMALL, TEXT, TITLE, figure, text_width, with_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ CELL, GAP = 30, 14  # pixels
 WRITTEN = 16
 
 
-@styled
+@with_style
 def expert_maps(title: str, layers: Sequence[str], experts: Sequence[str], share: Mapping[str, np.ndarray]) -> Figure:
     """Draw a panel per kind of tokens: each expert's share of its choices, by layer; white is 0, dark is 1.
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from descant.callbacks.plots.reconstruction import GAP, LABEL, TILE, _pixels, _plane, _scale, _tile
-from descant.callbacks.plots.style import FAINT, SMALL, TEXT, TITLE, page, styled, text_width, wrap
+from descant.callbacks.plots.style import FAINT, SMALL, TEXT, TITLE, page, text_width, with_style, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Shown = Tensor | str
 
 
-@styled
+@with_style
 def grid(
     truth: Mapping[str, Sequence[Shown | None]],
     made: Mapping[tuple[str, str], Sequence[Shown | None]],

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from descant.callbacks.plots.style import FAINT, GRID, INK, SMALL, page, pixels, resized, rgb, styled, text_width, wrap
+from descant.callbacks.plots.style import (
+    FAINT,
+    GRID,
+    INK,
+    SMALL,
+    page,
+    pixels,
+    resize_image,
+    rgb,
+    text_width,
+    with_style,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +45,7 @@ def sample_image(data: Any, index: int, size: int | None = None) -> np.ndarray |
     if image is None:
         return None
     image_HW3 = image.permute(1, 2, 0).contiguous().cpu().numpy()
-    return image_HW3 if size is None else resized(image_HW3, size, smooth=True)
+    return image_HW3 if size is None else resize_image(image_HW3, size, smooth=True)
 
 
 def sample_line(data: Any, index: int) -> str:
@@ -50,7 +62,7 @@ class Cell(NamedTuple):
     frame: str  # colour
 
 
-@styled
+@with_style
 def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
     """Draw rows of cells under a header line; the first cell of a row, the query, is set apart.
 
@@ -70,7 +82,7 @@ def sheet(rows: Sequence[Sequence[Cell]], title: str, note: str) -> Figure:
     ]
     for x, y, cell in places:
         canvas[y : y + side, x : x + side] = rgb(cell.frame)
-        tile = 255 if cell.image is None else resized(cell.image, TILE)
+        tile = 255 if cell.image is None else resize_image(cell.image, TILE)
         canvas[y + FRAME : y + FRAME + TILE, x + FRAME : x + FRAME + TILE] = tile
     figure, axes = page(canvas)
     for x, y, cell in places:
@@ -97,7 +109,7 @@ def _caption(axes: Any, text: str, x: float, y: float, width: float, height: flo
     axes.text(x, y, "\n".join(lines), fontsize=size, color=INK, ha="center", va=va, linespacing=1.0)
 
 
-@styled
+@with_style
 def text_tiles(texts: Sequence[str], size: int) -> np.ndarray:
     """Draw each text in its own tile: uint8 ``[N, size, size, 3]``.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from descant.callbacks.plots.style import CYCLE, FAINT, GRID, SMALL, TITLE, figure, styled, text_width
+from descant.callbacks.plots.style import CYCLE, FAINT, GRID, SMALL, TITLE, figure, text_width, with_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BAR, GAP, WIDTH = 22, 14, 720  # pixels
 
 
-@styled
+@with_style
 def rank_times(
     title: str, ranks: Sequence[str], milliseconds: Mapping[str, Sequence[float]], unit: str = "milliseconds a step"
 ) -> Figure:

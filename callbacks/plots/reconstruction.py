@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from descant.callbacks.plots.style import FAINT, SMALL, TEXT, TITLE, page, styled, text_width, wrap
+from descant.callbacks.plots.style import FAINT, SMALL, TEXT, TITLE, page, text_width, with_style, wrap
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.core.rng import mix
 
@@ -26,7 +26,7 @@ PALETTE = (
 COLUMNS = ("seen", "predicted", "truth")
 
 
-@styled
+@with_style
 def gallery(
     rebuilt: Mapping[str, ReconstructionOutput], present: Mapping[str, Tensor], names: Sequence[str], title: str
 ) -> Figure | None:

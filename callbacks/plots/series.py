@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from descant.callbacks.plots.style import BLUE, FAINT, GRID, INK, SMALL, TEXT, TITLE, VERMILLION, figure, styled, wrap
+from descant.callbacks.plots.style import (
+    BLUE,
+    FAINT,
+    GRID,
+    INK,
+    SMALL,
+    TEXT,
+    TITLE,
+    VERMILLION,
+    figure,
+    with_style,
+    wrap,
+)
 from descant.modules.core.protocols import ReconstructionOutput, SeriesAxes
 
 if TYPE_CHECKING:
@@ -48,7 +60,7 @@ class _Sample(NamedTuple):
         return cls(period, period * np.arange(x_WT.shape[1]), truth_WT, finite_WT & (seen_WT > 0), rebuilt_WT)
 
 
-@styled
+@with_style
 def series_gallery(
     rebuilt: Mapping[str, ReconstructionOutput],
     units: Mapping[str, Sequence[SeriesAxes | None]],

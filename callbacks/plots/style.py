@@ -57,7 +57,7 @@ RC: dict[str, Any] = {
 }
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
+def with_style(draw: Callable[P, R]) -> Callable[P, R]:
     """Decorate a drawing function to run under :data:`RC`, whatever settings the process has."""
 
     @functools.wraps(draw)
@@ -103,7 +103,7 @@ def page(image_HW3: np.ndarray) -> tuple[Figure, Axes]:
     return made, axes
 
 
-@styled
+@with_style
 def pixels(made: Figure) -> np.ndarray:
     """Draw the figure into uint8 ``[H, W, 3]``, and empty it.
 
@@ -121,7 +121,7 @@ def pixels(made: Figure) -> np.ndarray:
     return image_HW3
 
 
-def resized(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
+def resize_image(image_HW3: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
     """Resize to uint8 ``[side, side, 3]``; images of at most 32 pixels show their pixels, others are smooth."""
     nearest = max(image_HW3.shape) <= 32 and not smooth
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from descant.callbacks.plots.style import FAINT, GRID, INK, PAPER, SMALL, TITLE, VERMILLION, figure, styled, text_width
+from descant.callbacks.plots.style import (
+    FAINT,
+    GRID,
+    INK,
+    PAPER,
+    SMALL,
+    TITLE,
+    VERMILLION,
+    figure,
+    text_width,
+    with_style,
+)
 from descant.modules.evaluation.subsets import Subset, subset_name, worst_subset
 
 if TYPE_CHECKING:
@@ -16,7 +27,7 @@ if TYPE_CHECKING:
 CELL, GAP = 28, 12  # pixels
 
 
-@styled
+@with_style
 def heat_map(
     title: str,
     modalities: Sequence[str],

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from descant.callbacks.logs.resumable_log import ResumableLog
-from descant.callbacks.policy.rounds import added
+from descant.callbacks.policy.rounds import sum_over_ranks
 from descant.modules.core.capabilities import has, require
 from descant.modules.core.modes import eval_mode
 from descant.modules.core.objects import require_objects
@@ -181,15 +181,15 @@ class Rollouts(Callback):
                 sampled["length"][row_R], sampled["ended"][row_R] = generated.length_R, generated.ended_R.long()
                 entries = [data.entry(problems, n // G) for n in row_R.tolist()]
                 right_RA = batch.targets["answer"][here_B].repeat_interleave(G, dim=0)
-                answers, r_RK[row_R] = self._rewarded(data, generated, right_RA, entries)
+                answers, r_RK[row_R] = self._reward_answers(data, generated, right_RA, entries)
                 if self.show and self._shown is None:
                     questions = batch.inputs["text"].cpu()[here_B][: self.show].tolist()
                     self._shown = self._table(data, questions, answers, r_RK[row_R])
-        sampled = {name: added(x, pl_module.device) for name, x in sampled.items()}
+        sampled = {name: sum_over_ranks(x, pl_module.device) for name, x in sampled.items()}
         sampled["ended"] = sampled["ended"].bool()
-        return sampled, self.sham.within_groups(added(r_RK, pl_module.device), seed_R, G)
+        return sampled, self.sham.within_groups(sum_over_ranks(r_RK, pl_module.device), seed_R, G)
 
-    def _rewarded(
+    def _reward_answers(
         self, data: Any, generated: Generated, right_RA: Tensor, entries: list[Any]
     ) -> tuple[list[Answer], Tensor]:
         """Return these answers as text, and their rewards ``[R, K]``."""
@@ -222,7 +222,7 @@ class Rollouts(Callback):
             here_N = batch.present["text"].cpu()[sample_N.cpu()]
             at_N = batch.index.cpu()[sample_N.cpu()][here_N], place_N.cpu()[here_N]
             log_RM[at_N] = log_N.float().cpu()[here_N]
-        return added(log_RM, pl_module.device)
+        return sum_over_ranks(log_RM, pl_module.device)
 
     def _metrics(self, rollouts: list[tuple[dict[str, Tensor], Tensor]], G: int) -> dict[str, float]:
         r_RK = torch.cat([r for _, r in rollouts])
@@ -252,7 +252,7 @@ def within(generated: Generated, room_R: Tensor) -> Generated:
     ([[5, 0, 0]], [1], [False])
     """
     over_R = generated.length_R - generated.ended_R.long() > room_R
-    return generated.cut(torch.where(over_R, room_R, generated.length_R), generated.ended_R & ~over_R)
+    return generated.truncate(torch.where(over_R, room_R, generated.length_R), generated.ended_R & ~over_R)
 
 
 def _copies(key_N: np.ndarray) -> np.ndarray:

@@ -102,14 +102,14 @@ class Rounds(ResumableMetrics):
             if self.mine == "random":
                 problems = data.fresh(now)
             else:
-                problems = data.variants(self.chosen(gap_N > self.tau, key_N, now), now)
+                problems = data.variants(self.choose_problems(gap_N > self.tau, key_N, now), now)
         answer_ids_NM = self.answers(trainer, pl_module, teacher, problems)
         data.renew(problems, answer_ids_NM, now)
         self.resumable_log.write(trainer, {k: v for k, v in log.items() if k.count("/") == 1})
         self.history |= log
         self.update_metrics(trainer)
 
-    def chosen(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
+    def choose_problems(self, difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
         """Return indices of N problems of the pool: difficult ones, repeated until they are enough, then easy ones."""
         turn_N = torch.from_numpy(mix_N(key_N, "rounds", global_seed(), round))
         order_N = turn_N.argsort(stable=True)
@@ -120,7 +120,7 @@ class Rounds(ResumableMetrics):
             rank_zero_warn(f"Rounds: round {round}: no problem is difficult: only easy ones are augmented")
         want = want if len(hard_N) else 0
         want = want if len(easy_N) else N
-        return torch.cat([cycled(hard_N, want), cycled(easy_N, N - want)])
+        return torch.cat([cycle_rows(hard_N, want), cycle_rows(easy_N, N - want)])
 
     def scores(self, trainer: L.Trainer, pl_module: L.LightningModule, network: Any, teacher: nn.Module) -> Tensor:
         """Compute ``[N]``: scores of a network's answers to the pool."""
@@ -152,18 +152,18 @@ def _gather_by_index(x_N: Tensor, by_batch: Iterable[tuple[Batch, Tensor]], devi
     for batch, x_B in by_batch:
         here_B = batch.present["text"].cpu()
         x_N[batch.index.cpu()[here_B]] = x_B.cpu()[here_B]
-    return added(x_N, device)
+    return sum_over_ranks(x_N, device)
 
 
-def cycled(x_N: Tensor, n: int) -> Tensor:
+def cycle_rows(x_N: Tensor, n: int) -> Tensor:
     """Return the first n of x, x, x, ...
 
-    >>> cycled(torch.tensor([4, 7]), 5).tolist()
+    >>> cycle_rows(torch.tensor([4, 7]), 5).tolist()
     [4, 7, 4, 7, 4]
     """
     return x_N.repeat(-(-n // max(len(x_N), 1)))[:n]
 
 
-def added(x: Tensor, device: torch.device) -> Tensor:
+def sum_over_ranks(x: Tensor, device: torch.device) -> Tensor:
     """Sum over ranks, each of which filled a different part of zeros."""
     return total_of_ranks(x.to(device)).cpu()

@@ -64,18 +64,18 @@ class AdversarialTraining(Ordered):
             if not batch.inputs[m].is_floating_point():
                 raise ValueError(f"AdversarialTraining: {m}: ids; inputs that are floats can be perturbed")
         label_B = pl_module.labels(batch)
-        rows = {m: chosen_B & (label_B >= 0) for m, chosen_B in self.chosen(batch).items()}
+        rows = {m: chosen_B & (label_B >= 0) for m, chosen_B in self.draw_samples(batch).items()}
         nudge = Nudge(pl_module, batch, tuple(self.radius), rows)
         sizes = nudge.sizes_B()
         radius_B = torch.stack([torch.where(rows[m], r * sizes[m], 0.0) for m, r in self.radius.items()]).sum(dim=0)
         # no dropout, no batch-norm statistics
         with eval_mode(pl_module), trainer.precision_plugin.train_step_context():
             delta_BN = worst(nudge, radius_B, label_B.clamp(min=0), self.steps)
-        for m, x in nudge.perturbed(delta_BN).items():
+        for m, x in nudge.perturb(delta_BN).items():
             finite = known_finite(batch.inputs[m])
             batch.inputs[m] = x if finite is None else with_finite(x, finite)
 
-    def chosen(self, batch: Batch) -> dict[str, Tensor]:
+    def draw_samples(self, batch: Batch) -> dict[str, Tensor]:
         """Draw the samples to perturb by (seed, epoch, sample); returns modality -> bool ``[B]``."""
         u_BM = to_device(uniform_NK(batch.rng_seed, [f"adversarial/{m}" for m in self.radius]), batch.device)
         there_BM = torch.stack([batch.present[m] for m in self.radius], dim=1)

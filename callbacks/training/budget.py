@@ -91,12 +91,12 @@ class Budget(L.Callback):
             return
         if self.steps is None:
             try:
-                self.steps = self._counted(trainer)
+                self.steps = self._count_steps(trainer)
             except ValueError as error:
                 raise ValueError(f"Budget: {error}") from error
         trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = self.steps, -1
 
-    def _counted(self, trainer: L.Trainer) -> int:
+    def _count_steps(self, trainer: L.Trainer) -> int:
         data = datamodule_of(trainer)
         assert has(data, BudgetData)
         if self.samples is not None:

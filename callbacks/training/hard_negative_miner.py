@@ -15,7 +15,7 @@ from descant.modules.core.modes import eval_mode
 from descant.modules.core.protocols import Embeds, NegativesData
 from descant.modules.core.ranks import rank, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix, mix_N
-from descant.modules.selection.mining import BLOCK, hard_negatives, one_of_each, pair_threshold, united
+from descant.modules.selection.mining import BLOCK, hard_negatives, number_equal_rows, one_of_each, pair_threshold
 from descant.modules.training_setup.trainer import data_now, data_parts, epoch_now, plain_batches
 
 
@@ -85,7 +85,7 @@ class HardNegativeMiner(ResumableMetrics):
 
     def _mine(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> dict[str, float]:
         data: Any = data_now(trainer)
-        rows, (a, b) = self._embedded(trainer, pl_module), self.pair
+        rows, (a, b) = self._embed_bank(trainer, pl_module), self.pair
         training_N = torch.isin(rows.index, data.training_ids().to(rows.index.device))
         query_Q, target_N = ((rows.present[m] & training_N).nonzero()[:, 0] for m in self.pair)
         draw_R = torch.from_numpy(mix_N(rows.index, "mining", global_seed(), version)).to(rows.index.device)
@@ -100,7 +100,7 @@ class HardNegativeMiner(ResumableMetrics):
             number = mix(global_seed(), "mining/threshold", version)
             query, target = sample_M[number % len(sample_M)], number // len(sample_M) % len(target_N)
             threshold = float(z_QD[query] @ z_ND[target])
-        alike_R = rows.key if self.exclude is None else united(rows.key, rows.targets[self.exclude])
+        alike_R = rows.key if self.exclude is None else number_equal_rows(rows.key, rows.targets[self.exclude])
         score_QK, index_QK = self._on_all_ranks(z_QD, z_ND, alike_R[query_Q], alike_R[target_N], threshold)
         found_QK = index_QK >= 0
         negative_QK = torch.where(found_QK, rows.index[target_N][index_QK.clamp(min=0)], -1)
@@ -113,7 +113,7 @@ class HardNegativeMiner(ResumableMetrics):
         log = {f"mining/{name}": float(value) for name, value in mean.items()}
         return log | ({} if threshold is None else {"mining/threshold": threshold})
 
-    def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Rows:
+    def _embed_bank(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Rows:
         """Embed the bank with the current weights; returns the rows of all ranks by sample id."""
         store = Store().to(pl_module.device)
         with eval_mode(pl_module):

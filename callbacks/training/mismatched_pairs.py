@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived, to_device
+from descant.modules.core.host import derive, to_device
 from descant.modules.core.rng import global_seed, uniform_N
 from descant.modules.core.sham import Sham
 
@@ -44,6 +44,6 @@ class Misalign(Callback):
             raise ValueError(f"Misalign: the data has no modality {self.modality!r}, only {', '.join(batch.inputs)}")
         x_B, there_B = batch.inputs[self.modality], batch.present[self.modality]
         sampled_B = uniform_N(batch.index, "misalign", self.modality, global_seed())
-        noise_B = derived(torch.logical_and, there_B, to_device(sampled_B < self.share, x_B.device))
+        noise_B = derive(torch.logical_and, there_B, to_device(sampled_B < self.share, x_B.device))
         batch.inputs[self.modality] = Sham.permute(x_B, batch.rng_seed, noise_B)
         batch.targets[self.target] = noise_B

@@ -59,15 +59,15 @@ class ProgressiveResizing(L.Callback):
                 )
             for name in (modality, f"{modality}@2"):
                 if name in batch.inputs:
-                    batch.inputs[name] = resized(batch.inputs[name], size, name)
+                    batch.inputs[name] = downsample_images(batch.inputs[name], size, name)
 
 
-def resized(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
+def downsample_images(x_BCHW: Tensor, size: int, name: str = "image") -> Tensor:
     """Downsample images to ``size`` pixels a side, float ``[B, C, size, size]``.
 
     >>> import torch
     >>> x_BCHW = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)
-    >>> [round(x, 2) for x in resized(x_BCHW, 2)[0, 0, 0].tolist()]  # 5 / 7 and 16 / 7
+    >>> [round(x, 2) for x in downsample_images(x_BCHW, 2)[0, 0, 0].tolist()]  # 5 / 7 and 16 / 7
     [0.71, 2.29]
     """
     if x_BCHW.dim() != 4 or not x_BCHW.is_floating_point():

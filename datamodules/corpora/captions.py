@@ -53,14 +53,14 @@ class Drawings:
         return [f"{self.code_C[c]}/{self.hands[h]}" for c, h in pairs]
 
     @cached_property
-    def measured(self) -> MeasuredCaption:
+    def measurements(self) -> MeasuredCaption:
         """Measure the drawings once, before training, at full size."""
         order = [np.flatnonzero(self.hand_R == hand) for hand in np.unique(self.hand_R)]
         parts = [measure(self.images(int(self.hand_R[r[0]]))[torch.from_numpy(self.concept_R[r])]) for r in order]
         back = np.argsort(np.concatenate(order), kind="stable")
         return MeasuredCaption(*(np.concatenate([getattr(m, name) for m in parts])[back] for name in vars(parts[0])))
 
-    def permuted(self, within_kind: bool = False) -> Drawings:
+    def permute_captions(self, within_kind: bool = False) -> Drawings:
         """Give each drawing the alt-text of the next one, in one cycle through the drawings of each artist in turn.
 
         Neighbours show different concepts, since an artist draws each once. The order of the drawings has no influence.
@@ -175,7 +175,7 @@ class SyntheticCaption(CaptionSource):
         self._write = forms[form]
 
     def texts(self, drawings: Drawings) -> list[str]:
-        m, kinds = drawings.measured, [drawings.kind_C[c].replace("-", " ") for c in drawings.concept_R.tolist()]
+        m, kinds = drawings.measurements, [drawings.kind_C[c].replace("-", " ") for c in drawings.concept_R.tolist()]
         return [self._write(m, r, kind) for r, kind in enumerate(kinds)]
 
     @staticmethod
@@ -267,10 +267,10 @@ class CaptionMixer:
                 raise ValueError(f"sources: {name!r}: letters, digits and _ only, since names of metrics begin with it")
         self.sources, self.schedule, self.sham = dict(sources), schedule, sham
         self.calls = 0  # number of samplings so far, of method and control alike
-        self._start_S = self._checked("probs", probs)
-        self._end_S = self._start_S if schedule is None else self._checked("schedule.to", schedule.to)
+        self._start_S = self._check_probs("probs", probs)
+        self._end_S = self._start_S if schedule is None else self._check_probs("schedule.to", schedule.to)
 
-    def _checked(self, what: str, probs: dict[str, float]) -> np.ndarray:
+    def _check_probs(self, what: str, probs: dict[str, float]) -> np.ndarray:
         require_known(what, list(probs), list(self.sources))
         for name, value in probs.items():
             if not 0 <= value < math.inf:
@@ -297,7 +297,7 @@ class CaptionMixer:
 
     def write(self, drawings: Drawings, tokenizer: Tokenizer) -> MixedCaptions:
         """Write the captions of some drawings from all sources, as token ids."""
-        drawings = drawings if self.sham is None else drawings.permuted(within_kind=self.sham == "permute-kind")
+        drawings = drawings if self.sham is None else drawings.permute_captions(within_kind=self.sham == "permute-kind")
         return MixedCaptions(self, [source.texts(drawings) for source in self.sources.values()], tokenizer)
 
 

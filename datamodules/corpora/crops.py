@@ -103,7 +103,7 @@ class CropSet(BatchDataset):
         id_B = self.ids(index_B, draw_B)
         inputs = self.crops(id_B)
         if self.samples is not None:
-            inputs = {modality: self._augmented(x, draw_B) for modality, x in inputs.items()}
+            inputs = {modality: self._augment(x, draw_B) for modality, x in inputs.items()}
         return Rows(inputs, {}, torch.from_numpy(id_B))
 
     def __getitem__(self, window: Window) -> Batch:
@@ -119,7 +119,7 @@ class CropSet(BatchDataset):
         windows = {modality: sliding_window_view(field, size, axis=axes) for modality, field in self.fields.items()}
         return {modality: torch.from_numpy(np.moveaxis(x[at], 1, 0).copy()) for modality, x in windows.items()}
 
-    def _augmented(self, x: Tensor, draw_B: np.ndarray) -> Tensor:
+    def _augment(self, x: Tensor, draw_B: np.ndarray) -> Tensor:
         axes = range(2, x.ndim)
         u_BK = uniform_NK(draw_B, [*(f"crop/flip{axis - 2}" for axis in axes), "crop/turn"])
         half_KB = (u_BK < 0.5).T.reshape(-1, len(x), *[1] * (x.ndim - 1))
@@ -171,7 +171,7 @@ class CropModule(DataModule):
         """Return modality -> uint8 ``[C, *space]``, fetched if necessary."""
         raise NotImplementedError
 
-    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+    def split_space(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         """Return the boxes ``train``, ``val`` and ``test`` of a space, for crops of a size."""
         raise NotImplementedError
 
@@ -193,11 +193,11 @@ class CropModule(DataModule):
     @cached_property
     def regions(self) -> dict[str, Box]:
         """Return the box of each set, which contains its crops."""
-        regions = self.cut(self.space, self.size)
+        regions = self.split_space(self.space, self.size)
         for name, box in regions.items():
             if min(box.shape) < self.size:
                 sizes = range(self.size, 0, -1)
-                fits = (s for s in sizes if all(min(b.shape) >= s for b in self.cut(self.space, s).values()))
+                fits = (s for s in sizes if all(min(b.shape) >= s for b in self.split_space(self.space, s).values()))
                 near = next(fits, None)
                 hint = "no size fits" if near is None else f"nearest: {near}"
                 sides = " x ".join(map(str, box.shape))

@@ -44,7 +44,7 @@ LINES: tuple[list[list[tuple[float, float]]], ...] = (
 )
 
 
-def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tensor:
+def draw_digits(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tensor:
     """Draw pictures of digits, each in its own way: float32 ``[N, 1, H, H]``, ink 1 on paper 0, plus noise.
 
         x(p) = clamp((w - d(p)) H / 2 + 1/2, 0, 1) + noise e,      d(p) = distance of pixel p to the digit's lines
@@ -55,7 +55,7 @@ def drawn(digit_N: Tensor, draw_N: np.ndarray, size: int, noise: float) -> Tenso
     Args:
         digit_N: 0 to 9. draw_N: keys. size: H. noise: standard deviation.
 
-    >>> x = drawn(torch.tensor([1, 8]), np.array([0, 1]), 16, 0.0)
+    >>> x = draw_digits(torch.tensor([1, 8]), np.array([0, 1]), 16, 0.0)
     >>> x.shape, [round(ink, 2) for ink in x.mean(dim=(1, 2, 3)).tolist()]
     (torch.Size([2, 1, 16, 16]), [0.08, 0.17])
     """
@@ -104,9 +104,9 @@ class DigitsSet(NumberedDataset):
         self, data: Digits, id_N: np.ndarray, random: bool = False, drop: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(data.seed, drop)
-        self.modalities, self.id_N, self.random, self.spoken = data.modalities, id_N, random, data.spoken
+        self.modalities, self.id_N, self.random, self.spoken = data.modalities, id_N, random, data.spoken_names
         self.digit_N = (uniform_N(id_N, "digits/digit") * len(NAMES)).long()
-        self.image_N1HH = drawn(self.digit_N, id_N, data.size, data.noise)
+        self.image_N1HH = draw_digits(self.digit_N, id_N, data.size, data.noise)
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         at_B = torch.from_numpy(index_B)
@@ -171,14 +171,16 @@ class Digits(DataModule):
             self.speech.prepare(NAMES)
 
     @cached_property
-    def spoken(self) -> SpokenNamesSource:
+    def spoken_names(self) -> SpokenNamesSource:
         return self.speech.source(NAMES, self.tiny)
 
     def describe(self, index: int) -> str:
         return NAMES[int(uniform_N(np.array([index]), "digits/digit") * len(NAMES))]
 
     def picture(self, index: int) -> Tensor:
-        x_1HH = drawn(torch.tensor([NAMES.index(self.describe(index))]), np.array([index]), self.size, self.noise)[0]
+        x_1HH = draw_digits(
+            torch.tensor([NAMES.index(self.describe(index))]), np.array([index]), self.size, self.noise
+        )[0]
         return ((1 - x_1HH.clamp(0, 1)) * 255).round().to(torch.uint8).expand(3, -1, -1)
 
     def _set(self, name: str, count: int, random: bool = False) -> DigitsSet:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from descant.datamodules.base import BatchDataset
-from descant.datamodules.corpora.base import ImageViews, class_prompts, flattened, name_hash, run_ledger, settings
+from descant.datamodules.corpora.base import ImageViews, class_prompts, flatten_alpha, name_hash, run_ledger, settings
 from descant.datamodules.corpora.captions import CaptionMixer, Drawings, MixedCaptions
 from descant.datamodules.corpora.derived import DERIVED
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, VENDORS, Captions, Pack, load_pack
 from descant.datamodules.corpora.emoji_set import EmojiSet, Row
-from descant.datamodules.corpora.emoji_table import COLUMNS, concept_facts, drawing_facts, emoji_table, standardised
+from descant.datamodules.corpora.emoji_table import COLUMNS, concept_facts, drawing_facts, emoji_table, standardise_by
 from descant.datamodules.corpora.spoken import SpokenNames, SpokenNamesSource
 from descant.datamodules.corpora.stimuli import (
     FACTS,
@@ -184,7 +184,7 @@ class Emoji(ImageViews):
             self.speech.prepare(self.pack.names)
 
     @cached_property
-    def spoken(self) -> SpokenNamesSource | None:
+    def spoken_names(self) -> SpokenNamesSource | None:
         return None if self.speech is None else self.speech.source(self.pack.names, self.tiny)
 
     @cached_property
@@ -229,7 +229,7 @@ class Emoji(ImageViews):
         return usable_N & [row["split"] != "test" for row in self.pack.rows] if self.development else usable_N
 
     @property
-    def seen(self) -> np.ndarray:
+    def training_concepts(self) -> np.ndarray:
         """Return the concepts of training."""
         return np.flatnonzero(~self.test_N & self.usable_N)
 
@@ -314,7 +314,7 @@ class Emoji(ImageViews):
             size_N = np.array([len(row[vendor] or b"") for row in self.pack.rows])
             raw[VENDORS.index(vendor)] = emoji_table(concept_N, drawing_facts(images, good, size_N))
         training = torch.stack([raw[VENDORS.index(vendor)][concept] for concept, vendor, _, _ in self.training_rows])
-        return {vendor: standardised(x_NC, training) for vendor, x_NC in raw.items()}
+        return {vendor: standardise_by(x_NC, training) for vendor, x_NC in raw.items()}
 
     @cached_property
     def visual_words(self) -> Tensor:
@@ -322,7 +322,7 @@ class Emoji(ImageViews):
         assert self.regions is not None
         step = max(len(self.training_rows) // WORD_DRAWINGS, 1)
         rows = [(concept, vendor) for concept, vendor, _, _ in self.training_rows[::step]]
-        x_N4HW = torch.stack([self.pack.reduced(vendor, self.size)[concept] for concept, vendor in rows])
+        x_N4HW = torch.stack([self.pack.downsample(vendor, self.size)[concept] for concept, vendor in rows])
         key_N = torch.arange(len(rows))
         feature_NTP = self.regions.features(self.pixels(x_N4HW, key_N), self.regions.boxes(key_N))
         return self.regions.fit(feature_NTP.flatten(0, 1))
@@ -331,7 +331,7 @@ class Emoji(ImageViews):
 
     def rows_by(self, vendors: Sequence[str]) -> list[Row]:
         """List every drawing of a training concept by these vendors, except those held out for validation."""
-        return [(int(c), v, True, True) for v in vendors for c in self.seen if not self._validates(c, v)]
+        return [(int(c), v, True, True) for v in vendors for c in self.training_concepts if not self._validates(c, v)]
 
     @cached_property
     def training_rows(self) -> list[Row]:
@@ -339,7 +339,7 @@ class Emoji(ImageViews):
         return [row for row in rows if self.captions.has(row[0]) and self.pack.drawings(row[1])[1][row[0]]]
 
     @cached_property
-    def mixed(self) -> MixedCaptions | None:
+    def mixed_captions(self) -> MixedCaptions | None:
         """Write the mixer's captions of each training drawing, once; each visit samples one."""
         if self.mixer is None:
             return None
@@ -362,11 +362,11 @@ class Emoji(ImageViews):
 
     def caption_statistics(self, epoch: int) -> dict[str, float] | None:
         """Compute statistics of the captions of a training epoch, over all ranks; None without a mixer."""
-        if self.mixed is None:
+        if self.mixed_captions is None:
             return None
         data = self.training_set()
         slots = [Slot(epoch, sample, True) for sample in range(len(data))]
-        return self.mixed.statistics(np.arange(len(data)), data.draws(slots), np.full(len(data), epoch))
+        return self.mixed_captions.statistics(np.arange(len(data)), data.draws(slots), np.full(len(data), epoch))
 
     def training_set(self) -> EmojiSet:
         return EmojiSet(self, self.training_rows, random=True, trained=True)
@@ -375,7 +375,7 @@ class Emoji(ImageViews):
         return EmojiSet(self, self.rows_by(self.bank_vendors), trained=True)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
-        seen, unseen = self.seen, np.flatnonzero(self.test_N & self.usable_N)
+        seen, unseen = self.training_concepts, np.flatnonzero(self.test_N & self.usable_N)
         if stage == "validate" and not self.development:
             images = [(int(c), v, True, False) for v in self.vendors for c in seen if self._validates(c, v)]
             return {"val": EmojiSet(self, images + [(int(c), self.vendors[0], False, True) for c in seen])}
@@ -393,16 +393,16 @@ class Emoji(ImageViews):
             sets["apart"] = EmojiSet(self, [(c, v, c in apart, text) for c, v, _, text in drawings])
         held = str(self.manifest["held_out_language"])
         if len(self.languages) > 1 and held not in self.languages:
-            sets["language"] = EmojiSet(self, *self._named(held, self.vendors[0]))
+            sets["language"] = EmojiSet(self, *self._rows_in_language(held, self.vendors[0]))
         for language in self.foreign:
             label = {"distance": self._distance(language)}
-            sets[language] = EmojiSet(self, *self._named(language, vendor), label, keywords=False)
+            sets[language] = EmojiSet(self, *self._rows_in_language(language, vendor), label, keywords=False)
         return sets
 
-    def _named(self, language: str, vendor: str) -> tuple[list[Row], Captions]:
+    def _rows_in_language(self, language: str, vendor: str) -> tuple[list[Row], Captions]:
         """Return rows of training concepts by a vendor that have a name in a language, and their captions in it."""
         captions = Captions(self.pack, self.tokenizer, [language], 1.0, 0.0)
-        return [(int(c), vendor, True, True) for c in self.seen if captions.has(int(c))], captions
+        return [(int(c), vendor, True, True) for c in self.training_concepts if captions.has(int(c))], captions
 
     def _distance(self, language: str) -> np.ndarray:
         """Return int64 ``[N]``: edits between names in a language and in English (Levenshtein); -1 without a name."""
@@ -425,7 +425,7 @@ class Emoji(ImageViews):
 
     def picture(self, index: int) -> Tensor:
         concept, vendor = divmod(index, len(VENDORS))
-        return flattened(self.pack.drawings(VENDORS[vendor])[0][concept])
+        return flatten_alpha(self.pack.drawings(VENDORS[vendor])[0][concept])
 
     @property
     def transform_key(self) -> str | None:

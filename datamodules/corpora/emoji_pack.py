@@ -124,7 +124,7 @@ class Pack:
         found = self._of(vendor)
         return found.images, found.good
 
-    def reduced(self, vendor: str, size: int) -> Tensor:
+    def downsample(self, vendor: str, size: int) -> Tensor:
         """Return uint8 ``[N, 4, size, size]`` of a vendor, averaged down once for all visits."""
         found = self._of(vendor)
         size = min(size, found.images.shape[-1])
@@ -202,7 +202,7 @@ class Captions:
     def has(self, concept: int) -> bool:
         return any(self.names[language][concept] for language in self.languages)
 
-    def fixed(self, concept: int, keywords: bool) -> list[int]:
+    def evaluation_caption(self, concept: int, keywords: bool) -> list[int]:
         """Return the name, with or without all its keywords, in the first language that names the concept."""
         language = next(lang for lang in self.languages if self.names[lang][concept])
         name = self.names[language][concept]

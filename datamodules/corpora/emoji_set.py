@@ -16,7 +16,7 @@ from descant.datamodules.base import NumberedDataset, Rows
 from descant.datamodules.corpora.base import drop_tokens
 from descant.datamodules.corpora.emoji_pack import VENDORS, Captions
 from descant.datamodules.sampling.resumable_sampler import Slot
-from descant.modules.core.rng import seeded, uniform_N
+from descant.modules.core.rng import seeding, uniform_N
 
 if TYPE_CHECKING:
     from descant.datamodules.corpora.emoji import Emoji
@@ -62,7 +62,7 @@ class EmojiSet(NumberedDataset):
         self.label = data.label | dict(label or {})
         self.facts = data.facts(sorted(set(vendor))) if data.readout and not random else {}
         self.cells = data.cells if data.table else {}
-        self.mixed, self.spoken = data.mixed if random else None, data.spoken
+        self.mixed, self.spoken = data.mixed_captions if random else None, data.spoken_names
         self.views = data.views.get("image", 1) if random else 1
         if self.views == 2:
             self.second_V = np.array([VENDORS.index(v) for v in data.vendors])
@@ -122,17 +122,17 @@ class EmojiSet(NumberedDataset):
         if self.random:
             captions = self.captions.random(concept_B, draw_B)
         else:
-            captions = [self.captions.fixed(int(c), self.keywords) for c in concept_B]
+            captions = [self.captions.evaluation_caption(int(c), self.keywords) for c in concept_B]
         # through numpy: torch takes three times as long for a list of lists
         return torch.from_numpy(np.array(captions)), torch.from_numpy(self.data.pack.key_N[concept_B])
 
     def _images(self, concept_B: np.ndarray, vendor_B: np.ndarray, draw_B: np.ndarray, stream: str) -> Tensor:
-        drawings = {v: self.data.pack.reduced(VENDORS[v], self.data.size) for v in np.unique(vendor_B)}
+        drawings = {v: self.data.pack.downsample(VENDORS[v], self.data.size) for v in np.unique(vendor_B)}
         images = torch.stack([drawings[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
         if self.data.transform is not None and self.random:
             transformed = []
             for image, draw in zip(images, draw_B, strict=True):
-                with seeded(int(draw), stream):
+                with seeding(int(draw), stream):
                     transformed.append(self.data.transform(image))
             images = torch.stack(transformed)
         return images

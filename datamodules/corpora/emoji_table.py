@@ -73,7 +73,7 @@ def emoji_table(concept_N: Tensor, drawing_N: Tensor) -> Tensor:
     return torch.cat([concept_N[:, :8], drawing_N[:, :9], concept_N[:, 8:], drawing_N[:, 9:]], dim=1)
 
 
-def standardised(x_NC: Tensor, training_RC: Tensor) -> Tensor:
+def standardise_by(x_NC: Tensor, training_RC: Tensor) -> Tensor:
     """Standardise the numbers in ``x_NC`` by the mean and deviation of training rows."""
     z_NC = x_NC.clone()
     for c in range(len(NUMBERS)):

@@ -17,15 +17,15 @@ from descant.datamodules.base import BatchDataset
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, VENDORS
 from descant.datamodules.corpora.volumes import Volumes
 from descant.datamodules.names import require_known
-from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, require_temperature, tempered
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, require_temperature, temper_shares
 from descant.datamodules.sampling.resumable_sampler import Order
-from descant.datamodules.selection.selected import parted
+from descant.datamodules.selection.selected import split_selection
 from descant.datamodules.tasks.dialogues import SPLITS, in_split
 from descant.datamodules.tasks.questions import Problems, Questions, QuestionSet
 from descant.datamodules.tasks.rollout_buffer import RolledDialogues
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.core.rng import mix_N, uniform_N
 
 PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -75,7 +75,7 @@ class Stills(Source):
     def shows(
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
     ) -> Tensor:
-        return data.drawing(_one(vendors, visit, 0), concept)[None]
+        return data.drawing(_vendor_of_frame(vendors, visit, 0), concept)[None]
 
 
 class Stacks(Source):
@@ -104,7 +104,7 @@ class Stacks(Source):
     ) -> Tensor:
         odd = self._odd(key) if self.about is None else -1
         shown = [int(others[0]) if f == odd else concept for f in range(self.frames)]
-        return torch.stack([data.drawing(_one(vendors, visit, f), one) for f, one in enumerate(shown)])
+        return torch.stack([data.drawing(_vendor_of_frame(vendors, visit, f), one) for f, one in enumerate(shown)])
 
 
 class Slices(Stacks):
@@ -171,7 +171,7 @@ class Clips(Source):
         self, data: Frames, concept: int, others: np.ndarray, vendors: Sequence[int], key: int, visit: int
     ) -> Tensor:
         half, room = data.size // 2, data.size - data.size // 2
-        drawing = data.drawing(_one(vendors, visit, 0), concept, half)
+        drawing = data.drawing(_vendor_of_frame(vendors, visit, 0), concept, half)
         way = WAYS[self.question(key)[1]]
         aside = round(_uniform(visit, "frames/aside") * room)
         canvas = torch.zeros(self.frames, 4, data.size, data.size, dtype=torch.uint8)
@@ -186,7 +186,7 @@ def _uniform(key: int, purpose: str) -> float:
     return float(uniform_N(np.array([key]), purpose)[0])
 
 
-def _one(vendors: Sequence[int], visit: int, frame: int) -> int:
+def _vendor_of_frame(vendors: Sequence[int], visit: int, frame: int) -> int:
     """Return the vendor of a frame."""
     return int(vendors[int(_uniform(visit, f"frames/vendor{frame}") * len(vendors))])
 
@@ -300,13 +300,13 @@ class Frames(Questions):
         return [int((problems.kind_N == self.every.index(kind)).sum()) for kind in self.kinds]
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        whole, index_S = parted(data)
+        whole, index_S = split_selection(data)
         if self.alpha is None or not isinstance(whole, FrameSet):
             return super().order(data, **cut)
         sizes = self.sizes(whole.problems.where(index_S))
         if 0 in sizes:
             raise ValueError(f"{self.kinds[sizes.index(0)]}: no training sample; leave it out of kinds")
-        weights = tempered(sizes, self.alpha, self.times)
+        weights = temper_shares(sizes, self.alpha, self.times)
         return MixedOrder(sizes, self.kinds, weights, sum(sizes), self.batch_size, self.seed, False, None, **cut)
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
@@ -325,7 +325,7 @@ class Frames(Questions):
         """Augment all frames of a sample alike."""
         B, F = batch.inputs["image"].shape[:2]
         batch.inputs["image"], draw_B = batch.inputs["image"].flatten(0, 1), batch.rng_seed
-        batch.rng_seed = derived(lambda x_B: x_B.repeat_interleave(F), draw_B)
+        batch.rng_seed = derive(lambda x_B: x_B.repeat_interleave(F), draw_B)
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         batch.inputs["image"], batch.rng_seed = batch.inputs["image"].unflatten(0, (B, F)), draw_B
         return batch
@@ -346,7 +346,7 @@ class FrameRollouts(RolledDialogues, Frames):
             return cast(Problems, super().fresh(round, again))
         problems: Problems = self.training_problems.problems
         sizes = self.sizes(problems)
-        shares = Shares(tempered(sizes, self.alpha, self.times))
+        shares = Shares(temper_shares(sizes, self.alpha, self.times))
         tries = round * 64 + again  # at most 64 tries a round
         low, high = shares.at(tries * self.items), shares.at((tries + 1) * self.items)
         taken = []

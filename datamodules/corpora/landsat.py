@@ -59,7 +59,7 @@ class Landsat(CropModule, DebianPackaged):
     def read(self) -> dict[str, np.ndarray]:
         return synthetic(6 * self.size) if self.tiny else load(self.package_folder())
 
-    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+    def split_space(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         high, wide = space
         third, quarter = wide // 3, 3 * high // 4
         return {

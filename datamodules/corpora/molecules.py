@@ -83,7 +83,7 @@ class Molecules(DataModule):
             require_rdkit()
 
     @cached_property
-    def described(self) -> Described:
+    def descriptions(self) -> Described:
         if self.tiny:
             return synthetic(self.bits, self.spellings)
         return describe(read_list(list_file()), self.spellings, self.bits)
@@ -91,29 +91,29 @@ class Molecules(DataModule):
     def corpora(self) -> dict[str, Corpus]:
         if self.tiny:
             return {}
-        names, file = self.described.smiles, list_file()
+        names, file = self.descriptions.smiles, list_file()
         return {"molecules": corpus_of(str(file), {"samples": Property(names, lambda n: names[n])}, [file])}
 
     @cached_property
     def splits(self) -> dict[str, np.ndarray]:
-        part_N = np.array([rank_of(scaffold) for scaffold in self.described.scaffold])
+        part_N = np.array([rank_of(scaffold) for scaffold in self.descriptions.scaffold])
         bounds = {"train": (0.2, 1.0), "val": (0.1, 0.2), "test": (0.0, 0.1)}
         return {name: np.flatnonzero((low <= part_N) & (part_N < high)) for name, (low, high) in bounds.items()}
 
     @cached_property
     def spelling_NKT(self) -> Tensor:
         """Tokenize the canonical spelling of each molecule, then its random ones."""
-        described, T = self.described, self.smiles_tokenizer
+        described, T = self.descriptions, self.smiles_tokenizer
         return torch.stack([T([name, *more]) for name, more in zip(described.smiles, described.spellings, strict=True)])
 
     def number_scale(self, target: str) -> tuple[float, float] | None:
         """Return mean and standard deviation of a number over the training set."""
-        y_N = self.described.numbers.get(target)
+        y_N = self.descriptions.numbers.get(target)
         return None if y_N is None else mean_and_deviation(y_N[self.splits["train"]], f"Molecules: {target}")
 
     def _set(self, split: str, random: bool = False, drop: Mapping[str, float] | None = None) -> TensorSet:
-        inputs = {"fingerprint": torch.from_numpy(self.described.bits_NW)}
-        targets = {name: torch.from_numpy(y_N) for name, y_N in self.described.numbers.items()}
+        inputs = {"fingerprint": torch.from_numpy(self.descriptions.bits_NW)}
+        targets = {name: torch.from_numpy(y_N) for name, y_N in self.descriptions.numbers.items()}
         spelling_NKT = self.spelling_NKT[:, 1:] if random and self.spellings else self.spelling_NKT[:, :1]
         return SpelledSet(spelling_NKT, random, inputs, targets, self.splits[split], self.seed, drop)
 
@@ -128,10 +128,10 @@ class Molecules(DataModule):
         return {name: self._set(name)}
 
     def sample_name(self, index: int) -> str:
-        return self.described.smiles[index]
+        return self.descriptions.smiles[index]
 
     def describe(self, index: int) -> str:
-        return self.described.smiles[index]
+        return self.descriptions.smiles[index]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch.inputs["fingerprint"] = batch.inputs["fingerprint"].float()

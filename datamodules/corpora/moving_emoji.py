@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.corpora.base import ImageViews, class_prompts, flattened
+from descant.datamodules.corpora.base import ImageViews, class_prompts, flatten_alpha
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from descant.datamodules.corpora.emoji_set import EmojiSet
 from descant.datamodules.sampling.resumable_sampler import Slot
 from descant.modules.core.batch import Batch
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.core.rng import mix_N, uniform_N, uniform_NK
 from descant.modules.tokenizers.text import Tokenizer
 from descant.modules.transforms.image import Augment
@@ -162,7 +162,7 @@ class ClipSet(NumberedDataset):
         self.data, self.drawings, self.random, self.id_N = data, drawings, random, drawings.id_N
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
-        return super().draws(slots) if self.random else fixed(self.id_N[[slot.sample for slot in slots]])
+        return super().draws(slots) if self.random else evaluation_keys(self.id_N[[slot.sample for slot in slots]])
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
         image_N, text_N = self.drawings.present(index_N).values()
@@ -272,7 +272,7 @@ class MovingEmoji(ImageViews):
 
     def sprites(self, concept_B: np.ndarray, vendor_B: np.ndarray) -> Tensor:
         """Return drawings, uint8 ``[B, 4, R, R]``."""
-        drawings = {v: self.emoji.pack.reduced(VENDORS[v], self.emoji.size) for v in np.unique(vendor_B)}
+        drawings = {v: self.emoji.pack.downsample(VENDORS[v], self.emoji.size) for v in np.unique(vendor_B)}
         return torch.stack([drawings[v][c] for c, v in zip(concept_B, vendor_B, strict=True)])
 
     # the sets ----------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ class MovingEmoji(ImageViews):
 
     def _clip(self, index: int) -> Motion:
         """Return the clip of an id, as in evaluation."""
-        return motions(fixed(np.array([index])), self.frames)
+        return motions(evaluation_keys(np.array([index])), self.frames)
 
     def describe(self, index: int) -> str:
         return ", ".join(self.pieces(0, index // len(VENDORS), int(self._clip(index).motion_B)))
@@ -306,17 +306,17 @@ class MovingEmoji(ImageViews):
     def picture(self, index: int) -> Tensor:
         concept, vendor = divmod(index, len(VENDORS))
         clip = render(self.sprites(np.array([concept]), np.array([vendor])), self._clip(index), self.size)
-        return flattened(clip[0, self.frames // 2])
+        return flatten_alpha(clip[0, self.frames // 2])
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         view, x = self.augment if self.training else self.pixels, batch.inputs["video"]
-        key_N = derived(lambda key_B: key_B.repeat_interleave(self.frames), batch.rng_seed)
+        key_N = derive(lambda key_B: key_B.repeat_interleave(self.frames), batch.rng_seed)
         batch.inputs["video"] = view(x.flatten(0, 1), key_N).unflatten(0, x.shape[:2])
         if self.image:
             batch.inputs["image"] = batch.inputs["video"][:, self.frames // 2]
         return batch
 
 
-def fixed(id_N: np.ndarray) -> np.ndarray:
+def evaluation_keys(id_N: np.ndarray) -> np.ndarray:
     """Compute the keys of clips in evaluation sets, from their ids."""
     return mix_N(id_N, "clip/fixed")

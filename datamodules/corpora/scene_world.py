@@ -53,7 +53,7 @@ class Graph:
     tail_BR: np.ndarray
     large_B2: np.ndarray
 
-    def swapped(self, sizes_B: np.ndarray) -> Graph:
+    def swap_objects(self, sizes_B: np.ndarray) -> Graph:
         """Exchange the two objects of the first clause, or where ``sizes_B`` their two sizes."""
         head_BR, tail_BR = self.head_BR.copy(), self.tail_BR.copy()
         objects_B = ~sizes_B
@@ -159,10 +159,10 @@ class World:
         low, high = {-1: (0.75, 1.0), 0: (0.45, 0.6), 1: (0.85, 1.0)}[large]
         return round(low * self.cell), round(high * self.cell)
 
-    def packed(self, vendor: int, pixels: int) -> np.ndarray:
+    def pack_pixels(self, vendor: int, pixels: int) -> np.ndarray:
         """Return int32 ``[C, pixels^2]``: drawings of one vendor at one size, a pixel's four bytes as one number."""
         if (vendor, pixels) not in self._packed:
-            x_CHW4 = self.pack.reduced(VENDORS[vendor], pixels).permute(0, 2, 3, 1).contiguous().numpy()
+            x_CHW4 = self.pack.downsample(VENDORS[vendor], pixels).permute(0, 2, 3, 1).contiguous().numpy()
             self._packed[vendor, pixels] = x_CHW4.view(np.int32).reshape(len(x_CHW4), -1)
         return self._packed[vendor, pixels]
 
@@ -176,7 +176,7 @@ class World:
             here_BK = group_BK == group
             vendor, pixels = divmod(int(group), S + 1)
             patch = (np.arange(pixels)[:, None] * S + np.arange(pixels)).ravel()
-            canvas_BSS.reshape(-1)[start_BK[here_BK][:, None] + patch] = self.packed(vendor, pixels)[
+            canvas_BSS.reshape(-1)[start_BK[here_BK][:, None] + patch] = self.pack_pixels(vendor, pixels)[
                 scene.concept_BK[here_BK]
             ]
         return torch.from_numpy(canvas_BSS.view(np.uint8).reshape(B, S, S, 4)).permute(0, 3, 1, 2).contiguous()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.corpora.base import ImageViews, flattened, run_ledger
+from descant.datamodules.corpora.base import ImageViews, flatten_alpha, run_ledger
 from descant.datamodules.corpora.emoji_pack import DEVELOPMENT_VENDOR, PACK, SEALED_VENDOR, VENDORS, Pack
 from descant.datamodules.corpora.scene_world import CONCEPTS, SIZES, STEPS, TRIPLES, Graph, Scene, World
 from descant.datamodules.names import require_known
@@ -73,8 +73,8 @@ class SceneSet(NumberedDataset):
             self.fact_N3, self.id_N = self.fact_N3[chosen], self.id_N[chosen]
         _, vendor, beside = SETS[name]
         self.vendors = np.array([VENDORS.index(v) for v in ([vendor] if vendor else data.vendors)])
-        drawn_C = data.drawn(vendor)
-        self.together_CC = data.together(*beside) & drawn_C & drawn_C[:, None]  # which concepts may be in one scene
+        drawn_C = data.drawn_concepts(vendor)
+        self.together_CC = data.pairs_of(*beside) & drawn_C & drawn_C[:, None]  # which concepts may be in one scene
 
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
         if self.random:
@@ -126,7 +126,7 @@ class SceneSet(NumberedDataset):
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
         world, scene = self.world, self.scene(index_B, draw_B)
-        negative = scene.graph.swapped(scene.sizes_B)
+        negative = scene.graph.swap_objects(scene.sizes_B)
         inputs = {"image": world.canvas(scene)}
         for end, graph in (("", scene.graph), (NEGATIVE, negative)):
             inputs["text" + end] = world.tokens(graph)
@@ -276,11 +276,11 @@ class Scenes(ImageViews):
             splits[order_P[start:stop]], start = split, stop
         return splits
 
-    def drawn(self, vendor: str | None) -> np.ndarray:
+    def drawn_concepts(self, vendor: str | None) -> np.ndarray:
         """Return bool ``[C]``: the concepts that a vendor draws; all, except for the lock-box's vendor."""
         return self.world.pack.drawings(vendor)[1] if vendor else np.ones(len(self.concepts), dtype=bool)
 
-    def together(self, *splits: str) -> np.ndarray:
+    def pairs_of(self, *splits: str) -> np.ndarray:
         """Return bool ``[C, C]``: the pairs of some splits."""
         together_CC = np.zeros((len(self.concepts), len(self.concepts)), dtype=bool)
         a_P, b_P = self.pair_P2[np.isin(self.split_P, splits)].T
@@ -290,7 +290,7 @@ class Scenes(ImageViews):
     def facts(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ``[N, 3]`` of a set (first concept, relation, second), and ids of pair, relation, order and set."""
         split, vendor, _ = SETS[name]
-        pairs = np.flatnonzero((self.split_P == split) & self.drawn(vendor)[self.pair_P2].all(axis=1))
+        pairs = np.flatnonzero((self.split_P == split) & self.drawn_concepts(vendor)[self.pair_P2].all(axis=1))
         if not len(pairs) and self.sealed:
             raise ValueError(f"sealed: {SEALED_VENDOR} draws both concepts of no {split} pair; more concepts have some")
         facts = np.meshgrid(pairs, np.arange(len(self.relations)), np.arange(2), indexing="ij")
@@ -317,17 +317,17 @@ class Scenes(ImageViews):
 
     # what evaluation reads -------------------------------------------------------------------------------------------
 
-    def _one(self, index: int) -> Scene:
+    def _evaluation_scene(self, index: int) -> Scene:
         """Return the scene of an id, as in evaluation."""
         rows = SceneSet(self, list(SETS)[index % len(SETS)])
         (row,) = np.flatnonzero(rows.id_N == index)
         return rows.scene(np.array([row]), rows.draws([Slot(0, int(row), True)]))
 
     def describe(self, index: int) -> str:
-        return self.world.sentence(self._one(index).graph.rows()[0])
+        return self.world.sentence(self._evaluation_scene(index).graph.rows()[0])
 
     def picture(self, index: int) -> Tensor:
-        return flattened(self.world.canvas(self._one(index))[0])
+        return flatten_alpha(self.world.canvas(self._evaluation_scene(index))[0])
 
 
 def gentle(size: int) -> Augment:

@@ -89,7 +89,7 @@ class SpokenNames:
         x, length_B = batch.inputs["audio"], batch.inputs.pop("audio_length")
         if self.snr is not None:
             x = noisy(x, length_B, self.snr, batch.rng_seed if training else batch.index)
-        x_BFT = self.features.marked(x, length_B) if self.keep else self.features.to(batch.device)(x, length_B)
+        x_BFT = self.features.mark_padding(x, length_B) if self.keep else self.features.to(batch.device)(x, length_B)
         batch.inputs["audio"] = self.augment(x_BFT, batch.rng_seed) if training else x_BFT
 
 
@@ -113,17 +113,17 @@ class SpokenNamesSource:
             voice_B = self.training_V[choice_B.astype(np.int64)]
         span_B2 = self.spoken.clips[voice_B, name_B]
         if self.features is None:
-            audio_BS, length_B = cut(self.spoken.wave, span_B2, self.samples)
+            audio_BS, length_B = cut_spans(self.spoken.wave, span_B2, self.samples)
             return {"audio": audio_BS, "audio_length": length_B}
         clips = list(zip(voice_B.tolist(), name_B.tolist(), strict=True))
         for clip, span_2 in zip(clips, span_B2, strict=True):
             if clip not in self._kept:  # one at a time, so that kept features do not depend on the batch
-                self._kept[clip] = self.features(*cut(self.spoken.wave, span_2[None], self.samples))[0]
+                self._kept[clip] = self.features(*cut_spans(self.spoken.wave, span_2[None], self.samples))[0]
         length_B = torch.from_numpy(np.minimum(span_B2[:, 1], self.samples))
         return {"audio": torch.stack([self._kept[clip] for clip in clips]), "audio_length": length_B}
 
 
-def cut(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
+def cut_spans(wave: np.ndarray, span_B2: np.ndarray, samples: int) -> tuple[Tensor, Tensor]:
     """Cut int16 ``[B, S]`` out of a long wave, and return real lengths. ``span_B2``: first sample and length."""
     length_B = np.minimum(span_B2[:, 1], samples)
     audio_BS = np.zeros((len(span_B2), samples), dtype=np.int16)

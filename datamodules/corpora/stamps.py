@@ -22,11 +22,11 @@ from descant.datamodules.corpora.base import (
     ImageViews,
     class_prompts,
     drop_tokens,
-    flattened,
+    flatten_alpha,
     name_hash,
     run_ledger,
 )
-from descant.datamodules.corpora.spoken import cut
+from descant.datamodules.corpora.spoken import cut_spans
 from descant.datamodules.names import require_known
 from descant.datamodules.prepare.stamps import DEB, ENGLISH, RATE, SECONDS, SOUND, Corpus, families, prepare_stamps
 from descant.modules.core.batch import Batch
@@ -77,7 +77,7 @@ class StampsSet(NumberedDataset):
         count_B = self.has[:, stamp_B].sum(axis=0)
         u_B2 = uniform_NK(draw_B, ("speech/language", "text/language")).numpy()
         spoken_B = self.choice[(u_B2[:, 0] * count_B).astype(np.int64), stamp_B]
-        audio_BS, length_B = cut(self.corpus.wave, self.clips[spoken_B, stamp_B], round(self.data.seconds * RATE))
+        audio_BS, length_B = cut_spans(self.corpus.wave, self.clips[spoken_B, stamp_B], round(self.data.seconds * RATE))
         languages = [self.spoken[k] if n else "" for k, n in zip(spoken_B, count_B, strict=True)]
         columns = zip(stamp_B, languages, u_B2[:, 1], strict=True)
         text_BT = torch.from_numpy(np.array([self._caption(int(s), language, u) for s, language, u in columns]))
@@ -263,7 +263,7 @@ class Stamps(ImageViews, DebianPackaged):
     def picture(self, index: int) -> Tensor | None:
         if not self.corpus.pictured[index]:
             return None
-        return flattened(torch.from_numpy(np.array(self.corpus.images[index])))
+        return flatten_alpha(torch.from_numpy(np.array(self.corpus.images[index])))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         batch = super().on_after_batch_transfer(batch, dataloader_idx)

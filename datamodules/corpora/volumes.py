@@ -69,7 +69,7 @@ class Volumes(CropModule, Packaged):
     def read(self) -> dict[str, np.ndarray]:
         return synthetic(3 * self.size + 2 * GAP) if self.tiny else load(self.package_folder())
 
-    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+    def split_space(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         wide, long, high = space
         front, crown = 5 * long // 8, 7 * high // 12
         return {

@@ -40,7 +40,7 @@ def grids(shape_N2: np.ndarray, patch: int, tokens: int, enlarge: bool = False) 
     [[8, 8]]
     """
     high_N, wide_N = shape_N2.T.astype(np.int64)
-    down_N, across_N = _most(high_N, wide_N, tokens), _most(wide_N, high_N, tokens)
+    down_N, across_N = _most_patches(high_N, wide_N, tokens), _most_patches(wide_N, high_N, tokens)
     by_down_N2 = np.stack([down_N, -(-wide_N * down_N // high_N)], axis=1)
     by_across_N2 = np.stack([-(-high_N * across_N // wide_N), across_N], axis=1)
     larger_N1 = (down_N * wide_N >= across_N * high_N)[:, None]  # s is down / height or across / width, the larger one
@@ -49,7 +49,7 @@ def grids(shape_N2: np.ndarray, patch: int, tokens: int, enlarge: bool = False) 
     return most_N2 if enlarge else np.where((own_N2.prod(axis=1) <= tokens)[:, None], own_N2, most_N2)
 
 
-def _most(side_N: np.ndarray, other_N: np.ndarray, tokens: int) -> np.ndarray:
+def _most_patches(side_N: np.ndarray, other_N: np.ndarray, tokens: int) -> np.ndarray:
     """Return the most patches n along one side for which ``n ceil(n other / side) <= tokens``; 0 if 1 is too many."""
     low_N, high_N = np.zeros_like(side_N), np.full_like(side_N, tokens)
     for _ in range(tokens.bit_length() + 1):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from descant.datamodules.fields.fields import Decoded, Field, Row, filled
+from descant.datamodules.fields.fields import Decoded, Field, Row, fill_rows
 from descant.datamodules.sources.arrays import array_bytes as array_bytes
 from descant.datamodules.sources.arrays import array_of
 
@@ -43,9 +43,11 @@ class ArrayField(Field):
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         shape = (self.width,) if self.rows is None else (self.rows, self.width)
-        return filled(torch.full((len(raw_B), *shape), torch.nan), raw_B, lambda _, data: self._checked(array_of(data)))
+        return fill_rows(
+            torch.full((len(raw_B), *shape), torch.nan), raw_B, lambda _, data: self._to_rows(array_of(data))
+        )
 
-    def _checked(self, array: np.ndarray) -> torch.Tensor:
+    def _to_rows(self, array: np.ndarray) -> torch.Tensor:
         shape, axes = array.shape, 1 if self.rows is None else 2
         if len(shape) != axes or shape[-1] != self.width or not len(array):
             wanted = f"[{self.width}]" if self.rows is None else f"[rows, {self.width}]"

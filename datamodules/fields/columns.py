@@ -156,10 +156,10 @@ def _list_columns(known: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in list(known.items())[:20])
 
 
-def numbered(name: str, fields: Sequence[str]) -> list[str]:
+def list_parts(name: str, fields: Sequence[str]) -> list[str]:
     """Return the parts of a field that is a list (``caption.0``, ...), or the field itself.
 
-    >>> numbered("caption", ["image", "caption.0", "caption.1"]), numbered("title", ["title"])
+    >>> list_parts("caption", ["image", "caption.0", "caption.1"]), list_parts("title", ["title"])
     (['caption.0', 'caption.1'], ['title'])
     """
     if name in fields:

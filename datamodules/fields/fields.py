@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from descant.datamodules.fields.columns import Column as Column
 from descant.datamodules.fields.columns import caption_fields, named_column, split_names
 from descant.datamodules.fields.columns import kinds as kinds
-from descant.datamodules.fields.columns import numbered as numbered
+from descant.datamodules.fields.columns import list_parts as list_parts
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import LIMIT, Images, Reduced
 from descant.datamodules.fields.tables import TableField
@@ -57,14 +57,14 @@ class Field:
         return self.kind
 
     @property
-    def wanted(self) -> list[str]:
+    def sample_fields(self) -> list[str]:
         """Return the fields of which a sample of a stream must have one."""
         return split_names(self.field) if self.field else list(self.usual)
 
     def explicit(self) -> Self:
         """Return a copy that names its fields, ``wanted``."""
         twin = copy.copy(self)
-        twin.field = ";".join(self.wanted)
+        twin.field = ";".join(self.sample_fields)
         return twin
 
     def column(self, source: Source) -> Column:
@@ -82,12 +82,12 @@ class Field:
         """Return a cache for the decoded rows of a source, or None."""
         return None
 
-    def reduced(self, raw: Raw) -> Reduced:
+    def reduce(self, raw: Raw) -> Reduced:
         """Return the cached form of a row, for fields with a ``memory``. Raise ValueError if it cannot be read."""
         raise NotImplementedError
 
 
-def filled(padding_B: Tensor, raw_B: Sequence[Row], read: Callable[[int, bytes], Tensor]) -> Decoded:
+def fill_rows(padding_B: Tensor, raw_B: Sequence[Row], read: Callable[[int, bytes], Tensor]) -> Decoded:
     """Fill ``padding_B`` with ``read(row, bytes)`` at the beginning of each row that has some; collect ValueErrors."""
     errors: list[str | None] = [None] * len(raw_B)
     for row, raw in enumerate(raw_B):
@@ -143,9 +143,9 @@ class ImageField(Field):
     def memory(self, rows: int) -> ImageCache | None:
         return None if self.keep is None else ImageCache(rows, round(self.keep * self.size))
 
-    def reduced(self, raw: Raw) -> Reduced:
+    def reduce(self, raw: Raw) -> Reduced:
         assert self.keep is not None
-        return self.images.reduced(raw.encode() if isinstance(raw, str) else raw, round(self.keep * self.size))
+        return self.images.reduce(raw.encode() if isinstance(raw, str) else raw, round(self.keep * self.size))
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         return self.images([raw.encode() if isinstance(raw, str) else raw for raw in raw_B], draw_B)
@@ -183,7 +183,7 @@ class AudioField(Field):
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         u_B = None if draw_B is None else uniform_N(draw_B, "audio/start").tolist()
         ended_BS = torch.full((len(raw_B), self.samples), ENDED, dtype=torch.int16)
-        return filled(ended_BS, raw_B, lambda row, data: self._read(data, 0.0 if u_B is None else u_B[row]))
+        return fill_rows(ended_BS, raw_B, lambda row, data: self._read(data, 0.0 if u_B is None else u_B[row]))
 
     def _read(self, data: bytes, start: float) -> Tensor:
         """Read an excerpt of a recording, ``start`` in 0..1 of the possible beginnings; nothing else is decoded."""
@@ -237,12 +237,12 @@ class TextField(Field):
             raise ValueError(f"captions: the weights of {', '.join(self.captions) or 'nothing'} are all zero")
 
     @property
-    def wanted(self) -> list[str]:
+    def sample_fields(self) -> list[str]:
         return [name for name, weight in self.captions.items() if weight > 0] if self.captions else ["txt"]
 
     def explicit(self) -> Self:
         twin = copy.copy(self)
-        twin.captions = self.captions or dict.fromkeys(self.wanted, 1.0)
+        twin.captions = self.captions or dict.fromkeys(self.sample_fields, 1.0)
         return twin
 
     def column(self, source: Source) -> Column:
@@ -251,7 +251,7 @@ class TextField(Field):
         captions = self.captions or dict.fromkeys(caption_fields(source), 1.0)
         weights = {name: weight for name, weight in captions.items() if weight > 0}
         for number, name in enumerate(weights):
-            parts = numbered(name, source.fields)
+            parts = list_parts(name, source.fields)
             names += parts
             group_F += [number] * len(parts)
         has_NF = np.stack([source.has(name) for name in names], axis=1)
@@ -270,7 +270,7 @@ class TextField(Field):
             rows.append(self.tokenizer.row([ids] if ids else []))
         return torch.from_numpy(np.array(rows, dtype=np.int64)), errors
 
-    def cut(self, texts: Sequence[str]) -> int:
+    def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than a row and are truncated."""
         room = self.tokenizer.length - len(self.tokenizer.begin) - len(self.tokenizer.end)
         return sum(len(self.tokenizer.ids(text)) > room for text in texts)

@@ -131,7 +131,7 @@ class Images:
         """Decode the batch, and return for each row why it could not be read, or None.
 
         Args:
-            data: one encoded (or :meth:`reduced`) image per row; None for a row of zeros.
+            data: one encoded (or :meth:`reduce`) image per row; None for a row of zeros.
             draw_B: each sample's seed, or None for evaluation: the central square, nothing random.
         """
         # in numpy's memory, which asks for huge pages: otherwise touching fresh pages takes a twentieth of the time
@@ -172,12 +172,12 @@ class Images:
                 x_B3SS[row] = 0
         return x_B3SS, errors
 
-    def reduced(self, data: bytes, side: int) -> Reduced:
+    def reduce(self, data: bytes, side: int) -> Reduced:
         """Resize a whole encoded image to ``side`` x ``side`` pixels, and keep its shape as numbers.
 
         Crops of the result are those of the image, resampled twice.
 
-        >>> whole = Images(8).reduced(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
+        >>> whole = Images(8).reduce(simplejpeg.encode_jpeg(np.full((30, 40, 3), 255, dtype=np.uint8)), 12)
         >>> whole.height, whole.width, whole.x_SS3.shape
         (30, 40, (12, 12, 3))
         """
@@ -242,12 +242,12 @@ class Images:
     def header(self, data: bytes) -> Header:
         """Read the shape and orientation of an image without decoding its pixels."""
         height, width, fast = _read_header(data)
-        self._bound(height, width)  # before Pillow, which allocates a WebP's canvas on opening
+        self._require_size(height, width)  # before Pillow, which allocates a WebP's canvas on opening
         image, exif = None, _jpeg_exif(data) if fast else None
         if not fast:
             image = _open(data)
             width, height = image.size
-            self._bound(height, width)
+            self._require_size(height, width)
             _require_bounded(image)
             exif = image.info.get("exif")
         if min(height, width) < 1:
@@ -257,7 +257,7 @@ class Images:
             height, width = width, height
         return Header(height, width, orientation, data, image)
 
-    def _bound(self, height: int, width: int) -> None:
+    def _require_size(self, height: int, width: int) -> None:
         if height * width > self.limit:
             raise ValueError(f"{width:,} x {height:,} pixels, more than the limit of {self.limit:,}")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descant.datamodules.fields.fields import Decoded, Field, Row, filled
+from descant.datamodules.fields.fields import Decoded, Field, Row, fill_rows
 from descant.datamodules.sources.arrays import array_of
 from descant.modules.core.protocols import SeriesAxes
 from descant.modules.core.rng import uniform_N
@@ -81,7 +81,7 @@ class SeriesField(Field):
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         u_B = None if draw_B is None else uniform_N(draw_B, "series/start").tolist()
         empty_BTW = torch.full((len(raw_B), self.steps, self.channels), torch.nan)
-        x_BTW, errors = filled(
+        x_BTW, errors = fill_rows(
             empty_BTW, raw_B, lambda row, data: self._read(array_of(data), 0.0 if u_B is None else u_B[row])
         )
         return x_BTW.transpose(1, 2).contiguous(), errors

@@ -11,10 +11,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from descant.datamodules.fields.columns import Column, kinds, named_column
-from descant.datamodules.fields.fields import Decoded, Field, Row, filled
+from descant.datamodules.fields.fields import Decoded, Field, Row, fill_rows
 from descant.datamodules.sources.arrays import ARRAY, array_of
 from descant.datamodules.sources.base import VIDEO_ENDINGS, Source
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.transforms.image import Pixels
 
 #: The most decoded bytes of the frames of one video.
@@ -97,7 +97,7 @@ class VideoField(Field):
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
         shape = (len(raw_B), self.frames, 3, self.size, self.size)
-        return filled(torch.full(shape, ENDED, dtype=torch.int16), raw_B, self._row)
+        return fill_rows(torch.full(shape, ENDED, dtype=torch.int16), raw_B, self._row)
 
     def _row(self, row: int, data: bytes) -> Tensor:
         try:
@@ -125,7 +125,7 @@ class VideoField(Field):
 
     def view(self, x_BF3SS: Tensor, draw_B: Tensor) -> Tensor:
         """Return float pixels on the device, ``-inf`` in frames after the last."""
-        key_N = derived(lambda key_B: key_B.repeat_interleave(x_BF3SS.shape[1]), draw_B)
+        key_N = derive(lambda key_B: key_B.repeat_interleave(x_BF3SS.shape[1]), draw_B)
         pixels = self.pixels(x_BF3SS.flatten(0, 1).clamp(min=0), key_N).view(x_BF3SS.shape)
         return pixels.masked_fill(x_BF3SS == ENDED, -torch.inf)
 

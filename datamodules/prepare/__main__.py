@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from descant.datamodules.prepare.package import unpacked
+from descant.datamodules.prepare.package import fetch_and_unpack
 from descant.modules.io.cache import cache_folder
 
 #: Packs that ``build(cache, out)`` of the module writes into this repository.
@@ -60,7 +60,7 @@ def prepare(name: str, cache: Path | None = None, out: Path | None = None) -> st
     if name == "stamps":
         return f"stamps -> {module.prepare_stamps(cache=cache)}"
     package = module.DEB if hasattr(module, "DEB") else module.WHEEL
-    return f"{name} -> {unpacked(package, cache=cache)}"
+    return f"{name} -> {fetch_and_unpack(package, cache=cache)}"
 
 
 if __name__ == "__main__":

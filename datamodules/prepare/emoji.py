@@ -28,7 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from descant.datamodules.prepare.emoji_families import bare, code_key, name_key
-from descant.datamodules.prepare.grouping import connected
+from descant.datamodules.prepare.grouping import connected_groups
 from descant.datamodules.prepare.npm import Package, fetch_package, read_package
 from descant.modules.io.files import sha256_of
 
@@ -235,7 +235,7 @@ def group_by(
     concepts: Sequence[Concept], keys: Callable[[Concept], list[tuple[str, str]]] = family_keys
 ) -> list[list[Concept]]:
     """Group concepts that share a key, directly or through others."""
-    return [[concepts[n] for n in group] for group in connected([keys(concept) for concept in concepts])]
+    return [[concepts[n] for n in group] for group in connected_groups([keys(concept) for concept in concepts])]
 
 
 # 4. Split: concepts in the order of a salted hash, until exactly 200 are held out; concepts that share an image stay

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 
-def connected(keys_N: Sequence[Iterable[Hashable]]) -> list[list[int]]:
+def connected_groups(keys_N: Sequence[Iterable[Hashable]]) -> list[list[int]]:
     """Return groups of item numbers, each ascending, ordered by their first item.
 
-    >>> connected([["a"], ["b"], ["c", "a"], ["c"]])
+    >>> connected_groups([["a"], ["b"], ["c", "a"], ["c"]])
     [[0, 2, 3], [1]]
     """
     parent = list(range(len(keys_N)))

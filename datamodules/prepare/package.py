@@ -55,7 +55,7 @@ class DataPackage(ABC):
         """Write the content of ``under`` into ``folder``. Raise ValueError for a broken or hostile file."""
 
 
-def unpacked(
+def fetch_and_unpack(
     package: DataPackage, file: Path | str | None = None, accept: Sequence[str] = (), cache: Path | str | None = None
 ) -> Path:
     """Return the folder with the package's content, named by its SHA-256: from the cache, otherwise fetched.
@@ -115,7 +115,7 @@ def move_into_place(folder: Path, target: Path) -> None:
             raise
 
 
-def derived(source: Path, name: str, build: Callable[[Path], None], message: str) -> Path:
+def build_beside(source: Path, name: str, build: Callable[[Path], None], message: str) -> Path:
     """Return the folder ``name`` beside ``source``; if it is missing, print ``message`` and let ``build`` fill it."""
     target = source.with_name(name)
     if not target.is_dir():

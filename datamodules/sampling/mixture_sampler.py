@@ -160,18 +160,18 @@ class MixedOrder(Order):
 
 
 def require_temperature(alpha: float | None, times: float | None, what: str) -> None:
-    """Raise ValueError for arguments that :func:`tempered` cannot use; ``what`` names the parts."""
+    """Raise ValueError for arguments that :func:`temper_shares` cannot use; ``what`` names the parts."""
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha:g}: from 0, all {what} alike, to 1, by their sizes; such as 0.5")
     if times is not None and (alpha is None or not times > 1):
         raise ValueError(f"times {times:g}: more than 1, and with an alpha; such as 4")
 
 
-def tempered(sizes: Sequence[int], alpha: float, times: float | None = None) -> list[Fraction]:
+def temper_shares(sizes: Sequence[int], alpha: float, times: float | None = None) -> list[Fraction]:
     """Compute shares proportional to ``size ** alpha``, each at most ``times`` its share by size; others get the rest.
 
-    >>> [float(share) for share in tempered([900, 100], alpha=0.5)], [float(x) for x in tempered([900, 100], 0.5, 2.0)]
-    ([0.75, 0.25], [0.8, 0.2])
+    >>> [[float(x) for x in temper_shares([900, 100], 0.5, times)] for times in (None, 2.0)]
+    [[0.75, 0.25], [0.8, 0.2]]
     """
     whole, wish = sum(sizes), [size**alpha for size in sizes]
     most = [math.inf if times is None else times * size / whole for size in sizes]

@@ -64,10 +64,10 @@ class TokenOrder(Order):
         epochs, left = divmod(samples, self.n)
         if not left:
             return epochs * self.global_batches
-        ends_G = self.cut(epochs)[1][1:]
+        ends_G = self.cut_epoch(epochs)[1][1:]
         return epochs * self.global_batches + int(torch.searchsorted(ends_G, left)) + 1
 
-    def cut(self, epoch: int) -> tuple[Tensor, Tensor]:
+    def cut_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the samples of an epoch ``[N]``, and where each of its steps begins and the last ends ``[G + 1]``."""
         permutation = self.order.permutation(epoch)
         sample_N = permutation[0 : self.n]
@@ -76,7 +76,7 @@ class TokenOrder(Order):
         return sample_N, torch.searchsorted(step_N, torch.arange(self.global_batches + 1))
 
     def __iter__(self) -> Iterator[Window]:
-        epoch, (sample_N, bound_G) = self.epoch, self.cut(self.epoch)
+        epoch, (sample_N, bound_G) = self.epoch, self.cut_epoch(self.epoch)
         for position in range(self.first, len(self)):
             batch, micro = divmod(position, self.accumulate)
             some = sample_N[bound_G[batch] : bound_G[batch + 1]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from descant.datamodules.batch_dataset import BatchDataset, Rows
 from descant.datamodules.sampling.resumable_sampler import Slot, Window
-from descant.datamodules.selection.selected import parted
+from descant.datamodules.selection.selected import split_selection
 from descant.modules.core.batch import NEGATIVE, Batch
 from descant.modules.core.rng import mix_N
 
@@ -72,9 +72,9 @@ class MinedSet(BatchDataset):
 
     def __init__(self, whole: BatchDataset, mined: MinedNegatives) -> None:
         super().__init__(whole.seed, whole.drop)
-        readable = type(parted(whole)[0]).rows is not BatchDataset.rows
+        readable = type(split_selection(whole)[0]).rows is not BatchDataset.rows
         if not whole.by_position or not readable:
-            name = type(parted(whole)[0]).__name__
+            name = type(split_selection(whole)[0]).__name__
             raise ValueError(f"mined negatives: samples of {name} cannot be read by number; a folder's or a pack's can")
         self.whole, self.mined = whole, mined
         id_N = whole.identity(np.arange(len(whole)))
@@ -99,8 +99,8 @@ class MinedSet(BatchDataset):
     def draws(self, slots: Sequence[Slot]) -> np.ndarray:
         return self.whole.draws(slots)
 
-    def arrived(self, batch: Batch) -> None:
-        self.whole.arrived(batch)
+    def on_arrival(self, batch: Batch) -> None:
+        self.whole.on_arrival(batch)
 
     def __getitem__(self, window: Window) -> Batch:
         batch, name = self.whole[window], self.mined.modality + NEGATIVE

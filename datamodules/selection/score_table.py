@@ -111,7 +111,7 @@ def read_few(file: Path, columns: Sequence[str]) -> pa.Table:
     return few
 
 
-def graded(
+def add_grades(
     rows: pa.Table, few: pa.Table, scores: Sequence[str], group: str | None, features: Sequence[str], where: str
 ) -> pa.Table:
     """Add a column of expected grades for each score, and a column of styles for the group.

@@ -56,14 +56,14 @@ class SelectedSet(BatchDataset):
     def __getitem__(self, window: Window) -> Batch:
         return self.whole[window._replace(slots=self._slots(window.slots), step=self._slots(window.step))]
 
-    def arrived(self, batch: Batch) -> None:
-        self.whole.arrived(batch)
+    def on_arrival(self, batch: Batch) -> None:
+        self.whole.on_arrival(batch)
 
     def _slots(self, slots: Sequence[Slot]) -> list[Slot]:
         return [slot._replace(sample=int(self.index_S[slot.sample])) for slot in slots]
 
 
-def parted(data: BatchDataset) -> tuple[BatchDataset, np.ndarray | slice]:
+def split_selection(data: BatchDataset) -> tuple[BatchDataset, np.ndarray | slice]:
     """Return the whole data set, and an index of its samples in use: a slice for all, however long a stream is."""
     return (data.whole, data.index_S) if isinstance(data, SelectedSet) else (data, slice(None))
 

@@ -99,7 +99,7 @@ class TableSelection:
             else:
                 assert self.graded_share is not None
                 few, where = tables.few_of(rows, labels, self.graded_share, self.seed), f"graded rows of {file}"
-            rows = tables.graded(rows, few, self.scores, self.group, self.features, where)
+            rows = tables.add_grades(rows, few, self.scores, self.group, self.features, where)
         score_NK = torch.stack([tables.score(rows, name) for name in self.scores], dim=1)
         whole_N = ~score_NK.isnan().any(dim=1)
         names, group_N = ([], None) if self.group is None else tables.groups(rows, self.group)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from descant.datamodules.sources.addresses import SCHEMES
 from descant.datamodules.sources.arrow import Arrow, arrow_files
-from descant.datamodules.sources.base import Damaged, Source, similar, split_named
+from descant.datamodules.sources.base import Damaged, Source, parse_split, similar
 from descant.datamodules.sources.folder import Folder, NoMedia
 from descant.datamodules.sources.hub import hub_sources, is_hub
 from descant.datamodules.sources.parquet import Parquet
 from descant.datamodules.sources.saved import is_saved, split_folders
-from descant.datamodules.sources.shards import Shards, expand, lost
+from descant.datamodules.sources.shards import Shards, expand, find_missing
 from descant.datamodules.sources.tables import TABLES
 
 _KINDS = (".tar", ".parquet", ".arrow")
@@ -48,7 +48,7 @@ def find(
     given = [path] if isinstance(path, (str, Path)) else list(path)
     address = next((str(p) for p in given if _ADDRESS.match(str(p))), None)
     if address is not None:
-        raise ValueError(_must_be_streamed(address))
+        raise ValueError(_streaming_message(address))
     if len(given) == 1 and (saved := split_folders(Path(given[0]))):
         return {split: Arrow(part, damaged, outside) for split, part in saved.items()}
     if len(given) == 1 and is_saved(Path(given[0])):
@@ -65,7 +65,7 @@ def find(
 
     for ending in _KINDS:
         if _holds(given, ending):
-            absent = lost(given, damaged) if ending == ".tar" else []
+            absent = find_missing(given, damaged) if ending == ".tar" else []
             splits: dict[str, list[Path]] = {}
             for file in arrow_files(given) if ending == ".arrow" else expand(given, ending):
                 splits.setdefault(_split(file), []).append(file)
@@ -82,7 +82,7 @@ def find(
     raise ValueError(f"{first}: data is a folder, or files that end in {', '.join((*TABLES, *_KINDS))}")
 
 
-def _must_be_streamed(address: str) -> str:
+def _streaming_message(address: str) -> str:
     """Build the message on an address given as a path: it has to be streamed, with a number of samples per epoch."""
     scheme = address.partition(":")[0].lower()
     if scheme == "pipe" or (scheme in SCHEMES and ".tar" in address):
@@ -118,4 +118,4 @@ def _split(file: Path) -> str:
     """Return the split in ``train-00000-of-00004.parquet``, ``val.tar`` and ``NAME-test.arrow``; empty for others."""
     stem = _PART.sub("", file.stem).replace("_", "-").replace(".", "-")
     last = stem.rpartition("-")[2] if file.suffix == ".arrow" else ""
-    return split_named(stem.partition("-")[0]) or split_named(last) or ""
+    return parse_split(stem.partition("-")[0]) or parse_split(last) or ""

@@ -18,7 +18,7 @@ from descant.modules.io.cache import cache_folder
 VERSION = 2
 
 
-def cached(
+def load_or_build(
     file: Path, kind: str, build: Callable[[], Mapping[str, np.ndarray]], folder: Path | None = None
 ) -> dict[str, np.ndarray]:
     """Return ``build()``, or its earlier result for this file (path, size, modification time), as :func:`cached_by`.

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.prepare.package import first_line
-from descant.datamodules.sources.array_cache import cached
+from descant.datamodules.sources.array_cache import load_or_build
 from descant.datamodules.sources.arrays import array_bytes
 from descant.datamodules.sources.base import (
     FIELDS,
@@ -45,7 +45,7 @@ from descant.datamodules.sources.columnar import (
     is_numbers,
     is_text,
     mark_of,
-    stored,
+    stored_form,
     stored_type,
     text_in,
     texts_in,
@@ -232,7 +232,7 @@ class ArrowRows(Source):
             try:
                 texts += [None] * len(self.batches[batch]) if values is None else texts_in(*values, leaf.names)
             except (*_CONVERTING, ValueError) as error:
-                self._lost(batch, f"{field}: {first_line(error)}")
+                self._note_loss(batch, f"{field}: {first_line(error)}")
                 texts += [None] * len(self.batches[batch])
         return texts if self._index is None else [texts[k] for k in self._index.tolist()]
 
@@ -285,7 +285,7 @@ class ArrowRows(Source):
             self._checked[key] = values
         return self._checked[key]
 
-    def _lost(self, batch: int, why: str) -> None:
+    def _note_loss(self, batch: int, why: str) -> None:
         """Note a column of a batch that cannot be read, or refuse it."""
         path = str(self.paths[self._file[batch]])
         if self.damaged == "refuse":
@@ -299,7 +299,7 @@ class ArrowRows(Source):
             return walk(self._column(batch, leaf.column), leaf.path)
         except UNREADABLE as error:
             place = f"{self.paths[self._file[batch]]}: {self._batch_name(batch)}, "
-            self._lost(batch, first_line(error).removeprefix(place))
+            self._note_loss(batch, first_line(error).removeprefix(place))
             return None
 
     def _of_file(self, file: int, field: str, leaf: Leaf) -> dict[str, np.ndarray]:
@@ -317,7 +317,7 @@ class ArrowRows(Source):
         # losses are reported at every start, so damage is searched for again
         if self.damaged == "skip" or not self.on_disk:
             return build()
-        return cached(self.paths[file], f"arrow/{field}/{leaf.kind}/{bool(leaf.names)}", build)
+        return load_or_build(self.paths[file], f"arrow/{field}/{leaf.kind}/{bool(leaf.names)}", build)
 
     def _mask(self, batch: int, leaf: Leaf) -> tuple[np.ndarray, int]:
         values = self._readable(batch, leaf)
@@ -327,18 +327,18 @@ class ArrowRows(Source):
             there, at_n = filled_in(values[0], leaf.kind, bool(leaf.names)), values[1]
             crc = mark_of(values[0], leaf.kind)
         except UNREADABLE as error:
-            self._lost(batch, first_line(error))
+            self._note_loss(batch, first_line(error))
             return np.zeros(len(self.batches[batch]), dtype=bool), 0
         return (at_n >= 0) & (there[at_n] if len(there) else False), crc
 
     def _raw(self, batch: int, row: int, leaf: Leaf) -> Raw | None:
-        scalar = stored(self._column(batch, leaf.column)[row])
+        scalar = stored_form(self._column(batch, leaf.column)[row])
         for into_list, number in leaf.path:
             if not scalar.is_valid:
                 return None
             if into_list and number >= len(scalar):
                 return None
-            scalar = stored(scalar.values[number] if into_list else scalar[number])
+            scalar = stored_form(scalar.values[number] if into_list else scalar[number])
         if not scalar.is_valid:
             return None
         if leaf.kind == "media":

@@ -211,7 +211,7 @@ def hold_out(names: Sequence[str], share: float) -> np.ndarray:
     return held_N
 
 
-def encoded(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     """Encode any text as UTF-8 bytes, including lone surrogates and names that were not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape")
@@ -230,7 +230,7 @@ def short(text: str, most: int = 200) -> str:
 
 def rank_of(name: str) -> float:
     """Hash a name to [0, 1): samples below a share are held out."""
-    digest = hashlib.blake2b(encoded(f"split/{name}"), digest_size=8).digest()
+    digest = hashlib.blake2b(encode_text(f"split/{name}"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2.0**64
 
 
@@ -241,10 +241,10 @@ _SPLITS = {
 }
 
 
-def split_named(word: str) -> str | None:
+def parse_split(word: str) -> str | None:
     """Return ``train``, ``val`` or ``test`` for these and their usual synonyms; None for any other word.
 
-    >>> split_named("Validation"), split_named("cats")
+    >>> parse_split("Validation"), parse_split("cats")
     ('val', None)
     """
     return _SPLITS.get(word.strip().lower())

@@ -61,7 +61,7 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
-def stored(value: Any) -> Any:
+def stored_form(value: Any) -> Any:
     """Return the stored form of an array or scalar of an extension type; return others unchanged."""
     if not isinstance(value.type, pa.BaseExtensionType):
         return value
@@ -108,7 +108,7 @@ def walk(values: pa.Array, path: Sequence[tuple[bool, int]]) -> tuple[pa.Array, 
     >>> found.to_pylist(), at_n.tolist()
     (['x', 'y', 'z'], [1, -1, -1])
     """
-    values = stored(values)
+    values = stored_form(values)
     at_n = np.arange(len(values), dtype=np.int64)
 
     def known(values: pa.Array, at_n: np.ndarray) -> np.ndarray:
@@ -124,7 +124,7 @@ def walk(values: pa.Array, path: Sequence[tuple[bool, int]]) -> tuple[pa.Array, 
             at_n, values = np.where(inside_n, place_n, -1), values.values
         else:
             values = values.field(number)
-        values = stored(values)
+        values = stored_form(values)
     return values, known(values, at_n)
 
 

@@ -26,13 +26,13 @@ from descant.datamodules.sources.base import (
     entries,
     inside,
     nearest,
+    parse_split,
     read_file,
     require_relative,
     short,
     similar,
-    split_named,
 )
-from descant.datamodules.sources.tables import MEDIA, TABLES, Columns, grouped, holds_files, nonblank, read_table
+from descant.datamodules.sources.tables import MEDIA, TABLES, Columns, group_rows, holds_files, nonblank, read_table
 
 #: Tables that are read without being named, if a folder holds several.
 _USUAL = ("metadata", "captions", "data", "index")
@@ -233,7 +233,7 @@ class Folder(Source):
             rows += size
         if len(tables) > 1:
             self.table = None
-        self.columns, self.files = grouped(columns, lead, table)
+        self.columns, self.files = group_rows(columns, lead, table)
         named = self.columns[lead]
         self.merged = rows - len(named)
         whole = None not in named
@@ -298,8 +298,8 @@ class Folder(Source):
         parts = [name.split("/")[:-1] for name in self.names]
         if "folder" not in self.columns and any(parts):
             self.columns["folder"] = [p[-1] if p else None for p in parts]
-        if "split" not in self.columns and any(p and split_named(p[0]) for p in parts):
-            self.columns["split"] = [split_named(p[0]) if p else None for p in parts]
+        if "split" not in self.columns and any(p and parse_split(p[0]) for p in parts):
+            self.columns["split"] = [parse_split(p[0]) if p else None for p in parts]
 
     # the source's interface ------------------------------------------------------------------------------------
 

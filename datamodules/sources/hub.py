@@ -18,7 +18,7 @@ import pyarrow as pa
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.sources.arrays import array_bytes
 from descant.datamodules.sources.arrow_rows import ArrowRows
-from descant.datamodules.sources.base import LIMIT, PARTS, Raw, Source, nearest, read_file, split_named, too_large
+from descant.datamodules.sources.base import LIMIT, PARTS, Raw, Source, nearest, parse_split, read_file, too_large
 from descant.datamodules.sources.columnar import text_in
 from descant.datamodules.sources.features import READ, Feature, names_of, type_of, within
 from descant.datamodules.sources.stream import BEGINNING, Sample, Stream
@@ -44,7 +44,7 @@ def hub_sources(value: Any) -> dict[str, Source]:
         return {"": HubDataset(value)}
     sources: dict[str, Source] = {}
     for name, dataset in value.items():
-        split = split_named(str(name))
+        split = parse_split(str(name))
         if split in sources:
             raise ValueError(f"the DatasetDict has two splits of {split}, {name!r} the second: give one by source")
         sources |= {split: HubDataset(dataset, str(name))} if split is not None else {}
@@ -134,7 +134,7 @@ class HubStream(Stream):
         return f"datasets stream ({self.dataset.split or 'no split'})"
 
     @property
-    def cut(self) -> dict[str, int]:
+    def reader_settings(self) -> dict[str, int]:
         return {"shards": self.dataset.num_shards}
 
     @property

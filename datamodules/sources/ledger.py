@@ -50,7 +50,7 @@ class Ledger:
         self.skipped += 1
         self._note(json.dumps({"file": file, "sample": sample, "why": why}).encode())
 
-    def noted(self) -> list[dict[str, str]]:
+    def read_lines(self) -> list[dict[str, str]]:
         """Return all lines of the file, by any process; empty if there is no file."""
         if self.path is None or not self.path.exists():
             return []

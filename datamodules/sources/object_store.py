@@ -125,7 +125,7 @@ class StoreObject:
         self._rest: memoryview | None = memoryview(b"")
         self.size: int | None = None
         self.tag: str | None = None
-        self._tried(self._open)
+        self._retry(self._open)
 
     def begin(self, writer: CopyWriter | None) -> StoreObject:
         """Start fetching; the bytes are also given to ``writer``."""
@@ -171,12 +171,12 @@ class StoreObject:
                 self._room.acquire()
                 if self._stop.is_set():
                     return
-                block = self._tried(self._block)
+                block = self._retry(self._block)
                 if not block:
-                    self._tried(self._unchanged)
+                    self._retry(self._require_unchanged)
                     if self._at == self.size or self.size is None:
                         break
-                    block = self._tried(self._block)  # the first answer had named too few bytes
+                    block = self._retry(self._block)  # the first answer had named too few bytes
                 self._at += len(block)
                 if writer is not None and not writer.write(block):
                     writer = None  # the disk is full: read on without a copy
@@ -227,7 +227,7 @@ class StoreObject:
             if not some:
                 raise _Short(f"cut off by the store: now at byte {passed:,}, before at byte {self._at:,}")
 
-    def _unchanged(self) -> None:
+    def _require_unchanged(self) -> None:
         if self.scheme != "s3":  # s3 compares the tag at each request
             self.files.invalidate_cache()
             self._same(self.files.info(self.url))
@@ -252,7 +252,7 @@ class StoreObject:
             except Exception:  # a broken connection
                 return
 
-    def _tried(self, call: Callable[[], Result]) -> Result:
+    def _retry(self, call: Callable[[], Result]) -> Result:
         """Return the result of a call to the store, which is repeated after a passing fault."""
         number, began = 0, time.monotonic()
         while True:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
 from descant.datamodules.prepare.package import first_line
-from descant.datamodules.sources.array_cache import cached
+from descant.datamodules.sources.array_cache import load_or_build
 from descant.datamodules.sources.arrays import array_bytes
 from descant.datamodules.sources.base import (
     LIMIT,
@@ -105,10 +105,10 @@ class Parquet(Source):
         try:
             return pq.read_schema(path)
         except UNREADABLE as error:
-            self._lost(path, "", f"not a readable parquet file ({first_line(error)})")
+            self._note_loss(path, "", f"not a readable parquet file ({first_line(error)})")
             return None
 
-    def _lost(self, path: Path, part: str, why: str) -> None:
+    def _note_loss(self, path: Path, part: str, why: str) -> None:
         """Note a file or row group that cannot be read, or refuse it."""
         if self.damaged == "refuse":
             raise ValueError(f"{path}: {part}{': ' if part else ''}{why}; {REMEDY}")
@@ -127,7 +127,7 @@ class Parquet(Source):
                 inner = kind.value_type
                 if pa.types.is_nested(inner) or is_bytes(inner):
                     continue  # boxes, videos: no single text
-                most = max((self._most(column.name, group) for group in range(len(self.groups))), default=0)
+                most = max((self._longest_list(column.name, group) for group in range(len(self.groups))), default=0)
                 for k in range(min(most, PARTS)):
                     yield f"{column.name}.{k}", (column.name, k)
             elif pa.types.is_struct(kind) and not is_media(kind):
@@ -136,7 +136,7 @@ class Parquet(Source):
             elif not is_array(kind):
                 yield column.name, (column.name, None)
 
-    def _most(self, column: str, group: int) -> int:
+    def _longest_list(self, column: str, group: int) -> int:
         """Count the entries of the longest list of a row group; 0 if the column cannot be read."""
         values = self._readable(group, column)
         return 0 if values is None else int(pc.max(pc.list_value_length(values)).as_py() or 0)
@@ -172,7 +172,7 @@ class Parquet(Source):
                     return {"mask": np.concatenate([np.zeros(0, bool), *masks]), "text": np.array(text_G, np.uint32)}
 
                 # losses are reported at every start, so damage is searched for again
-                arrays = build() if self.damaged == "skip" else cached(path, f"parquet/{field}", build)
+                arrays = build() if self.damaged == "skip" else load_or_build(path, f"parquet/{field}", build)
                 masks.append(arrays["mask"])
                 texts.append(arrays["text"])
             self._masks[field], self._texts[field] = np.concatenate(masks), np.concatenate(texts)
@@ -221,7 +221,7 @@ class Parquet(Source):
                     raw = self._raw(scalar, part, Path())
                 except ValueError as error:
                     file, number = self.groups[group]
-                    self._lost(self.paths[file], f"row group {number}, {column}", first_line(error))
+                    self._note_loss(self.paths[file], f"row group {number}, {column}", first_line(error))
                     raw = None
                 if isinstance(raw, bytes):
                     raise ValueError(f"{self.paths[0]}: column {field!r} holds bytes, not texts")
@@ -287,7 +287,7 @@ class Parquet(Source):
         except ValueError as error:
             file, number = self.groups[group]
             place = f"{self.paths[file]}: row group {number}: "
-            self._lost(self.paths[file], f"row group {number}, {column}", str(error).removeprefix(place))
+            self._note_loss(self.paths[file], f"row group {number}, {column}", str(error).removeprefix(place))
             return None
 
     def _mask(self, group: int, field: str, text_G: list[int]) -> np.ndarray:
@@ -309,7 +309,7 @@ class Parquet(Source):
             return self._full(values, column, part, text_G)
         except (pa.ArrowException, ValueError) as error:
             file, number = self.groups[group]
-            self._lost(self.paths[file], f"row group {number}, {column}", first_line(error))
+            self._note_loss(self.paths[file], f"row group {number}, {column}", first_line(error))
             return np.zeros(rows, dtype=bool)
 
     def _full(self, values: pa.ChunkedArray, column: str, part: int | str | None, text_G: list[int]) -> np.ndarray:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from descant.datamodules.base import BatchDataset, NumberedDataset, Rows
-from descant.datamodules.fields.fields import Column, Field, numbered
+from descant.datamodules.fields.fields import Column, Field, list_parts
 from descant.datamodules.fields.image_cache import ImageCache
 from descant.datamodules.fields.images import Reduced
 from descant.datamodules.fields.tables import Cells
 from descant.datamodules.sampling.resumable_sampler import Window
-from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encoded, text_of
+from descant.datamodules.sources.base import REMEDY, Damaged, Raw, Source, encode_text, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.stream import BEGINNING, Sample, Stream
 from descant.datamodules.sources.synthetic import Taken
@@ -100,7 +100,7 @@ class Reader:
                 if name in faults:
                     errors[m, b] = faults[name]
                 else:
-                    raws[m][b] = self._cached(m, row, values[name]) if m in self.caches else values[name]
+                    raws[m][b] = self._cache_image(m, row, values[name]) if m in self.caches else values[name]
             key_B[b] = self._key(row, values.get(caption) if caption else None)
         inputs = {}
         for m, field in self.fields.items():
@@ -111,12 +111,12 @@ class Reader:
         files = {(m, b): self.source.file_of(int(row_B[b]), field) for (m, b), field in fields.items()}
         return Read(inputs, key_B, errors, files)
 
-    def _cached(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
+    def _cache_image(self, m: str, row: int, raw: Raw) -> Raw | Reduced:
         """Return the reduced image, cached; ``raw`` if it cannot be read, or the next read may pick another field."""
         if self.columns[m].has_NF[row].sum() > 1:
             return raw
         try:
-            image = self.fields[m].reduced(raw)
+            image = self.fields[m].reduce(raw)
         except ValueError:
             return raw  # decoding reports the reason
         self.caches[m].put(row, image)
@@ -146,10 +146,10 @@ class Reader:
         return key_of(f"{self.source.place(row)}\0{self.source.name(row)}")
 
 
-def replaced(x: Tensor, row: int, y: Tensor) -> Tensor:
+def replace_row(x: Tensor, row: int, y: Tensor) -> Tensor:
     """Set ``x[row] = y``; if y has other sizes (an image of any size), pad both with zeros up to the larger ones.
 
-    >>> replaced(torch.ones(2, 1, 2), 1, torch.full((2, 1), 7.0)).tolist()
+    >>> replace_row(torch.ones(2, 1, 2), 1, torch.full((2, 1), 7.0)).tolist()
     [[[1.0, 1.0], [0.0, 0.0]], [[7.0, 0.0], [7.0, 0.0]]]
     """
     if x.shape[1:] != y.shape:
@@ -167,7 +167,7 @@ def key_of(text: str) -> int:
     >>> key_of("A  cat") == key_of("a cat\\n"), key_of("a cat") == key_of("a dog")
     (True, False)
     """
-    plain = encoded(" ".join(text.split()).casefold())
+    plain = encode_text(" ".join(text.split()).casefold())
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little") >> 1
 
 
@@ -249,7 +249,7 @@ class UserDataset(NumberedDataset):
             if fault is None:
                 self.ledger.read()
                 for m, x in one.inputs.items():
-                    read.inputs[m] = replaced(read.inputs[m], b, x[0])
+                    read.inputs[m] = replace_row(read.inputs[m], b, x[0])
                 read.key_B[b] = one.key_B[0]
                 return other
             self._note(other, *fault)
@@ -355,7 +355,7 @@ class StreamSet(BatchDataset):
             "a stream resumes from its own resume points, or at the beginning of an epoch"
         )
 
-    def arrived(self, batch: Batch) -> None:
+    def on_arrival(self, batch: Batch) -> None:
         if isinstance(batch, Marked):
             reader, *row = batch.at
             self.marks[reader] = [*self.marks.get(reader, ()), tuple(row)][-_KEPT:]
@@ -386,7 +386,7 @@ class StreamSet(BatchDataset):
                 if not one.errors:
                     self.ledger.read()
                     for m, x in one.inputs.items():
-                        read.inputs[m] = replaced(read.inputs[m], b, x[0])
+                        read.inputs[m] = replace_row(read.inputs[m], b, x[0])
                     read.key_B[b] = one.key_B[0]
         if before < len(samples) - 1:
             self.ledger.read()
@@ -399,7 +399,9 @@ class StreamSet(BatchDataset):
         return Reader(source, self.fields, columns).read(np.arange(len(samples)), draw_B)
 
     def _complete(self, raw: Mapping[str, Raw]) -> bool:
-        return all(any(part in raw for n in f.wanted for part in numbered(n, list(raw))) for f in self.fields.values())
+        return all(
+            any(part in raw for n in f.sample_fields for part in list_parts(n, list(raw))) for f in self.fields.values()
+        )
 
     def _skip(self, place: str, why: str) -> None:
         if self.damaged == "refuse":

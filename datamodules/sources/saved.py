@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from descant.datamodules.sources.base import FIELDS, encoded, nearest, read_file, short, split_named
+from descant.datamodules.sources.base import FIELDS, encode_text, nearest, parse_split, read_file, short
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 #: The most bytes of one of these files.
@@ -62,7 +62,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
         if not place.is_dir():
             there = [p.parent.name for p in sorted(folder.glob(f"*/{STATE}"))[:FIELDS]]
             raise ValueError(f"{file}: the split {short(name)!r} is listed, and not there{nearest(name, there)}")
-        split = split_named(name)
+        split = parse_split(name)
         if split in folders:
             raise ValueError(f"{folder}: {folders[split].name!r} and {name!r} are both {split}: name one by its folder")
         folders |= {split: place} if split is not None else {}
@@ -105,7 +105,7 @@ def _list_files(folder: Path, state: Mapping[str, Any], key: str) -> list[Path]:
 
 def _inside(folder: Path, name: str, by: Path) -> Path:
     """Return the path of a listed name. Raise ValueError if it leads outside, by its name or by a link."""
-    path = folder / name if _PLAIN.fullmatch(name) and encoded(name).decode(errors="ignore") == name else None
+    path = folder / name if _PLAIN.fullmatch(name) and encode_text(name).decode(errors="ignore") == name else None
     if path is None or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{by}: {short(name)!r} is no file of this folder, and a saved dataset lists no others")
     return path

@@ -59,7 +59,7 @@ class CopyWriter:
         if self._file is not None and self._written == self.size:
             with contextlib.suppress(OSError):
                 os.fsync(self._file)  # otherwise a power cut could leave a name whose bytes were never written
-                with self.cache.locked():  # otherwise a process that counts could see neither name
+                with self.cache.locking():  # otherwise a process that counts could see neither name
                     os.replace(self.part, self.path)
                 os.close(self._file)
                 self._file = None
@@ -115,7 +115,7 @@ class ShardCache:
         """Reserve room for a copy; None without room, if the copy is there or being written, or if writing fails."""
         if size > self.limit:
             return None
-        with contextlib.suppress(OSError), self.locked():
+        with contextlib.suppress(OSError), self.locking():
             taken, whole = 0, []
             for path in self.folder.iterdir():
                 if path.name == _LOCK or (path.name.endswith(_PART) and _remove_unused(path)):
@@ -134,7 +134,7 @@ class ShardCache:
         return None
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locking(self) -> Iterator[None]:
         """Lock the folder against all other processes that count files or give names."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.folder / _LOCK, "ab") as lock:

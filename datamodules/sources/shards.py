@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from descant.datamodules.changes import Corpus, Property, corpus_of
-from descant.datamodules.sources.array_cache import cached
+from descant.datamodules.sources.array_cache import load_or_build
 from descant.datamodules.sources.base import (
     FIELDS,
     REMEDY,
@@ -72,11 +72,11 @@ class Shards(Source):
     def __init__(
         self, paths: str | Path | Sequence[str | Path], cache: str | Path | None = None, damaged: Damaged = "refuse"
     ) -> None:
-        self.faults: list[Fault] = lost(paths, damaged)
+        self.faults: list[Fault] = find_missing(paths, damaged)
         self.paths = expand(paths)
         self.cache = Path(cache) if cache is not None else None
         with ThreadPoolExecutor(min(8, len(self.paths))) as pool:  # indexing mostly waits for the disk
-            parts = list(pool.map(lambda path: cached(path, "tar", lambda: index(path), self.cache), self.paths))
+            parts = list(pool.map(lambda path: load_or_build(path, "tar", lambda: index(path), self.cache), self.paths))
         self.written = self._manifests(damaged)
         for path, part in zip(self.paths, parts, strict=True):
             why = self._damage(path, part)
@@ -251,7 +251,7 @@ def expand(paths: str | Path | Sequence[str | Path], kind: str = ".tar") -> list
     return files
 
 
-def lost(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fault]:
+def find_missing(paths: str | Path | Sequence[str | Path], damaged: Damaged) -> list[Fault]:
     """Find the missing shards of a folder or pattern by its manifest."""
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     try:

@@ -127,7 +127,7 @@ class Stream:
         return self.urls[0]
 
     @property
-    def cut(self) -> dict[str, int]:
+    def reader_settings(self) -> dict[str, int]:
         """Return the settings that determine the samples of a reader, besides ranks and workers."""
         return {"shards": len(self.urls), "buffer": self.buffer}
 
@@ -145,7 +145,7 @@ class Stream:
         """
         for url, path in self.files.items():
             try:
-                why = _cut(path, _manifest_entry(url))
+                why = _find_truncation(path, _manifest_entry(url))
             except (OSError, ValueError) as error:
                 why = one_line(error, url)
             if why is not None:
@@ -279,7 +279,7 @@ def _manifest_entry(url: str) -> Written | None:
     return manifest(path.parent).get(path.name)
 
 
-def _cut(path: Path, written: Written | None) -> str | None:
+def _find_truncation(path: Path, written: Written | None) -> str | None:
     """Return the fault of a shard that is not whole, by its size and its last bytes."""
     size = path.stat().st_size
     lost = "" if written is None else f"; some of its {written.samples:,} samples are lost"

@@ -32,7 +32,7 @@ def holds_files(values: Sequence[str | None]) -> bool:
     return bool(first) and named >= 0.9 * len(first)
 
 
-def grouped(columns: Columns, lead: str, table: Path) -> tuple[Columns, tuple[str, ...]]:
+def group_rows(columns: Columns, lead: str, table: Path) -> tuple[Columns, tuple[str, ...]]:
     """Merge the rows of each file in column ``lead``; also return the columns that hold files.
 
     A column in which rows of one file differ (five captions of one image) becomes ``NAME.0``, ``NAME.1``, ...

@@ -28,7 +28,7 @@ from descant.modules.transforms.denoisers import (
     MixtureOfDenoisers,
     SpanCorruption,
     Suffix,
-    compacted,
+    compact_rows,
     mode_number,
 )
 
@@ -75,7 +75,7 @@ class DenoisedSet(NumberedDataset):
         mode_B = out.mode_B if data.mode is None else torch.full_like(out.mode_B, mode_number(data.mode))
         if self.wrong:
             mode_B = (mode_B + 1 + torch.from_numpy(mix_N(draw_B, "wrong") % 2)) % len(MODES)
-        text_BS, loss_mask_BS = data.assembled(out, mode_B, words_alone=self.judged)
+        text_BS, loss_mask_BS = data.assemble(out, mode_B, words_alone=self.judged)
         key_B = torch.from_numpy(self.window_N3[index_B, 0])
         return Rows({"text": text_BS, "loss_mask": loss_mask_BS}, {"denoiser": out.denoiser_B}, key_B)
 
@@ -141,7 +141,7 @@ class DenoisedTexts(Dialogues):
         self.texts_in = folder
 
     @property
-    def embedded(self) -> int:
+    def embedded_ids(self) -> int:
         """Return the number of ids that a model embeds: of the tokenizer, image and answer, modes and sentinels."""
         return self.answer_token + 1 + len(MODES) + SENTINELS
 
@@ -201,7 +201,7 @@ class DenoisedTexts(Dialogues):
             )
         return window_N3
 
-    def assembled(self, out: Denoised, mode_B: Tensor, words_alone: bool) -> tuple[Tensor, Tensor]:
+    def assemble(self, out: Denoised, mode_B: Tensor, words_alone: bool) -> tuple[Tensor, Tensor]:
         """Return ``text_BS`` and ``loss_mask_BS``: tokens of the target, or only those of the text among them."""
         B, one_B1 = len(mode_B), torch.ones(len(mode_B), 1, dtype=torch.long)
         parts = [BOS * one_B1, self.answer_token + 1 + mode_B[:, None], out.input_BT]
@@ -209,7 +209,7 @@ class DenoisedTexts(Dialogues):
         real = [one_B1, one_B1, out.real_BT, one_B1, out.real_BU, one_B1]
         asked = torch.zeros(B, out.input_BT.shape[1] + 3, dtype=torch.bool), out.text_BU if words_alone else out.real_BU
         loss_mask = torch.cat([*asked, one_B1 * (not words_alone)], dim=1).bool()
-        _, text_BS, loss_mask_BS = compacted(torch.cat(real, dim=1).bool(), torch.cat(parts, dim=1), loss_mask)
+        _, text_BS, loss_mask_BS = compact_rows(torch.cat(real, dim=1).bool(), torch.cat(parts, dim=1), loss_mask)
         return text_BS[:, : self.length], loss_mask_BS[:, : self.length]
 
     # the sets -------------------------------------------------------------------------------------------------------

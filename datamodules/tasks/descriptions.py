@@ -103,12 +103,12 @@ class Descriptions(Questions):
         if not self.shuffle_captions and not self.wrong:
             return super().training_set()
         kind = WrongCaptions if self.wrong else ShuffledCaptions
-        return self._asked(self._set("train", False, self.vendors, of=kind, random=True))
+        return self._select_by_share(self._set("train", False, self.vendors, of=kind, random=True))
 
     def bank_set(self) -> QuestionSet:
         if not self.wrong:
             return super().bank_set()
-        return self._asked(self._set("train", False, self.vendors, of=WrongCaptions))
+        return self._select_by_share(self._set("train", False, self.vendors, of=WrongCaptions))
 
     def keys_of(self, kind_N: np.ndarray, concept_N: np.ndarray, variant_N: np.ndarray) -> np.ndarray:
         return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("described") >> 1)

@@ -124,7 +124,7 @@ class Dialogues(DataModule):
         return self.tokenizer.vocabulary + 1
 
     def ids(self, text: str) -> list[int]:
-        return self._cached(text, self.tokenizer.ids)
+        return self._encode_cached(text, self.tokenizer.ids)
 
     def spell(self, ids: Sequence[int]) -> str:
         """Decode tokens to text, without those of images and answers."""
@@ -132,11 +132,11 @@ class Dialogues(DataModule):
 
     def prompt_ids(self, question: str) -> list[int]:
         """Return the ids of a dialogue up to its answer."""
-        return self._cached(
+        return self._encode_cached(
             question, lambda text: self.tokenizer.question(text, self.image_token, self.answer_token), "prompt "
         )
 
-    def _cached(self, text: str, make: Callable[[str], list[int]], purpose: str = "") -> list[int]:
+    def _encode_cached(self, text: str, make: Callable[[str], list[int]], purpose: str = "") -> list[int]:
         if purpose + text not in self._ids:
             if len(self._ids) >= 1 << 16:
                 self._ids.clear()
@@ -170,7 +170,7 @@ class Dialogues(DataModule):
         return list(answer) == list(correct)
 
     @contextmanager
-    def as_evaluated(self) -> Iterator[None]:
+    def without_augmentation(self) -> Iterator[None]:
         """Disable the augmentation of training batches within the block."""
         self.plain = True
         try:

@@ -177,14 +177,14 @@ class EmojiCodes(Dialogues):
         return self.text or ByteTokenizer(max(self.letters, 3))
 
     @cached_property
-    def unified(self) -> UnifiedVocabulary:
+    def vocabulary(self) -> UnifiedVocabulary:
         """Return the ids of text and of all codes."""
         return UnifiedVocabulary(self.tokenizer.vocabulary, self.formats)
 
     @property
-    def embedded(self) -> int:
+    def embedded_ids(self) -> int:
         """Return the number of ids that a model embeds."""
-        return self.unified.size
+        return self.vocabulary.size
 
     # codes ------------------------------------------------------------------------------------------------------------
 
@@ -214,11 +214,11 @@ class EmojiCodes(Dialogues):
     @cached_property
     def table(self) -> CodeTable:
         if self.read is None:
-            return self.encoded()
+            return self.encode_samples()
         require_same(self.read, self.tokenizers, self.about)
         return self.read
 
-    def encoded(self) -> CodeTable:
+    def encode_samples(self) -> CodeTable:
         """Return the codes of all samples, made once in a process."""
         made_by = [(m, t.digest(), t.samples, t.fitted) for m, t in self.tokenizers.items()]
         key = (str(self.about), str(made_by), str(self.folder_of))
@@ -263,7 +263,7 @@ class EmojiCodes(Dialogues):
         some: dict[str, list[Row]] = {
             "train": emoji.training_rows,
             "val": [(int(c), VENDORS[v], True, True) for c, v, drawn in of_val if drawn],
-            "vendor": [(int(c), vendor, True, True) for c in emoji.seen],
+            "vendor": [(int(c), vendor, True, True) for c in emoji.training_concepts],
             "concept": [(int(c), v, True, True) for v in emoji.vendors for c in unseen],
         }
         drawn = {name: [row for row in rows if emoji.pack.drawings(row[1])[1][row[0]]] for name, rows in some.items()}
@@ -290,7 +290,7 @@ class EmojiCodes(Dialogues):
         blocks = dict[str, tuple[np.ndarray, np.ndarray]]()
         for modality, format in self.formats.items():
             code_NT = self.table.codes[modality]
-            id_NS = self.unified.wrap(modality, torch.where(code_NT == PADDING, format.first_T, code_NT))
+            id_NS = self.vocabulary.wrap(modality, torch.where(code_NT == PADDING, format.first_T, code_NT))
             blocks[modality] = id_NS.numpy(), np.pad((code_NT != PADDING).numpy(), ((0, 0), (1, 1)))
         return blocks
 

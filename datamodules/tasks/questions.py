@@ -252,14 +252,14 @@ class Questions(ImageViews, Dialogues):
 
     def drawing(self, vendor: int, concept: int, size: int | None = None) -> Tensor:
         """Return uint8 RGBA ``[4, size, size]``."""
-        return self.pack.reduced(VENDORS[vendor], size or self.size)[concept]
+        return self.pack.downsample(VENDORS[vendor], size or self.size)[concept]
 
     @cached_property
     def colour_VC(self) -> np.ndarray:
         """Return the basic colour of most pixels of each drawing; -1 if no colour clearly prevails."""
         colour_VC = np.full((len(VENDORS), len(self.pack)), -1)
         for v, vendor in enumerate(VENDORS):
-            x = self.pack.reduced(vendor, 32)
+            x = self.pack.downsample(vendor, 32)
             named_CHW = colour_names(over_white(x.float() / 255) * 2 - 1)
             solid_CHW = x[:, 3] > 127
             count_KC = [((named_CHW == k) & solid_CHW).sum(dim=(1, 2)) for k in range(len(BASIC_COLOURS))]
@@ -309,12 +309,12 @@ class Questions(ImageViews, Dialogues):
         return of(self, problems, numbers, self._concepts(unseen, numbers), **options)
 
     def training_set(self) -> QuestionSet:
-        return self._asked(self._set("train", False, self.vendors, random=True))
+        return self._select_by_share(self._set("train", False, self.vendors, random=True))
 
     def bank_set(self) -> QuestionSet:
-        return self._asked(self._set("train", False, self.vendors))
+        return self._select_by_share(self._set("train", False, self.vendors))
 
-    def _asked(self, questions: QuestionSet) -> QuestionSet:
+    def _select_by_share(self, questions: QuestionSet) -> QuestionSet:
         """Keep the questions about a fixed fraction (``share``) of the concepts."""
         if self.share < 1:
             asked_C = np.array([name_hash(f"asked/{row['hexcode']}") < self.share * 2**64 for row in self.pack.rows])
@@ -418,4 +418,4 @@ class QuestionPairs(Questions):
     """
 
     def training_set(self) -> QuestionSet:
-        return self._asked(self._set("train", False, self.vendors, of=PairSet, random=True))
+        return self._select_by_share(self._set("train", False, self.vendors, of=PairSet, random=True))

@@ -95,7 +95,7 @@ class Traits(NamedTuple):
         return cls(*parts)
 
 
-def styled(what: str, form: str, answers: Sequence[str], traits: Traits) -> RatedItem:
+def style_item(what: str, form: str, answers: Sequence[str], traits: Traits) -> RatedItem:
     """Return a question and its answers, the correct one first, in the style of an item."""
     return list(STYLES.values())[traits.style_N[0]](what, form, answers, int(traits.option_N[0]))
 
@@ -138,8 +138,8 @@ class RatedSet(QuestionSet):
     def item(self, of: Any) -> RatedItem:
         """Return question and answers of a problem, given as arguments of ``wording``, or trivial ones in its style."""
         if self.flaws[of[-1]] == ASKED:
-            return styled(*TRIVIAL, Traits.of(np.array(of[-1:])))
-        return cast(RatedQuestions, self.data).asked(*of)
+            return style_item(*TRIVIAL, Traits.of(np.array(of[-1:])))
+        return cast(RatedQuestions, self.data).make_item(*of)
 
     def front(self, of: Any, question: str) -> list[int]:
         return super().front(of, self.item(of).question)
@@ -225,24 +225,24 @@ class RatedQuestions(Questions):
         return super().keys_of(kind_N, concept_N, variant_N) ^ (salt("rated") >> 1)
 
     def training_set(self) -> RatedSet:
-        return self._rated("train", False, self.vendors, self.items, self.poor)
+        return self._rate_items("train", False, self.vendors, self.items, self.poor)
 
     def bank_set(self) -> RatedSet:
         return self.training_set()
 
     def evaluation_sets(self, stage: str) -> dict[str, BatchDataset]:
         if stage == "validate":
-            return {"val": self._rated("val", False, [DEVELOPMENT_VENDOR])}
+            return {"val": self._rate_items("val", False, [DEVELOPMENT_VENDOR])}
         return {
-            "problems": self._rated("test", False, self.vendors),
-            "vendor": self._rated("test", False, [VENDORS[3]]),
-            "concept": self._rated(None, True, self.vendors),
+            "problems": self._rate_items("test", False, self.vendors),
+            "vendor": self._rate_items("test", False, [VENDORS[3]]),
+            "concept": self._rate_items(None, True, self.vendors),
         }
 
-    def _rated(
+    def _rate_items(
         self, split: str | None, unseen: bool, vendors: Sequence[str], items: int = EVALUATED, poor: float = 0.0
     ) -> RatedSet:
-        data = self._asked(self._set(split, unseen, vendors, of=RatedSet, poor=poor))
+        data = self._select_by_share(self._set(split, unseen, vendors, of=RatedSet, poor=poor))
         assert isinstance(data, RatedSet)
         p, most = data.problems, items // len(self.kinds)
         order_N = uniform_N(p.key_N, "rated/item").numpy().argsort()
@@ -251,21 +251,21 @@ class RatedQuestions(Questions):
         return data
 
     def wording(self, *of: Any) -> tuple[str, str]:
-        return self.asked(*of)[:2]
+        return self.make_item(*of)[:2]
 
-    def asked(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
+    def make_item(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
         """Return the item of these columns in the style of its key."""
         if (item := self._asked_items.get((vendor, key))) is None:
-            item = self._asked_items[vendor, key] = self._worded(kind, concept, vendor, others, count, key)
+            item = self._asked_items[vendor, key] = self._word_item(kind, concept, vendor, others, count, key)
         return item
 
-    def _worded(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
+    def _word_item(self, kind: str, concept: int, vendor: int, others: np.ndarray, count: int, key: int) -> RatedItem:
         traits = Traits.of(np.array([key]))
         correct = PLACES[traits.place_N[0]] if kind == "place" else self.correct_answer(kind, concept, vendor, count)
         what, form = CAPABILITIES[kind]
         wrong, first = [word for word in self.words[kind] if word != correct], int(traits.wrong_N[0])
         answers = [correct, *(wrong[(first + k) % len(wrong)] for k in range(3))]
-        return styled(what.format(self.pack.names[concept]), form, answers, traits)
+        return style_item(what.format(self.pack.names[concept]), form, answers, traits)
 
     @cached_property
     def words(self) -> dict[str, list[str]]:

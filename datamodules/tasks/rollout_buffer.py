@@ -74,7 +74,7 @@ class PooledDialogues(Dialogues):
     def asking(self, problems: Any) -> Iterator[Batch]:
         data = self.asked_set(problems)
         data.numbered = True
-        with self.as_evaluated():
+        with self.without_augmentation():
             yield from self.evaluation_loader(data)
 
     def arrays(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class RolledDialogues(PooledDialogues):
 
     def rows(self) -> Iterator[Batch]:
         """Yield batches of all answers, this rank's part; their ``index`` are numbers of answers."""
-        with self.as_evaluated():
+        with self.without_augmentation():
             yield from self.evaluation_loader(RolloutSet(self))
 
     def entry(self, problems: Any, number: int) -> Any:
@@ -269,5 +269,5 @@ class RolledDialogues(PooledDialogues):
             self.stored = StoredRollouts(self.training_problems.problems.of(arrays), rolled)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        with self.as_evaluated():  # the inputs of the rollout
+        with self.without_augmentation():  # the inputs of the rollout
             return super().on_after_batch_transfer(batch, dataloader_idx)

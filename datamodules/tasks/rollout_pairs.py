@@ -43,13 +43,13 @@ class RolloutPairSet(BatchDataset):
         return self.data.source.items * (self.data.source.keep or 0)
 
     def present(self, index_N: np.ndarray) -> dict[str, Tensor]:
-        stored, at_N = self.data.stored, index_N % len(self.data.stored.problems)
+        stored, at_N = self.data.rollouts, index_N % len(self.data.rollouts.problems)
         wrong_N = torch.from_numpy(~self.data.correct_NG[at_N].all(axis=1))
         present = self.data.source.asked_set(stored.problems).present(at_N)
         return {modality: here_N & wrong_N for modality, here_N in present.items()}
 
     def rows(self, index_B: np.ndarray, draw_B: np.ndarray) -> Rows:
-        data, source, stored = self.data, self.data.source, self.data.stored
+        data, source, stored = self.data, self.data.source, self.data.rollouts
         at_B = index_B % len(stored.problems)
         rows = source.asked_set(stored.problems).rows(at_B, draw_B)
         prompts, references = [], []
@@ -121,7 +121,7 @@ class RolloutPairs(DataModule):
         return self.source.images
 
     @property
-    def stored(self) -> StoredRollouts:
+    def rollouts(self) -> StoredRollouts:
         if self.source.stored is None:
             raise ValueError(f"RolloutPairs: stage {self.of!r} has no rollouts yet")
         return self.source.stored
@@ -129,12 +129,12 @@ class RolloutPairs(DataModule):
     @property
     def correct_NG(self) -> np.ndarray:
         """Return which answers are correct, among those that ended."""
-        if self._judged is None or self._judged[0] is not self.stored:
-            self._judged = self.stored, self._judge()
+        if self._judged is None or self._judged[0] is not self.rollouts:
+            self._judged = self.rollouts, self._judge()
         return self._judged[1]
 
     def _judge(self) -> np.ndarray:
-        source, stored = self.source, self.stored
+        source, stored = self.source, self.rollouts
         zero_N = np.zeros(len(stored.problems), dtype=np.int64)
         answers = source.asked_set(stored.problems).rows(np.arange(len(zero_N)), zero_N).targets["answer"].tolist()
         references = [[i for i in ids if i != PAD] for ids in answers]

@@ -22,9 +22,9 @@ from descant.datamodules.fields.fields import AudioField, Column, Field, Fields,
 from descant.datamodules.fields.series import SeriesField
 from descant.datamodules.fields.videos import VideoField
 from descant.datamodules.sampling.resumable_sampler import BlockShuffle, Order
-from descant.datamodules.selection.selected import parted
+from descant.datamodules.selection.selected import split_selection
 from descant.datamodules.sources import find
-from descant.datamodules.sources.base import Damaged, Source, hold_out, split_named, text_of
+from descant.datamodules.sources.base import Damaged, Source, hold_out, parse_split, text_of
 from descant.datamodules.sources.ledger import Ledger
 from descant.datamodules.sources.reading import Marks, Reader, StreamSet, UserDataset, key_of
 from descant.datamodules.sources.stream import Stream
@@ -232,7 +232,7 @@ class UserData(UserSizes):
         if column is None or self.tiny:
             return np.full(len(source), "train")
         words = source.texts(column)
-        known = {word: split_named(word) for word in set(words) if word is not None}
+        known = {word: parse_split(word) for word in set(words) if word is not None}
         odd = sorted(word for word, split in known.items() if split is None)
         if odd:
             raise ValueError(f"{source.place(0)}: {column}: {odd[0]!r} is no split; it is train, val or test")
@@ -287,7 +287,7 @@ class UserData(UserSizes):
         return {name: self._set(name, training=False)} if name in self.splits else {}
 
     def order(self, data: BatchDataset, **cut: int) -> Order:
-        whole, index_S = parted(data)
+        whole, index_S = split_selection(data)
         if not isinstance(whole, UserDataset):  # a stream has its own order, in which positions are only counted
             return Order(len(data), self.batch_size, self.seed, shuffle=data.by_position, **cut)
         row_N, blocks = whole.row_N[index_S], whole.reader.source.blocks
@@ -315,12 +315,12 @@ class UserData(UserSizes):
         self._streamed = loader.dataset if isinstance(loader.dataset, StreamSet) else None
         return loader
 
-    def _cut(self) -> dict[str, int]:
+    def _reader_settings(self) -> dict[str, int]:
         """Return settings that determine the samples of a stream's reader, and could differ when a run is resumed."""
         assert self.stream is not None
         _, world, accumulate = self._world()
         cut = {"ranks": world, "num_workers": max(self.workers, 1), "accumulate_grad_batches": accumulate}
-        return {**cut, **self.stream.cut}
+        return {**cut, **self.stream.reader_settings}
 
     def state_dict(self) -> dict[str, Any]:
         """Return states of the corpora; of a stream: its cut, and the positions of all ranks' readers. Collective."""
@@ -331,7 +331,7 @@ class UserData(UserSizes):
             parts: list[Marks] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(parts, marks)
             marks = {reader: rows for part in parts for reader, rows in part.items()}
-        return {**super().state_dict(), "cut": self._cut(), "marks": marks}
+        return {**super().state_dict(), "cut": self._reader_settings(), "marks": marks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state. Raise ValueError if the data or the stream's ranks, workers or other settings changed."""
@@ -340,7 +340,7 @@ class UserData(UserSizes):
         fits = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.stream is None or self.tiny or not fits:
             return
-        for name, now in self._cut().items():
+        for name, now in self._reader_settings().items():
             then = state_dict["cut"][name]
             if now != then:
                 raise ValueError(
@@ -402,7 +402,7 @@ class UserData(UserSizes):
             return None
         only = Reader(reader.source, {"image": self.fields["image"]}, {"image": reader.columns["image"]})
         read = only.read(np.array([at[1]]), None)
-        return None if read.errors else self.shown(read.inputs["image"][0])
+        return None if read.errors else self.to_picture(read.inputs["image"][0])
 
     def series_axes(self, index: int, modality: str) -> SeriesAxes | None:
         field = self.fields.get(modality)

@@ -37,7 +37,7 @@ class DataReport:
         if first and not self.data.tiny:
             self._rows()
         if first:
-            self._truncated(training)
+            self._report_truncation(training)
             self._unseen_classes()
             self._losses()
 
@@ -106,7 +106,7 @@ class DataReport:
         has_NM = np.stack([present[m][row_N] for m in self.data.modalities], axis=1)
         return np.asarray(has_NM[has_NM.any(axis=1)])
 
-    def _truncated(self, training: UserDataset) -> None:
+    def _report_truncation(self, training: UserDataset) -> None:
         text = self.data.fields.get("text")
         if not isinstance(text, TextField) or self.data.tiny:
             return
@@ -116,7 +116,7 @@ class DataReport:
         for row in rows[:: max(1, len(rows) // _SAMPLE)].tolist():
             name = column.names[int(column.has_NF[row].argmax())]
             try:
-                truncated.append(text.cut([text_of(source.read(row, [name])[name])]))
+                truncated.append(text.count_truncated([text_of(source.read(row, [name])[name])]))
             except (OSError, ValueError, KeyError):
                 continue
         share = sum(truncated) / max(len(truncated), 1)
@@ -137,7 +137,7 @@ class DataReport:
 
     def epoch_end(self) -> None:
         """Report how many samples could not be read, if these are more than reported before."""
-        notes = self.data.ledger.noted()
+        notes = self.data.ledger.read_lines()
         count = len({(note["file"], note["sample"]) for note in notes}) - self.lost
         if count <= self.unread:
             return

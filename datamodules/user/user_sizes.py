@@ -86,7 +86,7 @@ class UserSizes(UserTargets):
             order = BlockShuffle(blocks[0][row_N], blocks[1], parts, self.seed, **cut)
         return TokenOrder(order, count_N, self.batch_tokens)
 
-    def shown(self, x_CHW: Tensor) -> Tensor:
+    def to_picture(self, x_CHW: Tensor) -> Tensor:
         """Return an image as uint8 ``[3, H, W]``, without the area beside it; scale a tower's input to its range."""
         if x_CHW.is_floating_point():
             least, most = x_CHW.amin(), x_CHW.amax()

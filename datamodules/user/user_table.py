@@ -90,7 +90,7 @@ def synthetic(given: Fields | None, key: str | None) -> Synthetic:
     """Make synthetic data with all requested fields."""
     if given is None:
         return Synthetic(fields={"image": "image", "caption": "text"})
-    names = {n: f.synthetic for f in given.of.values() for n in (f.wanted if _is_named(f) else [f.kind])}
+    names = {n: f.synthetic for f in given.of.values() for n in (f.sample_fields if _is_named(f) else [f.kind])}
     names |= {name: "bit" for table in given.tables.values() for name in table.columns}
     names |= {field.field: "label" for field in given.labels.values()} | ({key: "text"} if key else {})
     names |= {field.field: "bit" for field in given.numbers.values()}

@@ -14,8 +14,8 @@ from typing import Any
 from descant.claims import comparison, plan, run, spec, store
 from descant.claims.claim import BUDGETS, EQUAL, TUNE, Claim
 from descant.claims.judge import require_flops
-from descant.claims.registration import changed
-from descant.claims.stages import Course, listed
+from descant.claims.registration import list_changed_files
+from descant.claims.stages import Course, first_files
 from descant.cli.errors import Refusal, fail, hint, say
 from descant.cli.options import Options
 
@@ -122,8 +122,8 @@ def _tune(given: argparse.Namespace) -> int:
         return code
     runs = place.collect(arms, seeds)
     store.write(given.results, candidates, TUNE, runs, place.seconds, place.precisions())
-    values = claim.tried(runs)
-    for arm, best in claim.chosen(runs).items():
+    values = claim.tuned_metrics(runs)
+    for arm, best in claim.choose_settings(runs).items():
         tried = ", ".join(f"{x} {value:.4g}" for x, value in zip(claim.arms[arm].settings, values[arm], strict=True))
         print(f"{arm}: {claim.arms[arm].settings[best]} ({candidates.metric.name}: {tried})")
     return 0
@@ -135,7 +135,7 @@ def _with_chosen_settings(claim: Claim, results: Path) -> Claim:
         return claim
     if (tuned := store.read_tuned(results, claim)) is None:
         fail(f"claims {claim.name}: no settings were chosen: first descant claims tune")
-    return claim.settled(claim.chosen(tuned["runs"]))
+    return claim.with_settings(claim.choose_settings(tuned["runs"]))
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -179,10 +179,10 @@ def summary(claim: Claim, results: Path) -> dict[str, Any]:
     intervals = ("over_baseline", "over_placebo", "over_simple", "placebo", "oracle")
     for key in intervals:
         of = None if effect is None else getattr(effect, key)
-        line[key] = None if of is None else of.stored()
+        line[key] = None if of is None else of.to_json()
     line["seeds"] = None if effect is None else effect.seeds
     items = None if one is None or one.judgement is None else one.judgement.items
-    return line | {"items": None if items is None else items.stored()}
+    return line | {"items": None if items is None else items.to_json()}
 
 
 def _list(given: argparse.Namespace) -> int:
@@ -224,8 +224,8 @@ def _verify(given: argparse.Namespace) -> int:
             differ += 1
             continue
         registered = store.registration_of(given.results, claim.name)
-        if registered and (files := changed(registered, claim)):
-            print(f"{name}: changed since it was registered ({registered.get('commit')}): {listed(files, most=9)}")
+        if registered and (files := list_changed_files(registered, claim)):
+            print(f"{name}: changed since it was registered ({registered.get('commit')}): {first_files(files, most=9)}")
         if given.code:
             continue
         seed, arms = claim.seeds["pilot"][0], tuple(arm for arm in pilot["runs"] if arm in claim.arms)
@@ -237,7 +237,7 @@ def _verify(given: argparse.Namespace) -> int:
             again = place.collect(arms, (seed,))
         try:
             if claim.equal == EQUAL["flops"]:
-                require_flops(claim, {arm: of for arm, of in again.items() if arm not in claim.uncompared})
+                require_flops(claim, {arm: of for arm, of in again.items() if arm not in claim.runs_without_budget})
         except Refusal as refusal:
             print(refusal)
             differ += 1

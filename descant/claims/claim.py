@@ -71,7 +71,7 @@ class Condition:
     above: str | None = None
 
     @property
-    def reads(self) -> list[tuple[str, str]]:
+    def required_metrics(self) -> list[tuple[str, str]]:
         """List the (arm, metric) pairs that the condition reads."""
         pairs = [(self.arm, self.metric), *([(self.against, self.minus)] if self.minus is not None else [])]
         return [*pairs, *((self.above, metric) for _, metric in pairs if self.above is not None)]
@@ -79,7 +79,7 @@ class Condition:
     @property
     def arms(self) -> tuple[str, ...]:
         """Return the arms that the condition reads."""
-        return tuple(dict.fromkeys(arm for arm, _ in self.reads))
+        return tuple(dict.fromkeys(arm for arm, _ in self.required_metrics))
 
     def __str__(self) -> str:
         text = f"{self.metric} of {self.arm}"
@@ -189,7 +189,7 @@ class Claim:
 
     def metrics(self) -> list[str]:
         """List all metrics that are reported, the main one first."""
-        read = [metric for condition in self.also for _, metric in condition.reads]
+        read = [metric for condition in self.also for _, metric in condition.required_metrics]
         return list(dict.fromkeys([self.metric.name, *read, *self.secondary]))
 
     @property
@@ -213,7 +213,7 @@ class Claim:
         """Return names of the arms that continue the method, the baseline or the sham."""
         return {name for name, arm in self.arms.items() if name not in ARMS and arm.needs() & set(ARMS)}
 
-    def limited(self, arm: str) -> bool:
+    def is_limited(self, arm: str) -> bool:
         """Whether an arm trains until it has spent the FLOPs of the reference arm's run.
 
         The options of other arms give their length: the reference, its sham, runs from which others begin, arms that
@@ -224,7 +224,7 @@ class Claim:
         return self.equal == EQUAL["flops"] and not self.in_stages and arm not in own
 
     @property
-    def uncompared(self) -> set[str]:
+    def runs_without_budget(self) -> set[str]:
         """Return names of the runs whose budget is not compared: arms apart, and runs from which others begin."""
         return {*self.apart, *(self.first - set(ARMS))}
 
@@ -233,7 +233,7 @@ class Claim:
         if arm == BEFORE:
             return set()
         before = {BEFORE} if self.before is not None else set()
-        return before | self.arms[arm].needs() | ({self.reference} if self.limited(arm) else set())
+        return before | self.arms[arm].needs() | ({self.reference} if self.is_limited(arm) else set())
 
     def options(self, arm: str, budget: str) -> dict[str, Any]:
         """Return the options of a run: ``before`` takes its own and those of the lock-box, arms also the budget's."""
@@ -244,15 +244,15 @@ class Claim:
 
     def steps(self, arm: str, budget: str) -> int | None:
         """Return the optimizer steps of a run if the claim gives them."""
-        return None if self.limited(arm) else self.options(arm, budget).get("trainer.max_steps")
+        return None if self.is_limited(arm) else self.options(arm, budget).get("trainer.max_steps")
 
-    def needed(self, arm: str) -> list[str]:
+    def required_metrics(self, arm: str) -> list[str]:
         """List the metrics that a run of an arm must have; others are optional.
 
         An arm beside baseline, method and sham needs those that a condition reads from it: a model of one modality has
         no metrics of the others. A run from which others begin may need none.
         """
-        read = [metric for condition in self.also for of, metric in condition.reads if of == arm]
+        read = [metric for condition in self.also for of, metric in condition.required_metrics if of == arm]
         needed = [self.metric.name, *read] if arm in ARMS or not (read or arm in self.first) else read
         return list(dict.fromkeys([*needed, *([self.calls] if self.calls and arm in ("method", "sham") else [])]))
 
@@ -267,7 +267,7 @@ class Claim:
         else:
             configs = [self.experiment, *self.arms[arm].configs]
         options = list(self.options(arm, budget).items())
-        if self.limited(arm):
+        if self.is_limited(arm):
             limit = {"class_path": "Budget", "init_args": {"like": f"{OF_ARM}/{self.reference}"}}
             options.append(("trainer.callbacks+", limit))
         if place is not None:
@@ -305,13 +305,13 @@ class Claim:
             digests={**self.digests, **{name: self.digests.get(name.rpartition(".")[0], "") for name in arms}},
         )
 
-    def chosen(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:
+    def choose_settings(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, int]:
         """Map each arm to the index of its best setting in the runs of its candidates; the first of equal ones."""
         assert self.tuning is not None
         best = max if self.tuning.metric.higher else min
-        return {name: values.index(best(values)) for name, values in self.tried(runs).items()}
+        return {name: values.index(best(values)) for name, values in self.tuned_metrics(runs).items()}
 
-    def tried(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, list[float]]:
+    def tuned_metrics(self, runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, list[float]]:
         """Map each arm to the metric of each of its settings in the runs of its candidates, averaged over seeds."""
         assert self.tuning is not None
         seeds, metric = self.tuning.seeds, self.tuning.metric.name
@@ -321,7 +321,7 @@ class Claim:
             for name, n in tuned.items()
         }
 
-    def settled(self, chosen: Mapping[str, int]) -> Claim:
+    def with_settings(self, chosen: Mapping[str, int]) -> Claim:
         """Return the claim with these settings."""
         arms = {name: arm.set(arm.settings[chosen[name]]) if arm.settings else arm for name, arm in self.arms.items()}
         return replace(self, arms=arms)

@@ -30,7 +30,7 @@ from descant.claims.effect import (
     room,
 )
 from descant.claims.items import gains as items_of
-from descant.claims.items import of_stored
+from descant.claims.items import read_gains
 from descant.claims.judge import Runs, gains
 from descant.claims.registration import register
 from descant.claims.run import Place
@@ -178,7 +178,7 @@ def _run_arms(
             return code
         tuned = place.collect(tried, candidates.seeds[TUNE])
         store.write(results, candidates, tuning(of.name), tuned, place.seconds, place.precisions())
-        setting = setting.settled(setting.chosen(tuned))
+        setting = setting.with_settings(setting.choose_settings(tuned))
     place = Place(setting, "full", runs.absolute(), tuple(trust))
     spent = place.seconds
     code = _train(place, arms, seeds, jobs, slurm)
@@ -190,7 +190,7 @@ def _run_arms(
     if {"baseline", of.placebo} <= folders.keys():  # otherwise their files are not here
         for rule in (rule for rule in of.rules if rule in arms):
             found = items_of(setting, {"method": folders[rule], "sham": folders[of.placebo], **folders}, seeds)
-            items |= {rule: found.stored()} if found is not None else {}
+            items |= {rule: found.to_json()} if found is not None else {}
     made, seconds = {**kept, **place.collect(arms, seeds)}, stored["seconds"] + place.seconds - spent
     precisions = sorted({*stored["precision"], *place.precisions()})
     store.write(results, setting, of.name, made, seconds, precisions, {"items": items})
@@ -251,7 +251,7 @@ def effects(of: Comparison, setting: Claim, stored: Mapping[str, Any]) -> dict[s
     gain = {arm: gains(setting, runs, arm, seeds) for arm in (*of.rules, of.simple or "") if arm in runs}
     oracle, simple_S = room(oracle_S) if len(oracle_S) > 1 else None, gain.get(of.simple or "")
     for rule in (rule for rule in of.rules if rule in runs):
-        items = of_stored({"items": stored["items"].get(rule)})
+        items = read_gains({"items": stored["items"].get(rule)})
         rival_S = simple_S if rule not in (of.simple, of.placebo) else None
         both = items.intervals if items is not None else ()
         found[rule] = effect(gain[rule], gain[of.placebo], margin, rival_S, oracle, both)
@@ -402,8 +402,8 @@ def _tuning_lines(of: Comparison, setting: Claim, results: Path) -> list[str]:
     tuned = store.read_tuned(results, setting, tuning(of.name))
     if setting.tuning is None or tuned is None:
         return []
-    lines, by, got = [], setting.tuning.metric.name, setting.tried(tuned["runs"])
-    for rule, k in setting.chosen(tuned["runs"]).items():
+    lines, by, got = [], setting.tuning.metric.name, setting.tuned_metrics(tuned["runs"])
+    for rule, k in setting.choose_settings(tuned["runs"]).items():
         values = setting.arms[rule].settings
         tried = ", ".join(f"{x}: {y:.3f}" for x, y in zip(values, got[rule], strict=True))
         lines.append(f"    - {rule}: {values[k]}, by {by} ({tried}).")

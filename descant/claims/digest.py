@@ -50,17 +50,17 @@ def compose(parts: Iterable[Any]) -> dict[str, Any]:
     """
     config: Any = {}
     for part in parts:
-        config = merged(config, {key: value for key, value in (part or {}).items() if key != "extends"})
+        config = merge_config(config, {key: value for key, value in (part or {}).items() if key != "extends"})
     trainer = config.get("trainer") or {}
     if trainer.get("precision") == "auto":
         config["trainer"] = {**trainer, "precision": "bf16-mixed"}
     return dict(config)
 
 
-def merged(first: Any, over: Any) -> Any:
+def merge_config(first: Any, over: Any) -> Any:
     """Merge ``over`` into ``first``: objects merge, lists at keys that end in ``+`` are joined, the rest is replaced.
 
-    >>> merged({"a": {"b": 1, "c+": [1]}, "d": [1]}, {"a": {"c+": [2]}, "d": [2]})
+    >>> merge_config({"a": {"b": 1, "c+": [1]}, "d": [1]}, {"a": {"c+": [2]}, "d": [2]})
     {'a': {'b': 1, 'c+': [1, 2]}, 'd': [2]}
     """
     if not isinstance(first, Mapping) or not isinstance(over, Mapping):
@@ -69,7 +69,7 @@ def merged(first: Any, over: Any) -> Any:
     for key, value in over.items():
         before = result.get(key)
         join = str(key).endswith("+") and isinstance(before, list) and isinstance(value, list)
-        result[key] = [*before, *value] if join and isinstance(before, list) else merged(before, value)
+        result[key] = [*before, *value] if join and isinstance(before, list) else merge_config(before, value)
     return result
 
 

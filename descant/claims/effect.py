@@ -12,7 +12,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from descant.claims.power import LEVEL
-from descant.report.statistics import paired
+from descant.report.statistics import compare_pairs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,9 +34,9 @@ RESAMPLES = 2000
 class Interval:
     """A mean gain and its confidence interval; above zero is better, for either direction of the metric.
 
-    >>> Interval(0.2, 0.1, 0.3).joined(Interval(0.2, -0.1, 0.25))
+    >>> Interval(0.2, 0.1, 0.3).widen(Interval(0.2, -0.1, 0.25))
     Interval(mean=0.2, low=-0.1, high=0.3)
-    >>> Interval.of_stored(Interval(0.2, 0.1, 0.3).stored())
+    >>> Interval.from_json(Interval(0.2, 0.1, 0.3).to_json())
     Interval(mean=0.2, low=0.1, high=0.3)
     """
 
@@ -45,18 +45,18 @@ class Interval:
     high: float
 
     @classmethod
-    def of_stored(cls, stored: Sequence[float]) -> Interval:
+    def from_json(cls, stored: Sequence[float]) -> Interval:
         mean, low, high = stored
         return cls(mean, low, high)
 
-    def stored(self) -> list[float]:
+    def to_json(self) -> list[float]:
         """Return the mean and both ends, as results store them."""
         return [self.mean, self.low, self.high]
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
-    def joined(self, other: Interval | None) -> Interval:
+    def widen(self, other: Interval | None) -> Interval:
         """Return the mean with the lower of both lower ends and the higher of both upper ends."""
         return self if other is None else Interval(self.mean, min(self.low, other.low), max(self.high, other.high))
 
@@ -104,7 +104,7 @@ def over_seeds(gain_S: Sequence[float], level: float = LEVEL) -> Interval:
     >>> gain.mean, round(gain.low, 3), round(gain.high, 3)
     (0.5, -0.121, 1.121)
     """
-    result = paired(gain_S, [0.0] * len(gain_S), level)
+    result = compare_pairs(gain_S, [0.0] * len(gain_S), level)
     return Interval(result.mean, result.low, result.high)
 
 
@@ -133,12 +133,12 @@ def over_items(
     return Interval(float(weight_N @ gain_N / weight_N.sum()), float(low), float(high))
 
 
-def items_needed(margin: float, sd: float, level: float = LEVEL) -> int:
+def count_items(margin: float, sd: float, level: float = LEVEL) -> int:
     """Return how many test items put a gain of ``margin`` outside the interval of no gain: ``(z sd / margin)^2``.
 
     ``sd``: standard deviation of an item's gain; for hits or misses it is at most 1, and ``sqrt(share that differs)``.
 
-    >>> items_needed(0.05, sd=0.5)
+    >>> count_items(0.05, sd=0.5)
     385
     """
     if not margin > 0:
@@ -188,7 +188,7 @@ def effect(
     if not margin > 0:
         raise ValueError(f"effect: margin {margin}: above 0")
     base, over, *simple = (
-        over_seeds(gain_S).joined(items[k] if k < len(items) else None)
+        over_seeds(gain_S).widen(items[k] if k < len(items) else None)
         for k, gain_S in enumerate([method_S, *(_less(method_S, of) for of in others)])
     )
     result = Effect(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from descant.claims.claim import Claim
-from descant.claims.effect import Interval, items_needed, over_items
+from descant.claims.effect import Interval, count_items, over_items
 from descant.cli.errors import fail
 
 if TYPE_CHECKING:
@@ -44,18 +44,18 @@ class ItemGains:
     def intervals(self) -> tuple[Interval | None, ...]:
         return self.over_baseline, self.over_placebo, self.over_simple
 
-    def stored(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the gains as a result stores them."""
         intervals = zip(_STORED, self.intervals, strict=True)
-        return {"number": self.number, **{key: of.stored() for key, of in intervals if of is not None}}
+        return {"number": self.number, **{key: of.to_json() for key, of in intervals if of is not None}}
 
 
-def of_stored(stored: Mapping[str, Any]) -> ItemGains | None:
+def read_gains(stored: Mapping[str, Any]) -> ItemGains | None:
     """Read the gains by item from a result; None if it has none."""
     items = stored.get("items")
     if items is None:
         return None
-    base, placebo, *simple = (Interval.of_stored(items[over]) for over in _STORED if over in items)
+    base, placebo, *simple = (Interval.from_json(items[over]) for over in _STORED if over in items)
     return ItemGains(base, placebo, int(items["number"]), *simple)
 
 
@@ -104,7 +104,7 @@ def require_enough(claim: Claim, folders: Sequence[Path], margin: float) -> None
     for parts in (read(folder, claim.metric.name) for folder in folders):
         if parts is None or not _hits(parts):
             return
-        needed, number = items_needed(margin, math.sqrt(margin * (1 - margin))), len(parts["id"])
+        needed, number = count_items(margin, math.sqrt(margin * (1 - margin))), len(parts["id"])
         if number < needed:
             what = f"{number} test items, and a margin of {margin:.3g} needs {needed}"
             fail(f"claims {claim.name}: {claim.metric.name}: {what}; a larger metric.margin, or more test data")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from descant.claims.claim import ARMS, BEFORE, EQUAL, LEAST_TIME, WITHIN, Claim, Condition
 from descant.claims.effect import NOT_TESTABLE, UNCLEAR, Effect, Interval, effect, over_seeds, room
 from descant.claims.items import ItemGains
-from descant.claims.power import LEAST, seeds_needed, upper_deviation
+from descant.claims.power import LEAST, count_seeds, upper_deviation
 from descant.cli.errors import fail, hint
 
 #: arm -> seed -> metric -> value.
@@ -69,7 +69,7 @@ def judge(claim: Claim, runs: Runs, items: ItemGains | None = None, pilot: Runs 
     needed = needed_seeds(claim, runs) if len(seeds) > 1 else LEAST
     if found.word == UNCLEAR and needed > max(len(seeds), len(claim.seeds["full"])):
         found = replace(found, word=NOT_TESTABLE)
-    also = ((condition, *measured(claim, runs, condition, seeds)) for condition in claim.also)
+    also = ((condition, *measure_condition(claim, runs, condition, seeds)) for condition in claim.also)
     return Judgement(found, needed, tuple((condition, value.mean, met) for condition, value, met in also), items)
 
 
@@ -77,7 +77,7 @@ def needed_seeds(claim: Claim, runs: Runs) -> int:
     """Estimate from these runs how many seeds would show a gain of one margin over baseline and placebo."""
     seeds = sorted(runs["method"])
     columns = [column(claim, runs, arm, claim.metric.name, seeds) for arm in ARMS]
-    return seeds_needed(claim.metric.margin, upper_deviation(columns))
+    return count_seeds(claim.metric.margin, upper_deviation(columns))
 
 
 def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:
@@ -94,7 +94,7 @@ def require_equal(claim: Claim, runs: Runs) -> None:
     seconds, each run needs about the seconds of the method's run with its seed. The sham runs the method's code, so it
     needs the same number of steps, in any time.
     """
-    arms = [arm for arm in runs if arm not in claim.uncompared]
+    arms = [arm for arm in runs if arm not in claim.runs_without_budget]
     beyond = [] if claim.equal == EQUAL["seconds"] else [arm for arm in arms if arm in claim.beyond]
     require = require_flops if claim.equal == EQUAL["flops"] else _require_equal
     for compared in ([arm for arm in arms if arm not in beyond], beyond):
@@ -166,7 +166,7 @@ def column(claim: Claim, runs: Runs, arm: str, metric: str, seeds: Iterable[int]
     return [runs[arm][seed][metric] for seed in seeds]
 
 
-def measured(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:
+def measure_condition(claim: Claim, runs: Runs, condition: Condition, seeds: Sequence[int]) -> tuple[Interval, bool]:
     """Return the value of a condition with its interval over seeds, and whether the interval lies within the bounds."""
 
     def values(arm: str, metric: str) -> list[float]:

@@ -65,7 +65,7 @@ def exploratory(claim: Claim, registered: Mapping[str, Any] | None) -> str | Non
     return f"registered with another {' and '.join(other)}" if other else None
 
 
-def changed(registered: Mapping[str, Any], claim: Claim) -> list[str]:
+def list_changed_files(registered: Mapping[str, Any], claim: Claim) -> list[str]:
     """List source files of a claim whose code differs from the registered code, such as ``modules/losses/hinge.py``."""
     then, now = registered.get("code", {}), code(claim)
     return sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
@@ -78,12 +78,12 @@ def code(claim: Claim) -> dict[str, str]:
     """
     arms = [*claim.arms.values(), *([claim.before] if claim.before is not None else [])]
     paths = (full(text.rpartition(".")[2]) for arm in arms for text in _list_texts(claim, arm))
-    modules = imported(path.rpartition(".")[0] for path in paths if path is not None)
+    modules = find_imports(path.rpartition(".")[0] for path in paths if path is not None)
     files = {_file(module) for module in modules}
     return {file.relative_to(PACKAGE).as_posix(): _digest(file) for file in sorted(filter(None, files))}
 
 
-def shared(claim: Claim, arm: str, budget: str) -> str:
+def digest_of_runs(claim: Claim, arm: str, budget: str) -> str:
     """Return a digest of an arm's runs and of the code that they import.
 
     Arms of two claims with the same digest have the same runs, whatever their names are.
@@ -93,10 +93,10 @@ def shared(claim: Claim, arm: str, budget: str) -> str:
     return sha([claim.digests[arm], claim.options(arm, budget), code(alone)])
 
 
-def imported(modules: Iterable[str]) -> set[str]:
+def find_imports(modules: Iterable[str]) -> set[str]:
     """Return these modules and all modules of this package that they import, at any depth.
 
-    >>> sorted(imported(["descant.claims.effect"]))
+    >>> sorted(find_imports(["descant.claims.effect"]))
     ['descant.claims.effect', 'descant.claims.power', 'descant.report.statistics']
     """
     known, todo = set[str](), list(modules)

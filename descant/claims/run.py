@@ -12,7 +12,7 @@ from pathlib import Path
 from descant.claims.claim import BEFORE, TUNE, Claim
 from descant.claims.digest import sha
 from descant.claims.judge import Runs
-from descant.claims.registration import shared
+from descant.claims.registration import digest_of_runs
 from descant.cli import dump
 from descant.cli.arguments import read
 from descant.cli.errors import INTERRUPTED, Refusal, fail, say
@@ -45,14 +45,14 @@ class Place:
         """Return the folder of an arm's runs, by its digest. Claims share the runs of equal baselines and oracles."""
         if self.is_shared(arm):
             if arm not in self._shared:  # slow: it reads and parses the arm's code
-                self._shared[arm] = self.root / "claims" / "shared" / shared(self.claim, arm, self.budget)
+                self._shared[arm] = self.root / "claims" / "shared" / digest_of_runs(self.claim, arm, self.budget)
             return self._shared[arm]
         return self.folder / sha([self.claim.digests.get(arm, ""), self.claim.options(arm, self.budget)])[:8]
 
     def is_shared(self, arm: str) -> bool:
         """Whether all claims with the same arm share its runs."""
         begins = arm in (BEFORE, "baseline", self.claim.oracle)
-        return self.budget != TUNE and begins and not self.claim.limited(arm)
+        return self.budget != TUNE and begins and not self.claim.is_limited(arm)
 
     def name(self, arm: str) -> str:
         """Return the name of an arm's runs in that folder."""
@@ -70,19 +70,19 @@ class Place:
         except (OSError, ValueError):
             return 0.0
 
-    def finished(self, arm: str, seed: int) -> dict[str, float] | None:
+    def read_metrics(self, arm: str, seed: int) -> dict[str, float] | None:
         """Return the metrics of a tested run, wherever it was started; None if it is missing or lacks its predictions.
 
         A run that chooses settings needs no test; it must have ended.
         """
-        folder = self.trained(arm, seed)
+        folder = self.find_run(arm, seed)
         if folder is None or (arm == BEFORE and self.claim.predicting() and not any(folder.glob(f"predict-*/{TABLE}"))):
             return None
         return _metrics(folder)
 
     def run_of(self, arm: str, seed: int) -> Path:
         """Return the folder of a finished run."""
-        folder = self.trained(arm, seed)
+        folder = self.find_run(arm, seed)
         assert folder is not None
         return folder
 
@@ -90,11 +90,11 @@ class Place:
         """Map arm -> seed -> folder, for the arms whose runs are all finished and in this place."""
         found: dict[str, dict[int, Path]] = {}
         for arm in arms:
-            of = {seed: folder for seed in seeds if (folder := self.trained(arm, seed)) is not None}
+            of = {seed: folder for seed in seeds if (folder := self.find_run(arm, seed)) is not None}
             found |= {arm: of} if len(of) == len(seeds) else {}
         return found
 
-    def trained(self, arm: str, seed: int) -> Path | None:
+    def find_run(self, arm: str, seed: int) -> Path | None:
         """Return the folder of a tested run, or None if there is none."""
         steps, seed = self.claim.steps(arm, self.budget), self.seed(arm, seed)
         own = self.name(arm)
@@ -105,14 +105,14 @@ class Place:
                 # validations write metrics too, and runs that choose settings are not tested
                 ended = metrics.get("steps") == steps if steps else "steps" in metrics
                 complete = ended if self.budget == TUNE else tested
-                complete = complete and all(m in metrics for m in self.claim.needed(arm))
+                complete = complete and all(m in metrics for m in self.claim.required_metrics(arm))
                 if complete and (name != own or _seed(folder) == seed):
                     return folder
         return None
 
     def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
         """List missing runs seed by seed; runs from which others begin come first."""
-        return [(arm, seed) for arm, seed in self.every(arms, seeds) if self.finished(arm, seed) is None]
+        return [(arm, seed) for arm, seed in self.every(arms, seeds) if self.read_metrics(arm, seed) is None]
 
     def every(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
         """List all runs of these arms and seeds, in the order of :meth:`missing`."""
@@ -153,13 +153,13 @@ class Place:
         collected: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in [*arms, *self.all(())]}
         for arm in collected:
             for seed in seeds:
-                metrics = self.finished(arm, seed)
+                metrics = self.read_metrics(arm, seed)
                 if metrics is None:
                     made = folders.runs_of(self.home(arm), f"{self.name(arm)}-{self.seed(arm, seed)}")
                     has = _metrics(made[-1]) if made else {}
-                    lacks = [m for m in self.claim.needed(arm) if m not in has]
+                    lacks = [m for m in self.claim.required_metrics(arm) if m not in has]
                     what = f"it has no metric {lacks[0]}" if lacks else "it was not tested"
-                    what = "it has no predictions" if self.trained(arm, seed) is not None else what
+                    what = "it has no predictions" if self.find_run(arm, seed) is not None else what
                     fail(f"claims {self.claim.name}: {arm}, seed {seed}: {what}")
                 collected[arm][seed] = metrics
         return collected
@@ -179,7 +179,7 @@ def run(place: Place, arms: Sequence[str], seeds: Sequence[int], jobs: int) -> i
         folder.mkdir(parents=True, exist_ok=True)
     which = {_task(place, arm, seed): (arm, seed) for arm, seed in todo}
     began = time.monotonic()
-    lost = _seconds_of_killed(place)  # a killed command stored no time
+    lost = _seconds_before_kill(place)  # a killed command stored no time
     folders.write_text(place.folder / _BEGAN, f"{time.time():.1f}\n")
     try:
         run_beside(
@@ -210,7 +210,7 @@ def check(place: Place, todo: Sequence[tuple[str, int]]) -> None:
             fail(f"claims {place.claim.name}: {arm}: {refusal}")
 
 
-def _seconds_of_killed(place: Place) -> float:
+def _seconds_before_kill(place: Place) -> float:
     """Return the seconds of a command that was killed: from its start to the last line in the log of a run."""
     try:
         began = float((place.folder / _BEGAN).read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def predicting(place: Place, arm: str, seed: int) -> list[str]:
     words = place.claim.predicting() if arm == BEFORE else []
     if not words:
         return []
-    folder = place.trained(arm, seed)  # None: the run that will be the latest by then
+    folder = place.find_run(arm, seed)  # None: the run that will be the latest by then
     run = f"{place.name(arm)}-{seed}/latest" if folder is None else "/".join(folder.parts[-2:])
     words += [f"--trust={module}" for module in place.trust]
     return ["predict", f"--run={run}", *words, f"--runs={place.home(arm)}"]
@@ -246,15 +246,15 @@ def predicting(place: Place, arm: str, seed: int) -> list[str]:
 
 def _task(place: Place, arm: str, seed: int) -> Task:
     label, log = f"claims {place.claim.name}: {arm}, seed {seed}", place.home(arm) / f"{place.name(arm)}-{seed}.log"
-    commands = [] if place.trained(arm, seed) is not None else [command(place, arm, seed)]
+    commands = [] if place.find_run(arm, seed) is not None else [command(place, arm, seed)]
     commands += [words] if (words := predicting(place, arm, seed)) else []
     first, *then = map(tuple, commands)
     return Task(label, first, log, *then)
 
 
 def _tell(place: Place, arm: str, seed: int, seconds: float) -> None:
-    metrics = place.finished(arm, seed)
-    shown = [*place.claim.needed(arm), place.claim.metric.name][0]
+    metrics = place.read_metrics(arm, seed)
+    shown = [*place.claim.required_metrics(arm), place.claim.metric.name][0]
     what = f"no {shown}" if metrics is None else f"{shown} {metrics[shown]:.4g}" if shown in metrics else "done"
     say(f"{arm}, seed {seed}: {what} ({seconds:.0f} s)")
 

@@ -94,7 +94,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     known = [*arms, *([BEFORE] if before is not None else [])]
     also = tuple(_condition(f"{where}: also[{n}]", c, known) for n, c in enumerate(content.get("also") or []))
     secondary = tuple(content.get("secondary") or ())
-    for name in (metric.name, *(metric for condition in also for _, metric in condition.reads), *secondary):
+    for name in (metric.name, *(metric for condition in also for _, metric in condition.required_metrics), *secondary):
         if name.split("/")[0] in ("val", "train"):  # known before the run ends, and used for choices
             fail(f"{where}: {name}: a claim is judged by the test that ends a run")
     tuning = _tuning(where, content, arms, metric)
@@ -114,7 +114,7 @@ def _read(file: Path, content: Mapping[str, Any]) -> Claim:
     claim = Claim(
         name=file.stem,
         title=str(content["title"]),
-        seed=_whole(f"{where}: seed", content["seed"]),
+        seed=_require_integer(f"{where}: seed", content["seed"]),
         source=str(content["source"]),
         experiment=str(content["experiment"]),
         arms=arms,
@@ -225,7 +225,7 @@ def _before(where: str, content: Mapping[str, Any], own: str, arms: Iterable[str
     given = dict(_mapping(where, content, "before"))
     _need(f"{where}: before", given, ("experiment",))
     experiment, seed = str(given.pop("experiment")), given.pop("seed", None)
-    seed = None if seed is None else _whole(f"{where}: before.seed", seed)
+    seed = None if seed is None else _require_integer(f"{where}: before.seed", seed)
     more = {key: dict(_mapping(f"{where}: before", given, key)) for key in BEFORE_KEYS if key in given}
     if "lockbox" in more and not content.get("lockbox"):
         fail(f"{where}: before.lockbox: the claim has no lockbox, whose options these replace")
@@ -379,10 +379,10 @@ def _all_seeds(where: str, content: Mapping[str, Any], tuning: Tuning | None) ->
 def _seeds(where: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         fail(f"{where} {value!r}: a list of seeds is expected, such as [0, 1, 2]")
-    return tuple(_whole(where, seed) for seed in value)
+    return tuple(_require_integer(where, seed) for seed in value)
 
 
-def _whole(where: str, value: Any) -> int:
+def _require_integer(where: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         fail(f"{where} {value!r}: a whole number is expected")
     return value

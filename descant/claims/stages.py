@@ -16,9 +16,9 @@ from descant.claims.digest import RULE
 from descant.claims.effect import NO_ROOM, NOT_TESTABLE, has_room, room
 from descant.claims.items import OVER, ItemGains, require_enough
 from descant.claims.items import gains as items_of
-from descant.claims.judge import Runs, gains, judge, lines, measured, needed_seeds, require_equal
+from descant.claims.judge import Runs, gains, judge, lines, measure_condition, needed_seeds, require_equal
 from descant.claims.power import ASKED
-from descant.claims.registration import changed, now, register
+from descant.claims.registration import list_changed_files, now, register
 from descant.claims.run import Place
 from descant.claims.table import paper_of
 from descant.cli.errors import fail, say
@@ -68,7 +68,7 @@ class Course:
         claim, seeds = self.claim, self.claim.seeds
         if claim.signal is not None:
             runs = self._collect("pilot", claim.signal.arms, seeds["pilot"][:1])
-            value, met = measured(claim, runs, claim.signal, seeds["pilot"][:1])
+            value, met = measure_condition(claim, runs, claim.signal, seeds["pilot"][:1])
             say(f"claims {claim.name}: signal: {claim.signal}: it is {value.mean:.4g}")
             if not met:
                 return self._stop(NOT_TESTABLE, f"its signal is {value.mean:.4g}", {})
@@ -161,8 +161,8 @@ class Course:
         if kept is None:
             looks = self._registration.get("looks", {})  # looks at an earlier design count
             store.write_registered(self.results, self.claim, {**register(self.claim), "looks": looks})
-        elif files := changed(kept, self.claim):
-            say(f"warning: claims {self.claim.name}: changed since it was registered: {listed(files)}")
+        elif files := list_changed_files(kept, self.claim):
+            say(f"warning: claims {self.claim.name}: changed since it was registered: {first_files(files)}")
 
     @property
     def _registration(self) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class Course:
         return 0
 
 
-def listed(files: Sequence[str], most: int = 3) -> str:
+def first_files(files: Sequence[str], most: int = 3) -> str:
     """List the first few files, and how many more there are."""
     more = f" and {len(files) - most} more" if len(files) > most else ""
     return ", ".join(files[:most]) + more

@@ -13,7 +13,7 @@ from typing import Any
 
 from descant.claims.claim import ABLATIONS, ARMS, BUDGETS, TUNE, Claim
 from descant.claims.digest import RULE
-from descant.claims.items import of_stored
+from descant.claims.items import read_gains
 from descant.claims.judge import Judgement, Runs, judge
 from descant.cli.errors import fail, one_line
 from descant.cli.untrusted import json_of
@@ -140,9 +140,9 @@ def write(
 def outcome_of(judgement: Judgement) -> dict[str, Any]:
     """Return word and gains of a full result, for readers that do not judge it themselves."""
     effect = judgement.effect
-    numbers: dict[str, Any] = {"gain": effect.over_baseline.stored(), "placebo": effect.placebo.mean}
+    numbers: dict[str, Any] = {"gain": effect.over_baseline.to_json(), "placebo": effect.placebo.mean}
     if judgement.items is not None:
-        numbers["items"] = judgement.items.stored()
+        numbers["items"] = judgement.items.to_json()
     return {"effect": effect.word, **numbers}
 
 
@@ -176,7 +176,7 @@ def judge_stored(folder: Path, claim: Claim, stored: Mapping[str, Any]) -> Judge
     if not stored["runs"]:
         return None
     pilot = of_design(folder, claim, "pilot")
-    return judge(claim, stored["runs"], of_stored(stored), None if pilot is None else pilot["runs"])
+    return judge(claim, stored["runs"], read_gains(stored), None if pilot is None else pilot["runs"])
 
 
 def registration_of(folder: Path, name: str) -> dict[str, Any]:

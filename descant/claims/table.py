@@ -191,7 +191,7 @@ def _superseded_lines(claim: Claim, results: Path) -> Iterator[str]:
         stored = store.read(results, claim.name, kind)
         if stored is None or (kind == "full" and store.is_of_design(stored, claim)):
             continue
-        gain = f" {Interval.of_stored(stored['gain'])}" if "gain" in stored else ""
+        gain = f" {Interval.from_json(stored['gain'])}" if "gain" in stored else ""
         placebo = f", placebo {stored['placebo']:+.3f}" if "placebo" in stored else ""
         seeds = len(next(iter(stored["runs"].values()), ()))
         effect = f"{stored.get('effect') or stored.get('verdict', '')}{gain}"
@@ -258,7 +258,7 @@ def _numbers(one: Verdict, results: Path, judgement: Judgement) -> list[str]:
     if ablations is not None:
         lines += _ablations(claim, ablations)
     if claim.tuning is not None and tuned is not None:
-        best = claim.chosen(tuned["runs"])
+        best = claim.choose_settings(tuned["runs"])
         each = (f"{arm} {claim.arms[arm].settings[i]} of {list(claim.arms[arm].settings)}" for arm, i in best.items())
         what = f"by {claim.tuning.metric.name} of validation, seeds {list(claim.tuning.seeds)}"
         lines.append(f"\nSettings, chosen {what}: {'; '.join(each)}.")

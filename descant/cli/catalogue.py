@@ -12,7 +12,7 @@ from typing import Any
 from descant.cli.errors import Refusal, hint, one_line
 from descant.cli.untrusted import text_of, yaml_of
 from descant.modules.io.cache import cache_folder
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from descant.modules.io.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
@@ -23,7 +23,7 @@ PAPERS = ROOT / "papers/index.yaml"
 OVERLAYS = ("data", "on", "with")
 
 
-def shipped() -> dict[str, Path]:
+def list_shipped() -> dict[str, Path]:
     """Return name -> file of everything that ships, such as ``contrastive/emoji`` or ``on/tiny``."""
     files = (file for file in sorted(ROOT.rglob("*.yaml")) if file not in (BASE, PAPERS))
     return {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in files}
@@ -31,12 +31,12 @@ def shipped() -> dict[str, Path]:
 
 def experiments() -> dict[str, Path]:
     """Return name -> file of the experiments, which can be run by themselves."""
-    return {name: file for name, file in shipped().items() if name.split("/")[0] not in (*OVERLAYS, "claims")}
+    return {name: file for name, file in list_shipped().items() if name.split("/")[0] not in (*OVERLAYS, "claims")}
 
 
 def overlays() -> dict[str, Path]:
     """Return name -> file of the overlays, which complete an experiment."""
-    return {name: file for name, file in shipped().items() if name.split("/")[0] in OVERLAYS}
+    return {name: file for name, file in list_shipped().items() if name.split("/")[0] in OVERLAYS}
 
 
 def run_name(file: Path) -> str:
@@ -64,7 +64,7 @@ def made_by(run: str) -> str:
     commands = (f"fit --config {full}" for full, file in experiments().items() if run_name(file) == name)
     before = (
         line[1]
-        for file in shipped().values()
+        for file in list_shipped().values()
         for line in re.finditer(r"^# Before: +descant (fit .*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         if line[1].endswith(f"--name {name}")
     )
@@ -112,7 +112,7 @@ def find(name: str) -> Path:
     ``claims/dcd:sham`` means the configuration that this arm of the claim adds.
     """
     try:
-        file = followed(Path(name).expanduser())
+        file = follow_latest(Path(name).expanduser())
         if file.is_file():
             return file.resolve()
     except (OSError, RuntimeError):  # too long for a name, or the home of an unknown user
@@ -122,7 +122,7 @@ def find(name: str) -> Path:
         return there
     if arm := re.fullmatch(r"(.+?):([\w.-]+)", name):
         return _arm(name, find(arm[1]), arm[2])
-    known = shipped()
+    known = list_shipped()
     # a bare name is enough if only one experiment has it
     same = [full for full in experiments() if full.split("/")[-1] == plain]
     if len(same) == 1:
@@ -167,12 +167,12 @@ def layers(files: Iterable[Path]) -> list[Path]:
     """Put the configurations that each one extends before it, in the order in which they apply."""
     ordered: list[Path] = []
     for file in files:
-        ordered += [first for first in extended(file) if first not in ordered]
+        ordered += [first for first in list_bases(file) if first not in ordered]
         ordered.append(file)
     return ordered
 
 
-def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
+def list_bases(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     """List the files that ``extends: NAME`` or ``extends: [NAME, ...]`` of a configuration means, at any depth."""
     try:
         content = yaml_of(file) if "extends" in text_of(file) else None
@@ -188,11 +188,11 @@ def extended(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     for name in names:
         beside = file.parent / name
         one = beside.resolve() if beside.is_file() else find(name)
-        ordered += [part for part in (*extended(one, (*seen, file)), one) if part not in ordered]
+        ordered += [part for part in (*list_bases(one, (*seen, file)), one) if part not in ordered]
     return ordered
 
 
 def shipped_data(name: str | None) -> Path | None:
     """Find the file of a data set that ships, for ``--data shards`` or ``--data data/shards``; None otherwise."""
     plain = f"data/{(name or '').removesuffix('.yaml').removeprefix('data/')}"
-    return None if Path(name or "").is_file() else shipped().get(plain)
+    return None if Path(name or "").is_file() else list_shipped().get(plain)

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from descant.cli import dump, schema
-from descant.cli.catalogue import BASE, experiments, find, layers, shipped
+from descant.cli.catalogue import BASE, experiments, find, layers, list_shipped
 from descant.cli.document import load
 from descant.cli.errors import Refusal, fail, hint
 from descant.cli.precheck import Walk
@@ -72,7 +72,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def offered(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
+def complete_words(words: Sequence[str], commands: Mapping[str, str]) -> list[str]:
     """Return the sorted completions of the last of ``words``; none for files, which the shell completes."""
     *before, last = words or [""]
     if not before:
@@ -112,7 +112,7 @@ def _keys(start: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
 def _values(option: str, known: Schema, words: Sequence[str]) -> Iterator[str]:
     *path, last = option.removesuffix("+").split(".")
     if not path and last == "config":
-        yield from shipped()
+        yield from list_shipped()
         yield from experiments()
         return
     if not path and last == "run":

@@ -66,7 +66,7 @@ class Node:
 
 def load(file: Path) -> Node:
     """Read a YAML file as nodes."""
-    name = shown(file)
+    name = path_to_show(file)
     try:
         text = text_of(file, real_path(file).parent, MOST_BYTES)
     except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ def option(key: str, text: str) -> Node:
     return node
 
 
-def shown(file: Path) -> str:
+def path_to_show(file: Path) -> str:
     """Return a file's path as shown to the user: relative if that is shorter."""
     for root, prefix in ((Path.cwd(), ""), (ROOT, "experiments/"), (ROOT.resolve(), "experiments/")):
         if file.is_relative_to(root):

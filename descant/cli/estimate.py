@@ -72,19 +72,19 @@ def estimate(trainer: L.Trainer, model: L.LightningModule, batch: Any) -> Need:
         peak, count = _measure_step(trainer, model, batch, n)
         peaks.append(peak)
         flops.append(count)
-    curve = fitted(sizes, peaks)
+    curve = fit_curve(sizes, peaks)
     total = _memory(model.device)
     return Need(
         rows,
         resident,
         resident + max(float(np.polyval(curve, rows)), peaks[-1]),
-        max(float(np.polyval(fitted(sizes, flops), rows)), flops[-1]),
+        max(float(np.polyval(fit_curve(sizes, flops), rows)), flops[-1]),
         most_rows(curve, USABLE * total - resident),
         total,
     )
 
 
-def fitted(sizes: list[int], values: list[float]) -> np.ndarray:
+def fit_curve(sizes: list[int], values: list[float]) -> np.ndarray:
     """Fit coefficients, the highest first; needs grow with a batch, so a line replaces a curve that bends down."""
     curve = np.polyfit(sizes, values, len(sizes) - 1)
     return curve if len(sizes) < 3 or curve[0] > 0 else np.polyfit(sizes, values, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from descant.cli.catalogue import BASE
-from descant.cli.document import Node, load, option, shown
+from descant.cli.document import Node, load, option, path_to_show
 from descant.cli.signatures import in_text
 
 #: A place in a configuration: keys, and indices in lists; ``init_args`` is not a part of it.
@@ -48,7 +48,7 @@ def inert(files: Sequence[Path], default: Callable[[Place], str | None]) -> list
     return same
 
 
-def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
+def composition_warnings(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -> list[str]:
     """Return warnings for compositions that are probably mistakes.
 
     These are two experiments, each with a recipe and data, whose keys are mixed; and data whose image size differs from
@@ -57,14 +57,14 @@ def composed(files: Sequence[Path], options: Sequence[tuple[str, str | None]]) -
     given = [Path(value) for key, value in options if key == "data" and value and value.endswith(".yaml")]
     if len(files) + len(given) < 2:
         return []
-    parts = [(shown(file), overlaid(None, load(file))) for file in files]
+    parts = [(path_to_show(file), overlaid(None, load(file))) for file in files]
     whole = [name for name, part in parts if all(_find(part, (key, "class_path")) for key in ("model", "data"))]
     lines = []
     if len(whole) > 1:
         names = " and --config ".join(whole)
         lines.append(f"--config {names}: each is a whole experiment; keys of both count, the last wins")
     of_data = [(name, _find(part, ("data",))) for name, part in parts]
-    of_data += [(shown(file), overlaid(None, load(file))) for file in given]
+    of_data += [(path_to_show(file), overlaid(None, load(file))) for file in given]
     sizes = [(name, key_size) for name, part in of_data if (key_size := _image_size(part))]
     typed = {key for key, _ in options}
     if len(sizes) > 1 and sizes[-1][1][1] != sizes[0][1][1] and sizes[-1][1][0] not in typed:

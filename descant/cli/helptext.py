@@ -14,7 +14,7 @@ from typing import Any
 from descant import __version__
 from descant.cli import dump
 from descant.cli.arguments import OF_FIT, Request
-from descant.cli.catalogue import ROOT, experiments, header, overlays, papers, shipped
+from descant.cli.catalogue import ROOT, experiments, header, list_shipped, overlays, papers
 from descant.cli.completion import below
 from descant.cli.errors import fail, hint
 from descant.cli.schema import Schema, Unknown, classes, in_words, items
@@ -138,7 +138,7 @@ def listing(args: Sequence[str] = ()) -> str:
             if all(_is_about(word.lower(), f"{name} {about}".lower()) for word in words)
         }
         if rows:
-            lines = _table(rows) if group == "papers" else _cut(rows, _WIDTH)
+            lines = _table(rows) if group == "papers" else _format_rows(rows, _WIDTH)
             blocks.append("\n".join([_GROUPS[group], *lines]))
     if not blocks:
         near = hint(args[0], _GROUPS, most=0)
@@ -164,7 +164,7 @@ def _rows(group: str) -> dict[str, str]:
     if group == "papers":
         return {f"{paper['number']:>2}  {paper['name']}": _paper(paper) for paper in papers()}
     if group == "claims":
-        titles = {file.stem: _title(file) for name, file in shipped().items() if name.startswith("claims/")}
+        titles = {file.stem: _title(file) for name, file in list_shipped().items() if name.startswith("claims/")}
         return dict(sorted(titles.items()))
     files = experiments()
     if group != "experiments":  # a data set is the value of ``data``; other overlays are whole configurations
@@ -204,7 +204,9 @@ def command(name: str, about: str, most: int = 60) -> str:
         f"One more --config adds an overlay (descant list: all {len(_rows('overlays'))}); papers: descant list papers.",
         f"descant {name} --help all lists every option; --help CLASS explains any class.",
     ]
-    rows = _cut({name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH)
+    rows = _format_rows(
+        {name: text for name, text in _rows("experiments").items() if not name.startswith("papers/")}, _WIDTH
+    )
     room = most - len(lines) - len(tail) - 1
     if len(rows) > room:
         rows = [*rows[: room - 1], f"  ... and {len(rows) - room + 1} more: descant list"]
@@ -260,7 +262,7 @@ def _table(rows: Mapping[str, str]) -> list[str]:
     return [f"  {key:<{width}}  {text}" for key, text in rows.items()]
 
 
-def _cut(rows: Mapping[str, str], width: int) -> list[str]:
+def _format_rows(rows: Mapping[str, str], width: int) -> list[str]:
     """Format the name and the line of each row, cut after a word."""
     room = width - max(map(len, rows), default=0) - 4
     cut = partial(textwrap.shorten, width=room, break_on_hyphens=False, placeholder=" ...")

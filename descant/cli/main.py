@@ -26,27 +26,27 @@ from descant.cli import precision
 from descant.cli.arguments import Request
 from descant.cli.catalogue import BASE, run_name, with_maker
 from descant.cli.check import Check, Checked
-from descant.cli.document import shown
+from descant.cli.document import path_to_show
 from descant.cli.errors import INTERRUPTED, TERMINATED, Refusal, Unavailable, disk_fault, fail, printable, say
-from descant.cli.explain import composed, inert
+from descant.cli.explain import composition_warnings, inert
 from descant.cli.explain import explain as explained
 from descant.cli.judged import judged_data
-from descant.cli.precheck import precheck, wanted
+from descant.cli.precheck import needs_check, precheck
 from descant.cli.quiet import quieten
 from descant.cli.signatures import Live, read_replaced
 from descant.cli.trainer_parts import (
     mirror,
-    placed,
     purge_after,
     require_plain,
     require_port,
+    substitute_run,
     with_defaults,
     with_store,
     without_enums,
 )
 from descant.cli.trust import enforce, writes
 from descant.datamodules.changes import DataPolicy
-from descant.export.loading import allowed
+from descant.export.loading import trust_check
 from descant.modules.core.compat.launcher import SubprocessScriptLauncher
 from descant.modules.core.errors import Outage, one_line
 from descant.modules.core.ranks import as_batch_work
@@ -62,7 +62,7 @@ from descant.run.changes import of_another, require_unchanged
 from descant.run.checkpoint_resolver import for_evaluation, for_fit, source_of
 from descant.run.faults import explain, misfit, outside_ours, parse_fault, unbuilt
 from descant.run.folder import Folder
-from descant.run.garbage import long_lived_objects_frozen
+from descant.run.garbage import freezing_long_lived_objects
 from descant.run.ranks import Ended, Ranks
 from descant.run.store import AtomicIO
 from descant.run.threads import AUTO, Others, set_threads, trials
@@ -148,7 +148,7 @@ class DescantCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, request, places = args[0], self.request, tuple[tuple[str, ...], ...]()
-        if wanted(request):
+        if needs_check(request):
             self.walk = precheck(Live(self._parser(command)), request.files, request.options, request.trust)
             places = tuple(self.walk.classes)
         read_replaced()
@@ -176,10 +176,10 @@ class DescantCLI(LightningCLI):
         accumulate = self.options.trainer.accumulate_grad_batches
         if isinstance(accumulate, int) and accumulate < 1:
             fail(f"trainer.accumulate_grad_batches {accumulate}: at least 1")
-        if self.command == "fit" and self.request.configs and not runs.launched():
+        if self.command == "fit" and self.request.configs and not runs.is_launched():
             for file in inert(self.request.files, self.walk.default):
-                say(f"warning: --config {shown(file)} changes nothing")
-            for line in composed(self.request.files, self.request.options):
+                say(f"warning: --config {path_to_show(file)} changes nothing")
+            for line in composition_warnings(self.request.files, self.request.options):
                 say(f"warning: {line}")
         if "://" in self.options.runs:
             fail(f"--runs {self.options.runs}: a folder of this machine; --checkpoint_mirror takes an address")
@@ -188,7 +188,7 @@ class DescantCLI(LightningCLI):
         self.place = runs.agree(Path(self.options.runs) / self.name, self._decide)
         self.options.trainer.precision = self.place.precision  # rank 0's choice, because nodes may differ
         set_threads(self.options.threads, self.place, self.options.trainer.devices, self.others, self.lines.append)
-        text = self._saved()
+        text = self._config_text()
         if self.command != "fit" and self.place.checkpoint is not None and runs.rank() == 0:
             source = source_of(Path(self.options.runs), self.options.run, self.request.configs, self.request.trust)
             other = of_another(Path(self.place.checkpoint), source, text)
@@ -199,14 +199,14 @@ class DescantCLI(LightningCLI):
             rows = explained(yaml.safe_load(text), self.request.files, self.request.options)
             print("\n".join(map(printable, rows)), "\n")
         folder = str(self.place.folder)
-        given = placed(self.options.trainer.default_root_dir, folder)
+        given = substitute_run(self.options.trainer.default_root_dir, folder)
         if given and self.request.command == "fit" and runs.rank() == 0:
             Path(given).mkdir(parents=True, exist_ok=True)
             lock.take(Path(given))  # logs go there, resume points to the run's folder
         self.options.trainer.default_root_dir = given or folder
-        self.options["trainer"] = placed(self.options.trainer, folder)
+        self.options["trainer"] = substitute_run(self.options.trainer, folder)
 
-    def _saved(self) -> str:
+    def _config_text(self) -> str:
         """Return the text of ``config.yaml``."""
         saved = self.options.clone()
         for key in CALL:
@@ -217,14 +217,14 @@ class DescantCLI(LightningCLI):
 
     def _decide(self) -> runs.Run:
         """Choose the folder, the checkpoint and the precision of this call, on rank 0 only."""
-        precision.chosen(self.options.trainer)  # fails before a folder is made
+        precision.choose_precision(self.options.trainer)  # fails before a folder is made
         place = self._place()
         resumed = place.checkpoint if self.command == "fit" else None
         kept = runs.precision_of(Path(resumed).parent.parent) if resumed is not None else None
         try:
             self.options.trainer.precision = precision.resolve(self.options.trainer, kept, self.lines.append)
             if resumed is not None:
-                require_unchanged(Path(resumed), self._saved(), self.options.changed == "allow")
+                require_unchanged(Path(resumed), self._config_text(), self.options.changed == "allow")
         except Refusal:
             place.discard()
             raise
@@ -244,7 +244,10 @@ class DescantCLI(LightningCLI):
         Parser.failed = None
         folder, start = self.place.folder, self.place.checkpoint
         known = folder if start is None or (folder / hub.RECORD).is_file() else Path(start).parent.parent
-        with hub.pinned(known), self.checking.building() if self.checking is not None else contextlib.nullcontext():
+        with (
+            hub.pinning_revisions(known),
+            self.checking.building() if self.checking is not None else contextlib.nullcontext(),
+        ):
             super().instantiate_classes()
             if self.subcommand != "fit" and self.options.run:
                 self.datamodule = judged_data(self.request, self.datamodule, self.trainer, start)
@@ -284,7 +287,7 @@ class DescantCLI(LightningCLI):
             if isinstance(logger, TensorBoard):
                 logger.monitor(trainer.checkpoint_callbacks)
         cluster = trainer._accelerator_connector.cluster_environment
-        if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.launched():
+        if trainer.world_size > 1 and isinstance(cluster, LightningEnvironment) and not runs.is_launched():
             require_port(os.environ.get("MASTER_PORT"))
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it saves in the signal handler, and a slow rank then waits for ever
@@ -307,7 +310,7 @@ class DescantCLI(LightningCLI):
         """Run ``Trainer.fit``, and again from an earlier resume point whenever a callback raises RollBack."""
         while True:
             try:
-                with long_lived_objects_frozen():
+                with freezing_long_lived_objects():
                     return self.trainer.fit(**kwargs)
             except RollBack as back:
                 kwargs["ckpt_path"] = str(back.path)
@@ -404,7 +407,11 @@ def _exit_code(fault: Ended) -> int:
 def _run_command(cli: DescantCLI, request: Request, checking: Check | None = None) -> int:
     """Build and run one command; return its exit code."""
     try:
-        with policy(allowed(request.trust)), hub.permitted("hub" in request.trust), _quiet_writer_threads():
+        with (
+            policy(trust_check(request.trust)),
+            hub.allowing_downloads("hub" in request.trust),
+            _quiet_writer_threads(),
+        ):
             cli.__init__(request, checking)  # type: ignore[misc]  # in two steps: release() needs what is half built
     except Refusal:
         raise
@@ -414,7 +421,7 @@ def _run_command(cli: DescantCLI, request: Request, checking: Check | None = Non
         if cli.trainer.is_global_zero:
             say(f"{stop}; --resume auto goes on there")
         # the rank that launched this one gives the exit code
-        return 0 if runs.launched() else stop.code
+        return 0 if runs.is_launched() else stop.code
     except Checked:
         print("\n".join(cli.checking.lines) if cli.checking else "")
     except SystemExit as stop:

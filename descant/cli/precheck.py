@@ -14,7 +14,7 @@ from typing import Any
 
 from descant.cli import bounds, schema, trust
 from descant.cli.arguments import Request
-from descant.cli.catalogue import BASE, OVERLAYS, ROOT, extended
+from descant.cli.catalogue import BASE, OVERLAYS, ROOT, list_bases
 from descant.cli.document import Node, load, option, replaced
 from descant.cli.errors import Refusal, hint, nearest
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Schema, Type, Unknown, nested_classes
@@ -39,7 +39,7 @@ _SHORT = {
 Path_ = tuple[str, ...]
 
 
-def wanted(request: Request) -> bool:
+def needs_check(request: Request) -> bool:
     """Whether a request needs this check; requests for help do not."""
     return not any(key == "help" or key.endswith(".help") for key, _ in request.options)
 
@@ -64,7 +64,7 @@ def precheck(
         if value is not None and not key.endswith(("help", "print_config")):
             walk.source(option(key, value))
     walk.unambiguous()
-    walk.required()
+    walk.check_required()
     return walk
 
 
@@ -73,7 +73,7 @@ def _one_experiment(files: Sequence[Path]) -> None:
     if len(files) < 2:
         return
     root, given = ROOT.resolve(), list[str]()
-    below = {first for file in files for first in extended(file)}
+    below = {first for file in files for first in list_bases(file)}
     for file in (file.resolve() for file in files if file not in below):
         name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else ""
         if name and name not in given and name.partition("/")[0] not in (*OVERLAYS, "claims", BASE.stem):
@@ -173,8 +173,8 @@ class Walk:
     def _value(self, node: Node, owner: Entry | None, name: str, key: Key, path: Path_) -> None:
         """Check a value of the argument ``name`` of a class, or of the command."""
         if schema.calls(key.type):
-            self._uncalled(node, key.type, path)
-        self._typed(node, key.type, path)
+            self._refuse_callables(node, key.type, path)
+        self._find_classes(node, key.type, path)
         several, text = isinstance(node.content, list | dict), schema.takes_text(key.type)
         classy = isinstance(node.content, dict | str) or schema.items(key.type) is not None
         if path[-1].endswith("+") or (classy and schema.has_classes(key.type)):
@@ -190,12 +190,12 @@ class Walk:
             if why is not None:
                 raise Refusal(f"{_at(node, path)}: {why}")
 
-    def _uncalled(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
+    def _refuse_callables(self, node: Node, kind: Type, path: Path_, inside: bool = False) -> None:
         """Refuse functions and callables that the user has not named by --trust."""
         content, classes = node.content, schema.has_classes(kind)
         if isinstance(content, list | dict) and "class_path" not in content:
             for child in content.values() if isinstance(content, dict) else content:
-                self._uncalled(child, kind, path, inside=True)
+                self._refuse_callables(child, kind, path, inside=True)
             return
         if isinstance(content, dict):
             name = str(content["class_path"].content)
@@ -205,11 +205,11 @@ class Walk:
             name = content
         else:
             return
-        if not trust.named(name, self.trusted):
+        if not trust.is_named(name, self.trusted):
             where = name.split(".")[0] if "." in name else "MODULE"
             raise Refusal(f"{_at(node, path)}: {name} would be called: --trust {where} if you trust it")
 
-    def _typed(self, node: Node, kind: Type, path: Path_) -> None:
+    def _find_classes(self, node: Node, kind: Type, path: Path_) -> None:
         """Find the classes inside a value of type ``kind``."""
         items, base = schema.items(kind), (*path[:-1], path[-1].removesuffix("+"))
         if isinstance(node.content, list):
@@ -223,7 +223,7 @@ class Walk:
             self.added += 1
             self._item(node, items, base, f"@{node.where}{self.added}")
         elif isinstance(node.content, dict) and node.typed and items and base in self.last:
-            self._typed(node, items, self.last[base])  # an option below a list sets its last item
+            self._find_classes(node, items, self.last[base])  # an option below a list sets its last item
         elif classes := schema.classes(kind):
             self._class(node, kind, classes, path)
         elif isinstance(node.content, dict) and (values := schema.values(kind)) is not None:
@@ -231,11 +231,11 @@ class Walk:
                 if child.content is None and schema.classes(values) and not schema.fits(values, None):
                     stay = f"nearest: name all that stay, each as {{}}, under {path[-1]}"
                     raise Refusal(f"{_at(child, (*path, key))}: null does not remove {key}; {stay}")
-                self._typed(child, values, (*path, key))
+                self._find_classes(child, values, (*path, key))
 
     def _item(self, node: Node, items: Type, base: Path_, name: str) -> None:
         self.last[base] = (*base, name)
-        self._typed(node, items, self.last[base])
+        self._find_classes(node, items, self.last[base])
 
     def _forget(self, path: Path_) -> None:
         self.last.pop(path, None)
@@ -262,7 +262,7 @@ class Walk:
             return
         content = node.content
         if "class_path" in content:
-            self._named(content["class_path"], classes, path)
+            self._resolve_class(content["class_path"], classes, path)
             extra = [key for key in content if key not in _SPEC]
             if extra:
                 child = content[extra[0]]
@@ -303,7 +303,7 @@ class Walk:
     def _unseen(self, node: Node, path: Path_) -> None:
         """Check dict_kwargs, whose types are unknown: a file may set them only for a class named by --trust."""
         cls = self.classes[path]
-        if node.content and not (node.is_of_user or trust.named(cls.path, self.trusted)):
+        if node.content and not (node.is_of_user or trust.is_named(cls.path, self.trusted)):
             first = next(iter(node.content)) if isinstance(node.content, dict) else ""
             where = _at(node, (*path, "dict_kwargs", first))
             raise Refusal(f"{where}: a file may not set them: --trust {cls.path}, or the arguments under init_args")
@@ -322,7 +322,7 @@ class Walk:
             return f"; {homes[0]} has it: {homes[0]}.{key}"
         return hint(key, known)
 
-    def _named(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
+    def _resolve_class(self, node: Node, classes: Sequence[Part], path: Path_) -> None:
         """Resolve a ``class_path`` and record the class at this path."""
         name = node.content
         if not isinstance(name, str) or not name.isprintable():
@@ -378,7 +378,7 @@ class Walk:
         self.classes[path], self.places[path] = cls, where
         self.given[path] = {key for key in self.given.get(path, ()) if key in cls.keys}
 
-    def required(self) -> None:
+    def check_required(self) -> None:
         """Raise Refusal for a required argument that no source gives."""
         for key in ("model", "data"):
             if (key,) not in self.classes and (key,) not in self.unknown:

@@ -78,7 +78,7 @@ def cpu_bfloat16() -> str | None:
     return "AMX" if has("amx_tile") else "AVX512-BF16" if has("avx512_bf16") else None
 
 
-def chosen(trainer: Any) -> tuple[Any, str]:
+def choose_precision(trainer: Any) -> tuple[Any, str]:
     """Return what ``trainer.precision`` becomes on this machine and, if it was auto, the reason.
 
     Args:
@@ -97,11 +97,11 @@ def resolve(trainer: Any, kept: str | None, tell: Callable[[str], None]) -> str 
     """Return the final value of ``trainer.precision``; print in one line what auto became, or what is slow.
 
     Args:
-        trainer: see :func:`chosen`, whose errors this raises too.
+        trainer: see :func:`choose_precision`, whose errors this raises too.
         kept: the precision of the resumed run, which auto keeps.
         tell: prints a line.
     """
-    wanted, why = chosen(trainer)
+    wanted, why = choose_precision(trainer)
     if why and kept is not None:
         wanted, why = kept, "that of the run which is resumed"
     if why:

@@ -48,8 +48,8 @@ class _ObjectsCLI(DescantCLI):
     def name(self) -> str:
         return str(self.options.get("name") or "-".join(type(part).__name__.lower() for part in self.parts.values()))
 
-    def _saved(self) -> str:
-        content = yaml.safe_load(super()._saved())
+    def _config_text(self) -> str:
+        content = yaml.safe_load(super()._config_text())
         content |= {key: _describe_part(part) for key, part in self.parts.items()}
         content["trainer"]["callbacks"] += [_describe_part(callback) for callback in self.callbacks]
         content["trainer"] |= {key: _describe_part(part) for key, part in self.objects.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from descant.cli.document import replaced
 from descant.cli.errors import hint, one_line
 from descant.cli.schema import Ambiguous, Entry, Key, Part, Type, Unknown, classes, kinds
-from descant.cli.trust import allowed
+from descant.cli.trust import is_allowed
 from descant.modules.core.compat.jsonargparse import (
     ActionConfigFile,
     ActionTypeHint,
@@ -80,7 +80,7 @@ class Live:
     def find(self, name: str, kinds_: Sequence[Part]) -> Entry:
         cls = self._full(name, kinds_) if "." in name else self._short(name, kinds_)
         if not inspect.isclass(cls):
-            if allowed(name):  # a function would be called
+            if is_allowed(name):  # a function would be called
                 raise LookupError(f"{name} is no class")
             raise Unknown(name)  # of the user's own
         if not issubclass(cls, self._of(kinds_)):

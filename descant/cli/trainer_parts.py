@@ -77,7 +77,7 @@ def mirror(plugins: list[Any], url: str | None, run: str) -> None:
     store.mirror = place
 
 
-def placed(value: Any, folder: str) -> Any:
+def substitute_run(value: Any, folder: str) -> Any:
     """Replace ``RUN`` at the beginning of texts by the run's folder, at any depth."""
 
     def replace(text: Any) -> Any:
@@ -105,7 +105,7 @@ def _map_leaves(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def purge_after(loggers: Any, point: str | Path | None) -> None:
     """Make TensorBoard hide what it logged after the resume point ``point``, once its writer opens the file."""
-    facts = manifest.known(Path(point)) if point is not None else {}
+    facts = manifest.last_facts(Path(point)) if point is not None else {}
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs["purge_step"] = facts.get("log_step") or 0

@@ -91,12 +91,12 @@ _FIELD = re.compile(r"\{(?!.*\.\.)[\w@][\w/@. -]*(:0?\d{0,2}(\.\d{1,2})?[defg]?)
 _trusted: set[str] = set()
 
 
-def allowed(path: str, trust: Sequence[str] = ()) -> bool:
+def is_allowed(path: str, trust: Sequence[str] = ()) -> bool:
     """Whether a class path lies in an allowed package and in no denied part of it; the longest entry decides.
 
-    >>> [allowed(path) for path in ("torch.optim.AdamW", "torch.hub.load", "os.system")]
+    >>> [is_allowed(path) for path in ("torch.optim.AdamW", "torch.hub.load", "os.system")]
     [True, False, False]
-    >>> allowed("os.system", ["os"])
+    >>> is_allowed("os.system", ["os"])
     True
     """
     verdicts = {**dict.fromkeys(ALLOWED, True), **dict.fromkeys(DENIED, False)}
@@ -111,7 +111,7 @@ def allowed(path: str, trust: Sequence[str] = ()) -> bool:
 
 def require(path: str, trust: Sequence[str] = ()) -> None:
     """Raise Refusal if a class path is outside the allow-list."""
-    if allowed(path, trust):
+    if is_allowed(path, trust):
         return
     part = next((denied for denied in DENIED if within(path, [denied])), None)
     if part is not None:
@@ -130,7 +130,7 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
 
     >>> require_kind("torch.nn.Linear", ["torch.nn.modules.module.Module"])
     """
-    if named(path, trust) or any(kind not in PERMITTED for kind in kinds):
+    if is_named(path, trust) or any(kind not in PERMITTED for kind in kinds):
         return
     places = sorted({place for kind in kinds for place in PERMITTED[kind]})
     if not within(path, places):
@@ -138,10 +138,10 @@ def require_kind(path: str, kinds: Sequence[str], trust: Sequence[str] = ()) -> 
         raise Refusal(f"class_path {path}: here only what is of {', '.join(places)}: --trust {top} if you trust it")
 
 
-def named(path: str, trust: Sequence[str]) -> bool:
+def is_named(path: str, trust: Sequence[str]) -> bool:
     """Whether --trust names this object or a module that contains it.
 
-    >>> named("mine.parts.Tower", ["mine"]), named("minerva.Tower", ["mine"]), named("torch.nn.Linear", [])
+    >>> is_named("mine.parts.Tower", ["mine"]), is_named("minerva.Tower", ["mine"]), is_named("torch.nn.Linear", [])
     (True, False, False)
     """
     return within(path, [name for name in trust if name not in WORDS])

@@ -13,7 +13,7 @@ from descant.modules.io.jsonl import loads
 MOST = 1_000_000
 
 
-def opened(file: Path, below: Path, most: int | None = None) -> BinaryIO:
+def open_below(file: Path, below: Path, most: int | None = None) -> BinaryIO:
     """Open a file to read it, if it is a regular one of at most ``most`` bytes that lies below a folder.
 
     A link that stays below the folder is followed. A pipe or device is opened only to look at it, because a reader of
@@ -38,7 +38,7 @@ def text_of(file: Path, below: Path | None = None, most: int = MOST) -> str:
     Raises:
         OSError: if it cannot be read. ValueError: if it is no such file, larger, or not text in UTF-8.
     """
-    with opened(file, file.parent if below is None else below, most) as stream:
+    with open_below(file, file.parent if below is None else below, most) as stream:
         return stream.read(most + 1).decode("utf-8")
 
 

@@ -199,10 +199,10 @@ class Plan:
         with Image.open(io.BytesIO(data)) as image:
             if self.resize is None or min(image.size) <= self.resize:
                 return data, _IMAGES.get(image.format or "", "img")
-            return resized(image, self.resize), "jpg"
+            return resize_to_jpeg(image, self.resize), "jpg"
 
 
-def resized(image: Image.Image, side: int) -> bytes:
+def resize_to_jpeg(image: Image.Image, side: int) -> bytes:
     """Return the image as JPEG with ``side`` pixels on its shorter side, upright, transparent parts white."""
     scale = side / min(image.size)
     goal = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from descant.callbacks.plots.style import CYCLE, FAINT, INK, SMALL, TITLE, page, pixels, styled, wrap
+from descant.callbacks.plots.style import CYCLE, FAINT, INK, SMALL, TITLE, page, pixels, with_style, wrap
 
 _TILE, _GAP, _LINE, _LINES = 160, 14, 16, 3  # pixels, and lines of a caption
 _EMPTY = 238
@@ -24,7 +24,7 @@ class Tile:
     note: str = "no image"
 
 
-@styled
+@with_style
 def sheet(tiles: Sequence[Tile], title: str, columns: int = 6) -> Image.Image:
     """Draw the tiles row by row under a title; a coloured line below each image marks its split.
 

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from descant.callbacks.plots.series import trace
-from descant.callbacks.plots.style import figure, pixels, styled
+from descant.callbacks.plots.style import figure, pixels, with_style
 from descant.datamodules.base import BatchDataset, DataModule
-from descant.datamodules.fields.fields import TextField, kinds, numbered
+from descant.datamodules.fields.fields import TextField, kinds, list_parts
 from descant.datamodules.fields.images import LIMIT, rgb_of
 from descant.datamodules.sampling.resumable_sampler import Slot, Window
 from descant.datamodules.sources.arrays import array_of
@@ -222,7 +222,7 @@ def thumbnail(data: bytes, side: int = 320) -> Image.Image:
         return small
 
 
-@styled
+@with_style
 def line_plot(array: np.ndarray, side: int = 320) -> Image.Image | None:
     """Draw the first 8 columns of numbers ``[T]`` or ``[T, W]`` as lines from left to right.
 
@@ -280,7 +280,7 @@ def view_of_module(data: DataModule, title: str) -> View:
 def captions_of(source: Source, given: str | None = None) -> list[str]:
     """Find the fields that hold captions: ``given`` (or ``given.0`` ...), otherwise the only candidates, if any."""
     if given is not None:
-        names = numbered(given, source.fields)
+        names = list_parts(given, source.fields)
         for name in names:
             source.has(name)
             if kinds(source)[name] in ("image", "audio"):

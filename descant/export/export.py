@@ -144,13 +144,13 @@ def _write(source: Saved, request: argparse.Namespace, folder: Path) -> list[str
     selected, recipe = source, rebuild(source)
     if keep:
         selected = source._replace(config={**source.config, "model": portable.only(source.model, keep)})
-        recipe = _drop_towers(recipe, build(selected), portable.dropped(source.model, keep), source.weights)
+        recipe = _drop_towers(recipe, build(selected), portable.towers_to_drop(source.model, keep), source.weights)
     prepared, parts = _preprocessing(source)
-    model = portable.carried(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
-    changed = merge.changed(recipe)
+    model = portable.portable_config(selected.model, recipe, folder, next(iter(parts.get("text", [])), None))
+    changed = merge.has_changed_layers(recipe)
     if request.merge:
         merge.plain(recipe)
-        model = portable.merged(model)
+        model = portable.without_adapters(model)
     given = (
         saved.read_yaml(source.folder / loading.PREPROCESS, source.folder)
         if source.exported
@@ -198,7 +198,7 @@ def _write_format(source: Saved, request: argparse.Namespace, folder: Path) -> l
     difference = chosen.require_near(recipe, folder)
     if chosen.cleans:
         texts = captions_of(prepared)
-        _warn_of_texts(request.to, chosen.changed(parts, folder, texts), len(texts))
+        _warn_of_texts(request.to, chosen.list_cleaned_texts(parts, folder, texts), len(texts))
     _copy_notice(source, prepared, folder)
     about = card.About(source, request.out.name, recipe, parts, False, [], chosen.usage(request.out.name))
     card.write(about, prepared, folder, {file.name: sha256_of(file) for file in chosen.weights(folder)})

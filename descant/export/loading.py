@@ -130,11 +130,11 @@ def trusting(trust: Sequence[str]) -> Iterator[None]:
 
     with restoring_settings():
         enforce(trust)
-        with saved.policy(allowed(trust)), hub.permitted("hub" in trust):
+        with saved.policy(trust_check(trust)), hub.allowing_downloads("hub" in trust):
             yield
 
 
-def allowed(trust: Sequence[str]) -> Callable[[str], None]:
+def trust_check(trust: Sequence[str]) -> Callable[[str], None]:
     """Return the allow-list check for saved configurations; it raises ValueError."""
 
     def check(name: str) -> None:

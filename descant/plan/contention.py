@@ -173,7 +173,7 @@ def _time_shared(
 ) -> float:
     """Measure seconds of a call while the first ranks run it together as a group and all other ranks wait."""
     dist.barrier()
-    return _together(call, group, times, clock) if rank < dist.get_world_size(group) else 0.0
+    return _time_slowest(call, group, times, clock) if rank < dist.get_world_size(group) else 0.0
 
 
 def _message(
@@ -188,14 +188,14 @@ def _message(
     both()
     near, apart, spent = list[float](), list[float](), 0.0
     while len(apart) < turns and spent < LONGEST:  # times of the slowest rank, so that all ranks stop together
-        near.append(_together(call, group, times))
-        alone, there = _together(compute, group, times), _together(both, group, times)
+        near.append(_time_slowest(call, group, times))
+        alone, there = _time_slowest(compute, group, times), _time_slowest(both, group, times)
         apart.append(there - alone)
         spent += times * (near[-1] + alone + there)
     return statistics.median(near), statistics.median(apart)
 
 
-def _together(
+def _time_slowest(
     call: Callable[[], object], group: Any, times: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Return the mean seconds of a call in the slowest rank of a group."""

@@ -42,7 +42,7 @@ def nbytes(x: Any) -> int:
     return x.numel() * x.element_size() if isinstance(x, Tensor) else 0
 
 
-def moved(x: Tensor) -> int:
+def kernel_bytes(x: Tensor) -> int:
     """Return the bytes that a kernel moves for a tensor; it reads expanded rows once."""
     return min(nbytes(x), x.untyped_storage().nbytes())
 
@@ -69,7 +69,7 @@ _ATTENTION = {
 }
 
 
-def done(func: Any, args: Any) -> float:
+def unmasked_share(func: Any, args: Any) -> float:
     """Return (T + 1) / 2T for causal attention over T positions, the share of unmasked pairs; otherwise 1."""
     first = _ATTENTION.get(func._schema.name.partition("::")[2])
     causal = {0: 4, 1: 7}

@@ -247,7 +247,7 @@ _of_cpu: list[bool] = []
 
 
 @contextmanager
-def adapted(cpu: bool = False) -> Iterator[None]:
+def patching_torch(cpu: bool = False) -> Iterator[None]:
     """Patch torch so that steps run on the device. ``cpu``: use the kernels of a CPU instead of CUDA's.
 
     ``Tensor.record_stream`` does nothing. ``torch.accelerator.current_stream`` returns a stream of this module, since

@@ -18,7 +18,7 @@ import yaml
 from descant.cli.errors import fail
 from descant.cli.untrusted import yaml_of
 from descant.modules.core.errors import no_such, one_line
-from descant.plan.quantities import Curve, quantity, rounded
+from descant.plan.quantities import Curve, quantity, round_to_digits
 
 #: The files that ship.
 FOLDER = Path(__file__).parent / "hardware"
@@ -77,15 +77,16 @@ class Link:
     apart: dict[str, Curve] = field(default_factory=dict)
     seconds: Annotated[float, "time"] = 0.0
 
-    def measured(self, key: str, size: float, computed: float) -> float | None:
+    def measured_seconds(self, key: str, size: float, computed: float) -> float | None:
         """Return the seconds of a message after ``computed`` seconds of computation, or None if it was not measured.
 
         They are interpolated linearly between both curves, and never exceed the second one.
 
         >>> near, apart = ({"all_reduce/2": Curve((8.0,), (seconds,))} for seconds in (1.0, 3.0))
         >>> link = Link(1e9, 1e-4, 1.0, near, apart, seconds=0.5)
-        >>> [link.measured("all_reduce/2", 8, seconds) for seconds in (0, 0.25, 9)], link.measured("send/2", 8, 0)
-        ([1.0, 2.0, 3.0], None)
+        >>> [link.measured_seconds("all_reduce/2", 8, seconds) for seconds in (0, 0.25, 9)]
+        [1.0, 2.0, 3.0]
+        >>> link.measured_seconds("send/2", 8, 0)
         """
         if key not in self.curves:
             return None
@@ -320,12 +321,12 @@ def to_yaml(hardware: Hardware) -> str:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Curve):
-            return [[rounded(x), rounded(y)] for x, y in zip(value.sizes, value.seconds, strict=True)]
+            return [[round_to_digits(x), round_to_digits(y)] for x, y in zip(value.sizes, value.seconds, strict=True)]
         if hasattr(value, "__dataclass_fields__"):
             items = ((f.name, getattr(value, f.name)) for f in fields(value))
             return {name: plain(inner) for name, inner in items if inner is not None and inner != {}}
         if isinstance(value, dict):
             return {key: plain(inner) for key, inner in value.items()}
-        return rounded(value) if isinstance(value, float) else value
+        return round_to_digits(value) if isinstance(value, float) else value
 
     return yaml.safe_dump(plain(hardware), sort_keys=False, default_flow_style=None, width=120)

@@ -63,9 +63,9 @@ def main(args: Sequence[str]) -> int:
     hardware = load(given.gpu)  # a wrong name fails before torch is imported
     request = read("fit", given.command[1:])
     request.command = "check"
-    from descant.plan.run import planned
+    from descant.plan.run import plan_command
 
-    return planned(request, given, hardware)
+    return plan_command(request, given, hardware)
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -44,7 +44,7 @@ def quantity(value: Any, kind: str) -> float:
         raise ValueError(f"{value!r}: a number above 0{_with(kind)}")
     if match[2] and match[2] not in units:
         raise ValueError(f"{value!r}: no unit of {kind}{hint(match[2], [u for u in units if u], most=20)}")
-    number = rounded(number * (units[match[2]] if match[2] else 1.0), 12)
+    number = round_to_digits(number * (units[match[2]] if match[2] else 1.0), 12)
     if kind in ("share", "part") and number > 1:
         raise ValueError(f"{value!r}: a share of at most 1")
     return number
@@ -55,10 +55,10 @@ def _with(kind: str) -> str:
     return f", such as {examples[kind]}" if kind in examples else ""
 
 
-def rounded(number: float, digits: int = 6) -> float:
+def round_to_digits(number: float, digits: int = 6) -> float:
     """Round a number to significant digits.
 
-    >>> rounded(0.123456789), rounded(5 * 1e-6, 12)
+    >>> round_to_digits(0.123456789), round_to_digits(5 * 1e-6, 12)
     (0.123457, 5e-06)
     """
     return float(f"{number:.{digits}g}")

@@ -15,7 +15,7 @@ from descant.modules.core.compat.fake import FakeTensor
 from descant.modules.core.compat.memory import storage_id
 from descant.modules.core.compat.pytree import tree_leaves
 from descant.modules.training_setup.flops import repeated_share
-from descant.plan.costs import WITHOUT_KERNEL, done, flops, is_view, moved, nbytes, writes
+from descant.plan.costs import WITHOUT_KERNEL, flops, is_view, kernel_bytes, nbytes, unmasked_share, writes
 from descant.plan.fake_device import NAME, channels_last
 from descant.plan.trace import Collective, Operation
 
@@ -169,10 +169,10 @@ def operation_of(
         name=name,
         phase=phase,
         flops=flops(func, args, kwargs, out),
-        read=sum(map(moved, given)),
-        written=sum(map(moved, made or _list_written(func, args, kwargs, kind))),
+        read=sum(map(kernel_bytes, given)),
+        written=sum(map(kernel_bytes, made or _list_written(func, args, kwargs, kind))),
         dtype=str(floats[0]).removeprefix("torch."),
-        done=done(func, args),
+        done=unmasked_share(func, args),
         repeated=repeated_share(func),
     )
 

@@ -23,7 +23,7 @@ class Report:
         self.lines: list[Planned] = []
 
     @property
-    def chosen(self) -> list[Planned]:
+    def best_layouts(self) -> list[Planned]:
         """Return the best layouts."""
         return best(self.lines)
 
@@ -89,7 +89,7 @@ class Report:
         yield (
             f"time       forward {time_text(time.forward)}, backward {time_text(time.backward)}, optimizer "
             f"{time_text(time.optimizer)}, messages {time_text(time.communication)}, of which "
-            f"{time_text(time.exposed)} are waited for; most of it {time.bound}"
+            f"{time_text(time.exposed)} are waited for; most of it {time.bottleneck}"
         )
 
     def messages(self, line: Planned) -> Iterator[str]:
@@ -128,7 +128,7 @@ class Report:
             "memory": {**asdict(line.trace.memory), "peak": line.trace.memory.peak},
             "flops": line.trace.flops,
             "model_flops": self.lines[0].trace.model_flops,
-            "bytes": dict(line.trace.moved()),
+            "bytes": dict(line.trace.bytes_by_collective()),
             "seconds": {**asdict(line.time), "total": line.time.total},
             "mfu": self.mfu(line),
             "samples_per_second": self.samples(line),

@@ -113,7 +113,7 @@ def time_of_collective(collective: Collective, hardware: Hardware, computed: flo
 
 def _ring(name: str, size: float, n: int, link: Link, computed: float = 0.0, trees: bool = False) -> float:
     """Return the seconds of a group on one link; later levels of a message directly follow its first level."""
-    known = link.measured(f"{name}/{n}", size, computed)
+    known = link.measured_seconds(f"{name}/{n}", size, computed)
     if known is not None:
         return known
     if name in ("send", "recv"):
@@ -153,7 +153,7 @@ class StepTime:
         return self.compute + self.host + self.exposed
 
     @property
-    def bound(self) -> str:
+    def bottleneck(self) -> str:
         """Return which of :data:`BOUNDS` takes most of the step."""
         return max(BOUNDS, key=lambda name: self.parts[name])
 
@@ -179,7 +179,7 @@ def step_time(trace: Trace, hardware: Hardware, processes: int = 1) -> StepTime:
     >>> product = Operation("mm", "backward", 2 * 8192**3, 2 * 2 * 8192**2, 2 * 8192**2, "bfloat16")
     >>> sends = [Collective("all_reduce", "backward", 1 << 30, 8, overlapped=True)]
     >>> time = step_time(Trace(1, Memory(0, 0, 0, 0, 0), [product] * 3, sends), load("h100"))
-    >>> f"{time.backward * 1e3:.2f} {time.communication * 1e3:.2f} {time.exposed * 1e3:.2f} ms", time.bound
+    >>> f"{time.backward * 1e3:.2f} {time.communication * 1e3:.2f} {time.exposed * 1e3:.2f} ms", time.bottleneck
     ('4.17 5.25 1.08 ms', 'compute')
     """
     slowdown = hardware.slowdown(processes)

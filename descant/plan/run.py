@@ -25,7 +25,7 @@ from descant.recipes.base.recipe import Recipe
 from descant.recipes.staged import Staged
 
 
-def planned(request: Request, given: PlanRequest, hardware: Hardware) -> int:
+def plan_command(request: Request, given: PlanRequest, hardware: Hardware) -> int:
     """Plan a command and return the exit code."""
 
     def plan(recipe: Recipe, batch: Batch, rows: int, steps: float, parts: list[Any]) -> None:
@@ -55,18 +55,18 @@ def _show(report: Report, parts: list[Any]) -> None:
     print("\n" + report.head(), flush=True)
     for line in search.lines():
         print(report.add(line), flush=True)
-    if not report.chosen:
+    if not report.best_layouts:
         fail(f"no layout of {rows:,} samples fits in {size_text(card.memory)}; the most rows are in the table")
-    for line in list(search.exchanges(report.chosen[0])):
+    for line in list(search.exchanges(report.best_layouts[0])):
         print(report.add(line), flush=True)
-    print("\n" + "\n".join(report.details(report.chosen[0])))
-    for n, one in enumerate(report.chosen, 1):
+    print("\n" + "\n".join(report.details(report.best_layouts[0])))
+    for n, one in enumerate(report.best_layouts, 1):
         print(f"{'best' if n == 1 else '':10s} {n}. {one.name}")
 
 
 def _write(report: Report, given: PlanRequest, rows: int, parts: list[Any]) -> None:
     """Write the requested files; ``rows`` are those of a step of the experiment."""
-    for n, one in enumerate(report.chosen, 1):
+    for n, one in enumerate(report.best_layouts, 1):
         if given.save:
             content = overlay(one, report.search.recipe, rows, parts, given.nodes)
             text = yaml.safe_dump(content, sort_keys=False)
@@ -84,7 +84,7 @@ def _draw(file: Path, report: Report) -> None:
 
     With ideal scaling, all bars would be equally long; a longer bar shows the price of a faster step.
     """
-    search, best = report.search, report.chosen[0]
+    search, best = report.search, report.best_layouts[0]
     names, parts = list[str](), {name: list[float]() for name in BOUNDS}
     for world, line in search.by_number(best):
         names.append(f"{world:,} ranks, {1e3 * line.time.total:,.3g} ms")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from descant.cli.errors import fail
-from descant.cli.estimate import fitted, most_rows
-from descant.modules.adaptation.base import LM, chosen
+from descant.cli.estimate import fit_curve, most_rows
+from descant.modules.adaptation.base import LM, select_towers
 from descant.modules.core.batch import Batch
 from descant.modules.losses.exchange import Chunks, Exchange, Ring
 from descant.modules.training_setup.activation_checkpointing import Checkpointing, blocks_of
@@ -81,7 +81,7 @@ class Search:
         self.world = self.nodes * self.per_node
         self.shard = next((part for part in parts if isinstance(part, Shard)), None)
         given = next((part for part in parts if isinstance(part, Checkpointing)), Checkpointing())
-        blocks = any(blocks_of(tower) for _, tower in chosen(recipe, given.towers, LM))
+        blocks = any(blocks_of(tower) for _, tower in select_towers(recipe, given.towers, LM))
         #: Choices of recomputed blocks: none, and those that the configuration names, or all.
         self.checkpointing = [None, given] if blocks else [None]
         if rows % self.world:
@@ -105,7 +105,7 @@ class Search:
         with ranks(layout.world) if layout.world > 1 else nullcontext():
             yield Simulation(self.recipe, self.batch, layout, gloo=self.on_cpu)
 
-    def simulated(self, layout: Layout, rows: int) -> Trace:
+    def trace_step(self, layout: Layout, rows: int) -> Trace:
         """Trace a step of a layout with ``rows`` rows in a micro-batch."""
         with self.simulation(layout) as simulation:
             return simulation.step(rows)
@@ -122,8 +122,8 @@ class Search:
                     if curve is None:
                         sizes = self.sizes(trace)
                         traces = [trace if n == self.rows else simulation.step(n) for n in sizes]
-                        curve = fitted(sizes, [float(one.memory.activations) for one in traces])
-                one = self.planned(layout, trace, curve)
+                        curve = fit_curve(sizes, [float(one.memory.activations) for one in traces])
+                one = self.plan_layout(layout, trace, curve)
                 least.append(one.trace.memory.peak - self.rise(curve, self.rows) + self.rise(curve, 1))
                 yield one
                 if not one.fits and (smaller := self.pieces(one, curve)) is not None:
@@ -152,7 +152,7 @@ class Search:
     def rise(self, curve: np.ndarray, rows: int) -> float:
         return float(np.polyval(curve, rows))
 
-    def planned(self, layout: Layout, trace: Trace, curve: np.ndarray) -> Planned:
+    def plan_layout(self, layout: Layout, trace: Trace, curve: np.ndarray) -> Planned:
         processes = self.per_node if self.on_cpu else 1
         constant = trace.memory.peak - self.rise(curve, self.rows // layout.micro)
         most = most_rows(curve, self.room() - constant) * layout.micro
@@ -164,16 +164,16 @@ class Search:
         rest = one.trace.memory.peak - self.rise(curve, self.rows)
         for pieces in PIECES:
             if self.rows % pieces == 0 and rest + self.rise(curve, self.rows // pieces) <= self.room():
-                return self.cut(one.layout, pieces, curve)
+                return self.split_layout(one.layout, pieces, curve)
         return None
 
-    def cut(self, layout: Layout, pieces: int, curve: np.ndarray) -> Planned:
+    def split_layout(self, layout: Layout, pieces: int, curve: np.ndarray) -> Planned:
         """Split a layout into pieces: GradCache if samples are each other's negatives, otherwise micro-batches."""
         if self.recipe.in_batch_negatives:
             layout = replace(layout, chunks=pieces)
-            return self.planned(layout, self.simulated(layout, self.rows), curve)
+            return self.plan_layout(layout, self.trace_step(layout, self.rows), curve)
         layout = replace(layout, micro=pieces)
-        return self.planned(layout, self.simulated(layout, self.rows // pieces), curve)
+        return self.plan_layout(layout, self.trace_step(layout, self.rows // pieces), curve)
 
     def exchanges(self, best: Planned) -> Iterator[Planned]:
         """Yield the best layout with the other exchanges of samples between ranks.
@@ -190,9 +190,9 @@ class Search:
         ways: list[Exchange] = [Chunks(), Ring()]
         for way in ways:
             layout = replace(best.layout, exchange=way)
-            trace = self.simulated(layout, self.rows)
+            trace = self.trace_step(layout, self.rows)
             curve = np.array([0.0, float(trace.memory.activations)])
-            yield replace(self.planned(layout, trace, curve), most=best.most)
+            yield replace(self.plan_layout(layout, trace, curve), most=best.most)
 
     def by_number(self, best: Planned) -> Iterator[tuple[int, Planned]]:
         """Yield the best layout for the same step on fewer ranks, with their number, down to one node."""
@@ -202,9 +202,9 @@ class Search:
             rows = self.rows * self.world // world
             strategy: Any = best.layout.strategy if nodes > 1 or best.layout.strategy != "hsdp" else "fsdp"
             layout = replace(best.layout, strategy=strategy, world=world)
-            trace = self.simulated(layout, rows // layout.micro)
+            trace = self.trace_step(layout, rows // layout.micro)
             curve = np.array([float(trace.memory.activations)])
-            yield world, self.planned(layout, trace, curve)
+            yield world, self.plan_layout(layout, trace, curve)
             nodes //= 2
 
 

@@ -32,7 +32,7 @@ from descant.modules.core.part import nested
 from descant.modules.training_setup.optim import make_optimizer
 from descant.modules.training_setup.sync_batch_norm import synchronize
 from descant.plan.costs import nbytes
-from descant.plan.fake_device import NAME, Simulated, adapted, on_device, register
+from descant.plan.fake_device import NAME, Simulated, on_device, patching_torch, register
 from descant.plan.layout import Layout, Precision
 from descant.plan.record import Recorder
 from descant.plan.trace import Collective, Memory, Operation, Trace
@@ -73,7 +73,7 @@ class Simulation:
     def _context(self, trainer: Any) -> Iterator[None]:
         kept, trainer.log_every_n_steps = trainer.log_every_n_steps, 0
         try:
-            with self.simulated, adapted(cpu=self.record.copies), self.record:
+            with self.simulated, patching_torch(cpu=self.record.copies), self.record:
                 yield
         finally:
             trainer.log_every_n_steps = kept
@@ -81,7 +81,7 @@ class Simulation:
     def step(self, rows: int) -> Trace:
         """Trace a step with ``rows`` samples in each micro-batch of this rank, once the optimizer has its states."""
         with self._context(self.twin.trainer), _refused_reads(type(self.twin).__name__):
-            tokens = self._one(rows) if self._warm else self._first(rows)
+            tokens = self._take_step(rows) if self._warm else self._first(rows)
             self._warm = True
         twin, record, layout = self.twin, self.record, self.layout
         held = {id(x): x for state in self.optimizer.state.values() for x in tree_leaves(state)}
@@ -109,9 +109,9 @@ class Simulation:
         gc.collect()  # modules are in reference cycles, and their tensors would be counted
         self._build(self.recipe)
         self.simulated.once = True
-        self._one(min(rows, len(self.batch)))
+        self._take_step(min(rows, len(self.batch)))
         self.simulated.once = False
-        return self._one(rows)
+        return self._take_step(rows)
 
     def _after_zeros(self, rows: int) -> int | None:
         """Return the tokens of a step that follows one with zero gradients, or None if that does not work."""
@@ -120,15 +120,16 @@ class Simulation:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         try:
-            tokens = self._one(rows)
+            tokens = self._take_step(rows)
         except DataDependentOutputException:
             return None
         return tokens if all(p.grad is not None for p in trained) else None
 
-    def _one(self, rows: int) -> int:
+    def _take_step(self, rows: int) -> int:
         """Take one optimizer step and return its tokens."""
         made = [
-            _repeat_rows(self.batch, rows, self.layout)._each(_whole(self.precision)) for _ in range(self.layout.micro)
+            _repeat_rows(self.batch, rows, self.layout)._each(_cast_inputs(self.precision))
+            for _ in range(self.layout.micro)
         ]
         there = [batch.to(register()) for batch in made]
         self.record.again()
@@ -197,7 +198,7 @@ def _repeat_rows(batch: Batch, rows: int, layout: Layout) -> Batch:
     return replace(part, step={name: mask_B.repeat(times) for name, mask_B in part.present.items()})
 
 
-def _whole(precision: Precision) -> Any:
+def _cast_inputs(precision: Precision) -> Any:
     def change(x: Tensor) -> Tensor:
         return x.to(precision.whole) if precision.whole is not None and x.is_floating_point() else x
 

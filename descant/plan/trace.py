@@ -103,11 +103,11 @@ class Trace:
         """
         return sum(round(operation.flops * (1 - operation.repeated)) for operation in self.operations)
 
-    def moved(self) -> Counter[str]:
+    def bytes_by_collective(self) -> Counter[str]:
         """Count bytes by kind of collective.
 
         >>> trace = Trace(1, Memory(0, 0, 0, 0, 0), [], [Collective("all_reduce", "backward", 8, 2)] * 2)
-        >>> trace.moved()
+        >>> trace.bytes_by_collective()
         Counter({'all_reduce': 16})
         """
         counts: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 from descant.cli.errors import Refusal, fail, hint, say
 from descant.cli.options import Options
 from descant.modules.core.metric_names import CHANCE, order
-from descant.report.statistics import Paired, paired
+from descant.report.statistics import Paired, compare_pairs
 from descant.run.groups import MOST_TOLD, Group, group, load
 
 _HELP = """\
@@ -105,7 +105,7 @@ def main(args: Sequence[str]) -> int:
         say(f"{more} more metrics: --metrics '*', or their names")
     if (differing := len({key for one in table.groups for key in one.parts})) > MOST_TOLD:
         say(f"{differing} settings differ, a row names at most {MOST_TOLD}: descant report and --format json show all")
-    if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped]:
+    if unfinished := [f"{run.name} ({run.stopped})" for one in table.groups for run in one.stopped_runs]:
         rest = f", and {len(unfinished) - 1} others" if len(unfinished) > 1 else ""
         say(f"stopped before the last step: {unfinished[0]}{rest}")
     print({"markdown": markdown, "csv": as_csv, "json": as_json}[given.format](table))
@@ -149,7 +149,7 @@ def fill(groups: list[Group], base: Group, metrics: list[str], lower: set[str]) 
             shared = [seed for seed in ours if isinstance(seed, int) and seed in theirs]
             cells[metric] = Cell(_mean(list(ours.values())))
             if shared and one is not base and _same_meaning(metric, one, base):
-                change = paired([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+                change = compare_pairs([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
                 better = change.losses if metric in table.lower else change.wins
                 cells[metric] = Cell(cells[metric].mean, change, better)
         table.cells.append(cells)
@@ -296,14 +296,14 @@ def markdown(table: Table) -> str:
     pairs = []
     for k, metric in enumerate(table.metrics):
         lower = " (lower is better)" if metric in table.lower else ""
-        head = metric if len(metric + lower) <= 2 * _METRIC else _cut(metric, _METRIC)
+        head = metric if len(metric + lower) <= 2 * _METRIC else _shorten(metric, _METRIC)
         of = [cells[metric] for cells in table.cells]
         column = [head + lower, *(number(cell.mean) for cell in of)] + [chance[k] or "-"] * guessed
         texts = [
             "baseline" if one is table.baseline else difference(c) for one, c in zip(table.groups, of, strict=True)
         ]
         pairs.append((column, ["difference [95 %]; better", *texts] + ["-"] * guessed))
-    columns = [["seeds", *map(counted, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
+    columns = [["seeds", *map(count_text, table.groups)] + ["-"] * guessed, *(c for pair in pairs for c in pair)]
     columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
     seconds += ["-"] * guessed
     seeds, pairs = columns[0], list(zip(columns[1::2], columns[2::2], strict=True))
@@ -333,9 +333,9 @@ def _table_lines(columns: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def counted(one: Group) -> str:
+def count_text(one: Group) -> str:
     """Format ``5``, or ``5, 1 stopped``: number of seeds, and of runs that stopped before their last step."""
-    count, stopped = len(one.runs), len(one.stopped)
+    count, stopped = len(one.runs), len(one.stopped_runs)
     return str(count) if not stopped else f"{count} stopped" if stopped == count else f"{count}, {stopped} stopped"
 
 
@@ -344,7 +344,7 @@ def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
     whole = [one.name.replace("|", "\\|") for one in groups]
     if max(map(len, whole)) <= most:
         return whole, []
-    short = [_cut(one.first.name.replace("|", "\\|"), most - 5) for one in groups]
+    short = [_shorten(one.first.name.replace("|", "\\|"), most - 5) for one in groups]
     names = [f"{name} #{n}" if short.count(name) > 1 else name for n, name in enumerate(short, 1)]
     legend = []
     for name, one in zip(names, groups, strict=True):
@@ -353,10 +353,10 @@ def _names(groups: Sequence[Group], most: int) -> tuple[list[str], list[str]]:
     return names, legend
 
 
-def _cut(text: str, most: int) -> str:
+def _shorten(text: str, most: int) -> str:
     """Shorten text in its middle.
 
-    >>> _cut("vendor/probe_subgroup_top1", 20)
+    >>> _shorten("vendor/probe_subgroup_top1", 20)
     'vendor/p...roup_top1'
     """
     return text if len(text) <= most else f"{text[: (most - 3) // 2]}...{text[-(most - 2) // 2 :]}"
@@ -416,7 +416,7 @@ def as_json(table: Table) -> str:
             "runs": [run.name for run in one.runs.values()],
             "seeds": list(one.runs),
             "settings": one.parts,
-            "stopped": {run.name: run.stopped for run in one.stopped},
+            "stopped": {run.name: run.stopped for run in one.stopped_runs},
             "seconds": None if math.isnan(seconds) else round(seconds, 3),
             "metrics": {metric: _fields(cell) for metric, cell in cells.items()},
         }

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from descant.cli.errors import printable as clean
-from descant.cli.untrusted import opened
+from descant.cli.untrusted import open_below
 from descant.report import figures
 from descant.run.events import OVERVIEW, read
 from descant.run.groups import Group
@@ -34,7 +34,7 @@ def scalars(folder: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     file = folder / "metrics.csv"
     if file.exists():
-        with io.TextIOWrapper(opened(file, folder, _MAX_BYTES), encoding="utf-8", newline="") as lines:
+        with io.TextIOWrapper(open_below(file, folder, _MAX_BYTES), encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines)
             names = [clean(name) for name in next(rows, [])]
             if "step" not in names:

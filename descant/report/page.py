@@ -36,7 +36,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"sha256": _sha256, "colour": colour, "counted": compare.counted}
+    made.filters |= {"sha256": _sha256, "colour": colour, "counted": compare.count_text}
     made.filters |= {"number": compare.number, "difference": compare.difference}
     return made
 

@@ -12,7 +12,7 @@ from typing import Any
 from descant import __version__
 from descant.cli.errors import fail, one_line, say
 from descant.cli.errors import printable as clean
-from descant.cli.untrusted import json_of, opened, text_of
+from descant.cli.untrusted import json_of, open_below, text_of
 from descant.modules.io.files import real_path
 from descant.report.compare import Table, by_chance, chance_of, every, is_chance, options, read
 from descant.report.curves import Curve, chart, scalars
@@ -79,7 +79,7 @@ def _require_report(file: Path) -> None:
     except OSError as error:  # such as a name that is too long
         fail(f"report: --output {file}: cannot be written: {error.strerror}")
     try:
-        with opened(file, real_path(file).parent) as stream:
+        with open_below(file, real_path(file).parent) as stream:
             if _MARK.encode() in stream.read(2000):
                 return
     except (OSError, ValueError):

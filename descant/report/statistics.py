@@ -31,7 +31,7 @@ class Paired:
         return self.n - self.wins - self.ties
 
 
-def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
+def compare_pairs(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paired:
     """Compare paired values: mean of ``d_s = a_s - b_s`` over seeds ``s``, with Student's t interval.
 
     The interval is ``mean(d) +- t(level, n - 1) sd(d) / sqrt(n)``. A bootstrap is too narrow for a handful of seeds:
@@ -64,7 +64,7 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Paire
         b: the baseline's metric, for the same seeds in the same order.
         level: coverage of the interval.
 
-    >>> change = paired([0.5, 0.75, 0.625], [0.25, 0.25, 0.625])
+    >>> change = compare_pairs([0.5, 0.75, 0.625], [0.25, 0.25, 0.625])
     >>> round(change.low, 3), change.mean, round(change.high, 3), change.wins
     (-0.371, 0.25, 0.871, 2)
     """
@@ -137,7 +137,7 @@ def p_value(d: Sequence[float]) -> float:
     >>> round(p_value([0.25, 0.5, 0.75]), 4)
     0.0742
     """
-    change = paired(d, [0.0] * len(d))
+    change = compare_pairs(d, [0.0] * len(d))
     if change.n < 2 or change.mean == 0:
         return 1.0
     error = (change.high - change.low) / 2 / t_quantile(0.95, change.n - 1)

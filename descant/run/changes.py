@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from descant.cli.document import load, shown
+from descant.cli.document import load, path_to_show
 from descant.cli.errors import fail, printable, say
 from descant.cli.trust import within
 
@@ -45,11 +45,11 @@ def require_unchanged(checkpoint: Path, config: str, allowed: bool) -> None:
     then, now = load(file).plain, yaml.safe_load(config)
     before, here = _class(then), _class(now)
     if before != here and not allowed:
-        fail(f"--resume: {shown(file.parent)} trains {before}, and this is {here}: --name starts a new run")
+        fail(f"--resume: {path_to_show(file.parent)} trains {before}, and this is {here}: --name starts a new run")
     saved, given = _without_callbacks(then), _without_callbacks(now)
     settings = list(changes(then | {"trainer": saved[0]}, now | {"trainer": given[0]}))
     callbacks = _of_callbacks(saved[1], given[1])
-    restore = f"the run's own: --config {shown(file)}"
+    restore = f"the run's own: --config {path_to_show(file)}"
     for line in _settings(settings, restore):
         say(line)
     if callbacks:
@@ -79,9 +79,9 @@ def of_another(checkpoint: Path, source: Path | None, config: str) -> str | None
     ]
     if source is None and not differing:
         return None
-    here = f"the configuration of {shown(source)}" if source is not None else "this configuration"
+    here = f"the configuration of {path_to_show(source)}" if source is not None else "this configuration"
     differs = f": {_several(differing)}" if differing else ", which trained the same model"
-    return f"the checkpoint is of {shown(folder)}, and is evaluated with {here}{differs}"
+    return f"the checkpoint is of {path_to_show(folder)}, and is evaluated with {here}{differs}"
 
 
 def _class(config: object) -> str:

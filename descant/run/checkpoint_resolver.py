@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from descant.cli.document import load, shown
+from descant.cli.document import load, path_to_show
 from descant.cli.errors import Refusal, fail, say
 from descant.modules.io import manifest
-from descant.modules.io.checkpoints import due, followed, judged, of_run
+from descant.modules.io.checkpoints import best_checkpoints, due, follow_latest, of_run
 from descant.modules.io.files import real_path
 from descant.report.curves import scalars
 from descant.run import elastic, lock, runs
@@ -26,7 +26,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         start = _point(root, resume).resolve()
         _compare_versions(start.parent.parent)
         return _lock_run(runs.allocate(root / name, checkpoint=str(start)))
-    before = elastic.begun(root / name)
+    before = elastic.find_run_before_restart(root / name)
     folder = runs.existing(root, run, trust) if run else before or runs.latest(root, name)
     if resume == "never":
         if run:
@@ -40,11 +40,11 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
     newest, skipped = runs.newest_point(folder) if folder else (None, [])
     if folder is not None and newest is not None:
         if not os.access(folder, os.W_OK):
-            fail(f"{shown(folder)}: the run cannot be continued: no permission to write")
+            fail(f"{path_to_show(folder)}: the run cannot be continued: no permission to write")
         _report(skipped)
         for part in ("checkpoints", "resume", "stages"):
             manifest.sweep(folder / part)
-        say(f"resuming {shown(folder)} from {newest.name}")
+        say(f"resuming {path_to_show(folder)} from {newest.name}")
         _compare_versions(folder)
         return Run(folder, fresh=False, checkpoint=str(newest))
     if run:
@@ -56,7 +56,7 @@ def for_fit(root: Path, name: str, run: str | None, resume: str, trust: Sequence
         lock.release(folder)
     new = Run(folder, fresh=False) if folder is not None and again else _lock_run(runs.allocate(root / name))
     what = "valid resume point" if skipped else "resume point yet"
-    say(f"--resume auto: {name} has no {what}; starting {shown(new.folder)}")
+    say(f"--resume auto: {name} has no {what}; starting {path_to_show(new.folder)}")
     if folder is not None and not skipped and (lost := _lost_text(folder)) is not None:
         say(lost)
     return new
@@ -73,14 +73,14 @@ def _lost_text(folder: Path) -> str | None:
     steps = f"at least {max(trained) + 1} steps" if trained else "no step was logged"
     listed = {str(one.get("class_path")).rpartition(".")[2]: one for one in callbacks or [] if isinstance(one, dict)}
     if "Resume" not in listed:
-        return f"{shown(folder)} saves no resume points (no callback Resume): its training is lost ({steps})"
+        return f"{path_to_show(folder)} saves no resume points (no callback Resume): its training is lost ({steps})"
     given = listed["Resume"].get("init_args")
     types = {"every": int, "minutes": float | int | None}
     options = {key: given[key] for key in types if isinstance(given, dict) and key in given}
     if not all(isinstance(value, types[key]) for key, value in options.items()):
         return None
     when = due(**options)
-    return f"{shown(folder)} ended before its first resume point ({when}): its training is lost ({steps})"
+    return f"{path_to_show(folder)} ended before its first resume point ({when}): its training is lost ({steps})"
 
 
 def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
@@ -92,7 +92,7 @@ def require_contained(folder: Path, trust: Sequence[str] = ()) -> None:
         for name in (*folders, *files):
             path = Path(place, name)
             if path.is_symlink() and not real_path(path).is_relative_to(root):
-                fail(f"{shown(path)}: a link out of the run's folder; --trust writes lets a run write there")
+                fail(f"{path_to_show(path)}: a link out of the run's folder; --trust writes lets a run write there")
 
 
 def _lock_run(run: Run) -> Run:
@@ -103,15 +103,15 @@ def _lock_run(run: Run) -> Run:
 
 def _point(root: Path, resume: str) -> Path:
     """Find the resume point of ``--resume PATH``: a file, or the newest valid one of a run."""
-    for folder in (followed(root / resume), followed(Path(resume))):
+    for folder in (follow_latest(root / resume), follow_latest(Path(resume))):
         if runs.is_run(folder):
             newest, skipped = runs.newest_point(folder)
             if newest is None:
                 fail(f"--resume {resume}: it has no {_none(skipped)}")
             _report(skipped)
-            say(f"starting from {shown(newest)}")
+            say(f"starting from {path_to_show(newest)}")
             return newest
-    path = followed(Path(resume))
+    path = follow_latest(Path(resume))
     if not path.exists():
         fail(f"--resume {resume}: no such checkpoint; never, auto or a path of a resume point or run")
     entry = manifest.account(path)
@@ -135,19 +135,19 @@ def for_evaluation(
 
     ``report`` gets one line about the weights that the command uses.
     """
-    wanted = str(followed(Path(wanted))) if wanted not in (None, "best", "last") else wanted
+    wanted = str(follow_latest(Path(wanted))) if wanted not in (None, "best", "last") else wanted
     if source is None and wanted is not None and Path(wanted).resolve().parent.name in ("checkpoints", "resume"):
         source = Path(wanted).resolve().parent.parent
     checkpoint = _checkpoint(source, wanted)
     if source is not None:
-        from descant.modules.io.saved import changed
+        from descant.modules.io.saved import edit_warning
 
-        if (line := changed(source)) is not None:
+        if (line := edit_warning(source)) is not None:
             report(f"warning: {line}")
     if checkpoint is None:
         report(f"no --ckpt_path: {command} uses untrained weights")
     elif wanted is None:
-        report(f"{command} uses the best checkpoint of {shown(source or checkpoint)}: {checkpoint.name}")
+        report(f"{command} uses the best checkpoint of {path_to_show(source or checkpoint)}: {checkpoint.name}")
     parent = source if source is not None else root / name
     runs.require_below(root, parent, trust)
     return runs.allocate(parent, f"{command}-", str(checkpoint) if checkpoint else None)
@@ -187,7 +187,9 @@ def _last(source: Path) -> Path:
         newest = next((path for path, why in skipped if why == manifest.NONE), None)
         skipped = [(path, why) for path, why in skipped if why != manifest.NONE]
     if newest is None:
-        fail(f"{shown(source)} has no " + (f"whole checkpoint ({_first(skipped)})" if skipped else "checkpoints"))
+        fail(
+            f"{path_to_show(source)} has no " + (f"whole checkpoint ({_first(skipped)})" if skipped else "checkpoints")
+        )
     _report(skipped)
     return newest
 
@@ -197,14 +199,14 @@ def _best(source: Path, last: Path) -> Path:
     from descant.modules.io.plain import load_values
 
     content: dict[str, Any] = load_values(last)
-    for name, monitors in sorted(judged(content), key=lambda pair: not pair[1]):  # those with a monitor first
+    for name, monitors in sorted(best_checkpoints(content), key=lambda pair: not pair[1]):  # those with a monitor first
         best = source / "checkpoints" / name
         if best.exists():
             why = manifest.fault(best)
             if why in (None, manifest.NONE):
                 return best
             if monitors:
-                fail(f"{shown(best)}: {why}; it was the best: --ckpt_path last uses {last.name}")
+                fail(f"{path_to_show(best)}: {why}; it was the best: --ckpt_path last uses {last.name}")
             _report([(best, str(why))])
     return last
 
@@ -213,7 +215,7 @@ def _nearest(path: Path, safe: bool = True) -> str:
     """Return ``; nearest: PATH``, a valid checkpoint of the same run; if ``safe``, a resume point."""
     folder = path.absolute().parent.parent
     other = runs.newest_point(folder)[0] if safe else manifest.first(of_run(folder))[0]
-    return f"; nearest: {shown(other)}" if other else ""
+    return f"; nearest: {path_to_show(other)}" if other else ""
 
 
 def _report(skipped: Sequence[tuple[Path, str]]) -> None:

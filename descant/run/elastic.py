@@ -8,15 +8,15 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from descant.cli.untrusted import json_of
-from descant.run.runs import whole, word
+from descant.run.runs import read_integer, word
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
     """Return how often torchrun has restarted these workers."""
-    return whole("TORCHELASTIC_RESTART_COUNT", environment)
+    return read_integer("TORCHELASTIC_RESTART_COUNT", environment)
 
 
-def begun(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
+def find_run_before_restart(parent: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
     """Find the run of the workers before a restart; None at a first start or if they had no run."""
     if not restarts(environment):
         return None
@@ -42,7 +42,7 @@ def own_store(environment: MutableMapping[str, str] = os.environ) -> None:
         return
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(environment["MASTER_ADDR"], whole("MASTER_PORT", environment), is_master=False)
+    store = TCPStore(environment["MASTER_ADDR"], read_integer("MASTER_PORT", environment), is_master=False)
     key = f"descant/port/{restarts(environment)}"
     if environment["RANK"] == "0":
         with socket.socket() as probe:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from descant.cli.errors import one_line, say
 from descant.cli.errors import printable as clean
-from descant.cli.untrusted import opened
+from descant.cli.untrusted import open_below
 from descant.modules.core.metric_names import OVERVIEW as OVERVIEW
 from descant.run.groups import Group, Run
 
@@ -54,7 +54,7 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
     files = [path for path in folder.glob("events.out.tfevents.*") if not path.is_dir()]
     for file in sorted(files, key=_by_number):
         try:
-            stream = opened(file, folder)
+            stream = open_below(file, folder)
         except (OSError, ValueError) as error:
             say(f"skipped, as it cannot be read: {file}: {one_line(error)}")
             continue

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def long_lived_objects_frozen() -> Iterator[None]:
+def freezing_long_lived_objects() -> Iterator[None]:
     """Exclude the objects that exist now from garbage collection.
 
     Python searches the oldest objects only once a quarter as many have been added. With half a million objects of

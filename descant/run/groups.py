@@ -24,7 +24,7 @@ from descant.cli.errors import printable as clean
 from descant.cli.schema import names_class
 from descant.cli.trust import within
 from descant.cli.untrusted import json_of, text_of
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from descant.run import runs
 from descant.run.changes import FREE
 
@@ -86,7 +86,7 @@ class Group:
         return next(iter(self.runs.values()))
 
     @property
-    def stopped(self) -> list[Run]:
+    def stopped_runs(self) -> list[Run]:
         """Return the runs that ended before their limit."""
         return [run for run in self.runs.values() if run.stopped]
 
@@ -121,14 +121,14 @@ def load(command: str, words: Sequence[str], root: Path) -> list[Run]:
 
 def _find(command: str, word: str, root: Path) -> tuple[list[Path], bool]:
     """Return the run folders of a word, and whether it names a single run."""
-    for path in (followed(root / word), followed(Path(word))):
+    for path in (follow_latest(root / word), follow_latest(Path(word))):
         if runs.is_run(path):
             return [path], True
         if several := runs.runs_of(path.parent, path.name):
             return several, False
     matches = [root / match for match in glob.glob(word, root_dir=root)] or [Path(match) for match in glob.glob(word)]
     folders: list[Path] = []
-    for path in sorted(map(followed, matches)):
+    for path in sorted(map(follow_latest, matches)):
         folders += runs.runs_below(path)
     if not folders:
         known = [path for path in root.glob("*/*") if runs.is_run(path) and not path.is_symlink()]
@@ -154,19 +154,19 @@ def _read(command: str, folder: Path) -> Run:
         metrics = numbers(json_of(file, folder))
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
         fail(f"{command} {_name(folder)}: {file.name} cannot be read: {clean(one_line(error))}")
-    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored, stopped(settings, metrics))
+    return Run(folder, _name(folder), seed_of(text), settings, metrics, monitored, describe_stop(settings, metrics))
 
 
-def stopped(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
+def describe_stop(settings: Mapping[str, object], metrics: Mapping[str, float]) -> str:
     """Describe how far a run came, if it ended before its Trainer's limit; empty otherwise, or if that is unknown.
 
     A run with EarlyStopping, ``max_time`` or the callback Budget, which replace that limit, counts as finished.
 
-    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
+    >>> describe_stop({"trainer.max_steps": 1000, "trainer.max_epochs": -1}, {"steps": 400, "epochs": 3})
     '400 of 1,000 steps'
-    >>> stopped({"trainer.max_steps": 1000, "trainer.max_epochs": 3}, {"steps": 400, "epochs": 3})
+    >>> describe_stop({"trainer.max_steps": 1000, "trainer.max_epochs": 3}, {"steps": 400, "epochs": 3})
     ''
-    >>> stopped({"trainer.max_steps": 1000, "trainer.callbacks.Budget": "Budget"}, {"steps": 400})
+    >>> describe_stop({"trainer.max_steps": 1000, "trainer.callbacks.Budget": "Budget"}, {"steps": 400})
     ''
     """
     ending = ("trainer.max_time", f"{_CALLBACKS}.EarlyStopping", f"{_CALLBACKS}.Budget")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from descant.cli.document import shown
+from descant.cli.document import path_to_show
 from descant.cli.errors import fail
 from descant.modules.io.jsonl import loads
 from descant.run.runs import identity
@@ -166,4 +166,4 @@ def _start_time(pid: int) -> str | None:
 def _refuse(folder: Path, other: Mapping[str, Any]) -> None:
     who = f"process {other['pid']} on {other.get('host')}" if "pid" in other else "another process"
     away = "" if other.get("host") == socket.gethostname() else f"; if it is gone, remove {FILE} there"
-    fail(f"{shown(folder)}: {who} writes this run; wait for its end, or leave out --resume for a new run{away}")
+    fail(f"{path_to_show(folder)}: {who} writes this run; wait for its end, or leave out --resume for a new run{away}")

@@ -73,7 +73,7 @@ class Mirror:
                     self._fault = fault
 
     def _copy(self, path: Path) -> None:
-        entry = manifest.listed(path)
+        entry = manifest.read_entry(path)
         if entry is None:
             raise FileNotFoundError(f"{path}: removed")
         there = posixpath.join(self.folder, path.parent.name)

@@ -119,7 +119,7 @@ class PartedIO(AtomicIO):
         while True:
             for rank in range(world):
                 part = place / name_of(rank)
-                if rank not in entries and (entry := manifest.listed(part)) is not None:
+                if rank not in entries and (entry := manifest.read_entry(part)) is not None:
                     entries[rank] = entry
                 elif rank not in entries and (failed := part.with_suffix(_FAILED)).exists():
                     raise OSError(f"{path}: not written: rank {rank} of {world}: {failed.read_text()}")

@@ -26,7 +26,7 @@ from descant.modules.io import merge
 from descant.modules.io.saved import PLACE, WEIGHTS, Node
 from descant.modules.tokenizers.text import BPETokenizer, NgramTokenizer, PretrainedTokenizer, Tokenizer
 from descant.modules.towers import PretrainedTower, TransformersTower
-from descant.recipes.base.rebuild import untrained
+from descant.recipes.base.rebuild import without_training
 from descant.recipes.base.recipe import Recipe
 
 #: Fields of a transformers configuration that do not describe the model.
@@ -41,7 +41,7 @@ def only(model: Node, keep: Sequence[str]) -> Node:
     for name in keep:
         if name not in known:
             fail(f"--towers {name}: no such tower{hint(name, known)}")
-    towers |= dict.fromkeys(dropped(model, keep))
+    towers |= dict.fromkeys(towers_to_drop(model, keep))
     if arguments.get("pairs"):
         arguments["pairs"] = [pair for pair in arguments["pairs"] if set(pair) <= set(keep)]
     adapt = arguments.get("adapt") or []
@@ -51,18 +51,18 @@ def only(model: Node, keep: Sequence[str]) -> Node:
     if adapt:
         arguments["adapt"] = [part for part in adapt if (part.get("init_args") or {}).get("towers") != []]
     for key, value in arguments.items():  # parts of a dropped modality
-        if names_class(value) and (value.get("init_args") or {}).get("modality") in dropped(model, keep):
+        if names_class(value) and (value.get("init_args") or {}).get("modality") in towers_to_drop(model, keep):
             arguments[key] = None
     return {**model, "init_args": arguments}
 
 
-def dropped(model: Node, keep: Sequence[str]) -> list[str]:
+def towers_to_drop(model: Node, keep: Sequence[str]) -> list[str]:
     """Return the names of the towers to leave out."""
     towers = ((model.get("init_args") or {}).get("towers") or {}).get("init_args") or {}
     return [name for name, node in towers.items() if keep and node is not None and name not in keep]
 
 
-def merged(model: Node) -> Node:
+def without_adapters(model: Node) -> Node:
     """Return the recipe's configuration without Lora and Quantize, which ``merge.plain`` folds into the layers."""
     arguments = dict(model["init_args"])
     folded = (Lora, Quantize)
@@ -72,12 +72,12 @@ def merged(model: Node) -> Node:
     return {**model, "init_args": arguments}
 
 
-def carried(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | None) -> Node:
+def portable_config(model: Node, recipe: Recipe, folder: Path, tokenizer: Tokenizer | None) -> Node:
     """Return a configuration of ``recipe`` that needs ``folder`` alone; towers of other runs become plain ones.
 
     This changes ``recipe`` in place if a tower wraps another, and writes ``towers/NAME`` for those of transformers.
     """
-    node = {"class_path": model["class_path"], "init_args": copy.deepcopy(untrained(model))}
+    node = {"class_path": model["class_path"], "init_args": copy.deepcopy(without_training(model))}
     adapt = node["init_args"].get("adapt") or []  # changed parts have their structure in their arguments
     if any(issubclass(find_class(part["class_path"]), StageChange) for part in adapt):
         kept = [part for part in adapt if not issubclass(find_class(part["class_path"]), StageChange)]
@@ -206,7 +206,7 @@ def write_transformers(tower: TransformersTower, folder: Path, tokenizer: Tokeni
 
 def _plain(tower: TransformersTower) -> TransformersTower:
     """Return the tower itself, or a copy with plain layers if it is adapted or quantized."""
-    return cast(TransformersTower, merge.plain(copy.deepcopy(tower))) if merge.changed(tower) else tower
+    return cast(TransformersTower, merge.plain(copy.deepcopy(tower))) if merge.has_changed_layers(tower) else tower
 
 
 def _is_plain(value: object) -> bool:

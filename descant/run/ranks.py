@@ -88,12 +88,12 @@ def hand_over(line: str) -> bool:
     return True
 
 
-def connection_lost(error: BaseException) -> bool:
+def is_connection_loss(error: BaseException) -> bool:
     """Whether an exception only means that another rank is gone.
 
-    >>> connection_lost(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"))
+    >>> is_connection_loss(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"))
     True
-    >>> connection_lost(ValueError("batch_size 1: at least 2"))
+    >>> is_connection_loss(ValueError("batch_size 1: at least 2"))
     False
     """
     cause: BaseException | None = error
@@ -146,7 +146,7 @@ class Ranks:
         except self.agreed:
             raise
         except Exception as error:
-            if connection_lost(error):  # the rank that is gone failed first and has the cause
+            if is_connection_loss(error):  # the rank that is gone failed first and has the cause
                 if _lines is not None:
                     time.sleep(CAUSE + GRACE)  # the parent process ends this one
                 elif launcher.procs:

@@ -21,7 +21,7 @@ from descant.cli.catalogue import made_by
 from descant.cli.errors import Refusal, fail, hint, printable
 from descant.cli.untrusted import json_of, text_of
 from descant.modules.io import manifest, plain_yaml
-from descant.modules.io.checkpoints import LATEST, followed
+from descant.modules.io.checkpoints import LATEST, follow_latest
 from descant.modules.io.files import write_text as write_text
 from descant.modules.io.jsonl import loads
 
@@ -73,11 +73,11 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if key in environment and not (key == "SLURM_PROCID" and interactive):
-            return whole(key, environment)
+            return read_integer(key, environment)
     return 0
 
 
-def whole(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
+def read_integer(key: str, environment: Mapping[str, str] = os.environ, default: int = 0) -> int:
     """Read an environment variable that a launcher sets as a whole number."""
     text = environment.get(key, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text):
@@ -89,10 +89,10 @@ def require_ranks(environment: Mapping[str, str] = os.environ) -> None:
     """Raise Refusal if a launcher's variables are not numbers, because Lightning reads them when it is imported."""
     for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if key in environment:
-            whole(key, environment)
+            read_integer(key, environment)
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether another rank started this process."""
     return rank() > 0 and INHERITED in os.environ
 
@@ -187,7 +187,7 @@ def require_below(root: Path, folder: Path, trust: Sequence[str] = ()) -> None:
 
 def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
     """Find the folder of ``--run NAME/002``, under ``root`` or by its path. A writing command passes ``trust``."""
-    for folder in (followed(root / run), followed(Path(run))):
+    for folder in (follow_latest(root / run), follow_latest(Path(run))):
         if is_run(folder):
             require_below(root, folder, trust)
             return folder.resolve()
@@ -199,8 +199,8 @@ def existing(root: Path, run: str, trust: Sequence[str] = ("writes",)) -> Path:
 
 def model_path(root: Path, name: Path | str) -> Path:
     """Find a run, checkpoint or export by its path, or by its name below ``root``; as given if neither exists."""
-    given = followed(Path(name).expanduser())
-    return next((path for path in (given, followed(root / name)) if path.exists()), given)
+    given = follow_latest(Path(name).expanduser())
+    return next((path for path in (given, follow_latest(root / name)) if path.exists()), given)
 
 
 def is_run(folder: Path) -> bool:
@@ -248,10 +248,10 @@ def versions_of(folder: Path) -> dict[str, object]:
 def _note(parent: Path) -> Path | None:
     """Return the file by which ranks of a cluster or of torchrun agree, one per launch; None for a single process."""
     env = os.environ
-    if "SLURM_PROCID" in env and whole("SLURM_NTASKS", default=1) > 1:
+    if "SLURM_PROCID" in env and read_integer("SLURM_NTASKS", default=1) > 1:
         keys = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         return parent / (".slurm-" + "-".join(word(env.get(key, "0")) for key in keys))
-    if "TORCHELASTIC_RUN_ID" in env and whole("WORLD_SIZE", default=1) > 1:
+    if "TORCHELASTIC_RUN_ID" in env and read_integer("WORLD_SIZE", default=1) > 1:
         # one agent starts all ranks of a node: its pid distinguishes this launch from an earlier one
         alone = env.get("GROUP_WORLD_SIZE", "1") == "1"
         keys = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from descant.modules.core.compat.dtensor import local_shape_and_offset
 from descant.modules.core.compat.pytree import tree_map
 from descant.modules.io.manifest import NONE, fault_of_share
-from descant.modules.io.parts import Name, Parted, PartTable, filled
+from descant.modules.io.parts import Name, Parted, PartTable, fill_names
 from descant.modules.io.plain import in_parts, load_plain
 from descant.modules.training_setup.compile_and_shard import SCALARS
 from descant.run.parted_io import PartedIO
@@ -177,7 +177,7 @@ class Sharded(ModelParallelStrategy):
         states = content.pop("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=bool(states)):
             self._load_optimizer(path, optimizer, state, read)
-        rest: dict[str, Any] = filled(content, read)
+        rest: dict[str, Any] = fill_names(content, read)
         return rest
 
     def _load_optimizer(
@@ -194,7 +194,7 @@ class Sharded(ModelParallelStrategy):
             get_optimizer_state_dict(self.model, optimizer)
         held = {number: dict(optimizer.state.get(p, {})) for number, p in zip(numbers, own, strict=True)}
         states = {number: _read_states(values, held[number], read) for number, values in state["state"].items()}
-        optimizer.load_state_dict({"state": states, "param_groups": filled(state["param_groups"], read)})
+        optimizer.load_state_dict({"state": states, "param_groups": fill_names(state["param_groups"], read)})
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

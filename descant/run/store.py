@@ -68,14 +68,14 @@ class AtomicIO(CheckpointIO):
 
     def _copy(self, path: Path) -> None:
         """Copy a resume point that is on disk to the second place, if there is one."""
-        if self.mirror is not None and manifest.known(path).get("safe") is True:
+        if self.mirror is not None and manifest.last_facts(path).get("safe") is True:
             self.mirror.copy(path)
 
     def load_checkpoint(
         self, path: Path | str, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         self.wait()
-        confirmed = manifest.confirmed(Path(path))
+        confirmed = manifest.open_verified(Path(path))
         if confirmed == manifest.NONE:
             rank_zero_warn(f"{path}: no manifest confirms its content")
             require_sums(Path(path))

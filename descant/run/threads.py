@@ -93,7 +93,7 @@ def set_threads(wanted: str, run: runs.Run, devices: Any, others: Others, report
         devices: ``trainer.devices``: a number of ranks on this machine, or a word.
     """
     given, kept = os.environ.get(GIVEN), None if run.fresh else threads_of(run.folder)
-    ranks = int(devices) if str(devices).isdecimal() and int(devices) > 0 and not runs.launched() else 1
+    ranks = int(devices) if str(devices).isdecimal() and int(devices) > 0 and not runs.is_launched() else 1
     if wanted == MEASURE and given is not None:
         fail(f"--threads measure: {GIVEN} is {given} here, as claims set it; unset it, or leave out the option")
     if wanted == MEASURE and ranks > 1:

@@ -21,7 +21,7 @@ class Adapt(RecipePart):
     """A change to the model of a recipe before training, such as LoRA."""
 
 
-def chosen(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple[str, Tower]]:
+def select_towers(recipe: nn.Module, names: list[str] | None, *also: str) -> list[tuple[str, Tower]]:
     """Select the recipe's towers by name (None: all). ``also``: other attributes to include, such as ``lm``."""
     towers = dict(cast(nn.ModuleDict, getattr(recipe, "towers", nn.ModuleDict())))
     towers |= {name: part for name in also if isinstance(part := getattr(recipe, name, None), nn.Module)}

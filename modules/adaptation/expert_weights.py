@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.adaptation.growth import Growth, growable
-from descant.modules.core.objects import described
+from descant.modules.core.objects import describe_object
 from descant.modules.core.rng import mix
 from descant.modules.io.build import build
 from descant.modules.moe import ExpertLayers
@@ -33,10 +33,10 @@ EXPERTS = "moe.experts."
 State = Mapping[str, Tensor]
 
 
-def units_dealt(x_E: Tensor, turn_EF: Tensor, axis: int | None) -> Tensor:
+def interleave_expert_units(x_E: Tensor, turn_EF: Tensor, axis: int | None) -> Tensor:
     """Take hidden unit f of expert e from expert ``turn[e, f]``, in a parameter ``[E, ...]`` with units on an axis.
 
-    >>> units_dealt(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [1, 0]]), axis=0).tolist()
+    >>> interleave_expert_units(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0, 1], [1, 0]]), axis=0).tolist()
     [[1.0, 4.0], [3.0, 2.0]]
     """
     if axis is None:
@@ -50,7 +50,7 @@ def units_dealt(x_E: Tensor, turn_EF: Tensor, axis: int | None) -> Tensor:
 class _Converted(Growth):
     """Growth to the same tower with other experts, or without experts."""
 
-    def changed(self) -> dict[str, Any]:
+    def changed_attributes(self) -> dict[str, Any]:
         return {name: vars(self.fresh)[name] for name in ("experts", "routes") if name in vars(self.fresh)}
 
 
@@ -85,7 +85,7 @@ class _ToExperts(_Converted):
         draw = torch.Generator()
         if self.deal:
             u_EF = torch.rand(module.experts, module.hidden, generator=draw.manual_seed(mix(self.seed, place)))
-            x_E = units_dealt(x_E, u_EF.argsort(dim=0).to(x_E.device), axis)
+            x_E = interleave_expert_units(x_E, u_EF.argsort(dim=0).to(x_E.device), axis)
         if self.noise is not None and x_E.ndim > 2:
             n_E = torch.randn(x_E.shape, generator=draw.manual_seed(mix(self.seed, place, kind)))
             x_E = x_E + self.noise * own.std() * n_E.to(own)
@@ -113,7 +113,7 @@ class _ToDense(_Converted):
         return after
 
 
-def converted(tower: nn.Module, experts: ExpertLayers | None, **options: Any) -> Growth:
+def plan_conversion(tower: nn.Module, experts: ExpertLayers | None, **options: Any) -> Growth:
     """Plan the change of a tower to experts, or to none, with new gates from torch's generator."""
     base, arguments = growable(tower), cast(dict[str, Any], getattr(tower, "arguments", {}))
     if base is None or "experts" not in arguments:
@@ -138,10 +138,10 @@ def converted(tower: nn.Module, experts: ExpertLayers | None, **options: Any) ->
 
 
 def with_experts(tower: nn.Module, wanted: Mapping[str, Any] | None) -> None:
-    """Give a tower the experts that were :func:`described`, or none, with any weights."""
+    """Give a tower the experts that were :func:`describe_object`, or none, with any weights."""
     now = getattr(tower, "experts", None)
-    if (None if now is None else described(now)) != wanted:
+    if (None if now is None else describe_object(now)) != wanted:
         experts = None if wanted is None else build(ExpertLayers, dict(wanted), Path("checkpoint"))
         for goal in dict.fromkeys((None, experts)):
             if getattr(tower, "experts", None) is not goal:
-                converted(tower, goal).apply(tower)
+                plan_conversion(tower, goal).apply(tower)

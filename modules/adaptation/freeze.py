@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from descant.modules.adaptation.base import LM, Adapt, chosen
+from descant.modules.adaptation.base import LM, Adapt, select_towers
 from descant.modules.towers.base import Frozen
 from descant.modules.towers.cached import Cached
 from descant.modules.towers.heads import Pool
@@ -39,7 +39,7 @@ class Freeze(Adapt):
         self.towers, self.capacity, self.folder = towers, capacity, folder
 
     def apply(self, recipe: nn.Module) -> None:
-        for name, tower in chosen(recipe, self.towers, LM):
+        for name, tower in select_towers(recipe, self.towers, LM):
             if name == LM:
                 tower.requires_grad_(False)
                 continue

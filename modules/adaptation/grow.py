@@ -8,12 +8,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import LM, chosen
+from descant.modules.adaptation.base import LM, select_towers
 from descant.modules.adaptation.expert_weights import with_experts
 from descant.modules.adaptation.growth import Growth, growable, growth_of, sizes
 from descant.modules.adaptation.stage_changes import AVERAGE, Boundary, StageChange
-from descant.modules.core.objects import described
-from descant.modules.core.rng import seeded
+from descant.modules.core.objects import describe_object
+from descant.modules.core.rng import seeding
 
 
 class Grow(StageChange):
@@ -70,7 +70,7 @@ class Grow(StageChange):
 
     def require(self, recipe: nn.Module) -> None:
         """Raise ValueError, before training, for changes that ``apply`` would refuse, and for frozen towers."""
-        for name, tower in self._chosen(recipe):
+        for name, tower in self._select_towers(recipe):
             if not any(p.requires_grad for p in tower.parameters()):
                 raise ValueError(f"Grow: tower {name}: it is frozen; new blocks would not be of use")
             self._growth(name, tower, seed=0)
@@ -87,20 +87,20 @@ class Grow(StageChange):
 
     def grow(self, recipe: nn.Module, seed: int) -> dict[str, Growth]:
         """Grow a recipe's towers in place, with fresh values from a seed; return name of a tower's module -> growth."""
-        growths = {tower: self._growth(name, tower, seed) for name, tower in self._chosen(recipe)}
+        growths = {tower: self._growth(name, tower, seed) for name, tower in self._select_towers(recipe)}
         place = {module: name for name, module in recipe.named_modules()}
         for tower, growth in growths.items():
             growth.apply(tower)
         return {place[tower]: growth for tower, growth in growths.items()}
 
-    def _chosen(self, recipe: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _select_towers(self, recipe: nn.Module) -> list[tuple[str, nn.Module]]:
         if getattr(recipe, "sharded", False):
             raise ValueError("Grow: parameters that are split over ranks (shard) cannot grow; train without shard")
-        return cast(list[tuple[str, nn.Module]], chosen(recipe, self.towers, LM))
+        return cast(list[tuple[str, nn.Module]], select_towers(recipe, self.towers, LM))
 
     def _growth(self, name: str, tower: nn.Module, seed: int) -> Growth:
         try:
-            with seeded(seed, "grow", name):
+            with seeding(seed, "grow", name):
                 return growth_of(tower, sizes(tower, self.depth, self.mlp_ratio), self.beta)
         except ValueError as error:
             raise ValueError(f"Grow: tower {name}: {error}") from None
@@ -121,7 +121,7 @@ def structure(recipe: nn.Module) -> dict[str, dict[str, Any]]:
 def shape(tower: nn.Module) -> dict[str, Any]:
     """Return the sizes of a tower that can grow, and its ``experts`` if it has some, as plain data."""
     experts = getattr(tower, "experts", None)
-    return sizes(tower) | ({} if experts is None else {"experts": described(experts)})
+    return sizes(tower) | ({} if experts is None else {"experts": describe_object(experts)})
 
 
 def restructure(recipe: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -135,7 +135,7 @@ def restructure(recipe: nn.Module, saved: Mapping[str, Mapping[str, Any]]) -> No
             continue
         sized = {key: value for key, value in wanted.items() if key != "experts"}
         try:
-            with seeded(0, "grow", name):
+            with seeding(0, "grow", name):
                 if sizes(modules[name]) != sized:
                     with_experts(modules[name], None)
                     growth_of(modules[name], sized).apply(modules[name])

@@ -20,15 +20,15 @@ from descant.modules.towers.text import TextTower
 from descant.modules.towers.vit import Trunk
 
 
-def padded(x_NM: Tensor, into_NM: Tensor, stacked: int = 1) -> Tensor:
+def pad_into(x_NM: Tensor, into_NM: Tensor, stacked: int = 1) -> Tensor:
     """Return ``into`` with ``x`` in the first entries of each axis, in each of ``stacked`` parts of the first axis.
 
-    >>> padded(torch.ones(2, 1), torch.zeros(4, 2), stacked=2).tolist()
+    >>> pad_into(torch.ones(2, 1), torch.zeros(4, 2), stacked=2).tolist()
     [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
     """
     if stacked > 1:
         parts = zip(x_NM.chunk(stacked), into_NM.chunk(stacked), strict=True)
-        return torch.cat([padded(x, into) for x, into in parts])
+        return torch.cat([pad_into(x, into) for x, into in parts])
     grown_NM = into_NM.clone()
     grown_NM[tuple(slice(size) for size in x_NM.shape)] = x_NM
     return grown_NM
@@ -148,7 +148,7 @@ class Growth:
                 old = torch.zeros_like(fresh) if part.startswith(kind.last) else fresh
             elif name in values:
                 into = torch.zeros_like(fresh) if part == kind.reads else fresh
-                old = padded(values[name].detach(), into, kind.stacked.get(part, 1))
+                old = pad_into(values[name].detach(), into, kind.stacked.get(part, 1))
             else:
                 continue
             grown[name] = inherit(old, fresh, self.beta) if name in learned else old
@@ -177,13 +177,13 @@ class Growth:
             parameter.requires_grad_(learned.get(name, parameter.requires_grad))
         grown.layers = layers.train(tower.training)
         tower.load_state_dict(values)
-        for name, value in self.changed().items():
+        for name, value in self.changed_attributes().items():
             if name in grown.arguments:
                 grown.arguments[name] = value
             if name in vars(tower):
                 setattr(tower, name, value)
 
-    def changed(self) -> dict[str, Any]:
+    def changed_attributes(self) -> dict[str, Any]:
         """Return the arguments and attributes of the tower that differ afterwards."""
         return sizes(self.fresh)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import Adapt, chosen, innermost
+from descant.modules.adaptation.base import Adapt, innermost, select_towers
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.core.rng import salt
 from descant.modules.io import saved
@@ -58,7 +58,7 @@ class Inherit(Adapt):
         run = saved.find(self.path, self.checkpoint)
         state = saved.read_weights(run)
         recipe = innermost(recipe)  # a wrapper shows the towers of the recipe inside, without pools and heads
-        for name, _ in chosen(recipe, self.modalities):
+        for name, _ in select_towers(recipe, self.modalities):
             for part in PARTS:
                 module = cast(nn.ModuleDict, getattr(recipe, part, nn.ModuleDict()))
                 if name not in module:
@@ -67,7 +67,7 @@ class Inherit(Adapt):
                 if not weights and dict(module[name].state_dict()):
                     raise ValueError(f"{run.folder}: it has no {part}.{name} to load")
                 if self.sham == "permute":
-                    weights = {k: permuted(value, f"{part}.{name}.{k}") for k, value in weights.items()}
+                    weights = {k: permute_rows(value, f"{part}.{name}.{k}") for k, value in weights.items()}
                 saved.load_exactly(module[name], weights, run.weights)
                 if self.frozen and not isinstance(module[name], Tower):
                     module[name].requires_grad_(False)
@@ -137,10 +137,10 @@ class Extend(Begin):
         }
 
 
-def permuted(x: Tensor, name: str) -> Tensor:
+def permute_rows(x: Tensor, name: str) -> Tensor:
     """Permute the rows of a matrix in an order that depends on the name only; vectors and scalars stay unchanged.
 
-    >>> permuted(torch.arange(6.0).view(3, 2), "embedding").sum(0).tolist()
+    >>> permute_rows(torch.arange(6.0).view(3, 2), "embedding").sum(0).tolist()
     [6.0, 9.0]
     """
     if x.ndim < 2:

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from descant.modules.adaptation.base import LM, Adapt, chosen, ends_with, keep_norms_in_eval
+from descant.modules.adaptation.base import LM, Adapt, ends_with, keep_norms_in_eval, select_towers
 from descant.modules.adaptation.quantize import no_kernels
 from descant.modules.moe import ModalityLinear
 from descant.modules.towers.base import Frozen
@@ -53,7 +53,7 @@ class Lora(Adapt):
         with no_kernels():  # importing peft imports bitsandbytes
             from peft import LoraConfig, inject_adapter_in_model
 
-        for name, tower in chosen(recipe, self.towers, LM):
+        for name, tower in select_towers(recipe, self.towers, LM):
             if isinstance(tower, Frozen):
                 raise ValueError(f"towers {name}: it is Frozen, adapters would not train; LoRA freezes by itself")
             config = LoraConfig(

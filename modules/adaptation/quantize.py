@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from descant.modules.adaptation.base import LM, Adapt, chosen, ends_with, keep_norms_in_eval
-from descant.modules.core.loaded import was_loaded
+from descant.modules.adaptation.base import LM, Adapt, ends_with, keep_norms_in_eval, select_towers
+from descant.modules.core.loaded import has_loaded_weights
 
 # bitsandbytes logs that it found no faster kernel to download (nothing here downloads any), and at every 8-bit layer
 # of every step that it casts the inputs
@@ -52,7 +52,7 @@ class Quantize(Adapt):
         self.bits, self.quant_type, self.towers, self.skip = bits, quant_type, towers, skip or []
 
     def apply(self, recipe: nn.Module) -> None:
-        for name, tower in chosen(recipe, self.towers, LM):
+        for name, tower in select_towers(recipe, self.towers, LM):
             if any("lora_" in parameter for parameter, _ in tower.named_parameters()):
                 raise ValueError(f"adapt: tower {name} has adapters already; put Quantize before Lora")
             linear = [n for n, module in tower.named_modules() if type(module) is nn.Linear]
@@ -62,11 +62,11 @@ class Quantize(Adapt):
             for layer_name in linear:
                 if layer_name not in skip:
                     layer = tower.get_submodule(layer_name)
-                    tower.set_submodule(layer_name, self._quantized(cast(nn.Linear, layer)))
+                    tower.set_submodule(layer_name, self._quantize_layer(cast(nn.Linear, layer)))
             keep_norms_in_eval(tower)
             setattr(tower, f"is_loaded_in_{self.bits}bit", True)  # peft checks it before it adapts such layers
 
-    def _quantized(self, layer: nn.Linear) -> nn.Module:
+    def _quantize_layer(self, layer: nn.Linear) -> nn.Module:
         bnb = bitsandbytes()
         shape = (layer.in_features, layer.out_features)
         bias, device = layer.bias is not None, layer.weight.device
@@ -93,7 +93,7 @@ def require_trained(recipe: nn.Module) -> None:
     """Raise ValueError for a quantized tower whose weights were never loaded: in 4 or 8 bits nothing trains them."""
     for name, part in recipe.named_modules():
         for bits in (4, 8):
-            if getattr(part, f"is_loaded_in_{bits}bit", False) and not was_loaded(part):
+            if getattr(part, f"is_loaded_in_{bits}bit", False) and not has_loaded_weights(part):
                 nearest = "PretrainedLM" if name.endswith(LM) else "PretrainedTower"
                 raise ValueError(
                     f"model.adapt: Quantize: {name} is a {type(part).__name__} of random weights, which {bits} bits "

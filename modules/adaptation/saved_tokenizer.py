@@ -28,7 +28,7 @@ class SavedTokenizer(CodeTokenizer):
 
     def __init__(self, path: Path, checkpoint: str = "best", objective: str | None = None) -> None:
         from descant.modules.io import saved
-        from descant.modules.io.lean import completed
+        from descant.modules.io.lean import complete_state
         from descant.modules.objectives.base import Facts, TaskObjective
         from descant.modules.objectives.quantized import QuantizedTokens
 
@@ -52,13 +52,13 @@ class SavedTokenizer(CodeTokenizer):
             tower = SavedTower(path, task.modality, checkpoint)
             task.build(Facts({task.modality: tower}, tower.width, None))
         state = saved.part_of(saved.read_weights(run), f"objectives.{name}.")
-        saved.load_exactly(task, completed(state, task), run.weights)
+        saved.load_exactly(task, complete_state(state, task), run.weights)
         super().__init__(task.adapter.grid, task.quantizer.codes, task.quantizer.layers)
         self.tower, self.task = tower, task
         self.requires_grad_(False)
         self.train(False)
         self._flat = False
-        x = self.task.rebuilt(torch.zeros(1, task.adapter.tokens, self.layers, dtype=torch.long))
+        x = self.task.rebuild(torch.zeros(1, task.adapter.tokens, self.layers, dtype=torch.long))
         self._flat = x.shape[1] == 1 and not self._takes(x)
 
     def _takes(self, x: Tensor) -> bool:
@@ -72,14 +72,14 @@ class SavedTokenizer(CodeTokenizer):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        return self.joined(self.task.ids(self.tower(x).h_BTD))
+        return self.join_layers(self.task.ids(self.tower(x).h_BTD))
 
     @torch.no_grad()
     def decode(self, code_BT: Tensor) -> Tensor:
-        x = self.task.rebuilt(self.split(code_BT))
+        x = self.task.rebuild(self.split(code_BT))
         return x.squeeze(1) if self._flat else x
 
     def cover(self, x_BT: Tensor) -> Tensor:
         adapter = self.task.adapter
-        x = adapter.whole(x_BT[:, : adapter.tokens, None].expand(-1, -1, adapter.numbers))
+        x = adapter.to_input_shape(x_BT[:, : adapter.tokens, None].expand(-1, -1, adapter.numbers))
         return x.squeeze(1) if self._flat else x

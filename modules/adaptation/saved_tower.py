@@ -33,7 +33,7 @@ class SavedTower(Tower):
         from descant.modules.adaptation.base import Adapt
         from descant.modules.core.errors import no_such
         from descant.modules.io import merge, saved
-        from descant.modules.io.lean import completed
+        from descant.modules.io.lean import complete_state
 
         run = saved.find(path, checkpoint)
         recipe = run.model.get("init_args", {})
@@ -54,12 +54,12 @@ class SavedTower(Tower):
                 for part in adapt:
                     saved.build(Adapt, part, run.folder).apply(holder)
                 adapted = holder.towers[tower]
-                saved.load_exactly(adapted, completed(state, adapted), run.weights)
+                saved.load_exactly(adapted, complete_state(state, adapted), run.weights)
                 adapted = merge.plain(holder.towers).get_submodule(tower)
                 while type(adapted) is not type(self.tower):  # an adaptation may have wrapped the tower
                     adapted = adapted.get_submodule("tower")
                 state = adapted.state_dict()
-        saved.load_exactly(self.tower, completed(state, self.tower), run.weights)
+        saved.load_exactly(self.tower, complete_state(state, self.tower), run.weights)
         self.width, self.vocabulary, self.pad = self.tower.width, self.tower.vocabulary, self.tower.pad
         self.end, self.projected = self.tower.end, self.tower.projected
 

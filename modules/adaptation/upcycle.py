@@ -8,14 +8,14 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from descant.modules.adaptation.base import LM, Adapt, chosen, innermost
-from descant.modules.adaptation.expert_weights import PARTS, State, converted
+from descant.modules.adaptation.base import LM, Adapt, innermost, select_towers
+from descant.modules.adaptation.expert_weights import PARTS, State, plan_conversion
 from descant.modules.adaptation.growth import Growth
 from descant.modules.adaptation.stage_changes import Boundary, StageChange, left_by
-from descant.modules.core.objects import described
-from descant.modules.core.rng import global_seed, mix, seeded
+from descant.modules.core.objects import describe_object
+from descant.modules.core.rng import global_seed, mix, seeding
 from descant.modules.io import saved
-from descant.modules.io.lean import completed
+from descant.modules.io.lean import complete_state
 from descant.modules.moe import ExpertLayers
 
 
@@ -52,14 +52,14 @@ class _Converting(StageChange, Adapt):
         if getattr(recipe, "sharded", False):
             raise ValueError(f"{owner}: parameters that are split over ranks (shard) cannot change")
         places = {module: name for name, module in recipe.named_modules()}
-        towers = chosen(recipe, self.towers, LM)
+        towers = select_towers(recipe, self.towers, LM)
         if self.towers is None:
             towers = [(name, tower) for name, tower in towers if "experts" in getattr(tower, "arguments", {})]
         if not towers:
             raise ValueError(f"{owner}: no tower to change; Trunk and CausalLM may have experts")
         for name, tower in towers:
             try:
-                with seeded(seed, "experts", places[tower]):
+                with seeding(seed, "experts", places[tower]):
                     change = self.change(places[tower], tower, seed, weights)
             except ValueError as error:
                 raise ValueError(f"{owner}: tower {name}: {error}") from None
@@ -109,7 +109,7 @@ class Upcycle(_Converting):
             raise ValueError(f"{owner}: experts.shared {experts.shared}: they add to the output; leave it out")
         if noise is not None and not noise > 0:
             raise ValueError(f"{owner}: noise {noise:g}: above 0, such as 0.01, or none")
-        described(experts)  # fail now, and not when a checkpoint is written
+        describe_object(experts)  # fail now, and not when a checkpoint is written
         self.experts, self.noise = experts, noise
 
     def sources(self, place: str, tower: nn.Module, weights: Mapping[str, State]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Upcycle(_Converting):
         if getattr(tower, "experts", None) is not None:
             raise ValueError("it has experts already; Distribute makes its layers dense")
         sources = {} if weights is None else self.sources(place, tower, weights)
-        return converted(tower, self.experts, noise=self.noise, seed=mix(seed, place), **sources)
+        return plan_conversion(tower, self.experts, noise=self.noise, seed=mix(seed, place), **sources)
 
 
 class Assemble(Upcycle):
@@ -172,7 +172,7 @@ class Assemble(Upcycle):
 
     def _of_run(self, path: Path | str, place: str, tower: nn.Module) -> State:
         state = saved.read_weights(saved.find(path, self.checkpoint))
-        return completed(saved.part_of(state, f"{place}."), tower)
+        return complete_state(saved.part_of(state, f"{place}."), tower)
 
 
 class Distribute(_Converting):
@@ -203,4 +203,4 @@ class Distribute(_Converting):
             raise ValueError(f"experts.shared {experts.shared}: no dense layer is their sum")
         if self.expert is not None and self.expert >= experts.experts:
             raise ValueError(f"expert {self.expert}: there are 0 to {experts.experts - 1}")
-        return converted(tower, None, expert=self.expert)
+        return plan_conversion(tower, None, expert=self.expert)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from descant.modules.balance.regularizer import FusionContext, Regularizer
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.core.objective import Term
 from descant.modules.core.ranks import first_row, gather
 from descant.modules.core.sham import partners
@@ -66,10 +66,10 @@ class Game(Regularizer):
 
     def forward(self, context: FusionContext) -> dict[str, Term]:
         z, present = context.inputs.z, context.present
-        several_B = derived(_several, *present.values())
+        several_B = derive(_several, *present.values())
         value_B = torch.zeros_like(context.logits_BC[:, 0])
         for i in z:
-            plays_B = derived(torch.logical_and, several_B, present[i])
+            plays_B = derive(torch.logical_and, several_B, present[i])
             sources = [partners(context.batch.rng_seed, plays_B, "game", i, s) for s in range(self.permutations)]
             source_SB = torch.stack(sources).flatten()
             for a in z:
@@ -78,7 +78,7 @@ class Game(Regularizer):
                     still = self.still(z, a)
                     moving = {m: z_BD.detach() if m in still else z_BD for m, z_BD in z.items()}
                     with context.fusion.detaching(*still if self.detach == "projections" else ()):
-                        d_B = self.disturbed(context, moving, present, i, source_SB)
+                        d_B = self.divergence_without(context, moving, present, i, source_SB)
                     value_B = value_B + stake * torch.where(plays_B & present[a], d_B, 0.0)
         return {"game": Term(self.weight * value_B, valid=several_B, norm=context.rows)}
 
@@ -86,13 +86,13 @@ class Game(Regularizer):
         """Return the modalities that get no gradient when latents are permuted."""
         return tuple(m for m in z if m != player)
 
-    def disturbed(
+    def divergence_without(
         self, context: FusionContext, z: dict[str, Tensor], present: Mapping[str, Tensor], i: str, source_SB: Tensor
     ) -> Tensor:
         """Compute ``d_B``, the mean divergence from the undisturbed logits with z_i permuted along S cycles."""
         S = self.permutations
         z_SB = {m: z_BD[source_SB] if m == i else z_BD.repeat(S, 1) for m, z_BD in z.items()}
-        f_SBC = context.fuse(z_SB, {m: derived(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
+        f_SBC = context.fuse(z_SB, {m: derive(lambda x: x.repeat(S), x_B) for m, x_B in present.items()})
         return js_divergence(f_SBC, context.logits_BC.repeat(S, 1)).unflatten(0, (S, -1)).mean(dim=0)
 
 

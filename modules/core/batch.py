@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.core.host import derived, to_device
+from descant.modules.core.host import derive, to_device
 
 #: Suffix of a modality's name that marks its hard negatives.
 NEGATIVE = "_neg"
@@ -105,13 +105,13 @@ class Batch:
         """Return a bool mask ``[B]`` of the rows where all of ``modalities`` are present."""
         return _all(self.present, modalities)
 
-    def there(self, name: str) -> Tensor:
+    def has_all(self, name: str) -> Tensor:
         """Return a bool mask ``[B]`` of the rows that have every modality of an embedding, such as ``image+sketch``."""
         return self.both(*parts(name))
 
     def count(self, *modalities: str) -> Tensor:
         """Count the rows of the *whole optimizer step* where all of ``modalities`` are present, as an int64 scalar."""
-        return derived(Tensor.sum, _all(self.step, modalities))
+        return derive(Tensor.sum, _all(self.step, modalities))
 
     def only(self, *modalities: str) -> Batch:
         """Return the batch with all other modalities absent, here and in the whole optimizer step.
@@ -137,14 +137,14 @@ class Batch:
 
     def select(self, rows: Tensor | slice) -> Batch:
         """Select some rows; ``step`` still describes the whole optimizer step."""
-        part = replace(self, step=self.present)._each(lambda x: chosen(x, rows))
+        part = replace(self, step=self.present)._each(lambda x: select_rows(x, rows))
         part.step = self.step
         return part
 
 
 def only(present: Mapping[str, Tensor], *modalities: str) -> dict[str, Tensor]:
     """Return presence masks ``[B]`` by modality, all False except those of ``modalities``."""
-    return {m: mask_B if m in modalities else derived(torch.zeros_like, mask_B) for m, mask_B in present.items()}
+    return {m: mask_B if m in modalities else derive(torch.zeros_like, mask_B) for m, mask_B in present.items()}
 
 
 def parts(name: str) -> list[str]:
@@ -160,12 +160,12 @@ def _all(presence: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:
     missing = [m for m in modalities if m not in presence]
     if missing:
         raise KeyError(f"modality {missing[0]!r} is not in this batch, which has {', '.join(presence)}")
-    return derived(lambda *masks: torch.stack(masks).all(dim=0), *(presence[m] for m in modalities))
+    return derive(lambda *masks: torch.stack(masks).all(dim=0), *(presence[m] for m in modalities))
 
 
-def chosen(x: Tensor, rows: Tensor | slice) -> Tensor:
+def select_rows(x: Tensor, rows: Tensor | slice) -> Tensor:
     """Return ``x[rows]``, with a host copy if both have one."""
-    return derived(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derived(lambda x: x[rows], x)
+    return derive(Tensor.__getitem__, x, rows) if isinstance(rows, Tensor) else derive(lambda x: x[rows], x)
 
 
 def append_axes(x_B: Tensor, like: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def some(*masks: Tensor) -> Tensor:
     >>> some(torch.tensor([True, False]), torch.tensor([False, False])).tolist()
     [True, False]
     """
-    return derived(lambda *every: torch.stack(every).any(dim=0), *masks)
+    return derive(lambda *every: torch.stack(every).any(dim=0), *masks)
 
 
 def count_rows(batch: Any) -> int:

@@ -18,7 +18,7 @@ from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.host import has_host_copy, host_copy, with_host_copy
 
 
-def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
+def compute_in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, module: nn.Module) -> Tensor:
     """Compute ``cat_c(function(x_c))`` over C chunks of rows; backward recomputes each chunk (Gao 2021, GradCache).
 
     Gradients equal those of ``function(x_B)`` if its rows do not interact. The paper has three passes: features without
@@ -34,7 +34,7 @@ def chunked(function: Callable[[Tensor], Tensor], x_B: Tensor, chunks: int, modu
         module: the module that ``function`` runs; its batch norms count each chunk once.
 
     >>> layer, x_BD = nn.Linear(2, 1, bias=False), torch.arange(6.0).view(3, 2)
-    >>> chunked(layer, x_BD, 2, layer).sum().backward()
+    >>> compute_in_chunks(layer, x_BD, 2, layer).sum().backward()
     >>> layer.weight.grad.tolist()
     [[6.0, 9.0]]
     """

@@ -40,7 +40,7 @@ class Faults:
     terms: dict[str, tuple[float, list[int]]] = field(default_factory=dict)
     unread: list[Unread] = field(default_factory=list)
 
-    def checked(self, terms: Mapping[str, Term], scalars: dict[str, Tensor], index_B: Tensor) -> dict[str, Tensor]:
+    def check_terms(self, terms: Mapping[str, Term], scalars: dict[str, Tensor], index_B: Tensor) -> dict[str, Tensor]:
         """Return the scalars; all become nan if one of them is not finite.
 
         Raises:

@@ -84,12 +84,12 @@ def with_host_copy(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
     return x
 
 
-def derived(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def derive(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return ``function(*tensors)``. If all ``tensors`` have host copies, it computes the result's copy from them.
 
     For functions whose result is bit-identical on every device: comparisons, logic, integers, row selection.
 
-    >>> derived(torch.logical_and, torch.tensor([True, True]), torch.tensor([True, False])).tolist()
+    >>> derive(torch.logical_and, torch.tensor([True, True]), torch.tensor([True, False])).tolist()
     [True, False]
     """
     result = function(*tensors)

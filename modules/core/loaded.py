@@ -12,7 +12,7 @@ class Loadable(nn.Module):
 
     >>> class Part(Loadable): ...
     >>> part = Part()
-    >>> was_loaded(part), str(part.load_state_dict({})), was_loaded(part)
+    >>> has_loaded_weights(part), str(part.load_state_dict({})), has_loaded_weights(part)
     (False, '<All keys matched successfully>', True)
     """
 
@@ -23,6 +23,6 @@ class Loadable(nn.Module):
         self.loaded = True
 
 
-def was_loaded(module: nn.Module) -> bool:
+def has_loaded_weights(module: nn.Module) -> bool:
     """Return whether weights were loaded into a module or a part of it. If not, only this run trains them."""
     return any(getattr(part, "loaded", False) is True for part in module.modules())

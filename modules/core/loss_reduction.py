@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch, some
-from descant.modules.core.chunks import chunked, nearest_divisor
+from descant.modules.core.chunks import compute_in_chunks, nearest_divisor
 from descant.modules.core.faults import Faults
 from descant.modules.core.host import host_copy
 from descant.modules.core.objective import Objective, Term
@@ -45,7 +45,7 @@ class Step:
     Attributes:
         world: ranks that share the step. accumulate: micro-batches that share it.
         mix: fixed coefficients by term name (1 for absent names).
-        chunks: number of pieces of a rank's batch for :meth:`chunked`.
+        chunks: number of pieces of a rank's batch for :meth:`compute_in_chunks`.
         objective: the last objective, for callbacks between forward and backward.
         faults: record of terms that were not finite.
     """
@@ -64,7 +64,7 @@ class Step:
         scale = float(self.world * self.accumulate)
         # multiply first: a number divided by an integer tensor would be float32, whatever the dtype of the terms
         scalars = {name: term.sum() * scale / norms[name] for name, term in terms.items()}
-        self.objective = Objective(self.faults.checked(terms, scalars, batch.index), self.mix)
+        self.objective = Objective(self.faults.check_terms(terms, scalars, batch.index), self.mix)
         return self.objective
 
     def with_counts(self, batch: Batch) -> Batch:
@@ -122,9 +122,9 @@ class Step:
             norms |= zip(unknown, counts.clamp(min=1).unbind(), strict=True)
         return norms
 
-    def chunked(self, function: Callable[[Tensor], Tensor], x_B: Tensor, module: nn.Module) -> Tensor:
-        """Compute ``function(x_B)`` with the activations of one of ``chunks`` pieces at a time: see :func:`chunked`."""
-        return chunked(function, x_B, self.chunks, module)
+    def compute_in_chunks(self, function: Callable[[Tensor], Tensor], x_B: Tensor, module: nn.Module) -> Tensor:
+        """Compute ``function(x_B)`` with the activations of one of ``chunks`` pieces at a time."""
+        return compute_in_chunks(function, x_B, self.chunks, module)
 
     def require_chunks(self, rows: int) -> None:
         """Raise ValueError unless ``chunks`` divides a rank's rows; the error has the nearest number that does."""

@@ -10,7 +10,7 @@ from torch import nn
 T = TypeVar("T")
 
 
-def given(arguments: dict[str, object]) -> dict[str, nn.Module]:
+def given_modules(arguments: dict[str, object]) -> dict[str, nn.Module]:
     """Return the modules among a constructor's ``locals()``, without ``self``, in their order: modality -> module."""
     return {name: part for name, part in arguments.items() if isinstance(part, nn.Module) and name != "self"}
 

@@ -127,14 +127,14 @@ def means(value_N: Tensor, sample_N: Tensor, samples: int) -> tuple[Tensor, Tens
     (tensor([2., 0., 5.]), tensor([ True, False,  True]))
     """
     total_B = value_N.new_zeros(samples).index_add(0, sample_N, value_N)
-    count_B = counted(sample_N, samples)
+    count_B = count_rows_by_sample(sample_N, samples)
     return total_B / count_B.clamp(min=1), count_B > 0
 
 
-def counted(sample_N: Tensor, samples: int) -> Tensor:
+def count_rows_by_sample(sample_N: Tensor, samples: int) -> Tensor:
     """Count the rows of each sample: int64 ``[B]``.
 
-    >>> counted(torch.tensor([0, 2, 2]), 4).tolist()
+    >>> count_rows_by_sample(torch.tensor([0, 2, 2]), 4).tolist()
     [1, 0, 2, 0]
     """
     if has_host_copy(sample_N):  # on a device, bincount waits to read the largest number

@@ -9,20 +9,20 @@ from typing import Any
 from descant.modules.core.errors import nearest
 
 
-def recorded(arguments: Mapping[str, object]) -> dict[str, Any]:
+def record_arguments(arguments: Mapping[str, object]) -> dict[str, Any]:
     """Return the arguments in a constructor's ``locals()``, without ``self``: its class builds an equal module of them.
 
-    >>> recorded({"self": object(), "width": 8, "__class__": object})
+    >>> record_arguments({"self": object(), "width": 8, "__class__": object})
     {'width': 8}
     """
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
-def described(part: object) -> dict[str, Any]:
+def describe_object(part: object) -> dict[str, Any]:
     """Return an object as plain data, ``class_path`` and ``init_args``; its attributes must hold its arguments.
 
     >>> from descant.modules.moe import TopKRouter
-    >>> described(TopKRouter(k=3))["init_args"]
+    >>> describe_object(TopKRouter(k=3))["init_args"]
     {'k': 3, 'norm': 'after', 'bias_rate': None}
     """
     cls, arguments = type(part), {}
@@ -31,7 +31,7 @@ def described(part: object) -> dict[str, Any]:
             raise ValueError(f"{cls.__name__}: it does not keep its argument {name}, and cannot be saved as plain data")
         value = getattr(part, name)
         plain = value is None or isinstance(value, bool | int | float | str | list)
-        arguments[name] = value if plain else described(value)
+        arguments[name] = value if plain else describe_object(value)
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 
 

@@ -67,13 +67,13 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class Inverts(Protocol):
-    """``encoded(h_BTD, mask_BT, modality)``: unit-length ``z_BD`` from the output of a tower's ``embed`` or a
+    """``encode_embeddings(h_BTD, mask_BT, modality)``: unit-length ``z_BD`` from the output of a tower's ``embed`` or a
     replacement of it. It runs everything that comes after the token embeddings."""
 
     @property
     def towers(self) -> nn.ModuleDict: ...
 
-    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor: ...
+    def encode_embeddings(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor: ...
 
 
 @runtime_checkable

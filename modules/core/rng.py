@@ -117,7 +117,7 @@ def _salts(purposes: tuple[str, ...]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
+def seeding(*parts: int | str) -> Iterator[None]:
     """Seed torch's global CPU generator with ``mix(*parts)`` for a block, and restore its state afterwards.
 
     For transforms written for the global generator (torchvision v2); about 7 microseconds per use. The CPU

@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import append_axes, chosen
+from descant.modules.core.batch import append_axes, select_rows
 from descant.modules.core.batch_norm import unseen
-from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
+from descant.modules.core.host import derive, host_copy, known_finite, to_device, with_finite
 
 
 class RowTracker:
@@ -80,14 +80,14 @@ class RunningRows:
 
     def take(self, x_B: Tensor) -> Tensor:
         """``[R, ...]``: the rows, with zeros in place of absent ones, which may hold anything."""
-        x_R = derived(_take_zeroed, x_B, self._at_R, self._out_R)
+        x_R = derive(_take_zeroed, x_B, self._at_R, self._out_R)
         if (known := known_finite(x_B)) is None:
             return x_R
         return with_finite(x_R, lambda: known()[self.row_R] | append_axes(self.absent_R, x_B))
 
     def choose(self, mask_B: Tensor) -> Tensor:
         """``[R, ...]``: the rows of a mask."""
-        return chosen(mask_B, self._at_R)
+        return select_rows(mask_B, self._at_R)
 
     @contextmanager
     def running(self, module: nn.Module, tracker: RowTracker | None = None) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.batch import Batch, select_rows
 from descant.modules.core.host import everyone, host_copy, to_device
 from descant.modules.core.ranks import first_row, gather, world
 from descant.modules.core.rng import mix_N
@@ -40,9 +40,9 @@ def sources(draw_B: Tensor, valid_B: Tensor, *purpose: int | str) -> Tensor:
     return partners(draw_G, valid_G.to(valid_B.device), *purpose)[first : first + len(draw_B)]
 
 
-def taken(x_B: Tensor, source_B: Tensor) -> Tensor:
+def take_rows(x_B: Tensor, source_B: Tensor) -> Tensor:
     """Take rows of all ranks by their number: ``x[source_b]``, with gradients."""
-    return chosen(x_B, source_B) if world() == 1 else gather(x_B)[source_B]
+    return select_rows(x_B, source_B) if world() == 1 else gather(x_B)[source_B]
 
 
 class Sham(nn.Module):
@@ -123,4 +123,4 @@ class Sham(nn.Module):
         samples' random keys: neither the order of the rows nor their ranks matter. Invalid rows stay.
         """
         valid_B = everyone(len(draw_B), draw_B.device) if valid_B is None else valid_B
-        return taken(x_B, sources(draw_B, valid_B, "sham"))
+        return take_rows(x_B, sources(draw_B, valid_B, "sham"))

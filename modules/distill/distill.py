@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from descant.modules.core.batch import Batch, chosen, some
+from descant.modules.core.batch import Batch, select_rows, some
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such, require_value
@@ -107,7 +107,7 @@ class DistillContext:
         return self.output.decisions()
 
     @cached_property
-    def taught(self) -> Decisions:
+    def teacher_decisions(self) -> Decisions:
         if self._taught is not None:
             return self._taught
         with torch.no_grad():
@@ -199,7 +199,7 @@ class DecisionTarget(Target):
 
     def forward(self, context: DistillContext) -> dict[str, Term]:
         choices = max(cast(MakesDecisions, context.student).choices, 1)
-        value_B, valid_B = self.values(context.decisions, context.taught, choices, len(context.batch))
+        value_B, valid_B = self.values(context.decisions, context.teacher_decisions, choices, len(context.batch))
         return {self.name: Term(self.weight * value_B, valid=valid_B, norm=context.rows)}
 
     def values(self, decisions: Decisions, taught: Decisions, choices: int, B: int) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class DecisionTarget(Target):
             part(i, j) if all_at_once else checkpoint(part, i, j, use_reentrant=False)
             for i, j in zip(mine_N.split(rows), theirs_N.split(rows), strict=True)
         ]
-        return means(torch.cat(parts), chosen(decisions.sample_N, mine_N), B)
+        return means(torch.cat(parts), select_rows(decisions.sample_N, mine_N), B)
 
     def value(self, s_NK: Tensor, t_NK: Tensor) -> Tensor:
         raise NotImplementedError

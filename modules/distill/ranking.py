@@ -240,7 +240,7 @@ class RankTarget(Target):
         batch = context.batch
         with torch.no_grad():
             scorer = cast(Matches, context.teacher).scorers(batch)[self.pair]
-            column_BK, t_BK, valid_B = self.mined(batch, scorer)
+            column_BK, t_BK, valid_B = self.mine_columns(batch, scorer)
         row_BK = torch.arange(len(batch), device=column_BK.device)[:, None].expand_as(column_BK)
         s_BK = promote(context.output.pairs[self.pair](row_BK.flatten(), column_BK.flatten()).view_as(row_BK))
         lists = Lists(t_BK.detach(), s_BK, valid_B)
@@ -252,7 +252,7 @@ class RankTarget(Target):
             "truth": Term(self.truth * truth_B, weight=v_B, valid=valid_B, norm=context.rows),
         }
 
-    def mined(self, batch: Batch, scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:
+    def mine_columns(self, batch: Batch, scorer: Scorer) -> tuple[Tensor, Tensor, Tensor]:
         """Return columns ``[B, K]``, the teacher's scores in the same order, and which samples have a whole list."""
         a, b = self.pair.split("-")
         here_B = batch.both(a, b)

@@ -70,7 +70,7 @@ class Nudge:
             sizes[m] = torch.where(real_BN, x_BN - mean_B1, 0.0).norm(dim=1)
         return sizes
 
-    def perturbed(self, delta_BN: Tensor) -> dict[str, Tensor]:
+    def perturb(self, delta_BN: Tensor) -> dict[str, Tensor]:
         """Return modality -> perturbed inputs, for modalities whose inputs are floats."""
         each = ((m, x, delta) for m, x, delta in self._each(delta_BN) if self.batch.inputs[m].is_floating_point())
         return {m: torch.where(x.isfinite(), x + delta, x) for m, x, delta in each}
@@ -82,7 +82,7 @@ class Nudge:
             yield m, x, delta.view_as(x)
 
     def __call__(self, delta_BN: Tensor) -> dict[str, Tensor]:
-        inputs = self.batch.inputs | self.perturbed(delta_BN)
+        inputs = self.batch.inputs | self.perturb(delta_BN)
         with ExitStack() as stack:
             for m, _, delta in self._each(delta_BN):
                 if not inputs[m].is_floating_point():
@@ -141,7 +141,7 @@ def _perturbing(embedding: nn.Module, delta: Tensor, tracker: RowTracker) -> Ite
         handle.remove()
 
 
-def attacked(
+def find_attacks(
     nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 20, restarts: int = 1, step: float = 2.5
 ) -> Tensor:
     """Return bool ``[B]``: whether projected gradient ascent (PGD) finds a misclassified input within a radius.
@@ -169,7 +169,7 @@ def attacked(
 
 
 def worst(nudge: Nudge, radius_B: Tensor, label_B: Tensor, steps: int = 5, step: float = 2.5) -> Tensor:
-    """Return ``delta_BN`` at the end of the ascent of :func:`attacked` from zero."""
+    """Return ``delta_BN`` at the end of the ascent of :func:`find_attacks` from zero."""
     with torch.inference_mode(False), torch.enable_grad():
         delta_BN = nudge.zero()
         for _ in range(steps):

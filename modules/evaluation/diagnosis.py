@@ -137,7 +137,7 @@ def lag(
 
     Args:
         right: modality -> bool ``[N]``, whether this modality alone decides a row correctly.
-        readout: the same for a readout of its latents: :func:`cross_fitted`.
+        readout: the same for a readout of its latents: :func:`cross_fit`.
         behind, room, level: see :class:`descant.callbacks.Diagnose`.
 
     >>> row_N = torch.arange(200)
@@ -157,7 +157,7 @@ def lag(
     return max(found, key=lambda x: (x.matters, x.behind.value, x.modality))
 
 
-def cross_fitted(z_ND: Tensor, label_N: Tensor, id_N: Tensor, l2: float = 0.03) -> Tensor:
+def cross_fit(z_ND: Tensor, label_N: Tensor, id_N: Tensor, l2: float = 0.03) -> Tensor:
     """Return bool ``[N]``: whether a readout that is fitted on the rows of the other folds decides a row correctly.
 
         scores = k(z, Z) (k(Z, Z) + l2)^-1 (Y - mean),    k(x, y) = exp(-|x - y|^2 / median of the squared distances)
@@ -167,7 +167,7 @@ def cross_fitted(z_ND: Tensor, label_N: Tensor, id_N: Tensor, l2: float = 0.03) 
     ids. If any latent is not finite, all are False. The cost is five solutions of N equations.
 
     >>> z_N2 = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))  # an XOR, which no linear one decides
-    >>> right_N = cross_fitted(z_N2, (z_N2 > 0).all(1) ^ (z_N2 > 0).any(1), torch.arange(400))
+    >>> right_N = cross_fit(z_N2, (z_N2 > 0).all(1) ^ (z_N2 > 0).any(1), torch.arange(400))
     >>> float(right_N.double().mean()) > 0.9
     True
     """

@@ -29,11 +29,11 @@ class Frame(NamedTuple):
     h_TD: Tensor
     place_V: Tensor
 
-    def filled(self, v_BVD: Tensor) -> Tensor:
+    def fill(self, v_BVD: Tensor) -> Tensor:
         """Return ``h_BTD``, the frame filled with each sample's pseudo-tokens.
 
         >>> frame = Frame(torch.tensor([[1.0], [10.0], [2.0]]), torch.tensor([1]))
-        >>> frame.filled(torch.tensor([[[3.0]], [[4.0]]])).squeeze(2).tolist()
+        >>> frame.fill(torch.tensor([[[3.0]], [[4.0]]])).squeeze(2).tolist()
         [[1.0, 13.0, 2.0], [1.0, 14.0, 2.0]]
         """
         h_BTD = self.h_TD.expand(len(v_BVD), -1, -1)
@@ -124,7 +124,7 @@ class ModalityInversion:
         optimizer = torch.optim.AdamW([v_BVD], lr=self.lr, weight_decay=self.weight_decay)
         marks = []
         for step in range(self.steps + 1):
-            z_BD = model.encoded(frame.filled(v_BVD), mask_BT, modality).to(kind)
+            z_BD = model.encode_embeddings(frame.fill(v_BVD), mask_BT, modality).to(kind)
             loss_B = 1 - (z_BD * target_BD).sum(dim=1)
             if step % MARK == 0 or step == self.steps:
                 marks.append(loss_B.detach())

@@ -80,7 +80,7 @@ class NullFit:
 
     >>> fit = NullFit({}, {}, patch=2)
     >>> fit.add(torch.tensor([[[[0.0, 4.0]]], [[[2.0, 0.0]]]]), {})
-    >>> nulls = fit.done(lambda sums, how: sums, l2=0.0)
+    >>> nulls = fit.fit(lambda sums, how: sums, l2=0.0)
     >>> nulls.mean.tolist(), nulls.span.item()
     ([[[1.0, 2.0]]], 4.0)
     """
@@ -116,7 +116,7 @@ class NullFit:
             all_LR = all_LR[all_LR.isfinite().all(1)]
             self._sum("moments", all_LR.T @ all_LR)
 
-    def done(self, reduce: Callable[[Tensor, str], Tensor], l2: float) -> Nulls:
+    def fit(self, reduce: Callable[[Tensor, str], Tensor], l2: float) -> Nulls:
         """Compute the predictions from the sums; ``reduce(value, "sum" or "max")`` reduces over ranks."""
         sums = {name: reduce(value, "sum") for name, value in self.sums.items()}
         mean, bins = sums["x"] / sums["n"].clamp(min=1), {}

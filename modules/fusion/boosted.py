@@ -47,5 +47,5 @@ class BoostedSum(FusionHead):
         return self.total(z, present)
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        z, present = self.checked(z, present)
+        z, present = self.check_latents(z, present)
         return {m: self.total({m: z_BD}, present) for m, z_BD in z.items()}

@@ -57,7 +57,7 @@ class FusionHead(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
-        return self.logits(*self.checked(z, present))
+        return self.logits(*self.check_latents(z, present))
 
     @contextmanager
     def detaching(self, *modalities: str) -> Iterator[None]:
@@ -81,12 +81,12 @@ class FusionHead(nn.Module):
         them as shares of a fusion, but its sum lacks the empty set. Absent modalities have exactly zero. The cost is
         2^M fusions, or one if shares are additive (LateFusion).
         """
-        z, present = self.checked(z, present)
+        z, present = self.check_latents(z, present)
         names = tuple(self.widths)
         f = {subset: self(z, only(present, *subset)) for subset in coalitions(names)}
         return {m: share_BC.masked_fill(~present[m][:, None], 0.0) for m, share_BC in shapley(f, names).items()}
 
-    def checked(
+    def check_latents(
         self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return latents with zeros where absent, and presence, both in the order of the widths."""
@@ -143,7 +143,7 @@ class LateFusion(FusionHead):
         return self.bias_C + shares_MBC.sum(dim=0)
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+        return {m: self.maps[m](z_BD) for m, z_BD in self.check_latents(z, present)[0].items()}
 
 
 class OrthogonalFusion(FusionHead):
@@ -190,7 +190,7 @@ class OrthogonalFusion(FusionHead):
 
     def alone(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Compute unimodal scores, modality -> ``s_BC``; zero where absent."""
-        return {m: self.maps[m](z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+        return {m: self.maps[m](z_BD) for m, z_BD in self.check_latents(z, present)[0].items()}
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         a = self.weights

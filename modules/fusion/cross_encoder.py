@@ -49,19 +49,19 @@ class FusionBlocks(nn.Module):
         """Compute the first token of the pairs (row of a, column of b), ``[N, D]``."""
         rows = self.at_once(a, b, len(row_N))
         parts = [
-            self.norm(self._mixed(a, b, i, j).h_BTD[:, 0])
+            self.norm(self._fuse_pairs(a, b, i, j).h_BTD[:, 0])
             for i, j in zip(row_N.split(rows), column_N.split(rows), strict=True)
         ]
         return torch.cat(parts) if len(row_N) else a.h_BTD.new_zeros(0, self.width)
 
     def pairs(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Fused:
         """Compute all tokens of the pairs (row of a, column of b)."""
-        h_NTD, mask_NT = self._mixed(a, b, row_N, column_N)
+        h_NTD, mask_NT = self._fuse_pairs(a, b, row_N, column_N)
         sizes = [1, a.h_BTD.shape[1], b.h_BTD.shape[1]]
         first, *sides = zip(self.norm(h_NTD).split(sizes, dim=1), mask_NT.split(sizes, dim=1), strict=True)
         return Fused(first[0][:, 0], *(Tokens(*side) for side in sides))
 
-    def _mixed(self, a: Tokens, b: Tokens, row_n: Tensor, column_n: Tensor) -> Tokens:
+    def _fuse_pairs(self, a: Tokens, b: Tokens, row_n: Tensor, column_n: Tensor) -> Tokens:
         a_nTD, mask_a_nT, b_nTD, mask_b_nT = a.h_BTD[row_n], a.mask_BT[row_n], b.h_BTD[column_n], b.mask_BT[column_n]
         first_n1D = self.first_D.to(a_nTD).expand(len(a_nTD), 1, -1)
         h_nTD = torch.cat([first_n1D, a_nTD, b_nTD], dim=1)
@@ -82,8 +82,8 @@ class FusionLayers(FusionBlocks):
         alone: pool a modality's embedding from its tokens after these layers, without tokens of the other modality.
 
     >>> layers = FusionLayers(width=8, depth=1, heads=2).build({"image": 4, "text": 6})
-    >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
-    >>> b = layers.mapped("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))
+    >>> a = layers.map_tokens("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
+    >>> b = layers.map_tokens("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))
     >>> fused = layers.pairs(a, b, torch.tensor([0, 2]), torch.tensor([1, 2]))
     >>> fused.first_ND.shape, fused.a.h_BTD.shape, fused.b.h_BTD.shape
     (torch.Size([2, 8]), torch.Size([2, 5, 8]), torch.Size([2, 2, 8]))
@@ -108,16 +108,16 @@ class FusionLayers(FusionBlocks):
         """Return the layers for pairs of these modalities: the same for all pairs."""
         return self
 
-    def embedded(self, modality: str, tokens: Tokens) -> Tokens:
+    def tokens_to_pool(self, modality: str, tokens: Tokens) -> Tokens:
         """Return the tokens that embeddings are pooled from; with ``alone``, after these layers, without a partner."""
         if not self.alone or modality not in self.maps:
             return tokens
-        side, row_B = self.mapped(modality, tokens), torch.arange(len(tokens.h_BTD), device=tokens.h_BTD.device)
+        side, row_B = self.map_tokens(modality, tokens), torch.arange(len(tokens.h_BTD), device=tokens.h_BTD.device)
         absent = Tokens(torch.zeros_like(side.h_BTD), torch.zeros_like(side.mask_BT))
         other = next((m for m in self.maps if m != modality), modality)
         return self.between(modality, other).pairs(side, absent, row_B, row_B).a
 
-    def mapped(self, modality: str, tokens: Tokens) -> Tokens:
+    def map_tokens(self, modality: str, tokens: Tokens) -> Tokens:
         return Tokens(self.maps[modality](tokens.h_BTD), tokens.mask_BT)
 
 

@@ -45,7 +45,7 @@ class MMCosine(FusionHead):
         self.maps = nn.ModuleDict({m: nn.Linear(width, classes, bias=False) for m, width in widths.items()})
 
     def parts(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        return {m: self._cosines(m, z_BD) for m, z_BD in self.checked(z, present)[0].items()}
+        return {m: self._cosines(m, z_BD) for m, z_BD in self.check_latents(z, present)[0].items()}
 
     def logits(self, z: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return torch.stack([self._part(m, self._cosines(m, z_BD)) for m, z_BD in z.items()]).sum(dim=0)

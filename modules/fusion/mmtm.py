@@ -56,7 +56,7 @@ class MMTMFusion(FusionHead):
 
     def gates(self, z: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Compute the gates, modality -> ``g_BD`` in (0, 1)."""
-        z, _ = self.checked(z, present)
+        z, _ = self.check_latents(z, present)
         h_BS = torch.stack([self._linear(m, self.squeeze, self._part(m, z_BD)) for m, z_BD in z.items()]).sum(dim=0)
         return {m: self._linear(m, self.excite, (h_BS + self.squeeze_S).relu()).sigmoid() for m in z}
 

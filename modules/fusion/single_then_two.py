@@ -37,8 +37,8 @@ class SingleThenTwo(FusionLayers):
         sham: control, ``exchange``: every second token of a side passes through the upper stream of the other side.
 
     >>> layers = SingleThenTwo(width=8, depth=1, heads=2, upper=1).build({"image": 4, "text": 6})
-    >>> a = layers.mapped("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
-    >>> b = layers.mapped("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))
+    >>> a = layers.map_tokens("image", Tokens(torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.bool)))
+    >>> b = layers.map_tokens("text", Tokens(torch.randn(3, 2, 6), torch.ones(3, 2, dtype=torch.bool)))
     >>> fused = layers.between("image", "text").pairs(a, b, torch.tensor([0, 2]), torch.tensor([1, 2]))
     >>> fused.first_ND.shape, fused.a.h_BTD.shape, fused.b.h_BTD.shape
     (torch.Size([2, 8]), torch.Size([2, 5, 8]), torch.Size([2, 2, 8]))
@@ -82,7 +82,7 @@ class SingleThenTwo(FusionLayers):
         return torch.cat(parts) if len(row_N) else a.h_BTD.new_zeros(0, self.width)
 
     def pairs(self, a: Tokens, b: Tokens, row_N: Tensor, column_N: Tensor) -> Fused:
-        h_NTD, mask_NT = self._mixed(a, b, row_N, column_N)
+        h_NTD, mask_NT = self._fuse_pairs(a, b, row_N, column_N)
         sizes = [1, a.h_BTD.shape[1], b.h_BTD.shape[1]]
         (c, _), *sides = (Tokens(*part) for part in zip(h_NTD.split(sizes, 1), mask_NT.split(sizes, 1), strict=True))
         return self.apart(c[:, 0], *sides)
@@ -90,10 +90,10 @@ class SingleThenTwo(FusionLayers):
     def apart(self, c_ND: Tensor, a: Tokens, b: Tokens) -> Fused:
         """Apply the upper streams to the single stream's outputs: the first token and both sides."""
         if self.sham is not None:
-            a, b = exchanged(a, b)
+            a, b = exchange_tokens(a, b)
         (c_a, a), (c_b, b) = (self._stream(m, c_ND, side) for m, side in zip(self.sides, (a, b), strict=True))
         if self.sham is not None:
-            a, b = exchanged(a, b)
+            a, b = exchange_tokens(a, b)
         first_ND = c_a * c_b if self.pooling == "product" else c_a + c_b
         # an objective may read only one side or the first token: this gives all parameters a gradient on all ranks
         every = [*self.streams.parameters(), *self.poolers.parameters()]
@@ -111,11 +111,11 @@ class SingleThenTwo(FusionLayers):
         return self.poolers[modality](h_NTD[:, 0]).relu(), Tokens(h_NTD[:, 1:], side.mask_BT)
 
 
-def exchanged(a: Tokens, b: Tokens) -> tuple[Tokens, Tokens]:
+def exchange_tokens(a: Tokens, b: Tokens) -> tuple[Tokens, Tokens]:
     """Exchange every second token of both sides, up to the length of the shorter one.
 
     >>> a, b = (Tokens(torch.full((1, T, 1), x), torch.ones(1, T, dtype=torch.bool)) for T, x in ((4, 0.0), (3, 1.0)))
-    >>> [side.h_BTD.flatten().tolist() for side in exchanged(a, b)]
+    >>> [side.h_BTD.flatten().tolist() for side in exchange_tokens(a, b)]
     [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
     """
     at = slice(1, min(a.h_BTD.shape[1], b.h_BTD.shape[1]), 2)

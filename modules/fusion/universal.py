@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, has_host_copy, host_copy
+from descant.modules.core.host import derive, has_host_copy, host_copy
 from descant.modules.core.sham import Sham
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, observe
 from descant.modules.towers.base import Tokens
@@ -70,7 +70,8 @@ class UniversalBlock(Block):
         width, heads, mlp_ratio, dropout: as in the patch tower. crosses: whether it has cross-attention.
 
     >>> block, all_4 = UniversalBlock(8, 2), torch.ones(3, 4, dtype=torch.bool)
-    >>> block.given(Tokens(torch.randn(3, 4, 8), all_4), Tokens(torch.randn(3, 5, 8), torch.ones(3, 5).bool())).shape
+    >>> context = Tokens(torch.randn(3, 5, 8), torch.ones(3, 5).bool())
+    >>> block.attend_context(Tokens(torch.randn(3, 4, 8), all_4), context).shape
     torch.Size([3, 4, 8])
     """
 
@@ -88,7 +89,7 @@ class UniversalBlock(Block):
             xavier(*linear.values())
             self.cross.update({**linear, "norm": nn.LayerNorm(width), "norm_given": nn.LayerNorm(width)})
 
-    def given(self, h: Tokens, context: Tokens) -> Tensor:
+    def attend_context(self, h: Tokens, context: Tokens) -> Tensor:
         """Let tokens attend to themselves, then to the context: ``[B, T, D]``."""
         h_BTD = h.h_BTD + self._drop(self.attention(self.norm_1(h.h_BTD), key_mask(h.mask_BT), False))
         h_BTD = h_BTD + self._drop(self._cross_attention(h_BTD, context))
@@ -186,13 +187,13 @@ class UniversalLayers(nn.Module):
             raise ValueError(
                 f"universal: tower {m} has the width {widths[m]}, and these layers {self.width}: one for all"
             )
-        self.modalities, queried = tuple(widths), any(self.queried(m) for m in widths)
+        self.modalities, queried = tuple(widths), any(self.uses_latents(m) for m in widths)
         for name, p in self.named_parameters():
             of_latents = any(part in name for part in ("latents", "norm_v", "cross"))
             p.requires_grad_(bool(widths) and (queried or not of_latents))
         return self
 
-    def queried(self, modality: str) -> bool:
+    def uses_latents(self, modality: str) -> bool:
         """Whether learned latents query the tokens of this modality."""
         return self.latents_LD is not None and modality not in self.direct
 
@@ -213,7 +214,7 @@ class UniversalLayers(nn.Module):
         if modality not in self.modalities:
             return tokens
         h_BTD, mask_BT = tokens
-        given = [layer.given for layer in self.layers if isinstance(layer, UniversalBlock)]
+        given = [layer.attend_context for layer in self.layers if isinstance(layer, UniversalBlock)]
 
         def handed_on(q_BLD: Tensor) -> Tensor:
             return q_BLD if draw_B is None else self.sham(q_BLD, draw_B, present_B)
@@ -221,7 +222,7 @@ class UniversalLayers(nn.Module):
         if self.latents_LD is None or modality in self.direct:
             T = mask_BT.shape[1]
             longest = columns(mask_BT) if has_host_copy(mask_BT) else T  # columns of only padding are not computed
-            h_BTD = self._passed(h_BTD[:, :longest], mask_BT[:, :longest], modality, source_B, routings)
+            h_BTD = self._run_layers(h_BTD[:, :longest], mask_BT[:, :longest], modality, source_B, routings)
             h_BTD = F.pad(self.norm(h_BTD), (0, 0, 0, T - longest))
         elif self.norm_v is not None:
             h_BTD = self.norm_v(h_BTD + self.norm(role_swap(tokens, self.latents_LD, given, handed_on)))
@@ -230,7 +231,7 @@ class UniversalLayers(nn.Module):
             h_BTD, mask_BT = handed_on(self.norm(q_BLD)), real_BL & mask_BT.any(dim=1, keepdim=True)
         return Tokens(h_BTD.masked_fill(~mask_BT[..., None], 0.0), mask_BT)
 
-    def _passed(
+    def _run_layers(
         self,
         h_BTD: Tensor,
         mask_BT: Tensor,
@@ -256,8 +257,8 @@ class UniversalLayers(nn.Module):
         if self.experts is None:
             return Marks()
         number = self.modalities.index(modality)
-        kind_BT = derived(lambda mask: torch.full(mask.shape, number, device=mask.device), mask_BT)
+        kind_BT = derive(lambda mask: torch.full(mask.shape, number, device=mask.device), mask_BT)
         if source_B is None:
             return Marks(kind_BT, None, mask_BT)
-        task_BT = derived(lambda source, mask: source[:, None].expand(mask.shape), source_B, mask_BT)
+        task_BT = derive(lambda source, mask: source[:, None].expand(mask.shape), source_B, mask_BT)
         return Marks(kind_BT, task_BT, mask_BT, tuple(host_copy(source_B).unique().tolist()))

@@ -35,7 +35,7 @@ def build(kind: type[T] | tuple[type[T], ...], node: Node, place: Path) -> T:
     except (ArgumentError, TypeError, KeyError) as error:
         raise ValueError(f"{place}: {_cause(error)}") from None
     try:
-        with hub.pinned(place):
+        with hub.pinning_revisions(place):
             return cast(T, parser.instantiate_classes(config)["part"])
     except Exception as error:
         cause: BaseException = error

@@ -21,12 +21,12 @@ LATEST = "latest"
 _NUMBER = re.compile(r"\d{3,}")
 
 
-def followed(path: Path) -> Path:
+def follow_latest(path: Path) -> Path:
     """Replace ``NAME/latest`` in a path by the run that it names; return any other path unchanged.
 
     ``latest`` is a text file: TensorBoard follows links and would show the newest run twice.
 
-    >>> followed(Path("runs/demo/001/checkpoints"))
+    >>> follow_latest(Path("runs/demo/001/checkpoints"))
     PosixPath('runs/demo/001/checkpoints')
     """
     for above in (path, *path.parents):
@@ -69,7 +69,7 @@ def step_of(path: Path) -> int | None:
     """Return a checkpoint's step from its manifest, or without one from its content; None if neither has it."""
     why = manifest.fault_of_size(path)
     if why != manifest.NONE:
-        step = manifest.known(path).get("step")
+        step = manifest.last_facts(path).get("step")
     else:
         from descant.modules.io.plain import load_values
 
@@ -81,7 +81,7 @@ def step_of(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def judged(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+def best_checkpoints(content: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     """Yield the file name of each ModelCheckpoint's best checkpoint, and whether it has a monitor."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():

@@ -40,7 +40,7 @@ _found: dict[str, Snapshot] = {}
 
 
 @contextmanager
-def permitted(allowed: bool = True) -> Iterator[None]:
+def allowing_downloads(allowed: bool = True) -> Iterator[None]:
     """Allow (or refuse) downloads of hub models within the block; outside they are refused."""
     _permitted.append(allowed)
     try:
@@ -50,7 +50,7 @@ def permitted(allowed: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def pinned(run: Path) -> Iterator[None]:
+def pinning_revisions(run: Path) -> Iterator[None]:
     """Require hub models to match the revisions and digests in a run's folder, within the block.
 
     Models that the folder does not list are unrestricted.
@@ -84,19 +84,19 @@ def forget() -> None:
     _found.clear()
 
 
-def named(folder: Path | str) -> bool:
+def is_hub_name(folder: Path | str) -> bool:
     """Whether this is the name of a hub model.
 
-    >>> named("hub:google/siglip-base"), named("models/siglip")
+    >>> is_hub_name("hub:google/siglip-base"), is_hub_name("models/siglip")
     (True, False)
     """
     return str(folder).startswith(PREFIX)
 
 
-def resolved(folder: Path | str) -> Path:
+def resolve_folder(folder: Path | str) -> Path:
     """Resolve a folder, or the folder of a hub model. A model that is not in the hub's cache is downloaded."""
     name = str(folder)
-    if not named(name):
+    if not is_hub_name(name):
         return Path(folder)
     if not _permitted[-1]:
         raise ValueError(f"folder {name}: of a hub; --trust hub lets it be downloaded")

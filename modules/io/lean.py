@@ -53,7 +53,7 @@ def lean(state: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
     return {**rest, BASE: torch.frombuffer(bytearray(note), dtype=torch.uint8)}
 
 
-def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+def complete_state(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """Complete a lean state dict with the module's base weights. Any other state dict is returned unchanged."""
     if BASE not in state:
         return dict(state)
@@ -69,7 +69,7 @@ def completed(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     return {**{name: value for name, value in state.items() if name != BASE}, **{name: here[name] for name in base}}
 
 
-def brought(state: Mapping[str, Any], module: nn.Module) -> set[str]:
+def find_differences(state: Mapping[str, Any], module: nn.Module) -> set[str]:
     """Return the names in a state dict whose values differ from the module's."""
     here = module.state_dict()
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name in here}

@@ -61,7 +61,7 @@ def write(path: Path, fill: Callable[[Any], object], facts: Mapping[str, object]
         with _replacing(path) as stream:
             fill(stream)
             stage("filled")
-            new = stream.synced() | {"facts": dict(facts or {})}
+            new = stream.sync() | {"facts": dict(facts or {})}
             stage("synced")
             _note(path, new, *old)
             stage("noted")
@@ -141,22 +141,22 @@ def _in_use(parts: Path, path: Path) -> bool:
     return any(str(part["name"]).startswith(f"{parts.name}/") for entry in entries for part in parts_of(entry))
 
 
-def confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
+def open_verified(path: Path) -> tuple[BufferedReader, Facts] | str:
     """Return the open file and its facts if every byte is as written, otherwise the fault. Links are followed."""
-    result = _open_confirmed(path)
+    result = _open_file_verified(path)
     return result if isinstance(result, str) else (result[0], result[1]["facts"])
 
 
 def account(path: Path) -> Facts | str:
     """Return ``sha256``, ``size`` and ``facts`` of a file if every byte is as written, otherwise the fault."""
-    result = _open_confirmed(path)
+    result = _open_file_verified(path)
     if isinstance(result, str):
         return result
     result[0].close()
     return result[1]
 
 
-def _open_confirmed(path: Path) -> tuple[BufferedReader, Facts] | str:
+def _open_file_verified(path: Path) -> tuple[BufferedReader, Facts] | str:
     before, why = None, "missing"
     while (entries := _entries(path)) != before:  # replaced between the two reads: try again
         before = entries
@@ -207,7 +207,7 @@ def fault_of_size(path: Path) -> str | None:
     return None if None in faults else faults[0]
 
 
-def listed(path: Path) -> Facts | None:
+def read_entry(path: Path) -> Facts | None:
     """Return ``sha256``, ``size`` and ``facts`` from the manifest alone; None without one, or if the size differs."""
     entries = _entries(path)
     if isinstance(entries, str) or fault_of_size(path) is not None:
@@ -215,7 +215,7 @@ def listed(path: Path) -> Facts | None:
     return next(entry for entry in entries if entry["size"] == path.stat().st_size)
 
 
-def known(path: Path) -> Facts:
+def last_facts(path: Path) -> Facts:
     """Return the facts of the last write, from the manifest alone; empty if there are none."""
     entries = _entries(path)
     return {} if isinstance(entries, str) else dict(entries[0]["facts"])
@@ -250,7 +250,7 @@ class _Stream:
         self.size += (count := self.file.write(data))
         return count
 
-    def synced(self) -> Facts:
+    def sync(self) -> Facts:
         self.file.flush()
         os.fsync(self.file.fileno())
         return {"sha256": self.digest.hexdigest(), "size": self.size}
@@ -295,7 +295,7 @@ def _manifest(path: Path) -> Path:
 def _note(path: Path, *entries: Facts) -> None:
     with _replacing(_manifest(path)) as stream:
         stream.write(json.dumps([entry | {"crc32": _crc(entry)} for entry in entries]).encode())
-        stream.synced()
+        stream.sync()
 
 
 def _crc(entry: Facts) -> int:

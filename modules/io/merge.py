@@ -36,7 +36,7 @@ def plain(module: nn.Module) -> nn.Module:
     return module
 
 
-def changed(module: nn.Module) -> bool:
+def has_changed_layers(module: nn.Module) -> bool:
     """Whether any layer is adapted or quantized."""
     return any(_is_adapter(layer) or _is_quantized(layer) for layer in module.modules())
 

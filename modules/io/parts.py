@@ -196,7 +196,7 @@ class PartTable:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._whole[name][0]
 
-    def whole(self, name: str) -> Tensor:
+    def assemble(self, name: str) -> Tensor:
         """Assemble the whole tensor of a name."""
         shape = self.shape(name)
         return self.box(name, (0,) * len(shape), shape)
@@ -258,27 +258,27 @@ class Parted:
 
         def tensor_of(name: str) -> Tensor:
             if name not in read:
-                read[name] = self.table.whole(name).to(device)
+                read[name] = self.table.assemble(name).to(device)
             return read[name]
 
-        return filled(value, tensor_of)
+        return fill_names(value, tensor_of)
 
     def fault(self, rank: int = 0, world: int = 1) -> str | None:
         """Return the first fault of a part against the index; without a manifest, only the index confirms parts."""
         return fault_of_parts(self.path, {"facts": {"parts": self.files}}, share=(rank, world))
 
 
-def filled(value: Any, tensor_of: Callable[[Name], Any]) -> Any:
+def fill_names(value: Any, tensor_of: Callable[[Name], Any]) -> Any:
     """Replace each :class:`Name` in ``value`` by its ``tensor_of(name)``, in dicts, lists and tuples."""
     if isinstance(value, Name):
         return tensor_of(value)
     if type(value) in (dict, OrderedDict):
-        result = type(value)((key, filled(item, tensor_of)) for key, item in value.items())
+        result = type(value)((key, fill_names(item, tensor_of)) for key, item in value.items())
         if hasattr(value, "_metadata"):
             result._metadata = value._metadata
         return result
     if type(value) in (list, tuple):
-        return type(value)(filled(item, tensor_of) for item in value)
+        return type(value)(fill_names(item, tensor_of) for item in value)
     return value
 
 

@@ -49,7 +49,7 @@ def locate(folder: Path | None = None, gguf: str | None = None, package: str | N
         if gguf is None:
             raise ValueError("folder, gguf, package: give one of them")
         folder, gguf = Path(gguf).parent, Path(gguf).name
-    name, folder = folder, hub.resolved(folder)
+    name, folder = folder, hub.resolve_folder(folder)
     if not folder.is_dir():
         known = f"; of a hub: hub:{name}, with --trust hub" if _HUB.fullmatch(str(name)) else ""
         raise ValueError(f"folder {folder}: no such folder{known}")

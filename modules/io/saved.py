@@ -24,7 +24,7 @@ from descant.modules.io.build import Node as Node
 from descant.modules.io.build import build as build
 from descant.modules.io.build import class_paths as class_paths
 from descant.modules.io.build import policy as policy
-from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, followed, judged, nearest, of_run
+from descant.modules.io.checkpoints import LATEST, NAMED, PLACES, best_checkpoints, follow_latest, nearest, of_run
 from descant.modules.io.files import real_path, sha256_of
 from descant.modules.io.lean import BASE
 from descant.modules.io.plain import load_values, load_weights, require_sums
@@ -113,9 +113,9 @@ def find(path: Path | str, checkpoint: str = "best") -> Saved:
     A thread checks the weights against their manifest until :func:`read_checkpoint` needs them.
     """
     path = Path(path).expanduser()
-    path = followed(path)
-    if path.is_dir() and not (path / CONFIG).is_file() and (followed(path / LATEST) / CONFIG).is_file():
-        path = followed(path / LATEST).resolve()
+    path = follow_latest(path)
+    if path.is_dir() and not (path / CONFIG).is_file() and (follow_latest(path / LATEST) / CONFIG).is_file():
+        path = follow_latest(path / LATEST).resolve()
     if path.is_file():
         folder, weights = (path.parent.parent if path.parent.name in (*PLACES, *NAMED) else path.parent), path
     elif path.is_dir():
@@ -196,7 +196,10 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], place: Path) ->
     """Load all keys of a state dict or none. The error names the first difference in one line."""
     here = module.state_dict()
     # a sharded run saves its scalars with shape [1]
-    state = {k: v.reshape(here[k].shape) if k in here and _one(v) and _one(here[k]) else v for k, v in state.items()}
+    state = {
+        k: v.reshape(here[k].shape) if k in here and _is_scalar(v) and _is_scalar(here[k]) else v
+        for k, v in state.items()
+    }
     faults = list(dict.fromkeys(fault for key in (*here, *state) if (fault := _differing(key, here, state))))
     if faults:
         more = f" (and {len(faults) - 1} more differ)" if len(faults) > 1 else ""
@@ -232,7 +235,7 @@ def _checkpoint(folder: Path, which: str) -> Path:
         warn(f"{other}: no manifest confirms its content: {newest.name} is used in its place")
     if which == "last":
         return newest
-    for name, monitors in judged(_metadata(newest)):
+    for name, monitors in best_checkpoints(_metadata(newest)):
         best = folder / "checkpoints" / name
         if monitors and best.exists():
             return best
@@ -262,7 +265,7 @@ CONFIG_SUM = "config_sha256"
 
 def _require_same_files(folder: Path) -> None:
     """Raise ValueError for a changed file of an export; warn about a changed configuration of a run."""
-    files = manifest.known(folder / WEIGHTS).get(FILES)
+    files = manifest.last_facts(folder / WEIGHTS).get(FILES)
     for name, digest in files.items() if isinstance(files, dict) else ():
         file = folder / name
         if not real_path(file).is_relative_to(folder.resolve()):
@@ -271,11 +274,11 @@ def _require_same_files(folder: Path) -> None:
             raise ValueError(f"{file}: missing; it was part of the export")
         if sha256_of(file) != digest:
             raise ValueError(f"{file}: not the bytes that were exported; export the run again")
-    if (line := changed(folder)) is not None:
+    if (line := edit_warning(folder)) is not None:
         warn(line)
 
 
-def changed(folder: Path) -> str | None:
+def edit_warning(folder: Path) -> str | None:
     """Return a warning line if a run's configuration was edited after the run wrote it; otherwise None."""
     if not (folder / "versions.json").is_file():
         return None
@@ -307,5 +310,5 @@ def _resolve_paths(value: Any, folder: str) -> Any:
     return value
 
 
-def _one(tensor: Tensor) -> bool:
+def _is_scalar(tensor: Tensor) -> bool:
     return tensor.ndim <= 1 and tensor.numel() == 1

@@ -33,13 +33,13 @@ class Answers:
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """Return the tokens of each answer and of its reference, without end and padding."""
         pairs = zip(self.answer_ids_BM.tolist(), self.right_BA.tolist(), strict=True)
-        return [(spoken(answer), spoken(reference)) for answer, reference in pairs]
+        return [(tokens_before_end(answer), tokens_before_end(reference)) for answer, reference in pairs]
 
 
-def spoken(tokens: Sequence[int]) -> list[int]:
+def tokens_before_end(tokens: Sequence[int]) -> list[int]:
     """Return the tokens before the first end or padding.
 
-    >>> spoken([7, 8, EOS, 9])
+    >>> tokens_before_end([7, 8, EOS, 9])
     [7, 8]
     """
     end = next((i for i, token in enumerate(tokens) if token in (EOS, PAD)), len(tokens))
@@ -95,7 +95,7 @@ def answered_with(batch: Batch, answer_ids_BM: Tensor, answer_token: int) -> Bat
     rows = []
     for ids, answer in zip(text_BT.tolist(), answer_ids_BM.tolist(), strict=True):
         if answer_token in ids:
-            rows.append((ids[: ids.index(answer_token) + 1], [*spoken(answer), EOS]))
+            rows.append((ids[: ids.index(answer_token) + 1], [*tokens_before_end(answer), EOS]))
         else:
             rows.append((ids, []))
     T = max(max((len(question) + len(answer) for question, answer in rows), default=0), 1)

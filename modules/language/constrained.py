@@ -17,8 +17,8 @@ class BlockSampling(Sampling):
 
         p(token | before) = softmax(logits / temperature) of the ids that may follow, 0 of others
 
-    :meth:`UnifiedVocabulary.allowed` decides which ids may follow; prompts end outside of blocks. Log-probabilities are
-    those of the model, over all ids, as in :class:`Sampling`.
+    :meth:`UnifiedVocabulary.allowed_ids` decides which ids may follow; prompts end outside of blocks. Log-probabilities
+    are those of the model, over all ids, as in :class:`Sampling`.
 
     Args:
         vocabulary: of text and codes. only: modalities of an answer; all if not given.
@@ -41,9 +41,9 @@ class BlockSampling(Sampling):
         if self.only is not None and not self.only:
             raise ValueError(f"only: none; of {', '.join(known)}")
 
-    def allowed(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor:
+    def allowed_ids(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor:
         left = token_RN.shape[1] - place
-        allowed_SV = self.vocabulary.allowed(token_RN[row_S, :place], left, self.only)
+        allowed_SV = self.vocabulary.allowed_ids(token_RN[row_S, :place], left, self.only)
         if not allowed_SV.any(dim=1).all():
             formats = self.vocabulary.formats
             needs = ", ".join(f"{m} {formats[m].length + 2 if m in formats else 1}" for m in self.only or formats)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from descant.modules.language.depths import DepthLayer
 from descant.modules.language.model import CausalLM, Layer, apply_rope
 from descant.modules.moe import Marks, ModalityLinear, MoELayer, Routing, SwiGLUExperts, TopKRouter
-from descant.modules.moe.modality_linear import projected
+from descant.modules.moe.modality_linear import project_by_kind
 from descant.modules.moe.routing import top_k
 
 #: Tensors of at most this many numbers are copied where that is faster than indirection.
@@ -73,7 +73,11 @@ class DecodeLayer:
     def split_qkv(self, h_SD: Tensor, rope: Tensor, marks: Marks) -> tuple[Tensor, Tensor, Tensor]:
         """Project to ``q_SHE``, ``k_SKE`` and ``v_SKE``. ``rope``: complex ``[S, 1, E / 2]``."""
         layer = self.layer
-        x = torch.mm(self.norm_1(h_SD), self.qkv) if self.plain else projected(layer.qkv, layer.norm_1(h_SD), marks)
+        x = (
+            torch.mm(self.norm_1(h_SD), self.qkv)
+            if self.plain
+            else project_by_kind(layer.qkv, layer.norm_1(h_SD), marks)
+        )
         qk, v = x.view(len(x), -1, layer.head_width).split([layer.heads + layer.key_heads, layer.key_heads], dim=1)
         q, k = apply_rope(qk, rope).split([layer.heads, layer.key_heads], dim=1)
         return q, k, v
@@ -100,7 +104,7 @@ class DecodeExperts:
         self.plain = isinstance(experts, SwiGLUExperts) and not experts.separate and moe.shared is None
         if self.plain:
             (gate_up,), (down,), *_ = experts.weights(lambda p: [p])
-            self.gate_up, self.down = (_all_transposed(p) for p in (gate_up, down))
+            self.gate_up, self.down = (_transpose_weights(p) for p in (gate_up, down))
             self.each = self.gate_up.unbind(0), self.down.unbind(0)
         self.gate = _transpose(self.router.gate_ED) if type(self.router) is TopKRouter else None
 
@@ -108,7 +112,7 @@ class DecodeExperts:
         if not self.plain:
             return h_SD + self.moe(x_SD, marks)[0]
         if not x_SD.is_cpu or len(x_SD) > FEW:
-            return self._sorted(h_SD, x_SD, self.router(x_SD, marks))
+            return self._compute_sorted(h_SD, x_SD, self.router(x_SD, marks))
         E = self.router.experts
         exact = x_SD.dtype in EXACT and not torch.is_autocast_enabled("cpu")
         if self.gate is not None and exact and self.gate.dtype == x_SD.dtype and marks.valid is None:
@@ -123,15 +127,15 @@ class DecodeExperts:
         if most == 0:
             return h_SD
         if E * most > PADDED * expert_SK.numel():
-            return self._sorted(h_SD, x_SD, Routing(expert_SK, weight_SK, expert_SK < E))
+            return self._compute_sorted(h_SD, x_SD, Routing(expert_SK, weight_SK, expert_SK < E))
         x_END = x_SD.index_select(0, torch.tensor(row)).view(E, most, -1)
         gate, up = torch.bmm(x_END, self.gate_up).chunk(2, dim=2)
         y_MD = torch.bmm(F.silu(gate).mul_(up), self.down).flatten(0, 1).index_select(0, torch.tensor(place))
         y_SKD = y_MD.view(*expert_SK.shape, -1)
         return torch.baddbmm(h_SD.unsqueeze(1), weight_SK.to(y_SKD.dtype).unsqueeze(1), y_SKD).squeeze(1)
 
-    def _sorted(self, h_SD: Tensor, x_SD: Tensor, routing: Routing) -> Tensor:
-        segments, order_M, token_M = self.moe.sorted(routing)
+    def _compute_sorted(self, h_SD: Tensor, x_SD: Tensor, routing: Routing) -> Tensor:
+        segments, order_M, token_M = self.moe.sort_slots(routing)
         x_MD, (gate_up, down) = x_SD.index_select(0, token_M), self.each
         gate, up = _products(x_MD, gate_up, segments.counts).chunk(2, dim=1)
         y_MD = _products(F.silu(gate).mul_(up), down, segments.counts)
@@ -168,7 +172,7 @@ def _products(x_MI: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) ->
     return torch.cat(parts) if parts else x_MI.new_zeros(0, weights[0].shape[1])
 
 
-def _all_transposed(w_EOI: Tensor) -> Tensor:
+def _transpose_weights(w_EOI: Tensor) -> Tensor:
     return w_EOI.transpose(1, 2).contiguous() if w_EOI[0].numel() <= SMALL else w_EOI.transpose(1, 2)
 
 

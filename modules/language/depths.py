@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.moe.balance import mean_term, over_ranks, sum_and_count
 from descant.modules.moe.capacity import share_of
@@ -168,7 +168,7 @@ class DepthLayer(nn.Module):
         """
         B, T, _ = h_BTD.shape
         if document_BT is None and marks.valid is not None:
-            document_BT = derived(Tensor.long, marks.valid)
+            document_BT = derive(Tensor.long, marks.valid)
         elif document_BT is None:
             document_BT = to_device(torch.ones(B, T, dtype=torch.long), h_BTD.device)
         weight_BT, chosen_BT, loss_BT = self.choose(h_BTD, document_BT)

@@ -42,7 +42,7 @@ class Generated(NamedTuple):
     length_R: Tensor
     ended_R: Tensor
 
-    def cut(self, length_R: Tensor, ended_R: Tensor) -> Generated:
+    def truncate(self, length_R: Tensor, ended_R: Tensor) -> Generated:
         """Keep the first ``length_R`` tokens of each completion."""
         real_RN = torch.arange(self.token_RN.shape[1], device=length_R.device) < length_R[:, None]
         return Generated(self.token_RN.where(real_RN, 0), self.log_RN.where(real_RN, 0.0), length_R, ended_R)
@@ -70,7 +70,7 @@ class Sampling:
             raise ValueError(f"top_k {self.top_k}: at least 1")
         require_value(0 < self.top_p <= 1, f"top_p {self.top_p:g}: above 0, at most 1")
 
-    def allowed(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor | None:
+    def allowed_ids(self, token_RN: Tensor, row_S: Tensor, place: int) -> Tensor | None:
         """Return the ids allowed at ``place`` of some rows, by their earlier tokens: bool ``[S, V]``; None: all."""
         return None
 
@@ -163,7 +163,7 @@ def generate(
     stops = torch.tensor(list(stop), device=device, dtype=torch.long)
 
     marks = marks._replace(valid=None)
-    prompts = lm.ordered(marks.map(lambda x: x[:, :T])._replace(valid=mask_PT))
+    prompts = lm.add_kind_order(marks.map(lambda x: x[:, :T])._replace(valid=mask_PT))
     state, h_PD = _read(lm, h_PTD, mask_PT, lm.rope(position_PT[:, :T]), new, group, prefix, prompts)
     of_new = marks.map(lambda x: x[:, T].repeat_interleave(group))
     logits = lm.logits(h_PD).repeat_interleave(group, dim=0)
@@ -172,7 +172,7 @@ def generate(
     rope_RNE = lm.rope(first_P.repeat_interleave(group)[:, None] + torch.arange(new, device=device))[:, 0]
     row_S = torch.arange(R, device=device)  # the row of each computed slot
     for n in range(new):
-        token_S, log_S = sampling.draw(logits, seed_R[row_S], n, sampling.allowed(token_RN, row_S, n))
+        token_S, log_S = sampling.draw(logits, seed_R[row_S], n, sampling.allowed_ids(token_RN, row_S, n))
         ended_S = ended_R[row_S]  # finished, but not dropped yet
         token_S = token_S.masked_fill(ended_S, 0)
         token_RN[row_S, n], log_RN[row_S, n] = token_S, log_S.masked_fill(ended_S, 0.0)
@@ -266,12 +266,12 @@ class _State:
                 q, k, v = (x.view(S // g, g, K, -1, E).transpose(1, 2) for x in (q, k, v))
             keys, values = self.by_row[i]
             keys.view(*k.shape, -1)[..., at], values.view(*k.shape[:-1], -1, E)[..., at, :] = k, v
-            h_SD = layer.residual_mlp(h_SD, self._attended(q.reshape(S * K, -1, E), i), marks)
+            h_SD = layer.residual_mlp(h_SD, self._attend(q.reshape(S * K, -1, E), i), marks)
             if depth is not None:
                 h_SD = torch.where(taken_S1, before_SD + weight_S1 * (h_SD - before_SD), before_SD)
         return h_SD
 
-    def _attended(self, q: Tensor, i: int) -> Tensor:
+    def _attend(self, q: Tensor, i: int) -> Tensor:
         """Compute attention of queries ``[p K g, Q, E]`` over prompt and completion: ``[S, D]``."""
         (n, Q, E), g, S, hide = q.shape, self.group, len(self.length_S), self.hide[i]
         K = n // S

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived, host_copy, known_finite, to_device, with_finite
+from descant.modules.core.host import derive, host_copy, known_finite, to_device, with_finite
 from descant.modules.tokenizers.text import PAD
 
 
@@ -28,7 +28,7 @@ class ShownImages(NamedTuple):
     some: bool
 
 
-def shown(batch: Batch, image_token: int) -> ShownImages:
+def collect_images(batch: Batch, image_token: int) -> ShownImages:
     """Collect the images of a batch in the order in which its texts name them.
 
     ``image`` is ``[B, C, H, W]``, or ``[B, K, C, H, W]`` for several.
@@ -69,7 +69,7 @@ class Interleaved(NamedTuple):
     kept_PI: Tensor | None = None
 
 
-def placed(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleaved) -> Tensor:
+def insert_images(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleaved) -> Tensor:
     """Insert the tokens of each image into the embeddings; without images, the projector gets a gradient of zero."""
     h_BSW = h_BSW + 0.0 * seen_PIW.sum().to(h_BSW)
     if not images.some:
@@ -81,11 +81,11 @@ def placed(h_BSW: Tensor, seen_PIW: Tensor, images: ShownImages, row: Interleave
     return h_BSW.index_put(tuple(to_device(x_PI, h_BSW.device) for x_PI in at), seen_PIW.to(h_BSW))
 
 
-def unillustrated(batch: Batch) -> Interleaved:
+def rows_without_images(batch: Batch) -> Interleaved:
     """Return the rows of samples without images."""
     ids_BT = batch.inputs["text"]
-    real_BT = derived(_real, ids_BT, batch.present["text"])
-    loss_mask_BT = derived(torch.logical_and, batch.inputs["loss_mask"], real_BT)
+    real_BT = derive(_real, ids_BT, batch.present["text"])
+    loss_mask_BT = derive(torch.logical_and, batch.inputs["loss_mask"], real_BT)
     return Interleaved(ids_BT, loss_mask_BT, real_BT, torch.zeros(0, 0, dtype=torch.long))
 
 
@@ -103,10 +103,10 @@ def interleave(
     >>> text = torch.tensor([[1, 9, 5, 9, 6], [1, 9, 5, 0, 0]])
     >>> present = {"image": torch.tensor([True, False]), "text": torch.tensor([True, True])}
     >>> batch = Batch({"image": torch.zeros(2, 2, 3, 4, 4), "text": text, "loss_mask": text > 4}, present)
-    >>> interleave(batch, shown(batch, 9), 2, 9).ids_BS.tolist()
+    >>> interleave(batch, collect_images(batch, 9), 2, 9).ids_BS.tolist()
     [[1, 9, 9, 5, 9, 9, 6], [1, 5, 0, 0, 0, 0, 0]]
     >>> kept_PI = torch.tensor([[True, True], [True, False]])
-    >>> interleave(batch, shown(batch, 9), 2, 9, kept_PI).ids_BS.tolist()
+    >>> interleave(batch, collect_images(batch, 9), 2, 9, kept_PI).ids_BS.tolist()
     [[1, 9, 9, 5, 9, 6], [1, 5, 0, 0, 0, 0]]
     """
     ids_BT, loss_mask_BT, device = host_copy(batch.inputs["text"]), host_copy(batch.inputs["loss_mask"]), batch.device

@@ -79,7 +79,8 @@ def to_llama(lm: CausalLM) -> dict[str, Tensor]:
         at, E = f"model.layers.{i}", lm.head_width
         q, k, v = layer.qkv.weight.split([layer.heads * E, layer.key_heads * E, layer.key_heads * E])
         state |= {
-            f"{at}.self_attn.{x}_proj.weight": w for x, w in (("q", unpaired(q, E)), ("k", unpaired(k, E)), ("v", v))
+            f"{at}.self_attn.{x}_proj.weight": w
+            for x, w in (("q", to_llama_pairs(q, E)), ("k", to_llama_pairs(k, E)), ("v", v))
         }
         state[f"{at}.self_attn.o_proj.weight"] = layer.out.weight
         state[f"{at}.input_layernorm.weight"] = layer.norm_1.weight
@@ -101,11 +102,11 @@ def _mlp(layer: Any) -> Mapping[str, Tensor]:
     }
 
 
-def unpaired(w_ND: Tensor, head_width: int) -> Tensor:
+def to_llama_pairs(w_ND: Tensor, head_width: int) -> Tensor:
     """Reorder rows of a head projection from adjacent pairs to pairs half a head apart, as in Llama.
 
     >>> import torch
-    >>> unpaired(torch.tensor([0.0, 2.0, 1.0, 3.0])[:, None], 4).flatten().tolist()
+    >>> to_llama_pairs(torch.tensor([0.0, 2.0, 1.0, 3.0])[:, None], 4).flatten().tolist()
     [0.0, 1.0, 2.0, 3.0]
     """
     return w_ND.unflatten(0, (-1, head_width // 2, 2)).transpose(1, 2).reshape(w_ND.shape)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, host_copy
+from descant.modules.core.host import derive, host_copy
 from descant.modules.core.loaded import Loadable
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.language.axis_rope import AxisRoPE, axis_factors
 from descant.modules.language.depths import DepthLayer, DepthRouting, MixtureOfDepths
 from descant.modules.moe import ExpertLayers, Marks, ModalityLinear, MoELayer, Routing, SwiGLUExperts, observe
-from descant.modules.moe.modality_linear import VisualExperts, by_kind, kind_order, projected, text_weight
+from descant.modules.moe.modality_linear import VisualExperts, by_kind, kind_order, project_by_kind, text_weight
 from descant.modules.moe.routing import UNMARKED
 
 #: Segment id of padding.
@@ -59,7 +59,7 @@ class Layer(nn.Module):
     def split_qkv(self, h_BTD: Tensor, rope: Tensor, marks: Marks = UNMARKED) -> tuple[Tensor, Tensor, Tensor]:
         """Project to ``q_BHTE``, ``k_BKTE`` and ``v_BKTE``, with rotary positions applied."""
         B, T, _ = h_BTD.shape
-        x = projected(self.qkv, self.norm_1(h_BTD), marks).view(B, T, -1, self.head_width).transpose(1, 2)
+        x = project_by_kind(self.qkv, self.norm_1(h_BTD), marks).view(B, T, -1, self.head_width).transpose(1, 2)
         qk, v = x.split([self.heads + self.key_heads, self.key_heads], dim=1)
         q, k = apply_rope(qk, rope).split([self.heads, self.key_heads], dim=1)
         return q, k, v
@@ -80,7 +80,7 @@ class Layer(nn.Module):
     def residual_mlp(
         self, h_BTD: Tensor, attended_BTD: Tensor, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing | None]:
-        h_BTD = h_BTD + projected(self.out, attended_BTD, marks)
+        h_BTD = h_BTD + project_by_kind(self.out, attended_BTD, marks)
         if self.moe is not None:
             y_BTD, routing = self.moe(self.norm_2(h_BTD), marks)
             return h_BTD + y_BTD, routing
@@ -143,7 +143,7 @@ class CausalLM(Loadable):
         visual: VisualExperts | None = None,
         kinds: list[int] | None = None,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
         if width % heads or width // heads % 2:
@@ -199,7 +199,7 @@ class CausalLM(Loadable):
             if isinstance(module, ModalityLinear):
                 module.copy_to_experts()
 
-    def ordered(self, marks: Marks) -> Marks:
+    def add_kind_order(self, marks: Marks) -> Marks:
         """Add the tokens' order by kind to the marks, if layers need it."""
         return marks if self.visual is None else marks._replace(order=kind_order(marks, kinds=2))
 
@@ -209,7 +209,7 @@ class CausalLM(Loadable):
         >>> CausalLM(vocab=11, width=8, depth=1, heads=2, kinds=[5, 8]).kind_of(torch.tensor([4, 5, 10])).tolist()
         [0, 1, 2]
         """
-        return derived(lambda x: sum((x >= first).long() for first in self.kinds or ()) + torch.zeros_like(x), ids)
+        return derive(lambda x: sum((x >= first).long() for first in self.kinds or ()) + torch.zeros_like(x), ids)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         return self.embedding(ids_BT)
@@ -252,10 +252,10 @@ class CausalLM(Loadable):
         """
         B, T, _ = h_BTD.shape
         if segment_BT is None and prefix_BT is not None:
-            segment_BT = derived(lambda x_BT: torch.ones_like(x_BT, dtype=torch.long), prefix_BT)
+            segment_BT = derive(lambda x_BT: torch.ones_like(x_BT, dtype=torch.long), prefix_BT)
         mask = None if segment_BT is None else visible(segment_BT, prefix_BT)[:, None]
         if position_BT is None and segment_BT is not None:
-            position_BT = derived(positions, segment_BT)
+            position_BT = derive(positions, segment_BT)
         longest = T if position_BT is None else int(host_copy(position_BT).max()) + 1
         if longest > self.length:
             raise ValueError(
@@ -263,8 +263,8 @@ class CausalLM(Loadable):
             )
         rope = self.rope(torch.arange(T, device=h_BTD.device).expand(B, T) if position_BT is None else position_BT)
         if self.routes and segment_BT is not None and marks.valid is None:
-            marks = marks._replace(valid=derived(lambda x_BT: x_BT != NOWHERE, segment_BT))
-        marks = self.ordered(marks)
+            marks = marks._replace(valid=derive(lambda x_BT: x_BT != NOWHERE, segment_BT))
+        marks = self.add_kind_order(marks)
         routed, depths = [], list[DepthRouting]()
         for whole, layer in zip(self.layers, self.blocks(), strict=True):
             documents = (segment_BT,) if isinstance(whole, DepthLayer) else ()
@@ -290,7 +290,9 @@ class CausalLM(Loadable):
             weights[f"{new}.norm_1.weight"] = find(f"{old}.input_layernorm.weight")
             weights[f"{new}.norm_2.weight"] = find(f"{old}.post_attention_layernorm.weight")
             q, k, v = (find(f"{old}.self_attn.{x}_proj.weight") for x in "qkv")
-            weights[f"{new}.qkv.weight"] = torch.cat([paired(q, self.head_width), paired(k, self.head_width), v])
+            weights[f"{new}.qkv.weight"] = torch.cat(
+                [to_adjacent_pairs(q, self.head_width), to_adjacent_pairs(k, self.head_width), v]
+            )
             weights[f"{new}.out.weight"] = find(f"{old}.self_attn.o_proj.weight")
             if self.blocks()[i].moe is not None:
                 weights[f"{new}.moe.router.gate_ED"] = find(f"{old}.mlp.gate.weight")
@@ -344,12 +346,12 @@ def apply_rope(x_BHTE: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope).flatten(-2).to(x_BHTE.dtype)
 
 
-def paired(w_ND: Tensor, head_width: int) -> Tensor:
+def to_adjacent_pairs(w_ND: Tensor, head_width: int) -> Tensor:
     """Reorder rows of a head projection from Llama's order (pairs half a head apart) to adjacent pairs.
 
     :func:`apply_rope` needs adjacent pairs.
 
-    >>> paired(torch.arange(4.0)[:, None], 4).flatten().tolist()
+    >>> to_adjacent_pairs(torch.arange(4.0)[:, None], 4).flatten().tolist()
     [0.0, 2.0, 1.0, 3.0]
     """
     return w_ND.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).reshape(w_ND.shape)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.language.model import NOWHERE, CausalLM
 from descant.modules.moe import Marks, Routing
 from descant.modules.moe.routing import UNMARKED
@@ -201,8 +201,8 @@ def through(
         segment[there] = segment_BS[real_BS]
         segment = to_device(segment, device)
     if position_BS is not None:
-        position = derived(partial(_put, shape), *to, *of, position_BS)
-    prefix = None if prefix_BS is None else derived(partial(_put, shape), *to, *of, prefix_BS)
+        position = derive(partial(_put, shape), *to, *of, position_BS)
+    prefix = None if prefix_BS is None else derive(partial(_put, shape), *to, *of, prefix_BS)
     if lm.routes:
         marks = marks._replace(valid=to_device(real_BS, device))
         marks = marks.map(lambda x_BS, row, at, sample, place: _put(shape, row, at, sample, place, x_BS), *to, *of)

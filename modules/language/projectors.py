@@ -32,7 +32,7 @@ class ImageProjector(nn.Module):
     def made(self, width: int, to: int) -> None:
         raise NotImplementedError
 
-    def kept(self, tokens: Tokens) -> Tensor | None:
+    def output_mask(self, tokens: Tokens) -> Tensor | None:
         """Return which outputs belong to an image, bool ``[B, I]`` on the CPU, if their numbers differ; None: all."""
         return None
 
@@ -75,7 +75,7 @@ class EachToken(ImageProjector):
     def made(self, width: int, to: int) -> None:
         self.mlp = mlp(width, to, self.norm)
 
-    def kept(self, tokens: Tokens) -> Tensor | None:
+    def output_mask(self, tokens: Tokens) -> Tensor | None:
         return different_lengths(tokens)
 
     def forward(self, tokens: Tokens) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from descant.modules.core.recomputation import forward_arithmetic
-from descant.modules.losses.exchange import Blocks, excluded
+from descant.modules.losses.exchange import Blocks, exclusion_mask
 
 
 def _marks(key_B: Tensor, valid_B: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _blocks(
         with forward_arithmetic():
             dot_RB = a_BD[rows] @ other_BD.T
         diagonal = rows.start if is_own else None
-        out_RB = excluded(key_B[rows], valid_B[rows].bool(), other_key_B, other_valid_B.bool(), diagonal)
+        out_RB = exclusion_mask(key_B[rows], valid_B[rows].bool(), other_key_B, other_valid_B.bool(), diagonal)
         yield _Block(rows, dot_RB, out_RB, diagonal)
 
 
@@ -51,8 +51,8 @@ def log_sums(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, exchang
 
         ab_b = log(e^{a_b.b_b} + sum_g e^{a_b.b_g}),    ba_b = log(e^{b_b.a_b} + sum_g e^{b_b.a_g})
 
-    The sums run over the negatives (:func:`excluded`). Each product is computed once for both directions, on the rank
-    of its row.
+    The sums run over the negatives (:func:`exclusion_mask`). Each product is computed once for both directions, on the
+    rank of its row.
 
     >>> from descant.modules.losses.exchange import Ring
     >>> z, key, valid = torch.eye(2), torch.arange(2), torch.ones(2, dtype=torch.bool)

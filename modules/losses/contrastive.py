@@ -16,14 +16,14 @@ from descant.modules.core.protocols import Scaled
 from descant.modules.core.ranks import first_row, gather, gather_both, world
 from descant.modules.losses.blockwise import log_sums, sigmoid_sums
 from descant.modules.losses.exchange import Blocks, Exchange
-from descant.modules.losses.exchange import excluded as excluded
+from descant.modules.losses.exchange import exclusion_mask as exclusion_mask
 from descant.modules.losses.temperature import LearnedTemperature
 
 
-def gathered_excluded(key_B: Tensor, valid_B: Tensor) -> Tensor:
-    """Apply :func:`excluded` to this rank's rows and the rows of all ranks; on one rank the result is symmetric."""
+def gathered_exclusion_mask(key_B: Tensor, valid_B: Tensor) -> Tensor:
+    """Mask this rank's rows against the rows of all ranks by :func:`exclusion_mask`; symmetric on one rank."""
     key_G, valid_G = gather(torch.stack([key_B, valid_B.to(key_B.dtype)], dim=1)).unbind(dim=1)
-    return excluded(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
+    return exclusion_mask(key_B, valid_B, key_G, valid_G.bool(), first_row(len(key_B)))
 
 
 def with_negatives(log_sum_B: Tensor, negative_BK: Tensor, valid_BK: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class InfoNCE(LearnedTemperature, ContrastiveLoss):
 
 def _similarities(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``a_b . b_g`` and ``b_b . a_g``, ``[B, G]`` each, with excluded pairs masked, and ``a_b . b_b``."""
-    out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+    out_BG, first = gathered_exclusion_mask(key_B, valid_B), first_row(len(key_B))
     a_GD, b_GD = gather_both(a_BD, b_BD)
     ab_BG = a_BD @ b_GD.T
     positive_B = ab_BG.diagonal(first).clone()
@@ -167,7 +167,7 @@ class SigLIP(LearnedTemperature, ContrastiveLoss):
                 a_BD, b_BD = promote(z_a_BD), promote(z_b_BD)
                 return sigmoid_sums(a_BD, b_BD, self.scale(), self.bias, key_B, valid_B, self.exchange)
             a_BD, b_BD = promote(z_a_BD) * self.scale(), promote(z_b_BD)
-            out_BG = gathered_excluded(key_B, valid_B)
+            out_BG = gathered_exclusion_mask(key_B, valid_B)
             logits_BG = a_BD @ gather(b_BD).T + self.bias
             y_BG = torch.full_like(logits_BG, -1.0)
             y_BG.diagonal(first_row(len(key_B))).fill_(1.0)
@@ -188,7 +188,7 @@ def ntxent(u_BD: Tensor, v_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: fl
     [0.5514, 0.5514]
     """
     with torch.autocast(u_BD.device.type, enabled=False):
-        out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+        out_BG, first = gathered_exclusion_mask(key_B, valid_B), first_row(len(key_B))
         u_GD, v_GD = gather_both(u_BD, v_BD)
         u_BD, v_BD = scale * u_BD, scale * v_BD
         uv_BG = u_BD @ v_GD.T
@@ -216,7 +216,7 @@ def one_way(a_BD: Tensor, b_BD: Tensor, key_B: Tensor, valid_B: Tensor, scale: f
     with torch.autocast(a_BD.device.type, enabled=False):
         ab_BG = (scale * a_BD) @ gather(b_BD).T
         positive_B = ab_BG.diagonal(first_row(len(key_B))).clone()
-        return _exclude(ab_BG, gathered_excluded(key_B, valid_B)).logsumexp(dim=1) - positive_B
+        return _exclude(ab_BG, gathered_exclusion_mask(key_B, valid_B)).logsumexp(dim=1) - positive_B
 
 
 def _exclude(logits_BG: Tensor, out_BG: Tensor) -> Tensor:

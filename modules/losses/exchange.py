@@ -15,14 +15,16 @@ from torch import Tensor
 from descant.modules.core.ranks import Passing, rank, world
 
 
-def excluded(key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None) -> Tensor:
+def exclusion_mask(
+    key_B: Tensor, valid_B: Tensor, key_G: Tensor, valid_G: Tensor, diagonal: int | None = None
+) -> Tensor:
     """Return a bool mask ``[B, G]`` of pairs that are not negatives: one is absent, or both have the same content.
 
     ``diagonal`` is the column of row 0's positive, or None if the columns contain no positives. Positives are never
     excluded, so the row of an absent sample stays finite.
 
     >>> key, valid = torch.tensor([7, 7, 8]), torch.tensor([True, True, False])
-    >>> excluded(key, valid, key, valid, diagonal=0).int().tolist()
+    >>> exclusion_mask(key, valid, key, valid, diagonal=0).int().tolist()
     [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     """
     out_BG = key_B[:, None] == key_G

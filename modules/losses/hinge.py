@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from descant.modules.core.dtype import promote
 from descant.modules.core.host import host_copy, with_host_copy
 from descant.modules.core.ranks import first_row, gather_both, world
-from descant.modules.losses.contrastive import ContrastiveLoss, gathered_excluded
+from descant.modules.losses.contrastive import ContrastiveLoss, gathered_exclusion_mask
 
 
 class PairMarginLoss(nn.Module):
@@ -80,7 +80,7 @@ class HardestInBatchHinge(ContrastiveLoss):
     def forward(self, z_a_BD: Tensor, z_b_BD: Tensor, key_B: Tensor, valid_B: Tensor) -> Tensor:
         with torch.autocast(z_a_BD.device.type, enabled=False):
             a_BD, b_BD = promote(z_a_BD), promote(z_b_BD)
-            out_BG, first = gathered_excluded(key_B, valid_B), first_row(len(key_B))
+            out_BG, first = gathered_exclusion_mask(key_B, valid_B), first_row(len(key_B))
             a_GD, b_GD = gather_both(a_BD, b_BD)
             ab_BG = a_BD @ b_GD.T
             ba_BG = ab_BG.T if world() == 1 else b_BD @ a_GD.T

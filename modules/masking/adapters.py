@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived, everyone, finite, has_host_copy, host_copy
-from descant.modules.core.modalities import given, with_others
+from descant.modules.core.host import derive, everyone, finite, has_host_copy, host_copy
+from descant.modules.core.modalities import given_modules, with_others
 from descant.modules.masking.corruptions import Grid
 from descant.modules.masking.decoders import At
 from descant.modules.towers.image import require_divisor, sincos
@@ -172,21 +172,21 @@ class Adapter(nn.Module):
         """Return logits ``[N, P, C]`` of a token's ids, if tokens have ids; ``-inf`` for ids not possible there."""
         raise NotImplementedError
 
-    def given(self, x_NP: Tensor) -> Tensor:
+    def embed_previous(self, x_NP: Tensor) -> Tensor:
         """Embed the token before each target for an ordered decoder, ``[N, E]``."""
         raise NotImplementedError
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         """Return raw content of all tokens in the shape of the input."""
         raise NotImplementedError
 
     def like(self, y: Tensor, x: Tensor) -> Tensor:
-        """Crop a result of :meth:`whole` to the shape of an input ``x``, which may be smaller."""
+        """Crop a result of :meth:`to_input_shape` to the shape of an input ``x``, which may be smaller."""
         return y
 
     def input(self, x_BTP: Tensor) -> Tensor:
         """Return raw content of all tokens in shape and units of the input: the inverse of ``raw``."""
-        return self.whole(x_BTP)
+        return self.to_input_shape(x_BTP)
 
 
 def require_ids(x_BT: Tensor, real_BT: Tensor, vocabulary: int, name: str) -> None:
@@ -265,24 +265,24 @@ class PatchAdapter(Adapter):
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.padded:
-            x_BTP = self._cut(x)
+            x_BTP = self._to_patches(x)
             return x_BTP, everyone(x_BTP.shape[:2], x.device)
-        x_BTP = self._cut(self._grown(x, -math.inf))
-        real_BT = derived(lambda finite_B: self._patches(self._grown(finite_B, False)).all(dim=2), finite(x))
+        x_BTP = self._to_patches(self._pad(x, -math.inf))
+        real_BT = derive(lambda finite_B: self._patches(self._pad(finite_B, False)).all(dim=2), finite(x))
         return x_BTP.masked_fill(~real_BT[..., None], 0.0), real_BT
 
     def like(self, y: Tensor, x: Tensor) -> Tensor:
         inside: Any = (..., *map(slice, x.shape[-len(self.size) :]))
         return y[inside] if self.padded else y
 
-    def _grown(self, x: Tensor, value: float) -> Tensor:
+    def _pad(self, x: Tensor, value: float) -> Tensor:
         """Pad a smaller input at the end of each axis; return a larger one unchanged."""
         missing = [most - side for most, side in zip(self.size, x.shape[-len(self.size) :], strict=True)]
         if not any(missing) or min(missing) < 0:
             return x
         return F.pad(x, [n for side in reversed(missing) for n in (0, side)], value=value)
 
-    def _cut(self, x: Tensor) -> Tensor:
+    def _to_patches(self, x: Tensor) -> Tensor:
         """Standardise an input and cut it into patches ``[B, T, P]``."""
         n = len(self.size)
         if self.channels == 1 and x.ndim == n + 1:
@@ -298,14 +298,14 @@ class PatchAdapter(Adapter):
         grid, inside = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
         return x.permute(0, *grid, 1, *inside).reshape(len(x), self.tokens, self.numbers)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         n = len(self.size)
         x = x_BTP.reshape(len(x_BTP), *self.grid, self.channels, *self.patch)
         axes = [axis for k in range(n) for axis in (1 + k, 2 + n + k)]
         return x.permute(0, 1 + n, *axes).reshape(len(x), self.channels, *self.size)
 
     def input(self, x_BTP: Tensor) -> Tensor:
-        return self.whole(x_BTP) * self.spread + self.mean
+        return self.to_input_shape(x_BTP) * self.spread + self.mean
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         return self.inward(x_NP)
@@ -358,7 +358,7 @@ class Adapters(nn.ModuleDict):
         bands: Adapter | None = None,
         others: dict[str, Adapter] | None = None,
     ) -> None:
-        adapters = with_others(given(locals()), others)
+        adapters = with_others(given_modules(locals()), others)
         require_value(adapters, "adapters: none given; a masked model needs at least one modality")
         super().__init__(adapters)
 

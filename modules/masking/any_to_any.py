@@ -73,7 +73,7 @@ class AnyToAnyDecoder(Decoder):
             contexts[0] = contexts[0] + 0.0 * self.mask_E
         context = _Slots([row_B, *(at.host_row_N for at in encoded.at.values())], B, device)
         query = _Slots([at.host_row_N for at in targets.values()], B, device)
-        mask_B1QQ = self._own(query, [m in encoded.given for m in targets], device)
+        mask_B1QQ = self._target_mask(query, [m in encoded.given for m in targets], device)
         y_BQE, c_BKE = query.dense(queries), context.dense(contexts)
         here_B11K = None if context.full else (context.group_BK < context.groups)[:, None, None]
         for layer in self.layers:
@@ -82,7 +82,7 @@ class AnyToAnyDecoder(Decoder):
         return dict(zip(targets, y_NE.split([len(at.row_N) for at in targets.values()]), strict=True))
 
     @staticmethod
-    def _own(query: _Slots, ordered: Sequence[bool], device: torch.device) -> Tensor | None:
+    def _target_mask(query: _Slots, ordered: Sequence[bool], device: torch.device) -> Tensor | None:
         """Mask the targets that a target sees: its modality's, and up to itself if ordered. None if each sees all."""
         if query.full and query.groups == 1 and not ordered[0]:  # attention without a mask is faster
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.rng import mix_N
-from descant.modules.masking.corruptions import Corruption, Grid, Masks, last, noise, parted, ranks
+from descant.modules.masking.corruptions import Corruption, Grid, Masks, last, noise, ranks, split_by_modality
 
 
 class TokenBudget(Corruption):
@@ -54,7 +54,7 @@ class TokenBudget(Corruption):
             target_BU = torch.cat(list(masks.target.values()), dim=1)
             order_BU = torch.cat([noise(draw_B, f"target/{m}", math.prod(grids[m])) for m in real], dim=1)
             counted_BU = last(order_BU.to(target_BU.device), target_BU, target_BU.sum(dim=1).clamp(max=self.targets))
-            masks.target = masks.loss = parted(counted_BU, real)
+            masks.target = masks.loss = split_by_modality(counted_BU, real)
         return masks
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class TokenBudget(Corruption):
         real_BU = torch.cat(list(real.values()), dim=1)
         # fresh noise: which tokens of an overfull sample are dropped must not depend on their rank in a modality
         order_BU = torch.cat(order, dim=1).floor() + noise(draw_B, "mask/all", real_BU.shape[1]).to(real_BU.device)
-        return parted(last(order_BU, real_BU, visible_B.to(real_BU.device)), real)
+        return split_by_modality(last(order_BU, real_BU, visible_B.to(real_BU.device)), real)
 
     def shares(self, present_BM: Tensor, draw_B: Tensor) -> Tensor:
         """Draw float ``[B, M]``: shares of the modalities that a sample has, which sum to 1 (or are all 0)."""

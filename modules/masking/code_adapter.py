@@ -53,7 +53,7 @@ class CodeAdapter(TokenAdapter):
         other_NC = torch.arange(self.vocab, device=h_NE.device) // codes != layer_N[:, None]
         return super().scores(h_NE, place_N).masked_fill(other_NC[:, None], -torch.inf)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         return self.tokenizer.cover(x_BTP.squeeze(2))
 
     def input(self, x_BTP: Tensor) -> Tensor:

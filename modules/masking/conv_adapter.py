@@ -52,4 +52,4 @@ class ConvAdapter(PatchAdapter):
         row_R, of_N = to_device(row_R, x_BTP.device), to_device(of_N, x_BTP.device)
         seen_RTP = x_BTP.new_zeros(len(row_R), *x_BTP.shape[1:])
         seen_RTP[of_N, at.place_N] = x_BTP[at.row_N, at.place_N]
-        return self.embed(self.tower(self.whole(seen_RTP)).h_BTD[of_N, at.place_N], at.place_N)
+        return self.embed(self.tower(self.to_input_shape(seen_RTP)).h_BTD[of_N, at.place_N], at.place_N)

@@ -140,7 +140,7 @@ class UniformMask(Ratio):
             return super().visible(real, grids, draw_B)
         real_BU = torch.cat(list(real.values()), dim=1)
         order_BU = torch.cat([self.order(m, grids[m], draw_B) for m in real], dim=1).to(real_BU.device)
-        return parted(last(order_BU, real_BU, self.count(real_BU.sum(dim=1))), real)
+        return split_by_modality(last(order_BU, real_BU, self.count(real_BU.sum(dim=1))), real)
 
     def check(self, grids: Mapping[str, Grid]) -> None:
         if not self.joint:
@@ -172,7 +172,7 @@ class Hide(Corruption):
         self.modalities, self.base = modalities, base
 
     def __call__(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
-        shown = {m: real[m] for m in self._shown(real)}
+        shown = {m: real[m] for m in self._visible_modalities(real)}
         nothing = {m: torch.zeros_like(mask_BT) for m, mask_BT in real.items()}
         visible, target, loss = nothing | shown, nothing | dict(real), nothing | dict(real)
         for m in shown:
@@ -184,11 +184,11 @@ class Hide(Corruption):
         return Masks(visible, target, loss)
 
     def check(self, grids: Mapping[str, Grid]) -> None:
-        shown = self._shown(grids)
+        shown = self._visible_modalities(grids)
         if self.base is not None:
             self.base.check({m: grids[m] for m in shown})
 
-    def _shown(self, known: Mapping[str, object]) -> list[str]:
+    def _visible_modalities(self, known: Mapping[str, object]) -> list[str]:
         for m in self.modalities:
             if m not in known:
                 near = nearest(m, known)
@@ -234,11 +234,13 @@ class From(Corruption):
                 raise ValueError(f"From: modality {m!r}: {no_such(m, grids)}")
 
 
-def corrupted(corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> Masks:
+def corrupt_on_host(
+    corruption: Corruption, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor
+) -> Masks:
     """Compute ``corruption(real, grids, draw_B)`` on the CPU, because visible tokens determine the shapes of a step.
 
     >>> real = {"image": torch.ones(1, 4, dtype=torch.bool)}
-    >>> corrupted(UniformMask(0.5), real, {"image": (2, 2)}, torch.arange(1)).visible["image"].sum().item()
+    >>> corrupt_on_host(UniformMask(0.5), real, {"image": (2, 2)}, torch.arange(1)).visible["image"].sum().item()
     2
     """
     masks = corruption({m: host_copy(real_BT) for m, real_BT in real.items()}, grids, host_copy(draw_B))
@@ -290,6 +292,6 @@ def first_of(covered: Tensor, dim: int) -> Tensor:
     return torch.where(covers, first, covered.shape[dim])
 
 
-def parted(mask_BU: Tensor, real: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_by_modality(mask_BU: Tensor, real: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split ``[B, U]`` by modality."""
     return dict(zip(real, mask_BU.split([mask_BT.shape[1] for mask_BT in real.values()], dim=1), strict=True))

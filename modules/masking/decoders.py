@@ -63,7 +63,7 @@ class Encoded:
     global_BD: Tensor
     given: dict[str, Tensor] = field(default_factory=dict)
 
-    def pooled(self, whole: bool = False) -> Tensor:
+    def pool(self, whole: bool = False) -> Tensor:
         """Return unit-length ``z_BD``: the mean of a sample's tokens, or its global token; float32 or finer."""
         z_BD = promote(self.global_BD)
         if not whole:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived, everyone
+from descant.modules.core.host import derive, everyone
 from descant.modules.masking.adapters import Adapter, PatchAdapter
 
 
@@ -56,8 +56,8 @@ class CategoryAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.cut.raw(x.unsqueeze(1) if x.ndim == len(self.cut.size) + 1 else x)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
-        return self.cut.whole(x_BTP).squeeze(1)
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
+        return self.cut.to_input_shape(x_BTP).squeeze(1)
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
         return self.inward(self.table(torch.where(x_NP < 0, self.classes, x_NP)).flatten(1))
@@ -111,9 +111,9 @@ class TokenAdapter(Adapter):
             raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.tokens}")
         if self.pad is None:
             return x[..., None], everyone(x.shape, x.device)
-        return x[..., None], derived(lambda x_BT: x_BT != self.pad, x)
+        return x[..., None], derive(lambda x_BT: x_BT != self.pad, x)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         return x_BTP.squeeze(2)
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
@@ -169,10 +169,10 @@ class TableAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.tokens:
             raise ValueError(f"input of {x.shape[1]} columns: this adapter takes {self.tokens}")
-        real_BT = derived(lambda x_BT: ~x_BT.isnan(), x)
+        real_BT = derive(lambda x_BT: ~x_BT.isnan(), x)
         return x.masked_fill(~real_BT, 0.0)[..., None], real_BT
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         return x_BTP.squeeze(2)
 
     def content(self, x_NP: Tensor, place_N: Tensor) -> Tensor:
@@ -234,9 +234,9 @@ class DistributionAdapter(Adapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1:] != (self.tokens, self.classes):
             raise ValueError(f"target of {tuple(x.shape[1:])}: this adapter takes {(self.tokens, self.classes)}")
-        return x, derived(lambda x_BTC: x_BTC.sum(dim=2) > 0, x)
+        return x, derive(lambda x_BTC: x_BTC.sum(dim=2) > 0, x)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         return x_BTP
 
     def losses(self, h_NE: Tensor, x_NP: Tensor, place_N: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.balance.purity import kmeans
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.masking.adapters import PatchAdapter
 from descant.modules.tokenizers.codes import CodeTokenizer
 from descant.modules.tokenizers.quantizers import residual_vq
@@ -90,7 +90,7 @@ class KMeansPatches(CodeTokenizer):
 
     def real(self, x: Tensor) -> Tensor:
         real_BT = self.cut.raw(x)[1]
-        return real_BT if self.layers == 1 else derived(lambda mask_BT: mask_BT.repeat(1, self.layers), real_BT)
+        return real_BT if self.layers == 1 else derive(lambda mask_BT: mask_BT.repeat(1, self.layers), real_BT)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -99,16 +99,16 @@ class KMeansPatches(CodeTokenizer):
         x_BTP, _ = self.cut.raw(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 distances would select other centres
             id_NL = residual_vq(x_BTP.flatten(0, 1).to(self.centre_LKP.dtype), self.centre_LKP).id_NL
-        return self.joined(id_NL.unflatten(0, x_BTP.shape[:2]))
+        return self.join_layers(id_NL.unflatten(0, x_BTP.shape[:2]))
 
     def decode(self, code_BT: Tensor) -> Tensor:
         id_BTL = self.split(code_BT)
         each = zip(self.centre_LKP, id_BTL.unbind(dim=2), strict=True)
-        return self.cut.whole(torch.stack([centre_KP[id_BT] for centre_KP, id_BT in each]).sum(dim=0))
+        return self.cut.to_input_shape(torch.stack([centre_KP[id_BT] for centre_KP, id_BT in each]).sum(dim=0))
 
     def cover(self, x_BT: Tensor) -> Tensor:
         first_BT = x_BT[:, : self.length // self.layers]
-        return self.cut.whole(first_BT[..., None].expand(-1, -1, self.cut.numbers))
+        return self.cut.to_input_shape(first_BT[..., None].expand(-1, -1, self.cut.numbers))
 
 
 class VectorTokens(CodeTokenizer):
@@ -168,7 +168,7 @@ class VectorTokens(CodeTokenizer):
         with torch.autocast(x.device.type, enabled=False):
             each = zip(self._parts(x).unbind(dim=1), self.centre_GKP, strict=True)
             id_BG = torch.cat([residual_vq(x_BP, centre_KP[None]).id_NL for x_BP, centre_KP in each], dim=1)
-        return self.joined(id_BG[:, None])
+        return self.join_layers(id_BG[:, None])
 
     def decode(self, code_BT: Tensor) -> Tensor:
         each = zip(self.split(code_BT).squeeze(1).unbind(dim=1), self.centre_GKP, strict=True)

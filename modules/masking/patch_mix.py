@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import normal_NK
-from descant.modules.core.sham import sources, taken
+from descant.modules.core.sham import sources, take_rows
 
 
 class MixedImages(NamedTuple):
@@ -62,5 +62,5 @@ class PatchMix(nn.Module):
         first_BT = to_device(turn_BT.argsort(dim=1) < self.first, x_BCHH.device)
         hidden_BQ = to_device(turn_BT[:, self.first :], x_BCHH.device)
         pixel_B1HH = F.interpolate(first_BT.view(-1, 1, side, side).to(x_BCHH.dtype), size=x_BCHH.shape[-2:])
-        mixed_BCHH = torch.where(pixel_B1HH > 0, x_BCHH, taken(x_BCHH, source_B))
+        mixed_BCHH = torch.where(pixel_B1HH > 0, x_BCHH, take_rows(x_BCHH, source_B))
         return MixedImages(mixed_BCHH, source_B, first_BT, hidden_BQ, self.first / T)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch, some
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.evaluation.metrics import wide
 
 
@@ -37,7 +37,7 @@ class TargetCounts(NamedTuple):
 
     def samples(self) -> Tensor:
         """Count the samples of the whole optimizer step that have any of the modalities, at least 1."""
-        return derived(Tensor.sum, some(*(self.batch.step[m] for m in self.tokens))).clamp(min=1)
+        return derive(Tensor.sum, some(*(self.batch.step[m] for m in self.tokens))).clamp(min=1)
 
     @staticmethod
     def example() -> TargetCounts:

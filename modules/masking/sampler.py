@@ -44,7 +44,7 @@ def cosine_counts(tokens: int, steps: int) -> list[int]:
     return [before - after for before, after in itertools.pairwise(hidden)]
 
 
-def sampled(
+def sample_ids(
     score_NPC: Tensor, u_NP: Tensor, temperature: float, allowed_C: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sample ids ``[N, P]`` from ``softmax(score / temperature)`` over allowed ids; also return their log-probability.
@@ -52,7 +52,7 @@ def sampled(
     Args:
         u_NP: draws in [0, 1), used to invert the cumulative distribution. allowed_C: bool.
 
-    >>> sampled(torch.tensor([[[0.0, 0.0, 9.0]]]), torch.tensor([[0.75]]), 1.0, torch.tensor([True, True, False]))[0]
+    >>> sample_ids(torch.tensor([[[0.0, 0.0, 9.0]]]), torch.tensor([[0.75]]), 1.0, torch.tensor([True, True, False]))[0]
     tensor([[1]])
     """
     score_NPC = score_NPC.to(wide(score_NPC.device)) / temperature
@@ -162,12 +162,12 @@ class Sampler:
                 raise ValueError(f"Sampler: target {m}: {type(adapter).__name__} has no ids that could be sampled")
             if not adapter.ordered and self.steps > adapter.tokens:
                 raise ValueError(f"Sampler: steps {self.steps}: {m} has {adapter.tokens} tokens; at most as many steps")
-            if m in self.allowed and not bool(self._allowed(adapter, m).view(adapter.layers, -1).any(dim=1).all()):
+            if m in self.allowed and not bool(self._allowed_ids(adapter, m).view(adapter.layers, -1).any(dim=1).all()):
                 raise ValueError(
                     f"Sampler: allowed {self.allowed[m]}: no id of {m}, which has 0 to {_ids(adapter) - 1}"
                 )
 
-    def _allowed(self, adapter: Adapter, m: str) -> Tensor:
+    def _allowed_ids(self, adapter: Adapter, m: str) -> Tensor:
         """Mark the ids that content may have, bool ``[C]``."""
         id_C = torch.arange(adapter.output_size // adapter.numbers)
         content_C = id_C < _ids(adapter)
@@ -177,7 +177,7 @@ class Sampler:
             content_C if m not in self.allowed else content_C & torch.isin(id_C, torch.tensor(self.allowed[m]).long())
         )
 
-    def _encoded(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str) -> list[Encoded]:
+    def _encode(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str) -> list[Encoded]:
         """Encode all inputs; with guidance, also encode the modality's own tokens alone."""
         own = {name: x if name == m else torch.zeros_like(x) for name, x in seen.items()}
         return [model.encode(raw, of) for of in ([seen] if self.guidance == 1 else [seen, own])]
@@ -186,7 +186,7 @@ class Sampler:
         """Compute guided scores ``[N, P, C]`` of the requested tokens of a modality."""
         adapter, at, scores = model.adapters.each()[m], At.of(asked_BT), list[Tensor]()
         for part in encoded:
-            part.given = {} if given is None else {m: adapter.given(given)}
+            part.given = {} if given is None else {m: adapter.embed_previous(given)}
             scores.append(adapter.scores(model.decoder(part, {m: at})[m], at.place_N))
         if self.guidance == 1:
             return scores[0]
@@ -201,13 +201,13 @@ class Sampler:
         B, T, P, device = len(seed_B), adapter.tokens, adapter.numbers, seed_B.device
         x_BTP = torch.zeros(B, T, P, dtype=torch.long, device=device)
         done_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
-        allowed_C = self._allowed(adapter, m).to(device)
+        allowed_C = self._allowed_ids(adapter, m).to(device)
         random_BT = noise(seed_B, f"sample/{m}/order", T).to(device)
         for step, count in enumerate(cosine_counts(T, self.steps)):
-            encoded = self._encoded(model, raw | {m: x_BTP}, seen | {m: done_BT}, m)
+            encoded = self._encode(model, raw | {m: x_BTP}, seen | {m: done_BT}, m)
             score_NPC = self._scores(model, encoded, m, ~done_BT, None)
             u_NP = noise(seed_B, f"sample/{m}/{step}", T * P).to(device).view(B, T, P)[~done_BT]
-            id_NP, logp_NP = sampled(score_NPC, u_NP, self.temperature.get(m, 1.0), allowed_C)
+            id_NP, logp_NP = sample_ids(score_NPC, u_NP, self.temperature.get(m, 1.0), allowed_C)
             logp_BT = torch.zeros(B, T, dtype=logp_NP.dtype, device=device)
             logp_BT[~done_BT] = logp_NP.mean(dim=1)
             key_BT = self.order.key(logp_BT, random_BT).masked_fill(done_BT, -torch.inf)
@@ -220,7 +220,7 @@ class Sampler:
     def _in_order(self, model: Any, raw: dict[str, Tensor], seen: dict[str, Tensor], m: str, seed_B: Tensor) -> Tensor:
         adapter: Any = model.adapters.each()[m]
         B, T, device = len(seed_B), adapter.tokens, seed_B.device
-        content_C, end = self._allowed(adapter, m).to(device), adapter.vocab + 1  # the sentinel after the only span
+        content_C, end = self._allowed_ids(adapter, m).to(device), adapter.vocab + 1  # the sentinel after the only span
         s_BT = torch.full((B, T + 1), adapter.pad, device=device)
         s_BT[:, 0] = adapter.vocab
         row_S = torch.arange(B, device=device)  # samples still in the computation
@@ -228,14 +228,14 @@ class Sampler:
         for step in range(T - 1):
             if not encoded:  # earlier targets are not encoder inputs, so encoding once suffices
                 raw_S, seen_S = ({name: x[row_S] for name, x in of.items()} for of in (raw, seen))
-                encoded = self._encoded(model, raw_S, seen_S, m)
+                encoded = self._encode(model, raw_S, seen_S, m)
             asked_ST = (torch.arange(T, device=device) <= step).expand(len(row_S), T)
             score_NPC = self._scores(model, encoded, m, asked_ST, s_BT[row_S, : step + 1].reshape(-1, 1))
             allowed_C = content_C.clone()
             allowed_C[end] = step > 0
             u_S1 = noise(seed_B[row_S], f"sample/{m}/{step}", 1).to(device)
             last_S1C = score_NPC.view(len(row_S), step + 1, -1)[:, -1:]
-            id_S = sampled(last_S1C, u_S1, self.temperature.get(m, 1.0), allowed_C)[0].squeeze(1)
+            id_S = sample_ids(last_S1C, u_S1, self.temperature.get(m, 1.0), allowed_C)[0].squeeze(1)
             open_S = open_S & (id_S != end)
             s_BT[row_S, step + 1] = torch.where(open_S, id_S, adapter.pad)
             share = float(open_S.float().mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, host_copy, with_host_copy
+from descant.modules.core.host import derive, host_copy, with_host_copy
 from descant.modules.masking.adapters import Arranged
 from descant.modules.masking.discrete_adapters import TokenAdapter
 from descant.modules.masking.spans import Spans, with_sentinels
@@ -50,8 +50,8 @@ class SequenceAdapter(TokenAdapter):
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[1] != self.length:
             raise ValueError(f"input of {x.shape[1]} tokens: this adapter takes {self.length}")
-        x_BT = derived(lambda ids_BT: F.pad(ids_BT, (0, 1), value=self.pad), x)
-        return x_BT[..., None], derived(lambda ids_BT: ids_BT != self.pad, x_BT)
+        x_BT = derive(lambda ids_BT: F.pad(ids_BT, (0, 1), value=self.pad), x)
+        return x_BT[..., None], derive(lambda ids_BT: ids_BT != self.pad, x_BT)
 
     def arrange(
         self, x_BTP: Tensor, real_BT: Tensor, visible_BT: Tensor, target_BT: Tensor, loss_BT: Tensor
@@ -68,9 +68,9 @@ class SequenceAdapter(TokenAdapter):
         input_BSP, given_BSP, wanted_BSP = (x[..., None] for x in (spans.input_BS, spans.given_BS, spans.wanted_BS))
         return Arranged(input_BSP, visible_BS, wanted_BSP, target_BS, spans.loss_BS, given_BSP)
 
-    def whole(self, x_BTP: Tensor) -> Tensor:
+    def to_input_shape(self, x_BTP: Tensor) -> Tensor:
         return x_BTP.squeeze(2)[:, : self.length]
 
-    def given(self, x_NP: Tensor) -> Tensor:
+    def embed_previous(self, x_NP: Tensor) -> Tensor:
         """Embed tokens for the decoder, ``[N, E]``."""
         return self.follows(x_NP.squeeze(1))

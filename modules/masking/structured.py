@@ -183,9 +183,9 @@ class SegmentMask(Corruption):
         self.anchors, self.most = anchors, most
 
     def visible(self, real: Mapping[str, Tensor], grids: Mapping[str, Grid], draw_B: Tensor) -> dict[str, Tensor]:
-        return {m: real_BT & ~self.hidden(m, real_BT, draw_B).to(real_BT.device) for m, real_BT in real.items()}
+        return {m: real_BT & ~self.hide_tokens(m, real_BT, draw_B).to(real_BT.device) for m, real_BT in real.items()}
 
-    def hidden(self, name: str, real_BT: Tensor, draw_B: Tensor) -> Tensor:
+    def hide_tokens(self, name: str, real_BT: Tensor, draw_B: Tensor) -> Tensor:
         """Mark hidden tokens, bool ``[B, T]``; places count real tokens only, not padding."""
         place_BT, n_B, purpose = real_BT.cumsum(dim=1) - 1, real_BT.sum(dim=1), f"mask/{name}/segment"
         if self.anchors is None:

@@ -22,7 +22,7 @@ from descant.modules.masking.corruptions import Corruption, Grid, Masks, noise, 
 from descant.modules.masking.spans import cost, lengths, target_run, target_window
 
 
-def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
+def allot_budget(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
     """Divide a budget among modalities, int64 ``[B, M]``: ``n = min(floor(share tokens) + extra, most)`` (4M).
 
     Each token that the floor leaves over goes to the largest share of one more draw. A row of zeros gets nothing.
@@ -36,7 +36,7 @@ def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: 
     Source: apple/ml-4m, ``UnifiedMasking.input_token_budget``.
 
     >>> share_BM, more_BKM = torch.tensor([[0.65, 0.35]]), torch.tensor([[[0.2, 0.8]]])
-    >>> allotted(share_BM.double(), more_BKM.double(), 10, torch.tensor([[5, 9]])).tolist()
+    >>> allot_budget(share_BM.double(), more_BKM.double(), 10, torch.tensor([[5, 9]])).tolist()
     [[5, 4]]
     """
     count_BM = (share_BM * tokens).floor().long()
@@ -46,12 +46,12 @@ def allotted(share_BM: Tensor, more_BKM: Tensor, tokens: Tensor | int, most_BM: 
     return (count_BM + (extra_BKM * used_BK[..., None]).sum(dim=1)).minimum(most_BM)
 
 
-def refilled(count_BM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
+def refill_budget(count_BM: Tensor, tokens: Tensor | int, most_BM: Tensor) -> Tensor:
     """Give tokens that a budget lost at ``most`` to modalities with tokens left, in proportion to the tokens left.
 
     Returns the new counts, int64 ``[B, M]``.
 
-    >>> refilled(torch.tensor([[5, 4, 0]]), 12, torch.tensor([[5, 9, 1]])).tolist()
+    >>> refill_budget(torch.tensor([[5, 4, 0]]), 12, torch.tensor([[5, 9, 1]])).tolist()
     [[5, 7, 0]]
     """
     spare_BM = most_BM - count_BM
@@ -97,7 +97,7 @@ class TwoBudgets(Corruption):
         c_b ~ weights,   s_b ~ Dirichlet(alpha_in of c_b),   r_b ~ Dirichlet(alpha_out of c_b),   independently
         n_bm = min(s_bm visible, tokens of m),   k_bm = min(r_bm targets, tokens of m - n_bm)        inputs, targets
 
-    Random n_bm tokens of m are visible, and random k_bm others are targets; :func:`allotted` rounds. Alphas of
+    Random n_bm tokens of m are visible, and random k_bm others are targets; :func:`allot_budget` rounds. Alphas of
     modalities that a sample lacks count as 0. In a sequence, random tokens are kept with a probability drawn from
     [0, 1). It is lowered by a tenth until the kept tokens fit n_bm, with one sentinel per hidden span. The hidden spans
     are targets as far as they fit k_bm, with their sentinels and the final one; k_bm is at most the cost of all these
@@ -154,7 +154,7 @@ class TwoBudgets(Corruption):
         left_BM = most_BM - input_BM
         for k, (m, real_BT) in enumerate(real.items()):
             if m in self.sequences:  # targets are hidden tokens and their sentinels
-                visible[m] = kept(real_BT, input_BM[:, k], draw_B, f"mask/{m}")
+                visible[m] = choose_inputs(real_BT, input_BM[:, k], draw_B, f"mask/{m}")
                 left_BM[:, k] = cost(real_BT & ~visible[m]).sum(dim=1)
         target_BM = self._counts(alpha_2BM[1], self.targets, left_BM, draw_B, "targets")
         for k, (m, real_BT) in enumerate(real.items()):
@@ -177,8 +177,8 @@ class TwoBudgets(Corruption):
 
     def _counts(self, alpha_BM: Tensor, tokens: Tensor | int, most_BM: Tensor, draw_B: Tensor, side: str) -> Tensor:
         share_BKM = dirichlet(alpha_BM, alpha_BM.shape[1] + 1, mix_N(draw_B, f"budget/{side}"))
-        count_BM = allotted(share_BKM[:, 0], share_BKM[:, 1:], tokens, most_BM)
-        return refilled(count_BM, tokens, most_BM * (alpha_BM > 0)) if self.refill else count_BM
+        count_BM = allot_budget(share_BKM[:, 0], share_BKM[:, 1:], tokens, most_BM)
+        return refill_budget(count_BM, tokens, most_BM * (alpha_BM > 0)) if self.refill else count_BM
 
     def check(self, grids: Mapping[str, Grid]) -> None:
         size = {m: math.prod(grid) for m, grid in grids.items()}
@@ -202,11 +202,11 @@ def _require(name: str, tokens: int, modalities: Mapping[str, object], size: Map
         raise ValueError(f"TwoBudgets: {name} {tokens}: {', '.join(modalities)} have {there} tokens; at most {there}")
 
 
-def kept(real_BT: Tensor, budget_B: Tensor, draw_B: Tensor, purpose: str) -> Tensor:
+def choose_inputs(real_BT: Tensor, budget_B: Tensor, draw_B: Tensor, purpose: str) -> Tensor:
     """Choose a sequence's input tokens, bool ``[B, T]``: at most ``budget_B``, with the sentinels of hidden spans.
 
     >>> real_BT = torch.ones(2, 6, dtype=torch.bool)
-    >>> kept_BT = kept(real_BT, torch.tensor([3, 0]), torch.arange(2), "x")
+    >>> kept_BT = choose_inputs(real_BT, torch.tensor([3, 0]), torch.arange(2), "x")
     >>> kept_BT.int().tolist(), lengths(kept_BT, ~kept_BT)[0].item()
     ([[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]], 2)
     """

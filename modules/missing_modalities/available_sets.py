@@ -41,7 +41,7 @@ class Sets:
         if len(self.modalities) > 16:
             raise ValueError(f"{len(self.modalities)} modalities have too many sets to be numbered; at most 16")
         subsets = [s for size in range(1, len(self.modalities)) for s in combinations(self.modalities, size)]
-        chosen = subsets if sets is None else [self._checked(s) for s in sets]
+        chosen = subsets if sets is None else [self._check_set(s) for s in sets]
         self.sets = [s for s in chosen if s != self.modalities]
         #: One per set, such as ``image+text``, with modalities in their order.
         self.names = ["+".join(s) for s in self.sets]
@@ -54,7 +54,7 @@ class Sets:
             number[sum(2**i for i, m in enumerate(self.modalities) if m in s)] = k
         self._number = number
 
-    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _check_set(self, names: Sequence[str]) -> tuple[str, ...]:
         unknown = [m for m in names if m not in self.modalities]
         if unknown:
             raise ValueError(f"sets: {unknown[0]!r}: {no_such(unknown[0], self.modalities)}")
@@ -76,7 +76,7 @@ class Sets:
                 code_B += host_copy(present[m]).long() * 2**i
         return self._number[code_B]
 
-    def known(self, present: Mapping[str, Tensor], what: str) -> Tensor:
+    def require_set(self, present: Mapping[str, Tensor], what: str) -> Tensor:
         """Return :meth:`of`; raise ValueError if a set is unknown."""
         set_B = self.of(present)
         if bool((set_B == UNKNOWN).any()):
@@ -110,7 +110,8 @@ class AvailableSets:
 
     >>> keep = AvailableSets([["text"]])
     >>> here = torch.tensor([True, True])
-    >>> left = keep.left({"image": here, "text": torch.tensor([True, False])}, torch.arange(2), ["image", "text"])
+    >>> present = {"image": here, "text": torch.tensor([True, False])}
+    >>> left = keep.remaining_modalities(present, torch.arange(2), ["image", "text"])
     >>> left["image"].tolist(), left["text"].tolist()
     ([False, True], [True, False])
     """
@@ -134,7 +135,9 @@ class AvailableSets:
         whole = [tuple(modalities)] if any(set(s) == set(modalities) for s in self.sets) else []
         return [*Sets(modalities, self.sets).sets, *whole]
 
-    def left(self, present: Mapping[str, Tensor], draw_B: Tensor, modalities: Sequence[str]) -> dict[str, Tensor]:
+    def remaining_modalities(
+        self, present: Mapping[str, Tensor], draw_B: Tensor, modalities: Sequence[str]
+    ) -> dict[str, Tensor]:
         """Return ``present`` without the modalities that sampled sets leave out; other names are unchanged."""
         weights = self.weights or [1.0] * len(self.of(modalities))
         sampled = [tuple(m for m in modalities if m in s) for s in (self.sets or self.of(modalities))]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descant.modules.core.host import derived, to_device
+from descant.modules.core.host import derive, to_device
 from descant.modules.core.ranks import world
 from descant.modules.missing_modalities.available_sets import Sets
 
@@ -112,7 +112,7 @@ class PromptImputer(Imputer):
         return self
 
     def forward(self, h_BD: Tensor, modality: str, has: Mapping[str, Tensor], lacks_B: Tensor) -> Tensor:
-        set_B = self.sets.known(has, "the imputer")
+        set_B = self.sets.require_set(has, "the imputer")
         nothing_D = torch.zeros(h_BD.shape[1], device=h_BD.device)
         prompts = [cast(nn.ParameterDict, p) for p in self.prompts.values()]
         rows = [p.get(modality, nothing_D) for p in prompts]
@@ -127,15 +127,15 @@ class Imputation(NamedTuple):
     imputer: Imputer
     has: Mapping[str, Tensor]
 
-    def seen(self, modality: str, present_B: Tensor) -> Tensor:
+    def rows_to_encode(self, modality: str, present_B: Tensor) -> Tensor:
         """Return bool ``[B]``: the rows for which a tower runs, among those that a recipe counts as present.
 
         >>> has = {"text": torch.tensor([True, False])}
-        >>> Imputation(ZeroImputer(), has).seen("text", torch.tensor([True, True])).tolist()
+        >>> Imputation(ZeroImputer(), has).rows_to_encode("text", torch.tensor([True, True])).tolist()
         [True, False]
         """
-        return derived(torch.logical_and, present_B, self.has[modality])
+        return derive(torch.logical_and, present_B, self.has[modality])
 
-    def filled(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
+    def impute(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
         """Return features of all rows that a recipe counts as present, imputed if the sample lacks the modality."""
         return cast(Tensor, self.imputer(h_BD, modality, self.has, present_B & ~self.has[modality]))

@@ -21,6 +21,6 @@ from descant.modules.moe.routing import Router as Router
 from descant.modules.moe.routing import Routing as Routing
 from descant.modules.moe.routing import TaskGate as TaskGate
 from descant.modules.moe.routing import TopKRouter as TopKRouter
-from descant.modules.moe.routing import joined as joined
+from descant.modules.moe.routing import join_routings as join_routings
 from descant.modules.moe.routing import move_biases as move_biases
 from descant.modules.moe.top_p import TopPRouter as TopPRouter

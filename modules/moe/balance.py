@@ -26,13 +26,13 @@ class Usage(NamedTuple):
     token_M: Tensor
 
 
-def probability_of_chosen(routing: Routing) -> Tensor:
+def selected_probability(routing: Routing) -> Tensor:
     """Return ``[N, E]``: the softmax over the logits of a token's chosen experts, 0 for all others.
 
     Source: the release of Uni-MoE-2.0-Omni (HITsz-TMG/Uni-MoE, ``DCMoE``, ``load_balancing_loss_func``).
 
     >>> routing = Routing(torch.tensor([[2, 0]]), torch.ones(1, 2), torch.ones(1, 2).bool(), logit=torch.zeros(1, 3))
-    >>> probability_of_chosen(routing).tolist()
+    >>> selected_probability(routing).tolist()
     [[0.5, 0.0, 0.5]]
     """
     assert routing.logit is not None
@@ -103,7 +103,7 @@ def expert_terms(experts: ExpertLayers | None, routings: Sequence[Routing]) -> d
     for routing in routings:
         if experts.balance is not None and routing.probability is not None:
             if experts.balance_over == "chosen":
-                routing = routing._replace(probability=probability_of_chosen(routing))
+                routing = routing._replace(probability=selected_probability(routing))
             sums.setdefault("balance", []).append(list(usage(routing, experts.router.kinds)))
         if experts.z is not None and routing.logit is not None:
             sums.setdefault("z", []).append(sum_and_count(z_loss(routing.logit), routing))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.errors import require_value
-from descant.modules.core.objective import counted
+from descant.modules.core.objective import count_rows_by_sample
 from descant.modules.moe.routing import Routing
 
 
@@ -37,7 +37,7 @@ def over_capacity(index_NK: Tensor, used_NK: Tensor, rank_NK: Tensor, most: Tens
     key_M = torch.where(used_NK, index_NK.clamp(max=experts), experts).flatten()
     order_M = rank_NK.flatten().argsort(stable=True)
     order_M = order_M[key_M[order_M].argsort(stable=True)]
-    count_E = counted(key_M, experts + 1)
+    count_E = count_rows_by_sample(key_M, experts + 1)
     first_E = count_E.cumsum(dim=0) - count_E
     place_M = torch.empty_like(order_M).index_copy(0, order_M, torch.arange(len(key_M), device=key_M.device))
     over_M = (place_M - first_E[key_M] >= most) & (key_M < experts)

@@ -15,7 +15,7 @@ from descant.modules.core.dtype import promote
 from descant.modules.core.host import to_device
 from descant.modules.core.rng import uniform_NK
 from descant.modules.moe.capacity import share_of
-from descant.modules.moe.modality_routing import Tables, padded, require_experts, require_rows
+from descant.modules.moe.modality_routing import Tables, pad_rows, require_experts, require_rows
 from descant.modules.moe.routing import Marks, Routing, TokenSham, logits
 
 #: Shares are stored as whole numbers of billionths, because changing a module's precision leaves integers unchanged.
@@ -131,7 +131,7 @@ class ExpertChoice(Tables):
         require_experts("groups", groups, experts)
         of_E = [next((len(row) for row in groups if e in row), experts) for e in range(experts)]
         share_E = torch.tensor([round((self.capacity or 1 / n) * BILLION) for n in of_E])
-        index_MK, real_MK = padded(groups)
+        index_MK, real_MK = pad_rows(groups)
         member_ME = torch.tensor([[e in row for e in range(experts)] for row in groups])
         self.keep(index_MK=index_MK, real_MK=real_MK, member_ME=member_ME, share_1E=share_E[None])
         self.gate_ED = self._gate(experts, width)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.dtensor import local
-from descant.modules.core.host import derived
-from descant.modules.core.objective import counted
+from descant.modules.core.host import derive
+from descant.modules.core.objective import count_rows_by_sample
 from descant.modules.moe.capacity import Capacity
 from descant.modules.moe.grouped import GELU, Segments, SwiGLU, Weights, expert_mlp, fusible
 from descant.modules.moe.routing import UNMARKED, Marks, Router, Routing
@@ -161,32 +161,32 @@ class MoELayer(nn.Module):
             routing = self.capacity(routing, self.router.experts)
         y_ND = self.dispatch(h_ND, routing)
         if self.shared is not None:
-            y_ND = y_ND + self._shared(h_ND, routing.shared)
+            y_ND = y_ND + self._run_shared_experts(h_ND, routing.shared)
         return y_ND.view(h.shape), routing
 
     def dispatch(self, h_ND: Tensor, routing: Routing) -> Tensor:
         """Sum the chosen experts' outputs: gather rows, compute them by expert, scatter them back."""
-        dtype, only, group = _compute_dtype(h_ND), self.router.declared(routing.marks), self.group
-        segments, order_M, token_M = self.sorted(routing, group is None and fusible(h_ND, dtype), only)
+        dtype, only, group = _compute_dtype(h_ND), self.router.declared_experts(routing.marks), self.group
+        segments, order_M, token_M = self.sort_slots(routing, group is None and fusible(h_ND, dtype), only)
         x_MD = h_ND.to(dtype).index_select(0, token_M)
         y_MD = self.experts(x_MD, segments, only) if group is None else group(self.experts, x_MD, segments.counts)
         y_MD = y_MD * routing.weight.flatten().index_select(0, order_M).to(dtype)[:, None]
         return y_MD.new_zeros(h_ND.shape).index_add(0, token_M, y_MD)
 
-    def sorted(
+    def sort_slots(
         self, routing: Routing, fused: bool = False, only: Sequence[int] | None = None
     ) -> tuple[Segments, Tensor, Tensor]:
         """Return the experts' segments, the slots of their rows in order, and these slots' tokens, int64 ``[M]``."""
         K, E = routing.expert.shape[1], self.router.experts
-        key_M = derived(lambda expert, runs: torch.where(runs, expert, E).flatten(), routing.expert, routing.runs(E))
+        key_M = derive(lambda expert, runs: torch.where(runs, expert, E).flatten(), routing.expert, routing.runs(E))
         segments = Segments(_counts(key_M, E, only), fused)
         order_M = segments.rows(key_M.argsort(stable=True))
         return segments, order_M, order_M // K
 
-    def _shared(self, h_ND: Tensor, weight_NS: Tensor | None) -> Tensor:
+    def _run_shared_experts(self, h_ND: Tensor, weight_NS: Tensor | None) -> Tensor:
         assert self.shared is not None
         S, dtype = self.shared.experts, _compute_dtype(h_ND)
-        count_S = derived(lambda x: torch.full((S,), len(x), device=x.device), h_ND[:, 0])
+        count_S = derive(lambda x: torch.full((S,), len(x), device=x.device), h_ND[:, 0])
         x_MD = h_ND.to(dtype).repeat(S, 1)
         y_SND = self.shared(x_MD, Segments(count_S, fusible(h_ND, dtype))).unflatten(0, (S, -1))
         if weight_NS is not None:
@@ -198,10 +198,10 @@ def _counts(key_M: Tensor, experts: int, only: Sequence[int] | None) -> Tensor:
     """Count the rows of each expert, or of the experts in ``only``."""
 
     def count(key: Tensor) -> Tensor:
-        count_E = counted(key, experts + 1)[:experts]
+        count_E = count_rows_by_sample(key, experts + 1)[:experts]
         return count_E if only is None else torch.stack([count_E[e] for e in only])  # indexing by a list uploads it
 
-    return derived(count, key_M)
+    return derive(count, key_M)
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:

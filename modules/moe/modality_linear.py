@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.core.rng import uniform_NK
 from descant.modules.core.sham import Sham
 from descant.modules.moe.routing import KindOrder, Marks
@@ -128,7 +128,7 @@ def text_weight(name: str) -> str:
     return f"{name.rpartition('.experts.')[0]}.weight"
 
 
-def projected(layer: nn.Module, x: Tensor, marks: Marks) -> Tensor:
+def project_by_kind(layer: nn.Module, x: Tensor, marks: Marks) -> Tensor:
     """Return ``layer(x)``, or ``layer(x, marks)`` if the layer has separate weights for each kind."""
     y: Tensor = layer(x, marks) if isinstance(layer, ModalityLinear) else layer(x)
     return y
@@ -177,7 +177,7 @@ class VisualExperts(nn.Module):
     def forward(self, kind_BS: Tensor, real_BS: Tensor, seed_B: Tensor) -> Tensor:
         self.sham.calls += self.training
         if self.documents:
-            return derived(lambda kind: kind.amax(dim=1, keepdim=True).expand(kind.shape), kind_BS)
+            return derive(lambda kind: kind.amax(dim=1, keepdim=True).expand(kind.shape), kind_BS)
         if self.sham.mode is None:
             return kind_BS
         return to_device(permuted_kinds(host_copy(kind_BS), host_copy(real_BS), seed_B), kind_BS.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived, has_host_copy, host_copy
+from descant.modules.core.host import derive, has_host_copy, host_copy
 from descant.modules.moe.routing import Marks, Router, Routing, TokenSham, logits, of_valid, top_k
 
 
@@ -50,13 +50,13 @@ class Tables(Router):
         if has_host_copy(mark_N) and mark_N.numel() and int(host_copy(mark_N).max()) >= len(host):
             worst = int(host_copy(mark_N).max())
             raise ValueError(f"{type(self).__name__}: a token of number {worst}; the rows are 0 to {len(host) - 1}")
-        return derived(lambda at_N: (host if at_N.is_cpu else device)[at_N], mark_N)
+        return derive(lambda at_N: (host if at_N.is_cpu else device)[at_N], mark_N)
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad rows to the same length: int64 ``[M, K]``, and bool ``[M, K]``, true for real entries.
 
-    >>> padded([[2], [0, 1]])[0].tolist()
+    >>> pad_rows([[2], [0, 1]])[0].tolist()
     [[2, 0], [0, 1]]
     """
     K = max(len(row) for row in rows)
@@ -166,7 +166,7 @@ class StaticSkill(Tables):
 
     >>> router = StaticSkill(table=[[0, 2], [1]]).build(width=8, experts=3)
     >>> routing = router(torch.zeros(2, 8), Marks(task=torch.tensor([0, 1])))
-    >>> routing.weight.tolist(), router.declared(Marks(tasks=(0,)))
+    >>> routing.weight.tolist(), router.declared_experts(Marks(tasks=(0,)))
     ([[0.5, 0.5], [1.0, 0.0]], [0, 2])
     """
 
@@ -180,7 +180,7 @@ class StaticSkill(Tables):
 
     def build(self, width: int, experts: int, shared: int = 0) -> Self:
         require_experts("table", self.table, experts)
-        index_TK, real_TK = padded(self.table)
+        index_TK, real_TK = pad_rows(self.table)
         self.keep(index_TK=index_TK, real_TK=real_TK)
         return super().build(width, experts, shared)
 
@@ -189,10 +189,10 @@ class StaticSkill(Tables):
         index_NK, used_NK = self.rows("index_TK", task_N), self.rows("real_TK", task_N)
         weight_NK = promote(used_NK.to(h_ND.dtype))
         weight_NK = weight_NK / weight_NK.sum(dim=1, keepdim=True)
-        used_NK = derived(torch.logical_and, used_NK, of_valid(index_NK, marks))
+        used_NK = derive(torch.logical_and, used_NK, of_valid(index_NK, marks))
         return Routing(index_NK, weight_NK, used_NK, marks)
 
-    def declared(self, marks: Marks) -> list[int]:
+    def declared_experts(self, marks: Marks) -> list[int]:
         tasks = marks.tasks
         if tasks is None:
             task_N = host_copy(marks.need("task", self))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import require_value
-from descant.modules.core.host import derived, everyone, host_copy
+from descant.modules.core.host import derive, everyone, host_copy
 from descant.modules.core.part import StepPart
 from descant.modules.core.ranks import total_of_ranks
 from descant.modules.core.sham import Sham, partners
@@ -58,7 +58,7 @@ class Marks(NamedTuple):
     def map(self, function: Callable[..., Tensor], *at: Tensor) -> Marks:
         """Return the marks with ``function(x, *at)`` applied to each tensor x, and to host copies if all have one."""
         every = (*self[:3], self.key, self.weight)
-        kind, task, valid, key, weight = (None if x is None else derived(function, x, *at) for x in every)
+        kind, task, valid, key, weight = (None if x is None else derive(function, x, *at) for x in every)
         return Marks(kind, task, valid, self.tasks, key=key, weight=weight)
 
     def need(self, name: Literal["kind", "task", "key"], router: object) -> Tensor:
@@ -99,21 +99,21 @@ class Routing(NamedTuple):
 
     def runs(self, experts: int) -> Tensor:
         """Return bool ``[N, K]``: the slots that compute something, given the number of real experts."""
-        runs_NK = derived(lambda expert, used: used & (expert < experts), self.expert, self.used)
+        runs_NK = derive(lambda expert, used: used & (expert < experts), self.expert, self.used)
         return runs_NK if self.dropped is None else runs_NK & ~self.dropped
 
 
-def joined(routings: Sequence[Routing]) -> Routing:
+def join_routings(routings: Sequence[Routing]) -> Routing:
     """Join one layer's routings from several calls, such as one call per modality.
 
     >>> one = Routing(torch.tensor([[0]]), torch.ones(1, 1), torch.ones(1, 1).bool(), Marks(task=torch.tensor([3])))
-    >>> joined([one, one]).expert.tolist(), joined([one, one]).marks.task
+    >>> join_routings([one, one]).expert.tolist(), join_routings([one, one]).marks.task
     ([[0], [0]], tensor([3, 3]))
     """
 
     def cat(*parts: Tensor | None) -> Tensor | None:
         given = [part for part in parts if part is not None]
-        return derived(lambda *x: torch.cat(x), *given) if len(given) == len(parts) else None
+        return derive(lambda *x: torch.cat(x), *given) if len(given) == len(parts) else None
 
     each = [routing.marks for routing in routings]
     kind, task, valid, key, weight = (
@@ -163,8 +163,8 @@ def top_k(
 def of_valid(index_NK: Tensor, marks: Marks) -> Tensor:
     """Return bool ``[N, K]``, true for all slots of valid tokens."""
     if marks.valid is None:
-        return derived(lambda index: torch.ones_like(index, dtype=torch.bool), index_NK)
-    return derived(lambda index, valid: valid[:, None].expand(index.shape), index_NK, marks.valid)
+        return derive(lambda index: torch.ones_like(index, dtype=torch.bool), index_NK)
+    return derive(lambda index, valid: valid[:, None].expand(index.shape), index_NK, marks.valid)
 
 
 class TokenSham(Sham):
@@ -188,7 +188,7 @@ class TokenSham(Sham):
             return x_N
         valid_N = everyone(len(x_N), x_N.device) if marks.valid is None else marks.valid
         source_N = partners(marks.need("key", router), valid_N, "sham")
-        return derived(lambda x: x[source_N if x.device == source_N.device else host_copy(source_N)], x_N)
+        return derive(lambda x: x[source_N if x.device == source_N.device else host_copy(source_N)], x_N)
 
 
 class Router(nn.Module):
@@ -235,7 +235,7 @@ class Router(nn.Module):
     def route(self, h_ND: Tensor, marks: Marks) -> Routing:
         raise NotImplementedError
 
-    def declared(self, marks: Marks) -> list[int] | None:
+    def declared_experts(self, marks: Marks) -> list[int] | None:
         """Return the experts that the step declares it uses, on the host; None: all."""
         return None
 

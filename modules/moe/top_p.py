@@ -35,16 +35,16 @@ def top_p(logit_NE: Tensor, p: float, most: int | None = None) -> tuple[Tensor, 
     return index_NK, used_NK, probability_NE
 
 
-def softmax_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
+def softmax_weights(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
     """Compute ``w = p / sum of the chosen p``, the paper's rule in our reading.
 
-    >>> softmax_of_chosen(torch.zeros(1, 2), torch.tensor([[True, True]]), torch.zeros(1, 2), 0.01).tolist()
+    >>> softmax_weights(torch.zeros(1, 2), torch.tensor([[True, True]]), torch.zeros(1, 2), 0.01).tolist()
     [[0.5, 0.5]]
     """
     return logit_NK.masked_fill(~used_NK, -torch.inf).softmax(dim=1)
 
 
-def band_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
+def band_weights(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: float) -> Tensor:
     """Compute the release's weights: a softmax of each choice among the logits near it, then divided by their sum.
 
         q_j = e^(s_j) / sum over i >= j, s_j - s_i <= 2 jitter max(|s_i|, |s_j|), of e^(s_i),     w = q / sum q
@@ -53,7 +53,7 @@ def band_of_chosen(logit_NK: Tensor, used_NK: Tensor, rest_NE: Tensor, jitter: f
     Source: the preview release of Uni-MoE-2.0-Omni (``allocation_expert``, after GRIN's SparseMixer), which adds 1e-6
     to the last sum.
 
-    >>> band_of_chosen(torch.tensor([[2.0, 1.0]]), torch.ones(1, 2).bool(), torch.tensor([[2.0, 1.0]]), 0.01).tolist()
+    >>> band_weights(torch.tensor([[2.0, 1.0]]), torch.ones(1, 2).bool(), torch.tensor([[2.0, 1.0]]), 0.01).tolist()
     [[0.5, 0.5]]
     """
     K, E = logit_NK.shape[1], rest_NE.shape[1]
@@ -124,7 +124,7 @@ class TopPRouter(Router):
         logit_NE, shared_NS = logits(h_ND, self.gate_ED).split([self.experts + self.null_experts, self.shared], dim=1)
         index_NK, used_NK, probability_NE = top_p(logit_NE, self.p, self.most)
         chosen_NK, rest_NE = logit_NE.gather(1, index_NK), logit_NE.sort(dim=1, descending=True, stable=True).values
-        weights = {"softmax": softmax_of_chosen, "band": band_of_chosen}[self.weigh]
+        weights = {"softmax": softmax_weights, "band": band_weights}[self.weigh]
         weight_NK, mass_NS = weights(chosen_NK, used_NK, rest_NE, self.jitter), None
         if self.shared:
             of_routed_N1 = chosen_NK.masked_fill(~used_NK, -torch.inf).logsumexp(dim=1, keepdim=True)

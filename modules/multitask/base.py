@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from descant.modules.multitask.solvers import harmonized
+from descant.modules.multitask.solvers import solve_nonzero
 
 #: Lower bound of divisors.
 LEAST = 1e-12
@@ -73,7 +73,7 @@ class Rule:
     def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         raise NotImplementedError
 
-    def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def precondition(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Transform the gradients (``[K, ...]`` per parameter, over all ranks) before their dot products are taken."""
         return grads
 
@@ -107,7 +107,7 @@ class SolverRule(Rule):
     """Deterministic, stateless rule that depends on the correlations and lengths of the gradients."""
 
     def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
-        return harmonized(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
+        return solve_nonzero(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK))
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         """Solve for the coefficients, as a :data:`descant.modules.multitask.solvers.Solver` does."""
@@ -134,7 +134,7 @@ class PreferenceRule(Rule):
             raise ValueError(f"{type(self).__name__}: preference {given}: {terms} terms, a number for each")
         p_K = torch.ones(terms) if given is None else torch.tensor(given)
         p_K = p_K.to(gramian_BKK.device, torch.float64)
-        return harmonized(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK, p_K[live_K]))
+        return solve_nonzero(gramian_BKK, lambda c_BKK, d_BK, live_K: self.solve(c_BKK, d_BK, p_K[live_K]))
 
     def solve(self, c_BKK: Tensor, d_BK: Tensor, p_K: Tensor) -> Tensor:
         """Solve for the coefficients of the terms with gradients, given their preferences."""
@@ -156,7 +156,7 @@ class SimplexRule(Rule):
             at = (gramian_KK != 0).any(dim=1).nonzero()[:, 0]
             share = w_K[at].sum()
             start_K = w_K[at] / share if share > 0 else torch.full_like(w_K[at], 1 / max(len(at), 1))
-            moved_K = self.moved(gramian_KK[at[:, None], at], start_K) if len(at) else start_K
+            moved_K = self.update_weights(gramian_KK[at[:, None], at], start_K) if len(at) else start_K
             next_K[at], weight_K[at] = moved_K * share, self.coefficients(moved_K)
         self.accumulate(w=next_BK.mean(dim=0), count=torch.ones(()))
         return weight_BK
@@ -164,7 +164,7 @@ class SimplexRule(Rule):
     def update(self, total: Callable[[Tensor], Tensor]) -> None:
         self.state["w"] = self.sums["w"] / self.sums["count"]
 
-    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
+    def update_weights(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
         """Compute the weights after this step, from those before it and the dot products of the gradients."""
         raise NotImplementedError
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from descant.modules.multitask.base import SolverRule
-from descant.modules.multitask.solvers import NOISE, Best, below, min_norm, project_to_dual_cone, solved, subsets, times
+from descant.modules.multitask.solvers import (
+    NOISE,
+    Best,
+    below,
+    min_norm,
+    project_to_dual_cone,
+    solve_subset,
+    subsets,
+    times,
+)
 
 
 def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
@@ -31,7 +40,7 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
     reach_B = radius * length_B
     best = Best()
     for face in subsets(k):
-        (p_BK, flat_B, _), (q_BK, _, _) = solved(c_BKK, face, b_BK), solved(c_BKK, face, dots_BK)
+        (p_BK, flat_B, _), (q_BK, _, _) = solve_subset(c_BKK, face, b_BK), solve_subset(c_BKK, face, dots_BK)
         p_B, q_B, r_B = ((x * y).sum(dim=1) for x, y in ((b_BK, p_BK), (b_BK, q_BK), (dots_BK, q_BK)))
         root_B = q_B**2 - p_B * (r_B - reach_B**2)
         mu_B = (q_B + root_B.clamp(min=0).sqrt()) / p_B
@@ -50,7 +59,7 @@ def cagrad(c_BKK: Tensor, d_BK: Tensor, radius: float) -> Tensor:
     hull_BK = min_norm(c_BKK, torch.ones_like(d_BK)) / k
     hull_B = (hull_BK * times(c_BKK, hull_BK)).sum(dim=1).clamp(min=0).sqrt()  # 0 lies in every scaled hull or none
     best.add(calm_BK, torch.maximum((far_B / length_B.clamp(min=torch.finfo(d_BK.dtype).tiny)).clamp(min=0), hull_B))
-    return best.found() * unit_B1 * k
+    return best.best_weights() * unit_B1 * k
 
 
 class CAGrad(SolverRule):

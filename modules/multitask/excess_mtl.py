@@ -33,7 +33,7 @@ class ExcessMTL(Rule):
 
     Raises: ValueError for an lr, warmup or eps below 0.
 
-    >>> (h_KP,) = ExcessMTL(eps=0.0).preconditioned([torch.tensor([[3.0, 4.0], [0.0, -5.0]])])
+    >>> (h_KP,) = ExcessMTL(eps=0.0).precondition([torch.tensor([[3.0, 4.0], [0.0, -5.0]])])
     >>> [round(x, 5) for x in (h_KP**2).sum(dim=1).tolist()]  # in a first step the sum of absolute values
     [7.0, 5.0]
     """
@@ -46,7 +46,7 @@ class ExcessMTL(Rule):
             raise ValueError(f"lr {lr:g}, warmup {warmup}, eps {eps:g}: not below 0")
         self.lr, self.warmup, self.eps, self._square_KP = lr, warmup, eps, torch.zeros(0)
 
-    def preconditioned(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def precondition(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Compute ``g / (eps + S)^(1/4)``, ``[K, P]``, whose squares sum to E."""
         g_KP = torch.cat([promote(g).reshape(len(g), -1) for g in grads], dim=1)
         self._square_KP = g_KP**2  # added to S once this step counts

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.multitask.base import Rule, among, orders
-from descant.modules.multitask.solvers import harmonized, times
+from descant.modules.multitask.solvers import solve_nonzero, times
 
 
 def gradvac(c_BKK: Tensor, d_BK: Tensor, aim_KK: Tensor, orders: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class GradVac(Rule):
             rows_KK[at[:, None], at] += len(c)
             return a_BK
 
-        weight_BK = harmonized(gramian_BKK, solve)
+        weight_BK = solve_nonzero(gramian_BKK, solve)
         self.accumulate(met=met_KK, rows=rows_KK)
         return weight_BK
 

@@ -18,7 +18,15 @@ from descant.modules.core.host import read_together, to_device
 from descant.modules.core.ranks import mean_of_ranks, total_of_ranks, world
 from descant.modules.core.rng import global_seed, mix
 from descant.modules.multitask.base import Rule
-from descant.modules.multitask.mix import combined, gramian, gramians, mix_of, mixed, stacked, term_gradients
+from descant.modules.multitask.mix import (
+    combine_gradients,
+    gramian,
+    gramians,
+    mix_gradients,
+    mix_of,
+    stack_gradients,
+    term_gradients,
+)
 
 #: Name of the graph node of a leaf tensor.
 _LEAF = "torch::autograd::AccumulateGrad"
@@ -100,7 +108,7 @@ def _by_gradients(
     others = [p for p in leaves if p not in mine]
     inputs = [*shared, *others]
     of_leaf = dict(zip(inputs, zip(*_passes(terms, inputs), strict=True), strict=True))
-    grads = [stacked(of_leaf.pop(p), p) for p in shared]  # pop, to not keep them twice in memory
+    grads = [stack_gradients(of_leaf.pop(p), p) for p in shared]  # pop, to not keep them twice in memory
     grads = [g.div_(c) for g in grads] if c != 1 else grads
     own_KK = mean_of_ranks(gramian(grads)) if rule.across_batches else torch.zeros(0)
     grads = [mean_of_ranks(g) for g in grads]
@@ -108,10 +116,10 @@ def _by_gradients(
     finite = bool(gramian_KK.isfinite().all() & value_K.isfinite().all())
     weight_K: Tensor | None
     if rule.whole_gradients and finite:
-        weight_K, new_grads = torch.ones_like(value_K), combined(rule, grads, draw)
+        weight_K, new_grads = torch.ones_like(value_K), combine_gradients(rule, grads, draw)
     else:
         weight_K = mix_of(rule, of_rule_KK, value_K, draw) if finite else None
-        new_grads = [mixed(torch.ones_like(value_K) if weight_K is None else weight_K, g) for g in grads]
+        new_grads = [mix_gradients(torch.ones_like(value_K) if weight_K is None else weight_K, g) for g in grads]
     new = dict(zip(shared, [g.mul_(c) for g in new_grads] if c != 1 else new_grads, strict=True))
     for p in others:
         if some := [g for g in of_leaf[p] if g is not None]:

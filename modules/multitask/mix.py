@@ -32,7 +32,7 @@ def term_gradients(
     ]
 
 
-def stacked(of_terms: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def stack_gradients(of_terms: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Stack the terms' gradients of one parameter, ``[K, ...]``, with zeros for a term that has none."""
     return torch.stack([torch.zeros_like(like) if g is None else g for g in of_terms])
 
@@ -59,7 +59,7 @@ def gramians(rule: Rule, grads: Sequence[Tensor], own_KK: Tensor, batches: int) 
     >>> [x.tolist() for x in gramians(PCGrad(), [torch.tensor([1.0, -2.0])], torch.zeros(0), 1)]
     [[[1.0, -2.0], [-2.0, 4.0]], [[1.0, -2.0], [-2.0, 4.0]]]
     """
-    gramian_KK, scaled = gramian(grads), rule.preconditioned(grads)
+    gramian_KK, scaled = gramian(grads), rule.precondition(grads)
     if rule.across_batches:
         return gramian_KK, (batches * gramian_KK - own_KK) / (batches - 1)
     return gramian_KK, gramian_KK if scaled is grads else gramian(scaled)
@@ -88,21 +88,22 @@ def mix_of(rule: Rule, gramian_KK: Tensor, value_K: Tensor | None, draw: int) ->
     return rule.weights(gramian_KK[None] if rule.reads_gradients else gramian_KK, value_K, draw)[0]
 
 
-def mixed(weight_K: Tensor, g: Tensor) -> Tensor:
+def mix_gradients(weight_K: Tensor, g: Tensor) -> Tensor:
     """Compute ``sum_k weight_k g_k`` for g of shape ``[K, ...]``.
 
-    >>> mixed(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])).tolist()
+    >>> mix_gradients(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])).tolist()
     [2.0, 2.0]
     """
     total: Tensor = torch.tensordot(to_device(weight_K, g.device).to(g), g, dims=1)
     return total
 
 
-def combined(rule: Rule, grads: Sequence[Tensor], draw: int) -> list[Tensor]:
+def combine_gradients(rule: Rule, grads: Sequence[Tensor], draw: int) -> list[Tensor]:
     """Compute the step of a rule of whole gradients for each parameter, from ``[K, ...]``; they form one feature.
 
     >>> from descant.modules.multitask import GradDrop
-    >>> [g.tolist() for g in combined(GradDrop(leak=1.0), [torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])], 0)]
+    >>> grads = [torch.tensor([1.0, -2.0]), torch.tensor([[3.0], [1.0]])]
+    >>> [g.tolist() for g in combine_gradients(GradDrop(leak=1.0), grads, 0)]
     [-1.0, [4.0]]
     """
     flat_K1P = torch.cat([g.reshape(len(g), 1, -1) for g in grads], dim=2)

@@ -43,5 +43,5 @@ class MoDo(SimplexRule):
             raise ValueError(f"lr {lr:g}, rho {rho:g}: not below 0")
         self.lr, self.rho = lr, rho
 
-    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
+    def update_weights(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
         return project_to_simplex((w_K - self.lr * (gramian_KK @ w_K + self.rho * w_K))[None])[0]

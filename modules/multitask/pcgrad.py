@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from descant.modules.multitask.base import Rule, among, orders
-from descant.modules.multitask.solvers import harmonized
+from descant.modules.multitask.solvers import solve_nonzero
 
 
 def pcgrad(c_BKK: Tensor, d_BK: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
@@ -43,4 +43,4 @@ class PCGrad(Rule):
 
     def weights(self, gramian_BKK: Tensor, value_K: Tensor, draw: int) -> Tensor:
         order = orders(gramian_BKK.shape[-1], draw)
-        return harmonized(gramian_BKK, lambda c, d, live: pcgrad(c, d, among(order, live)))
+        return solve_nonzero(gramian_BKK, lambda c, d, live: pcgrad(c, d, among(order, live)))

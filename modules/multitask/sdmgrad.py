@@ -44,7 +44,7 @@ class SDMGrad(SimplexRule):
             raise ValueError(f"lam {lam:g}, lr {lr:g}, steps {steps}: not below 0, and at least 1")
         self.lam, self.steps, self.lr, self.momentum, self.across_batches = lam, steps, lr, momentum, across_batches
 
-    def moved(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
+    def update_weights(self, gramian_KK: Tensor, w_K: Tensor) -> Tensor:
         # across batches, the estimate of a square may be negative
         length = gramian_KK.diagonal().clamp(min=0).sqrt().mean()
         gramian_KK, speed_K = gramian_KK / torch.where(length > 0, length, torch.inf) ** 2, torch.zeros_like(w_K)

@@ -27,10 +27,10 @@ NOISE = 64 * torch.finfo(torch.float64).eps
 Solver = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def harmonized(gramian_BKK: Tensor, solve: Solver) -> Tensor:
+def solve_nonzero(gramian_BKK: Tensor, solve: Solver) -> Tensor:
     """Compute a solver's ``weight_BK`` in float64, leaving out zero gradients. ``gramian_BKK`` may lack B."""
     if gramian_BKK.ndim == 2:
-        return harmonized(gramian_BKK[None], solve)[0]
+        return solve_nonzero(gramian_BKK[None], solve)[0]
     gramian_BKK = gramian_BKK.double()
     d_BK = gramian_BKK.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     weight_BK = torch.ones_like(d_BK)
@@ -52,7 +52,7 @@ def subsets(k: int) -> Iterator[list[int]]:
         yield from (list(s) for s in combinations(range(k), size))
 
 
-def solved(c_BKK: Tensor, s: list[int], b_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def solve_subset(c_BKK: Tensor, s: list[int], b_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``C_SS^-1 b_S``, zero elsewhere, ``[B, K]``; whether C_SS is singular, ``[B]``; its flattest direction."""
     value_BS, v_BSS = torch.linalg.eigh(c_BKK[:, s][:, :, s])
     flat_B = value_BS[:, 0] < FLAT
@@ -78,7 +78,7 @@ class Best:
         self.a_BK = torch.where(better_B[:, None], a_BK, self.a_BK)
         self.wrong_B = torch.where(better_B, wrong_B, self.wrong_B)
 
-    def found(self) -> Tensor:
+    def best_weights(self) -> Tensor:
         assert self.a_BK is not None
         return self.a_BK
 
@@ -103,7 +103,7 @@ def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
     b_BK = d_BK.amin(dim=1, keepdim=True) / d_BK  # at most 1: the common scale cancels
     best = Best()
     for s in subsets(k):
-        y_BK, flat_B, v_BK = solved(c_BKK, s, b_BK)
+        y_BK, flat_B, v_BK = solve_subset(c_BKK, s, b_BK)
         # if the face contains 0, no y is large enough
         y_BK = torch.where(flat_B[:, None], v_BK * v_BK.sum(dim=1, keepdim=True).sign() / NOISE**2, y_BK)
         size_B1 = y_BK.abs().amax(dim=1, keepdim=True).clamp(min=1)
@@ -116,7 +116,7 @@ def min_norm(c_BKK: Tensor, d_BK: Tensor) -> Tensor:
         total_B1 = (b_BK * y_BK).sum(dim=1, keepdim=True)
         best.add(y_BK / total_B1, torch.where(total_B1[:, 0] > 0, wrong_B, torch.inf))
     # sum_k w_k = 1 with w = a / d, and b is 1 / d times the smallest d
-    return best.found() * d_BK.amin(dim=1, keepdim=True) * k
+    return best.best_weights() * d_BK.amin(dim=1, keepdim=True) * k
 
 
 def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
@@ -130,14 +130,14 @@ def project_to_dual_cone(c_BKK: Tensor, a_BK: Tensor) -> Tensor:
     size_B = a_BK.abs().amax(dim=1).clamp(min=torch.finfo(a_BK.dtype).tiny)
     best.add(a_BK, below(dots_BK) / size_B)
     for s in subsets(k):
-        l_BK, flat_B, _ = solved(c_BKK, s, -dots_BK)
+        l_BK, flat_B, _ = solve_subset(c_BKK, s, -dots_BK)
         v_BK = a_BK + l_BK
         off_BK = times(c_BKK, v_BK)
         off_BK[:, s] = 0
         wrong_B = torch.maximum(below(l_BK), below(off_BK)) / size_B
         # a smaller set achieves the same as dependent gradients
         best.add(a_BK + l_BK.clamp(min=0), torch.where(flat_B, torch.inf, wrong_B))
-    return best.found()
+    return best.best_weights()
 
 
 def project_to_simplex(w_BK: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Facts(NamedTuple):
             if m not in self.towers:
                 raise ValueError(f"{m!r}: {no_such(m, self.towers)}")
 
-    def fused(self, a: str, b: str) -> int:
+    def fused_width(self, a: str, b: str) -> int:
         """Return the width of fused tokens. Raises ValueError for the same modality twice, or without fusion layers."""
         self.require((a, b))
         if a == b:
@@ -93,7 +93,7 @@ class TaskObjective(nn.Module):
         self.hiding: Hashable = None
 
     @property
-    def replaced(self) -> tuple[str, ...]:
+    def mask_token_modalities(self) -> tuple[str, ...]:
         """Modalities whose hidden tokens are replaced by a learned token; by default all of ``hidden``."""
         return self.hidden
 
@@ -139,15 +139,15 @@ class TaskObjective(nn.Module):
         """Return part -> scorer of how well rows of one modality match rows of another."""
         return {}
 
-    def scored(self) -> dict[str, tuple[str, str]]:
+    def modalities_by_part(self) -> dict[str, tuple[str, str]]:
         """Return part -> the pair of modalities that :meth:`scorers` scores."""
         return {}
 
 
-def named(objective: str, part: str) -> str:
+def term_name(objective: str, part: str) -> str:
     """Return the name of a term.
 
-    >>> named("contrast", ""), named("contrast", "image-text")
+    >>> term_name("contrast", ""), term_name("contrast", "image-text")
     ('contrast', 'contrast/image-text')
     """
     return f"{objective}/{part}" if part else objective
@@ -162,7 +162,7 @@ def naming(objective: str) -> Iterator[None]:
         raise ValueError(f"objectives: {objective}: {error}") from None
 
 
-def differently_hidden(objectives: Mapping[str, TaskObjective]) -> list[str]:
+def describe_mask_conflicts(objectives: Mapping[str, TaskObjective]) -> list[str]:
     """Return a line for each modality whose tokens several objectives hide differently."""
     lines = []
     for m in dict.fromkeys(m for objective in objectives.values() for m in objective.hidden):
@@ -175,6 +175,6 @@ def differently_hidden(objectives: Mapping[str, TaskObjective]) -> list[str]:
     return lines
 
 
-def scattered(value_V: Tensor, row_V: Tensor, rows: int) -> Tensor:
+def scatter_rows(value_V: Tensor, row_V: Tensor, rows: int) -> Tensor:
     """Scatter values to their rows in ``[B]``, with zeros elsewhere."""
     return value_V.new_zeros(rows).index_put((row_V,), value_V)

@@ -30,7 +30,7 @@ class SampleHead(nn.Module):
         facts.require(self.reads)
         if len(self.reads) == 2:
             a, b = self.reads
-            self.projection = Projection(facts.fused(a, b), outputs)
+            self.projection = Projection(facts.fused_width(a, b), outputs)
             return ((a, b),), {}
         self.projection = Projection(facts.width, outputs)
         return (), {"": self.reads}
@@ -40,7 +40,7 @@ class SampleHead(nn.Module):
         if len(self.reads) == 1:
             return promote(self.projection(streams.z(self.reads[0])))
         a, b = self.reads
-        fused, row_V = streams.own(a, b)
+        fused, row_V = streams.fuse_own_pairs(a, b)
         with streams.rows(row_V):
             raw_VK = promote(self.projection(fused.first_ND))
         return raw_VK.new_zeros(len(streams.batch), raw_VK.shape[1]).index_put((row_V,), raw_VK)

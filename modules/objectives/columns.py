@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from descant.modules.core.batch import Batch
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.protocols import HidesCells
 from descant.modules.core.sham import Sham
@@ -76,7 +76,7 @@ class MaskedColumns(TaskObjective):
 
     first_C: Tensor
     count_C: Tensor
-    replaced = ()  # the tower has its own token for missing cells
+    mask_token_modalities = ()  # the tower has its own token for missing cells
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class MaskedColumns(TaskObjective):
             raise ValueError(f"rate {self.rate:g} hides {self.hides_of_each} of {len(columns)} columns; such as 0.5")
         self.hiding, width = ("columns", m, self.rate), tower.width
         if given is not None:
-            width, self.fuses = facts.fused(m, given), ((m, given),)
+            width, self.fuses = facts.fused_width(m, given), ((m, given),)
         self.categorical_C = torch.tensor(columns) > 0  # on the CPU, where masks are made
         first = [sum(columns[:c]) for c in range(len(columns))]
         self.register_buffer("first_C", torch.tensor(first), persistent=False)
@@ -111,7 +111,7 @@ class MaskedColumns(TaskObjective):
         return self
 
     def hides(self, batch: Batch) -> Masks:
-        real_BC = derived(of_present, derived(_present, batch.inputs[self.modality]), batch.present[self.modality])
+        real_BC = derive(of_present, derive(_present, batch.inputs[self.modality]), batch.present[self.modality])
         real_BC, draw_B = host_copy(real_BC), host_copy(batch.rng_seed)
         hidden_BC = random_columns(draw_B, real_BC.shape[1], self.hides_of_each, "columns/hidden")
         target_BC = to_device(real_BC & hidden_BC, batch.device)
@@ -121,7 +121,7 @@ class MaskedColumns(TaskObjective):
     def cells(self, streams: Streams, batch: Batch) -> tuple[At, Tensor, Tensor, At, Tensor, Tensor]:
         """Return hidden categories (index, logits ``[N, K]``, codes ``[N]``) and numbers (index, ``y_M``, ``x_M``)."""
         assert streams.masks is not None
-        hidden_BC = derived(of_present, streams.masks.loss[self.modality], batch.both(*self.reads))
+        hidden_BC = derive(of_present, streams.masks.loss[self.modality], batch.both(*self.reads))
         x_BC, host_BC = self._targets(batch, hidden_BC), host_copy(hidden_BC)
         found: list[tuple[At, Tensor, Tensor]] = []
         for layer, of_C in ((self.categories, self.categorical_C), (self.numbers, ~self.categorical_C)):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Decisions, Scorer
 from descant.modules.losses.contrastive import ContrastiveLoss, InfoNCE, similarity_scorer
@@ -82,7 +82,7 @@ class Contrast(TaskObjective):
         row_V = to_device(host_copy(valid_B).nonzero()[:, 0], batch.device)
         both = loss.logits(streams.z(a, part), streams.z(b, part), batch.content_id, valid_B)
         logits_NG = torch.stack([s_BG[row_V] for s_BG in both], dim=1).flatten(0, 1)
-        return Decisions(logits_NG.__getitem__, derived(lambda row_V: row_V.repeat_interleave(2), row_V))
+        return Decisions(logits_NG.__getitem__, derive(lambda row_V: row_V.repeat_interleave(2), row_V))
 
     def pair_losses(self) -> dict[str, ContrastiveLoss]:
         return dict(zip(self.pairs, cast(list[ContrastiveLoss], list(self.losses)), strict=True))
@@ -91,5 +91,5 @@ class Contrast(TaskObjective):
         each = zip(self.pairs.items(), self.losses, strict=True)
         return {part: similarity_scorer(loss, streams.latent(a), streams.latent(b)) for (part, (a, b)), loss in each}
 
-    def scored(self) -> dict[str, tuple[str, str]]:
+    def modalities_by_part(self) -> dict[str, tuple[str, str]]:
         return self.pairs

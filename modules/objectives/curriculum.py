@@ -61,12 +61,12 @@ class Curriculum:
         done = (share - self.warmup) / (self.until - self.warmup) if self.until > self.warmup else 1.0
         return self.start + (self.end - self.start) * min(done, 1.0)
 
-    def seen(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
+    def deciding_cosines(self, cos_B: Tensor, valid_B: Tensor, batch: Batch) -> Tensor:
         """Return the cosines that decide; with the sham, those of other samples."""
         return self.sham(cos_B, batch.rng_seed, valid_B)
 
-    def kept(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:
-        """Mark the samples to keep, bool ``[B]``; invalid samples have no conflict. ``cos_B``: from :meth:`seen`."""
+    def select_samples(self, cos_B: Tensor, valid_B: Tensor, batch: Batch, share: float) -> Tensor:
+        """Mark the samples to keep, bool ``[B]``, by :meth:`deciding_cosines`; invalid samples have no conflict."""
         if self.oracle is not None:
             return ~batch.targets[self.oracle].bool()
         return ~valid_B | (cos_B > self.threshold(share))

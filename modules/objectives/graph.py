@@ -21,7 +21,7 @@ class Graph(NamedTuple):
     embeddings: bool
 
 
-def composed(
+def compose_graph(
     graph: Mapping[str, list[Part]] | None, objectives: Mapping[str, TaskObjective], universal: UniversalLayers | None
 ) -> Graph:
     """Return the modules of each objective: those given in ``graph``, or else all that it can use."""
@@ -39,7 +39,9 @@ def composed(
             if "universal" in parts:
                 if universal is None:
                     raise ValueError("graph: universal: no such layers; give model.universal: UniversalLayers")
-                if universal.output == "latents" and (lost := [m for m in objective.hidden if universal.queried(m)]):
+                if universal.output == "latents" and (
+                    lost := [m for m in objective.hidden if universal.uses_latents(m)]
+                ):
                     raise ValueError(f"hides tokens of {lost[0]}, which latents replace; universal.output: tokens")
                 behind.add(name)
     sides = {name in behind for name, objective in objectives.items() if objective.latents or objective.pools}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived, host_copy, to_device
-from descant.modules.core.objective import Term, counted, means
+from descant.modules.core.host import derive, host_copy, to_device
+from descant.modules.core.objective import Term, count_rows_by_sample, means
 from descant.modules.core.output import Output
 from descant.modules.language import CausalLM, Sampling, log_probabilities
 from descant.modules.moe import Routing
@@ -30,7 +30,9 @@ class AnswerModel(Protocol):
     @property
     def teaching(self) -> Any: ...
 
-    def answered(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+    def hidden_before_answers(
+        self, batch: Batch, routings: list[Routing] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def expert_terms(self, routings: list[Routing]) -> dict[str, Term]: ...
 
@@ -68,7 +70,7 @@ class SFT(LanguageObjective):
 
     def __call__(self, model: AnswerModel, batch: Batch) -> Output:
         routings: list[Routing] = []
-        before_NW, token_N, sample_N = model.answered(batch, routings)
+        before_NW, token_N, sample_N = model.hidden_before_answers(batch, routings)
         log_N = log_probabilities(before_NW, model.lm.head.weight, token_N)
         value_B, valid_B = means(-log_N, sample_N, len(batch))
         term = Term(value_B, valid=valid_B, norm=batch.step["text"].sum().clamp(min=1))
@@ -112,7 +114,7 @@ class GRPO(LanguageObjective):
         log_N, sample_N, place_N = answer_log_probabilities(model, batch, model.sampling.temperature)
         targets = batch.targets
         old_N, reference_N = (targets[name][sample_N, place_N].to(log_N) for name in ("old", "reference"))
-        valid_B = derived(torch.logical_and, targets["live"], batch.present["text"])
+        valid_B = derive(torch.logical_and, targets["live"], batch.present["text"])
         reference = reference_N if self.needs_reference else None
         answers = PolicyBatch(log_N, old_N, sample_N, targets["advantage"], valid_B, reference)
         terms, shares = self.loss(answers, Counts(*targets["step"][0]))
@@ -158,8 +160,8 @@ class DPO(LanguageObjective):
         rejected = replace(batch, inputs=inputs)
         reference = model.teaching.network.to(batch.device)
         with torch.no_grad():
-            good_reference_B, bad_reference_B = (_whole(reference, view)[0] for view in (batch, rejected))
-        (good_B, length_B), (bad_B, other_B) = _whole(model, batch), _whole(model, rejected)
+            good_reference_B, bad_reference_B = (_score_answers(reference, view)[0] for view in (batch, rejected))
+        (good_B, length_B), (bad_B, other_B) = _score_answers(model, batch), _score_answers(model, rejected)
         lengths_B2 = torch.stack([length_B, other_B], dim=1) if self.loss.by_length else None
         value_B = self.loss(good_B, bad_B, good_reference_B, bad_reference_B, lengths_B2)
         here_b = to_device(host_copy(batch.present["text"]).nonzero()[:, 0], batch.device)
@@ -175,16 +177,16 @@ def answer_log_probabilities(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities ``[N]`` of answer tokens; also return each token's sample and place in its answer."""
     network: Any = model
-    before_NW, token_N, sample_N = network.answered(batch)
+    before_NW, token_N, sample_N = network.hidden_before_answers(batch)
     log_N = log_probabilities(before_NW, network.lm.head.weight, token_N, temperature)
-    count_B = counted(sample_N, len(batch))
+    count_B = count_rows_by_sample(sample_N, len(batch))
     first_B = count_B.cumsum(dim=0) - count_B
     return log_N, sample_N, torch.arange(len(sample_N), device=sample_N.device) - first_B[sample_N]
 
 
-def _whole(network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def _score_answers(network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each answer, including its end, and its number of tokens, ``[B]`` each."""
-    before_NW, token_N, sample_N = network.answered(batch)
+    before_NW, token_N, sample_N = network.hidden_before_answers(batch)
     log_N = log_probabilities(before_NW, network.lm.head.weight, token_N)
     log_B = log_N.new_zeros(len(batch)).index_add(0, sample_N, log_N)
-    return log_B, counted(sample_N, len(batch))
+    return log_B, count_rows_by_sample(sample_N, len(batch))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.core.objective import Term, means
 from descant.modules.core.output import Decisions
 from descant.modules.masking.adapters import Adapter
-from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupted
+from descant.modules.masking.corruptions import Corruption, Masks, UniformMask, corrupt_on_host
 from descant.modules.masking.decoders import At
 from descant.modules.masking.discrete_adapters import TokenAdapter
 from descant.modules.objectives.base import Facts, TaskObjective
@@ -68,7 +68,7 @@ class MaskedTokens(TaskObjective):
         same = type(self.adapter), self.adapter.grid, getattr(self.adapter, "pad", None)  # decide its real tokens
         self.hiding = (m, self.target, self.corruption, *same)
         if given is not None:
-            width, self.fuses = facts.fused(m, given), ((m, given),)
+            width, self.fuses = facts.fused_width(m, given), ((m, given),)
         self.adapter.build(1, width)
         self.adapter.requires_grad_(False)  # unused: the tower embeds
         self.adapter.outward.requires_grad_(True)
@@ -79,14 +79,14 @@ class MaskedTokens(TaskObjective):
         if self.target not in batch.inputs:
             raise ValueError(f"target: the data has no {self.target!r}, only {', '.join(batch.inputs)}")
         raw_BTP, real_BT = self.adapter.raw(batch.inputs[self.target])
-        return raw_BTP, derived(of_present, real_BT, batch.present[self.modality])
+        return raw_BTP, derive(of_present, real_BT, batch.present[self.modality])
 
     def hides(self, batch: Batch) -> Masks:
         real = {self.modality: self.raw(batch)[1]}
-        return corrupted(self.corruption, real, {self.modality: self.adapter.grid}, batch.rng_seed)
+        return corrupt_on_host(self.corruption, real, {self.modality: self.adapter.grid}, batch.rng_seed)
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        h_ND, at = self.predicted(streams)
+        h_ND, at = self.predict_hidden(streams)
         raw_BTP, _ = self.raw(batch)
         terms = {}
         with streams.rows(at.row_N):
@@ -96,11 +96,11 @@ class MaskedTokens(TaskObjective):
             terms[part] = Term(value_B, valid=has_B, norm=batch.count(*self.reads).clamp(min=1))
         return terms
 
-    def predicted(self, streams: Streams) -> tuple[Tensor, At]:
+    def predict_hidden(self, streams: Streams) -> tuple[Tensor, At]:
         """Return features of the hidden tokens, ``[N, D]``, and their index."""
         m, masks, valid_B = self.modality, streams.masks, streams.batch.both(*self.reads)
         assert masks is not None
-        at = At.of(derived(of_present, masks.loss[m], valid_B))
+        at = At.of(derive(of_present, masks.loss[m], valid_B))
         return hidden_tokens(streams, m, self.given, at), at
 
     def decisions(self, streams: Streams) -> Callable[[], Decisions] | None:
@@ -108,7 +108,7 @@ class MaskedTokens(TaskObjective):
         return partial(self._decisions, streams) if isinstance(self.adapter, TokenAdapter) else None
 
     def _decisions(self, streams: Streams) -> Decisions:
-        h_ND, at = self.predicted(streams)
+        h_ND, at = self.predict_hidden(streams)
         with streams.rows(at.row_N):
             logits_NC = promote(cast(nn.Module, self.adapter.outward)(h_ND))
         return Decisions(logits_NC.__getitem__, at.row_N)
@@ -122,7 +122,7 @@ def hidden_tokens(streams: Streams, modality: str, given: str | None, at: At) ->
     """Return a modality's tokens at ``at``, ``[N, D]``: from it alone, or fused with a given modality."""
     if given is None:
         return streams.tokens(modality, streams.masks).h_BTD[at.row_N, at.place_N]
-    fused, row_V = streams.own(modality, given, streams.masks)
+    fused, row_V = streams.fuse_own_pairs(modality, given, streams.masks)
     index_B = streams.batch.index
     slot_B = torch.zeros_like(index_B).index_put((row_V,), torch.arange(len(row_V), device=row_V.device))
     return fused.a.h_BTD[slot_B[at.row_N], at.place_N]

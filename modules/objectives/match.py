@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.batch import Batch, select_rows
 from descant.modules.core.dtype import promote
 from descant.modules.core.errors import no_such
 from descant.modules.core.host import to_device
@@ -21,7 +21,7 @@ from descant.modules.core.ranks import first_row, gather
 from descant.modules.core.rng import mix_N, uniform_N
 from descant.modules.core.sham import Sham
 from descant.modules.evaluation.metrics import wide
-from descant.modules.objectives.base import Facts, TaskObjective, scattered
+from descant.modules.objectives.base import Facts, TaskObjective, scatter_rows
 from descant.modules.objectives.streams import Streams
 
 #: Probability that TIP's release adds to each negative.
@@ -120,7 +120,7 @@ class Match(TaskObjective):
         self.within = within
 
     def build(self, facts: Facts) -> Self:
-        self.score = nn.Linear(facts.fused(*self.pair), 1)
+        self.score = nn.Linear(facts.fused_width(*self.pair), 1)
         self.reads, self.fuses = self.pair, (self.pair,)
         return self
 
@@ -152,12 +152,12 @@ class Match(TaskObjective):
             raise ValueError(f"within: {no_such(str(self.within), batch.targets)}")
         return batch.targets[self.within]
 
-    def judged(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def score_pairs(self, streams: Streams, batch: Batch, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Score own pairs, ``s_V``, and negatives of both sides, ``s_2V``; also return ``has_2V`` and rows ``[V]``."""
-        fused, row_V = streams.own(*self.pair)
+        fused, row_V = streams.fuse_own_pairs(*self.pair)
         negative_b_B, negative_a_B = self.negative_rows(streams, batch, across)
         own_V, V = row_V + (first_row(len(batch)) if across else 0), len(row_V)
-        sample_2V = chosen(row_V, to_device(torch.arange(V).repeat(2), batch.device))
+        sample_2V = select_rows(row_V, to_device(torch.arange(V).repeat(2), batch.device))
         negative_2V = torch.cat([negative_b_B[row_V], negative_a_B[row_V]])
         at_2V = negative_2V.clamp(min=0)
         row_2V, column_2V = torch.cat([own_V, at_2V[V:]]), torch.cat([at_2V[:V], own_V])
@@ -174,13 +174,13 @@ class Match(TaskObjective):
             return promote(self.score(h_ND))[:, 0]
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
-        s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=self.training)
-        s_V, s_2V, has_2V = self._roles(s_V, s_2V, has_2V, chosen(batch.rng_seed, row_V))
+        s_V, s_2V, has_2V, row_V = self.score_pairs(streams, batch, across=self.training)
+        s_V, s_2V, has_2V = self._roles(s_V, s_2V, has_2V, select_rows(batch.rng_seed, row_V))
         binary = self.form == "binary"
         loss_2V = F.softplus(s_2V if binary else s_2V - s_V.repeat(2))
         loss_V = torch.where(has_2V, loss_2V, 0.0).view(2, -1).sum(dim=0)
         loss_V = (F.softplus(-s_V) + loss_V) / 3 if binary else loss_V / 2
-        value_B = scattered(loss_V, row_V, len(batch))
+        value_B = scatter_rows(loss_V, row_V, len(batch))
         return {"": Term(value_B, valid=batch.both(*self.pair), given=self.pair)}
 
     def _roles(self, s_V: Tensor, s_2V: Tensor, has_2V: Tensor, draw_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,15 +195,15 @@ class Match(TaskObjective):
 
     def scores(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         """Compute ``accuracy``: share of a sample's negatives that score below its own pair; ties count half."""
-        s_V, s_2V, has_2V, row_V = self.judged(streams, batch, across=False)
+        s_V, s_2V, has_2V, row_V = self.score_pairs(streams, batch, across=False)
         better_2V = torch.where(s_V.repeat(2) > s_2V, 1.0, torch.where(s_V.repeat(2) == s_2V, 0.5, 0.0))
         count_V = has_2V.view(2, -1).sum(dim=0)
         value_V = torch.where(has_2V, better_2V, 0.0).view(2, -1).sum(dim=0) / count_V.clamp(min=1)
-        value_B, count_B = (scattered(x_V, row_V, len(batch)) for x_V in (value_V, count_V))
+        value_B, count_B = (scatter_rows(x_V, row_V, len(batch)) for x_V in (value_V, count_V))
         return {"accuracy": Term(value_B, valid=batch.both(*self.pair) & (count_B > 0))}
 
     def scorers(self, streams: Streams) -> dict[str, Scorer]:
         return {"": lambda row_N, column_N: self.scored_pairs(streams, row_N, column_N, row_N)}
 
-    def scored(self) -> dict[str, tuple[str, str]]:
+    def modalities_by_part(self) -> dict[str, tuple[str, str]]:
         return {"": self.pair}

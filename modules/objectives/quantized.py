@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import Batch, append_axes, chosen
-from descant.modules.core.host import derived, everyone, host_copy, to_device
+from descant.modules.core.batch import Batch, append_axes, select_rows
+from descant.modules.core.host import derive, everyone, host_copy, to_device
 from descant.modules.core.objective import Term, means
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.core.ranks import world
@@ -81,19 +81,19 @@ class QuantizedTokens(TaskObjective):
 
     def forward(self, streams: Streams, batch: Batch) -> dict[str, Term]:
         raw_BTP, real_BT = self.adapter.raw(batch.inputs[self.modality])
-        at = At.of(derived(of_present, everyone(real_BT.shape, real_BT.device), batch.present[self.modality]))
-        found = self.quantized(streams.tokens(self.modality).h_BTD, at)
-        real_N = derived(lambda mask_BT, b_N, t_N: mask_BT[b_N, t_N], real_BT, at.row_N, at.place_N)
+        at = At.of(derive(of_present, everyone(real_BT.shape, real_BT.device), batch.present[self.modality]))
+        found = self.quantize(streams.tokens(self.modality).h_BTD, at)
+        real_N = derive(lambda mask_BT, b_N, t_N: mask_BT[b_N, t_N], real_BT, at.row_N, at.place_N)
         if self.training and torch.is_grad_enabled():
             self._observe(found, real_N, at, batch, getattr(streams.model, "global_step", 0))
-        y_NE = self.decoded(found.z_NC, at)
+        y_NE = self.decode_tokens(found.z_NC, at)
         with self.row_tracker.select(at.host_row_N):
             values = self.adapter.losses(y_NE, raw_BTP[at.row_N, at.place_N], at.place_N)
         parts = {f"rebuild_{part}" if part else "rebuild": value_N for part, value_N in values.items()}
         if found.commit_N is not None:
             parts["commit"] = self.quantizer.commitment * found.commit_N
         at_M = to_device(host_copy(real_N).nonzero()[:, 0], real_N.device)
-        row_M, norm = chosen(at.row_N, at_M), batch.count(self.modality).clamp(min=1)
+        row_M, norm = select_rows(at.row_N, at_M), batch.count(self.modality).clamp(min=1)
         terms = dict[str, Term]()
         for part, value_N in parts.items():
             value_B, has_B = means(value_N[at_M], row_M, len(batch))
@@ -106,7 +106,7 @@ class QuantizedTokens(TaskObjective):
     def reconstruct(self, streams: Streams, batch: Batch) -> dict[str, ReconstructionOutput]:
         m, x = self.modality, batch.inputs[self.modality]
         there_B = append_axes(batch.present[m], x)
-        rebuilt = self.rebuilt(self.ids(streams.tokens(m).h_BTD)).view_as(x).to(x.dtype)
+        rebuilt = self.rebuild(self.ids(streams.tokens(m).h_BTD)).view_as(x).to(x.dtype)
         truth = torch.where(there_B, x, 0.0)
         return {
             m: ReconstructionOutput(truth, torch.ones_like(x, dtype=torch.bool), torch.where(there_B, rebuilt, 0.0))
@@ -114,13 +114,13 @@ class QuantizedTokens(TaskObjective):
 
     # from tokens to codes, and from codes to inputs -------------------------------------------------------------------
 
-    def quantized(self, h_BTD: Tensor, at: At) -> Quantized:
+    def quantize(self, h_BTD: Tensor, at: At) -> Quantized:
         if h_BTD.shape[1] != self.adapter.tokens:
             raise ValueError(f"the adapter has {self.adapter.tokens} tokens, and the tower {h_BTD.shape[1]}")
         with self.row_tracker.select(at.host_row_N):
             return self.quantizer(h_BTD[at.row_N, at.place_N])
 
-    def decoded(self, z_NC: Tensor, at: At) -> Tensor:
+    def decode_tokens(self, z_NC: Tensor, at: At) -> Tensor:
         """Decode ``y_NE`` of the tokens ``at``, which must be all tokens of their samples."""
         with self.row_tracker.select(at.host_row_N):
             y_NE = self.quantizer.outward(z_NC.to(self.quantizer.outward.weight.dtype))
@@ -136,12 +136,12 @@ class QuantizedTokens(TaskObjective):
     def ids(self, h_BTD: Tensor) -> Tensor:
         """Quantise a tower's tokens to ids, int64 ``[B, T, L]``."""
         at = At.of(everyone(h_BTD.shape[:2], h_BTD.device))
-        return self.quantized(h_BTD, at).id_NL.unflatten(0, h_BTD.shape[:2])
+        return self.quantize(h_BTD, at).id_NL.unflatten(0, h_BTD.shape[:2])
 
-    def rebuilt(self, id_BTL: Tensor) -> Tensor:
+    def rebuild(self, id_BTL: Tensor) -> Tensor:
         """Decode ids to an input, in its units; one channel may have an axis or not."""
         at = At.of(everyone(id_BTL.shape[:2], id_BTL.device))
-        y_NE = self.decoded(self.quantizer.vectors(id_BTL.flatten(0, 1)), at)
+        y_NE = self.decode_tokens(self.quantizer.vectors(id_BTL.flatten(0, 1)), at)
         return self.adapter.input(self.adapter.predict(y_NE, at.place_N).unflatten(0, id_BTL.shape[:2]))
 
     def _observe(self, found: Quantized, real_N: Tensor, at: At, batch: Batch, step: int) -> None:

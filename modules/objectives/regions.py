@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.masking.corruptions import Masks
 from descant.modules.masking.discrete_adapters import DistributionAdapter
 from descant.modules.masking.regions import RegionMask
@@ -51,7 +51,7 @@ class MaskedRegions(MaskedTokens):
 
     def raw(self, batch: Batch) -> tuple[Tensor, Tensor]:
         raw_BTP, _ = super().raw(batch)
-        return raw_BTP, derived(_real, self.box(batch), batch.present[self.modality])
+        return raw_BTP, derive(_real, self.box(batch), batch.present[self.modality])
 
     def box(self, batch: Batch) -> Tensor:
         if self.boxes not in batch.inputs:

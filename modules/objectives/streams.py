@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.batch import Batch, chosen
+from descant.modules.core.batch import Batch, select_rows
 from descant.modules.core.capabilities import has
 from descant.modules.core.dtype import promote
-from descant.modules.core.host import derived, host_copy, to_device
+from descant.modules.core.host import derive, host_copy, to_device
 from descant.modules.core.loss_reduction import Step
 from descant.modules.core.protocols import HidesCells
 from descant.modules.core.ranks import gather
@@ -81,7 +81,7 @@ class Streams(Embeddings):
     def tokens(self, modality: str, masks: Masks | None = None, view: str = "") -> Tokens:
         """Embed the tokens of all rows, and replace those that ``masks`` hides. Absent samples have no tokens."""
         require_inputs(self.batch, modality + view)
-        key, universal = (modality, hidden(masks, modality), view), self.universal
+        key, universal = (modality, mask_identity(masks, modality), view), self.universal
         tower = partial(self.once, key, lambda: self._tokens(modality, masks, view))
         if universal is None:
             return tower()
@@ -93,25 +93,27 @@ class Streams(Embeddings):
         """Return ``h_BD``, the pooled tokens of a view; absent rows hold any finite values."""
         seen = copy.copy(self)
         seen.universal = self.model.before_pools
-        return self.once(("h", modality, view), lambda: pooled(self.model, seen.tokens(modality, view=view), modality))
+        return self.once(
+            ("h", modality, view), lambda: pool_tokens(self.model, seen.tokens(modality, view=view), modality)
+        )
 
     def _latent(self, modality: str) -> Tensor:
         present_B, imputation = self.batch.present[modality], self.model.imputation
         h_BD = self.features(modality)
         if imputation is not None:
-            h_BD = imputation.filled(h_BD, modality, present_B)
+            h_BD = imputation.impute(h_BD, modality, present_B)
         return self.model.latent(h_BD, modality, self.batch)
 
     def _tokens(self, modality: str, masks: Masks | None, view: str) -> Tokens:
         model, x, present_B = self.model, self.batch.inputs[modality + view], self.batch.present[modality]
         tower, step, imputation = model.towers[modality], model.step, model.imputation
-        seen_B = present_B if imputation is None else imputation.seen(modality, present_B)
+        seen_B = present_B if imputation is None else imputation.rows_to_encode(modality, present_B)
         encode: Callable[..., Tokens] = tower
         more: tuple[Tensor, ...] = ()
         if masks is not None and modality in masks.target and has(tower, HidesCells):
             more = (masks.visible[modality],)
         elif masks is not None and modality in masks.target:
-            more = (masks.target[modality], derived(torch.logical_or, masks.target[modality], masks.visible[modality]))
+            more = (masks.target[modality], derive(torch.logical_or, masks.target[modality], masks.visible[modality]))
             encode = partial(encode_masked, tower, model.mask_tokens[modality])
         if host_copy(seen_B).all():
             return _encode_in_chunks(encode, (x, *more), step, tower)
@@ -122,31 +124,31 @@ class Streams(Embeddings):
 
     # two modalities ---------------------------------------------------------------------------------------------------
 
-    def own(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
+    def fuse_own_pairs(self, a: str, b: str, masks: Masks | None = None) -> tuple[Fused, Tensor]:
         """Fuse the own pairs of samples that have both; return the fused tokens and the rows ``[V]``.
 
         If no sample has both, the result is one row without tokens.
         """
         places = list(self.model.towers)
         if places.index(a) > places.index(b):  # compute one order for both: attention ignores order
-            fused, row_V = self.own(b, a, masks)
+            fused, row_V = self.fuse_own_pairs(b, a, masks)
             return Fused(fused.first_ND, fused.b, fused.a), row_V
-        key = ("own", a, b, hidden(masks, a), hidden(masks, b), self.universal)
-        return self.once(key, lambda: self._own(a, b, masks))
+        key = ("own", a, b, mask_identity(masks, a), mask_identity(masks, b), self.universal)
+        return self.once(key, lambda: self._fuse_own_pairs(a, b, masks))
 
-    def _own(self, a: str, b: str, masks: Masks | None) -> tuple[Fused, Tensor]:
+    def _fuse_own_pairs(self, a: str, b: str, masks: Masks | None) -> tuple[Fused, Tensor]:
         host_V = host_copy(self.batch.both(a, b)).nonzero()[:, 0]
         host_V = host_V if len(host_V) else host_V.new_zeros(1)
         row_V = to_device(host_V, self.batch.device)
-        tokens_a, tokens_b = self.mapped(a, masks), self.mapped(b, masks)
+        tokens_a, tokens_b = self.map_tokens(a, masks), self.map_tokens(b, masks)
         with self.rows(row_V):
             return self.fusion.between(a, b).pairs(tokens_a, tokens_b, row_V, row_V), row_V
 
-    def together(self, a: str, b: str, fused: bool) -> Tensor:
+    def joint_embedding(self, a: str, b: str, fused: bool) -> Tensor:
         """Return ``z_BD`` of both: their embeddings side by side and, if ``fused``, the first fused token."""
         parts = [self.latent(a), self.latent(b)]
         if fused:
-            tokens, row_V = self.own(a, b)
+            tokens, row_V = self.fuse_own_pairs(a, b)
             first_VD = F.normalize(promote(tokens.first_ND), dim=1)
             parts.append(first_VD.new_zeros(len(self.batch), first_VD.shape[1]).index_put((row_V,), first_VD))
         z_BD = F.normalize(torch.cat(parts, dim=1), dim=1)
@@ -157,7 +159,7 @@ class Streams(Embeddings):
 
         ``sample_N``: the row of the batch that each pair belongs to.
         """
-        get = self.gathered if across else self.mapped
+        get = self.gather_tokens if across else self.map_tokens
         tokens_a, tokens_b = get(a), get(b)
         n, parts = self.fusion.at_once(tokens_a, tokens_b, len(row_N)), []
         split = row_N.split(n), column_N.split(n), host_copy(sample_N).split(n)
@@ -166,15 +168,15 @@ class Streams(Embeddings):
                 parts.append(self.fusion.between(a, b).first(tokens_a, tokens_b, row_n, column_n))
         return torch.cat(parts)
 
-    def mapped(self, modality: str, masks: Masks | None = None) -> Tokens:
+    def map_tokens(self, modality: str, masks: Masks | None = None) -> Tokens:
         """Map tokens to the width of the fusion layers."""
-        key = ("mapped", modality, hidden(masks, modality), self.universal)
-        return self.once(key, lambda: self.fusion.mapped(modality, self.tokens(modality, masks)))
+        key = ("mapped", modality, mask_identity(masks, modality), self.universal)
+        return self.once(key, lambda: self.fusion.map_tokens(modality, self.tokens(modality, masks)))
 
-    def gathered(self, modality: str) -> Tokens:
-        """Gather :meth:`mapped` tokens of the samples of all ranks, with gradients."""
+    def gather_tokens(self, modality: str) -> Tokens:
+        """Gather :meth:`map_tokens` tokens of the samples of all ranks, with gradients."""
         return self.once(
-            ("all", modality, self.universal), lambda: _unpack_tokens(gather(_pack_tokens(self.mapped(modality))))
+            ("all", modality, self.universal), lambda: _unpack_tokens(gather(_pack_tokens(self.map_tokens(modality))))
         )
 
     @property
@@ -187,9 +189,9 @@ class Streams(Embeddings):
         return self.model.row_tracker.select(host_copy(sample_N))
 
 
-def pooled(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
+def pool_tokens(model: StreamModel, tokens: Tokens, modality: str) -> Tensor:
     """Pool a tower's tokens to ``h_BD``, or the tokens that fusion layers with ``alone`` make from them."""
-    tokens = tokens if model.fusion is None else model.fusion.embedded(modality, tokens)
+    tokens = tokens if model.fusion is None else model.fusion.tokens_to_pool(modality, tokens)
     return model.pools[modality](tokens)
 
 
@@ -203,7 +205,7 @@ def encode_masked(tower: Any, mask_D: Tensor, x: Tensor, hidden_BT: Tensor, real
     return Tokens(tower.encode(h_BTD, None if host_copy(real_BT).all() else real_BT), real_BT)
 
 
-def hidden(masks: Masks | None, modality: str) -> int | None:
+def mask_identity(masks: Masks | None, modality: str) -> int | None:
     """Return the identity of the masks that hide a modality's tokens; None if its tokens are not hidden.
 
     Objectives that hide alike share one object on every rank (:attr:`TaskObjective.hiding`). Equality of masks is not
@@ -220,10 +222,10 @@ def _encode_in_chunks(
         return encode(*inputs)
 
     def piece(at_r: Tensor) -> Tensor:
-        return _pack_tokens(encode(*(chosen(x, at_r) for x in inputs)))
+        return _pack_tokens(encode(*(select_rows(x, at_r) for x in inputs)))
 
     at_R = to_device(torch.arange(len(inputs[0])), inputs[0].device)
-    return _unpack_tokens(step.chunked(piece, at_R, tower))
+    return _unpack_tokens(step.compute_in_chunks(piece, at_R, tower))
 
 
 def _pack_tokens(tokens: Tokens) -> Tensor:

@@ -41,15 +41,15 @@ class Advantage:
     def __call__(self, r_BK: Tensor, w_K: Tensor, group_B: Tensor) -> AdvantageOutput:
         r_BK, w_K = r_BK.double(), w_K.double()
         _, id_B = torch.unique(group_B, return_inverse=True)
-        reward_B = summed(r_BK, w_K)
+        reward_B = sum_rewards(r_BK, w_K)
         advantage_B = self.value(r_BK, w_K, id_B).nan_to_num(0.0)
-        flat_BK = torch.stack([flat(x_B, id_B) for x_B in self.compared(r_BK, w_K, reward_B).unbind(1)], dim=1)
+        flat_BK = torch.stack([flat(x_B, id_B) for x_B in self.compare_rewards(r_BK, w_K, reward_B).unbind(1)], dim=1)
         return AdvantageOutput(advantage_B, reward_B, flat_BK.all(dim=1))
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def compared(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
+    def compare_rewards(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
         """Return rewards ``[B, ...]`` that compare the answers of a group; the group is flat if none of them varies."""
         return reward_B[:, None]
 
@@ -65,14 +65,14 @@ class GroupScaled(Advantage):
     """
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
-        return scaled(summed(r_BK, w_K), id_B)
+        return scale_by_group(sum_rewards(r_BK, w_K), id_B)
 
 
 class BatchScaled(Advantage):
     """Advantage centred by group, scaled over the batch: ``A_b = (r_b - mean of its group) / (std of all + 1e-4)``."""
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
-        reward_B = summed(r_BK, w_K)
+        reward_B = sum_rewards(r_BK, w_K)
         mean_B, _ = statistics(reward_B, id_B)
         _, std_B = statistics(reward_B, torch.zeros_like(id_B))
         return (reward_B - mean_B) / (std_B + EPSILON)
@@ -82,7 +82,7 @@ class Centred(Advantage):
     """Dr. GRPO's advantage, ``A_b = r_b - mean of its group``, without scaling (Liu 2025, arXiv 2503.20783)."""
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
-        reward_B = summed(r_BK, w_K)
+        reward_B = sum_rewards(r_BK, w_K)
         return reward_B - statistics(reward_B, id_B)[0]
 
 
@@ -99,24 +99,24 @@ class EachScaled(Advantage):
     """
 
     def value(self, r_BK: Tensor, w_K: Tensor, id_B: Tensor) -> Tensor:
-        s_B = summed(torch.stack([scaled(r_B, id_B) for r_B in r_BK.unbind(1)], dim=1), w_K)
-        return scaled(s_B, torch.zeros_like(id_B))
+        s_B = sum_rewards(torch.stack([scale_by_group(r_B, id_B) for r_B in r_BK.unbind(1)], dim=1), w_K)
+        return scale_by_group(s_B, torch.zeros_like(id_B))
 
-    def compared(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
+    def compare_rewards(self, r_BK: Tensor, w_K: Tensor, reward_B: Tensor) -> Tensor:
         return r_BK[:, w_K != 0]  # the others are only logged
 
 
-def scaled(x_B: Tensor, id_B: Tensor) -> Tensor:
+def scale_by_group(x_B: Tensor, id_B: Tensor) -> Tensor:
     """Compute ``(x - mean) / (std + 1e-4)`` over each number's group."""
     mean_B, std_B = statistics(x_B, id_B)
     return (x_B - mean_B) / (std_B + EPSILON)
 
 
-def summed(r_BK: Tensor, w_K: Tensor) -> Tensor:
+def sum_rewards(r_BK: Tensor, w_K: Tensor) -> Tensor:
     """Compute the weighted sum of the rewards that apply, ``[B]``, nan if none does.
 
     >>> nan = float("nan")
-    >>> summed(torch.tensor([[1.0, nan], [nan, nan], [1.0, 3.0]]), torch.tensor([1.0, 0.5])).tolist()
+    >>> sum_rewards(torch.tensor([[1.0, nan], [nan, nan], [1.0, 3.0]]), torch.tensor([1.0, 0.5])).tolist()
     [1.0, nan, 2.5]
     """
     return torch.where(r_BK.isnan().all(dim=1), torch.nan, (r_BK * w_K).nansum(dim=1))

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.batch import chosen
+from descant.modules.core.batch import select_rows
 from descant.modules.core.errors import require_value
-from descant.modules.core.objective import Term, counted, means
+from descant.modules.core.objective import Term, count_rows_by_sample, means
 
 #: Bound of log-ratios (as in verl).
 FAR = 20.0
@@ -47,11 +47,11 @@ class PolicyBatch(NamedTuple):
 
     @property
     def valid_N(self) -> Tensor:
-        return chosen(self.valid_B, self.sample_N)
+        return select_rows(self.valid_B, self.sample_N)
 
     @property
     def length_B(self) -> Tensor:
-        return counted(self.sample_N, len(self.valid_B))
+        return count_rows_by_sample(self.sample_N, len(self.valid_B))
 
 
 class Counts(NamedTuple):
@@ -220,7 +220,7 @@ class SequenceSum(Aggregation):
         self.length = length
 
     def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
-        value_B = added(value_N, batch) / self.length
+        value_B = sum_by_answer(value_N, batch) / self.length
         return Term(value_B, valid=batch.valid_B, norm=counts.answers.clamp(min=1))
 
 
@@ -228,7 +228,7 @@ class TokenMean(Aggregation):
     """DAPO's aggregation, ``sum_n L / tokens``: every token of the step has equal weight."""
 
     def __call__(self, value_N: Tensor, batch: PolicyBatch, counts: Counts) -> Term:
-        return Term(added(value_N, batch), valid=batch.valid_B, norm=counts.tokens.clamp(min=1))
+        return Term(sum_by_answer(value_N, batch), valid=batch.valid_B, norm=counts.tokens.clamp(min=1))
 
 
 class LocalTokenMean(Aggregation):
@@ -238,7 +238,7 @@ class LocalTokenMean(Aggregation):
         return Term(value_N, valid=batch.valid_N, norm="local")
 
 
-def added(value_N: Tensor, batch: PolicyBatch) -> Tensor:
+def sum_by_answer(value_N: Tensor, batch: PolicyBatch) -> Tensor:
     """Sum over the tokens of each answer, ``[B]``."""
     return value_N.new_zeros(len(batch.valid_B)).index_add(0, batch.sample_N, value_N)
 

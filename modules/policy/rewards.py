@@ -276,10 +276,12 @@ class Rewards:
             raise ValueError("Rewards: weights: all are 0")
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        rows = [[self._one(name, verifier, answer) for name, verifier in self.of.items()] for answer in answers]
+        rows = [
+            [self._call_verifier(name, verifier, answer) for name, verifier in self.of.items()] for answer in answers
+        ]
         return torch.tensor(rows, dtype=torch.float64).view(len(answers), len(self.of))
 
-    def _one(self, name: str, verifier: Verifier, answer: Answer) -> float:
+    def _call_verifier(self, name: str, verifier: Verifier, answer: Answer) -> float:
         text = answer.text if len(answer.text) <= 60 else f"{answer.text[:57]}..."
         where = f"reward {name!r} of the answer {text!r}"
         try:

@@ -212,13 +212,13 @@ def one_of_each(content_N: Tensor, draw_N: Tensor) -> Tensor:
     return order_N[first_N].sort().values
 
 
-def united(content_N: Tensor, label_N: Tensor) -> Tensor:
+def number_equal_rows(content_N: Tensor, label_N: Tensor) -> Tensor:
     """Number the rows, int64 ``[N]``: equal if contents or labels are equal, also through other rows; else different.
 
     The number is the lowest row of each connected component, by repeated minima over rows of equal content and of equal
     label.
 
-    >>> united(torch.tensor([7, 7, 8, 9]), torch.tensor([0, 1, 1, 2])).tolist()
+    >>> number_equal_rows(torch.tensor([7, 7, 8, 9]), torch.tensor([0, 1, 1, 2])).tolist()
     [0, 0, 0, 3]
     """
     component_N = torch.arange(len(content_N), device=content_N.device)

@@ -28,7 +28,7 @@ class CodeTokenizer(nn.Module):
         grid: tokens along each axis. codes: number of ids of one layer. layers: number of residual quantizers.
 
     >>> tokenizer = CodeTokenizer(grid=[2], codes=8, layers=2)
-    >>> code_BT = tokenizer.joined(torch.tensor([[[1, 7], [3, 0]]]))
+    >>> code_BT = tokenizer.join_layers(torch.tensor([[[1, 7], [3, 0]]]))
     >>> code_BT.tolist(), tokenizer.split(code_BT).tolist(), tokenizer.vocabulary
     ([[1, 3, 15, 8]], [[[1, 7], [3, 0]]], 16)
     """
@@ -74,7 +74,7 @@ class CodeTokenizer(nn.Module):
         """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
-    def joined(self, id_BTL: Tensor) -> Tensor:
+    def join_layers(self, id_BTL: Tensor) -> Tensor:
         """Join ids of each layer, from 0, to one row ``[B, length]``."""
         return (id_BTL + self.codes * torch.arange(self.layers, device=id_BTL.device)).transpose(1, 2).flatten(1)
 

@@ -124,7 +124,9 @@ def smallest(key_N: Tensor, z_NLC: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return key_R, torch.cat([z_NLC, z_NLC.new_zeros(most, *z_NLC.shape[1:])])[at_R]
 
 
-def moved(count_LK: Tensor, sum_LKC: Tensor, seen: Seen, decay: float, dead: float | None) -> tuple[Tensor, Tensor]:
+def update_averages(
+    count_LK: Tensor, sum_LKC: Tensor, seen: Seen, decay: float, dead: float | None
+) -> tuple[Tensor, Tensor]:
     """Update moving averages of use and of sums after a step; rarely used codes restart at tokens of the batch.
 
         n_k = decay n_k + (1 - decay) count_k,    m_k = decay m_k + (1 - decay) sum_k,    e_k = m_k / n_k
@@ -219,7 +221,7 @@ class Quantizer(nn.Module):
     def learn(self, seen: Seen) -> None:
         """Apply the changes of a step of all ranks."""
         none_LKC = self.count_LK.new_zeros(*self.count_LK.shape, seen.sum_LKC.shape[2])
-        self.count_LK.copy_(moved(self.count_LK, none_LKC, seen, self.decay, None)[0])
+        self.count_LK.copy_(update_averages(self.count_LK, none_LKC, seen, self.decay, None)[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move averages to a device, but never to half precision, in which they would soon stop moving."""
@@ -235,7 +237,8 @@ class Quantizer(nn.Module):
 class RVQ(Quantizer):
     """Residual vector quantisation (SoundStream): each layer quantises the residual, by a codebook of moving averages.
 
-    See :func:`residual_vq` and :func:`moved`. The first step of training replaces unused codes by vectors of its batch.
+    See :func:`residual_vq` and :func:`update_averages`. The first step of training replaces unused codes by vectors of
+    its batch.
 
     Args:
         codes: K, of each layer. layers: L. width: C. decay: of the moving averages that are the codes.
@@ -260,15 +263,15 @@ class RVQ(Quantizer):
     ) -> None:
         super().__init__(codes, layers, width, decay)
         self.commitment, self.dead, self.candidates = commitment, dead, 0 if dead is None else codes
-        self.register_buffer("code_LKC", self.fitted(torch.randn(layers, codes, width)))
+        self.register_buffer("code_LKC", self.prepare_vectors(torch.randn(layers, codes, width)))
         self.register_buffer("sum_LKC", torch.zeros(layers, codes, width))
 
-    def fitted(self, z: Tensor) -> Tensor:
+    def prepare_vectors(self, z: Tensor) -> Tensor:
         """Prepare vectors and codes for the comparison; unchanged here."""
         return z
 
     def quantize(self, z_NC: Tensor) -> Quantized:
-        return residual_vq(self.fitted(z_NC), self.code_LKC.to(z_NC.dtype))
+        return residual_vq(self.prepare_vectors(z_NC), self.code_LKC.to(z_NC.dtype))
 
     def vectors(self, id_NL: Tensor) -> Tensor:
         z_NC = torch.zeros_like(self.code_LKC[0, :1])
@@ -277,9 +280,9 @@ class RVQ(Quantizer):
         return z_NC
 
     def learn(self, seen: Seen) -> None:
-        count_LK, sum_LKC = moved(self.count_LK, self.sum_LKC, seen, self.decay, self.dead)
+        count_LK, sum_LKC = update_averages(self.count_LK, self.sum_LKC, seen, self.decay, self.dead)
         used_LK1 = count_LK[..., None] > 0
-        code_LKC = self.fitted(sum_LKC / torch.where(used_LK1, count_LK[..., None], 1.0))
+        code_LKC = self.prepare_vectors(sum_LKC / torch.where(used_LK1, count_LK[..., None], 1.0))
         self.code_LKC.copy_(torch.where(used_LK1, code_LKC, self.code_LKC))
         self.count_LK.copy_(count_LK)
         self.sum_LKC.copy_(sum_LKC)
@@ -309,7 +312,7 @@ class VQ(RVQ):
         self._cosine = cosine
         super().__init__(codes, 1, width, decay, commitment, dead)
 
-    def fitted(self, z: Tensor) -> Tensor:
+    def prepare_vectors(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self._cosine else z
 
 

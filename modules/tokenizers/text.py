@@ -69,15 +69,15 @@ class Tokenizer:
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         """Join token pieces to ``<bos> a , b , c <eos>`` of exactly ``length`` ids."""
-        return self._padded([*self.begin, *self._joined(pieces), *self.end][: self.length])
+        return self._pad_ids([*self.begin, *self._join(pieces), *self.end][: self.length])
 
-    def _joined(self, pieces: Sequence[Sequence[int]]) -> list[int]:
+    def _join(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         ids: list[int] = []
         for k, piece in enumerate(pieces):
             ids += [*(self.comma if k else ()), *piece]
         return ids
 
-    def _padded(self, ids: list[int]) -> list[int]:
+    def _pad_ids(self, ids: list[int]) -> list[int]:
         return ids + [self.pad] * (self.length - len(ids))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -234,13 +234,13 @@ class PretrainedTokenizer(Tokenizer):
 
     def row(self, pieces: Sequence[Sequence[int]]) -> list[int]:
         if self.joins or len(pieces) < 2:
-            ids = self._joined(pieces)
+            ids = self._join(pieces)
         else:
             ids = self.encode(
                 ", ".join(self.tokenizer.decode(list(piece), skip_special_tokens=False) for piece in pieces)
             )
         room = self.length - len(self.begin) - len(self.end)
-        return self._padded([*self.begin, *ids[:room], *self.end])
+        return self._pad_ids([*self.begin, *ids[:room], *self.end])
 
 
 class ByteTokenizer(Tokenizer):

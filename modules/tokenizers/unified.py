@@ -144,7 +144,7 @@ class UnifiedVocabulary:
             at += 1
         return parts
 
-    def allowed(self, token_RN: Tensor, left: int, only: Sequence[str] | None = None) -> Tensor:
+    def allowed_ids(self, token_RN: Tensor, left: int, only: Sequence[str] | None = None) -> Tensor:
         """Return which ids may follow, bool ``[R, V]``, so that rows still parse. ``only``: modalities of their parts.
 
         Inside a block come its codes, layer by layer, and then its end. A block begins only if all of it fits into the
@@ -171,7 +171,7 @@ class UnifiedVocabulary:
         return torch.where(inside_R[:, None], table_ZV[state_R], outside_V) & fits_R[:, None]
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the tables of :meth:`allowed` on a device.
+        """Return the tables of :meth:`allowed_ids` on a device.
 
         They are the ids that each state allows ``[Z, V]``; for each id, the modality that it begins, or -1, and how
         many tokens it needs; for each modality, its first state and its length.

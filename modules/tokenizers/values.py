@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descant.modules.core.host import derived, has_host_copy, host_copy, to_device
+from descant.modules.core.host import derive, has_host_copy, host_copy, to_device
 from descant.modules.tokenizers.codes import CodeTokenizer
 
 
@@ -76,7 +76,7 @@ class ScalarTokens(CodeTokenizer):
         self.fitted = True
 
     def real(self, x: Tensor) -> Tensor:
-        return derived(lambda x_BC: ~x_BC.isnan(), x)
+        return derive(lambda x_BC: ~x_BC.isnan(), x)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class ScalarTokens(CodeTokenizer):
                 raise ValueError(f"column {c} of row {b}: category {float(x_BC[b, c]):g}, and it has {has}")
         bin_BC = (x[..., None] > self.border_CQ).sum(dim=2)
         category_BC = x.nan_to_num(0.0).long().clamp(0, self.codes - 1)
-        return self.joined(torch.where(to_device(most_C, x.device) > 0, category_BC, bin_BC)[:, None])
+        return self.join_layers(torch.where(to_device(most_C, x.device) > 0, category_BC, bin_BC)[:, None])
 
     def decode(self, code_BT: Tensor) -> Tensor:
         id_BC = self.split(code_BT).squeeze(1)
@@ -127,7 +127,7 @@ class PaletteTokens(CodeTokenizer):
     def encode(self, x: Tensor) -> Tensor:
         if x.shape[1:] != (*self.grid, 3):
             raise ValueError(f"input {list(x.shape[1:])}: this tokenizer takes {self.grid[0]} colours of 3 numbers")
-        return self.joined(((x + 1) * (self.codes / 2)).floor().clamp(0, self.codes - 1).long())
+        return self.join_layers(((x + 1) * (self.codes / 2)).floor().clamp(0, self.codes - 1).long())
 
     def decode(self, code_BT: Tensor) -> Tensor:
         return (self.split(code_BT) + 0.5) * (2 / self.codes) - 1

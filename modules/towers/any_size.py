@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.host import host_copy, known_finite, to_device
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.core.rows import RowTracker
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import require_divisor, sincos_of
@@ -66,7 +66,7 @@ class AnySizeTower(Tower):
         channels: int = 3,
         positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         require_divisor("patch", patch, "size", size)
         self.row_tracker = RowTracker()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 
 
@@ -46,7 +46,7 @@ class LogMelTower(Tower):
         mean: float = -50.0,
         spread: float = 20.0,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel} is even; the nearest odd one is {kernel + 1}")

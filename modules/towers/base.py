@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.loaded import Loadable
-from descant.modules.core.modalities import given, with_others
+from descant.modules.core.modalities import given_modules, with_others
 
 
 class Tokens(NamedTuple):
@@ -116,7 +116,7 @@ class Towers(nn.ModuleDict):
         table: Tower | None = None,
         others: dict[str, Tower] | None = None,
     ) -> None:
-        super().__init__(with_others(given(locals()), others))
+        super().__init__(with_others(given_modules(locals()), others))
 
     def width(self, modality: str) -> int:
         """Return D of a modality's tokens."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from descant.modules.core.batch import chosen
+from descant.modules.core.batch import select_rows
 from descant.modules.core.host import host_copy, to_device
 from descant.modules.towers.base import Frozen, Tokens, Tower
 from descant.modules.towers.heads import MeanPool, Pool
@@ -113,7 +113,7 @@ class Cached(Frozen):
             for start in range(0, len(uncached), self.rows):
                 group = uncached[start : start + self.rows]
                 filled = to_device(torch.tensor(group + group[:1] * (self.rows - len(group))), x.device)
-                tokens = self.tower(chosen(x, filled), None if mask is None else chosen(mask, filled))
+                tokens = self.tower(select_rows(x, filled), None if mask is None else select_rows(mask, filled))
                 h.append(self.pool(tokens)[: len(group)].cpu())
                 real.append(tokens.mask_BT.any(dim=1)[: len(group)].cpu())
         return torch.cat(h), torch.cat(real)

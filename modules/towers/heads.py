@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.modalities import given, with_others
+from descant.modules.core.modalities import given_modules, with_others
 from descant.modules.towers.base import Tokens
 from descant.modules.towers.image import checked_heads, cross_attention, key_mask, xavier
 
@@ -214,7 +214,7 @@ class Pools(nn.ModuleDict):
         table: Pool | None = None,
         others: dict[str, Pool] | None = None,
     ) -> None:
-        super().__init__(with_others(given(locals()), others))
+        super().__init__(with_others(given_modules(locals()), others))
 
     def of(self, modality: str) -> nn.Module:
         return self[modality] if modality in self else MeanPool()

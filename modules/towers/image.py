@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 
 Activation = Literal["relu", "gelu", "silu"]
@@ -107,7 +107,7 @@ class PatchTower(Tower):
         channels: int = 3,
         positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         require_divisor("patch", patch, "size", size)
         self.width, self.shape = width, (channels, size, size)
@@ -250,7 +250,7 @@ class ConvTower(Tower):
         norm: Literal["batch", "group"] = "batch",
         channels: int = 3,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         depths = [blocks] * len(widths) if isinstance(blocks, int) else blocks
         if not widths or len(depths) != len(widths):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.host import derived
-from descant.modules.core.objects import recorded
+from descant.modules.core.host import derive
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, key_mask
 
@@ -40,7 +40,7 @@ class RegionTower(Tower):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         self.features, self.width = features, width
         self.content, self.place = nn.Linear(features, width), nn.Linear(5, width)
@@ -66,7 +66,7 @@ class RegionTower(Tower):
         return self.norm(h_BTD)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tokens:
-        mask_BT = derived(_has_area, x) if mask is None else mask
+        mask_BT = derive(_has_area, x) if mask is None else mask
         return Tokens(self.encode(self.embed(x), mask_BT), mask_BT)
 
 

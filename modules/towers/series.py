@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from descant.modules.core.errors import require_value
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, key_mask, sincos_of, xavier
 
@@ -59,7 +59,7 @@ class SeriesTower(Tower):
         mean: float = 0.0,
         spread: float = 1.0,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         require_value(patch >= 1 and channels >= 1, f"channels {channels}, patch {patch}: at least 1 of each")
         require_value(spread > 0, f"spread {spread:g}: must be above 0")

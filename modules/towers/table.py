@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.host import derived, everyone
-from descant.modules.core.objects import recorded
+from descant.modules.core.host import derive, everyone
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block
 
@@ -76,7 +76,7 @@ class TableTower(Tower):
         dropout: float = 0.0,
         missing: Literal["blocked", "fused", "attended"] = "blocked",
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         if not columns or min(columns) < 0 or 1 in columns:
             raise ValueError(f"columns {columns}: each 0 for a number, or its number of categories (2 or more)")
@@ -104,7 +104,7 @@ class TableTower(Tower):
 
     def embed(self, x_BC: Tensor, mask_BC: Tensor | None = None) -> Tensor:
         """Embed the class token and all cells, ``[B, C] -> [B, 1 + C, D]``, before the blocks."""
-        mask_BC = derived(_present, x_BC) if mask_BC is None else mask_BC
+        mask_BC = derive(_present, x_BC) if mask_BC is None else mask_BC
         x_BC = x_BC.masked_fill(~mask_BC, 0.0)
         # products instead of a linear layer, in which autocast would round the numbers
         number_BND = x_BC[:, self.number_N, None] * self.weight_D + self.bias_D
@@ -126,8 +126,8 @@ class TableTower(Tower):
             raise ValueError(f"columns: a table of {tuple(x.shape[1:])} columns; this tower takes {len(self.columns)}")
         if x.dtype in _EXACT and max(self.columns) > _EXACT[x.dtype]:
             raise ValueError(f"columns: {x.dtype} rounds codes above {_EXACT[x.dtype]}; use bf16-mixed")
-        mask_BC = derived(_present, x) if mask is None else mask
-        mask_BT = derived(_with_class, mask_BC)
+        mask_BC = derive(_present, x) if mask is None else mask
+        mask_BT = derive(_with_class, mask_BC)
         all_BT = everyone(mask_BT.shape, x.device)
         h_BTD = self.encode(self.embed(x, mask_BC), all_BT if self.attended else mask_BT)
         return Tokens(h_BTD, all_BT if self.fused else mask_BT)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, host_copy
-from descant.modules.core.objects import recorded
+from descant.modules.core.host import derive, host_copy
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, all_real, key_mask
 
@@ -52,7 +52,7 @@ class TextTower(Tower):
         std: float = 0.02,
         attend_padding: bool = False,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth {depth}: at least 1; for a bag of tokens without blocks use BagTower")
@@ -85,7 +85,7 @@ class TextTower(Tower):
         if mask is None and self.attend_padding:
             return Tokens(self.encode(self.embed(x)), torch.ones_like(x, dtype=torch.bool))
         if mask is None:
-            mask = x != PAD if compiled else derived(_real, x)
+            mask = x != PAD if compiled else derive(_real, x)
         mask_BT, longest = mask, T if compiled else columns(mask)
         h_BTD = self.encode(self.embed(x[:, :longest]), mask_BT[:, :longest])
         return Tokens(F.pad(h_BTD, (0, 0, 0, T - longest)) if longest < T else h_BTD, mask_BT)

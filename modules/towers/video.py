@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 from descant.modules.towers.image import Block, PatchTower, all_real, key_mask, sincos, xavier
 
@@ -101,7 +101,7 @@ class VideoTower(Tower):
         channels: int = 3,
         positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         if frames < 1:
             raise ValueError(f"frames {frames}: a clip has at least 1")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from descant.modules.core.host import derived, host_copy, to_device
-from descant.modules.core.objects import recorded
+from descant.modules.core.host import derive, host_copy, to_device
+from descant.modules.core.objects import record_arguments
 from descant.modules.core.rows import RowTracker
 from descant.modules.moe import ExpertLayers, Marks, MoELayer, Routing, observe
 from descant.modules.moe.routing import UNMARKED
@@ -168,10 +168,10 @@ class RaggedBlock(Block):
         self.norm_1, self.norm_2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
 
     def forward(self, h_ND: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]  # tokens of all samples
-        h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))
+        h_ND = h_ND + self._drop(self.attend_ragged(self.norm_1(h_ND), layout))
         return h_ND + self._drop(self.mlp(self.norm_2(h_ND)))
 
-    def ragged(self, h_ND: Tensor, layout: Layout) -> Tensor:
+    def attend_ragged(self, h_ND: Tensor, layout: Layout) -> Tensor:
         D, p, mixed = h_ND.shape[1], self.dropout if self.training else 0.0, []
         qkv_N3D = self.qkv(h_ND)
         for qkv in layout.split(qkv_N3D):
@@ -199,7 +199,7 @@ class RoutedBlock(RaggedBlock):
     def forward(  # type: ignore[override]  # also takes marks and returns the routing
         self, h_ND: Tensor, layout: Layout, marks: Marks = UNMARKED
     ) -> tuple[Tensor, Routing]:
-        h_ND = h_ND + self._drop(self.ragged(self.norm_1(h_ND), layout))
+        h_ND = h_ND + self._drop(self.attend_ragged(self.norm_1(h_ND), layout))
         y_ND, routing = self.moe(self.norm_2(h_ND), marks)
         return h_ND + self._drop(y_ND), routing
 
@@ -237,7 +237,7 @@ class Trunk(Tower):
         weights: Path | None = None,
         experts: ExpertLayers | None = None,
     ) -> None:
-        self.arguments = recorded(locals())
+        self.arguments = record_arguments(locals())
         super().__init__()
         self.row_tracker = RowTracker()
         checked_heads(width, heads)
@@ -313,7 +313,7 @@ class Trunk(Tower):
 def _marks(layout: Layout, task_B: Tensor | None, device: torch.device) -> Marks:
     """Return kind and task of tokens in memory order."""
     kind_M, row_M = to_device(layout.kinds, device), to_device(layout.rows, device)
-    return Marks(kind_M, None if task_B is None else derived(lambda task, row: task[row], task_B, row_M))
+    return Marks(kind_M, None if task_B is None else derive(lambda task, row: task[row], task_B, row_M))
 
 
 #: Keys of a timm ViT that the trunk does not have.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from descant.modules.adaptation.base import LM, chosen
+from descant.modules.adaptation.base import LM, select_towers
 from descant.modules.core.batch_norm import recompute_contexts
 from descant.modules.core.compat.layers import BatchNorm
 from descant.modules.core.part import RecipePart
@@ -30,7 +30,7 @@ class Checkpointing(RecipePart):
         self.preserve_rng, self.towers = preserve_rng, towers
 
     def apply(self, recipe: nn.Module) -> None:
-        blocks = {name: blocks_of(tower) for name, tower in chosen(recipe, self.towers, LM)}
+        blocks = {name: blocks_of(tower) for name, tower in select_towers(recipe, self.towers, LM)}
         without = [name for name, some in blocks.items() if not some]
         if without and (self.towers or len(without) == len(blocks)):
             raise ValueError(f"checkpointing: tower {without[0]} has no blocks to recompute")

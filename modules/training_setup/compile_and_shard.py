@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from descant.modules.adaptation.base import chosen
+from descant.modules.adaptation.base import select_towers
 from descant.modules.core.dtensor import clip_by_norm
 from descant.modules.core.errors import no_such
 from descant.modules.core.part import RecipePart
@@ -62,7 +62,7 @@ class Compile(RecipePart):
 
     def apply(self, recipe: nn.Module) -> None:
         by_block = getattr(recipe, "sharding", None) is not None if self.blocks is None else self.blocks
-        for name, tower in chosen(recipe, None):
+        for name, tower in select_towers(recipe, None):
             if self.fullgraph and expert_layers(tower):
                 raise ValueError(
                     f"compile: fullgraph: tower {name} has experts, whose counts the host reads between two graphs; "

@@ -39,7 +39,7 @@ class OperationProfile(PyTorchProfiler):
             dirpath=dirpath,
             export_to_chrome=False,
             schedule=torch.profiler.schedule(wait=max(wait, 0), warmup=1, active=max(steps, 1), repeat=1),
-            on_trace_ready=self._recorded,
+            on_trace_ready=self._record,
         )
         if steps < 1 or rows < 1 or wait < 0:
             raise ValueError(f"OperationProfile: steps {steps}, rows {rows}, wait {wait}: at least 1, 1 and 0")
@@ -55,7 +55,7 @@ class OperationProfile(PyTorchProfiler):
                 record_memory_history(max_entries=_ALLOCATIONS)
         super().start(action_name)
 
-    def _recorded(self, profiler: Any) -> None:
+    def _record(self, profiler: Any) -> None:
         if self._lines or self._stage != "fit":
             return
         folder = Path(str(self.dirpath))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.errors import require_value
 from descant.modules.core.host import (
-    derived,
+    derive,
     has_host_copy,
     host_copy,
     known_finite,
@@ -92,10 +92,10 @@ def resample(x_NS: Tensor, before: int, after: int) -> Tensor:
     return x[:, : -(-S * up // down)]
 
 
-def quantized(x: Tensor) -> Tensor:
+def quantize_to_int16(x: Tensor) -> Tensor:
     """Convert floats in -1..1 to int16, rounded and clipped.
 
-    >>> quantized(torch.tensor([0.5, -1.0, 2.0])).tolist()
+    >>> quantize_to_int16(torch.tensor([0.5, -1.0, 2.0])).tolist()
     [16384, -32768, 32767]
     """
     return (x * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16)
@@ -157,11 +157,11 @@ class LogMel(nn.Module):
         T = self.frames(S)
         rows = max(1, B if x_BS.is_cuda else CELLS // (T * self.fft // 2))
         x_BFT = torch.cat([self._decibels(*part) for part in zip(x_BS.split(rows), length_B.split(rows), strict=True)])
-        return self.marked(x_BFT, length_B)
+        return self.mark_padding(x_BFT, length_B)
 
-    def marked(self, x_BFT: Tensor, length_B: Tensor) -> Tensor:
+    def mark_padding(self, x_BFT: Tensor, length_B: Tensor) -> Tensor:
         """Set frames after each sample's length, in samples of the waveform, to ``-inf``, in place."""
-        real_BT = derived(partial(self._real, x_BFT.shape[2]), length_B)
+        real_BT = derive(partial(self._real, x_BFT.shape[2]), length_B)
         x_BFT = x_BFT.masked_fill_(~real_BT[:, None], -torch.inf)
         # real frames are finite: their decibels have a floor
         return with_finite(x_BFT, lambda: host_copy(real_BT)[:, None]) if has_host_copy(real_BT) else x_BFT
@@ -257,7 +257,7 @@ class AudioAugment(nn.Module):
         pitch_B, gain_B = u_BK[:, 1] * 2 - 1, u_BK[:, 3] * 2 - 1
         real_BT, known = x_BFT[:, 0] > -torch.inf, known_finite(x_BFT)
         real_BT = real_BT if known is None else with_host_copy(real_BT, lambda: known()[:, 0])
-        moved_BT = self._moved(real_BT, u_BK)
+        moved_BT = self._find_moved_frames(real_BT, u_BK)
         x = x_BFT.masked_fill(~real_BT[:, None], self.floor)
         x = F.grid_sample(
             x[:, None], self._grid(tempo_B, shift_B, pitch_B, x), padding_mode="border", align_corners=False
@@ -275,7 +275,7 @@ class AudioAugment(nn.Module):
         tempo_B, _, shift_B, _ = (u_BK[:, :4] * 2 - 1).unbind(dim=1)
         return (tempo_B * math.log(self.tempo)).exp(), (shift_B * (self.shift + 0.5)).round()
 
-    def _moved(self, real_BT: Tensor, u_BK: Tensor) -> Tensor:
+    def _find_moved_frames(self, real_BT: Tensor, u_BK: Tensor) -> Tensor:
         """Find the real frames after shift and tempo.
 
         It runs on the CPU if real frames are known there, so that exponentials are bit-identical.

@@ -22,7 +22,7 @@ class CropBox(NamedTuple):
     centre_B2: Tensor
 
     @classmethod
-    def drawn(cls, draw_B: Tensor, name: str, scale: tuple[float, float], like: Tensor) -> CropBox:
+    def draw(cls, draw_B: Tensor, name: str, scale: tuple[float, float], like: Tensor) -> CropBox:
         """Draw random places and shares of the area from ``scale``; device and dtype are those of ``like``."""
         least, largest = scale
         u_B3 = to_device(uniform_NK(draw_B, [f"{name}/{what}" for what in ("area", "x", "y")]), like.device)
@@ -86,4 +86,4 @@ class LocalCrops(nn.Module):
     def forward(self, views: list[Tensor], draw_B: Tensor) -> list[Tensor]:
         """Crop the views in turn: ``[B, C, S, S]`` each."""
         x = [views[k % len(views)] for k in range(self.number)]
-        return [CropBox.drawn(draw_B, f"crop/{k}", self.scale, x_k).of(x_k, self.size) for k, x_k in enumerate(x)]
+        return [CropBox.draw(draw_B, f"crop/{k}", self.scale, x_k).of(x_k, self.size) for k, x_k in enumerate(x)]

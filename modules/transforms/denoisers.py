@@ -103,7 +103,7 @@ class Denoiser:
         self.number, self.mode, self.weight = mode_number(mode), mode, weight
         require_value(weight >= 0, f"weight {weight:g}: 0 or more")
 
-    def hidden(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
+    def hide_tokens(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
         """Return the hidden tokens of texts of 2 to T - 2 tokens, by draws from [0, 1): bool ``[B, T - 2]``."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class SpanCorruption(Denoiser):
             to cut are equally likely, as in the release.
 
     >>> u_B2T = torch.rand(1, 2, 12, generator=torch.Generator().manual_seed(0))
-    >>> SpanCorruption(2, 0.4).hidden(torch.tensor([10]), u_B2T).int().tolist()
+    >>> SpanCorruption(2, 0.4).hide_tokens(torch.tensor([10]), u_B2T).int().tolist()
     [[0, 1, 1, 0, 0, 0, 0, 0, 1, 1]]
     """
 
@@ -146,7 +146,7 @@ class SpanCorruption(Denoiser):
             raise ValueError(f"mean {mean:g}, deviation {deviation}: at least 1 token of a span, and at least 0")
         self.mean, self.rate, self.free, self.deviation = mean, rate, free, deviation
 
-    def hidden(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
+    def hide_tokens(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
         hidden_B, spans_B = span_counts(length_B, self.mean, self.rate)
         span_BK = segments(hidden_B, spans_B, u_B2T[:, 0])
         if self.deviation is not None:
@@ -172,7 +172,7 @@ class Suffix(Denoiser):
             as in T5's ``prefix_lm``, which UL2's appendix calls. Otherwise it is ``round(share L)``.
         mode, weight: as in every denoiser.
 
-    >>> Suffix(0.25, uniform=False).hidden(torch.tensor([8]), torch.zeros(1, 2, 10)).int().tolist()
+    >>> Suffix(0.25, uniform=False).hide_tokens(torch.tensor([8]), torch.zeros(1, 2, 10)).int().tolist()
     [[0, 0, 0, 0, 0, 0, 1, 1]]
     """
 
@@ -184,7 +184,7 @@ class Suffix(Denoiser):
             raise ValueError(f"share {share:g}: above 0 and {'at most 0.5, if uniform' if uniform else 'below 1'}")
         self.share, self.uniform = share, uniform
 
-    def hidden(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
+    def hide_tokens(self, length_B: Tensor, u_B2T: Tensor) -> Tensor:
         size_B = length_B.double() * self.share
         if self.uniform:
             size_B = 1 + (u_B2T[:, 0, 0] * ((2 * size_B).round() - 1).clamp(min=1)).floor()
@@ -214,14 +214,14 @@ class Denoised(NamedTuple):
     denoiser_B: Tensor
 
 
-def compacted(keep_BT: Tensor, *x_BT: Tensor) -> tuple[Tensor, ...]:
+def compact_rows(keep_BT: Tensor, *x_BT: Tensor) -> tuple[Tensor, ...]:
     """Move kept entries to the front, in order, with zeros after them: in ``keep_BT`` itself and each other tensor."""
     order_BT = (~keep_BT).long().argsort(dim=1, stable=True)
     kept_BT = keep_BT.gather(1, order_BT)
     return kept_BT, *(x.gather(1, order_BT).where(kept_BT, torch.zeros((), dtype=x.dtype)) for x in x_BT)
 
 
-def divided(
+def divide_spans(
     ids_BT: Tensor, length_B: Tensor, hidden_BT: Tensor, marked_B: Tensor, first: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the first five tensors of :class:`Denoised`; the k-th span of a text has the sentinel ``first + k``.
@@ -229,18 +229,18 @@ def divided(
     A target ends with the last span, as in T5's release.
 
     >>> hidden_BT = torch.tensor([[False, True, True, False, True, False]])
-    >>> parts = divided(torch.arange(10, 16)[None], torch.tensor([6]), hidden_BT, torch.tensor([True]), 90)
+    >>> parts = divide_spans(torch.arange(10, 16)[None], torch.tensor([6]), hidden_BT, torch.tensor([True]), 90)
     >>> parts[0][parts[1]].tolist(), parts[2][parts[3]].tolist()
     ([10, 90, 13, 91, 15], [90, 11, 12, 91, 14])
     """
     real_BT = torch.arange(ids_BT.shape[1]) < length_B[:, None]
     begins_BT = hidden_BT & ~F.pad(hidden_BT[:, :-1], (1, 0))
     sentinel_BT, mark_BT = first - 1 + begins_BT.long().cumsum(dim=1), begins_BT & marked_B[:, None]
-    seen_BT, input_BT = compacted((real_BT & ~hidden_BT) | mark_BT, torch.where(mark_BT, sentinel_BT, ids_BT))
+    seen_BT, input_BT = compact_rows((real_BT & ~hidden_BT) | mark_BT, torch.where(mark_BT, sentinel_BT, ids_BT))
     # before each token there is a slot for a sentinel
     pairs = (mark_BT, hidden_BT), (sentinel_BT, ids_BT), (torch.zeros_like(hidden_BT), hidden_BT)
     keep_BU, both_BU, text_BU = (torch.stack(pair, dim=2).flatten(1) for pair in pairs)
-    asked_BU, target_BU, text_BU = compacted(keep_BU, both_BU, text_BU)
+    asked_BU, target_BU, text_BU = compact_rows(keep_BU, both_BU, text_BU)
     return input_BT, seen_BT, target_BU, asked_BU, text_BU
 
 
@@ -291,6 +291,8 @@ class MixtureOfDenoisers:
         hidden_BT, marked_B = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, dtype=torch.bool)
         for number, denoiser in enumerate(self.denoisers):
             of_B = denoiser_B == number
-            hidden_BT[of_B], marked_B[of_B] = denoiser.hidden(length_B[of_B], u_B2T[of_B]), denoiser.marked
+            hidden_BT[of_B], marked_B[of_B] = denoiser.hide_tokens(length_B[of_B], u_B2T[of_B]), denoiser.marked
         named_B = denoiser_B if self.sham is None else self.draw(key_B, "denoiser/sham")
-        return Denoised(*divided(ids_BT, length_B, hidden_BT, marked_B, first), self._number_D[named_B], denoiser_B)
+        return Denoised(
+            *divide_spans(ids_BT, length_B, hidden_BT, marked_B, first), self._number_D[named_B], denoiser_B
+        )

@@ -61,14 +61,14 @@ class ColumnMissing:
             key_B: in training, the draws of the samples; in evaluation, their ids.
             training: whether this is training.
         """
-        x_BC = self._hidden(x_BC, key_B, training)
+        x_BC = self._hide_columns(x_BC, key_B, training)
         if self.fill is None:
             return x_BC
         if len(self.fill) != x_BC.shape[1]:
             raise ValueError(f"missing.fill: {len(self.fill)} values for {x_BC.shape[1]} columns")
         return torch.where(x_BC.isnan(), self.fill, x_BC)
 
-    def _hidden(self, x_BC: Tensor, key_B: np.ndarray, training: bool) -> Tensor:
+    def _hide_columns(self, x_BC: Tensor, key_B: np.ndarray, training: bool) -> Tensor:
         columns = x_BC.shape[1]
         hidden = round((self.rate if training else self.evaluation) * columns)
         if not hidden:

@@ -30,7 +30,7 @@ class AdaptedRecipe(Wrapper):
     size: int
 
     @contextmanager
-    def routed(self, batch: Batch) -> Iterator[Batch]:
+    def routing(self, batch: Batch) -> Iterator[Batch]:
         """Route each sample, within the context, to the parameters for its modalities; yield the inner batch."""
         with ExitStack() as stack:
             if self.bank is not None:
@@ -50,15 +50,15 @@ class AdaptedRecipe(Wrapper):
     # evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        with self.routed(batch) as routed:
+        with self.routing(batch) as routed:
             outputs = self.inner.validation_step(routed, batch_idx, dataloader_idx)
-        return {**outputs, "z": self._masked(outputs["z"], batch)} if "z" in outputs else outputs
+        return {**outputs, "z": self._zero_absent(outputs["z"], batch)} if "z" in outputs else outputs
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        with self.routed(batch) as routed:
+        with self.routing(batch) as routed:
             outputs = self.inner.predict_step(routed, batch_idx, dataloader_idx)
-        present = {**batch.present, **{m: batch.there(m) for m in outputs["z"]}}
-        return {**outputs, "present": present, "z": self._masked(outputs["z"], batch)}
+        present = {**batch.present, **{m: batch.has_all(m) for m in outputs["z"]}}
+        return {**outputs, "present": present, "z": self._zero_absent(outputs["z"], batch)}
 
     def on_validation_epoch_end(self) -> None:
         """Log ``trainable/share``: trained parameters over all that the recipe had, including norms and heads."""
@@ -66,9 +66,9 @@ class AdaptedRecipe(Wrapper):
         self.log("trainable/share", trained / self.size)
 
     def of_batch(self, name: str, batch: Batch, *args: Any, **kwargs: Any) -> Any:
-        with self.routed(batch) as routed:
+        with self.routing(batch) as routed:
             result = getattr(self.inner, name)(routed, *args, **kwargs)
-        return self._masked(result, batch) if name == "embed" else result
+        return self._zero_absent(result, batch) if name == "embed" else result
 
     def of_latents(self, name: str, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Any:
         with ExitStack() as stack:
@@ -76,11 +76,11 @@ class AdaptedRecipe(Wrapper):
                 stack.enter_context(self.bank.route(present))
             return getattr(self.inner, name)(z, present)
 
-    def _masked(self, z: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _zero_absent(self, z: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Set embeddings of absent samples to zero, even if features were imputed for them."""
         if self.fill is None:
             return dict(z)
-        return {m: torch.where(batch.there(m)[:, None], x, torch.zeros_like(x)) for m, x in z.items()}
+        return {m: torch.where(batch.has_all(m)[:, None], x, torch.zeros_like(x)) for m, x in z.items()}
 
 
 def require_adaptable(found: Saved, inner: Recipe, bank: ModulationBank | None, options: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ class Balanced(LatentFusion):
 
     def shares(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Split ``logits_BC`` into each modality's Shapley share; the logits without any modality are split equally."""
-        z, present = self.fusion.checked(z, present)
+        z, present = self.fusion.check_latents(z, present)
         nobody_BC = self.fuse(z, only(present)) / len(z)
         return {m: promote(part_BC) + nobody_BC for m, part_BC in self.fusion.parts(z, present).items()}
 
@@ -48,7 +48,7 @@ class Balanced(LatentFusion):
         """Count the samples of the whole step that have a modality with a tower (at least 1)."""
         return some(*(batch.step[m] for m in self.fusion.widths)).sum().clamp(min=1)
 
-    def regularized(
+    def regularize(
         self,
         inputs: FusionInputs,
         fused_present: Mapping[str, Tensor],
@@ -136,7 +136,7 @@ class BalancedClassifier(Balanced, OwnHeads, L.LightningModule):
         for m, own_BC in own.items():
             terms[m] = self._term(own_BC, label_B, batch.present[m], batch.step[m].sum().clamp(min=1))
         inputs = FusionInputs(z, batch.present, label_B)
-        aux = self.regularized(inputs, fused_present, logits_BC, batch, terms)
+        aux = self.regularize(inputs, fused_present, logits_BC, batch, terms)
         return Output(terms, z, aux=aux, fusion=inputs)
 
     def _term(self, logits_BC: Tensor, label_B: Tensor, here_B: Tensor, norm: Tensor) -> Term:

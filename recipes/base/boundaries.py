@@ -108,12 +108,12 @@ class Boundaries:
                 rank_zero_info(f"stage {name!r}: of {', '.join(change.alternatives)} it takes {choice or 'none'}")
             for moment in sorted(change.reads - {AVERAGE} - at.weights.keys()):
                 raise ValueError(f"stages.{name}: {type(change).__name__}: no weights {moment}: it has not trained")
-            settled = self._settled(name, n, change)
+            settled = self._settle(name, n, change)
             if settled is not None and (growths := settled.apply(recipe, at)):
                 done.append(growths)
         return done
 
-    def _settled(self, name: str, n: int, change: StageChange) -> StageChange | None:
+    def _settle(self, name: str, n: int, change: StageChange) -> StageChange | None:
         """Return the change or, if it has alternatives, the chosen one (None if none was chosen)."""
         if not change.alternatives:
             return change
@@ -129,7 +129,7 @@ class Boundaries:
         """Repeat the structural changes of those ``begun`` stages that the model has not yet begun."""
         done: Growths = []
         for name in begun[len(self.begun) :]:
-            for change in (self._settled(name, n, c) for n, c in enumerate(self.stages[name].begin) if c.structural):
+            for change in (self._settle(name, n, c) for n, c in enumerate(self.stages[name].begin) if c.structural):
                 if change is not None and (growths := change.rebuild(recipe, mix(global_seed(), "boundary", name))):
                     done.append(growths)
             self.begun.append(name)

@@ -66,7 +66,7 @@ class Changing(Wrapper):
         with self._new_parameters():
             # read once, because all copies train on the same micro-batches
             trial = None if batches is None else partial(self._trial, name, cache(lambda n: list(batches(n))))
-            growths = self._followed(self.boundaries.begin(self.inner, name, own, trial))
+            growths = self._grow_teacher(self.boundaries.begin(self.inner, name, own, trial))
         self._choose(name)
         for _, student, teaching in teachings(self):
             teaching.teacher.begin(student)
@@ -74,15 +74,15 @@ class Changing(Wrapper):
 
     def _trial(self, name: str, batches: Batches, space: Any, change: StageChange | None, at: Boundary) -> Trial:
         """Train a changed copy briefly, with the same result on all ranks."""
-        return short_training(twin_of(self, lambda twin: twin._changed(name, change, at)), batches, space)
+        return short_training(twin_of(self, lambda twin: twin._apply_change(name, change, at)), batches, space)
 
-    def _changed(self, name: str, change: StageChange | None, at: Boundary) -> None:
+    def _apply_change(self, name: str, change: StageChange | None, at: Boundary) -> None:
         with self._new_parameters():
             growths = None if change is None else change.apply(self.inner, at)
-            self._followed([growths] if growths else [])
+            self._grow_teacher([growths] if growths else [])
         self._choose(name)
 
-    def _followed(self, growths: Growths) -> Growths:
+    def _grow_teacher(self, growths: Growths) -> Growths:
         """Grow the teacher too, if it is a copy of the model. Return the growths."""
         if growths and self.inner.distill is not None:
             raise ValueError(f"begin: {type(self.inner).__name__} has a teacher of its own, which does not grow")
@@ -102,7 +102,7 @@ class Changing(Wrapper):
     def _as_in(self, begun: list[str]) -> None:
         """Set structure and trainable parameters to those after these stages have begun."""
         with self._new_parameters():
-            self._followed(self.boundaries.rebuild(self.inner, begun))
+            self._grow_teacher(self.boundaries.rebuild(self.inner, begun))
         self._choose(begun[-1])
 
     @contextmanager
@@ -138,6 +138,6 @@ class Changing(Wrapper):
         self.return_to_stage(checkpoint)
         if self.boundaries.changes and "boundaries" in checkpoint:
             with self._new_parameters():
-                self._followed(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
+                self._grow_teacher(self.boundaries.load_state_dict(self.inner, checkpoint["boundaries"]))
         if self._trainable:
             self._choose(self.stage)  # now with parameters that the changes added

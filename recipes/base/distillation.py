@@ -32,7 +32,7 @@ from descant.modules.towers import Tower, Towers
 from descant.modules.training_setup.trainer import datamodule_of
 from descant.recipes.base.rebuild import rebuild
 from descant.recipes.base.recipe import Recipe
-from descant.recipes.base.shared_space import SharedSpace, projected
+from descant.recipes.base.shared_space import SharedSpace, outputs_embeddings
 
 if TYPE_CHECKING:
     from descant.modules.adaptation.growth import Growth
@@ -66,7 +66,7 @@ class TeacherTowers(Teacher):
     def __init__(self, towers: Towers) -> None:
         super().__init__()
         for m, tower in towers.items():
-            if not projected(tower):
+            if not outputs_embeddings(tower):
                 raise ValueError(
                     f"TeacherTowers: towers.{m}: {type(tower).__name__} has no embedding that was trained; a "
                     "PretrainedTower with output embedding has"

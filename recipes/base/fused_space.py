@@ -39,7 +39,7 @@ class LatentFusion:
 
     def unimodal(self, z: dict[str, Tensor], present: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return each modality's own ``outputs_BC``: those of the fusion as if no other modality were present."""
-        z, present = self.fusion.checked(z, present)
+        z, present = self.fusion.check_latents(z, present)
         return {m: self.fuse(z, only(present, m)) for m in z}
 
 
@@ -61,7 +61,7 @@ class FusedSpace(LatentFusion, SharedSpace):
         self.fusion = fusion.build(dict.fromkeys(towers, width), outputs)
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def required_modalities(self) -> tuple[str, ...]:
         """Return the names of the inputs that the terms need."""
         return tuple(self.towers)
 
@@ -106,7 +106,7 @@ class FusedSpace(LatentFusion, SharedSpace):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return embeddings and answers, for samples with or without a label."""
         z = self.latents(batch)
-        present = {**batch.present, **{m: batch.there(m) for m in z}}
+        present = {**batch.present, **{m: batch.has_all(m) for m in z}}
         answers = self.answers(self.fuse(z, batch.present))
         return {"index": batch.index, "present": present, "z": _unit(z), **answers}
 
@@ -125,7 +125,7 @@ class OwnHeads(LatentFusion):
         """Return each modality's own ``outputs_BC``: from its own head, or else from the fusion without the others."""
         if not self.own:
             return super().unimodal(z, present)
-        return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.checked(z, present)[0].items()}
+        return {m: promote(self.own[m](z_BD)) for m, z_BD in self.fusion.check_latents(z, present)[0].items()}
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:

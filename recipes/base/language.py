@@ -15,14 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
-from descant.modules.core.host import derived, host_copy, to_device
-from descant.modules.core.objective import Term, counted, means
+from descant.modules.core.host import derive, host_copy, to_device
+from descant.modules.core.objective import Term, count_rows_by_sample, means
 from descant.modules.core.output import Decisions
 from descant.modules.core.rng import mix_N
 from descant.modules.language import CausalLM, Generated, Sampling, generate_some, log_probabilities
 from descant.modules.language.answer_scores import answered_with
 from descant.modules.language.depths import DepthRouting, depth_terms
-from descant.modules.language.interleave import Interleaved, interleave, placed, shown, unillustrated
+from descant.modules.language.interleave import (
+    Interleaved,
+    collect_images,
+    insert_images,
+    interleave,
+    rows_without_images,
+)
 from descant.modules.language.packing import PackingCounts, through
 from descant.modules.language.positions import VisualSteps
 from descant.modules.language.projectors import ImageProjector
@@ -75,20 +81,20 @@ class LanguageRecipe(Recipe):
     def sequence(self, batch: Batch) -> tuple[Tensor, Interleaved]:
         """Return ``h_BSW``, the embedded words with image tokens among them, and a description of each token."""
         if self.image_token is None or "image" not in batch.inputs:  # text-only data, as a stage may have
-            row = unillustrated(batch)
+            row = rows_without_images(batch)
             return self.lm.embed(row.ids_BS), row
-        pictures = shown(batch, self.image_token)
+        pictures = collect_images(batch, self.image_token)
         with self.row_tracker.select(pictures.sample_P):
             tokens = self.towers["image"](pictures.x_P)
-            seen_PIW, kept_PI = self.projector(tokens), self.projector.kept(tokens)
+            seen_PIW, kept_PI = self.projector(tokens), self.projector.output_mask(tokens)
         row = interleave(batch, pictures, seen_PIW.shape[1], self.image_token, kept_PI)
-        h_BSW = placed(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
+        h_BSW = insert_images(self.lm.embed(row.ids_BS), seen_PIW, pictures, row)
         return h_BSW, self.visual(row, self.image_token, batch.rng_seed, self.lm.training)
 
     def read(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Interleaved]:
         """Return ``h_BSW`` before and after the language model, and what each token is; experts fill ``routings``."""
         embedded_BSW, row = self.sequence(batch)
-        place_BS = None if row.position_BS is None else derived(lambda x_BS: x_BS[:, :-1], row.position_BS)
+        place_BS = None if row.position_BS is None else derive(lambda x_BS: x_BS[:, :-1], row.position_BS)
         alone = self.document_mask or not self.training or self.objective.deterministic
         counts = self.packing if self.training else None
         prefix_BS = self.prompt(row) if self.prefix_sight else None
@@ -107,10 +113,10 @@ class LanguageRecipe(Recipe):
         if self.lm.experts is None and self.lm.visual is None:
             return UNMARKED
         image = self.image_token
-        kind_BS = derived(lambda ids: torch.zeros_like(ids) if image is None else (ids == image).long(), ids_BS)
+        kind_BS = derive(lambda ids: torch.zeros_like(ids) if image is None else (ids == image).long(), ids_BS)
         if self.lm.visual is not None:
-            kind_BS = self.lm.visual(kind_BS, derived(lambda ids: ids != PAD, ids_BS), batch.rng_seed)
-        task_BS = derived(lambda source_B, ids: source_B[:, None].expand(ids.shape), batch.source, ids_BS)
+            kind_BS = self.lm.visual(kind_BS, derive(lambda ids: ids != PAD, ids_BS), batch.rng_seed)
+        task_BS = derive(lambda source_B, ids: source_B[:, None].expand(ids.shape), batch.source, ids_BS)
         place_S = np.arange(ids_BS.shape[1], dtype=np.uint64)
         key_BS = torch.from_numpy(mix_N(host_copy(batch.rng_seed)[:, None], "token", place_S))
         return Marks(
@@ -134,9 +140,11 @@ class LanguageRecipe(Recipe):
             begins_BS = ids_BS == self.answer_token
             return real_BS & (begins_BS.cumsum(dim=1) == begins_BS.int())
 
-        return derived(up_to_answer, row.ids_BS, row.real_BS)
+        return derive(up_to_answer, row.ids_BS, row.real_BS)
 
-    def answered(self, batch: Batch, routings: list[Routing] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def hidden_before_answers(
+        self, batch: Batch, routings: list[Routing] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return, for each learned token, what the head reads before it ``[N, W]``, its id and its sample, ``[N]``."""
         return self._before(*self.read(batch, routings)[1:])
 
@@ -154,7 +162,7 @@ class LanguageRecipe(Recipe):
 
     def decide(self, batch: Batch) -> Decisions:
         """Return next-token decisions at each token of the batch's answers."""
-        before_NW, _, sample_N = self.answered(batch)
+        before_NW, _, sample_N = self.hidden_before_answers(batch)
         return self.decisions(before_NW, sample_N)
 
     def decisions(self, before_NW: Tensor, sample_N: Tensor) -> Decisions:
@@ -166,7 +174,7 @@ class LanguageRecipe(Recipe):
         With teacher forcing: an answer is correct if each of its tokens is the most probable one after the correct
             tokens before it.
         """
-        before_NW, token_N, sample_N = self.answered(batch)
+        before_NW, token_N, sample_N = self.hidden_before_answers(batch)
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
         right_N = self.lm.logits(before_NW).argmax(dim=1) == token_N
         loss_B, valid_B = means(-log_N, sample_N, len(batch))
@@ -187,7 +195,7 @@ class LanguageRecipe(Recipe):
         assert key_BS is not None
         key_N = host_copy(key_BS)[sample_at, at - 1]
         layers = [routing for routing in routings if not isinstance(routing, DepthRouting)]
-        experts_LN = torch.stack([found(routing, self.lm.experts.experts, key_N) for routing in layers])
+        experts_LN = torch.stack([count_experts(routing, self.lm.experts.experts, key_N) for routing in layers])
         log_p = (self.lm.logits(h_MW).log_softmax(dim=1) for h_MW in before_NW.split(1024))
         entropy_N = torch.cat([-(x_MV.exp() * x_MV).sum(dim=1) for x_MV in log_p])
         return entropy_N, experts_LN.mean(dim=0).to(entropy_N.device), sample_N
@@ -213,13 +221,15 @@ class LanguageRecipe(Recipe):
             turn_R = torch.arange(len(batch) * group, device=batch.index.device) % group
             seed_R = batch.index.repeat_interleave(group) + (turn_R << 40)  # the first one as if alone
         how = sampling or Sampling()
-        marks = self.marks_of(batch, derived(lambda ids: F.pad(ids, (0, 1)), row.ids_BS))  # new tokens are text
+        marks = self.marks_of(batch, derive(lambda ids: F.pad(ids, (0, 1)), row.ids_BS))  # new tokens are text
         return generate_some(self.lm, h_BSW, asked_BS, new, group, stop, how, seed_R, row.position_BS, both, marks)
 
     @torch.no_grad()
     def likelihood(self, batch: Batch, answer_ids_BM: Tensor) -> Tensor:
         """Compute ``exp(mean_t log p(said_bt))``, ``[B]``, including the end token; 0 if nothing is asked."""
-        before_NW, token_N, sample_N = self.answered(answered_with(batch, answer_ids_BM, self.answer_token))
+        before_NW, token_N, sample_N = self.hidden_before_answers(
+            answered_with(batch, answer_ids_BM, self.answer_token)
+        )
         log_B, some_B = means(log_probabilities(before_NW, self.lm.head.weight, token_N), sample_N, len(batch))
         return torch.where(some_B, log_B.exp(), 0.0)
 
@@ -241,7 +251,7 @@ class LanguageRecipe(Recipe):
         log_N = log_probabilities(before_NW, self.lm.head.weight, token_N)
         fit_NW = torch.cat([before_NW * self.lm.head.weight[token_N], log_N[:, None]], dim=1)
         total_BW = fit_NW.new_zeros(len(batch), fit_NW.shape[1]).index_add(0, sample_N, fit_NW)
-        tokens_B = counted(sample_N, len(batch))
+        tokens_B = count_rows_by_sample(sample_N, len(batch))
         z = {"text": _mean(h_BSW, row.real_BS), "answer": total_BW / tokens_B.clamp(min=1)[:, None]}
         if self.image_token is not None:
             z["image"] = _mean(embedded_BSW, row.ids_BS == self.image_token)
@@ -255,7 +265,7 @@ class LanguageRecipe(Recipe):
         last_R1 = (answers.length_R - 1).clamp(min=0)[:, None]
         ended_R = answers.ended_R & (answers.length_R > 0) & (answers.token_RN.gather(1, last_R1)[:, 0] == EOS)
         length_R = answers.length_R - (answers.ended_R & ~ended_R & (answers.length_R > 0)).long()
-        return answers.cut(length_R, ended_R)
+        return answers.truncate(length_R, ended_R)
 
     @property
     def needs_reference(self) -> bool:
@@ -263,8 +273,8 @@ class LanguageRecipe(Recipe):
 
     def reference(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities ``[N]`` of answer tokens under the reference, and each token's sample and place."""
-        assert self.teaching is not None
-        network = self.teaching.network.to(self.device)
+        assert self.active_distillation is not None
+        network = self.active_distillation.network.to(self.device)
         return answer_log_probabilities(network, batch, self.sampling.temperature)
 
 
@@ -274,7 +284,7 @@ def _mean(h_BSW: Tensor, keep_BS: Tensor) -> Tensor:
     return (h_BSW * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp_min(1)
 
 
-def found(routing: Routing, experts: int, key_N: Tensor) -> Tensor:
+def count_experts(routing: Routing, experts: int, key_N: Tensor) -> Tensor:
     """Count the real experts that compute the tokens of these keys, ``[N]``, on the CPU; 0 for unseen tokens."""
     assert routing.marks.key is not None
     count_M, key_M = routing.runs(experts).sum(dim=1).cpu(), routing.marks.key.cpu()

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from descant.modules.core.batch import Batch, append_axes
-from descant.modules.core.host import derived
+from descant.modules.core.host import derive
 from descant.modules.core.objective import Term, held_out_losses
 from descant.modules.core.protocols import ReconstructionOutput
 from descant.modules.masking.adapters import Adapters, Arranged, require_ids
 from descant.modules.masking.alignment import Alignment
 from descant.modules.masking.code_adapter import CodeAdapter
-from descant.modules.masking.corruptions import Corruption, Masks, corrupted
+from descant.modules.masking.corruptions import Corruption, Masks, corrupt_on_host
 from descant.modules.masking.decoders import At, Decoder, Encoded
 from descant.modules.missing_modalities.imputation import Imputer
 from descant.modules.moe import ExpertLayers, Routing, expert_terms
@@ -61,16 +61,16 @@ class MaskedRecipe(Recipe):
         raw, real = dict[str, Tensor](), dict[str, Tensor]()
         for m, adapter in self.adapters.each().items():
             raw[m], real_BT = adapter.raw(batch.inputs[m])
-            real[m] = derived(_of_present, real_BT, batch.present[m])
+            real[m] = derive(_of_present, real_BT, batch.present[m])
             if adapter.vocabulary is not None:
                 require_ids(batch.inputs[m], real[m], adapter.vocabulary, m)
             if self.fill is not None:
                 x_BTP, lacks_B = raw[m].masked_fill(~real[m][..., None], 0), ~batch.present[m]
                 raw[m] = self.fill(x_BTP.flatten(1), m, batch.present, lacks_B).view_as(x_BTP)
-                real[m] = derived(torch.ones_like, real[m])
+                real[m] = derive(torch.ones_like, real[m])
         return raw, real
 
-    def arranged(self, raw: dict[str, Tensor], real: dict[str, Tensor], masks: Masks) -> dict[str, Arranged]:
+    def arrange(self, raw: dict[str, Tensor], real: dict[str, Tensor], masks: Masks) -> dict[str, Arranged]:
         """Arrange each modality's tokens for encoder and decoder."""
         return {
             m: adapter.arrange(raw[m], real[m], masks.visible[m], masks.target[m], masks.loss[m])
@@ -118,10 +118,10 @@ class MaskedRecipe(Recipe):
         raw, real = self.raw(batch)
         z = {}
         for together in self.embeds:
-            shown = {m: real[m] if m in together else derived(torch.zeros_like, real[m]) for m in real}
+            shown = {m: real[m] if m in together else derive(torch.zeros_like, real[m]) for m in real}
             name = "+".join(together)
             z[name] = torch.where(
-                batch.there(name)[:, None], self.encode(raw, shown, batch.source).pooled(self.pool_global), 0.0
+                batch.has_all(name)[:, None], self.encode(raw, shown, batch.source).pool(self.pool_global), 0.0
             )
         return z
 
@@ -142,8 +142,8 @@ class MaskedRecipe(Recipe):
                 "give its adapter a loss of raw numbers too: losses: [{class_path: MSE}, ...]"
             )
         raw, real = self.raw(batch)
-        masks = corrupted(corruption or self.corruption, real, self.grids, batch.rng_seed)
-        tokens, adapters = self.arranged(raw, real, masks), self.adapters.each()
+        masks = corrupt_on_host(corruption or self.corruption, real, self.grids, batch.rng_seed)
+        tokens, adapters = self.arrange(raw, real, masks), self.adapters.each()
         asked = {m: At.of(masks.target[m]) for m in self.targets if not adapters[m].ordered}
         x, seen = ({m: getattr(t, name) for m, t in tokens.items()} for name in ("x_BTP", "visible_BT"))
         encoded = self.encode(x, seen, batch.source)
@@ -154,7 +154,7 @@ class MaskedRecipe(Recipe):
                 y_BTP[row_N, place_N] = adapter.predict(predicted[m], place_N).to(y_BTP.dtype)
             given = batch.inputs[m]
             visible, target = (
-                adapter.like(adapter.whole(mask[m][..., None].expand_as(y_BTP)), given)
+                adapter.like(adapter.to_input_shape(mask[m][..., None].expand_as(y_BTP)), given)
                 for mask in (masks.visible, masks.target)
             )
             there_B = append_axes(batch.present[m], target)
@@ -168,10 +168,10 @@ def _of_present(real_BT: Tensor, present_B: Tensor) -> Tensor:
     return real_BT & present_B[:, None]
 
 
-def embedded(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
+def embedded_sets(embeds: list[list[str]] | None, modalities: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Return the modalities that are embedded together: those given, or by default each alone and all together.
 
-    >>> embedded(None, ("image", "text"))
+    >>> embedded_sets(None, ("image", "text"))
     [('image',), ('text',), ('image', 'text')]
     """
     for together in embeds or []:

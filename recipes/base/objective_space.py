@@ -15,7 +15,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Scorer
 from descant.modules.losses import ContrastiveLoss
-from descant.modules.objectives.base import Facts, TaskObjective, named, naming
+from descant.modules.objectives.base import Facts, TaskObjective, naming, term_name
 from descant.modules.objectives.embeddings import Embeddings
 from descant.modules.towers import Tower
 from descant.modules.training_setup.trainer import datamodule_of, trained_samples
@@ -42,31 +42,40 @@ class ObjectiveSpace(SharedSpace):
         return cast(dict[str, TaskObjective], dict(self.objectives.items()))
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def required_modalities(self) -> tuple[str, ...]:
         """Return the modalities that some objective needs; others are embedded only in evaluation."""
         return tuple(m for m in self.towers if any(m in objective.reads for objective in self.tasks.values()))
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def required_inputs(self) -> tuple[str, ...]:
         """Return the names of the inputs that training needs."""
-        return (*self.reads, *dict.fromkeys(name for objective in self.tasks.values() for name in objective.inputs))
+        return (
+            *self.required_modalities,
+            *dict.fromkeys(name for objective in self.tasks.values() for name in objective.inputs),
+        )
 
     @property
     def forks(self) -> Mapping[str, tuple[str, ...]]:
         """Return the names of the terms that share each modality's embedding."""
-        parts = [(named(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
+        parts = [(term_name(name, part), ms) for name, task in self.tasks.items() for part, ms in task.latents.items()]
         return {m: tuple(term for term, ms in parts if m in ms) for m in self.towers}
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
         """Return the pairs of modalities that objectives score, by the name of the term."""
-        return {named(name, part): pair for name, task in self.tasks.items() for part, pair in task.scored().items()}
+        return {
+            term_name(name, part): pair
+            for name, task in self.tasks.items()
+            for part, pair in task.modalities_by_part().items()
+        }
 
     @property
     def losses(self) -> dict[str, ContrastiveLoss]:
         """Return the contrastive losses of pairs, by the name of the term."""
         return {
-            named(name, part): loss for name, task in self.tasks.items() for part, loss in task.pair_losses().items()
+            term_name(name, part): loss
+            for name, task in self.tasks.items()
+            for part, loss in task.pair_losses().items()
         }
 
     def setup(self, stage: str) -> None:
@@ -83,26 +92,28 @@ class ObjectiveSpace(SharedSpace):
     def streams(self, batch: Batch) -> Any:
         """Build what objectives read of a training batch, with the teacher's if objectives have a teacher."""
         taught = None
-        if self.teaching is not None and any(objective.momentum is not None for objective in self.tasks.values()):
-            self.teaching.prepare(self)
-            taught = self.streams_class(cast(Any, self.teaching.network), batch)
+        if self.active_distillation is not None and any(
+            objective.momentum is not None for objective in self.tasks.values()
+        ):
+            self.active_distillation.prepare(self)
+            taught = self.streams_class(cast(Any, self.active_distillation.network), batch)
         return self.streams_class(cast(Any, self), batch, taught)
 
     def views(self, streams: Any) -> dict[str, Any]:
         """Return the streams as each objective sees them."""
-        return {name: streams.of(partial(named, name)) for name in self.tasks}
+        return {name: streams.of(partial(term_name, name)) for name in self.tasks}
 
     def objective_terms(self, views: Mapping[str, Any], batch: Batch) -> dict[str, Term]:
         """Compute the terms of all objectives, by their names."""
         terms = dict[str, Term]()
         for name, objective in self.tasks.items():
             with naming(name):
-                terms |= {named(name, part): term for part, term in objective(views[name], batch).items()}
+                terms |= {term_name(name, part): term for part, term in objective(views[name], batch).items()}
         return terms
 
     def match_scorers(self, views: Mapping[str, Any]) -> dict[str, Scorer]:
         """Return the scorers of the pairs that objectives score, by the name of the term."""
-        return {named(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
+        return {term_name(n, part): s for n, task in self.tasks.items() for part, s in task.scorers(views[n]).items()}
 
     def scorers(self, batch: Batch) -> dict[str, Scorer]:
         return self.match_scorers(self.views(self.streams_class(cast(Any, self), batch)))

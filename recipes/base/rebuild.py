@@ -9,7 +9,7 @@ import torch
 from descant.modules.adaptation.grow import restructure
 from descant.modules.core.part import without_distill
 from descant.modules.io import saved
-from descant.modules.io.lean import completed
+from descant.modules.io.lean import complete_state
 from descant.modules.io.saved import Node, Saved
 from descant.recipes.base.recipe import Recipe
 
@@ -24,18 +24,18 @@ def rebuild(found: Saved, into: Recipe | None = None) -> Recipe:
     checkpoint = saved.read_checkpoint(found)
     restructure(recipe, checkpoint.get("structure", {}))
     weights = without_distill(saved.weights_of(found, checkpoint))
-    saved.load_exactly(recipe, completed(weights, recipe), found.weights)
+    saved.load_exactly(recipe, complete_state(weights, recipe), found.weights)
     return recipe.eval()
 
 
 def build(found: Saved) -> Recipe:
     """Build the recipe with its weights from before training: random, or from pretrained files."""
     with torch.random.fork_rng(devices=[]):  # random weights that are overwritten should not shift other draws
-        recipe = saved.build(Recipe, {**found.model, "init_args": untrained(found.model)}, found.folder)
+        recipe = saved.build(Recipe, {**found.model, "init_args": without_training(found.model)}, found.folder)
         recipe.configure_model()
     return recipe.eval()
 
 
-def untrained(model: Node) -> Node:
+def without_training(model: Node) -> Node:
     """Return a recipe's arguments without those of its training."""
     return {key: value for key, value in (model.get("init_args") or {}).items() if key not in TRAINING}

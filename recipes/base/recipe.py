@@ -20,7 +20,7 @@ from descant.modules.core.objective import Objective, Term
 from descant.modules.core.output import Output
 from descant.modules.core.part import ReadsData, Teaching, call_step_parts, without_distill
 from descant.modules.core.protocols import Embeds
-from descant.modules.core.rng import global_seed, seeded
+from descant.modules.core.rng import global_seed, seeding
 from descant.modules.core.rows import RowTracker
 from descant.modules.training_setup import trainer as running
 from descant.modules.training_setup.activation_checkpointing import Checkpointing
@@ -84,9 +84,9 @@ class Recipe(L.LightningModule):
         return self.forward(batch).all_terms()
 
     @property
-    def teaching(self) -> Teaching | None:
+    def active_distillation(self) -> Teaching | None:
         """Return the distillation in effect: this recipe's own, otherwise that of the recipe that wraps it."""
-        return self.distill or (self._outer[0].teaching if self._outer else None)
+        return self.distill or (self._outer[0].active_distillation if self._outer else None)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters that several terms share, for parameter-level harmonizers."""
@@ -110,7 +110,7 @@ class Recipe(L.LightningModule):
         self._configured = True
         if running.is_double(self._trainer):
             self.double()  # Lightning does so only after it has read a checkpoint, whose weights it would round
-        with seeded(global_seed(), "adapt"):  # so that adapters start alike on any number of ranks
+        with seeding(global_seed(), "adapt"):  # so that adapters start alike on any number of ranks
             for part in self.parts:
                 part.apply(self)
         if self._trainer is not None and self.trainer.training:
@@ -174,4 +174,4 @@ class Recipe(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         z = self.embed(batch) if has(self, Embeds) else {}
-        return {"index": batch.index, "present": {**batch.present, **{m: batch.there(m) for m in z}}, "z": z}
+        return {"index": batch.index, "present": {**batch.present, **{m: batch.has_all(m) for m in z}}, "z": z}

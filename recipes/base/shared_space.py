@@ -59,7 +59,7 @@ class SharedSpace(Recipe):
             {
                 m: pool.of(m)
                 if isinstance(pool, Pools)
-                else copy.deepcopy(pool if pool is not None and not projected(tower) else MeanPool())
+                else copy.deepcopy(pool if pool is not None and not outputs_embeddings(tower) else MeanPool())
                 for m, tower in towers.items()
             }
         )
@@ -89,9 +89,9 @@ class SharedSpace(Recipe):
 
     def features(self, x: Tensor, modality: str) -> Tensor:
         """Apply tower and pool: ``[B, ...] -> h_BD``."""
-        return self.pooled(self.towers[modality](x), modality)
+        return self.pool_tokens(self.towers[modality](x), modality)
 
-    def pooled(self, tokens: Tokens, modality: str) -> Tensor:
+    def pool_tokens(self, tokens: Tokens, modality: str) -> Tensor:
         return self.pools[modality](tokens)
 
     def present_features(self, batch: Batch, modality: str, view: str = "") -> Tensor:
@@ -100,23 +100,23 @@ class SharedSpace(Recipe):
         x, imputation = batch.inputs[modality + view], self.imputation
         if imputation is None:
             return self._seen_features(x, present_B, modality)
-        h_BD = self._seen_features(x, imputation.seen(modality, present_B), modality)
-        return imputation.filled(h_BD, modality, present_B)
+        h_BD = self._seen_features(x, imputation.rows_to_encode(modality, present_B), modality)
+        return imputation.impute(h_BD, modality, present_B)
 
     def _seen_features(self, x: Tensor, present_B: Tensor, modality: str) -> Tensor:
         features, tower = partial(self.features, modality=modality), self.towers[modality]
         if host_copy(present_B).all():  # the loader's copy, so that no step waits for the device to know its shapes
-            return self.step.chunked(features, x, tower)
+            return self.step.compute_in_chunks(features, x, tower)
         rows = RunningRows(present_B, x.device, least=self.step.chunks)  # one row per chunk
         with rows.running(tower, self.row_tracker):
-            return rows.put(self.step.chunked(features, rows.take(x), tower))
+            return rows.put(self.step.compute_in_chunks(features, rows.take(x), tower))
 
-    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
+    def encode_embeddings(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         """Compute ``z_BD`` from token embeddings: all that follows the ``embed`` of a tower."""
         tower = self.towers[modality]
         assert has(tower, Encodes)
         tokens = Tokens(tower.encode(h_BTD, mask_BT), mask_BT)
-        return self.project(self.pooled(tokens, modality), modality, mask_BT.any(dim=1))
+        return self.project(self.pool_tokens(tokens, modality), modality, mask_BT.any(dim=1))
 
     def project(self, h_BD: Tensor, modality: str, present_B: Tensor) -> Tensor:
         z_BD = F.normalize(promote(self.heads[modality](h_BD)), dim=-1)
@@ -131,21 +131,21 @@ class SharedSpace(Recipe):
         return {m: self.latent(self.present_features(batch, m), m, batch) for m in given}
 
 
-def projected(tower: nn.Module) -> bool:
+def outputs_embeddings(tower: nn.Module) -> bool:
     """Whether a tower outputs embeddings, which need no head."""
     return cast(Tower, tower).projected
 
 
 def head_of(m: str, tower: nn.Module, width: int, norm: bool) -> nn.Module:
     """Build the projection of a tower's features into the space; an identity for a tower of embeddings."""
-    if not projected(tower):
+    if not outputs_embeddings(tower):
         return Projection(cast(Tower, tower).width, width, norm=norm)
     return _no_head(m, tower, width)
 
 
 def _no_head(m: str, tower: nn.Module, width: int) -> nn.Module:
     own = cast(Tower, tower).width
-    if own != width and projected(tower):
+    if own != width and outputs_embeddings(tower):
         raise ValueError(f"width {width}: towers.{m} gives embeddings of {own}: width {own}, or output tokens of it")
     if own != width:
         raise ValueError(f"width {width}: towers.{m} has {own} and no projection: width {own}, or project it")

@@ -84,7 +84,7 @@ class Stage:
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
 
-    def trained(self, name: str, parameters: Iterable[str]) -> set[str]:
+    def trained_names(self, name: str, parameters: Iterable[str]) -> set[str]:
         """Return the names of the parameters that train. Raise ValueError if ``train`` matches none."""
         names = list(parameters)
         trained = {parameter for parameter in names if self.train.search(parameter)}

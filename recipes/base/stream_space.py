@@ -18,10 +18,10 @@ from descant.modules.core.output import Decisions
 from descant.modules.distill.distill import Distill
 from descant.modules.fusion.universal import UniversalLayers
 from descant.modules.masking.corruptions import Masks
-from descant.modules.moe import expert_terms, joined
-from descant.modules.objectives.base import TaskObjective, named, naming
+from descant.modules.moe import expert_terms, join_routings
+from descant.modules.objectives.base import TaskObjective, naming, term_name
 from descant.modules.objectives.graph import Graph
-from descant.modules.objectives.streams import Streams, pooled
+from descant.modules.objectives.streams import Streams, pool_tokens
 from descant.modules.towers import Tokens, Towers
 from descant.modules.towers.heads import Pool, Pools
 from descant.recipes.base.distillation import ProjectionAverage, own_teacher
@@ -76,9 +76,9 @@ class StreamSpace(ObjectiveSpace):
     def embeds_by_head(self) -> bool:
         return super().embeds_by_head and getattr(self, "fusion", None) is None
 
-    def pooled(self, tokens: Tokens, modality: str) -> Tensor:
+    def pool_tokens(self, tokens: Tokens, modality: str) -> Tensor:
         tokens = tokens if self.before_pools is None else self.before_pools(tokens, modality)
-        return pooled(cast(Any, self), tokens, modality)
+        return pool_tokens(cast(Any, self), tokens, modality)
 
     def views(self, streams: Streams) -> dict[str, Streams]:
         """Return the streams as each objective sees them, with its own hidden tokens."""
@@ -88,7 +88,7 @@ class StreamSpace(ObjectiveSpace):
                 with naming(name):
                     masks[objective.hiding] = objective.hides(streams.batch)
         layers = {name: self.universal if name in self.graph.behind else None for name in self.tasks}
-        return {n: streams.of(partial(named, n), masks[task.hiding], layers[n]) for n, task in self.tasks.items()}
+        return {n: streams.of(partial(term_name, n), masks[task.hiding], layers[n]) for n, task in self.tasks.items()}
 
     def label_logits(self, batch: Batch) -> dict[str, Callable[[], Decisions]]:
         return self._logits(self.views(Streams(cast(Any, self), batch)))
@@ -101,7 +101,9 @@ class StreamSpace(ObjectiveSpace):
         """Compute load-balancing terms of the universal layers' experts, over tokens of all modalities, in training."""
         if not self.training or self.universal is None:
             return {}
-        return expert_terms(self.universal.experts, [joined(calls) for calls in zip(*streams.routings, strict=True)])
+        return expert_terms(
+            self.universal.experts, [join_routings(calls) for calls in zip(*streams.routings, strict=True)]
+        )
 
     def scores(self, batch: Batch, streams: Streams | None = None) -> dict[str, Term]:
         """Compute scores of each objective, such as ``accuracy_match``; ``streams``: the batch's, if already built."""
@@ -126,7 +128,7 @@ class StreamSpace(ObjectiveSpace):
         """Return embeddings, and the objectives' predictions of targets."""
         streams = Streams(cast(Any, self), batch)
         z = self.embeddings(streams)
-        present = {**batch.present, **{m: batch.there(m) for m in z}}
+        present = {**batch.present, **{m: batch.has_all(m) for m in z}}
         return {"index": batch.index, "present": present, "z": z, **self._answers(batch, streams)}
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
@@ -137,4 +139,4 @@ class StreamSpace(ObjectiveSpace):
         z = {m: streams.latent(m) for m in self.towers if m in streams.batch.inputs}
         fused = {frozenset(pair) for objective in self.tasks.values() for pair in objective.fuses}
         pairs = [pair for pair in self.embeds if {*pair} <= z.keys()]
-        return z | {f"{a}+{b}": streams.together(a, b, {a, b} in fused) for a, b in pairs}
+        return z | {f"{a}+{b}": streams.joint_embedding(a, b, {a, b} in fused) for a, b in pairs}

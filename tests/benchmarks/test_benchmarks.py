@@ -161,7 +161,7 @@ def test_demo_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_control_tells_chance_from_knowledge(learned: bool) -> None:
-    from benchmarks.control import judged, recalls
+    from benchmarks.control import compare_with_vendor, recalls
 
     generator = torch.Generator().manual_seed(1)
     text_ND = torch.nn.functional.normalize(torch.randn(120, 16, generator=generator), dim=-1)
@@ -175,13 +175,13 @@ def test_control_tells_chance_from_knowledge(learned: bool) -> None:
         "key": key_N,
     }
     r10, r1 = recalls(image_ND, key_N, text_ND, key_N, (10, 1))
-    rows = list(judged(vendor, {"vendor/i2t_r10": r10, "vendor/i2t_r1": r1}, permutations=200))
+    rows = list(compare_with_vendor(vendor, {"vendor/i2t_r10": r10, "vendor/i2t_r1": r1}, permutations=200))
     assert [row.value for row in rows] == [r10, r1]
     assert rows[0].ok is not learned and rows[1].ok is not learned
     low, high = rows[0].bar  # type: ignore[misc]
     assert low < 10 / 120 < high
     with pytest.raises(RuntimeError, match=r"metrics\.json"):
-        list(judged(vendor, {"vendor/i2t_r10": r10 + 0.1, "vendor/i2t_r1": r1}, permutations=30))
+        list(compare_with_vendor(vendor, {"vendor/i2t_r10": r10 + 0.1, "vendor/i2t_r1": r1}, permutations=30))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import contrastive
 from benchmarks.contrastive import Size, bf16, gradcache_step, peak_bytes
-from benchmarks.timing import interleaved
+from benchmarks.timing import time_interleaved
 
 
 def test_peak_bytes_are_those_alive_at_once() -> None:
@@ -34,7 +34,7 @@ def test_gradcache_needs_little_more_than_the_small_batch() -> None:
 
 def test_every_run_is_first_in_turn() -> None:
     calls: list[int] = []
-    times = interleaved([lambda k=k: calls.append(k) for k in range(3)], rounds=3, warmup=1)  # type: ignore[misc]
+    times = time_interleaved([lambda k=k: calls.append(k) for k in range(3)], rounds=3, warmup=1)  # type: ignore[misc]
     assert times.shape == (3, 3) and (times > 0).all()
     assert calls == [0, 1, 2, 0, 1, 2, 1, 2, 0, 2, 0, 1]
 

@@ -37,7 +37,7 @@ class Clock:
         shares: dict[str, float] = {}
 
         def measure(name: str, seconds: float, share: Share) -> Iterator[Figure]:
-            shares[name] = share.left()
+            shares[name] = share.remaining_seconds()
             self.now += seconds
             yield Figure(name, "what", 1.0)
 
@@ -98,10 +98,10 @@ def test_rounds_end_at_the_share_and_a_block_is_several_calls() -> None:
 
         return go
 
-    times_RN = timing.interleaved([side("a", 1.0), side("b", 3.0)], 9, 1, block=2, until=20.0, clock=clock)
+    times_RN = timing.time_interleaved([side("a", 1.0), side("b", 3.0)], 9, 1, block=2, until=20.0, clock=clock)
     assert times_RN.tolist() == [[1.0, 3.0], [1.0, 3.0]], "8 s of warming up, 8 a round; none begins after 20"
     assert calls[-8:] == ["a", "a", "b", "b", "b", "b", "a", "a"]
-    assert timing.interleaved([side("a", 1.0)], 9, 1, until=0.0, clock=clock).shape == (0, 1)
+    assert timing.time_interleaved([side("a", 1.0)], 9, 1, until=0.0, clock=clock).shape == (0, 1)
 
 
 ONES = {"precision": 3, "optimizers": 2, "breakdown": 3, "open_clip": 2, "lightly": 4, "generate": 4, "compile": 4}
@@ -145,7 +145,7 @@ def test_the_report_and_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     machine |= {"cudnn": 9, "python": "3.12.3", "cpu": "some cpu", "packages": {"trl": "1.16", "peft": None}}
     tests = {"passed": 5, "failed": 1, "skipped": 2, "ok": False, "stopped": True, "seconds": 3.0}
     report: dict[str, Any] = {"machine": machine, "budget_seconds": 540.0, "tests": tests}
-    gpu.measured({"a": (1.0, one)}, report, tmp_path / "into", until=60.0, began=0.0, clock=Clock())
+    gpu.run_benchmarks({"a": (1.0, one)}, report, tmp_path / "into", until=60.0, began=0.0, clock=Clock())
     written = json.loads((tmp_path / "into/gpu.json").read_text())
     assert list(written) == ["machine", "budget_seconds", "tests", "figures", "left_out", "seconds"]
     assert written["figures"][0]["interval"] == [1.1, 1.3] and written["figures"][1]["value"] is None
@@ -191,10 +191,12 @@ def test_device_tests_are_counted_and_stopped_at_their_share(hangs: bool, tmp_pa
 
 def test_wheels_are_of_all_that_is_needed_but_not_there() -> None:
     environment = {"python_version": "3.12", "python_full_version": "3.12.0"}
-    needed = wheels.needed(wheels.ASKED, environment, {})
+    needed = wheels.list_requirements(wheels.ASKED, environment, {})
     assert {"jsonargparse", "trl", "datasets", "lightly", "hydra-core", "open-clip-torch", "ftfy"} < set(needed)
     assert not [name for name in needed if name in wheels.THERE or name.startswith(wheels.THERE_BEGIN)]
-    less = wheels.needed(wheels.ASKED, environment, wheels.listed(["transformers==5.99", "trl==1.15", "Hydra_Core"]))
+    less = wheels.list_requirements(
+        wheels.ASKED, environment, wheels.parse_releases(["transformers==5.99", "trl==1.15", "Hydra_Core"])
+    )
     assert {"transformers", "hydra-core", "omegaconf"}.isdisjoint(less) and "trl" in less, "trl 1.15 will not do"
 
 

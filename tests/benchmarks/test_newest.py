@@ -65,7 +65,7 @@ def test_what_is_asked_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(command[command.index("install") + 1 :])
 
     monkeypatch.setattr("benchmarks.newest.subprocess.run", run)
-    monkeypatch.setattr(newest, "installed", lambda: {"torch": "2.13.0+cpu", "trl": "1.0"})
+    monkeypatch.setattr(newest, "installed_releases", lambda: {"torch": "2.13.0+cpu", "trl": "1.0"})
     found = {name: Requirement(name + rest) for name, rest in {"torch": ">=2", "trl": "[x]>=1.2,<2"}.items()}
     newest.install(found, low=False)
     newest.install(found, low=True)

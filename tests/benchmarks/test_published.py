@@ -14,7 +14,7 @@ RUNS = published.runs()
 
 
 def test_registered() -> None:
-    assert __main__.load("plan/published") is published.published
+    assert __main__.load("plan/published") is published.published_rates
     assert published.OTHERS.keys() <= RUNS.keys()
 
 
@@ -40,8 +40,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(run: published.Published, way: Any = "") -> float:
         return run.rate * (1.3 if way == "" else 2.0)
 
-    monkeypatch.setattr(published, "planned", planned)
-    rows = {row.name.removeprefix("plan/published "): row for row in published.published()}
+    monkeypatch.setattr(published, "plan_rate", planned)
+    rows = {row.name.removeprefix("plan/published "): row for row in published.published_rates()}
     assert len(rows) == len(RUNS) + sum(map(len, published.OTHERS.values()))
     for name, run in RUNS.items():
         row = rows[name]

@@ -10,7 +10,7 @@ import pytest
 
 from descant.callbacks import Harmonize, HarmonizeFeatures, HarmonizeTowers, Resume, Stages, WorstGroup
 from descant.callbacks.balance.balance import Balance
-from descant.callbacks.callback_order import Ordered, ordered
+from descant.callbacks.callback_order import Ordered, sort_callbacks
 from descant.modules.balance.ogm import OGM
 from descant.modules.multitask.cmgh import CMGH
 from descant.modules.multitask.pcgrad import PCGrad
@@ -39,8 +39,8 @@ class Fourth(Ordered):
 @pytest.mark.parametrize("first", [First(), Derived()])
 def test_a_callback_comes_behind_those_of_its_after_and_others_stay(first: First) -> None:
     second, other, last = Second(), L.Callback(), L.Callback()
-    assert ordered([other, second, last, first]) == [other, first, second, last]
-    assert ordered([first, other, second]) == [first, other, second] and ordered([second]) == [second]
+    assert sort_callbacks([other, second, last, first]) == [other, first, second, last]
+    assert sort_callbacks([first, other, second]) == [first, other, second] and sort_callbacks([second]) == [second]
     trainer: Any = SimpleNamespace(callbacks=[second, first])
     second.setup(trainer, L.LightningModule(), "fit")
     assert trainer.callbacks == [first, second]
@@ -48,9 +48,9 @@ def test_a_callback_comes_behind_those_of_its_after_and_others_stay(first: First
 
 def test_of_the_suite() -> None:
     first, resume, stages, worst = First(), Resume(), Stages(), WorstGroup(["accuracy"])
-    assert ordered([first, stages, worst, resume]) == [resume, worst, stages, first]
+    assert sort_callbacks([first, stages, worst, resume]) == [resume, worst, stages, first]
     harmonize, balance = Harmonize(PCGrad()), Balance(OGM())
-    assert ordered([balance, harmonize]) == [harmonize, balance]
+    assert sort_callbacks([balance, harmonize]) == [harmonize, balance]
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_of_the_suite() -> None:
 )
 def test_what_cannot_be_is_one_line(callbacks: list[L.Callback], line: str) -> None:
     with pytest.raises(ValueError, match=rf"^trainer\.callbacks: {line}"):
-        ordered(callbacks)
+        sort_callbacks(callbacks)

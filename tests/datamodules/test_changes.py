@@ -24,7 +24,7 @@ from descant.datamodules.corpora.emoji_pack import PACK
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user.user_data import UserData
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from tests.files import COLOURS, jpeg, shapes
 
 
@@ -245,12 +245,12 @@ def test_changed_shards_of_streams_and_mixtures(tmp_path: Path) -> None:
 
     streamed, mixed = stream().state_dict(), mixture().state_dict()
     assert list(mixed["corpora"]) == ["a.train", "b.train"]
-    stream().load_state_dict({**streamed, "cut": stream()._cut(), "marks": {}})
+    stream().load_state_dict({**streamed, "cut": stream()._reader_settings(), "marks": {}})
     mixture().load_state_dict(mixed)
     again(path / "train-000001.tar", lambda b: b.replace(b"JFIF", b"JFIX"))
     for data, state in ((stream(), streamed), (mixture(), mixed)):
         with pytest.raises(ValueError, match=r"other contents: train-000001\.tar"):
-            data.load_state_dict({**state, "cut": stream()._cut(), "marks": {}})
+            data.load_state_dict({**state, "cut": stream()._reader_settings(), "marks": {}})
 
 
 def test_large_corpora_store_few_numbers_and_still_locate_a_change() -> None:
@@ -316,6 +316,6 @@ def test_the_command_line_refuses_other_data_and_damage(cli: Callable[..., Any])
     assert refused.rc == 2 and "of 8 samples are lost; damaged: skip reads the rest" in refused.refusal
     skipped = command(cli, "--data.damaged", "skip")
     assert skipped.rc == 0 and "samples are lost" in skipped.err
-    assert "train-000001.tar" in followed(Path("runs/x/latest/ledger.jsonl")).read_text()
+    assert "train-000001.tar" in follow_latest(Path("runs/x/latest/ledger.jsonl")).read_text()
     Path("o.yaml").write_text("data: {init_args: {outside: true}}\n")
     assert "--trust reads lets a configuration read files outside" in command(cli, "--config", "o.yaml").refusal

@@ -58,10 +58,10 @@ def test_gains_by_item_are_a_bootstrap_over_distinct_contents(claim: Claim, work
     for interval in (found.over_baseline, found.over_placebo):
         assert interval.mean == pytest.approx(0.1, abs=ulps(8, F64))
         assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=ulps(8, F64))
-    assert items.of_stored({"items": found.stored()}) == found and items.of_stored({}) is None
+    assert items.read_gains({"items": found.to_json()}) == found and items.read_gains({}) is None
     simple = items.gains(replace(claim, simple="small"), arms_of(workplace / "s", **share, small=0.3), SEEDS)
     assert simple is not None and simple.over_simple == Interval(0.0, 0.0, 0.0)
-    assert items.of_stored({"items": simple.stored()}) == simple
+    assert items.read_gains({"items": simple.to_json()}) == simple
 
 
 def test_the_wider_interval_decides(claim: Claim, workplace: Path) -> None:

@@ -18,7 +18,7 @@ from descant.claims import comparison, plots, registration, run, spec, store, su
 from descant.claims.claim import BUDGETS, Claim
 from descant.claims.effect import HELPS, NO_ROOM, NOT_TESTABLE, SIMPLER, UNCLEAR, WORDS
 from descant.claims.judge import judge, require_flops
-from descant.cli.catalogue import extended, find
+from descant.cli.catalogue import find, list_bases
 from descant.cli.errors import Refusal
 from descant.datamodules.corpora.emoji_pack import VENDORS
 from tests.conftest import Result
@@ -150,9 +150,9 @@ def test_other_runs_need_what_a_condition_reads_of_them_and_no_equal_budget(made
     same = {"metric": "old/gap", "arm": "method", "against": "before", "at_least": 0, "at_most": 0}
     less = {"metric": "test/other", "arm": "method", "against": "alone", "at_most": 0}
     claim = made(arms=arms, before={"experiment": "toy.yaml"}, also=[same, less])
-    needed = {arm: claim.needed(arm) for arm in ("before", "sham", "alone", "method")}
+    needed = {arm: claim.required_metrics(arm) for arm in ("before", "sham", "alone", "method")}
     assert [*needed.values()] == [["old/gap"], ["test/gap"], ["test/other"], ["test/gap", "old/gap", "test/other"]]
-    assert made(arms=arms).needed("alone") == ["test/gap"]
+    assert made(arms=arms).required_metrics("alone") == ["test/gap"]
     runs = runs_of()
     runs["before"] = {seed: {"old/gap": 0.25, "steps": 99.0} for seed in range(5)}
     runs["alone"] = {seed: {"test/other": 2.0, "steps": 8} for seed in range(5)}
@@ -213,7 +213,7 @@ def test_arms_are_equal_in_flops_where_nothing_else_is_said(made: Made, results:
 def test_arms_apart_have_another_budget_and_stages_their_own(made: Made, workplace: Path) -> None:
     arms, budget = ARMS | {"more": {"options": {"trainer.max_steps": 99}}}, FLOPS | {"apart": ["more"]}
     claim = made(arms=arms, budget=budget, options={"trainer.max_steps": 8})
-    assert [arm for arm in claim.arms if claim.limited(arm)] == ["baseline"]
+    assert [arm for arm in claim.arms if claim.is_limited(arm)] == ["baseline"]
     runs = runs_of() | {"more": {seed: {"test/gap": 0.1, "steps": 99} for seed in range(5)}}
     for arm, of in runs.items():
         for metrics in of.values():
@@ -374,7 +374,7 @@ def test_the_config_inside_an_arm_is_a_configuration_with_a_name(made: Made, wor
     assert claim.command("method", 0, "full")[:4] == ["--config", "toy.yaml", "--config", "toy-claim.yaml:method"]
     file = find("toy-claim.yaml:method")
     assert yaml.safe_load(file.read_text()) == own and find("toy-claim.yaml:method") == file
-    assert extended(file) == [(workplace / "toy.yaml").resolve()]
+    assert list_bases(file) == [(workplace / "toy.yaml").resolve()]
     with pytest.raises(Refusal, match="has no arm 'metod' with a `config`; nearest: method"):
         find("toy-claim.yaml:metod")
 
@@ -426,7 +426,7 @@ def test_arms_begin_from_the_run_of_their_seed(made: Made, workplace: Path) -> N
     # of an array on a cluster, the run with its seed
     folder = put_run(home / "run/001", {"val/gap": 1, "sham/calls": 2, "steps": 8}, seed=1)
     assert (place.of("before", 0), place.of("before", 1)) == (home / "run-0", folder)
-    assert place.finished("before", 1) is None  # not tested yet
+    assert place.read_metrics("before", 1) is None  # not tested yet
     put_run(folder)
     assert place.missing(["method"], [1]) == [("method", 1)]
 
@@ -441,7 +441,10 @@ def test_one_run_before_serves_all_seeds(made: Made, workplace: Path) -> None:
     assert place.waits("method", 1, [("before", 7)]) and not place.waits("method", 1, [("method", 0)])
     assert f"--of-file=model.image.path={home}/run-7" in run.command(place, "method", 1)
     put_run(home / "run-7/001")
-    assert place.missing(["method"], [0, 1]) == runs[1:] and place.finished("before", 1) == {"test/gap": 1, "steps": 8}
+    assert place.missing(["method"], [0, 1]) == runs[1:] and place.read_metrics("before", 1) == {
+        "test/gap": 1,
+        "steps": 8,
+    }
 
 
 def test_predictions_follow_the_run_before(made: Made, workplace: Path) -> None:
@@ -457,7 +460,7 @@ def test_predictions_follow_the_run_before(made: Made, workplace: Path) -> None:
     assert place.missing(["method"], [1]) == [("before", 1), ("method", 1)], "it has no predictions"
     assert run.predicting(place, "before", 1)[:2] == ["predict", "--run=run-1/001"]
     (folder / "predict-001").mkdir()
-    assert place.finished("before", 1) is None, "killed while it wrote them"
+    assert place.read_metrics("before", 1) is None, "killed while it wrote them"
     (folder / "predict-001/embeddings-train.parquet").touch()
     assert place.missing(["method"], [1]) == [("method", 1)]
     with pytest.raises(Refusal, match=r"before\.predict is a process of this command; run it without --slurm"):
@@ -542,9 +545,9 @@ def test_settings_are_chosen_by_runs_of_their_own(made: Made, results: Path) -> 
     gaps = {"baseline.0": 0.5, "baseline.1": 0.5, "method.0": 0.4, "method.1": 0.1, "method.2": 0.3}
     runs = {name: {200: {"val/gap": gap + 0.1}, 201: {"val/gap": gap - 0.1}} for name, gap in gaps.items()}
     runs["method.0"][200]["val/gap"] = 0.05
-    chosen = claim.chosen(runs)
+    chosen = claim.choose_settings(runs)
     assert chosen == {"baseline": 0, "method": 1}, "less is better here, by the mean of seeds, and of equals the first"
-    settled = claim.settled(chosen)
+    settled = claim.with_settings(chosen)
     assert f"--of-file={RATE}=0.01" in settled.command("method", 0, "full")
     assert not settled.is_tuned and settled.digests == claim.digests and settled.arms["sham"] == claim.arms["sham"]
 
@@ -553,12 +556,12 @@ def test_a_validation_is_not_the_end_where_settings_are_chosen(made: Made, workp
     begun = {"options": {RATE: "SETTING", "model.note": "ARM/alone"}, "settings": [0.1, 1.0]}
     arms = TUNED["arms"] | {"method": begun}
     candidates = made(**(TUNED | {"arms": arms, "options": {"trainer.max_steps": 5}})).candidates()
-    assert candidates.needed("alone") == [] and candidates.needed("method.0") == ["val/gap"]
+    assert candidates.required_metrics("alone") == [] and candidates.required_metrics("method.0") == ["val/gap"]
     place = run.Place(candidates, "tune", workplace / "runs")
     for arm, metrics in (("alone", {"val/loss": 1.0}), ("method.0", {"val/gap": 1.0})):
         for reached, ended in ((4, False), (5, True)):
             put_run(place.home(arm) / f"{arm}-200" / "001", metrics | {"steps": reached})
-            assert (place.finished(arm, 200) is not None) == ended
+            assert (place.read_metrics(arm, 200) is not None) == ended
 
 
 @pytest.mark.parametrize(
@@ -731,7 +734,7 @@ def test_the_code_of_a_claim_is_what_its_classes_import() -> None:
     registered = {"code": registration.code(claim)}
     assert "modules/losses/hinge.py" in registered["code"]
     registered["code"] |= {"modules/losses/hinge.py": "another", "modules/gone.py": "one that is not there now"}
-    assert registration.changed(registered, claim) == ["modules/gone.py", "modules/losses/hinge.py"]
+    assert registration.list_changed_files(registered, claim) == ["modules/gone.py", "modules/losses/hinge.py"]
 
 
 def test_a_deleted_result_is_missed(made: Made, cli: Cli, results: Path, workplace: Path, monkeypatch: Patch) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from descant.data.duplicates import caption_overlap
 from descant.data.look import lines, report
-from descant.data.make import make, resized
+from descant.data.make import make, resize_to_jpeg
 from descant.data.sheet import Tile, sheet
 from descant.data.views import thumbnail, view_of
 from descant.datamodules.sources.shards import Shards
@@ -178,12 +178,12 @@ def test_a_resized_image_is_upright_over_white_and_close_to_the_original() -> No
     out = io.BytesIO()
     Image.fromarray(ramp).save(out, "JPEG", exif=exif, quality=95)
     with Image.open(out) as turned:
-        small = Image.open(io.BytesIO(resized(turned, 50)))
+        small = Image.open(io.BytesIO(resize_to_jpeg(turned, 50)))
     assert small.size == (50, 100)
     x = np.asarray(small.convert("L"), dtype=float)
     assert x[0].mean() < 10 and x[-1].mean() > 245 and np.abs(np.diff(x.mean(axis=1))).max() < 6
     clear = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
-    white = np.asarray(Image.open(io.BytesIO(resized(clear, 40))))
+    white = np.asarray(Image.open(io.BytesIO(resize_to_jpeg(clear, 40))))
     assert white.min() > 250
 
 
@@ -464,6 +464,6 @@ def test_sixteen_bit_grey_images_keep_their_range() -> None:
     out = io.BytesIO()
     ramp.save(out, "PNG")
     with Image.open(io.BytesIO(out.getvalue())) as opened:
-        small = np.asarray(Image.open(io.BytesIO(resized(opened, 64))))
+        small = np.asarray(Image.open(io.BytesIO(resize_to_jpeg(opened, 64))))
     assert abs(small.mean() - 127.5) < 2 and small.std() > 60
     assert abs(np.asarray(thumbnail(out.getvalue())).mean() - 127.5) < 2

@@ -21,6 +21,6 @@ def arms() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "arm"), turn(arms(), 4))
 def test_an_arm_is_accepted_as_it_is_and_on_the_lock_box(cli: Callable[..., Result], name: str, arm: str) -> None:
     claim = spec.load(name)
-    settled = claim.settled({arm: 0 for arm, of in claim.arms.items() if of.settings})
+    settled = claim.with_settings({arm: 0 for arm, of in claim.arms.items() if of.settings})
     done = cli("check", *settled.command(arm, 0, "full", str))
     assert done.rc == 0, done.err

@@ -220,7 +220,7 @@ def test_the_note_of_ranks_lies_beside_the_runs(
     assert len(notes) == 1 and notes[0].parent == Path("runs/a") and _outside(workplace) == before
     if launcher == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        assert elastic.begun(Path("runs/a")) == made.folder
+        assert elastic.find_run_before_restart(Path("runs/a")) == made.folder
     runs.forget()
 
 

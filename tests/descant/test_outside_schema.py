@@ -21,7 +21,7 @@ import torch
 
 from descant import callbacks, datamodules
 from descant.cli import bounds
-from descant.cli.explain import composed
+from descant.cli.explain import composition_warnings
 from descant.modules.core.objects import require_objects
 from descant.modules.io import names
 from descant.modules.multitask import PCGrad, Rule
@@ -356,8 +356,8 @@ def test_data_of_another_image_size_warns(tmp_path: Path) -> None:
         "class_path: UserData\n"
         "init_args: {fields: {class_path: Fields, init_args: {image: {init_args: {size: 224}}}}}\n"
     )
-    (line,) = composed([first], [("data", str(data))])
+    (line,) = composition_warnings([first], [("data", str(data))])
     assert "data.yaml: images of 224 px, where " in line and "has 32, 49 times as many pixels a sample" in line
     assert line.endswith("--data.fields.image.size 32 keeps them")
-    assert composed([first], [("data", str(data)), ("data.fields.image.size", "224")]) == []
-    assert composed([first], []) == composed([first, first], []) == []
+    assert composition_warnings([first], [("data", str(data)), ("data.fields.image.size", "224")]) == []
+    assert composition_warnings([first], []) == composition_warnings([first, first], []) == []

@@ -18,7 +18,7 @@ from descant.cli.document import Node, load
 from descant.cli.dump import Written
 from descant.cli.errors import Refusal
 from descant.cli.precheck import Walk
-from descant.cli.trust import PERMITTED, allowed, require_kind
+from descant.cli.trust import PERMITTED, is_allowed, require_kind
 from descant.modules.io import saved
 from descant.modules.towers import TimmTower
 from tests.conftest import TRUST, Result
@@ -166,7 +166,7 @@ def test_what_does_more_than_its_kind_is_refused(path: str) -> None:
             require_kind(path, [kind], trust)
         except Refusal:
             return False
-        return allowed(path, trust)
+        return is_allowed(path, trust)
 
     assert not permitted([]) and permitted([path])
 
@@ -190,7 +190,7 @@ def test_of_every_wide_kind_what_ships_is_permitted(written_content: dict[str, A
     shipped = {path for path in written_content["classes"] if path.startswith("descant.")}
     for kind in PERMITTED:
         for path in shipped & set(written_content["kinds"].get(kind, {"paths": []})["paths"]):
-            ours = allowed(path) and not path.startswith(
+            ours = is_allowed(path) and not path.startswith(
                 ("descant.run.folder", "descant.report.predictions", "descant.cli.check")
             )
             if ours and not path.startswith("descant.modules.training_setup.loggers"):
@@ -204,7 +204,7 @@ def test_experiments_build_nothing_else() -> None:
     for file in [*experiments().values(), *overlays().values()]:
         for key, node in load(file).walk():
             if key == "class_path" and isinstance(node.content, str) and "." in node.content:
-                assert allowed(node.content), f"{node.where}: {node.content}"
+                assert is_allowed(node.content), f"{node.where}: {node.content}"
 
 
 def test_a_function_of_an_allowed_package_is_no_value() -> None:

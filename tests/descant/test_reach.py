@@ -46,7 +46,7 @@ def touch_parameters(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     Left out is what is called, which test_permitted.py has.
     """
     for path, entry in content["classes"].items():
-        if trust.allowed(path):
+        if trust.is_allowed(path):
             for key, (kind, _, _) in entry["keys"].items():
                 if open_ended(kind) and not schema.calls(kind):
                     yield path, key
@@ -181,10 +181,10 @@ def modules(content: dict[str, Any]) -> set[str]:
     from torchvision.transforms import v2
 
     classes = [getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in
-               content["classes"] if trust.allowed(path)]  # fmt: skip
+               content["classes"] if trust.is_allowed(path)]  # fmt: skip
     for package in (torch.nn, torch.optim, v2, bitsandbytes().optim):
         named = {f"{package.__name__}.{name}": found for name, found in vars(package).items()}
-        classes += [found for name, found in named.items() if isinstance(found, type) and trust.allowed(name)]
+        classes += [found for name, found in named.items() if isinstance(found, type) and trust.is_allowed(name)]
     classes += [timm.optim.Lion, *(found for found in vars(schedulefree).values() if isinstance(found, type))]
     found = {base.__module__ for cls in classes for base in cls.__mro__} - {"builtins", "typing", "abc", "torch"}
     for package in _WHOLE:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from descant.cli.errors import Refusal
-from descant.cli.trust import ALLOWED, DENIED, allowed
+from descant.cli.trust import ALLOWED, DENIED, is_allowed
 from descant.modules.io import saved
 from descant.run.processes import Task, run_beside
 from descant.run.sharded import Sharded
@@ -114,11 +114,11 @@ def test_trust_lasts_for_one_call(cli: Cli) -> None:
 
 
 def test_denied_parts_of_allowed_packages_can_be_named_alone() -> None:
-    assert all(not allowed(f"{part}.anything") for part in DENIED)
-    assert allowed("torch.utils.data.Sampler", ["torch.utils.data"]) and not allowed(
+    assert all(not is_allowed(f"{part}.anything") for part in DENIED)
+    assert is_allowed("torch.utils.data.Sampler", ["torch.utils.data"]) and not is_allowed(
         "torch.utils.x", ["torch.utils.data"]
     )
-    assert not allowed("torchvision.io.read_file") and not allowed("descantx.Thing")
+    assert not is_allowed("torchvision.io.read_file") and not is_allowed("descantx.Thing")
 
 
 class _Bomb:
@@ -303,7 +303,7 @@ def test_trust_and_options_may(toy: Cli, workplace: Path) -> None:
     assert toy("check", "--config", "over.yaml", "--trust", "writes").rc == 0
     assert toy("check", "--trainer.default_root_dir", "elsewhere").rc == 0
     assert "--trust writes" in toy("check", "--config", "over.yaml", "--trust", "shell").refusal
-    assert not allowed("writes.anything", ["writes"]), "a word is no module"
+    assert not is_allowed("writes.anything", ["writes"]), "a word is no module"
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -507,7 +507,7 @@ def _rule(make: Callable[[], Rule], terms: int = 3) -> Part:
                 g_BKD[0, 0] = 0
             value_K, at_KD = at(torch.rand(terms) + 0.5), at(g_BKD[0])
             gramian_BKK = at(g_BKD @ g_BKD.mT)
-            if (scaled := rule.preconditioned([at_KD]))[0] is not at_KD:
+            if (scaled := rule.precondition([at_KD]))[0] is not at_KD:
                 gramian_BKK = (scaled[0] @ scaled[0].mT)[None]
             found.append(rule.weights(gramian_BKK, value_K, step))
             rule.learn(lambda seen: seen)
@@ -553,8 +553,8 @@ part("RandomPacing")(_pacing(RandomPacing))
 @part("Curriculum")
 def _curriculum(at: Place) -> Any:
     curriculum, batch = Curriculum(sham="permute"), at(a_batch())
-    cos_B = curriculum.seen(at(torch.linspace(-1, 1, B)), batch.present["image"], batch)
-    return cos_B, curriculum.kept(cos_B, batch.present["image"], batch, 0.5)
+    cos_B = curriculum.deciding_cosines(at(torch.linspace(-1, 1, B)), batch.present["image"], batch)
+    return cos_B, curriculum.select_samples(cos_B, batch.present["image"], batch, 0.5)
 
 
 @part("Sham")
@@ -690,7 +690,7 @@ def _decoder(make: Callable[[], decoders.Decoder]) -> Part:
         h = {m: at(torch.randn(int(mask_BT.sum()), 8)) for m, mask_BT in seen.items()}
         encoded = decoders.Encoded(h, where, at(torch.randn(B, 8)))
         asked = {m: decoders.At.of(at(~mask_BT)) for m, mask_BT in seen.items()}
-        return decoder(encoded, asked), encoded.pooled()
+        return decoder(encoded, asked), encoded.pool()
 
     return use
 
@@ -743,9 +743,9 @@ part("LowRank")(_bank(modulation_forms.LowRank))
 @part("AvailableSets")
 def _available(at: Place) -> Any:
     sets, here = available_sets.AvailableSets(), at(present())
-    return sets.left(here, at(torch.arange(B)), list(HAS)), available_sets.AvailableSets(per="batch").left(
-        here, at(torch.arange(B)), list(HAS)
-    )
+    return sets.remaining_modalities(here, at(torch.arange(B)), list(HAS)), available_sets.AvailableSets(
+        per="batch"
+    ).remaining_modalities(here, at(torch.arange(B)), list(HAS))
 
 
 # distillation -------------------------------------------------------------------------------------------------------

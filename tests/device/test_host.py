@@ -60,13 +60,13 @@ def test_what_is_written_since_is_read_again(device: Any) -> None:
 def test_in_inference_mode_it_is_the_same(device: Any) -> None:
     with torch.inference_mode():
         x = host.to_device(torch.arange(3), device.device)
-        y = host.derived(lambda a: a > 0, x)
+        y = host.derive(lambda a: a > 0, x)
         assert reads(lambda: host.host_copy(y).tolist()) == ([False, True, True], 0)
 
 
 def test_of_what_is_not_known_nothing_derived_is_known(device: Any) -> None:
     x, known = torch.arange(3).to(device.device), host.to_device(torch.arange(3), device.device)
-    assert not host.has_host_copy(host.derived(torch.eq, x, known))
+    assert not host.has_host_copy(host.derive(torch.eq, x, known))
 
 
 def test_marks_of_chosen_tokens_are_on_one_device(device: Any) -> None:

@@ -13,7 +13,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.masking import reductions
 from descant.modules.masking.adapters import Adapters, PatchAdapter
 from descant.modules.masking.any_to_any import AnyToAnyDecoder
-from descant.modules.masking.corruptions import corrupted
+from descant.modules.masking.corruptions import corrupt_on_host
 from descant.modules.masking.decoders import At, Encoded
 from descant.modules.masking.discrete_adapters import CategoryAdapter, TokenAdapter
 from descant.modules.masking.sequence_adapter import SequenceAdapter
@@ -88,7 +88,7 @@ def test_a_reduction_is_that_of_the_loop(kind: str) -> None:
     model, b = recipe(reduction=getattr(reductions, kind)()).double(), batch()
     terms = model.terms(b)
     raw, real = model.raw(b)
-    tokens = model.arranged(raw, real, model.corruption(real, model.grids, b.rng_seed))
+    tokens = model.arrange(raw, real, model.corruption(real, model.grids, b.rng_seed))
     count = {m.removeprefix("mask/"): tokens[m.removeprefix("mask/")].loss_BT.sum(1) for m in terms}
     loss = {
         m: [[float(terms[f"mask/{m}"].value[k].detach())] * int(n) for k, n in enumerate(n_B)]
@@ -191,7 +191,7 @@ def test_the_released_cut_is_chosen_by_name() -> None:
     for cut in ("tokens", "targets"):
         model = recipe(corruption=TwoBudgets(8, 6, [ALL2ALL], ["text"], cut=cut)).double()
         raw, real = model.raw(b)
-        tokens[cut] = model.arranged(raw, real, corrupted(model.corruption, real, model.grids, b.rng_seed))["text"]
+        tokens[cut] = model.arrange(raw, real, corrupt_on_host(model.corruption, real, model.grids, b.rng_seed))["text"]
         assert model.step(model.terms(b), b).total.isfinite()
     counts = {cut: part.loss_BT.sum(dim=1) for cut, part in tokens.items()}
     assert (counts["targets"] >= counts["tokens"]).all() and (counts["targets"] > counts["tokens"]).any()
@@ -210,7 +210,7 @@ def test_a_later_target_changes_no_earlier_prediction_and_another_modality_none(
         ids_BT = torch.arange(12).view(2, 6) % 9
         if change is not None:
             ids_BT[:, change] = 10
-        encoded.given = {"text": model.adapters["text"].given(ids_BT.view(-1, 1))}
+        encoded.given = {"text": model.adapters["text"].embed_previous(ids_BT.view(-1, 1))}
         return model.decoder(encoded, targets)
 
     with torch.no_grad():

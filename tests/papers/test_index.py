@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from descant.cli.catalogue import ROOT, experiments, find, layers, papers, shipped
+from descant.cli.catalogue import ROOT, experiments, find, layers, list_shipped, papers
 from descant.cli.errors import Refusal
 from descant.modules.io.names import full
 from tests.conftest import Result
@@ -130,7 +130,7 @@ def test_a_configuration_extends_others(tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
     first.write_text("extends: contrastive/scenes\nmodel: {init_args: {width: 8}}\n")
     second.write_text("# mine\nextends: [first.yaml, with/train/ema]  # in this order\n")
-    below = [shipped()["contrastive/scenes"], first, shipped()["with/train/ema"], second]
+    below = [list_shipped()["contrastive/scenes"], first, list_shipped()["with/train/ema"], second]
     assert layers([second]) == below and layers([first, second]) == [*below[:2], *below[2:]]
     third.write_text("extends:\n- first.yaml\n- second.yaml\n")
     assert layers([third]) == [*below, third] and layers([find("claims/crmt:method")])[1] == find("fusion/certified")

@@ -23,7 +23,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.rng import uniform_NK
 from descant.modules.fusion.cross_encoder import FusionLayers
 from descant.modules.fusion.single_then_two import SingleThenTwo
-from descant.modules.masking.corruptions import corrupted
+from descant.modules.masking.corruptions import corrupt_on_host
 from descant.modules.masking.discrete_adapters import TokenAdapter
 from descant.modules.masking.regions import RegionMask, pairwise_iou, region_mask
 from descant.modules.masking.structured import SegmentMask, anchored_segments, one_segment
@@ -139,10 +139,10 @@ def test_no_cross_attention_above_the_single_stream() -> None:
 def test_alone_a_modality_passes_the_layers_without_the_other(fusion: FusionLayers) -> None:
     fusion = fusion.build({"image": 8, "text": 8}).double()
     _, text = sides()
-    found = fusion.embedded("text", text).h_BTD
+    found = fusion.tokens_to_pool("text", text).h_BTD
     first_B1D = fusion.first_D.expand(4, 1, -1)
     keys = torch.cat([torch.ones(4, 1, dtype=torch.bool), text.mask_BT], dim=1)[:, None, None]
-    h = fusion.layers[0](torch.cat([first_B1D, fusion.mapped("text", text).h_BTD], dim=1), keys)
+    h = fusion.layers[0](torch.cat([first_B1D, fusion.map_tokens("text", text).h_BTD], dim=1), keys)
     for layer in fusion.streams["text"] if isinstance(fusion, SingleThenTwo) else ():  # type: ignore[union-attr]
         h = layer(h, keys)
     torch.testing.assert_close(found, fusion.norm(h)[:, 1:], **rounding(64, torch.float64))
@@ -199,7 +199,7 @@ class Masked(GradientExact, Ranks, MissingModalities, Resume):
     def explicit(self, recipe: Any, batch: Batch) -> dict[str, Tensor]:
         x, both = batch.inputs, batch.both("image", "text").nonzero().flatten().tolist()
         real = {"text": (x["text"] != 0) & batch.present["text"][:, None]}
-        hidden = {"text": corrupted(SegmentMask(), real, {"text": (6,)}, batch.rng_seed).target["text"]}
+        hidden = {"text": corrupt_on_host(SegmentMask(), real, {"text": (6,)}, batch.rng_seed).target["text"]}
         u = uniform_NK(batch.rng_seed, [f"mask/image/{t}" for t in range(T)])
         hidden["image"] = region_mask(pairwise_iou(x["boxes"].float()), u, 0.3, 0.4)
         fusion = recipe.fusion
@@ -340,7 +340,7 @@ def test_refusals() -> None:
         (lambda: SingleThenTwo(8, 1, 2, alone=True).build({"text": 4}), "tower text has the width 4"),
         (lambda: RegionTower(3, 8)(torch.zeros(1, 2, 9)), "features 3, and 4 of the box"),
         (
-            lambda: corrupted(RegionMask(), {"a": torch.ones(1, 2).bool()}, {"a": (2,)}, torch.arange(1)),
+            lambda: corrupt_on_host(RegionMask(), {"a": torch.ones(1, 2).bool()}, {"a": (2,)}, torch.arange(1)),
             "MaskedRegions",
         ),
     ):

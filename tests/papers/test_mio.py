@@ -88,7 +88,7 @@ def test_what_is_allowed_is_that_of_a_loop(only: tuple[str, ...]) -> None:
     rows = [[9, *whole[0][0], *whole[1][0], 10, EOS], [*whole[1][1], 9, 9, *whole[0][1], EOS]]
     token_RN = torch.tensor(rows)
     for n, left in itertools.product(range(token_RN.shape[1] + 1), (1, 3, 6, 8, 30)):
-        found_RV = VOCABULARY.allowed(token_RN[:, :n], left, only)
+        found_RV = VOCABULARY.allowed_ids(token_RN[:, :n], left, only)
         for row, allowed_V in zip(rows, found_RV, strict=True):
             assert set(allowed_V.nonzero()[:, 0].tolist()) == explicit(row[:n], left, only), (n, left)
 
@@ -185,7 +185,7 @@ def split(module: EmojiCodes, ids: list[int]) -> list[tuple[str, list[int]]]:
     """The parts of a document and its answer."""
     mark = ids.index(module.answer_token)
     assert ids[0] == BOS and ids.count(module.answer_token) == ids.count(EOS) == 1
-    return [*module.unified.parse(ids[1:mark]), *module.unified.parse(ids[mark + 1 :])]
+    return [*module.vocabulary.parse(ids[1:mark]), *module.vocabulary.parse(ids[mark + 1 :])]
 
 
 ORDERS = [CodeDocument(["image", "text", "audio"], weight=2), CodeDocument(["text", "image"], whole=False)]
@@ -229,8 +229,8 @@ def test_evaluation_predicts_content_alone_in_all_directions_and_shuffled_has_an
         (m_1, front), (m_2, content) = split(module, ids)
         assert (m_1, m_2) == (source, target) == tuple(m for m, _ in split(module, ids_2))
         learned, again = ([i for i, m in zip(*one, strict=True) if m] for one in ((ids, mask), (ids_2, mask_2)))
-        assert learned == again and len(set(learned) & {*range(264, 266), *module.unified.begins.values()}) == 0
-        assert learned == [*content, EOS] if target == "text" else set(learned) <= set(module.unified.range(target))
+        assert learned == again and len(set(learned) & {*range(264, 266), *module.vocabulary.begins.values()}) == 0
+        assert learned == [*content, EOS] if target == "text" else set(learned) <= set(module.vocabulary.range(target))
         other += front != split(module, ids_2)[0][1]
     assert other > 0.8 * len(rows["vendor"]), "short codes of some are equal"
     assert not set(loaded["vendor"].index.tolist()) & set(loaded["shuffled"].index.tolist())
@@ -241,7 +241,7 @@ class TestDocuments(GradientExact, MissingModalities, Ranks, Resume):
 
     def recipe(self) -> VisionLanguage:
         torch.manual_seed(0)
-        return VisionLanguage(lm=CausalLM(shared().embedded, 12, 2, 2, length=64), answer_token=265, row=80)
+        return VisionLanguage(lm=CausalLM(shared().embedded_ids, 12, 2, 2, length=64), answer_token=265, row=80)
 
     def data(self) -> Any:
         return data(batch_size=4, documents=ORDERS)

@@ -88,7 +88,7 @@ def test_without_the_mask_a_row_is_one_sequence() -> None:
     h_BSW, row = made.sequence(batch)
     order = row.real_BS.sum(dim=1).argsort(descending=True, stable=True)
     whole = made.lm(torch.cat([h_BSW[b][row.real_BS[b]] for b in order.tolist()])[None])[0]
-    before_NW, _, sample_N = made.answered(batch)
+    before_NW, _, sample_N = made.hidden_before_answers(batch)
     first_B = torch.zeros(len(batch), dtype=torch.long)
     first_B[order] = row.real_BS.sum(dim=1)[order].cumsum(dim=0) - row.real_BS.sum(dim=1)[order]
     _, at_N = row.loss_mask_BS.nonzero(as_tuple=True)

@@ -203,7 +203,7 @@ def test_the_stored_value_of_a_hidden_or_missing_cell_changes_no_bit(missing: st
         _, score_NK, _, _, y_M, x_M = objective.cells(streams, b)
         (score_NK.sum() + y_M.sum()).backward()
         tokens = streams.tokens("table", streams.masks)
-        fused, _ = streams.own("image", "table", streams.masks)
+        fused, _ = streams.fuse_own_pairs("image", "table", streams.masks)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         results.append(([tokens.h_BTD, fused.first_ND, fused.a.h_BTD, fused.b.h_BTD, score_NK, y_M, *gradients], x_M))
     assert not torch.equal(results[0][1], results[1][1])
@@ -220,12 +220,15 @@ def test_who_attends_to_a_hidden_column() -> None:
         tower: Any = model.towers["table"]
         before = (
             streams.tokens("table", streams.masks).h_BTD[row],
-            streams.own("image", "table", streams.masks)[0].first_ND,
+            streams.fuse_own_pairs("image", "table", streams.masks)[0].first_ND,
         )
         with torch.no_grad():
             tower.column_CD[column] += 1.0
         _, again = view(model, b)
-        after = again.tokens("table", again.masks).h_BTD[row], again.own("image", "table", again.masks)[0].first_ND
+        after = (
+            again.tokens("table", again.masks).h_BTD[row],
+            again.fuse_own_pairs("image", "table", again.masks)[0].first_ND,
+        )
         others = [c for c in range(6) if c != 1 + column]
         slot = int(b.both(*PAIR)[:row].sum())
         assert bool((before[0] != after[0])[others].any()) == bool(tower_sees)

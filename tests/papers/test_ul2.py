@@ -66,7 +66,7 @@ def test_all_ways_to_cut_are_equally_likely_and_those_of_a_loop() -> None:
 @pytest.mark.parametrize(("mean", "rate"), ul2.SPANS)
 def test_rate_and_mean_are_those_asked_for_and_spans_are_apart(mean: int, rate: float, how: dict[str, Any]) -> None:
     denoiser, length = SpanCorruption(mean, rate, **how), 3840  # whole numbers of tokens and spans
-    hidden_BT = denoiser.hidden(torch.full((8,), length), rand(8, 2, length + 2))
+    hidden_BT = denoiser.hide_tokens(torch.full((8,), length), rand(8, 2, length + 2))
     wide = [runs(row) for row in hidden_BT.tolist()]
     assert all(abs(sum(row) / length / rate - 1) < 0.01 for row in wide)
     assert all(abs(sum(row) / len(row) / mean - 1) < 0.01 and len(row) == denoiser.spans(length) for row in wide)
@@ -78,7 +78,7 @@ def test_rate_and_mean_are_those_asked_for_and_spans_are_apart(mean: int, rate: 
 
 def test_a_single_span_lies_anywhere_only_if_it_is_free() -> None:
     for free in (False, True):
-        hidden_BT = SpanCorruption(64, 0.5, free=free).hidden(torch.full((64,), 96), rand(64, 2, 98))
+        hidden_BT = SpanCorruption(64, 0.5, free=free).hide_tokens(torch.full((64,), 96), rand(64, 2, 98))
         assert all(runs(row) == [48] for row in hidden_BT.tolist())
         starts = hidden_BT.int().argmax(dim=1)
         assert len(starts.unique()) > 25 if free else bool((starts == 48).all())
@@ -105,7 +105,7 @@ def test_inputs_and_targets_rebuild_the_text_and_sentinels_are_used_once(denoise
 def test_s_is_a_suffix_of_the_lengths_of_paper_and_release() -> None:
     place_T, length_B, u_B2T = torch.arange(128), torch.full((4000,), 128), rand(4000, 2, 130)
     for share, most in ((0.25, 63), (0.5, 127)):
-        hidden_BT = Suffix(share).hidden(length_B, u_B2T)
+        hidden_BT = Suffix(share).hide_tokens(length_B, u_B2T)
         size_B = hidden_BT.sum(dim=1)
         assert torch.equal(hidden_BT, place_T >= 128 - size_B[:, None])
         assert size_B.min() == 1 and size_B.max() == most
@@ -167,7 +167,7 @@ class TestPrefix(GradientExact, MissingModalities, Ranks, Resume):
 
     def recipe(self) -> VisionLanguage:
         torch.manual_seed(0)
-        lm = CausalLM(data().embedded, 12, 2, 2, length=64)
+        lm = CausalLM(data().embedded_ids, 12, 2, 2, length=64)
         return VisionLanguage(lm=lm, answer_token=265, prefix_sight=True, row=100)
 
     def data(self) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from descant.callbacks import Resume
 from descant.datamodules.combined.stages import StageData, StagedData
-from descant.modules.adaptation.expert_weights import converted, units_dealt
+from descant.modules.adaptation.expert_weights import interleave_expert_units, plan_conversion
 from descant.modules.adaptation.stage_changes import Rewind, StageChange
 from descant.modules.adaptation.upcycle import Assemble, Upcycle
 from descant.modules.language import CausalLM
@@ -67,7 +67,7 @@ def test_so_it_is_in_a_language_model(norm: Any, same: bool) -> None:
     for p in lm.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     ids_BT, other = torch.randint(0, 20, (3, 6)), copy.deepcopy(lm)
-    converted(other, ExpertLayers(E, TopKRouter(2, norm))).apply(other)  # which Upcycle refuses before
+    plan_conversion(other, ExpertLayers(E, TopKRouter(2, norm))).apply(other)  # which Upcycle refuses before
     difference = (other(other.embed(ids_BT)) - lm(lm.embed(ids_BT))).detach().abs().max()
     assert (float(difference) < 1e-12) == same  # as above
     if not same:
@@ -86,7 +86,10 @@ def test_dealt_units_leave_the_sum_over_experts_as_it_is() -> None:
         gate_EF, up_EF = (gate_up @ x_D).chunk(2, dim=1)
         return torch.einsum("edf,ef->ed", down, F.silu(gate_EF) * up_EF)
 
-    one_ED, other_ED = each(gate_up, down), each(units_dealt(gate_up, turn_EF, 0), units_dealt(down, turn_EF, 1))
+    one_ED, other_ED = (
+        each(gate_up, down),
+        each(interleave_expert_units(gate_up, turn_EF, 0), interleave_expert_units(down, turn_EF, 1)),
+    )
     torch.testing.assert_close(other_ED.sum(dim=0), one_ED.sum(dim=0), rtol=0, atol=1e-11)  # 72 products of about 10
     assert ((one_ED[:, None] - other_ED[None]).abs().amax(dim=2) > 0.1).all()  # none of them is one that was
 

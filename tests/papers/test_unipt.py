@@ -124,7 +124,7 @@ def test_a_prediction_writes_the_captions_of_its_embeddings(cli: Any) -> None:
 
 def test_emoji_reads_the_table_and_equal_texts_are_no_negatives(tmp_path: Path) -> None:
     table, module = pq.read_table(written(tmp_path, Emoji(tiny=True))).to_pydict(), emoji(tmp_path)
-    mixed: list[Any] = [m.mixed for m in (module, emoji(tmp_path, "permute"))]
+    mixed: list[Any] = [m.mixed_captions for m in (module, emoji(tmp_path, "permute"))]
     ours_RS, sham_RS = ([tuple(m.texts[u] for u in u_S) for u_S in m.text_SR.T] for m in mixed)
     assert sorted(sham_RS) == sorted(ours_RS) and sham_RS != ours_RS
     batch = (data := module.training_set())[next(iter(module.order(data)))]
@@ -163,10 +163,10 @@ def test_data_of_ones_own_take_the_table_beside_their_images(tmp_path: Path) -> 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     file = written(tmp_path, Emoji())  # ids count the concepts of the whole pack
     with pytest.raises(ValueError, match=r"for noto's '.*' one of '.*': ids of other data; predict with this data"):
-        assert emoji(tmp_path).mixed
+        assert emoji(tmp_path).mixed_captions
     pq.write_table(pq.read_table(file).slice(0, 1), file)
     with pytest.raises(ValueError, match="no caption; predict with"):
-        assert emoji(file).mixed
+        assert emoji(file).mixed_captions
     for name, value, line in (
         ("captions", 4, "captions 4: of 3 templates"),
         ("templates", ["{color}"], "no attribute 'color'; nearest: colour"),

@@ -119,7 +119,7 @@ def test_a_grown_run_is_loaded_and_exported_at_its_size(folder: Path, tmp_path: 
     content = {"state_dict": grown.state_dict(), "structure": structure(grown)}
     torch.save(content, run / "checkpoints/last.ckpt")
     again = rebuild(saved.find(run, "last"))
-    plain = build(portable.carried(model, grown, tmp_path, None))  # as its classes build it
+    plain = build(portable.portable_config(model, grown, tmp_path, None))  # as its classes build it
     plain.load_state_dict(grown.state_dict())
     assert equal(again.state_dict(), grown.state_dict())
 
@@ -175,7 +175,7 @@ def test_a_trial_is_a_short_training_of_a_copy(tmp_path: Path) -> None:
             found.append(net._trial("small", lambda n: batches[:n], space, space.growths["deep"], at))
             assert equal(net.state_dict(), before) and torch.equal(torch.get_rng_state(), random)
             twin = twin_of(net, lambda twin: None)
-            twin._changed("small", space.growths["deep"], at)
+            twin._apply_change("small", space.growths["deep"], at)
             optimizer = torch.optim.AdamW(parameter_groups(twin), lr=0.01)
             for one in batches[:3]:
                 optimizer.zero_grad()

@@ -119,7 +119,7 @@ def test_only_what_is_masked_is_predicted_and_only_what_is_visible_is_seen(kind:
         if t is not None:
             raw_BTP[0, t] += 3.0
         changed = batch()
-        changed.inputs["image"][0] = model.adapters["image"].whole(raw_BTP)[0]
+        changed.inputs["image"][0] = model.adapters["image"].to_input_shape(raw_BTP)[0]
         with torch.no_grad():
             return torch.stack([term.value[0] for term in model.terms(changed).values()])
 

@@ -159,7 +159,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_the_own_loss_of_a_modality_is_a_mean_over_the_samples_left_with_it(tmp_path: Path) -> None:
     spec = node("Fusion", "image", "text", target="label", classes=C, unimodal=True)
     model, b = adapted(write(tmp_path / "run", spec, build(spec))), batch(modalities=("image", "text"))
-    left, terms = model.left(b).present, model.terms(b)
+    left, terms = model.drop_modalities(b).present, model.terms(b)
     objective = model.step(terms, b)
     for m, left_B in left.items():
         assert 0 < int(left_B.sum()) < len(b), "the draw leaves some samples without it"
@@ -199,7 +199,7 @@ def test_only_the_sets_that_occur_have_a_gradient(runs: dict[str, Path]) -> None
     model.step(model.terms(b), b).total.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"bank"}
     model = adapted(runs["three"])
-    keep = model.available.left(b.present, b.rng_seed, model.modalities)
+    keep = model.available.remaining_modalities(b.present, b.rng_seed, model.modalities)
     rows = ~(keep["text"] & keep["sketch"])  # all sets but one
     b = b.select(rows)
     model.step(model.terms(b), b).total.backward()
@@ -302,12 +302,12 @@ def test_a_masked_model_is_adapted_token_by_token(tmp_path: Path) -> None:
 def test_a_loss_of_several_sets_is_that_of_each_alone(runs: dict[str, Path]) -> None:
     model = adapted(runs["fusion"])
     b = batch()
-    left = model.left(b)
+    left = model.drop_modalities(b)
     loss = model.step(model.terms(b), b).total
     total = torch.zeros(())
     for i in range(len(b)):
         one = left.select(slice(i, i + 1))
-        with model.routed(one) as there:
+        with model.routing(one) as there:
             total = total + model.inner.terms(there)["fused"].value[0]
     torch.testing.assert_close(loss, total / len(b), **rounding(64, F32))
 
@@ -355,7 +355,7 @@ def test_a_fill_is_what_the_fusion_sees_of_an_absent_modality(runs: dict[str, Pa
     whole, z = {m: torch.ones(len(b), dtype=torch.bool) for m in MODALITIES}, {}
     for m in MODALITIES:
         nothing_BD = torch.zeros(len(b), frozen.towers.width(m))
-        h_BD = Imputation(model.fill, b.present).filled(nothing_BD, m, whole[m])
+        h_BD = Imputation(model.fill, b.present).impute(nothing_BD, m, whole[m])
         h_BD = torch.where(b.present[m][:, None], frozen.present_features(b, m), h_BD)
         assert bool(h_BD[~b.present[m]].any()) != isinstance(fill, ZeroImputer)
         z[m] = frozen.heads[m](h_BD)
@@ -374,7 +374,7 @@ def test_a_mean_is_that_of_the_features_that_training_saw(runs: dict[str, Path])
     for seed in range(3):
         b = batch(seed=seed)
         model.train().terms(b)
-        keep = model.left(b)
+        keep = model.drop_modalities(b)
         rows.append(frozen.present_features(keep, "image")[keep.present["image"]])  # type: ignore[operator]
     sum_D1 = model.state_dict()["fill.sum_image"]
     torch.testing.assert_close(
@@ -611,7 +611,11 @@ def gradients(path: Path, name: str, options: dict[str, Any], world: int, rows: 
     model.step.world = world
     b = batch(16)
     if name == "contrastive":
-        order = model.available.left(b.present, b.rng_seed, model.modalities)["sketch"].int().argsort(stable=True)
+        order = (
+            model.available.remaining_modalities(b.present, b.rng_seed, model.modalities)["sketch"]
+            .int()
+            .argsort(stable=True)
+        )
         b = b.select(order)  # the first rank has no sketch at all
     b = b.select(rows)
     model.step(model.terms(b), b).total.backward()

@@ -163,7 +163,7 @@ def test_each_stream_is_made_once_asks() -> None:
 def test_the_tower_of_no_objective_is_not_run_and_is_frozen() -> None:
     model, b = multitask("contrast", "words"), batch(8)
     sketch = Calls(model.towers["sketch"])
-    assert model.reads == ("image", "text") and model.forks["sketch"] == ()
+    assert model.required_modalities == ("image", "text") and model.forks["sketch"] == ()
     grads = gradients(model, b)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert grads.keys() == trained and not any("sketch" in name for name in trained) and sketch.rows == []

@@ -221,7 +221,7 @@ def test_a_query_outside_the_crop_asks_for_the_right_patch() -> None:
     """Each patch of one crop, at its place counted in those of another, is the same pixel of the image."""
     draw_B = torch.arange(50) * 17
     like = torch.zeros(50, dtype=torch.float64)
-    seen, other = (CropBox.drawn(draw_B, name, (0.1, 1.0), like) for name in ("a", "b"))
+    seen, other = (CropBox.draw(draw_B, name, (0.1, 1.0), like) for name in ("a", "b"))
     place_BT2 = other.places(seen, 4)
     assert (place_BT2 < -0.5).any() and (place_BT2 > 3.5).any()
     for b in range(50):

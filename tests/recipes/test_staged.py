@@ -26,7 +26,7 @@ from descant.modules.adaptation.inherit import Begin
 from descant.modules.distill.distill import Distill
 from descant.modules.language.packing import through
 from descant.modules.language.positions import VisualSteps
-from descant.modules.objectives.language import _whole as whole
+from descant.modules.objectives.language import _score_answers as whole
 from descant.modules.policy import KL, PolicyLoss
 from descant.modules.policy.rewards import Answer, Rewards, Verifier
 from descant.modules.training_setup.compile_and_shard import Shard

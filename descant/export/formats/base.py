@@ -45,7 +45,7 @@ class ModelFormat(ABC):
     def usage(self, folder: str) -> str:
         """Return Python code that loads the folder, for the model card."""
 
-    def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+    def list_cleaned_texts(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
         """Return texts that get other ids because the package cleans texts, each with its cleaned form."""
         return []
 

@@ -189,7 +189,7 @@ class OpenClipFormat(ModelFormat):
         theirs = [model.encode_image(x_BCHW, normalize=True), model.encode_text(their_BT, normalize=True)]
         return clip.ours(x_BCHW, ids_BT), torch.cat(theirs)
 
-    def changed(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
+    def list_cleaned_texts(self, parts: Parts, folder: Path, texts: Sequence[str]) -> list[tuple[str, str]]:
         import open_clip
 
         if (tokenizer := tokenizer_of(parts)) is None:

@@ -49,7 +49,7 @@ class OnnxFormat(ModelFormat):
     def write(self, recipe: Recipe, parts: Parts, folder: Path) -> None:
         space = _space(recipe)
         # refuse before the graphs are made, which takes seconds
-        graphs = {modality: described(parts, modality) for modality in space.towers}
+        graphs = {modality: describe_graph(parts, modality) for modality in space.towers}
         if "text" in graphs:
             self.tokenizer = tokenizer_of(parts)
             if not isinstance(self.tokenizer, NgramTokenizer):
@@ -144,11 +144,11 @@ def _space(recipe: Recipe) -> SharedSpace:
     return recipe
 
 
-def described(parts: Parts, modality: str) -> dict[str, Any]:
+def describe_graph(parts: Parts, modality: str) -> dict[str, Any]:
     """Describe a graph: file, names, shapes without N, and preprocessing; raise ValueError if that is not known.
 
     >>> from descant.modules.tokenizers.text import ByteTokenizer
-    >>> described({"text": [ByteTokenizer(24)]}, "text")["shape"]
+    >>> describe_graph({"text": [ByteTokenizer(24)]}, "text")["shape"]
     ['N', 24]
     """
     graph = {"file": f"{modality}.onnx", "input": INPUTS[modality], "output": f"{modality}_embeds"}

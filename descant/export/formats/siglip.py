@@ -76,7 +76,7 @@ def patches_as_siglip(tower: PatchTower) -> Half:
 def _vision(tower: nn.Module, pool: nn.Module) -> Half:
     """Convert the image half; raise ValueError for a tower or a pool of another architecture."""
     if isinstance(tower, PretrainedTower) and tower.encoder.kind == "siglip" and tower.projected:
-        return _of_pretrained(tower)
+        return _from_pretrained(tower)
     kind = getattr(tower, "kind", None) or type(tower).__name__
     if type(tower) is PatchTower:
         half = patches_as_siglip(tower)
@@ -111,7 +111,7 @@ def _vision(tower: nn.Module, pool: nn.Module) -> Half:
 def _text(tower: nn.Module, pool: nn.Module, head: nn.Module) -> Half:
     """Convert the text half; raise ValueError for a tower, a pool or a head of another architecture."""
     if isinstance(tower, PretrainedTower) and tower.encoder.kind == "siglip" and tower.projected:
-        return _of_pretrained(tower)
+        return _from_pretrained(tower)
     if type(tower) is not TextTower or tower.causal or not tower.attend_padding:
         raise ValueError(
             f"towers.text: {getattr(tower, 'kind', None) or type(tower).__name__}; a SigLIP has a TextTower with "
@@ -132,7 +132,7 @@ def _text(tower: nn.Module, pool: nn.Module, head: nn.Module) -> Half:
     return Half(config, state)
 
 
-def _of_pretrained(tower: PretrainedTower) -> Half:
+def _from_pretrained(tower: PretrainedTower) -> Half:
     model: Any = tower.encoder.model
     sides = ("vision_model.", "text_model.")
     state = {name.removeprefix(sides[0]).removeprefix(sides[1]): x for name, x in model.state_dict().items()}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from descant.datamodules.fields.fields import Decoded, Field, Row, filled
+from descant.datamodules.fields.fields import Decoded, Field, Row, fill_rows
 
 
 class MyField(Field):
@@ -47,7 +47,7 @@ class MyField(Field):
         return "bit"  # one number per cell
 
     def decode(self, raw_B: Sequence[Row], draw_B: np.ndarray | None) -> Decoded:
-        rows_BT, errors = filled(
+        rows_BT, errors = fill_rows(
             torch.full((len(raw_B), self.steps), torch.nan), raw_B, lambda _, data: self._read(data.decode())
         )
         return rows_BT[:, None], errors

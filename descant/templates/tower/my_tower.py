@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.objects import recorded
+from descant.modules.core.objects import record_arguments
 from descant.modules.towers.base import Tokens, Tower
 
 
@@ -35,7 +35,7 @@ class MyTower(Tower):
     """
 
     def __init__(self, channels: int = 3, size: int = 32, patch: int = 8, width: int = 64) -> None:
-        self.arguments = recorded(locals())  # an export and SavedTower build it from these
+        self.arguments = record_arguments(locals())  # an export and SavedTower build it from these
         super().__init__()
         if patch < 1 or size % patch:
             raise ValueError(f"patch {patch}: it does not divide size {size}")

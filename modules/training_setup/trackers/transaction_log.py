@@ -48,12 +48,12 @@ def records(file: Path, start: int = len(HEADER)) -> Iterator[tuple[int, bytes]]
             whole = b""
 
 
-def framed(contents: Iterable[bytes]) -> bytes:
+def frame_records(contents: Iterable[bytes]) -> bytes:
     """Return the bytes of a file that holds these records.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "run-1.wandb")
-    >>> _ = file.write_bytes(framed([b"a", b"b" * 70000, b""]))
+    >>> _ = file.write_bytes(frame_records([b"a", b"b" * 70000, b""]))
     >>> [(len(record), end) for end, record in records(file)]
     [(1, 15), (70000, 70036), (0, 70043)]
     """

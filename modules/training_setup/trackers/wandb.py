@@ -17,7 +17,7 @@ from descant.modules.core.errors import warn
 from descant.modules.io.files import write_bytes
 from descant.modules.training_setup.boards import Table
 from descant.modules.training_setup.trackers.base import Point, Tracker
-from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
+from descant.modules.training_setup.trackers.transaction_log import HEADER, frame_records, records
 
 #: The step of the run, which is the x axis of its curves. The package's own step counts calls.
 STEP = "trainer/global_step"
@@ -126,7 +126,7 @@ class Wandb(Tracker):
             self._experiment = None  # the next call begins another file
         for file in self._files(self._id):
             if file.parent != now or self._experiment is None:
-                _cut(file, step)
+                _truncate_log(file, step)
         return []
 
     def _end(self, status: str) -> None:
@@ -184,7 +184,7 @@ def _row(record: bytes) -> dict[str, Any] | None:
     return {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in items}
 
 
-def _cut(file: Path, step: int) -> None:
+def _truncate_log(file: Path, step: int) -> None:
     """Remove what was logged from a step of the run on, and what the package's process wrote after it."""
     kept, undone = list[bytes](), False
     for _, record in records(file):
@@ -194,7 +194,7 @@ def _cut(file: Path, step: int) -> None:
         elif row is not None or not undone:
             kept.append(record)
     if undone:
-        write_bytes(file, framed(kept))
+        write_bytes(file, frame_records(kept))
 
 
 def _join(files: list[Path]) -> None:
@@ -215,7 +215,7 @@ def _join(files: list[Path]) -> None:
             seen |= {row["_step"]} if row is not None else set()
             message.num = len(joined) + 1
             joined.append(message.SerializeToString())
-    write_bytes(files[-1], framed(joined))
+    write_bytes(files[-1], frame_records(joined))
     for file in files[:-1]:
         file.unlink()
         media, ours = file.parent / "files" / "media", files[-1].parent / "files" / "media"

@@ -117,15 +117,15 @@ def test_two_ranks_equal_the_loop_and_each_other() -> None:
 def test_weights_by_hand() -> None:
     before = torch.tensor([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
     now = torch.tensor([[1.0, 1.5, 2.5], [0.5, 1.0, 1.0]])  # the third one got worse
-    assert GradientBlending.weighed(before, now).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32))
+    assert GradientBlending.compute_weights(before, now).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32))
     worse = torch.tensor([[3.0, 3.0, 3.0], [1.0, 1.0, 1.0]])
-    assert GradientBlending.weighed(before, worse).tolist() == [1.0] * 3, "nobody got better"
+    assert GradientBlending.compute_weights(before, worse).tolist() == [1.0] * 3, "nobody got better"
     even = torch.tensor([[1.0, 1.5, 2.0], [1.0, 1.5, 2.0]])
-    assert GradientBlending.weighed(before, even).tolist() == pytest.approx([2.0, 1.0, 0.0], abs=ulps(8, F32)), (
-        "no gap opened: by the gains alone"
-    )
+    assert GradientBlending.compute_weights(before, even).tolist() == pytest.approx(
+        [2.0, 1.0, 0.0], abs=ulps(8, F32)
+    ), "no gap opened: by the gains alone"
     exact = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
-    assert GradientBlending.weighed(before, exact).isfinite().all()
+    assert GradientBlending.compute_weights(before, exact).isfinite().all()
 
 
 def test_it_goes_on_where_it_was() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descant.callbacks import LFM, LearnedLFM
-from descant.callbacks.balance.lfm import fitted as polynomial
+from descant.callbacks.balance.lfm import classification_weight as polynomial
 from descant.modules.balance.alignment import LatentAlignment, LogitAlignment
 from descant.modules.core.batch import Batch
 from descant.recipes import Fusion

@@ -21,7 +21,7 @@ from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.quantize import Quantize
 from descant.modules.core.batch import Batch
-from descant.modules.io.lean import BASE, base_of, completed, lean
+from descant.modules.io.lean import BASE, base_of, complete_state, lean
 from descant.modules.towers import ConvTower, Frozen, TextTower, Towers
 from descant.recipes.contrastive import Contrastive
 from tests.tolerance import F32, ulps
@@ -118,7 +118,7 @@ def test_base_bytes_stay_and_adapters_move(tmp_path: Path) -> None:
     _, file = fit(recipe, tmp_path, 3, LeanCheckpoint())
     again = recipe_of("qlora")
     again.configure_model()
-    after = completed(read(file)["state_dict"], again)
+    after = complete_state(read(file)["state_dict"], again)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved == {name for name in before if "lora_" in name}
 
@@ -134,11 +134,11 @@ def test_another_base_is_refused_and_the_same_loads_strictly(tmp_path: Path) -> 
     recipe = recipe_of()
     recipe.configure_model()
     name = next(name for name in state if "lora_A" in name)
-    whole = completed({key: value for key, value in state.items() if key != name}, recipe)
+    whole = complete_state({key: value for key, value in state.items() if key != name}, recipe)
     with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
         recipe.load_state_dict(whole)
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        recipe.load_state_dict({**completed(state, recipe), "more": torch.zeros(1)})
+        recipe.load_state_dict({**complete_state(state, recipe), "more": torch.zeros(1)})
 
 
 def test_full_checkpoints_load_and_their_other_base_is_kept_whole(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_weights_that_the_trainer_casts_are_left_out_too(tmp_path: Path) -> None
     assert read(after)["state_dict"].keys() == state.keys()
     built = recipe_of("lit")
     built.configure_model()
-    built.load_state_dict(completed(state, built))  # and in float32 again, as an export does
+    built.load_state_dict(complete_state(state, built))  # and in float32 again, as an export does
 
 
 def test_a_lean_state_is_completed() -> None:
@@ -246,9 +246,9 @@ def test_a_lean_state_is_completed() -> None:
     base = base_of(module)
     state = lean(module.state_dict(), base)
     assert set(state) == {"1.weight", "1.bias", BASE}
-    whole = completed(state, module)
+    whole = complete_state(state, module)
     assert all(torch.equal(whole[name], value) for name, value in module.state_dict().items())
-    assert completed(module.state_dict(), module).keys() == module.state_dict().keys()
+    assert complete_state(module.state_dict(), module).keys() == module.state_dict().keys()
 
 
 # the command line -------------------------------------------------------------------------------------------

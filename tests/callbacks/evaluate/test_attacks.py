@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from descant.callbacks import Attacks
 from descant.datamodules.base import BatchDataset
 from descant.modules.core.batch import Batch
-from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, steepest
+from descant.modules.evaluation.attacks import Nudge, certified_radius, find_attacks, steepest
 from descant.modules.fusion.classifiers import OrthogonalFusion
 from descant.recipes import Fusion
 from tests.callbacks.balance.test_balance import one
@@ -63,7 +63,9 @@ def test_numbers_by_hand() -> None:
         each: dict[str, float] = {"unharmed": right}
         for m, radius in (("image", 0.4), ("text", 0.2)):
             x = row.inputs[m]
-            each[f"attacked/{m}"] = not attacked(Nudge(at, row, [m]), radius * (x - x.mean()).norm()[None], y, steps=5)
+            each[f"attacked/{m}"] = not find_attacks(
+                Nudge(at, row, [m]), radius * (x - x.mean()).norm()[None], y, steps=5
+            )
             other = row.only("text" if m == "image" else "image")
             each[f"absent/{m}"] = bool(at.fuse(at.latents(other), other.present).argmax(dim=1) == y)
         for kind in ("attacked", "absent"):

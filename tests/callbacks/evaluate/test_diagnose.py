@@ -26,7 +26,7 @@ from descant.modules.core.batch import Batch
 from descant.modules.core.objective import Term
 from descant.modules.core.output import Output
 from descant.modules.core.rng import uniform_N
-from descant.modules.evaluation.diagnosis import conflict, cross_fitted
+from descant.modules.evaluation.diagnosis import conflict, cross_fit
 from descant.modules.fusion.classifiers import FusionHead, LateFusion, MidFusion
 from descant.modules.towers import Towers, VectorTower
 from descant.recipes import Fusion
@@ -251,8 +251,8 @@ def test_the_readout_of_a_row_is_fitted_on_other_folds() -> None:
         y = torch.eye(3, dtype=torch.float64)[label_N[rest]]
         weights = torch.linalg.inv(k[:-1] + 0.03 * torch.eye(len(rest), dtype=torch.float64)) @ (y - y.mean(0))
         decided = int((k[-1] @ weights + y.mean(0)).argmax())
-        assert bool(cross_fitted(z_ND, label_N, id_N)[n]) == (decided == int(label_N[n])), n
-    assert not cross_fitted(z_ND.index_fill(0, id_N[:1], math.nan), label_N, id_N).any()
+        assert bool(cross_fit(z_ND, label_N, id_N)[n]) == (decided == int(label_N[n])), n
+    assert not cross_fit(z_ND.index_fill(0, id_N[:1], math.nan), label_N, id_N).any()
 
 
 def test_a_conflict_of_the_last_half_counts() -> None:

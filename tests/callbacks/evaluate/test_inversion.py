@@ -48,7 +48,7 @@ class Invertible(Recipe):
         self.towers = nn.ModuleDict({"image": Plain(), "text": Plain()})
         self.asked: list[str] = []
 
-    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
+    def encode_embeddings(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         self.asked.append(modality)
         return F.normalize(h_BTD.sum(dim=1) @ self.turn, dim=-1)
 

@@ -140,8 +140,8 @@ def test_its_control_drops_as_many_and_others() -> None:
     def kept(sham: Any) -> tuple[Tensor, Any]:
         curriculum = Curriculum(start=-0.2, end=-0.2, warmup=0, sham=sham)
         seen: list[Tensor] = []
-        inner = curriculum.kept
-        curriculum.kept = lambda *a: seen.append(inner(*a)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+        inner = curriculum.select_samples
+        curriculum.select_samples = lambda *a: seen.append(inner(*a)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
         callback = HarmonizeFeatures(None, curriculum)
         fitted(callback)
         return seen[0], callback.sham

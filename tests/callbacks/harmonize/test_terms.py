@@ -176,7 +176,7 @@ def explicit(rule: Rule, watched: list[list[Any]], accumulate: int, window: str)
                 each = [flat(of_terms(weights, rows)[0]) * len(micros) * len(parts) for rows in parts]
                 pairs = [(a_KP, b_KP) for m, a_KP in enumerate(each) for n, b_KP in enumerate(each) if m != n]
             else:
-                (h_KP,) = rule.preconditioned([flat(grads) * len(micros)])
+                (h_KP,) = rule.precondition([flat(grads) * len(micros)])
                 pairs = [(h_KP, h_KP)]
             gramian = torch.stack([a_KP @ b_KP.T for a_KP, b_KP in pairs]).mean(dim=0) * base_K[:, None] * base_K
             value = torch.tensor([values[k] for k in MIX], dtype=torch.float64) * len(micros)

@@ -24,7 +24,6 @@ from descant.callbacks.health.hangs import (
     Head,
     Seen,
     Where,
-    born,
     clock_line,
     end_processes,
     exchange_of,
@@ -33,7 +32,8 @@ from descant.callbacks.health.hangs import (
     hang_line,
     here,
     in_flight,
-    named,
+    process_start_ticks,
+    select_hanging,
 )
 from descant.callbacks.health.heartbeat import Heartbeat, Settings, Verdict
 from descant.callbacks.health.watch import Watch
@@ -105,7 +105,7 @@ def test_times_are_the_readers_own() -> None:
 
 def test_of_ranks_at_one_place_those_in_an_exchange_wait_for_the_others() -> None:
     waits, stuck = Where(0, exchange="all_gather"), Where(1)
-    assert named([waits, stuck]) == [stuck] and named([waits]) == [waits]
+    assert select_hanging([waits, stuck]) == [stuck] and select_hanging([waits]) == [waits]
 
 
 def all_gather_of_a_friend(frames: list[Any]) -> None:
@@ -136,7 +136,7 @@ def test_a_process_of_another_birth_is_not_killed(monkeypatch: pytest.MonkeyPatc
     later = Where(**{**vars(me), "born": me.born + 1})
     end_processes([later], Where())
     assert killed == []
-    if born(os.getpid()):  # where the kernel tells
+    if process_start_ticks(os.getpid()):  # where the kernel tells
         end_processes([me], Where())
         assert killed == [me.process]
         killed.clear()
@@ -213,7 +213,7 @@ def test_a_rank_without_heartbeat_is_named_by_its_last_one(
     beat.start()
     end = time.monotonic() + 30
     while not ended and time.monotonic() < end:
-        beat.phases.moved()
+        beat.phases.record_progress()
         time.sleep(0.01)
     beat.stop()
     assert ended == [75] and mark.exists()
@@ -240,11 +240,11 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 def placed(store: Any, rank: int, process: int, host: str) -> None:
     """One heartbeat of a rank."""
-    store.set(f"where/{rank}", Where(rank, host, process, born(process), 17, "forward").dumps())
+    store.set(f"where/{rank}", Where(rank, host, process, process_start_ticks(process), 17, "forward").dumps())
     store.set(f"at/{rank}", Head(9, (5, 1), False).dumps())
 
 
-@pytest.mark.skipif(not born(os.getpid()), reason="no /proc")
+@pytest.mark.skipif(not process_start_ticks(os.getpid()), reason="no /proc")
 def test_a_rank_without_heartbeat_is_ended_where_its_process_is_stopped(
     tmp_path: Path, process: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +263,7 @@ def test_a_rank_without_heartbeat_is_ended_where_its_process_is_stopped(
     assert "no heartbeat, stopped by a signal" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not born(os.getpid()), reason="no /proc")
+@pytest.mark.skipif(not process_start_ticks(os.getpid()), reason="no /proc")
 @pytest.mark.parametrize("silent", [0, 1])
 def test_ranks_of_other_machines_tell_what_they_read(
     tmp_path: Path, process: subprocess.Popen[bytes], silent: int

@@ -12,7 +12,7 @@ import pytest
 
 from descant.callbacks.plots import style
 from descant.callbacks.plots.curves import MOST, Track, cosine_map, curves
-from descant.callbacks.plots.style import CYCLE, RC, figure, page, pixels, rgb, styled, text_width, wrap
+from descant.callbacks.plots.style import CYCLE, RC, figure, page, pixels, rgb, text_width, with_style, wrap
 
 CALLBACKS = Path(style.__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ def test_no_callback_imports_matplotlib_before_it_draws() -> None:
 def test_figures_have_exact_sizes_and_ignore_the_settings_of_the_process() -> None:
     import matplotlib
 
-    @styled
+    @with_style
     def draw() -> np.ndarray:
         made = figure(200, 37)
         made.text(0.1, 0.4, "some text")

@@ -71,13 +71,13 @@ class Watching(L.Callback):
 
     def __init__(self, rounds: Rounds) -> None:
         self.rounds, self.pools, self.gaps = rounds, list[Any](), list[Tensor]()
-        chosen = rounds.chosen
+        chosen = rounds.choose_problems
 
         def seen(difficult_N: Tensor, key_N: Tensor, round: int) -> Tensor:
             self.gaps.append(difficult_N)
             return chosen(difficult_N, key_N, round)
 
-        rounds.chosen = seen  # type: ignore[method-assign]
+        rounds.choose_problems = seen  # type: ignore[method-assign]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pool = trainer.datamodule  # type: ignore[attr-defined]
@@ -198,7 +198,7 @@ def test_likelihood_is_of_the_answer_and_its_end() -> None:
         text = torch.tensor([[*asked, *spoken, 2]])
         one.inputs = {**one.inputs, "text": text, "loss_mask": torch.arange(text.shape[1])[None] >= len(asked)}
         with torch.no_grad():
-            before, token, _ = net.answered(one)
+            before, token, _ = net.hidden_before_answers(one)
             wanted = net.lm.logits(before).log_softmax(1).gather(1, token[:, None]).mean().exp()
         assert float(found[n]) == pytest.approx(float(wanted), rel=ulps(64, F32))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from descant.callbacks import AdversarialTraining, Resume
 from descant.modules.core.batch import Batch
-from descant.modules.evaluation.attacks import Nudge, attacked
+from descant.modules.evaluation.attacks import Nudge, find_attacks
 from descant.recipes import Fusion
 from tests.callbacks.checkpoints.test_resume import Act, equal, fit, point, state
 from tests.modules.evaluation import test_attacks as linear
@@ -63,7 +63,7 @@ def test_the_worst_point_is_that_of_the_attack() -> None:
     b.targets["kind"] = linear.decided(made, b).argmax(dim=1)
     after = perturbed(made, b, radius={"image": 0.3}, steps=8)
     nudge = Nudge(made, b, ["image"])
-    wrong_B = attacked(nudge, 0.3 * nudge.size_B(), b.targets["kind"], steps=8)
+    wrong_B = find_attacks(nudge, 0.3 * nudge.size_B(), b.targets["kind"], steps=8)
     assert torch.equal(linear.decided(made, after).argmax(dim=1) != b.targets["kind"], wrong_B) and wrong_B.any()
 
 
@@ -74,7 +74,7 @@ def test_it_depends_on_the_sample_alone() -> None:
     for m, x in part.inputs.items():
         torch.testing.assert_close(x, whole.inputs[m][rows], rtol=0, atol=ulps(64, F64))
     again = Batch(b.inputs, b.present, b.targets, rng_seed=b.rng_seed + 1000)  # of another epoch
-    chosen = [AdversarialTraining(RADIUS).chosen(x)["image"] for x in (b, again)]
+    chosen = [AdversarialTraining(RADIUS).draw_samples(x)["image"] for x in (b, again)]
     assert not torch.equal(*chosen) and 0.3 < chosen[0].double().mean() < 0.7
 
 

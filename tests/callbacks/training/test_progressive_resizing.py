@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from descant.callbacks import ProgressiveResizing, TrainFlops
-from descant.callbacks.training.progressive_resizing import resized
+from descant.callbacks.training.progressive_resizing import downsample_images
 from descant.modules.core.batch import Batch
 
 B, SIZE, STEPS = 4, 16, 10
@@ -105,11 +105,13 @@ def test_a_resumed_run_has_the_size_of_its_step_and_is_bit_identical(tmp_path: P
 def test_pixels_are_averaged_down() -> None:
     x_BCHW = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     x_BCHW[..., ::2] = 1.0  # stripes of one pixel: without antialias they would alias to all ones
-    out = resized(x_BCHW, 4)
+    out = downsample_images(x_BCHW, 4)
     assert out.shape == (1, 1, 4, 4) and out[..., 1:-1].sub(0.5).abs().max() < 1e-12  # a filter of even weights
     # away from the border a linear ramp stays a linear ramp
     ramp = torch.arange(32, dtype=torch.float64).expand(1, 1, 32, 32)
-    assert resized(ramp, 16)[0, 0, 0, 2:-2].diff().sub(2).abs().max() < 1e-12  # 4 weights of numbers up to 31: 140 ulps
+    assert (
+        downsample_images(ramp, 16)[0, 0, 0, 2:-2].diff().sub(2).abs().max() < 1e-12
+    )  # 4 weights of numbers up to 31: 140 ulps
 
 
 def test_operations_are_counted_by_size(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from descant.datamodules.combined.mixture import Mixture
 from descant.datamodules.corpora.emoji import Emoji
 from descant.datamodules.corpora.moving_emoji import MovingEmoji
 from descant.datamodules.fields.fields import Fields, ImageField, TextField
-from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, tempered
+from descant.datamodules.sampling.mixture_sampler import MixedOrder, Shares, temper_shares
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user.user_data import UserData
 from descant.modules.core.batch import Batch
@@ -228,8 +228,8 @@ def test_shares_by_temperature_keep_to_their_bounds() -> None:
     for sizes in ([5000, 700, 350, 180], [10, 10], [1000, 1]):
         for alpha in (0.0, 0.3, 0.5, 1.0):
             plain = [size**alpha / sum(n**alpha for n in sizes) for size in sizes]
-            assert [float(x) for x in tempered(sizes, alpha)] == pytest.approx(plain, abs=ulps(8, F32))
-            capped = [float(x) for x in tempered(sizes, alpha, 4.0)]
+            assert [float(x) for x in temper_shares(sizes, alpha)] == pytest.approx(plain, abs=ulps(8, F32))
+            capped = [float(x) for x in temper_shares(sizes, alpha, 4.0)]
             # shares are set aside part by part until all keep to their bounds
             assert sum(capped) == pytest.approx(1, abs=ulps(64, F32))
             assert all(x <= 4 * size / sum(sizes) + ulps(16, F32) for x, size in zip(capped, sizes, strict=True))

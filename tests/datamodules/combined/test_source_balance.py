@@ -54,7 +54,7 @@ def test_weights_are_those_of_the_sums_of_embeddings(tmp_path: Path) -> None:
     z = [torch.tensor(rows[f"z_{m}"].to_pylist(), dtype=torch.float64) for m in ("image", "text")]
     z_ND = sum((F.normalize(x, dim=1) for x in z), torch.zeros(120, 6, dtype=torch.float64))
     wanted = source_weights(z_ND[:40], [z_ND[40:80], z_ND[80:]], temperature=0.05)
-    measured = TransportBalance(file, "task").measured(PARTS)
+    measured = TransportBalance(file, "task").measure_weights(PARTS)
     assert torch.equal(measured.weight_S, wanted.weight_S)
     weights = TransportBalance(file, "task").weights(PARTS)
     assert weights["task"] == 0 and weights["near"] > 2 * weights["far"] > 0

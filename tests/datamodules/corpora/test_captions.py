@@ -75,8 +75,8 @@ def data() -> Emoji:
 
 
 def trained(data: Emoji) -> MixedCaptions:
-    assert data.mixed is not None
-    return data.mixed
+    assert data.mixed_captions is not None
+    return data.mixed_captions
 
 
 # what is measured ------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_the_sham_permutes_alt_texts_and_changes_nothing_else() -> None:
     some = many()
     method, control = (mixer(0.5, 0.5, sham=sham) for sham in (None, "permute"))
     ours, theirs = (m.write(some, TOKENIZER) for m in (method, control))
-    told = some.permuted().alt_R
+    told = some.permute_captions().alt_R
     assert told is not None and not (told == np.arange(len(some))).any()
     assert (some.concept_R[told] != some.concept_R).all()
     at, seen = 0, set()
@@ -366,7 +366,7 @@ def test_the_sham_permutes_alt_texts_and_changes_nothing_else() -> None:
     assert np.mean([a == b for a, b in zip(handed, names, strict=True)]) < 0.01
     synthetic = [[x.texts[t] for t in x.text_SR[1]] for x in (ours, theirs)]
     assert synthetic[0] == synthetic[1]
-    other = some.permuted(within_kind=True).alt_R
+    other = some.permute_captions(within_kind=True).alt_R
     assert other is not None and sorted(other) == list(range(len(some)))
     kind_R = np.array(some.kind_C)[some.concept_R]
     assert (kind_R[other] == kind_R).all() and (some.hand_R[other] == some.hand_R).all()

@@ -42,7 +42,7 @@ class Field(CropModule):
         x = ramp(40, 30)
         return {"a": x, "b": np.concatenate([x, 255 - x])}
 
-    def cut(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
+    def split_space(self, space: tuple[int, ...], size: int) -> dict[str, Box]:
         high, wide = space
         return {
             "train": Box((0, 0), (high, 12)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from descant.datamodules.corpora.digits import LINES, NAMES, Digits, DigitsSet, drawn
+from descant.datamodules.corpora.digits import LINES, NAMES, Digits, DigitsSet, draw_digits
 from descant.modules.core.rng import normal_NK, uniform_N, uniform_NK
 from tests.datamodules.batches import shuffled
 from tests.tolerance import statistical
@@ -55,21 +55,21 @@ def explicit(digit: int, key: int, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("digit", range(10))
 def test_a_picture_is_its_lines_pixel_by_pixel(digit: int) -> None:
-    x_1HH = drawn(torch.tensor([digit]), np.array([40 + digit]), 12, 0.0)[0]
+    x_1HH = draw_digits(torch.tensor([digit]), np.array([40 + digit]), 12, 0.0)[0]
     # float32 against float64, of pixels that are a distance times 6
     np.testing.assert_allclose(x_1HH[0].numpy(), explicit(digit, 40 + digit, 12), rtol=0, atol=2e-5)
 
 
 def test_a_picture_is_the_same_among_others() -> None:
     digit_N, draw_N = torch.tensor([3, 8, 3, 1]), np.array([5, 6, 7, 8])
-    together = drawn(digit_N, draw_N, 20, 0.4)
+    together = draw_digits(digit_N, draw_N, 20, 0.4)
     for n in range(4):
-        assert torch.equal(drawn(digit_N[n : n + 1], draw_N[n : n + 1], 20, 0.4)[0], together[n])
+        assert torch.equal(draw_digits(digit_N[n : n + 1], draw_N[n : n + 1], 20, 0.4)[0], together[n])
 
 
 def test_the_noise_is_the_one_that_was_chosen() -> None:
     digit_N, draw_N = torch.arange(10).repeat(20), np.arange(200)
-    noise = drawn(digit_N, draw_N, 28, 0.7) - drawn(digit_N, draw_N, 28, 0.0)
+    noise = draw_digits(digit_N, draw_N, 28, 0.7) - draw_digits(digit_N, draw_N, 28, 0.0)
     assert abs(float(noise.std()) - 0.7) < statistical(0.7 / np.sqrt(2), noise.numel())
     assert not torch.equal(noise[0], noise[1])
 
@@ -91,7 +91,7 @@ def test_the_same_digit_is_drawn_and_spoken() -> None:
     for n in range(64):
         digit, index = int(batch.targets["digit"][n]), int(batch.index[n])
         assert held.describe(index) == NAMES[digit]
-        clip = held.spoken.spoken
+        clip = held.spoken_names.spoken
         wave_S = batch.inputs["audio"][n, : int(batch.inputs["audio_length"][n])].numpy()
         clips = [clip.wave[first : first + len(wave_S)] for first, _ in clip.clips[:, digit]]
         assert any(np.array_equal(wave_S, one) for one in clips)

@@ -155,7 +155,7 @@ def test_paired_sets_have_every_image_with_its_text_only(data: Emoji) -> None:
             batch = whole(rows)
             assert batch.both("image", "text").all()
             some = batch.index[::50] // len(VENDORS)
-            told = torch.tensor([data.captions.fixed(int(c), keywords=True) for c in some])
+            told = torch.tensor([data.captions.evaluation_caption(int(c), keywords=True) for c in some])
             assert torch.equal(batch.inputs["text"][::50], told)
             assert torch.equal(batch.targets["subgroup"][::50], torch.from_numpy(data.label["subgroup"])[some])
 
@@ -223,7 +223,7 @@ def test_captions_vary_and_carry_the_name(data: Emoji) -> None:
     assert len(seen) > 10
     name = tuple(captions.tokenizer.row([captions.tokenizer.ids(data.pack.rows[concept]["names"]["en"])]))
     assert name in seen
-    assert tuple(captions.fixed(concept, keywords=False)) == name
+    assert tuple(captions.evaluation_caption(concept, keywords=False)) == name
 
 
 def test_shuffled_captions_are_of_other_concepts_and_change_nothing_else() -> None:
@@ -395,9 +395,9 @@ def test_an_empty_caption_is_refused(data: Emoji) -> None:
 def test_drawings_are_decoded_once_in_a_process() -> None:
     first, second = Emoji(tiny=True, groups=["people-body"]), Emoji(tiny=True, groups=["objects"])
     images, _ = first.pack.drawings("noto")
-    smaller = first.pack.reduced("noto", 32)
+    smaller = first.pack.downsample("noto", 32)
     with mock.patch.object(emoji_pack, "decode_webp") as decode:
-        assert second.pack.drawings("noto")[0] is images and second.pack.reduced("noto", 32) is smaller
+        assert second.pack.drawings("noto")[0] is images and second.pack.downsample("noto", 32) is smaller
     assert not decode.called
     other, _ = Emoji(sealed=True, tiny=True).pack.drawings("noto")  # of other concepts
     assert not torch.equal(other, images[: len(other)])

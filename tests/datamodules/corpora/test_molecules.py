@@ -34,11 +34,11 @@ def test_the_list_has_4892_molecules() -> None:
 
 def test_no_scaffold_is_in_two_parts() -> None:
     data = Molecules(tiny=True, batch_size=8)
-    scaffold = data.described.scaffold
+    scaffold = data.descriptions.scaffold
     parts = {name: {scaffold[n] for n in row_N} for name, row_N in data.splits.items()}
     assert min(map(len, parts.values())) > 0 and sum(map(len, parts.values())) == len(set(scaffold))
     assert sum(map(len, data.splits.values())) == len(scaffold)
-    y_N = data.described.numbers["logp"][data.splits["train"]].astype(np.float64)
+    y_N = data.descriptions.numbers["logp"][data.splits["train"]].astype(np.float64)
     assert data.number_scale("logp") == (y_N.mean(), y_N.std()) and data.number_scale("age") is None
 
 
@@ -48,11 +48,11 @@ def test_training_draws_a_spelling_and_evaluation_has_the_canonical_one() -> Non
     trained, judged = data.training_set(), data.bank_set()
     tokens = data.tokenizer
     assert tokens is not None
-    names = [data.described.smiles[n] for n in judged.identity(row)]
+    names = [data.descriptions.smiles[n] for n in judged.identity(row)]
     assert judged.rows(row, draws).inputs["text"].tolist() == tokens(names).tolist()
     assert trained.rows(row, draws).inputs["text"].tolist() == tokens([name[::-1] for name in names]).tolist()
     many = Molecules(tiny=True, batch_size=8, spellings=5)
-    many.described.spellings[0][:] = ["C" * n for n in range(1, 6)]
+    many.descriptions.spellings[0][:] = ["C" * n for n in range(1, 6)]
     at = int(np.flatnonzero(many.training_set().identity(np.arange(len(many.training_set()))) == 0)[0])
     lengths = [
         int((many.training_set().rows(np.array([at]), np.array([d], dtype=np.uint64)).inputs["text"] > 0).sum())

@@ -123,7 +123,7 @@ def test_drawings_are_at_their_places(name: str) -> None:
             top, start, pixels = (int(x[n, k]) for x in (scene.top_BK, scene.left_BK, scene.pixels_BK))
             assert (top // data.world.cell, start // data.world.cell) == divmod(int(scene.cell_BK[n, k]), data.grid)
             assert pixels <= data.world.cell
-            drawn = data.world.pack.reduced(VENDORS[scene.vendor_BK[n, k]], pixels)[scene.concept_BK[n, k]]
+            drawn = data.world.pack.downsample(VENDORS[scene.vendor_BK[n, k]], pixels)[scene.concept_BK[n, k]]
             patch = (slice(None), slice(top, top + pixels), slice(start, start + pixels))
             assert torch.equal(image[n][patch], drawn)
             left[patch] = 0

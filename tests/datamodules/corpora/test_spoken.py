@@ -30,8 +30,8 @@ def emoji(**options: object) -> Emoji:
 
 def clip(data: Emoji, concept: int, voice: int) -> np.ndarray:
     """Explicitly: 2 seconds of a concept in voice number ``voice``."""
-    assert data.spoken is not None
-    clips = data.spoken.spoken
+    assert data.spoken_names is not None
+    clips = data.spoken_names.spoken
     first, length = clips.clips[voice, concept]
     row = np.zeros(2 * RATE, np.int16)
     row[: min(length, len(row))] = clips.wave[first : first + min(length, len(row))]

@@ -20,7 +20,7 @@ from descant.datamodules.fields.fields import Fields, TextField
 from descant.datamodules.fields.images import Images
 from descant.datamodules.sources.folder import Folder
 from descant.datamodules.sources.image_shapes import image_shapes
-from descant.datamodules.sources.reading import replaced
+from descant.datamodules.sources.reading import replace_row
 from descant.datamodules.sources.stream import Stream
 from descant.datamodules.user.user_data import UserData
 from descant.modules.core.rng import mix
@@ -130,7 +130,7 @@ def test_an_unreadable_image_is_its_own_error() -> None:
 
 def test_a_replaced_row_may_be_larger_and_then_the_others_are_padded() -> None:
     x = torch.ones(2, 4, 8, 16, dtype=torch.uint8)
-    made = replaced(x, 0, torch.full((4, 16, 8), 5, dtype=torch.uint8))
+    made = replace_row(x, 0, torch.full((4, 16, 8), 5, dtype=torch.uint8))
     assert made.shape == (2, 4, 16, 16) and int(made[1].sum()) == 4 * 8 * 16 and int(made[0].sum()) == 5 * 4 * 16 * 8
 
 

@@ -100,7 +100,7 @@ def test_texts_become_ids() -> None:
     assert errors[:3] == [None, None, None] and "not UTF-8" in str(errors[3]) and "empty" in str(errors[4])
     length = field.tokenizer.length
     words = [" ".join(f"{k}" for k in range(n)) for n in (1, length - 20, length + 20, length + 50)]
-    assert field.cut(words) == 2
+    assert field.count_truncated(words) == 2
 
 
 def test_images_become_pixels_and_bombs_errors() -> None:

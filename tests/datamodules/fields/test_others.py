@@ -97,7 +97,7 @@ def test_videos_of_a_folder_are_read_by_the_decoder(decoder: None, tmp_path: Pat
     assert video.inputs["video"].dtype == torch.int16 and video.inputs["video"].shape == (5, 4, 3, 8, 8)
     assert video.inputs["video"][:, :, 0, 0, 0].tolist()[:2] == [[0, 3, 6, 9], [0, 1, ENDED, ENDED]]
     assert video.present["video"].tolist() == [True, True, False, False, False]
-    assert [(loss["sample"], loss["why"]) for loss in data.ledger.noted()] == [
+    assert [(loss["sample"], loss["why"]) for loss in data.ledger.read_lines()] == [
         ("c.mp4", "video: a video without a frame"),
         ("d.mp4", "video: no video: moov atom not found"),
         ("e.mp4", "video: an empty file"),

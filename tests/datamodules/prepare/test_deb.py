@@ -16,7 +16,7 @@ import pytest
 
 from descant.datamodules.prepare import deb as module
 from descant.datamodules.prepare.deb import Deb, unpack
-from descant.datamodules.prepare.package import scratch, sha256_of, unpacked
+from descant.datamodules.prepare.package import fetch_and_unpack, scratch, sha256_of
 from descant.modules.io.cache import cache_folder
 
 CONTENT = {"./usr/share/pack/a/one.txt": b"one", "./usr/share/pack/two.bin": bytes(range(256)) * 999}
@@ -56,15 +56,15 @@ def package(tmp_path: Path) -> tuple[Deb, Path]:
 
 def test_a_file_is_unpacked_once_under_its_hash(package: tuple[Deb, Path], tmp_path: Path) -> None:
     deb, file = package
-    folder = unpacked(deb, file, cache=tmp_path / "cache")
+    folder = fetch_and_unpack(deb, file, cache=tmp_path / "cache")
     assert folder == tmp_path / "cache" / "pack" / sha256_of(file)
     assert (folder / "a" / "one.txt").read_bytes() == b"one"
     assert (folder / "two.bin").read_bytes() == CONTENT["./usr/share/pack/two.bin"]
     assert [p.name for p in folder.parent.iterdir()] == [folder.name], "no temporary folder is left"
     (folder / "a" / "one.txt").write_bytes(b"kept")
-    assert unpacked(deb, file, cache=tmp_path / "cache") == folder
+    assert fetch_and_unpack(deb, file, cache=tmp_path / "cache") == folder
     # by name: found in the cache, no apt asked
-    assert unpacked(deb, cache=tmp_path / "cache") == folder
+    assert fetch_and_unpack(deb, cache=tmp_path / "cache") == folder
     assert (folder / "a" / "one.txt").read_bytes() == b"kept"
 
 
@@ -73,14 +73,14 @@ def test_an_unknown_hash_is_named_and_can_be_accepted(package: tuple[Deb, Path],
     other = Deb("pack", {"0" * 64: "0.9", "1" * 64: "0.8"}, under="usr/share/pack")
     sha = sha256_of(file)
     with pytest.raises(ValueError, match=rf"{sha} is not a known pack .*0\.9.*0\.8.*accept: \[{sha}\]$"):
-        unpacked(other, file, cache=tmp_path / "cache")
-    assert unpacked(other, file, [sha], tmp_path / "cache").is_dir()
-    assert unpacked(other, None, [sha], tmp_path / "cache").is_dir()
+        fetch_and_unpack(other, file, cache=tmp_path / "cache")
+    assert fetch_and_unpack(other, file, [sha], tmp_path / "cache").is_dir()
+    assert fetch_and_unpack(other, None, [sha], tmp_path / "cache").is_dir()
     with pytest.raises(ValueError, match="accept: 'abc' is not a SHA-256"):
-        unpacked(other, file, ["abc"])
+        fetch_and_unpack(other, file, ["abc"])
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"^pack_1_all\.deb: truncated: data\.tar\.xz needs"):
-        unpacked(other, file, cache=tmp_path / "cache")
+        fetch_and_unpack(other, file, cache=tmp_path / "cache")
 
 
 def fake_apt(folder: Path, script: str) -> Path:
@@ -97,7 +97,7 @@ def test_apt_downloads_by_name(package: tuple[Deb, Path], tmp_path: Path, monkey
     path = os.environ["PATH"]
     monkeypatch.setenv("PATH", f"{fake_apt(tmp_path / 'bin', script)}:{path}")
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
-    first, second = unpacked(deb), unpacked(deb)
+    first, second = fetch_and_unpack(deb), fetch_and_unpack(deb)
     assert first == second == tmp_path / "cache" / "pack" / sha256_of(file)
     assert (tmp_path / "asked").read_text() == "download pack\n", "asked once"
     assert [p.name for p in first.parent.iterdir()] == [first.name], "the .deb is not kept twice"
@@ -109,13 +109,13 @@ def test_a_failure_of_apt_is_one_line_with_a_remedy(tmp_path: Path, monkeypatch:
     script = 'echo "E: Unable to locate package pack" >&2; exit 100'
     monkeypatch.setenv("PATH", f"{fake_apt(tmp_path / 'bin', script)}:{os.environ['PATH']}")
     with pytest.raises(ValueError, match=r"Unable to locate package pack.*apt-get update.*deb: PATH") as error:
-        unpacked(deb)
+        fetch_and_unpack(deb)
     assert "\n" not in str(error.value)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"no apt-get here.*deb: PATH"):
-        unpacked(deb)
+        fetch_and_unpack(deb)
     with pytest.raises(ValueError, match=r"deb: .*none\.deb: no such file"):
-        unpacked(deb, tmp_path / "none.deb")
+        fetch_and_unpack(deb, tmp_path / "none.deb")
     assert not list((tmp_path / "cache" / "pack").iterdir())
 
 
@@ -152,7 +152,7 @@ def test_a_hostile_member_stops_everything(extra: tarfile.TarInfo, says: str, tm
     file = deb_of(tmp_path / "bad.deb", tar_of(CONTENT, extra))
     deb = Deb("pack", {sha256_of(file): "1"}, under="usr/share/pack")
     with pytest.raises(ValueError, match=rf"^bad\.deb: .*{says}"):
-        unpacked(deb, file, cache=tmp_path / "cache")
+        fetch_and_unpack(deb, file, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "pack").iterdir()), "nothing half unpacked is left"
     assert not (tmp_path / "evil").exists()
 
@@ -233,7 +233,8 @@ def test_processes_that_unpack_at_once_agree(package: tuple[Deb, Path], tmp_path
     deb, file = package
     found: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: found.append(unpacked(deb, file, cache=tmp_path / "cache"))) for _ in range(6)
+        threading.Thread(target=lambda: found.append(fetch_and_unpack(deb, file, cache=tmp_path / "cache")))
+        for _ in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -257,4 +258,4 @@ def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     file = deb_of(tmp_path / "bad.deb", bytes(header) + b"A" * 512 + bytes(1024))
     deb = Deb("pack", {sha256_of(file): "1"}, under="usr/share/pack")
     with pytest.raises(ValueError, match=r"^bad\.deb: member '\./usr/share/pack/big' is a sparse file"):
-        unpacked(deb, file, cache=tmp_path / "cache")
+        fetch_and_unpack(deb, file, cache=tmp_path / "cache")

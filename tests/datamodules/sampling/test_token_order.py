@@ -104,7 +104,7 @@ def test_blocks_of_a_file_stay_together() -> None:
     made = TokenOrder(BlockShuffle(block_N, 2, 1, 1), COUNT_N, 300)
     first = [s.sample for w in made for s in w.slots][:15]
     assert len({sample // 10 for sample in first}) <= 4
-    assert torch.equal(made.cut(0)[0], BlockShuffle(block_N, 2, 1, 1).permutation(0))
+    assert torch.equal(made.cut_epoch(0)[0], BlockShuffle(block_N, 2, 1, 1).permutation(0))
 
 
 def test_a_budget_of_few_samples_names_the_least() -> None:

@@ -251,7 +251,7 @@ def images(folder: Path) -> Path:
 def reported_or_same(folder: Path, path: Path, table: Path, read: Callable[[], list[object]]) -> tuple[int, int, int]:
     """Bit flips of a file of a corpus: how many are reported on opening or reading, harmless, or detected by verify."""
     whole, corpus = read(), _corpus(table)
-    corpus.content = list(corpus.hashed().values())
+    corpus.content = list(corpus.hash_files().values())
     before = corpus.state()
     reported = same = verified = 0
     for at, bit in flips(path):
@@ -267,7 +267,7 @@ def reported_or_same(folder: Path, path: Path, table: Path, read: Callable[[], l
             same += 1
         else:
             now = _corpus(table)
-            now.content = list(now.hashed().values())
+            now.content = list(now.hash_files().values())
             assert now.changes(before), (at, bit)
             verified += 1
     return reported, same, verified

@@ -433,7 +433,7 @@ def _hammer(folder: Path, number: int) -> None:
         else:
             keep(kept, name, name.encode()[:1] * size)
         total = 0
-        with kept.locked():
+        with kept.locking():
             total = sum(path.stat().st_size for path in folder.iterdir() if path.exists())
         assert total <= 5000, total
     os._exit(0)

@@ -350,12 +350,12 @@ def test_crops_of_cached_images_match_those_of_the_originals(tmp_path: Path) -> 
     field = ImageField(size=16, scale=(0.2, 0.6), keep=1.5)
     draw_B = np.arange(64)
     whole_B3SS, _ = field.decode([out.getvalue()] * 64, draw_B)
-    small_B3SS, errors = field.decode([field.reduced(out.getvalue())] * 64, draw_B)
+    small_B3SS, errors = field.decode([field.reduce(out.getvalue())] * 64, draw_B)
     assert errors == [None] * 64
     difference_BS = (whole_B3SS.float() - small_B3SS.float()).abs().mean(dim=(1, 2)) / 255
     # an edge moves by at most a pixel of the copy, which the narrowest crop shows 16 * 240 / 24 / 51 = 3.2 columns wide
     assert float(difference_BS.sum(dim=1).max()) <= 3.2
-    central = [field.decode([raw], None)[0] for raw in (out.getvalue(), field.reduced(out.getvalue()))]
+    central = [field.decode([raw], None)[0] for raw in (out.getvalue(), field.reduce(out.getvalue()))]
     assert float((central[0].float() - central[1].float()).abs().mean()) <= 255 * 3 / 16
 
 

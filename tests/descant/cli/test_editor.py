@@ -14,7 +14,7 @@ import yaml
 
 from descant.claims import spec
 from descant.cli import editor
-from descant.cli.catalogue import BASE, shipped
+from descant.cli.catalogue import BASE, list_shipped
 from descant.cli.document import load
 from descant.cli.errors import Refusal
 from tests.conftest import Result
@@ -32,10 +32,10 @@ def validators(written_content: dict[str, Any]) -> dict[str, Any]:
     return {root: jsonschema.Draft7Validator(schema) for root, schema in schemas.items()}
 
 
-@pytest.mark.parametrize("name", ["base", *(name for name in shipped() if not name.startswith("claims/"))])
+@pytest.mark.parametrize("name", ["base", *(name for name in list_shipped() if not name.startswith("claims/"))])
 def test_what_ships_is_valid(validators: dict[str, Any], name: str) -> None:
     root = "data" if name.startswith("data/") else ""
-    validators[root].validate(load({"base": BASE, **shipped()}[name]).plain)
+    validators[root].validate(load({"base": BASE, **list_shipped()}[name]).plain)
 
 
 MISTAKES: list[tuple[tuple[str, ...], Any]] = [
@@ -56,7 +56,7 @@ MISTAKES: list[tuple[tuple[str, ...], Any]] = [
 
 @pytest.mark.parametrize(("place", "value"), MISTAKES, ids=[".".join(place) for place, _ in MISTAKES])
 def test_a_mistake_is_seen(validators: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    config = copy.deepcopy(load(shipped()["contrastive/emoji"]).plain)
+    config = copy.deepcopy(load(list_shipped()["contrastive/emoji"]).plain)
     node = config
     for key in place[:-1]:
         node = node[key]

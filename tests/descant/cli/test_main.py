@@ -19,9 +19,9 @@ import yaml
 
 from descant.__main__ import COMMANDS, main
 from descant.cli import dump, helptext
-from descant.cli.catalogue import experiments, header, overlays, shipped
+from descant.cli.catalogue import experiments, header, list_shipped, overlays
 from descant.modules.io import names
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from tests.conftest import Result
 from tests.rotation import quick, turn
 
@@ -143,7 +143,7 @@ def test_list_shows_all_that_ships_one_line_each(cli: Cli) -> None:
         told, whole = line.removeprefix(f"  {name}").strip(), header(file)
         assert len(line) <= 110
         assert told == whole or (told.endswith(" ...") and f"{whole} ".startswith(told.removesuffix("...")))
-    assert "base" not in shipped()
+    assert "base" not in list_shipped()
 
 
 def test_list_looks_for_words(cli: Cli) -> None:
@@ -325,7 +325,7 @@ def test_a_run_is_evaluated_from_its_own_configuration(
     assert {path: path.read_bytes() for path in before} == before
     key = {"validate": "val", "test": "test"}[command]
     assert (run / f"{command}-001/metrics.csv").is_file() and f"{key}" in result.out
-    assert followed(workplace / "runs/toy/latest") == run and len(list((workplace / "runs/toy").iterdir())) == 3
+    assert follow_latest(workplace / "runs/toy/latest") == run and len(list((workplace / "runs/toy").iterdir())) == 3
 
 
 def test_best_is_what_the_monitor_chose(toy: Cli, cli: Cli, workplace: Path) -> None:

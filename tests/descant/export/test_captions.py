@@ -58,11 +58,11 @@ def test_captions_whose_ids_open_clip_changes_are_found(tmp_path: Path) -> None:
     made = clips.OpenClipFormat()
     made.write(clip(), PARTS, tmp_path)
     expected = {here: there for here, there in CAPTIONS.items() if there is not None}
-    assert dict(made.changed(PARTS, tmp_path, texts)) == expected
+    assert dict(made.list_cleaned_texts(PARTS, tmp_path, texts)) == expected
     # ids that are cut before the first change are equal
-    assert made.changed({"text": [ByteTokenizer(7)]}, tmp_path, ["four o\u2019clock"]) == []
-    assert made.changed({}, tmp_path, texts) == []
-    assert clips.ClipFormat().changed(PARTS, tmp_path, texts) == []  # transformers cleans nothing
+    assert made.list_cleaned_texts({"text": [ByteTokenizer(7)]}, tmp_path, ["four o\u2019clock"]) == []
+    assert made.list_cleaned_texts({}, tmp_path, texts) == []
+    assert clips.ClipFormat().list_cleaned_texts(PARTS, tmp_path, texts) == []  # transformers cleans nothing
 
 
 def test_captions_are_evenly_sampled_and_none_is_an_error(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_37_names_of_the_emoji_pack_have_other_ids_there(tmp_path: Path) -> None
     texts, parts = captions_of(Emoji()), {"text": [ByteTokenizer(80)]}
     made = clips.OpenClipFormat()
     made.write(clip(), PARTS, tmp_path)
-    changed = made.changed(parts, tmp_path, texts)
+    changed = made.list_cleaned_texts(parts, tmp_path, texts)
     assert len(texts) == 1586 and len(changed) == 37
     straight = str.maketrans({"\u2019": "'", "\u201c": '"', "\u201d": '"'})
     assert all(there == here.translate(straight) for here, there in changed)

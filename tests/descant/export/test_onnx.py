@@ -85,7 +85,7 @@ TOWERS: dict[str, Callable[[], Any]] = {
 def test_a_program_takes_any_number_of_inputs(name: str) -> None:
     model = TOWERS[name]()
     for modality in ("image", "text"):
-        graph = graphs.described(PARTS, modality)
+        graph = graphs.describe_graph(PARTS, modality)
         program = graphs.program_of(graphs.ModalityGraph(model, modality), modality, graphs.example(graph, 2))
         for rows in (1, 5):
             x = graphs.example(graph, rows)
@@ -95,7 +95,7 @@ def test_a_program_takes_any_number_of_inputs(name: str) -> None:
 
 
 def test_the_layer_that_is_not_exported_is_named() -> None:
-    x_BCHW = graphs.example(graphs.described(PARTS, "image"), 2)
+    x_BCHW = graphs.example(graphs.describe_graph(PARTS, "image"), 2)
     for kind, line in [
         ("branch", r"towers\.image\.odd: Rooted cannot be exported: it branches on a value of its inputs"),
         ("len", r"towers\.image: Odd cannot be exported: it is made for one number of inputs"),
@@ -132,7 +132,7 @@ def test_what_a_folder_cannot_hold_is_named(tmp_path: Path) -> None:
 
 def test_hashed_ngrams_are_a_function_of_the_card() -> None:
     tokenizer, made = NgramTokenizer(n=4, buckets=512, length=12), graphs.OnnxFormat()
-    assert graphs.described({"text": [tokenizer]}, "text")["preprocessing"]["tokenizer"] is None
+    assert graphs.describe_graph({"text": [tokenizer]}, "text")["preprocessing"]["tokenizer"] is None
     made.tokenizer = tokenizer
     code = made.usage("out").partition("input_ids = ")[0].replace("import numpy as np, onnxruntime\n", "")
     space: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from descant.modules.losses.blockwise import sigmoid_sums
 from descant.modules.losses.exchange import Ring
 from descant.modules.towers.image import PatchTower
 from descant.modules.training_setup.activation_checkpointing import blocks_of, recompute
-from descant.plan.fake_device import Simulated, adapted, register
+from descant.plan.fake_device import Simulated, patching_torch, register
 from descant.plan.record import Recorder
 from descant.plan.trace import Memory, Operation, Trace
 from tests.ranks import run_ranks
@@ -29,7 +29,7 @@ B, HEADS, KEYS, T, WIDTH = 2, 4, 2, 16, 8
 def recorded(step: Callable[[torch.device], Tensor], cpu: bool = False) -> list[Operation]:
     """Operations of a function of the device, and of its backward."""
     record = Recorder(copies=cpu)
-    with Simulated(), adapted(cpu), record:
+    with Simulated(), patching_torch(cpu), record:
         out = step(register())
         record.phase = "backward"
         if out.requires_grad:
@@ -175,7 +175,7 @@ def peaks(rank: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for step in (convolved, convolved_last, normalizer):
         for copies in (False, True):
-            with Simulated(), adapted(copies), Recorder(copies) as record:
+            with Simulated(), patching_torch(copies), Recorder(copies) as record:
                 step(register())
                 found.setdefault(step.__name__, []).append(record.peak)
     return found

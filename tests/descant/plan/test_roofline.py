@@ -124,7 +124,7 @@ def test_a_step_hides_what_is_beside_the_computation_of_its_phase() -> None:
     assert time.communication == exactly(0.032 + 3e-6)
     assert time.exposed == exactly(0.032 + 3e-6 - 0.001 - 1e-6 - 0.01)
     assert time.total == exactly(time.compute + time.exposed) and time.host == 0.0
-    assert time.bound == "links" and sum(time.parts.values()) == exactly(time.total)
+    assert time.bottleneck == "links" and sum(time.parts.values()) == exactly(time.total)
     assert set(time.parts) == set(BOUNDS)
     busy = step_time(Trace(1, NOTHING, operations, messages), replace(ROUND, overlap=0.0))
     assert busy.exposed == busy.communication == exactly(time.communication)
@@ -134,9 +134,9 @@ def test_processes_that_share_cores_compute_longer() -> None:
     shared = replace(ROUND, contention={1: 1.0, 2: 1.5})
     trace = Trace(1, NOTHING, [operation(10**10, 8)])
     assert step_time(trace, shared, processes=2).total == exactly(0.015)
-    assert step_time(trace, shared).bound == "compute"
-    assert step_time(Trace(1, NOTHING, [operation(8, 10**9)]), shared).bound == "memory"
-    assert step_time(Trace(1, NOTHING, [operation(8, 8)]), shared).bound == "launches"
+    assert step_time(trace, shared).bottleneck == "compute"
+    assert step_time(Trace(1, NOTHING, [operation(8, 10**9)]), shared).bottleneck == "memory"
+    assert step_time(Trace(1, NOTHING, [operation(8, 8)]), shared).bottleneck == "launches"
 
 
 def test_attention_has_a_share_of_its_own_and_skips_what_is_masked() -> None:
@@ -151,7 +151,7 @@ def test_the_host_launches_ahead_of_what_computes() -> None:
     small = [operation(0, 8), operation(0, 8, phase="backward"), operation(0, 8, phase="backward")]
     waits = step_time(Trace(1, NOTHING, small), ROUND)
     assert (waits.forward, waits.backward, waits.total) == (exactly(1e-5), exactly(2e-5), exactly(3e-5))
-    assert waits.bound == "launches" and sum(waits.parts.values()) == exactly(waits.total)
+    assert waits.bottleneck == "launches" and sum(waits.parts.values()) == exactly(waits.total)
     hidden = step_time(Trace(1, NOTHING, [*small, operation(10**10, 8)]), ROUND)
     assert hidden.total == exactly(0.01 + 7.5e-6) and hidden.parts["launches"] == exactly(7.5e-6)
 

@@ -134,7 +134,7 @@ def counts(trace: Trace) -> Counter[tuple[str, int]]:
 
 def test_ddp_sends_each_gradient_once_beside_the_computation() -> None:
     trace = planned()["ddp"]
-    assert trace.moved() == {"all_reduce": WHOLE} and len(trace.collectives) == 1
+    assert trace.bytes_by_collective() == {"all_reduce": WHOLE} and len(trace.collectives) == 1
     message = trace.collectives[0]
     assert (message.phase, message.ranks, message.stride, message.overlapped) == ("backward", 4, 1, True)
     phases = [operation.phase for operation in trace.operations]
@@ -147,7 +147,7 @@ def test_fsdp_gathers_blocks_twice_and_the_rest_once(name: str, world: int) -> N
     block, rest = gathered(BLOCK, world), gathered(HEADS, world)
     trace = planned()[name]
     assert counts(trace) == {("all_gather", world): 5, ("reduce_scatter", world): 3}
-    assert trace.moved() == {"all_gather": 4 * block + rest, "reduce_scatter": 2 * block + rest}
+    assert trace.bytes_by_collective() == {"all_gather": 4 * block + rest, "reduce_scatter": 2 * block + rest}
     assert all(message.overlapped for message in trace.collectives)
     places = [message.after for message in trace.collectives]
     assert places == sorted(places) and len(set(places)) > 3 and places[-1] <= len(trace.operations)
@@ -158,7 +158,7 @@ def test_hsdp_gathers_in_a_group_and_reduces_parts_between_groups() -> None:
     trace = planned()["hsdp"]
     assert counts(trace) == {("all_gather", 2): 5, ("reduce_scatter", 2): 3, ("all_reduce", 2): 3}
     moved = {"all_gather": 4 * block + rest, "reduce_scatter": 2 * block + rest, "all_reduce": block + rest // 2}
-    assert trace.moved() == moved
+    assert trace.bytes_by_collective() == moved
     strides = {message.name: message.stride for message in trace.collectives}
     assert strides == {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 
@@ -170,8 +170,8 @@ def test_micro_batches_gather_again_and_reduce_once() -> None:
 
 
 def test_a_frozen_tower_sends_no_gradients() -> None:
-    assert planned()["frozen"].moved() == {"all_reduce": 4 * sum(map(prod, HEADS))}
-    assert planned()["frozen, fsdp"].moved()["reduce_scatter"] == gathered(HEADS, 4)
+    assert planned()["frozen"].bytes_by_collective() == {"all_reduce": 4 * sum(map(prod, HEADS))}
+    assert planned()["frozen, fsdp"].bytes_by_collective()["reduce_scatter"] == gathered(HEADS, 4)
 
 
 def test_memory_of_weights_gradients_and_states() -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from descant.report import compare
 from descant.report.compare import lower_is_better
-from descant.report.statistics import paired
+from descant.report.statistics import compare_pairs
 from descant.run.groups import group, load
 from tests.conftest import Result
 from tests.tolerance import F64, ulps
@@ -254,7 +254,7 @@ def test_differences_are_over_shared_seeds(cli: Cli, two: None) -> None:
         "mean": pytest.approx(1.25 / 3, rel=ulps(4, F64))
     }  # the baseline, and no difference
     assert second["settings"] == {"model.optimizer.lr": 0.01} and second["seconds"] == 10.0
-    by_hand = paired([0.75, 0.25], [0.5, 0.25])  # seeds 1 and 2
+    by_hand = compare_pairs([0.75, 0.25], [0.5, 0.25])  # seeds 1 and 2
     assert second["metrics"]["val/r1"] == {
         "mean": pytest.approx(2 / 3, rel=ulps(4, F64)),
         "difference": by_hand.mean,

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from descant.report.statistics import Paired, paired, t_quantile
+from descant.report.statistics import Paired, compare_pairs, t_quantile
 from tests.tolerance import F64, printed, ulps
 
 CLAIMS = 4000
 
 
 def test_by_hand() -> None:
-    found = paired([3.0, 5.0, 4.0, 8.0], [2.0, 2.0, 4.0, 4.0])
+    found = compare_pairs([3.0, 5.0, 4.0, 8.0], [2.0, 2.0, 4.0, 4.0])
     # d = 1, 3, 0, 4: mean 2, sd sqrt(10 / 3), t(0.95, 3) = 3.18245
     half = 3.182446 * math.sqrt(10 / 3) / 2
     assert (found.mean, found.wins, found.ties, found.losses, found.n) == (2.0, 3, 1, 0, 4)
@@ -25,14 +25,14 @@ def test_by_hand() -> None:
 
 def test_swapping_the_arms_negates_the_interval() -> None:
     a, b = [0.3, 0.5, 0.1], [0.2, 0.1, 0.4]
-    there, back = paired(a, b), paired(b, a)
+    there, back = compare_pairs(a, b), compare_pairs(b, a)
     assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low), rel=ulps(16, F64))
     assert (back.wins, back.losses) == (there.losses, there.wins) == (1, 2)
 
 
 def test_lists_tuples_and_arrays_give_bit_identical_results() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 5))
-    assert paired(list(a), list(b)) == paired(a.tolist(), b.tolist()) == paired(tuple(a), tuple(b))
+    assert compare_pairs(list(a), list(b)) == compare_pairs(a.tolist(), b.tolist()) == compare_pairs(tuple(a), tuple(b))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_quantiles_are_those_of_the_printed_tables(level: float, freedom: int, v
 
 
 def test_one_seed_has_no_interval() -> None:
-    found = paired([0.5], [0.25])
+    found = compare_pairs([0.5], [0.25])
     assert (found.mean, found.wins, found.n) == (0.25, 1, 1)
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_without_spread_the_interval_has_no_width() -> None:
-    assert paired([1.5, 2.5, 3.5], [1.0, 2.0, 3.0]) == Paired(0.5, 0.5, 0.5, wins=3, ties=0, n=3)
-    assert paired([1.0, 2.0], [1.0, 2.0]) == Paired(0.0, 0.0, 0.0, wins=0, ties=2, n=2)
+    assert compare_pairs([1.5, 2.5, 3.5], [1.0, 2.0, 3.0]) == Paired(0.5, 0.5, 0.5, wins=3, ties=0, n=3)
+    assert compare_pairs([1.0, 2.0], [1.0, 2.0]) == Paired(0.0, 0.0, 0.0, wins=0, ties=2, n=2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_without_spread_the_interval_has_no_width() -> None:
 )
 def test_invalid_input_is_refused(a: list[float], b: list[float], level: float, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        paired(a, b, level)
+        compare_pairs(a, b, level)
 
 
 # coverage of the true difference, zero ----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def skewed(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def coverage(draw: Callable[[np.random.Generator, int], np.ndarray], n: int) -> float:
-    found = [paired(d, [0.0] * n) for d in draw(np.random.default_rng(n), n).tolist()]
+    found = [compare_pairs(d, [0.0] * n) for d in draw(np.random.default_rng(n), n).tolist()]
     # an end that is 0 but for rounding holds it
     return float(np.mean([one.low <= 1e-12 and one.high >= -1e-12 for one in found]))
 
@@ -117,5 +117,5 @@ def test_coverage_of_the_percentile_bootstrap_is_too_low(n: int, value: float) -
 )
 def test_power_at_five_seeds(effect: float, level: float, share: float) -> None:
     rng = np.random.default_rng(7)
-    passed = [paired(d, [0.0] * 5, level).low > 0 for d in (effect + normal(rng, 5)).tolist()]
+    passed = [compare_pairs(d, [0.0] * 5, level).low > 0 for d in (effect + normal(rng, 5)).tolist()]
     assert np.mean(passed) == pytest.approx(share, abs=0.022)  # 4000 draws: three standard errors

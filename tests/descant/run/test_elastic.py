@@ -22,10 +22,14 @@ def test_a_restart_finds_the_run_of_its_launch(tmp_path: Path) -> None:
     ):
         (tmp_path / run).mkdir()
         (tmp_path / name).write_text(json.dumps([str(tmp_path / run), None]))
-    assert elastic.begun(tmp_path, RESTART) == tmp_path / "002"
-    assert elastic.begun(tmp_path, {}) is elastic.begun(tmp_path, RESTART | {"TORCHELASTIC_RESTART_COUNT": "0"}) is None
+    assert elastic.find_run_before_restart(tmp_path, RESTART) == tmp_path / "002"
+    assert (
+        elastic.find_run_before_restart(tmp_path, {})
+        is elastic.find_run_before_restart(tmp_path, RESTART | {"TORCHELASTIC_RESTART_COUNT": "0"})
+        is None
+    )
     (tmp_path / "002").rmdir()  # taken away, as it had not begun
-    assert elastic.begun(tmp_path, RESTART) is None
+    assert elastic.find_run_before_restart(tmp_path, RESTART) is None
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_its_second_place(toy: Callable[..., Any], workplace:
     run = toy("fit", *PARTS, "--name", "b", "--resume", "second/a/001", *longer)
     assert run.rc == 0 and f"starting from second/a/001/resume/{newest.name}" in run.err
     again, _ = manifest.newest(workplace / "runs/b/001/resume", "step-*.ckpt")
-    assert again is not None and manifest.known(again)["step"] > manifest.known(newest)["step"]
+    assert again is not None and manifest.last_facts(again)["step"] > manifest.last_facts(newest)["step"]
 
 
 def test_every_command_reads_parts_and_says_which_is_gone(
@@ -184,7 +184,8 @@ def test_every_command_reads_parts_and_says_which_is_gone(
     one = workplace / "one.ckpt"  # as one file, which is a resume point too
     AtomicIO().save_checkpoint(AtomicIO().load_checkpoint(steps[-1]), one)
     assert (
-        torch.load(one, weights_only=True)["global_step"] == manifest.known(one)["step"] and manifest.known(one)["safe"]
+        torch.load(one, weights_only=True)["global_step"] == manifest.last_facts(one)["step"]
+        and manifest.last_facts(one)["safe"]
     )
     (part,) = steps[-1].parent.glob(f"{steps[-1].name}.parts-*/rank-00000.safetensors")
     part.unlink()

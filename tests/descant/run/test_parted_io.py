@@ -32,7 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from descant.callbacks import EMA, Resume
 from descant.modules.core.dtensor import local, reshard
 from descant.modules.io import manifest, parts, plain_json
-from descant.modules.io.manifest import SUFFIX, fault, fault_of_size, known
+from descant.modules.io.manifest import SUFFIX, fault, fault_of_size, last_facts
 from descant.modules.io.parts import Parted, Piece
 from descant.modules.io.plain import load_plain, load_values, require_sums
 from descant.modules.training_setup.compile_and_shard import Shard
@@ -156,7 +156,7 @@ def test_a_box_is_put_together_of_several_parts(tmp_path: Path) -> None:
             parts.write(stream, {"x": Piece(whole[cut], (7, 5, 3), (cut[0].start, cut[1].start, 0))})
     table = parts.PartTable(tmp_path / f"{n}" for n in range(3))
     table.require_whole(["x"])
-    assert torch.equal(table.whole("x"), whole)
+    assert torch.equal(table.assemble("x"), whole)
     for box in ((0, 7, 1, 4, 0, 3), (2, 5, 0, 5, 1, 2), (4, 4, 0, 5, 0, 3), (3, 7, 2, 5, 0, 3)):
         a, b, c, d, e, f = box
         assert torch.equal(table.box("x", (a, c, e), (b - a, d - c, f - e)), whole[a:b, c:d, e:f]), box
@@ -197,7 +197,8 @@ def test_of_replicas_one_writes(tmp_path: Path) -> None:
     table = parts.PartTable(tmp_path / f"{rank}" for rank in range(4))
     table.require_whole(["split", "every"])
     assert (
-        torch.equal(table.whole("split"), whole) and table.box("split", (3, 0), (2, 3)).tolist() == whole[3:5].tolist()
+        torch.equal(table.assemble("split"), whole)
+        and table.box("split", (3, 0), (2, 3)).tolist() == whole[3:5].tolist()
     )
 
 
@@ -210,7 +211,7 @@ def test_round_trip(tmp_path: Path, asynchronous: bool) -> None:
     for value in (3.0, 4.0):
         io.save_checkpoint(state(value, step=7), str(path))
         assert io.load_checkpoint(path)["global_step"] == 7 and value_of(path) == value
-    assert {k: known(path)[k] for k in ("step", "epoch", "safe", "log_step")} == {
+    assert {k: last_facts(path)[k] for k in ("step", "epoch", "safe", "log_step")} == {
         "step": 7,
         "epoch": 0,
         "safe": True,
@@ -426,7 +427,7 @@ def test_a_run_of_one_process_ends_with_the_same_weights(tmp_path: Path) -> None
     assert [file.name for file in files] == ["step-0000008.ckpt", "step-0000012.ckpt"]
     for file in files:
         other = tmp_path / "parts" / "resume" / file.name
-        assert fault(other) is None and manifest.known(other)["step"] == manifest.known(file)["step"]
+        assert fault(other) is None and manifest.last_facts(other)["step"] == manifest.last_facts(file)["step"]
         equal(load_plain(other), load_plain(file))
 
 
@@ -521,7 +522,7 @@ def test_saved_on_two_ranks_and_read_on_one(tmp_path: Path) -> None:
     saved = point(tmp_path / "two", 2)
     run_ranks(1, _train, tmp_path / "one", "parts", saved, 1, 1)
     require_same_states(content(tmp_path / "one" / "again.ckpt"), content(saved))
-    assert known(point(tmp_path / "one", 4))["step"] == 4
+    assert last_facts(point(tmp_path / "one", 4))["step"] == 4
 
 
 @pytest.mark.ddp

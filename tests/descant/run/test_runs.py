@@ -19,7 +19,7 @@ import torch
 
 from descant.cli.errors import Refusal
 from descant.modules.io import manifest
-from descant.modules.io.checkpoints import followed
+from descant.modules.io.checkpoints import follow_latest
 from descant.modules.io.saved import CONFIG_SUM
 from descant.run import runs
 from descant.run.checkpoint_resolver import for_evaluation, for_fit
@@ -39,7 +39,7 @@ def test_a_second_run_leaves_the_first_alone(toy: Cli, workplace: Path) -> None:
     first = files(workplace / "runs/toy/001")
     assert toy("fit", "--trainer.max_epochs", "1").rc == 0
     assert files(workplace / "runs/toy/001") == first
-    assert followed(workplace / "runs/toy/latest").name == "002"
+    assert follow_latest(workplace / "runs/toy/latest").name == "002"
     assert json.loads((workplace / "runs/toy/metrics.json").read_text())["epochs"] == 1
     assert (workplace / "runs/toy/metrics.json").resolve() == workplace / "runs/toy/002/metrics.json"
 
@@ -56,7 +56,7 @@ def test_a_refused_run_leaves_nothing(toy: Cli, workplace: Path, option: tuple[s
     assert toy("fit").rc == 0
     assert toy("fit", *option).rc == 2
     assert [path.name for path in runs.runs_of(workplace / "runs", "toy")] == ["001"]
-    assert followed(workplace / "runs/toy/latest").name == "001"
+    assert follow_latest(workplace / "runs/toy/latest").name == "001"
 
 
 def test_versions(toy: Cli, workplace: Path) -> None:

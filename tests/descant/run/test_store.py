@@ -25,7 +25,7 @@ from torch import nn
 
 from descant.callbacks.checkpoints.resume import Resume, Stopped
 from descant.modules.io import manifest
-from descant.modules.io.manifest import SUFFIX, fault, known
+from descant.modules.io.manifest import SUFFIX, fault, last_facts
 from descant.modules.training_setup.compile_and_shard import Shard
 from descant.run.parted_io import PartedIO
 from descant.run.sharded import Sharded
@@ -75,9 +75,9 @@ def test_round_trip(tmp_path: Path, asynchronous: bool) -> None:
     io.save_checkpoint(state(3.0, step=7), str(path))
     found = io.load_checkpoint(path)
     assert found["global_step"] == 7 and value_of(path) == 3.0 and fault(path) is None
-    assert known(path) == {"step": 7, "epoch": None, "safe": True}
+    assert last_facts(path) == {"step": 7, "epoch": None, "safe": True}
     io.save_checkpoint({**state(4.0), "descant": {"safe": False}}, path)
-    assert io.load_checkpoint(path) and known(path)["safe"] is False
+    assert io.load_checkpoint(path) and last_facts(path)["safe"] is False
     io.remove_checkpoint(path)
     io.teardown()
     assert names(path.parent) == set()
@@ -377,7 +377,7 @@ def test_all_checkpoints_of_a_fit_are_written_by_it(tmp_path: Path) -> None:
         assert (folder / "last.ckpt").is_symlink() and all(
             fault(folder / name) is None for name in (*files, "last.ckpt")
         )
-        assert known(folder / "step=008.ckpt") == {"step": 8, "epoch": 1, "safe": False}
+        assert last_facts(folder / "step=008.ckpt") == {"step": 8, "epoch": 1, "safe": False}
     for name in ("step=004.ckpt", "end.ckpt"):
         now, thread = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("now", "thread"))
         torch.testing.assert_close(thread["state_dict"], now["state_dict"], rtol=0, atol=0)
@@ -428,7 +428,7 @@ def test_a_valid_resume_point_exists_at_all_times(tmp_path: Path, monkeypatch: p
 
     def stage(name: str) -> None:
         found, _ = manifest.newest(tmp_path / "resume", "step-*.ckpt")
-        seen.append((name, -1 if found is None else int(known(found)["step"])))
+        seen.append((name, -1 if found is None else int(last_facts(found)["step"])))
 
     monkeypatch.setattr(manifest, "stage", stage)
     fit(tmp_path, AtomicIO(asynchronous=True), callbacks=[Resume(every=3, keep=1)])
@@ -451,7 +451,7 @@ def test_a_signal_waits_until_the_point_is_on_disk(
         kill = Act(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         fit(tmp_path, store(asynchronous=True), callbacks=[Resume(every=4), kill])
     found, skipped = manifest.newest(tmp_path / "resume", "step-*.ckpt")
-    assert found is not None and skipped == [] and known(found)["step"] == (4 if full else 6)
+    assert found is not None and skipped == [] and last_facts(found)["step"] == (4 if full else 6)
     if full:
         assert "step-0000006.ckpt: not written: No space left" in str(told.value)
     else:

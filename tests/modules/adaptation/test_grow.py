@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.grow import Grow, restructure, structure
-from descant.modules.adaptation.growth import inherit, padded, sizes
+from descant.modules.adaptation.growth import inherit, pad_into, sizes
 from descant.modules.adaptation.growth_space import GrowthSpace, best_growth
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.stage_changes import Boundary, Trial
@@ -135,7 +135,7 @@ def test_momentum_by_hand_with_the_same_draws_on_every_rank() -> None:
     Grow(**options, beta=0.0).grow(free, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(free.parameters(), fresh.parameters(), strict=True))
     fresh_DF, now_DF = (t.get_parameter("layers.1.mlp.2.weight") for t in (fresh, recipe.get_submodule("towers.tower")))
-    padded_DF = padded(old_DF, torch.zeros_like(fresh_DF))
+    padded_DF = pad_into(old_DF, torch.zeros_like(fresh_DF))
     torch.testing.assert_close(now_DF, 0.9 * padded_DF + 0.1 * fresh_DF, **rounding(4, F64))
     assert torch.equal(inherit(old_DF, padded_DF[:, :32] + 1, 1.0), old_DF)
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from descant.modules.adaptation.inherit import Begin, Inherit, permuted
+from descant.modules.adaptation.inherit import Begin, Inherit, permute_rows
 from descant.modules.core.batch import Batch
 from descant.modules.towers import BagTower, ConvTower, Towers
 from descant.modules.towers.heads import FlattenPool, Pools
@@ -92,7 +92,7 @@ def test_a_modality_that_no_term_needs_is_not_computed_in_training(run: Path) ->
         tower.register_forward_hook(lambda *_, m=m: seen.append(m))
     b = batch()
     model.terms(b)
-    assert sorted(seen) == ["sketch", "text"] and model.reads == ("text", "sketch")
+    assert sorted(seen) == ["sketch", "text"] and model.required_modalities == ("text", "sketch")
     del b.inputs["image"], b.present["image"]
     assert set(model.terms(b)) == {"sketch-text"}
     model.embed(batch())
@@ -122,8 +122,8 @@ def test_the_sham_has_the_same_numbers_in_other_rows(run: Path) -> None:
     assert torch.equal(weight.sort(0).values, other.sort(0).values)
     assert {tuple(row) for row in weight.tolist()} == {tuple(row) for row in other.tolist()}
     # always the same, so that a run that is resumed goes on with what it had
-    assert torch.equal(permuted(other, "a"), permuted(other, "a"))
-    assert not torch.equal(permuted(other, "a"), permuted(other, "b"))
+    assert torch.equal(permute_rows(other, "a"), permute_rows(other, "a"))
+    assert not torch.equal(permute_rows(other, "a"), permute_rows(other, "b"))
 
 
 @pytest.mark.parametrize(

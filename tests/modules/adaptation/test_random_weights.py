@@ -10,12 +10,12 @@ import lightning as L
 import pytest
 import torch
 
-from descant.callbacks.health.sanity import _never_trained
+from descant.callbacks.health.sanity import _check_random_towers
 from descant.modules.adaptation.base import Adapt
 from descant.modules.adaptation.freeze import Freeze
 from descant.modules.adaptation.lora import Lora
 from descant.modules.adaptation.quantize import Quantize
-from descant.modules.core.loaded import was_loaded
+from descant.modules.core.loaded import has_loaded_weights
 from descant.modules.language import CausalLM
 from descant.modules.towers import Frozen, TextTower, TimmTower, Towers, TransformersTower
 from descant.recipes import Contrastive
@@ -70,7 +70,7 @@ def test_loaded_weights_are(tmp_path: Path, part: str) -> None:
         recipe.configure_model()
         recipe.load_state_dict(recipe.state_dict())
     begin(recipe, tmp_path)
-    assert _never_trained(recipe) == []
+    assert _check_random_towers(recipe) == []
 
 
 @pytest.mark.parametrize("adapt", [Lora(r=2, towers=["text"]), Freeze(["text"]), Freeze(["text"], capacity=9)])
@@ -79,20 +79,25 @@ def test_towers_that_stay_random_are_reported(adapt: Adapt) -> None:
     loaded.towers["text"].load_state_dict(text().state_dict())
     for one in (recipe, loaded):
         one.configure_model()
-    (line,) = _never_trained(recipe)
+    (line,) = _check_random_towers(recipe)
     assert line.startswith("tower text is frozen with random weights")
-    assert _never_trained(loaded) == _never_trained(recipe_of()) == _never_trained(L.LightningModule()) == []
+    assert (
+        _check_random_towers(loaded)
+        == _check_random_towers(recipe_of())
+        == _check_random_towers(L.LightningModule())
+        == []
+    )
 
 
 def test_which_parts_were_loaded(tmp_path: Path) -> None:
     lm = CausalLM(9, 16, 1, 1, length=4)
-    assert not was_loaded(lm) and not was_loaded(TransformersTower(config=dict(BERT)))
+    assert not has_loaded_weights(lm) and not has_loaded_weights(TransformersTower(config=dict(BERT)))
     lm.load_state_dict(lm.state_dict())
     TransformersTower(config=dict(BERT)).model.save_pretrained(tmp_path / "bert")
     torch.save(TimmTower("resnet10t").model.state_dict(), tmp_path / "resnet.pt")
     timm = TimmTower("resnet10t", weights=tmp_path / "resnet.pt")
     parts = [lm, TransformersTower(folder=tmp_path / "bert"), timm, Frozen(timm)]
-    assert all(map(was_loaded, parts)) and not was_loaded(TimmTower("resnet10t"))
+    assert all(map(has_loaded_weights, parts)) and not has_loaded_weights(TimmTower("resnet10t"))
 
 
 def test_qlora_of_a_language_model_from_scratch_is_one_line(cli: Callable[..., Result], workplace: Path) -> None:

@@ -309,12 +309,12 @@ def test_a_checkpoint_is_loaded_and_exported_with_its_experts(tmp_path: Path) ->
     torch.save({"state_dict": recipe.state_dict(), "structure": structure(recipe)}, found.weights)
     again = rebuild(saved.find(path, "last"))
     assert equal(again.state_dict(), recipe.state_dict())
-    carried = portable.carried(found.model, recipe, tmp_path, None)
+    carried = portable.portable_config(found.model, recipe, tmp_path, None)
     plain = build(carried)  # as its classes build it
     plain.load_state_dict(recipe.state_dict())
     assert vars(plain.lm.experts).keys() == vars(recipe.lm.experts).keys() and plain.lm.experts.balance is None
     Distribute().apply(recipe)
-    dense = build(portable.carried(carried, recipe, tmp_path, None))
+    dense = build(portable.portable_config(carried, recipe, tmp_path, None))
     dense.load_state_dict(recipe.state_dict())
     assert dense.lm.experts is None
 
@@ -333,7 +333,9 @@ def test_before_training_it_is_an_adaptation_that_exports_leave_out(tmp_path: Pa
     down_DF = saved.read_weights(saved.find(path, "last"))["lm.layers.0.down.weight"]
     assert torch.equal(recipe.lm.layers[0].moe.experts.down, torch.stack([down_DF] * 2))
     plain = build(
-        portable.carried({**model, "init_args": model["init_args"] | {"adapt": adapt[1:]}}, recipe, tmp_path, None)
+        portable.portable_config(
+            {**model, "init_args": model["init_args"] | {"adapt": adapt[1:]}}, recipe, tmp_path, None
+        )
     )
     plain.configure_model()
     plain.load_state_dict(recipe.state_dict())

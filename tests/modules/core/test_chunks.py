@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from descant.modules.core.chunks import chunked, looks_at_the_batch
+from descant.modules.core.chunks import compute_in_chunks, looks_at_the_batch
 from descant.modules.losses import InfoNCE
 from descant.modules.training_setup.activation_checkpointing import recompute as recompute_block
 from tests.tolerance import F32, rounding, ulps
@@ -62,7 +62,7 @@ def peak(chunks: int) -> tuple[int, int, list[Tensor]]:
     a, b = towers()
     Watched.alive = Watched.peak = 0
     x, y = inputs()
-    loss = loss_of(chunked(a, x, chunks, a), chunked(b, y, chunks, b))
+    loss = loss_of(compute_in_chunks(a, x, chunks, a), compute_in_chunks(b, y, chunks, b))
     kept = Watched.alive
     loss.backward()
     assert Watched.alive == 0
@@ -94,7 +94,7 @@ def test_random_draws_are_those_of_the_first_pass(blocks: bool) -> None:
         x, y = inputs()
         torch.manual_seed(7)
         if recompute:
-            z_a, z_b = chunked(a, x, CHUNKS, a), chunked(b, y, CHUNKS, b)
+            z_a, z_b = compute_in_chunks(a, x, CHUNKS, a), compute_in_chunks(b, y, CHUNKS, b)
         else:
             z_a, z_b = (torch.cat([m(part) for part in v.tensor_split(CHUNKS)]) for m, v in ((a, x), (b, y)))
         torch.manual_seed(8)  # what is drawn between the passes does not matter
@@ -109,7 +109,7 @@ def test_several_backward_passes() -> None:
     """As a harmonizer does it: each term alone, then all."""
     a, _ = towers()
     x, _ = inputs()
-    z_BD = chunked(a, x, CHUNKS, a)
+    z_BD = compute_in_chunks(a, x, CHUNKS, a)
     terms, parameters = [z_BD.square().sum(), z_BD.sin().sum()], list(a.parameters())
     apart = [torch.autograd.grad(term, parameters, retain_graph=True) for term in terms]
     together = torch.autograd.grad(sum(terms, torch.zeros(())), parameters)
@@ -125,7 +125,7 @@ def test_gradients_of_chunks_add_up_in_single_precision() -> None:
 
     def gradient(chunks: int, bf16: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            z_BD = chunked(layer, x_BD, chunks, layer)
+            z_BD = compute_in_chunks(layer, x_BD, chunks, layer)
         (grad,) = torch.autograd.grad((z_BD.float() - target_BD).square().mean(), layer.weight)
         return grad
 
@@ -139,7 +139,7 @@ def test_gradients_of_chunks_add_up_in_single_precision() -> None:
 def test_running_statistics_count_a_chunk_once(momentum: float | None) -> None:
     torch.manual_seed(0)
     norm, x_BD = nn.BatchNorm1d(D, momentum=momentum), inputs()[0]
-    chunked(norm, x_BD, CHUNKS, norm).square().sum().backward()
+    compute_in_chunks(norm, x_BD, CHUNKS, norm).square().sum().backward()
     counted = nn.BatchNorm1d(D, momentum=momentum)
     for part in x_BD.tensor_split(CHUNKS):
         counted(part)
@@ -161,5 +161,5 @@ def test_without_gradients_the_batch_is_whole() -> None:
     net.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     x, _ = inputs()
     with torch.no_grad():
-        chunked(net, x, CHUNKS, net)
+        compute_in_chunks(net, x, CHUNKS, net)
     assert seen == [B]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from descant.modules.core import rng
-from descant.modules.core.rng import mix, mix_N, normal_NK, seeded, uniform_N, uniform_NK
+from descant.modules.core.rng import mix, mix_N, normal_NK, seeding, uniform_N, uniform_NK
 from tests.tolerance import statistical
 
 
@@ -34,11 +34,11 @@ def test_draws_are_uniform_and_independent_of_each_other() -> None:
 def test_seeded_blocks_repeat_and_leave_no_trace() -> None:
     torch.manual_seed(random.randrange(1000))
     before = torch.default_generator.get_state()
-    with seeded(3, "crop"):
+    with seeding(3, "crop"):
         first = torch.rand(3)
-    with seeded(3, "crop"):
+    with seeding(3, "crop"):
         again = torch.rand(3)
-    with seeded(4, "crop"):
+    with seeding(4, "crop"):
         other = torch.rand(3)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -87,7 +87,7 @@ def test_lists_are_the_own_text_and_those_that_the_teacher_scores_highest() -> N
     b, t_BB = samples(), matrix()
     b.present["text"][3] = False
     b.content_id[5] = b.content_id[6]
-    column_BK, t_BK, valid_B = RankTarget(kept=4).mined(b, Scores(t_BB).score)
+    column_BK, t_BK, valid_B = RankTarget(kept=4).mine_columns(b, Scores(t_BB).score)
     for i, wanted in enumerate(by_hand(t_BB, b, 4)):
         assert bool(valid_B[i]) == (i != 3)
         if i != 3:
@@ -98,12 +98,12 @@ def test_lists_are_the_own_text_and_those_that_the_teacher_scores_highest() -> N
 def test_the_teacher_is_asked_for_what_is_drawn_alone_and_draws_follow_the_samples() -> None:
     b, teacher = samples(), Scores(matrix())
     target = RankTarget(drawn=5, kept=3)
-    column_BK, _, valid_B = target.mined(b, teacher.score)
+    column_BK, _, valid_B = target.mine_columns(b, teacher.score)
     assert teacher.asked == B * 6 and valid_B.all()
     order = torch.randperm(B, generator=torch.Generator().manual_seed(1))
-    again_BK, _, _ = target.mined(b.select(order), lambda r, c: teacher.score(order[r], order[c]))
+    again_BK, _, _ = target.mine_columns(b.select(order), lambda r, c: teacher.score(order[r], order[c]))
     assert torch.equal(order[again_BK], column_BK[order])
-    rest = RankTarget(drawn=5, kept=3, mine="random").mined(b, teacher.score)[0]
+    rest = RankTarget(drawn=5, kept=3, mine="random").mine_columns(b, teacher.score)[0]
     assert not torch.equal(rest, column_BK)
     assert set(map(tuple, column_BK.tolist())) != set(map(tuple, rest.tolist()))
 

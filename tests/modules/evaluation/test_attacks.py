@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from descant.modules.core.batch import Batch
-from descant.modules.evaluation.attacks import Nudge, attacked, certified_radius, slopes, steepest
+from descant.modules.evaluation.attacks import Nudge, certified_radius, find_attacks, slopes, steepest
 from descant.modules.fusion.classifiers import FusionHead, OrthogonalFusion
 from descant.modules.towers import BagTower, TextTower, Tokens, Tower, Towers
 from descant.recipes import Fusion
@@ -73,8 +73,8 @@ def test_an_attack_on_a_linear_decision_equals_its_formula(m: str) -> None:
     out = made.fuse(made.latents(Batch(other, {k: v[:1] for k, v in b.present.items()})))[0]
     (g,) = torch.autograd.grad(out[0] - out[1], x)
     far_B = (logits[:, 0] - logits[:, 1]).abs() / g.norm()
-    assert not attacked(Nudge(made, b, [m]), far_B * 0.999, y).any()
-    assert attacked(Nudge(made, b, [m]), far_B * 1.001, y).all()
+    assert not find_attacks(Nudge(made, b, [m]), far_B * 0.999, y).any()
+    assert find_attacks(Nudge(made, b, [m]), far_B * 1.001, y).all()
 
 
 def test_only_the_attacked_input_moves_and_only_within_the_radius() -> None:
@@ -89,7 +89,7 @@ def test_only_the_attacked_input_moves_and_only_within_the_radius() -> None:
 
     made.latents = latents  # type: ignore[method-assign]
     radius_B = torch.linspace(0.1, 3, len(b)).double()
-    attacked(nudge, radius_B, decided(made, b).argmax(dim=1), steps=5, restarts=3)
+    find_attacks(nudge, radius_B, decided(made, b).argmax(dim=1), steps=5, restarts=3)
     moved = [(x["audio"] - b.inputs["audio"]).norm(dim=1) for x in seen]
     assert all(torch.equal(x["image"], b.inputs["image"]) for x in seen)
     assert all((far_B <= radius_B * (1 + ulps(16, F64))).all() for far_B in moved)
@@ -100,11 +100,11 @@ def test_random_starts_depend_on_the_sample_alone() -> None:
     made, b = recipe(bent=True), batch()
     y = decided(made, b).argmax(dim=1)
     radius_B = torch.full((64,), 1.5).double()
-    values = attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3, restarts=4)
+    values = find_attacks(Nudge(made, b, ["image"]), radius_B, y, steps=3, restarts=4)
     rows = torch.tensor([5, 40, 2])
-    part = attacked(Nudge(made, b.select(rows), ["image"]), radius_B[rows], y[rows], steps=3, restarts=4)
+    part = find_attacks(Nudge(made, b.select(rows), ["image"]), radius_B[rows], y[rows], steps=3, restarts=4)
     assert torch.equal(part, values[rows])
-    assert values.sum() >= attacked(Nudge(made, b, ["image"]), radius_B, y, steps=3).sum()
+    assert values.sum() >= find_attacks(Nudge(made, b, ["image"]), radius_B, y, steps=3).sum()
 
 
 def test_numbers_that_are_not_finite_are_not_perturbed() -> None:
@@ -136,7 +136,7 @@ def test_tokens_are_attacked_at_their_embeddings(bag: bool) -> None:
     (g,) = torch.autograd.grad(nudge(delta)["text"].square().sum(), delta)
     assert g[present["text"]].any(dim=1).all() and not g[~present["text"]].any()
     y = decided(made, b).argmax(dim=1)
-    wrong = attacked(nudge, torch.full((16,), 30.0).double(), y, steps=30)
+    wrong = find_attacks(nudge, torch.full((16,), 30.0).double(), y, steps=30)
     assert wrong[present["text"]].all() and not wrong[~present["text"]].any()
     assert torch.equal(decided(made, b).argmax(dim=1), y), "no hook is left behind"
 
@@ -159,7 +159,7 @@ def test_inputs_without_gradients_are_one_line() -> None:
 
     made.towers["audio"].forward = blind
     with pytest.raises(ValueError, match=r"^audio: a tower without a gradient"):
-        attacked(Nudge(made, b, ["audio"]), torch.ones(4).double(), torch.zeros(4).long())
+        find_attacks(Nudge(made, b, ["audio"]), torch.ones(4).double(), torch.zeros(4).long())
 
 
 # certificates ------------------------------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def test_no_attack_within_the_certified_radius_changes_a_decision_of_linear_towe
     radius_B = radii(made, b, y)
     assert (radius_B > 0).all()
     nudge = Nudge(made, b, list(WIDTHS))
-    assert not attacked(nudge, radius_B, y, steps=100, restarts=5).any()
+    assert not find_attacks(nudge, radius_B, y, steps=100, restarts=5).any()
     # and it is no empty promise: not much farther out decisions do change, and half the slopes would be broken
-    assert attacked(nudge, 2 * radius_B, y, steps=20).double().mean() > 0.9
-    assert attacked(nudge, radii(made, b, y, share=0.5), y, steps=20).any()
+    assert find_attacks(nudge, 2 * radius_B, y, steps=20).double().mean() > 0.9
+    assert find_attacks(nudge, radii(made, b, y, share=0.5), y, steps=20).any()
 
 
 def test_radius_by_hand_and_slopes_of_linear_towers_are_exact() -> None:

@@ -36,7 +36,7 @@ class Linear(nn.Module):
         self.w = nn.Parameter(torch.randn(out, width, generator=generator, dtype=torch.float64))
         self.modes: list[bool] = []
 
-    def encoded(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
+    def encode_embeddings(self, h_BTD: Tensor, mask_BT: Tensor, modality: str) -> Tensor:
         self.modes.append(self.training)
         return F.normalize(h_BTD.mean(dim=1) @ self.w.T, dim=-1)
 
@@ -216,8 +216,8 @@ def test_a_frame_with_the_embedding_of_a_word_is_the_text_with_that_word() -> No
     here = text_frame(model, "text", CODEC, "a picture of {}", 1)
     fox, ids = CODEC.encode("fox"), CODEC(["a picture of fox"])
     assert here.place_V.tolist() == [4] and len(here.h_TD) == 6
-    h_BTD = here.filled(tower.embedding.weight[fox][None])
-    z_BD = model.encoded(h_BTD, torch.ones(1, 6, dtype=torch.bool), "text")
+    h_BTD = here.fill(tower.embedding.weight[fox][None])
+    z_BD = model.encode_embeddings(h_BTD, torch.ones(1, 6, dtype=torch.bool), "text")
     wanted = model.project(model.features(ids, "text"), "text", torch.tensor([True]))
     torch.testing.assert_close(z_BD, wanted, **rounding(256, F64))
     middle = text_frame(model, "text", CODEC, "a {} of fox", 2)

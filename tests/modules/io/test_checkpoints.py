@@ -21,7 +21,7 @@ from descant.export import loading
 from descant.modules.adaptation.inherit import Begin, Inherit
 from descant.modules.adaptation.saved_tower import SavedTower
 from descant.modules.io import manifest, saved
-from descant.modules.io.checkpoints import followed, of_run
+from descant.modules.io.checkpoints import follow_latest, of_run
 from descant.modules.io.files import sha256_of
 from descant.modules.io.plain import load_plain, require_sums
 from descant.modules.towers.timm import read_weights as weights_of_a_tower
@@ -342,4 +342,4 @@ def test_manifests_outside_the_export_and_zip_bombs_are_refused(exported: Path, 
 def test_latest_is_a_text_file_that_names_a_run(tmp_path: Path, content: str, path: str, wanted: str) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/latest").write_text(content)
-    assert followed(tmp_path / path) == tmp_path / wanted
+    assert follow_latest(tmp_path / path) == tmp_path / wanted

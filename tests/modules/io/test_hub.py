@@ -51,20 +51,20 @@ def test_a_name_of_a_hub_is_refused_unless_it_is_allowed(calls: list[Any]) -> No
     for make in (
         lambda: PretrainedTower(Path("hub:own/vit")),
         lambda: PretrainedTokenizer(folder=Path("hub:own/vit")),
-        lambda: hub.resolved("hub:own/vit"),
+        lambda: hub.resolve_folder("hub:own/vit"),
     ):
         with pytest.raises(ValueError, match="folder hub:own/vit: of a hub; --trust hub lets it be downloaded"):
             make()
-    with hub.permitted(), hub.permitted(False), pytest.raises(ValueError, match="--trust hub"):
-        hub.resolved("hub:own/vit")
+    with hub.allowing_downloads(), hub.allowing_downloads(False), pytest.raises(ValueError, match="--trust hub"):
+        hub.resolve_folder("hub:own/vit")
     assert not calls and not hub.record()
 
 
 def test_it_is_downloaded_once_and_recorded(calls: list[Any], tmp_path: Path) -> None:
-    with hub.permitted():
+    with hub.allowing_downloads():
         tower = PretrainedTower(Path(f"hub:own/vit@{COMMIT}"))
         again = PretrainedTower(Path(f"hub:own/vit@{COMMIT}"))
-        assert hub.resolved("hub:own/vit") == tmp_path / "hub" / NEWER
+        assert hub.resolve_folder("hub:own/vit") == tmp_path / "hub" / NEWER
     assert calls == [("own/vit", COMMIT), ("own/vit", None)] and constants.HF_HUB_OFFLINE
     local = PretrainedTower(tmp_path / "hub" / COMMIT)
     for a, b, c in zip(tower.parameters(), again.parameters(), local.parameters(), strict=True):
@@ -88,38 +88,44 @@ def test_it_is_downloaded_once_and_recorded(calls: list[Any], tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_downloaded_is_one_line(name: str, line: str, calls: list[Any]) -> None:
-    with hub.permitted(), pytest.raises(ValueError, match=line) as caught:
-        hub.resolved(name)
+    with hub.allowing_downloads(), pytest.raises(ValueError, match=line) as caught:
+        hub.resolve_folder(name)
     assert "\n" not in str(caught.value) and constants.HF_HUB_OFFLINE
 
 
 def test_weights_with_code_are_not_taken(calls: list[Any], tmp_path: Path) -> None:
     (tmp_path / "hub" / NEWER / "model.safetensors").rename(tmp_path / "hub" / NEWER / "pytorch_model.bin")
-    with hub.permitted(), pytest.raises(ValueError, match="no safetensors in it; other weights are not downloaded"):
-        hub.resolved("hub:own/vit")
+    with (
+        hub.allowing_downloads(),
+        pytest.raises(ValueError, match="no safetensors in it; other weights are not downloaded"),
+    ):
+        hub.resolve_folder("hub:own/vit")
 
 
 def test_a_run_is_held_to_what_it_began_with(calls: list[Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    with hub.permitted():
-        hub.resolved(f"hub:own/vit@{COMMIT}")
+    with hub.allowing_downloads():
+        hub.resolve_folder(f"hub:own/vit@{COMMIT}")
         old = hub.record()[f"hub:own/vit@{COMMIT}"]
         (run / hub.RECORD).write_text(json.dumps({"hub:own/vit": old}))
-        with hub.pinned(run):
-            assert hub.resolved("hub:own/vit").name == COMMIT
-        with hub.pinned(tmp_path / "none"):
-            assert hub.resolved("hub:own/vit").name == COMMIT  # taken already
+        with hub.pinning_revisions(run):
+            assert hub.resolve_folder("hub:own/vit").name == COMMIT
+        with hub.pinning_revisions(tmp_path / "none"):
+            assert hub.resolve_folder("hub:own/vit").name == COMMIT  # taken already
         hub.forget()
-        assert hub.resolved("hub:own/vit").name == NEWER
-        with hub.pinned(run / "config.yaml"):
-            assert hub.resolved("hub:own/vit").name == COMMIT
+        assert hub.resolve_folder("hub:own/vit").name == NEWER
+        with hub.pinning_revisions(run / "config.yaml"):
+            assert hub.resolve_folder("hub:own/vit").name == COMMIT
         hub.forget()
         (tmp_path / "hub" / COMMIT / "config.json").write_text("{}")
-        with hub.pinned(run), pytest.raises(ValueError, match=r"have digest [0-9a-f]{12}, and the run's hub.json has"):
-            hub.resolved("hub:own/vit")
+        with (
+            hub.pinning_revisions(run),
+            pytest.raises(ValueError, match=r"have digest [0-9a-f]{12}, and the run's hub.json has"),
+        ):
+            hub.resolve_folder("hub:own/vit")
         (run / hub.RECORD).write_text('{"hub:own/vit": 3}')
-        with pytest.raises(ValueError, match=r"hub\.json: cannot be read"), hub.pinned(run):
+        with pytest.raises(ValueError, match=r"hub\.json: cannot be read"), hub.pinning_revisions(run):
             pass
 
 

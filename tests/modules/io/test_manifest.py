@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from descant.modules.io import manifest
-from descant.modules.io.manifest import SUFFIX, confirmed, fault, known, newest, remove, sweep, write
+from descant.modules.io.manifest import SUFFIX, fault, last_facts, newest, open_verified, remove, sweep, write
 
 STAGES = ("filled", "synced", "noted", "renamed")
 
@@ -27,7 +27,7 @@ def put(path: Path, content: bytes, **facts: object) -> Path:
 
 
 def content_of(path: Path) -> bytes:
-    found = confirmed(path)
+    found = open_verified(path)
     assert not isinstance(found, str), found
     with found[0] as stream:
         return stream.read()
@@ -88,9 +88,9 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 
 def test_written_files_are_confirmed_with_their_facts(tmp_path: Path) -> None:
     path = put(tmp_path / "new" / "folder" / "a.ckpt", b"abc", step=3)
-    found = confirmed(path)
+    found = open_verified(path)
     assert not isinstance(found, str) and found[0].read() == b"abc" and found[1] == {"step": 3}
-    assert known(path) == {"step": 3} and known(tmp_path / "none") == {}
+    assert last_facts(path) == {"step": 3} and last_facts(tmp_path / "none") == {}
     assert names(path.parent) == {"a.ckpt", f"a.ckpt{SUFFIX}"}
     remove(path)
     remove(path)
@@ -126,7 +126,7 @@ def test_every_single_bit_counts(tmp_path: Path) -> None:
 def test_links_are_followed(three: list[Path], tmp_path: Path) -> None:
     link = tmp_path / "last.ckpt"
     link.symlink_to(three[2].name)
-    assert fault(link) is None and content_of(link) == bytes([110]) * 4096 and known(link) == {"step": 110}
+    assert fault(link) is None and content_of(link) == bytes([110]) * 4096 and last_facts(link) == {"step": 110}
     put(link, b"a file of its own")  # takes the link's place, not its target's
     assert not link.is_symlink() and content_of(link) == b"a file of its own" and fault(three[2]) is None
     remove(three[2])
@@ -261,7 +261,7 @@ def test_no_space_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"last\.ckpt: not written: No space left on device \([0-9.,]+ GB free") as error:
         write(path, fill)
     assert error.value.errno == errno.ENOSPC and "\n" not in str(error.value)
-    assert content_of(path) == b"old" and known(path) == {"step": 1}
+    assert content_of(path) == b"old" and last_facts(path) == {"step": 1}
     assert names(tmp_path) == {"last.ckpt", f"last.ckpt{SUFFIX}"}
 
 

@@ -60,8 +60,8 @@ def batch(F: int = 3, B: int = 4) -> Batch:
 def test_a_step_of_one_is_the_plain_model_bit_by_bit() -> None:
     plain, counted = chat(), chat(VisualSteps(1.0, drawn=[1.0]))
     counted.lm.train()  # where it draws, of ones, and so counts by itself
-    before_NW, *_ = plain.answered(batch())
-    found_NW, *_ = counted.answered(batch())
+    before_NW, *_ = plain.hidden_before_answers(batch())
+    found_NW, *_ = counted.hidden_before_answers(batch())
     assert torch.equal(before_NW, found_NW)
     assert counted.sequence(batch())[1].position_BS is not None and plain.sequence(batch())[1].position_BS is None
 
@@ -84,11 +84,11 @@ def test_generation_is_at_the_positions_of_the_packed_rows(visual: VisualSteps, 
     for r, row in enumerate(generated.token_RN.tolist()):
         at = int(mask[r].nonzero()[0, 0])
         text[r, at : at + 2] = torch.tensor(row)
-    before_NW, token_N, _ = net.answered(again)
+    before_NW, token_N, _ = net.hidden_before_answers(again)
     log_N = net.lm.logits(before_NW).log_softmax(1).gather(1, token_N[:, None])[:, 0].view(-1, 2)
     # a layer of sums over some 24 numbers, five times
     torch.testing.assert_close(log_N, generated.log_RN, **rounding(128, F32))
-    other = chat().answered(again)[0]
+    other = chat().hidden_before_answers(again)[0]
     assert float((other - before_NW).abs().max()) > 1e-3, "it does move something"
 
 
@@ -116,8 +116,8 @@ def test_training_draws_a_step_for_each_sample_and_evaluation_none() -> None:
 def test_a_longer_stack_fits_into_the_positions_of_a_shorter_one() -> None:
     long = batch(F=12)
     with pytest.raises(ValueError, match="length 32: a document of 54 tokens does not fit"):
-        chat(length=32).answered(long)
-    assert torch.isfinite(chat(VisualSteps(0.25), length=32).answered(long)[0]).all()
+        chat(length=32).hidden_before_answers(long)
+    assert torch.isfinite(chat(VisualSteps(0.25), length=32).hidden_before_answers(long)[0]).all()
 
 
 def test_no_step_is_refused() -> None:

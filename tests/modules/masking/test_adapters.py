@@ -47,7 +47,7 @@ def test_patching_is_invertible(kind: str) -> None:
     adapter, x = made(kind)
     x_BTP, real_BT = adapter.raw(x)
     assert x_BTP.shape[:2] == real_BT.shape == (3, adapter.tokens) and real_BT.all()
-    assert torch.equal(adapter.whole(x_BTP), x)
+    assert torch.equal(adapter.to_input_shape(x_BTP), x)
 
 
 def test_patches_equal_those_of_a_convolution() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from descant.modules.masking.decoders import JointDecoder
-from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets, allotted, refilled
+from descant.modules.masking.two_budgets import DirichletPair, TwoBudgets, allot_budget, refill_budget
 from tests.papers.test_4m import ALL2ALL, RGB2ALL, batch, recipe
 from tests.tolerance import statistical
 
@@ -18,15 +18,15 @@ def test_an_allotment_is_that_of_the_released_loop() -> None:
     rng = np.random.default_rng(0)
     share_BKM, most_BM = rng.dirichlet([0.5] * 4, (200, 5)), rng.integers(0, 40, (200, 4))
     share, most = torch.from_numpy(share_BKM), torch.from_numpy(most_BM)
-    found = allotted(share[:, 0], share[:, 1:], 64, most)
+    found = allot_budget(share[:, 0], share[:, 1:], 64, most)
     for b in range(200):
         count_M = np.floor(share_BKM[b, 0] * 64).astype(int)
         left = 64 - count_M.sum()
         count_M += np.bincount(share_BKM[b, 1 : 1 + left].argmax(1), minlength=4)
         assert found[b].tolist() == np.minimum(count_M, most_BM[b]).tolist()
-    full = refilled(found, 64, most)
+    full = refill_budget(found, 64, most)
     assert torch.equal(full.sum(1), most.sum(1).clamp(max=64)) and not ((full < found) | (full > most)).any()
-    assert not allotted(share[:1, 0] * 0, share[:1, 1:] * 0, 64, most[:1]).any()
+    assert not allot_budget(share[:1, 0] * 0, share[:1, 1:] * 0, 64, most[:1]).any()
 
 
 def test_the_clipped_dirichlet_has_its_mean_and_variance_and_refilling_loses_nothing() -> None:
@@ -58,7 +58,7 @@ def test_budgets_are_disjoint_and_absent_modalities_get_nothing(refill: bool) ->
             and not ((masks.visible[m] | masks.target[m]) & ~real_BT).any()
         )
     assert not masks.target["image"].any() and list(model.terms(b)) == ["mask/palette", "mask/text", "mask/codes"]
-    tokens = model.arranged({m: x for m, x in model.raw(b)[0].items()}, real, masks)
+    tokens = model.arrange({m: x for m, x in model.raw(b)[0].items()}, real, masks)
     for part, budget in (("visible_BT", 8), ("target_BT", 6)):  # sentinels count
         assert sum(getattr(t, part).sum(1) for t in tokens.values()).max() <= budget
     full_B = torch.stack([*b.present.values()]).all(0)

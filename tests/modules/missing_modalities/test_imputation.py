@@ -24,14 +24,14 @@ def features(modality: str, seed: int = 0) -> Tensor:
 
 def test_a_tower_runs_for_what_is_present_and_the_rest_is_filled() -> None:
     imputation = Imputation(PromptImputer().build(WIDTHS, [["image"], ["text"]]), HAS)
-    assert torch.equal(imputation.seen("text", SOME), HAS["text"])
-    assert not imputation.seen("text", torch.zeros(5, dtype=torch.bool)).any()
-    assert torch.equal(imputation.filled(features("text"), "text", SOME), features("text"))  # prompts begin as zeros
+    assert torch.equal(imputation.rows_to_encode("text", SOME), HAS["text"])
+    assert not imputation.rows_to_encode("text", torch.zeros(5, dtype=torch.bool)).any()
+    assert torch.equal(imputation.impute(features("text"), "text", SOME), features("text"))  # prompts begin as zeros
 
 
 def test_zeros() -> None:
     h_BD = torch.ones(5, 2)
-    assert Imputation(ZeroImputer(), HAS).filled(h_BD, "text", SOME).sum(dim=1).tolist() == [2.0, 0.0, 2.0, 2.0, 2.0]
+    assert Imputation(ZeroImputer(), HAS).impute(h_BD, "text", SOME).sum(dim=1).tolist() == [2.0, 0.0, 2.0, 2.0, 2.0]
 
 
 def test_means_are_of_all_rows_that_training_has_seen() -> None:
@@ -40,17 +40,17 @@ def test_means_are_of_all_rows_that_training_has_seen() -> None:
     for step in range(3):
         h_BD = features("image", step)
         rows.append(h_BD[HAS["image"]])
-        out = Imputation(fill, HAS).filled(h_BD, "image", SOME)
+        out = Imputation(fill, HAS).impute(h_BD, "image", SOME)
         mean = torch.cat(rows).double().mean(dim=0).float()
         torch.testing.assert_close(out[2], mean, **rounding(2, F32))  # both sums are float64
         assert torch.equal(out[[0, 1, 3, 4]], h_BD[[0, 1, 3, 4]])
     fill.eval()
     torch.testing.assert_close(
-        Imputation(fill, HAS).filled(features("image", 9), "image", SOME)[2], mean, **rounding(2, F32)
+        Imputation(fill, HAS).impute(features("image", 9), "image", SOME)[2], mean, **rounding(2, F32)
     )
     again = MeanImputer().build(WIDTHS, [])
     again.load_state_dict(fill.state_dict())
-    assert torch.equal(Imputation(again.eval(), HAS).filled(features("image", 9), "image", SOME)[2], out[2])
+    assert torch.equal(Imputation(again.eval(), HAS).impute(features("image", 9), "image", SOME)[2], out[2])
 
 
 def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
@@ -58,7 +58,7 @@ def test_a_prompt_for_each_set_and_modality_takes_its_own_gradient() -> None:
     with torch.no_grad():
         for k, p in enumerate(fill.parameters()):
             p.fill_(k + 1.0)
-    text, image = (Imputation(fill, HAS).filled(features(m), m, SOME) for m in ("text", "image"))
+    text, image = (Imputation(fill, HAS).impute(features(m), m, SOME) for m in ("text", "image"))
     assert text[1].tolist() == [1.0, 1.0] and image[2].tolist() == [2.0, 2.0, 2.0]
     assert torch.equal(text[[0, 2, 3, 4]], features("text")[[0, 2, 3, 4]])
     (text.sum() * 3).backward()
@@ -70,7 +70,7 @@ def test_a_set_without_a_prompt_is_one_line() -> None:
     fill: Imputer = PromptImputer().build(WIDTHS, [["image"]])
     says = "the imputer has no parameters for samples with text only; the nearest set is image"
     with pytest.raises(ValueError, match=says):
-        Imputation(fill, HAS).filled(features("text"), "text", SOME)
+        Imputation(fill, HAS).impute(features("text"), "text", SOME)
 
 
 def on_a_rank(rank: int, world: int) -> Tensor:
@@ -84,7 +84,7 @@ def summed(rows: slice) -> Tensor:
     g = torch.Generator().manual_seed(0)
     h_BD, here_B = torch.randn(8, 3, generator=g)[rows], (torch.arange(8) % 3 > 0)[rows]
     fill = MeanImputer().build({"image": 3}, [])
-    Imputation(fill, {"image": here_B}).filled(h_BD, "image", torch.ones_like(here_B))
+    Imputation(fill, {"image": here_B}).impute(h_BD, "image", torch.ones_like(here_B))
     return fill.state_dict()["sum_image"]
 
 

@@ -310,12 +310,12 @@ def test_the_draw_is_of_the_sample_alone_and_as_often_as_it_says() -> None:
     keep = AvailableSets([["image"], ["text", "audio"]], weights=[1.0, 3.0])
     everything = dict.fromkeys(NAMES, torch.ones(4000, dtype=torch.bool))
     draw_B = torch.arange(4000) * 7919
-    left = keep.left({**everything, "text_neg": torch.ones(4000, dtype=torch.bool)}, draw_B, NAMES)
+    left = keep.remaining_modalities({**everything, "text_neg": torch.ones(4000, dtype=torch.bool)}, draw_B, NAMES)
     assert bool(left["text_neg"].all())
     assert torch.equal(left["text"], left["audio"]) and torch.equal(left["text"], ~left["image"])
     assert abs(float(left["text"].float().mean()) - 0.75) < 0.03
     order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
-    again = keep.left({m: x[order] for m, x in everything.items()}, draw_B[order], NAMES)
+    again = keep.remaining_modalities({m: x[order] for m, x in everything.items()}, draw_B[order], NAMES)
     assert all(torch.equal(again[m], left[m][order]) for m in NAMES)
 
 
@@ -323,7 +323,7 @@ def test_samples_draw_among_the_sets_that_they_have() -> None:
     draw_B = torch.arange(len(HAS) * 100)
     has_BM = HAS.repeat(100, 1)
     keep = AvailableSets([["image"], ["image", "text"]])
-    left = torch.stack(list(keep.left(present(has_BM), draw_B, NAMES).values()), dim=1)
+    left = torch.stack(list(keep.remaining_modalities(present(has_BM), draw_B, NAMES).values()), dim=1)
     assert not (left & ~has_BM).any()
     assert torch.equal(left.any(dim=1), has_BM.any(dim=1))  # nobody is left with nothing
     rows = [left[i :: len(HAS)] for i in range(len(HAS))]
@@ -337,7 +337,9 @@ def test_a_batch_may_draw_one_set_for_all() -> None:
     keep, seen = AvailableSets(per="batch"), set()
     everything = dict.fromkeys(NAMES, torch.ones(8, dtype=torch.bool))
     for first in range(0, 400, 8):
-        left = torch.stack(list(keep.left(everything, torch.arange(first, first + 8) * 31, NAMES).values()), dim=1)
+        left = torch.stack(
+            list(keep.remaining_modalities(everything, torch.arange(first, first + 8) * 31, NAMES).values()), dim=1
+        )
         assert (left == left[0]).all()
         seen.add(tuple(left[0].tolist()))
     assert len(seen) == 6

@@ -130,9 +130,9 @@ def test_what_is_known_of_a_token_decides_alone() -> None:
     for n in range(N):
         assert got_NE[n].nonzero().flatten().tolist() == [[0], [1, 5], [2, 3, 4]][n // 3 % 3]
     torch.testing.assert_close(got_NE.sum(dim=1), torch.ones(N).double(), **CLOSE)
-    assert skill.declared(marks) == [0, 1, 2, 3, 4, 5]
+    assert skill.declared_experts(marks) == [0, 1, 2, 3, 4, 5]
     padding = Marks(task=torch.tensor([1, 0]), valid=torch.tensor([True, False]))
-    assert skill.declared(padding) == [1, 5] and skill.declared(Marks(tasks=(0, 1))) == [0, 1, 5]
+    assert skill.declared_experts(padding) == [1, 5] and skill.declared_experts(Marks(tasks=(0, 1))) == [0, 1, 5]
     gate, _, _ = setting(TaskGate(3))
     both_NE = (
         torch.cat([h_ND, torch.eye(3).double()[marks.task]], dim=1) @ torch.cat([gate.gate_ED, gate.task_TE.T], 1).T

@@ -350,7 +350,7 @@ def test_a_rule_with_a_memory_is_its_recurrence(rule: str) -> None:
         ]
         made = make()
         for draw, ((g_KD, value_K), wanted_K) in enumerate(zip(steps, mixes(steps), strict=True)):
-            (h_KD,) = made.preconditioned([g_KD])
+            (h_KD,) = made.precondition([g_KD])
             found_K = made.weights((h_KD @ h_KD.T)[None] if made.reads_gradients else torch.zeros(0), value_K, draw)[0]
             made.learn(lambda seen: seen)
             assert float((found_K - wanted_K).abs().max()) <= BAR * float(wanted_K.abs().max()), (name, draw)

@@ -15,7 +15,7 @@ EXACT = 1e-12
 
 def stepped(rule: ExcessMTL, j_KP: Tensor) -> Tensor:
     """The mix of gradients in two parameters, and the step that follows."""
-    (h_KP,) = rule.preconditioned([j_KP[:, :1], j_KP[:, 1:].reshape(len(j_KP), 1, -1)])
+    (h_KP,) = rule.precondition([j_KP[:, :1], j_KP[:, 1:].reshape(len(j_KP), 1, -1)])
     mix_K = rule.weights((h_KP @ h_KP.T)[None], torch.ones(len(j_KP)), 0)[0]
     rule.learn(lambda seen: seen)
     return mix_K
@@ -53,7 +53,7 @@ def test_a_term_without_gradient_keeps_its_share_and_nan_moves_nothing() -> None
     assert float(mix_K[1]) == 1.0 and float(mix_K[0] + mix_K[2]) == pytest.approx(2.0, abs=EXACT)
     assert float(mix_K[2] - mix_K[0]) > 0.1 and torch.equal(rule.state["log_weight"][1], before[1])
     saved = rule.state_dict()
-    assert rule.preconditioned([j_KP * torch.nan])[0].isnan().all()  # Harmonize leaves the plain sum, and no state
+    assert rule.precondition([j_KP * torch.nan])[0].isnan().all()  # Harmonize leaves the plain sum, and no state
     rule.learn(lambda seen: seen)
     assert all(torch.equal(saved[name], value) for name, value in rule.state_dict().items())
     with pytest.raises(ValueError, match="lr -1, warmup 0, eps 1e-07: not below 0"):

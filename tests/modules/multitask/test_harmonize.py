@@ -121,7 +121,7 @@ def explicit(rule: Rule, accumulate: int = 1, clip: float | None = None) -> list
             draw, mix_K = mix(global_seed(), "harmony", n), torch.ones(2, dtype=F64)
             mixed_P = rule.combine(flat_KP[:, None], draw)[0] if rule.whole_gradients else torch.zeros(0)
             if not rule.whole_gradients:
-                h_KP = torch.cat([*rule.preconditioned([flat_KP])], dim=1) if rule.reads_gradients else flat_KP
+                h_KP = torch.cat([*rule.precondition([flat_KP])], dim=1) if rule.reads_gradients else flat_KP
                 gramian_KK = h_KP @ h_KP.T
                 if rule.across_batches:
                     one_KP, two_KP = (of_terms(model, x[half::2], y[half::2])[2] for half in (0, 1))

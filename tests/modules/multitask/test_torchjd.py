@@ -132,7 +132,7 @@ def test_graddrop_and_excess_mtl_agree() -> None:
         rule, aggregator = ExcessMTL(lr=0.1), theirs.ExcessMTL(0.1, n_warmup_steps=1)
         for turn in range(3):
             g_KD = 1e4 * j_KD.roll(turn, dims=0)  # beside which the 1e-7 that it adds to the first excess is small
-            (h_KD,) = rule.preconditioned([g_KD])
+            (h_KD,) = rule.precondition([g_KD])
             mix_K = rule.weights((h_KD @ h_KD.T)[None], torch.ones(k), 0)[0]
             rule.learn(lambda seen: seen)
             assert float((mix_K @ g_KD - k * aggregator(g_KD)).norm()) < BAR * 1e4 * longest, name

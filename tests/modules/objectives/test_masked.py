@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from descant.modules.core.batch import Batch
 from descant.modules.masking.adapters import L1, MSE, PatchAdapter
-from descant.modules.masking.corruptions import UniformMask, corrupted
+from descant.modules.masking.corruptions import UniformMask, corrupt_on_host
 from descant.modules.masking.discrete_adapters import CategoryAdapter
 from descant.modules.objectives.masked import MaskedTokens
 from descant.modules.objectives.streams import Streams
@@ -25,7 +25,7 @@ def test_words_by_hand(given: str | None) -> None:
     term = model(b).terms["words"]
     objective, tower = model.objectives["words"], model.towers["text"]
     real = (b.inputs["text"] != 0) & b.present["text"][:, None]
-    hidden = corrupted(UniformMask(0.5), {"text": real}, {"text": (6,)}, b.rng_seed).target["text"]
+    hidden = corrupt_on_host(UniformMask(0.5), {"text": real}, {"text": (6,)}, b.rng_seed).target["text"]
     counted = b.present["text"] & (b.present["image"] if given else True)
     assert torch.equal(term.valid, counted) and float(term.norm) == int(counted.sum())
     for i in counted.nonzero().flatten().tolist():

@@ -49,7 +49,7 @@ def test_without_a_negative_only_the_own_pair_counts() -> None:
     match = model.objectives["match"]
     assert isinstance(match, Match)
     view = Streams(model, b)
-    s = match.score(view.own("image", "text")[0].first_ND)[:, 0]
+    s = match.score(view.fuse_own_pairs("image", "text")[0].first_ND)[:, 0]
     value = model(b).terms["match"].value
     torch.testing.assert_close(value, torch.nn.functional.softplus(-s) / 3, **rounding(64, F64))
     assert not model.scores(b)["accuracy_match"].valid.any()
@@ -58,7 +58,7 @@ def test_without_a_negative_only_the_own_pair_counts() -> None:
 def test_the_list_form_is_a_cross_entropy_of_two() -> None:
     model, b = multitask(more={"match": Match(["image", "text"], form="list")}).double(), samples()
     match = model.objectives["match"]
-    s_V, s_2V, has_2V, row_V = match.judged(Streams(model, b), b, across=False)
+    s_V, s_2V, has_2V, row_V = match.score_pairs(Streams(model, b), b, across=False)
     assert has_2V.all() and row_V.tolist() == list(range(8))
     each = [torch.stack([s_V, s], dim=1).log_softmax(dim=1)[:, 0] for s in s_2V.view(2, -1)]
     torch.testing.assert_close(model(b).terms["match"].value, -sum(each) / 2, **rounding(64, F64))

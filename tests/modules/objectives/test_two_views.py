@@ -87,8 +87,8 @@ def test_the_first_view_is_made_once_and_the_teacher_makes_both_for_all() -> Non
     }
     model, b = multitask("contrast", more=more).train(), with_second_view(samples())
     model = model.double()
-    model.teaching.prepare(model)
-    mine, theirs = Calls(model.towers["image"]), Calls(model.teaching.network.towers["image"])
+    model.active_distillation.prepare(model)
+    mine, theirs = Calls(model.towers["image"]), Calls(model.active_distillation.network.towers["image"])
     assert set(model(b).terms) == {"contrast", "a", "b"} and mine.rows == theirs.rows == [8, 8]
 
 

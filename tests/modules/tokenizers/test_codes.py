@@ -57,7 +57,7 @@ def test_codes_are_those_of_the_run_and_decode_as_it_does(tmp_path: Path, m: str
     code_BT, task = tokenizer.encode(x), recipe.objectives[f"{m}s"]
     with torch.no_grad():
         found = task.quantizer(recipe.towers[m](x).h_BTD.flatten(0, 1))
-        wanted = task.rebuilt(found.id_NL.unflatten(0, (6, -1)))
+        wanted = task.rebuild(found.id_NL.unflatten(0, (6, -1)))
     assert torch.equal(tokenizer.split(code_BT).flatten(0, 1), found.id_NL)
     assert torch.equal(task.quantizer.vectors(found.id_NL), found.z_NC)  # what the decoder read in training
     assert torch.equal(tokenizer.decode(code_BT), wanted.view_as(x))

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.modules.tokenizers.quantizers import FSQ, NEVER, RVQ, VQ, Quantized, Seen, fsq, moved, residual_vq
+from descant.modules.tokenizers.quantizers import (
+    FSQ,
+    NEVER,
+    RVQ,
+    VQ,
+    Quantized,
+    Seen,
+    fsq,
+    residual_vq,
+    update_averages,
+)
 from tests.tolerance import F64, rounding
 
 N, L, K, C = 40, 2, 6, 3
@@ -62,7 +72,7 @@ def step(seed: int = 3) -> tuple[Quantized, Tensor, Tensor]:
 def test_codebooks_move_and_dead_codes_begin_anew_as_in_a_loop(dead: float | None) -> None:
     (found, real_N, key_N), decay = step(), 0.9
     count_LK, sum_LKC = drawn(L, K, seed=4).abs(), drawn(L, K, C, seed=5)
-    new_count_LK, new_sum_LKC = moved(count_LK, sum_LKC, of(found, real_N, key_N), decay, dead)
+    new_count_LK, new_sum_LKC = update_averages(count_LK, sum_LKC, of(found, real_N, key_N), decay, dead)
     replaced, order = 0, [int(n) for n in key_N.argsort() if real_N[n]]
     for layer in range(L):
         use = [float(count_LK[layer, k]) * decay for k in range(K)]
@@ -79,7 +89,7 @@ def test_codebooks_move_and_dead_codes_begin_anew_as_in_a_loop(dead: float | Non
         torch.testing.assert_close(new_sum_LKC[layer], torch.stack(vectors), **rounding(N, F64))
     assert (replaced > 1) == (dead is not None)
     nothing = of(found, torch.zeros(N, dtype=torch.bool), key_N)
-    assert torch.equal(moved(count_LK, sum_LKC, nothing, decay, None)[1], sum_LKC)
+    assert torch.equal(update_averages(count_LK, sum_LKC, nothing, decay, None)[1], sum_LKC)
 
 
 def test_parts_of_a_step_are_seen_as_the_whole_and_no_more_codes_are_replaced_than_there_are_tokens() -> None:
@@ -90,7 +100,7 @@ def test_parts_of_a_step_are_seen_as_the_whole_and_no_more_codes_are_replaced_th
     torch.testing.assert_close(whole[:2], both[:2], **rounding(N, F64))
     few = of(found, torch.arange(N) < 2, key_N)
     assert few.key_R.tolist().count(NEVER) == K - 2
-    count_LK, sum_LKC = moved(torch.zeros(L, K, dtype=F64), torch.zeros(L, K, C, dtype=F64), few, 0.9, 0.1)
+    count_LK, sum_LKC = update_averages(torch.zeros(L, K, dtype=F64), torch.zeros(L, K, C, dtype=F64), few, 0.9, 0.1)
     assert ((count_LK > 0).sum(dim=1) <= 4).all() and (count_LK > 0).any(dim=1).all() and sum_LKC.isfinite().all()
 
 

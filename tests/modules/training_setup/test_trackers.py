@@ -25,7 +25,7 @@ from descant.modules.training_setup.boards import Board, Table
 from descant.modules.training_setup.loggers import TensorBoard
 from descant.modules.training_setup.trackers import MLflow, Tracker, Trackio, Wandb, base
 from descant.modules.training_setup.trackers.base import Point, database
-from descant.modules.training_setup.trackers.transaction_log import HEADER, framed, records
+from descant.modules.training_setup.trackers.transaction_log import HEADER, frame_records, records
 
 
 class InMemory(Tracker):
@@ -281,7 +281,7 @@ def test_records_of_any_length_are_read_back_also_while_the_file_grows(tmp_path:
     # around the ends of blocks, where a frame is split or zeros are filled in
     sizes = [0, 1, 32768 - 7 - 7, 32768 - 14 - 3, 5, *draw.integers(0, 90000, 20).tolist()]
     contents, file = [draw.bytes(size) for size in sizes], tmp_path / "run-x.wandb"
-    whole = framed(contents)
+    whole = frame_records(contents)
     file.write_bytes(whole)
     ends = [end for end, _ in records(file)]
     assert [record for _, record in records(file)] == contents and ends[-1] == len(whole)
@@ -307,4 +307,4 @@ def test_the_frames_are_those_that_the_package_writes(tmp_path: Path) -> None:
     logger.finalize("success")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     contents = [record for _, record in records(file)]
-    assert framed(contents) == file.read_bytes() and len(contents) > 5
+    assert frame_records(contents) == file.read_bytes() and len(contents) > 5
