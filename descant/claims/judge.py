@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from descant.claims.claim import ARMS, BEFORE, EQUAL, LEAST_TIME, WITHIN, Claim, Condition
 from descant.claims.effect import NOT_TESTABLE, UNCLEAR, Effect, Interval, effect, over_seeds, room
 from descant.claims.items import ItemGains
-from descant.claims.power import LEAST, count_seeds, upper_deviation
+from descant.claims.power import LEAST, seeds_needed, upper_deviation
 from descant.cli.errors import fail, hint
 
 #: arm -> seed -> metric -> value.
@@ -77,7 +77,7 @@ def needed_seeds(claim: Claim, runs: Runs) -> int:
     """Estimate from these runs how many seeds would show a gain of one margin over baseline and placebo."""
     seeds = sorted(runs["method"])
     columns = [column(claim, runs, arm, claim.metric.name, seeds) for arm in ARMS]
-    return count_seeds(claim.metric.margin, upper_deviation(columns))
+    return seeds_needed(claim.metric.margin, upper_deviation(columns))
 
 
 def gains(claim: Claim, runs: Runs, arm: str, seeds: Sequence[int]) -> list[float]:

@@ -37,14 +37,14 @@ def upper_deviation(value_AS: Sequence[Sequence[float]]) -> float:
     return math.sqrt(2 * residual / float(chdtri((A - 1) * (S - 1), LIMIT)))
 
 
-def count_seeds(margin: float, deviation: float, most: int = 999) -> int:
+def seeds_needed(margin: float, deviation: float, most: int = 999) -> int:
     """Return the fewest seeds with which a paired t test shows a gain of ``margin`` with probability ``POWER``.
 
         P(T' > t(LEVEL, n - 1)) >= POWER,    T' noncentral, with noncentrality margin sqrt(n) / deviation
 
     The result is at least ``LEAST``, and ``most + 1`` if more than ``most`` are needed.
 
-    >>> count_seeds(1.0, deviation=0.5), count_seeds(1.0, deviation=1.0), count_seeds(1.0, deviation=5.0)
+    >>> seeds_needed(1.0, deviation=0.5), seeds_needed(1.0, deviation=1.0), seeds_needed(1.0, deviation=5.0)
     (5, 10, 199)
     """
     from scipy.special import nctdtr, stdtrit

@@ -28,7 +28,7 @@ class AnswerModel(Protocol):
     sampling: Sampling
 
     @property
-    def teaching(self) -> Any: ...
+    def active_distillation(self) -> Any: ...
 
     def hidden_before_answers(
         self, batch: Batch, routings: list[Routing] | None = None
@@ -105,7 +105,7 @@ class GRPO(LanguageObjective):
     def require(self, model: AnswerModel) -> None:
         if not model.sampling.temperature > 0:
             raise ValueError("sampling.temperature 0: all answers to a question would be the same; such as 1")
-        if self.needs_reference and model.teaching is None:
+        if self.needs_reference and model.active_distillation is None:
             raise ValueError(
                 "GRPO: loss.kl needs a reference policy: set model.distill to a TeacherRun without targets"
             )
@@ -150,7 +150,7 @@ class DPO(LanguageObjective):
         self.loss = DPOLoss(beta, by_length)
 
     def require(self, model: AnswerModel) -> None:
-        if model.teaching is None:
+        if model.active_distillation is None:
             raise ValueError("DPO needs a reference policy: set model.distill to a TeacherRun without targets")
 
     def __call__(self, model: AnswerModel, batch: Batch) -> Output:
@@ -158,7 +158,7 @@ class DPO(LanguageObjective):
             raise ValueError("DPO: the data has no pairs of answers; QuestionPairs has")
         inputs = {**batch.inputs, "text": batch.inputs["text_neg"], "loss_mask": batch.inputs["loss_mask_neg"]}
         rejected = replace(batch, inputs=inputs)
-        reference = model.teaching.network.to(batch.device)
+        reference = model.active_distillation.network.to(batch.device)
         with torch.no_grad():
             good_reference_B, bad_reference_B = (_score_answers(reference, view)[0] for view in (batch, rejected))
         (good_B, length_B), (bad_B, other_B) = _score_answers(model, batch), _score_answers(model, rejected)

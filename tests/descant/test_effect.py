@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from descant.claims.effect import Interval, count_items, effect, has_room, over_items, room
-from descant.claims.power import ASKED, LEAST, PILOT, POWER, count_seeds, upper_deviation
+from descant.claims.power import ASKED, LEAST, PILOT, POWER, seeds_needed, upper_deviation
 from descant.report.statistics import t_quantile
 from tests.tolerance import F64, statistical, ulps
 
@@ -73,7 +73,7 @@ def test_the_bootstrap_over_items_covers_what_it_says() -> None:
 
 @pytest.mark.parametrize("margin", [-0.1, 0.0, math.nan])
 def test_a_margin_is_above_zero(margin: float) -> None:
-    for call in (count_seeds, count_items, lambda margin, sd: effect([sd], [0.0], margin)):
+    for call in (seeds_needed, count_items, lambda margin, sd: effect([sd], [0.0], margin)):
         with pytest.raises(ValueError, match=r"margin .*: above 0"):
             call(margin, 1.0)
     with pytest.raises(ValueError, match="3 seeds of the method and"):
@@ -87,15 +87,15 @@ def test_as_many_seeds_as_needed_have_the_power_and_fewer_have_not(deviation: fl
         low = d.mean(1) - t_quantile(0.95, seeds - 1) * d.std(1, ddof=1) / math.sqrt(seeds)
         return float((low > 0).mean())
 
-    needed = count_seeds(1.0, deviation)
+    needed = seeds_needed(1.0, deviation)
     assert power(needed) >= POWER - statistical(math.sqrt(POWER * (1 - POWER)), 20_000)
     assert power(needed - 2) < POWER
 
 
 def test_the_number_of_seeds_has_bounds() -> None:
-    assert count_seeds(1.0, 0.0) == count_seeds(1.0, 1e-9) == LEAST
-    assert count_seeds(1.0, 1e6) == 1000 and count_seeds(1.0, 5.0, most=ASKED) == ASKED + 1
-    assert count_seeds(0.02, 0.03) == count_seeds(2.0, 3.0), "in units of the metric"
+    assert seeds_needed(1.0, 0.0) == seeds_needed(1.0, 1e-9) == LEAST
+    assert seeds_needed(1.0, 1e6) == 1000 and seeds_needed(1.0, 5.0, most=ASKED) == ASKED + 1
+    assert seeds_needed(0.02, 0.03) == seeds_needed(2.0, 3.0), "in units of the metric"
 
 
 def test_the_upper_limit_covers_the_deviation_of_a_difference_in_four_of_five_pilots() -> None:
@@ -122,7 +122,7 @@ def simulate(deviation: float, gain: float = 0.0, oracle: float = 9.0, placebo: 
 
 
 def _word(pilot_AS: np.ndarray, full_AS: np.ndarray) -> str:
-    needed = count_seeds(1.0, upper_deviation(pilot_AS[:3].tolist()), ASKED)
+    needed = seeds_needed(1.0, upper_deviation(pilot_AS[:3].tolist()), ASKED)
     if not has_room(room((pilot_AS[3] - pilot_AS[0]).tolist()), 1.0):
         return "no room"
     if needed > ASKED:
