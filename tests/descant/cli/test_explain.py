@@ -69,7 +69,7 @@ def test_a_list_given_again_replaces_the_whole_list(toy: Cli, workplace: Path) -
 
 
 def test_arguments_that_another_class_keeps_keep_their_origin(toy: Cli) -> None:
-    said = table(toy("check", "--explain", "--model.optimizer", "SGD").out)
+    said = table(toy("check", "--explain", "--model.optimizer", "torch.optim.SGD").out)
     assert said["model.optimizer"] == ("torch.optim.SGD", "--model.optimizer")
     assert said["model.optimizer.lr"] == ("0.01", "toy.yaml:7") and said["model.optimizer.momentum"][1] == "default"
 
