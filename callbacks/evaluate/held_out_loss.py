@@ -6,6 +6,8 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Values
 from descant.callbacks.evaluate.forward import Means
@@ -85,5 +87,7 @@ def _term(loss: nn.Module, rows: Rows, pair: tuple[str, str], row: tuple[Tensor,
     kind = next((promote(p).dtype for p in loss.parameters()), torch.float32)
     z_a_KD, z_b_KD = (rows.z[m][row_K[part_K]].to(kind) for m, row_K in ((a, row_a), (b, row_b)))
     with torch.no_grad():
-        value_K = loss(z_a_KD, z_b_KD, rows.key[row_a[part_K]], valid_K)
+        # between steps, sharding holds a part of each parameter on each rank
+        whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in loss.named_parameters()}
+        value_K = functional_call(loss, whole, (z_a_KD, z_b_KD, rows.key[row_a[part_K]], valid_K))
     return Term(value_K, valid=valid_K)
