@@ -6,12 +6,12 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from descant.callbacks.evaluate.embeddings import EmbeddingEvaluator, Rows, Values
 from descant.callbacks.evaluate.forward import Means
 from descant.modules.core.capabilities import has
+from descant.modules.core.dtensor import gather_parts
 from descant.modules.core.dtype import promote
 from descant.modules.core.objective import Term
 from descant.modules.core.protocols import ContrastsPairs, Embeds
@@ -88,6 +88,6 @@ def _term(loss: nn.Module, rows: Rows, pair: tuple[str, str], row: tuple[Tensor,
     z_a_KD, z_b_KD = (rows.z[m][row_K[part_K]].to(kind) for m, row_K in ((a, row_a), (b, row_b)))
     with torch.no_grad():
         # between steps, sharding holds a part of each parameter on each rank
-        whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in loss.named_parameters()}
-        value_K = functional_call(loss, whole, (z_a_KD, z_b_KD, rows.key[row_a[part_K]], valid_K))
+        parameters = {name: gather_parts(p) for name, p in loss.named_parameters()}
+        value_K = functional_call(loss, parameters, (z_a_KD, z_b_KD, rows.key[row_a[part_K]], valid_K))
     return Term(value_K, valid=valid_K)

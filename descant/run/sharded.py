@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from descant.modules.core.compat.dtensor import local_shape_and_offset
 from descant.modules.core.compat.pytree import tree_map
+from descant.modules.core.dtensor import gather_parts
 from descant.modules.io.manifest import NONE, fault_of_share
 from descant.modules.io.parts import Name, Parted, PartTable, fill_names
 from descant.modules.io.plain import in_parts, load_plain
@@ -111,8 +112,7 @@ class Sharded(ModelParallelStrategy):
     ) -> None:
         for state, key in itertools.product(_WEIGHTS, self._scalars()):
             if isinstance(value := checkpoint.get(state, {}).get(key), Tensor):
-                value = value.full_tensor() if isinstance(value, DTensor) else value
-                checkpoint[state][key] = value.reshape(())
+                checkpoint[state][key] = gather_parts(value).reshape(())
         io = self.checkpoint_io
         if not isinstance(io, PartedIO):
             return super().save_checkpoint(checkpoint, filepath, storage_options)

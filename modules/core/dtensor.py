@@ -1,4 +1,4 @@
-"""Parameters that are split over ranks (DTensor, FSDP2): local parts, splitting, norms, freeing, original class."""
+"""Parameters that are split over ranks (DTensor, FSDP2): local parts, gathering, splitting, norms, freeing, class."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def local(tensor: Tensor) -> Tensor:
     [1.0, 1.0]
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_parts(tensor: Tensor) -> Tensor:
+    """Return a split tensor put together from the parts of all ranks, or the tensor itself if it is not split.
+
+    Collective if it is split.
+
+    >>> gather_parts(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded_class(module: nn.Module) -> type:
@@ -63,9 +74,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     >>> total_norm([torch.tensor([3.0]), torch.tensor([4.0])]), total_norm([])
     (tensor(5.), tensor(0.))
     """
-    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh(tensors) or [[]]]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+    norms = [gather_parts(torch.nn.utils.get_total_norm(part)) for part in by_mesh(tensors) or [[]]]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from descant.modules.core.dtensor import gather_parts
 from descant.modules.core.host import to_device
 from descant.modules.moe.active import expert_layers
 from descant.modules.moe.grouped import Segments, fusible
@@ -126,7 +127,7 @@ def require_divided(network: nn.Module, ranks: int, place: str, others: Sequence
 
 def whole_experts(network: nn.Module) -> dict[str, Tensor]:
     """Return the network's state with the experts of all ranks, as in a single process, on every rank. Collective."""
-    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in network.state_dict().items()}
+    state = {name: gather_parts(x) for name, x in network.state_dict().items()}
     for name, layer in expert_layers(network).items():
         ranks = layer.group
         for part, own in layer.experts.named_parameters(recurse=False):
