@@ -102,6 +102,20 @@ class Routing(NamedTuple):
         runs_NK = derive(lambda expert, used: used & (expert < experts), self.expert, self.used)
         return runs_NK if self.dropped is None else runs_NK & ~self.dropped
 
+    def count_runs(self, experts: int, key_M: Tensor) -> Tensor:
+        """Count the real experts that compute the tokens of these keys, float64 ``[M]``, on the CPU; 0 for unseen ones.
+
+        >>> marks = Marks(key=torch.tensor([7, 5]))
+        >>> routing = Routing(torch.tensor([[0, 3], [1, 0]]), torch.ones(2, 2), torch.ones(2, 2).bool(), marks)
+        >>> routing.count_runs(2, torch.tensor([5, 7, 6]))  # expert 3 of token 7 is none of the two real ones
+        tensor([2., 1., 0.], dtype=torch.float64)
+        """
+        assert self.marks.key is not None
+        count_N, key_N = self.runs(experts).sum(dim=1).cpu(), self.marks.key.cpu()
+        order_N = key_N.argsort()
+        at_M = order_N[torch.searchsorted(key_N[order_N], key_M).clamp(max=len(key_N) - 1)]
+        return torch.where(key_N[at_M] == key_M, count_N[at_M], 0).double()
+
 
 def join_routings(routings: Sequence[Routing]) -> Routing:
     """Join one layer's routings from several calls, such as one call per modality.

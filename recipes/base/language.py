@@ -195,7 +195,7 @@ class LanguageRecipe(Recipe):
         assert key_BS is not None
         key_N = host_copy(key_BS)[sample_at, at - 1]
         layers = [routing for routing in routings if not isinstance(routing, DepthRouting)]
-        experts_LN = torch.stack([count_experts(routing, self.lm.experts.experts, key_N) for routing in layers])
+        experts_LN = torch.stack([routing.count_runs(self.lm.experts.experts, key_N) for routing in layers])
         log_p = (self.lm.logits(h_MW).log_softmax(dim=1) for h_MW in before_NW.split(1024))
         entropy_N = torch.cat([-(x_MV.exp() * x_MV).sum(dim=1) for x_MV in log_p])
         return entropy_N, experts_LN.mean(dim=0).to(entropy_N.device), sample_N
@@ -282,12 +282,3 @@ def _mean(h_BSW: Tensor, keep_BS: Tensor) -> Tensor:
     """Average some tokens of each sample, ``[B, W]``; zero if it has none."""
     keep_BS1 = keep_BS[:, :, None].to(h_BSW)
     return (h_BSW * keep_BS1).sum(dim=1) / keep_BS1.sum(dim=1).clamp_min(1)
-
-
-def count_experts(routing: Routing, experts: int, key_N: Tensor) -> Tensor:
-    """Count the real experts that compute the tokens of these keys, ``[N]``, on the CPU; 0 for unseen tokens."""
-    assert routing.marks.key is not None
-    count_M, key_M = routing.runs(experts).sum(dim=1).cpu(), routing.marks.key.cpu()
-    order_M = key_M.argsort()
-    at_N = order_M[torch.searchsorted(key_M[order_M], key_N).clamp(max=len(key_M) - 1)]
-    return torch.where(key_M[at_N] == key_N, count_M[at_N], 0).double()
